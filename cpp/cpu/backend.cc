@@ -1,0 +1,261 @@
+#include "backend.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "factorize.h"
+#include "pissa/error.h"
+#include "pissa/nf4.h"
+#include "pissa/philox.h"
+
+namespace pissa::cpu {
+namespace {
+
+constexpr std::int64_t kAlignment = 64;
+
+float* allocate(std::int64_t count) {
+  if (count == 0) return nullptr;
+  const std::int64_t bytes = ceil_div(count * static_cast<std::int64_t>(sizeof(float)), kAlignment) * kAlignment;
+  void* data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes));
+  if (!data) throw std::bad_alloc();
+  return static_cast<float*>(data);
+}
+
+// Scratch of the calling thread: about 1 MB, allocated on first use, freed with the thread.
+const Panels& panels() {
+  thread_local const Buffer buffer(1, kMc * kKc + kKc * kNc + kMc * kNc + 32 * kKc);
+  thread_local const Panels panels = [] {
+    float* data = static_cast<float*>(buffer.view().data);
+    return Panels{data, data + kMc * kKc, data + kMc * kKc + kKc * kNc, data + kMc * kKc + kKc * kNc + kMc * kNc};
+  }();
+  return panels;
+}
+
+char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
+  return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.codec);
+}
+
+// A length for pieces of `total`, at most `most`, as even as possible and a multiple of `unit`.
+std::int64_t even_pieces(std::int64_t total, std::int64_t most, std::int64_t unit) {
+  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(total, most));
+  return std::min(most, ceil_div(ceil_div(total, pieces), unit) * unit);
+}
+
+// Elementwise work on rows, in runs of at most kRun elements that fit the stack.
+constexpr std::int64_t kRun = 1024;
+
+template <class F>
+void for_each_run(const Executor& executor, const MutableMatrix& out, F f) {
+  const std::int64_t runs = ceil_div(out.cols, kRun);
+  executor.parallel_for(out.rows * runs, [&](std::int64_t i) {
+    const std::int64_t col = i % runs * kRun;
+    f(i / runs, col, std::min(kRun, out.cols - col));
+  });
+}
+
+void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on the calling thread
+  for (std::int64_t j = 0; j < problem.out.cols; j += kNc) {
+    for (std::int64_t i = 0; i < problem.out.rows; i += kMc) {
+      const Block block{i, std::min(kMc, problem.out.rows - i), j, std::min(kNc, problem.out.cols - j)};
+      kernels.gemm_block(problem, block, panels());
+    }
+  }
+}
+
+}  // namespace
+
+Buffer::Buffer(std::int64_t rows, std::int64_t cols) : rows_(rows), cols_(cols), data_(allocate(rows * cols)) {}
+
+void Buffer::Free::operator()(float* data) const { std::free(data); }
+
+void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
+  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
+    float values[kRun];
+    kernels_.decode(a, row, col, count, values);
+    kernels_.encode(values, count, out.codec, element(out, row, col));
+  });
+}
+
+void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
+  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
+    float values[kRun];
+    float others[kRun];
+    kernels_.decode(a, row, col, count, values);
+    kernels_.decode(b, row, col, count, others);
+    for (std::int64_t i = 0; i < count; ++i) values[i] += others[i];
+    kernels_.encode(values, count, out.codec, element(out, row, col));
+  });
+}
+
+void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
+  executor_.parallel_for(out.rows, [&](std::int64_t row) {
+    float* values = reinterpret_cast<float*>(element(out, row, 0));
+    PhiloxBlock bits{};
+    for (std::int64_t col = 0; col < out.cols; ++col) {
+      const std::uint64_t index = static_cast<std::uint64_t>(row * out.cols + col);
+      if (col == 0 || index % 128 == 0) bits = philox_signs(index / 128, seed);
+      values[col] = (bits[index % 128 / 32] >> (index % 32)) & 1u ? -scale : scale;
+    }
+  });
+}
+
+void CpuBackend::scale_rows(const Matrix& a, std::span<const float> scales, const MutableMatrix& out, Op op) const {
+  executor_.parallel_for(a.rows, [&](std::int64_t row) {
+    const float* from = static_cast<const float*>(a.data) + row * a.ld;
+    float* to = static_cast<float*>(out.data) + (op == Op::n ? row * out.ld : row);
+    const std::int64_t step = op == Op::n ? 1 : out.ld;
+    for (std::int64_t col = 0; col < a.cols; ++col) to[col * step] = scales[row] * from[col];
+  });
+}
+
+float CpuBackend::max_abs(const Matrix& a) const {
+  std::vector<float> largest(a.rows, 0.0f);
+  executor_.parallel_for(a.rows, [&](std::int64_t row) {
+    float values[kRun];
+    for (std::int64_t col = 0; col < a.cols; col += kRun) {
+      const std::int64_t count = std::min(kRun, a.cols - col);
+      kernels_.decode(a, row, col, count, values);
+      const float run = kernels_.max_abs(values, count);
+      if (!(run <= largest[row])) largest[row] = run;  // true for NaN, which then stays
+    }
+  });
+  float result = 0.0f;
+  for (const float value : largest) {
+    if (!(value <= result)) result = value;
+    if (std::isnan(result)) break;
+  }
+  return result;
+}
+
+void CpuBackend::run(const GemmProblem& problem) const {
+  const std::int64_t m = problem.out.rows;
+  const std::int64_t n = problem.out.cols;
+  if (m == 0 || n == 0) return;
+  // Fewer blocks than threads: cut finer, columns first, since a narrow block decodes no weight twice.
+  std::int64_t most_rows = kMc;
+  std::int64_t most_cols = kNc;
+  const auto blocks = [&] { return ceil_div(m, most_rows) * ceil_div(n, most_cols); };
+  while (blocks() < executor_.threads() && most_cols > 64) most_cols /= 2;
+  while (blocks() < executor_.threads() && most_rows > 84) most_rows /= 2;
+  const std::int64_t row_step = even_pieces(m, most_rows, kMaxTileRows);
+  const std::int64_t col_step = even_pieces(n, most_cols, 32);
+  const std::int64_t row_blocks = ceil_div(m, row_step);
+  executor_.parallel_for(row_blocks * ceil_div(n, col_step), [&](std::int64_t i) {
+    const std::int64_t row = i % row_blocks * row_step;
+    const std::int64_t col = i / row_blocks * col_step;
+    const Block block{row, std::min(row_step, m - row), col, std::min(col_step, n - col)};
+    kernels_.gemm_block(problem, block, panels());
+  });
+}
+
+void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
+  run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
+}
+
+void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+  // Tasks are runs of whole blocks of the flattened matrix. A block may start inside a row, so a task computes every
+  // row that it touches, at most two of them for its neighbours too: about 1 in 16 at 32 rows a task.
+  constexpr std::int64_t kTaskRows = 32;
+  const std::int64_t cols = addend.cols;
+  const std::int64_t total = addend.rows * cols;
+  const std::int64_t length = ceil_div(std::max(kTaskRows * cols, out.blocksize), out.blocksize) * out.blocksize;
+  executor_.parallel_for(ceil_div(total, length), [&](std::int64_t task) {
+    const std::int64_t first = task * length;
+    const std::int64_t count = std::min(length, total - first);
+    const std::int64_t first_row = first / cols;
+    const std::int64_t rows = ceil_div(first + count, cols) - first_row;
+    const Buffer values(rows, cols);
+    std::array<Term, 3> shifted;
+    for (std::size_t i = 0; i < terms.size(); ++i) {
+      shifted[i] = terms[i];
+      shifted[i].a = rows_of(terms[i].a, first_row, rows);
+    }
+    gemm_blocks(kernels_, {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {},
+                           values.view()});
+    const float* from = static_cast<const float*>(values.view().data) + (first - first_row * cols);
+    kernels_.nf4_quantize(from, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+  });
+}
+
+void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
+                                 float* nested_absmax) const {
+  executor_.parallel_for(ceil_div(count, kNestedBlocksize), [&](std::int64_t block) {
+    const std::int64_t first = block * kNestedBlocksize;
+    const std::int64_t last = std::min(first + kNestedBlocksize, count);
+    float largest = 0.0f;
+    for (std::int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(absmax[i] - *offset));
+    nested_absmax[block] = largest;
+    for (std::int64_t i = first; i < last; ++i) {
+      codes8[i] = largest > 0 ? dynamic_code((absmax[i] - *offset) / largest) : std::uint8_t{0};
+    }
+  });
+}
+
+void CpuBackend::weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, std::span<const Term> tail,
+                                const Matrix& bias, const MutableMatrix& y) const {
+  std::array<Term, 3> terms{Term{x, Op::n, weight, Op::t, scale}};
+  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
+  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, y});
+}
+
+void CpuBackend::weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, std::span<const Term> tail,
+                                const MutableMatrix& dx) const {
+  std::array<Term, 3> terms{Term{dy, Op::n, weight, Op::n, scale}};
+  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
+  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, {}, dx});
+}
+
+std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
+  constexpr std::int64_t kTaskRows = 8;
+  const std::int64_t k = rows.rows;
+  auto gram = std::make_unique<double[]>(k * k);
+  executor_.parallel_for(ceil_div(k, kTaskRows), [&](std::int64_t task) {
+    const std::int64_t first = task * kTaskRows;
+    kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, first, std::min(first + kTaskRows, k),
+                  gram.get(), k);
+  });
+  return gram;
+}
+
+// Block Gram-Schmidt against the earlier rows and Cholesky QR with the Gram matrix in f64, both twice: once brings the
+// rows within condition * eps of orthonormal, the second time within a few eps (Yamamoto et al., CholeskyQR2, 2015).
+// Rows too dependent for that, which f32 rounding would make worse than 1e-2 after the first round, go to Householder.
+void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const {
+  constexpr double kLeastPivot[] = {1e-5, 0.5};
+  const MutableMatrix earlier = rows_of(basis, 0, done);
+  const MutableMatrix rows = rows_of(basis, done, count);
+  const Buffer inverse(count, count);
+  const Buffer overlap(count, done);
+  const Buffer other(count, basis.cols);
+  MutableMatrix from = rows;
+  MutableMatrix to = other.view();
+  for (const double least_pivot : kLeastPivot) {
+    if (done > 0) {
+      const std::array projection{Term{from, Op::n, earlier, Op::t}};
+      const std::array removal{Term{overlap.view(), Op::n, earlier, Op::n, -1.0f}};
+      gemm(projection, {}, overlap.view());
+      gemm(removal, from, from);
+    }
+    const auto gram_matrix = gram(from);
+    if (!cholesky_inverse(gram_matrix.get(), count, least_pivot, static_cast<float*>(inverse.view().data))) {
+      if (from.data != rows.data) copy(from, rows);
+      return householder_rows(static_cast<float*>(basis.data), done, done + count, basis.cols, basis.ld);
+    }
+    const std::array normalization{Term{inverse.view(), Op::n, from, Op::n}};
+    gemm(normalization, {}, to);
+    std::swap(from, to);
+  }
+}
+
+void CpuBackend::gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) const {
+  eigh(gram(rows).get(), rows.rows, values, static_cast<float*>(vectors.data), vectors.ld);
+}
+
+static_assert(Backend<CpuBackend>);
+
+}  // namespace pissa::cpu

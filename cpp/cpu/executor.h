@@ -1,0 +1,37 @@
+// Where the CPU backend gets its threads from: torch's pool inside torch, std::thread in C++ tests and benchmarks.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace pissa::cpu {
+
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  virtual std::int64_t threads() const = 0;
+  /// Runs task(0) ... task(count - 1), in any order, on any threads, and returns when all are done. Tasks do not throw.
+  virtual void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const = 0;
+};
+
+/// `threads` threads started for each call: simple, and slow to start, for tests and benchmarks.
+class ThreadExecutor final : public Executor {
+ public:
+  explicit ThreadExecutor(std::int64_t threads) : threads_(threads) {}
+  std::int64_t threads() const override { return threads_; }
+  void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
+    const auto run = [&](std::int64_t thread) {
+      for (std::int64_t i = count * thread / threads_; i < count * (thread + 1) / threads_; ++i) task(i);
+    };
+    std::vector<std::jthread> others;
+    for (std::int64_t thread = 1; thread < threads_; ++thread) others.emplace_back(run, thread);
+    run(0);
+  }
+
+ private:
+  std::int64_t threads_;
+};
+
+}  // namespace pissa::cpu

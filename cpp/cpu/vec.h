@@ -1,0 +1,215 @@
+// One vector of f32 (and half a vector's worth of f64), for the instruction set this file is compiled for.
+//
+// kernels.cc is compiled once per instruction set; PISSA_ISA names the namespace, so that no two builds of a function
+// share a symbol. Everything here is inlined by force, for the same reason.
+//
+// kWidth: f32 lanes. kRows x (2 * kWidth): the register tile of the GEMM, chosen to fill the register file:
+// AVX-512 14 x 32 (28 of 32 registers accumulate), AVX2 6 x 16 (12 of 16), portable 4 x 8.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/types.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pissa::cpu::PISSA_ISA {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  using Reg = __m512;
+  using Reg64 = __m512d;
+  static constexpr int kWidth = 16;
+  static constexpr int kRows = 14;
+
+  static PISSA_INLINE Reg zero() { return _mm512_setzero_ps(); }
+  static PISSA_INLINE Reg broadcast(float value) { return _mm512_set1_ps(value); }
+  static PISSA_INLINE Reg load(const float* from) { return _mm512_loadu_ps(from); }
+  static PISSA_INLINE void store(float* to, Reg value) { _mm512_storeu_ps(to, value); }
+  static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static PISSA_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
+  // count + (value > threshold ? 1 : 0), per lane
+  static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
+    return _mm512_mask_add_ps(count, _mm512_cmp_ps_mask(value, threshold, _CMP_GT_OQ), count, _mm512_set1_ps(1.0f));
+  }
+  static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static PISSA_INLINE Reg64 zero64() { return _mm512_setzero_pd(); }
+  static PISSA_INLINE Reg64 load64(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+  static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm512_fmadd_pd(a, b, c); }
+  static PISSA_INLINE void store64(double* to, Reg64 value) { _mm512_storeu_pd(to, value); }
+
+  // 16 levels, looked up by the low four bits of each lane.
+  struct Table {
+    Reg levels;
+  };
+  static PISSA_INLINE Table table(const float* levels, float scale) { return {mul(load(levels), broadcast(scale))}; }
+  // kWidth bytes: 2 * kWidth elements, high nibbles first.
+  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const Reg even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table.levels);
+    const Reg odd = _mm512_permutexvar_ps(codes, table.levels);
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    store(to, _mm512_permutex2var_ps(even, first, odd));
+    store(to + 16, _mm512_permutex2var_ps(even, second, odd));
+  }
+};
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  using Reg = __m256;
+  using Reg64 = __m256d;
+  static constexpr int kWidth = 8;
+  static constexpr int kRows = 6;
+
+  static PISSA_INLINE Reg zero() { return _mm256_setzero_ps(); }
+  static PISSA_INLINE Reg broadcast(float value) { return _mm256_set1_ps(value); }
+  static PISSA_INLINE Reg load(const float* from) { return _mm256_loadu_ps(from); }
+  static PISSA_INLINE void store(float* to, Reg value) { _mm256_storeu_ps(to, value); }
+  static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static PISSA_INLINE Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
+    const Reg above = _mm256_cmp_ps(value, threshold, _CMP_GT_OQ);
+    return _mm256_add_ps(count, _mm256_and_ps(above, _mm256_set1_ps(1.0f)));
+  }
+  static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static PISSA_INLINE Reg64 zero64() { return _mm256_setzero_pd(); }
+  static PISSA_INLINE Reg64 load64(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+  static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm256_fmadd_pd(a, b, c); }
+  static PISSA_INLINE void store64(double* to, Reg64 value) { _mm256_storeu_pd(to, value); }
+
+  struct Table {
+    Reg low;   // levels 0 to 7
+    Reg high;  // levels 8 to 15
+  };
+  static PISSA_INLINE Table table(const float* levels, float scale) {
+    return {mul(load(levels), broadcast(scale)), mul(load(levels + 8), broadcast(scale))};
+  }
+  static PISSA_INLINE Reg look_up(const Table& table, __m256i codes) {  // by the low four bits of each lane
+    const Reg upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // bit 3 becomes the sign
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, codes), _mm256_permutevar8x32_ps(table.high, codes),
+                            upper_half);
+  }
+  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+    const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    const Reg even = look_up(table, _mm256_srli_epi32(codes, 4));
+    const Reg odd = look_up(table, codes);
+    const Reg low = _mm256_unpacklo_ps(even, odd);    // elements 0-3 | 8-11
+    const Reg high = _mm256_unpackhi_ps(even, odd);   // elements 4-7 | 12-15
+    store(to, _mm256_permute2f128_ps(low, high, 0x20));
+    store(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+};
+
+#else  // portable: plain C++, which compilers turn into SSE2 or NEON
+
+struct Vec {
+  struct Reg {
+    float lane[4];
+  };
+  struct Reg64 {
+    double lane[2];
+  };
+  static constexpr int kWidth = 4;
+  static constexpr int kRows = 4;
+
+  template <class F>
+  static PISSA_INLINE Reg each(F f) {
+    return {{f(0), f(1), f(2), f(3)}};
+  }
+  static PISSA_INLINE Reg zero() { return {}; }
+  static PISSA_INLINE Reg broadcast(float value) { return {{value, value, value, value}}; }
+  static PISSA_INLINE Reg load(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
+  static PISSA_INLINE void store(float* to, Reg value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
+  static PISSA_INLINE Reg mul(Reg a, Reg b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+  static PISSA_INLINE Reg min(Reg a, Reg b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static PISSA_INLINE Reg max(Reg a, Reg b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static PISSA_INLINE Reg abs(Reg a) { return each([&](int i) { return __builtin_fabsf(a.lane[i]); }); }
+  static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
+    return each([&](int i) { return count.lane[i] + (value.lane[i] > threshold.lane[i] ? 1.0f : 0.0f); });
+  }
+  static PISSA_INLINE Reg64 zero64() { return {}; }
+  static PISSA_INLINE Reg64 load64(const float* from) { return {{from[0], from[1]}}; }
+  static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) {
+    return {{a.lane[0] * b.lane[0] + c.lane[0], a.lane[1] * b.lane[1] + c.lane[1]}};
+  }
+  static PISSA_INLINE void store64(double* to, Reg64 value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
+
+  static PISSA_INLINE Reg load_f16(const std::uint16_t* from) { return each([&](int i) { return widen_f16(from[i]); }); }
+  static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
+    for (int i = 0; i < kWidth; ++i) to[i] = round_to_f16(value.lane[i]);
+  }
+
+  struct Table {
+    float levels[16];
+  };
+  static PISSA_INLINE Table table(const float* levels, float scale) {
+    Table scaled;
+    for (int i = 0; i < 16; ++i) scaled.levels[i] = levels[i] * scale;
+    return scaled;
+  }
+  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+    for (int i = 0; i < kWidth; ++i) {
+      to[2 * i] = table.levels[bytes[i] >> 4];
+      to[2 * i + 1] = table.levels[bytes[i] & 15];
+    }
+  }
+
+  // IEEE half precision by way of a float scaled by 2^112, which makes subnormals come out right.
+  static PISSA_INLINE float widen_f16(std::uint16_t bits) {
+    const std::uint32_t sign = (bits & 0x8000u) << 16;
+    std::uint32_t magnitude = (bits & 0x7fffu) << 13;
+    const bool special = magnitude >= 0x0f800000u;  // Inf or NaN
+    float value;
+    __builtin_memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    __builtin_memcpy(&magnitude, &value, 4);
+    magnitude |= (special ? 0x7f800000u : 0u) | sign;
+    __builtin_memcpy(&value, &magnitude, 4);
+    return value;
+  }
+  static PISSA_INLINE std::uint16_t round_to_f16(float value) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    const std::uint32_t sign = (bits >> 16) & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);   // NaN
+    if (bits >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds beyond 65504: Inf
+    if (bits < 0x38800000u) {  // below 2^-14: let the addition of 0.5 round to a multiple of 2^-24
+      float magnitude;
+      __builtin_memcpy(&magnitude, &bits, 4);
+      magnitude += 0.5f;
+      __builtin_memcpy(&bits, &magnitude, 4);
+      return static_cast<std::uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    bits += 0xc8000fffu + ((bits >> 13) & 1u);  // exponent bias 127 -> 15, half an ulp, ties to even
+    return static_cast<std::uint16_t>(sign | (bits >> 13));
+  }
+};
+
+#endif
+
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,66 @@
+// What a device must provide: the primitives over which the core's algorithms are written, once.
+//
+// A backend owns no data of the caller's; pointers handed to it belong to its device, and the algorithms never read
+// through them. Host values cross only through `max_abs` and `gram_eigh`, which therefore synchronise; nothing else
+// does. All thin matrices of the SVD are stored with one vector per row.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <span>
+
+#include "pissa/types.h"
+
+namespace pissa {
+
+/// Where a quantised matrix goes. codes: nf4_bytes(rows * cols); absmax: one f32 per block.
+struct Nf4Output {
+  std::int64_t blocksize = 64;
+  std::uint8_t* codes = nullptr;
+  float* absmax = nullptr;
+};
+
+// clang-format off
+template <class B>
+concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
+                           std::uint64_t seed, float scale, std::span<const float> scales, std::span<double> values) {
+  // A matrix [rows, cols] of f32, uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
+  { backend.alloc(count, count).view() } -> std::convertible_to<MutableMatrix>;
+
+  // out = a, converting between codecs; this is also how NF4 is dequantised.
+  { backend.copy(matrix, out) };
+
+  // out = a + b, elementwise, computed in f32. `out` may be `a`.
+  { backend.add(matrix, matrix, out) };
+
+  // out[i, j] = scale * (+1 or -1): the sketch of philox.h, element i * cols + j.
+  { backend.fill_signs(out, seed, scale) };
+
+  // out[i, :] = scales[i] * a[i, :], or, transposed, out[:, i] = scales[i] * a[i, :].
+  { backend.scale_rows(matrix, scales, out, Op::n) };
+
+  // Largest |element|; not finite if any element is not.
+  { backend.max_abs(matrix) } -> std::same_as<float>;
+
+  // out = addend + sum of the terms, f32 accumulation, one rounding; the addend may be absent, and may be `out`.
+  { backend.gemm(terms, matrix, out) };
+
+  // The same, quantised to NF4 without storing it. codes: nf4_bytes(rows * cols) bytes; absmax: one per block.
+  { backend.gemm_nf4(terms, matrix, Nf4Output{}) };
+
+  // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any codec. The tail is a
+  // sum of thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.
+  { backend.weight_gemm_nt(matrix, matrix, scale, terms, matrix, out) };
+  { backend.weight_gemm_nn(matrix, matrix, scale, terms, out) };
+
+  // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
+  // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set.
+  { backend.orthonormalize(out, count, count) };
+
+  // Eigenvalues, descending and not negative, and eigenvectors (one per row of `out`) of rows * rows^T, in f64 inside.
+  // Computes the leading `values.size()` of them; out is [values.size(), rows.rows].
+  { backend.gram_eigh(matrix, values, out) };
+};
+// clang-format on
+
+}  // namespace pissa

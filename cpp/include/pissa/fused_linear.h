@@ -1,0 +1,111 @@
+// A linear layer with a low-rank adapter, forward and backward, over a weight in any codec.
+//
+//   A = A0 + dA, B = B0 + dB                   r rows / columns; A0, B0 frozen, dA, dB trained
+//   stored residual    y = x W^T + s (x A^T) B^T + bias                         W is the residual
+//   implicit residual  y = x W^T + s ((x A^T) dB^T + (x dA^T) B0^T) + bias      W is the whole weight
+//   backward           ddB = s dy^T (x A^T)    ddA = s (dy B)^T x    dx = dy W + the same tail transposed
+//
+// Both forms have the gradients of PiSSA (arXiv 2404.02948, section 3); without A0 and B0 the stored form is LoRA.
+// x, y, dy, dx: [tokens, ...] in f32, bf16 or f16. Factors and their gradients: f32.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+
+#include "pissa/backend.h"
+#include "pissa/error.h"
+#include "pissa/types.h"
+
+namespace pissa {
+
+enum class Residual : std::int32_t { stored, implicit };
+
+/// The adapter of one layer. a0 and b0 are both given or both absent; all factors are f32.
+struct Adapter {
+  Matrix delta_a;  // [r, in]
+  Matrix delta_b;  // [out, r]
+  Matrix a0;       // [r, in]
+  Matrix b0;       // [out, r]
+  float scaling = 1.0f;
+  Residual residual = Residual::stored;
+
+  explicit operator bool() const { return static_cast<bool>(delta_a); }
+  std::int64_t rank() const { return delta_a.rows; }
+  bool implicit() const { return a0 && residual == Residual::implicit; }
+};
+
+namespace detail {
+
+/// start + delta, or delta where there is no start. `sum` owns the memory of the first case.
+template <Backend B, class Buffer>
+Matrix total(B& backend, const Matrix& start, const Matrix& delta, Buffer& sum) {
+  if (!start) return delta;
+  backend.add(start, delta, sum.view());
+  return sum.view();
+}
+
+template <Backend B>
+void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, float scale, const MutableMatrix& out) {
+  const std::array terms{Term{a, op_a, b, op_b, scale}};
+  backend.gemm(terms, {}, out);
+}
+
+}  // namespace detail
+
+/// y [tokens, out] = the layer at x [tokens, in]. With an adapter, xa [tokens, r] f32 receives x A^T for the backward.
+/// bias: [1, out], or absent.
+template <Backend B>
+void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
+                    const MutableMatrix& y, const MutableMatrix& xa) {
+  if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, {}, bias, y);
+  const std::int64_t r = adapter.rank();
+  const float s = adapter.scaling;
+  auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
+  const Matrix a = detail::total(backend, adapter.a0, adapter.delta_a, a_sum);
+  detail::product(backend, x, Op::n, a, Op::t, 1.0f, xa);
+
+  if (adapter.implicit()) {
+    auto x_delta_a = backend.alloc(x.rows, r);
+    detail::product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, x_delta_a.view());
+    const std::array tail{Term{xa, Op::n, adapter.delta_b, Op::t, s}, Term{x_delta_a.view(), Op::n, adapter.b0, Op::t, s}};
+    return backend.weight_gemm_nt(x, weight, 1.0f, tail, bias, y);
+  }
+  auto b_sum = backend.alloc(adapter.b0 ? weight.rows : 0, r);
+  const Matrix b = detail::total(backend, adapter.b0, adapter.delta_b, b_sum);
+  const std::array tail{Term{xa, Op::n, b, Op::t, s}};
+  backend.weight_gemm_nt(x, weight, 1.0f, tail, bias, y);
+}
+
+/// Gradients of the layer at x, given dy [tokens, out] and the forward's xa. dx [tokens, in] is skipped when absent.
+template <Backend B>
+void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
+                     const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b) {
+  if (!adapter) {
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, {}, dx);
+    return;
+  }
+  const std::int64_t r = adapter.rank();
+  const float s = adapter.scaling;
+  const bool implicit = adapter.implicit();
+  detail::product(backend, dy, Op::t, xa, Op::n, s, grad_b);
+
+  auto dy_b_buffer = backend.alloc(dy.rows, r);     // dy B, or dy dB
+  auto dy_b0_buffer = backend.alloc(implicit ? dy.rows : 0, r);
+  auto b_sum = backend.alloc(adapter.b0 && !implicit ? weight.rows : 0, r);
+  const Matrix b = implicit ? adapter.delta_b : detail::total(backend, adapter.b0, adapter.delta_b, b_sum);
+  detail::product(backend, dy, Op::n, b, Op::n, 1.0f, dy_b_buffer.view());
+  if (implicit) detail::product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, dy_b0_buffer.view());
+
+  if (dx) {
+    auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
+    const Matrix a = detail::total(backend, adapter.a0, adapter.delta_a, a_sum);
+    const std::array tail{Term{dy_b_buffer.view(), Op::n, a, Op::n, s},
+                          Term{dy_b0_buffer.view(), Op::n, adapter.delta_a, Op::n, s}};
+    backend.weight_gemm_nn(dy, weight, 1.0f, std::span(tail).first(implicit ? 2 : 1), dx);
+  }
+  if (implicit) backend.add(dy_b_buffer.view(), dy_b0_buffer.view(), dy_b_buffer.view());
+  detail::product(backend, dy_b_buffer.view(), Op::t, x, Op::n, s, grad_a);
+}
+
+}  // namespace pissa

@@ -1,0 +1,95 @@
+// Matrices as the core sees them: a pointer, a shape, and how the numbers are stored.
+//
+// Everything is row-major. `ld` is the leading dimension in elements: the distance between the starts of two rows.
+// Nothing in this header dereferences a pointer: it may point to the memory of a device.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__)
+// Functions used by the per-ISA kernels must be inlined: a shared out-of-line copy could be the AVX-512 one, and
+// would then run, as an illegal instruction, on a machine without it.
+#define PISSA_INLINE inline __attribute__((always_inline))
+#else
+#define PISSA_INLINE inline
+#endif
+
+namespace pissa {
+
+/// How the elements of a matrix are stored. `nf4` is read-only: two codes a byte and a scale a block (see nf4.h).
+enum class Codec : std::int32_t { f32, bf16, f16, nf4 };
+
+/// Bytes per element; 0 for nf4, whose elements share bytes.
+PISSA_INLINE constexpr std::int64_t element_size(Codec codec) {
+  switch (codec) {
+    case Codec::f32: return 4;
+    case Codec::bf16:
+    case Codec::f16: return 2;
+    case Codec::nf4: return 0;
+  }
+  return 0;
+}
+
+/// Scales of an NF4 matrix, one per block of `blocksize` elements of the flattened matrix.
+/// Plain: `absmax` [blocks]. Nested (double quantisation): absmax of block i is
+/// `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] + *offset`.
+struct Nf4Scales {
+  std::int64_t blocksize = 0;
+  const float* absmax = nullptr;
+  const std::uint8_t* absmax8 = nullptr;
+  const float* nested_absmax = nullptr;
+  const float* offset = nullptr;
+};
+
+/// A read-only matrix [rows, cols].
+struct Matrix {
+  const void* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t ld = 0;  // ignored for nf4, whose blocks run over the flattened matrix
+  Codec codec = Codec::f32;
+  Nf4Scales scales = {};  // nf4 only
+
+  /// False for an optional argument that was not given.
+  PISSA_INLINE explicit operator bool() const { return data != nullptr; }
+};
+
+/// A writable matrix [rows, cols] in f32, bf16 or f16.
+struct MutableMatrix {
+  void* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t ld = 0;
+  Codec codec = Codec::f32;
+
+  PISSA_INLINE explicit operator bool() const { return data != nullptr; }
+  PISSA_INLINE operator Matrix() const { return {data, rows, cols, ld, codec}; }
+};
+
+/// Rows [first, first + count) of a dense matrix.
+inline MutableMatrix rows_of(MutableMatrix matrix, std::int64_t first, std::int64_t count) {
+  matrix.data = static_cast<char*>(matrix.data) + first * matrix.ld * element_size(matrix.codec);
+  matrix.rows = count;
+  return matrix;
+}
+inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
+  matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * element_size(matrix.codec);
+  matrix.rows = count;
+  return matrix;
+}
+
+/// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
+enum class Op : std::uint8_t { n, t };
+
+/// One product of a GEMM: scale * op(a) * op(b).
+struct Term {
+  Matrix a;
+  Op op_a = Op::n;
+  Matrix b;
+  Op op_b = Op::n;
+  float scale = 1.0f;
+
+  PISSA_INLINE std::int64_t inner() const { return op_a == Op::n ? a.cols : a.rows; }
+};
+
+}  // namespace pissa
