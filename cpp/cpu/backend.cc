@@ -175,8 +175,8 @@ void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, con
       shifted[i] = terms[i];
       shifted[i].a = rows_of(terms[i].a, first_row, rows);
     }
-    gemm_blocks(kernels_, {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {},
-                           values.view()});
+    gemm_blocks(kernels_,
+                {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {}, values.view()});
     const float* from = static_cast<const float*>(values.view().data) + (first - first_row * cols);
     kernels_.nf4_quantize(from, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
   });
@@ -216,8 +216,8 @@ std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
   auto gram = std::make_unique<double[]>(k * k);
   executor_.parallel_for(ceil_div(k, kTaskRows), [&](std::int64_t task) {
     const std::int64_t first = task * kTaskRows;
-    kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, first, std::min(first + kTaskRows, k),
-                  gram.get(), k);
+    kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, first, std::min(first + kTaskRows, k), gram.get(),
+                  k);
   });
   return gram;
 }

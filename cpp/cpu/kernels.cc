@@ -83,19 +83,34 @@ void decode_nf4(const Matrix& matrix, std::int64_t first, std::int64_t count, fl
 void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out) {
   const std::int64_t offset = row * matrix.ld + col;
   switch (matrix.codec) {
-    case Codec::f32: __builtin_memcpy(out, static_cast<const float*>(matrix.data) + offset, count * sizeof(float)); break;
-    case Codec::bf16: decode_bf16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out); break;
-    case Codec::f16: decode_f16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out); break;
-    case Codec::nf4: decode_nf4(matrix, row * matrix.cols + col, count, out); break;
+    case Codec::f32:
+      __builtin_memcpy(out, static_cast<const float*>(matrix.data) + offset, count * sizeof(float));
+      break;
+    case Codec::bf16:
+      decode_bf16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out);
+      break;
+    case Codec::f16:
+      decode_f16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out);
+      break;
+    case Codec::nf4:
+      decode_nf4(matrix, row * matrix.cols + col, count, out);
+      break;
   }
 }
 
 void encode(const float* values, std::int64_t count, Codec codec, void* to) {
   switch (codec) {
-    case Codec::f32: __builtin_memcpy(to, values, count * sizeof(float)); break;
-    case Codec::bf16: encode_bf16(values, count, static_cast<std::uint16_t*>(to)); break;
-    case Codec::f16: encode_f16(values, count, static_cast<std::uint16_t*>(to)); break;
-    case Codec::nf4: break;  // written by nf4_quantize only
+    case Codec::f32:
+      __builtin_memcpy(to, values, count * sizeof(float));
+      break;
+    case Codec::bf16:
+      encode_bf16(values, count, static_cast<std::uint16_t*>(to));
+      break;
+    case Codec::f16:
+      encode_f16(values, count, static_cast<std::uint16_t*>(to));
+      break;
+    case Codec::nf4:
+      break;  // written by nf4_quantize only
   }
 }
 

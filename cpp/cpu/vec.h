@@ -107,7 +107,7 @@ struct Vec {
   static PISSA_INLINE Table table(const float* levels, float scale) {
     return {mul(load(levels), broadcast(scale)), mul(load(levels + 8), broadcast(scale))};
   }
-  static PISSA_INLINE Reg look_up(const Table& table, __m256i codes) {  // by the low four bits of each lane
+  static PISSA_INLINE Reg look_up(const Table& table, __m256i codes) {         // by the low four bits of each lane
     const Reg upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // bit 3 becomes the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, codes), _mm256_permutevar8x32_ps(table.high, codes),
                             upper_half);
@@ -116,8 +116,8 @@ struct Vec {
     const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
     const Reg even = look_up(table, _mm256_srli_epi32(codes, 4));
     const Reg odd = look_up(table, codes);
-    const Reg low = _mm256_unpacklo_ps(even, odd);    // elements 0-3 | 8-11
-    const Reg high = _mm256_unpackhi_ps(even, odd);   // elements 4-7 | 12-15
+    const Reg low = _mm256_unpacklo_ps(even, odd);   // elements 0-3 | 8-11
+    const Reg high = _mm256_unpackhi_ps(even, odd);  // elements 4-7 | 12-15
     store(to, _mm256_permute2f128_ps(low, high, 0x20));
     store(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
   }
@@ -143,11 +143,21 @@ struct Vec {
   static PISSA_INLINE Reg broadcast(float value) { return {{value, value, value, value}}; }
   static PISSA_INLINE Reg load(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
   static PISSA_INLINE void store(float* to, Reg value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
-  static PISSA_INLINE Reg mul(Reg a, Reg b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
-  static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
-  static PISSA_INLINE Reg min(Reg a, Reg b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-  static PISSA_INLINE Reg max(Reg a, Reg b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-  static PISSA_INLINE Reg abs(Reg a) { return each([&](int i) { return __builtin_fabsf(a.lane[i]); }); }
+  static PISSA_INLINE Reg mul(Reg a, Reg b) {
+    return each([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) {
+    return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static PISSA_INLINE Reg min(Reg a, Reg b) {
+    return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static PISSA_INLINE Reg max(Reg a, Reg b) {
+    return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static PISSA_INLINE Reg abs(Reg a) {
+    return each([&](int i) { return __builtin_fabsf(a.lane[i]); });
+  }
   static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
     return each([&](int i) { return count.lane[i] + (value.lane[i] > threshold.lane[i] ? 1.0f : 0.0f); });
   }
@@ -158,7 +168,9 @@ struct Vec {
   }
   static PISSA_INLINE void store64(double* to, Reg64 value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
 
-  static PISSA_INLINE Reg load_f16(const std::uint16_t* from) { return each([&](int i) { return widen_f16(from[i]); }); }
+  static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
+    return each([&](int i) { return widen_f16(from[i]); });
+  }
   static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
     for (int i = 0; i < kWidth; ++i) to[i] = round_to_f16(value.lane[i]);
   }

@@ -68,9 +68,10 @@ inline pybind11::tuple nf4_quantize(const Array& weight, std::int64_t blocksize)
 inline Array nf4_dequantize(const Bytes& codes, const Array& absmax, std::int64_t rows, std::int64_t cols,
                             std::int64_t blocksize) {
   PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
-  PISSA_CHECK(rows >= 0 && cols >= 0 && codes.size() == nf4_bytes(rows * cols) && absmax.size() == ceil_div(rows * cols, blocksize),
-              "codes, absmax: got ", codes.size(), " and ", absmax.size(), " elements; needed: ", nf4_bytes(rows * cols), " and ",
-              ceil_div(rows * cols, blocksize), " for [", rows, ", ", cols, "]");
+  PISSA_CHECK(
+      rows >= 0 && cols >= 0 && codes.size() == nf4_bytes(rows * cols) && absmax.size() == ceil_div(rows * cols, blocksize),
+      "codes, absmax: got ", codes.size(), " and ", absmax.size(), " elements; needed: ", nf4_bytes(rows * cols), " and ",
+      ceil_div(rows * cols, blocksize), " for [", rows, ", ", cols, "]");
   Array out({rows, cols});
   Matrix w{codes.data(), rows, cols, cols, Codec::nf4};
   w.scales.blocksize = blocksize;

@@ -1,6 +1,7 @@
 // Bodies of the torch ops: check, allocate, call the core. Templates over the backend, so that each device's
 // registration file is a list. Arguments were validated in python/pissa/ops.py with better messages; what is checked
-// here again is what would otherwise read or write out of bounds. Exceptions arrive in Python as RuntimeError.
+// here again is what would otherwise read or write out of bounds. Exceptions keep their text; which Python type they
+// become depends on the torch version.
 //
 // Tensors may be non-contiguous (they are made contiguous) and x may have any number of leading dimensions.
 #pragma once
@@ -28,10 +29,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline Codec codec_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return Codec::f32;
-    case ScalarType::BFloat16: return Codec::bf16;
-    case ScalarType::Half: return Codec::f16;
-    default: PISSA_CHECK(false, "dtype: allowed are float32, bfloat16 and float16");
+    case ScalarType::Float:
+      return Codec::f32;
+    case ScalarType::BFloat16:
+      return Codec::bf16;
+    case ScalarType::Half:
+      return Codec::f16;
+    default:
+      PISSA_CHECK(false, "dtype: allowed are float32, bfloat16 and float16");
   }
   return Codec::f32;
 }
@@ -83,8 +88,8 @@ struct Nf4Tensors {
   Matrix view(std::int64_t rows, std::int64_t cols, std::int64_t blocksize) const {
     PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
     const std::int64_t blocks = ceil_div(rows * cols, blocksize);
-    PISSA_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == nf4_bytes(rows * cols), "codes: got ", codes.numel(),
-                " elements; needed: ", nf4_bytes(rows * cols), " bytes of uint8 for [", rows, ", ", cols, "]");
+    PISSA_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == nf4_bytes(rows * cols), "codes: got ",
+                codes.numel(), " elements; needed: ", nf4_bytes(rows * cols), " bytes of uint8 for [", rows, ", ", cols, "]");
     PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
     Matrix result{codes.const_data_ptr(), rows, cols, cols, Codec::nf4};
     result.scales.blocksize = blocksize;
@@ -96,8 +101,8 @@ struct Nf4Tensors {
     PISSA_CHECK(absmax.scalar_type() == ScalarType::Byte && nested_absmax->scalar_type() == ScalarType::Float &&
                     nested_absmax->numel() == ceil_div(blocks, kNestedBlocksize) && offset &&
                     offset->scalar_type() == ScalarType::Float && offset->numel() == 1,
-                "nested scales: needed absmax uint8 [", blocks, "], nested_absmax float32 [", ceil_div(blocks, kNestedBlocksize),
-                "], offset float32 []");
+                "nested scales: needed absmax uint8 [", blocks, "], nested_absmax float32 [",
+                ceil_div(blocks, kNestedBlocksize), "], offset float32 []");
     result.scales.absmax8 = absmax.const_data_ptr<std::uint8_t>();
     result.scales.nested_absmax = nested_absmax->const_data_ptr<float>();
     result.scales.offset = offset->const_data_ptr<float>();

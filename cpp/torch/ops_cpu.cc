@@ -79,18 +79,19 @@ std::tuple<Tensor, Tensor> nf4_linear_cpu(const Tensor& x, const Tensor& codes, 
                                           const OptionalTensor& nested_absmax, const OptionalTensor& offset,
                                           std::int64_t out_features, std::int64_t blocksize, const OptionalTensor& bias,
                                           const OptionalTensor& delta_a, const OptionalTensor& delta_b,
-                                          const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
-                                          bool implicit) {
+                                          const OptionalTensor& a0, const OptionalTensor& b0, double scaling, bool implicit) {
   const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
   return linear_forward(backend(), x, weight.view(out_features, x.size(x.dim() - 1), blocksize), bias,
                         {delta_a, delta_b, a0, b0, scaling, implicit});
 }
 
-std::tuple<Tensor, Tensor, Tensor> nf4_linear_backward_cpu(
-    const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-    const OptionalTensor& offset, std::int64_t out_features, std::int64_t blocksize, const OptionalTensor& delta_a,
-    const OptionalTensor& delta_b, const OptionalTensor& a0, const OptionalTensor& b0, const Tensor& xa, double scaling,
-    bool implicit, bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor> nf4_linear_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& codes,
+                                                           const Tensor& absmax, const OptionalTensor& nested_absmax,
+                                                           const OptionalTensor& offset, std::int64_t out_features,
+                                                           std::int64_t blocksize, const OptionalTensor& delta_a,
+                                                           const OptionalTensor& delta_b, const OptionalTensor& a0,
+                                                           const OptionalTensor& b0, const Tensor& xa, double scaling,
+                                                           bool implicit, bool need_dx) {
   const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
   return linear_backward(backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1), blocksize),
                          {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);

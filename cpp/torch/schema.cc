@@ -8,8 +8,7 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "split_nf4(Tensor weight, int r, float scaling, str svd, int passes, int seed, int quant_iters, int blocksize) -> "
       "(Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
-  m.def(
-      "residual_nf4(Tensor weight, Tensor a0, Tensor b0, float scaling, int blocksize) -> (Tensor codes, Tensor absmax)");
+  m.def("residual_nf4(Tensor weight, Tensor a0, Tensor b0, float scaling, int blocksize) -> (Tensor codes, Tensor absmax)");
   m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor codes, Tensor absmax)");
   m.def("quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor codes8, Tensor nested_absmax)");
   m.def(

@@ -387,9 +387,9 @@ def linear(
         _check_factors("delta_a", delta_a, "delta_b", delta_b, out_features, in_features)
         delta_a, delta_b = delta_a.float(), delta_b.float()
     if a0 is not None and b0 is not None and delta_a is not None:
-        _check_factors("a0", a0, "b0", b0, out_features, in_features)
         if a0.shape != delta_a.shape:
-            raise ValueError(f"a0: got rank {a0.shape[0]}; needed: delta_a's, {delta_a.shape[0]}")
+            raise ValueError(f"a0: got shape {list(a0.shape)}; needed: that of delta_a, {list(delta_a.shape)}")
+        _check_factors("a0", a0, "b0", b0, out_features, in_features)
         _check_frozen("a0", a0)
         _check_frozen("b0", b0)
         a0, b0 = a0.float(), b0.float()

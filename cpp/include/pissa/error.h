@@ -17,9 +17,9 @@ std::string message(const Parts&... parts) {
 
 /// Throws std::invalid_argument (ValueError through pybind11) with the streamed parts when `condition` is false.
 /// The parts are evaluated only then.
-#define PISSA_CHECK(condition, ...) \
-  do {                              \
-    if (!(condition)) [[unlikely]]  \
+#define PISSA_CHECK(condition, ...)                               \
+  do {                                                            \
+    if (!(condition)) [[unlikely]]                                \
       throw std::invalid_argument(::pissa::message(__VA_ARGS__)); \
   } while (false)
 

@@ -90,7 +90,7 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
   const bool implicit = adapter.implicit();
   detail::product(backend, dy, Op::t, xa, Op::n, s, grad_b);
 
-  auto dy_b_buffer = backend.alloc(dy.rows, r);     // dy B, or dy dB
+  auto dy_b_buffer = backend.alloc(dy.rows, r);  // dy B, or dy dB
   auto dy_b0_buffer = backend.alloc(implicit ? dy.rows : 0, r);
   auto b_sum = backend.alloc(adapter.b0 && !implicit ? weight.rows : 0, r);
   const Matrix b = implicit ? adapter.delta_b : detail::total(backend, adapter.b0, adapter.delta_b, b_sum);

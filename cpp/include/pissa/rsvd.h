@@ -35,9 +35,9 @@ constexpr std::int64_t oversampling(std::int64_t r) { return std::max<std::int64
 /// Factors of a truncated SVD, one singular vector per row, in the backend's memory.
 template <class Buffer>
 struct SvdFactors {
-  Buffer u;                // [r, m]
-  std::vector<float> s;    // r values, descending, not negative; on the host
-  Buffer v;                // [r, n]
+  Buffer u;              // [r, m]
+  std::vector<float> s;  // r values, descending, not negative; on the host
+  Buffer v;              // [r, n]
 };
 
 inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options) {

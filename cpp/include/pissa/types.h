@@ -22,10 +22,13 @@ enum class Codec : std::int32_t { f32, bf16, f16, nf4 };
 /// Bytes per element; 0 for nf4, whose elements share bytes.
 PISSA_INLINE constexpr std::int64_t element_size(Codec codec) {
   switch (codec) {
-    case Codec::f32: return 4;
+    case Codec::f32:
+      return 4;
     case Codec::bf16:
-    case Codec::f16: return 2;
-    case Codec::nf4: return 0;
+    case Codec::f16:
+      return 2;
+    case Codec::nf4:
+      return 0;
   }
   return 0;
 }

@@ -1,0 +1,63 @@
+"""Plain float64 formulas that the tests compare with, and the error bounds that come with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    delta_a: Tensor | None = None,
+    delta_b: Tensor | None = None,
+    a0: Tensor | None = None,
+    b0: Tensor | None = None,
+    scaling: float = 1.0,
+    residual: str = "stored",
+) -> Tensor:
+    """`pissa.ops.linear`, term by term, on float64 tensors."""
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    if delta_a is None or delta_b is None:
+        return y
+    if a0 is None or b0 is None:
+        return y + scaling * (x @ delta_a.T) @ delta_b.T
+    if residual == "implicit":
+        return y + scaling * ((x @ (a0 + delta_a).T) @ delta_b.T + (x @ delta_a.T) @ b0.T)
+    return y + scaling * (x @ (a0 + delta_a).T) @ (b0 + delta_b).T
+
+
+def magnitude(formula, *tensors, **kwargs):  # type: ignore[no-untyped-def]
+    """The formula on absolute values: what rounding errors of its sums are relative to."""
+    absolute = [t.abs() if isinstance(t, Tensor) else t for t in tensors]
+    return formula(*absolute, **{k: v.abs() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+
+
+def assert_close(got: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
+    """|got - expected| <= bound + half an ulp of got's dtype, elementwise; prints the worst element."""
+    error = (got.double() - expected).abs()
+    limit = bound + EPS[got.dtype] * expected.abs() + 1e-30
+    excess = (error / limit).max().item() if error.numel() else 0.0
+    assert got.isfinite().all(), f"{what}: not finite"
+    assert excess <= 1.0, f"{what}: error is {excess:.2f} times its bound (largest error {error.max().item():.3e})"
+
+
+def power_law(rows: int, cols: int, exponent: float, seed: int = 0) -> Tensor:
+    """A float64 matrix with singular values 1, 2^-exponent, 3^-exponent, ... and random singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(rows, cols)
+    u, _ = torch.linalg.qr(torch.randn(rows, k, generator=generator, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(cols, k, generator=generator, dtype=torch.float64))
+    return (u * torch.arange(1, k + 1, dtype=torch.float64) ** -exponent) @ v.T
+
+
+def energy_loss(weight: Tensor, v: Tensor) -> float:
+    """1 - ‖W V‖² / (sum of the leading r squared singular values), V [in, r] made exactly orthonormal first."""
+    w = weight.double()
+    q, _ = torch.linalg.qr(v.double())
+    return 1.0 - ((w @ q).square().sum() / torch.linalg.svdvals(w)[: v.shape[1]].square().sum()).item()

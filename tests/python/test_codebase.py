@@ -1,0 +1,164 @@
+"""The rules of the code base, each held by a test: layers, sizes, symbols of the built module, types, style, versions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pissa
+from pissa import _C
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(
+    path
+    for folder, pattern in [("cpp", "*.h"), ("cpp", "*.cc"), ("tests/cpp", "*.h"), ("tests/cpp", "*.cc"), ("bench", "*.cc")]
+    for path in (ROOT / folder).rglob(pattern)
+)
+PYTHON = sorted((ROOT / "python").rglob("*.py"))
+TEXT = SOURCES + PYTHON + sorted((ROOT / "tests/python").rglob("*.py")) + sorted((ROOT / "bench").rglob("*.py"))
+STANDARD_HEADER = re.compile(r"[a-z_]+")
+
+# Who may include what; see the table in CONTRIBUTING.md. The first pattern that matches a file's path counts.
+LAYERS: list[tuple[str, list[str]]] = [
+    ("cpp/include/pissa/", ["pissa/*"]),
+    ("cpp/cpu/factorize.cc", ["pissa/*", "own", "Eigen/*"]),
+    ("cpp/cpu/vec.h", ["pissa/*", "own", "immintrin.h"]),
+    ("cpp/cpu/", ["pissa/*", "own"]),
+    ("cpp/torch/", ["pissa/*", "own", "cpp/cpu", "torch/csrc/stable/*", "torch/headeronly/*"]),
+    ("cpp/python/", ["pissa/*", "own", "cpp/cpu", "pybind11/*"]),
+    ("tests/cpp/", ["pissa/*", "own", "cpp/cpu", "gtest/*", "sys/mman.h", "unistd.h"]),
+    ("bench/", ["pissa/*", "own", "cpp/cpu", "benchmark/*"]),
+]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_comments(source: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+
+
+def is_allowed(header: str, path: Path, allowed: list[str]) -> bool:
+    if STANDARD_HEADER.fullmatch(header):
+        return True
+    for rule in allowed:
+        if rule == "own" and (path.parent / header).exists():
+            return True
+        if rule == "cpp/cpu" and (ROOT / "cpp/cpu" / header).exists():
+            return True
+        if rule == header or (rule.endswith("/*") and header.startswith(rule[:-1])):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_cpp_layers(path: Path) -> None:
+    source = path.read_text()
+    allowed = next(rules for prefix, rules in LAYERS if relative(path).startswith(prefix))
+    headers = re.findall(r'#include\s*[<"]([^">]+)[">]', source)
+    assert headers or path.suffix == ".h"
+    bad = [header for header in headers if not is_allowed(header, path, allowed)]
+    assert not bad, f"{relative(path)} includes {bad}; allowed: the C++ standard library and {allowed}"
+    code = without_comments(source)
+    if not relative(path).startswith("cpp/torch/"):
+        assert "torch::" not in code
+    assert not re.search(r"#pragma omp|\bomp_", code), "threads come from the executor, never from OpenMP"
+    if relative(path) != "cpp/cpu/vec.h":
+        assert not re.search(r"\b_mm\d*_", code), "intrinsics live in vec.h"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=relative)
+def test_python_layers(path: Path) -> None:
+    source = path.read_text()
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            imported.add(node.module.split(".")[0])
+    if path.name in ("ops.py", "_autograd.py", "_load.py", "__init__.py") and path.parent.name == "pissa":
+        assert imported <= {"torch", "math", "typing", "__future__", "importlib"}, "the ops need only torch"
+    if path.name not in ("ops.py", "_autograd.py", "_load.py"):
+        assert not re.search(r"torch\.ops\.pissa|\b_C\b", source), "only ops.py talks to the compiled core"
+
+
+@pytest.mark.parametrize("path", TEXT, ids=relative)
+def test_files_hold_one_idea(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 520
+
+
+def test_no_path_of_somebody_s_machine_is_committed() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    pattern = re.compile(r"(?<![\w.])/(?:home|root|work|tmp/\w)[/\w]")
+    for name in filter(None, tracked):
+        path = ROOT / name
+        if path.suffix not in (".png", ".bin") and path.is_file() and path != Path(__file__):
+            assert not pattern.search(path.read_text()), name
+
+
+# ---- The built module ------------------------------------------------------------------------------------------------
+
+
+def undefined_symbols() -> list[str]:
+    run = subprocess.run(["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in run.stdout.splitlines()]
+
+
+def test_only_the_stable_abi_of_torch_is_used() -> None:
+    """C++ names of at, c10 and torch change between releases; the stable ABI is C functions."""
+    symbols = undefined_symbols()
+    assert any(name.startswith("torch_") for name in symbols)
+    bad = [name for name in symbols if re.match(r"_ZN?K?(2at|3c10|5torch|6caffe2)", name)]
+    assert not bad
+
+
+def test_needed_libraries() -> None:
+    dynamic = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    loader = {name for name in needed if name.startswith("ld-linux")}
+    assert needed - loader == {"libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+    assert "RUNPATH" not in dynamic
+    assert "RPATH" not in dynamic
+
+
+def test_stub_lists_what_the_module_has() -> None:
+    stub = ast.parse((Path(pissa.__file__).parent / "_C.pyi").read_text())
+    declared = {node.name: ast.get_docstring(node) for node in stub.body if isinstance(node, ast.FunctionDef)}
+    actual = {name: getattr(_C, name).__doc__ for name in dir(_C) if not name.startswith("_")}
+    assert declared.keys() == actual.keys()
+    for name, doc in declared.items():
+        assert doc in actual[name]
+
+
+def test_versions_agree() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.+)"', pyproject, flags=re.MULTILINE).group(1)
+    assert f"project(pissa VERSION {version} " in (ROOT / "CMakeLists.txt").read_text()
+    assert version == pissa.__version__
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_imports_quietly_and_without_peft() -> None:
+    code = "import sys, pissa; print('peft' in sys.modules, 'transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False False\n"
+    assert run.stderr == ""
+
+
+# ---- Types and style -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["mypy", "--config-file", "pyproject.toml"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_types_and_style(command: list[str]) -> None:
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,360 @@
+"""PissaLinear and the stored bases: the function, its gradients, merging, against float64 and the plain formula."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pissa
+from pissa import PissaLinear, ops
+from pissa.stored import Nf4Linear, StoredLinear
+
+IN, OUT, R = 48, 40, 4
+FORMS = {
+    "implicit": {},
+    "explicit": {"residual": "explicit"},
+    "nf4": {"quant": "nf4"},
+    "nf4-single": {"quant": "nf4", "double_quant": False, "blocksize": 32},
+}
+forms = pytest.mark.parametrize("form", FORMS)
+EPS = torch.finfo(torch.float32).eps
+
+
+class Toy(nn.Module):
+    """One linear layer with a name."""
+
+    def __init__(self, seed: int = 0, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.proj = nn.Linear(IN, OUT, bias=bias)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(IN))
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def inputs(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def wrapped(form: str = "implicit", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
+    return pissa.wrap(Toy(seed, dtype=dtype), r=R, **FORMS[form], **fields)
+
+
+def train_a_little(layer: PissaLinear, adapter: str = "default", size: float = 0.02, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for part in (layer.lora_A, layer.lora_B):
+        weight = part[adapter].weight
+        weight.data.copy_(size * torch.randn(weight.shape, generator=generator))
+
+
+def dense_base(layer: PissaLinear) -> Tensor:
+    """The weight of the base function in float64, from the parts that are stored."""
+    base = layer.unmerged_base
+    if not isinstance(base, StoredLinear):
+        return base.weight.detach().double()
+    kept = ops.nf4_dequantize(base.residual) if isinstance(base, Nf4Linear) else base.weight.detach()
+    return kept.double() + base.scaling * base.start.b0.double() @ base.start.a0.double()
+
+
+def plain_change(layer: PissaLinear, adapter: str, da: Tensor, db: Tensor) -> Tensor:
+    """s (B A - B0 A0) as the paper writes it, in the dtype of da and db."""
+    start = layer.start_of(adapter)
+    a0, b0 = start.a0.to(da.dtype), start.b0.to(da.dtype)
+    return layer.scaling[adapter] * ((b0 + db) @ (a0 + da) - b0 @ a0)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@forms
+def test_start_is_the_base_and_zero_in_the_parameters(form: str) -> None:
+    original, model, x = Toy(), wrapped(form), inputs(5)
+    layer = model.base_model.model.proj
+    assert isinstance(layer, PissaLinear)
+    assert not layer.lora_A["default"].weight.any()
+    assert not layer.lora_B["default"].weight.any()
+    with torch.no_grad():
+        enabled = model(x)
+        with model.disable_adapter():
+            disabled = model(x)
+        assert torch.equal(enabled, disabled)
+        if form == "implicit":
+            assert torch.equal(disabled, original(x))
+        expected = x.double() @ dense_base(layer).T + original.proj.bias.double()
+        assert error(enabled, expected) < IN * EPS
+
+
+@forms
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_function_and_gradients_are_the_papers(form: str, rslora: bool, bias: bool) -> None:
+    model = pissa.wrap(Toy(bias=bias), r=R, lora_alpha=3, use_rslora=rslora, **FORMS[form])
+    layer, x = model.base_model.model.proj, inputs(2, 5).requires_grad_()
+    train_a_little(layer)
+    dy = torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(9))
+    y = model(x)
+    y.backward(dy)
+
+    x64 = x.detach().double().requires_grad_()
+    da = layer.lora_A["default"].weight.detach().double().requires_grad_()
+    db = layer.lora_B["default"].weight.detach().double().requires_grad_()
+    y64 = x64 @ (dense_base(layer) + plain_change(layer, "default", da, db)).T
+    if bias:
+        y64 = y64 + layer.bias.detach().double()
+    y64.backward(dy.double())
+
+    # Each is a sum of products of float32 numbers; IN terms bound the growth of the rounding error.
+    assert error(y, y64) < IN * EPS
+    assert error(x.grad, x64.grad) < IN * EPS
+    assert error(layer.lora_A["default"].weight.grad, da.grad) < IN * EPS
+    assert error(layer.lora_B["default"].weight.grad, db.grad) < IN * EPS
+    assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
+
+
+@forms
+def test_one_step_of_adamw_is_the_papers_step(form: str) -> None:
+    """Training dA, dB and training A, B themselves give the same A, B."""
+    model = wrapped(form)
+    layer, x = model.base_model.model.proj, inputs(6)
+    start, target = layer.start_of("default"), torch.ones(6, OUT)
+    a, b = start.a0.clone().requires_grad_(), start.b0.clone().requires_grad_()
+    rest = (dense_base(layer) - start.b0.double() @ start.a0.double()).float()
+    ours = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0)
+    papers = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0)
+    for _ in range(3):
+        ours.zero_grad()
+        (model(x) - target).square().sum().backward()
+        ours.step()
+        papers.zero_grad()
+        (x @ (rest + b @ a).T + layer.bias - target).square().sum().backward()
+        papers.step()
+    assert error(start.a0 + layer.lora_A["default"].weight, a) < 1e-4
+    assert error(layer.lora_A["default"].weight, a - start.a0) < 1e-3
+
+
+@forms
+@pytest.mark.parametrize("second", [{"r": R}, {"r": 2}, {"r": R, "lora_alpha": 9}])
+def test_active_adapters_add_up(form: str, second: dict[str, int]) -> None:
+    model, x = wrapped(form), inputs(5)
+    model.add_adapter("second", pissa.PissaConfig(target_modules=["proj"], **second))
+    layer = model.base_model.model.proj
+    train_a_little(layer, "default", seed=3)
+    train_a_little(layer, "second", seed=4)
+    weights = {
+        name: plain_change(layer, name, layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double())
+        for name in ("default", "second")
+    }
+    with torch.no_grad():
+        for active in (["default"], ["second"], ["default", "second"]):
+            model.base_model.set_adapter(active)
+            weight = dense_base(layer) + sum(weights[name] for name in active)
+            assert error(model(x), x.double() @ weight.T + layer.bias.double()) < IN * EPS, active
+
+
+@forms
+def test_same_rank_and_scaling_share_start_factors(form: str) -> None:
+    model = wrapped(form)
+    layer = model.base_model.model.proj
+    model.add_adapter("same", pissa.PissaConfig(r=R, target_modules=["proj"]))
+    model.add_adapter("rank", pissa.PissaConfig(r=2, target_modules=["proj"]))
+    model.add_adapter("scaling", pissa.PissaConfig(r=R, lora_alpha=2 * R, target_modules=["proj"]))
+    assert layer.start_of("same").a0 is layer.start_of("default").a0
+    assert layer.start_of("same").b0 is layer.start_of("default").b0
+    for other in ("rank", "scaling"):
+        assert layer.start_of(other) is not layer.start_of("default")
+    # the base function stays, so that another rank decomposes what the base computes
+    split = ops.split(dense_base(layer).float(), 2)
+    assert error(layer.start_of("rank").b0 @ layer.start_of("rank").a0, split.b0 @ split.a0) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["explicit", "nf4"])
+def test_the_base_survives_its_adapter(form: str) -> None:
+    model, x = wrapped(form), inputs(5)
+    with torch.no_grad():
+        before = model(x)
+        model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
+        model.set_adapter("second")
+        model.delete_adapter("default")
+        assert error(model(x), before) < IN * EPS
+        with model.disable_adapter():
+            assert torch.equal(model(x), before)
+    layer = model.base_model.model.proj
+    model.add_adapter("third", pissa.PissaConfig(r=R, target_modules=["proj"]))
+    assert layer.start_of("third") is layer.base_layer.start
+
+
+@forms
+def test_merge_rounds_once_and_unmerge_is_exact(form: str) -> None:
+    model, x = wrapped(form, dtype=torch.bfloat16), inputs(5, dtype=torch.bfloat16)
+    layer = model.base_model.model.proj
+    train_a_little(layer, size=0.1)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(x)
+    before = layer.base_layer
+    state = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+
+    model.merge_adapter()
+    da, db = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    expected = dense_base(layer) + plain_change(layer, "default", da, db)
+    assert type(layer.base_layer) is nn.Linear
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    exact = layer.base_layer.weight == expected.to(torch.bfloat16)
+    assert exact.float().mean() > 0.99  # all but ties that float32 decides the other way
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(x), base)
+    model.unmerge_adapter()
+    assert layer.base_layer is before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in before.state_dict().items())
+
+
+def test_merging_one_adapter_after_another_is_merging_both() -> None:
+    model = wrapped()
+    layer = model.base_model.model.proj
+    model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
+    train_a_little(layer, "default", seed=3)
+    train_a_little(layer, "second", seed=4)
+    model.merge_adapter(["default", "second"])
+    both = layer.base_layer.weight.clone()
+    model.unmerge_adapter()
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged default"):
+        model.merge_adapter(["second"])
+    assert torch.equal(layer.base_layer.weight, both)
+    assert layer.merged_adapters == ["default", "second"]
+
+
+def test_safe_merge_changes_nothing_when_it_fails() -> None:
+    model = wrapped()
+    layer = model.base_model.model.proj
+    before = layer.base_layer
+    layer.lora_A["default"].weight.data[0, 0] = math.nan
+    layer.lora_B["default"].weight.data.fill_(1.0)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+        model.merge_adapter(safe_merge=True)
+    assert layer.base_layer is before
+    assert not layer.merged
+
+
+@forms
+def test_delta_weight(form: str) -> None:
+    model = wrapped(form)
+    layer = model.base_model.model.proj
+    train_a_little(layer, size=1e-3)
+    da, db = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    assert error(layer.get_delta_weight("default"), plain_change(layer, "default", da, db)) < R * EPS * 8
+
+
+@forms
+def test_dropout_touches_only_the_change(form: str) -> None:
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.5: the paper trains PiSSA without dropout"):
+        model = wrapped(form, lora_dropout=0.5)
+    layer, x = model.base_model.model.proj, inputs(64)
+    model.train()
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(x)
+        assert torch.equal(model(x), base)  # step 0
+        train_a_little(layer, size=0.1)
+        torch.manual_seed(0)
+        dropped = model(x) - base
+        torch.manual_seed(0)
+        mask = nn.functional.dropout(torch.ones_like(x), 0.5)
+        assert error(dropped, (x * mask) @ layer.get_delta_weight("default").T) < 1e-5
+        assert error(model.eval()(x) - base, x @ layer.get_delta_weight("default").T) < 1e-5
+
+
+@forms
+def test_autocast_checkpointing_strides_and_empty_batches(form: str) -> None:
+    model, x = wrapped(form), inputs(6, 5)
+    layer = model.base_model.model.proj
+    train_a_little(layer, size=0.1)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x)
+        with model.disable_adapter():
+            assert model(x).dtype == torch.bfloat16
+    assert rounded.dtype == torch.bfloat16
+    assert error(rounded, expected) < 2 * torch.finfo(torch.bfloat16).eps
+    assert error(model(inputs(5, 6).transpose(0, 1)), model(inputs(5, 6)).transpose(0, 1)) < EPS * IN
+    assert model(x[:0]).shape == (0, 5, OUT)
+
+    expected.sum().backward()
+    gradient = layer.lora_A["default"].weight.grad.clone()
+    model.zero_grad()
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert torch.equal(layer.lora_A["default"].weight.grad, gradient)
+
+
+@forms
+def test_adapter_names_give_each_row_its_adapter(form: str) -> None:
+    model, x = wrapped(form).eval(), inputs(4)
+    layer = model.base_model.model.proj
+    model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
+    train_a_little(layer, "default", seed=3)
+    train_a_little(layer, "second", seed=4)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=["second", "__base__", "default", "second"])
+        with model.disable_adapter():
+            assert error(mixed[1], model(x)[1]) < EPS * IN
+        assert error(mixed[2], model(x)[2]) < EPS * IN
+        model.set_adapter("second")
+        assert error(mixed[[0, 3]], model(x)[[0, 3]]) < EPS * IN
+        with pytest.raises(ValueError, match="Length of `adapter_names`"):
+            model(x, adapter_names=["default"])
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            model(x, adapter_names=["default"] * 4)
+
+
+@forms
+def test_rounding_the_model_keeps_the_base_function(form: str) -> None:
+    """model.half() must not touch start factors and scales."""
+    model = wrapped(form)
+    layer = model.base_model.model.proj
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    model.half()
+    after = dict(layer.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert layer.bias.dtype == torch.float16
+
+
+@forms
+def test_copies_share_what_the_original_shares(form: str) -> None:
+    model, x = wrapped(form), inputs(5)
+    model.add_adapter("same", pissa.PissaConfig(r=R, target_modules=["proj"]))
+    train_a_little(model.base_model.model.proj)
+    twin = copy.deepcopy(model)
+    layer = twin.base_model.model.proj
+    assert layer.start_of("same") is layer.start_of("default")
+    assert layer.start_of("same") is not model.base_model.model.proj.start_of("same")
+    assert torch.equal(twin(x), model(x))
+
+
+def test_nf4_holds_four_bits() -> None:
+    linear = wrapped("nf4").base_model.model.proj.base_layer
+    assert isinstance(linear, pissa.Nf4Linear)
+    assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT // 2)
+    assert not linear.weight.requires_grad
+    assert "blocksize=64" in repr(linear)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_base_keeps_trained_parameters_in_float32(adapter_dtype: torch.dtype) -> None:
+    model = wrapped(dtype=torch.bfloat16, autocast_adapter_dtype=adapter_dtype == torch.float32)
+    layer, x = model.base_model.model.proj, inputs(3, dtype=torch.bfloat16)
+    assert layer.lora_A["default"].weight.dtype == adapter_dtype
+    assert layer.start_of("default").a0.dtype == torch.float32
+    y = model(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.lora_B["default"].weight.grad.dtype == adapter_dtype

@@ -1,0 +1,305 @@
+"""ops.linear: values, gradients, dtypes, layouts, torch.compile, autocast, checkpointing, opcheck."""
+
+from __future__ import annotations
+
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import EPS, assert_close, magnitude
+from torch import Tensor
+
+from pissa import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = ["none", "lora", "stored", "implicit"]
+WEIGHTS = ["dense", "nf4", "nf4-nested"]
+
+
+class Case:
+    """One linear layer with all its tensors, and the same in float64."""
+
+    def __init__(self, form: str, weight: str, dtype: torch.dtype, tokens: int, n_in: int, n_out: int, r: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.form = form
+        self.x = randn(tokens, n_in).to(dtype).requires_grad_()
+        dense = (randn(n_out, n_in) / n_in**0.5).to(dtype)
+        self.weight = dense if weight == "dense" else ops.nf4_quantize(dense, double_quant=weight == "nf4-nested")
+        self.dense = dense if weight == "dense" else ops.nf4_dequantize(self.weight)
+        self.bias = randn(n_out).requires_grad_()
+        self.dy = randn(tokens, n_out).to(dtype)
+        self.options: dict[str, object] = {}
+        if form != "none":
+            self.options |= {"delta_a": randn(r, n_in).requires_grad_(), "delta_b": randn(n_out, r).requires_grad_()}
+            self.options |= {"scaling": 0.5}
+        if form in ("stored", "implicit"):
+            self.options |= {"a0": randn(r, n_in), "b0": randn(n_out, r), "residual": form}
+
+    def run(self) -> Tensor:
+        return ops.linear(self.x, self.weight, self.bias, **self.options)
+
+    def trainable(self) -> dict[str, Tensor]:
+        tensors = {"x": self.x, "bias": self.bias}
+        return tensors | {name: self.options[name] for name in ("delta_a", "delta_b") if name in self.options}
+
+    def double(self) -> tuple[list[Tensor], dict[str, object]]:
+        def up(t: object) -> object:
+            return t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+
+        return [up(t) for t in (self.x, self.dense, self.bias)], {k: up(v) for k, v in self.options.items()}
+
+    def check(self) -> None:
+        y = self.run()
+        grads = torch.autograd.grad(y, list(self.trainable().values()), self.dy)
+        args, options = self.double()
+        expected = reference.linear(*args, **options)
+        names = list(self.trainable())
+        leaves = [args[0], args[2], *(options[name] for name in names[2:])]
+        expected_grads = torch.autograd.grad(expected, leaves, self.dy.double())
+        # Every value is a sum of products of at most four factors. A sum of k terms in float32, in any order, has an
+        # error of at most k u sum|terms|; k is the longest inner dimension, plus the few products and additions around.
+        absolute = [t.detach().abs().requires_grad_() for t in args]
+        absolute_options = {k: v.detach().abs().requires_grad_() if isinstance(v, Tensor) else v for k, v in options.items()}
+        bound = reference.linear(*absolute, **absolute_options)
+        absolute_leaves = [absolute[0], absolute[2], *(absolute_options[name] for name in names[2:])]
+        bound_grads = torch.autograd.grad(bound, absolute_leaves, self.dy.double().abs())
+        k = max(*self.dense.shape, self.x.shape[0]) + 16
+        assert y.dtype == self.x.dtype
+        assert_close(y.detach(), expected.detach(), k * EPS[torch.float32] * bound.detach(), "y")
+        for name, got, want, limit in zip(names, grads, expected_grads, bound_grads, strict=True):
+            # The bias gradient is torch's own sum in dy's dtype.
+            unit = EPS[self.x.dtype] if name == "bias" else EPS[torch.float32]
+            assert_close(got, want, k * unit * limit, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_values_and_gradients(form: str, weight: str, dtype: torch.dtype) -> None:
+    Case(form, weight, dtype, tokens=37, n_in=96, n_out=130, r=5).check()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    weight=st.sampled_from(WEIGHTS),
+    dtype=st.sampled_from(DTYPES),
+    tokens=st.integers(1, 70),
+    n_in=st.integers(1, 300),
+    n_out=st.integers(1, 300),
+    data=st.data(),
+)
+def test_any_shape(form: str, weight: str, dtype: torch.dtype, tokens: int, n_in: int, n_out: int, data: st.DataObject) -> None:
+    r = data.draw(st.integers(1, min(n_in, n_out)))
+    Case(form, weight, dtype, tokens, n_in, n_out, r, seed=tokens).check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weight", ["dense", "nf4-nested"])
+def test_no_tokens(form: str, weight: str) -> None:
+    case = Case(form, weight, torch.float32, tokens=0, n_in=64, n_out=32, r=4)
+    y = case.run()
+    assert y.shape == (0, 32)
+    grads = torch.autograd.grad(y.sum(), list(case.trainable().values()))
+    assert all((g == 0).all() for g in grads)
+    assert [g.shape for g in grads] == [t.shape for t in case.trainable().values()]
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+def test_layouts_and_leading_dimensions_do_not_matter(weight: str) -> None:
+    case = Case("implicit", weight, torch.float32, tokens=24, n_in=64, n_out=48, r=4)
+    expected = case.run()
+    args = {k: v.detach() if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    strided = {k: v.mT.contiguous().mT if isinstance(v, Tensor) else v for k, v in args.items()}
+    x = torch.stack([case.x.detach(), torch.full_like(case.x, torch.nan)], dim=-1)[..., 0].view(2, 3, 4, 64)
+    assert not x.is_contiguous()
+    weight_arg = case.weight.mT.contiguous().mT if isinstance(case.weight, Tensor) else case.weight
+    y = ops.linear(x, weight_arg, case.bias.detach(), **strided)
+    assert y.shape == (2, 3, 4, 48)
+    assert torch.equal(y.view(24, 48), expected)
+    vector = ops.linear(case.x.detach()[3], case.weight, case.bias.detach(), **args)
+    assert torch.equal(vector, expected[3])
+
+
+def test_at_step_zero_the_change_is_exactly_zero() -> None:
+    case = Case("implicit", "dense", torch.bfloat16, tokens=16, n_in=64, n_out=64, r=4)
+    zero = {"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(64, 4)}
+    assert torch.equal(ops.linear(case.x, case.weight, **(case.options | zero)), ops.linear(case.x, case.weight))
+
+
+def test_only_wanted_gradients_are_returned() -> None:
+    case = Case("lora", "dense", torch.float32, tokens=8, n_in=32, n_out=16, r=2)
+    x = case.x.detach()
+    y = ops.linear(x, case.weight, delta_a=case.options["delta_a"], delta_b=case.options["delta_b"].detach())
+    y.sum().backward()
+    assert case.options["delta_a"].grad is not None
+    assert case.options["delta_b"].grad is None
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form: str, weight: str) -> None:
+    case = Case(form, weight, torch.float32, tokens=6, n_in=64, n_out=32, r=3)
+    factors = [case.options.get(name) for name in ("delta_a", "delta_b", "a0", "b0")]
+    scaling, implicit = 0.5, form == "implicit"
+    head = [case.weight] if weight == "dense" else [*case.weight[:4], 32, 64]
+    op = torch.ops.pissa.linear if weight == "dense" else torch.ops.pissa.nf4_linear
+    backward = torch.ops.pissa.linear_backward if weight == "dense" else torch.ops.pissa.nf4_linear_backward
+    forward_args = (case.x, *head, case.bias, *factors, scaling, implicit)
+    torch.library.opcheck(op.default, forward_args)
+    _, xa = op(*forward_args)
+    frozen = [None if f is None else f.detach() for f in factors]
+    for need_dx in (True, False):
+        args = (case.dy, case.x.detach(), *head, *frozen, xa.detach(), scaling, implicit, need_dx)
+        torch.library.opcheck(backward.default, args)
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4-nested"])
+def test_compiles_without_a_graph_break(weight: str) -> None:
+    case = Case("implicit", weight, torch.float32, tokens=8, n_in=64, n_out=32, r=3)
+    factors = {k: v for k, v in case.options.items() if isinstance(v, Tensor)}
+
+    def layer(x: Tensor, bias: Tensor, factors: dict[str, Tensor]) -> Tensor:
+        return ops.linear(x, case.weight, bias, **factors, scaling=0.5, residual="implicit").relu()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (8, 5):
+        x = case.x.detach()[:tokens].requires_grad_()
+        leaves = [x, *case.trainable().values()][:1] + list(case.trainable().values())[1:]
+        expected, got = layer(x, case.bias, factors), compiled(x, case.bias, factors)
+        assert torch.equal(got, expected)
+        for g, e in zip(
+            torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+        ):
+            assert torch.equal(g, e)
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    case = Case("implicit", "dense", torch.float32, tokens=8, n_in=64, n_out=32, r=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = case.run()
+    assert y.dtype == torch.bfloat16
+    low = ops.linear(case.x.bfloat16(), case.weight, case.bias, **case.options)
+    assert torch.equal(y, low)
+    y.float().sum().backward()
+    assert case.x.grad is not None
+    assert case.x.grad.dtype == torch.float32
+    assert case.options["delta_a"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    case = Case("stored", "nf4", torch.float32, tokens=8, n_in=64, n_out=32, r=3)
+    leaves = list(case.trainable().values())
+    plain = torch.autograd.grad(case.run().square().sum(), leaves)
+
+    def layer(x: Tensor) -> Tensor:
+        return ops.linear(x, case.weight, case.bias, **case.options)
+
+    y = torch.utils.checkpoint.checkpoint(layer, case.x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    for leaf, gradient in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
+def test_low_precision_factors_are_computed_with_in_float32() -> None:
+    case = Case("stored", "dense", torch.bfloat16, tokens=8, n_in=64, n_out=32, r=3)
+    low = {k: v.detach().bfloat16() if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    low |= {k: low[k].requires_grad_() for k in ("delta_a", "delta_b")}
+    high = {k: v.detach().float() if isinstance(v, Tensor) else v for k, v in low.items()}
+    y = ops.linear(case.x, case.weight, **low)
+    assert torch.equal(y, ops.linear(case.x, case.weight, **high))
+    y.sum().backward()
+    assert low["delta_a"].grad.dtype == torch.bfloat16
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    case = Case("implicit", "nf4-nested", torch.float32, tokens=200, n_in=300, n_out=520, r=7)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = case.run()
+            results.append([y.detach(), *torch.autograd.grad(y, list(case.trainable().values())[2:], case.dy)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _arguments() -> dict[str, object]:
+    case = Case("implicit", "dense", torch.float32, tokens=4, n_in=64, n_out=32, r=3)
+    return {"x": case.x.detach(), "weight": case.weight, "bias": case.bias.detach(), **case.options}
+
+
+BAD = [
+    ("x", [1.0], TypeError),
+    ("x", torch.ones(4, 64, dtype=torch.int64), TypeError),
+    ("x", torch.ones(4, 64, dtype=torch.float64), TypeError),
+    ("x", torch.ones(4, 63), ValueError),
+    ("x", torch.ones(()), ValueError),
+    ("x", torch.ones(4, 64).to_sparse(), TypeError),
+    ("weight", torch.ones(32, 64, dtype=torch.uint8), TypeError),
+    ("weight", torch.ones(64), ValueError),
+    ("weight", torch.ones(32, 64, requires_grad=True), ValueError),
+    ("weight", torch.ones(32, 64, device="meta"), ValueError),
+    ("bias", torch.ones(31), ValueError),
+    ("bias", torch.ones(32, 1), ValueError),
+    ("delta_a", torch.ones(0, 64), ValueError),
+    ("delta_a", torch.ones(3, 63), ValueError),
+    ("delta_b", torch.ones(32, 4), ValueError),
+    ("delta_b", torch.ones(32, 3, dtype=torch.complex64), TypeError),
+    ("a0", torch.ones(4, 64), ValueError),
+    ("a0", torch.ones(3, 64, requires_grad=True), ValueError),
+    ("b0", torch.ones(31, 3), ValueError),
+    ("scaling", 0.0, ValueError),
+    ("scaling", float("nan"), ValueError),
+    ("residual", "explicit", ValueError),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error"), BAD)
+def test_bad_arguments_are_refused_by_name(name: str, value: object, error: type[Exception]) -> None:
+    arguments = _arguments() | {name: value}
+    x, weight, bias = (arguments.pop(key) for key in ("x", "weight", "bias"))
+    with pytest.raises(error, match=rf"^{name}\b"):
+        ops.linear(x, weight, bias, **arguments)
+
+
+@pytest.mark.parametrize("missing", ["delta_a", "delta_b", "a0", "b0"])
+def test_half_a_pair_of_factors_is_refused(missing: str) -> None:
+    arguments = _arguments() | {missing: None}
+    x, weight, bias = (arguments.pop(key) for key in ("x", "weight", "bias"))
+    with pytest.raises(ValueError, match="factors: give"):
+        ops.linear(x, weight, bias, **arguments)
+
+
+def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
+    x, w = torch.ones(4, 64), torch.ones(32, 64)
+    a, b = torch.ones(3, 64), torch.ones(32, 3)
+    call = torch.ops.pissa.linear
+    for bad in (
+        lambda: call(torch.ones(4, 60), w, None, None, None, None, None, 1.0, False),
+        lambda: call(x, w, torch.ones(31), None, None, None, None, 1.0, False),
+        lambda: call(x, w, None, a, b[:31], None, None, 1.0, False),
+        lambda: call(x, w, None, a.double(), b, None, None, 1.0, False),
+        lambda: call(x, w, None, a, None, None, None, 1.0, False),
+        lambda: torch.ops.pissa.nf4_linear(x, torch.zeros(3, dtype=torch.uint8), torch.ones(1), None, None, 32, 64, None,
+                                           None, None, None, None, 1.0, False),
+        lambda: torch.ops.pissa.linear_backward(torch.ones(3, 32), x, w, None, None, None, None, torch.ones(0, 0), 1.0, False, True),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="needed|must be|in pairs|allowed"):  # the type depends on torch
+            bad()
+
+
+def test_magnitude_bounds_the_formula() -> None:
+    x, w = torch.randn(3, 5).double(), torch.randn(4, 5).double()
+    assert (magnitude(reference.linear, x, w) >= reference.linear(x, w).abs()).all()

@@ -1,0 +1,263 @@
+"""ops.svd_lowrank, ops.split, ops.residual: quality, determinism, every kind of matrix, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import EPS, energy_loss, power_law
+from torch import Tensor
+
+from pissa import ops
+
+METHODS = ["krylov", "subspace", "exact"]
+U32 = EPS[torch.float32]
+
+
+def _duplicates() -> Tensor:
+    u, _ = torch.linalg.qr(torch.randn(80, 80, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(120, 120, dtype=torch.float64))
+    return (u * torch.tensor([3.0] * 10 + [1.0] * 70, dtype=torch.float64)) @ v[:, :80].T
+
+
+def _matrices() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    low = torch.randn(90, 3).double() @ torch.randn(3, 60).double()
+    outlier = torch.randn(70, 90).double() * 1e-3
+    outlier[3, 5] = 100.0
+    return {
+        "flat": torch.randn(96, 160).double(),
+        "power law": power_law(120, 80, 1.0),
+        "steep": power_law(100, 100, 4.0),
+        "rank 3": low,
+        "zero": torch.zeros(40, 70).double(),
+        "identity": torch.eye(50).double(),
+        "duplicate singular values": _duplicates(),
+        "one row": torch.randn(1, 30).double(),
+        "one column": torch.randn(30, 1).double(),
+        "one element": torch.full((1, 1), -2.0).double(),
+        "outlier": outlier,
+        "constant": torch.full((64, 32), 0.5).double(),
+        "huge": power_law(60, 50, 1.0) * 1e38,
+        "tiny": power_law(60, 50, 1.0) * 1e-36,
+    }
+
+
+def _orthogonality(q: Tensor) -> float:
+    return (q.double().T @ q.double() - torch.eye(q.shape[1])).norm().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("svd", METHODS)
+@pytest.mark.parametrize("kind", list(_matrices()))
+def test_factors_are_orthonormal_and_best(kind: str, svd: str, dtype: torch.dtype) -> None:
+    weight = _matrices()[kind].to(dtype)
+    if not weight.isfinite().all() or (dtype == torch.float16 and kind == "tiny"):
+        weight = (_matrices()[kind] / _matrices()[kind].abs().max()).to(dtype)  # beyond float16's range
+    r = min(12, *weight.shape)
+    u, s, v = ops.svd_lowrank(weight, r, svd=svd, passes=12)
+    assert (u.shape, s.shape, v.shape) == ((weight.shape[0], r), (r,), (weight.shape[1], r))
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in (u, s, v))
+    assert (s >= 0).all()
+    assert (s.diff() <= 0).all()
+    # CholeskyQR2 and Householder leave a few u per entry; 32 u sqrt(r) is 4 times the largest value seen.
+    assert _orthogonality(u) <= 32 * U32 * r**0.5
+    assert _orthogonality(v) <= 32 * U32 * r**0.5
+    exact = torch.linalg.svdvals(weight.double())
+    if exact[0] == 0:
+        assert (s == 0).all()
+        return
+    # Ritz values never exceed the singular values; float32 products perturb them by a few u sigma_1 sqrt(k).
+    noise = 16 * U32 * max(weight.shape) ** 0.5 * exact[0]
+    assert (s.double() <= exact[:r] + noise).all()
+    # Twelve passes find everything but the flat spectrum by subspace iteration, which has no gap to work with.
+    loss = 2e-2 if svd == "subspace" and kind == "flat" else 1e-4
+    assert energy_loss(weight, v) <= loss
+    # U diag(S) V^T projects the weight: no worse than the best rank-r approximation by more than the energy lost.
+    rest = (weight.double() - (u.double() * s.double()) @ v.double().T).norm()
+    best = exact[r:].norm()
+    lost = loss * exact[:r].square().sum()
+    assert rest <= (best.square() + lost).sqrt() + noise * r**0.5
+
+
+@pytest.mark.parametrize("exponent", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("r", [8, 32])
+@pytest.mark.parametrize(("passes", "niter"), [(8, 8), (12, 16)])
+def test_quality_is_not_below_torch_svd_lowrank(passes: int, niter: int, r: int, exponent: float) -> None:
+    weight = power_law(384, 512, exponent).float()
+    ours = energy_loss(weight, ops.svd_lowrank(weight, r, passes=passes)[2])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        peer = energy_loss(weight, torch.svd_lowrank(weight, q=r, niter=niter)[2])
+        assert ours <= peer + 4 * U32  # both are exact to rounding on the steepest spectra
+
+
+def test_seed_decides_and_threads_do_not() -> None:
+    weight = power_law(200, 300, 0.3).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ops.svd_lowrank(weight, 16, seed=5)
+        torch.set_num_threads(3)
+        three = ops.svd_lowrank(weight, 16, seed=5)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    torch.manual_seed(123)
+    assert torch.equal(one[0], ops.svd_lowrank(weight, 16, seed=5)[0])
+    assert not torch.equal(one[0], ops.svd_lowrank(weight, 16, seed=6)[0])
+
+
+@pytest.mark.parametrize("isa", ops.build_info()["isas_available"])
+def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
+    """PISSA_ISA is read once, when the library is first used: each one needs its own process."""
+    code = (
+        "import torch; from pissa import ops; torch.manual_seed(0);"
+        "w = torch.randn(70, 50); s = ops.split(w, 6, residual='nf4');"
+        "print(ops.build_info()['isa'], s.residual.codes.sum().item());"
+        "u, sv, v = ops.svd_lowrank(w, 6, passes=12);"
+        "torch.testing.assert_close(sv.double(), torch.linalg.svdvals(w.double())[:6], rtol=1e-4, atol=0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env={"PISSA_ISA": isa}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == isa
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    code = "import torch, pissa"
+    run = subprocess.run([sys.executable, "-c", code], env={"PISSA_ISA": "sse9"}, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "PISSA_ISA: got 'sse9'; this build on this machine has: baseline" in run.stderr
+
+
+# ---- Split -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("svd", METHODS)
+@pytest.mark.parametrize("scaling", [0.5, 1.0, 4.0])
+def test_split_is_the_scaled_svd(scaling: float, svd: str) -> None:
+    weight = power_law(96, 130, 0.7).float()
+    u, s, v = ops.svd_lowrank(weight, 8, svd=svd)
+    a0, b0, residual = ops.split(weight, 8, scaling=scaling, svd=svd)
+    assert residual is None
+    assert a0.is_contiguous()
+    assert b0.is_contiguous()
+    root = (s.double() / scaling).sqrt()
+    torch.testing.assert_close(a0.double(), root[:, None] * v.double().T, rtol=4 * U32, atol=0)
+    torch.testing.assert_close(b0.double(), u.double() * root, rtol=4 * U32, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    cols=st.integers(1, 90),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**63 - 1),
+    data=st.data(),
+)
+def test_residual_plus_factors_is_the_weight(rows: int, cols: int, dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
+    r = data.draw(st.integers(1, min(rows, cols)))
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed % 1000)).to(dtype)
+    a0, b0, residual = ops.split(weight, r, scaling=2.0, seed=seed, residual="explicit")
+    assert residual.dtype == dtype
+    product = 2.0 * b0.double() @ a0.double()
+    exact = weight.double() - product
+    bound = (r + 4) * U32 * (weight.double().abs() + 2.0 * b0.double().abs() @ a0.double().abs()) + EPS[dtype] * exact.abs()
+    tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # half a subnormal step
+    assert ((residual.double() - exact).abs() <= bound + tiny).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (65, 33), (1, 100), (100, 1), (40, 300)])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_residual_in_one_pass_is_the_quantised_residual(shape: tuple[int, int], blocksize: int, double_quant: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    r = min(5, *shape)
+    options = {"blocksize": blocksize, "double_quant": double_quant}
+    split = ops.split(weight, r, residual="nf4", **options)
+    explicit = ops.residual(weight, split.a0, split.b0)
+    again = ops.nf4_quantize(explicit, **options)
+    given_factors = ops.residual(weight, split.a0, split.b0, residual="nf4", **options)
+    for fused in (split.residual, given_factors):
+        assert fused.shape == shape
+        for got, want in zip(fused, again, strict=True):
+            assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
+
+
+def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down() -> None:
+    """Eq. 8 of the paper: with a spectrum that decays, quantising the residual costs less than quantising the weight."""
+    weight = power_law(256, 256, 0.7).float()
+    split = ops.split(weight, 32, residual="nf4")
+    qpissa = weight - ops.nf4_dequantize(split.residual) - split.b0 @ split.a0
+    qlora = weight - ops.nf4_dequantize(ops.nf4_quantize(weight))
+    assert torch.linalg.svdvals(qpissa).sum() < 0.9 * torch.linalg.svdvals(qlora).sum()
+
+
+# ---- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [ops.svd_lowrank, ops.split])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"weight": torch.ones(8, 6, dtype=torch.int32)}, TypeError),
+        ({"weight": torch.ones(8, 6, dtype=torch.float64)}, TypeError),
+        ({"weight": [[1.0]]}, TypeError),
+        ({"weight": torch.ones(8)}, ValueError),
+        ({"weight": torch.ones(0, 6)}, ValueError),
+        ({"weight": torch.ones(8, 6, device="meta")}, ValueError),
+        ({"weight": torch.ones(8, 6).index_fill(0, torch.tensor(3), float("nan"))}, ValueError),
+        ({"weight": torch.ones(8, 6).bfloat16().index_fill(1, torch.tensor(3), float("-inf"))}, ValueError),
+        ({"r": 0}, ValueError),
+        ({"r": -1}, ValueError),
+        ({"r": 7}, ValueError),
+        ({"r": 2.0}, TypeError),
+        ({"r": True}, TypeError),
+        ({"passes": 7}, ValueError),
+        ({"passes": 0}, ValueError),
+        ({"seed": -1}, ValueError),
+        ({"seed": 2**63}, ValueError),
+        ({"svd": "qr"}, ValueError),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, object], error: type[Exception]) -> None:
+    arguments = {"weight": torch.ones(8, 6), "r": 2} | change
+    weight = arguments["weight"]
+    before = weight.clone() if isinstance(weight, Tensor) else weight
+    with pytest.raises(error, match=rf"^{next(iter(change))}\b"):
+        function(**arguments)
+    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+        assert torch.equal(weight.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scaling": 0}, {"scaling": float("inf")}, {"residual": "int8"}, {"blocksize": 48}, {"quant_iters": 2}],
+)
+def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(change))}\b"):
+        ops.split(torch.ones(8, 6), 2, **change)
+
+
+def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match=r"r: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of shape \[8, 6\]"):
+        ops.split(torch.ones(8, 6), 7)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("svd_lowrank", (torch.randn(20, 30), 4, "krylov", 4, 0)),
+        ("split", (torch.randn(20, 30), 4, 0.5, "krylov", 4, 0)),
+        ("split_nf4", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, 64)),
+        ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
+        ("residual_nf4", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, 64)),
+    ],
+)
+def test_opcheck(op: str, args: tuple[object, ...]) -> None:
+    torch.library.opcheck(getattr(torch.ops.pissa, op).default, args)
