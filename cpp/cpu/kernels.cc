@@ -119,15 +119,16 @@ void encode(const float* values, std::int64_t count, Codec codec, void* to) {
 // Packs op(matrix) into strips of `width`: strip[k][lane], zero beyond `count` lanes. `lead` indexes what becomes the
 // lanes (rows of A, columns of B), k the inner dimension; by_rows says that the lead index runs over the matrix's rows.
 template <int width>
-void pack(const Matrix& matrix, bool by_rows, std::int64_t lead, std::int64_t count, std::int64_t k0, std::int64_t depth,
-          float scale, float* panel, float* scratch) {
+void pack(const Matrix& matrix, bool by_rows, std::int64_t lead, std::int64_t count, std::int64_t k0,
+          std::int64_t depth, float scale, float* panel, float* scratch) {
   if (by_rows) {  // rows run along k: decode a strip's rows, then transpose
     for (std::int64_t strip = 0; strip < count; strip += width, panel += width * depth) {
       const std::int64_t lanes = smaller(width, count - strip);
       for (std::int64_t lane = 0; lane < lanes; ++lane) {
         decode(matrix, lead + strip + lane, k0, depth, scratch + lane * kKc);
       }
-      for (std::int64_t lane = lanes; lane < width; ++lane) __builtin_memset(scratch + lane * kKc, 0, depth * sizeof(float));
+      for (std::int64_t lane = lanes; lane < width; ++lane)
+        __builtin_memset(scratch + lane * kKc, 0, depth * sizeof(float));
       for (std::int64_t k = 0; k < depth; ++k) {
         for (int lane = 0; lane < width; ++lane) panel[k * width + lane] = scale * scratch[lane * kKc + k];
       }
@@ -188,7 +189,8 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
     for (std::int64_t k0 = 0; k0 < inner; k0 += kKc) {
       const std::int64_t depth = smaller(kKc, inner - k0);
       pack<kTileCols>(term->b, term->op_b == Op::t, block.col, block.cols, k0, depth, 1.0f, panels.b, panels.row);
-      pack<kTileRows>(term->a, term->op_a == Op::n, block.row, block.rows, k0, depth, term->scale, panels.a, panels.row);
+      pack<kTileRows>(term->a, term->op_a == Op::n, block.row, block.rows, k0, depth, term->scale, panels.a,
+                      panels.row);
       for (std::int64_t j = 0; j < block.cols; j += kTileCols) {
         for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
           multiply_tile(smaller(kTileRows, block.rows - i), depth, panels.a + i * depth, panels.b + j * depth,
@@ -239,7 +241,8 @@ float max_abs(const float* values, std::int64_t count) {
 
 // <row i, row j> for a tile of rows x columns of the Gram matrix, one range of columns of the data.
 template <int rows, int cols>
-void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t count, double* gram, std::int64_t ld_gram) {
+void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t count, double* gram,
+               std::int64_t ld_gram) {
   constexpr int kWidth64 = kWidth / 2;
   Vec::Reg64 sum[rows][cols];
   for (int i = 0; i < rows; ++i) {
@@ -312,7 +315,8 @@ void nf4_quantize(const float* values, std::int64_t count, std::int64_t blocksiz
     nf4_codes(values + first, length, whole ? 1.0f / divisor : divisor, !whole, block_codes);
     block_codes[length] = nf4_code(0.0f);  // the partner of an odd last element
     for (std::int64_t i = 0; i < length; i += 2) {
-      *codes++ = static_cast<std::uint8_t>((static_cast<int>(block_codes[i]) << 4) | static_cast<int>(block_codes[i + 1]));
+      *codes++ =
+          static_cast<std::uint8_t>((static_cast<int>(block_codes[i]) << 4) | static_cast<int>(block_codes[i + 1]));
     }
   }
 }

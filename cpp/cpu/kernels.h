@@ -53,11 +53,12 @@ struct Kernels {
   float (*max_abs)(const float* values, std::int64_t count);
 
   /// NF4 codes and absmax of whole blocks; only the last may be short. codes: nf4_bytes(count).
-  void (*nf4_quantize)(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes, float* absmax);
+  void (*nf4_quantize)(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+                       float* absmax);
 
   /// gram[i * ld_gram + j] = <row i, row j> in f64, for i in [first, last) and j <= i.
-  void (*gram)(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last, double* gram,
-               std::int64_t ld_gram);
+  void (*gram)(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last,
+               double* gram, std::int64_t ld_gram);
 };
 
 namespace baseline {

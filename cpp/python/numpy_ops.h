@@ -68,10 +68,11 @@ inline pybind11::tuple nf4_quantize(const Array& weight, std::int64_t blocksize)
 inline Array nf4_dequantize(const Bytes& codes, const Array& absmax, std::int64_t rows, std::int64_t cols,
                             std::int64_t blocksize) {
   PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
-  PISSA_CHECK(
-      rows >= 0 && cols >= 0 && codes.size() == nf4_bytes(rows * cols) && absmax.size() == ceil_div(rows * cols, blocksize),
-      "codes, absmax: got ", codes.size(), " and ", absmax.size(), " elements; needed: ", nf4_bytes(rows * cols), " and ",
-      ceil_div(rows * cols, blocksize), " for [", rows, ", ", cols, "]");
+  PISSA_CHECK(rows >= 0 && cols >= 0 && codes.size() == nf4_bytes(rows * cols) &&
+                  absmax.size() == ceil_div(rows * cols, blocksize),
+              "codes, absmax: got ", codes.size(), " and ", absmax.size(),
+              " elements; needed: ", nf4_bytes(rows * cols), " and ", ceil_div(rows * cols, blocksize), " for [", rows,
+              ", ", cols, "]");
   Array out({rows, cols});
   Matrix w{codes.data(), rows, cols, cols, Codec::nf4};
   w.scales.blocksize = blocksize;
@@ -88,8 +89,9 @@ inline void define_numpy_ops(pybind11::module_& m) {
   using pybind11::arg;
   m.def("svd_lowrank", svd_lowrank, arg("weight"), arg("r"), arg("passes") = 8, arg("seed") = 0,
         "Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in].");
-  m.def("nf4_quantize", nf4_quantize, arg("weight"), arg("blocksize") = 64,
-        "(codes uint8 [ceil(out * in / 2)], absmax float32 [blocks]) of a float32 array [out, in], bitsandbytes' bytes.");
+  m.def(
+      "nf4_quantize", nf4_quantize, arg("weight"), arg("blocksize") = 64,
+      "(codes uint8 [ceil(out * in / 2)], absmax float32 [blocks]) of a float32 array [out, in], bitsandbytes' bytes.");
   m.def("nf4_dequantize", nf4_dequantize, arg("codes"), arg("absmax"), arg("rows"), arg("cols"), arg("blocksize") = 64,
         "float32 array [rows, cols] from NF4 codes and absmax.");
 }

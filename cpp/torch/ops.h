@@ -63,8 +63,8 @@ inline OptionalTensor contiguous(const OptionalTensor& tensor) {
 }
 
 inline void check_shape(const char* name, const Matrix& got, std::int64_t rows, std::int64_t cols) {
-  PISSA_CHECK(got.rows == rows && got.cols == cols, name, ": got shape [", got.rows, ", ", got.cols, "]; needed: [", rows, ", ",
-              cols, "]");
+  PISSA_CHECK(got.rows == rows && got.cols == cols, name, ": got shape [", got.rows, ", ", got.cols, "]; needed: [",
+              rows, ", ", cols, "]");
 }
 
 inline SvdOptions svd_options(const std::string& svd, std::int64_t passes, std::int64_t seed) {
@@ -89,12 +89,14 @@ struct Nf4Tensors {
     PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
     const std::int64_t blocks = ceil_div(rows * cols, blocksize);
     PISSA_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == nf4_bytes(rows * cols), "codes: got ",
-                codes.numel(), " elements; needed: ", nf4_bytes(rows * cols), " bytes of uint8 for [", rows, ", ", cols, "]");
+                codes.numel(), " elements; needed: ", nf4_bytes(rows * cols), " bytes of uint8 for [", rows, ", ", cols,
+                "]");
     PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
     Matrix result{codes.const_data_ptr(), rows, cols, cols, Codec::nf4};
     result.scales.blocksize = blocksize;
     if (!nested_absmax) {
-      PISSA_CHECK(absmax.scalar_type() == ScalarType::Float, "absmax: needed float32, or uint8 with nested_absmax and offset");
+      PISSA_CHECK(absmax.scalar_type() == ScalarType::Float,
+                  "absmax: needed float32, or uint8 with nested_absmax and offset");
       result.scales.absmax = absmax.const_data_ptr<float>();
       return result;
     }
@@ -170,8 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(B backend, const Tensor& weight, 
 }
 
 template <Backend B>
-std::tuple<Tensor, Tensor> split(B backend, const Tensor& weight, std::int64_t r, double scaling, const std::string& svd,
-                                 std::int64_t passes, std::int64_t seed) {
+std::tuple<Tensor, Tensor> split(B backend, const Tensor& weight, std::int64_t r, double scaling,
+                                 const std::string& svd, std::int64_t passes, std::int64_t seed) {
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
   const SvdOptions options = svd_options(svd, passes, seed);
@@ -187,7 +189,8 @@ inline std::tuple<Tensor, Tensor, Nf4Output> new_nf4(const Tensor& like, std::in
   PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
   const Tensor codes = new_tensor(like, {nf4_bytes(count)}, ScalarType::Byte);
   const Tensor absmax = new_tensor(like, {ceil_div(count, blocksize)}, ScalarType::Float);
-  return {codes, absmax, Nf4Output{blocksize, codes.mutable_data_ptr<std::uint8_t>(), absmax.mutable_data_ptr<float>()}};
+  return {codes, absmax,
+          Nf4Output{blocksize, codes.mutable_data_ptr<std::uint8_t>(), absmax.mutable_data_ptr<float>()}};
 }
 
 template <Backend B>
@@ -201,13 +204,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> split_nf4(B backend, const Tensor& we
   const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
   const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
   const auto [codes, absmax, q] = new_nf4(weight, w.rows * w.cols, blocksize);
-  pissa::split_nf4(backend, w, static_cast<float>(scaling), options, quant_iters, mutable_matrix(a0), mutable_matrix(b0), q);
+  pissa::split_nf4(backend, w, static_cast<float>(scaling), options, quant_iters, mutable_matrix(a0),
+                   mutable_matrix(b0), q);
   return {a0, b0, codes, absmax};
 }
 
 template <Backend B>
 Tensor residual(B backend, const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling) {
-  const Tensor tensors[] = {torch::stable::contiguous(weight), torch::stable::contiguous(a0), torch::stable::contiguous(b0)};
+  const Tensor tensors[] = {torch::stable::contiguous(weight), torch::stable::contiguous(a0),
+                            torch::stable::contiguous(b0)};
   const Matrix w = matrix(tensors[0]);
   const Matrix a = matrix(tensors[1]);
   check_shape("a0", a, a.rows, w.cols);
@@ -219,9 +224,10 @@ Tensor residual(B backend, const Tensor& weight, const Tensor& a0, const Tensor&
 }
 
 template <Backend B>
-std::tuple<Tensor, Tensor> residual_nf4(B backend, const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling,
-                                        std::int64_t blocksize) {
-  const Tensor tensors[] = {torch::stable::contiguous(weight), torch::stable::contiguous(a0), torch::stable::contiguous(b0)};
+std::tuple<Tensor, Tensor> residual_nf4(B backend, const Tensor& weight, const Tensor& a0, const Tensor& b0,
+                                        double scaling, std::int64_t blocksize) {
+  const Tensor tensors[] = {torch::stable::contiguous(weight), torch::stable::contiguous(a0),
+                            torch::stable::contiguous(b0)};
   const Matrix w = matrix(tensors[0]);
   const Matrix a = matrix(tensors[1]);
   check_shape("a0", a, a.rows, w.cols);
@@ -244,8 +250,9 @@ std::tuple<Tensor, Tensor> nf4_quantize(B backend, const Tensor& weight, std::in
 
 template <Backend B>
 std::tuple<Tensor, Tensor> quantize_absmax(B backend, const Tensor& absmax, const Tensor& offset) {
-  PISSA_CHECK(absmax.scalar_type() == ScalarType::Float && offset.scalar_type() == ScalarType::Float && offset.numel() == 1,
-              "absmax, offset: needed float32 [blocks] and float32 []");
+  PISSA_CHECK(
+      absmax.scalar_type() == ScalarType::Float && offset.scalar_type() == ScalarType::Float && offset.numel() == 1,
+      "absmax, offset: needed float32 [blocks] and float32 []");
   const Tensor from = torch::stable::contiguous(absmax);
   const std::int64_t count = from.numel();
   const Tensor codes8 = new_tensor(absmax, {count}, ScalarType::Byte);
@@ -286,7 +293,23 @@ std::tuple<Tensor, Tensor> linear_forward(B backend, const Tensor& x, const Matr
   return {y, xa};
 }
 
-// (dx like x, empty unless need_dx; gradients of delta_a and delta_b, empty without an adapter)
+// The gradients' tensors: dx like x, empty unless needed; those of delta_a and delta_b, empty without an adapter.
+struct LinearGradients {
+  Tensor dx, grad_a, grad_b;
+  bool need_dx;
+
+  LinearGradients(const Tensor& x, const Adapter& adapter, bool need_dx_)
+      : dx(new_tensor(
+            x, need_dx_ ? std::vector<std::int64_t>(x.sizes().begin(), x.sizes().end()) : std::vector<std::int64_t>{0},
+            x.scalar_type())),
+        grad_a(new_tensor(x, {adapter.delta_a.rows, adapter.delta_a.cols}, ScalarType::Float)),
+        grad_b(new_tensor(x, {adapter.delta_b.rows, adapter.delta_b.cols}, ScalarType::Float)),
+        need_dx(need_dx_) {}
+
+  MutableMatrix dx_view() const { return need_dx ? mutable_matrix(dx) : MutableMatrix{}; }
+  std::tuple<Tensor, Tensor, Tensor> tensors() const { return {dx, grad_a, grad_b}; }
+};
+
 template <Backend B>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(B backend, const Tensor& dy, const Tensor& x, const Matrix& weight,
                                                    const AdapterTensors& factors, const Tensor& xa, bool need_dx) {
@@ -294,25 +317,53 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(B backend, const Tensor& dy, 
   const Tensor x_tensor = torch::stable::contiguous(x);
   const Tensor xa_tensor = torch::stable::contiguous(xa);
   const Adapter adapter = factors.view(weight.rows, weight.cols);
-  const std::int64_t r = adapter ? adapter.rank() : 0;
   const Matrix x_view = matrix(x_tensor);
   check_shape("x", x_view, x_view.rows, weight.cols);
   check_shape("dy", matrix(dy_tensor), x_view.rows, weight.rows);
-  if (adapter) check_shape("xa", matrix(xa_tensor), x_view.rows, r);
+  if (adapter) check_shape("xa", matrix(xa_tensor), x_view.rows, adapter.rank());
+  const LinearGradients gradients(x, adapter, need_dx);
+  pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, matrix(xa_tensor), gradients.dx_view(),
+                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b));
+  return gradients.tensors();
+}
 
-  const std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const Tensor dx = new_tensor(x, need_dx ? sizes : std::vector<std::int64_t>{0}, x.scalar_type());
-  const Tensor grad_a = new_tensor(x, {r, adapter ? weight.cols : 0}, ScalarType::Float);
-  const Tensor grad_b = new_tensor(x, {adapter ? weight.rows : 0, r}, ScalarType::Float);
-  pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, matrix(xa_tensor),
-                         need_dx ? mutable_matrix(dx) : MutableMatrix{}, mutable_matrix(grad_a), mutable_matrix(grad_b));
-  return {dx, grad_a, grad_b};
+// (y like base, xa [tokens, r] float32 for the backward)
+template <Backend B>
+std::tuple<Tensor, Tensor> add_low_rank(B backend, const Tensor& base, const Tensor& x, const AdapterTensors& factors) {
+  const Tensor base_tensor = torch::stable::contiguous(base);
+  const Tensor x_tensor = torch::stable::contiguous(x);
+  const Matrix base_view = matrix(base_tensor);
+  const Matrix x_view = matrix(x_tensor);
+  const Adapter adapter = factors.view(base_view.cols, x_view.cols);
+  check_shape("base", base_view, x_view.rows, base_view.cols);
+  const Tensor y = new_tensor(base, {base.sizes().begin(), base.sizes().end()}, base.scalar_type());
+  const Tensor xa = new_tensor(x, {x_view.rows, adapter.rank()}, ScalarType::Float);
+  pissa::add_low_rank_forward(backend, base_view, x_view, adapter, mutable_matrix(y), mutable_matrix(xa));
+  return {y, xa};
+}
+
+template <Backend B>
+std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(B backend, const Tensor& dy, const Tensor& x,
+                                                         const AdapterTensors& factors, const Tensor& xa,
+                                                         bool need_dx) {
+  const Tensor dy_tensor = torch::stable::contiguous(dy);
+  const Tensor x_tensor = torch::stable::contiguous(x);
+  const Tensor xa_tensor = torch::stable::contiguous(xa);
+  const Matrix dy_view = matrix(dy_tensor);
+  const Matrix x_view = matrix(x_tensor);
+  const Adapter adapter = factors.view(dy_view.cols, x_view.cols);
+  check_shape("dy", dy_view, x_view.rows, dy_view.cols);
+  check_shape("xa", matrix(xa_tensor), x_view.rows, adapter.rank());
+  const LinearGradients gradients(x, adapter, need_dx);
+  pissa::add_low_rank_backward(backend, dy_view, x_view, adapter, matrix(xa_tensor), gradients.dx_view(),
+                               mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b));
+  return gradients.tensors();
 }
 
 inline Matrix dense_weight(const Tensor& weight, const Tensor& x) {
   const Matrix view = matrix(weight);
-  PISSA_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == view.cols, "x: last dimension must be weight's ",
-              view.cols, " columns");
+  PISSA_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == view.cols,
+              "x: last dimension must be weight's ", view.cols, " columns");
   return view;
 }
 

@@ -61,25 +61,28 @@ Tensor nf4_dequantize_cpu(const Tensor& codes, const Tensor& absmax, const Optio
 }
 
 std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& delta_a, const OptionalTensor& delta_b, const OptionalTensor& a0,
-                                      const OptionalTensor& b0, double scaling, bool implicit) {
+                                      const OptionalTensor& delta_a, const OptionalTensor& delta_b,
+                                      const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
+                                      bool implicit) {
   const Tensor w = torch::stable::contiguous(weight);
   return linear_forward(backend(), x, dense_weight(w, x), bias, {delta_a, delta_b, a0, b0, scaling, implicit});
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                        const OptionalTensor& delta_a, const OptionalTensor& delta_b,
-                                                       const OptionalTensor& a0, const OptionalTensor& b0, const Tensor& xa,
-                                                       double scaling, bool implicit, bool need_dx) {
+                                                       const OptionalTensor& a0, const OptionalTensor& b0,
+                                                       const Tensor& xa, double scaling, bool implicit, bool need_dx) {
   const Tensor w = torch::stable::contiguous(weight);
-  return linear_backward(backend(), dy, x, dense_weight(w, x), {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);
+  return linear_backward(backend(), dy, x, dense_weight(w, x), {delta_a, delta_b, a0, b0, scaling, implicit}, xa,
+                         need_dx);
 }
 
 std::tuple<Tensor, Tensor> nf4_linear_cpu(const Tensor& x, const Tensor& codes, const Tensor& absmax,
                                           const OptionalTensor& nested_absmax, const OptionalTensor& offset,
                                           std::int64_t out_features, std::int64_t blocksize, const OptionalTensor& bias,
                                           const OptionalTensor& delta_a, const OptionalTensor& delta_b,
-                                          const OptionalTensor& a0, const OptionalTensor& b0, double scaling, bool implicit) {
+                                          const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
+                                          bool implicit) {
   const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
   return linear_forward(backend(), x, weight.view(out_features, x.size(x.dim() - 1), blocksize), bias,
                         {delta_a, delta_b, a0, b0, scaling, implicit});
@@ -95,6 +98,19 @@ std::tuple<Tensor, Tensor, Tensor> nf4_linear_backward_cpu(const Tensor& dy, con
   const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
   return linear_backward(backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1), blocksize),
                          {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);
+}
+
+std::tuple<Tensor, Tensor> add_low_rank_cpu(const Tensor& base, const Tensor& x, const Tensor& delta_a,
+                                            const Tensor& delta_b, const OptionalTensor& a0, const OptionalTensor& b0,
+                                            double scaling, bool implicit) {
+  return add_low_rank(backend(), base, x, {delta_a, delta_b, a0, b0, scaling, implicit});
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& delta_a,
+                                                             const Tensor& delta_b, const OptionalTensor& a0,
+                                                             const OptionalTensor& b0, const Tensor& xa, double scaling,
+                                                             bool implicit, bool need_dx) {
+  return add_low_rank_backward(backend(), dy, x, {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);
 }
 
 }  // namespace
@@ -114,4 +130,6 @@ STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward_cpu));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear_cpu));
   m.impl("nf4_linear_backward", TORCH_BOX(&nf4_linear_backward_cpu));
+  m.impl("add_low_rank", TORCH_BOX(&add_low_rank_cpu));
+  m.impl("add_low_rank_backward", TORCH_BOX(&add_low_rank_backward_cpu));
 }

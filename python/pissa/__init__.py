@@ -36,6 +36,7 @@ def __getattr__(name: str) -> Any:  # peft and transformers are imported when th
     except ModuleNotFoundError as error:
         if error.name in ("peft", "transformers", "accelerate", "safetensors", "tqdm"):
             raise ModuleNotFoundError(
-                f'pissa.{name} needs {error.name}, which is not installed: run `pip install "pissa[hf]"`', name=error.name
+                f'pissa.{name} needs {error.name}, which is not installed: run `pip install "pissa[hf]"`',
+                name=error.name,
             ) from error
         raise

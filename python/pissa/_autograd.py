@@ -163,16 +163,46 @@ def _(
     return _fake_linear_backward(x, out_features, delta_a, need_dx)
 
 
+@register_fake("pissa::add_low_rank")
+def _(
+    base: Tensor,
+    x: Tensor,
+    delta_a: Tensor,
+    delta_b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+    implicit: bool,
+) -> tuple[Tensor, Tensor]:
+    return base.new_empty(base.shape), _floats(x, x.numel() // x.shape[-1], delta_a.shape[0])
+
+
+@register_fake("pissa::add_low_rank_backward")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    delta_a: Tensor,
+    delta_b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    xa: Tensor,
+    scaling: float,
+    implicit: bool,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_linear_backward(x, dy.shape[-1], delta_a, need_dx)
+
+
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Both linears have the same tail of arguments (bias, delta_a, delta_b, a0, b0, scaling, implicit) after x and what holds
-# the weight: one tensor, or NF4's four tensors and two numbers. Saved for the backward: x and x Aᵀ, nothing else new.
+# Both linears have the same tail of arguments (bias, delta_a, delta_b, a0, b0, scaling, implicit) after x and what
+# holds the weight: one tensor, or NF4's four tensors and two numbers. Saved for the backward: x and x Aᵀ, nothing else new.
 
 _TAIL = 7
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *weight = inputs[:-_TAIL]
-    bias, *factors, scaling, implicit = inputs[-_TAIL:]
+    _, *factors, scaling, implicit = inputs[-_TAIL:]
     _, xa = output
     ctx.mark_non_differentiable(xa)
     ctx.set_materialize_grads(False)
@@ -192,9 +222,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]
     need_dx = ctx.needs_input_grad[0]
     need_bias, need_a, need_b = ctx.needs_input_grad[-_TAIL : -_TAIL + 3]
     bias_grad = dy.flatten(0, -2).sum(0) if need_bias else None
-    dx, grad_a, grad_b = op(
-        dy, x, *weight, *ctx.weight_numbers, *factors, xa, ctx.scaling, ctx.implicit, need_dx
-    )
+    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, xa, ctx.scaling, ctx.implicit, need_dx)
     return (
         dx if need_dx else None,
         *weight_slots,
@@ -213,5 +241,30 @@ def _nf4_linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple
     return _backward(torch.ops.pissa.nf4_linear_backward, ctx, dy)
 
 
+def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, *factors, scaling, implicit = inputs
+    _, xa = output
+    ctx.mark_non_differentiable(xa)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, xa, *factors)
+    ctx.scaling, ctx.implicit = scaling, implicit
+
+
+def _low_rank_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    x, xa, *factors = ctx.saved_tensors
+    need_base, need_dx, need_a, need_b = ctx.needs_input_grad[:4]
+    dx, grad_a, grad_b = torch.ops.pissa.add_low_rank_backward(dy, x, *factors, xa, ctx.scaling, ctx.implicit, need_dx)
+    return (
+        dy if need_base else None,
+        dx if need_dx else None,
+        grad_a if need_a else None,
+        grad_b if need_b else None,
+        *(None,) * 4,
+    )
+
+
 register_autograd("pissa::linear", _linear_backward, setup_context=_setup_context)
 register_autograd("pissa::nf4_linear", _nf4_linear_backward, setup_context=_setup_context)
+register_autograd("pissa::add_low_rank", _low_rank_backward, setup_context=_low_rank_setup_context)

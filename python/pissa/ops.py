@@ -19,6 +19,7 @@ from ._load import _C
 __all__ = [
     "Nf4Weight",
     "Split",
+    "add_low_rank",
     "build_info",
     "linear",
     "nf4_dequantize",
@@ -35,9 +36,9 @@ _OPS = torch.ops.pissa
 class Nf4Weight(NamedTuple):
     """A weight [out, in] in 4-bit NormalFloat, byte for byte as bitsandbytes stores it (QLoRA, arXiv 2305.14314).
 
-    Blocks of `blocksize` elements run over the flattened weight and may cross rows. `codes`: uint8 [ceil(out * in / 2)],
-    the first of two elements in the high nibble. `absmax`: float32 [blocks]; or, with double quantisation, uint8 [blocks]
-    together with `nested_absmax` float32 [ceil(blocks / 256)] and `offset` float32 []. 4.127 bits per weight nested
+    Blocks of `blocksize` elements run over the flattened weight and may cross rows. `codes`: uint8
+    [ceil(out * in / 2)], the first of two elements in the high nibble. `absmax`: float32 [blocks]; or, with double
+    quantisation, uint8 [blocks] together with `nested_absmax` float32 [ceil(blocks / 256)] and `offset` float32 []. 4.127 bits per weight nested
     at the default block size 64, 4.5 otherwise.
     """
 
@@ -82,7 +83,9 @@ def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = _F
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
     if value.device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name}: is on {value.device}; this build of pissa computes on the CPU: move it with .to('cpu')")
+        raise ValueError(
+            f"{name}: is on {value.device}; this build of pissa computes on the CPU: move it with .to('cpu')"
+        )
     return value
 
 
@@ -102,7 +105,9 @@ def _check_rank(r: object, weight: Tensor) -> int:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r: got {type(r).__name__}; needed: int")
     if not 1 <= r <= min(weight.shape):
-        raise ValueError(f"r: got {r}; allowed: 1 to min(out, in) = {min(weight.shape)} for a weight of shape {list(weight.shape)}")
+        raise ValueError(
+            f"r: got {r}; allowed: 1 to min(out, in) = {min(weight.shape)} for a weight of shape {list(weight.shape)}"
+        )
     return r
 
 
@@ -181,8 +186,8 @@ def split(
     Args:
         weight, r, svd, passes, seed: see `svd_lowrank`.
         scaling: the adapter's scale s, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
-        residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), "nf4" (the same, quantised
-            without being stored).
+        residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), "nf4" (the same,
+            quantised without being stored).
         blocksize, double_quant: of NF4; see `nf4_quantize`.
         quant_iters: T, alternations of SVD and quantisation. Only 1 is implemented.
 
@@ -302,8 +307,8 @@ def _check_nf4(weight: object) -> Nf4Weight:
     blocks = -(-rows * cols // weight.blocksize)
     if weight.codes.numel() != (rows * cols + 1) // 2 or weight.absmax.numel() != blocks:
         raise ValueError(
-            f"weight: codes has {weight.codes.numel()} bytes and absmax {weight.absmax.numel()} elements; needed for shape "
-            f"[{rows}, {cols}] and blocksize {weight.blocksize}: {(rows * cols + 1) // 2} and {blocks}"
+            f"weight: codes has {weight.codes.numel()} bytes and absmax {weight.absmax.numel()} elements; needed for "
+            f"shape [{rows}, {cols}] and blocksize {weight.blocksize}: {(rows * cols + 1) // 2} and {blocks}"
         )
     nested = (weight.nested_absmax is not None, weight.offset is not None, weight.absmax.dtype == torch.uint8)
     if any(nested) != all(nested):
@@ -327,6 +332,32 @@ def _check_frozen(name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")
 
 
+def _checked_factors(
+    delta_a: Tensor,
+    delta_b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The factors in float32, after checking that they fit each other and the layer."""
+    _check_factors("delta_a", delta_a, "delta_b", delta_b, out_features, in_features)
+    if a0 is None or b0 is None:
+        return delta_a.float(), delta_b.float(), None, None
+    if _check_tensor("a0", a0).shape != delta_a.shape:
+        raise ValueError(f"a0: got shape {list(a0.shape)}; needed: that of delta_a, {list(delta_a.shape)}")
+    _check_factors("a0", a0, "b0", b0, out_features, in_features)
+    _check_frozen("a0", a0)
+    _check_frozen("b0", b0)
+    return delta_a.float(), delta_b.float(), a0.float(), b0.float()
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | Nf4Weight | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but x is on {x.device}; move them to one device")
+
+
 def linear(
     x: Tensor,
     weight: Tensor | Nf4Weight,
@@ -343,9 +374,9 @@ def linear(
 
     With A = a0 + delta_a and B = b0 + delta_b (without a0 and b0: plain LoRA or QLoRA, A = delta_a, B = delta_b):
 
-        no factors               y = x Wᵀ + bias
-        residual="stored"        y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias                                 W is the residual
-        residual="implicit"      y = x Wᵀ + scaling ((x Aᵀ) delta_bᵀ + (x delta_aᵀ) b0ᵀ) + bias      W is the whole weight
+        no factors             y = x Wᵀ + bias
+        residual="stored"      y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias                                 W is the residual
+        residual="implicit"    y = x Wᵀ + scaling ((x Aᵀ) delta_bᵀ + (x delta_aᵀ) b0ᵀ) + bias      W is the whole weight
 
     Differentiable in x, bias, delta_a and delta_b; the gradients are PiSSA's (arXiv 2404.02948, section 3). weight, a0
     and b0 are frozen. Products accumulate in float32 and are rounded once, to y's dtype.
@@ -384,18 +415,8 @@ def linear(
     if (delta_a is None) != (delta_b is None) or (a0 is None) != (b0 is None) or (a0 is not None and delta_a is None):
         raise ValueError("factors: give delta_a with delta_b, and a0 with b0 (beside the deltas), or none of them")
     if delta_a is not None and delta_b is not None:
-        _check_factors("delta_a", delta_a, "delta_b", delta_b, out_features, in_features)
-        delta_a, delta_b = delta_a.float(), delta_b.float()
-    if a0 is not None and b0 is not None and delta_a is not None:
-        if a0.shape != delta_a.shape:
-            raise ValueError(f"a0: got shape {list(a0.shape)}; needed: that of delta_a, {list(delta_a.shape)}")
-        _check_factors("a0", a0, "b0", b0, out_features, in_features)
-        _check_frozen("a0", a0)
-        _check_frozen("b0", b0)
-        a0, b0 = a0.float(), b0.float()
-    for name, tensor in {"weight": weight, "bias": bias, "delta_a": delta_a, "delta_b": delta_b, "a0": a0, "b0": b0}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, but x is on {x.device}; move them to one device")
+        delta_a, delta_b, a0, b0 = _checked_factors(delta_a, delta_b, a0, b0, out_features, in_features)
+    _check_devices(x, weight=weight, bias=bias, delta_a=delta_a, delta_b=delta_b, a0=a0, b0=b0)
     implicit = residual == "implicit"
     factors = (bias, delta_a, delta_b, a0, b0, float(scaling), implicit)
     y: Tensor
@@ -404,4 +425,49 @@ def linear(
         y, _ = _OPS.nf4_linear(x, codes, absmax, nested_absmax, offset, out_features, blocksize, *factors)
     else:
         y, _ = _OPS.linear(x, weight, *factors)
+    return y
+
+
+def add_low_rank(
+    base: Tensor,
+    x: Tensor,
+    delta_a: Tensor,
+    delta_b: Tensor,
+    *,
+    a0: Tensor | None = None,
+    b0: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """`base` plus the change that an adapter makes to it, whatever function of x the base is.
+
+        with a0 and b0     base + scaling ((x (a0 + delta_a)ᵀ) delta_bᵀ + (x delta_aᵀ) b0ᵀ)     PiSSA's change
+        without            base + scaling (x delta_aᵀ) delta_bᵀ                                 plain LoRA
+
+    PiSSA's change is `scaling (B A - b0 a0) x` without the cancellation, and exactly 0 at delta_a = delta_b = 0: the
+    result then has base's bits. Differentiable in base, x, delta_a and delta_b. The sum is taken in float32 and rounded once.
+
+    Args:
+        base: [..., out], float32, bfloat16 or float16.
+        x: [..., in] in any of these dtypes, with base's leading dimensions.
+        delta_a, a0: [r, in]. delta_b, b0: [out, r]. Computed with in float32.
+        scaling: lora_alpha / r.
+
+    Returns:
+        [..., out] in base's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    base, x = _check_tensor("base", base), _check_tensor("x", x)
+    if base.dim() < 1 or x.dim() < 1 or base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"base: got shape {list(base.shape)}; needed: [..., out] with x's leading dimensions, {list(x.shape[:-1])}"
+        )
+    _check_scaling(scaling)
+    if (a0 is None) != (b0 is None):
+        raise ValueError("factors: give a0 with b0, or neither")
+    factors = _checked_factors(delta_a, delta_b, a0, b0, base.shape[-1], x.shape[-1])
+    _check_devices(x, base=base, delta_a=delta_a, delta_b=delta_b, a0=a0, b0=b0)
+    y: Tensor
+    y, _ = _OPS.add_low_rank(base, x, *factors, float(scaling), a0 is not None)
     return y

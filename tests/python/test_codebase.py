@@ -1,4 +1,4 @@
-"""The rules of the code base, each held by a test: layers, sizes, symbols of the built module, types, style, versions."""
+"""The rules of the code base, each held by a test: layers, sizes, symbols of the built module, types, style."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from pissa import _C
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     path
-    for folder, pattern in [("cpp", "*.h"), ("cpp", "*.cc"), ("tests/cpp", "*.h"), ("tests/cpp", "*.cc"), ("bench", "*.cc")]
+    for folder, pattern in [
+        ("cpp", "*.h"),
+        ("cpp", "*.cc"),
+        ("tests/cpp", "*.h"),
+        ("tests/cpp", "*.cc"),
+        ("bench", "*.cc"),
+    ]
     for path in (ROOT / folder).rglob(pattern)
 )
 PYTHON = sorted((ROOT / "python").rglob("*.py"))
@@ -94,7 +100,9 @@ def test_files_hold_one_idea(path: Path) -> None:
 
 
 def test_no_path_of_somebody_s_machine_is_committed() -> None:
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     pattern = re.compile(r"(?<![\w.])/(?:home|root|work|tmp/\w)[/\w]")
     for name in filter(None, tracked):
         path = ROOT / name

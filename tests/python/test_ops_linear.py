@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import EPS, assert_close, magnitude
 from torch import Tensor
 
+import reference
 from pissa import ops
+from reference import EPS, assert_close, magnitude
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["none", "lora", "stored", "implicit"]
@@ -21,7 +20,17 @@ WEIGHTS = ["dense", "nf4", "nf4-nested"]
 class Case:
     """One linear layer with all its tensors, and the same in float64."""
 
-    def __init__(self, form: str, weight: str, dtype: torch.dtype, tokens: int, n_in: int, n_out: int, r: int, seed: int = 0):
+    def __init__(
+        self,
+        form: str,
+        weight: str,
+        dtype: torch.dtype,
+        tokens: int,
+        n_in: int,
+        n_out: int,
+        r: int,
+        seed: int = 0,
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
@@ -36,7 +45,10 @@ class Case:
         self.dy = randn(tokens, n_out).to(dtype)
         self.options: dict[str, object] = {}
         if form != "none":
-            self.options |= {"delta_a": randn(r, n_in).requires_grad_(), "delta_b": randn(n_out, r).requires_grad_()}
+            self.options |= {
+                "delta_a": randn(r, n_in).requires_grad_(),
+                "delta_b": randn(n_out, r).requires_grad_(),
+            }
             self.options |= {"scaling": 0.5}
         if form in ("stored", "implicit"):
             self.options |= {"a0": randn(r, n_in), "b0": randn(n_out, r), "residual": form}
@@ -65,7 +77,9 @@ class Case:
         # Every value is a sum of products of at most four factors. A sum of k terms in float32, in any order, has an
         # error of at most k u sum|terms|; k is the longest inner dimension, plus the few products and additions around.
         absolute = [t.detach().abs().requires_grad_() for t in args]
-        absolute_options = {k: v.detach().abs().requires_grad_() if isinstance(v, Tensor) else v for k, v in options.items()}
+        absolute_options = {
+            k: v.detach().abs().requires_grad_() if isinstance(v, Tensor) else v for k, v in options.items()
+        }
         bound = reference.linear(*absolute, **absolute_options)
         absolute_leaves = [absolute[0], absolute[2], *(absolute_options[name] for name in names[2:])]
         bound_grads = torch.autograd.grad(bound, absolute_leaves, self.dy.double().abs())
@@ -95,7 +109,9 @@ def test_values_and_gradients(form: str, weight: str, dtype: torch.dtype) -> Non
     n_out=st.integers(1, 300),
     data=st.data(),
 )
-def test_any_shape(form: str, weight: str, dtype: torch.dtype, tokens: int, n_in: int, n_out: int, data: st.DataObject) -> None:
+def test_any_shape(
+    form: str, weight: str, dtype: torch.dtype, tokens: int, n_in: int, n_out: int, data: st.DataObject
+) -> None:
     r = data.draw(st.integers(1, min(n_in, n_out)))
     Case(form, weight, dtype, tokens, n_in, n_out, r, seed=tokens).check()
 
@@ -292,14 +308,112 @@ def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
         lambda: call(x, w, None, a, b[:31], None, None, 1.0, False),
         lambda: call(x, w, None, a.double(), b, None, None, 1.0, False),
         lambda: call(x, w, None, a, None, None, None, 1.0, False),
-        lambda: torch.ops.pissa.nf4_linear(x, torch.zeros(3, dtype=torch.uint8), torch.ones(1), None, None, 32, 64, None,
-                                           None, None, None, None, 1.0, False),
-        lambda: torch.ops.pissa.linear_backward(torch.ones(3, 32), x, w, None, None, None, None, torch.ones(0, 0), 1.0, False, True),
+        lambda: torch.ops.pissa.nf4_linear(
+            x,
+            torch.zeros(3, dtype=torch.uint8),
+            torch.ones(1),
+            None,
+            None,
+            32,
+            64,
+            None,
+            None,
+            None,
+            None,
+            None,
+            1.0,
+            False,
+        ),
+        lambda: torch.ops.pissa.linear_backward(
+            torch.ones(3, 32), x, w, None, None, None, None, torch.ones(0, 0), 1.0, False, True
+        ),
     ):
-        with pytest.raises((RuntimeError, ValueError), match="needed|must be|in pairs|allowed"):  # the type depends on torch
+        with pytest.raises(
+            (RuntimeError, ValueError), match=r"needed|must be|in pairs|allowed"
+        ):  # the type depends on torch
             bad()
 
 
 def test_magnitude_bounds_the_formula() -> None:
     x, w = torch.randn(3, 5).double(), torch.randn(4, 5).double()
     assert (magnitude(reference.linear, x, w) >= reference.linear(x, w).abs()).all()
+
+
+# ---- The change alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["lora", "implicit"])
+def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> None:
+    case = Case(form, "dense", dtype, tokens=37, n_in=96, n_out=130, r=5)
+    base = torch.randn(37, 130).to(dtype).requires_grad_()
+    options = {k: v for k, v in case.options.items() if k != "residual"}
+    leaves = [base, case.x, options["delta_a"], options["delta_b"]]
+    y = ops.add_low_rank(base, case.x, **options)
+    assert y.dtype == dtype
+    grads = torch.autograd.grad(y, leaves, case.dy)
+
+    def formula(sign: object) -> tuple[Tensor, list[Tensor]]:
+        x = sign(case.x.detach().double()).requires_grad_()
+        named = {
+            k: sign(v.detach().double()).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+            for k, v in case.options.items()
+        }
+        zero = torch.zeros(130, 96, dtype=torch.float64)
+        wanted = reference.linear(x, zero, **named)
+        inner = torch.autograd.grad(wanted, [x, named["delta_a"], named["delta_b"]], sign(case.dy.double()))
+        return wanted.detach() + sign(base.detach().double()), [sign(case.dy.double()), *inner]
+
+    expected, expected_grads = formula(lambda t: t)
+    bound, bound_grads = formula(torch.abs)
+    k = 130 + 16  # the longest sum; see Case.check
+    assert_close(y.detach(), expected, k * EPS[torch.float32] * bound, "y")
+    for name, got, want, limit in zip(("base", "x", "a", "b"), grads, expected_grads, bound_grads, strict=True):
+        assert_close(got, want, k * EPS[torch.float32] * limit, f"gradient of {name}")
+
+
+def test_add_low_rank_of_nothing_keeps_every_bit() -> None:
+    case = Case("implicit", "dense", torch.bfloat16, tokens=9, n_in=64, n_out=33, r=4)
+    base = torch.randn(9, 33).bfloat16()
+    zero = {"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(33, 4)}
+    y = ops.add_low_rank(base, case.x, **zero, a0=case.options["a0"], b0=case.options["b0"])
+    assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("form", ["lora", "implicit"])
+def test_add_low_rank_opcheck_and_compile(form: str) -> None:
+    case = Case(form, "dense", torch.float32, tokens=6, n_in=64, n_out=32, r=3)
+    base = torch.randn(6, 32, requires_grad=True)
+    factors = [case.options.get(name) for name in ("delta_a", "delta_b", "a0", "b0")]
+    args = (base, case.x, *factors, 0.5, form == "implicit")
+    torch.library.opcheck(torch.ops.pissa.add_low_rank.default, args)
+    _, xa = torch.ops.pissa.add_low_rank(*args)
+    frozen = [None if f is None else f.detach() for f in factors]
+    backward = torch.ops.pissa.add_low_rank_backward.default
+    torch.library.opcheck(backward, (case.dy, case.x.detach(), *frozen, xa.detach(), 0.5, form == "implicit", True))
+    options = {k: v for k, v in case.options.items() if k != "residual"}
+    compiled = torch.compile(lambda b, x: ops.add_low_rank(b, x, **options), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(base, case.x), ops.add_low_rank(base, case.x, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("base", torch.ones(4, 31), ValueError),
+        ("base", torch.ones(5, 32), ValueError),
+        ("base", [1.0], TypeError),
+        ("x", torch.ones(4, 64, dtype=torch.int8), TypeError),
+        ("delta_a", torch.ones(3, 63), ValueError),
+        ("delta_b", torch.ones(32, 2), ValueError),
+        ("a0", torch.ones(2, 64), ValueError),
+        ("b0", None, ValueError),
+        ("scaling", -1.0, ValueError),
+    ],
+)
+def test_add_low_rank_refuses_by_name(name: str, value: object, error: type[Exception]) -> None:
+    arguments = _arguments() | {"base": torch.ones(4, 32)}
+    for other in ("weight", "bias", "residual"):
+        arguments.pop(other)
+    names = {"base": "base|delta_b", "b0": "factors"}.get(name, name)
+    with pytest.raises(error, match=rf"^({names})\b"):
+        ops.add_low_rank(**(arguments | {name: value}))

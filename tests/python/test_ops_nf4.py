@@ -44,7 +44,9 @@ def reference_codes(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     seed=st.integers(0, 1000),
 )
-def test_codes_are_the_nearest_levels(rows: int, cols: int, blocksize: int, dtype: torch.dtype, scale: float, seed: int) -> None:
+def test_codes_are_the_nearest_levels(
+    rows: int, cols: int, blocksize: int, dtype: torch.dtype, scale: float, seed: int
+) -> None:
     weight = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
     weight[0] = 0  # a block of zeros, or zeros in a block
     quantized = ops.nf4_quantize(weight, blocksize=blocksize, double_quant=False)
@@ -52,8 +54,10 @@ def test_codes_are_the_nearest_levels(rows: int, cols: int, blocksize: int, dtyp
     got = unpack(quantized.codes, weight.numel())
     assert quantized.codes.shape == ((weight.numel() + 1) // 2,)
     torch.testing.assert_close(quantized.absmax, absmax, rtol=0, atol=2e-38)
-    # Elements within rounding of a threshold may go either way: their scaled value has an error of 2 units in the last place.
-    scaled = weight.float().flatten().double() / absmax.double().repeat_interleave(blocksize)[: weight.numel()].clamp(min=1e-38)
+    # Elements within rounding of a threshold may go either way: their scaled value is off by 2 units.
+    scaled = weight.float().flatten().double() / absmax.double().repeat_interleave(blocksize)[: weight.numel()].clamp(
+        min=1e-38
+    )
     thresholds = (LEVELS[1:].double() + LEVELS[:-1].double()) / 2
     tie = (scaled[:, None] - thresholds).abs().min(dim=1).values < 4 * 2.0**-24
     assert torch.equal(got[~tie], codes[~tie])
@@ -138,7 +142,7 @@ def test_dequantize_refuses_inconsistent_parts(change: dict[str, object], error:
 
 
 def test_dequantize_refuses_other_dtypes() -> None:
-    with pytest.raises(TypeError, match="dtype: got torch.int8"):
+    with pytest.raises(TypeError, match=r"dtype: got torch.int8"):
         ops.nf4_dequantize(ops.nf4_quantize(torch.ones(4, 4)), torch.int8)
     with pytest.raises(TypeError, match="weight: got Tensor; needed: Nf4Weight"):
         ops.nf4_dequantize(torch.ones(4, 4))
@@ -150,7 +154,10 @@ def test_dequantize_refuses_other_dtypes() -> None:
         ("nf4_quantize", (torch.randn(20, 33), 64)),
         ("quantize_absmax", (torch.rand(300), torch.tensor(0.5))),
         ("nf4_dequantize", (*ops.nf4_quantize(torch.ones(20, 33))[:4], 20, 33, 64, torch.bfloat16)),
-        ("nf4_dequantize", (*ops.nf4_quantize(torch.ones(20, 33), double_quant=False)[:4], 20, 33, 64, torch.float32)),
+        (
+            "nf4_dequantize",
+            (*ops.nf4_quantize(torch.ones(20, 33), double_quant=False)[:4], 20, 33, 64, torch.float32),
+        ),
     ],
 )
 def test_opcheck(op: str, args: tuple[object, ...]) -> None:
@@ -180,7 +187,10 @@ def test_numpy_entry_points_are_the_same_core() -> None:
         (lambda w: _C.svd_lowrank(w, 2, passes=3), "passes: got 3"),
         (lambda w: _C.svd_lowrank(w * np.float32("nan"), 2), "weight: contains NaN or Inf"),
         (lambda w: _C.nf4_quantize(w, 63), "blocksize: got 63"),
-        (lambda w: _C.nf4_dequantize(np.zeros(3, np.uint8), np.ones(1, np.float32), 4, 4), "codes, absmax: got 3 and 1"),
+        (
+            lambda w: _C.nf4_dequantize(np.zeros(3, np.uint8), np.ones(1, np.float32), 4, 4),
+            "codes, absmax: got 3 and 1",
+        ),
     ],
 )
 def test_numpy_entry_points_refuse_bad_arguments(call: object, message: str) -> None:

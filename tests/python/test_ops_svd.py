@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import EPS, energy_loss, power_law
 from torch import Tensor
 
 from pissa import ops
+from reference import EPS, energy_loss, power_law
 
 METHODS = ["krylov", "subspace", "exact"]
 U32 = EPS[torch.float32]
@@ -122,14 +122,18 @@ def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
         "u, sv, v = ops.svd_lowrank(w, 6, passes=12);"
         "torch.testing.assert_close(sv.double(), torch.linalg.svdvals(w.double())[:6], rtol=1e-4, atol=0)"
     )
-    run = subprocess.run([sys.executable, "-c", code], env={"PISSA_ISA": isa}, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"PISSA_ISA": isa}, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[0] == isa
 
 
 def test_unknown_instruction_set_is_refused() -> None:
     code = "import torch, pissa"
-    run = subprocess.run([sys.executable, "-c", code], env={"PISSA_ISA": "sse9"}, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"PISSA_ISA": "sse9"}, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 1
     assert "PISSA_ISA: got 'sse9'; this build on this machine has: baseline" in run.stderr
 
@@ -159,14 +163,18 @@ def test_split_is_the_scaled_svd(scaling: float, svd: str) -> None:
     seed=st.integers(0, 2**63 - 1),
     data=st.data(),
 )
-def test_residual_plus_factors_is_the_weight(rows: int, cols: int, dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
+def test_residual_plus_factors_is_the_weight(
+    rows: int, cols: int, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
     r = data.draw(st.integers(1, min(rows, cols)))
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed % 1000)).to(dtype)
     a0, b0, residual = ops.split(weight, r, scaling=2.0, seed=seed, residual="explicit")
     assert residual.dtype == dtype
     product = 2.0 * b0.double() @ a0.double()
     exact = weight.double() - product
-    bound = (r + 4) * U32 * (weight.double().abs() + 2.0 * b0.double().abs() @ a0.double().abs()) + EPS[dtype] * exact.abs()
+    bound = (r + 4) * U32 * (weight.double().abs() + 2.0 * b0.double().abs() @ a0.double().abs()) + EPS[
+        dtype
+    ] * exact.abs()
     tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # half a subnormal step
     assert ((residual.double() - exact).abs() <= bound + tiny).all()
 
@@ -174,7 +182,9 @@ def test_residual_plus_factors_is_the_weight(rows: int, cols: int, dtype: torch.
 @pytest.mark.parametrize("shape", [(64, 64), (65, 33), (1, 100), (100, 1), (40, 300)])
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_nf4_residual_in_one_pass_is_the_quantised_residual(shape: tuple[int, int], blocksize: int, double_quant: bool) -> None:
+def test_nf4_residual_in_one_pass_is_the_quantised_residual(
+    shape: tuple[int, int], blocksize: int, double_quant: bool
+) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
     r = min(5, *shape)
@@ -190,7 +200,7 @@ def test_nf4_residual_in_one_pass_is_the_quantised_residual(shape: tuple[int, in
 
 
 def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down() -> None:
-    """Eq. 8 of the paper: with a spectrum that decays, quantising the residual costs less than quantising the weight."""
+    """Eq. 8 of the paper: where the spectrum decays, quantising the residual costs less than quantising the weight."""
     weight = power_law(256, 256, 0.7).float()
     split = ops.split(weight, 32, residual="nf4")
     qpissa = weight - ops.nf4_dequantize(split.residual) - split.b0 @ split.a0

@@ -1,12 +1,14 @@
-// A linear layer with a low-rank adapter, forward and backward, over a weight in any codec.
+// A linear layer with a low-rank adapter, forward and backward, over a weight in any codec; and the adapter alone,
+// added to whatever another function returned.
 //
 //   A = A0 + dA, B = B0 + dB                   r rows / columns; A0, B0 frozen, dA, dB trained
 //   stored residual    y = x W^T + s (x A^T) B^T + bias                         W is the residual
 //   implicit residual  y = x W^T + s ((x A^T) dB^T + (x dA^T) B0^T) + bias      W is the whole weight
 //   backward           ddB = s dy^T (x A^T)    ddA = s (dy B)^T x    dx = dy W + the same tail transposed
 //
-// Both forms have the gradients of PiSSA (arXiv 2404.02948, section 3); without A0 and B0 the stored form is LoRA.
-// x, y, dy, dx: [tokens, ...] in f32, bf16 or f16. Factors and their gradients: f32.
+// The change is what the implicit form adds to x W^T: exactly 0 at dA = dB = 0. Both forms have the gradients of PiSSA
+// (arXiv 2404.02948, section 3); without A0 and B0 the stored form is LoRA. x, y, dy, dx: [tokens, ...] in f32, bf16 or
+// f16. Factors and their gradients: f32.
 #pragma once
 
 #include <array>
@@ -51,6 +53,52 @@ void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, flo
   backend.gemm(terms, {}, out);
 }
 
+/// Calls write(tail) with the thin products that the adapter adds to y; xa [tokens, r] receives x A^T.
+template <Backend B, class F>
+void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa, F write) {
+  const std::int64_t r = adapter.rank();
+  const float s = adapter.scaling;
+  auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
+  const Matrix a = total(backend, adapter.a0, adapter.delta_a, a_sum);
+  product(backend, x, Op::n, a, Op::t, 1.0f, xa);
+  if (adapter.implicit()) {
+    auto x_delta_a = backend.alloc(x.rows, r);
+    product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, x_delta_a.view());
+    const std::array tail{Term{xa, Op::n, adapter.delta_b, Op::t, s},
+                          Term{x_delta_a.view(), Op::n, adapter.b0, Op::t, s}};
+    return write(std::span<const Term>(tail));
+  }
+  auto b_sum = backend.alloc(adapter.b0 ? adapter.delta_b.rows : 0, r);
+  const Matrix b = total(backend, adapter.b0, adapter.delta_b, b_sum);
+  const std::array tail{Term{xa, Op::n, b, Op::t, s}};
+  write(std::span<const Term>(tail));
+}
+
+/// The adapter's gradients; calls write(tail) with the thin products that it adds to dx.
+template <Backend B, class F>
+void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
+                        const MutableMatrix& grad_a, const MutableMatrix& grad_b, F write) {
+  const std::int64_t r = adapter.rank();
+  const float s = adapter.scaling;
+  const bool implicit = adapter.implicit();
+  product(backend, dy, Op::t, xa, Op::n, s, grad_b);
+
+  auto dy_b = backend.alloc(dy.rows, r);  // dy B, or dy dB and dy B0 apart
+  auto dy_b0 = backend.alloc(implicit ? dy.rows : 0, r);
+  auto b_sum = backend.alloc(adapter.b0 && !implicit ? adapter.delta_b.rows : 0, r);
+  const Matrix b = implicit ? adapter.delta_b : total(backend, adapter.b0, adapter.delta_b, b_sum);
+  product(backend, dy, Op::n, b, Op::n, 1.0f, dy_b.view());
+  if (implicit) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, dy_b0.view());
+
+  auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
+  const Matrix a = total(backend, adapter.a0, adapter.delta_a, a_sum);
+  const std::array tail{Term{dy_b.view(), Op::n, a, Op::n, s}, Term{dy_b0.view(), Op::n, adapter.delta_a, Op::n, s}};
+  write(std::span<const Term>(tail).first(implicit ? 2 : 1));
+
+  if (implicit) backend.add(dy_b.view(), dy_b0.view(), dy_b.view());
+  product(backend, dy_b.view(), Op::t, x, Op::n, s, grad_a);
+}
+
 }  // namespace detail
 
 /// y [tokens, out] = the layer at x [tokens, in]. With an adapter, xa [tokens, r] f32 receives x A^T for the backward.
@@ -58,54 +106,38 @@ void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, flo
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa) {
-  if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, {}, bias, y);
-  const std::int64_t r = adapter.rank();
-  const float s = adapter.scaling;
-  auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
-  const Matrix a = detail::total(backend, adapter.a0, adapter.delta_a, a_sum);
-  detail::product(backend, x, Op::n, a, Op::t, 1.0f, xa);
-
-  if (adapter.implicit()) {
-    auto x_delta_a = backend.alloc(x.rows, r);
-    detail::product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, x_delta_a.view());
-    const std::array tail{Term{xa, Op::n, adapter.delta_b, Op::t, s}, Term{x_delta_a.view(), Op::n, adapter.b0, Op::t, s}};
-    return backend.weight_gemm_nt(x, weight, 1.0f, tail, bias, y);
-  }
-  auto b_sum = backend.alloc(adapter.b0 ? weight.rows : 0, r);
-  const Matrix b = detail::total(backend, adapter.b0, adapter.delta_b, b_sum);
-  const std::array tail{Term{xa, Op::n, b, Op::t, s}};
-  backend.weight_gemm_nt(x, weight, 1.0f, tail, bias, y);
+  const auto write = [&](std::span<const Term> tail) { backend.weight_gemm_nt(x, weight, 1.0f, tail, bias, y); };
+  if (!adapter) return write({});
+  detail::with_forward_tail(backend, x, adapter, xa, write);
 }
 
 /// Gradients of the layer at x, given dy [tokens, out] and the forward's xa. dx [tokens, in] is skipped when absent.
 template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
-                     const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b) {
-  if (!adapter) {
-    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, {}, dx);
-    return;
-  }
-  const std::int64_t r = adapter.rank();
-  const float s = adapter.scaling;
-  const bool implicit = adapter.implicit();
-  detail::product(backend, dy, Op::t, xa, Op::n, s, grad_b);
+                     const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
+                     const MutableMatrix& grad_b) {
+  const auto write = [&](std::span<const Term> tail) {
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, tail, dx);
+  };
+  if (!adapter) return write({});
+  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, write);
+}
 
-  auto dy_b_buffer = backend.alloc(dy.rows, r);  // dy B, or dy dB
-  auto dy_b0_buffer = backend.alloc(implicit ? dy.rows : 0, r);
-  auto b_sum = backend.alloc(adapter.b0 && !implicit ? weight.rows : 0, r);
-  const Matrix b = implicit ? adapter.delta_b : detail::total(backend, adapter.b0, adapter.delta_b, b_sum);
-  detail::product(backend, dy, Op::n, b, Op::n, 1.0f, dy_b_buffer.view());
-  if (implicit) detail::product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, dy_b0_buffer.view());
+/// y = base + the adapter's part: of the implicit form the change, of the stored one s (x A^T) B^T. base [tokens, out]
+/// is what any function returned for x, f32, bf16 or f16; y has its codec and may be base.
+template <Backend B>
+void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const Adapter& adapter,
+                          const MutableMatrix& y, const MutableMatrix& xa) {
+  detail::with_forward_tail(backend, x, adapter, xa, [&](std::span<const Term> tail) { backend.gemm(tail, base, y); });
+}
 
-  if (dx) {
-    auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
-    const Matrix a = detail::total(backend, adapter.a0, adapter.delta_a, a_sum);
-    const std::array tail{Term{dy_b_buffer.view(), Op::n, a, Op::n, s},
-                          Term{dy_b0_buffer.view(), Op::n, adapter.delta_a, Op::n, s}};
-    backend.weight_gemm_nn(dy, weight, 1.0f, std::span(tail).first(implicit ? 2 : 1), dx);
-  }
-  if (implicit) backend.add(dy_b_buffer.view(), dy_b0_buffer.view(), dy_b_buffer.view());
-  detail::product(backend, dy_b_buffer.view(), Op::t, x, Op::n, s, grad_a);
+/// Gradients of the same with respect to x (skipped when dx is absent) and the factors; that of base is dy.
+template <Backend B>
+void add_low_rank_backward(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
+                           const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b) {
+  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, [&](std::span<const Term> tail) {
+    if (dx) backend.gemm(tail, {}, dx);
+  });
 }
 
 }  // namespace pissa

@@ -1,8 +1,8 @@
 // Randomised truncated SVD: W [m, n] ~ U diag(S) V^T of rank r.
 //
-// Block Krylov: an orthonormal basis of span{W Omega, (W W^T) W Omega, ..., (W W^T)^q W Omega}, all blocks kept, and the
-// best rank-r approximation of W inside it (Musco, Musco: Randomized block Krylov methods, arXiv 1504.05477, Alg. 2).
-// A basis vector, multiplied by W^T for the next block, is already a row of the projected matrix, so each of the
+// Block Krylov: an orthonormal basis of span{W Omega, (W W^T) W Omega, ..., (W W^T)^q W Omega}, all blocks kept, and
+// the best rank-r approximation of W inside it (Musco, Musco: Randomized block Krylov methods, arXiv 1504.05477, Alg.
+// 2). A basis vector, multiplied by W^T for the next block, is already a row of the projected matrix, so each of the
 // passes over W is as thin as a block. Subspace iteration keeps only the last block (Halko, Martinsson, Tropp,
 // arXiv 0909.4061, Alg. 4.4): less memory, more passes for the same quality.
 //
@@ -42,8 +42,8 @@ struct SvdFactors {
 
 inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options) {
   const std::int64_t max_rank = std::min(w.rows, w.cols);
-  PISSA_CHECK(r >= 1 && r <= max_rank, "r: got ", r, "; allowed: 1 to min(out, in) = ", max_rank, " for a weight of shape [",
-              w.rows, ", ", w.cols, "]");
+  PISSA_CHECK(r >= 1 && r <= max_rank, "r: got ", r, "; allowed: 1 to min(out, in) = ", max_rank,
+              " for a weight of shape [", w.rows, ", ", w.cols, "]");
   PISSA_CHECK(options.passes >= 2 && options.passes % 2 == 0, "passes: got ", options.passes,
               "; allowed: an even number of at least 2");
 }
@@ -53,7 +53,8 @@ template <Backend B>
 auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options) {
   check_svd(w, r, options);
   const float largest = backend.max_abs(w);
-  PISSA_CHECK(std::isfinite(largest), "weight: contains NaN or Inf; a singular value decomposition needs finite values");
+  PISSA_CHECK(std::isfinite(largest),
+              "weight: contains NaN or Inf; a singular value decomposition needs finite values");
 
   // The basis lives on the shorter side of W. `wide` vectors are on the longer one.
   const bool rows_short = w.rows <= w.cols;
