@@ -1,4 +1,4 @@
-"""PissaLinear and the stored bases: the function, its gradients, merging, against float64 and the plain formula."""
+"""PissaLinear and the stored bases: function, gradients and merging, against the plain formula in float64."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 @forms
 def test_start_is_the_base_and_zero_in_the_parameters(form: str) -> None:
-    original, model, x = Toy(), wrapped(form), inputs(5)
+    original, model, x = Toy(), wrapped(form, lora_alpha=3), inputs(5)
     layer = model.base_model.model.proj
     assert isinstance(layer, PissaLinear)
     assert not layer.lora_A["default"].weight.any()
@@ -142,9 +142,9 @@ def test_one_step_of_adamw_is_the_papers_step(form: str) -> None:
 
 
 @forms
-@pytest.mark.parametrize("second", [{"r": R}, {"r": 2}, {"r": R, "lora_alpha": 9}])
+@pytest.mark.parametrize("second", [{"r": R, "lora_alpha": 3}, {"r": 2}, {"r": R, "lora_alpha": 9}])
 def test_active_adapters_add_up(form: str, second: dict[str, int]) -> None:
-    model, x = wrapped(form), inputs(5)
+    model, x = wrapped(form, lora_alpha=3), inputs(5)
     model.add_adapter("second", pissa.PissaConfig(target_modules=["proj"], **second))
     layer = model.base_model.model.proj
     train_a_little(layer, "default", seed=3)
@@ -158,6 +158,21 @@ def test_active_adapters_add_up(form: str, second: dict[str, int]) -> None:
             model.base_model.set_adapter(active)
             weight = dense_base(layer) + sum(weights[name] for name in active)
             assert error(model(x), x.double() @ weight.T + layer.bias.double()) < IN * EPS, active
+
+
+@forms
+def test_a_scaled_adapter_is_a_scaled_change(form: str) -> None:
+    """PEFT's set_scale, which diffusers uses: the change is scaled, never the base."""
+    model, x = wrapped(form, lora_alpha=3), inputs(5)
+    layer = model.base_model.model.proj
+    train_a_little(layer)
+    with torch.no_grad():
+        layer.set_scale("default", 0.25)
+        quarter = plain_change(layer, "default", *(p["default"].weight.double() for p in (layer.lora_A, layer.lora_B)))
+        expected = x.double() @ (dense_base(layer) + quarter).T + layer.bias.double()
+        assert error(model(x), expected) < IN * EPS
+        layer.unscale_layer()
+        assert error(model(x), expected) > 1e-3
 
 
 @forms
@@ -190,6 +205,13 @@ def test_the_base_survives_its_adapter(form: str) -> None:
     layer = model.base_model.model.proj
     model.add_adapter("third", pissa.PissaConfig(r=R, target_modules=["proj"]))
     assert layer.start_of("third") is layer.base_layer.start
+
+    for name in ("third", "second"):
+        model.delete_adapter(name)
+    model.add_adapter("alone", pissa.PissaConfig(r=2, target_modules=["proj"], **FORMS[form]))
+    model.set_adapter("alone")
+    with torch.no_grad():
+        assert error(model(x), before) < IN * EPS
 
 
 @forms
@@ -238,7 +260,7 @@ def test_safe_merge_changes_nothing_when_it_fails() -> None:
     before = layer.base_layer
     layer.lora_A["default"].weight.data[0, 0] = math.nan
     layer.lora_B["default"].weight.data.fill_(1.0)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
         model.merge_adapter(safe_merge=True)
     assert layer.base_layer is before
     assert not layer.merged
@@ -342,7 +364,7 @@ def test_copies_share_what_the_original_shares(form: str) -> None:
 
 def test_nf4_holds_four_bits() -> None:
     linear = wrapped("nf4").base_model.model.proj.base_layer
-    assert isinstance(linear, pissa.Nf4Linear)
+    assert isinstance(linear, Nf4Linear)
     assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT // 2)
     assert not linear.weight.requires_grad
     assert "blocksize=64" in repr(linear)

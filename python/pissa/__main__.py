@@ -1,0 +1,7 @@
+"""`python -m pissa` reports the environment; with arguments it is the `pissa` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main(sys.argv[1:] or ["env"]))

@@ -1,0 +1,5 @@
+"""The command line: `pissa finetune`, `pissa demo`, `pissa env`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,122 @@
+"""Reading of training data: every record becomes the messages of a chat that ends with the assistant's answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import UserError
+from .sources import GSM_SYMBOLIC, gsm_symbolic
+
+_PAIRS = (("question", "answer"), ("prompt", "completion"))
+_ROLES = ("system", "user", "assistant")
+_ALLOWED = (
+    'allowed: an object with "question" and "answer", with "prompt" and "completion", or with "messages": '
+    '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+)
+
+
+class Record(NamedTuple):
+    """One example and where it stands: `messages` are {"role", "content"}, the last one the assistant's."""
+
+    where: str
+    messages: list[dict[str, str]]
+
+
+def read_records(source: str, seed: int) -> list[Record]:
+    """Reads a file, or generates the built-in data.
+
+    Args:
+        source: path of a .jsonl or .json file, or "gsm-symbolic".
+        seed: of the built-in data.
+
+    Raises:
+        UserError: naming file and line, what was found and what is allowed.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [Record(where, _messages(where, value)) for where, value in _values(path)]
+    if source == GSM_SYMBOLIC:
+        return [Record(f"{source}:{i}", _messages(source, value)) for i, value in enumerate(gsm_symbolic(seed), 1)]
+    found = "is a folder" if path.is_dir() else "no such file"
+    raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file, or the built-in {GSM_SYMBOLIC}")
+
+
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every JSON value of the file with its place."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; allowed: a text file in UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: is empty; needed: at least one record")
+    if path.suffix == ".json":
+        values = _parse(str(path), text)
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: found {_kind(values)}; needed in a .json file: a list of records")
+        yield from ((f"{path}: record {number}", value) for number, value in enumerate(values, 1))
+        return
+    # Not splitlines(): a JSON string may hold U+2028 and its like, which are no ends of line here.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parse(f"{path}:{number}", line)
+
+
+def _parse(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}; found {_shortened(text)}; {_ALLOWED}") from None
+
+
+def _messages(where: str, value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: found {_kind(value)}; {_ALLOWED}")
+    if "messages" in value:
+        return _checked_messages(where, value["messages"])
+    for asked, answered in _PAIRS:
+        if asked in value and answered in value:
+            return [
+                {"role": "user", "content": _text(where, asked, value[asked])},
+                {"role": "assistant", "content": _text(where, answered, value[answered])},
+            ]
+    keys = ", ".join(map(repr, value)) or "none"
+    raise UserError(f"{where}: found an object with the keys {keys}; {_ALLOWED}")
+
+
+def _checked_messages(where: str, messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list):
+        raise UserError(f'{where}: "messages" is {_kind(messages)}; {_ALLOWED}')
+    checked = []
+    for i, message in enumerate(messages):
+        name = f"messages[{i}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'{where}: {name} is {_shortened(json.dumps(message))}; needed: "role" and "content"')
+        if message["role"] not in _ROLES:
+            raise UserError(f"{where}: {name} has the role {message['role']!r}; allowed: {', '.join(_ROLES)}")
+        checked.append({"role": message["role"], "content": _text(where, f'{name}["content"]', message["content"])})
+    if [message["role"] for message in checked[-2:]] != ["user", "assistant"]:
+        roles = ", ".join(message["role"] for message in checked) or "none"
+        raise UserError(f'{where}: the roles of "messages" are: {roles}; needed: the last two are user, assistant')
+    return checked
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} is {_kind(value)}; needed: a string")
+    if not value.strip():
+        raise UserError(f"{where}: {name} is empty; needed: text")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    kind = names.get(type(value), "a number")
+    return f"an empty {kind.split()[-1]}" if value in ([], {}) else kind
+
+
+def _shortened(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 60 else text[:57] + "..."

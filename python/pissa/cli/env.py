@@ -1,0 +1,93 @@
+"""`pissa env`: what is installed, what the core was built for, and whether it computes correctly here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+# Minimum versions of pyproject.toml; without the last group only `pissa.ops` works.
+_NEEDED = {"torch": "2.10", "numpy": "1.24"}
+_FOR_MODELS = {"peft": "0.21", "transformers": "5.0", "accelerate": "1.0", "safetensors": "0.5", "matplotlib": "3.8"}
+_COMPARED_WITH = ("bitsandbytes",)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report. Returns 0 if everything that is installed works, else 1."""
+    report = environment()
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        width = max(map(len, report))
+        for name, value in report.items():
+            print(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return 0 if report["works"] else 1
+
+
+def environment() -> dict[str, Any]:
+    """The report: names and values, the last two being `works` and `verdict`."""
+    import torch
+
+    import pissa
+
+    report: dict[str, Any] = {
+        "pissa": pissa.__version__,
+        "platform": platform.platform(),
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+    }
+    names = [name for name in (*_NEEDED, *_FOR_MODELS, *_COMPARED_WITH) if name != "torch"]
+    report |= {name: _version(name) or "not installed" for name in names}
+    report |= {f"build: {key}": value for key, value in pissa.build_info().items() if key != "version"}
+    works, verdict = _verdict()
+    return report | {"works": works, "verdict": verdict}
+
+
+def _verdict() -> tuple[bool, str]:
+    old = [
+        f"{name} {version} is older than {least}"
+        for name, least in {**_NEEDED, **_FOR_MODELS}.items()
+        if (version := _version(name)) is not None and _numbers(version) < _numbers(least)
+    ]
+    if old:
+        return False, f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
+    if (error := _core_error()) > 1:
+        return False, f"the compiled core computes wrongly here ({error:.1g} times the bound); please report it"
+    missing = [name for name in _FOR_MODELS if _version(name) is None]
+    if missing:
+        return True, f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({", ".join(missing)} missing)'
+    return True, "everything works"
+
+
+def _core_error() -> float:
+    """Error of one fused 4-bit layer against plain torch in float64, in units of its bound."""
+    import torch
+
+    from pissa import ops
+
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 96, generator=generator) for rows in (64, 8))
+    a0, b0, residual = ops.split(weight, 8, residual="nf4")
+    assert isinstance(residual, ops.Nf4Weight)
+    y = ops.linear(x, residual, delta_a=torch.zeros_like(a0), delta_b=torch.zeros_like(b0), a0=a0, b0=b0)
+    x, left, right, dense = x.double(), b0.double(), a0.double(), ops.nf4_dequantize(residual, torch.float32).double()
+    # The sum of n products is off by at most n eps times the sum of their sizes; n counts both inner dimensions.
+    bound = (96 + 2 * 8) * torch.finfo(torch.float32).eps * (x.abs() @ (dense.abs() + left.abs() @ right.abs()).mT)
+    return ((y.double() - x @ (dense + left @ right).mT).abs() / bound).max().item()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers: "2.13.0+cpu" is (2, 13, 0)."""
+    import re
+
+    return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split("."))  # type: ignore[index]

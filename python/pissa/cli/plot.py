@@ -1,0 +1,96 @@
+"""The picture of a run: loss against step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Colours of Okabe and Ito, told apart with every kind of colour blindness; the styles tell them apart in grey.
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-"},
+    {"color": "#D55E00", "linestyle": (0, (5, 1.5))},
+    {"color": "#000000", "linestyle": (0, (1, 1.2))},
+    {"color": "#009E73", "linestyle": (0, (6, 1.5, 1, 1.5))},
+)
+
+
+class Curve(NamedTuple):
+    """The loss of one run: `losses[i]` is that of step `steps[i]`."""
+
+    label: str
+    steps: Sequence[int]
+    losses: Sequence[float]
+
+
+def smoothed(losses: Sequence[float], window: int) -> list[float]:
+    """Mean over the `window` (odd) values around each one, over those that exist near the ends."""
+    half = window // 2
+    return [float(np.mean(losses[max(0, i - half) : i + half + 1])) for i in range(len(losses))]
+
+
+def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Draws up to four curves, each step thin and the running mean thick, and writes a PNG.
+
+    Raises:
+        ValueError: no curve, or more than there are styles.
+    """
+    if not 1 <= len(curves) <= len(_STYLES):
+        raise ValueError(f"curves: got {len(curves)}; allowed: 1 to {len(_STYLES)}")
+    # The object interface: no window system, and no global state of pyplot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(len(curve.losses) for curve in curves)
+    window = max(1, longest // 8) | 1
+    ends = []
+    for curve, style in zip(curves, _STYLES, strict=False):
+        mean = smoothed(curve.losses, window)
+        if window > 1:
+            axes.plot(curve.steps, curve.losses, color=style["color"], linewidth=0.7, alpha=0.3)
+        marker = "o" if len(mean) == 1 else None
+        axes.plot(curve.steps, mean, linewidth=2.2, marker=marker, **style)
+        ends.append((mean[-1], curve, style))
+    _label_ends(axes, ends)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("training loss (nats per answer token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if window > 1:
+        note = f"thick: mean of {window} steps; thin: each step"
+        axes.text(1, 1.02, note, transform=axes.transAxes, ha="right", fontsize=8, color="0.4")
+    staged = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure)
+    figure.savefig(staged, dpi=160, format="png")
+    os.replace(staged, path)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve, dict[str, Any]]]) -> None:
+    """Names each curve at its end, moved apart where two ends are close."""
+    low, high = axes.get_ylim()
+    apart = 0.055 * (high - low)
+    place = -float("inf")
+    for height, curve, style in sorted(ends, key=lambda end: end[0]):
+        place = max(height, place + apart)
+        axes.annotate(
+            curve.label,
+            (curve.steps[-1], height),
+            xytext=(1.015, place),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=style["color"],
+            fontweight="bold",
+            annotation_clip=False,
+        )

@@ -1,0 +1,217 @@
+"""What the user asks for: PissaConfig, a LoraConfig with the fields of the decomposition.
+
+The only file that uses a private name of PEFT: `LoraConfig._register_custom_module` (experimental, says its
+documentation), through which a LoRA layer class of one's own is made known. It is there from peft 0.21 on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
+
+from peft import LoraConfig
+from torch import nn
+
+Svd = Literal["krylov", "subspace", "exact"]
+Residual = Literal["implicit", "explicit"]
+
+# The fields of LoraConfig that mean the same here. Every other one must keep its default, so that whatever a
+# later PEFT adds is refused by name until somebody has thought about it.
+_SUPPORTED = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    }
+)
+
+
+class Form(NamedTuple):
+    """How a layer keeps its base: `residual` is "implicit" (dense weight untouched), "explicit" or "nf4"."""
+
+    residual: str
+    blocksize: int | None = None
+    double_quant: bool | None = None
+
+    def describe(self) -> str:
+        """The form in words, for messages."""
+        details = (
+            ""
+            if self.blocksize is None
+            else f" (blocksize {self.blocksize}, double_quant {self.double_quant})"
+        )
+        return self.residual + details
+
+    def options(self) -> dict[str, Any]:
+        """The form as keyword arguments of `ops.residual`."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+IMPLICIT = Form("implicit")
+
+
+@dataclass
+class PissaConfig(LoraConfig):  # type: ignore[misc]
+    """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
+
+    Defaults that differ from LoraConfig: `lora_alpha` is the rank, of each layer in `rank_pattern` as well,
+    so that the scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as PEFT
+    does.
+
+    Args:
+        svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
+        svd_passes: passes over each weight; even, at least 2. Not used by "exact".
+        seed: seed of the random sketch. The result does not depend on torch's generator.
+        quant: "nf4" keeps the residual in 4 bits (QPiSSA); None keeps it as `residual` says.
+        quant_iters: alternations of decomposition and quantisation. Only 1 for now.
+        blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
+        double_quant: quantise the NF4 scales as well.
+        residual: "implicit" leaves the dense weight untouched; "explicit" replaces it by W - s B0 A0, as the
+            paper does. A residual in 4 bits is always stored: with `quant` this field has no effect.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed. Options of LoRA that do
+            not work with PiSSA yet (DoRA, LoftQ, EVA, trained biases, `target_parameters`, ...) are refused.
+    """
+
+    # LoraConfig's default is 8 whatever the rank is.
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
+    svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
+    svd_passes: int = field(default=8, metadata={"help": "Passes over each weight, even"})
+    seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
+    quant: Literal["nf4"] | None = field(default=None, metadata={"help": "Store the residual in 4 bits"})
+    quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
+    blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
+    double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
+    residual: Residual = field(default="implicit", metadata={"help": "implicit or explicit"})
+
+    def __post_init__(self) -> None:
+        self._check_lora_fields()
+        if self.target_modules is None:  # type: ignore[has-type]
+            self.target_modules = "all-linear"
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+            given = self.alpha_pattern or {}  # type: ignore[has-type]
+            self.alpha_pattern = {**(self.rank_pattern or {}), **given}
+        self._check_scaling()
+        self._check_own_fields()
+        super().__post_init__()
+        self.build_layers_with(_refuse)
+
+    @property
+    def form(self) -> Form:
+        """How the adapted layers keep their base."""
+        if self.quant == "nf4":
+            return Form("nf4", self.blocksize, self.double_quant)
+        return Form(self.residual)
+
+    def build_layers_with(self, factory: Callable[..., nn.Module]) -> None:
+        """Makes PEFT build every layer by `factory(target, adapter_name, config=self, **kwargs)`."""
+        self._register_custom_module({nn.Module: factory})
+
+    def as_lora(self) -> LoraConfig:
+        """The plain LoRA of twice the rank that has the same scaling in every layer."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
+        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, stays what it is when r doubles.
+        grow = math.sqrt(2) if self.use_rslora else 2
+        fields["r"] = 2 * self.r
+        fields["lora_alpha"] = grow * fields["lora_alpha"]
+        fields["rank_pattern"] = {key: 2 * rank for key, rank in (self.rank_pattern or {}).items()}
+        fields["alpha_pattern"] = {key: grow * alpha for key, alpha in (self.alpha_pattern or {}).items()}
+        fields["inference_mode"] = True
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(fields[name], set):
+                fields[name] = sorted(fields[name])  # the same file every time
+        return LoraConfig(**fields)
+
+    def _check_lora_fields(self) -> None:
+        if self.init_lora_weights is not True:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported: PiSSA starts from the "
+                "principal singular vectors; leave it out, and choose the decomposition with svd, svd_passes"
+            )
+        for f in dataclasses.fields(LoraConfig):
+            if f.name in _SUPPORTED or f.name == "init_lora_weights":
+                continue
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            value = getattr(self, f.name)
+            if value != default:
+                raise ValueError(
+                    f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
+                    "use peft.LoraConfig for a plain LoRA adapter"
+                )
+
+    def _check_scaling(self) -> None:
+        ranks = {
+            "r": self.r,
+            **{f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()},
+        }
+        for name, rank in ranks.items():
+            if not _is_int(rank) or rank < 1:
+                raise ValueError(
+                    f"`{name}` should be a positive integer value but the value passed is {rank!r}"
+                )
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()},
+        }
+        for name, alpha in alphas.items():
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+                raise ValueError(
+                    f"{name} must be a positive number (its factors are scaled by 1/alpha), got {alpha!r}"
+                )
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+
+    def _check_own_fields(self) -> None:
+        _check_choice("svd", self.svd, get_args(Svd))
+        _check_choice("quant", self.quant, (None, "nf4"))
+        _check_choice("residual", self.residual, get_args(Residual))
+        if not _is_int(self.svd_passes) or self.svd_passes < 2 or self.svd_passes % 2:
+            raise ValueError(f"svd_passes must be an even integer, at least 2, got {self.svd_passes!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}")
+        if not _is_int(self.quant_iters) or self.quant_iters < 1:
+            raise ValueError(f"quant_iters must be a positive integer, got {self.quant_iters!r}")
+        if self.quant_iters > 1:
+            raise ValueError(
+                f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1"
+            )
+        blocksizes = [2**k for k in range(5, 13)]
+        if self.blocksize not in blocksizes:
+            raise ValueError(f"blocksize must be one of {blocksizes}, got {self.blocksize!r}")
+        if not isinstance(self.double_quant, bool):
+            raise TypeError(f"double_quant must be True or False, got {self.double_quant!r}")
+
+
+def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:
+    raise TypeError(
+        "a PissaConfig needs pissa.wrap(model, config): peft.get_peft_model cannot start the adapter"
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

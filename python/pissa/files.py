@@ -1,0 +1,58 @@
+"""Writing several files of one folder so that a crash leaves either the old ones or the new ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+
+class Staged:
+    """Files that are written under temporary names and get their own when the block ends without an error.
+
+        with Staged(folder) as staged:
+            staged.path("a.json").write_text(...)
+
+    All of them are on the disk before the first is renamed; they are renamed in the order they were named in.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder)
+        self._names: list[str] = []
+
+    def path(self, name: str) -> Path:
+        """The temporary path, in the same folder, for the file that will be called `name`."""
+        self._names.append(name)
+        return self._temporary(name)
+
+    def _temporary(self, name: str) -> Path:
+        return self._folder / f".{name}.{os.getpid()}.tmp"
+
+    def __enter__(self) -> Staged:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                for name in self._names:
+                    with open(self._temporary(name), "rb+") as file:
+                        os.fsync(file.fileno())
+                for name in self._names:
+                    os.replace(self._temporary(name), self._folder / name)
+                _flush_folder(self._folder)
+        finally:
+            for name in self._names:
+                self._temporary(name).unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the renames durable, where the system lets a folder be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

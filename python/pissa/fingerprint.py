@@ -1,0 +1,32 @@
+"""Fingerprints that tell one base weight from another, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """SHA-256 of the shapes and values of `tensors`, in hexadecimal.
+
+    A floating tensor counts by its values, not by the dtype that holds them: a bfloat16 checkpoint loaded in
+    float32 has the fingerprint of the same checkpoint loaded in bfloat16.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        narrow = _narrowest(tensor.detach().cpu().contiguous())
+        digest.update(f"{narrow.dtype} {tuple(narrow.shape)};".encode())
+        digest.update(narrow.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _narrowest(tensor: Tensor) -> Tensor:
+    """`tensor` in the first of bfloat16, float16 and its own dtype that holds it without loss."""
+    if tensor.is_floating_point():
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = tensor.to(dtype)
+            if torch.equal(narrow.to(tensor.dtype), tensor):
+                return narrow
+    return tensor

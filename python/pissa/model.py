@@ -1,0 +1,322 @@
+"""wrap, and the model that it returns: a peft.PeftModel whose adapters are changes of an unchanged base."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pissa.checkpoint import Checkpoint
+from pissa.config import PissaConfig
+from pissa.inject import decompose, pissa_linear, restored_on_error
+from pissa.io import save_adapter, save_card, warn_of_quantised_base
+from pissa.stored import Nf4Linear
+
+Start = Callable[["PissaModel", str], None]
+"""Gives every layer of an adapter that has just been injected its start factors."""
+
+
+def wrap(
+    model: nn.Module,
+    config: PissaConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    progressbar: bool = False,
+    **config_fields: Any,
+) -> PissaModel:
+    """Puts a PiSSA adapter on a model, in place, and returns the model that trains it.
+
+        model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
+        model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
+
+    The wrapped model computes what the base does until the first step of training. With `quant="nf4"` the
+    base is the quantised residual plus its principal part.
+
+    Args:
+        model: a model with nn.Linear layers, usually transformers'. On any failure it is left as it was; for
+            this the dense weights stay in memory until the last layer is done, with quant as well.
+        config: the configuration; copied. Alternatively give its fields as keywords.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
+        low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
+        progressbar: show one bar on stderr; the environment variable TQDM_DISABLE hides it.
+
+    Raises:
+        TypeError: config and fields both given, or a layer that cannot be adapted.
+        ValueError: no layer found, rank too large for one, NaN or Inf in a weight, a model that is wrapped.
+    """
+    if config is not None and config_fields:
+        raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
+    config = PissaConfig(**config_fields) if config is None else _own_config(config)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
+        )
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    _warn_of_dropout(config)
+    with restored_on_error(model):
+        return _model_class(config)(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            start=lambda wrapped, name: _decompose(wrapped, name, progressbar=progressbar),
+        )
+
+
+class PissaModel(PeftModel):  # type: ignore[misc]
+    """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap` or `PissaModel.from_pretrained`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PissaConfig,
+        adapter_name: str = "default",
+        *,
+        start: Start,
+        **kwargs: Any,
+    ) -> None:
+        peft_config.build_layers_with(pissa_linear)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.warned_of_quantised_base = False
+        start(self, adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PissaConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter that changes nothing yet. It shares the start factors of one that has the same
+        rank, scaling and decomposition.
+
+        The base function stays what it is: an adapter may ask for the residual that a layer has, or for an
+        implicit one, which on a stored base means "leave it".
+
+        Raises:
+            TypeError, ValueError: as `wrap`; the model is left as it was.
+        """
+        config = _own_config(peft_config)
+        _warn_of_dropout(config)
+        self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
+
+    def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        config.build_layers_with(pissa_linear)
+        with restored_on_error(self):
+            super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            start(self, adapter_name)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: save the adapters and combine them in plain PEFT, where they are LoRA adapters."""
+        raise NotImplementedError(
+            "add_weighted_adapter is not supported with PiSSA adapters: save them with save_pretrained, load "
+            "the folders with peft.PeftModel.from_pretrained and combine them there"
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters and all parameters; a weight in 4 bits counts as one."""
+        trainable, total = super().get_nb_trainable_parameters()
+        for module in self.modules():
+            if isinstance(module, Nf4Linear):
+                total += module.in_features * module.out_features - module.weight.numel()
+        return trainable, total
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the adapters: a plain LoRA that PEFT, vLLM and transformers load onto the unmodified base,
+        and beside it what `from_pretrained` needs to go on training exactly where this model is.
+
+        An adapter that is not called "default" goes to a sub-folder of its name. Every file is written under
+        a temporary name, flushed and then renamed, so that a crash leaves the folder as it was before.
+
+        Args:
+            save_directory: the folder; made if need be.
+            safe_serialization: must be True; this package never writes pickle.
+            selected_adapters: names of the adapters to save; all by default.
+            save_embedding_layers: as in PEFT; the base's weight of an adapted layer is never written.
+            is_main_process: nothing is written where this is False.
+            path_initial_model_for_weight_conversion: not needed; what is written is converted already.
+            state_dict: the model's state dict, where the caller has gathered it.
+            kwargs: ignored, as PEFT does.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickle; PiSSA adapters are safetensors only")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is not needed: the folder that save_pretrained "
+                "writes is a plain LoRA for the unmodified base already"
+            )
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {unknown}."
+            )
+        if is_main_process:
+            warn_of_quantised_base(self)
+            save_card(self, save_directory)
+            for name in names:
+                save_adapter(self, name, save_directory, state_dict, save_embedding_layers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> PissaModel:
+        """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
+
+        Args:
+            model: the unmodified base; on any failure it is left as it was.
+            model_id: the folder that `save_pretrained` wrote.
+            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            low_cpu_mem_usage: accepted as in PEFT; without effect.
+
+        Raises:
+            ValueError: a folder without a PiSSA adapter, a file that is damaged, or a base that is not the
+                one the adapter was trained on, naming the first layer that differs.
+        """
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError("the model carries an adapter already: use load_adapter of the model that wraps it")
+        checkpoint = Checkpoint.read(model_id)
+        checkpoint.config.inference_mode = not is_trainable
+        with restored_on_error(model):
+            wrapped = _model_class(checkpoint.config)(
+                model,
+                checkpoint.config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                start=checkpoint.restore,
+            )
+        return wrapped if is_trainable else wrapped.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Adds a saved adapter, or restores the state of one that the model has.
+
+        Args:
+            model_id, adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            torch_device, low_cpu_mem_usage: accepted as in PEFT; the adapter goes where its layer is.
+
+        Raises:
+            ValueError: as `from_pretrained`; the model is left as it was.
+        """
+        checkpoint = Checkpoint.read(model_id)
+        if adapter_name in self.peft_config:
+            checkpoint.restore(self, adapter_name)
+        else:
+            checkpoint.config.inference_mode = not is_trainable
+            self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        if not is_trainable:
+            self.eval()
+
+
+class PissaModelForCausalLM(PissaModel, PeftModelForCausalLM):  # type: ignore[misc]
+    """PissaModel for task type CAUSAL_LM."""
+
+
+class PissaModelForSeq2SeqLM(PissaModel, PeftModelForSeq2SeqLM):  # type: ignore[misc]
+    """PissaModel for task type SEQ_2_SEQ_LM."""
+
+
+class PissaModelForSequenceClassification(
+    PissaModel,
+    PeftModelForSequenceClassification,  # type: ignore[misc]
+):
+    """PissaModel for task type SEQ_CLS."""
+
+
+class PissaModelForTokenClassification(PissaModel, PeftModelForTokenClassification):  # type: ignore[misc]
+    """PissaModel for task type TOKEN_CLS."""
+
+
+class PissaModelForQuestionAnswering(PissaModel, PeftModelForQuestionAnswering):  # type: ignore[misc]
+    """PissaModel for task type QUESTION_ANS."""
+
+
+class PissaModelForFeatureExtraction(PissaModel, PeftModelForFeatureExtraction):  # type: ignore[misc]
+    """PissaModel for task type FEATURE_EXTRACTION."""
+
+
+def _model_class(config: PissaConfig) -> type[PissaModel]:
+    return {
+        "CAUSAL_LM": PissaModelForCausalLM,
+        "SEQ_2_SEQ_LM": PissaModelForSeq2SeqLM,
+        "SEQ_CLS": PissaModelForSequenceClassification,
+        "TOKEN_CLS": PissaModelForTokenClassification,
+        "QUESTION_ANS": PissaModelForQuestionAnswering,
+        "FEATURE_EXTRACTION": PissaModelForFeatureExtraction,
+    }.get(config.task_type, PissaModel)
+
+
+def _own_config(config: PissaConfig) -> PissaConfig:
+    """A copy, since PEFT writes into the configuration that it is given."""
+    if not isinstance(config, PissaConfig):
+        raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
+    return copy.deepcopy(config)
+
+
+def _warn_of_dropout(config: PissaConfig) -> None:
+    if config.lora_dropout > 0:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to "
+            "the input of the change only, not to the principal part that the adapter starts from.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _decompose(model: PissaModel, adapter_name: str, progressbar: bool = False) -> None:
+    decompose(
+        model.base_model.model,  # get_base_model() fails where the last adapter has been deleted
+        adapter_name,
+        model.peft_config[adapter_name],
+        first=len(model.peft_config) == 1,
+        progressbar=progressbar,
+    )

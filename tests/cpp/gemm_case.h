@@ -1,0 +1,72 @@
+// A random GEMM: operands in any form, an output full of NaN, and the float64 result with its error bound.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "matrices.h"
+#include "pissa/types.h"
+#include "reference.h"
+
+namespace pissa::test {
+
+/// Terms scale * op(a) * op(b) of an [m, n] sum, and what they add up to.
+class TermList {
+ public:
+  TermList(std::int64_t m, std::int64_t n) : expected_{Dense(m, n), Dense(m, n)} {}
+
+  void add(Random& random, std::int64_t k, Form form_a, Op op_a, Form form_b, Op op_b, float scale) {
+    const auto [m, n] = std::pair{expected_.value.rows, expected_.value.cols};
+    operands_.emplace_back(random, op_a == Op::n ? m : k, op_a == Op::n ? k : m, form_a);
+    operands_.emplace_back(random, op_b == Op::n ? k : n, op_b == Op::n ? n : k, form_b);
+    const Operand& a = *(operands_.end() - 2);
+    const Operand& b = operands_.back();
+    terms_.push_back({a.view(), op_a, b.view(), op_b, scale});
+    const Dense a_values = oriented(a.values(), op_a);
+    const Dense b_values = oriented(b.values(), op_b);
+    add_expected(
+        {double{scale} * (a_values * b_values), std::fabs(double{scale}) * (absolute(a_values) * absolute(b_values))});
+    roundings_ += k + 1;  // the additions, and the scaling of a
+  }
+  void add_expected(const Bounded& more) {
+    expected_ = {expected_.value + more.value, expected_.magnitude + more.magnitude};
+    roundings_ += 1;
+  }
+
+  const std::vector<Term>& terms() const { return terms_; }
+  const Bounded& expected() const { return expected_; }
+  std::int64_t roundings() const { return roundings_ + 1; }  // and the multiplication, where it is not fused
+
+ private:
+  std::deque<Operand> operands_;  // does not move them
+  std::vector<Term> terms_;
+  Bounded expected_;
+  std::int64_t roundings_ = 0;
+};
+
+inline float random_scale(Random& random) { return random.pick({1.0f, -1.0f, 0.3f, -2.75f}); }
+inline Op random_op(Random& random) { return random.coin() ? Op::t : Op::n; }
+
+/// Sizes at the edges of register tiles (rows 4, 6, 14; columns 8, 16, 32) and of blocks, others small.
+struct Size {
+  std::int64_t m, n, k;
+};
+inline const std::vector<Size>& edge_sizes() {
+  static const std::vector<Size> sizes = [] {
+    std::vector<Size> result;
+    for (const std::int64_t m : {0, 1, 3, 4, 5, 6, 7, 13, 14, 15, 27, 28, 29, 335, 336, 337, 673})
+      result.push_back({m, 19, 21});
+    for (const std::int64_t n : {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 513})
+      result.push_back({11, n, 21});
+    for (const std::int64_t k : {0, 1, 2, 15, 16, 17, 255, 256, 257, 513}) result.push_back({15, 33, k});
+    result.push_back({1, 1, 1});
+    result.push_back({337, 257, 5});
+    result.push_back({43, 259, 258});
+    return result;
+  }();
+  return sizes;
+}
+
+}  // namespace pissa::test

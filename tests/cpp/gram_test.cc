@@ -1,0 +1,96 @@
+// The Gram matrix in float64 and its eigenvectors.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "isa_test.h"
+#include "matrices.h"
+#include "orthogonal.h"
+#include "reference.h"
+
+namespace pissa::test {
+namespace {
+
+class GramTest : public IsaTest {};
+
+// Rows [first, last), at and below the diagonal, are right to float64; the rest is not touched.
+TEST_P(GramTest, IsAccurateToFloat64) {
+  Random random(1);
+  struct Range {
+    std::int64_t count, cols, first, last;
+  };
+  for (const auto& [count, cols, first, last] :
+       {Range{1, 1, 0, 1}, Range{9, 0, 0, 9}, Range{13, 37, 0, 13}, Range{13, 37, 5, 9}, Range{8, 2047, 0, 8},
+        Range{7, 2049, 3, 7}, Range{5, 5000, 0, 5}}) {
+    SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", rows " << first << " to " << last);
+    const Stored rows(random.dense(count, cols), Codec::f32);
+    const Dense values = rows.values();
+    const Dense expected = values * transposed(values);
+    const Dense magnitude = absolute(values) * transposed(absolute(values));
+    const std::int64_t ld = count + 2;
+    std::vector<double> gram(count * ld, -9.0);
+    kernels().gram(static_cast<const float*>(rows.view().data), cols, rows.view().ld, first, last, gram.data(), ld);
+    for (std::int64_t i = 0; i < count; ++i) {
+      for (std::int64_t j = 0; j < ld; ++j) {
+        if (i < first || i >= last || j > i) ASSERT_EQ(gram[i * ld + j], -9.0) << i << ", " << j;
+        else
+          ASSERT_NEAR(gram[i * ld + j], expected(i, j), 2 * gamma(cols + 1, kEps64) * magnitude(i, j))
+              << i << ", " << j;
+      }
+    }
+  }
+}
+
+TEST_P(GramTest, EigenvaluesAreSquaredSingularValues) {
+  Random random(2);
+  for (const auto& [count, cols, wanted] :
+       {std::tuple{1, 1, 1}, {6, 40, 6}, {21, 300, 5}, {30, 12, 30}, {17, 2100, 4}}) {
+    SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", " << wanted << " wanted");
+    const Stored rows(random.dense(count, cols), Codec::f32);
+    std::vector<double> values(wanted, std::nan(""));
+    Stored vectors = Stored::poisoned(wanted, count, Codec::f32);
+    backend().gram_eigh(rows.view(), values, vectors.mutable_view());
+    EXPECT_TRUE(vectors.padding_intact());
+    const Svd reference = jacobi_svd(rows.values());
+    const double largest = reference.s[0] * reference.s[0];
+    const double tolerance =
+        16 * count * kEps64 * largest;  // backward error of the eigenproblem and of the Gram matrix
+    for (int i = 0; i < wanted; ++i) {
+      const bool within_rank = i < static_cast<int>(reference.s.size());
+      const double exact = within_rank ? reference.s[i] * reference.s[i] : 0;
+      EXPECT_NEAR(values[i], exact, tolerance);
+      EXPECT_GE(values[i], 0.0);
+      if (i > 0) {
+        EXPECT_LE(values[i], values[i - 1]);
+      }
+    }
+    // The vectors are rounded to f32: elementwise, so by at most eps32 in norm.
+    EXPECT_LE(orthonormality_error(vectors.values()), 2 * kEps32 + tolerance / largest);
+    const Dense projected = vectors.values() * rows.values();
+    const Dense gram = projected * transposed(projected);
+    for (int i = 0; i < wanted; ++i) EXPECT_NEAR(gram(i, i), values[i], 4 * kEps32 * largest);
+  }
+}
+
+TEST_P(GramTest, BitwiseTheSameForAnyNumberOfThreads) {
+  Random random(3);
+  const Stored rows(random.dense(37, 2100), Codec::f32);
+  std::vector<double> expected;
+  for (const int threads : {1, 2, 3, 7}) {
+    const cpu::ThreadExecutor executor(threads);
+    std::vector<double> values(37);
+    Stored vectors = Stored::poisoned(37, 37, Codec::f32);
+    cpu::CpuBackend(executor, kernels()).gram_eigh(rows.view(), values, vectors.mutable_view());
+    const Dense vector_values = vectors.values();
+    values.insert(values.end(), vector_values.values.begin(), vector_values.values.end());
+    if (threads == 1) expected = values;
+    else EXPECT_EQ(values, expected) << threads << " threads";
+  }
+}
+
+PISSA_EVERY_ISA(GramTest);
+
+}  // namespace
+}  // namespace pissa::test

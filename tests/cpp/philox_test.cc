@@ -1,0 +1,60 @@
+#include "pissa/philox.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "isa_test.h"
+#include "matrices.h"
+
+namespace pissa::test {
+namespace {
+
+// Known answers of Random123 1.14, tests/kat_vectors, philox4x32 with 10 rounds.
+TEST(Philox, KnownAnswers) {
+  EXPECT_EQ(philox4x32({0, 0, 0, 0}, 0), (PhiloxBlock{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+  EXPECT_EQ(philox4x32({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, 0xffffffffffffffff),
+            (PhiloxBlock{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
+  // Key words a4093822 and 299f31d0, the first one low.
+  EXPECT_EQ(philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0x299f31d0a4093822),
+            (PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+}
+
+TEST(Philox, SignBlocksCountInTheLowWords) {
+  const std::uint64_t block = 0x123456789abcdef0;
+  EXPECT_EQ(philox_signs(block, 7), philox4x32({0x9abcdef0, 0x12345678, 0, 0}, 7));
+}
+
+double expected_sign(std::int64_t index, std::uint64_t seed) {
+  const PhiloxBlock bits = philox4x32({static_cast<std::uint32_t>(index / 128), 0, 0, 0}, seed);
+  const std::int64_t bit = index % 128;
+  return (bits[bit / 32] >> (bit % 32)) & 1 ? -1.0 : 1.0;
+}
+
+TEST(FillSigns, EveryElementIsItsOwnBitForAnyShapeAndThreads) {
+  for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 127}, {5, 128}, {4, 129}, {7, 200}, {2, 1000}, {300, 1}}) {
+    for (const std::uint64_t seed : {std::uint64_t{0}, std::uint64_t{0xfedcba9876543210}}) {
+      for (const int threads : {1, 2, 3, 7}) {
+        const cpu::ThreadExecutor executor(threads);
+        Stored signs = Stored::poisoned(rows, cols, Codec::f32);
+        cpu::CpuBackend(executor, cpu::kernels("baseline")).fill_signs(signs.mutable_view(), seed, 0.25f);
+        const Dense values = signs.values();
+        for (std::int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(values.values[i], 0.25 * expected_sign(i, seed)) << i;
+        EXPECT_TRUE(signs.padding_intact());
+      }
+    }
+  }
+}
+
+TEST(FillSigns, AreBalanced) {
+  const cpu::ThreadExecutor executor(1);
+  Stored signs = Stored::poisoned(100, 1000, Codec::f32);
+  cpu::CpuBackend(executor, cpu::kernels("baseline")).fill_signs(signs.mutable_view(), 1, 1.0f);
+  double sum = 0;
+  for (const double value : signs.values().values) sum += value;
+  EXPECT_LT(std::fabs(sum), 4 * std::sqrt(1e5)) << "four standard deviations of 1e5 fair signs";
+}
+
+}  // namespace
+}  // namespace pissa::test

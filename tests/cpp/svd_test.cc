@@ -1,0 +1,230 @@
+// svd_lowrank on every class of weights: sound factors, always; the energy that the algorithm can find; its cost.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "counting_backend.h"
+#include "isa_test.h"
+#include "krylov_reference.h"
+#include "matrices.h"
+#include "orthogonal.h"
+#include "pissa/rsvd.h"
+#include "reference.h"
+#include "weight_classes.h"
+
+namespace pissa::test {
+namespace {
+
+/// A decomposition on the host.
+struct Factors {
+  Dense u;  // [r, m]
+  std::vector<float> s;
+  Dense v;  // [r, n]
+};
+
+Dense to_dense(const MutableMatrix& matrix) {
+  Dense result(matrix.rows, matrix.cols);
+  std::copy_n(static_cast<const float*>(matrix.data), matrix.rows * matrix.cols, result.values.begin());
+  return result;
+}
+
+template <class B>
+Factors decompose(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options) {
+  const auto factors = svd_lowrank(backend, w, r, options);
+  return {to_dense(factors.u.view()), factors.s, to_dense(factors.v.view())};
+}
+
+/// What rounding to f32 does to W q, of all rows q of length 1 together: sqrt(terms) roundings as in a random walk,
+/// each relative to |W||q|, whose norm is at most ||W||. Covers a product, its orthonormalisation and the projection: a
+/// factor of 8.
+double noise(const Dense& w) { return 8 * kEps32 * std::sqrt(static_cast<double>(std::max(w.rows, w.cols))) * norm(w); }
+
+void expect_sound(const Dense& w, const Factors& factors, const Svd& exact) {
+  const std::int64_t r = factors.u.rows;
+  const bool rows_short = w.rows <= w.cols;
+  EXPECT_LE(orthonormality_error(factors.u), orthonormality_bound(w.rows)) << "U";
+  EXPECT_LE(orthonormality_error(factors.v), orthonormality_bound(w.cols)) << "V";
+  const Dense product = rows_short ? factors.u * w : factors.v * transposed(w);  // of the factor in the basis
+  const Dense& partner = rows_short ? factors.v : factors.u;
+  for (std::int64_t i = 0; i < r; ++i) {
+    const double s = factors.s[i];
+    ASSERT_TRUE(std::isfinite(s));
+    ASSERT_GE(s, 0);
+    ASSERT_LE(s, factors.s[std::max<std::int64_t>(i - 1, 0)]) << "not descending";
+    ASSERT_LE(s, exact.s[i] + noise(w)) << "a projection of W has no larger singular values";
+    ASSERT_LE(norm(rows_of(product, i, 1) - s * rows_of(partner, i, 1)), noise(w)) << "triplet " << i;
+  }
+}
+
+constexpr SvdMethod kMethods[] = {SvdMethod::krylov, SvdMethod::subspace};
+
+class SvdTest : public IsaTest {
+ protected:
+  // Sound, as good as the algorithm in float64, and, where the sketch spans everything, exact.
+  void check(const WeightClass& weight_class, std::int64_t r, Codec codec,
+             const std::vector<std::int64_t>& passes) const {
+    const Stored weight(weight_class.values, codec);
+    const Dense w = weight.values();
+    const std::int64_t short_dim = std::min(w.rows, w.cols);
+    r = std::min(r, short_dim);
+    const Svd exact = jacobi_svd(w);
+    const double best = best_norm(exact, r);
+    const std::int64_t block = std::min(r + oversampling(r), short_dim);
+    const Dense wide = w.rows <= w.cols ? w : transposed(w);
+    for (const SvdMethod method : kMethods) {
+      for (const std::int64_t count : passes) {
+        SCOPED_TRACE(::testing::Message()
+                     << weight_class.name << " [" << w.rows << ", " << w.cols << "] " << name(codec) << ", r = " << r
+                     << ", method " << static_cast<int>(method) << ", " << count << " passes");
+        const SvdOptions options{method, count, 7};
+        cpu::CpuBackend cpu = backend();
+        const Factors factors = decompose(cpu, weight.view(), r, options);
+        expect_sound(w, factors, exact);
+        if (HasFailure()) return;
+        // f32 vectors of length 1 +- eps, and the noise of the basis, second order in what it loses.
+        const double rounding = best > 0 ? 4 * noise(w) / best : 0;
+        const double loss = energy_loss(transposed(wide), w.rows <= w.cols ? factors.u : factors.v, best);
+        const double other_loss = energy_loss(wide, w.rows <= w.cols ? factors.v : factors.u, best);
+        const double reference = energy_loss(transposed(wide), reference_basis(wide, r, options), best);
+        EXPECT_LE(loss, 1.02 * reference + rounding);
+        EXPECT_LE(other_loss, loss + rounding) << "half a pass more can only be better";
+        const bool whole_rank = block == short_dim || exact.s[block] <= 1e-12 * exact.s[0];
+        for (std::int64_t i = 0; i < r && whole_rank; ++i) EXPECT_NEAR(factors.s[i], exact.s[i], noise(w));
+      }
+    }
+  }
+};
+
+TEST_P(SvdTest, EveryClassInF32) {
+  for (const WeightClass& weight_class : weight_classes(70, 90)) check(weight_class, 6, Codec::f32, {2, 4, 8, 12});
+}
+
+TEST_P(SvdTest, EveryClassTransposed) {
+  for (const WeightClass& weight_class : weight_classes(90, 70)) check(weight_class, 6, Codec::f32, {4, 8});
+}
+
+TEST_P(SvdTest, EveryClassInHalfPrecision) {
+  for (const WeightClass& weight_class : weight_classes(50, 40)) {
+    check(weight_class, 3, Codec::bf16, {8});
+    if (weight_class.fits_f16) check(weight_class, 3, Codec::f16, {4});
+  }
+}
+
+TEST_P(SvdTest, FullRank) {
+  for (const WeightClass& weight_class : weight_classes(24, 31)) check(weight_class, 24, Codec::f32, {2, 8});
+}
+
+TEST_P(SvdTest, AWeightInNf4) {
+  Random random(4);
+  const StoredNf4 weight(random, 45, 77, 32, true);
+  const Dense w = weight.values();
+  cpu::CpuBackend cpu = backend();
+  expect_sound(w, decompose(cpu, weight.view(), 5, {SvdMethod::krylov, 8, 0}), jacobi_svd(w));
+}
+
+TEST_P(SvdTest, DeterministicAndBitwiseTheSameForAnyNumberOfThreads) {
+  for (const WeightClass& weight_class : weight_classes(60, 100)) {
+    for (const SvdMethod method : kMethods) {
+      const Stored weight(weight_class.values, Codec::f32);
+      const std::int64_t r = std::min<std::int64_t>({5, weight_class.values.rows, weight_class.values.cols});
+      Factors expected;
+      for (const int threads : {1, 1, 2, 3, 7}) {
+        const cpu::ThreadExecutor executor(threads);
+        cpu::CpuBackend cpu(executor, kernels());
+        Factors factors = decompose(cpu, weight.view(), r, {method, 6, 1});
+        if (expected.s.empty()) expected = std::move(factors);
+        else {
+          EXPECT_EQ(factors.u.values, expected.u.values) << weight_class.name << ", " << threads << " threads";
+          EXPECT_EQ(factors.s, expected.s) << weight_class.name << ", " << threads << " threads";
+          EXPECT_EQ(factors.v.values, expected.v.values) << weight_class.name << ", " << threads << " threads";
+        }
+      }
+    }
+  }
+}
+
+TEST_P(SvdTest, TheSeedMatters) {
+  Random random(5);
+  const Stored weight(random.dense(60, 80), Codec::f32);
+  cpu::CpuBackend cpu = backend();
+  EXPECT_NE(decompose(cpu, weight.view(), 4, {SvdMethod::krylov, 2, 0}).s,
+            decompose(cpu, weight.view(), 4, {SvdMethod::krylov, 2, 1}).s);
+}
+
+PISSA_EVERY_ISA(SvdTest);
+
+std::int64_t passes_over(const Stored& weight, std::int64_t r, const SvdOptions& options) {
+  const cpu::ThreadExecutor executor(1);
+  CountingBackend counting(executor, cpu::kernels(), weight.view());
+  svd_lowrank(counting, weight.view(), r, options);
+  EXPECT_EQ(counting.others, 0) << "something besides the passes reads the weight";
+  return counting.passes;
+}
+
+TEST(SvdCost, TakesExactlyThePassesAskedFor) {
+  Random random(6);
+  for (const auto& [rows, cols] : {std::pair{150, 170}, {170, 150}}) {
+    const Stored weight(random.dense(rows, cols), Codec::f32);
+    for (const SvdMethod method : kMethods) {
+      for (const std::int64_t passes : {2, 4, 8, 12}) EXPECT_EQ(passes_over(weight, 4, {method, passes, 0}), passes);
+    }
+  }
+}
+
+// Blocks of r + 8: 40 = 3 * 12 + 4 are the whole space after 4 blocks, 8 passes.
+TEST(SvdCost, StopsWhenTheBasisIsTheWholeSpace) {
+  Random random(7);
+  const Stored weight(random.dense(40, 60), Codec::f32);
+  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 6, 0}), 6);
+  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 8, 0}), 8);
+  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 10, 0}), 8);
+  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::subspace, 10, 0}), 10);
+  for (const SvdMethod method : kMethods)
+    EXPECT_EQ(passes_over(weight, 32, {method, 8, 0}), 2) << "one block is the space";
+}
+
+template <class F>
+void expect_refused(const std::string& argument, F call) {
+  try {
+    call();
+    ADD_FAILURE() << "accepted; expected a complaint about " << argument;
+  } catch (const std::invalid_argument& error) {
+    EXPECT_EQ(std::string(error.what()).find(argument + ":"), 0u) << error.what();
+  }
+}
+
+TEST(SvdErrors, NameTheArgument) {
+  Random random(8);
+  const Stored weight(random.dense(5, 9), Codec::f32);
+  const cpu::ThreadExecutor executor(1);
+  cpu::CpuBackend cpu(executor, cpu::kernels());
+  for (const std::int64_t r : {0, -1, 6, 9}) expect_refused("r", [&] { svd_lowrank(cpu, weight.view(), r, {}); });
+  for (const std::int64_t passes : {0, -2, 1, 3, 7}) {
+    expect_refused("passes", [&] { svd_lowrank(cpu, weight.view(), 2, {SvdMethod::krylov, passes, 0}); });
+  }
+  expect_refused("r", [&] { svd_lowrank(cpu, Stored(Dense(0, 4), Codec::f32).view(), 1, {}); });
+}
+
+TEST(SvdErrors, RefusesWeightsThatAreNotFinite) {
+  const cpu::ThreadExecutor executor(1);
+  cpu::CpuBackend cpu(executor, cpu::kernels());
+  Random random(9);
+  for (const double special : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
+    for (const Codec codec : kCodecs) {
+      for (const std::int64_t at : {0, 1023, 1024, 2 * 1500 - 1}) {
+        Dense values = random.dense(2, 1500);
+        values.values[at] = special;
+        const Stored weight(values, codec);
+        expect_refused("weight", [&] { svd_lowrank(cpu, weight.view(), 1, {}); });
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pissa::test

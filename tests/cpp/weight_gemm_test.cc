@@ -1,0 +1,109 @@
+// weight_gemm_nt and weight_gemm_nn: the products that read a weight, with their low-rank tail and bias.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "gemm_case.h"
+#include "isa_test.h"
+
+namespace pissa::test {
+namespace {
+
+class WeightGemmTest : public IsaTest {
+ protected:
+  // y [m, n] = scale x W^T + tail + bias, W [n, k].
+  void check_nt(Random& random, const Size& size, Form x, Form weight, std::int64_t tail, bool with_bias,
+                Codec out_codec) const {
+    const auto& [m, n, k] = size;
+    SCOPED_TRACE(::testing::Message() << "nt " << m << ", " << n << ", " << k << ", x " << name(x) << ", weight "
+                                      << name(weight) << ", tail " << tail << ", bias " << with_bias << ", out "
+                                      << name(out_codec));
+    TermList list(m, n);
+    list.add(random, k, x, Op::n, weight, Op::t, random_scale(random));
+    for (std::int64_t i = 0; i < tail; ++i) {
+      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, random_scale(random));
+    }
+    const Operand bias(random, 1, n, static_cast<Form>(random.pick(kCodecs)));
+    if (with_bias) list.add_expected(bounded(bias.values()));
+    const Term& product = list.terms().front();
+    Stored y = Stored::poisoned(m, n, out_codec, random.below(4));
+    backend().weight_gemm_nt(product.a, product.b, product.scale, std::span(list.terms()).subspan(1),
+                             with_bias ? bias.view() : Matrix{}, y.mutable_view());
+    expect_close(y, list.expected(), list.roundings());
+  }
+
+  // dx [m, n] = scale dy W + tail, W [k, n].
+  void check_nn(Random& random, const Size& size, Form dy, Form weight, std::int64_t tail, Codec out_codec) const {
+    const auto& [m, n, k] = size;
+    SCOPED_TRACE(::testing::Message() << "nn " << m << ", " << n << ", " << k << ", dy " << name(dy) << ", weight "
+                                      << name(weight) << ", tail " << tail << ", out " << name(out_codec));
+    TermList list(m, n);
+    list.add(random, k, dy, Op::n, weight, Op::n, random_scale(random));
+    for (std::int64_t i = 0; i < tail; ++i) {
+      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, random_scale(random));
+    }
+    const Term& product = list.terms().front();
+    Stored dx = Stored::poisoned(m, n, out_codec, random.below(4));
+    backend().weight_gemm_nn(product.a, product.b, product.scale, std::span(list.terms()).subspan(1),
+                             dx.mutable_view());
+    expect_close(dx, list.expected(), list.roundings());
+  }
+};
+
+TEST_P(WeightGemmTest, EveryCodecTailAndBias) {
+  Random random(1);
+  for (const Form x : {Form::f32, Form::bf16, Form::f16}) {
+    for (const Form weight : kForms) {
+      for (std::int64_t tail = 0; tail <= 2; ++tail) {
+        for (const bool bias : {false, true})
+          check_nt(random, {9, 37, 45}, x, weight, tail, bias, static_cast<Codec>(x));
+        check_nn(random, {9, 37, 45}, x, weight, tail, static_cast<Codec>(x));
+      }
+    }
+  }
+}
+
+TEST_P(WeightGemmTest, EverySize) {
+  Random random(2);
+  for (const Size& size : edge_sizes()) {
+    const Form x = static_cast<Form>(random.pick(kCodecs));
+    check_nt(random, size, x, random.pick(kForms), random.below(3), random.coin(), random.pick(kCodecs));
+    check_nn(random, size, x, random.pick(kForms), random.below(3), random.pick(kCodecs));
+  }
+}
+
+TEST_P(WeightGemmTest, BitwiseTheSameForAnyNumberOfThreads) {
+  Random random(3);
+  const std::int64_t m = 29, out = 517, in = 270, r = 6;
+  const Operand x(random, m, in, Form::bf16);
+  const Operand dy(random, m, out, Form::bf16);
+  const Operand weight(random, out, in, Form::nf4_nested);
+  const Operand xa(random, m, r, Form::f32);
+  const Operand b(random, out, r, Form::f32);
+  const Operand a(random, r, in, Form::f32);
+  const Operand bias(random, 1, out, Form::bf16);
+  const Term tail_nt[] = {{xa.view(), Op::n, b.view(), Op::t, 2.0f}};
+  const Term tail_nn[] = {{xa.view(), Op::n, a.view(), Op::n, 2.0f}};
+  std::vector<std::uint8_t> expected_y, expected_dx;
+  for (const int threads : {1, 2, 3, 7}) {
+    const cpu::ThreadExecutor executor(threads);
+    const cpu::CpuBackend cpu(executor, kernels());
+    Stored y = Stored::poisoned(m, out, Codec::bf16);
+    Stored dx = Stored::poisoned(m, in, Codec::f32);
+    cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, tail_nt, bias.view(), y.mutable_view());
+    cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, tail_nn, dx.mutable_view());
+    if (threads == 1) {
+      expected_y = y.bytes();
+      expected_dx = dx.bytes();
+    }
+    EXPECT_TRUE(y.bytes() == expected_y) << threads << " threads";
+    EXPECT_TRUE(dx.bytes() == expected_dx) << threads << " threads";
+  }
+}
+
+PISSA_EVERY_ISA(WeightGemmTest);
+
+}  // namespace
+}  // namespace pissa::test

@@ -1,0 +1,584 @@
+"""Adapters on disk: exact restart, plain LoRA for everybody else, and refusals of what does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pissa
+from pissa import PissaConfig, PissaModel
+from pissa.files import Staged
+from pissa.fingerprint import fingerprint
+
+FORMS = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
+forms = pytest.mark.parametrize("form", FORMS)
+Make = Callable[..., nn.Module]
+quantised_warning = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = quantised_warning
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a decomposition")
+
+    monkeypatch.setattr(pissa.ops, "split", forbidden)
+    monkeypatch.setattr(pissa.ops, "svd_lowrank", forbidden)
+
+
+# -- what comes back
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restores_to_the_bit(
+    form: str,
+    dtype: torch.dtype,
+    tiny_llama: Make,
+    tokens: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pissa.wrap(tiny_llama(dtype=dtype), r=4, lora_alpha=6, **FORMS[form])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens)
+    goes_on = train(model, tokens)
+
+    decomposes_nothing(monkeypatch)
+    again = PissaModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, tokens), expected)
+    assert train(again, tokens) == goes_on
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    frozen = PissaModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path)
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@forms
+@pytest.mark.parametrize("rslora", [False, True])
+def test_plain_peft_loads_it_onto_the_unmodified_base(
+    form: str, rslora: bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(
+        tiny_llama(),
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        alpha_pattern={"v_proj": 3, "layers.1.mlp.up_proj": 5},
+        **FORMS[form],
+    )
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config.keys() == peft.LoraConfig().to_dict().keys()
+    assert (config["peft_type"], config["r"], config["init_lora_weights"]) == ("LORA", 8, True)
+    plain = logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), tokens)
+    if form == "nf4":  # the error of the quantisation is what is missing
+        with model.disable_adapter():
+            base = logits(model, tokens)
+        lacking = error(base, logits(tiny_llama(), tokens))
+        assert 0.2 * lacking < error(plain, logits(model, tokens)) < 2 * lacking
+    else:
+        assert error(plain, logits(model, tokens)) <= 1e-5
+
+
+def test_saved_tensors_are_pefts(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(dtype=torch.bfloat16), r=4, target_modules=["q_proj"])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    layer = model.base_model.model.get_submodule(name)
+    a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    start, da, db = layer.start_of("default"), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert len(tensors) == 4
+    assert a.dtype == b.dtype == torch.float32
+    assert torch.equal(a, torch.cat([start.a0 + da, da]))
+    assert torch.equal(b, torch.cat([db, start.b0], dim=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pissa.json",
+        "pissa.safetensors",
+    ]
+
+
+def test_a_new_process_with_another_seed(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    expected = {"tokens": tokens}
+    for form, fields in FORMS.items():
+        model = pissa.wrap(tiny_llama(), r=4, **fields)
+        train(model, tokens)
+        model.save_pretrained(tmp_path / form)
+        expected[form] = logits(model, tokens)
+    save_file(expected, tmp_path / "expected.safetensors")
+    script = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+import pissa
+folder = Path(sys.argv[1])
+expected = load_file(folder / "expected.safetensors")
+tokens = expected.pop("tokens")
+torch.manual_seed(12345)
+for form, logits in expected.items():
+    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = pissa.PissaModel.from_pretrained(model, folder / form)
+    with torch.no_grad():
+        print(form, torch.equal(model(input_ids=tokens).logits, logits))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == sorted([*FORMS, "True", "True", "True"]), done.stderr
+
+
+def test_modules_to_save_travel(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+    assert error(logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("embeddings", ["auto", True, False])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_an_adapted_tied_head_is_saved_without_the_embeddings(
+    merged: bool, embeddings: str | bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(tie_word_embeddings=True), r=4, target_modules=["lm_head", "q_proj"])
+    train(model, tokens)
+    expected = logits(model, tokens)
+    if merged:
+        model.merge_adapter()
+    model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 3
+    again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(logits(again, tokens), expected)
+    plain = peft.PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert error(logits(plain, tokens), expected) <= 1e-5
+
+
+@forms
+def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("same", PissaConfig(r=4))
+    expected = {}
+    for name in ("default", "second", "same"):
+        model.set_adapter(name)
+        train(model, tokens)
+        expected[name] = logits(model, tokens)
+    model.save_pretrained(tmp_path / "all")
+    assert (tmp_path / "all" / "second" / "pissa.json").is_file()
+    model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
+    assert not (tmp_path / "one" / "pissa.json").exists()
+
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "all")
+    again.load_adapter(tmp_path / "all" / "second", "second")
+    again.load_adapter(tmp_path / "all" / "same", "same", is_trainable=True)
+    for name, values in expected.items():
+        again.set_adapter(name)
+        assert torch.equal(logits(again, tokens), values), name
+    layer = again.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.start_of("same") is layer.start_of("default")
+
+    # alone, on a base of its own: with a stored base this is a residual of another adapter's factors
+    alone = PissaModel.from_pretrained(tiny_llama(), tmp_path / "one" / "second", adapter_name="other")
+    model.set_adapter("second")
+    for name in ("default", "same"):
+        model.delete_adapter(name)
+    if form == "implicit":
+        assert torch.equal(logits(alone, tokens), expected["second"])
+    else:  # other layers, which this adapter does not have, are dense in `alone`
+        layer, twin = (m.base_model.model.model.layers[0].self_attn.q_proj for m in (model, alone))
+        x = torch.randn(5, 64)
+        assert torch.equal(layer(x), twin(x))
+
+
+def test_saved_again_it_is_the_same(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    model.save_pretrained(tmp_path / "a")
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "a", is_trainable=True)
+    again.save_pretrained(tmp_path / "b")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "pissa.json", "pissa.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@forms
+def test_loads_into_an_adapter_that_is_there(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    train(model, tokens)
+    assert not torch.equal(logits(model, tokens), expected)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(model, tokens), expected)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_saves_a_merged_model(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    expected = logits(model, tokens)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+
+
+def test_a_given_state_dict_is_saved(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    expected, state = logits(model, tokens), {name: t.clone() for name, t in model.state_dict().items()}
+    train(model, tokens)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+
+
+# -- manners of save_pretrained
+
+
+def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion is not needed"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
+    with pytest.raises(ValueError, match=r"invalid `selected_adapters`.*\['default'\] - got \['nope'\]"):
+        model.save_pretrained(tmp_path, selected_adapters=["default", "nope"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        model.save_pretrained(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.filterwarnings("error:The residual of the base is stored as:UserWarning")
+def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    with pytest.warns(UserWarning, match="stored as nf4") as caught:
+        model.save_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    model.save_pretrained(tmp_path)
+    for exact in ({}, {"residual": "explicit"}):
+        pissa.wrap(tiny_llama(), r=4, **exact).save_pretrained(tmp_path)
+
+
+class CrashError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("nth", range(6))
+def test_a_crash_while_saving_loses_nothing(
+    nth: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    old, files = logits(model, tokens), {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(model, tokens)
+    new = logits(model, tokens)
+
+    flush, calls = os.fsync, []
+
+    def failing(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > nth:
+            raise CrashError
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(CrashError):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), old)
+
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), new)
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_a_crash_between_two_renames_leaves_an_adapter(
+    nth: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    old = logits(model, tokens)
+    train(model, tokens)
+    new = logits(model, tokens)
+    rename, calls = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > nth:
+            raise CrashError
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(CrashError):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens)
+    assert torch.equal(found, old) or torch.equal(found, new)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_staged_files_appear_together(tmp_path: Path) -> None:
+    with Staged(tmp_path / "sub") as staged:
+        staged.path("a").write_text("1")
+        staged.path("b").write_text("2")
+        assert not (tmp_path / "sub" / "a").exists()
+    assert {path.name: path.read_text() for path in (tmp_path / "sub").iterdir()} == {"a": "1", "b": "2"}
+
+
+# -- refusals
+
+
+def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path)
+    other = tiny_llama()
+    for layer in (1, 0):
+        other.model.layers[layer].self_attn.v_proj.weight.data[0, 0] += 1e-3
+    names = [name for name, _ in other.named_modules()]
+    with pytest.raises(ValueError, match=r"first layer that differs is model\.layers\.0\.self_attn\.v_proj"):
+        PissaModel.from_pretrained(other, tmp_path)
+    assert [name for name, _ in other.named_modules()] == names
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: its weight is \(80, 80\)"):
+        PissaModel.from_pretrained(tiny_llama(hidden_size=80, head_dim=20), tmp_path)
+    with pytest.raises(ValueError, match=r"only in the folder is layer model\.layers\.1"):
+        PissaModel.from_pretrained(tiny_llama(num_hidden_layers=1), tmp_path)
+    with pytest.raises(ValueError, match="in a dtype that holds it without loss"):
+        PissaModel.from_pretrained(tiny_llama(dtype=torch.bfloat16), tmp_path)
+
+
+def test_a_base_that_was_changed_after_a_save_is_another_base(tiny_llama: Make, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path)
+    layer = model.base_model.model.get_submodule(Q)
+    with torch.no_grad():
+        layer.base_layer.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not the base"):
+        PissaModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_the_same_values_in_a_wider_dtype_are_the_same_base(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    pissa.wrap(tiny_llama(dtype=torch.bfloat16), r=4).save_pretrained(tmp_path)
+    PissaModel.from_pretrained(tiny_llama(dtype=torch.bfloat16).float(), tmp_path)
+
+
+def test_adapters_of_another_base_function_are_refused(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    folders = {}
+    for form, fields in FORMS.items():
+        folders[form] = tmp_path / form
+        pissa.wrap(tiny_llama(), r=4, **fields).save_pretrained(folders[form])
+    pissa.wrap(tiny_llama(), r=8, quant="nf4").save_pretrained(tmp_path / "r8")
+    for form, fields in FORMS.items():
+        model = pissa.wrap(tiny_llama(), r=4, **fields)
+        train(model, tokens)
+        expected = logits(model, tokens)
+        for other, folder in folders.items():
+            if other != form:
+                for name in ("default", "second"):
+                    with pytest.raises(ValueError, match="was trained on another base function"):
+                        model.load_adapter(folder, name)
+        with pytest.raises(ValueError, match=r"another base function|rank 4 and scaling 1 in the model, 8 and 1"):
+            model.load_adapter(tmp_path / "r8", "default")
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(logits(model, tokens), expected)
+
+
+def test_plain_lora_is_sent_to_peft(tiny_llama: Make, tmp_path: Path) -> None:
+    peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4)).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"plain PEFT adapter .* peft\.PeftModel\.from_pretrained"):
+        PissaModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"holds no PiSSA adapter: there is no pissa\.json"):
+        PissaModel.from_pretrained(tiny_llama(), tmp_path / "nowhere")
+    wrapped = pissa.wrap(tiny_llama(), r=4)
+    with pytest.raises(ValueError, match="load_adapter"):
+        PissaModel.from_pretrained(wrapped, tmp_path)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+LORA_A, LORA_B = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
+DAMAGE = {
+    "truncated weights": ("adapter_model.safetensors", truncate, "adapter_model.safetensors cannot be read"),
+    "truncated start": ("pissa.safetensors", truncate, "pissa.safetensors cannot be read"),
+    "truncated record": ("pissa.json", truncate, "pissa.json cannot be read"),
+    "no weights": ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors cannot be read"),
+    "empty record": ("pissa.json", lambda path: path.write_text("{}"), "pissa.json cannot be read: 'format'"),
+    "newer format": (
+        "pissa.json",
+        lambda path: edit_json(path, lambda c: c.update(format=2)),
+        "pissa.json cannot be read: format 2",
+    ),
+    "unknown option": (
+        "pissa.json",
+        lambda path: edit_json(path, lambda c: c["config"].update(nonsense=1)),
+        "pissa.json cannot be read: .*nonsense",
+    ),
+    "no tensor": (
+        "adapter_model.safetensors",
+        lambda path: edit(path, lambda t: t.pop(LORA_B)),
+        f"adapter_model.safetensors: tensor '{LORA_B}' is missing",
+    ),
+    "no start": (
+        "pissa.safetensors",
+        lambda path: edit(path, lambda t: t.pop(f"{Q}.a0")),
+        f"pissa.safetensors: tensor '{Q}.a0' is missing",
+    ),
+    "extra tensor": (
+        "adapter_model.safetensors",
+        lambda path: edit(path, lambda t: t.update(surplus=torch.zeros(2))),
+        "adapter_model.safetensors: tensor 'surplus' belongs to no part",
+    ),
+    "extra start": (
+        "pissa.safetensors",
+        lambda path: edit(path, lambda t: t.update(surplus=torch.zeros(2))),
+        "pissa.safetensors: tensor 'surplus' belongs to no layer",
+    ),
+    "shape": (
+        "adapter_model.safetensors",
+        lambda path: edit(path, lambda t: t.update({LORA_A: t[LORA_A][:6].clone()})),
+        rf"adapter_model.safetensors: tensor '{LORA_A}' is torch.float32 \[6, 64\], expected .* \[8, 64\]",
+    ),
+    "dtype": (
+        "adapter_model.safetensors",
+        lambda path: edit(path, lambda t: t.update({LORA_A: t[LORA_A].half()})),
+        rf"adapter_model.safetensors: tensor '{LORA_A}' is torch.float16",
+    ),
+    "nan": (
+        "adapter_model.safetensors",
+        lambda path: edit(path, lambda t: t[LORA_B].view(-1)[3].fill_(torch.nan)),
+        f"adapter_model.safetensors: tensor '{LORA_B}' holds NaN or Inf",
+    ),
+    "one bit": (
+        "pissa.safetensors",
+        lambda path: edit(path, lambda t: t[f"{Q}.a0"].view(torch.int32).view(-1)[3].bitwise_xor_(1)),
+        f"do not belong together, or one is damaged: the tensor lora_A of layer {Q}",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_by_name(damage: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    train(model, tokens)
+    expected = logits(model, tokens)
+    name, change, words = DAMAGE[damage]
+    change(tmp_path / name)
+
+    base = tiny_llama()
+    modules = dict(base.named_modules())
+    with pytest.raises(ValueError, match=words):
+        PissaModel.from_pretrained(base, tmp_path)
+    assert dict(base.named_modules()) == modules
+    for adapter in ("default", "second"):
+        with pytest.raises(ValueError, match=words):
+            model.load_adapter(tmp_path, adapter, is_trainable=True)
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Path) -> None:
+    pissa.wrap(tiny_llama(), r=4, quant="nf4").save_pretrained(tmp_path)
+    edit_json(tmp_path / "pissa.json", lambda c: c["layers"][Q].update(stored="0" * 64))
+    with pytest.warns(UserWarning, match=f"residual of 1 layers, {Q} the first, differs in some bits") as caught:
+        PissaModel.from_pretrained(tiny_llama(), tmp_path)
+    assert caught[-1].filename == __file__
+
+
+# -- fingerprints
+
+
+def test_fingerprints_tell_values_apart_and_dtypes_not() -> None:
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    rounded = weight.bfloat16()
+    assert fingerprint(rounded) == fingerprint(rounded.float()) == fingerprint(rounded.float().half().float())
+    assert fingerprint(weight.half()) == fingerprint(weight.half().float())
+    assert fingerprint(weight) != fingerprint(rounded)
+    assert fingerprint(weight) != fingerprint(weight.T)
+    assert fingerprint(weight) == fingerprint(weight.T.contiguous().T)
+    changed = weight.clone()
+    changed.view(torch.int32)[5, 4] ^= 1
+    assert fingerprint(weight) != fingerprint(changed)
+    assert fingerprint(weight) == fingerprint(weight.clone())
+    assert len({fingerprint(torch.zeros(shape)) for shape in [(2, 3), (3, 2), (6,)]}) == 3
+
+
+def test_fingerprint_is_the_same_on_every_machine() -> None:
+    values = [k / 8 for k in range(12)]
+    bfloat16 = b"".join(struct.pack("<f", value)[2:] for value in values)
+    digest = hashlib.sha256(b"torch.bfloat16 (3, 4);" + bfloat16).hexdigest()
+    assert fingerprint(torch.tensor(values).reshape(3, 4)) == digest

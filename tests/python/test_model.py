@@ -1,0 +1,520 @@
+"""wrap and PissaModel on a small Llama: step 0, what PeftModel does, and failures that leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pissa
+from pissa import PissaConfig, PissaLinear, PissaModel
+from pissa.stored import Nf4Linear
+
+FORMS = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
+forms = pytest.mark.parametrize("form", FORMS)
+Make = Callable[..., nn.Module]
+
+
+def layers(model: nn.Module) -> Iterator[PissaLinear]:
+    return (module for module in model.modules() if isinstance(module, PissaLinear))
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def train(model: nn.Module, tokens: Tensor, steps: int = 3, lr: float = 1e-2) -> list[float]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything that a failed call must leave alone."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {
+            name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()
+        },
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "attributes": {name: set(vars(module)) for name, module in model.named_modules()},
+        "hooks": {name: list(module._forward_hooks) for name, module in model.named_modules()},
+        "adapters": list(getattr(model, "peft_config", {})),
+    }
+
+
+def assert_same(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    values, old = after.pop("values"), before.pop("values")
+    assert after == before
+    for name, tensor in old.items():
+        assert tensor.is_meta or torch.equal(values[name].nan_to_num(7), tensor.nan_to_num(7)), name
+
+
+# -- step 0
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_0_is_the_base(form: str, dtype: torch.dtype, tiny_llama: Make, tokens: Tensor) -> None:
+    base = logits(tiny_llama(dtype=dtype), tokens)
+    model = pissa.wrap(tiny_llama(dtype=dtype), r=4, **FORMS[form])
+    enabled = logits(model, tokens)
+    with model.disable_adapter():
+        disabled = logits(model, tokens)
+    assert torch.equal(enabled, disabled) or form == "implicit"
+    if form == "implicit":
+        assert torch.equal(disabled, base)
+        assert error(enabled, base) <= (1e-6 if dtype == torch.float32 else 1e-2)
+    elif form == "explicit":
+        assert error(enabled, base) <= (2e-6 if dtype == torch.float32 else 2e-2)
+    else:  # smaller than what nf4 alone does to these weights
+        plain = tiny_llama(dtype=dtype)
+        for module in plain.model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = pissa.ops.nf4_dequantize(pissa.ops.nf4_quantize(module.weight)).to(dtype)
+        assert error(enabled, base) < error(logits(plain, tokens), base)
+
+
+def test_all_linear_leaves_the_head_out(tiny_llama: Make) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    assert len(list(layers(model))) == 14
+    assert type(model.base_model.model.lm_head) is nn.Linear
+
+
+# -- what a PeftModel is
+
+
+def test_it_is_a_peft_model_of_its_task(tiny_llama: Make, tokens: Tensor) -> None:
+    plain = pissa.wrap(tiny_llama(), r=4)
+    assert type(plain) is PissaModel
+    assert isinstance(plain, peft.PeftModel)
+    model = pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM")
+    assert isinstance(model, PissaModel)
+    assert isinstance(model, peft.PeftModelForCausalLM)
+    train(model, tokens)
+    for wrapped in (plain, model):
+        generated = wrapped.generate(
+            input_ids=tokens[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0
+        )
+        assert generated.shape == (3, 7)
+
+
+def test_classification_trains_and_saves_its_head(tokens: Tensor, tmp_path: object) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_labels=3, pad_token_id=0,
+        )  # fmt: skip
+        return LlamaForSequenceClassification(config).eval()
+
+    model = pissa.wrap(base(), r=2, task_type="SEQ_CLS")
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    model(input_ids=tokens, labels=torch.tensor([0, 1, 2])).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    again = PissaModel.from_pretrained(base(), tmp_path)
+    assert type(again) is type(model)
+    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
+    assert (
+        error(logits(peft.PeftModel.from_pretrained(base(), tmp_path), tokens), logits(model, tokens)) < 1e-5
+    )
+
+
+def test_parameter_counts(tiny_llama: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    for fields in FORMS.values():
+        model = pissa.wrap(tiny_llama(), r=4, **fields)
+        trainable = sum(4 * (layer.in_features + layer.out_features) for layer in layers(model))
+        assert model.get_nb_trainable_parameters() == (trainable, dense + trainable)
+        model.print_trainable_parameters()
+        assert capsys.readouterr().out.startswith(f"trainable params: {trainable:,d} || all params: ")
+
+
+@forms
+def test_add_set_delete(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    base = logits(model, tokens)
+    train(model, tokens)
+    first = logits(model, tokens)
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    assert torch.equal(logits(model, tokens), first)
+    model.set_adapter("second")
+    assert error(logits(model, tokens), base) < 1e-5
+    train(model, tokens)
+    second = logits(model, tokens)
+    assert error(second, base) > 1e-3
+    model.set_adapter("default")
+    assert torch.equal(logits(model, tokens), first)
+    with pytest.warns(UserWarning, match="Adapter default was active which is now deleted"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    assert torch.equal(logits(model, tokens), second)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), base)
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("second", PissaConfig(r=2))
+
+
+def test_a_frozen_reference_as_trl_makes_it(tiny_llama: Make, tokens: Tensor) -> None:
+    """TRL's DPO adds an adapter of the same configuration and copies the parameters into it, by name."""
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    reference = logits(model, tokens)
+    model.add_adapter("ref", model.peft_config["default"])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].data.copy_(parameter.data)
+    train(model, tokens)
+    assert error(logits(model, tokens), reference) > 1e-3
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, tokens), reference)
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unload(form: str, dtype: torch.dtype, tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(dtype=dtype), r=4, **FORMS[form])
+    train(model, tokens)
+    trained = logits(model, tokens)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(tiny_llama())
+    assert {name: tensor.shape for name, tensor in merged.state_dict().items()} == {
+        name: tensor.shape for name, tensor in tiny_llama().state_dict().items()
+    }
+    assert all(parameter.dtype == dtype for parameter in merged.parameters())
+    assert error(logits(merged, tokens), trained) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@forms
+@pytest.mark.parametrize("merged", [False, True])
+def test_unload_gives_the_base_back(form: str, merged: bool, tiny_llama: Make, tokens: Tensor) -> None:
+    base = tiny_llama()
+    original = dict(base.named_parameters())
+    model = pissa.wrap(base, r=4, **FORMS[form])
+    before = logits(model, tokens)
+    train(model, tokens)
+    if merged:
+        model.merge_adapter()
+    plain = model.unload()
+    assert plain is base
+    assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in plain.modules())
+    if form == "implicit":
+        assert {name: id(p) for name, p in plain.named_parameters()} == {
+            n: id(p) for n, p in original.items()
+        }
+        assert torch.equal(logits(plain, tokens), before)
+    else:
+        assert plain.state_dict().keys() == original.keys()
+        assert error(logits(plain, tokens), before) < 1e-5
+    pissa.wrap(plain, r=2)  # can be wrapped anew
+
+
+@forms
+def test_merge_unmerge_disable(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    base = logits(model, tokens)
+    train(model, tokens)
+    trained = logits(model, tokens)
+    model.merge_adapter()
+    assert error(logits(model, tokens), trained) < 1e-5
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), base)
+    assert error(logits(model, tokens), trained) < 1e-5  # still merged
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), trained)
+
+
+@forms
+def test_copy_pickle_and_state_dict(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM", **FORMS[form])
+    train(model, tokens)
+    expected = logits(model, tokens)
+    assert torch.equal(logits(copy.deepcopy(model), tokens), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded, tokens), expected)
+    train(loaded, tokens, steps=1)
+    assert torch.equal(logits(model, tokens), expected)
+
+    fresh = pissa.wrap(tiny_llama(seed=5), r=4, task_type="CAUSAL_LM", **FORMS[form])
+    assert error(logits(fresh, tokens), expected) > 0.1
+    result = fresh.load_state_dict(model.state_dict())
+    assert not result.missing_keys
+    assert torch.equal(logits(fresh, tokens), expected)
+    assert pickle.loads(pickle.dumps(model.peft_config)) == model.peft_config
+
+
+def test_modules_to_save(tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"])
+    base = logits(model, tokens)
+    train(model, tokens)
+    assert error(logits(model, tokens), base) > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), base)
+    merged = model.merge_and_unload()
+    assert type(merged.lm_head) is nn.Linear
+
+
+@forms
+def test_training_survives_evaluation(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    """bitsandbytes 0.50 on the CPU repacks its weights in eval() and then returns no gradient."""
+    gradients = []
+    for interrupted in (False, True):
+        model = pissa.wrap(tiny_llama(), r=4, **FORMS[form]).train()
+        train(model, tokens)
+        if interrupted:
+            model.eval()
+            logits(model, tokens)
+            with model.disable_adapter():
+                logits(model, tokens)
+            model.train()
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    plain, evaluated = gradients
+    assert len(plain) == 28
+    assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+    assert all(gradient.abs().max() > 0 for gradient in evaluated.values())
+
+
+@forms
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        model = pissa.wrap(tiny_llama(), r=4, **FORMS[form]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        losses.append(train(model, tokens))
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_generic_module_and_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def toy() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    pissa.wrap(toy(), r=2)
+    assert capsys.readouterr() == ("", "")
+    pissa.wrap(toy(), r=2, progressbar=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "PiSSA init" in captured.err
+    assert "2/2" in captured.err
+
+
+# -- refusals
+
+
+def test_config_and_fields_together(tiny_llama: Make) -> None:
+    with pytest.raises(TypeError, match="either config or its fields, got config and r"):
+        pissa.wrap(tiny_llama(), PissaConfig(r=4), r=8)
+    with pytest.raises(TypeError, match=r"pissa\.PissaConfig, got LoraConfig"):
+        pissa.wrap(tiny_llama(), peft.LoraConfig())
+    model = pissa.wrap(tiny_llama(), r=4)
+    with pytest.raises(TypeError, match=r"pissa\.PissaConfig, got LoraConfig"):
+        model.add_adapter("lora", peft.LoraConfig())
+    with pytest.raises(NotImplementedError, match="add_weighted_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "both")
+
+
+def test_the_config_is_copied(tiny_llama: Make) -> None:
+    config = PissaConfig(r=4)
+    model = pissa.wrap(tiny_llama(), config)
+    assert config.target_modules == "all-linear"
+    assert model.peft_config["default"].target_modules != "all-linear"
+
+
+def test_no_second_wrap(tiny_llama: Make) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        pissa.wrap(model, r=4)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        pissa.wrap(model.get_base_model(), r=4)
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = math.nan
+    return model
+
+
+def with_meta(model: nn.Module) -> nn.Module:
+    model.model.layers[1].mlp.up_proj.to("meta")
+    return model
+
+
+def with_double(model: nn.Module) -> nn.Module:
+    model.model.layers[1].mlp.up_proj.double()
+    return model
+
+
+def with_conv1d(model: nn.Module) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    model.model.layers[1].mlp.up_proj = Conv1D(112, 64)
+    return model
+
+
+def with_bitsandbytes(model: nn.Module) -> nn.Module:
+    import bitsandbytes as bnb
+
+    model.model.layers[1].mlp.up_proj = bnb.nn.Linear4bit(64, 112, bias=False, quant_type="nf4")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("prepare", "fields", "kind", "words"),
+    [
+        (
+            None,
+            {"target_modules": ["nope"]},
+            ValueError,
+            "Target modules {'nope'} not found in the base model",
+        ),
+        (None, {"r": 33}, ValueError, "rank 33 is too large for layer model.layers.0.self_attn.k_proj"),
+        (None, {"r": 33}, ValueError, "32 x 64, so at most 32"),
+        (with_nan, {}, ValueError, "layer model.layers.1.mlp.down_proj: weight: contains NaN"),
+        (with_nan, {"quant": "nf4"}, ValueError, "layer model.layers.1.mlp.down_proj"),
+        (with_meta, {}, ValueError, "model.layers.1.mlp.up_proj is on the meta device"),
+        (with_double, {}, TypeError, "model.layers.1.mlp.up_proj is a Parameter of torch.float64"),
+        (with_conv1d, {}, TypeError, "model.layers.1.mlp.up_proj is a transformers.pytorch_utils.Conv1D"),
+        (with_bitsandbytes, {}, TypeError, "up_proj is quantised already"),
+        (None, {"target_modules": ["v_proj", "embed_tokens"]}, TypeError, "model.embed_tokens is a torch.nn"),
+        (None, {"target_modules": ["lm_head", "v_proj"], "quant": "nf4"}, ValueError, "lm_head is tied"),
+        (None, {"target_modules": ["lm_head"], "residual": "explicit"}, ValueError, "lm_head is tied"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_failures_leave_the_model_as_it_was(
+    prepare: Callable[[nn.Module], nn.Module] | None,
+    fields: dict[str, object],
+    kind: type[Exception],
+    words: str,
+    tiny_llama: Make,
+) -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    base.gradient_checkpointing_enable()
+    base = base if prepare is None else prepare(base)
+    before = snapshot(base)
+    with pytest.raises(kind, match=words):
+        pissa.wrap(base, **{"r": 4, **fields})
+    assert_same(base, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"r": 33, "target_modules": ["q_proj", "v_proj"]}, "rank 33 is too large for layer .*v_proj"),
+        ({"r": 2, "residual": "explicit"}, "is nf4 .* and cannot become explicit"),
+        ({"r": 2, "quant": "nf4", "blocksize": 128}, "cannot become nf4"),
+        ({"r": 2, "quant": "nf4", "target_modules": ["q_proj", "lm_head"]}, "lm_head is implicit and cannot"),
+        ({"r": 2, "target_modules": ["nope"]}, "not found in the base model"),
+    ],
+)
+def test_a_failed_second_adapter_leaves_no_trace(
+    config: dict[str, object], words: str, tiny_llama: Make, tokens: Tensor
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", target_modules=["q_proj", "down_proj"])
+    train(model, tokens)
+    before, expected = snapshot(model), logits(model, tokens)
+    with pytest.raises(ValueError, match=words):
+        model.add_adapter("second", PissaConfig(**{"target_modules": ["q_proj"], **config}))
+    assert_same(model, before)
+    assert torch.equal(logits(model, tokens), expected)
+    assert all(set(layer.r) == set(layer.lora_start) == {"default"} for layer in layers(model))
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_interrupted_decomposition_restores_the_model(
+    tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama()
+    before = snapshot(base)
+    split, calls = pissa.ops.split, []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return split(*args, **kwargs)
+
+    monkeypatch.setattr(pissa.ops, "split", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pissa.wrap(base, r=4, quant="nf4")
+    assert_same(base, before)
+
+
+def test_fused_experts_are_refused() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    base = MixtralForCausalLM(config)
+    before = snapshot(base)
+    for targets in ("all-linear", ["q_proj", "experts"]):
+        with pytest.raises(TypeError, match=r"experts.*target_modules"):
+            pissa.wrap(base, r=2, target_modules=targets)
+        assert_same(base, dict(before))
+    pissa.wrap(base, r=2, target_modules=["q_proj", "v_proj"])
+
+
+# -- tied embeddings
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_tied_head_is_adapted_without_touching_the_embeddings(tiny_llama: Make, tokens: Tensor) -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    embeddings = base.model.embed_tokens.weight.clone()
+    before = logits(base, tokens)
+    model = pissa.wrap(base, r=4, target_modules=["lm_head"])
+    assert error(logits(model, tokens), before) < 1e-6
+    train(model, tokens)
+    trained = logits(model, tokens)
+    assert error(trained, before) > 1e-3
+    with pytest.warns(UserWarning, match="no longer tied|part of the adapter"):
+        merged = model.merge_and_unload()
+    assert error(logits(merged, tokens), trained) < 1e-5
+    assert torch.equal(merged.model.embed_tokens.weight, embeddings)
+
+
+def test_nf4_layers_hold_no_dense_weight(tiny_llama: Make) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    assert all(isinstance(layer.base_layer, Nf4Linear) for layer in layers(model))
+    assert all(
+        parameter.dtype == torch.uint8
+        for layer in layers(model)
+        for parameter in layer.base_layer.parameters()
+    )
