@@ -195,7 +195,7 @@ def _(
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
 # Both linears have the same tail of arguments (bias, delta_a, delta_b, a0, b0, scaling, implicit) after x and what
-# holds the weight: one tensor, or NF4's four tensors and two numbers. Saved for the backward: x and x Aᵀ, nothing else new.
+# holds the weight: one tensor, or NF4's four tensors and two numbers. Saved for the backward: x and x Aᵀ.
 
 _TAIL = 7
 

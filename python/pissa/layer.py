@@ -215,7 +215,8 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
         """What the adapter has learnt, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
         start = self.start_of(adapter)
         da, db = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
-        return self.scaling[adapter] * (torch.cat([db, start.b0], dim=1) @ torch.cat([start.a0 + da, da]))
+        scaling: float = self.scaling[adapter]
+        return scaling * (torch.cat([db, start.b0], dim=1) @ torch.cat([start.a0 + da, da]))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -38,8 +38,8 @@ class Nf4Weight(NamedTuple):
 
     Blocks of `blocksize` elements run over the flattened weight and may cross rows. `codes`: uint8
     [ceil(out * in / 2)], the first of two elements in the high nibble. `absmax`: float32 [blocks]; or, with double
-    quantisation, uint8 [blocks] together with `nested_absmax` float32 [ceil(blocks / 256)] and `offset` float32 []. 4.127 bits per weight nested
-    at the default block size 64, 4.5 otherwise.
+    quantisation, uint8 [blocks] together with `nested_absmax` float32 [ceil(blocks / 256)] and `offset` float32 [].
+    At the default block size 64 that is 4.5 bits per weight, 4.127 nested.
     """
 
     codes: Tensor
@@ -444,7 +444,8 @@ def add_low_rank(
         without            base + scaling (x delta_aᵀ) delta_bᵀ                                 plain LoRA
 
     PiSSA's change is `scaling (B A - b0 a0) x` without the cancellation, and exactly 0 at delta_a = delta_b = 0: the
-    result then has base's bits. Differentiable in base, x, delta_a and delta_b. The sum is taken in float32 and rounded once.
+    result then has base's bits. Differentiable in base, x, delta_a and delta_b. The sum is taken in float32 and
+    rounded once.
 
     Args:
         base: [..., out], float32, bfloat16 or float16.
