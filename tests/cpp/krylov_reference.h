@@ -44,8 +44,9 @@ inline Dense reference_basis(const Dense& w, std::int64_t r, const SvdOptions& o
     thin = rows_of(basis, done, basis.rows - done) * w;
     orthonormalize_rows(thin);
   }
-  const Svd projected = jacobi_svd(transposed(basis * w));  // its right vectors are the rotation of the basis
-  return rows_of(projected.v, 0, r) * basis;
+  Dense rotation = rows_of(jacobi_svd(transposed(basis * w)).v, 0, r);
+  orthonormalize_rows(rotation);  // completes it beyond the rank
+  return rotation * basis;
 }
 
 /// Right vectors of torch.svd_lowrank(w, q=r, niter): subspace iteration from a Gaussian sketch, no oversampling.

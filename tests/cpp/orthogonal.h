@@ -72,7 +72,10 @@ inline Dense random_orthonormal(Random& random, std::int64_t count, std::int64_t
   return rows;
 }
 
-/// Singular values of a, descending, and its right singular vectors, one per row (zero rows for zero singular values).
+/// Singular values below this share of the largest element are rounding errors, without a direction.
+inline constexpr double kNoRank = 1e-13;
+
+/// Singular values of a, descending, and its right singular vectors, one per row (zero rows beyond the numerical rank).
 struct Svd {
   std::vector<double> s;
   Dense v;
@@ -85,7 +88,8 @@ inline Svd jacobi_svd(Dense a) {
     const Svd turned = jacobi_svd(transposed(a));
     Dense v = turned.v * a;
     for (std::int64_t i = 0; i < v.rows; ++i) {
-      for (std::int64_t j = 0; j < v.cols; ++j) v(i, j) = turned.s[i] > 0 ? v(i, j) / turned.s[i] : 0;
+      const double length = norm(rows_of(v, i, 1));  // the singular value, or 0 beyond the rank
+      for (std::int64_t j = 0; j < v.cols && length > 0; ++j) v(i, j) /= length;
     }
     return {turned.s, v};
   }
@@ -99,7 +103,7 @@ inline Svd jacobi_svd(Dense a) {
         double* x = &a.values[i * a.cols];
         double* y = &a.values[j * a.cols];
         const double xx = dot(x, x, a.cols), yy = dot(y, y, a.cols), xy = dot(x, y, a.cols);
-        if (std::fabs(xy) <= 1e-15 * std::sqrt(xx * yy) || xx < 1e-40 || yy < 1e-40) continue;
+        if (std::fabs(xy) <= 1e-14 * std::sqrt(xx * yy) || std::min(xx, yy) < kNoRank * kNoRank) continue;
         rotated = true;
         const double zeta = (yy - xx) / (2 * xy);
         const double tangent = std::copysign(1, zeta) / (std::fabs(zeta) + std::hypot(1, zeta));
@@ -122,7 +126,7 @@ inline Svd jacobi_svd(Dense a) {
   for (std::int64_t i = 0; i < a.rows; ++i) {
     const double length = norms[order[i]];
     result.s.push_back(length * largest);
-    for (std::int64_t k = 0; k < a.cols; ++k) result.v(i, k) = length > 0 ? a(order[i], k) / length : 0;
+    for (std::int64_t k = 0; k < a.cols; ++k) result.v(i, k) = length < kNoRank ? 0 : a(order[i], k) / length;
   }
   return result;
 }

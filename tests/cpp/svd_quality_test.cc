@@ -31,9 +31,9 @@ class SvdQualityTest : public ::testing::TestWithParam<double> {};
 
 TEST_P(SvdQualityTest, PowerLawSpectrum) {
   Random random(1);
-  const std::int64_t r = 16;
+  const std::int64_t r = 8;
   const double exponent = GetParam();
-  for (const auto& [rows, cols] : {std::pair{220, 260}, {260, 220}}) {
+  for (const auto& [rows, cols] : {std::pair{130, 150}, {150, 130}}) {
     const Stored weight(with_spectrum(random, rows, cols, [&](std::int64_t i) { return std::pow(i + 1.0, -exponent); }),
                         Codec::f32);
     const Dense w = weight.values();
@@ -43,7 +43,6 @@ TEST_P(SvdQualityTest, PowerLawSpectrum) {
       const double torchs = energy_loss(w, torch_vectors(w, r, niter), best);
       EXPECT_LE(ours, torchs + 1e-12) << passes << " passes against niter = " << niter << " (" << 2 * niter + 2
                                       << " passes)";
-      RecordProperty("loss_" + std::to_string(passes), std::to_string(ours));
     }
   }
 }

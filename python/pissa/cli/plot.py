@@ -44,14 +44,13 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
     if not 1 <= len(curves) <= len(_STYLES):
         raise ValueError(f"curves: got {len(curves)}; allowed: 1 to {len(_STYLES)}")
     # The object interface: no window system, and no global state of pyplot.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     longest = max(len(curve.losses) for curve in curves)
-    window = max(1, longest // 8) | 1
+    window = max(1, longest // 6) | 1
     ends = []
     for curve, style in zip(curves, _STYLES, strict=False):
         mean = smoothed(curve.losses, window)
@@ -61,18 +60,17 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
         axes.plot(curve.steps, mean, linewidth=2.2, marker=marker, **style)
         ends.append((mean[-1], curve, style))
     _label_ends(axes, ends)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20 if window > 1 else 6)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("training loss (nats per answer token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if window > 1:
         note = f"thick: mean of {window} steps; thin: each step"
-        axes.text(1, 1.02, note, transform=axes.transAxes, ha="right", fontsize=8, color="0.4")
+        axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="0.35")
     staged = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure)
     figure.savefig(staged, dpi=160, format="png")
     os.replace(staged, path)
 
