@@ -53,11 +53,7 @@ class Form(NamedTuple):
 
     def describe(self) -> str:
         """The form in words, for messages."""
-        details = (
-            ""
-            if self.blocksize is None
-            else f" (blocksize {self.blocksize}, double_quant {self.double_quant})"
-        )
+        details = "" if self.blocksize is None else f" (blocksize {self.blocksize}, double_quant {self.double_quant})"
         return self.residual + details
 
     def options(self) -> dict[str, Any]:
@@ -166,18 +162,14 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         }
         for name, rank in ranks.items():
             if not _is_int(rank) or rank < 1:
-                raise ValueError(
-                    f"`{name}` should be a positive integer value but the value passed is {rank!r}"
-                )
+                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {rank!r}")
         alphas = {
             "lora_alpha": self.lora_alpha,
             **{f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()},
         }
         for name, alpha in alphas.items():
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-                raise ValueError(
-                    f"{name} must be a positive number (its factors are scaled by 1/alpha), got {alpha!r}"
-                )
+                raise ValueError(f"{name} must be a positive number (its factors are scaled by 1/alpha), got {alpha!r}")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
 
@@ -192,9 +184,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         if not _is_int(self.quant_iters) or self.quant_iters < 1:
             raise ValueError(f"quant_iters must be a positive integer, got {self.quant_iters!r}")
         if self.quant_iters > 1:
-            raise ValueError(
-                f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1"
-            )
+            raise ValueError(f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1")
         blocksizes = [2**k for k in range(5, 13)]
         if self.blocksize not in blocksizes:
             raise ValueError(f"blocksize must be one of {blocksizes}, got {self.blocksize!r}")
@@ -203,9 +193,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:
-    raise TypeError(
-        "a PissaConfig needs pissa.wrap(model, config): peft.get_peft_model cannot start the adapter"
-    )
+    raise TypeError("a PissaConfig needs pissa.wrap(model, config): peft.get_peft_model cannot start the adapter")
 
 
 def _is_int(value: Any) -> bool:

@@ -72,9 +72,7 @@ def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLinear]:
     }
 
 
-def decompose(
-    model: nn.Module, adapter_name: str, config: PissaConfig, *, first: bool, progressbar: bool
-) -> None:
+def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first: bool, progressbar: bool) -> None:
     """Starts an adapter that has just been injected from the principal singular vectors of each layer's base.
 
     `first`: the model has no other adapter, so that a dense base may still be replaced by a stored one.
@@ -101,7 +99,7 @@ def decompose(
                     "weight, or leave the layer out"
                 )
         try:
-            layer.start_from_base(adapter_name, config, config.form if first else IMPLICIT)
+            layer.start_from_base(adapter_name, config)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
 

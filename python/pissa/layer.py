@@ -71,9 +71,7 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
 
     # -- adapters and their start factors
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: PissaConfig, **kwargs: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: PissaConfig, **kwargs: Any) -> None:
         """Adds an adapter whose change is zero. It cannot learn before `start_from_base` or `share_start`."""
         limit = min(self.in_features, self.out_features)
         if r > limit:
@@ -98,10 +96,10 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
         scaling = float(self.scaling[adapter_name])
         return Origin(self.r[adapter_name], scaling, config.svd, config.svd_passes, config.seed)
 
-    def start_from_base(self, adapter_name: str, config: PissaConfig, form: Form) -> None:
+    def start_from_base(self, adapter_name: str, config: PissaConfig) -> None:
         """Gives an adapter the start factors of one that agrees on the origin, or decomposes the base.
 
-        A dense base is stored as `form` says; a base that is stored already stays as it is.
+        A dense base is stored as the configuration says; a base that is stored already stays as it is.
         """
         origin = self.origin(adapter_name, config)
         for known in self._starts():
@@ -117,7 +115,7 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
             svd=config.svd,
             passes=config.svd_passes,
             seed=config.seed,
-            residual=IMPLICIT.residual if stored else form.residual,
+            residual=IMPLICIT.residual if stored else config.form.residual,
             blocksize=config.blocksize,
             double_quant=config.double_quant,
             quant_iters=config.quant_iters,
@@ -161,8 +159,7 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
-                "first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         y = cast(Tensor, self.base_layer(x))
         for name in set(adapter_names) & set(self.lora_A):
@@ -236,9 +233,7 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
             weight = weight + self.get_delta_weight(name)
         merged = _dense_linear(base, weight)
         if safe_merge and not torch.isfinite(merged.weight).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self.lora_unmerged, self.base_layer = base, merged
         self.merged_adapters.extend(names)
 

@@ -102,9 +102,7 @@ class StoredLinear(_KeepsDtype, ABC):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class ResidualLinear(StoredLinear):
@@ -137,9 +135,7 @@ class Nf4Linear(StoredLinear):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def __init__(
-        self, linear: nn.Linear, residual: ops.Nf4Weight, start: StartFactors, fingerprint: str
-    ) -> None:
+    def __init__(self, linear: nn.Linear, residual: ops.Nf4Weight, start: StartFactors, fingerprint: str) -> None:
         super().__init__(linear, start, fingerprint)
         self.blocksize = residual.blocksize
         self.weight = nn.Parameter(residual.codes, requires_grad=False)

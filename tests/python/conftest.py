@@ -13,9 +13,7 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     # peft 0.21 asks transformers 5 for a property that it has renamed
-    config.addinivalue_line(
-        "filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-    )
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture

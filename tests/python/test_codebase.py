@@ -164,7 +164,11 @@ def test_imports_quietly_and_without_peft() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["mypy", "--config-file", "pyproject.toml"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]],
+    [
+        ["mypy", "--config-file", "pyproject.toml"],
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "python", "tests"],
+    ],
     ids=lambda command: " ".join(command[:2]),
 )
 def test_types_and_style(command: list[str]) -> None:

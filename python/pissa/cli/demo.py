@@ -28,7 +28,7 @@ LEARNING_RATE = 2e-4
 MAX_TOKENS = 192
 HELD_OUT = 16
 COMPARED_STEP = 50
-NEW_TOKENS = 160
+NEW_TOKENS = 128
 
 
 class Method(NamedTuple):
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         _finetune(method, out)
     _draw(out)
     print(f"\n{_table(out)}\n")
-    _show_answers(held_out[0], out)
+    _show_answers(min(held_out, key=lambda record: len(str(record.messages))), out)
     say("picture", str(out / PICTURE_FILE))
     say("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
