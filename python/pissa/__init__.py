@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     from .config import PissaConfig
     from .layer import PissaLinear
     from .model import PissaModel, wrap
+    from .stored import Nf4Linear
 
 __version__: str = build_info()["version"]
 
-__all__ = ["PissaConfig", "PissaLinear", "PissaModel", "__version__", "build_info", "ops", "wrap"]
+__all__ = ["Nf4Linear", "PissaConfig", "PissaLinear", "PissaModel", "__version__", "build_info", "ops", "wrap"]
 
-_HOMES = {"PissaConfig": "config", "PissaLinear": "layer", "PissaModel": "model", "wrap": "model"}
+_HOMES = {
+    "Nf4Linear": "stored",
+    "PissaConfig": "config",
+    "PissaLinear": "layer",
+    "PissaModel": "model",
+    "wrap": "model",
+}
 
 
 def __getattr__(name: str) -> Any:  # peft and transformers are imported when the adapter API is first used

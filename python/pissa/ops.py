@@ -266,9 +266,19 @@ def _nf4_weight(codes: Tensor, absmax: Tensor, weight: Tensor, blocksize: int, d
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
         return Nf4Weight(codes, absmax, None, None, shape, blocksize)
-    offset = absmax.mean()  # torch's own mean, as in bitsandbytes: its order of summation decides the last bit
+    offset = _mean(absmax)
     codes8, nested_absmax = _OPS.quantize_absmax(absmax, offset)
     return Nf4Weight(codes, codes8, nested_absmax, offset, shape, blocksize)
+
+
+def _mean(absmax: Tensor) -> Tensor:
+    """The mean to the same bits for any number of threads. Up to 32768 elements torch does not divide a sum among
+    threads, and bitsandbytes' bytes follow from torch's own mean; beyond, they vary with the threads there."""
+    if absmax.numel() <= 32768:
+        return absmax.mean()
+    head = absmax[: absmax.numel() // 1024 * 1024].view(-1, 1024)
+    total = head.double().sum(1).sum() + absmax[head.numel() :].double().sum()
+    return (total / absmax.numel()).float()
 
 
 def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> Nf4Weight:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -69,15 +71,17 @@ def test_a_run_leaves_adapter_metrics_and_picture(
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "learning_rate", "seconds", "peak_memory_mib"}
     assert all(row.keys() == keys and row["seconds"] > 0 and row["peak_memory_mib"] > 50 for row in steps)
-    # Cosine after one step of warm-up, ceil(0.03 * 6): the first step of the schedule has the rate 0.
-    rates = [row["learning_rate"] for row in steps]
-    assert rates[0] == 0
-    assert rates[1] == 1e-2
-    assert rates[1:] == sorted(rates[1:], reverse=True)
+    # Warm-up of ceil(0.03 * 6) steps from the rate 0, then half a cosine down to 0 after the last step.
+    cosine = [1e-2 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]
+    assert [row["learning_rate"] for row in steps] == pytest.approx([0, *cosine])
 
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "adapter_model.safetensors").is_file()
     run = json.loads((out / "run.json").read_text())
+    if method != "lora":
+        assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == (
+            "nf4" if method == "qpissa" else None
+        )
     # Two layers of q, k, v, o, gate, up, down: 4 (in + out) of each
     assert run["trainable_parameters"] == 2 * 4 * (64 + 48 + 48 + 64 + 88 + 88 + 88)
     assert 0 <= run["step0_check"]["difference"] <= run["step0_check"]["bound"]
@@ -115,6 +119,8 @@ def test_methods_see_the_same_batches_and_start_from_the_same_function(base: Pat
     lora, ours = losses(tmp_path / "lora"), losses(tmp_path / "pissa")
     assert lora[:2] == pytest.approx(ours[:2], rel=1e-5)  # the first step has the rate 0
     assert lora[2] != ours[2]
+    main(command(base, data, tmp_path / "again", *METHODS["lora"], steps=3))
+    assert losses(tmp_path / "again") == lora
     main(command(base, data, tmp_path / "seed", "--seed", "1", steps=3))
     assert losses(tmp_path / "seed")[0] != ours[0]
 
@@ -155,6 +161,19 @@ def test_an_interrupted_run_resumes_before_its_first_checkpoint(
     assert "interrupted" in capsys.readouterr().err
     assert main(command(base, data, tmp_path / "run", "--resume")) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_but_progress_bars_goes_to_stderr(base: Path, data: Path, tmp_path: Path) -> None:
+    arguments = command(base, data, tmp_path / "run", "--quant", "nf4", "--eval-data", str(data), steps=1)
+    run = subprocess.run(
+        [sys.executable, "-m", "pissa", *arguments],
+        env={**os.environ, "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0
+    assert run.stderr == ""
+    assert "saved" in run.stdout
 
 
 # ---- Refusals ----

@@ -6,7 +6,6 @@ bfloat16 rounds away; [dB | B0] [A ; dA] is the same product without the cancell
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from language_models import Make
 from pissa import PissaLinear
-
-Make = Callable[..., nn.Module]
 
 
 def applied(layer: nn.Module) -> Tensor:

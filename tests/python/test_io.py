@@ -1,55 +1,27 @@
-"""Adapters on disk: exact restart, plain LoRA for everybody else, and refusals of what does not fit."""
+"""Adapters on disk: exact restart, plain LoRA for everybody else, and saving that loses nothing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import pissa
+from language_models import FORMS, Make, error, logits, train
 from pissa import PissaConfig, PissaModel
 from pissa.files import Staged
-from pissa.fingerprint import fingerprint
 
-FORMS = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
 forms = pytest.mark.parametrize("form", FORMS)
-Make = Callable[..., nn.Module]
-quantised_warning = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
-pytestmark = quantised_warning
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 
 
 def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,227 +372,3 @@ def test_staged_files_appear_together(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Staged(tmp_path / "sub") as staged:
         staged.path("a").write_text(str(1 / 0))
     assert {path.name: path.read_text() for path in (tmp_path / "sub").iterdir()} == {"a": "1", "b": "2"}
-
-
-# -- refusals
-
-
-def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4)
-    model.save_pretrained(tmp_path)
-    other = tiny_llama()
-    for layer in (1, 0):
-        other.model.layers[layer].self_attn.v_proj.weight.data[0, 0] += 1e-3
-    names = [name for name, _ in other.named_modules()]
-    with pytest.raises(ValueError, match=r"first layer that differs is model\.layers\.0\.self_attn\.v_proj"):
-        PissaModel.from_pretrained(other, tmp_path)
-    assert [name for name, _ in other.named_modules()] == names
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: its weight is \(80, 80\)"):
-        PissaModel.from_pretrained(tiny_llama(hidden_size=80, head_dim=20), tmp_path)
-    with pytest.raises(ValueError, match=r"only in the folder is layer model\.layers\.1"):
-        PissaModel.from_pretrained(tiny_llama(num_hidden_layers=1), tmp_path)
-    with pytest.raises(ValueError, match="in a dtype that holds it without loss"):
-        PissaModel.from_pretrained(tiny_llama(dtype=torch.bfloat16), tmp_path)
-
-
-def test_a_base_that_was_changed_after_a_save_is_another_base(tiny_llama: Make, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4)
-    model.save_pretrained(tmp_path)
-    layer = model.base_model.model.get_submodule(Q)
-    with torch.no_grad():
-        layer.base_layer.weight.add_(1.0)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not the base"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
-
-
-def test_the_same_values_in_a_wider_dtype_are_the_same_base(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    pissa.wrap(tiny_llama(dtype=torch.bfloat16), r=4).save_pretrained(tmp_path)
-    PissaModel.from_pretrained(tiny_llama(dtype=torch.bfloat16).float(), tmp_path)
-
-
-def test_adapters_of_another_base_function_are_refused(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    folders = {}
-    for form, fields in FORMS.items():
-        folders[form] = tmp_path / form
-        pissa.wrap(tiny_llama(), r=4, **fields).save_pretrained(folders[form])
-    pissa.wrap(tiny_llama(), r=8, quant="nf4").save_pretrained(tmp_path / "r8")
-    for form, fields in FORMS.items():
-        model = pissa.wrap(tiny_llama(), r=4, **fields)
-        train(model, tokens)
-        expected = logits(model, tokens)
-        for other, folder in folders.items():
-            if other != form:
-                for name in ("default", "second"):
-                    with pytest.raises(ValueError, match="was trained on another base function"):
-                        model.load_adapter(folder, name)
-        with pytest.raises(ValueError, match="was trained on another base function"):
-            model.load_adapter(tmp_path / "r8", "second")  # for nf4: the same form, but other codes
-        assert list(model.peft_config) == ["default"]
-        assert torch.equal(logits(model, tokens), expected)
-
-
-@pytest.mark.parametrize("other", [{"r": 8}, {"r": 4, "lora_alpha": 8}])
-def test_an_adapter_of_another_shape_is_refused(other: dict[str, int], tiny_llama: Make, tmp_path: Path) -> None:
-    pissa.wrap(tiny_llama(), **other).save_pretrained(tmp_path)
-    model = pissa.wrap(tiny_llama(), r=4)
-    wanted = f"rank 4 and scaling 1 in the model, {other['r']} and {other.get('lora_alpha', other['r']) // other['r']}"
-    with pytest.raises(ValueError, match=wanted):
-        model.load_adapter(tmp_path, "default")
-    model.load_adapter(tmp_path, "second")
-
-
-def test_a_lost_module_to_save_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
-    name = "base_model.model.lm_head.weight"
-    pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
-    edit(tmp_path / "adapter_model.safetensors", lambda t: t.update({name: t[name][:5].clone()}))
-    with pytest.raises(ValueError, match=rf"adapter_model.safetensors: tensor '{name}' is \(5, 64\), the model has"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
-    edit(tmp_path / "adapter_model.safetensors", lambda t: t.pop(name))
-    with pytest.raises(ValueError, match=f"adapter_model.safetensors: tensor '{name}' is missing"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
-
-
-def test_plain_lora_is_sent_to_peft(tiny_llama: Make, tmp_path: Path) -> None:
-    peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4)).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"plain PEFT adapter .* peft\.PeftModel\.from_pretrained"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"holds no PiSSA adapter: there is no pissa\.json"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path / "nowhere")
-    wrapped = pissa.wrap(tiny_llama(), r=4)
-    with pytest.raises(ValueError, match="load_adapter"):
-        PissaModel.from_pretrained(wrapped, tmp_path)
-
-
-Q = "model.layers.0.self_attn.q_proj"
-
-
-def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-LORA_A, LORA_B = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
-DAMAGE = {
-    "truncated weights": ("adapter_model.safetensors", truncate, "adapter_model.safetensors cannot be read"),
-    "truncated start": ("pissa.safetensors", truncate, "pissa.safetensors cannot be read"),
-    "truncated record": ("pissa.json", truncate, "pissa.json cannot be read"),
-    "no weights": ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors cannot be read"),
-    "empty record": ("pissa.json", lambda path: path.write_text("{}"), "pissa.json cannot be read: 'format'"),
-    "newer format": (
-        "pissa.json",
-        lambda path: edit_json(path, lambda c: c.update(format=2)),
-        "pissa.json cannot be read: format 2",
-    ),
-    "unknown option": (
-        "pissa.json",
-        lambda path: edit_json(path, lambda c: c["config"].update(nonsense=1)),
-        "pissa.json cannot be read: .*nonsense",
-    ),
-    "no tensor": (
-        "adapter_model.safetensors",
-        lambda path: edit(path, lambda t: t.pop(LORA_B)),
-        f"adapter_model.safetensors: tensor '{LORA_B}' is missing",
-    ),
-    "no start": (
-        "pissa.safetensors",
-        lambda path: edit(path, lambda t: t.pop(f"{Q}.a0")),
-        f"pissa.safetensors: tensor '{Q}.a0' is missing",
-    ),
-    "extra tensor": (
-        "adapter_model.safetensors",
-        lambda path: edit(path, lambda t: t.update(surplus=torch.zeros(2))),
-        "adapter_model.safetensors: tensor 'surplus' belongs to no part",
-    ),
-    "extra start": (
-        "pissa.safetensors",
-        lambda path: edit(path, lambda t: t.update(surplus=torch.zeros(2))),
-        "pissa.safetensors: tensor 'surplus' belongs to no layer",
-    ),
-    "shape": (
-        "adapter_model.safetensors",
-        lambda path: edit(path, lambda t: t.update({LORA_A: t[LORA_A][:6].clone()})),
-        rf"adapter_model.safetensors: tensor '{LORA_A}' is torch.float32 \[6, 64\], expected .* \[8, 64\]",
-    ),
-    "dtype": (
-        "adapter_model.safetensors",
-        lambda path: edit(path, lambda t: t.update({LORA_A: t[LORA_A].half()})),
-        rf"adapter_model.safetensors: tensor '{LORA_A}' is torch.float16",
-    ),
-    "nan": (
-        "adapter_model.safetensors",
-        lambda path: edit(path, lambda t: t[LORA_B].view(-1)[3].fill_(torch.nan)),
-        f"adapter_model.safetensors: tensor '{LORA_B}' holds NaN or Inf",
-    ),
-    "one bit": (
-        "pissa.safetensors",
-        lambda path: edit(path, lambda t: t[f"{Q}.a0"].view(torch.int32).view(-1)[3].bitwise_xor_(1)),
-        f"do not belong together, or one is damaged: the tensor lora_A of layer {Q}",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_are_refused_by_name(damage: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4)
-    train(model, tokens)
-    model.save_pretrained(tmp_path)
-    train(model, tokens)
-    expected = logits(model, tokens)
-    name, change, words = DAMAGE[damage]
-    change(tmp_path / name)
-
-    base = tiny_llama()
-    modules = dict(base.named_modules())
-    with pytest.raises(ValueError, match=words):
-        PissaModel.from_pretrained(base, tmp_path)
-    assert dict(base.named_modules()) == modules
-    for adapter in ("default", "second"):
-        with pytest.raises(ValueError, match=words):
-            model.load_adapter(tmp_path, adapter, is_trainable=True)
-    assert list(model.peft_config) == ["default"]
-    assert torch.equal(logits(model, tokens), expected)
-
-
-def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Path) -> None:
-    pissa.wrap(tiny_llama(), r=4, quant="nf4").save_pretrained(tmp_path)
-    edit_json(tmp_path / "pissa.json", lambda c: c["layers"][Q].update(stored="0" * 64))
-    with pytest.warns(UserWarning, match=f"residual of 1 layers, {Q} the first, differs in some bits") as caught:
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
-    assert caught[-1].filename == __file__
-
-
-# -- fingerprints
-
-
-def test_fingerprints_tell_values_apart_and_dtypes_not() -> None:
-    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    rounded = weight.bfloat16()
-    assert fingerprint(rounded) == fingerprint(rounded.float()) == fingerprint(rounded.float().half().float())
-    assert fingerprint(weight.half()) == fingerprint(weight.half().float())
-    assert fingerprint(weight) != fingerprint(rounded)
-    assert fingerprint(weight) != fingerprint(weight.T)
-    assert fingerprint(weight) == fingerprint(weight.T.contiguous().T)
-    changed = weight.clone()
-    changed.view(torch.int32)[5, 4] ^= 1
-    assert fingerprint(weight) != fingerprint(changed)
-    assert fingerprint(weight) == fingerprint(weight.clone())
-    assert len({fingerprint(torch.zeros(shape)) for shape in [(2, 3), (3, 2), (6,)]}) == 3
-
-
-def test_fingerprint_is_the_same_on_every_machine() -> None:
-    values = [k / 8 for k in range(12)]
-    bfloat16 = b"".join(struct.pack("<f", value)[2:] for value in values)
-    digest = hashlib.sha256(b"torch.bfloat16 (3, 4);" + bfloat16).hexdigest()
-    assert fingerprint(torch.tensor(values).reshape(3, 4)) == digest

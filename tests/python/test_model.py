@@ -14,38 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from language_models import FORMS, Make, error, logits, train
 from pissa import PissaConfig, PissaLinear, PissaModel
 from pissa.stored import Nf4Linear
 
-FORMS = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
 forms = pytest.mark.parametrize("form", FORMS)
-Make = Callable[..., nn.Module]
 
 
 def layers(model: nn.Module) -> Iterator[PissaLinear]:
     return (module for module in model.modules() if isinstance(module, PissaLinear))
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-def train(model: nn.Module, tokens: Tensor, steps: int = 3, lr: float = 1e-2) -> list[float]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -93,17 +93,17 @@ def test_what_is_on_the_grid_comes_back_exactly() -> None:
 
 
 def test_threads_do_not_matter() -> None:
-    weight = torch.randn(300, 333)
+    weight = torch.randn(1500, 1500)  # 70314 scales: torch divides sums of more than 32768 among threads
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = ops.nf4_quantize(weight, blocksize=4096)
+        one = ops.nf4_quantize(weight, blocksize=32)
         torch.set_num_threads(3)
-        three = ops.nf4_quantize(weight, blocksize=4096)
+        three = ops.nf4_quantize(weight, blocksize=32)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(one.codes, three.codes)
-    assert torch.equal(one.absmax, three.absmax)
+    assert all(torch.equal(a, b) for a, b in zip(one[:4], three[:4], strict=True))
+    assert one.offset == ops.nf4_quantize(weight, blocksize=32, double_quant=False).absmax.double().mean().float()
 
 
 @pytest.mark.parametrize(

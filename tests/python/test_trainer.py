@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from language_models import Make
 from pissa import PissaModel
 
 FORMS = {"implicit": {}, "nf4": {"quant": "nf4"}}
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
-Make = Callable[..., nn.Module]
 
 
 def rows() -> list[dict[str, Tensor]]:

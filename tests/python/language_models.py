@@ -1,0 +1,39 @@
+"""What the tests of the adapter API do with a small language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Make = Callable[..., nn.Module]
+"""The fixture `tiny_llama`."""
+
+FORMS: dict[str, dict[str, str]] = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
+"""Fields of PissaConfig for each way to keep the base."""
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Of the model as it is, without a graph."""
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:
+    """A few steps of AdamW on whatever is trainable; the losses."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to what was expected."""
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
