@@ -93,6 +93,7 @@ def test_a_run_leaves_adapter_metrics_and_picture(
     assert "{'loss'" not in captured.out
     assert "training: 100%" in captured.err
     assert "Warning" not in captured.err
+    assert "Loading weights" not in captured.err
     assert ("PiSSA init" in captured.err) == (method != "lora")
 
 
