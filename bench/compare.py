@@ -49,9 +49,7 @@ def hard_spectrum() -> torch.Tensor:
 
 
 def main() -> None:
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {build_info()['isa']}, torch {torch.__version__}\n"
-    )
+    print(f"{torch.get_num_threads()} threads, {build_info()['isa']}, torch {torch.__version__}\n")
     print("| work (weight 4096 x 4096) | pissa, ms | torch, ms | torch / pissa |\n|---|---|---|---|")
     weight = hard_spectrum()
     low = weight.bfloat16()

@@ -9,6 +9,7 @@
 #include "isa_test.h"
 #include "matrices.h"
 #include "reference.h"
+#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -116,6 +117,26 @@ TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
       }
     }
   }
+}
+
+TEST_P(ElementwiseTest, BitwiseTheSameForAnyNumberOfThreads) {
+  Random random(6);
+  const Stored a(random.dense(1030, 1024), Codec::bf16);
+  const Stored b(random.dense(300, 1024), Codec::f32);
+  const std::vector<float> scales(300, 0.3f);
+  const auto expect_same = [&](auto run) {
+    expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+      Stored out = Stored::poisoned(1024, 1024, Codec::f32);
+      run(cpu, out.mutable_view());
+      return out.bytes();
+    });
+  };
+  const auto part = [](const MutableMatrix& out) { return rows_of(out, 0, 300); };
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.copy(b.view(), part(out)); });
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.add(b.view(), b.view(), part(out)); });
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), scales, part(out), Op::n); });
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), scales, out, Op::t); });
+  expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) { return cpu.max_abs(a.view()); });
 }
 
 PISSA_EVERY_ISA(ElementwiseTest);

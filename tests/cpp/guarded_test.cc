@@ -109,7 +109,7 @@ TEST_F(GuardedTest, SplitAndSplitNf4) {
             0);
 }
 
-TEST_F(GuardedTest, LinearForwardAndBackward) {
+TEST_F(GuardedTest, LinearAndAddLowRank) {
   Random random(3);
   const std::int64_t tokens = 7, in = 45, out = 38, r = 3;
   const Stored x(random.dense(tokens, in), Codec::bf16), dy(random.dense(tokens, out), Codec::bf16);
@@ -147,6 +147,11 @@ TEST_F(GuardedTest, LinearForwardAndBackward) {
           const MutableMatrix grad_b = kind > 0 ? result(out, r, Codec::f32) : MutableMatrix{};
           linear_forward(backend, x_here, w, place(bias), adapter, result(tokens, out, Codec::bf16), xa);
           linear_backward(backend, place(dy), x_here, w, adapter, xa, result(tokens, in, Codec::bf16), grad_a, grad_b);
+          if (kind == 0) return;
+          const MutableMatrix change = result(tokens, out, Codec::bf16);
+          add_low_rank_forward(backend, place(dy), x_here, adapter, change, xa);
+          add_low_rank_backward(backend, place(dy), x_here, adapter, xa, result(tokens, in, Codec::f32),
+                                result(r, in, Codec::f32), result(out, r, Codec::f32));
         };
         if (on_guarded) run(guarded);
         else run(cpu);

@@ -12,6 +12,7 @@
 #include "matrices.h"
 #include "orthogonal.h"
 #include "reference.h"
+#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -163,18 +164,17 @@ TEST_P(OrthonormalizeTest, LeavesOrthonormalRowsWhereTheyAre) {
 
 TEST_P(OrthonormalizeTest, BitwiseTheSameForAnyNumberOfThreads) {
   for (const Rows& rows_class : classes()) {
-    std::vector<std::uint8_t> expected;
-    for (const int threads : {1, 2, 3, 7}) {
-      Random random(4);
-      const Dense earlier = random_orthonormal(random, 9, 90);
-      Dense rows(20, 90);
-      rows_class.fill(random, earlier, rows);
+    if (rows_class.name != "random" && rows_class.name != "rank 2") continue;  // both ways to the result
+    SCOPED_TRACE(rows_class.name);
+    Random random(4);
+    const Dense earlier = random_orthonormal(random, 20, 700);
+    Dense rows(40, 700);
+    rows_class.fill(random, earlier, rows);
+    expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
       Stored basis = stacked(earlier, rows);
-      const cpu::ThreadExecutor executor(threads);
-      cpu::CpuBackend(executor, kernels()).orthonormalize(basis.mutable_view(), 9, 20);
-      if (threads == 1) expected = basis.bytes();
-      else EXPECT_TRUE(basis.bytes() == expected) << rows_class.name << ", " << threads << " threads";
-    }
+      cpu.orthonormalize(basis.mutable_view(), 20, 40);
+      return basis.bytes();
+    });
   }
 }
 

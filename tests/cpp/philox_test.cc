@@ -7,6 +7,7 @@
 
 #include "isa_test.h"
 #include "matrices.h"
+#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -32,19 +33,25 @@ double expected_sign(std::int64_t index, std::uint64_t seed) {
   return (bits[bit / 32] >> (bit % 32)) & 1 ? -1.0 : 1.0;
 }
 
-TEST(FillSigns, EveryElementIsItsOwnBitForAnyShapeAndThreads) {
+TEST(FillSigns, EveryElementIsItsOwnBitForAnyShape) {
+  const cpu::ThreadExecutor executor(1);
   for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 127}, {5, 128}, {4, 129}, {7, 200}, {2, 1000}, {300, 1}}) {
     for (const std::uint64_t seed : {std::uint64_t{0}, std::uint64_t{0xfedcba9876543210}}) {
-      for (const int threads : {1, 2, 3, 7}) {
-        const cpu::ThreadExecutor executor(threads);
-        Stored signs = Stored::poisoned(rows, cols, Codec::f32);
-        cpu::CpuBackend(executor, cpu::kernels("baseline")).fill_signs(signs.mutable_view(), seed, 0.25f);
-        const Dense values = signs.values();
-        for (std::int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(values.values[i], 0.25 * expected_sign(i, seed)) << i;
-        EXPECT_TRUE(signs.padding_intact());
-      }
+      Stored signs = Stored::poisoned(rows, cols, Codec::f32);
+      cpu::CpuBackend(executor, cpu::kernels("baseline")).fill_signs(signs.mutable_view(), seed, 0.25f);
+      const Dense values = signs.values();
+      for (std::int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(values.values[i], 0.25 * expected_sign(i, seed)) << i;
+      EXPECT_TRUE(signs.padding_intact());
     }
   }
+}
+
+TEST(FillSigns, TheSameForAnyNumberOfThreads) {
+  expect_same_on_any_threads(cpu::kernels("baseline"), [](const cpu::CpuBackend& cpu) {
+    Stored signs = Stored::poisoned(1100, 1000, Codec::f32);
+    cpu.fill_signs(signs.mutable_view(), 5, 1.0f);
+    return signs.bytes();
+  });
 }
 
 TEST(FillSigns, AreBalanced) {

@@ -187,5 +187,18 @@ TEST_F(SplitErrors, NameTheArgumentAndWriteNothing) {
   }
 }
 
+TEST_F(SplitErrors, AnNf4WeightHasNoNf4Residual) {
+  Random random(5);
+  const StoredNf4 weight(random, 50, 40, 64, false);
+  const cpu::ThreadExecutor executor(1);
+  cpu::CpuBackend cpu(executor, cpu::kernels());
+  StartFactors factors(weight.view(), 2);
+  std::vector<std::uint8_t> codes(1000);
+  std::vector<float> absmax(32);
+  EXPECT_THROW(split_nf4(cpu, weight.view(), 1.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+                         {64, codes.data(), absmax.data()}),
+               std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace pissa::test

@@ -45,7 +45,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // out = addend + sum of the terms, f32 accumulation, one rounding; the addend may be absent, and may be `out`.
   { backend.gemm(terms, matrix, out) };
 
-  // The same, quantised to NF4 without storing it. codes: nf4_bytes(rows * cols) bytes; absmax: one per block.
+  // The same, quantised to NF4 without storing it. The addend is given and dense, the terms' first operands are not
+  // transposed. codes: nf4_bytes(rows * cols) bytes; absmax: one per block.
   { backend.gemm_nf4(terms, matrix, Nf4Output{}) };
 
   // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any codec. The tail is a

@@ -41,6 +41,7 @@ void split_nf4(B& backend, const Matrix& w, float scaling, const SvdOptions& opt
                const MutableMatrix& a0, const MutableMatrix& b0, const Nf4Output& q) {
   PISSA_CHECK(iterations == 1, "quant_iters: got ", iterations,
               "; allowed: 1 (more alternations are not implemented yet)");
+  PISSA_CHECK(w.codec != Codec::nf4, "weight: got NF4; needed: f32, bf16 or f16, so dequantise it first");
   PISSA_CHECK(is_nf4_blocksize(q.blocksize), "blocksize: got ", q.blocksize,
               "; allowed: a power of two from 32 to 4096");
   split(backend, w, scaling, options, a0, b0);
