@@ -42,10 +42,10 @@ class CpuBackend {
   float max_abs(const Matrix& a) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
   void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const;
-  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, std::span<const Term> tail,
-                      const Matrix& bias, const MutableMatrix& y) const;
-  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, std::span<const Term> tail,
-                      const MutableMatrix& dx) const;
+  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
+  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const MutableMatrix& dx) const;
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const;
   void gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) const;
 

@@ -15,6 +15,7 @@ std::vector<const Kernels*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       tables.push_back(&avx512::kernels());
+      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::kernels());
     }
   }
 #endif

@@ -7,20 +7,22 @@
 
 namespace pissa::cpu {
 
-/// Blocking of the GEMM, in elements: a task computes at most kMc x kNc of the output, kKc of the inner dimension at a
-/// time. A's panel is 344 KB, B's 256 KB, the f32 accumulators 344 KB: together inside a Zen 4 core's 1 MB of L2.
-/// kMc is a multiple of every kRows (14, 6, 4), kNc of every tile width (32, 16, 8).
-inline constexpr std::int64_t kMc = 336;
-inline constexpr std::int64_t kNc = 256;
+/// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
+/// a word being one f32 or two bf16. B's panel is 512 KB and stays in L2; the f32 accumulators are 1 MB.
+inline constexpr std::int64_t kMc = 512;
+inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 256;
 inline constexpr std::int64_t kMaxTileRows = 14;
+inline constexpr std::int64_t kStripRows = 16;  // of A: a tile's, rounded up to a square for transposition
+inline constexpr std::int64_t kDotRows = 16;    // a weight in NF4 is multiplied by so few rows without a panel
 
 /// A thread's scratch memory, 64-byte aligned, allocated once.
 struct Panels {
-  float* a;    // kMc * kKc
-  float* b;    // kKc * kNc
-  float* c;    // kMc * kNc
-  float* row;  // 32 * kKc: rows being transposed, or one decoded row of up to kNc
+  float* a;        // kStripRows * (kKc + 16): a strip of A
+  float* b;        // kKc * kNc
+  float* c;        // kMc * kNc
+  float* scratch;  // 32 * kKc: what is about to be transposed
+  float* b_row;    // kNc: a pair of rows about to be interleaved
 };
 
 /// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent.
@@ -39,6 +41,7 @@ struct Block {
 
 struct Kernels {
   const char* isa;
+  bool bf16;  // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
 
   /// One block of the output, at most kMc x kNc. An element's value does not depend on how the output is cut.
   void (*gemm_block)(const GemmProblem& problem, const Block& block, const Panels& panels);
@@ -69,6 +72,9 @@ namespace avx2 {
 const Kernels& kernels();
 }
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512bf16 {
 const Kernels& kernels();
 }
 #endif

@@ -1,4 +1,6 @@
-// One vector of f32 (and half a vector's worth of f64), for the instruction set this file is compiled for.
+// One vector of f32 (and half a vector's worth of f64), for the instruction set this file is compiled for, and how the
+// 32-bit words of a GEMM's panels multiply: F32, one f32 a word, everywhere; Bf16, a pair of bf16 a word, where the
+// instruction set has the dot product of pairs (PISSA_HAS_BF16).
 //
 // kernels.cc is compiled once per instruction set; PISSA_ISA names the namespace, so that no two builds of a function
 // share a symbol. Everything here is inlined by force, for the same reason.
@@ -14,8 +16,24 @@
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX512BF16__)
+#define PISSA_HAS_BF16 1
+#else
+#define PISSA_HAS_BF16 0
+#endif
 
 namespace pissa::cpu::PISSA_ISA {
+
+// Bits of a bf16, also where it shares memory with the words of a panel.
+using Half = std::uint16_t __attribute__((may_alias));
+
+PISSA_INLINE std::uint16_t round_to_bf16(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+}
 
 #if defined(__AVX512F__)
 
@@ -29,6 +47,8 @@ struct Vec {
   static PISSA_INLINE Reg broadcast(float value) { return _mm512_set1_ps(value); }
   static PISSA_INLINE Reg load(const float* from) { return _mm512_loadu_ps(from); }
   static PISSA_INLINE void store(float* to, Reg value) { _mm512_storeu_ps(to, value); }
+  static PISSA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static PISSA_INLINE float reduce_add(Reg a) { return _mm512_reduce_add_ps(a); }
   static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
@@ -50,20 +70,50 @@ struct Vec {
   static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm512_fmadd_pd(a, b, c); }
   static PISSA_INLINE void store64(double* to, Reg64 value) { _mm512_storeu_pd(to, value); }
 
+  struct Reg2 {
+    Reg a, b;
+  };
+
   // 16 levels, looked up by the low four bits of each lane.
   struct Table {
     Reg levels;
   };
   static PISSA_INLINE Table table(const float* levels, float scale) { return {mul(load(levels), broadcast(scale))}; }
-  // kWidth bytes: 2 * kWidth elements, high nibbles first.
-  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+  // Elements of kWidth bytes, those in the high nibbles and those in the low ones.
+  static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    const Reg even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table.levels);
-    const Reg odd = _mm512_permutexvar_ps(codes, table.levels);
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table.levels),
+            _mm512_permutexvar_ps(codes, table.levels)};
+  }
+  static PISSA_INLINE Reg2 interleave(Reg2 split) {  // a0 b0 a1 b1 ...
     const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i second = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-    store(to, _mm512_permutex2var_ps(even, first, odd));
-    store(to + 16, _mm512_permutex2var_ps(even, second, odd));
+    return {_mm512_permutex2var_ps(split.a, first, split.b), _mm512_permutex2var_ps(split.a, second, split.b)};
+  }
+
+  static PISSA_INLINE void transpose(Reg (&row)[16]) {
+    __m512d pair[16];
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1]));
+      pair[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
+    }
+    for (int i = 0; i < 16; i += 4) {
+      row[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i], pair[i + 2]));
+      row[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i], pair[i + 2]));
+      row[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i + 1], pair[i + 3]));
+      row[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i + 1], pair[i + 3]));
+    }
+    Reg quarter[16];
+    for (int i = 0; i < 4; ++i) {
+      quarter[i] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0x88);
+      quarter[i + 4] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0xdd);
+      quarter[i + 8] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0x88);
+      quarter[i + 12] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+      row[i] = _mm512_shuffle_f32x4(quarter[i], quarter[i + 8], 0x88);
+      row[i + 8] = _mm512_shuffle_f32x4(quarter[i], quarter[i + 8], 0xdd);
+    }
   }
 };
 
@@ -79,6 +129,12 @@ struct Vec {
   static PISSA_INLINE Reg broadcast(float value) { return _mm256_set1_ps(value); }
   static PISSA_INLINE Reg load(const float* from) { return _mm256_loadu_ps(from); }
   static PISSA_INLINE void store(float* to, Reg value) { _mm256_storeu_ps(to, value); }
+  static PISSA_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static PISSA_INLINE float reduce_add(Reg a) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
   static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
@@ -100,6 +156,9 @@ struct Vec {
   static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm256_fmadd_pd(a, b, c); }
   static PISSA_INLINE void store64(double* to, Reg64 value) { _mm256_storeu_pd(to, value); }
 
+  struct Reg2 {
+    Reg a, b;
+  };
   struct Table {
     Reg low;   // levels 0 to 7
     Reg high;  // levels 8 to 15
@@ -112,14 +171,33 @@ struct Vec {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, codes), _mm256_permutevar8x32_ps(table.high, codes),
                             upper_half);
   }
-  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+  static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-    const Reg even = look_up(table, _mm256_srli_epi32(codes, 4));
-    const Reg odd = look_up(table, codes);
-    const Reg low = _mm256_unpacklo_ps(even, odd);   // elements 0-3 | 8-11
-    const Reg high = _mm256_unpackhi_ps(even, odd);  // elements 4-7 | 12-15
-    store(to, _mm256_permute2f128_ps(low, high, 0x20));
-    store(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    return {look_up(table, _mm256_srli_epi32(codes, 4)), look_up(table, codes)};
+  }
+  static PISSA_INLINE Reg2 interleave(Reg2 split) {
+    const Reg low = _mm256_unpacklo_ps(split.a, split.b);   // elements 0-3 | 8-11
+    const Reg high = _mm256_unpackhi_ps(split.a, split.b);  // elements 4-7 | 12-15
+    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  }
+
+  static PISSA_INLINE void transpose(Reg (&row)[8]) {
+    __m256d pair[8];
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm256_castps_pd(_mm256_unpacklo_ps(row[i], row[i + 1]));
+      pair[i + 1] = _mm256_castps_pd(_mm256_unpackhi_ps(row[i], row[i + 1]));
+    }
+    for (int i = 0; i < 8; i += 4) {
+      row[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(pair[i], pair[i + 2]));
+      row[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pair[i], pair[i + 2]));
+      row[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(pair[i + 1], pair[i + 3]));
+      row[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(pair[i + 1], pair[i + 3]));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Reg low = row[i];
+      row[i] = _mm256_permute2f128_ps(low, row[i + 4], 0x20);
+      row[i + 4] = _mm256_permute2f128_ps(low, row[i + 4], 0x31);
+    }
   }
 };
 
@@ -143,6 +221,10 @@ struct Vec {
   static PISSA_INLINE Reg broadcast(float value) { return {{value, value, value, value}}; }
   static PISSA_INLINE Reg load(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
   static PISSA_INLINE void store(float* to, Reg value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
+  static PISSA_INLINE Reg add(Reg a, Reg b) {
+    return each([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static PISSA_INLINE float reduce_add(Reg a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
   static PISSA_INLINE Reg mul(Reg a, Reg b) {
     return each([&](int i) { return a.lane[i] * b.lane[i]; });
   }
@@ -175,6 +257,9 @@ struct Vec {
     for (int i = 0; i < kWidth; ++i) to[i] = round_to_f16(value.lane[i]);
   }
 
+  struct Reg2 {
+    Reg a, b;
+  };
   struct Table {
     float levels[16];
   };
@@ -183,10 +268,22 @@ struct Vec {
     for (int i = 0; i < 16; ++i) scaled.levels[i] = levels[i] * scale;
     return scaled;
   }
-  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
-    for (int i = 0; i < kWidth; ++i) {
-      to[2 * i] = table.levels[bytes[i] >> 4];
-      to[2 * i + 1] = table.levels[bytes[i] & 15];
+  static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
+    return {each([&](int i) { return table.levels[bytes[i] >> 4]; }),
+            each([&](int i) { return table.levels[bytes[i] & 15]; })};
+  }
+  static PISSA_INLINE Reg2 interleave(Reg2 split) {
+    return {{{split.a.lane[0], split.b.lane[0], split.a.lane[1], split.b.lane[1]}},
+            {{split.a.lane[2], split.b.lane[2], split.a.lane[3], split.b.lane[3]}}};
+  }
+
+  static PISSA_INLINE void transpose(Reg (&row)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float value = row[i].lane[j];
+        row[i].lane[j] = row[j].lane[i];
+        row[j].lane[i] = value;
+      }
     }
   }
 
@@ -219,6 +316,72 @@ struct Vec {
     }
     bits += 0xc8000fffu + ((bits >> 13) & 1u);  // exponent bias 127 -> 15, half an ulp, ties to even
     return static_cast<std::uint16_t>(sign | (bits >> 13));
+  }
+};
+
+#endif
+
+// A word is one f32.
+struct F32 {
+  using Element = float;
+  using Table = Vec::Table;
+  static constexpr int kPerWord = 1;
+  static constexpr int kDecodeBytes = Vec::kWidth;  // what one decode reads; it gives twice as many elements
+
+  static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) { return Vec::fma(a, b, c); }
+  static PISSA_INLINE float round(float value) { return value; }
+  static PISSA_INLINE Table table(const float* levels, float scale) { return Vec::table(levels, scale); }
+  static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
+    return Vec::decode_split(table, bytes);
+  }
+  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+    const Vec::Reg2 values = Vec::interleave(Vec::decode_split(table, bytes));
+    Vec::store(to, values.a);
+    Vec::store(to + Vec::kWidth, values.b);
+  }
+};
+
+#if PISSA_HAS_BF16
+
+// A word is a pair of bf16, the element of the lower index in the lower half. Products are exact, sums f32; the
+// instruction takes denormals for zero.
+struct Bf16 {
+  using Element = Half;
+  struct Table {
+    __m512i levels;  // 16 bf16, twice: vpermw looks at five bits of a lane
+  };
+  static constexpr int kPerWord = 2;
+  static constexpr int kDecodeBytes = 32;
+
+  static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static PISSA_INLINE Half round(float value) { return round_to_bf16(value); }
+  // level * scale, rounded once: what a dequantisation to bf16 gives
+  static PISSA_INLINE Table table(const float* levels, float scale) {
+    const __m256bh scaled = _mm512_cvtneps_pbh(Vec::mul(Vec::load(levels), Vec::broadcast(scale)));
+    return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(scaled))};
+  }
+  static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
+    const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table.levels)),
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(codes, table.levels))};
+  }
+  // 32-bit lanes of (a, b) pairs from 16-bit lanes of a and of b
+  static PISSA_INLINE Vec::Reg2 interleave(Vec::Reg2 split) {
+    const __m512i a = _mm512_castps_si512(split.a);
+    const __m512i b = _mm512_castps_si512(split.b);
+    const __m512i low = _mm512_unpacklo_epi16(a, b);  // lanes 0-3 of each 128 bits
+    const __m512i high = _mm512_unpackhi_epi16(a, b);
+    const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+    const __m512i second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    return {_mm512_castsi512_ps(_mm512_permutex2var_epi64(low, first, high)),
+            _mm512_castsi512_ps(_mm512_permutex2var_epi64(low, second, high))};
+  }
+  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, Half* to) {
+    const Vec::Reg2 values = interleave(decode_split(table, bytes));
+    _mm512_storeu_ps(to, values.a);
+    _mm512_storeu_ps(to + 32, values.b);
   }
 };
 

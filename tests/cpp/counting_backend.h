@@ -16,15 +16,15 @@ class CountingBackend : public cpu::CpuBackend {
   std::int64_t passes = 0;  // products with the weight
   std::int64_t others = 0;  // any other operation that reads it, but for max_abs
 
-  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, std::span<const Term> tail,
-                      const Matrix& bias, const MutableMatrix& y) {
+  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) {
     passes += weight.data == weight_;
-    CpuBackend::weight_gemm_nt(x, weight, scale, tail, bias, y);
+    CpuBackend::weight_gemm_nt(x, weight, scale, precision, tail, bias, y);
   }
-  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, std::span<const Term> tail,
-                      const MutableMatrix& dx) {
+  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const MutableMatrix& dx) {
     passes += weight.data == weight_;
-    CpuBackend::weight_gemm_nn(dy, weight, scale, tail, dx);
+    CpuBackend::weight_gemm_nn(dy, weight, scale, precision, tail, dx);
   }
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) {
     for (const Term& term : terms) others += term.a.data == weight_ || term.b.data == weight_;

@@ -15,7 +15,9 @@ namespace pissa::test {
 /// Terms scale * op(a) * op(b) of an [m, n] sum, and what they add up to.
 class TermList {
  public:
-  TermList(std::int64_t m, std::int64_t n) : expected_{Dense(m, n), Dense(m, n)} {}
+  /// Terms of the given precision; `rounds`: whether the kernels round operands of bf16 precision.
+  TermList(std::int64_t m, std::int64_t n, Precision precision = Precision::f32, bool rounds = false)
+      : expected_{Dense(m, n), Dense(m, n)}, precision_(precision), rounds_(precision == Precision::bf16 && rounds) {}
 
   void add(Random& random, std::int64_t k, Form form_a, Op op_a, Form form_b, Op op_b, float scale) {
     const auto [m, n] = std::pair{expected_.value.rows, expected_.value.cols};
@@ -23,11 +25,15 @@ class TermList {
     operands_.emplace_back(random, op_b == Op::n ? k : n, op_b == Op::n ? n : k, form_b);
     const Operand& a = *(operands_.end() - 2);
     const Operand& b = operands_.back();
-    terms_.push_back({a.view(), op_a, b.view(), op_b, scale});
-    const Dense a_values = oriented(a.values(), op_a);
-    const Dense b_values = oriented(b.values(), op_b);
-    add_expected(
-        {double{scale} * (a_values * b_values), std::fabs(double{scale}) * (absolute(a_values) * absolute(b_values))});
+    terms_.push_back({a.view(), op_a, b.view(), op_b, scale, precision_});
+    Dense a_values = double{scale} * oriented(a.values(), op_a);
+    Dense b_values = oriented(b.values(), op_b);
+    if (rounds_) {
+      for (double& value : a_values.values) value = static_cast<float>(value);  // scaled in f32, then rounded
+      a_values = rounded_to_bf16(a_values);
+      b_values = rounded_to_bf16(b_values);
+    }
+    add_expected({a_values * b_values, absolute(a_values) * absolute(b_values)});
     roundings_ += k + 1;  // the additions, and the scaling of a
   }
   void add_expected(const Bounded& more) {
@@ -37,12 +43,16 @@ class TermList {
 
   const std::vector<Term>& terms() const { return terms_; }
   const Bounded& expected() const { return expected_; }
+  /// For up to four rows bf16 rounds an NF4 weight's level, not level * absmax as the reference does.
+  std::int64_t bf16_roundings() const { return rounds_ && expected_.value.rows <= 4 ? 2 : 0; }
   std::int64_t roundings() const { return roundings_ + 1; }  // and the multiplication, where it is not fused
 
  private:
   std::deque<Operand> operands_;  // does not move them
   std::vector<Term> terms_;
   Bounded expected_;
+  Precision precision_;
+  bool rounds_;
   std::int64_t roundings_ = 0;
 };
 
@@ -56,14 +66,15 @@ struct Size {
 inline const std::vector<Size>& edge_sizes() {
   static const std::vector<Size> sizes = [] {
     std::vector<Size> result;
-    for (const std::int64_t m : {0, 1, 3, 4, 5, 6, 7, 13, 14, 15, 27, 28, 29, 335, 336, 337, 673})
+    for (const std::int64_t m : {0, 1, 3, 4, 5, 6, 7, 13, 14, 15, 16, 17, 27, 28, 29, 511, 512, 513, 1030})
       result.push_back({m, 19, 21});
-    for (const std::int64_t n : {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 513})
+    for (const std::int64_t n : {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 511, 512, 513, 1030})
       result.push_back({11, n, 21});
-    for (const std::int64_t k : {0, 1, 2, 15, 16, 17, 255, 256, 257, 513}) result.push_back({15, 33, k});
+    for (const std::int64_t k : {0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1025})
+      result.push_back({15, 33, k});
     result.push_back({1, 1, 1});
-    result.push_back({337, 257, 5});
-    result.push_back({43, 259, 258});
+    result.push_back({513, 513, 5});
+    result.push_back({43, 515, 514});
     return result;
   }();
   return sizes;

@@ -106,13 +106,13 @@ class GuardedBackend {
   void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) {
     inside([&] { cpu_.gemm_nf4(terms, addend, out); });
   }
-  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, std::span<const Term> tail,
-                      const Matrix& bias, const MutableMatrix& y) {
-    inside([&] { cpu_.weight_gemm_nt(x, weight, scale, tail, bias, y); });
+  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) {
+    inside([&] { cpu_.weight_gemm_nt(x, weight, scale, precision, tail, bias, y); });
   }
-  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, std::span<const Term> tail,
-                      const MutableMatrix& dx) {
-    inside([&] { cpu_.weight_gemm_nn(dy, weight, scale, tail, dx); });
+  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const MutableMatrix& dx) {
+    inside([&] { cpu_.weight_gemm_nn(dy, weight, scale, precision, tail, dx); });
   }
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) {
     inside([&] { cpu_.orthonormalize(basis, done, count); });

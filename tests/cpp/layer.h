@@ -125,4 +125,7 @@ struct Magnitude {
 /// Roundings along the longest chain of a result: its inner dimensions, and a few for sums, scaling and bias.
 inline constexpr std::int64_t kFew = 10;
 
+/// Roundings to bf16 along it: in a tail, of both factors and of what is between them; activations in bf16 are exact.
+inline std::int64_t bf16_roundings(Codec x) { return x == Codec::bf16 ? 3 : 0; }
+
 }  // namespace pissa::test

@@ -35,10 +35,11 @@ struct Outputs {
 void expect_gradients_close(const Outputs& outputs, const Layer& layer, const Dense& dx, const Dense& grad_a,
                             const Dense& grad_b) {
   const Magnitude magnitude(Exact(layer), layer.dy.values());
-  expect_close(outputs.dx, {dx, magnitude.dx()}, 2 * layer.out + 2 * layer.r + kFew);
+  const std::int64_t halves = bf16_roundings(layer.x.view().codec);
+  expect_close(outputs.dx, {dx, magnitude.dx()}, 2 * layer.out + 2 * layer.r + kFew, halves);
   if (layer.kind == Kind::none) return;
-  expect_close(outputs.grad_a, {grad_a, magnitude.grad_a()}, layer.out + layer.tokens + kFew);
-  expect_close(outputs.grad_b, {grad_b, magnitude.grad_b()}, layer.in + layer.tokens + kFew);
+  expect_close(outputs.grad_a, {grad_a, magnitude.grad_a()}, layer.out + layer.tokens + kFew, halves);
+  expect_close(outputs.grad_b, {grad_b, magnitude.grad_b()}, layer.in + layer.tokens + kFew, halves);
 }
 
 class LinearTest : public IsaTest {
@@ -48,9 +49,10 @@ class LinearTest : public IsaTest {
     const Exact exact(layer);
     const Dense dy = layer.dy.values();
     const Magnitude magnitude(exact, dy);
-    expect_close(outputs.y, {exact.y(), magnitude.y()}, 2 * layer.in + 2 * layer.r + kFew);
+    expect_close(outputs.y, {exact.y(), magnitude.y()}, 2 * layer.in + 2 * layer.r + kFew, bf16_roundings(codec));
     if (layer.kind != Kind::none) {
-      expect_close(outputs.xa, {exact.x * transposed(exact.a()), magnitude.xa()}, layer.in + kFew);
+      expect_close(outputs.xa, {exact.x * transposed(exact.a()), magnitude.xa()}, layer.in + kFew,
+                   bf16_roundings(codec));
     }
     expect_gradients_close(outputs, layer, exact.dx(dy), exact.grad_a(dy), exact.grad_b(dy));
   }

@@ -118,7 +118,7 @@ class Stored {
 /// An NF4 matrix with random codes and scales.
 class StoredNf4 {
  public:
-  StoredNf4(Random& random, std::int64_t rows, std::int64_t cols, std::int64_t blocksize, bool nested)
+  StoredNf4(Random& random, std::int64_t rows, std::int64_t cols, int blocksize, bool nested)
       : rows_(rows), cols_(cols), blocksize_(blocksize), nested_(nested), codes_(nf4_bytes(rows * cols)) {
     const std::int64_t blocks = ceil_div(rows * cols, blocksize);
     for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(256));
@@ -177,9 +177,10 @@ inline const char* name(Codec codec) { return name(static_cast<Form>(codec)); }
 class Operand {
  public:
   Operand(Random& random, std::int64_t rows, std::int64_t cols, Form form)
-      : stored_(form == Form::nf4 || form == Form::nf4_nested
-                    ? decltype(stored_)(StoredNf4(random, rows, cols, 32, form == Form::nf4_nested))
-                    : Stored(random.dense(rows, cols), static_cast<Codec>(form), random.below(5))) {}
+      : stored_(
+            form == Form::nf4 || form == Form::nf4_nested
+                ? decltype(stored_)(StoredNf4(random, rows, cols, random.pick({32, 64, 128}), form == Form::nf4_nested))
+                : Stored(random.dense(rows, cols), static_cast<Codec>(form), random.below(5))) {}
   Operand(Stored stored) : stored_(std::move(stored)) {}
 
   Matrix view() const {

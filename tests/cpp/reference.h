@@ -86,9 +86,16 @@ struct Bounded {
 
 inline Bounded bounded(const Dense& values) { return {values, absolute(values)}; }
 
-/// Every element is finite and within the error of `roundings` roundings in f32 and a last one to `codec`; nothing else
-/// was written. Reports the worst element.
-inline void expect_close(const Stored& actual, const Bounded& expected, std::int64_t roundings) {
+/// What Precision::bf16 may do to an operand. It takes denormals for zero, which the tests' numbers never are.
+inline Dense rounded_to_bf16(Dense a) {
+  for (double& value : a.values) value = kBf16.decode(kBf16.encode(value));
+  return a;
+}
+
+/// Every element is finite and within the error of `roundings` roundings in f32, `bf16_roundings` to bf16 and a last
+/// one to `codec`; nothing else was written. Reports the worst element.
+inline void expect_close(const Stored& actual, const Bounded& expected, std::int64_t roundings,
+                         std::int64_t bf16_roundings = 0) {
   const Format out = format(actual.codec());
   const bool rounds = actual.codec() != Codec::f32;  // otherwise `roundings` has it
   const Dense values = actual.values();
@@ -98,7 +105,8 @@ inline void expect_close(const Stored& actual, const Bounded& expected, std::int
   std::int64_t where = 0;
   for (std::size_t i = 0; i < values.values.size(); ++i) {
     const double exact = expected.value.values[i];
-    const double computed = gamma(roundings) * expected.magnitude.values[i];
+    const double computed =
+        (gamma(roundings) + gamma(bf16_roundings, kBf16.unit_roundoff())) * expected.magnitude.values[i];
     const double rounding =
         rounds ? (std::fabs(exact) + computed) * out.unit_roundoff() + out.half_subnormal() : 0x1p-149;
     const double error = std::fabs(values.values[i] - exact) / (computed + rounding);

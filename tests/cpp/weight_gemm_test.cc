@@ -21,7 +21,7 @@ class WeightGemmTest : public IsaTest {
     SCOPED_TRACE(::testing::Message() << "nt " << m << ", " << n << ", " << k << ", x " << name(x) << ", weight "
                                       << name(weight) << ", tail " << tail << ", bias " << with_bias << ", out "
                                       << name(out_codec));
-    TermList list(m, n);
+    TermList list(m, n, random.pick({Precision::f32, Precision::bf16}), kernels().bf16);
     list.add(random, k, x, Op::n, weight, Op::t, random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
       list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, random_scale(random));
@@ -30,9 +30,9 @@ class WeightGemmTest : public IsaTest {
     if (with_bias) list.add_expected(bounded(bias.values()));
     const Term& product = list.terms().front();
     Stored y = Stored::poisoned(m, n, out_codec, random.below(4));
-    backend().weight_gemm_nt(product.a, product.b, product.scale, std::span(list.terms()).subspan(1),
+    backend().weight_gemm_nt(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
                              with_bias ? bias.view() : Matrix{}, y.mutable_view());
-    expect_close(y, list.expected(), list.roundings());
+    expect_close(y, list.expected(), list.roundings(), list.bf16_roundings());
   }
 
   // dx [m, n] = scale dy W + tail, W [k, n].
@@ -40,14 +40,14 @@ class WeightGemmTest : public IsaTest {
     const auto& [m, n, k] = size;
     SCOPED_TRACE(::testing::Message() << "nn " << m << ", " << n << ", " << k << ", dy " << name(dy) << ", weight "
                                       << name(weight) << ", tail " << tail << ", out " << name(out_codec));
-    TermList list(m, n);
+    TermList list(m, n, random.pick({Precision::f32, Precision::bf16}), kernels().bf16);
     list.add(random, k, dy, Op::n, weight, Op::n, random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
       list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, random_scale(random));
     }
     const Term& product = list.terms().front();
     Stored dx = Stored::poisoned(m, n, out_codec, random.below(4));
-    backend().weight_gemm_nn(product.a, product.b, product.scale, std::span(list.terms()).subspan(1),
+    backend().weight_gemm_nn(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
                              dx.mutable_view());
     expect_close(dx, list.expected(), list.roundings());
   }
@@ -75,6 +75,19 @@ TEST_P(WeightGemmTest, EverySize) {
   }
 }
 
+// Few rows meet a weight in NF4 without a panel: every number of them, rows of the weight that start anywhere in a
+// block or a byte, a weight that ends inside a chunk, more columns than x has room for at once.
+TEST_P(WeightGemmTest, FewRowsOfAWeightInNf4) {
+  Random random(4);
+  for (const std::int64_t k : {1, 21, 31, 32, 63, 64, 65, 127, 128, 129, 200, 1000, 15001}) {
+    for (std::int64_t m = 1; m <= 17; m += k > 1000 ? 8 : 1) {
+      const Form x = static_cast<Form>(random.pick(kCodecs));
+      check_nt(random, {m, 5, k}, x, random.pick({Form::nf4, Form::nf4_nested}), random.below(3), random.coin(),
+               random.pick(kCodecs));
+    }
+  }
+}
+
 TEST_P(WeightGemmTest, BitwiseTheSameForAnyNumberOfThreads) {
   Random random(3);
   const std::int64_t m = 29, out = 517, in = 270, r = 6;
@@ -89,12 +102,12 @@ TEST_P(WeightGemmTest, BitwiseTheSameForAnyNumberOfThreads) {
   const Term tail_nn[] = {{xa.view(), Op::n, a.view(), Op::n, 2.0f}};
   expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
     Stored y = Stored::poisoned(m, out, Codec::bf16);
-    cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, tail_nt, bias.view(), y.mutable_view());
+    cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, tail_nt, bias.view(), y.mutable_view());
     return y.bytes();
   });
   expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
     Stored dx = Stored::poisoned(m, in, Codec::f32);
-    cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, tail_nn, dx.mutable_view());
+    cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, Precision::f32, tail_nn, dx.mutable_view());
     return dx.bytes();
   });
 }

@@ -23,7 +23,8 @@ struct Nf4Output {
 // clang-format off
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
-                           std::uint64_t seed, float scale, std::span<const float> scales, std::span<double> values) {
+                           std::uint64_t seed, float scale, std::span<const float> scales, std::span<double> values,
+                           Precision precision) {
   // A matrix [rows, cols] of f32, uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count).view() } -> std::convertible_to<MutableMatrix>;
 
@@ -51,8 +52,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
 
   // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any codec. The tail is a
   // sum of thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.
-  { backend.weight_gemm_nt(matrix, matrix, scale, terms, matrix, out) };
-  { backend.weight_gemm_nn(matrix, matrix, scale, terms, out) };
+  { backend.weight_gemm_nt(matrix, matrix, scale, precision, terms, matrix, out) };
+  { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
 
   // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
   // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set.

@@ -39,6 +39,9 @@ struct Adapter {
 
 namespace detail {
 
+/// Activations in bf16 ask for bf16 products, of the factors too: mixed precision as it is usually meant.
+inline Precision precision_for(const Matrix& x) { return x.codec == Codec::bf16 ? Precision::bf16 : Precision::f32; }
+
 /// start + delta, or delta where there is no start. `sum` owns the memory of the first case.
 template <Backend B, class Buffer>
 Matrix total(B& backend, const Matrix& start, const Matrix& delta, Buffer& sum) {
@@ -48,8 +51,9 @@ Matrix total(B& backend, const Matrix& start, const Matrix& delta, Buffer& sum) 
 }
 
 template <Backend B>
-void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, float scale, const MutableMatrix& out) {
-  const std::array terms{Term{a, op_a, b, op_b, scale}};
+void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, float scale, Precision precision,
+             const MutableMatrix& out) {
+  const std::array terms{Term{a, op_a, b, op_b, scale, precision}};
   backend.gemm(terms, {}, out);
 }
 
@@ -58,19 +62,20 @@ template <Backend B, class F>
 void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa, F write) {
   const std::int64_t r = adapter.rank();
   const float s = adapter.scaling;
+  const Precision precision = precision_for(x);
   auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
   const Matrix a = total(backend, adapter.a0, adapter.delta_a, a_sum);
-  product(backend, x, Op::n, a, Op::t, 1.0f, xa);
+  product(backend, x, Op::n, a, Op::t, 1.0f, precision, xa);
   if (adapter.implicit()) {
     auto x_delta_a = backend.alloc(x.rows, r);
-    product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, x_delta_a.view());
-    const std::array tail{Term{xa, Op::n, adapter.delta_b, Op::t, s},
-                          Term{x_delta_a.view(), Op::n, adapter.b0, Op::t, s}};
+    product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, precision, x_delta_a.view());
+    const std::array tail{Term{xa, Op::n, adapter.delta_b, Op::t, s, precision},
+                          Term{x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision}};
     return write(std::span<const Term>(tail));
   }
   auto b_sum = backend.alloc(adapter.b0 ? adapter.delta_b.rows : 0, r);
   const Matrix b = total(backend, adapter.b0, adapter.delta_b, b_sum);
-  const std::array tail{Term{xa, Op::n, b, Op::t, s}};
+  const std::array tail{Term{xa, Op::n, b, Op::t, s, precision}};
   write(std::span<const Term>(tail));
 }
 
@@ -81,22 +86,24 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   const std::int64_t r = adapter.rank();
   const float s = adapter.scaling;
   const bool implicit = adapter.implicit();
-  product(backend, dy, Op::t, xa, Op::n, s, grad_b);
+  const Precision precision = precision_for(x);
+  product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
 
   auto dy_b = backend.alloc(dy.rows, r);  // dy B, or dy dB and dy B0 apart
   auto dy_b0 = backend.alloc(implicit ? dy.rows : 0, r);
   auto b_sum = backend.alloc(adapter.b0 && !implicit ? adapter.delta_b.rows : 0, r);
   const Matrix b = implicit ? adapter.delta_b : total(backend, adapter.b0, adapter.delta_b, b_sum);
-  product(backend, dy, Op::n, b, Op::n, 1.0f, dy_b.view());
-  if (implicit) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, dy_b0.view());
+  product(backend, dy, Op::n, b, Op::n, 1.0f, precision, dy_b.view());
+  if (implicit) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, precision, dy_b0.view());
 
   auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
   const Matrix a = total(backend, adapter.a0, adapter.delta_a, a_sum);
-  const std::array tail{Term{dy_b.view(), Op::n, a, Op::n, s}, Term{dy_b0.view(), Op::n, adapter.delta_a, Op::n, s}};
+  const std::array tail{Term{dy_b.view(), Op::n, a, Op::n, s, precision},
+                        Term{dy_b0.view(), Op::n, adapter.delta_a, Op::n, s, precision}};
   write(std::span<const Term>(tail).first(implicit ? 2 : 1));
 
   if (implicit) backend.add(dy_b.view(), dy_b0.view(), dy_b.view());
-  product(backend, dy_b.view(), Op::t, x, Op::n, s, grad_a);
+  product(backend, dy_b.view(), Op::t, x, Op::n, s, precision, grad_a);
 }
 
 }  // namespace detail
@@ -106,7 +113,9 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa) {
-  const auto write = [&](std::span<const Term> tail) { backend.weight_gemm_nt(x, weight, 1.0f, tail, bias, y); };
+  const auto write = [&](std::span<const Term> tail) {
+    backend.weight_gemm_nt(x, weight, 1.0f, detail::precision_for(x), tail, bias, y);
+  };
   if (!adapter) return write({});
   detail::with_forward_tail(backend, x, adapter, xa, write);
 }
@@ -117,7 +126,7 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
                      const MutableMatrix& grad_b) {
   const auto write = [&](std::span<const Term> tail) {
-    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, tail, dx);
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, detail::precision_for(dy), tail, dx);
   };
   if (!adapter) return write({});
   detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, write);

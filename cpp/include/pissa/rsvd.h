@@ -65,12 +65,12 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const int exponent = largest > 0 ? std::max(std::ilogb(largest), -120) : 0;
   const float unit = std::ldexp(1.0f, -exponent);
   const auto wide_to_basis = [&](const Matrix& wide, const MutableMatrix& basis) {
-    if (rows_short) backend.weight_gemm_nt(wide, w, unit, {}, {}, basis);
-    else backend.weight_gemm_nn(wide, w, unit, {}, basis);
+    if (rows_short) backend.weight_gemm_nt(wide, w, unit, Precision::f32, {}, {}, basis);
+    else backend.weight_gemm_nn(wide, w, unit, Precision::f32, {}, basis);
   };
   const auto basis_to_wide = [&](const Matrix& basis, const MutableMatrix& wide) {
-    if (rows_short) backend.weight_gemm_nn(basis, w, unit, {}, wide);
-    else backend.weight_gemm_nt(basis, w, unit, {}, {}, wide);
+    if (rows_short) backend.weight_gemm_nn(basis, w, unit, Precision::f32, {}, wide);
+    else backend.weight_gemm_nt(basis, w, unit, Precision::f32, {}, {}, wide);
   };
 
   const std::int64_t block = std::min(r + oversampling(r), short_dim);

@@ -84,6 +84,10 @@ inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
+/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` is what
+/// mixed precision means, and what a device does where its bf16 units are faster; `f32` keeps every digit given.
+enum class Precision : std::uint8_t { f32, bf16 };
+
 /// One product of a GEMM: scale * op(a) * op(b).
 struct Term {
   Matrix a;
@@ -91,6 +95,7 @@ struct Term {
   Matrix b;
   Op op_b = Op::n;
   float scale = 1.0f;
+  Precision precision = Precision::f32;
 
   PISSA_INLINE std::int64_t inner() const { return op_a == Op::n ? a.cols : a.rows; }
 };

@@ -1,0 +1,141 @@
+// Rows of a matrix as numbers to compute with, and numbers rounded to what a matrix stores. Included by kernels.cc
+// only.
+#pragma once
+
+#include "../kernels.h"
+#include "../vec.h"
+#include "pissa/nf4.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+constexpr int kWidth = Vec::kWidth;
+
+std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+void decode_f16(const std::uint16_t* from, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) Vec::store(to + i, Vec::load_f16(from + i));
+  if (i == count) return;
+  std::uint16_t last[kWidth] = {};
+  float values[kWidth];
+  __builtin_memcpy(last, from + i, (count - i) * sizeof *from);
+  Vec::store(values, Vec::load_f16(last));
+  __builtin_memcpy(to + i, values, (count - i) * sizeof *to);
+}
+
+void encode_f16(const float* from, std::int64_t count, std::uint16_t* to) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) Vec::store_f16(to + i, Vec::load(from + i));
+  if (i == count) return;
+  float last[kWidth] = {};
+  std::uint16_t values[kWidth];
+  __builtin_memcpy(last, from + i, (count - i) * sizeof *from);
+  Vec::store_f16(values, Vec::load(last));
+  __builtin_memcpy(to + i, values, (count - i) * sizeof *to);
+}
+
+void decode_bf16(const std::uint16_t* from, std::int64_t count, float* to) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(from[i]) << 16;
+    __builtin_memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+void encode_bf16(const float* from, std::int64_t count, std::uint16_t* to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(from[i]);
+}
+
+PISSA_INLINE float nf4_absmax(const Nf4Scales& scales, std::int64_t block) {
+  if (scales.absmax) return scales.absmax[block];
+  return kDynamicMap[scales.absmax8[block]] * scales.nested_absmax[block / kNestedBlocksize] + *scales.offset;
+}
+
+PISSA_INLINE int nf4_code_at(const std::uint8_t* codes, std::int64_t i) {
+  return i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15;
+}
+
+// Elements [first, first + count) of the flattened matrix; both ends may lie inside a block or a byte. Each element is
+// level * absmax, rounded once to the product's elements.
+template <class Product>
+void decode_nf4(const Matrix& matrix, std::int64_t first, std::int64_t count, typename Product::Element* to) {
+  constexpr int kStep = 2 * Product::kDecodeBytes;
+  const auto* codes = static_cast<const std::uint8_t*>(matrix.data);
+  const std::int64_t blocksize = matrix.scales.blocksize;
+  const std::int64_t end = first + count;
+  std::int64_t i = first;
+  while (i < end) {
+    const std::int64_t block = i / blocksize;
+    const std::int64_t block_end = smaller((block + 1) * blocksize, end);
+    const float absmax = nf4_absmax(matrix.scales, block);
+    if (i % 2 != 0) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i++)] * absmax);
+    if (i + kStep <= block_end) {
+      const typename Product::Table table = Product::table(kNf4Levels, absmax);
+      for (; i + kStep <= block_end; i += kStep, to += kStep) Product::decode(table, codes + i / 2, to);
+    }
+    for (; i < block_end; ++i) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i)] * absmax);
+  }
+}
+
+void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out) {
+  const std::int64_t offset = row * matrix.ld + col;
+  switch (matrix.codec) {
+    case Codec::f32:
+      __builtin_memcpy(out, static_cast<const float*>(matrix.data) + offset, count * sizeof(float));
+      break;
+    case Codec::bf16:
+      decode_bf16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out);
+      break;
+    case Codec::f16:
+      decode_f16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out);
+      break;
+    case Codec::nf4:
+      decode_nf4<F32>(matrix, row * matrix.cols + col, count, out);
+      break;
+  }
+}
+
+void encode(const float* values, std::int64_t count, Codec codec, void* to) {
+  switch (codec) {
+    case Codec::f32:
+      __builtin_memcpy(to, values, count * sizeof(float));
+      break;
+    case Codec::bf16:
+      encode_bf16(values, count, static_cast<std::uint16_t*>(to));
+      break;
+    case Codec::f16:
+      encode_f16(values, count, static_cast<std::uint16_t*>(to));
+      break;
+    case Codec::nf4:
+      break;  // written by nf4_quantize only
+  }
+}
+
+// Elements [col, col + count) of a row times scale, as elements of the product. At most kMaxRun of them.
+constexpr std::int64_t kMaxRun = 1024;
+
+PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                                  float scale, F32, float* to) {
+  decode(matrix, row, col, count, to);
+  if (scale == 1.0f) return;
+  for (std::int64_t i = 0; i < count; ++i) to[i] *= scale;
+}
+
+#if PISSA_HAS_BF16
+PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                                  float scale, Bf16, Half* to) {
+  if (scale == 1.0f && matrix.codec == Codec::bf16) {
+    const auto* from = static_cast<const std::uint16_t*>(matrix.data) + row * matrix.ld + col;
+    __builtin_memcpy(to, from, count * sizeof *to);
+  } else if (scale == 1.0f && matrix.codec == Codec::nf4) {
+    decode_nf4<Bf16>(matrix, row * matrix.cols + col, count, to);
+  } else {
+    alignas(64) float values[kMaxRun];
+    decode_elements(matrix, row, col, count, scale, F32{}, values);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i]);
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA

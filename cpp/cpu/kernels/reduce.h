@@ -1,0 +1,83 @@
+// Reductions: the largest absolute value, the Gram matrix. Included by kernels.cc only.
+#pragma once
+
+#include "decode.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+float max_abs(const float* values, std::int64_t count) {
+  Vec::Reg largest = Vec::zero();
+  Vec::Reg zeros = Vec::zero();  // stays 0, or becomes NaN through Inf * 0 or NaN * 0
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    const Vec::Reg value = Vec::load(values + i);
+    largest = Vec::max(largest, Vec::abs(value));
+    zeros = Vec::fma(value, Vec::zero(), zeros);
+  }
+  float lanes[kWidth];
+  float zero_lanes[kWidth];
+  Vec::store(lanes, largest);
+  Vec::store(zero_lanes, zeros);
+  float result = 0.0f;
+  float zero = 0.0f;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    result = lanes[lane] > result ? lanes[lane] : result;
+    zero += zero_lanes[lane];
+  }
+  for (; i < count; ++i) {
+    result = __builtin_fabsf(values[i]) > result ? __builtin_fabsf(values[i]) : result;
+    zero += values[i] * 0.0f;
+  }
+  return result + zero;
+}
+
+// <row i, row j> for a tile of rows x columns of the Gram matrix, one range of columns of the data.
+template <int rows, int cols>
+void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t count, double* gram,
+               std::int64_t ld_gram) {
+  constexpr int kWidth64 = kWidth / 2;
+  Vec::Reg64 sum[rows][cols];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) sum[i][j] = Vec::zero64();
+  }
+  std::int64_t k = 0;
+  for (; k + kWidth64 <= count; k += kWidth64) {
+    Vec::Reg64 b_k[cols];
+    for (int j = 0; j < cols; ++j) b_k[j] = Vec::load64(b + j * ld + k);
+    for (int i = 0; i < rows; ++i) {
+      const Vec::Reg64 a_k = Vec::load64(a + i * ld + k);
+      for (int j = 0; j < cols; ++j) sum[i][j] = Vec::fma64(a_k, b_k[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) {
+      double lanes[kWidth64];
+      Vec::store64(lanes, sum[i][j]);
+      double total = 0.0;
+      for (int lane = 0; lane < kWidth64; ++lane) total += lanes[lane];
+      for (std::int64_t tail = k; tail < count; ++tail) total += double{a[i * ld + tail]} * double{b[j * ld + tail]};
+      gram[i * ld_gram + j] += total;
+    }
+  }
+}
+
+void gram(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last, double* gram,
+          std::int64_t ld_gram) {
+  constexpr std::int64_t kChunk = 2048;  // 8 rows of it stay in L1 together with the accumulators' partners
+  for (std::int64_t i = first; i < last; ++i) {
+    for (std::int64_t j = 0; j <= i; ++j) gram[i * ld_gram + j] = 0.0;
+  }
+  for (std::int64_t k = 0; k < cols; k += kChunk) {
+    const std::int64_t count = smaller(kChunk, cols - k);
+    for (std::int64_t i = first; i < last; ++i) {
+      const float* a = rows + i * ld + k;
+      std::int64_t j = 0;
+      for (; j + 4 <= i + 1; j += 4) gram_tile<1, 4>(a, rows + j * ld + k, ld, count, gram + i * ld_gram + j, ld_gram);
+      for (; j <= i; ++j) gram_tile<1, 1>(a, rows + j * ld + k, ld, count, gram + i * ld_gram + j, ld_gram);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA
