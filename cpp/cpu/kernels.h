@@ -14,7 +14,8 @@ inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 256;
 inline constexpr std::int64_t kMaxTileRows = 14;
 inline constexpr std::int64_t kStripRows = 16;  // of A: a tile's, rounded up to a square for transposition
-inline constexpr std::int64_t kDotRows = 16;    // a weight in NF4 is multiplied by so few rows without a panel
+inline constexpr std::int64_t kDotRows = 16;    // up to so many rows are multiplied without a panel
+inline constexpr std::int64_t kNf4DotRows = 4;  // and up to so many by a weight's codes as they are
 
 /// A thread's scratch memory, 64-byte aligned, allocated once.
 struct Panels {

@@ -70,6 +70,11 @@ struct Vec {
   static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm512_fmadd_pd(a, b, c); }
   static PISSA_INLINE void store64(double* to, Reg64 value) { _mm512_storeu_pd(to, value); }
 
+  static PISSA_INLINE Reg gather(const float* map, const std::uint8_t* indices) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(indices));
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), map, 4);
+  }
+
   struct Reg2 {
     Reg a, b;
   };
@@ -155,6 +160,11 @@ struct Vec {
   static PISSA_INLINE Reg64 load64(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
   static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm256_fmadd_pd(a, b, c); }
   static PISSA_INLINE void store64(double* to, Reg64 value) { _mm256_storeu_pd(to, value); }
+
+  static PISSA_INLINE Reg gather(const float* map, const std::uint8_t* indices) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(indices));
+    return _mm256_i32gather_ps(map, _mm256_cvtepu8_epi32(bytes), 4);
+  }
 
   struct Reg2 {
     Reg a, b;
@@ -255,6 +265,10 @@ struct Vec {
   }
   static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
     for (int i = 0; i < kWidth; ++i) to[i] = round_to_f16(value.lane[i]);
+  }
+
+  static PISSA_INLINE Reg gather(const float* map, const std::uint8_t* indices) {
+    return each([&](int i) { return map[indices[i]]; });
   }
 
   struct Reg2 {
@@ -379,9 +393,15 @@ struct Bf16 {
             _mm512_castsi512_ps(_mm512_permutex2var_epi64(low, second, high))};
   }
   static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, Half* to) {
-    const Vec::Reg2 values = interleave(decode_split(table, bytes));
-    _mm512_storeu_ps(to, values.a);
-    _mm512_storeu_ps(to + 32, values.b);
+    // unpack works within 128 bits: deal the bytes out so that its results are in order
+    const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    const __m256i dealt =
+        _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), order);
+    const __m512i codes = _mm512_cvtepu8_epi16(dealt);
+    const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table.levels);
+    const __m512i odd = _mm512_permutexvar_epi16(codes, table.levels);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(even, odd));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(even, odd));
   }
 };
 

@@ -46,34 +46,54 @@ void encode_bf16(const float* from, std::int64_t count, std::uint16_t* to) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(from[i]);
 }
 
-PISSA_INLINE float nf4_absmax(const Nf4Scales& scales, std::int64_t block) {
-  if (scales.absmax) return scales.absmax[block];
-  return kDynamicMap[scales.absmax8[block]] * scales.nested_absmax[block / kNestedBlocksize] + *scales.offset;
+// Scales of blocks [first, first + count).
+void decode_absmax(const Nf4Scales& scales, std::int64_t first, std::int64_t count, float* to) {
+  if (scales.absmax) {
+    __builtin_memcpy(to, scales.absmax + first, count * sizeof *to);
+    return;
+  }
+  const float offset = *scales.offset;
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t nested_block = (first + i) / kNestedBlocksize;
+    const std::int64_t run_end = smaller(count, (nested_block + 1) * kNestedBlocksize - first);
+    const float nested_absmax = scales.nested_absmax[nested_block];
+    for (; i + kWidth <= run_end; i += kWidth) {
+      const Vec::Reg levels = Vec::gather(kDynamicMap, scales.absmax8 + first + i);
+      Vec::store(to + i, Vec::add(Vec::mul(levels, Vec::broadcast(nested_absmax)), Vec::broadcast(offset)));
+    }
+    for (; i < run_end; ++i) to[i] = kDynamicMap[scales.absmax8[first + i]] * nested_absmax + offset;
+  }
 }
 
 PISSA_INLINE int nf4_code_at(const std::uint8_t* codes, std::int64_t i) {
   return i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15;
 }
 
+// log2 of the block size, a power of two: a division by a variable takes as long as decoding a block.
+PISSA_INLINE int log2_blocksize(const Nf4Scales& scales) { return __builtin_ctzll(scales.blocksize); }
+
 // Elements [first, first + count) of the flattened matrix; both ends may lie inside a block or a byte. Each element is
-// level * absmax, rounded once to the product's elements.
+// level * absmax, rounded once to the product's elements. Scales are decoded some blocks ahead, out of the way.
 template <class Product>
 void decode_nf4(const Matrix& matrix, std::int64_t first, std::int64_t count, typename Product::Element* to) {
   constexpr int kStep = 2 * Product::kDecodeBytes;
+  constexpr std::int64_t kBlocks = 16;
+  float absmax[kBlocks];
   const auto* codes = static_cast<const std::uint8_t*>(matrix.data);
-  const std::int64_t blocksize = matrix.scales.blocksize;
+  const int log2 = log2_blocksize(matrix.scales);
   const std::int64_t end = first + count;
+  const std::int64_t blocks = ((end - 1) >> log2) + 1;
   std::int64_t i = first;
-  while (i < end) {
-    const std::int64_t block = i / blocksize;
-    const std::int64_t block_end = smaller((block + 1) * blocksize, end);
-    const float absmax = nf4_absmax(matrix.scales, block);
-    if (i % 2 != 0) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i++)] * absmax);
-    if (i + kStep <= block_end) {
-      const typename Product::Table table = Product::table(kNf4Levels, absmax);
+  for (std::int64_t group = first >> log2; group < blocks; group += kBlocks) {
+    const std::int64_t in_group = smaller(kBlocks, blocks - group);
+    decode_absmax(matrix.scales, group, in_group, absmax);
+    for (std::int64_t j = 0; j < in_group; ++j) {
+      const std::int64_t block_end = smaller((group + j + 1) << log2, end);
+      const typename Product::Table table = Product::table(kNf4Levels, absmax[j]);
+      if (i % 2 != 0) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i++)] * absmax[j]);
       for (; i + kStep <= block_end; i += kStep, to += kStep) Product::decode(table, codes + i / 2, to);
+      for (; i < block_end; ++i) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i)] * absmax[j]);
     }
-    for (; i < block_end; ++i) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i)] * absmax);
   }
 }
 

@@ -5,6 +5,7 @@
 // and added to the block's f32 accumulators, which are rounded once, at the end.
 #pragma once
 
+#include "few_rows.h"
 #include "nf4_dot.h"
 #include "pack.h"
 
@@ -100,8 +101,9 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
 }
 
 template <class Product>
-void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate, bool few_rows) {
-  if (few_rows && can_dot<Product>(term)) nf4_dot<Product>(term, block, panels, accumulate);
+void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate, std::int64_t rows) {
+  if (is_nf4_dot<Product>(term, rows)) nf4_dot<Product>(term, block, panels, accumulate);
+  else if (is_few_rows(term, rows)) multiply_few_rows<Product>(term, block, panels, accumulate);
   else if (block.cols <= kWidth) multiply<Product, 1>(term, block, panels, accumulate);
   else multiply<Product, 2>(term, block, panels, accumulate);
 }
@@ -115,12 +117,12 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
   }
   for (const Term* term = problem.terms; term != problem.terms + problem.term_count; ++term) {
     if (term->inner() == 0) continue;
-    const bool few_rows = problem.out.rows <= kDotRows;
+    const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
 #if PISSA_HAS_BF16
-    if (term->precision == Precision::bf16) multiply<Bf16>(*term, block, panels, accumulate, few_rows);
+    if (term->precision == Precision::bf16) multiply<Bf16>(*term, block, panels, accumulate, rows);
     else
 #endif
-      multiply<F32>(*term, block, panels, accumulate, few_rows);
+      multiply<F32>(*term, block, panels, accumulate, rows);
     accumulate = true;
   }
   float* bias = panels.b;

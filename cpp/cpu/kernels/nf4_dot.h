@@ -1,9 +1,9 @@
-// x W^T for few rows of x and a weight in NF4: dot products straight from the packed bytes. Included by kernels.cc
-// only.
+// x W^T for one to four rows of x and a weight in NF4: dot products straight from the packed bytes. Included by
+// kernels.cc only.
 //
-// With M <= 16 rows a panel would be written once to be read once. Here a chunk of codes becomes two registers, its
-// even and its odd elements, which meet x sorted the same way. Chunks lie where the flattened weight's blocks lie; x is
-// padded with zeros, so that what a chunk holds of the neighbouring rows of W does not count.
+// A chunk of codes becomes two registers, its even and its odd elements, which meet x sorted the same way. Chunks lie
+// where the flattened weight's blocks lie; x is padded with zeros, so that what a chunk holds of the neighbouring rows
+// of W does not count.
 #pragma once
 
 #include "pack.h"
@@ -11,13 +11,13 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-// Up to this many rows the scale multiplies sums of a chunk, in f32, and the levels themselves are rounded to the
-// product's elements; from there on that is dearer than rounding level * scale, as a panel does.
-constexpr int kPostScaledRows = 4;
+// For so few rows the scale multiplies the sums of a chunk, in f32, and the levels, rounded to the product's elements,
+// stay in a register; for more it is cheaper to scale the levels, block by block.
+constexpr int kPostScaledRows = 2;
 
 template <class Product>
-bool can_dot(const Term& term) {
-  return term.b.codec == Codec::nf4 && term.op_b == Op::t && term.op_a == Op::n &&
+bool is_nf4_dot(const Term& term, std::int64_t rows) {
+  return rows <= kNf4DotRows && term.b.codec == Codec::nf4 && term.op_b == Op::t && term.op_a == Op::n &&
          term.b.scales.blocksize % (2 * Product::kDecodeBytes) == 0;
 }
 
@@ -58,87 +58,121 @@ void split_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64
   }
 }
 
-// c[i, n] = or += x[i, k0 : k0 + count] . W[n, k0 : k0 + count], for `rows` rows of x and the columns of the block.
-template <class Product, int rows>
-void dot_rows(const Matrix& weight, const Block& block, std::int64_t k0, std::int64_t count,
-              const SplitRows<Product>& x, float* c, bool accumulate) {
+// c[i, j] = or += x[i, k0 : k0 + count] . W[n + j, k0 : k0 + count] for `rows` rows of x and `cols` rows of W, more
+// than one only where they lie in the same way in the chunks. absmax: room for the scales of their blocks.
+template <class Product, int rows, int cols>
+void dot_tile(const Matrix& weight, std::int64_t n, std::int64_t k0, std::int64_t count, const SplitRows<Product>& x,
+              float* absmax, float* c, bool accumulate) {
   using Element = typename Product::Element;
+  constexpr std::int64_t kChunk = SplitRows<Product>::kPad;
   constexpr bool kPostScaled = rows <= kPostScaledRows;
-  constexpr std::int64_t kChunk = 2 * Product::kDecodeBytes;
-  constexpr std::int64_t kPad = SplitRows<Product>::kPad;
-  const auto* codes = static_cast<const std::uint8_t*>(weight.data);
-  const std::int64_t total = weight.rows * weight.cols;
-  const std::int64_t blocksize = weight.scales.blocksize;
-  const typename Product::Table levels = Product::table(kNf4Levels, 1.0f);
-  for (std::int64_t n = 0; n < block.cols; ++n) {
-    const std::int64_t first = (block.col + n) * weight.cols + k0;
-    const std::int64_t end = first + count;
-    std::int64_t at = first / kChunk * kChunk;
-    // A chunk's even elements are even or odd ones of x, depending on where the row starts.
-    const bool swapped = first % 2 != 0;
-    const Element* high = swapped ? x.odd + kPad - (first - at + 1) / 2 : x.even + kPad - (first - at) / 2;
-    const Element* low = swapped ? x.even + kPad - (first - at - 1) / 2 : x.odd + kPad - (first - at) / 2;
-    Vec::Reg sum[rows];
-    for (int i = 0; i < rows; ++i) sum[i] = Vec::zero();
-    std::int64_t block_end = at;
-    float absmax = 0.0f;
-    typename Product::Table table = levels;
-    for (; at < end; at += kChunk, high += kChunk / 2, low += kChunk / 2) {
-      if (at >= block_end) {
-        const std::int64_t index = at / blocksize;
-        absmax = nf4_absmax(weight.scales, index);
-        block_end = (index + 1) * blocksize;
-        if constexpr (!kPostScaled) table = Product::table(kNf4Levels, absmax);
-      }
-      const std::uint8_t* bytes = codes + at / 2;
-      std::uint8_t last[Product::kDecodeBytes];
-      if (at + kChunk > total) {  // the weight ends inside this chunk
-        __builtin_memset(last, 0x77, sizeof last);
-        __builtin_memcpy(last, bytes, ceil_div(total, 2) - at / 2);
-        bytes = last;
-      }
-      __builtin_prefetch(bytes + 1024);
-      const Vec::Reg2 chunk = Product::decode_split(table, bytes);
-      for (int i = 0; i < rows; ++i) {
-        const Vec::Reg x_high = Vec::load(reinterpret_cast<const float*>(high + i * x.ld));
-        const Vec::Reg x_low = Vec::load(reinterpret_cast<const float*>(low + i * x.ld));
+  const int log2 = log2_blocksize(weight.scales);
+  const int log2_chunks = log2 - __builtin_ctz(kChunk);  // of a block
+  const std::int64_t first = n * weight.cols + k0;
+  const std::int64_t lead = first % kChunk;  // elements of the first chunk that belong to the row before
+  const std::int64_t chunks = ceil_div(lead + count, kChunk);
+  const std::int64_t blocks = ((first + count - 1) >> log2) - (first >> log2) + 1;
+  const std::int64_t phase = (first >> __builtin_ctz(kChunk)) & ((std::int64_t{1} << log2_chunks) - 1);
+  const bool together = count == weight.cols && blocks << log2 == count;  // whole rows of whole blocks
+  const std::uint8_t* bytes[cols];
+  for (int j = 0; j < cols; ++j) {
+    const std::int64_t start = first - lead + j * weight.cols;
+    bytes[j] = static_cast<const std::uint8_t*>(weight.data) + start / 2;
+    if (!together) decode_absmax(weight.scales, start >> log2, blocks, absmax + j * blocks);
+  }
+  if (together) decode_absmax(weight.scales, first >> log2, cols * blocks, absmax);
+  // A chunk's even elements are even or odd ones of x, depending on where the row starts.
+  const bool swapped = first % 2 != 0;
+  const Element* high = swapped ? x.odd + kChunk - (lead + 1) / 2 : x.even + kChunk - lead / 2;
+  const Element* low = swapped ? x.even + kChunk - (lead - 1) / 2 : x.odd + kChunk - lead / 2;
+  Vec::Reg sum[rows][cols];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) sum[i][j] = Vec::zero();
+  }
+  const auto add_chunk = [&](std::int64_t chunk, const std::uint8_t* const(&codes)[cols]) {
+    float scale[cols];
+    Vec::Reg2 values[cols];
+    for (int j = 0; j < cols; ++j) {
+      scale[j] = absmax[j * blocks + ((phase + chunk) >> log2_chunks)];
+      values[j] = Product::decode_split(Product::table(kNf4Levels, kPostScaled ? 1.0f : scale[j]), codes[j]);
+    }
+    for (int i = 0; i < rows; ++i) {
+      const std::int64_t k = chunk * (kChunk / 2) + i * x.ld;
+      const Vec::Reg x_high = Vec::load(reinterpret_cast<const float*>(high + k));
+      const Vec::Reg x_low = Vec::load(reinterpret_cast<const float*>(low + k));
+      for (int j = 0; j < cols; ++j) {
         if constexpr (kPostScaled) {
-          const Vec::Reg part = Product::mac(chunk.b, x_low, Product::mac(chunk.a, x_high, Vec::zero()));
-          sum[i] = Vec::fma(part, Vec::broadcast(absmax), sum[i]);
+          const Vec::Reg part = Product::mac(values[j].b, x_low, Product::mac(values[j].a, x_high, Vec::zero()));
+          sum[i][j] = Vec::fma(part, Vec::broadcast(scale[j]), sum[i][j]);
         } else {
-          sum[i] = Product::mac(chunk.b, x_low, Product::mac(chunk.a, x_high, sum[i]));
+          sum[i][j] = Product::mac(values[j].b, x_low, Product::mac(values[j].a, x_high, sum[i][j]));
         }
       }
     }
-    for (int i = 0; i < rows; ++i) {
-      const float total_i = Vec::reduce_add(sum[i]);
-      c[i * kNc + n] = accumulate ? c[i * kNc + n] + total_i : total_i;
+  };
+  const std::int64_t total = weight.rows * weight.cols;
+  const std::int64_t whole = smaller(chunks, (total - (first - lead)) / kChunk);
+  for (std::int64_t chunk = 0; chunk < whole; ++chunk) {
+    const std::uint8_t* codes[cols];
+    for (int j = 0; j < cols; ++j) {
+      codes[j] = bytes[j] + chunk * Product::kDecodeBytes;
+      __builtin_prefetch(codes[j] + 2048);
+    }
+    add_chunk(chunk, codes);
+  }
+  if (whole < chunks) {  // the weight ends inside the last chunk
+    std::uint8_t last[Product::kDecodeBytes] = {};
+    const std::uint8_t* codes[cols];
+    for (int j = 0; j < cols; ++j) codes[j] = last;
+    __builtin_memcpy(last, bytes[0] + whole * Product::kDecodeBytes,
+                     ceil_div(total, 2) - (first - lead) / 2 - whole * Product::kDecodeBytes);
+    add_chunk(whole, codes);
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) {
+      const float sum_ij = Vec::reduce_add(sum[i][j]);
+      c[i * kNc + j] = accumulate ? c[i * kNc + j] + sum_ij : sum_ij;
     }
   }
 }
 
-template <class Product, int rows = kDotRows>
-PISSA_INLINE void dispatch_dot(std::int64_t wanted, const Matrix& weight, const Block& block, std::int64_t k0,
-                               std::int64_t count, const SplitRows<Product>& x, float* c, bool accumulate) {
-  if (wanted == rows) return dot_rows<Product, rows>(weight, block, k0, count, x, c, accumulate);
-  if constexpr (rows > 1) dispatch_dot<Product, rows - 1>(wanted, weight, block, k0, count, x, c, accumulate);
+template <class Product, int rows>
+void dot_rows(const Matrix& weight, const Block& block, std::int64_t k0, std::int64_t count,
+              const SplitRows<Product>& x, float* absmax, float* c, bool accumulate) {
+  std::int64_t j = 0;
+  if (weight.cols % SplitRows<Product>::kPad == 0) {
+    for (; j + 3 <= block.cols; j += 3) {
+      dot_tile<Product, rows, 3>(weight, block.col + j, k0, count, x, absmax, c + j, accumulate);
+    }
+  }
+  for (; j < block.cols; ++j) {
+    dot_tile<Product, rows, 1>(weight, block.col + j, k0, count, x, absmax, c + j, accumulate);
+  }
 }
 
-// c = or += the term, whose a has at most kDotRows rows
+template <class Product, int rows = kNf4DotRows>
+PISSA_INLINE void dispatch_dot(std::int64_t wanted, const Matrix& weight, const Block& block, std::int64_t k0,
+                               std::int64_t count, const SplitRows<Product>& x, float* absmax, float* c,
+                               bool accumulate) {
+  if (wanted == rows) return dot_rows<Product, rows>(weight, block, k0, count, x, absmax, c, accumulate);
+  if constexpr (rows > 1) dispatch_dot<Product, rows - 1>(wanted, weight, block, k0, count, x, absmax, c, accumulate);
+}
+
+// c = or += the term
 template <class Product>
 void nf4_dot(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
   using Element = typename Product::Element;
-  // x fills at most B's panel: for 16 rows of bf16, 14 thousand columns at a time
-  const std::int64_t capacity = kNc * kKc * Product::kPerWord / (2 * block.rows);
-  const std::int64_t step = 2 * (capacity - 3 * SplitRows<Product>::kPad) - 2;
+  constexpr std::int64_t kStep = 16384;  // elements of a row at a time: 4 rows of x, in f32, fill half of B's panel
+  static_assert(kNf4DotRows * (kStep + 6 * SplitRows<Product>::kPad) <= kNc * kKc);
+  static_assert(4 * (kStep / 32 + 2) <= 32 * kKc);
   const std::int64_t inner = term.inner();
-  for (std::int64_t k0 = 0; k0 < inner; k0 += step) {
-    const std::int64_t count = smaller(step, inner - k0);
+  for (std::int64_t k0 = 0; k0 < inner; k0 += kStep) {
+    const std::int64_t count = smaller(kStep, inner - k0);
     auto* even = reinterpret_cast<Element*>(panels.b);
     const std::int64_t ld = SplitRows<Product>::elements_per_row(count);
     const SplitRows<Product> x{even, even + block.rows * ld, ld};
     split_rows(term.a, block.row, block.rows, k0, count, term.scale, x);
-    dispatch_dot<Product>(block.rows, term.b, block, k0, count, x, panels.c, accumulate);
+    dispatch_dot<Product>(block.rows, term.b, block, k0, count, x, panels.scratch, panels.c, accumulate);
     accumulate = true;
   }
 }
