@@ -28,7 +28,7 @@ float* allocate(std::int64_t count) {
 
 // Scratch of the calling thread: 1.6 MB, allocated on first use, freed with the thread.
 const Panels& panels() {
-  static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16), kKc * kNc, kMc * kNc, 32 * kKc, kNc};
+  static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16), (kKc + 1) * kNc, kMc * kNc, 32 * kKc, kNc};
   thread_local const Buffer buffer(1, kSizes[0] + kSizes[1] + kSizes[2] + kSizes[3] + kSizes[4]);
   thread_local const Panels panels = [] {
     float* at[5] = {static_cast<float*>(buffer.view().data)};

@@ -20,7 +20,7 @@ inline constexpr std::int64_t kNf4DotRows = 4;  // and up to so many by a weight
 /// A thread's scratch memory, 64-byte aligned, allocated once.
 struct Panels {
   float* a;        // kStripRows * (kKc + 16): a strip of A
-  float* b;        // kKc * kNc
+  float* b;        // (kKc + 1) * kNc
   float* c;        // kMc * kNc
   float* scratch;  // 32 * kKc: what is about to be transposed
   float* b_row;    // kNc: a pair of rows about to be interleaved

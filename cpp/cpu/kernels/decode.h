@@ -82,7 +82,7 @@ void decode_nf4(const Matrix& matrix, std::int64_t first, std::int64_t count, ty
   const auto* codes = static_cast<const std::uint8_t*>(matrix.data);
   const int log2 = log2_blocksize(matrix.scales);
   const std::int64_t end = first + count;
-  const std::int64_t blocks = ((end - 1) >> log2) + 1;
+  const std::int64_t blocks = (end + matrix.scales.blocksize - 1) >> log2;
   std::int64_t i = first;
   for (std::int64_t group = first >> log2; group < blocks; group += kBlocks) {
     const std::int64_t in_group = smaller(kBlocks, blocks - group);
@@ -90,7 +90,7 @@ void decode_nf4(const Matrix& matrix, std::int64_t first, std::int64_t count, ty
     for (std::int64_t j = 0; j < in_group; ++j) {
       const std::int64_t block_end = smaller((group + j + 1) << log2, end);
       const typename Product::Table table = Product::table(kNf4Levels, absmax[j]);
-      if (i % 2 != 0) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i++)] * absmax[j]);
+      if (i % 2 != 0 && i < block_end) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i++)] * absmax[j]);
       for (; i + kStep <= block_end; i += kStep, to += kStep) Product::decode(table, codes + i / 2, to);
       for (; i < block_end; ++i) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i)] * absmax[j]);
     }
@@ -131,8 +131,7 @@ void encode(const float* values, std::int64_t count, Codec codec, void* to) {
   }
 }
 
-// Elements [col, col + count) of a row times scale, as elements of the product. At most kMaxRun of them.
-constexpr std::int64_t kMaxRun = 1024;
+// Elements [col, col + count) of a row times scale, as elements of the product.
 
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                                   float scale, F32, float* to) {
@@ -150,9 +149,13 @@ PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::i
   } else if (scale == 1.0f && matrix.codec == Codec::nf4) {
     decode_nf4<Bf16>(matrix, row * matrix.cols + col, count, to);
   } else {
-    alignas(64) float values[kMaxRun];
-    decode_elements(matrix, row, col, count, scale, F32{}, values);
-    for (std::int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i]);
+    constexpr std::int64_t kRun = 256;
+    alignas(64) float values[kRun];
+    for (std::int64_t i = 0; i < count; i += kRun) {
+      const std::int64_t run = smaller(kRun, count - i);
+      decode_elements(matrix, row, col + i, run, scale, F32{}, values);
+      for (std::int64_t j = 0; j < run; ++j) to[i + j] = round_to_bf16(values[j]);
+    }
   }
 }
 #endif

@@ -86,7 +86,8 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
   for (std::int64_t k0 = 0; k0 < inner; k0 += kKc * Product::kPerWord) {
     const std::int64_t depth = smaller(kKc * Product::kPerWord, inner - k0);
     const std::int64_t length = words<Product>(depth);
-    const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols;
+    // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1.
+    const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols + kCols;
     pack_b<Product, vecs>(term, {term.b, block.col, block.cols, k0, depth, 1.0f}, stride, panels);
     for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
       const std::int64_t rows = smaller(kTileRows, block.rows - i);

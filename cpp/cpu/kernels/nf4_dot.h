@@ -45,9 +45,10 @@ void split_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64
     Element* odd = to.odd + i * to.ld;
     __builtin_memset(static_cast<void*>(even), 0, to.ld * sizeof(Element));
     __builtin_memset(static_cast<void*>(odd), 0, to.ld * sizeof(Element));
-    for (std::int64_t k = 0; k < count; k += kMaxRun) {
-      Element values[kMaxRun + 1];
-      const std::int64_t run = smaller(kMaxRun, count - k);
+    constexpr std::int64_t kRun = 1024;
+    for (std::int64_t k = 0; k < count; k += kRun) {
+      Element values[kRun + 1];
+      const std::int64_t run = smaller(kRun, count - k);
       decode_elements(x, row + i, k0 + k, run, scale, Product{}, values);
       values[run] = Element{};
       for (std::int64_t j = 0; j < (run + 1) / 2; ++j) {
@@ -59,7 +60,7 @@ void split_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64
 }
 
 // c[i, j] = or += x[i, k0 : k0 + count] . W[n + j, k0 : k0 + count] for `rows` rows of x and `cols` rows of W, more
-// than one only where they lie in the same way in the chunks. absmax: room for the scales of their blocks.
+// than one only where all rows start with a block. absmax: room for the scales of their blocks.
 template <class Product, int rows, int cols>
 void dot_tile(const Matrix& weight, std::int64_t n, std::int64_t k0, std::int64_t count, const SplitRows<Product>& x,
               float* absmax, float* c, bool accumulate) {
@@ -140,7 +141,7 @@ template <class Product, int rows>
 void dot_rows(const Matrix& weight, const Block& block, std::int64_t k0, std::int64_t count,
               const SplitRows<Product>& x, float* absmax, float* c, bool accumulate) {
   std::int64_t j = 0;
-  if (weight.cols % SplitRows<Product>::kPad == 0) {
+  if (weight.cols % weight.scales.blocksize == 0) {
     for (; j + 3 <= block.cols; j += 3) {
       dot_tile<Product, rows, 3>(weight, block.col + j, k0, count, x, absmax, c + j, accumulate);
     }

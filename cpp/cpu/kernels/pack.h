@@ -35,10 +35,12 @@ PISSA_INLINE void prefetch_nf4(const Matrix& matrix, std::int64_t row, std::int6
   else __builtin_prefetch(matrix.scales.absmax8 + block);
 }
 
+// Rows of a weight to ask memory for in advance: one takes about 50 ns to decode, main memory about 100 to answer.
+constexpr std::int64_t kAhead = 8;
+
 // panel[lane * ld + word]; lanes from slice.count to `lanes` are zero.
 template <class Product>
 void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, float* panel) {
-  constexpr std::int64_t kAhead = 8;  // rows: one takes about 50 ns to decode, main memory about 100 to answer
   using Element = typename Product::Element;
   const std::int64_t length = words<Product>(slice.depth);
   for (std::int64_t lane = 0; lane < slice.count; ++lane) {
@@ -67,6 +69,9 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
     for (int partner = 0; partner < kPerWord; ++partner) {
       Element* to = elements + partner * padded;
       const std::int64_t got = k + partner < slice.depth ? slice.count : 0;
+      if (slice.matrix.codec == Codec::nf4 && slice.k0 + k + partner + kAhead < slice.matrix.rows) {
+        prefetch_nf4(slice.matrix, slice.k0 + k + partner + kAhead, slice.lead, slice.count);
+      }
       if (got > 0) decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, Product{}, to);
       for (std::int64_t i = got; i < padded; ++i) to[i] = Element{};
     }
