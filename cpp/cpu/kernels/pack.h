@@ -26,17 +26,27 @@ struct Slice {
   float scale;
 };
 
-PISSA_INLINE void prefetch_nf4(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count) {
-  const std::int64_t first = row * matrix.cols + col;
-  const auto* codes = static_cast<const char*>(matrix.data);
-  for (std::int64_t i = first / 2; i < (first + count) / 2; i += 64) __builtin_prefetch(codes + i);
-  const std::int64_t block = first / matrix.scales.blocksize;
-  if (matrix.scales.absmax) __builtin_prefetch(matrix.scales.absmax + block);
-  else __builtin_prefetch(matrix.scales.absmax8 + block);
+// Asks for elements of a row that will be packed soon. How many rows ahead: a row of codes takes about 50 ns to decode,
+// main memory about 100 ns to answer; dense rows of A come a strip at a time, between others' products, so it is the
+// next strip that is asked for, to wait in L2 and not push what is in use out of L1.
+PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count) {
+  const auto* data = static_cast<const char*>(matrix.data);
+  if (matrix.codec == Codec::nf4) {
+    row += 8;
+    if (row >= matrix.rows) return;
+    const std::int64_t first = row * matrix.cols + col;
+    for (std::int64_t i = first / 2; i < (first + count) / 2; i += 64) __builtin_prefetch(data + i);
+    const std::int64_t block = first >> log2_blocksize(matrix.scales);
+    if (matrix.scales.absmax) __builtin_prefetch(matrix.scales.absmax + block);
+    else __builtin_prefetch(matrix.scales.absmax8 + block);
+  } else {
+    row += 14;
+    if (row >= matrix.rows) return;
+    const std::int64_t size = element_size(matrix.codec);
+    const char* from = data + (row * matrix.ld + col) * size;
+    for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
 }
-
-// Rows of a weight to ask memory for in advance: one takes about 50 ns to decode, main memory about 100 to answer.
-constexpr std::int64_t kAhead = 8;
 
 // panel[lane * ld + word]; lanes from slice.count to `lanes` are zero.
 template <class Product>
@@ -45,9 +55,7 @@ void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, f
   const std::int64_t length = words<Product>(slice.depth);
   for (std::int64_t lane = 0; lane < slice.count; ++lane) {
     const std::int64_t row = slice.lead + lane;
-    if (slice.matrix.codec == Codec::nf4 && row + kAhead < slice.matrix.rows) {
-      prefetch_nf4(slice.matrix, row + kAhead, slice.k0, slice.depth);
-    }
+    prefetch(slice.matrix, row, slice.k0, slice.depth);
     auto* to = reinterpret_cast<Element*>(panel + lane * ld);
     to[Product::kPerWord * length - 1] = Element{};  // the partner of an odd last element
     decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, Product{}, to);
@@ -69,9 +77,7 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
     for (int partner = 0; partner < kPerWord; ++partner) {
       Element* to = elements + partner * padded;
       const std::int64_t got = k + partner < slice.depth ? slice.count : 0;
-      if (slice.matrix.codec == Codec::nf4 && slice.k0 + k + partner + kAhead < slice.matrix.rows) {
-        prefetch_nf4(slice.matrix, slice.k0 + k + partner + kAhead, slice.lead, slice.count);
-      }
+      prefetch(slice.matrix, slice.k0 + k + partner, slice.lead, slice.count);
       if (got > 0) decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, Product{}, to);
       for (std::int64_t i = got; i < padded; ++i) to[i] = Element{};
     }
