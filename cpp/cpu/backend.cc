@@ -18,10 +18,53 @@ namespace {
 
 constexpr std::int64_t kAlignment = 64;
 
+// Freed memory of the calling thread, kept for the next buffer of the same size: a page touched for the first time
+// costs a fault, about 1 us, which made the factors' sums, 1 MB each, dearer than the products they are for. Bounded.
+class Pool {
+ public:
+  ~Pool() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+  void* take(std::int64_t bytes) {
+    const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(), [&](const Block& b) { return b.bytes == bytes; });
+    if (found == blocks_.rend()) return nullptr;
+    void* data = found->data;
+    blocks_.erase(std::next(found).base());
+    held_ -= bytes;
+    return data;
+  }
+  bool keep(void* data, std::int64_t bytes) {
+    constexpr std::int64_t kMostBytes = 16 << 20;
+    if (held_ + bytes > kMostBytes || blocks_.size() == blocks_.capacity()) return false;
+    blocks_.push_back({bytes, data});
+    held_ += bytes;
+    return true;
+  }
+  Pool() { blocks_.reserve(32); }
+
+ private:
+  struct Block {
+    std::int64_t bytes;
+    void* data;
+  };
+  std::vector<Block> blocks_;
+  std::int64_t held_ = 0;
+};
+
+Pool& pool() {
+  thread_local Pool pool;
+  return pool;
+}
+
+std::int64_t allocated_bytes(std::int64_t count) {
+  return ceil_div(count * static_cast<std::int64_t>(sizeof(float)), kAlignment) * kAlignment;
+}
+
 float* allocate(std::int64_t count) {
   if (count == 0) return nullptr;
-  const std::int64_t bytes = ceil_div(count * static_cast<std::int64_t>(sizeof(float)), kAlignment) * kAlignment;
-  void* data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes));
+  const std::int64_t bytes = allocated_bytes(count);
+  void* data = pool().take(bytes);
+  if (!data) data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes));
   if (!data) throw std::bad_alloc();
   return static_cast<float*>(data);
 }
@@ -29,6 +72,7 @@ float* allocate(std::int64_t count) {
 // Scratch of the calling thread: 1.6 MB, allocated on first use, freed with the thread.
 const Panels& panels() {
   static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16), (kKc + 1) * kNc, kMc * kNc, 32 * kKc, kNc};
+  pool();  // made before the buffer, so that it outlives it
   thread_local const Buffer buffer(1, kSizes[0] + kSizes[1] + kSizes[2] + kSizes[3] + kSizes[4]);
   thread_local const Panels panels = [] {
     float* at[5] = {static_cast<float*>(buffer.view().data)};
@@ -80,9 +124,12 @@ void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on th
 
 }  // namespace
 
-Buffer::Buffer(std::int64_t rows, std::int64_t cols) : rows_(rows), cols_(cols), data_(allocate(rows * cols)) {}
+Buffer::Buffer(std::int64_t rows, std::int64_t cols)
+    : rows_(rows), cols_(cols), data_(allocate(rows * cols), Free{allocated_bytes(rows * cols)}) {}
 
-void Buffer::Free::operator()(float* data) const { std::free(data); }
+void Buffer::Free::operator()(float* data) const {
+  if (!pool().keep(data, bytes)) std::free(data);
+}
 
 void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
   for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
@@ -168,6 +215,11 @@ void CpuBackend::run(const GemmProblem& problem) const {
 }
 
 void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
+  // a^T b with fewer columns than rows is computed as (b^T a)^T: what is long then runs along the panels of B.
+  if (terms.size() == 1 && terms[0].op_a == Op::t && terms[0].op_b == Op::n && !addend && out.cols < out.rows) {
+    const Term swapped{terms[0].b, Op::t, terms[0].a, Op::n, terms[0].scale, terms[0].precision};
+    return run({&swapped, 1, {}, {}, {out.data, out.cols, out.rows, out.ld, out.codec}, true});
+  }
   run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
 }
 

@@ -13,7 +13,7 @@
 
 namespace pissa::cpu {
 
-/// An owned, 64-byte aligned matrix of f32.
+/// An owned, 64-byte aligned matrix of f32. Freed memory is kept, within bounds, for the thread's next buffers.
 class Buffer {
  public:
   Buffer(std::int64_t rows, std::int64_t cols);
@@ -21,6 +21,7 @@ class Buffer {
 
  private:
   struct Free {
+    std::int64_t bytes;
     void operator()(float* data) const;
   };
   std::int64_t rows_;

@@ -26,13 +26,15 @@ struct Panels {
   float* b_row;    // kNc: a pair of rows about to be interleaved
 };
 
-/// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent.
+/// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. Of a transposed problem,
+/// element [i, j] is stored at [j, i]: out has the shape of the result, and the leading dimension of its transpose.
 struct GemmProblem {
   const Term* terms;
   std::int64_t term_count;
   Matrix addend;
   Matrix bias;
   MutableMatrix out;
+  bool transposed = false;
 };
 
 /// Rows [row, row + rows) and columns [col, col + cols) of an output.

@@ -13,6 +13,17 @@ constexpr int kWidth = Vec::kWidth;
 
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+// A loop of vectors: memcpy, called for the kilobyte of a row, takes twice as long.
+template <class Element>
+PISSA_INLINE void copy_elements(const Element* from, std::int64_t count, Element* to) {
+  constexpr std::int64_t kStep = kWidth * sizeof(float) / sizeof(Element);
+  std::int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    Vec::store(reinterpret_cast<float*>(to + i), Vec::load(reinterpret_cast<const float*>(from + i)));
+  }
+  for (; i < count; ++i) to[i] = from[i];
+}
+
 void decode_f16(const std::uint16_t* from, std::int64_t count, float* to) {
   std::int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) Vec::store(to + i, Vec::load_f16(from + i));
@@ -101,7 +112,7 @@ void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64
   const std::int64_t offset = row * matrix.ld + col;
   switch (matrix.codec) {
     case Codec::f32:
-      __builtin_memcpy(out, static_cast<const float*>(matrix.data) + offset, count * sizeof(float));
+      copy_elements(static_cast<const float*>(matrix.data) + offset, count, out);
       break;
     case Codec::bf16:
       decode_bf16(static_cast<const std::uint16_t*>(matrix.data) + offset, count, out);
@@ -144,8 +155,7 @@ PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::i
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                                   float scale, Bf16, Half* to) {
   if (scale == 1.0f && matrix.codec == Codec::bf16) {
-    const auto* from = static_cast<const std::uint16_t*>(matrix.data) + row * matrix.ld + col;
-    __builtin_memcpy(to, from, count * sizeof *to);
+    copy_elements(static_cast<const Half*>(matrix.data) + row * matrix.ld + col, count, to);
   } else if (scale == 1.0f && matrix.codec == Codec::nf4) {
     decode_nf4<Bf16>(matrix, row * matrix.cols + col, count, to);
   } else {

@@ -109,6 +109,24 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
   else multiply<Product, 2>(term, block, panels, accumulate);
 }
 
+char* element(const MutableMatrix& out, std::int64_t offset) {
+  return static_cast<char*>(out.data) + offset * element_size(out.codec);
+}
+
+// Rounds the block's accumulators and stores them at [j, i].
+void store_transposed(const GemmProblem& problem, const Block& block, const Panels& panels) {
+  float* columns = panels.b;  // kWidth of the block's columns, kMc apart
+  for (std::int64_t j = 0; j < block.cols; j += kWidth) {
+    for (std::int64_t i = 0; i < block.rows; i += kWidth) {
+      transpose(panels.c + i * kNc + j, kNc, kWidth, columns + i, kMc);
+    }
+    for (std::int64_t k = 0; k < smaller(kWidth, block.cols - j); ++k) {
+      const std::int64_t offset = (block.col + j + k) * problem.out.ld + block.row;
+      encode(columns + k * kMc, block.rows, problem.out.codec, element(problem.out, offset));
+    }
+  }
+}
+
 void gemm_block(const GemmProblem& problem, const Block& block, const Panels& panels) {
   bool accumulate = static_cast<bool>(problem.addend);
   if (accumulate) {
@@ -126,17 +144,16 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
       multiply<F32>(*term, block, panels, accumulate, rows);
     accumulate = true;
   }
+  for (std::int64_t i = 0; !accumulate && i < block.rows; ++i) {
+    __builtin_memset(panels.c + i * kNc, 0, block.cols * sizeof(float));
+  }
+  if (problem.transposed) return store_transposed(problem, block, panels);
   float* bias = panels.b;
   if (problem.bias) decode(problem.bias, 0, block.col, block.cols, bias);
   for (std::int64_t i = 0; i < block.rows; ++i) {
     float* c = panels.c + i * kNc;
-    if (!accumulate) __builtin_memset(c, 0, block.cols * sizeof(float));
-    if (problem.bias) {
-      for (std::int64_t j = 0; j < block.cols; ++j) c[j] += bias[j];
-    }
-    const MutableMatrix& out = problem.out;
-    const std::int64_t offset = (block.row + i) * out.ld + block.col;
-    encode(c, block.cols, out.codec, static_cast<char*>(out.data) + offset * element_size(out.codec));
+    for (std::int64_t j = 0; problem.bias && j < block.cols; ++j) c[j] += bias[j];
+    encode(c, block.cols, problem.out.codec, element(problem.out, (block.row + i) * problem.out.ld + block.col));
   }
 }
 
