@@ -223,7 +223,27 @@ void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const M
   run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
 }
 
+void CpuBackend::quantize(const Matrix& a, const Nf4Output& out) const {
+  constexpr std::int64_t kMaxBlocksize = 4096;  // a run is some whole blocks
+  constexpr std::int64_t kTask = 16 * kMaxBlocksize;
+  const std::int64_t total = a.rows * a.cols;
+  parallel_for(executor_, ceil_div(total, kTask), 8 * total, [&](std::int64_t task) {
+    float values[kMaxBlocksize];
+    const std::int64_t end = std::min((task + 1) * kTask, total);
+    for (std::int64_t first = task * kTask; first < end; first += kMaxBlocksize) {
+      const std::int64_t count = std::min(kMaxBlocksize, end - first);
+      for (std::int64_t i = first; i < first + count;) {  // from one or more rows
+        const std::int64_t in_row = std::min(a.cols - i % a.cols, first + count - i);
+        kernels_.decode(a, i / a.cols, i % a.cols, in_row, values + (i - first));
+        i += in_row;
+      }
+      kernels_.nf4_quantize(values, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+    }
+  });
+}
+
 void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+  if (terms.empty()) return quantize(addend, out);
   // Tasks are runs of whole blocks of the flattened matrix. A block may start inside a row, so a task computes every
   // row that it touches, at most two of them for its neighbours too: about 1 in 16 at 32 rows a task.
   constexpr std::int64_t kTaskRows = 32;
@@ -278,27 +298,49 @@ void CpuBackend::weight_gemm_nn(const Matrix& dy, const Matrix& weight, float sc
 }
 
 std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
-  constexpr std::int64_t kTaskRows = 8;
+  constexpr std::int64_t kRows = 8;
   const std::int64_t k = rows.rows;
+  const std::int64_t pieces = ceil_div(k, kRows);
   auto gram = std::make_unique<double[]>(k * k);
-  parallel_for(executor_, ceil_div(k, kTaskRows), k * k * rows.cols, [&](std::int64_t task) {
-    const std::int64_t first = task * kTaskRows;
-    kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, first, std::min(first + kTaskRows, k),
-                  gram.get(), k);
+  // Row i has i + 1 elements: a piece from the top goes with one from the bottom, so that tasks are equal.
+  parallel_for(executor_, ceil_div(pieces, 2), k * k * rows.cols, [&](std::int64_t task) {
+    for (const std::int64_t piece : {task, pieces - 1 - task}) {
+      kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, piece * kRows,
+                    std::min((piece + 1) * kRows, k), gram.get(), k);
+      if (2 * task + 1 == pieces) break;  // the one in the middle
+    }
   });
   return gram;
 }
 
-// Block Gram-Schmidt against the earlier rows and Cholesky QR with the Gram matrix in f64, both twice: once brings the
-// rows within condition * eps of orthonormal, the second time within a few eps (Yamamoto et al., CholeskyQR2, 2015).
-// Rows too dependent for that, which f32 rounding would make worse than 1e-2 after the first round, go to Householder;
-// so do rows, of length 1 by then, that the second round shortens by half: rounding errors inside the span of the
-// earlier.
+namespace {
+
+// Largest length that a row had before it lost its part along the earlier rows: of what is left, the diagonal of `gram`,
+// and of the overlap, by Pythagoras.
+double largest_norm(const double* gram, const MutableMatrix& overlap) {
+  double largest = 0.0;
+  for (std::int64_t i = 0; i < overlap.rows; ++i) {
+    double sum = gram[i * overlap.rows + i];
+    const float* row = static_cast<const float*>(overlap.data) + i * overlap.ld;
+    for (std::int64_t j = 0; j < overlap.cols; ++j) sum += double{row[j]} * double{row[j]};
+    largest = std::max(largest, sum);
+  }
+  return std::sqrt(largest);
+}
+
+}  // namespace
+
+// Block Gram-Schmidt against the earlier rows and Cholesky QR with the Gram matrix in f64. Once brings the rows within
+// condition * eps of orthonormal, a second time within a few eps (Yamamoto et al., CholeskyQR2, 2015): needed unless
+// every row kept a quarter of its length. Rows too dependent for that, which f32 rounding would make worse than 1e-2
+// after the first round, go to Householder; so do rows, of length 1 by then, that the second round shortens by half:
+// rounding errors inside the span of the earlier.
 void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const {
   struct Round {
     double least_ratio, least_pivot;
   };
   constexpr Round kRounds[] = {{1e-5, 0.0}, {0.5, 0.5}};
+  constexpr double kOnceIsEnough = 0.25;
   const MutableMatrix earlier = rows_of(basis, 0, done);
   const MutableMatrix rows = rows_of(basis, done, count);
   const Buffer inverse(count, count);
@@ -315,13 +357,17 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
     }
     const auto gram_matrix = gram(from);
     float* inverse_data = static_cast<float*>(inverse.view().data);
-    if (!cholesky_inverse(gram_matrix.get(), count, least_ratio, least_pivot, inverse_data)) {
+    const auto pivots = cholesky_inverse(gram_matrix.get(), count, least_ratio, least_pivot, inverse_data);
+    if (!pivots) {
       if (from.data != rows.data) copy(from, rows);
       return householder_rows(static_cast<float*>(basis.data), done, done + count, basis.cols, basis.ld);
     }
     const std::array normalization{Term{inverse.view(), Op::n, from, Op::n}};
     gemm(normalization, {}, to);
     std::swap(from, to);
+    if (from.data != rows.data && pivots->least >= kOnceIsEnough * largest_norm(gram_matrix.get(), overlap.view())) {
+      return copy(from, rows);
+    }
   }
 }
 

@@ -27,6 +27,13 @@ namespace pissa::cpu::PISSA_ISA {
 // Bits of a bf16, also where it shares memory with the words of a panel.
 using Half = std::uint16_t __attribute__((may_alias));
 
+PISSA_INLINE float widen_bf16(std::uint16_t half) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 PISSA_INLINE std::uint16_t round_to_bf16(float value) {
   std::uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
@@ -54,9 +61,16 @@ struct Vec {
   static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static PISSA_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
-  // count + (value > threshold ? 1 : 0), per lane
-  static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
-    return _mm512_mask_add_ps(count, _mm512_cmp_ps_mask(value, threshold, _CMP_GT_OQ), count, _mm512_set1_ps(1.0f));
+  // to[lane] = how many of 15 ascending thresholds the value is above; found by halving, in four steps
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const float* thresholds) {
+    const Reg table = _mm512_maskz_loadu_ps(0x7fff, thresholds);
+    __m512i code = _mm512_setzero_si512();
+    for (int step = 8; step > 0; step /= 2) {
+      const __m512i middle = _mm512_add_epi32(code, _mm512_set1_epi32(step - 1));
+      const __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(middle, table), _CMP_GT_OQ);
+      code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(code));
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -145,9 +159,14 @@ struct Vec {
   static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static PISSA_INLINE Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-  static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
-    const Reg above = _mm256_cmp_ps(value, threshold, _CMP_GT_OQ);
-    return _mm256_add_ps(count, _mm256_and_ps(above, _mm256_set1_ps(1.0f)));
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const float* thresholds) {
+    __m256i code = _mm256_setzero_si256();
+    for (int i = 0; i < 15; ++i) {
+      const Reg above = _mm256_cmp_ps(value, _mm256_set1_ps(thresholds[i]), _CMP_GT_OQ);
+      code = _mm256_sub_epi32(code, _mm256_castps_si256(above));  // true is -1
+    }
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -250,8 +269,12 @@ struct Vec {
   static PISSA_INLINE Reg abs(Reg a) {
     return each([&](int i) { return __builtin_fabsf(a.lane[i]); });
   }
-  static PISSA_INLINE Reg count_above(Reg value, Reg threshold, Reg count) {
-    return each([&](int i) { return count.lane[i] + (value.lane[i] > threshold.lane[i] ? 1.0f : 0.0f); });
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const float* thresholds) {
+    for (int lane = 0; lane < kWidth; ++lane) {
+      std::uint8_t code = 0;
+      for (int i = 0; i < 15; ++i) code += value.lane[lane] > thresholds[i];
+      to[lane] = code;
+    }
   }
   static PISSA_INLINE Reg64 zero64() { return {}; }
   static PISSA_INLINE Reg64 load64(const float* from) { return {{from[0], from[1]}}; }

@@ -60,7 +60,8 @@ void padded_rows(const Slice& slice, float* to) {
 }
 
 inline bool is_few_rows(const Term& term, std::int64_t rows) {
-  return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner;
+  return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner &&
+         term.precision != Precision::bf16x2;
 }
 
 // c = or += the term
@@ -74,7 +75,7 @@ void multiply_few_rows(const Term& term, const Block& block, const Panels& panel
     padded_rows<Product>({term.a, block.row, block.rows, k0, depth, term.scale}, panels.b);
     for (std::int64_t j = 0; j < block.cols; j += kFewCols) {
       const std::int64_t cols = smaller(kFewCols, block.cols - j);
-      padded_rows<Product>({term.b, block.col + j, cols, k0, depth, 1.0f}, panels.scratch);
+      padded_rows<Product>({term.b, block.col + j, cols, k0, depth}, panels.scratch);
       for (std::int64_t i = 0; i < block.rows; i += tile_rows) {
         const std::int64_t rows = smaller(tile_rows, block.rows - i);
         const float* x = panels.b + i * kFewLd;

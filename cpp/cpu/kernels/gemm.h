@@ -58,7 +58,7 @@ void pack_b(const Term& term, const Slice& slice, std::int64_t stride, const Pan
   constexpr int kCols = vecs * kWidth;
   if (term.op_b == Op::n) return rows_across_inner<Product, kCols>(slice, kCols, stride, panels.b, panels.scratch);
   for (std::int64_t lane = 0; lane < slice.count; lane += kWidth) {
-    const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane), slice.k0, slice.depth, 1.0f};
+    const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane), slice.k0, slice.depth};
     rows_along_inner<Product>(rows, kWidth, kKc, panels.scratch);
     transpose(panels.scratch, kKc, words<Product>(slice.depth), panels.b + lane / kCols * stride + lane % kCols, kCols);
   }
@@ -88,14 +88,18 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
     const std::int64_t length = words<Product>(depth);
     // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1.
     const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols + kCols;
-    pack_b<Product, vecs>(term, {term.b, block.col, block.cols, k0, depth, 1.0f}, stride, panels);
+    pack_b<Product, vecs>(term, {term.b, block.col, block.cols, k0, depth}, stride, panels);
     for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
       const std::int64_t rows = smaller(kTileRows, block.rows - i);
-      pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);
-      const float* b = panels.b;
-      for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
-        multiply_tile<Product, vecs>(rows, length, panels.a, b, panels.c + i * kNc + j, accumulate);
-      }
+      const auto multiply_part = [&](Part part, bool accumulate_part) {
+        pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale, part}, panels);
+        const float* b = panels.b;
+        for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
+          multiply_tile<Product, vecs>(rows, length, panels.a, b, panels.c + i * kNc + j, accumulate_part);
+        }
+      };
+      multiply_part(Part::rounded, accumulate);
+      if (Product::kPerWord == 2 && term.precision == Precision::bf16x2) multiply_part(Part::rest, true);
     }
     accumulate = true;
   }
@@ -138,7 +142,7 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
     if (term->inner() == 0) continue;
     const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
 #if PISSA_HAS_BF16
-    if (term->precision == Precision::bf16) multiply<Bf16>(*term, block, panels, accumulate, rows);
+    if (term->precision != Precision::f32) multiply<Bf16>(*term, block, panels, accumulate, rows);
     else
 #endif
       multiply<F32>(*term, block, panels, accumulate, rows);

@@ -32,9 +32,9 @@ float max_abs(const float* values, std::int64_t count) {
   return result + zero;
 }
 
-// <row i, row j> for a tile of rows x columns of the Gram matrix, one range of columns of the data.
+// gram[i, j] += <a_i, b_j> over a range of columns, in f64, for a tile of the lower triangle: j <= i + offset.
 template <int rows, int cols>
-void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t count, double* gram,
+void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t count, std::int64_t offset, double* gram,
                std::int64_t ld_gram) {
   constexpr int kWidth64 = kWidth / 2;
   Vec::Reg64 sum[rows][cols];
@@ -51,7 +51,7 @@ void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t cou
     }
   }
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < cols; ++j) {
+    for (int j = 0; j < cols && j <= i + offset; ++j) {
       double lanes[kWidth64];
       Vec::store64(lanes, sum[i][j]);
       double total = 0.0;
@@ -62,20 +62,30 @@ void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t cou
   }
 }
 
+// The same for `rows` rows from row `first` on and all columns up to the diagonal.
+template <int rows>
+void gram_rows(const float* data, std::int64_t ld, std::int64_t k, std::int64_t count, std::int64_t first,
+               double* gram, std::int64_t ld_gram) {
+  const float* a = data + first * ld + k;
+  double* to = gram + first * ld_gram;
+  const std::int64_t cols = first + rows;
+  std::int64_t j = 0;
+  for (; j + 4 <= cols; j += 4) gram_tile<rows, 4>(a, data + j * ld + k, ld, count, first - j, to + j, ld_gram);
+  for (; j < cols; ++j) gram_tile<rows, 1>(a, data + j * ld + k, ld, count, first - j, to + j, ld_gram);
+}
+
 void gram(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last, double* gram,
           std::int64_t ld_gram) {
-  constexpr std::int64_t kChunk = 2048;  // 8 rows of it stay in L1 together with the accumulators' partners
+  constexpr int kTile = kWidth == 16 ? 4 : 2;  // times 4: 16 of 32 registers accumulate, or 8 of 16
+  constexpr std::int64_t kChunk = 512;         // 8 rows of it stay in L1
   for (std::int64_t i = first; i < last; ++i) {
     for (std::int64_t j = 0; j <= i; ++j) gram[i * ld_gram + j] = 0.0;
   }
   for (std::int64_t k = 0; k < cols; k += kChunk) {
     const std::int64_t count = smaller(kChunk, cols - k);
-    for (std::int64_t i = first; i < last; ++i) {
-      const float* a = rows + i * ld + k;
-      std::int64_t j = 0;
-      for (; j + 4 <= i + 1; j += 4) gram_tile<1, 4>(a, rows + j * ld + k, ld, count, gram + i * ld_gram + j, ld_gram);
-      for (; j <= i; ++j) gram_tile<1, 1>(a, rows + j * ld + k, ld, count, gram + i * ld_gram + j, ld_gram);
-    }
+    std::int64_t i = first;
+    for (; i + kTile <= last; i += kTile) gram_rows<kTile>(rows, ld, k, count, i, gram, ld_gram);
+    for (; i < last; ++i) gram_rows<1>(rows, ld, k, count, i, gram, ld_gram);
   }
 }
 

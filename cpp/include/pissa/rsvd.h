@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "pissa/backend.h"
@@ -64,13 +65,19 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   // Thin operands carry 2^-exponent, so that products of huge or tiny weights stay inside f32's range.
   const int exponent = largest > 0 ? std::max(std::ilogb(largest), -120) : 0;
   const float unit = std::ldexp(1.0f, -exponent);
+  // A bf16 weight is exact in bf16 products. On the way to the basis the other factor may be rounded as well, since any
+  // vectors near the leading ones will do; on the way back it may not: the projection has to be that of this basis.
+  // Units for bf16 may take denormals for zero, so that a weight at the ends of the range is not for them.
+  const bool in_bf16 = w.codec == Codec::bf16 && std::abs(exponent) < 64;
+  const Precision rough = in_bf16 ? Precision::bf16 : Precision::f32;
+  const Precision fine = in_bf16 ? Precision::bf16x2 : Precision::f32;
   const auto wide_to_basis = [&](const Matrix& wide, const MutableMatrix& basis) {
-    if (rows_short) backend.weight_gemm_nt(wide, w, unit, Precision::f32, {}, {}, basis);
-    else backend.weight_gemm_nn(wide, w, unit, Precision::f32, {}, basis);
+    if (rows_short) backend.weight_gemm_nt(wide, w, unit, rough, {}, {}, basis);
+    else backend.weight_gemm_nn(wide, w, unit, rough, {}, basis);
   };
   const auto basis_to_wide = [&](const Matrix& basis, const MutableMatrix& wide) {
-    if (rows_short) backend.weight_gemm_nn(basis, w, unit, Precision::f32, {}, wide);
-    else backend.weight_gemm_nt(basis, w, unit, Precision::f32, {}, {}, wide);
+    if (rows_short) backend.weight_gemm_nn(basis, w, unit, fine, {}, wide);
+    else backend.weight_gemm_nt(basis, w, unit, fine, {}, {}, wide);
   };
 
   const std::int64_t block = std::min(r + oversampling(r), short_dim);
