@@ -105,7 +105,8 @@ bool leading_eigh(const Eigen::MatrixXd& matrix, std::span<double> values, Strid
 
 }  // namespace
 
-std::optional<Pivots> cholesky_inverse(const double* gram, std::int64_t k, double least_ratio, double least_pivot, float* inverse) {
+std::optional<Pivots> cholesky_inverse(const double* gram, std::int64_t k, double least_ratio, double least_pivot,
+                                       float* inverse) {
   const Eigen::LLT<Eigen::MatrixXd> llt(lower_triangle(gram, k));
   if (llt.info() != Eigen::Success) return std::nullopt;
   const Eigen::VectorXd diagonal = llt.matrixLLT().diagonal();

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "pissa/nf4.h"
 #include "pissa/types.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -42,6 +43,28 @@ PISSA_INLINE std::uint16_t round_to_bf16(float value) {
   return static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
+// A short search for NF4 codes: 32 cells over [-1, 1], none with more than one threshold inside. A value's cell tells
+// how many thresholds are below the cell, and which one to compare it with. Rounding may put a value next to a cell's
+// edge into its neighbour; no threshold is so near an edge that this matters.
+struct Nf4Search {
+  static constexpr float kFactor = 15.9f;  // cell = trunc(kFactor * value + kShift): 0.05 at -1, 31.85 at 1
+  static constexpr float kShift = 15.95f;
+  float threshold[32];
+  std::int32_t base[32];
+};
+inline constexpr Nf4Search kNf4Search = [] {
+  Nf4Search search{};
+  for (int cell = 0; cell < 32; ++cell) {
+    search.threshold[cell] = 2.0f;  // none
+    for (const float threshold : kNf4Thresholds.value) {
+      const float place = Nf4Search::kFactor * threshold + Nf4Search::kShift;
+      search.base[cell] += place < static_cast<float>(cell);
+      if (static_cast<int>(place) == cell) search.threshold[cell] = threshold;
+    }
+  }
+  return search;
+}();
+
 #if defined(__AVX512F__)
 
 struct Vec {
@@ -56,21 +79,23 @@ struct Vec {
   static PISSA_INLINE void store(float* to, Reg value) { _mm512_storeu_ps(to, value); }
   static PISSA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static PISSA_INLINE float reduce_add(Reg a) { return _mm512_reduce_add_ps(a); }
+  static PISSA_INLINE float reduce_max(Reg a) { return _mm512_reduce_max_ps(a); }
   static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static PISSA_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
-  // to[lane] = how many of 15 ascending thresholds the value is above; found by halving, in four steps
-  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const float* thresholds) {
-    const Reg table = _mm512_maskz_loadu_ps(0x7fff, thresholds);
-    __m512i code = _mm512_setzero_si512();
-    for (int step = 8; step > 0; step /= 2) {
-      const __m512i middle = _mm512_add_epi32(code, _mm512_set1_epi32(step - 1));
-      const __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(middle, table), _CMP_GT_OQ);
-      code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(code));
+  // kWidth / 2 bytes: the codes of kWidth values, each the number of thresholds below it, two a byte
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search& search) {
+    const Reg place = fma(value, broadcast(Nf4Search::kFactor), broadcast(Nf4Search::kShift));
+    const __m512i cell = _mm512_cvttps_epi32(place);  // of NaN: 0, in the bits that count
+    const Reg threshold = _mm512_permutex2var_ps(load(search.threshold), cell, load(search.threshold + 16));
+    const __m512i base =
+        _mm512_permutex2var_epi32(_mm512_loadu_si512(search.base), cell, _mm512_loadu_si512(search.base + 16));
+    const __mmask16 above = _mm512_cmp_ps_mask(value, threshold, _CMP_GT_OQ);
+    const __m512i code = _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
+    const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi8(pair));
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -154,19 +179,26 @@ struct Vec {
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
+  static PISSA_INLINE float reduce_max(Reg a) {
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+  }
   static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static PISSA_INLINE Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const float* thresholds) {
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search&) {
     __m256i code = _mm256_setzero_si256();
     for (int i = 0; i < 15; ++i) {
-      const Reg above = _mm256_cmp_ps(value, _mm256_set1_ps(thresholds[i]), _CMP_GT_OQ);
+      const Reg above = _mm256_cmp_ps(value, _mm256_set1_ps(kNf4Thresholds.value[i]), _CMP_GT_OQ);
       code = _mm256_sub_epi32(code, _mm256_castps_si256(above));  // true is -1
     }
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+    const __m128i pairs = _mm_madd_epi16(words, _mm_set1_epi32(1 << 16 | 16));  // 16 * even + odd
+    const __m128i bytes = _mm_packus_epi16(_mm_packus_epi32(pairs, pairs), pairs);
+    _mm_storeu_si32(to, bytes);
   }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -254,6 +286,10 @@ struct Vec {
     return each([&](int i) { return a.lane[i] + b.lane[i]; });
   }
   static PISSA_INLINE float reduce_add(Reg a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
+  static PISSA_INLINE float reduce_max(Reg a) {
+    const Reg halves = max(a, {{a.lane[2], a.lane[3], a.lane[2], a.lane[3]}});
+    return halves.lane[0] > halves.lane[1] ? halves.lane[0] : halves.lane[1];
+  }
   static PISSA_INLINE Reg mul(Reg a, Reg b) {
     return each([&](int i) { return a.lane[i] * b.lane[i]; });
   }
@@ -269,11 +305,9 @@ struct Vec {
   static PISSA_INLINE Reg abs(Reg a) {
     return each([&](int i) { return __builtin_fabsf(a.lane[i]); });
   }
-  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const float* thresholds) {
-    for (int lane = 0; lane < kWidth; ++lane) {
-      std::uint8_t code = 0;
-      for (int i = 0; i < 15; ++i) code += value.lane[lane] > thresholds[i];
-      to[lane] = code;
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search&) {
+    for (int lane = 0; lane < kWidth; lane += 2) {
+      to[lane / 2] = static_cast<std::uint8_t>(nf4_code(value.lane[lane]) << 4 | nf4_code(value.lane[lane + 1]));
     }
   }
   static PISSA_INLINE Reg64 zero64() { return {}; }

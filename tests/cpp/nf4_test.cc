@@ -57,7 +57,8 @@ TEST(Nf4Format, TheDynamicCodeIsThatOfTheNearestLevel) {
     double nearest = 2;
     for (const float level : kDynamicMap) nearest = std::min(nearest, std::fabs(scaled - level));
     const double grid = 2 * (0.5 / 32767.5 + 0x1p-23);
-    EXPECT_LE(std::fabs(scaled - kDynamicMap[dynamic_code(static_cast<float>(scaled))]), nearest + grid) << scaled;
+    EXPECT_LE(std::fabs(scaled - kDynamicMap[dynamic_code(dynamic_point(static_cast<float>(scaled)))]), nearest + grid)
+        << scaled;
   }
 }
 
@@ -134,6 +135,32 @@ TEST_P(Nf4Test, DecodesManyNestedBlocks) {
   EXPECT_EQ(out.values().values, weight.values().values);
 }
 
+// Around every place where a code changes, and where the search for it changes its table entry, by single ulps.
+TEST_P(Nf4Test, QuantizesTheNeighboursOfEveryThreshold) {
+  std::vector<float> values{1.0f, -1.0f, 0.0f, -0.0f};
+  const auto add_around = [&](float value) {
+    float above = value;
+    float below = value;
+    values.push_back(value);
+    for (int ulp = 0; ulp < 8; ++ulp) {
+      values.push_back(above = std::nextafter(above, 2.0f));
+      values.push_back(below = std::nextafter(below, -2.0f));
+    }
+  };
+  for (const float threshold : kNf4Thresholds.value) add_around(threshold);
+  for (int cell = 1; cell < 32; ++cell) add_around((static_cast<float>(cell) - 15.95f) / 15.9f);
+  for (std::size_t i = 0; i < values.size(); i += 63) values.insert(values.begin() + i, 1.0f);  // absmax of each block
+  values.resize(values.size() / 64 * 64 + 64, 0.0f);
+  values.back() = 1.0f;
+  std::vector<std::uint8_t> codes(values.size() / 2);
+  std::vector<float> absmax(values.size() / 64);
+  kernels().nf4_quantize(values.data(), values.size(), 64, codes.data(), absmax.data());
+  for (const float largest : absmax) ASSERT_EQ(largest, 1.0f);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, nf4_code(values[i])) << values[i];
+  }
+}
+
 // Vectorised quantisation, element by element: scaled as bitsandbytes does it, then the scalar rounding of nf4.h.
 TEST_P(Nf4Test, QuantizesAsTheScalarFormula) {
   Random random(4);
@@ -192,7 +219,7 @@ TEST_P(Nf4Test, NestedScalesAreQuantizedInBlocksOf256) {
         largest = std::max(largest, std::fabs(absmax[j] - offset));
       }
       ASSERT_EQ(nested[i / 256], largest);
-      ASSERT_EQ(codes8[i], dynamic_code((absmax[i] - offset) / largest));
+      ASSERT_EQ(codes8[i], dynamic_code(dynamic_point((absmax[i] - offset) / largest)));
     }
     EXPECT_EQ(codes8.back(), 0xee);
     EXPECT_EQ(nested.back(), -9.0f);

@@ -6,27 +6,26 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-constexpr std::int64_t kMaxBlocksize = 4096;
-
 void nf4_quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes, float* absmax) {
-  std::uint8_t block_codes[kMaxBlocksize + 1];
-  for (std::int64_t first = 0; first < count; first += blocksize) {
-    const std::int64_t length = smaller(blocksize, count - first);
+  for (std::int64_t first = 0; first < count; first += blocksize, ++absmax) {
     const float* block = values + first;
+    const std::int64_t length = smaller(blocksize, count - first);
     const float largest = max_abs(block, length);
     const float divisor = largest > kSmallestAbsmax ? largest : kSmallestAbsmax;
     // bitsandbytes multiplies whole blocks by 1 / absmax and divides the short last one; the codes can differ.
-    std::int64_t i = 0;
     if (length == blocksize) {
-      const float factor = 1.0f / divisor;
-      for (; i < length; i += kWidth) {
-        Vec::store_codes(block_codes + i, Vec::mul(Vec::load(block + i), Vec::broadcast(factor)), kNf4Thresholds.value);
+      *absmax = largest;
+      const Vec::Reg factor = Vec::broadcast(1.0f / divisor);
+      for (std::int64_t i = 0; i < length; i += kWidth, codes += kWidth / 2) {
+        Vec::store_codes(codes, Vec::mul(Vec::load(block + i), factor), kNf4Search);
+      }
+    } else {
+      *absmax = divisor;
+      for (std::int64_t i = 0; i < length; i += 2) {  // the partner of an odd last element is 0
+        const float partner = i + 1 < length ? block[i + 1] : 0.0f;
+        *codes++ = static_cast<std::uint8_t>(nf4_code(block[i] / divisor) << 4 | nf4_code(partner / divisor));
       }
     }
-    for (; i < length; ++i) block_codes[i] = nf4_code(block[i] / divisor);
-    *absmax++ = length == blocksize ? largest : divisor;
-    block_codes[length] = nf4_code(0.0f);  // the partner of an odd last element
-    for (i = 0; i < length; i += 2) *codes++ = static_cast<std::uint8_t>(block_codes[i] << 4 | block_codes[i + 1]);
   }
 }
 

@@ -79,7 +79,8 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
       Element* to = elements + partner * padded;
       const std::int64_t got = k + partner < slice.depth ? slice.count : 0;
       prefetch(slice.matrix, slice.k0 + k + partner, slice.lead, slice.count);
-      if (got > 0) decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, slice.part, Product{}, to);
+      if (got > 0)
+        decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, slice.part, Product{}, to);
       for (std::int64_t i = got; i < padded; ++i) to[i] = Element{};
     }
     float* to = panel + k / kPerWord * ld;

@@ -15,16 +15,8 @@ float max_abs(const float* values, std::int64_t count) {
     largest = Vec::max(largest, Vec::abs(value));
     zeros = Vec::fma(value, Vec::zero(), zeros);
   }
-  float lanes[kWidth];
-  float zero_lanes[kWidth];
-  Vec::store(lanes, largest);
-  Vec::store(zero_lanes, zeros);
-  float result = 0.0f;
-  float zero = 0.0f;
-  for (int lane = 0; lane < kWidth; ++lane) {
-    result = lanes[lane] > result ? lanes[lane] : result;
-    zero += zero_lanes[lane];
-  }
+  float result = Vec::reduce_max(largest);
+  float zero = Vec::reduce_add(zeros);
   for (; i < count; ++i) {
     result = __builtin_fabsf(values[i]) > result ? __builtin_fabsf(values[i]) : result;
     zero += values[i] * 0.0f;
@@ -64,8 +56,8 @@ void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t cou
 
 // The same for `rows` rows from row `first` on and all columns up to the diagonal.
 template <int rows>
-void gram_rows(const float* data, std::int64_t ld, std::int64_t k, std::int64_t count, std::int64_t first,
-               double* gram, std::int64_t ld_gram) {
+void gram_rows(const float* data, std::int64_t ld, std::int64_t k, std::int64_t count, std::int64_t first, double* gram,
+               std::int64_t ld_gram) {
   const float* a = data + first * ld + k;
   double* to = gram + first * ld_gram;
   const std::int64_t cols = first + rows;

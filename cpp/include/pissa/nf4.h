@@ -134,10 +134,15 @@ PISSA_INLINE constexpr std::uint8_t nf4_code(float scaled) {
   return code;
 }
 
-/// 8-bit code of a scale (less the offset) already divided by its block's absmax. bitsandbytes rounds the quotient to
-/// a grid of 2^16 points first and takes the level nearest to that point; equal distances go to the lower level.
-constexpr std::uint8_t dynamic_code(float scaled) {
-  const float grid = static_cast<float>(static_cast<std::int32_t>((scaled + 1.0f) * 32767.5f + 0.5f)) / 32767.5f - 1.0f;
+/// bitsandbytes rounds a scale (less the offset), divided by its block's absmax, to a grid of 2^16 points over [-1, 1]
+/// ...
+constexpr std::int32_t dynamic_point(float scaled) {
+  return static_cast<std::int32_t>((scaled + 1.0f) * 32767.5f + 0.5f);
+}
+
+/// ... and takes the level of the 8-bit map nearest to that point; equal distances go to the lower level.
+constexpr std::uint8_t dynamic_code(std::int32_t point) {
+  const float grid = static_cast<float>(point) / 32767.5f - 1.0f;
   std::uint8_t low = 0;
   std::uint8_t high = 255;
   while (low < high) {  // first level whose upper threshold is not below the point
