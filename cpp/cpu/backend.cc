@@ -86,12 +86,6 @@ char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
   return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.codec);
 }
 
-// A length for pieces of `total`, at most `most`, as even as possible and a multiple of `unit`.
-std::int64_t even_pieces(std::int64_t total, std::int64_t most, std::int64_t unit) {
-  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(total, most));
-  return std::min(most, ceil_div(ceil_div(total, pieces), unit) * unit);
-}
-
 // Elementwise work on rows, in runs of at most kRun elements that fit the stack.
 constexpr std::int64_t kRun = 1024;
 
@@ -195,14 +189,15 @@ void CpuBackend::run(const GemmProblem& problem) const {
   const std::int64_t m = problem.out.rows;
   const std::int64_t n = problem.out.cols;
   if (m == 0 || n == 0) return;
-  // Fewer blocks than threads: cut finer, columns first, since a narrow block decodes no weight twice.
-  std::int64_t most_rows = kMc;
-  std::int64_t most_cols = kNc;
-  const auto blocks = [&] { return ceil_div(m, most_rows) * ceil_div(n, most_cols); };
-  while (blocks() < executor_.threads() && most_cols > 64) most_cols /= 2;
-  while (blocks() < executor_.threads() && most_rows > 64) most_rows /= 2;
-  const std::int64_t row_step = even_pieces(m, most_rows, kMaxTileRows);
-  const std::int64_t col_step = even_pieces(n, most_cols, 32);
+  // As many blocks for each thread, cut along columns first, since a narrow block decodes no weight twice.
+  const std::int64_t threads = executor_.threads();
+  std::int64_t row_pieces = ceil_div(m, kMc);
+  std::int64_t col_pieces = ceil_div(n, kNc);
+  const auto uneven = [&] { return row_pieces * col_pieces % threads != 0; };
+  while (uneven() && n >= 64 * (col_pieces + 1)) ++col_pieces;
+  while (uneven() && m >= 28 * (row_pieces + 1)) ++row_pieces;
+  const std::int64_t row_step = ceil_div(ceil_div(m, row_pieces), kMaxTileRows) * kMaxTileRows;
+  const std::int64_t col_step = ceil_div(ceil_div(n, col_pieces), 32) * 32;
   const std::int64_t row_blocks = ceil_div(m, row_step);
   std::int64_t inner = 1;
   for (std::int64_t i = 0; i < problem.term_count; ++i) inner += problem.terms[i].inner();

@@ -8,8 +8,9 @@
 namespace pissa::cpu {
 
 /// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
-/// a word being one f32 or two bf16. B's panel is 512 KB and stays in L2; the f32 accumulators are 1 MB.
-inline constexpr std::int64_t kMc = 512;
+/// a word being one f32 or two bf16. The panel of B is 512 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a
+/// multiple of every tile's rows (14; 6 and 4 leave a short last tile).
+inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 256;
 inline constexpr std::int64_t kMaxTileRows = 14;
