@@ -240,8 +240,9 @@ void CpuBackend::quantize(const Matrix& a, const Nf4Output& out) const {
 void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
   if (terms.empty()) return quantize(addend, out);
   // Tasks are runs of whole blocks of the flattened matrix. A block may start inside a row, so a task computes every
-  // row that it touches, at most two of them for its neighbours too: about 1 in 16 at 32 rows a task.
-  constexpr std::int64_t kTaskRows = 32;
+  // row that it touches, at most two of them for its neighbours too: about 1 in 56 at 112 rows a task. With fewer rows
+  // the panels of the second factor, packed anew for each task, would take longer than the products.
+  constexpr std::int64_t kTaskRows = 112;
   const std::int64_t cols = addend.cols;
   const std::int64_t total = addend.rows * cols;
   const std::int64_t length = ceil_div(std::max(kTaskRows * cols, out.blocksize), out.blocksize) * out.blocksize;

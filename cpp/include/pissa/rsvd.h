@@ -33,6 +33,16 @@ struct SvdOptions {
 /// Columns of the sketch beyond r. An eighth of r, so that the work grows with r, and 8 for small ranks.
 constexpr std::int64_t oversampling(std::int64_t r) { return std::max<std::int64_t>(8, r / 8); }
 
+/// Columns of a block: enough for r vectors and the oversampling after `steps` blocks. Of the same number of basis
+/// vectors, more and narrower blocks find better ones; but a pass over W costs something however narrow it is. On
+/// a hard spectrum (4096 x 4096, r = 128) 6 blocks of 72 lose 1.8 % of the energy, 3 of 144, for the same work, 3.8 %.
+constexpr std::int64_t block_size(std::int64_t r, std::int64_t steps) {
+  constexpr std::int64_t kNarrow = 72;
+  const std::int64_t wanted = r + oversampling(r);
+  const std::int64_t least = (wanted + steps - 1) / steps;
+  return std::min(wanted, std::max({kNarrow, least, (wanted + 1) / 2}));
+}
+
 /// Factors of a truncated SVD, one singular vector per row, in the backend's memory.
 template <class Buffer>
 struct SvdFactors {
@@ -80,9 +90,9 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     else backend.weight_gemm_nt(basis, w, unit, fine, {}, {}, wide);
   };
 
-  const std::int64_t block = std::min(r + oversampling(r), short_dim);
   const std::int64_t steps = options.passes / 2;
   const bool keep_blocks = options.method == SvdMethod::krylov;
+  const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), short_dim);
   const std::int64_t max_basis = keep_blocks ? std::min(block * steps, short_dim) : block;
 
   auto basis_buffer = backend.alloc(max_basis, short_dim);  // rows q: orthonormal
