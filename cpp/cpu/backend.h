@@ -48,6 +48,8 @@ class CpuBackend {
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const;
+  void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
+                        std::int64_t count) const;
   void gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) const;
 
   /// Nested quantisation of NF4's absmax, less `*offset`: codes8 [count], nested_absmax [ceil(count / 256)].

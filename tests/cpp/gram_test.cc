@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "isa_test.h"
@@ -72,6 +73,38 @@ TEST_P(GramTest, EigenvaluesAreSquaredSingularValues) {
     const Dense projected = vectors.values() * rows.values();
     const Dense gram = projected * transposed(projected);
     for (int i = 0; i < wanted; ++i) EXPECT_NEAR(gram(i, i), values[i], 4 * kEps32 * largest);
+  }
+}
+
+// Of a large matrix only the leading eigenvectors are computed, by another way, which has to cope with eigenvalues that
+// are equal, that are 0, and that the tridiagonal form separates.
+TEST_P(GramTest, LeadingEigenvectorsOfALargeMatrix) {
+  Random random(4);
+  const std::int64_t count = 130;
+  const auto graded = [](std::int64_t i) { return std::pow(10.0, -static_cast<double>(i) / 20); };
+  const auto clustered = [](std::int64_t i) { return 1 + (i < 3 ? 2.0 : i < 40 ? 1.0 + 1e-9 * i : 0.1 / (i + 1)); };
+  const auto equal = [](std::int64_t i) { return i < 50 ? 3.0 : 1.0; };
+  const auto rank_deficient = [](std::int64_t i) { return i < 11 ? 1.0 / (i + 1) : 0.0; };
+  for (const std::function<double(std::int64_t)>& spectrum :
+       {std::function<double(std::int64_t)>(graded), {clustered}, {equal}, {rank_deficient}}) {
+    for (const bool diagonal : {false, true}) {
+      Dense values(count, 200);
+      for (std::int64_t i = 0; i < count; ++i) values(i, (7 * i) % 200) = spectrum(i);
+      if (!diagonal) values = random_orthonormal(random, count, count) * values;
+      const Stored rows(values, Codec::f32);
+      const std::int64_t wanted = 17;
+      std::vector<double> eigenvalues(wanted);
+      Stored vectors = Stored::poisoned(wanted, count, Codec::f32);
+      backend().gram_eigh(rows.view(), eigenvalues, vectors.mutable_view());
+      EXPECT_LE(orthonormality_error(vectors.values()), 4 * kEps32);
+      const Dense projected = vectors.values() * rows.values();
+      const Dense gram = projected * transposed(projected);
+      for (std::int64_t i = 0; i < wanted; ++i) {
+        const double exact = spectrum(i) * spectrum(i);
+        EXPECT_NEAR(eigenvalues[i], exact, 8 * kEps32 * spectrum(0) * spectrum(0)) << i;  // the rows are f32
+        EXPECT_NEAR(gram(i, i), exact, 8 * kEps32 * spectrum(0) * spectrum(0)) << i;
+      }
+    }
   }
 }
 

@@ -117,6 +117,10 @@ class GuardedBackend {
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) {
     inside([&] { cpu_.orthonormalize(basis, done, count); });
   }
+  void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
+                        std::int64_t count) {
+    inside([&] { cpu_.reorthonormalize(basis, companion, done, count); });
+  }
   void gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) {
     inside([&] { cpu_.gram_eigh(rows, values, vectors); });
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "isa_test.h"
@@ -175,6 +176,27 @@ TEST_P(OrthonormalizeTest, BitwiseTheSameForAnyNumberOfThreads) {
       cpu.orthonormalize(basis.mutable_view(), 20, 40);
       return basis.bytes();
     });
+  }
+}
+
+// Rows rounded to bf16 and a companion that is a linear function of them: orthonormal again, and still that function.
+TEST_P(OrthonormalizeTest, AgainAfterRoundingWithACompanion) {
+  Random random(7);
+  for (const auto& [done, count, dim, other] :
+       {std::tuple{0, 1, 50, 9}, {0, 16, 40, 70}, {5, 7, 300, 31}, {24, 8, 32, 40}, {30, 20, 1100, 64}}) {
+    SCOPED_TRACE(::testing::Message() << done << " + " << count << " of " << dim);
+    const Dense orthonormal = random_orthonormal(random, done + count, dim);
+    const Dense function = random.dense(dim, other);
+    const Dense rounded = rounded_to_bf16(rows_of(orthonormal, done, count));
+    Stored basis = stacked(rows_of(orthonormal, 0, done), rounded);
+    Stored companion(basis.values() * function, Codec::f32);
+    const Dense earlier = rows_of(companion.values(), 0, done);
+    backend().reorthonormalize(basis.mutable_view(), companion.mutable_view(), done, count);
+    EXPECT_LE(orthonormality_error(basis.values()), orthonormality_bound(dim));
+    EXPECT_EQ(rows_of(companion.values(), 0, done).values, earlier.values);
+    const Dense difference = companion.values() - basis.values() * function;
+    EXPECT_LE(norm(difference), 16 * kEps32 * std::sqrt(dim) * norm(function));
+    EXPECT_TRUE(basis.padding_intact() && companion.padding_intact());
   }
 }
 

@@ -139,12 +139,9 @@ void encode(const float* values, std::int64_t count, Codec codec, void* to) {
   }
 }
 
-// A product's elements: the numbers rounded to them, or what that rounding left, rounded in turn.
-enum class Part { rounded, rest };
-
 // Elements [col, col + count) of a row times scale, as elements of the product.
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
-                                  float scale, Part, F32, float* to) {
+                                  float scale, F32, float* to) {
   decode(matrix, row, col, count, to);
   if (scale == 1.0f) return;
   for (std::int64_t i = 0; i < count; ++i) to[i] *= scale;
@@ -152,18 +149,17 @@ PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::i
 
 #if PISSA_HAS_BF16
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
-                                  float scale, Part part, Bf16, Half* to) {
-  if (part == Part::rounded && scale == 1.0f && matrix.codec == Codec::bf16) {
+                                  float scale, Bf16, Half* to) {
+  if (scale == 1.0f && matrix.codec == Codec::bf16) {
     copy_elements(static_cast<const Half*>(matrix.data) + row * matrix.ld + col, count, to);
-  } else if (part == Part::rounded && scale == 1.0f && matrix.codec == Codec::nf4) {
+  } else if (scale == 1.0f && matrix.codec == Codec::nf4) {
     decode_nf4<Bf16>(matrix, row * matrix.cols + col, count, to);
   } else {
     constexpr std::int64_t kRun = 256;
     alignas(64) float values[kRun];
     for (std::int64_t i = 0; i < count; i += kRun) {
       const std::int64_t run = smaller(kRun, count - i);
-      decode_elements(matrix, row, col + i, run, scale, part, F32{}, values);
-      for (std::int64_t j = 0; part == Part::rest && j < run; ++j) values[j] -= widen_bf16(round_to_bf16(values[j]));
+      decode_elements(matrix, row, col + i, run, scale, F32{}, values);
       for (std::int64_t j = 0; j < run; ++j) to[i + j] = round_to_bf16(values[j]);
     }
   }

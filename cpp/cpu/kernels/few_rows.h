@@ -60,8 +60,7 @@ void padded_rows(const Slice& slice, float* to) {
 }
 
 inline bool is_few_rows(const Term& term, std::int64_t rows) {
-  return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner &&
-         term.precision != Precision::bf16x2;
+  return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner;
 }
 
 // c = or += the term

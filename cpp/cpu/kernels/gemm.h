@@ -91,15 +91,11 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
     pack_b<Product, vecs>(term, {term.b, block.col, block.cols, k0, depth}, stride, panels);
     for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
       const std::int64_t rows = smaller(kTileRows, block.rows - i);
-      const auto multiply_part = [&](Part part, bool accumulate_part) {
-        pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale, part}, panels);
-        const float* b = panels.b;
-        for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
-          multiply_tile<Product, vecs>(rows, length, panels.a, b, panels.c + i * kNc + j, accumulate_part);
-        }
-      };
-      multiply_part(Part::rounded, accumulate);
-      if (Product::kPerWord == 2 && term.precision == Precision::bf16x2) multiply_part(Part::rest, true);
+      pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);
+      const float* b = panels.b;
+      for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
+        multiply_tile<Product, vecs>(rows, length, panels.a, b, panels.c + i * kNc + j, accumulate);
+      }
     }
     accumulate = true;
   }
@@ -142,7 +138,7 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
     if (term->inner() == 0) continue;
     const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
 #if PISSA_HAS_BF16
-    if (term->precision != Precision::f32) multiply<Bf16>(*term, block, panels, accumulate, rows);
+    if (term->precision == Precision::bf16) multiply<Bf16>(*term, block, panels, accumulate, rows);
     else
 #endif
       multiply<F32>(*term, block, panels, accumulate, rows);

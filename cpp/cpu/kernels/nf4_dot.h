@@ -18,7 +18,7 @@ constexpr int kPostScaledRows = 2;
 template <class Product>
 bool is_nf4_dot(const Term& term, std::int64_t rows) {
   return rows <= kNf4DotRows && term.b.codec == Codec::nf4 && term.op_b == Op::t && term.op_a == Op::n &&
-         term.b.scales.blocksize % (2 * Product::kDecodeBytes) == 0 && term.precision != Precision::bf16x2;
+         term.b.scales.blocksize % (2 * Product::kDecodeBytes) == 0;
 }
 
 // Rows of x, even and odd elements apart, each with zeros before and after.
@@ -49,7 +49,7 @@ void split_rows(const Matrix& x, std::int64_t row, std::int64_t rows, std::int64
     for (std::int64_t k = 0; k < count; k += kRun) {
       Element values[kRun + 1];
       const std::int64_t run = smaller(kRun, count - k);
-      decode_elements(x, row + i, k0 + k, run, scale, Part::rounded, Product{}, values);
+      decode_elements(x, row + i, k0 + k, run, scale, Product{}, values);
       values[run] = Element{};
       for (std::int64_t j = 0; j < (run + 1) / 2; ++j) {
         even[kPad + k / 2 + j] = values[2 * j];

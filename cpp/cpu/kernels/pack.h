@@ -24,7 +24,6 @@ struct Slice {
   const Matrix& matrix;
   std::int64_t lead, count, k0, depth;
   float scale = 1.0f;
-  Part part = Part::rounded;
 };
 
 // Asks for elements of a row that will be packed soon. How many rows ahead: a row of codes takes about 50 ns to decode,
@@ -59,7 +58,7 @@ void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, f
     prefetch(slice.matrix, row, slice.k0, slice.depth);
     auto* to = reinterpret_cast<Element*>(panel + lane * ld);
     to[Product::kPerWord * length - 1] = Element{};  // the partner of an odd last element
-    decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, slice.part, Product{}, to);
+    decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, Product{}, to);
   }
   for (std::int64_t lane = slice.count; lane < lanes; ++lane) {
     __builtin_memset(panel + lane * ld, 0, length * sizeof(float));
@@ -79,8 +78,7 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
       Element* to = elements + partner * padded;
       const std::int64_t got = k + partner < slice.depth ? slice.count : 0;
       prefetch(slice.matrix, slice.k0 + k + partner, slice.lead, slice.count);
-      if (got > 0)
-        decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, slice.part, Product{}, to);
+      if (got > 0) decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, Product{}, to);
       for (std::int64_t i = got; i < padded; ++i) to[i] = Element{};
     }
     float* to = panel + k / kPerWord * ld;

@@ -59,6 +59,10 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set.
   { backend.orthonormalize(out, count, count) };
 
+  // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), but for being rounded to
+  // bf16; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same combinations.
+  { backend.reorthonormalize(out, out, count, count) };
+
   // Eigenvalues, descending and not negative, and eigenvectors (one per row of `out`) of rows * rows^T, in f64 inside.
   // Computes the leading `values.size()` of them; out is [values.size(), rows.rows].
   { backend.gram_eigh(matrix, values, out) };

@@ -75,19 +75,17 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   // Thin operands carry 2^-exponent, so that products of huge or tiny weights stay inside f32's range.
   const int exponent = largest > 0 ? std::max(std::ilogb(largest), -120) : 0;
   const float unit = std::ldexp(1.0f, -exponent);
-  // A bf16 weight is exact in bf16 products. On the way to the basis the other factor may be rounded as well, since any
-  // vectors near the leading ones will do; on the way back it may not: the projection has to be that of this basis.
-  // Units for bf16 may take denormals for zero, so that a weight at the ends of the range is not for them.
+  // A bf16 weight is exact in bf16 products. Units for bf16 may take denormals for zero, so that a weight at the ends
+  // of the range is not for them.
   const bool in_bf16 = w.codec == Codec::bf16 && std::abs(exponent) < 64;
-  const Precision rough = in_bf16 ? Precision::bf16 : Precision::f32;
-  const Precision fine = in_bf16 ? Precision::bf16x2 : Precision::f32;
+  const Precision precision = in_bf16 ? Precision::bf16 : Precision::f32;
   const auto wide_to_basis = [&](const Matrix& wide, const MutableMatrix& basis) {
-    if (rows_short) backend.weight_gemm_nt(wide, w, unit, rough, {}, {}, basis);
-    else backend.weight_gemm_nn(wide, w, unit, rough, {}, basis);
+    if (rows_short) backend.weight_gemm_nt(wide, w, unit, precision, {}, {}, basis);
+    else backend.weight_gemm_nn(wide, w, unit, precision, {}, basis);
   };
   const auto basis_to_wide = [&](const Matrix& basis, const MutableMatrix& wide) {
-    if (rows_short) backend.weight_gemm_nn(basis, w, unit, fine, {}, wide);
-    else backend.weight_gemm_nt(basis, w, unit, fine, {}, {}, wide);
+    if (rows_short) backend.weight_gemm_nn(basis, w, unit, precision, {}, wide);
+    else backend.weight_gemm_nt(basis, w, unit, precision, {}, {}, wide);
   };
 
   const std::int64_t steps = options.passes / 2;
@@ -98,6 +96,7 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   auto basis_buffer = backend.alloc(max_basis, short_dim);  // rows q: orthonormal
   auto wide_buffer = backend.alloc(max_basis, wide_dim);    // rows q W (or W q): the projection of W
   auto thin_buffer = backend.alloc(block, wide_dim);
+  auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, (short_dim + 1) / 2);  // bf16
   const MutableMatrix basis = basis_buffer.view();
   const MutableMatrix wide = wide_buffer.view();
   const MutableMatrix thin = thin_buffer.view();
@@ -108,7 +107,18 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   for (std::int64_t step = 0;; ++step) {
     wide_to_basis(rows_of(thin, 0, rows), rows_of(basis, first, rows));
     backend.orthonormalize(basis, first, rows);
-    basis_to_wide(rows_of(basis, first, rows), rows_of(wide, first, rows));
+    if (in_bf16) {
+      // On the way to the basis `thin` may be rounded: any vectors near the leading ones will do. On the way back the
+      // rows of `wide` must be those of the basis times W; so the basis itself is rounded, and what makes it
+      // orthonormal again is done to both.
+      const MutableMatrix rounded{rounded_buffer.view().data, rows, short_dim, short_dim, Codec::bf16};
+      backend.copy(rows_of(basis, first, rows), rounded);
+      backend.copy(rounded, rows_of(basis, first, rows));
+      basis_to_wide(rounded, rows_of(wide, first, rows));
+      backend.reorthonormalize(basis, wide, first, rows);
+    } else {
+      basis_to_wide(rows_of(basis, first, rows), rows_of(wide, first, rows));
+    }
     const std::int64_t kept = first + rows;
     if (step + 1 == steps || kept == short_dim) break;  // out of passes, or the basis is the whole space: exact
     // Orthonormal before the next product: the condition of a block stays that of W, not its square.

@@ -84,13 +84,9 @@ inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
-/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. Where a device has
-/// no faster units for bf16, all are f32.
-///   f32     keeps every digit given
-///   bf16    what mixed precision means
-///   bf16x2  b is rounded to bf16, and a becomes the sum of two bf16, 16 bits of it: f32's accuracy, nearly, for a thin
-///           factor against a weight that is bf16 anyway
-enum class Precision : std::uint8_t { f32, bf16, bf16x2 };
+/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` is what
+/// mixed precision means, and what a device does where it has faster units for bf16; `f32` keeps every digit given.
+enum class Precision : std::uint8_t { f32, bf16 };
 
 /// One product of a GEMM: scale * op(a) * op(b).
 struct Term {
