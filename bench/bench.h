@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "backend.h"
 #include "isa.h"
+#include "peak.h"
 #include "pissa/nf4.h"
 #include "pissa/types.h"
 
@@ -63,9 +65,21 @@ class QuantizedMatrix {
   Matrix view_;
 };
 
-inline void report_flops(benchmark::State& state, double flops) {
-  state.counters["GF/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate,
-                                              benchmark::Counter::OneK::kIs1000);
+/// Counters GF/s and the fraction of what the instructions used can do at most, measured once.
+inline void report_flops(benchmark::State& state, double flops, bool bf16) {
+  static const std::string isa = cpu::kernels().isa;
+  static const double peak[] = {peak_gflops(isa, false, kThreads), peak_gflops(isa, true, kThreads)};
+  state.counters["GF/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  if (peak[bf16] == 0) return;
+  state.counters["of_peak"] =
+      benchmark::Counter(flops * 1e-9 / peak[bf16], benchmark::Counter::kIsIterationInvariantRate);
+}
+
+/// Counters GB/s, of the bytes that have to be read and written once, and the fraction of the reading speed measured.
+inline void report_bytes(benchmark::State& state, double bytes) {
+  static const double peak = peak_gbytes(kThreads);
+  state.counters["GB/s"] = benchmark::Counter(bytes * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["of_peak"] = benchmark::Counter(bytes * 1e-9 / peak, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 }  // namespace pissa::bench

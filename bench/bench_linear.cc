@@ -1,4 +1,5 @@
-// Speed of the fused linear layer, forward and forward + backward: weight [4096, 4096] in NF4 or f32, rank 64.
+// Speed of the fused linear layer, forward and forward + backward: weight [4096, 4096] in NF4, with activations in
+// bf16, or all in f32; rank 64.
 #include "bench.h"
 #include "pissa/fused_linear.h"
 
@@ -40,10 +41,17 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
   }
   const double weight_flops = 2.0 * tokens * kOut * kIn;
   const double adapter_flops = 2.0 * tokens * kRank * (kOut + kIn);
-  report_flops(state, with_backward ? 2 * weight_flops + 3 * adapter_flops : weight_flops + adapter_flops);
+  report_flops(state, with_backward ? 2 * weight_flops + 3 * adapter_flops : weight_flops + adapter_flops, nf4);
 }
 
-BENCHMARK_CAPTURE(linear, nf4_forward, true, false)->Arg(1)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();
+BENCHMARK_CAPTURE(linear, nf4_forward, true, false)
+    ->Arg(1)
+    ->Arg(4)
+    ->Arg(16)
+    ->Arg(128)
+    ->Arg(512)
+    ->Arg(2048)
+    ->UseRealTime();
 BENCHMARK_CAPTURE(linear, nf4_forward_backward, true, true)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();
 BENCHMARK_CAPTURE(linear, f32_forward, false, false)->Arg(1)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();
 BENCHMARK_CAPTURE(linear, f32_forward_backward, false, true)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();

@@ -7,10 +7,8 @@ namespace {
 constexpr std::int64_t kRows = 4096;
 constexpr std::int64_t kCols = 4096;
 
-void report_weights(benchmark::State& state) {
-  state.counters["weights/s"] =
-      benchmark::Counter(static_cast<double>(kRows * kCols), benchmark::Counter::kIsIterationInvariantRate);
-}
+// bf16 on one side, codes and scales on the other
+constexpr double kBytes = kRows * kCols * (2 + 0.5 + 4.0 / 64);
 
 void nf4_quantize(benchmark::State& state) {
   const RandomMatrix dense(kRows, kCols, Codec::bf16);
@@ -20,7 +18,7 @@ void nf4_quantize(benchmark::State& state) {
     backend().gemm_nf4({}, dense.view(), {64, codes.data(), absmax.data()});
     benchmark::ClobberMemory();
   }
-  report_weights(state);
+  report_bytes(state, kBytes);
 }
 
 void nf4_dequantize(benchmark::State& state) {
@@ -30,7 +28,7 @@ void nf4_dequantize(benchmark::State& state) {
     backend().copy(quantized.view(), dense.view());
     benchmark::ClobberMemory();
   }
-  report_weights(state);
+  report_bytes(state, kBytes);
 }
 
 BENCHMARK(nf4_quantize)->UseRealTime()->Unit(benchmark::kMillisecond);

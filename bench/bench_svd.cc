@@ -10,6 +10,9 @@ void svd(benchmark::State& state, SvdMethod method) {
   const SvdOptions options{method, state.range(1), 0};
   auto cpu = backend();
   for (auto _ : state) benchmark::DoNotOptimize(svd_lowrank(cpu, weight.view(), state.range(0), options));
+  const std::int64_t steps = method == SvdMethod::krylov ? options.passes / 2 : 1;
+  const double block = static_cast<double>(block_size(state.range(0), steps));
+  report_flops(state, 2.0 * 4096 * 4096 * block * static_cast<double>(options.passes), true);  // of the passes alone
 }
 
 void sizes(benchmark::internal::Benchmark* benchmark) {

@@ -214,12 +214,15 @@ def _quantize(size: int, nested: bool) -> Case:
 
     def check() -> str:
         mine, (codes, state) = ours(), theirs()
-        pairs = {"codes": (mine.codes, codes.flatten()), "absmax": (mine.absmax, state.absmax)}
-        if nested:
-            pairs |= {"nested absmax": (mine.nested_absmax, state.state2.absmax), "offset": (mine.offset, state.offset)}
-        for name, (left, right) in pairs.items():
-            require(torch.equal(left, right), f"{name} differs in {(left != right).sum().item()} elements")
-        return "equal bits"
+        require(torch.equal(mine.codes, codes.flatten()), "the codes differ")
+        if not nested:
+            require(torch.equal(mine.absmax, state.absmax), "absmax differs")
+            return "equal bits"
+        # bitsandbytes' mean of more than 32768 scales depends on the number of threads, and all else on the mean.
+        assert mine.nested_absmax is not None and mine.offset is not None
+        torch.testing.assert_close(mine.offset, state.offset, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.nested_absmax, state.state2.absmax, rtol=1e-4, atol=0)
+        return "equal codes; scales equal but for the last digits of their mean"
 
     return Case(ours, theirs, check)
 

@@ -14,7 +14,7 @@ from weights import bfloat16_weight, energy_loss, fewest_passes
 
 from pissa import ops
 
-PASSES = range(2, 22, 2)
+PASSES = range(2, 34, 2)
 
 
 def svd_rows(size: int) -> Iterator[Row]:

@@ -316,17 +316,17 @@ std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
 
 namespace {
 
-// Largest length that a row had before it lost its part along the earlier rows: of what is left, the diagonal of
-// `gram`, and of the overlap, by Pythagoras.
-double largest_norm(const double* gram, const MutableMatrix& overlap) {
-  double largest = 0.0;
+// The least share of its length that a row kept: `pivots` is what is left of it outside the rows before it, `gram` has
+// on its diagonal what was left outside the earlier rows, and the overlap the rest, by Pythagoras.
+double least_share_kept(const std::vector<double>& pivots, const double* gram, const MutableMatrix& overlap) {
+  double least = 1.0;
   for (std::int64_t i = 0; i < overlap.rows; ++i) {
-    double sum = gram[i * overlap.rows + i];
+    double squared = gram[i * overlap.rows + i];
     const float* row = static_cast<const float*>(overlap.data) + i * overlap.ld;
-    for (std::int64_t j = 0; j < overlap.cols; ++j) sum += double{row[j]} * double{row[j]};
-    largest = std::max(largest, sum);
+    for (std::int64_t j = 0; j < overlap.cols; ++j) squared += double{row[j]} * double{row[j]};
+    least = std::min(least, pivots[i] / std::sqrt(squared));
   }
-  return std::sqrt(largest);
+  return least;
 }
 
 }  // namespace
@@ -366,7 +366,7 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
     const std::array normalization{Term{inverse.view(), Op::n, from, Op::n}};
     gemm(normalization, {}, to);
     std::swap(from, to);
-    if (from.data != rows.data && pivots->least >= kOnceIsEnough * largest_norm(gram_matrix.get(), overlap.view())) {
+    if (from.data != rows.data && least_share_kept(*pivots, gram_matrix.get(), overlap.view()) >= kOnceIsEnough) {
       return copy(from, rows);
     }
   }

@@ -105,16 +105,15 @@ bool leading_eigh(const Eigen::MatrixXd& matrix, std::span<double> values, Strid
 
 }  // namespace
 
-std::optional<Pivots> cholesky_inverse(const double* gram, std::int64_t k, double least_ratio, double least_pivot,
-                                       float* inverse) {
+std::optional<std::vector<double>> cholesky_inverse(const double* gram, std::int64_t k, double least_ratio,
+                                                    double least_pivot, float* inverse) {
   const Eigen::LLT<Eigen::MatrixXd> llt(lower_triangle(gram, k));
   if (llt.info() != Eigen::Success) return std::nullopt;
   const Eigen::VectorXd diagonal = llt.matrixLLT().diagonal();
-  const Pivots pivots{diagonal.minCoeff(), diagonal.maxCoeff()};
-  if (!(pivots.least > std::max(least_pivot, least_ratio * pivots.largest))) return std::nullopt;
+  if (!(diagonal.minCoeff() > std::max(least_pivot, least_ratio * diagonal.maxCoeff()))) return std::nullopt;
   const Eigen::MatrixXd inverse64 = llt.matrixL().solve(Eigen::MatrixXd::Identity(k, k));
   Eigen::Map<RowMajorF32>(inverse, k, k) = inverse64.cast<float>();
-  return pivots;
+  return std::vector<double>(diagonal.begin(), diagonal.end());
 }
 
 void householder_rows(float* data, std::int64_t done, std::int64_t rows, std::int64_t cols, std::int64_t ld) {

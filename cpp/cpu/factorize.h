@@ -4,19 +4,16 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <vector>
 
 namespace pissa::cpu {
 
-/// The extremes of diag(L).
-struct Pivots {
-  double least, largest;
-};
-
 /// inverse = L^-1 (f32, row-major [k, k], zero above the diagonal) with gram = L L^T; gram's lower triangle is read.
-/// Returns nothing, leaving `inverse` unspecified, when gram is not safely positive definite: a Cholesky pivot is not
-/// positive, or the smallest element of diag(L) is not above `least_pivot` and `least_ratio` times the largest.
-std::optional<Pivots> cholesky_inverse(const double* gram, std::int64_t k, double least_ratio, double least_pivot,
-                                       float* inverse);
+/// Returns diag(L), or nothing, leaving `inverse` unspecified, when gram is not safely positive definite: a Cholesky
+/// pivot is not positive, or the smallest element of diag(L) is not above `least_pivot` and `least_ratio` times the
+/// largest.
+std::optional<std::vector<double>> cholesky_inverse(const double* gram, std::int64_t k, double least_ratio,
+                                                    double least_pivot, float* inverse);
 
 /// Replaces rows [done, rows) of a row-major matrix so that all rows are orthonormal, given that the first `done` are.
 /// Rank-deficient rows are completed. QR of the transpose with the diagonal of R made positive.

@@ -158,6 +158,19 @@ TEST_P(SvdTest, BitwiseTheSameForAnyNumberOfThreads) {
   }
 }
 
+// Singular values down to 2e-5 of the largest keep three digits: a block is made orthonormal after every product, not
+// every second one, which would square its condition beyond what f32 can tell apart.
+TEST_P(SvdTest, SmallSingularValuesOfAGradedSpectrum) {
+  Random random(8);
+  const auto sigma = [](std::int64_t i) { return std::pow(10.0, -static_cast<double>(i) / 3); };
+  const Stored weight(with_spectrum(random, 60, 80, sigma), Codec::f32);
+  for (const SvdMethod method : kMethods) {
+    cpu::CpuBackend cpu = backend();
+    const Factors factors = decompose(cpu, weight.view(), 15, {method, 8, 2});
+    for (std::int64_t i = 0; i < 15; ++i) EXPECT_NEAR(factors.s[i] / sigma(i), 1.0, 2e-2) << i;
+  }
+}
+
 TEST_P(SvdTest, TheSeedMatters) {
   Random random(5);
   const Stored weight(random.dense(60, 80), Codec::f32);

@@ -95,13 +95,13 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
 
   auto basis_buffer = backend.alloc(max_basis, short_dim);  // rows q: orthonormal
   auto wide_buffer = backend.alloc(max_basis, wide_dim);    // rows q W (or W q): the projection of W
-  auto thin_buffer = backend.alloc(block, wide_dim);
+  auto sketch = backend.alloc(block, wide_dim);
   auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, (short_dim + 1) / 2);  // bf16
   const MutableMatrix basis = basis_buffer.view();
   const MutableMatrix wide = wide_buffer.view();
-  const MutableMatrix thin = thin_buffer.view();
+  Matrix thin = sketch.view();
 
-  backend.fill_signs(thin, options.seed, 1.0f);
+  backend.fill_signs(sketch.view(), options.seed, 1.0f);
   std::int64_t first = 0;  // where the current block starts
   std::int64_t rows = block;
   for (std::int64_t step = 0;; ++step) {
@@ -121,9 +121,9 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     }
     const std::int64_t kept = first + rows;
     if (step + 1 == steps || kept == short_dim) break;  // out of passes, or the basis is the whole space: exact
-    // Orthonormal before the next product: the condition of a block stays that of W, not its square.
-    backend.copy(rows_of(wide, first, rows), rows_of(thin, 0, rows));
-    backend.orthonormalize(rows_of(thin, 0, rows), 0, rows);
+    // The next products start from `wide` as it is: its rows are of very different lengths, which costs nothing, since
+    // each has its own exponent and the Cholesky factor takes them in order.
+    thin = rows_of(wide, first, rows);
     if (keep_blocks) {
       first = kept;
       rows = std::min(block, max_basis - kept);
