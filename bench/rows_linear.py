@@ -219,7 +219,8 @@ def _quantize(size: int, nested: bool) -> Case:
             require(torch.equal(mine.absmax, state.absmax), "absmax differs")
             return "equal bits"
         # bitsandbytes' mean of more than 32768 scales depends on the number of threads, and all else on the mean.
-        assert mine.nested_absmax is not None and mine.offset is not None
+        assert mine.nested_absmax is not None
+        assert mine.offset is not None
         torch.testing.assert_close(mine.offset, state.offset, rtol=1e-5, atol=0)
         torch.testing.assert_close(mine.nested_absmax, state.state2.absmax, rtol=1e-4, atol=0)
         return "equal codes; scales equal but for the last digits of their mean"
