@@ -16,7 +16,8 @@ class Executor {
   virtual void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const = 0;
 };
 
-/// `threads` threads started for each call: simple, and slow to start, for tests and benchmarks.
+/// `threads` threads started for each call: simple, and slow to start, for tests and benchmarks. One is the caller's
+/// own.
 class ThreadExecutor final : public Executor {
  public:
   explicit ThreadExecutor(std::int64_t threads) : threads_(threads) {}

@@ -2,6 +2,7 @@
 #include "backend.h"
 #include "isa.h"
 #include "ops.h"
+#include "split_many.h"
 
 namespace pissa::ops {
 namespace {
@@ -16,10 +17,12 @@ class TorchExecutor final : public cpu::Executor {
   }
 };
 
-cpu::CpuBackend backend() {
+const cpu::Executor& executor() {
   static const TorchExecutor executor;
-  return {executor, cpu::kernels()};
+  return executor;
 }
+
+cpu::CpuBackend backend() { return {executor(), cpu::kernels()}; }
 
 std::tuple<Tensor, Tensor, Tensor> svd_lowrank_cpu(const Tensor& weight, std::int64_t r, const std::string& svd,
                                                    std::int64_t passes, std::int64_t seed) {
@@ -29,6 +32,28 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank_cpu(const Tensor& weight, std::in
 std::tuple<Tensor, Tensor> split_cpu(const Tensor& weight, std::int64_t r, double scaling, const std::string& svd,
                                      std::int64_t passes, std::int64_t seed) {
   return split(backend(), weight, r, scaling, svd, passes, seed);
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many_cpu(const std::vector<Tensor>& weights,
+                                                                    const std::vector<std::int64_t>& ranks,
+                                                                    const std::vector<double>& scalings,
+                                                                    const std::string& svd, std::int64_t passes,
+                                                                    std::int64_t seed) {
+  PISSA_CHECK(ranks.size() == weights.size() && scalings.size() == weights.size(), "ranks, scalings: got ",
+              ranks.size(), " and ", scalings.size(), "; needed: one for each of the ", weights.size(), " weights");
+  const SvdOptions options = svd_options(svd, passes, seed);
+  std::vector<Tensor> contiguous_weights, a0, b0;
+  std::vector<cpu::SplitTask> tasks;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    contiguous_weights.push_back(torch::stable::contiguous(weights[i]));
+    const Matrix w = matrix(contiguous_weights.back());
+    check_svd(w, ranks[i], options);  // before the rank becomes a size
+    a0.push_back(new_tensor(weights[i], {ranks[i], w.cols}, ScalarType::Float));
+    b0.push_back(new_tensor(weights[i], {w.rows, ranks[i]}, ScalarType::Float));
+    tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back())});
+  }
+  cpu::split_many(tasks, options, executor(), cpu::kernels());
+  return {a0, b0};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> split_nf4_cpu(const Tensor& weight, std::int64_t r, double scaling,
@@ -120,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) {
   using namespace pissa::ops;
   m.impl("svd_lowrank", TORCH_BOX(&svd_lowrank_cpu));
   m.impl("split", TORCH_BOX(&split_cpu));
+  m.impl("split_many", TORCH_BOX(&split_many_cpu));
   m.impl("split_nf4", TORCH_BOX(&split_nf4_cpu));
   m.impl("residual", TORCH_BOX(&residual_cpu));
   m.impl("residual_nf4", TORCH_BOX(&residual_nf4_cpu));

@@ -35,6 +35,14 @@ def _(weight: Tensor, r: int, scaling: float, svd: str, passes: int, seed: int) 
     return _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
 
 
+@register_fake("pissa::split_many")
+def _(
+    weights: list[Tensor], ranks: list[int], scalings: list[float], svd: str, passes: int, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = list(zip(weights, ranks, strict=True))
+    return [_floats(w, r, w.shape[1]) for w, r in pairs], [_floats(w, w.shape[0], r) for w, r in pairs]
+
+
 @register_fake("pissa::split_nf4")
 def _(
     weight: Tensor, r: int, scaling: float, svd: str, passes: int, seed: int, quant_iters: int, blocksize: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
+from pissa import ops
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.layer import PissaLinear
+from pissa.stored import StartFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,6 +74,11 @@ def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLinear]:
     }
 
 
+# Elements of the layers that are decomposed at once, for each thread: enough for the threads to finish together, few
+# enough for the bar to move, and for the dense weights (float32, 16 MB) that stored bases are decomposed from.
+_GROUP = 1 << 22
+
+
 def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first: bool, progressbar: bool) -> None:
     """Starts an adapter that has just been injected from the principal singular vectors of each layer's base.
 
@@ -81,27 +88,67 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         ValueError: naming the layer: NaN or Inf in its weight, a form that it cannot have.
     """
     layers = pissa_layers(model, adapter_name)
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    _check_forms(model, layers, config, first)
     # tqdm reads TQDM_DISABLE only where it is not told whether to be disabled.
-    steps = tqdm(layers.items(), desc="PiSSA init", unit="layer") if progressbar else layers.items()
-    for name, layer in steps:
-        if config.form not in (IMPLICIT, layer.form):
-            if not first or layer.form != IMPLICIT:
-                raise ValueError(
-                    f"the base of layer {name} is {layer.form.describe()} and cannot become "
-                    f"{config.form.describe()}: other adapters are changes of the function that it has. "
-                    "Leave quant and residual out, and the adapter takes the base as it is"
-                )
-            if uses[id(layer.unmerged_base.weight)] > 1:
-                raise ValueError(
-                    f"the weight of layer {name} is tied to another module, so it cannot be replaced by a "
-                    f"residual stored as {config.form.describe()}: use the implicit residual, untie the "
-                    "weight, or leave the layer out"
-                )
-        try:
-            layer.start_from_base(adapter_name, config)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
+    with tqdm(total=len(layers), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
+        for group in _groups(layers):
+            _start(group, adapter_name, config)
+            if bar is not None:
+                bar.update(len(group))
+
+
+def _check_forms(model: nn.Module, layers: dict[str, PissaLinear], config: PissaConfig, first: bool) -> None:
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, layer in layers.items():
+        if config.form in (IMPLICIT, layer.form):
+            continue
+        if not first or layer.form != IMPLICIT:
+            raise ValueError(
+                f"the base of layer {name} is {layer.form.describe()} and cannot become "
+                f"{config.form.describe()}: other adapters are changes of the function that it has. "
+                "Leave quant and residual out, and the adapter takes the base as it is"
+            )
+        if uses[id(layer.unmerged_base.weight)] > 1:
+            raise ValueError(
+                f"the weight of layer {name} is tied to another module, so it cannot be replaced by a "
+                f"residual stored as {config.form.describe()}: use the implicit residual, untie the "
+                "weight, or leave the layer out"
+            )
+
+
+def _groups(layers: dict[str, PissaLinear]) -> Iterator[dict[str, PissaLinear]]:
+    """The layers, in order, in groups of at most `_GROUP` elements a thread, or of one layer that is larger."""
+    limit = _GROUP * torch.get_num_threads()
+    group: dict[str, PissaLinear] = {}
+    size = 0
+    for name, layer in layers.items():
+        elements = layer.in_features * layer.out_features
+        if group and size + elements > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = layer
+        size += elements
+    if group:
+        yield group
+
+
+def _start(layers: dict[str, PissaLinear], adapter_name: str, config: PissaConfig) -> None:
+    """Gives the adapter the start factors that a layer has already for its origin, or those of a decomposition."""
+    origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
+    known = {name: layer.known_start(origins[name]) for name, layer in layers.items()}
+    unknown = [name for name, start in known.items() if start is None]
+    splits = ops.split_many(
+        [layers[name].dense_base() for name in unknown],
+        [origins[name].r for name in unknown],
+        [origins[name].scaling for name in unknown],
+        svd=config.svd,
+        passes=config.svd_passes,
+        seed=config.seed,
+        names=[f"layer {name}: weight" for name in unknown],
+    )
+    found = {name: StartFactors(split.a0, split.b0, origins[name]) for name, split in zip(unknown, splits, strict=True)}
+    for name, layer in layers.items():
+        layer.start_from(adapter_name, known[name] or found[name], config)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
     # -- adapters and their start factors
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: PissaConfig, **kwargs: Any) -> None:
-        """Adds an adapter whose change is zero. It cannot learn before `start_from_base` or `share_start`."""
+        """Adds an adapter whose change is zero. It cannot learn before `start_from` or `share_start`."""
         limit = min(self.in_features, self.out_features)
         if r > limit:
             raise ValueError(
@@ -96,34 +96,26 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
         scaling = float(self.scaling[adapter_name])
         return Origin(self.r[adapter_name], scaling, config.svd, config.svd_passes, config.seed)
 
-    def start_from_base(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives an adapter the start factors of one that agrees on the origin, or decomposes the base.
+    def known_start(self, origin: Origin) -> StartFactors | None:
+        """The start factors of an adapter, or of the base, that agrees on the origin."""
+        return next((start for start in self._starts() if start.origin == origin), None)
+
+    def dense_base(self) -> Tensor:
+        """The weight [out, in] of the base function: the dense base's own, or a stored one's in float32."""
+        base = self.unmerged_base
+        return base.dense() if isinstance(base, StoredLinear) else base.weight
+
+    def start_from(self, adapter_name: str, start: StartFactors, config: PissaConfig) -> None:
+        """Gives an adapter its start factors, the principal part of the base.
 
         A dense base is stored as the configuration says; a base that is stored already stays as it is.
         """
-        origin = self.origin(adapter_name, config)
-        for known in self._starts():
-            if known.origin == origin:
-                self.lora_start[adapter_name] = known
-                return
-        base = self.unmerged_base
-        stored = isinstance(base, StoredLinear)
-        split = ops.split(
-            base.dense() if isinstance(base, StoredLinear) else base.weight,
-            origin.r,
-            scaling=origin.scaling,
-            svd=config.svd,
-            passes=config.svd_passes,
-            seed=config.seed,
-            residual=IMPLICIT.residual if stored else config.form.residual,
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-            quant_iters=config.quant_iters,
-        )
-        start = StartFactors(split.a0, split.b0, origin)
+        if config.form not in (IMPLICIT, self.form):
+            residual = ops.residual(
+                self.dense_base(), start.a0, start.b0, scaling=start.origin.scaling, **config.form.options()
+            )
+            self.store_base(residual, start)
         self.lora_start[adapter_name] = start
-        if split.residual is not None:
-            self.store_base(split.residual, start)
 
     def share_start(self, adapter_name: str, a0: Tensor, b0: Tensor, origin: Origin) -> None:
         """Gives an adapter the start factors a0, b0: the layer's own tensors where it has them already."""
@@ -228,7 +220,7 @@ class PissaLinear(LoraLinear):  # type: ignore[misc]
         if not names:
             return
         base = self.unmerged_base
-        weight = base.dense() if isinstance(base, StoredLinear) else base.weight.float()
+        weight = self.dense_base().float()
         for name in [*self.merged_adapters, *names]:
             weight = weight + self.get_delta_weight(name)
         merged = _dense_linear(base, weight)

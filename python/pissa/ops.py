@@ -7,13 +7,25 @@ autocast, gradient checkpointing and `torch.func` fakes. Orientation is torch's:
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _autograd  # noqa: F401  registers fakes and gradients
+from ._check import (
+    FLOATS,
+    check_blocksize,
+    check_factors,
+    check_frozen,
+    check_rank,
+    check_residual,
+    check_scaling,
+    check_svd,
+    check_tensor,
+    check_weight,
+)
 from ._load import _C
 
 __all__ = [
@@ -26,10 +38,10 @@ __all__ = [
     "nf4_quantize",
     "residual",
     "split",
+    "split_many",
     "svd_lowrank",
 ]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = torch.ops.pissa
 
 
@@ -71,71 +83,18 @@ def build_info() -> dict[str, Any]:
     return dict(_C.build_info())
 
 
-# ---- Validation ------------------------------------------------------------------------------------------------------
-
-
-def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; needed: a torch.Tensor")
-    if value.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
-    if value.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{name}: is on {value.device}; this build of pissa computes on the CPU: move it with .to('cpu')"
-        )
-    return value
-
-
-def _check_weight(weight: object) -> Tensor:
-    """A finite, dense [out, in] weight, detached: what is decomposed or quantised carries no gradient."""
-    tensor = _check_tensor("weight", weight)
-    if tensor.dim() != 2 or tensor.numel() == 0:
-        raise ValueError(f"weight: got shape {list(tensor.shape)}; needed: [out, in], not empty")
-    if tensor.device.type == "meta":
-        raise ValueError("weight: is on the meta device and holds no values; load the weights first")
-    if not all(math.isfinite(bound.item()) for bound in tensor.detach().aminmax()):
-        raise ValueError("weight: contains NaN or Inf; only finite weights can be decomposed or quantised")
-    return tensor.detach()
-
-
-def _check_rank(r: object, weight: Tensor) -> int:
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: got {type(r).__name__}; needed: int")
-    if not 1 <= r <= min(weight.shape):
-        raise ValueError(
-            f"r: got {r}; allowed: 1 to min(out, in) = {min(weight.shape)} for a weight of shape {list(weight.shape)}"
-        )
-    return r
-
-
-def _check_svd(svd: str, passes: int, seed: int) -> None:
-    if svd not in ("krylov", "subspace", "exact"):
-        raise ValueError(f"svd: got {svd!r}; allowed: 'krylov', 'subspace', 'exact'")
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2 or passes % 2:
-        raise ValueError(f"passes: got {passes!r}; allowed: an even number of at least 2 (8 and 12 are usual)")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
-
-
-def _check_blocksize(blocksize: int) -> None:
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"blocksize: got {blocksize!r}; allowed: 32, 64, 128, 256, 512, 1024, 2048, 4096")
-
-
-def _check_scaling(scaling: float) -> None:
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
-        raise ValueError(f"scaling: got {scaling!r}; allowed: a positive number (lora_alpha / r)")
-
-
 # ---- Decomposition ---------------------------------------------------------------------------------------------------
 
 
 def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
+
+
+def _exact_split(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    u, s, vh = _exact_svd(weight, r)
+    root = (s / scaling).sqrt()
+    return root[:, None] * vh, u * root
 
 
 def svd_lowrank(
@@ -158,9 +117,9 @@ def svd_lowrank(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = _check_weight(weight)
-    _check_rank(r, weight)
-    _check_svd(svd, passes, seed)
+    weight = check_weight(weight)
+    check_rank(r, weight)
+    check_svd(svd, passes, seed)
     if svd == "exact":
         u, s, vh = _exact_svd(weight, r)
         return u, s, vh.mT
@@ -194,18 +153,16 @@ def split(
     Raises:
         TypeError, ValueError: naming the argument; the weight is never changed.
     """
-    weight = _check_weight(weight)
-    _check_rank(r, weight)
-    _check_svd(svd, passes, seed)
-    _check_scaling(scaling)
-    _check_residual(residual, ("implicit", "explicit", "nf4"))
-    _check_blocksize(blocksize)
+    weight = check_weight(weight)
+    check_rank(r, weight)
+    check_svd(svd, passes, seed)
+    check_scaling(scaling)
+    check_residual(residual, ("implicit", "explicit", "nf4"))
+    check_blocksize(blocksize)
     if quant_iters != 1:
         raise ValueError(f"quant_iters: got {quant_iters!r}; allowed: 1 (more alternations are not implemented yet)")
     if svd == "exact":
-        u, s, vh = _exact_svd(weight, r)
-        root = (s / scaling).sqrt()
-        a0, b0 = root[:, None] * vh, u * root
+        a0, b0 = _exact_split(weight, r, scaling)
     elif residual == "nf4":
         a0, b0, codes, absmax = _OPS.split_nf4(weight, r, scaling, svd, passes, seed, quant_iters, blocksize)
         return Split(a0, b0, _nf4_weight(codes, absmax, weight, blocksize, double_quant))
@@ -215,6 +172,49 @@ def split(
         return Split(a0, b0, None)
     rest = _residual(weight, a0, b0, scaling, residual, blocksize, double_quant)
     return Split(a0, b0, rest)
+
+
+def split_many(
+    weights: Sequence[Tensor],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+    *,
+    svd: str = "krylov",
+    passes: int = 8,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> list[Split]:
+    """`split` of many weights with implicit residuals, bit for bit, small weights side by side on one thread each.
+
+    Args:
+        weights: [out, in] each, of any shapes and dtypes that `split` takes.
+        ranks, scalings: r and s of each weight.
+        svd, passes, seed: see `svd_lowrank`; the same for all.
+        names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
+
+    Returns:
+        What `split` returns, in the order of the weights.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is decomposed; the weights are never changed.
+    """
+    names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
+    for argument, values in {"ranks": ranks, "scalings": scalings, "names": names}.items():
+        if len(values) != len(weights):
+            raise ValueError(f"{argument}: got {len(values)}; needed: one for each of the {len(weights)} weights")
+    check_svd(svd, passes, seed)
+    weights = [check_weight(weight, name) for weight, name in zip(weights, names, strict=True)]
+    for i, (weight, r, scaling) in enumerate(zip(weights, ranks, scalings, strict=True)):
+        check_rank(r, weight, f"ranks[{i}]")
+        check_scaling(scaling, f"scalings[{i}]")
+    if not weights:  # no tensor, by which torch would find the op's kernel
+        return []
+    factors: Iterable[tuple[Tensor, Tensor]]
+    if svd == "exact":
+        factors = map(_exact_split, weights, ranks, scalings)
+    else:
+        factors = zip(*_OPS.split_many(weights, ranks, scalings, svd, passes, seed), strict=True)
+    return [Split(a0, b0, None) for a0, b0 in factors]
 
 
 def residual(
@@ -236,17 +236,12 @@ def residual(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = _check_weight(weight)
-    _check_factors("a0", a0, "b0", b0, weight.shape[0], weight.shape[1])
-    _check_scaling(scaling)
-    _check_residual(residual, ("explicit", "nf4"))
-    _check_blocksize(blocksize)
+    weight = check_weight(weight)
+    check_factors("a0", a0, "b0", b0, weight.shape[0], weight.shape[1])
+    check_scaling(scaling)
+    check_residual(residual, ("explicit", "nf4"))
+    check_blocksize(blocksize)
     return _residual(weight, a0.detach().float(), b0.detach().float(), scaling, residual, blocksize, double_quant)
-
-
-def _check_residual(residual: str, allowed: tuple[str, ...]) -> None:
-    if residual not in allowed:
-        raise ValueError(f"residual: got {residual!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def _residual(
@@ -291,8 +286,8 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = _check_weight(weight)
-    _check_blocksize(blocksize)
+    weight = check_weight(weight)
+    check_blocksize(blocksize)
     codes, absmax = _OPS.nf4_quantize(weight, blocksize)
     return _nf4_weight(codes, absmax, weight, blocksize, double_quant)
 
@@ -300,7 +295,7 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
 def nf4_dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The [out, in] tensor in `dtype` (float32, bfloat16, float16): level * absmax, rounded once."""
     _check_nf4(weight)
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype}; allowed: float32, bfloat16, float16")
     codes, absmax, nested_absmax, offset, (rows, cols), blocksize = weight
     dense: Tensor = _OPS.nf4_dequantize(codes, absmax, nested_absmax, offset, rows, cols, blocksize, dtype)
@@ -310,9 +305,9 @@ def nf4_dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> Ten
 def _check_nf4(weight: object) -> Nf4Weight:
     if not isinstance(weight, Nf4Weight):
         raise TypeError(f"weight: got {type(weight).__name__}; needed: Nf4Weight")
-    _check_tensor("weight.codes", weight.codes, (torch.uint8,))
-    _check_tensor("weight.absmax", weight.absmax, (torch.float32, torch.uint8))
-    _check_blocksize(weight.blocksize)
+    check_tensor("weight.codes", weight.codes, (torch.uint8,))
+    check_tensor("weight.absmax", weight.absmax, (torch.float32, torch.uint8))
+    check_blocksize(weight.blocksize)
     rows, cols = weight.shape
     blocks = -(-rows * cols // weight.blocksize)
     if weight.codes.numel() != (rows * cols + 1) // 2 or weight.absmax.numel() != blocks:
@@ -329,19 +324,6 @@ def _check_nf4(weight: object) -> Nf4Weight:
 # ---- Linear ----------------------------------------------------------------------------------------------------------
 
 
-def _check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:
-    a, b = _check_tensor(name_a, a), _check_tensor(name_b, b)
-    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != in_features:
-        raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= 1, {in_features}]")
-    if b.dim() != 2 or tuple(b.shape) != (out_features, a.shape[0]):
-        raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
-
-
-def _check_frozen(name: str, tensor: Tensor | None) -> None:
-    if tensor is not None and tensor.requires_grad:
-        raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")
-
-
 def _checked_factors(
     delta_a: Tensor,
     delta_b: Tensor,
@@ -351,14 +333,14 @@ def _checked_factors(
     in_features: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The factors in float32, after checking that they fit each other and the layer."""
-    _check_factors("delta_a", delta_a, "delta_b", delta_b, out_features, in_features)
+    check_factors("delta_a", delta_a, "delta_b", delta_b, out_features, in_features)
     if a0 is None or b0 is None:
         return delta_a.float(), delta_b.float(), None, None
-    if _check_tensor("a0", a0).shape != delta_a.shape:
+    if check_tensor("a0", a0).shape != delta_a.shape:
         raise ValueError(f"a0: got shape {list(a0.shape)}; needed: that of delta_a, {list(delta_a.shape)}")
-    _check_factors("a0", a0, "b0", b0, out_features, in_features)
-    _check_frozen("a0", a0)
-    _check_frozen("b0", b0)
+    check_factors("a0", a0, "b0", b0, out_features, in_features)
+    check_frozen("a0", a0)
+    check_frozen("b0", b0)
     return delta_a.float(), delta_b.float(), a0.float(), b0.float()
 
 
@@ -404,24 +386,24 @@ def linear(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    x = _check_tensor("x", x)
+    x = check_tensor("x", x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(weight, Nf4Weight):
         _check_nf4(weight)
         out_features, in_features = weight.shape
     else:
-        _check_tensor("weight", weight)
+        check_tensor("weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [out, in]")
-        _check_frozen("weight", weight)
+        check_frozen("weight", weight)
         out_features, in_features = weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x: got shape {list(x.shape)}; needed: [..., in] with in = {in_features}")
-    if bias is not None and (_check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
+    if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
         raise ValueError(f"bias: got shape {list(bias.shape)}; needed: [{out_features}]")
-    _check_residual(residual, ("stored", "implicit"))
-    _check_scaling(scaling)
+    check_residual(residual, ("stored", "implicit"))
+    check_scaling(scaling)
     if (delta_a is None) != (delta_b is None) or (a0 is None) != (b0 is None) or (a0 is not None and delta_a is None):
         raise ValueError("factors: give delta_a with delta_b, and a0 with b0 (beside the deltas), or none of them")
     if delta_a is not None and delta_b is not None:
@@ -469,12 +451,12 @@ def add_low_rank(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    base, x = _check_tensor("base", base), _check_tensor("x", x)
+    base, x = check_tensor("base", base), check_tensor("x", x)
     if base.dim() < 1 or x.dim() < 1 or base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"base: got shape {list(base.shape)}; needed: [..., out] with x's leading dimensions, {list(x.shape[:-1])}"
         )
-    _check_scaling(scaling)
+    check_scaling(scaling)
     if (a0 is None) != (b0 is None):
         raise ValueError("factors: give a0 with b0, or neither")
     factors = _checked_factors(delta_a, delta_b, a0, b0, base.shape[-1], x.shape[-1])

@@ -37,3 +37,23 @@ def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:
 def error(got: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to what was expected."""
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything that a failed call must leave alone."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()},
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "attributes": {name: set(vars(module)) for name, module in model.named_modules()},
+        "hooks": {name: list(module._forward_hooks) for name, module in model.named_modules()},
+        "adapters": list(getattr(model, "peft_config", {})),
+    }
+
+
+def assert_same(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    values, old = after.pop("values"), before.pop("values")
+    assert after == before
+    for name, tensor in old.items():
+        assert tensor.is_meta or torch.equal(values[name].nan_to_num(7), tensor.nan_to_num(7)), name

@@ -208,6 +208,104 @@ def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down() -> None:
     assert torch.linalg.svdvals(qpissa).sum() < 0.9 * torch.linalg.svdvals(qlora).sum()
 
 
+# ---- Many at once ----------------------------------------------------------------------------------------------------
+
+MANY = [(40, 60), (300, 520), (70, 33), (1, 90), (64, 64), (90, 1), (128, 96), (200, 80)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _many(dominated: bool) -> tuple[list[Tensor], list[int], list[float]]:
+    """Weights of every shape, dtype and rank; if `dominated`, one is larger than the rest together."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = MANY if dominated else [shape for shape in MANY if shape != (300, 520)] * 2
+    weights = [torch.randn(s, generator=generator).to(DTYPES[i % 3]) for i, s in enumerate(shapes)]
+    weights[-1] = weights[-1].T  # not contiguous
+    return weights, [min(1 + 3 * i, *s) for i, s in enumerate(shapes)], [0.5 + i for i in range(len(shapes))]
+
+
+@pytest.mark.parametrize("dominated", [False, True])
+@pytest.mark.parametrize("svd", METHODS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_are_split_one_by_one_bit_for_bit(threads: int, svd: str, dominated: bool) -> None:
+    many = _many(dominated)
+    options = {"svd": svd, "passes": 4, "seed": 3}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = [ops.split(w, r, scaling=s, **options) for w, r, s in zip(*many, strict=True)]
+        # LAPACK's bits, for "exact", depend on the threads; ours do not.
+        torch.set_num_threads(1 if svd == "exact" else threads)
+        got = ops.split_many(*many, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert len(got) == len(expected)
+    for ours, alone in zip(got, expected, strict=True):
+        assert ours.residual is None
+        assert torch.equal(ours.a0, alone.a0)
+        assert torch.equal(ours.b0, alone.b0)
+
+
+def test_a_weight_that_all_threads_share_has_the_same_bits() -> None:
+    weights = [torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(48, 64), torch.randn(64, 48)]
+    got = ops.split_many(weights, [4, 4, 4], [1.0, 1.0, 1.0], passes=2)
+    for weight, ours in zip(weights, got, strict=True):
+        alone = ops.split(weight, 4, passes=2)
+        assert torch.equal(ours.a0, alone.a0)
+        assert torch.equal(ours.b0, alone.b0)
+
+
+def test_no_weights_make_no_splits() -> None:
+    assert ops.split_many([], [], []) == []
+    with pytest.raises(ValueError, match=r"^svd: got 'qr'"):
+        ops.split_many([], [], [], svd="qr")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"weights": [torch.ones(8, 6), torch.ones(8), torch.ones(8, 6)]},
+            ValueError,
+            r"weights\[1\]: got shape \[8\]",
+        ),
+        ({"weights": [torch.ones(8, 6), 1, torch.ones(8, 6)]}, TypeError, r"weights\[1\]: got int"),
+        ({"ranks": [2, 2]}, ValueError, "ranks: got 2; needed: one for each of the 3 weights"),
+        ({"ranks": [2, 2, 7]}, ValueError, r"ranks\[2\]: got 7; allowed: 1 to min\(out, in\) = 6"),
+        ({"ranks": [2, 2.0, 2]}, TypeError, r"ranks\[1\]: got float"),
+        ({"scalings": [1.0]}, ValueError, "scalings: got 1"),
+        ({"scalings": [1.0, 0.0, 1.0]}, ValueError, r"scalings\[1\]: got 0.0"),
+        ({"names": ["one"]}, ValueError, "names: got 1"),
+        ({"passes": 3}, ValueError, "passes: got 3"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+    ],
+)
+def test_bad_arguments_of_many_are_refused_by_name(
+    change: dict[str, object], error: type[Exception], words: str
+) -> None:
+    arguments = {"weights": [torch.ones(8, 6)] * 3, "ranks": [2] * 3, "scalings": [1.0] * 3} | change
+    with pytest.raises(error, match=rf"^{words}"):
+        ops.split_many(**arguments)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
+    weights = [torch.randn(60, 50) for _ in range(9)]
+    weights[4][7, 7] = float("nan")
+    weights[6][0, 0] = float("inf")
+    ranks, scalings = [3] * 9, [1.0] * 9
+    with pytest.raises(ValueError, match=r"^weights\[4\]: contains NaN or Inf"):
+        ops.split_many(weights, ranks, scalings)
+    with pytest.raises(ValueError, match=r"^layer e: contains NaN or Inf"):
+        ops.split_many(weights, ranks, scalings, names=[f"layer {name}" for name in "abcdefghi"])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with pytest.raises((RuntimeError, ValueError), match=r"weights\[4\]: weight: contains NaN or Inf"):
+            torch.ops.pissa.split_many(weights, ranks, scalings, "krylov", 4, 0)
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +362,7 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
     [
         ("svd_lowrank", (torch.randn(20, 30), 4, "krylov", 4, 0)),
         ("split", (torch.randn(20, 30), 4, 0.5, "krylov", 4, 0)),
+        ("split_many", ([torch.randn(20, 30), torch.randn(9, 8).half()], [4, 2], [0.5, 1.0], "krylov", 4, 0)),
         ("split_nf4", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, 64)),
         ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
         ("residual_nf4", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, 64)),

@@ -17,11 +17,16 @@
 
 namespace pissa {
 
+inline void check_split(const Matrix& w, std::int64_t r, float scaling, const SvdOptions& options) {
+  PISSA_CHECK(std::isfinite(scaling) && scaling > 0, "scaling: got ", scaling, "; allowed: a positive number");
+  check_svd(w, r, options);
+}
+
 /// Start factors of w: a0 [r, in] and b0 [out, r], f32. r is a0.rows. Throws as svd_lowrank does.
 template <Backend B>
 void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
            const MutableMatrix& b0) {
-  PISSA_CHECK(std::isfinite(scaling) && scaling > 0, "scaling: got ", scaling, "; allowed: a positive number");
+  check_split(w, a0.rows, scaling, options);
   const auto svd = svd_lowrank(backend, w, a0.rows, options);
   std::vector<float> roots(svd.s.size());
   for (std::size_t i = 0; i < roots.size(); ++i) roots[i] = std::sqrt(svd.s[i] / scaling);

@@ -1,0 +1,85 @@
+"""What the arguments of pissa.ops may be: errors name the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; needed: a torch.Tensor")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
+    if value.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"{name}: is on {value.device}; this build of pissa computes on the CPU: move it with .to('cpu')"
+        )
+    return value
+
+
+def check_weight(weight: object, name: str = "weight") -> Tensor:
+    """A finite, dense [out, in] weight, detached: what is decomposed or quantised carries no gradient."""
+    tensor = check_tensor(name, weight)
+    if tensor.dim() != 2 or tensor.numel() == 0:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: is on the meta device and holds no values; load the weights first")
+    if not all(math.isfinite(bound.item()) for bound in tensor.detach().aminmax()):
+        raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
+    return tensor.detach()
+
+
+def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
+    limit = min(weight.shape)
+    if not 1 <= r <= limit:
+        raise ValueError(
+            f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of shape {list(weight.shape)}"
+        )
+    return r
+
+
+def check_svd(svd: str, passes: int, seed: int) -> None:
+    if svd not in ("krylov", "subspace", "exact"):
+        raise ValueError(f"svd: got {svd!r}; allowed: 'krylov', 'subspace', 'exact'")
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2 or passes % 2:
+        raise ValueError(f"passes: got {passes!r}; allowed: an even number of at least 2 (8 and 12 are usual)")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+
+
+def check_blocksize(blocksize: int) -> None:
+    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(f"blocksize: got {blocksize!r}; allowed: 32, 64, 128, 256, 512, 1024, 2048, 4096")
+
+
+def check_scaling(scaling: float, name: str = "scaling") -> None:
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
+        raise ValueError(f"{name}: got {scaling!r}; allowed: a positive number (lora_alpha / r)")
+
+
+def check_residual(residual: str, allowed: tuple[str, ...]) -> None:
+    if residual not in allowed:
+        raise ValueError(f"residual: got {residual!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:
+    a, b = check_tensor(name_a, a), check_tensor(name_b, b)
+    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != in_features:
+        raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= 1, {in_features}]")
+    if b.dim() != 2 or tuple(b.shape) != (out_features, a.shape[0]):
+        raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
+
+
+def check_frozen(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.requires_grad:
+        raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")

@@ -1,0 +1,69 @@
+"""Decomposition of a model's layers, group by group: every layer its own split, and failures that leave no trace."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pissa
+from language_models import FORMS, Make, assert_same, snapshot
+from pissa.inject import pissa_layers
+
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+@forms
+@pytest.mark.parametrize("elements", [1, 5000, 1 << 22])
+def test_layers_start_from_their_own_split_in_groups_of_any_size(
+    form: str, elements: int, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pissa.inject._GROUP", elements)
+    base = tiny_llama()
+    weights = {name: module.weight for name, module in base.named_modules() if type(module) is nn.Linear}
+    fields = {"rank_pattern": {"q_proj": 7, "up_proj": 2}, "alpha_pattern": {"down_proj": 8}, "seed": 5}
+    model = pissa.wrap(base, r=4, **fields, **FORMS[form])
+    adapted = pissa_layers(base, "default")
+    assert len(adapted) == 14
+    for name, layer in adapted.items():
+        r, scaling = layer.r["default"], layer.scaling["default"]
+        split = pissa.ops.split(
+            weights[name], r, scaling=scaling, passes=model.peft_config["default"].svd_passes, seed=5, residual=form
+        )
+        assert torch.equal(layer.start_of("default").a0, split.a0)
+        assert torch.equal(layer.start_of("default").b0, split.b0)
+        if form == "explicit":
+            assert torch.equal(layer.base_layer.residual, split.residual)
+        elif form == "nf4":
+            assert torch.equal(layer.base_layer.residual.codes, split.residual.codes)
+            assert torch.equal(layer.base_layer.residual.absmax, split.residual.absmax)
+
+
+@forms
+def test_nan_in_a_later_group_restores_the_model(form: str, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pissa.inject._GROUP", 5000)
+    base = tiny_llama()
+    base.model.layers[1].mlp.down_proj.weight.data[3, 5] = math.nan
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"^layer model\.layers\.1\.mlp\.down_proj: weight: contains NaN"):
+        pissa.wrap(base, r=4, **FORMS[form])
+    assert_same(base, before)
+
+
+def test_interrupted_decomposition_restores_the_model(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama()
+    before = snapshot(base)
+    residual, calls = pissa.ops.residual, []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return residual(*args, **kwargs)
+
+    monkeypatch.setattr(pissa.ops, "residual", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pissa.wrap(base, r=4, quant="nf4")
+    assert_same(base, before)
