@@ -8,6 +8,11 @@ from torch import Tensor
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
 
 
+def unit_errors(k: int, activations: torch.dtype) -> float:
+    """Of sums of k terms in float32; with bfloat16 activations of both factors, and between them, as well."""
+    return k * EPS[torch.float32] + (3.03 * EPS[torch.bfloat16] if activations == torch.bfloat16 else 0.0)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -41,7 +46,8 @@ def magnitude(formula, *tensors, **kwargs):  # type: ignore[no-untyped-def]
 def assert_close(got: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
     """|got - expected| <= bound + half an ulp of got's dtype, elementwise; prints the worst element."""
     error = (got.double() - expected).abs()
-    limit = bound + EPS[got.dtype] * expected.abs() + 1e-30
+    format = torch.finfo(got.dtype)
+    limit = bound + EPS[got.dtype] * expected.abs() + format.smallest_normal * format.eps / 2  # among subnormals
     excess = (error / limit).max().item() if error.numel() else 0.0
     assert got.isfinite().all(), f"{what}: not finite"
     assert excess <= 1.0, f"{what}: error is {excess:.2f} times its bound (largest error {error.max().item():.3e})"
