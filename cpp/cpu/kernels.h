@@ -56,7 +56,7 @@ struct Kernels {
   /// Rounds values to a codec (not nf4), to nearest, ties to even. `to` is where the first one goes.
   void (*encode)(const float* values, std::int64_t count, Codec codec, void* to);
 
-  /// Largest |value|; NaN if any value is not finite.
+  /// Largest |value|; not finite if any value is not.
   float (*max_abs)(const float* values, std::int64_t count);
 
   /// NF4 codes and absmax of whole blocks; only the last may be short. codes: nf4_bytes(count).

@@ -79,11 +79,14 @@ struct Vec {
   static PISSA_INLINE void store(float* to, Reg value) { _mm512_storeu_ps(to, value); }
   static PISSA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static PISSA_INLINE float reduce_add(Reg a) { return _mm512_reduce_add_ps(a); }
-  static PISSA_INLINE float reduce_max(Reg a) { return _mm512_reduce_max_ps(a); }
+  static PISSA_INLINE float reduce_max_bits(Reg a) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epu32(_mm512_castps_si512(a)))));
+  }
   static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
-  static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static PISSA_INLINE Reg max_bits(Reg a, Reg b) {  // the larger as an unsigned integer
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
   static PISSA_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
   // kWidth / 2 bytes: the codes of kWidth values, each the number of thresholds below it, two a byte
   static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search& search) {
@@ -179,15 +182,18 @@ struct Vec {
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
-  static PISSA_INLINE float reduce_max(Reg a) {
-    __m128 most = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+  static PISSA_INLINE float reduce_max_bits(Reg a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(most));
   }
   static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static PISSA_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
-  static PISSA_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static PISSA_INLINE Reg max_bits(Reg a, Reg b) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
   static PISSA_INLINE Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search&) {
     __m256i code = _mm256_setzero_si256();
@@ -286,21 +292,23 @@ struct Vec {
     return each([&](int i) { return a.lane[i] + b.lane[i]; });
   }
   static PISSA_INLINE float reduce_add(Reg a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
-  static PISSA_INLINE float reduce_max(Reg a) {
-    const Reg halves = max(a, {{a.lane[2], a.lane[3], a.lane[2], a.lane[3]}});
-    return halves.lane[0] > halves.lane[1] ? halves.lane[0] : halves.lane[1];
+  static PISSA_INLINE float max_bits(float a, float b) {
+    std::uint32_t bits[2];
+    __builtin_memcpy(bits, &a, 4);
+    __builtin_memcpy(bits + 1, &b, 4);
+    return bits[0] > bits[1] ? a : b;
+  }
+  static PISSA_INLINE Reg max_bits(Reg a, Reg b) {
+    return each([&](int i) { return max_bits(a.lane[i], b.lane[i]); });
+  }
+  static PISSA_INLINE float reduce_max_bits(Reg a) {
+    return max_bits(max_bits(a.lane[0], a.lane[1]), max_bits(a.lane[2], a.lane[3]));
   }
   static PISSA_INLINE Reg mul(Reg a, Reg b) {
     return each([&](int i) { return a.lane[i] * b.lane[i]; });
   }
   static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) {
     return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
-  }
-  static PISSA_INLINE Reg min(Reg a, Reg b) {
-    return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
-  }
-  static PISSA_INLINE Reg max(Reg a, Reg b) {
-    return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
   static PISSA_INLINE Reg abs(Reg a) {
     return each([&](int i) { return __builtin_fabsf(a.lane[i]); });

@@ -57,14 +57,25 @@ template <class Product, int vecs>
 void pack_b(const Term& term, const Slice& slice, std::int64_t stride, const Panels& panels) {
   constexpr int kCols = vecs * kWidth;
   if (term.op_b == Op::n) return rows_across_inner<Product, kCols>(slice, kCols, stride, panels.b, panels.scratch);
+  constexpr int kPerWord = Product::kPerWord;
+  const std::int64_t length = words<Product>(slice.depth);
+  const bool plain =
+      is_plain<Product>(slice) && slice.depth % (kPerWord * kWidth) == 0 && slice.matrix.ld % kPerWord == 0;
   for (std::int64_t lane = 0; lane < slice.count; lane += kWidth) {
     const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane), slice.k0, slice.depth};
-    rows_along_inner<Product>(rows, kWidth, kKc, panels.scratch);
-    transpose(panels.scratch, kKc, words<Product>(slice.depth), panels.b + lane / kCols * stride + lane % kCols, kCols);
+    float* to = panels.b + lane / kCols * stride + lane % kCols;
+    if (plain && rows.count == kWidth) {
+      for (int i = 0; i < kWidth; ++i) prefetch(slice.matrix, rows.lead + i, slice.k0, slice.depth);
+      const auto* from = reinterpret_cast<const float*>(plain_row<Product>(slice, rows.lead, slice.k0));
+      transpose(from, slice.matrix.ld / kPerWord, length, to, kCols);
+    } else {
+      rows_along_inner<Product>(rows, kWidth, kKc, panels.scratch);
+      transpose(panels.scratch, kKc, length, to, kCols);
+    }
   }
   if (ceil_div(slice.count, kWidth) % vecs != 0) {  // the second half of the last strip has no columns
     float* rest = panels.b + slice.count / kCols * stride + kWidth;
-    for (std::int64_t k = 0; k < words<Product>(slice.depth); ++k) Vec::store(rest + k * kCols, Vec::zero());
+    for (std::int64_t k = 0; k < length; ++k) Vec::store(rest + k * kCols, Vec::zero());
   }
 }
 

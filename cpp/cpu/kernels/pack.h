@@ -48,6 +48,18 @@ PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t 
   }
 }
 
+// Whether the matrix stores the product's elements as they are wanted, so that panels can be made straight from it.
+template <class Product>
+PISSA_INLINE bool is_plain(const Slice& slice) {
+  const Codec codec = Product::kPerWord == 1 ? Codec::f32 : Codec::bf16;
+  return slice.matrix.codec == codec && slice.scale == 1.0f;
+}
+
+template <class Product>
+PISSA_INLINE const typename Product::Element* plain_row(const Slice& slice, std::int64_t row, std::int64_t col) {
+  return static_cast<const typename Product::Element*>(slice.matrix.data) + row * slice.matrix.ld + col;
+}
+
 // panel[lane * ld + word]; lanes from slice.count to `lanes` are zero.
 template <class Product>
 void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, float* panel) {
@@ -72,23 +84,32 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
   using Element = typename Product::Element;
   constexpr int kPerWord = Product::kPerWord;
   const std::int64_t padded = ceil_div(slice.count, width) * width;
-  auto* elements = reinterpret_cast<Element*>(row);
+  const bool plain = is_plain<Product>(slice) && slice.count == padded && padded % (kPerWord * kWidth) == 0;
   for (std::int64_t k = 0; k < slice.depth; k += kPerWord) {
+    const Element* rows[kPerWord];  // a pair of them is about to be interleaved
     for (int partner = 0; partner < kPerWord; ++partner) {
-      Element* to = elements + partner * padded;
+      const std::int64_t at = slice.k0 + k + partner;
       const std::int64_t got = k + partner < slice.depth ? slice.count : 0;
-      prefetch(slice.matrix, slice.k0 + k + partner, slice.lead, slice.count);
-      if (got > 0) decode_elements(slice.matrix, slice.k0 + k + partner, slice.lead, got, slice.scale, Product{}, to);
+      prefetch(slice.matrix, at, slice.lead, slice.count);
+      if (plain && got > 0) {
+        rows[partner] = plain_row<Product>(slice, at, slice.lead);
+        continue;
+      }
+      Element* to = reinterpret_cast<Element*>(row) + partner * padded;
+      if (got > 0) decode_elements(slice.matrix, at, slice.lead, got, slice.scale, Product{}, to);
       for (std::int64_t i = got; i < padded; ++i) to[i] = Element{};
+      rows[partner] = to;
     }
+    const auto load = [&](int partner, std::int64_t i) {
+      return Vec::load(reinterpret_cast<const float*>(rows[partner] + i));
+    };
     float* to = panel + k / kPerWord * ld;
     for (std::int64_t strip = 0; strip < padded; strip += width, to += stride) {
       if constexpr (kPerWord == 1) {
-        for (int i = 0; i < width; i += kWidth) Vec::store(to + i, Vec::load(row + strip + i));
-      } else {
+        for (int i = 0; i < width; i += kWidth) Vec::store(to + i, load(0, strip + i));
+      } else {  // of a strip of one vector the second half goes where the next row of words comes
         for (int i = 0; i < width; i += 2 * kWidth) {
-          const float* first = row + (strip + i) / kPerWord;  // rows of pairs, before they are interleaved
-          const Vec::Reg2 pairs = Product::interleave({Vec::load(first), Vec::load(first + padded / kPerWord)});
+          const Vec::Reg2 pairs = Product::interleave({load(0, strip + i), load(1, strip + i)});
           Vec::store(to + i, pairs.a);
           Vec::store(to + i + kWidth, pairs.b);
         }

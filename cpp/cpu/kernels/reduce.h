@@ -6,22 +6,14 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
+// Absolute values compare as their bits do, and what is not finite is above all that is.
 float max_abs(const float* values, std::int64_t count) {
   Vec::Reg largest = Vec::zero();
-  Vec::Reg zeros = Vec::zero();  // stays 0, or becomes NaN through Inf * 0 or NaN * 0
   std::int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Vec::Reg value = Vec::load(values + i);
-    largest = Vec::max(largest, Vec::abs(value));
-    zeros = Vec::fma(value, Vec::zero(), zeros);
-  }
-  float result = Vec::reduce_max(largest);
-  float zero = Vec::reduce_add(zeros);
-  for (; i < count; ++i) {
-    result = __builtin_fabsf(values[i]) > result ? __builtin_fabsf(values[i]) : result;
-    zero += values[i] * 0.0f;
-  }
-  return result + zero;
+  for (; i + kWidth <= count; i += kWidth) largest = Vec::max_bits(largest, Vec::abs(Vec::load(values + i)));
+  float last[kWidth] = {};
+  __builtin_memcpy(last, values + i, (count - i) * sizeof *last);
+  return Vec::reduce_max_bits(Vec::max_bits(largest, Vec::abs(Vec::load(last))));
 }
 
 // gram[i, j] += <a_i, b_j> over a range of columns, in f64, for a tile of the lower triangle: j <= i + offset.

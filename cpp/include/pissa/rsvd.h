@@ -36,11 +36,13 @@ constexpr std::int64_t oversampling(std::int64_t r) { return std::max<std::int64
 /// Columns of a block: enough for r vectors and the oversampling after `steps` blocks. Of the same number of basis
 /// vectors, more and narrower blocks find better ones; but a pass over W costs something however narrow it is. On
 /// a hard spectrum (4096 x 4096, r = 128) 6 blocks of 72 lose 1.8 % of the energy, 3 of 144, for the same work, 3.8 %.
+/// Multiples of 14 fill the CPU's register tiles.
 constexpr std::int64_t block_size(std::int64_t r, std::int64_t steps) {
-  constexpr std::int64_t kNarrow = 72;
+  constexpr std::int64_t kTile = 14;
+  constexpr std::int64_t kNarrow = 5 * kTile;
   const std::int64_t wanted = r + oversampling(r);
   const std::int64_t least = (wanted + steps - 1) / steps;
-  return std::min(wanted, std::max({kNarrow, least, (wanted + 1) / 2}));
+  return std::min(wanted, std::max({kNarrow, least, wanted / 2 / kTile * kTile}));
 }
 
 /// Factors of a truncated SVD, one singular vector per row, in the backend's memory.
