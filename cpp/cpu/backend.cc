@@ -71,7 +71,8 @@ float* allocate(std::int64_t count) {
 
 // Scratch of the calling thread: 1.6 MB, allocated on first use, freed with the thread.
 const Panels& panels() {
-  static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16), (kKc + 1) * kNc, kMc * kNc, 32 * kKc, kNc};
+  static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16), (kKc + 1) * kNc, (kMc + kStripRows) * kNc,
+                                            32 * kKc, kNc};
   pool();  // made before the buffer, so that it outlives it
   thread_local const Buffer buffer(1, kSizes[0] + kSizes[1] + kSizes[2] + kSizes[3] + kSizes[4]);
   thread_local const Panels panels = [] {

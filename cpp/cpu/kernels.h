@@ -22,7 +22,7 @@ inline constexpr std::int64_t kNf4DotRows = 4;  // and up to so many by a weight
 struct Panels {
   float* a;        // kStripRows * (kKc + 16): a strip of A
   float* b;        // (kKc + 1) * kNc
-  float* c;        // kMc * kNc
+  float* c;        // (kMc + kStripRows) * kNc: whole squares are read when it is stored transposed
   float* scratch;  // 32 * kKc: what is about to be transposed
   float* b_row;    // kNc: a pair of rows about to be interleaved
 };

@@ -126,14 +126,16 @@ char* element(const MutableMatrix& out, std::int64_t offset) {
 
 // Rounds the block's accumulators and stores them at [j, i].
 void store_transposed(const GemmProblem& problem, const Block& block, const Panels& panels) {
-  float* columns = panels.b;  // kWidth of the block's columns, kMc apart
+  // kWidth of the block's columns, as far apart as whole squares of the most rows reach
+  constexpr std::int64_t kLd = ceil_div(kMc, kWidth) * kWidth;
+  float* columns = panels.b;
   for (std::int64_t j = 0; j < block.cols; j += kWidth) {
     for (std::int64_t i = 0; i < block.rows; i += kWidth) {
-      transpose(panels.c + i * kNc + j, kNc, kWidth, columns + i, kMc);
+      transpose(panels.c + i * kNc + j, kNc, kWidth, columns + i, kLd);
     }
     for (std::int64_t k = 0; k < smaller(kWidth, block.cols - j); ++k) {
       const std::int64_t offset = (block.col + j + k) * problem.out.ld + block.row;
-      encode(columns + k * kMc, block.rows, problem.out.codec, element(problem.out, offset));
+      encode(columns + k * kLd, block.rows, problem.out.codec, element(problem.out, offset));
     }
   }
 }
