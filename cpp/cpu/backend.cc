@@ -56,17 +56,16 @@ Pool& pool() {
   return pool;
 }
 
-std::int64_t allocated_bytes(std::int64_t count) {
-  return ceil_div(count * static_cast<std::int64_t>(sizeof(float)), kAlignment) * kAlignment;
+std::int64_t allocated_bytes(std::int64_t count, Codec codec) {
+  return ceil_div(count * element_size(codec), kAlignment) * kAlignment;
 }
 
-float* allocate(std::int64_t count) {
-  if (count == 0) return nullptr;
-  const std::int64_t bytes = allocated_bytes(count);
+void* allocate(std::int64_t bytes) {
+  if (bytes == 0) return nullptr;
   void* data = pool().take(bytes);
   if (!data) data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes));
   if (!data) throw std::bad_alloc();
-  return static_cast<float*>(data);
+  return data;
 }
 
 // Scratch of the calling thread: 1.6 MB, allocated on first use, freed with the thread.
@@ -119,10 +118,13 @@ void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on th
 
 }  // namespace
 
-Buffer::Buffer(std::int64_t rows, std::int64_t cols)
-    : rows_(rows), cols_(cols), data_(allocate(rows * cols), Free{allocated_bytes(rows * cols)}) {}
+Buffer::Buffer(std::int64_t rows, std::int64_t cols, Codec codec)
+    : rows_(rows),
+      cols_(cols),
+      codec_(codec),
+      data_(allocate(allocated_bytes(rows * cols, codec)), Free{allocated_bytes(rows * cols, codec)}) {}
 
-void Buffer::Free::operator()(float* data) const {
+void Buffer::Free::operator()(void* data) const {
   if (!pool().keep(data, bytes)) std::free(data);
 }
 
@@ -157,12 +159,13 @@ void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float 
   });
 }
 
-void CpuBackend::scale_rows(const Matrix& a, std::span<const float> scales, const MutableMatrix& out, Op op) const {
+void CpuBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
   parallel_for(executor_, a.rows, 4 * a.rows * a.cols, [&](std::int64_t row) {
+    const float scale = std::sqrt(static_cast<const float*>(s.data)[row] / divisor);
     const float* from = static_cast<const float*>(a.data) + row * a.ld;
     float* to = static_cast<float*>(out.data) + (op == Op::n ? row * out.ld : row);
     const std::int64_t step = op == Op::n ? 1 : out.ld;
-    for (std::int64_t col = 0; col < a.cols; ++col) to[col * step] = scales[row] * from[col];
+    for (std::int64_t col = 0; col < a.cols; ++col) to[col * step] = scale * from[col];
   });
 }
 
@@ -337,7 +340,7 @@ double least_share_kept(const std::vector<double>& pivots, const double* gram, c
 // every row kept a quarter of its length. Rows too dependent for that, which f32 rounding would make worse than 1e-2
 // after the first round, go to Householder; so do rows, of length 1 by then, that the second round shortens by half:
 // rounding errors inside the span of the earlier.
-void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const {
+void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank) const {
   struct Round {
     double least_ratio, least_pivot;
   };
@@ -399,8 +402,12 @@ void CpuBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatri
   }
 }
 
-void CpuBackend::gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) const {
-  eigh(gram(rows).get(), rows.rows, values, static_cast<float*>(vectors.data), vectors.ld);
+void CpuBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) const {
+  std::vector<double> eigenvalues(vectors.rows);
+  eigh(gram(rows).get(), rows.rows, eigenvalues, static_cast<float*>(vectors.data), vectors.ld);
+  for (std::int64_t i = 0; i < vectors.rows; ++i) {
+    static_cast<float*>(s.data)[i] = static_cast<float>(double{scale} * std::sqrt(eigenvalues[i]));
+  }
 }
 
 static_assert(Backend<CpuBackend>);

@@ -13,20 +13,21 @@
 
 namespace pissa::cpu {
 
-/// An owned, 64-byte aligned matrix of f32. Freed memory is kept, within bounds, for the thread's next buffers.
+/// An owned, 64-byte aligned matrix. Freed memory is kept, within bounds, for the thread's next buffers.
 class Buffer {
  public:
-  Buffer(std::int64_t rows, std::int64_t cols);
-  MutableMatrix view() const { return {data_.get(), rows_, cols_, cols_, Codec::f32}; }
+  Buffer(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32);
+  MutableMatrix view() const { return {data_.get(), rows_, cols_, cols_, codec_}; }
 
  private:
   struct Free {
     std::int64_t bytes;
-    void operator()(float* data) const;
+    void operator()(void* data) const;
   };
   std::int64_t rows_;
   std::int64_t cols_;
-  std::unique_ptr<float, Free> data_;
+  Codec codec_;
+  std::unique_ptr<void, Free> data_;
 };
 
 class CpuBackend {
@@ -35,11 +36,11 @@ class CpuBackend {
   CpuBackend(const Executor& executor, const Kernels& kernels) : executor_(executor), kernels_(kernels) {}
 
   // The Backend concept; pissa/backend.h says what each does.
-  Buffer alloc(std::int64_t rows, std::int64_t cols) const { return {rows, cols}; }
+  Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) const { return {rows, cols, codec}; }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
-  void scale_rows(const Matrix& a, std::span<const float> scales, const MutableMatrix& out, Op op) const;
+  void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
   float max_abs(const Matrix& a) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
   void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const;
@@ -47,10 +48,11 @@ class CpuBackend {
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
-  void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) const;
+  void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank rank) const;
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t count) const;
-  void gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) const;
+  bool had_full_rank() const { return true; }  // rank deficiency is dealt with where it is found
+  void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) const;
 
   /// Nested quantisation of NF4's absmax, less `*offset`: codes8 [count], nested_absmax [ceil(count / 256)].
   void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,

@@ -45,9 +45,10 @@ inline pybind11::tuple svd_lowrank(const Array& weight, std::int64_t r, std::int
     pybind11::gil_scoped_release release;
     auto backend = numpy_backend();
     const auto factors = pissa::svd_lowrank(backend, w, r, options);
-    backend.scale_rows(factors.u.view(), std::vector<float>(r, 1.0f), u_view, Op::t);
+    const std::vector<float> ones(r, 1.0f);
+    backend.scale_rows(factors.u.view(), Matrix{ones.data(), 1, r, r}, 1.0f, u_view, Op::t);
     backend.copy(factors.v.view(), vh_view);
-    std::copy(factors.s.begin(), factors.s.end(), s_data);
+    backend.copy(factors.s.view(), MutableMatrix{s_data, 1, r, r});
   }
   return pybind11::make_tuple(u, s, vh);
 }

@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(B backend, const Tensor& weight, 
   const Tensor s = new_tensor(weight, {r}, ScalarType::Float);
   const Tensor v = new_tensor(weight, {r, w.cols}, ScalarType::Float);
   backend.copy(factors.u.view(), mutable_matrix(u));
-  backend.copy(Matrix{factors.s.data(), 1, r, r}, mutable_matrix(s));
+  backend.copy(factors.s.view(), mutable_matrix(s));
   backend.copy(factors.v.view(), mutable_matrix(v));
   return {u, s, v};
 }

@@ -81,8 +81,8 @@ class GuardedBackend {
     MutableMatrix matrix;
     MutableMatrix view() const { return matrix; }
   };
-  Buffer alloc(std::int64_t rows, std::int64_t cols) {
-    return {{device_.allocate(rows * cols * element_size(Codec::f32)), rows, cols, cols, Codec::f32}};
+  Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) {
+    return {{device_.allocate(rows * cols * element_size(codec)), rows, cols, cols, codec}};
   }
 
   void copy(const Matrix& a, const MutableMatrix& out) {
@@ -94,8 +94,8 @@ class GuardedBackend {
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) {
     inside([&] { cpu_.fill_signs(out, seed, scale); });
   }
-  void scale_rows(const Matrix& a, std::span<const float> scales, const MutableMatrix& out, Op op) {
-    inside([&] { cpu_.scale_rows(a, scales, out, op); });
+  void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) {
+    inside([&] { cpu_.scale_rows(a, s, divisor, out, op); });
   }
   float max_abs(const Matrix& a) {
     return inside([&] { return cpu_.max_abs(a); });
@@ -114,15 +114,16 @@ class GuardedBackend {
                       std::span<const Term> tail, const MutableMatrix& dx) {
     inside([&] { cpu_.weight_gemm_nn(dy, weight, scale, precision, tail, dx); });
   }
-  void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count) {
-    inside([&] { cpu_.orthonormalize(basis, done, count); });
+  void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank rank) {
+    inside([&] { cpu_.orthonormalize(basis, done, count, rank); });
   }
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t count) {
     inside([&] { cpu_.reorthonormalize(basis, companion, done, count); });
   }
-  void gram_eigh(const Matrix& rows, std::span<double> values, const MutableMatrix& vectors) {
-    inside([&] { cpu_.gram_eigh(rows, values, vectors); });
+  bool had_full_rank() { return true; }
+  void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
+    inside([&] { cpu_.gram_svd(rows, scale, s, vectors); });
   }
 
  private:

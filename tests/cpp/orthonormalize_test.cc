@@ -107,7 +107,7 @@ class OrthonormalizeTest : public IsaTest {
     const std::int64_t done = earlier.rows;
     Stored basis = stacked(earlier, rows);
     const Dense before = basis.values();
-    backend().orthonormalize(basis.mutable_view(), done, rows.rows);
+    backend().orthonormalize(basis.mutable_view(), done, rows.rows, Rank::any);
     const Dense after = basis.values();
     EXPECT_TRUE(basis.padding_intact());
     EXPECT_EQ(rows_of(after, 0, done).values, rows_of(before, 0, done).values) << "the earlier rows changed";
@@ -158,7 +158,7 @@ TEST_P(OrthonormalizeTest, LeavesOrthonormalRowsWhereTheyAre) {
   Random random(3);
   const Dense rows = random_orthonormal(random, 12, 60);
   Stored basis(rows, Codec::f32);
-  backend().orthonormalize(basis.mutable_view(), 0, 12);
+  backend().orthonormalize(basis.mutable_view(), 0, 12, Rank::any);
   EXPECT_LE(norm(basis.values() - rows), orthonormality_bound(60) * std::sqrt(12.0))
       << "no signs turned, no rows exchanged";
 }
@@ -173,7 +173,7 @@ TEST_P(OrthonormalizeTest, BitwiseTheSameForAnyNumberOfThreads) {
     rows_class.fill(random, earlier, rows);
     expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
       Stored basis = stacked(earlier, rows);
-      cpu.orthonormalize(basis.mutable_view(), 20, 40);
+      cpu.orthonormalize(basis.mutable_view(), 20, 40, Rank::any);
       return basis.bytes();
     });
   }

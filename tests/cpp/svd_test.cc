@@ -24,20 +24,22 @@ namespace {
 /// A decomposition on the host.
 struct Factors {
   Dense u;  // [r, m]
-  std::vector<float> s;
+  std::vector<double> s;
   Dense v;  // [r, n]
 };
 
-Dense to_dense(const MutableMatrix& matrix) {
-  Dense result(matrix.rows, matrix.cols);
-  std::copy_n(static_cast<const float*>(matrix.data), matrix.rows * matrix.cols, result.values.begin());
-  return result;
+template <class B>
+Dense to_dense(B& backend, const MutableMatrix& matrix) {
+  Stored result = Stored::poisoned(matrix.rows, matrix.cols, Codec::f32);
+  backend.copy(matrix, result.mutable_view());
+  return result.values();
 }
 
 template <class B>
 Factors decompose(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options) {
   const auto factors = svd_lowrank(backend, w, r, options);
-  return {to_dense(factors.u.view()), factors.s, to_dense(factors.v.view())};
+  return {to_dense(backend, factors.u.view()), to_dense(backend, factors.s.view()).values,
+          to_dense(backend, factors.v.view())};
 }
 
 /// What rounding to f32 does to W q, of all rows q of length 1 together: sqrt(terms) roundings as in a random walk,

@@ -1,8 +1,11 @@
 // What a device must provide: the primitives over which the core's algorithms are written, once.
 //
 // A backend owns no data of the caller's; pointers handed to it belong to its device, and the algorithms never read
-// through them. Host values cross only through `max_abs` and `gram_eigh`, which therefore synchronise; nothing else
-// does. All thin matrices of the SVD are stored with one vector per row.
+// through them. Host values cross only through `max_abs` and `had_full_rank`, which therefore synchronise; nothing else
+// need do so. All thin matrices of the SVD are stored with one vector per row.
+//
+// A backend may stand for a stack of equal problems, one weight each: every matrix that it allocates is then as many
+// (`Matrix::stride`), and the algorithms do not notice.
 #pragma once
 
 #include <concepts>
@@ -23,10 +26,9 @@ struct Nf4Output {
 // clang-format off
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
-                           std::uint64_t seed, float scale, std::span<const float> scales, std::span<double> values,
-                           Precision precision) {
-  // A matrix [rows, cols] of f32, uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
-  { backend.alloc(count, count).view() } -> std::convertible_to<MutableMatrix>;
+                           std::uint64_t seed, float scale, Precision precision, Codec codec) {
+  // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
+  { backend.alloc(count, count, codec).view() } -> std::convertible_to<MutableMatrix>;
 
   // out = a, converting between codecs; this is also how NF4 is dequantised.
   { backend.copy(matrix, out) };
@@ -37,8 +39,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // out[i, j] = scale * (+1 or -1): the sketch of philox.h, element i * cols + j.
   { backend.fill_signs(out, seed, scale) };
 
-  // out[i, :] = scales[i] * a[i, :], or, transposed, out[:, i] = scales[i] * a[i, :].
-  { backend.scale_rows(matrix, scales, out, Op::n) };
+  // out[i, :] = sqrt(s[i] / divisor) * a[i, :], or, transposed, out[:, i] = the same. s: [1, a.rows] f32, not negative.
+  { backend.scale_rows(matrix, matrix, scale, out, Op::n) };
 
   // Largest |element|; not finite if any element is not.
   { backend.max_abs(matrix) } -> std::same_as<float>;
@@ -56,16 +58,20 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
 
   // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
-  // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set.
-  { backend.orthonormalize(out, count, count) };
+  // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set; but where they are
+  // assumed to have full rank, a backend may leave finding out that they had not for `had_full_rank`.
+  { backend.orthonormalize(out, count, count, Rank::any) };
 
   // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), but for being rounded to
   // bf16; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same combinations.
   { backend.reorthonormalize(out, out, count, count) };
 
-  // Eigenvalues, descending and not negative, and eigenvectors (one per row of `out`) of rows * rows^T, in f64 inside.
-  // Computes the leading `values.size()` of them; out is [values.size(), rows.rows].
-  { backend.gram_eigh(matrix, values, out) };
+  // Whether every assumption of full rank since the last call held. If not, what was computed since means nothing.
+  { backend.had_full_rank() } -> std::same_as<bool>;
+
+  // Leading k singular values of a matrix, times scale, descending, in s [1, k] f32, and its left singular vectors, one
+  // per row of `out` [k, rows], from its Gram matrix in f64.
+  { backend.gram_svd(matrix, scale, out, out) };
 };
 // clang-format on
 

@@ -14,6 +14,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include "pissa/backend.h"
 #include "pissa/error.h"
@@ -39,16 +40,51 @@ struct Adapter {
 
 namespace detail {
 
-/// Activations in bf16 ask for bf16 products, of the factors too: mixed precision as it is usually meant.
-inline Precision precision_for(const Matrix& x) { return x.codec == Codec::bf16 ? Precision::bf16 : Precision::f32; }
-
-/// start + delta, or delta where there is no start. `sum` owns the memory of the first case.
-template <Backend B, class Buffer>
-Matrix total(B& backend, const Matrix& start, const Matrix& delta, Buffer& sum) {
-  if (!start) return delta;
-  backend.add(start, delta, sum.view());
-  return sum.view();
+/// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant.
+inline Precision precision_for(const Matrix& x) {
+  if (x.codec == Codec::bf16) return Precision::bf16;
+  return x.codec == Codec::f16 ? Precision::f16 : Precision::f32;
 }
+
+/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read again.
+inline constexpr std::int64_t kFewTokens = 16;
+
+/// One or two terms of a sum.
+class TermPair {
+ public:
+  void add(const Term& term) { terms_[count_++] = term; }
+  operator std::span<const Term>() const { return std::span(terms_).first(count_); }
+
+ private:
+  std::array<Term, 2> terms_;
+  std::size_t count_ = 0;
+};
+
+/// start + delta of one factor, or delta where there is no start; summed in memory, or left apart.
+template <Backend B>
+class Factor {
+ public:
+  Factor(B& backend, const Matrix& start, const Matrix& delta, bool apart)
+      : start_(apart ? start : Matrix{}),
+        delta_(delta),
+        sum_(backend.alloc(start && !apart ? delta.rows : 0, delta.cols, Codec::f32)) {
+    if (!start || apart) return;
+    backend.add(start, delta, sum_.view());
+    delta_ = sum_.view();
+  }
+  /// scale * a * op(start + delta)
+  TermPair times(const Matrix& a, Op op, float scale, Precision precision) const {
+    TermPair terms;
+    if (start_) terms.add({a, Op::n, start_, op, scale, precision});
+    terms.add({a, Op::n, delta_, op, scale, precision});
+    return terms;
+  }
+
+ private:
+  Matrix start_;
+  Matrix delta_;
+  decltype(std::declval<B&>().alloc(0, 0, Codec::f32)) sum_;
+};
 
 template <Backend B>
 void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, float scale, Precision precision,
@@ -60,23 +96,21 @@ void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, flo
 /// Calls write(tail) with the thin products that the adapter adds to y; xa [tokens, r] receives x A^T.
 template <Backend B, class F>
 void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa, F write) {
-  const std::int64_t r = adapter.rank();
   const float s = adapter.scaling;
   const Precision precision = precision_for(x);
-  auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
-  const Matrix a = total(backend, adapter.a0, adapter.delta_a, a_sum);
-  product(backend, x, Op::n, a, Op::t, 1.0f, precision, xa);
+  const bool apart = x.rows <= kFewTokens;
+  const Factor a(backend, adapter.a0, adapter.delta_a, apart);
+  backend.gemm(a.times(x, Op::t, 1.0f, precision), {}, xa);
   if (adapter.implicit()) {
-    auto x_delta_a = backend.alloc(x.rows, r);
+    auto x_delta_a = backend.alloc(x.rows, adapter.rank(), Codec::f32);
     product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, precision, x_delta_a.view());
-    const std::array tail{Term{xa, Op::n, adapter.delta_b, Op::t, s, precision},
-                          Term{x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision}};
-    return write(std::span<const Term>(tail));
+    TermPair tail;
+    tail.add({xa, Op::n, adapter.delta_b, Op::t, s, precision});
+    tail.add({x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision});
+    return write(tail);
   }
-  auto b_sum = backend.alloc(adapter.b0 ? adapter.delta_b.rows : 0, r);
-  const Matrix b = total(backend, adapter.b0, adapter.delta_b, b_sum);
-  const std::array tail{Term{xa, Op::n, b, Op::t, s, precision}};
-  write(std::span<const Term>(tail));
+  const Factor b(backend, adapter.b0, adapter.delta_b, apart);
+  write(b.times(xa, Op::t, s, precision));
 }
 
 /// The adapter's gradients; calls write(tail) with the thin products that it adds to dx.
@@ -86,21 +120,20 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   const std::int64_t r = adapter.rank();
   const float s = adapter.scaling;
   const bool implicit = adapter.implicit();
+  const bool apart = x.rows <= kFewTokens;
   const Precision precision = precision_for(x);
   product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
 
-  auto dy_b = backend.alloc(dy.rows, r);  // dy B, or dy dB and dy B0 apart
-  auto dy_b0 = backend.alloc(implicit ? dy.rows : 0, r);
-  auto b_sum = backend.alloc(adapter.b0 && !implicit ? adapter.delta_b.rows : 0, r);
-  const Matrix b = implicit ? adapter.delta_b : total(backend, adapter.b0, adapter.delta_b, b_sum);
-  product(backend, dy, Op::n, b, Op::n, 1.0f, precision, dy_b.view());
+  auto dy_b = backend.alloc(dy.rows, r, Codec::f32);  // dy B, or dy dB and dy B0 apart
+  auto dy_b0 = backend.alloc(implicit ? dy.rows : 0, r, Codec::f32);
+  const Factor b(backend, implicit ? Matrix{} : adapter.b0, adapter.delta_b, apart);
+  backend.gemm(b.times(dy, Op::n, 1.0f, precision), {}, dy_b.view());
   if (implicit) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, precision, dy_b0.view());
 
-  auto a_sum = backend.alloc(adapter.a0 ? r : 0, x.cols);
-  const Matrix a = total(backend, adapter.a0, adapter.delta_a, a_sum);
-  const std::array tail{Term{dy_b.view(), Op::n, a, Op::n, s, precision},
-                        Term{dy_b0.view(), Op::n, adapter.delta_a, Op::n, s, precision}};
-  write(std::span<const Term>(tail).first(implicit ? 2 : 1));
+  const Factor a(backend, adapter.a0, adapter.delta_a, apart && !implicit);
+  TermPair tail = a.times(dy_b.view(), Op::n, s, precision);
+  if (implicit) tail.add({dy_b0.view(), Op::n, adapter.delta_a, Op::n, s, precision});
+  write(tail);
 
   if (implicit) backend.add(dy_b.view(), dy_b0.view(), dy_b.view());
   product(backend, dy_b.view(), Op::t, x, Op::n, s, precision, grad_a);

@@ -14,7 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <vector>
+#include <utility>
 
 #include "pissa/backend.h"
 #include "pissa/error.h"
@@ -48,9 +48,9 @@ constexpr std::int64_t block_size(std::int64_t r, std::int64_t steps) {
 /// Factors of a truncated SVD, one singular vector per row, in the backend's memory.
 template <class Buffer>
 struct SvdFactors {
-  Buffer u;              // [r, m]
-  std::vector<float> s;  // r values, descending, not negative; on the host
-  Buffer v;              // [r, n]
+  Buffer u;  // [r, m]
+  Buffer s;  // [1, r], descending, not negative
+  Buffer v;  // [r, n]
 };
 
 inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options) {
@@ -61,14 +61,10 @@ inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options
               "; allowed: an even number of at least 2");
 }
 
-/// Leading r singular triplets of w. Throws std::invalid_argument on a bad rank, pass count or non-finite weight.
-template <Backend B>
-auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options) {
-  check_svd(w, r, options);
-  const float largest = backend.max_abs(w);
-  PISSA_CHECK(std::isfinite(largest),
-              "weight: contains NaN or Inf; a singular value decomposition needs finite values");
+namespace detail {
 
+template <Backend B>
+auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, float largest, Rank rank) {
   // The basis lives on the shorter side of W. `wide` vectors are on the longer one.
   const bool rows_short = w.rows <= w.cols;
   const std::int64_t short_dim = std::min(w.rows, w.cols);
@@ -95,10 +91,10 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), short_dim);
   const std::int64_t max_basis = keep_blocks ? std::min(block * steps, short_dim) : block;
 
-  auto basis_buffer = backend.alloc(max_basis, short_dim);  // rows q: orthonormal
-  auto wide_buffer = backend.alloc(max_basis, wide_dim);    // rows q W (or W q): the projection of W
-  auto sketch = backend.alloc(block, wide_dim);
-  auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, (short_dim + 1) / 2);  // bf16
+  auto basis_buffer = backend.alloc(max_basis, short_dim, Codec::f32);  // rows q: orthonormal
+  auto wide_buffer = backend.alloc(max_basis, wide_dim, Codec::f32);    // rows q W (or W q): the projection of W
+  auto sketch = backend.alloc(block, wide_dim, Codec::f32);
+  auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, short_dim, Codec::bf16);
   const MutableMatrix basis = basis_buffer.view();
   const MutableMatrix wide = wide_buffer.view();
   Matrix thin = sketch.view();
@@ -108,12 +104,12 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   std::int64_t rows = block;
   for (std::int64_t step = 0;; ++step) {
     wide_to_basis(rows_of(thin, 0, rows), rows_of(basis, first, rows));
-    backend.orthonormalize(basis, first, rows);
+    backend.orthonormalize(basis, first, rows, rank);
     if (in_bf16) {
       // On the way to the basis `thin` may be rounded: any vectors near the leading ones will do. On the way back the
       // rows of `wide` must be those of the basis times W; so the basis itself is rounded, and what makes it
       // orthonormal again is done to both.
-      const MutableMatrix rounded{rounded_buffer.view().data, rows, short_dim, short_dim, Codec::bf16};
+      const MutableMatrix rounded = rows_of(rounded_buffer.view(), 0, rows);
       backend.copy(rows_of(basis, first, rows), rounded);
       backend.copy(rounded, rows_of(basis, first, rows));
       basis_to_wide(rounded, rows_of(wide, first, rows));
@@ -132,27 +128,45 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     }
   }
 
-  // W ~ Q^T (Q W): the SVD of the projection from the eigenvectors of its small Gram matrix.
+  // W ~ Q^T (Q W): the SVD of the projection, from its small Gram matrix.
   const std::int64_t basis_rows = first + rows;
-  std::vector<double> eigenvalues(r);
-  auto rotation_buffer = backend.alloc(r, basis_rows);
-  backend.gram_eigh(rows_of(wide, 0, basis_rows), eigenvalues, rotation_buffer.view());
+  auto s = backend.alloc(1, r, Codec::f32);
+  auto rotation_buffer = backend.alloc(r, basis_rows, Codec::f32);
+  backend.gram_svd(rows_of(wide, 0, basis_rows), 1 / unit, s.view(), rotation_buffer.view());
   const Matrix rotation = rotation_buffer.view();
 
-  auto short_factor = backend.alloc(r, short_dim);
-  auto wide_factor = backend.alloc(r, wide_dim);
+  auto short_factor = backend.alloc(r, short_dim, Codec::f32);
+  auto wide_factor = backend.alloc(r, wide_dim, Codec::f32);
   const Term to_short[] = {{rotation, Op::n, rows_of(basis, 0, basis_rows), Op::n, 1.0f}};
   const Term to_wide[] = {{rotation, Op::n, rows_of(wide, 0, basis_rows), Op::n, 1.0f}};
   backend.gemm(to_short, {}, short_factor.view());
   backend.gemm(to_wide, {}, wide_factor.view());
-  backend.orthonormalize(wide_factor.view(), 0, r);  // divides by the singular values, safely where they are 0
-
-  std::vector<float> s(r);
-  for (std::int64_t i = 0; i < r; ++i) s[i] = static_cast<float>(std::ldexp(std::sqrt(eigenvalues[i]), exponent));
+  backend.orthonormalize(wide_factor.view(), 0, r, rank);  // divides by the singular values, safely where they are 0
 
   using Buffer = decltype(short_factor);
   if (rows_short) return SvdFactors<Buffer>{std::move(short_factor), std::move(s), std::move(wide_factor)};
   return SvdFactors<Buffer>{std::move(wide_factor), std::move(s), std::move(short_factor)};
+}
+
+/// Largest |element| of a weight, to scale by. Throws unless it is finite.
+template <Backend B>
+float largest_of(B& backend, const Matrix& w) {
+  const float largest = backend.max_abs(w);
+  PISSA_CHECK(std::isfinite(largest),
+              "weight: contains NaN or Inf; a singular value decomposition needs finite values");
+  return largest;
+}
+
+}  // namespace detail
+
+/// Leading r singular triplets of w. Throws std::invalid_argument on a bad rank, pass count or non-finite weight.
+template <Backend B>
+auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options) {
+  check_svd(w, r, options);
+  const float largest = detail::largest_of(backend, w);
+  auto factors = detail::svd_lowrank(backend, w, r, options, largest, Rank::assumed_full);
+  if (backend.had_full_rank()) return factors;
+  return detail::svd_lowrank(backend, w, r, options, largest, Rank::any);
 }
 
 }  // namespace pissa

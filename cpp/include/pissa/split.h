@@ -8,7 +8,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "pissa/backend.h"
 #include "pissa/error.h"
@@ -28,10 +27,8 @@ void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options
            const MutableMatrix& b0) {
   check_split(w, a0.rows, scaling, options);
   const auto svd = svd_lowrank(backend, w, a0.rows, options);
-  std::vector<float> roots(svd.s.size());
-  for (std::size_t i = 0; i < roots.size(); ++i) roots[i] = std::sqrt(svd.s[i] / scaling);
-  backend.scale_rows(svd.v.view(), roots, a0, Op::n);
-  backend.scale_rows(svd.u.view(), roots, b0, Op::t);
+  backend.scale_rows(svd.v.view(), svd.s.view(), scaling, a0, Op::n);
+  backend.scale_rows(svd.u.view(), svd.s.view(), scaling, b0, Op::t);
 }
 
 /// The term that turns w into its residual: gemm stores w + term in any dtype, gemm_nf4 quantises it on the way.

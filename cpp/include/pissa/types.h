@@ -44,14 +44,15 @@ struct Nf4Scales {
   const float* offset = nullptr;
 };
 
-/// A read-only matrix [rows, cols].
+/// A read-only matrix [rows, cols]. A backend that computes on a stack of equal matrices at once takes one for all of them.
 struct Matrix {
   const void* data = nullptr;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t ld = 0;  // ignored for nf4, whose blocks run over the flattened matrix
   Codec codec = Codec::f32;
-  Nf4Scales scales = {};  // nf4 only
+  Nf4Scales scales = {};    // nf4 only
+  std::int64_t stride = 0;  // elements between the matrices of a stack; 0: one matrix, the same for the whole stack
 
   /// False for an optional argument that was not given.
   PISSA_INLINE explicit operator bool() const { return data != nullptr; }
@@ -64,9 +65,10 @@ struct MutableMatrix {
   std::int64_t cols = 0;
   std::int64_t ld = 0;
   Codec codec = Codec::f32;
+  std::int64_t stride = 0;
 
   PISSA_INLINE explicit operator bool() const { return data != nullptr; }
-  PISSA_INLINE operator Matrix() const { return {data, rows, cols, ld, codec}; }
+  PISSA_INLINE operator Matrix() const { return {data, rows, cols, ld, codec, {}, stride}; }
 };
 
 /// Rows [first, first + count) of a dense matrix.
@@ -84,9 +86,12 @@ inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
-/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` is what
-/// mixed precision means, and what a device does where it has faster units for bf16; `f32` keeps every digit given.
-enum class Precision : std::uint8_t { f32, bf16 };
+/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` and `f16` are
+/// what mixed precision means, and what a device does where it has faster units for them; `f32` keeps every digit given.
+enum class Precision : std::uint8_t { f32, bf16, f16 };
+
+/// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
+enum class Rank : std::uint8_t { assumed_full, any };
 
 /// One product of a GEMM: scale * op(a) * op(b).
 struct Term {
