@@ -134,6 +134,28 @@ PISSA_INLINE constexpr std::uint8_t nf4_code(float scaled) {
   return code;
 }
 
+/// A short search for NF4 codes: 32 cells over [-1, 1], none with more than one threshold inside. A value's cell tells
+/// how many thresholds are below the cell, and which one to compare it with. Rounding may put a value next to a cell's
+/// edge into its neighbour; no threshold is so near an edge that this matters.
+struct Nf4Search {
+  static constexpr float kFactor = 15.9f;  // cell = trunc(kFactor * value + kShift): 0.05 at -1, 31.85 at 1
+  static constexpr float kShift = 15.95f;
+  float threshold[32];
+  std::int32_t base[32];
+};
+inline constexpr Nf4Search kNf4Search = [] {
+  Nf4Search search{};
+  for (int cell = 0; cell < 32; ++cell) {
+    search.threshold[cell] = 2.0f;  // none
+    for (const float threshold : kNf4Thresholds.value) {
+      const float place = Nf4Search::kFactor * threshold + Nf4Search::kShift;
+      search.base[cell] += place < static_cast<float>(cell);
+      if (static_cast<int>(place) == cell) search.threshold[cell] = threshold;
+    }
+  }
+  return search;
+}();
+
 /// bitsandbytes rounds a scale (less the offset), divided by its block's absmax, to a grid of 2^16 points over [-1, 1]
 /// ...
 constexpr std::int32_t dynamic_point(float scaled) {

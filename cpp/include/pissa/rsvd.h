@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <stdexcept>
 #include <utility>
 
 #include "pissa/backend.h"
@@ -166,7 +167,9 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const float largest = detail::largest_of(backend, w);
   auto factors = detail::svd_lowrank(backend, w, r, options, largest, Rank::assumed_full);
   if (backend.had_full_rank()) return factors;
-  return detail::svd_lowrank(backend, w, r, options, largest, Rank::any);
+  auto careful = detail::svd_lowrank(backend, w, r, options, largest, Rank::any);
+  if (!backend.had_full_rank()) throw std::runtime_error("weight: its singular value decomposition did not converge");
+  return careful;
 }
 
 }  // namespace pissa

@@ -55,7 +55,7 @@ struct Matrix {
   std::int64_t stride = 0;  // elements between the matrices of a stack; 0: one matrix, the same for the whole stack
 
   /// False for an optional argument that was not given.
-  PISSA_INLINE explicit operator bool() const { return data != nullptr; }
+  PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 /// A writable matrix [rows, cols] in f32, bf16 or f16.
@@ -67,8 +67,8 @@ struct MutableMatrix {
   Codec codec = Codec::f32;
   std::int64_t stride = 0;
 
-  PISSA_INLINE explicit operator bool() const { return data != nullptr; }
-  PISSA_INLINE operator Matrix() const { return {data, rows, cols, ld, codec, {}, stride}; }
+  PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
+  PISSA_INLINE constexpr operator Matrix() const { return {data, rows, cols, ld, codec, {}, stride}; }
 };
 
 /// Rows [first, first + count) of a dense matrix.
