@@ -5,18 +5,9 @@
 
 #include "executor.h"
 #include "kernels.h"
-#include "pissa/rsvd.h"
-#include "pissa/types.h"
+#include "pissa/split.h"
 
 namespace pissa::cpu {
-
-/// A weight [out, in], and where its start factors go: a0 [r, in] and b0 [out, r], f32.
-struct SplitTask {
-  Matrix w;
-  float scaling;
-  MutableMatrix a0;
-  MutableMatrix b0;
-};
 
 /// What `split` makes of every task, bit for bit.
 ///

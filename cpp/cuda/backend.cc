@@ -14,15 +14,6 @@
 namespace pissa::cuda {
 namespace {
 
-// Matrix number i of a stack.
-template <class M>
-M one_of(M stack, std::int64_t i) {
-  using Byte = std::conditional_t<std::is_same_v<M, Matrix>, const char, char>;
-  stack.data = static_cast<Byte*>(stack.data) + i * stack.stride * element_size(stack.codec);
-  stack.stride = 0;
-  return stack;
-}
-
 // from = from - (from earlier^T) earlier, and the same combination of another matrix's rows: block Gram-Schmidt.
 void remove_earlier(const Context& context, const MutableMatrix& basis, const MutableMatrix& companion,
                     std::int64_t done, std::int64_t rows, std::int64_t count) {

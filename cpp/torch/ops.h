@@ -1,9 +1,13 @@
-// Bodies of the torch ops: check, allocate, call the core. Templates over the backend, so that each device's
-// registration file is a list. Arguments were validated in python/pissa/ops.py with better messages; what is checked
+// The torch ops: check, allocate, call the core. Templates over a Device, so that a device's own file says only where its
+// backend comes from. Arguments were validated in python/pissa/ops.py with better messages; what is checked
 // here again is what would otherwise read or write out of bounds. Exceptions keep their text; which Python type they
 // become depends on the torch version.
 //
 // Tensors may be non-contiguous (they are made contiguous) and x may have any number of leading dimensions.
+//
+// A Device is made from the tensors of a call, all on one device, and has
+//   backend()                   the backend that computes there, while the Device lives
+//   split_many(tasks, options)  the backend's way with many weights
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -56,6 +60,18 @@ inline Matrix matrix(const Tensor& tensor) {
 inline MutableMatrix mutable_matrix(const Tensor& tensor) {
   const Matrix view = matrix(tensor);
   return {tensor.mutable_data_ptr(), view.rows, view.cols, view.ld, view.codec};
+}
+
+// Throws unless every tensor is where the first one is: what a device is handed is read without looking.
+inline void check_same_device(const Tensor& first, const Tensor& other) {
+  PISSA_CHECK(first.is_cpu() == other.is_cpu() && first.get_device_index() == other.get_device_index(),
+              "all tensors must be on one device");
+}
+inline void check_same_device(const Tensor& first, const OptionalTensor& other) {
+  if (other) check_same_device(first, *other);
+}
+inline void check_same_device(const Tensor& first, const std::vector<Tensor>& others) {
+  for (const Tensor& other : others) check_same_device(first, other);
 }
 
 inline OptionalTensor contiguous(const OptionalTensor& tensor) {
@@ -156,9 +172,11 @@ struct AdapterTensors {
 // ---- Decomposition -------------------------------------------------------------------------------------------------
 
 // (u [r, out], s [r], v [r, in]), one singular vector per row.
-template <Backend B>
-std::tuple<Tensor, Tensor, Tensor> svd_lowrank(B backend, const Tensor& weight, std::int64_t r, const std::string& svd,
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, std::int64_t r, const std::string& svd,
                                                std::int64_t passes, std::int64_t seed) {
+  Device device(weight);
+  auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
   const auto factors = pissa::svd_lowrank(backend, w, r, svd_options(svd, passes, seed));
@@ -171,9 +189,11 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(B backend, const Tensor& weight, 
   return {u, s, v};
 }
 
-template <Backend B>
-std::tuple<Tensor, Tensor> split(B backend, const Tensor& weight, std::int64_t r, double scaling,
-                                 const std::string& svd, std::int64_t passes, std::int64_t seed) {
+template <class Device>
+std::tuple<Tensor, Tensor> split(const Tensor& weight, std::int64_t r, double scaling, const std::string& svd,
+                                 std::int64_t passes, std::int64_t seed) {
+  Device device(weight);
+  auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
   const SvdOptions options = svd_options(svd, passes, seed);
@@ -181,6 +201,31 @@ std::tuple<Tensor, Tensor> split(B backend, const Tensor& weight, std::int64_t r
   const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
   const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
   pissa::split(backend, w, static_cast<float>(scaling), options, mutable_matrix(a0), mutable_matrix(b0));
+  return {a0, b0};
+}
+
+template <class Device>
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vector<Tensor>& weights,
+                                                                const std::vector<std::int64_t>& ranks,
+                                                                const std::vector<double>& scalings,
+                                                                const std::string& svd, std::int64_t passes,
+                                                                std::int64_t seed) {
+  PISSA_CHECK(!weights.empty() && ranks.size() == weights.size() && scalings.size() == weights.size(),
+              "ranks, scalings: got ", ranks.size(), " and ", scalings.size(), "; needed: one for each of the ",
+              weights.size(), " weights, of which there must be one");
+  Device device(weights[0], weights);
+  const SvdOptions options = svd_options(svd, passes, seed);
+  std::vector<Tensor> contiguous_weights, a0, b0;
+  std::vector<SplitTask> tasks;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    contiguous_weights.push_back(torch::stable::contiguous(weights[i]));
+    const Matrix w = matrix(contiguous_weights.back());
+    check_svd(w, ranks[i], options);  // before the rank becomes a size
+    a0.push_back(new_tensor(weights[i], {ranks[i], w.cols}, ScalarType::Float));
+    b0.push_back(new_tensor(weights[i], {w.rows, ranks[i]}, ScalarType::Float));
+    tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back())});
+  }
+  device.split_many(tasks, options);
   return {a0, b0};
 }
 
@@ -193,10 +238,12 @@ inline std::tuple<Tensor, Tensor, Nf4Output> new_nf4(const Tensor& like, std::in
           Nf4Output{blocksize, codes.mutable_data_ptr<std::uint8_t>(), absmax.mutable_data_ptr<float>()}};
 }
 
-template <Backend B>
-std::tuple<Tensor, Tensor, Tensor, Tensor> split_nf4(B backend, const Tensor& weight, std::int64_t r, double scaling,
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> split_nf4(const Tensor& weight, std::int64_t r, double scaling,
                                                      const std::string& svd, std::int64_t passes, std::int64_t seed,
                                                      std::int64_t quant_iters, std::int64_t blocksize) {
+  Device device(weight);
+  auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
   const SvdOptions options = svd_options(svd, passes, seed);
@@ -209,8 +256,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> split_nf4(B backend, const Tensor& we
   return {a0, b0, codes, absmax};
 }
 
-template <Backend B>
-Tensor residual(B backend, const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling) {
+template <class Device>
+Tensor residual(const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling) {
+  Device device(weight, a0, b0);
+  auto& backend = device.backend();
   const Tensor tensors[] = {torch::stable::contiguous(weight), torch::stable::contiguous(a0),
                             torch::stable::contiguous(b0)};
   const Matrix w = matrix(tensors[0]);
@@ -223,9 +272,11 @@ Tensor residual(B backend, const Tensor& weight, const Tensor& a0, const Tensor&
   return out;
 }
 
-template <Backend B>
-std::tuple<Tensor, Tensor> residual_nf4(B backend, const Tensor& weight, const Tensor& a0, const Tensor& b0,
-                                        double scaling, std::int64_t blocksize) {
+template <class Device>
+std::tuple<Tensor, Tensor> residual_nf4(const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling,
+                                        std::int64_t blocksize) {
+  Device device(weight, a0, b0);
+  auto& backend = device.backend();
   const Tensor tensors[] = {torch::stable::contiguous(weight), torch::stable::contiguous(a0),
                             torch::stable::contiguous(b0)};
   const Matrix w = matrix(tensors[0]);
@@ -240,16 +291,20 @@ std::tuple<Tensor, Tensor> residual_nf4(B backend, const Tensor& weight, const T
 
 // ---- NF4 -----------------------------------------------------------------------------------------------------------
 
-template <Backend B>
-std::tuple<Tensor, Tensor> nf4_quantize(B backend, const Tensor& weight, std::int64_t blocksize) {
+template <class Device>
+std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, std::int64_t blocksize) {
+  Device device(weight);
+  auto& backend = device.backend();
   const Tensor w = torch::stable::contiguous(weight);
   const auto [codes, absmax, q] = new_nf4(weight, w.numel(), blocksize);
   backend.gemm_nf4({}, matrix(w), q);
   return {codes, absmax};
 }
 
-template <Backend B>
-std::tuple<Tensor, Tensor> quantize_absmax(B backend, const Tensor& absmax, const Tensor& offset) {
+template <class Device>
+std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& offset) {
+  Device device(absmax, offset);
+  auto& backend = device.backend();
   PISSA_CHECK(
       absmax.scalar_type() == ScalarType::Float && offset.scalar_type() == ScalarType::Float && offset.numel() == 1,
       "absmax, offset: needed float32 [blocks] and float32 []");
@@ -262,10 +317,12 @@ std::tuple<Tensor, Tensor> quantize_absmax(B backend, const Tensor& absmax, cons
   return {codes8, nested};
 }
 
-template <Backend B>
-Tensor nf4_dequantize(B backend, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+template <class Device>
+Tensor nf4_dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                       const OptionalTensor& offset, std::int64_t rows, std::int64_t cols, std::int64_t blocksize,
                       ScalarType dtype) {
+  Device device(codes, absmax, nested_absmax, offset);
+  auto& backend = device.backend();
   const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
   const Tensor out = new_tensor(codes, {rows, cols}, dtype);
   backend.copy(weight.view(rows, cols, blocksize), mutable_matrix(out));
@@ -276,7 +333,7 @@ Tensor nf4_dequantize(B backend, const Tensor& codes, const Tensor& absmax, cons
 
 // (y [..., out] in x's dtype, xa [tokens, r] float32 for the backward, empty without an adapter)
 template <Backend B>
-std::tuple<Tensor, Tensor> linear_forward(B backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
+std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
                                           const AdapterTensors& factors) {
   const Tensor x_tensor = torch::stable::contiguous(x);
   const OptionalTensor bias_tensor = contiguous(bias);
@@ -311,7 +368,7 @@ struct LinearGradients {
 };
 
 template <Backend B>
-std::tuple<Tensor, Tensor, Tensor> linear_backward(B backend, const Tensor& dy, const Tensor& x, const Matrix& weight,
+std::tuple<Tensor, Tensor, Tensor> linear_backward(B& backend, const Tensor& dy, const Tensor& x, const Matrix& weight,
                                                    const AdapterTensors& factors, const Tensor& xa, bool need_dx) {
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
@@ -327,9 +384,67 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(B backend, const Tensor& dy, 
   return gradients.tensors();
 }
 
+inline Matrix dense_weight(const Tensor& weight, const Tensor& x) {
+  const Matrix view = matrix(weight);
+  PISSA_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == view.cols,
+              "x: last dimension must be weight's ", view.cols, " columns");
+  return view;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& delta_a, const OptionalTensor& delta_b,
+                                  const OptionalTensor& a0, const OptionalTensor& b0, double scaling, bool implicit) {
+  Device device(x, weight, bias, delta_a, delta_b, a0, b0);
+  const Tensor w = torch::stable::contiguous(weight);
+  return linear_forward(device.backend(), x, dense_weight(w, x), bias, {delta_a, delta_b, a0, b0, scaling, implicit});
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& delta_a, const OptionalTensor& delta_b,
+                                                   const OptionalTensor& a0, const OptionalTensor& b0,
+                                                   const Tensor& xa, double scaling, bool implicit, bool need_dx) {
+  Device device(dy, x, weight, delta_a, delta_b, a0, b0, xa);
+  const Tensor w = torch::stable::contiguous(weight);
+  return linear_backward(device.backend(), dy, x, dense_weight(w, x),
+                         {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> nf4_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                      const OptionalTensor& nested_absmax, const OptionalTensor& offset,
+                                      std::int64_t out_features, std::int64_t blocksize, const OptionalTensor& bias,
+                                      const OptionalTensor& delta_a, const OptionalTensor& delta_b,
+                                      const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
+                                      bool implicit) {
+  Device device(x, codes, absmax, nested_absmax, offset, bias, delta_a, delta_b, a0, b0);
+  const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
+  return linear_forward(device.backend(), x, weight.view(out_features, x.size(x.dim() - 1), blocksize), bias,
+                        {delta_a, delta_b, a0, b0, scaling, implicit});
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> nf4_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& codes,
+                                                       const Tensor& absmax, const OptionalTensor& nested_absmax,
+                                                       const OptionalTensor& offset, std::int64_t out_features,
+                                                       std::int64_t blocksize, const OptionalTensor& delta_a,
+                                                       const OptionalTensor& delta_b, const OptionalTensor& a0,
+                                                       const OptionalTensor& b0, const Tensor& xa, double scaling,
+                                                       bool implicit, bool need_dx) {
+  Device device(dy, x, codes, absmax, nested_absmax, offset, delta_a, delta_b, a0, b0, xa);
+  const Nf4Tensors weight(codes, absmax, nested_absmax, offset);
+  return linear_backward(device.backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1), blocksize),
+                         {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);
+}
+
 // (y like base, xa [tokens, r] float32 for the backward)
-template <Backend B>
-std::tuple<Tensor, Tensor> add_low_rank(B backend, const Tensor& base, const Tensor& x, const AdapterTensors& factors) {
+template <class Device>
+std::tuple<Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, const Tensor& delta_a,
+                                        const Tensor& delta_b, const OptionalTensor& a0, const OptionalTensor& b0,
+                                        double scaling, bool implicit) {
+  Device device(base, x, delta_a, delta_b, a0, b0);
+  const AdapterTensors factors(delta_a, delta_b, a0, b0, scaling, implicit);
   const Tensor base_tensor = torch::stable::contiguous(base);
   const Tensor x_tensor = torch::stable::contiguous(x);
   const Matrix base_view = matrix(base_tensor);
@@ -338,14 +453,17 @@ std::tuple<Tensor, Tensor> add_low_rank(B backend, const Tensor& base, const Ten
   check_shape("base", base_view, x_view.rows, base_view.cols);
   const Tensor y = new_tensor(base, {base.sizes().begin(), base.sizes().end()}, base.scalar_type());
   const Tensor xa = new_tensor(x, {x_view.rows, adapter.rank()}, ScalarType::Float);
-  pissa::add_low_rank_forward(backend, base_view, x_view, adapter, mutable_matrix(y), mutable_matrix(xa));
+  pissa::add_low_rank_forward(device.backend(), base_view, x_view, adapter, mutable_matrix(y), mutable_matrix(xa));
   return {y, xa};
 }
 
-template <Backend B>
-std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(B backend, const Tensor& dy, const Tensor& x,
-                                                         const AdapterTensors& factors, const Tensor& xa,
-                                                         bool need_dx) {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& delta_a,
+                                                         const Tensor& delta_b, const OptionalTensor& a0,
+                                                         const OptionalTensor& b0, const Tensor& xa, double scaling,
+                                                         bool implicit, bool need_dx) {
+  Device device(dy, x, delta_a, delta_b, a0, b0, xa);
+  const AdapterTensors factors(delta_a, delta_b, a0, b0, scaling, implicit);
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
   const Tensor xa_tensor = torch::stable::contiguous(xa);
@@ -355,16 +473,30 @@ std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(B backend, const Tensor
   check_shape("dy", dy_view, x_view.rows, dy_view.cols);
   check_shape("xa", matrix(xa_tensor), x_view.rows, adapter.rank());
   const LinearGradients gradients(x, adapter, need_dx);
-  pissa::add_low_rank_backward(backend, dy_view, x_view, adapter, matrix(xa_tensor), gradients.dx_view(),
+  pissa::add_low_rank_backward(device.backend(), dy_view, x_view, adapter, matrix(xa_tensor), gradients.dx_view(),
                                mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b));
   return gradients.tensors();
 }
 
-inline Matrix dense_weight(const Tensor& weight, const Tensor& x) {
-  const Matrix view = matrix(weight);
-  PISSA_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == view.cols,
-              "x: last dimension must be weight's ", view.cols, " columns");
-  return view;
+// ---- Registration --------------------------------------------------------------------------------------------------
+
+template <class Device, class Library>
+void implement(Library& m) {
+  m.impl("svd_lowrank", TORCH_BOX(&svd_lowrank<Device>));
+  m.impl("split", TORCH_BOX(&split<Device>));
+  m.impl("split_many", TORCH_BOX(&split_many<Device>));
+  m.impl("split_nf4", TORCH_BOX(&split_nf4<Device>));
+  m.impl("residual", TORCH_BOX(&residual<Device>));
+  m.impl("residual_nf4", TORCH_BOX(&residual_nf4<Device>));
+  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize<Device>));
+  m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<Device>));
+  m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize<Device>));
+  m.impl("linear", TORCH_BOX(&linear<Device>));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward<Device>));
+  m.impl("nf4_linear", TORCH_BOX(&nf4_linear<Device>));
+  m.impl("nf4_linear_backward", TORCH_BOX(&nf4_linear_backward<Device>));
+  m.impl("add_low_rank", TORCH_BOX(&add_low_rank<Device>));
+  m.impl("add_low_rank_backward", TORCH_BOX(&add_low_rank_backward<Device>));
 }
 
 }  // namespace pissa::ops

@@ -31,6 +31,14 @@ void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options
   backend.scale_rows(svd.u.view(), svd.s.view(), scaling, b0, Op::t);
 }
 
+/// A weight [out, in], and where its start factors go: a0 [r, in] and b0 [out, r], f32.
+struct SplitTask {
+  Matrix w;
+  float scaling;
+  MutableMatrix a0;
+  MutableMatrix b0;
+};
+
 /// The term that turns w into its residual: gemm stores w + term in any dtype, gemm_nf4 quantises it on the way.
 inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
   return {b0, Op::n, a0, Op::n, -scaling};

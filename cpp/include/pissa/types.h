@@ -83,6 +83,18 @@ inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   return matrix;
 }
 
+/// Matrix number i of a stack.
+inline MutableMatrix one_of(MutableMatrix stack, std::int64_t i) {
+  stack.data = static_cast<char*>(stack.data) + i * stack.stride * element_size(stack.codec);
+  stack.stride = 0;
+  return stack;
+}
+inline Matrix one_of(Matrix stack, std::int64_t i) {
+  stack.data = static_cast<const char*>(stack.data) + i * stack.stride * element_size(stack.codec);
+  stack.stride = 0;
+  return stack;
+}
+
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
