@@ -30,7 +30,7 @@ cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t str
 cusolverStatus_t cusolverDnCreateParams(cusolverDnParams_t* params);
 cusolverStatus_t cusolverDnDestroyParams(cusolverDnParams_t params);
 
-/// Cholesky factors in the triangle `uplo`; the other is not touched. info: 0, or the first pivot (from 1) that is not
+/// Cholesky factors in the triangle `uplo`; the other one is lost. info: 0, or the first pivot (from 1) that is not
 /// positive. The array of pointers is in device memory.
 cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMode_t uplo, int n, double* a[], int lda,
                                          int* info, int batch_size);
