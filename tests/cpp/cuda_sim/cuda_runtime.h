@@ -9,10 +9,10 @@
 #include <tuple>
 #include <utility>
 
-#include "control.h"
 #include "cuda_runtime_api.h"
-#include "device.h"
 #include "library_types.h"
+#include "sim/control.h"
+#include "sim/device.h"
 
 namespace cuda_sim::detail {
 cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread);

@@ -1,5 +1,5 @@
 // The runtime's functions. Asynchronous ones are queued on their stream and run when something waits for them: see
-// stream.h. Every one can be made to fail: see control.h.
+// sim/stream.h. Every one can be made to fail: see sim/control.h.
 #pragma once
 
 #include "driver_types.h"

@@ -6,9 +6,9 @@
 #include <optional>
 #include <vector>
 
-#include "blas.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+#include "sim/blas.h"
 
 struct cublasLtMatmulDescOpaque_t {
   cublasComputeType_t compute;

@@ -5,9 +5,9 @@
 #include <cstring>
 #include <mutex>
 
-#include "failures.h"
-#include "memory.h"
-#include "stream.h"
+#include "sim/failures.h"
+#include "sim/memory.h"
+#include "sim/stream.h"
 
 namespace cuda_sim::detail {
 

@@ -1,16 +1,16 @@
 // Under ThreadSanitizer this file is not instrumented (CMakeLists.txt), so it keeps to plain arrays: templates of the
 // library would be shared with files that are.
-#include "block.h"
+#include "sim/block.h"
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "device.h"
-#include "fiber.h"
-#include "order.h"
-#include "sanitizers.h"
+#include "sim/device.h"
+#include "sim/fiber.h"
+#include "sim/order.h"
+#include "sim/sanitizers.h"
 
 uint3 threadIdx;
 uint3 blockIdx;

@@ -8,7 +8,7 @@
 #include <source_location>
 #include <type_traits>
 
-#include "intrinsics.h"
+#include "sim/intrinsics.h"
 #include "vector_types.h"
 
 #define __global__

@@ -4,8 +4,8 @@
 #include <mutex>
 
 #include "driver_types.h"
-#include "failures.h"
-#include "stream.h"
+#include "sim/failures.h"
+#include "sim/stream.h"
 
 namespace cuda_sim::detail {
 

@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "sim/memory.h"
 
 #include <sys/mman.h>
 
@@ -10,8 +10,8 @@
 #include <deque>
 #include <map>
 
-#include "control.h"
-#include "sanitizers.h"
+#include "sim/control.h"
+#include "sim/sanitizers.h"
 
 namespace cuda_sim::detail {
 namespace {

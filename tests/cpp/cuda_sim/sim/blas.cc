@@ -1,4 +1,4 @@
-#include "blas.h"
+#include "sim/blas.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "stream.h"
+#include "sim/stream.h"
 
 #include <algorithm>
 #include <chrono>
@@ -7,12 +7,12 @@
 #include <memory>
 #include <vector>
 
-#include "block.h"
-#include "control.h"
 #include "cuda_runtime.h"
-#include "memory.h"
-#include "order.h"
-#include "runtime.h"
+#include "sim/block.h"
+#include "sim/control.h"
+#include "sim/memory.h"
+#include "sim/order.h"
+#include "sim/runtime.h"
 
 namespace cuda_sim::detail {
 namespace {

@@ -1,5 +1,5 @@
 // The runtime but for streams: errors, the device, memory.
-#include "runtime.h"
+#include "sim/runtime.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "control.h"
 #include "cuda_runtime_api.h"
-#include "memory.h"
+#include "sim/control.h"
+#include "sim/memory.h"
 
 namespace cuda_sim::detail {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cusolverDn.h"
-#include "library.h"
+#include "sim/library.h"
 
 struct cusolverDnContext {
   cudaStream_t stream = nullptr;
@@ -69,15 +69,20 @@ void rotate(double* p, double* q, std::ptrdiff_t stride, int n, double c, double
 }
 
 /// Jacobi's method on a full symmetric matrix, which becomes diagonal; the columns of `vectors` turn along. Small and
-/// as accurate as can be, which is all that is asked of it here.
+/// as accurate as can be, which is all that is asked of it here. False if that fails.
 bool jacobi(const View& a, const View& vectors, int n) {
-  for (int sweep = 0; sweep < 50; ++sweep) {
-    bool turned = false;
+  double norm = 0;
+  for (int j = 0; j < n; ++j) {
+    for (int i = 0; i < n; ++i) norm = std::hypot(norm, a(i, j));
+  }
+  if (!std::isfinite(norm)) return false;
+  bool turned = true;
+  for (int sweep = 0; turned && sweep < 60; ++sweep) {  // each about doubles the digits: ten are many
+    turned = false;
     for (int p = 0; p < n; ++p) {
       for (int q = p + 1; q < n; ++q) {
         const double apq = a(p, q);
-        if (!std::isfinite(apq)) return false;
-        if (std::fabs(apq) <= 0x1p-53 * std::sqrt(std::fabs(a(p, p)) * std::fabs(a(q, q)))) continue;
+        if (std::fabs(apq) <= 0x1p-55 * norm) continue;
         turned = true;
         const double theta = (a(q, q) - a(p, p)) / (2 * apq);
         const double t = std::copysign(1.0, theta) / (std::fabs(theta) + std::hypot(theta, 1.0));
@@ -85,17 +90,11 @@ bool jacobi(const View& a, const View& vectors, int n) {
         rotate(a.column(p), a.column(q), 1, n, c, t * c);
         rotate(&a(p, 0), &a(q, 0), a.ld, n, c, t * c);
         rotate(vectors.column(p), vectors.column(q), 1, n, c, t * c);
+        a(p, q) = a(q, p) = 0;  // but for roundoff, which would be turned again
       }
     }
-    if (!turned) return true;
   }
-  // Elements that are roundoff beside the matrix but not beside their diagonals may turn for ever.
-  double largest = 0, off = 0;
-  for (int j = 0; j < n; ++j) {
-    largest = std::max(largest, std::fabs(a(j, j)));
-    for (int i = 0; i < j; ++i) off = std::max(off, std::fabs(a(i, j)));
-  }
-  return off <= 0x1p-45 * largest;
+  return !turned;
 }
 
 /// The eigenvalues in ascending order to `values`, the vectors to the columns of `a`; returns LAPACK's info.

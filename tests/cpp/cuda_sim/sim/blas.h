@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cublasLt.h"
-#include "library.h"
+#include "sim/library.h"
 
 struct cublasContext {
   cudaStream_t stream = nullptr;

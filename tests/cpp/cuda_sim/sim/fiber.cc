@@ -1,4 +1,4 @@
-#include "fiber.h"
+#include "sim/fiber.h"
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "sanitizers.h"
+#include "sim/sanitizers.h"
 
 #ifndef CUDA_SIM_UCONTEXT
 // swapcontext enters the kernel to keep the mask of signals, ten times the cost of what is needed: the registers that
