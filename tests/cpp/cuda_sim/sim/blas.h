@@ -1,0 +1,16 @@
+// A handle of cuBLAS; one of cuBLASLt is the same, as with the real ones.
+#pragma once
+
+#include "cublasLt.h"
+#include "sim/library.h"
+
+struct cublasContext {
+  cudaStream_t stream = nullptr;
+};
+
+namespace cuda_sim::detail {
+class BlasCall : public LibraryCall<cublasStatus_t> {
+ public:
+  BlasCall() : LibraryCall(blas_failure) {}
+};
+}  // namespace cuda_sim::detail

@@ -1,0 +1,20 @@
+// Runs a kernel: the threads of a block as fibers on one thread of the host, the blocks one after the other.
+//
+// A thread runs until it waits for others or ends. When all have come, they go on in an order that changes each time,
+// forward, backward, shuffled; a warp runs on until it waits for another one. So a barrier that is missing lets some
+// threads run far ahead of others, one way or the other. Under ThreadSanitizer each thread is one of its own, and
+// ordered with others by what orders it on the device: collectives, and the beginning and end of the kernel.
+#pragma once
+
+#include <functional>
+
+#include "vector_types.h"
+
+namespace cuda_sim::detail {
+
+/// Where the kernel was launched with more than these, it fails as on the device.
+inline constexpr unsigned kMaxThreads = 1024;
+
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
+
+}  // namespace cuda_sim::detail

@@ -1,0 +1,36 @@
+// What a test asks of the simulated device, beyond CUDA's own functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "driver_types.h"
+
+namespace cuda_sim {
+
+/// What cudaDeviceGetAttribute says from now on; 9.0 at first.
+void set_compute_capability(int major, int minor);
+
+/// Kernels that were launched, whether or not they have run.
+std::int64_t launches();
+void reset_launches();
+
+/// Times that the host waited: for a stream, an event, the device, or a copy that is not asynchronous.
+std::int64_t synchronizations();
+void reset_synchronizations();
+
+/// Bytes that are allocated. An asynchronous free counts when it is called, as in a pool that is ordered by the stream.
+std::size_t bytes_in_use();
+std::size_t peak_bytes();
+void reset_peak_bytes();
+
+/// Makes one call of the runtime fail with `error`, and do nothing: the next one that can fail, or a later one, when
+/// `after` others are to succeed first. What frees or destroys is not counted: it never fails. cublas_v2.h and
+/// cusolverDn.h have the same for their libraries; each has its own, and they do not disturb one another.
+void fail_next(cudaError_t error, int after = 0);
+
+/// Whether a failure that was asked for, of any library, is still to come. `clear_failures` takes all of them back.
+bool failure_pending();
+void clear_failures();
+
+}  // namespace cuda_sim

@@ -1,0 +1,234 @@
+#include "sim/memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+
+#include "sim/control.h"
+#include "sim/sanitizers.h"
+
+namespace cuda_sim::detail {
+namespace {
+
+constexpr std::size_t kArenaBytes = std::size_t{1} << 30;
+constexpr std::size_t kAlignment = 256;  // CUDA's
+constexpr std::size_t kRedzone = 256;
+constexpr std::size_t kQuarantineBytes = std::size_t{16} << 20;
+constexpr unsigned char kFresh = 0xff;   // NaN in every format
+constexpr unsigned char kCanary = 0x7f;  // huge or NaN, and not what fresh memory would have been copied from
+
+struct Allocation {
+  std::size_t bytes;
+  std::size_t span;  // with what follows up to the next one: at least kRedzone
+  bool retired;
+};
+
+struct Arena {
+  unsigned char* base;
+  std::size_t reached = 0;  // beyond it nothing was ever allocated; it is never accessible
+  int open = 0;
+  std::map<std::size_t, Allocation> allocations;  // by offset
+  std::map<std::size_t, std::size_t> gaps;        // spans below `reached` that may be used again, by offset
+  // Freed memory is not used again at once, or a late access would find another allocation there.
+  std::deque<std::pair<std::size_t, std::size_t>> quarantine;
+  std::size_t quarantine_bytes = 0;
+  std::size_t in_use = 0;
+  std::size_t peak = 0;
+
+  Arena() {
+    void* pages = mmap(nullptr, kArenaBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) {
+      std::perror("cuda_sim: no memory for the device");
+      std::abort();
+    }
+    base = static_cast<unsigned char*>(pages);
+    allocations[grow(kRedzone)] = {0, kRedzone, false};  // what lies before the first one
+  }
+
+  void protect(std::size_t bytes, int access) const {
+    if (mprotect(base, bytes, access) != 0) {
+      std::perror("cuda_sim: mprotect");
+      std::abort();
+    }
+  }
+
+  /// Offset of `bytes` more, all redzone.
+  std::size_t grow(std::size_t bytes) {
+    if (bytes > kArenaBytes - reached) return 0;
+    const std::size_t offset = reached;
+    reached += bytes;
+    protect(reached, PROT_READ | PROT_WRITE);
+    fill_redzone(offset, bytes);
+    if (open == 0) protect(reached, PROT_NONE);
+    return offset;
+  }
+
+  void fill_redzone(std::size_t offset, std::size_t bytes) {
+    if (kAsan) {
+      poison(base + offset, bytes);
+    } else {
+      std::memset(base + offset, kCanary, bytes);
+    }
+  }
+
+  /// Offset of a span, 0 where there is none: the first gap that is large enough, or the end.
+  std::size_t take(std::size_t span) {
+    for (auto gap = gaps.begin(); gap != gaps.end(); ++gap) {
+      if (gap->second < span) continue;
+      const auto [offset, size] = *gap;
+      gaps.erase(gap);
+      if (size > span) gaps[offset + span] = size - span;
+      return offset;
+    }
+    return grow(span);
+  }
+
+  void give_back(std::size_t offset, std::size_t span) {
+    auto next = gaps.lower_bound(offset);
+    if (next != gaps.end() && offset + span == next->first) {
+      span += next->second;
+      next = gaps.erase(next);
+    }
+    if (next != gaps.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == offset) {
+        before->second += span;
+        return;
+      }
+    }
+    gaps[offset] = span;
+  }
+
+  void leave_quarantine(std::size_t until_bytes) {
+    while (quarantine_bytes > until_bytes) {
+      const auto [offset, span] = quarantine.front();
+      quarantine.pop_front();
+      quarantine_bytes -= span;
+      give_back(offset, span);
+    }
+  }
+
+  auto find(const void* pointer) {
+    return is_device(pointer) ? allocations.find(static_cast<std::size_t>(offset_of(pointer))) : allocations.end();
+  }
+
+  std::uintptr_t offset_of(const void* pointer) const {
+    return reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(base);
+  }
+
+  /// The allocation that has all of the bytes.
+  const Allocation* around(const void* pointer, std::size_t bytes) const {
+    const std::size_t offset = offset_of(pointer);
+    auto after = allocations.upper_bound(offset);
+    if (offset >= kArenaBytes || after == allocations.begin()) return nullptr;
+    const auto& [start, allocation] = *std::prev(after);
+    const std::size_t within = offset - start;
+    return within <= allocation.bytes && bytes <= allocation.bytes - within ? &allocation : nullptr;
+  }
+
+  /// The canaries behind an allocation, up to the next span.
+  void check(std::size_t offset, const Allocation& allocation) const {
+    if (kAsan) return;
+    const unsigned char* first = base + offset;
+    const auto* found = std::find_if(first + allocation.bytes, first + allocation.span,
+                                     [](unsigned char byte) { return byte != kCanary; });
+    if (found == first + allocation.span) return;
+    std::fprintf(stderr,
+                 "cuda_sim: something wrote outside of what is allocated, %td bytes after the start of %zu bytes\n",
+                 found - first, allocation.bytes);
+    std::abort();
+  }
+};
+
+Arena& arena() {
+  static Arena& result = *new Arena;
+  return result;
+}
+
+}  // namespace
+
+DeviceOpen::DeviceOpen() {
+  if (arena().open++ == 0) arena().protect(arena().reached, PROT_READ | PROT_WRITE);
+}
+DeviceOpen::~DeviceOpen() {
+  if (--arena().open == 0) arena().protect(arena().reached, PROT_NONE);
+}
+
+void* allocate(std::size_t bytes) {
+  if (bytes > kArenaBytes) return nullptr;
+  const std::size_t span = (bytes + kAlignment - 1) / kAlignment * kAlignment + kRedzone;
+  Arena& device = arena();
+  std::size_t offset = device.take(span);
+  if (offset == 0) {
+    device.leave_quarantine(0);
+    offset = device.take(span);
+  }
+  if (offset == 0) return nullptr;
+  device.allocations[offset] = {bytes, span, false};
+  device.in_use += bytes;
+  device.peak = std::max(device.peak, device.in_use);
+  const DeviceOpen open;
+  device.fill_redzone(offset + bytes, span - bytes);
+  unpoison(device.base + offset, bytes);
+  std::memset(device.base + offset, kFresh, bytes);
+  return device.base + offset;
+}
+
+bool retire(void* pointer) {
+  const auto found = arena().find(pointer);
+  if (found == arena().allocations.end() || found->second.retired) return false;
+  found->second.retired = true;
+  arena().in_use -= found->second.bytes;
+  return true;
+}
+
+bool release(void* pointer) {
+  Arena& device = arena();
+  const auto found = device.find(pointer);
+  if (found == device.allocations.end()) return false;
+  const auto [offset, allocation] = *found;
+  const DeviceOpen open;
+  device.check(offset, allocation);
+  device.allocations.erase(found);
+  std::memset(device.base + offset, kFresh, allocation.bytes);
+  poison(device.base + offset, allocation.span);
+  device.quarantine.emplace_back(offset, allocation.span);
+  device.quarantine_bytes += allocation.span;
+  device.leave_quarantine(kQuarantineBytes);
+  return true;
+}
+
+bool is_device(const void* pointer) { return arena().offset_of(pointer) < kArenaBytes; }
+
+bool is_allocated(const void* pointer, std::size_t bytes) {
+  const Allocation* allocation = arena().around(pointer, bytes);
+  return allocation && !allocation->retired;
+}
+
+void require_allocated(const void* pointer, std::size_t bytes, const char* what) {
+  if (bytes == 0 || arena().around(pointer, bytes)) return;
+  std::fprintf(stderr, "cuda_sim: %s touches %zu bytes at %p, not all of which are allocated on the device\n", what,
+               bytes, pointer);
+  std::abort();
+}
+
+void check_redzones() {
+  const DeviceOpen open;
+  for (const auto& [offset, allocation] : arena().allocations) arena().check(offset, allocation);
+}
+
+}  // namespace cuda_sim::detail
+
+namespace cuda_sim {
+
+std::size_t bytes_in_use() { return detail::arena().in_use; }
+std::size_t peak_bytes() { return detail::arena().peak; }
+void reset_peak_bytes() { detail::arena().peak = detail::arena().in_use; }
+
+}  // namespace cuda_sim

@@ -1,0 +1,41 @@
+// What the functions of the runtime share.
+#pragma once
+
+#include <mutex>
+
+#include "driver_types.h"
+#include "sim/failures.h"
+#include "sim/stream.h"
+
+namespace cuda_sim::detail {
+
+/// For what is a mistake in the program and would be undefined on a device.
+[[noreturn]] void die(const char* what);
+
+/// Kept for cudaGetLastError of this thread.
+void set_last_error(cudaError_t error);
+
+/// Waits as the host does for a stream: runs its work, counts, checks the memory.
+void synchronize(cudaStream_t stream);
+
+/// One call of the runtime: alone, and failing where a test wants it to.
+class Call {
+ public:
+  enum Kind { kCanFail, kNeverFails };
+  explicit Call(Kind kind = kCanFail) : lock_(runtime_mutex()) {
+    if (kind == kCanFail) error_ = static_cast<cudaError_t>(runtime_failure.take());
+    if (failed()) set_last_error(error_);
+  }
+  bool failed() const { return error_ != cudaSuccess; }
+  cudaError_t error() const { return error_; }
+  cudaError_t fail(cudaError_t error) const {
+    set_last_error(error);
+    return error;
+  }
+
+ private:
+  std::lock_guard<std::recursive_mutex> lock_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace cuda_sim::detail

@@ -1,0 +1,274 @@
+#include "sim/stream.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "sim/block.h"
+#include "sim/control.h"
+#include "sim/memory.h"
+#include "sim/order.h"
+#include "sim/runtime.h"
+
+namespace cuda_sim::detail {
+namespace {
+
+struct Stream {
+  std::deque<std::function<void()>> queue;
+  std::uint64_t queued = 0;
+  std::uint64_t done = 0;
+  bool blocking = true;  // ordered with the null stream
+  bool destroyed = false;
+
+  void run_until(std::uint64_t position) {
+    const DeviceOpen open;
+    while (done < position) {
+      // Taken out first: work that waits for an event may come back to this stream.
+      const std::function<void()> work = std::move(queue.front());
+      queue.pop_front();
+      ++done;
+      work();
+    }
+  }
+  void run() { run_until(queued); }
+};
+using StreamPtr = std::shared_ptr<Stream>;
+
+struct Event {
+  StreamPtr stream;  // null: never recorded
+  std::uint64_t position = 0;
+  bool timed = true;
+  std::chrono::steady_clock::time_point time;
+  bool complete() const { return !stream || stream->done >= position; }
+};
+using EventPtr = std::shared_ptr<Event>;
+
+struct Runtime {
+  std::recursive_mutex mutex;
+  StreamPtr null_stream = std::make_shared<Stream>();
+  std::vector<StreamPtr> streams{null_stream};  // those that are destroyed stay until their work is done
+  std::vector<EventPtr> events;
+  std::int64_t launches = 0;
+  std::int64_t synchronizations = 0;
+};
+
+Runtime& runtime() {
+  static Runtime& result = *new Runtime;
+  return result;
+}
+
+StreamPtr find(cudaStream_t handle) {
+  if (!handle) return runtime().null_stream;
+  for (const StreamPtr& stream : runtime().streams) {
+    if (reinterpret_cast<cudaStream_t>(stream.get()) == handle && !stream->destroyed) return stream;
+  }
+  return nullptr;
+}
+
+EventPtr find(cudaEvent_t handle) {
+  for (const EventPtr& event : runtime().events) {
+    if (reinterpret_cast<cudaEvent_t>(event.get()) == handle) return event;
+  }
+  return nullptr;
+}
+
+void push(Stream& stream, std::function<void()> work) {
+  stream.queue.push_back(std::move(work));
+  ++stream.queued;
+}
+
+void push_wait(Stream& stream, const StreamPtr& other, std::uint64_t position) {
+  if (other->done < position) push(stream, [other, position] { other->run_until(position); });
+}
+
+/// What the null stream and the others owe each other: work of either begins when earlier work of the other is done.
+void push_legacy_waits(Stream& stream) {
+  if (!stream.blocking) return;
+  for (const StreamPtr& other : runtime().streams) {
+    const bool ordered = (&stream == runtime().null_stream.get()) != (other == runtime().null_stream);
+    if (ordered && other->blocking) push_wait(stream, other, other->queued);
+  }
+}
+
+void after_wait() {
+  ++runtime().synchronizations;
+  check_redzones();
+  std::erase_if(runtime().streams, [](const StreamPtr& stream) { return stream->destroyed && stream->queue.empty(); });
+}
+
+}  // namespace
+
+std::recursive_mutex& runtime_mutex() { return runtime().mutex; }
+
+bool is_stream(cudaStream_t stream) { return find(stream) != nullptr; }
+
+void enqueue(cudaStream_t handle, std::function<void()> work) {
+  const StreamPtr stream = find(handle);
+  push_legacy_waits(*stream);
+  push(*stream, std::move(work));
+}
+
+void run_everything() {
+  const std::vector<StreamPtr> streams = runtime().streams;
+  visit_shuffled(streams.size(), [&](std::uint64_t i) { streams[i]->run(); });
+}
+
+void synchronize(cudaStream_t stream) {
+  enqueue(stream, [] {});  // behind what the null stream owes
+  find(stream)->run();
+  after_wait();
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const dim3 grid = config.gridDim;
+  const dim3 block = config.blockDim;
+  if (std::uint64_t{block.x} * block.y * block.z > kMaxThreads)
+    die("a kernel was launched with more than 1024 threads");
+  if (block.x == 0 || block.y == 0 || block.z == 0 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    return call.fail(cudaErrorInvalidConfiguration);
+  }
+  if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return call.fail(cudaErrorNotSupported);
+  if (!is_stream(config.stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  ++runtime().launches;
+  enqueue(config.stream, [grid, block, thread = std::move(thread)] { run_grid(grid, block, thread); });
+  return cudaSuccess;
+}
+
+}  // namespace cuda_sim::detail
+
+namespace cuda_sim {
+
+std::int64_t launches() { return detail::runtime().launches; }
+void reset_launches() { detail::runtime().launches = 0; }
+std::int64_t synchronizations() { return detail::runtime().synchronizations; }
+void reset_synchronizations() { detail::runtime().synchronizations = 0; }
+
+}  // namespace cuda_sim
+
+using namespace cuda_sim::detail;
+
+cudaError_t cudaDeviceSynchronize() {
+  const Call call;
+  if (call.failed()) return call.error();
+  run_everything();
+  after_wait();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  const Call call;
+  if (call.failed()) return call.error();
+  if (!stream || flags > cudaStreamNonBlocking) return call.fail(cudaErrorInvalidValue);
+  const StreamPtr& made = runtime().streams.emplace_back(std::make_shared<Stream>());
+  made->blocking = flags != cudaStreamNonBlocking;
+  *stream = reinterpret_cast<cudaStream_t>(made.get());
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+  const Call call(Call::kNeverFails);
+  const StreamPtr stream = find(handle);
+  if (!stream || !handle) return call.fail(cudaErrorInvalidResourceHandle);
+  stream->destroyed = true;  // its work still runs, when something waits for all
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  const Call call;
+  if (call.failed()) return call.error();
+  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  synchronize(stream);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const StreamPtr stream = find(handle);
+  if (!stream) return call.fail(cudaErrorInvalidResourceHandle);
+  return stream->queue.empty() ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const StreamPtr stream = find(handle);
+  const EventPtr event = find(event_handle);
+  if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
+  push_legacy_waits(*stream);
+  // What the event stands for now, whatever is recorded in it later.
+  if (event->stream && event->stream != stream) push_wait(*stream, event->stream, event->position);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  const Call call;
+  if (call.failed()) return call.error();
+  if (!event || flags > (cudaEventBlockingSync | cudaEventDisableTiming)) return call.fail(cudaErrorInvalidValue);
+  const EventPtr& made = runtime().events.emplace_back(std::make_shared<Event>());
+  made->timed = !(flags & cudaEventDisableTiming);
+  *event = reinterpret_cast<cudaEvent_t>(made.get());
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t handle) {
+  const Call call(Call::kNeverFails);
+  const EventPtr event = find(handle);
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  std::erase(runtime().events, event);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const StreamPtr stream = find(handle);
+  const EventPtr event = find(event_handle);
+  if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
+  enqueue(handle, [event] { event->time = std::chrono::steady_clock::now(); });
+  event->stream = stream;
+  event->position = stream->queued;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const EventPtr event = find(handle);
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (event->stream) event->stream->run_until(event->position);
+  after_wait();
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t handle) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const EventPtr event = find(handle);
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  return event->complete() ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, cudaEvent_t end_handle) {
+  const Call call;
+  if (call.failed()) return call.error();
+  const EventPtr start = find(start_handle);
+  const EventPtr end = find(end_handle);
+  if (!start || !end || !start->stream || !end->stream || !start->timed || !end->timed) {
+    return call.fail(cudaErrorInvalidResourceHandle);
+  }
+  if (!start->complete() || !end->complete()) return call.fail(cudaErrorNotReady);
+  *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
+  return cudaSuccess;
+}
