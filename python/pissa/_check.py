@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from . import _load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,11 +21,28 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
-    if value.device.type not in ("cpu", "meta"):
+    if value.device.type == "cuda":
+        if _load.cuda_problem is not None:
+            raise ValueError(f"{name}: is on {value.device}; {_load.cuda_problem}; or move it with .to('cpu')")
+    elif value.device.type not in ("cpu", "meta"):
         raise ValueError(
-            f"{name}: is on {value.device}; this build of pissa computes on the CPU: move it with .to('cpu')"
+            f"{name}: is on {value.device}; pissa computes on the CPU and with CUDA: move it with .to('cpu')"
         )
     return value
+
+
+def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
+    """All on the device of the first, which is the one to move to. None is an argument that was not given."""
+    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    if all(device == given[0][1] for _, device in given):
+        return
+    places: dict[str, list[str]] = {}
+    for name, device in given:
+        places.setdefault(str(device), []).append(name)
+    found = "; ".join(f"{', '.join(names)} on {place}" for place, names in places.items())
+    raise ValueError(
+        f"got tensors on several devices: {found}; needed: one device: move them with .to('{given[0][1]}')"
+    )
 
 
 def check_weight(weight: object, name: str = "weight") -> Tensor:
