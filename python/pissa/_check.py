@@ -33,16 +33,21 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
 
 def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
     """All on the device of the first, which is the one to move to. None is an argument that was not given."""
-    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
-    if all(device == given[0][1] for _, device in given):
+    device = None
+    for tensor in tensors.values():  # before each product: no more than a comparison while all is well
+        if tensor is not None:
+            device = device or tensor.device
+            if tensor.device != device:
+                break
+    else:
         return
     places: dict[str, list[str]] = {}
-    for name, device in given:
-        places.setdefault(str(device), []).append(name)
-    found = "; ".join(f"{', '.join(names)} on {place}" for place, names in places.items())
-    raise ValueError(
-        f"got tensors on several devices: {found}; needed: one device: move them with .to('{given[0][1]}')"
-    )
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            places.setdefault(str(tensor.device), []).append(name)
+    first, *others = places
+    found = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
+    raise ValueError(f"{found}; needed: all tensors on one device; move them with .to('{first}')")
 
 
 def check_weight(weight: object, name: str = "weight") -> Tensor:
