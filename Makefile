@@ -8,6 +8,8 @@ BUILD := build
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 PRESETS := release asan tsan
 GOOGLETEST_DIR ?= /usr/src/googletest
+# make wheel CUDA=ON: with the CUDA library too
+CUDA := OFF
 
 BUILD_PYTHON := $(BUILD)/venv-build/bin/python
 TEST_PYTHON := $(BUILD)/venv-test/bin/python
@@ -15,13 +17,13 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell nproc)
 
-.PHONY: demo test test-cpp test-python test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python test-cuda-build test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out $(BUILD)/demo
 
-test: test-cpp test-python
+test: test-cpp test-python test-cuda-build
 
 # ---- What must be there already ----
 
@@ -41,11 +43,32 @@ $(BUILD)/venv-build.stamp: pyproject.toml | tools
 
 $(BUILD)/wheel.stamp: $(BUILD)/venv-build.stamp $(SOURCES)
 	rm -rf $(BUILD)/dist
-	$(BUILD_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist .
+	$(BUILD_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist -C cmake.define.PISSA_CUDA=OFF .
 	touch $@
 
-wheel: $(BUILD)/wheel.stamp
-	@ls $(BUILD)/dist/*.whl
+wheel: $(if $(filter ON,$(CUDA)),$(BUILD)/wheel-cuda.stamp,$(BUILD)/wheel.stamp)
+	@ls $(BUILD)/$(if $(filter ON,$(CUDA)),dist-cuda,dist)/*.whl
+
+# With the CUDA library, whatever CUDA this machine has: the compiler and the libraries come from PyPI, 1.3 GB on disk.
+# --no-deps: what they name besides is for running programs. One minor version for all parts of the compiler: each front
+# end writes a language that only its own back end reads; and the oldest cuBLAS, so that whichever torch brings will do.
+CUDA_PYTHON := $(BUILD)/venv-cuda/bin/python
+CUDA_COMPILER := $(foreach part,cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl,'nvidia-$(part)~=13.0.0')
+
+$(BUILD)/venv-cuda.stamp: $(BUILD)/venv-build.stamp
+	$(PYTHON) -m venv --clear $(BUILD)/venv-cuda
+	$(CUDA_PYTHON) -m pip install -q --no-deps $(CUDA_COMPILER) 'nvidia-cublas~=13.0.0' 'nvidia-cusolver~=12.0.0' 'nvidia-cuda-cuobjdump>=13,<14'
+	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  site $(abspath $(BUILD_PYTHON)) >"$$(site $(CUDA_PYTHON))/venv-build.pth"  # torch and the tools
+	touch $@
+
+$(BUILD)/wheel-cuda.stamp: $(BUILD)/venv-cuda.stamp $(SOURCES)
+	rm -rf $(BUILD)/dist-cuda
+	start=$$(date +%s); \
+	  CMAKE_BUILD_PARALLEL_LEVEL=2 $(CUDA_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist-cuda \
+	    -C cmake.define.PISSA_CUDA=ON -C build-dir=$(BUILD)/cuda . && \
+	  echo "Built with the CUDA library, two jobs, in $$(($$(date +%s) - start)) s"
+	touch $@
 
 $(BUILD)/venv-%.stamp: $(BUILD)/wheel.stamp
 	$(PYTHON) -m venv --clear $(BUILD)/venv-$*
@@ -74,6 +97,9 @@ test-cpp-%: $(BUILD)/venv-build.stamp $(BUILD)/googletest.stamp
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(TEST_PYTHON) -m pytest
+
+test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
+	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"

@@ -14,3 +14,21 @@ target_link_libraries(torch_stable INTERFACE "${PISSA_TORCH_DIR}/lib/libtorch_cp
 # 2.10: the oldest torch that loads the library. A newer torch to build with is harmless.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000ULL)
 set(PISSA_TORCH_TARGET "2.10")
+
+# The interface target `torch_stable_cuda`: the functions of the stable ABI that torch keeps in libtorch_cuda.so. A CPU build
+# of torch has no such file, and it is a CPU build that the wheel is built with; so we link, as one does with CUDA's own
+# libcuda.so, a stub: a library of that name (its SONAME) which defines these functions and nothing else. It is not
+# installed: where the CUDA library is loaded, `import torch` has already loaded the real one.
+if(PISSA_CUDA_FOUND)
+  set(stub "// libtorch_cuda.so, to link with: cpp/cmake/TorchStable.cmake says why.\n")
+  foreach(function IN ITEMS aoti_torch_get_current_cuda_stream torch_get_current_cuda_blas_handle
+                            aoti_torch_cuda_caching_allocator_raw_alloc aoti_torch_cuda_caching_allocator_raw_delete)
+    string(APPEND stub "extern \"C\" __attribute__((visibility(\"default\"))) void ${function}() {}\n")
+  endforeach()
+  file(CONFIGURE OUTPUT torch_cuda_stub.cc CONTENT "${stub}" @ONLY)
+  add_library(torch_cuda_stub SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stub.cc")
+  set_target_properties(torch_cuda_stub PROPERTIES OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY torch_cuda_stub)
+  add_library(torch_stable_cuda INTERFACE)
+  target_link_libraries(torch_stable_cuda INTERFACE torch_cuda_stub)
+  target_compile_definitions(torch_stable_cuda INTERFACE USE_CUDA)  # torch's headers declare them only then
+endif()

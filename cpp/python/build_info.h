@@ -20,9 +20,17 @@ inline void define_build_info(pybind11::module_& m) {
         info["torch_target"] = PISSA_TORCH_TARGET;
         info["isa"] = std::string(cpu::kernels().isa);
         info["isas_available"] = cpu::available_isas();
+#ifdef PISSA_CUDA_RUNTIME
+        pybind11::dict cuda;
+        cuda["runtime"] = PISSA_CUDA_RUNTIME;
+        cuda["architectures"] = pybind11::str(PISSA_CUDA_ARCHITECTURES).attr("split")(",");
+        info["cuda"] = cuda;
+#else
+        info["cuda"] = pybind11::none();
+#endif
         return info;
       },
-      "Version, compiler, oldest torch supported, instruction set in use and the available ones (best last).");
+      "Version, compiler, oldest torch supported, instruction set in use and the available ones (best last), CUDA.");
 }
 
 }  // namespace pissa::python

@@ -1,5 +1,4 @@
 // The ops on CUDA devices: CudaBackend, on torch's current stream, cuBLAS handle and caching allocator.
-#define USE_CUDA  // torch's name for the part of its C functions that CUDA builds have
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, oldest torch supported, instruction set in use and the available ones (best last)."""
+    """Version, compiler, oldest torch supported, instruction set in use and the available ones (best last), CUDA."""
 
 def svd_lowrank(
     weight: npt.NDArray[np.float32], r: int, passes: int = 8, seed: int = 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from . import _load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,11 +21,33 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
-    if value.device.type not in ("cpu", "meta"):
+    if value.device.type == "cuda":
+        if _load.cuda_problem is not None:
+            raise ValueError(f"{name}: is on {value.device}; {_load.cuda_problem}; or move it with .to('cpu')")
+    elif value.device.type not in ("cpu", "meta"):
         raise ValueError(
-            f"{name}: is on {value.device}; this build of pissa computes on the CPU: move it with .to('cpu')"
+            f"{name}: is on {value.device}; pissa computes on the CPU and with CUDA: move it with .to('cpu')"
         )
     return value
+
+
+def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
+    """All on the device of the first, which is the one to move to. None is an argument that was not given."""
+    device = None
+    for tensor in tensors.values():  # before each product: no more than a comparison while all is well
+        if tensor is not None:
+            device = device or tensor.device
+            if tensor.device != device:
+                break
+    else:
+        return
+    places: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            places.setdefault(str(tensor.device), []).append(name)
+    first, *others = places
+    found = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
+    raise ValueError(f"{found}; needed: all tensors on one device; move them with .to('{first}')")
 
 
 def check_weight(weight: object, name: str = "weight") -> Tensor:

@@ -17,6 +17,7 @@ from . import _autograd  # noqa: F401  registers fakes and gradients
 from ._check import (
     FLOATS,
     check_blocksize,
+    check_devices,
     check_factors,
     check_frozen,
     check_rank,
@@ -79,7 +80,11 @@ class Split(NamedTuple):
 
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available ones."""
+    """Version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available ones.
+
+    "cuda": None if the build has no CUDA library, else its "runtime" version and GPU "architectures". Whether it can be
+    used here is another matter: a tensor on CUDA is refused with the reason if not; `pissa env` says it too.
+    """
     return dict(_C.build_info())
 
 
@@ -207,6 +212,7 @@ def split_many(
     for i, (weight, r, scaling) in enumerate(zip(weights, ranks, scalings, strict=True)):
         check_rank(r, weight, f"ranks[{i}]")
         check_scaling(scaling, f"scalings[{i}]")
+    check_devices(dict(zip(names, weights, strict=True)))
     if not weights:  # no tensor, by which torch would find the op's kernel
         return []
     factors: Iterable[tuple[Tensor, Tensor]]
@@ -238,6 +244,7 @@ def residual(
     """
     weight = check_weight(weight)
     check_factors("a0", a0, "b0", b0, weight.shape[0], weight.shape[1])
+    check_devices({"weight": weight, "a0": a0, "b0": b0})
     check_scaling(scaling)
     check_residual(residual, ("explicit", "nf4"))
     check_blocksize(blocksize)
@@ -318,6 +325,13 @@ def _check_nf4(weight: object) -> Nf4Weight:
     nested = (weight.nested_absmax is not None, weight.offset is not None, weight.absmax.dtype == torch.uint8)
     if any(nested) != all(nested):
         raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
+    parts = {
+        "codes": weight.codes,
+        "absmax": weight.absmax,
+        "nested_absmax": weight.nested_absmax,
+        "offset": weight.offset,
+    }
+    check_devices({f"weight.{name}": part for name, part in parts.items()})
     return weight
 
 
@@ -342,12 +356,6 @@ def _checked_factors(
     check_frozen("a0", a0)
     check_frozen("b0", b0)
     return delta_a.float(), delta_b.float(), a0.float(), b0.float()
-
-
-def _check_devices(x: Tensor, **tensors: Tensor | Nf4Weight | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, but x is on {x.device}; move them to one device")
 
 
 def linear(
@@ -389,7 +397,7 @@ def linear(
         TypeError, ValueError: naming the argument.
     """
     x = check_tensor("x", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which does not know the meta device
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(weight, Nf4Weight):
         _check_nf4(weight)
@@ -410,7 +418,8 @@ def linear(
         raise ValueError("factors: give delta_a with delta_b, and a0 with b0 (beside the deltas), or none of them")
     if delta_a is not None and delta_b is not None:
         delta_a, delta_b, a0, b0 = _checked_factors(delta_a, delta_b, a0, b0, out_features, in_features)
-    _check_devices(x, weight=weight, bias=bias, delta_a=delta_a, delta_b=delta_b, a0=a0, b0=b0)
+    dense = weight.codes if isinstance(weight, Nf4Weight) else weight
+    check_devices({"x": x, "weight": dense, "bias": bias, "delta_a": delta_a, "delta_b": delta_b, "a0": a0, "b0": b0})
     implicit = residual == "implicit"
     factors = (bias, delta_a, delta_b, a0, b0, float(scaling), implicit)
     y: Tensor
@@ -462,7 +471,7 @@ def add_low_rank(
     if (a0 is None) != (b0 is None):
         raise ValueError("factors: give a0 with b0, or neither")
     factors = _checked_factors(delta_a, delta_b, a0, b0, base.shape[-1], x.shape[-1])
-    _check_devices(x, base=base, delta_a=delta_a, delta_b=delta_b, a0=a0, b0=b0)
+    check_devices({"base": base, "x": x, "delta_a": delta_a, "delta_b": delta_b, "a0": a0, "b0": b0})
     y: Tensor
     y, _ = _OPS.add_low_rank(base, x, *factors, float(scaling), a0 is not None)
     return y

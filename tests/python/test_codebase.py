@@ -19,6 +19,7 @@ SOURCES = sorted(
     for folder, pattern in [
         ("cpp", "*.h"),
         ("cpp", "*.cc"),
+        ("cpp", "*.cu"),
         ("tests/cpp", "*.h"),
         ("tests/cpp", "*.cc"),
         ("bench", "*.cc"),
@@ -29,13 +30,19 @@ PYTHON = sorted((ROOT / "python").rglob("*.py"))
 TEXT = SOURCES + PYTHON + sorted((ROOT / "tests/python").rglob("*.py")) + sorted((ROOT / "bench").rglob("*.py"))
 STANDARD_HEADER = re.compile(r"[a-z_]+")
 
+CUDA = ["cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h"]
+TORCH = ["torch/csrc/stable/*", "torch/headeronly/*"]
+STREAM = "torch/csrc/inductor/aoti_torch/c/shim.h"  # C functions of the stable ABI: the current stream, the allocator
+
 # Who may include what; see the table in CONTRIBUTING.md. The first pattern that matches a file's path counts.
 LAYERS: list[tuple[str, list[str]]] = [
     ("cpp/include/pissa/", ["pissa/*"]),
     ("cpp/cpu/factorize.cc", ["pissa/*", "own", "Eigen/*"]),
     ("cpp/cpu/vec.h", ["pissa/*", "own", "immintrin.h"]),
     ("cpp/cpu/", ["pissa/*", "own"]),
-    ("cpp/torch/", ["pissa/*", "own", "cpp/cpu", "torch/csrc/stable/*", "torch/headeronly/*"]),
+    ("cpp/cuda/", ["pissa/*", "own", *CUDA]),
+    ("cpp/torch/ops_cuda.cc", ["pissa/*", "own", "cpp/cuda", "cuda_runtime.h", *TORCH, STREAM]),
+    ("cpp/torch/", ["pissa/*", "own", "cpp/cpu", *TORCH]),
     ("cpp/python/", ["pissa/*", "own", "cpp/cpu", "pybind11/*"]),
     ("tests/cpp/", ["pissa/*", "own", "cpp/cpu", "gtest/*", "sys/mman.h", "unistd.h"]),
     ("bench/", ["pissa/*", "own", "cpp/cpu", "benchmark/*"]),
@@ -56,7 +63,7 @@ def is_allowed(header: str, path: Path, allowed: list[str]) -> bool:
     for rule in allowed:
         if rule == "own" and (path.parent / header).exists():
             return True
-        if rule == "cpp/cpu" and (ROOT / "cpp/cpu" / header).exists():
+        if rule.startswith("cpp/") and (ROOT / rule / header).exists():
             return True
         if rule == header or (rule.endswith("/*") and header.startswith(rule[:-1])):
             return True
@@ -89,7 +96,7 @@ def test_python_layers(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             imported.add(node.module.split(".")[0])
     if path.name in ("ops.py", "_autograd.py", "_check.py", "_load.py", "__init__.py") and path.parent.name == "pissa":
-        assert imported <= {"torch", "collections", "math", "typing", "__future__", "importlib"}, (
+        assert imported <= {"torch", "collections", "math", "pathlib", "typing", "__future__", "importlib"}, (
             "the ops need only torch"
         )
     if path.name not in ("ops.py", "_autograd.py", "_load.py"):

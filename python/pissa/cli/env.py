@@ -41,9 +41,23 @@ def environment() -> dict[str, Any]:
     }
     names = [name for name in (*_NEEDED, *_FOR_MODELS, *_COMPARED_WITH) if name != "torch"]
     report |= {name: _version(name) or "not installed" for name in names}
-    report |= {f"build: {key}": value for key, value in pissa.build_info().items() if key != "version"}
+    info = pissa.build_info()
+    report |= {f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")}
+    report["cuda"] = _cuda(info["cuda"])
     works, verdict = _verdict()
     return report | {"works": works, "verdict": verdict}
+
+
+def _cuda(build: dict[str, Any] | None) -> str:
+    """What the CUDA library was built for and which device there is, or why it is not used."""
+    import torch
+
+    from pissa._load import cuda_problem
+
+    if cuda_problem is not None or build is None:
+        return f"not used: {cuda_problem}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device found"
+    return f"{build['runtime']}, for {' '.join(build['architectures'])}; {device}"
 
 
 def _verdict() -> tuple[bool, str]:

@@ -1,0 +1,130 @@
+# PISSA_CUDA_FOUND, the language CUDA and the interface target `pissa_cuda_libraries`: nvcc 13, cuBLAS, cuBLASLt, cuSOLVER
+# and the static CUDA runtime. Each is looked for in PISSA_CUDA_ROOT, then in the PyPI wheels of Python_EXECUTABLE
+# (site-packages/nvidia/cu13), then in a toolkit: a toolkit's compiler with the wheels' cuBLAS is fine, and is what a
+# CUDA build of torch leads to. The runtime and its headers come from the compiler's own folder: they must match it.
+set(PISSA_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (if CUDA 13 is found), ON, OFF")
+set_property(CACHE PISSA_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(PISSA_CUDA_ROOT "" CACHE PATH "CUDA 13 to build with: a folder with bin/nvcc; empty: PyPI wheels, then a toolkit")
+# Every architecture of a data centre or workstation card that CUDA 13 and torch serve; later ones compile 120's PTX.
+set(PISSA_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120-real 120-virtual CACHE STRING
+    "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES")
+set(PISSA_CUDA_FOUND OFF)
+if(NOT PISSA_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "PISSA_CUDA: got ${PISSA_CUDA}; allowed: AUTO, ON, OFF")
+endif()
+if(PISSA_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+# The compiler and its version, or in `problems` what keeps it from being used.
+set(problems "")
+set(packages "")
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" -c "import sys; print(';'.join(p + '/nvidia/cu13' for p in sys.path if p))"
+  OUTPUT_VARIABLE wheels OUTPUT_STRIP_TRAILING_WHITESPACE)
+list(TRANSFORM wheels APPEND /bin OUTPUT_VARIABLE wheel_bins)
+unset(nvcc)
+unset(where)
+if(PISSA_CUDA_ROOT)
+  find_program(nvcc nvcc PATHS "${PISSA_CUDA_ROOT}/bin" NO_CACHE NO_DEFAULT_PATH)
+  set(where " in ${PISSA_CUDA_ROOT}/bin")
+else()
+  find_program(nvcc nvcc PATHS ${wheel_bins} NO_CACHE NO_DEFAULT_PATH)
+  if(NOT nvcc AND DEFINED ENV{CUDACXX})
+    find_program(nvcc "$ENV{CUDACXX}" NO_CACHE)
+  endif()
+  find_program(nvcc nvcc PATHS /usr/local/cuda/bin NO_CACHE)
+endif()
+set(compiler_packages nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl)
+if(NOT nvcc)
+  list(APPEND problems "no nvcc${where}")
+  list(APPEND packages ${compiler_packages})
+else()
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  string(REGEX MATCH "release ([0-9]+)\\.([0-9]+)" output "${output}")
+  set(nvcc_version "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
+  if(NOT CMAKE_MATCH_1 EQUAL 13)
+    list(APPEND problems "${nvcc} is of CUDA ${nvcc_version}, not 13")
+    list(APPEND packages ${compiler_packages})
+  endif()
+  # Where it lives: nvcc may be a link or a script. It says so itself when asked what it would do.
+  execute_process(COMMAND "${nvcc}" -v no_such_file ERROR_VARIABLE output OUTPUT_QUIET)
+  string(REGEX MATCH "#\\$ TOP=([^\r\n]*)" output "${output}")
+  get_filename_component(nvcc_root "${CMAKE_MATCH_1}" REALPATH)
+endif()
+
+# The libraries: the files of CUDA 13 by their full names, for a wheel has no others.
+set(roots ${PISSA_CUDA_ROOT} ${wheels} ${nvcc_root} /usr/local/cuda)
+set(lib_folders lib64 lib targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib targets/sbsa-linux/lib)
+function(pissa_find_cuda name library header pip_packages)
+  find_library(library_file ${library} HINTS ${ARGN} PATH_SUFFIXES ${lib_folders} NO_CACHE)
+  find_path(header_folder ${header} HINTS ${ARGN} PATH_SUFFIXES include NO_CACHE)
+  if(NOT library_file OR NOT header_folder)
+    set(problems ${problems} "no ${name} (${library}, ${header})" PARENT_SCOPE)
+    set(packages ${packages} ${pip_packages} PARENT_SCOPE)
+  endif()
+  set(${name}_library "${library_file}" PARENT_SCOPE)
+  set(${name}_include "${header_folder}" PARENT_SCOPE)
+endfunction()
+pissa_find_cuda(cudart libcudart_static.a cuda_runtime.h "nvidia-cuda-runtime" ${nvcc_root} ${roots})
+pissa_find_cuda(cuBLAS libcublas.so.13 cublas_v2.h "nvidia-cublas" ${roots})
+pissa_find_cuda(cuBLASLt libcublasLt.so.13 cublasLt.h "nvidia-cublas" ${roots})
+pissa_find_cuda(cuSOLVER libcusolver.so.12 cusolverDn.h "nvidia-cusolver" ${roots})
+
+# A compiler that is there need not work: parts of it come in other packages, and it refuses host compilers too new for it.
+if(NOT problems)
+  file(WRITE "${CMAKE_BINARY_DIR}/pissa_cuda_check.cu" "#include <cuda_bf16.h>\n__global__ void kernel() {}\n")
+  execute_process(
+    COMMAND "${nvcc}" -ccbin "${CMAKE_CXX_COMPILER}" -std=c++20 -c "${CMAKE_BINARY_DIR}/pissa_cuda_check.cu" -o
+            "${CMAKE_BINARY_DIR}/pissa_cuda_check.o"
+    RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(failed)
+    string(REGEX REPLACE "[;\r\n]+" " " output "${output}")
+    string(SUBSTRING "${output}" 0 300 output)
+    list(APPEND problems "${nvcc} cannot compile with ${CMAKE_CXX_COMPILER}: ${output}")
+    list(APPEND packages ${compiler_packages})
+  endif()
+endif()
+
+list(JOIN problems ", " problems)
+if(problems)
+  if(PISSA_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA backend: not built (${problems})")
+    return()
+  endif()
+  # One minor version for the compiler and its parts: each new front end emits a language that only its own back end reads.
+  list(REMOVE_DUPLICATES packages)
+  list(TRANSFORM packages REPLACE "^(nvidia-(cuda-.*|nvvm))$" "'\\1~=13.0.0'")
+  list(TRANSFORM packages REPLACE "^nvidia-cublas$" "'nvidia-cublas>=13,<14'")
+  list(TRANSFORM packages REPLACE "^nvidia-cusolver$" "'nvidia-cusolver>=12,<13'")
+  list(JOIN packages " " packages)
+  message(FATAL_ERROR "PISSA_CUDA=ON, but: ${problems}. Install CUDA 13 and give -DPISSA_CUDA_ROOT, or run "
+                      "`${Python_EXECUTABLE} -m pip install ${packages}`; or build with PISSA_CUDA=OFF")
+endif()
+
+# CMake tries the compiler by linking programs. The wheels have `lib` where nvcc expects `lib64`, so for these trials, and
+# only for them, the host's linker is told by LIBRARY_PATH; what we build names the runtime's file instead.
+get_filename_component(cudart_folder "${cudart_library}" DIRECTORY)
+set(saved_library_path "$ENV{LIBRARY_PATH}")
+set(ENV{LIBRARY_PATH} "${cudart_folder}:${saved_library_path}")
+set(CMAKE_CUDA_COMPILER "${nvcc}" CACHE FILEPATH "nvcc")
+set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE FILEPATH "The compiler that nvcc calls")
+set(CMAKE_CUDA_ARCHITECTURES ${PISSA_CUDA_ARCHITECTURES})
+enable_language(CUDA)
+set(ENV{LIBRARY_PATH} "${saved_library_path}")
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)
+
+file(STRINGS "${cudart_include}/cuda_runtime_api.h" version REGEX "#define CUDART_VERSION +[0-9]+")
+string(REGEX MATCH "[0-9]+$" version "${version}")
+math(EXPR major "${version} / 1000")
+math(EXPR minor "${version} % 1000 / 10")
+set(PISSA_CUDA_RUNTIME "${major}.${minor}")
+
+find_package(Threads REQUIRED)
+add_library(pissa_cuda_libraries INTERFACE)
+target_include_directories(pissa_cuda_libraries SYSTEM INTERFACE "${cudart_include}" "${cuBLAS_include}" "${cuSOLVER_include}")
+target_link_libraries(pissa_cuda_libraries INTERFACE "${cuBLAS_library}" "${cuBLASLt_library}" "${cuSOLVER_library}"
+                                                     "${cudart_library}" Threads::Threads ${CMAKE_DL_LIBS} rt)
+set(PISSA_CUDA_FOUND ON)
+list(JOIN PISSA_CUDA_ARCHITECTURES " " architectures)
+message(STATUS "CUDA backend: ${nvcc} ${nvcc_version}, ${cuBLAS_library}, ${cuSOLVER_library}, for ${architectures}")
