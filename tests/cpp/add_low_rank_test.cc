@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "layer.h"
 #include "matrices.h"
 #include "pissa/fused_linear.h"
@@ -12,7 +12,7 @@
 namespace pissa::test {
 namespace {
 
-class AddLowRankTest : public IsaTest {
+class AddLowRankTest : public BackendTest {
  protected:
   void check(Random& random, const Layer& layer, Codec base_codec) const {
     Exact exact(layer);
@@ -21,7 +21,7 @@ class AddLowRankTest : public IsaTest {
     const Dense dy = layer.dy.values();
     const Magnitude magnitude(exact, dy);
     const std::int64_t halves = bf16_roundings(layer.x.view().codec);
-    cpu::CpuBackend cpu = backend();
+    auto cpu = backend();
 
     const Stored base(random.dense(layer.tokens, layer.out), base_codec);
     Stored y = Stored::poisoned(layer.tokens, layer.out, base_codec);
@@ -74,13 +74,13 @@ TEST_P(AddLowRankTest, ZeroDeltasOfAnImplicitResidualChangeNothing) {
     const Stored base(random.dense(5, 40), codec);
     Stored y = Stored::poisoned(5, 40, codec);
     Stored xa = Stored::poisoned(5, 4, Codec::f32);
-    cpu::CpuBackend cpu = backend();
+    auto cpu = backend();
     add_low_rank_forward(cpu, base.view(), layer.x.view(), layer.adapter(), y.mutable_view(), xa.mutable_view());
     EXPECT_EQ(y.values().values, base.values().values);
   }
 }
 
-PISSA_EVERY_ISA(AddLowRankTest);
+PISSA_EVERY_BACKEND(AddLowRankTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -6,15 +6,14 @@
 #include <limits>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "matrices.h"
 #include "reference.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
 
-class ElementwiseTest : public IsaTest {};
+class ElementwiseTest : public BackendTest {};
 
 const std::vector<std::pair<std::int64_t, std::int64_t>> kShapes = {{0, 5},    {5, 0},    {1, 1},    {3, 33},
                                                                     {4, 1023}, {2, 1024}, {3, 1025}, {2, 2100}};
@@ -118,13 +117,13 @@ TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
   }
 }
 
-TEST_P(ElementwiseTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(ElementwiseTest, TheSameBits) {
   Random random(6);
   const Stored a(random.dense(1030, 1024), Codec::bf16);
   const Stored b(random.dense(300, 1024), Codec::f32);
   const Stored s(absolute(random.dense(1, 300)), Codec::f32);
   const auto expect_same = [&](auto run) {
-    expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+    expect_same_bits([&](auto& cpu) {
       Stored out = Stored::poisoned(1024, 1024, Codec::f32);
       run(cpu, out.mutable_view());
       return out.bytes();
@@ -135,10 +134,10 @@ TEST_P(ElementwiseTest, BitwiseTheSameForAnyNumberOfThreads) {
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.add(b.view(), b.view(), part(out)); });
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, part(out), Op::n); });
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, out, Op::t); });
-  expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) { return cpu.max_abs(a.view()); });
+  expect_same_bits([&](auto& cpu) { return cpu.max_abs(a.view()); });
 }
 
-PISSA_EVERY_ISA(ElementwiseTest);
+PISSA_EVERY_BACKEND(ElementwiseTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -15,9 +15,9 @@ namespace pissa::test {
 /// Terms scale * op(a) * op(b) of an [m, n] sum, and what they add up to.
 class TermList {
  public:
-  /// Terms of the given precision; `rounds`: whether the kernels round operands of bf16 precision.
+  /// Terms of the given precision; `rounds`: whether the backend rounds operands to it.
   TermList(std::int64_t m, std::int64_t n, Precision precision = Precision::f32, bool rounds = false)
-      : expected_{Dense(m, n), Dense(m, n)}, precision_(precision), rounds_(precision == Precision::bf16 && rounds) {}
+      : expected_{Dense(m, n), Dense(m, n)}, precision_(precision), rounds_(rounds) {}
 
   void add(Random& random, std::int64_t k, Form form_a, Op op_a, Form form_b, Op op_b, float scale) {
     const auto [m, n] = std::pair{expected_.value.rows, expected_.value.cols};
@@ -30,8 +30,9 @@ class TermList {
     Dense b_values = oriented(b.values(), op_b);
     if (rounds_) {
       for (double& value : a_values.values) value = static_cast<float>(value);  // scaled in f32, then rounded
-      a_values = rounded_to_bf16(a_values);
-      b_values = rounded_to_bf16(b_values);
+      const Format format = precision_ == Precision::bf16 ? kBf16 : kF16;
+      a_values = rounded_to(format, a_values);
+      b_values = rounded_to(format, b_values);
     }
     add_expected({a_values * b_values, absolute(a_values) * absolute(b_values)});
     roundings_ += k + 1;  // the additions, and the scaling of a

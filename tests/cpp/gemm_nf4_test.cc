@@ -4,14 +4,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "backend_test.h"
 #include "gemm_case.h"
-#include "isa_test.h"
-#include "threads.h"
+#include "isa.h"
 
 namespace pissa::test {
 namespace {
 
-class GemmNf4Test : public IsaTest {};
+class GemmNf4Test : public BackendTest {};
 
 TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
   Random random(1);
@@ -31,10 +31,10 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
     if (random.coin()) list.add(random, 3, Form::bf16, Op::n, Form::f32, Op::t, 2.0f);
 
     std::vector<float> residual(rows * cols, std::nanf(""));
-    backend().gemm(list.terms(), weight.view(), {residual.data(), rows, cols, cols, Codec::f32});
+    residual_sum(list.terms(), weight.view(), {residual.data(), rows, cols, cols, Codec::f32});
     std::vector<std::uint8_t> expected_codes(nf4_bytes(rows * cols));
     std::vector<float> expected_absmax(ceil_div(rows * cols, blocksize));
-    kernels().nf4_quantize(residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
+    cpu::kernels("baseline").nf4_quantize(residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
 
     std::vector<std::uint8_t> codes(expected_codes.size() + 1, 0xee);
     std::vector<float> absmax(expected_absmax.size() + 1, std::nanf(""));
@@ -48,13 +48,13 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
   }
 }
 
-TEST_P(GemmNf4Test, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(GemmNf4Test, TheSameBits) {
   Random random(2);
   for (const std::int64_t blocksize : {32, 4096}) {
     const Stored weight(random.dense(230, 61), Codec::bf16);
     TermList list(230, 61);
     list.add(random, 5, Form::f32, Op::n, Form::f32, Op::n, -0.3f);
-    expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+    expect_same_bits([&](auto& cpu) {
       std::vector<std::uint8_t> codes(nf4_bytes(230 * 61));
       std::vector<float> absmax(ceil_div(230 * 61, blocksize));
       cpu.gemm_nf4(list.terms(), weight.view(), {blocksize, codes.data(), absmax.data()});
@@ -63,7 +63,7 @@ TEST_P(GemmNf4Test, BitwiseTheSameForAnyNumberOfThreads) {
   }
 }
 
-PISSA_EVERY_ISA(GemmNf4Test);
+PISSA_EVERY_BACKEND(GemmNf4Test);
 
 }  // namespace
 }  // namespace pissa::test

@@ -3,19 +3,18 @@
 
 #include <cstdint>
 
+#include "backend_test.h"
 #include "gemm_case.h"
-#include "isa_test.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
 
-constexpr std::initializer_list<Precision> kPrecisions = {Precision::f32, Precision::bf16};
+constexpr std::initializer_list<Precision> kPrecisions = {Precision::f32, Precision::bf16, Precision::f16};
 
-class GemmTest : public IsaTest {
+class GemmTest : public BackendTest {
  protected:
   TermList terms(std::int64_t m, std::int64_t n, Precision precision) const {
-    return {m, n, precision, kernels().bf16};
+    return {m, n, precision, rounds(precision)};
   }
 };
 
@@ -129,7 +128,7 @@ TEST_P(GemmTest, PassesNanAndInfinityOn) {
   }
 }
 
-TEST_P(GemmTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(GemmTest, TheSameBits) {
   for (const auto& [m, n, k] :
        {Size{513, 257, 19}, Size{23, 1030, 40}, Size{1100, 31, 40}, Size{1, 2100, 600}, Size{90, 70, 513}}) {
     SCOPED_TRACE(::testing::Message() << "m, n, k = " << m << ", " << n << ", " << k);
@@ -140,7 +139,7 @@ TEST_P(GemmTest, BitwiseTheSameForAnyNumberOfThreads) {
     const Operand d(random, 5, n, Form::f16);
     const Operand addend(random, m, n, Form::f32);
     const Term terms[] = {{a.view(), Op::n, b.view(), Op::t, 0.3f}, {c.view(), Op::t, d.view(), Op::n, 1.0f}};
-    expect_same_on_any_threads(kernels(), [&, m = m, n = n](const cpu::CpuBackend& cpu) {
+    expect_same_bits([&, m = m, n = n](auto& cpu) {
       Stored out = Stored::poisoned(m, n, Codec::f32);
       cpu.gemm(terms, addend.view(), out.mutable_view());
       return out.bytes();
@@ -148,7 +147,7 @@ TEST_P(GemmTest, BitwiseTheSameForAnyNumberOfThreads) {
   }
 }
 
-PISSA_EVERY_ISA(GemmTest);
+PISSA_EVERY_BACKEND(GemmTest);
 
 }  // namespace
 }  // namespace pissa::test

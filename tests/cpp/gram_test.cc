@@ -6,44 +6,15 @@
 #include <functional>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "matrices.h"
 #include "orthogonal.h"
 #include "reference.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
 
-class GramTest : public IsaTest {};
-
-// Rows [first, last), at and below the diagonal, are right to float64; the rest is not touched.
-TEST_P(GramTest, IsAccurateToFloat64) {
-  Random random(1);
-  struct Range {
-    std::int64_t count, cols, first, last;
-  };
-  for (const auto& [count, cols, first, last] :
-       {Range{1, 1, 0, 1}, Range{9, 0, 0, 9}, Range{13, 37, 0, 13}, Range{13, 37, 5, 9}, Range{8, 2047, 0, 8},
-        Range{7, 2049, 3, 7}, Range{5, 5000, 0, 5}}) {
-    SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", rows " << first << " to " << last);
-    const Stored rows(random.dense(count, cols), Codec::f32);
-    const Dense values = rows.values();
-    const Dense expected = values * transposed(values);
-    const Dense magnitude = absolute(values) * transposed(absolute(values));
-    const std::int64_t ld = count + 2;
-    std::vector<double> gram(count * ld, -9.0);
-    kernels().gram(static_cast<const float*>(rows.view().data), cols, rows.view().ld, first, last, gram.data(), ld);
-    for (std::int64_t i = 0; i < count; ++i) {
-      for (std::int64_t j = 0; j < ld; ++j) {
-        if (i < first || i >= last || j > i) ASSERT_EQ(gram[i * ld + j], -9.0) << i << ", " << j;
-        else
-          ASSERT_NEAR(gram[i * ld + j], expected(i, j), 2 * gamma(cols + 1, kEps64) * magnitude(i, j))
-              << i << ", " << j;
-      }
-    }
-  }
-}
+class GramTest : public BackendTest {};
 
 TEST_P(GramTest, EigenvaluesAreSquaredSingularValues) {
   Random random(2);
@@ -110,10 +81,10 @@ TEST_P(GramTest, LeadingEigenvectorsOfALargeMatrix) {
   }
 }
 
-TEST_P(GramTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(GramTest, TheSameBits) {
   Random random(3);
   const Stored rows(random.dense(37, 2100), Codec::f32);
-  expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+  expect_same_bits([&](auto& cpu) {
     Stored s = Stored::poisoned(1, 37, Codec::f32);
     Stored vectors = Stored::poisoned(37, 37, Codec::f32);
     cpu.gram_svd(rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
@@ -121,7 +92,7 @@ TEST_P(GramTest, BitwiseTheSameForAnyNumberOfThreads) {
   });
 }
 
-PISSA_EVERY_ISA(GramTest);
+PISSA_EVERY_BACKEND(GramTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -5,12 +5,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "layer.h"
 #include "matrices.h"
 #include "pissa/fused_linear.h"
 #include "reference.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -19,7 +18,8 @@ namespace {
 struct Outputs {
   Stored y, xa, dx, grad_a, grad_b;
 
-  Outputs(const cpu::CpuBackend& backend, const Layer& layer, Codec codec)
+  template <class B>
+  Outputs(B&& backend, const Layer& layer, Codec codec)
       : y(Stored::poisoned(layer.tokens, layer.out, codec)),
         xa(Stored::poisoned(layer.tokens, layer.r, Codec::f32)),
         dx(Stored::poisoned(layer.tokens, layer.in, codec)),
@@ -42,7 +42,7 @@ void expect_gradients_close(const Outputs& outputs, const Layer& layer, const De
   expect_close(outputs.grad_b, {grad_b, magnitude.grad_b()}, layer.in + layer.tokens + kFew, halves);
 }
 
-class LinearTest : public IsaTest {
+class LinearTest : public BackendTest {
  protected:
   void check(const Layer& layer, Codec codec) const {
     const Outputs outputs(backend(), layer, codec);
@@ -155,7 +155,7 @@ TEST_P(LinearTest, WithoutDxTheOtherGradientsAreTheSame) {
     const Outputs outputs(backend(), layer, Codec::bf16);
     Stored grad_a = Stored::poisoned(4, 20, Codec::f32);
     Stored grad_b = Stored::poisoned(40, 4, Codec::f32);
-    cpu::CpuBackend cpu = backend();
+    auto cpu = backend();
     linear_backward(cpu, layer.dy.view(), layer.x.view(), layer.weight.view(), layer.adapter(), outputs.xa.view(), {},
                     grad_a.mutable_view(), grad_b.mutable_view());
     EXPECT_TRUE(grad_a.bytes() == outputs.grad_a.bytes());
@@ -163,11 +163,11 @@ TEST_P(LinearTest, WithoutDxTheOtherGradientsAreTheSame) {
   }
 }
 
-TEST_P(LinearTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(LinearTest, TheSameBits) {
   Random random(7);
   for (const Kind kind : kKinds) {
     const Layer layer(random, 50, 300, 150, 9, kind, Codec::bf16, Form::nf4_nested);
-    expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+    expect_same_bits([&](auto& cpu) {
       const Outputs outputs(cpu, layer, Codec::bf16);
       return std::array{outputs.y.bytes(), outputs.xa.bytes(), outputs.dx.bytes(), outputs.grad_a.bytes(),
                         outputs.grad_b.bytes()};
@@ -175,7 +175,7 @@ TEST_P(LinearTest, BitwiseTheSameForAnyNumberOfThreads) {
   }
 }
 
-PISSA_EVERY_ISA(LinearTest);
+PISSA_EVERY_BACKEND(LinearTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "matrices.h"
 #include "pissa/nf4.h"
 
@@ -77,7 +77,7 @@ Stored source_of(const Golden& golden) {
   return Stored(values, static_cast<Codec>(golden.codec));
 }
 
-class Nf4GoldenTest : public IsaTest {
+class Nf4GoldenTest : public BackendTest {
  protected:
   void SetUp() override {
     cases_ = read_golden();
@@ -141,7 +141,7 @@ TEST_P(Nf4GoldenTest, DequantizesBitsandbytesBytes) {
   });
 }
 
-PISSA_EVERY_ISA(Nf4GoldenTest);
+PISSA_EVERY_BACKEND(Nf4GoldenTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -12,7 +12,6 @@
 
 #include "isa_test.h"
 #include "matrices.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -201,42 +200,6 @@ TEST_P(Nf4Test, ThresholdsRoundDownInEveryLane) {
     kernels().nf4_quantize(values.data(), 64, 64, codes.data(), &absmax);
     for (int i = 0; i < 63; ++i) ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, (i + shift) % 15) << i;
   }
-}
-
-TEST_P(Nf4Test, NestedScalesAreQuantizedInBlocksOf256) {
-  Random random(5);
-  for (const std::int64_t count : {1, 255, 256, 257, 700}) {
-    std::vector<float> absmax(count);
-    for (float& value : absmax) value = static_cast<float>(std::exp(random.normal()));
-    const float offset = 1.5f;
-    std::vector<std::uint8_t> codes8(count + 1, 0xee);
-    std::vector<float> nested(ceil_div(count, 256) + 1, -9.0f);
-    backend().quantize_absmax(absmax.data(), count, &offset, codes8.data(), nested.data());
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t first = i / 256 * 256;
-      float largest = 0.0f;
-      for (std::int64_t j = first; j < std::min<std::int64_t>(first + 256, count); ++j) {
-        largest = std::max(largest, std::fabs(absmax[j] - offset));
-      }
-      ASSERT_EQ(nested[i / 256], largest);
-      ASSERT_EQ(codes8[i], dynamic_code(dynamic_point((absmax[i] - offset) / largest)));
-    }
-    EXPECT_EQ(codes8.back(), 0xee);
-    EXPECT_EQ(nested.back(), -9.0f);
-  }
-}
-
-TEST_P(Nf4Test, NestedScalesAreTheSameForAnyNumberOfThreads) {
-  Random random(6);
-  std::vector<float> absmax(2100);
-  for (float& value : absmax) value = static_cast<float>(random.uniform());
-  const float offset = 0.5f;
-  expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
-    std::vector<std::uint8_t> codes8(2100);
-    std::vector<float> nested(9);
-    cpu.quantize_absmax(absmax.data(), 2100, &offset, codes8.data(), nested.data());
-    return std::pair(codes8, nested);
-  });
 }
 
 PISSA_EVERY_ISA(Nf4Test);

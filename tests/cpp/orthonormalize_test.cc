@@ -9,11 +9,10 @@
 #include <tuple>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "matrices.h"
 #include "orthogonal.h"
 #include "reference.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -101,7 +100,7 @@ Stored stacked(const Dense& earlier, const Dense& rows) {
   return Stored(all, Codec::f32);
 }
 
-class OrthonormalizeTest : public IsaTest {
+class OrthonormalizeTest : public BackendTest {
  protected:
   void check(const Dense& earlier, const Dense& rows, bool independent) const {
     const std::int64_t done = earlier.rows;
@@ -163,7 +162,7 @@ TEST_P(OrthonormalizeTest, LeavesOrthonormalRowsWhereTheyAre) {
       << "no signs turned, no rows exchanged";
 }
 
-TEST_P(OrthonormalizeTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(OrthonormalizeTest, TheSameBits) {
   for (const Rows& rows_class : classes()) {
     if (rows_class.name != "random" && rows_class.name != "rank 2") continue;  // both ways to the result
     SCOPED_TRACE(rows_class.name);
@@ -171,7 +170,7 @@ TEST_P(OrthonormalizeTest, BitwiseTheSameForAnyNumberOfThreads) {
     const Dense earlier = random_orthonormal(random, 20, 700);
     Dense rows(40, 700);
     rows_class.fill(random, earlier, rows);
-    expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+    expect_same_bits([&](auto& cpu) {
       Stored basis = stacked(earlier, rows);
       cpu.orthonormalize(basis.mutable_view(), 20, 40, Rank::any);
       return basis.bytes();
@@ -187,7 +186,7 @@ TEST_P(OrthonormalizeTest, AgainAfterRoundingWithACompanion) {
     SCOPED_TRACE(::testing::Message() << done << " + " << count << " of " << dim);
     const Dense orthonormal = random_orthonormal(random, done + count, dim);
     const Dense function = random.dense(dim, other);
-    const Dense rounded = rounded_to_bf16(rows_of(orthonormal, done, count));
+    const Dense rounded = rounded_to(kBf16, rows_of(orthonormal, done, count));
     Stored basis = stacked(rows_of(orthonormal, 0, done), rounded);
     Stored companion(basis.values() * function, Codec::f32);
     const Dense earlier = rows_of(companion.values(), 0, done);
@@ -200,7 +199,7 @@ TEST_P(OrthonormalizeTest, AgainAfterRoundingWithACompanion) {
   }
 }
 
-PISSA_EVERY_ISA(OrthonormalizeTest);
+PISSA_EVERY_BACKEND(OrthonormalizeTest);
 
 }  // namespace
 }  // namespace pissa::test

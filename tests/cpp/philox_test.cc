@@ -5,9 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
 #include "matrices.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
@@ -33,12 +32,13 @@ double expected_sign(std::int64_t index, std::uint64_t seed) {
   return (bits[bit / 32] >> (bit % 32)) & 1 ? -1.0 : 1.0;
 }
 
-TEST(FillSigns, EveryElementIsItsOwnBitForAnyShape) {
-  const cpu::ThreadExecutor executor(1);
+class FillSignsTest : public BackendTest {};
+
+TEST_P(FillSignsTest, EveryElementIsItsOwnBitForAnyShape) {
   for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 127}, {5, 128}, {4, 129}, {7, 200}, {2, 1000}, {300, 1}}) {
     for (const std::uint64_t seed : {std::uint64_t{0}, std::uint64_t{0xfedcba9876543210}}) {
       Stored signs = Stored::poisoned(rows, cols, Codec::f32);
-      cpu::CpuBackend(executor, cpu::kernels("baseline")).fill_signs(signs.mutable_view(), seed, 0.25f);
+      backend().fill_signs(signs.mutable_view(), seed, 0.25f);
       const Dense values = signs.values();
       for (std::int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(values.values[i], 0.25 * expected_sign(i, seed)) << i;
       EXPECT_TRUE(signs.padding_intact());
@@ -46,22 +46,23 @@ TEST(FillSigns, EveryElementIsItsOwnBitForAnyShape) {
   }
 }
 
-TEST(FillSigns, TheSameForAnyNumberOfThreads) {
-  expect_same_on_any_threads(cpu::kernels("baseline"), [](const cpu::CpuBackend& cpu) {
+TEST_P(FillSignsTest, TheSameBits) {
+  expect_same_bits([](auto& cpu) {
     Stored signs = Stored::poisoned(1100, 1000, Codec::f32);
     cpu.fill_signs(signs.mutable_view(), 5, 1.0f);
     return signs.bytes();
   });
 }
 
-TEST(FillSigns, AreBalanced) {
-  const cpu::ThreadExecutor executor(1);
+TEST_P(FillSignsTest, AreBalanced) {
   Stored signs = Stored::poisoned(100, 1000, Codec::f32);
-  cpu::CpuBackend(executor, cpu::kernels("baseline")).fill_signs(signs.mutable_view(), 1, 1.0f);
+  backend().fill_signs(signs.mutable_view(), 1, 1.0f);
   double sum = 0;
   for (const double value : signs.values().values) sum += value;
   EXPECT_LT(std::fabs(sum), 4 * std::sqrt(1e5)) << "four standard deviations of 1e5 fair signs";
 }
+
+PISSA_EVERY_BACKEND(FillSignsTest);
 
 }  // namespace
 }  // namespace pissa::test

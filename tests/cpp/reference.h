@@ -86,9 +86,9 @@ struct Bounded {
 
 inline Bounded bounded(const Dense& values) { return {values, absolute(values)}; }
 
-/// What Precision::bf16 may do to an operand. It takes denormals for zero, which the tests' numbers never are.
-inline Dense rounded_to_bf16(Dense a) {
-  for (double& value : a.values) value = kBf16.decode(kBf16.encode(value));
+/// What a Precision may do to an operand. bf16 takes denormals for zero, which the tests' numbers never are.
+inline Dense rounded_to(const Format& format, Dense a) {
+  for (double& value : a.values) value = format.decode(format.encode(value));
   return a;
 }
 

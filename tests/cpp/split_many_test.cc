@@ -26,7 +26,7 @@ struct Layer {
         a0(Stored::poisoned(r, values.cols, Codec::f32)),
         b0(Stored::poisoned(values.rows, r, Codec::f32)),
         scaling(scaling_) {}
-  cpu::SplitTask task() { return {weight.view(), scaling, a0.mutable_view(), b0.mutable_view()}; }
+  SplitTask task() { return {weight.view(), scaling, a0.mutable_view(), b0.mutable_view()}; }
 };
 
 // Fifteen weights of a size, and, if asked for, one that is larger than all of them together.
@@ -41,8 +41,8 @@ std::vector<Layer> layers(bool dominated) {
   return result;
 }
 
-std::vector<cpu::SplitTask> tasks_of(std::vector<Layer>& layers) {
-  std::vector<cpu::SplitTask> tasks;
+std::vector<SplitTask> tasks_of(std::vector<Layer>& layers) {
+  std::vector<SplitTask> tasks;
   for (Layer& layer : layers) tasks.push_back(layer.task());
   return tasks;
 }
@@ -53,7 +53,7 @@ TEST_P(SplitManyTest, BitsOfSplit) {
   for (const bool dominated : {false, true}) {
     std::vector<Layer> expected = layers(dominated);
     cpu::CpuBackend cpu = backend();
-    for (const cpu::SplitTask& task : tasks_of(expected)) split(cpu, task.w, task.scaling, {}, task.a0, task.b0);
+    for (const SplitTask& task : tasks_of(expected)) split(cpu, task.w, task.scaling, {}, task.a0, task.b0);
     for (const int threads : {1, 2, 3, 7, 40}) {
       SCOPED_TRACE(::testing::Message() << threads << " threads, " << (dominated ? "one large" : "all small"));
       std::vector<Layer> got = layers(dominated);

@@ -10,7 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "isa_test.h"
+#include "backend_test.h"
+#include "isa.h"
 #include "krylov_reference.h"
 #include "matrices.h"
 #include "orthogonal.h"
@@ -29,7 +30,7 @@ struct StartFactors {
       : a0(Stored::poisoned(r, w.cols, Codec::f32)), b0(Stored::poisoned(w.rows, r, Codec::f32)) {}
 };
 
-class SplitTest : public IsaTest {};
+class SplitTest : public BackendTest {};
 
 // s B0 A0 is the best rank-r approximation: in norm always, and, where the next singular value leaves a gap,
 // elementwise.
@@ -49,7 +50,7 @@ TEST_P(SplitTest, FactorsAreTheBestApproximation) {
       for (const float s : {1.0f, 0.5f, 2.0f, 16 / std::sqrt(4.0f)}) {  // the last one is rsLoRA's
         SCOPED_TRACE(::testing::Message() << name(codec) << " [" << rows << ", " << cols << "], scaling " << s);
         StartFactors factors(weight.view(), r);
-        cpu::CpuBackend cpu = backend();
+        auto cpu = backend();
         split(cpu, weight.view(), s, {}, factors.a0.mutable_view(), factors.b0.mutable_view());
         EXPECT_TRUE(factors.a0.padding_intact() && factors.b0.padding_intact());
         const Dense a0 = factors.a0.values(), b0 = factors.b0.values();
@@ -80,7 +81,7 @@ TEST_P(SplitTest, EveryClass) {
     const Dense w = weight.values();
     const std::int64_t r = std::min<std::int64_t>({5, w.rows, w.cols});
     StartFactors factors(weight.view(), r);
-    cpu::CpuBackend cpu = backend();
+    auto cpu = backend();
     split(cpu, weight.view(), 2.0f, {SvdMethod::krylov, 12, 0}, factors.a0.mutable_view(), factors.b0.mutable_view());
     const Dense product = 2.0 * (factors.b0.values() * factors.a0.values());
     const Svd exact = jacobi_svd(w);
@@ -97,7 +98,7 @@ TEST_P(SplitTest, ExplicitResidual) {
   for (const Codec codec : kCodecs) {
     Stored weight(random.dense(37, 53), codec);
     StartFactors factors(weight.view(), 6);
-    cpu::CpuBackend cpu = backend();
+    auto cpu = backend();
     split(cpu, weight.view(), 0.5f, {}, factors.a0.mutable_view(), factors.b0.mutable_view());
     const Dense a0 = factors.a0.values(), b0 = factors.b0.values();
     const Bounded expected{weight.values() - 0.5 * (b0 * a0),
@@ -120,33 +121,33 @@ TEST_P(SplitTest, Nf4Residual) {
       StartFactors plain(weight.view(), 5), factors(weight.view(), 5);
       std::vector<std::uint8_t> codes(nf4_bytes(41 * 67)), expected_codes(codes.size());
       std::vector<float> absmax(ceil_div(41 * 67, blocksize), kNan), expected_absmax(absmax.size());
-      cpu::CpuBackend cpu = backend();
-      split(cpu, weight.view(), 2.0f, {}, plain.a0.mutable_view(), plain.b0.mutable_view());
-      split_nf4(cpu, weight.view(), 2.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+      auto tested = backend();
+      split(tested, weight.view(), 2.0f, {}, plain.a0.mutable_view(), plain.b0.mutable_view());
+      split_nf4(tested, weight.view(), 2.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
                 {blocksize, codes.data(), absmax.data()});
       EXPECT_TRUE(factors.a0.bytes() == plain.a0.bytes());
       EXPECT_TRUE(factors.b0.bytes() == plain.b0.bytes());
 
       std::vector<float> residual(41 * 67);
       const Term terms[] = {minus_factors(plain.a0.view(), plain.b0.view(), 2.0f)};
-      cpu.gemm(terms, weight.view(), {residual.data(), 41, 67, 67, Codec::f32});
-      kernels().nf4_quantize(residual.data(), 41 * 67, blocksize, expected_codes.data(), expected_absmax.data());
+      residual_sum(terms, weight.view(), {residual.data(), 41, 67, 67, Codec::f32});
+      cpu::kernels("baseline").nf4_quantize(residual.data(), 41 * 67, blocksize, expected_codes.data(),
+                                            expected_absmax.data());
       EXPECT_TRUE(codes == expected_codes);
       EXPECT_TRUE(absmax == expected_absmax);
     }
   }
 }
 
-PISSA_EVERY_ISA(SplitTest);
+PISSA_EVERY_BACKEND(SplitTest);
 
-class SplitErrors : public ::testing::Test {
+class SplitErrors : public BackendTest {
  protected:
   // Refused with a message that starts with the argument's name, and nothing written.
   void expect_refused(const std::string& argument, const Dense& values, std::int64_t r, float scaling,
                       const SvdOptions& options = {}, std::int64_t iterations = 1, std::int64_t blocksize = 64) {
     const Stored weight(values, Codec::f32);
-    const cpu::ThreadExecutor executor(1);
-    cpu::CpuBackend cpu(executor, cpu::kernels());
+    auto cpu = backend();
     std::vector<std::uint8_t> codes(nf4_bytes(values.rows * values.cols), 0xee);
     std::vector<float> absmax(values.rows * values.cols, -9.0f);
     for (const bool quantize : {false, true}) {
@@ -172,7 +173,7 @@ class SplitErrors : public ::testing::Test {
   }
 };
 
-TEST_F(SplitErrors, NameTheArgumentAndWriteNothing) {
+TEST_P(SplitErrors, NameTheArgumentAndWriteNothing) {
   Random random(4);
   const Dense w = random.dense(6, 8);
   for (const float scaling : {0.0f, -1.0f, kNan, kInf}) expect_refused("scaling", w, 2, scaling);
@@ -187,11 +188,10 @@ TEST_F(SplitErrors, NameTheArgumentAndWriteNothing) {
   }
 }
 
-TEST_F(SplitErrors, AnNf4WeightHasNoNf4Residual) {
+TEST_P(SplitErrors, AnNf4WeightHasNoNf4Residual) {
   Random random(5);
   const StoredNf4 weight(random, 50, 40, 64, false);
-  const cpu::ThreadExecutor executor(1);
-  cpu::CpuBackend cpu(executor, cpu::kernels());
+  auto cpu = backend();
   StartFactors factors(weight.view(), 2);
   std::vector<std::uint8_t> codes(1000);
   std::vector<float> absmax(32);
@@ -199,6 +199,8 @@ TEST_F(SplitErrors, AnNf4WeightHasNoNf4Residual) {
                          {64, codes.data(), absmax.data()}),
                std::invalid_argument);
 }
+
+PISSA_EVERY_BACKEND(SplitErrors);
 
 }  // namespace
 }  // namespace pissa::test

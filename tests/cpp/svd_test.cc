@@ -8,14 +8,12 @@
 #include <string>
 #include <vector>
 
-#include "counting_backend.h"
-#include "isa_test.h"
+#include "backend_test.h"
 #include "krylov_reference.h"
 #include "matrices.h"
 #include "orthogonal.h"
 #include "pissa/rsvd.h"
 #include "reference.h"
-#include "threads.h"
 #include "weight_classes.h"
 
 namespace pissa::test {
@@ -66,7 +64,7 @@ void expect_sound(const Dense& w, const Factors& factors, const Svd& exact) {
 
 constexpr SvdMethod kMethods[] = {SvdMethod::krylov, SvdMethod::subspace};
 
-class SvdTest : public IsaTest {
+class SvdTest : public BackendTest {
  protected:
   // Sound, as good as the algorithm in float64, and, where the sketch spans everything, exact.
   void check(const WeightClass& weight_class, std::int64_t r, Codec codec,
@@ -85,7 +83,7 @@ class SvdTest : public IsaTest {
                      << weight_class.name << " [" << w.rows << ", " << w.cols << "] " << name(codec) << ", r = " << r
                      << ", method " << static_cast<int>(method) << ", " << count << " passes");
         const SvdOptions options{method, count, 7};
-        cpu::CpuBackend cpu = backend();
+        auto cpu = backend();
         const Factors factors = decompose(cpu, weight.view(), r, options);
         expect_sound(w, factors, exact);
         if (HasFailure()) return;
@@ -126,7 +124,7 @@ TEST_P(SvdTest, AWeightInNf4) {
   Random random(4);
   const StoredNf4 weight(random, 45, 77, 32, true);
   const Dense w = weight.values();
-  cpu::CpuBackend cpu = backend();
+  auto cpu = backend();
   expect_sound(w, decompose(cpu, weight.view(), 5, {SvdMethod::krylov, 8, 0}), jacobi_svd(w));
 }
 
@@ -136,7 +134,7 @@ TEST_P(SvdTest, Deterministic) {
       SCOPED_TRACE(::testing::Message() << weight_class.name << ", method " << static_cast<int>(method));
       const Stored weight(weight_class.values, Codec::f32);
       const std::int64_t r = std::min<std::int64_t>({5, weight_class.values.rows, weight_class.values.cols});
-      cpu::CpuBackend cpu = backend();
+      auto cpu = backend();
       const Factors first = decompose(cpu, weight.view(), r, {method, 6, 1});
       const Factors second = decompose(cpu, weight.view(), r, {method, 6, 1});
       EXPECT_EQ(first.u.values, second.u.values);
@@ -146,13 +144,13 @@ TEST_P(SvdTest, Deterministic) {
   }
 }
 
-TEST_P(SvdTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(SvdTest, TheSameBits) {
   Random random(10);
   for (const std::int64_t rank : {5, 260}) {
     const Stored weight(random.dense(260, rank) * random.dense(rank, 300), Codec::bf16);
     for (const SvdMethod method : kMethods) {
       SCOPED_TRACE(::testing::Message() << "rank " << rank << ", method " << static_cast<int>(method));
-      expect_same_on_any_threads(kernels(), [&](cpu::CpuBackend& cpu) {
+      expect_same_bits([&](auto& cpu) {
         const Factors factors = decompose(cpu, weight.view(), 8, {method, 4, 1});
         return std::tuple(factors.u.values, factors.s, factors.v.values);
       });
@@ -167,7 +165,7 @@ TEST_P(SvdTest, SmallSingularValuesOfAGradedSpectrum) {
   const auto sigma = [](std::int64_t i) { return std::pow(10.0, -static_cast<double>(i) / 3); };
   const Stored weight(with_spectrum(random, 60, 80, sigma), Codec::f32);
   for (const SvdMethod method : kMethods) {
-    cpu::CpuBackend cpu = backend();
+    auto cpu = backend();
     const Factors factors = decompose(cpu, weight.view(), 15, {method, 8, 2});
     for (std::int64_t i = 0; i < 15; ++i) EXPECT_NEAR(factors.s[i] / sigma(i), 1.0, 2e-2) << i;
   }
@@ -176,41 +174,9 @@ TEST_P(SvdTest, SmallSingularValuesOfAGradedSpectrum) {
 TEST_P(SvdTest, TheSeedMatters) {
   Random random(5);
   const Stored weight(random.dense(60, 80), Codec::f32);
-  cpu::CpuBackend cpu = backend();
+  auto cpu = backend();
   EXPECT_NE(decompose(cpu, weight.view(), 4, {SvdMethod::krylov, 2, 0}).s,
             decompose(cpu, weight.view(), 4, {SvdMethod::krylov, 2, 1}).s);
-}
-
-PISSA_EVERY_ISA(SvdTest);
-
-std::int64_t passes_over(const Stored& weight, std::int64_t r, const SvdOptions& options) {
-  const cpu::ThreadExecutor executor(1);
-  CountingBackend counting(executor, cpu::kernels(), weight.view());
-  svd_lowrank(counting, weight.view(), r, options);
-  EXPECT_EQ(counting.others, 0) << "something besides the passes reads the weight";
-  return counting.passes;
-}
-
-TEST(SvdCost, TakesExactlyThePassesAskedFor) {
-  Random random(6);
-  for (const auto& [rows, cols] : {std::pair{150, 170}, {170, 150}}) {
-    const Stored weight(random.dense(rows, cols), Codec::f32);
-    for (const SvdMethod method : kMethods) {
-      for (const std::int64_t passes : {2, 4, 8, 12}) EXPECT_EQ(passes_over(weight, 4, {method, passes, 0}), passes);
-    }
-  }
-}
-
-// Blocks of r + 8: 40 = 3 * 12 + 4 are the whole space after 4 blocks, 8 passes.
-TEST(SvdCost, StopsWhenTheBasisIsTheWholeSpace) {
-  Random random(7);
-  const Stored weight(random.dense(40, 60), Codec::f32);
-  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 6, 0}), 6);
-  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 8, 0}), 8);
-  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 10, 0}), 8);
-  EXPECT_EQ(passes_over(weight, 4, {SvdMethod::subspace, 10, 0}), 10);
-  for (const SvdMethod method : kMethods)
-    EXPECT_EQ(passes_over(weight, 32, {method, 8, 0}), 2) << "one block is the space";
 }
 
 template <class F>
@@ -223,11 +189,10 @@ void expect_refused(const std::string& argument, F call) {
   }
 }
 
-TEST(SvdErrors, NameTheArgument) {
+TEST_P(SvdTest, ErrorsNameTheArgument) {
   Random random(8);
   const Stored weight(random.dense(5, 9), Codec::f32);
-  const cpu::ThreadExecutor executor(1);
-  cpu::CpuBackend cpu(executor, cpu::kernels());
+  auto cpu = backend();
   for (const std::int64_t r : {0, -1, 6, 9}) expect_refused("r", [&] { svd_lowrank(cpu, weight.view(), r, {}); });
   for (const std::int64_t passes : {0, -2, 1, 3, 7}) {
     expect_refused("passes", [&] { svd_lowrank(cpu, weight.view(), 2, {SvdMethod::krylov, passes, 0}); });
@@ -235,9 +200,8 @@ TEST(SvdErrors, NameTheArgument) {
   expect_refused("r", [&] { svd_lowrank(cpu, Stored(Dense(0, 4), Codec::f32).view(), 1, {}); });
 }
 
-TEST(SvdErrors, RefusesWeightsThatAreNotFinite) {
-  const cpu::ThreadExecutor executor(1);
-  cpu::CpuBackend cpu(executor, cpu::kernels());
+TEST_P(SvdTest, RefusesWeightsThatAreNotFinite) {
+  auto cpu = backend();
   Random random(9);
   for (const double special : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
     for (const Codec codec : kCodecs) {
@@ -250,6 +214,8 @@ TEST(SvdErrors, RefusesWeightsThatAreNotFinite) {
     }
   }
 }
+
+PISSA_EVERY_BACKEND(SvdTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -5,14 +5,13 @@
 #include <span>
 #include <vector>
 
+#include "backend_test.h"
 #include "gemm_case.h"
-#include "isa_test.h"
-#include "threads.h"
 
 namespace pissa::test {
 namespace {
 
-class WeightGemmTest : public IsaTest {
+class WeightGemmTest : public BackendTest {
  protected:
   // y [m, n] = scale x W^T + tail + bias, W [n, k].
   void check_nt(Random& random, const Size& size, Form x, Form weight, std::int64_t tail, bool with_bias,
@@ -21,7 +20,8 @@ class WeightGemmTest : public IsaTest {
     SCOPED_TRACE(::testing::Message() << "nt " << m << ", " << n << ", " << k << ", x " << name(x) << ", weight "
                                       << name(weight) << ", tail " << tail << ", bias " << with_bias << ", out "
                                       << name(out_codec));
-    TermList list(m, n, random.pick({Precision::f32, Precision::bf16}), kernels().bf16);
+    const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
+    TermList list(m, n, precision, rounds(precision));
     list.add(random, k, x, Op::n, weight, Op::t, random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
       list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, random_scale(random));
@@ -32,7 +32,7 @@ class WeightGemmTest : public IsaTest {
     Stored y = Stored::poisoned(m, n, out_codec, random.below(4));
     backend().weight_gemm_nt(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
                              with_bias ? bias.view() : Matrix{}, y.mutable_view());
-    expect_close(y, list.expected(), list.roundings(), list.bf16_roundings());
+    expect_close(y, list.expected(), list.roundings(), list.bf16_roundings() + intermediate_roundings(out_codec));
   }
 
   // dx [m, n] = scale dy W + tail, W [k, n].
@@ -40,7 +40,8 @@ class WeightGemmTest : public IsaTest {
     const auto& [m, n, k] = size;
     SCOPED_TRACE(::testing::Message() << "nn " << m << ", " << n << ", " << k << ", dy " << name(dy) << ", weight "
                                       << name(weight) << ", tail " << tail << ", out " << name(out_codec));
-    TermList list(m, n, random.pick({Precision::f32, Precision::bf16}), kernels().bf16);
+    const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
+    TermList list(m, n, precision, rounds(precision));
     list.add(random, k, dy, Op::n, weight, Op::n, random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
       list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, random_scale(random));
@@ -49,7 +50,7 @@ class WeightGemmTest : public IsaTest {
     Stored dx = Stored::poisoned(m, n, out_codec, random.below(4));
     backend().weight_gemm_nn(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
                              dx.mutable_view());
-    expect_close(dx, list.expected(), list.roundings());
+    expect_close(dx, list.expected(), list.roundings(), intermediate_roundings(out_codec));
   }
 };
 
@@ -88,7 +89,7 @@ TEST_P(WeightGemmTest, FewRowsOfAWeightInNf4) {
   }
 }
 
-TEST_P(WeightGemmTest, BitwiseTheSameForAnyNumberOfThreads) {
+TEST_P(WeightGemmTest, TheSameBits) {
   Random random(3);
   const std::int64_t m = 29, out = 517, in = 270, r = 6;
   const Operand x(random, m, in, Form::bf16);
@@ -100,19 +101,19 @@ TEST_P(WeightGemmTest, BitwiseTheSameForAnyNumberOfThreads) {
   const Operand bias(random, 1, out, Form::bf16);
   const Term tail_nt[] = {{xa.view(), Op::n, b.view(), Op::t, 2.0f}};
   const Term tail_nn[] = {{xa.view(), Op::n, a.view(), Op::n, 2.0f}};
-  expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+  expect_same_bits([&](auto& cpu) {
     Stored y = Stored::poisoned(m, out, Codec::bf16);
     cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, tail_nt, bias.view(), y.mutable_view());
     return y.bytes();
   });
-  expect_same_on_any_threads(kernels(), [&](const cpu::CpuBackend& cpu) {
+  expect_same_bits([&](auto& cpu) {
     Stored dx = Stored::poisoned(m, in, Codec::f32);
     cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, Precision::f32, tail_nn, dx.mutable_view());
     return dx.bytes();
   });
 }
 
-PISSA_EVERY_ISA(WeightGemmTest);
+PISSA_EVERY_BACKEND(WeightGemmTest);
 
 }  // namespace
 }  // namespace pissa::test
