@@ -244,7 +244,7 @@ void forget_shared() {
 }
 
 void run_block(dim3 size) {
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
   delete[] block.orders;
   block.orders = new char[kOrders];
 #endif
