@@ -40,7 +40,9 @@ struct Arena {
   // Freed memory is not used again at once, or a late access would find another allocation there.
   std::deque<std::pair<std::size_t, std::size_t>> quarantine;
   std::size_t quarantine_bytes = 0;
-  std::size_t in_use = 0;
+  std::size_t limit = kArenaBytes;
+  std::size_t held = 0;    // not yet freed by a stream
+  std::size_t in_use = 0;  // not yet asked to be freed
   std::size_t peak = 0;
 
   Arena() {
@@ -172,8 +174,10 @@ DeviceOpen::~DeviceOpen() {
   if (--arena().open == 0) arena().protect(arena().reached, PROT_NONE);
 }
 
+std::size_t memory_of_device() { return arena().limit; }
+
 void* allocate(std::size_t bytes) {
-  if (bytes > kArenaBytes) return nullptr;
+  if (bytes > arena().limit || arena().held > arena().limit - bytes) return nullptr;
   const std::size_t span = (bytes + kAlignment - 1) / kAlignment * kAlignment + kRedzone;
   Arena& device = arena();
   std::size_t offset = device.take(span);
@@ -183,6 +187,7 @@ void* allocate(std::size_t bytes) {
   }
   if (offset == Arena::kNone) return nullptr;
   device.allocations[offset] = {bytes, span, false};
+  device.held += bytes;
   device.in_use += bytes;
   device.peak = std::max(device.peak, device.in_use);
   const DeviceOpen open;
@@ -208,6 +213,7 @@ bool release(void* pointer) {
   const DeviceOpen open;
   device.check(offset, allocation);
   device.allocations.erase(found);
+  device.held -= allocation.bytes;
   std::memset(device.base + offset, kFresh, allocation.bytes);
   poison(device.base + offset, allocation.span);
   device.quarantine.emplace_back(offset, allocation.span);
@@ -239,6 +245,7 @@ void check_redzones() {
 
 namespace cuda_sim {
 
+void set_memory(std::size_t bytes) { detail::arena().limit = std::min(bytes, detail::kArenaBytes); }
 std::size_t bytes_in_use() { return detail::arena().in_use; }
 std::size_t peak_bytes() { return detail::arena().peak; }
 void reset_peak_bytes() { detail::arena().peak = detail::arena().in_use; }
