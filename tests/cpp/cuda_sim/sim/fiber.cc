@@ -40,6 +40,11 @@ cuda_sim_switch:
 )");
 #endif
 
+#ifdef CUDA_SIM_TSAN
+// At its end a program waits a second for races of threads that still run, which fibers seem to do.
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
+#endif
+
 namespace cuda_sim::detail {
 namespace {
 
