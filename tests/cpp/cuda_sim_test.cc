@@ -252,11 +252,11 @@ TEST_F(CudaSimTest, ThreadsThatExitDoNotHoldUpABarrier) {
 // ---- What must not be
 // ------------------------------------------------------------------------------------------------
 
-__global__ void shuffle_after_one_exited(float* out) {
-  if (threadIdx.x != 0) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+__global__ void shuffle_after_some_exited(float* out) {
+  if (threadIdx.x % 31 != 0) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);  // the first and the last exit
 }
-__global__ void shuffle_in_half_a_warp(float* out) {
-  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+__global__ void shuffle_without_one(float* out) {
+  if (threadIdx.x != 15) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
 }
 __global__ void shuffle_in_two_branches(float* out) {
   if (threadIdx.x < 16) {
@@ -284,8 +284,8 @@ __global__ void two_barriers(float*) {
 
 TEST_F(CudaSimTest, DivergentCollectives) {
   float* out = device_memory<float>(64);
-  EXPECT_DEATH(run(shuffle_after_one_exited, 1, 32, out), "lanes that have exited");
-  EXPECT_DEATH(run(shuffle_in_half_a_warp, 1, 32, out), "ends while other lanes");
+  EXPECT_DEATH(run(shuffle_after_some_exited, 1, 32, out), "lanes that have exited");
+  EXPECT_DEATH(run(shuffle_without_one, 1, 32, out), "ends while other lanes");
   EXPECT_DEATH(run(shuffle_in_two_branches, 1, 32, out), "divergent");
   EXPECT_DEATH(run(shuffle_of_half_a_warp, 1, 32, out), "mask");
   EXPECT_DEATH(run(shuffle, 1, 40, out), "fewer than 32");
