@@ -97,21 +97,29 @@ class Concatenation {
 bool can_concatenate(std::span<const Term> terms, Codec codec) {
   return codec != Codec::f32 && terms.size() > 1 && std::ranges::all_of(terms, [&](const Term& term) {
            return term.op_a == terms[0].op_a && term.op_b == terms[0].op_b &&
-                  common_codec(term.a, term.b, term.precision) == codec;
+                  common_codec(term.a, term.b, term.precision) == codec &&
+                  (term.precision != Precision::f32 || term.scale == 1.0f);
          });
 }
 
-// sum (+)= scale * op(a) op(b). Scales other than 1 are applied before halves are rounded, as the CPU does.
+// Where operands are rounded, their scale is applied before, as the CPU does; otherwise the product takes it.
+struct Scale {
+  Scale(float scale, Precision precision)
+      : of_operand(precision == Precision::f32 ? 1.0f : scale), of_product(precision == Precision::f32 ? scale : 1.0f) {}
+  float of_operand, of_product;
+};
+
+// sum (+)= scale * op(a) op(b)
 void add_product(const Context& context, const Term& term, Codec codec, bool accumulate, const MutableMatrix& sum,
                  std::int64_t count) {
-  const bool in_f32 = codec == Codec::f32;
-  const Operand a(context, term.a, in_f32 ? 1.0f : term.scale, codec, count);
+  const Scale scale(term.scale, term.precision);
+  const Operand a(context, term.a, scale.of_operand, codec, count);
   const Operand b(context, term.b, 1.0f, codec, count);
   matmul(context, {.a = a.view(),
                    .op_a = term.op_a,
                    .b = b.view(),
                    .op_b = term.op_b,
-                   .alpha = in_f32 ? term.scale : 1.0f,
+                   .alpha = scale.of_product,
                    .accumulate = accumulate,
                    .out = sum,
                    .count = count});
@@ -187,14 +195,14 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (accumulate) sum_of_products(context, tail, start, sum);
 
   if (x.cols > 0) {
-    const bool in_f32 = codec == Codec::f32;
-    const Operand x_operand(context, x, in_f32 ? 1.0f : scale, codec, 1);
+    const Scale scales(scale, precision);
+    const Operand x_operand(context, x, scales.of_operand, codec, 1);
     const auto multiply = [&](const Matrix& part, std::int64_t first) {
       const std::int64_t cols = op == Op::t ? part.rows : part.cols;
       matmul(context, {.a = x_operand.view(),
                        .b = part,
                        .op_b = op,
-                       .alpha = in_f32 ? scale : 1.0f,
+                       .alpha = scales.of_product,
                        .accumulate = accumulate,
                        .bias = bias_last ? cols_of(bias, first, cols) : Matrix{},
                        .out = cols_of(sum, first, cols)});

@@ -82,7 +82,7 @@ struct Matmul {
   bool workspace = true;
   std::uint64_t m = 7, n = 5, k = 9;
 
-  std::vector<double> result, expected;
+  std::vector<double> result = {}, expected = {};
 
   cublasStatus_t run() {
     Random random(3);

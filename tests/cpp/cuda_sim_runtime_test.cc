@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -65,24 +66,30 @@ TEST_F(CudaSimTest, MemoryIsUsedAgainButNotAtOnce) {
   std::set<char*> places;
   for (int i = 0; i < 10; ++i) {
     char* memory = device_memory<char>(5 << 20);
-    if (i > 0 && i < 3) EXPECT_FALSE(places.contains(memory));
-    places.insert(memory);
+    const bool is_new = places.insert(memory).second;
+    EXPECT_TRUE(is_new || i >= 3);
     expect_success(cudaFree(memory));
   }
   EXPECT_LT(places.size(), 10u);
 }
 
 TEST_F(CudaSimTest, WhereMemoryIsShortQueuedFreesMakeRoom) {
-  for (int i = 0; i < 2; ++i) {  // more than half of the device's
-    void* memory;
-    ASSERT_EQ(cudaMallocAsync(&memory, 520 << 20, nullptr), cudaSuccess);
+  expect_success(cudaDeviceSynchronize());
+  cuda_sim::set_memory(cuda_sim::bytes_in_use() + 1000);
+  std::size_t free, total;
+  expect_success(cudaMemGetInfo(&free, &total));
+  EXPECT_EQ(free, 1000u);
+  void* memory;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_EQ(cudaMallocAsync(&memory, 600, nullptr), cudaSuccess);
     ASSERT_EQ(cudaFreeAsync(memory, nullptr), cudaSuccess);
   }
-  void* memory;
-  EXPECT_EQ(cudaMalloc(&memory, std::size_t{2} << 30), cudaErrorMemoryAllocation);
+  EXPECT_EQ(cudaMalloc(&memory, 1001), cudaErrorMemoryAllocation);
   EXPECT_EQ(memory, nullptr);
   EXPECT_EQ(cudaGetLastError(), cudaErrorMemoryAllocation);
   EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  cuda_sim::set_memory(std::size_t{1} << 30);
+  EXPECT_EQ(cudaMalloc(&memory, std::size_t{2} << 30), cudaErrorMemoryAllocation);
 }
 
 TEST_F(CudaSimTest, HostCannotTouchIt) {
@@ -243,6 +250,29 @@ TEST_F(CudaSimTest, AsynchronousFreeIsInOrder) {
   expect_success(cudaStreamSynchronize(stream));
   EXPECT_EQ(result, 0);
   expect_success(cudaStreamDestroy(stream));
+}
+
+TEST_F(CudaSimTest, ThreadsOfTheHostHaveTheirOwnStreams) {
+  const auto use = [](float start, float* result) {
+    const cudaStream_t stream = make_stream();
+    float* memory;
+    expect_success(cudaMallocAsync(&memory, 4, stream));
+    expect_success(cudaMemcpyAsync(memory, &start, 4, cudaMemcpyHostToDevice, stream));
+    for (int i = 0; i < 50; ++i) {
+      expect_success(launch(add, 2, 64, stream, memory, 1.0f, 1));
+      expect_success(cudaMemcpyAsync(result, memory, 4, cudaMemcpyDeviceToHost, stream));
+      expect_success(cudaStreamSynchronize(stream));
+    }
+    expect_success(cudaFreeAsync(memory, stream));
+    expect_success(cudaStreamDestroy(stream));
+  };
+  float first = 0, second = 0;
+  std::thread other(use, 100.0f, &first);
+  use(200.0f, &second);
+  other.join();
+  EXPECT_EQ(first, 150);
+  EXPECT_EQ(second, 250);
+  expect_success(cudaDeviceSynchronize());
 }
 
 // ---- Counts and failures

@@ -66,6 +66,8 @@ TEST_F(CudaSimTest, Intrinsics) {
   EXPECT_EQ(__clz(0), 32);
   EXPECT_EQ(__popc(0xf0f0u), 8);
   EXPECT_EQ(max(NAN, 1.0f), 1.0f);
+  EXPECT_EQ(__half22float2(__floats2half2_rn(1.5f, -2.0f)).y, -2.0f);
+  EXPECT_EQ(__bfloat1622float2(__floats2bfloat162_rn(1.5f, -2.0f)).x, 1.5f);
   EXPECT_EQ(min(-1LL, 1LL), -1);
   EXPECT_EQ(__float_as_uint(1.0f), 0x3f800000u);
   static_assert(alignof(float4) == 16 && alignof(uint2) == 8 && sizeof(int4) == 16);
@@ -228,7 +230,8 @@ TEST_F(CudaSimTest, OverrunOfSharedMemory) {
   EXPECT_DEATH(run(overrun_shared, 1, 1, kThreads), "");
 }
 
-__global__ void some_exit_early(int* out) {
+__global__ void some_exit_early(int* all) {
+  int* out = all + blockIdx.x * blockDim.x;
   if (threadIdx.x % 2 == 1) return;
   out[threadIdx.x] = 1;
   __syncthreads();
@@ -240,16 +243,20 @@ __global__ void some_exit_early(int* out) {
 }
 
 TEST_F(CudaSimTest, ThreadsThatExitDoNotHoldUpABarrier) {
-  int* out = device_memory<int>(64);
-  run(some_exit_early, 1, 64, out);
-  EXPECT_EQ(download(out, 64)[1], 32);
+  const unsigned blocks = 6;  // in some of which the last thread to come is one that exits
+  int* out = device_memory<int>(64 * blocks);
+  run(some_exit_early, blocks, 64, out);
+  for (unsigned i = 0; i < blocks; ++i) EXPECT_EQ(download(out, 64 * blocks)[64 * i + 1], 32);
 }
 
 // ---- What must not be
 // ------------------------------------------------------------------------------------------------
 
-__global__ void shuffle_in_half_a_warp(float* out) {
-  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+__global__ void shuffle_after_some_exited(float* out) {
+  if (threadIdx.x % 31 != 0) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);  // the first and the last exit
+}
+__global__ void shuffle_without_one(float* out) {
+  if (threadIdx.x != 15) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
 }
 __global__ void shuffle_in_two_branches(float* out) {
   if (threadIdx.x < 16) {
@@ -277,7 +284,8 @@ __global__ void two_barriers(float*) {
 
 TEST_F(CudaSimTest, DivergentCollectives) {
   float* out = device_memory<float>(64);
-  EXPECT_DEATH(run(shuffle_in_half_a_warp, 1, 32, out), "exit|ends");
+  EXPECT_DEATH(run(shuffle_after_some_exited, 1, 32, out), "lanes that have exited");
+  EXPECT_DEATH(run(shuffle_without_one, 1, 32, out), "ends while other lanes");
   EXPECT_DEATH(run(shuffle_in_two_branches, 1, 32, out), "divergent");
   EXPECT_DEATH(run(shuffle_of_half_a_warp, 1, 32, out), "mask");
   EXPECT_DEATH(run(shuffle, 1, 40, out), "fewer than 32");

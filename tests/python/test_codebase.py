@@ -44,7 +44,11 @@ LAYERS: list[tuple[str, list[str]]] = [
     ("cpp/torch/ops_cuda.cc", ["pissa/*", "own", "cpp/cuda", "cuda_runtime.h", *TORCH, STREAM]),
     ("cpp/torch/", ["pissa/*", "own", "cpp/cpu", *TORCH]),
     ("cpp/python/", ["pissa/*", "own", "cpp/cpu", "pybind11/*"]),
-    ("tests/cpp/", ["pissa/*", "own", "cpp/cpu", "gtest/*", "sys/mman.h", "unistd.h"]),
+    (
+        "tests/cpp/cuda_sim/",
+        ["tests/cpp/cuda_sim", "sanitizer/*", "math.h", "pthread.h", "sys/mman.h", "ucontext.h", "unistd.h"],
+    ),
+    ("tests/cpp/", ["pissa/*", "own", "cpp/cpu", "cpp", "tests/cpp/cuda_sim", "gtest/*", "sys/mman.h", "unistd.h"]),
     ("bench/", ["pissa/*", "own", "cpp/cpu", "benchmark/*"]),
 ]
 
@@ -63,7 +67,7 @@ def is_allowed(header: str, path: Path, allowed: list[str]) -> bool:
     for rule in allowed:
         if rule == "own" and (path.parent / header).exists():
             return True
-        if rule.startswith("cpp/") and (ROOT / rule / header).exists():
+        if (ROOT / rule).is_dir() and (ROOT / rule / header).exists():
             return True
         if rule == header or (rule.endswith("/*") and header.startswith(rule[:-1])):
             return True

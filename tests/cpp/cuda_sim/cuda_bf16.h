@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "vector_types.h"
+
 struct alignas(2) __nv_bfloat16 {
   std::uint16_t bits;
 };
@@ -27,6 +29,9 @@ inline float __bfloat162float(__nv_bfloat16 value) {
 
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+inline float2 __bfloat1622float2(__nv_bfloat162 value) {
+  return {__bfloat162float(value.x), __bfloat162float(value.y)};
 }
 inline float __low2float(__nv_bfloat162 value) { return __bfloat162float(value.x); }
 inline float __high2float(__nv_bfloat162 value) { return __bfloat162float(value.y); }

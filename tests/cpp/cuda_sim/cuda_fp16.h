@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "vector_types.h"
+
 struct alignas(2) __half {
   std::uint16_t bits;
 };
@@ -46,6 +48,7 @@ inline float __half2float(__half value) {
 }
 
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float2 __half22float2(__half2 value) { return {__half2float(value.x), __half2float(value.y)}; }
 inline float __low2float(__half2 value) { return __half2float(value.x); }
 inline float __high2float(__half2 value) { return __half2float(value.y); }
 inline unsigned short __half_as_ushort(__half value) { return value.bits; }

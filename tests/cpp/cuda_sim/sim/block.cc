@@ -234,6 +234,8 @@ void start_threads(dim3 size) {
     warp.lanes = count - i * kWarpSize < kWarpSize ? count - i * kWarpSize : kWarpSize;
     warp.exited = 0;
   }
+  // Not from where the last block ended: with as many barriers in each, all would have the same order.
+  block.turn = static_cast<int>(next_random() % 3);
   make_ready(0, count);
 }
 
@@ -244,7 +246,7 @@ void forget_shared() {
 }
 
 void run_block(dim3 size) {
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
   delete[] block.orders;
   block.orders = new char[kOrders];
 #endif

@@ -12,9 +12,10 @@
 
 namespace cuda_sim::detail {
 
-/// Where the kernel was launched with more than these, it fails as on the device.
+/// Of a block.
 inline constexpr unsigned kMaxThreads = 1024;
 
+/// Calls `thread` in every thread of the grid; returns when all have ended.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 }  // namespace cuda_sim::detail

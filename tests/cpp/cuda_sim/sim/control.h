@@ -24,6 +24,9 @@ std::size_t bytes_in_use();
 std::size_t peak_bytes();
 void reset_peak_bytes();
 
+/// How much memory the device has from now on: 1 GiB at first, which is also the most.
+void set_memory(std::size_t bytes);
+
 /// Makes one call of the runtime fail with `error`, and do nothing: the next one that can fail, or a later one, when
 /// `after` others are to succeed first. What frees or destroys is not counted: it never fails. cublas_v2.h and
 /// cusolverDn.h have the same for their libraries; each has its own, and they do not disturb one another.

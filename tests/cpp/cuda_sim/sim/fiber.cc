@@ -40,11 +40,16 @@ cuda_sim_switch:
 )");
 #endif
 
+#ifdef CUDA_SIM_TSAN
+// At its end a program waits a second for races of threads that still run, which fibers seem to do.
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
+#endif
+
 namespace cuda_sim::detail {
 namespace {
 
 // A sanitizer's report runs on the stack of the thread that it reports.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__) || defined(CUDA_SIM_TSAN)
 constexpr std::size_t kStackBytes = 256 << 10;
 #else
 constexpr std::size_t kStackBytes = 64 << 10;
@@ -64,7 +69,7 @@ void create_fiber(Fiber& fiber, void (*entry)()) {
   fiber.stack_bytes = kStackBytes;
   fiber.fake_stack = nullptr;
   fiber.tsan = nullptr;
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
   fiber.tsan = __tsan_create_fiber(0);
 #endif
 #ifdef CUDA_SIM_UCONTEXT
@@ -97,7 +102,7 @@ void adopt_host(Fiber& host) {
   pthread_attr_getstack(&attributes, &host.stack, &host.stack_bytes);
   pthread_attr_destroy(&attributes);
 #endif
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
   host.tsan = __tsan_get_current_fiber();
 #endif
   host.fake_stack = nullptr;
@@ -107,7 +112,7 @@ void switch_fiber(Fiber& from, Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
 #endif
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
   __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef CUDA_SIM_UCONTEXT

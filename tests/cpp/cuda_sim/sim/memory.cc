@@ -17,6 +17,8 @@ namespace cuda_sim::detail {
 namespace {
 
 constexpr std::size_t kArenaBytes = std::size_t{1} << 30;
+// The arena grows by huge pages: opening and closing one of small pages takes a millisecond for each 10 MiB in use.
+constexpr std::size_t kPage = std::size_t{2} << 20;
 constexpr std::size_t kAlignment = 256;  // CUDA's
 constexpr std::size_t kRedzone = 256;
 constexpr std::size_t kQuarantineBytes = std::size_t{16} << 20;
@@ -38,17 +40,26 @@ struct Arena {
   // Freed memory is not used again at once, or a late access would find another allocation there.
   std::deque<std::pair<std::size_t, std::size_t>> quarantine;
   std::size_t quarantine_bytes = 0;
-  std::size_t in_use = 0;
+  std::size_t limit = kArenaBytes;
+  std::size_t held = 0;    // not yet freed by a stream
+  std::size_t in_use = 0;  // not yet asked to be freed
   std::size_t peak = 0;
 
   Arena() {
-    void* pages = mmap(nullptr, kArenaBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* pages = mmap(nullptr, kArenaBytes + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED) {
       std::perror("cuda_sim: no memory for the device");
       std::abort();
     }
-    base = static_cast<unsigned char*>(pages);
-    allocations[grow(kRedzone)] = {0, kRedzone, false};  // what lies before the first one
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(pages) % kPage;
+    base = static_cast<unsigned char*>(pages) + (past == 0 ? 0 : kPage - past);
+    madvise(base, kArenaBytes, MADV_HUGEPAGE);
+    grow(kPage);
+    allocations[take(kRedzone)] = {0, kRedzone, false};  // what lies before the first one
+    if (kAsan) return;
+    protect(reached, PROT_READ | PROT_WRITE);
+    fill_redzone(0, kRedzone);
+    protect(reached, PROT_NONE);
   }
 
   void protect(std::size_t bytes, int access) const {
@@ -58,15 +69,16 @@ struct Arena {
     }
   }
 
-  /// Offset of `bytes` more, all redzone.
-  std::size_t grow(std::size_t bytes) {
-    if (bytes > kArenaBytes - reached) return 0;
+  /// Adds a gap of at least `span` at the end; false where there is no room.
+  bool grow(std::size_t span) {
+    const std::size_t bytes = (span + kPage - 1) / kPage * kPage;
+    if (bytes > kArenaBytes - reached) return false;
     const std::size_t offset = reached;
     reached += bytes;
-    protect(reached, PROT_READ | PROT_WRITE);
-    fill_redzone(offset, bytes);
-    if (open == 0) protect(reached, PROT_NONE);
-    return offset;
+    if (open > 0) protect(reached, PROT_READ | PROT_WRITE);
+    poison(base + offset, bytes);
+    give_back(offset, bytes);
+    return true;
   }
 
   void fill_redzone(std::size_t offset, std::size_t bytes) {
@@ -77,7 +89,9 @@ struct Arena {
     }
   }
 
-  /// Offset of a span, 0 where there is none: the first gap that is large enough, or the end.
+  static constexpr std::size_t kNone = ~std::size_t{0};
+
+  /// Offset of a span in the first gap that has it.
   std::size_t take(std::size_t span) {
     for (auto gap = gaps.begin(); gap != gaps.end(); ++gap) {
       if (gap->second < span) continue;
@@ -86,7 +100,7 @@ struct Arena {
       if (size > span) gaps[offset + span] = size - span;
       return offset;
     }
-    return grow(span);
+    return kNone;
   }
 
   void give_back(std::size_t offset, std::size_t span) {
@@ -160,17 +174,20 @@ DeviceOpen::~DeviceOpen() {
   if (--arena().open == 0) arena().protect(arena().reached, PROT_NONE);
 }
 
+std::size_t memory_of_device() { return arena().limit; }
+
 void* allocate(std::size_t bytes) {
-  if (bytes > kArenaBytes) return nullptr;
+  if (bytes > arena().limit || arena().held > arena().limit - bytes) return nullptr;
   const std::size_t span = (bytes + kAlignment - 1) / kAlignment * kAlignment + kRedzone;
   Arena& device = arena();
   std::size_t offset = device.take(span);
-  if (offset == 0) {
-    device.leave_quarantine(0);
+  if (offset == Arena::kNone) {
+    if (!device.grow(span)) device.leave_quarantine(0);
     offset = device.take(span);
   }
-  if (offset == 0) return nullptr;
+  if (offset == Arena::kNone) return nullptr;
   device.allocations[offset] = {bytes, span, false};
+  device.held += bytes;
   device.in_use += bytes;
   device.peak = std::max(device.peak, device.in_use);
   const DeviceOpen open;
@@ -196,6 +213,7 @@ bool release(void* pointer) {
   const DeviceOpen open;
   device.check(offset, allocation);
   device.allocations.erase(found);
+  device.held -= allocation.bytes;
   std::memset(device.base + offset, kFresh, allocation.bytes);
   poison(device.base + offset, allocation.span);
   device.quarantine.emplace_back(offset, allocation.span);
@@ -227,6 +245,7 @@ void check_redzones() {
 
 namespace cuda_sim {
 
+void set_memory(std::size_t bytes) { detail::arena().limit = std::min(bytes, detail::kArenaBytes); }
 std::size_t bytes_in_use() { return detail::arena().in_use; }
 std::size_t peak_bytes() { return detail::arena().peak; }
 void reset_peak_bytes() { detail::arena().peak = detail::arena().in_use; }

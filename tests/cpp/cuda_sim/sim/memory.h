@@ -15,6 +15,8 @@ class DeviceOpen {
   ~DeviceOpen();
 };
 
+std::size_t memory_of_device();
+
 /// Null where there is no room.
 void* allocate(std::size_t bytes);
 

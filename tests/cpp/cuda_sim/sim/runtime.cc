@@ -1,6 +1,7 @@
 // The runtime but for streams: errors, the device, memory.
 #include "sim/runtime.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -253,8 +254,8 @@ cudaError_t cudaFreeHost(void* pointer) {
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   const Call call;
   if (call.failed()) return call.error();
-  *total = std::size_t{1} << 30;
-  *free = *total - cuda_sim::bytes_in_use();
+  *total = memory_of_device();
+  *free = *total - std::min(*total, cuda_sim::bytes_in_use());
   return cudaSuccess;
 }
 

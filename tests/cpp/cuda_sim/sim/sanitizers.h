@@ -12,11 +12,16 @@
 #endif
 #endif
 
+// Also defined, by CMakeLists.txt, for the files that ThreadSanitizer does not instrument.
+#if defined(__SANITIZE_THREAD__) && !defined(CUDA_SIM_TSAN)
+#define CUDA_SIM_TSAN
+#endif
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
 #include <sanitizer/tsan_interface.h>
 extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
 extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
@@ -38,7 +43,7 @@ inline void unpoison(const void*, std::size_t) {}
 
 /// Orders memory between threads, as a barrier does: what came before a `tsan_release` of an address comes before what
 /// follows a later `tsan_acquire` of it.
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
 inline void tsan_release(void* address) { __tsan_release(address); }
 inline void tsan_acquire(void* address) { __tsan_acquire(address); }
 #else
@@ -49,7 +54,7 @@ inline void tsan_acquire(void*) {}
 /// While it lives, memory that is handed out or taken back has no history: threads that no barrier orders may share it.
 class TsanForget {
  public:
-#ifdef __SANITIZE_THREAD__
+#ifdef CUDA_SIM_TSAN
   TsanForget() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
