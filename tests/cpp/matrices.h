@@ -58,19 +58,23 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-/// A dense matrix in memory: the first element is not at an aligned address, rows are padded, and everything that is
-/// not an element is 0xff, NaN in every codec: read it and the result is NaN, write it and `padding_intact` tells.
+/// A dense matrix in memory: the first element is not at an aligned address, unless asked for, rows are padded, and
+/// everything that is not an element is 0xff, NaN in every codec: read it and the result is NaN, write it and
+/// `padding_intact` tells.
 class Stored {
  public:
-  Stored(const Dense& values, Codec codec, std::int64_t padding = 3)
-      : Stored(poisoned(values.rows, values.cols, codec, padding)) {
+  static constexpr std::int64_t kAligned = 8;  // as lead and, for every row, padding of a multiple: by 16 bytes
+
+  Stored(const Dense& values, Codec codec, std::int64_t padding = 3, std::int64_t lead = 1)
+      : Stored(poisoned(values.rows, values.cols, codec, padding, lead)) {
     for (std::int64_t i = 0; i < rows_; ++i) {
       for (std::int64_t j = 0; j < cols_; ++j) write_element(codec_, at(i, j), values(i, j));
     }
   }
   /// Every element is NaN.
-  static Stored poisoned(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding = 3) {
-    return {rows, cols, codec, padding};
+  static Stored poisoned(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding = 3,
+                         std::int64_t lead = 1) {
+    return {rows, cols, codec, padding, lead};
   }
 
   Matrix view() const { return {at(0, 0), rows_, cols_, ld_, codec_}; }
@@ -97,20 +101,21 @@ class Stored {
   }
 
  private:
-  Stored(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding)
+  Stored(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding, std::int64_t lead)
       : rows_(rows),
         cols_(cols),
         ld_(cols + padding),
+        lead_(lead),
         codec_(codec),
-        // One element in front; after the last row nothing, so that AddressSanitizer sees a read beyond it.
-        bytes_((1 + (rows > 0 ? (rows - 1) * ld_ + cols : 0)) * element_size(codec), 0xff) {}
+        // After the last row nothing, so that AddressSanitizer sees a read beyond it.
+        bytes_((lead + (rows > 0 ? (rows - 1) * ld_ + cols : 0)) * element_size(codec), 0xff) {}
 
   const std::uint8_t* at(std::int64_t i, std::int64_t j) const {
-    return bytes_.data() + (1 + i * ld_ + j) * element_size(codec_);
+    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
   }
-  std::uint8_t* at(std::int64_t i, std::int64_t j) { return bytes_.data() + (1 + i * ld_ + j) * element_size(codec_); }
+  std::uint8_t* at(std::int64_t i, std::int64_t j) { return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_); }
 
-  std::int64_t rows_, cols_, ld_;
+  std::int64_t rows_, cols_, ld_, lead_;
   Codec codec_;
   std::vector<std::uint8_t> bytes_;
 };

@@ -1,0 +1,132 @@
+// The CUDA backend's products: operands that are aligned, so that the vector accesses run; a weight in chunks; sums of
+// several thin products in half precision, rounded once.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "backend_test.h"
+#include "cuda/backend.h"
+#include "cuda/context.h"
+#include "cuda/products.h"
+#include "matrices.h"
+#include "reference.h"
+
+namespace pissa::test {
+namespace {
+
+Stored aligned(const Dense& values, Codec codec) { return Stored(values, codec, Stored::kAligned, Stored::kAligned); }
+Stored aligned_poisoned(std::int64_t rows, std::int64_t cols, Codec codec) {
+  return Stored::poisoned(rows, cols, codec, Stored::kAligned, Stored::kAligned);
+}
+
+class ProductsTest : public BackendTest {};
+
+// Every width up to several groups of eight and beyond a block's share of a row.
+TEST_P(ProductsTest, ConvertsAlignedRows) {
+  Random random(1);
+  for (const std::int64_t cols : {8, 16, 24, 64, 72, 2048, 4096, 4104, 9000}) {
+    for (const Codec from : kCodecs) {
+      for (const Codec to : kCodecs) {
+        const Stored a = aligned(random.dense(3, cols), from);
+        Stored out = aligned_poisoned(3, cols, to);
+        backend().copy(a.view(), out.mutable_view());
+        EXPECT_EQ(out.values().values, Stored(a.values(), to).values().values) << cols;
+        EXPECT_TRUE(out.padding_intact());
+      }
+    }
+  }
+}
+
+TEST_P(ProductsTest, DecodesNf4ByWords) {
+  Random random(2);
+  for (const std::int64_t cols : {8, 40, 64, 136, 4096, 4104, 8200}) {
+    for (const bool nested : {false, true}) {
+      for (const Codec to : kCodecs) {
+        const StoredNf4 weight(random, 5, cols, random.pick({32, 64, 4096}), nested);
+        Stored out = random.coin() ? aligned_poisoned(5, cols, to) : Stored::poisoned(5, cols, to);
+        backend().copy(weight.view(), out.mutable_view());
+        EXPECT_EQ(out.values().values, Stored(weight.values(), to).values().values) << cols << ", nested " << nested;
+        EXPECT_TRUE(out.padding_intact());
+      }
+    }
+  }
+}
+
+// y is made of columns that each chunk of the weight gives; chunks of one tile of 64 columns, of some, of all.
+TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(3);
+  const std::int64_t m = 23;
+  for (const Op op : {Op::t, Op::n}) {
+    for (const auto& [out, in] : {std::pair{200, 136}, {136, 200}, {130, 70}}) {
+      const StoredNf4 weight(random, out, in, 64, true);
+      const Stored dense(random.dense(out, in), Codec::f16);
+      const std::int64_t k = op == Op::t ? in : out, n = op == Op::t ? out : in;
+      const Stored x(random.dense(m, k), Codec::bf16), a(random.dense(m, 3), Codec::f32);
+      const Stored b(op == Op::t ? random.dense(n, 3) : random.dense(3, n), Codec::f32);
+      const Stored bias(random.dense(1, n), Codec::bf16);
+      for (const Matrix& w : {weight.view(), dense.view()}) {
+        std::vector<std::vector<std::uint8_t>> results;
+        for (const std::int64_t chunk : {1 << 30, 3 * 64 * 136 * 2, 1}) {
+          Stored y = Stored::poisoned(m, n, Codec::bf16);
+          Staging at(context);
+          const std::vector<Term> tail{{at(a.view()), Op::n, at(b.view()), op, 2.0f, Precision::bf16}};
+          cuda::weight_product(context, at(x.view()), at(w), op, 1.0f, Precision::bf16, tail,
+                               op == Op::t ? at(bias.view()) : Matrix{}, at(y.mutable_view()), chunk);
+          at.finish();
+          results.push_back(y.bytes());
+        }
+        EXPECT_TRUE(results[1] == results[0]);
+        EXPECT_TRUE(results[2] == results[0]);
+      }
+    }
+  }
+}
+
+// Pieces of the residual that is quantised, of some rows and of single blocks, give the codes of the whole.
+TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(4);
+  for (const auto& [rows, cols, blocksize] : {std::tuple{37, 64, 64}, {41, 67, 32}, {9, 1000, 256}, {70, 3, 64}}) {
+    const Stored w(random.dense(rows, cols), Codec::bf16), b(random.dense(rows, 4), Codec::f32),
+        a(random.dense(4, cols), Codec::f32);
+    std::vector<std::vector<std::uint8_t>> results;
+    for (const std::int64_t bytes : {std::int64_t{1} << 30, std::int64_t{10} * cols * 4, std::int64_t{1}}) {
+      std::vector<std::uint8_t> codes(nf4_bytes(rows * cols), 0xee);
+      std::vector<float> absmax(ceil_div(rows * cols, blocksize), -9.0f);
+      Staging at(context);
+      const std::vector<Term> terms{{at(b.view()), Op::n, at(a.view()), Op::n, -0.5f}};
+      cuda::quantized_sum(context, terms, at(w.view()),
+                          {blocksize, at.upload(codes.data(), static_cast<std::int64_t>(codes.size()), true),
+                           at.upload(absmax.data(), static_cast<std::int64_t>(absmax.size()), true)},
+                          bytes);
+      at.finish();
+      for (const float value : absmax) ASSERT_GE(value, 0.0f);
+      results.push_back(codes);
+    }
+    EXPECT_TRUE(results[1] == results[0]);
+    EXPECT_TRUE(results[2] == results[0]);
+  }
+}
+
+// Two thin products in half precision and what they are added to take one rounding: 1 + 2^-9 - 2^-9 is 1.
+TEST_P(ProductsTest, TwoThinProductsAreRoundedOnce) {
+  Dense ones(20, 1), small(1, 30), minus(1, 30);
+  for (double& value : ones.values) value = 1;
+  for (double& value : small.values) value = 0x1p-9;
+  for (double& value : minus.values) value = -0x1p-9;
+  Dense base(20, 30);
+  for (double& value : base.values) value = 1;
+  const Stored a(ones, Codec::f32), b(small, Codec::f32), c(minus, Codec::f32), addend(base, Codec::bf16);
+  const Term terms[] = {{a.view(), Op::n, b.view(), Op::n, 1.0f, Precision::bf16},
+                        {a.view(), Op::n, c.view(), Op::n, 1.0f, Precision::bf16}};
+  Stored out = Stored::poisoned(20, 30, Codec::bf16);
+  backend().gemm(terms, addend.view(), out.mutable_view());
+  EXPECT_EQ(out.values().values, base.values);
+}
+
+PISSA_EVERY_BACKEND(ProductsTest);
+
+}  // namespace
+}  // namespace pissa::test
