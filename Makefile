@@ -49,7 +49,7 @@ $(BUILD)/wheel.stamp: $(BUILD)/venv-build.stamp $(SOURCES)
 wheel: $(if $(filter ON,$(CUDA)),$(BUILD)/wheel-cuda.stamp,$(BUILD)/wheel.stamp)
 	@ls $(BUILD)/$(if $(filter ON,$(CUDA)),dist-cuda,dist)/*.whl
 
-# With the CUDA library, whatever CUDA this machine has: the compiler and the libraries come from PyPI, 1.3 GB on disk.
+# With the CUDA library, whatever CUDA this machine has: the compiler and the libraries come from PyPI, 1.1 GB on disk.
 # --no-deps: what they name besides is for running programs. One minor version for all parts of the compiler: each front
 # end writes a language that only its own back end reads; and the oldest cuBLAS, so that whichever torch brings will do.
 CUDA_PYTHON := $(BUILD)/venv-cuda/bin/python
