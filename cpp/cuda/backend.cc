@@ -32,6 +32,10 @@ void remove_earlier(const Context& context, const MutableMatrix& basis, const Mu
 
 }  // namespace
 
+CudaBackend::~CudaBackend() {
+  if (!host_work_.empty()) cudaStreamSynchronize(context_.stream);  // after an error: the stream may still use it
+}
+
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
 void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
@@ -66,9 +70,7 @@ float CudaBackend::max_abs(const Matrix& a) const {
       max_abs_bits(context_, part.view(), bits.data());
     }
   }
-  check(cudaMemcpyAsync(&result, bits.data(), sizeof result, cudaMemcpyDeviceToHost, context_.stream), context_,
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(context_.stream), context_, "cudaStreamSynchronize");
+  read_back(context_, bits.data(), &result, sizeof result);
   return std::bit_cast<float>(result);
 }
 
@@ -172,10 +174,8 @@ int* CudaBackend::flags() {
 std::vector<int> CudaBackend::take(int* flags, std::int64_t count) const {
   std::vector<int> host(static_cast<std::size_t>(count));
   const std::size_t bytes = host.size() * sizeof(int);
-  check(cudaMemcpyAsync(host.data(), flags, bytes, cudaMemcpyDeviceToHost, context_.stream), context_,
-        "cudaMemcpyAsync");
+  read_back(context_, flags, host.data(), static_cast<std::int64_t>(bytes));
   check(cudaMemsetAsync(flags, 0, bytes, context_.stream), context_, "cudaMemsetAsync");
-  check(cudaStreamSynchronize(context_.stream), context_, "cudaStreamSynchronize");
   return host;
 }
 
@@ -184,6 +184,7 @@ bool CudaBackend::take_flag(int* flag) const { return take(flag, 1)[0] != 0; }
 bool CudaBackend::had_full_rank() {
   if (!flags_) return true;
   const std::vector<int> taken = take(flags_->data(), count());
+  host_work_.clear();  // the stream is done with it
   // Dependent rows end as NaN, of which there are no eigenvalues; only without them is that a failure of its own.
   if (std::ranges::any_of(taken, [](int flag) { return flag == kNotConverged; })) {
     throw std::runtime_error("the eigenvalues of a Gram matrix did not converge on the CUDA device");

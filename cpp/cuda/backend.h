@@ -29,6 +29,9 @@ class CudaBackend {
   /// and the weight that the core names stands for all. They must outlive the backend.
   CudaBackend(const Context& context, std::span<const Matrix> weights) : context_(context), weights_(weights) {}
 
+  CudaBackend(const CudaBackend&) = delete;
+  ~CudaBackend();
+
   // The Backend concept; pissa/backend.h says what each does.
   Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) const {
     return {context_, rows, cols, codec, count()};

@@ -83,6 +83,20 @@ void check_supported(int device) {
                                    "-DPISSA_CUDA_ARCHITECTURES (8.0 is the oldest that the kernels support)"));
 }
 
+// By way of memory that stays: if a call fails, its copy may still be on the stream when the caller's variable is gone.
+void read_back(const Context& context, const void* device, void* host, std::int64_t bytes) {
+  constexpr std::int64_t kPiece = 4096;
+  thread_local std::array<char, kPiece>& piece = *new std::array<char, kPiece>;
+  for (std::int64_t done = 0; done < bytes; done += kPiece) {
+    const std::size_t size = static_cast<std::size_t>(std::min(kPiece, bytes - done));
+    check(cudaMemcpyAsync(piece.data(), static_cast<const char*>(device) + done, size, cudaMemcpyDeviceToHost,
+                          context.stream),
+          context, "cudaMemcpyAsync", "bytes", size);
+    check(cudaStreamSynchronize(context.stream), context, "cudaStreamSynchronize");
+    std::copy_n(piece.data(), size, static_cast<char*>(host) + done);
+  }
+}
+
 std::string describe(cudaError_t status) {
   return message(cudaGetErrorName(status), " (", static_cast<int>(status), "), ", cudaGetErrorString(status));
 }

@@ -64,6 +64,9 @@ void check(Status status, const Context& context, const char* call, const Sizes&
   throw std::runtime_error(text);
 }
 
+/// Copies device memory to the host and waits for it, and with it for everything before on the stream.
+void read_back(const Context& context, const void* device, void* host, std::int64_t bytes);
+
 /// Launches a kernel; a block's threads are one-dimensional.
 template <class... Params, class... Args>
 void launch(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,

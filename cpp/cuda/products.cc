@@ -156,7 +156,7 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
   std::optional<Concatenation> concatenation;
   if (can_concatenate(terms, codec)) {
     concatenation.emplace(context, terms, codec, count);
-    terms = {concatenation->term()};
+    terms.assign(1, concatenation->term());
   }
   // cuBLAS rounds what it adds to; so halves take one product, and nothing that they could not hold exactly.
   const bool in_place = out.codec == Codec::f32 ||
