@@ -38,6 +38,8 @@ class CudaDevice {
  private:
   static cuda::Context current_context(std::int32_t device) {
     static const TorchAllocator allocator;
+    // The library has a CUDA runtime of its own, which must be told too.
+    cuda::check(cudaSetDevice(device), {.device = device}, "cudaSetDevice");
     cuda::check_supported(device);
     void* stream = nullptr;
     void* blas = nullptr;

@@ -77,6 +77,8 @@ def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLinear]:
 # Elements of the layers that are decomposed at once, for each thread: enough for the threads to finish together, few
 # enough for the bar to move, and for the dense weights (float32, 16 MB) that stored bases are decomposed from.
 _GROUP = 1 << 22
+# The same on a GPU, which decomposes weights of one shape together: some 30 of the layers of a 7B model.
+_GPU_GROUP = 1 << 30
 
 
 def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first: bool, progressbar: bool) -> None:
@@ -117,15 +119,19 @@ def _check_forms(model: nn.Module, layers: dict[str, PissaLinear], config: Pissa
 
 
 def _groups(layers: dict[str, PissaLinear]) -> Iterator[dict[str, PissaLinear]]:
-    """The layers, in order, in groups of at most `_GROUP` elements a thread, or of one layer that is larger."""
-    limit = _GROUP * torch.get_num_threads()
+    """The layers, in order, in groups on one device of at most `_GROUP` elements a thread, `_GPU_GROUP` on a GPU, or of
+    one layer that is larger."""
     group: dict[str, PissaLinear] = {}
     size = 0
+    group_device = None
     for name, layer in layers.items():
         elements = layer.in_features * layer.out_features
-        if group and size + elements > limit:
+        device = layer.unmerged_base.weight.device
+        limit = _GROUP * torch.get_num_threads() if device.type == "cpu" else _GPU_GROUP
+        if group and (size + elements > limit or device != group_device):
             yield group
             group, size = {}, 0
+        group_device = device
         group[name] = layer
         size += elements
     if group:

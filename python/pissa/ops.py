@@ -114,7 +114,8 @@ def svd_lowrank(
             very large r) or "exact" (`torch.linalg.svd` in float32, for comparison: minutes for a large weight).
         passes: reads of the weight, even. With "krylov", 8 and 12 match or beat `torch.svd_lowrank` with
             niter = 8 and 16, which read it 18 and 34 times.
-        seed: of the ±1 test matrix (Philox); the same seed gives the same bits for any number of threads.
+        seed: of the ±1 test matrix (Philox), the same on every device; the same seed gives the same bits for any number
+            of threads, and again on the same GPU.
 
     Returns:
         U [out, r], S [r] (descending), V [in, r], float32, with orthonormal columns whatever the rank of the weight.
@@ -382,6 +383,10 @@ def linear(
     and b0 are frozen. Products accumulate in float32 and are rounded once, to y's dtype. With bfloat16 activations
     their factors are rounded to bfloat16 where the processor multiplies that faster, as mixed precision does. Up to 16
     rows of x are multiplied in another order than more: a row's last digits may depend on how many come with it.
+
+    On CUDA, half-precision activations (float16 too) round the factors and a 4-bit weight to their dtype, and for more
+    than 16 rows of x the sum is rounded to it once more, after the adapter's part. Everything is queued on the current
+    stream, nothing waits: CUDA graphs can capture forward and backward.
 
     Args:
         x: [..., in], float32, bfloat16 or float16.
