@@ -38,10 +38,10 @@ __device__ __forceinline__ float nf4_scale(const Nf4Scales& scales, std::int64_t
 /// A lane's entry of the table that a warp holds in registers: level i in lanes i and i + 16.
 __device__ __forceinline__ float nf4_lane_level() { return kDeviceNf4Levels.value[threadIdx.x % 16]; }
 
-/// Level of a code, from the lane that has it: one shuffle, no memory. All lanes take part; bits above the code are
-/// ignored.
+/// Level of a code, from the lane that has it: one shuffle, no memory. All lanes take part. Bits above the code do not
+/// matter: the shuffle takes the lowest five, and the fifth chooses between two lanes with the same level.
 __device__ __forceinline__ float nf4_level(float lane_level, unsigned code) {
-  return __shfl_sync(kAllLanes, lane_level, static_cast<int>(code & 15u));
+  return __shfl_sync(kAllLanes, lane_level, static_cast<int>(code));
 }
 
 /// The eight levels of a word of codes; in each byte the high nibble comes first.
