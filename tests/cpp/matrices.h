@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -90,14 +91,14 @@ class Stored {
     return result;
   }
   bool padding_intact() const {
-    std::vector<std::uint8_t> rest = bytes_;
+    const auto intact = [](auto from, auto to) { return std::all_of(from, to, [](auto byte) { return byte == 0xff; }); };
+    auto rest = bytes_.begin();
     for (std::int64_t i = 0; i < rows_; ++i) {
-      std::memset(rest.data() + (at(i, 0) - bytes_.data()), 0xff, cols_ * element_size(codec_));
+      const auto row = bytes_.begin() + (at(i, 0) - bytes_.data());
+      if (!intact(rest, row)) return false;
+      rest = row + cols_ * element_size(codec_);
     }
-    for (const std::uint8_t byte : rest) {
-      if (byte != 0xff) return false;
-    }
-    return true;
+    return intact(rest, bytes_.end());
   }
 
  private:
