@@ -60,6 +60,7 @@ class Row:
     malloc: str = "default"
     max_pairs: int | None = None
     memory: bool = False
+    wall: bool = False  # on a GPU: as the caller waits for it, not as the device is busy
 
 
 @dataclass
