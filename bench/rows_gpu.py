@@ -155,30 +155,37 @@ def _dense(with_backward: bool, size: int, tokens: int, device: str) -> Case:
     return Case(in_turns([layer.backward for layer in layers]), in_turns(both), check)
 
 
-def _in_a_graph(calls: Sequence[Call], device: str) -> Call:
-    """All the calls, one after the other, as one CUDA graph; on the CPU as they are."""
+def _in_a_graph(calls: Sequence[Call], device: str) -> tuple[Call, bool]:
+    """All the calls, one after the other, as one CUDA graph, and whether they are one: what cannot be captured, and
+    everything on the CPU, is called as it is."""
 
     @torch.no_grad()
     def run() -> list[Tensor]:
         return [call() for call in calls]
 
     if device == "cpu":
-        return run
+        return run, False
+    current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(current)
     with torch.cuda.stream(side):  # handles and workspaces are made outside of the graph
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except RuntimeError:
+        torch.cuda.set_stream(current)  # which a capture that fails does not bring back
+        torch.cuda.synchronize()
+        return run, False
 
     def replay() -> list[Tensor]:
         graph.replay()
         return results
 
-    return replay
+    return replay, True
 
 
 def _decode(with_adapter: bool, size: int, tokens: int, device: str) -> Case:
@@ -191,12 +198,14 @@ def _decode(with_adapter: bool, size: int, tokens: int, device: str) -> Case:
     else:
         modules = [bnb_linear(layer.weight).eval() for layer in layers]
         calls = [partial(ops.linear, x, layer.weight) for x, layer in zip(inputs, layers, strict=True)]
-    ours = _in_a_graph(calls, device)
-    theirs = _in_a_graph([partial(module, x) for module, x in zip(modules, inputs, strict=True)], device)
+    ours, captured = _in_a_graph(calls, device)
+    theirs, peer_captured = _in_a_graph([partial(module, x) for module, x in zip(modules, inputs, strict=True)], device)
 
     def check() -> str:
         bounds = [agree(BFLOAT16_BOUND, y=pair) for pair in zip(ours(), theirs(), strict=True)]
-        return f"of one layer, {count} different ones in a CUDA graph; {max(bounds)}"
+        require(captured or device == "cpu", "ours could not be captured into a CUDA graph")
+        how = "in a CUDA graph" if peer_captured else "ours in a CUDA graph, the peer could not be captured"
+        return f"of one layer, {count} different ones {how}; {max(bounds)}"
 
     return Case(ours, theirs, check, units=count)
 
