@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <random>
 #include <string>
 #include <string_view>
@@ -112,7 +113,8 @@ struct Cpu {
   }
 };
 
-/// main: `--backend=cpu` or `--backend=cuda`, and Google Benchmark's own options. on_cuda: null in a build without CUDA.
+/// main: `--backend=cpu` or `--backend=cuda`, and Google Benchmark's own options. on_cuda: null in a build without
+/// CUDA.
 inline int bench_main(int argc, char** argv, void (*on_cpu)(), void (*on_cuda)()) {
   constexpr std::string_view kOption = "--backend=";
   std::string_view backend = "cpu";
@@ -134,7 +136,12 @@ inline int bench_main(int argc, char** argv, void (*on_cpu)(), void (*on_cuda)()
   others.push_back(nullptr);
   benchmark::Initialize(&count, others.data());
   if (benchmark::ReportUnrecognizedArguments(count, others.data())) return 2;
-  benchmark::RunSpecifiedBenchmarks();
+  try {
+    benchmark::RunSpecifiedBenchmarks();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
   benchmark::Shutdown();
   return 0;
 }
@@ -143,13 +150,13 @@ inline int bench_main(int argc, char** argv, void (*on_cpu)(), void (*on_cuda)()
 
 #if defined(PISSA_BENCH_CUDA)
 #include "cuda_target.h"
-#define PISSA_BENCH_MAIN(register_on)                                                                            \
-  int main(int argc, char** argv) {                                                                              \
+#define PISSA_BENCH_MAIN(register_on)                                                                             \
+  int main(int argc, char** argv) {                                                                               \
     return pissa::bench::bench_main(argc, argv, register_on<pissa::bench::Cpu>, register_on<pissa::bench::Cuda>); \
   }
 #else
-#define PISSA_BENCH_MAIN(register_on)                                                      \
-  int main(int argc, char** argv) {                                                        \
-    return pissa::bench::bench_main(argc, argv, register_on<pissa::bench::Cpu>, nullptr);   \
+#define PISSA_BENCH_MAIN(register_on)                                                     \
+  int main(int argc, char** argv) {                                                       \
+    return pissa::bench::bench_main(argc, argv, register_on<pissa::bench::Cpu>, nullptr); \
   }
 #endif

@@ -31,8 +31,12 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
   const Dense grad_a(kRank, kIn);
   const Dense grad_b(kOut, kRank);
   auto backend = Target::backend();
+  const auto weight_of = [nf4](int copy) {
+    return nf4 ? weight<typename Target::Quantized>().view(copy) : Matrix(weight<Dense>().view(copy));
+  };
+  weight_of(0);  // made now
   Target::run(state, [&](int copy) {
-    const Matrix w = nf4 ? weight<typename Target::Quantized>().view(copy) : Matrix(weight<Dense>().view(copy));
+    const Matrix w = weight_of(copy);
     Adapter adapter;
     adapter.delta_a = a.view(copy);
     adapter.delta_b = b.view(copy);

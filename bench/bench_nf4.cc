@@ -17,9 +17,9 @@ void nf4_quantize(benchmark::State& state) {
   const typename Target::Dense absmax(1, kRows * kCols / 64);
   auto backend = Target::backend();
   Target::run(state, [&](int copy) {
-    backend.gemm_nf4({}, dense.view(copy),
-                     {64, static_cast<std::uint8_t*>(codes.view(copy).data),
-                      static_cast<float*>(absmax.view(copy).data)});
+    backend.gemm_nf4(
+        {}, dense.view(copy),
+        {64, static_cast<std::uint8_t*>(codes.view(copy).data), static_cast<float*>(absmax.view(copy).data)});
   });
   Target::report_bytes(state, kBytes);
 }

@@ -7,7 +7,8 @@ namespace {
 
 template <class Target>
 void svd(benchmark::State& state, SvdMethod method) {
-  static const auto& weight = *new typename Target::Dense(4096, 4096, Codec::bf16);  // never freed: the driver ends first
+  static const auto& weight =
+      *new typename Target::Dense(4096, 4096, Codec::bf16);  // never freed: the driver ends first
   const SvdOptions options{method, state.range(1), 0};
   auto backend = Target::backend();
   Target::run(state, [&](int copy) {
@@ -20,7 +21,8 @@ void svd(benchmark::State& state, SvdMethod method) {
 
 template <class Target>
 void register_all() {
-  for (const auto& [name, method] : {std::pair("svd/krylov", SvdMethod::krylov), {"svd/subspace", SvdMethod::subspace}}) {
+  for (const auto& [name, method] :
+       {std::pair("svd/krylov", SvdMethod::krylov), {"svd/subspace", SvdMethod::subspace}}) {
     auto* benchmark = benchmark::RegisterBenchmark(name, svd<Target>, method);
     benchmark->ArgNames({"r", "passes"})->ArgsProduct({{16, 128}, {8, 12}});
     Target::timed(benchmark->Unit(benchmark::kMillisecond));

@@ -31,7 +31,9 @@ inline const cuda::Context& cuda_context() {
   return context;
 }
 
-inline void wait() { cuda::check(cudaStreamSynchronize(cuda_context().stream), cuda_context(), "cudaStreamSynchronize"); }
+inline void wait() {
+  cuda::check(cudaStreamSynchronize(cuda_context().stream), cuda_context(), "cudaStreamSynchronize");
+}
 
 inline void upload(const void* from, void* to, std::size_t bytes) {
   cuda::check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda_context().stream), cuda_context(),
@@ -124,8 +126,8 @@ inline double cuda_peak_gflops(std::int64_t side, Codec codec) {
   const RandomMatrix some(64, side, codec);
   for (const MutableMatrix& matrix : {a.view(), b.view()}) {
     for (std::int64_t row = 0; row < side; row += 64) {
-      const std::size_t bytes = std::min(some.bytes().size(),
-                                         static_cast<std::size_t>((side - row) * side * element_size(codec)));
+      const std::size_t bytes =
+          std::min(some.bytes().size(), static_cast<std::size_t>((side - row) * side * element_size(codec)));
       upload(some.bytes().data(), rows_of(matrix, row, std::min<std::int64_t>(64, side - row)).data, bytes);
     }
   }
@@ -139,8 +141,8 @@ inline double cuda_peak_gbytes(std::int64_t bytes) {
   const cuda::Context& context = cuda_context();
   const cuda::Array<char> from(context, bytes), to(context, bytes);
   return 2e-9 * static_cast<double>(bytes) / best_seconds([&] {
-           cuda::check(cudaMemcpyAsync(to.data(), from.data(), static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice,
-                                       context.stream),
+           cuda::check(cudaMemcpyAsync(to.data(), from.data(), static_cast<std::size_t>(bytes),
+                                       cudaMemcpyDeviceToDevice, context.stream),
                        context, "cudaMemcpyAsync", "bytes", bytes);
          });
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# gpu.sh [PREPARED_DIR]: builds for the GPU of this machine, tests there (C++, compute-sanitizer, Python), measures, in less
-# than 9 minutes on 16 cores. PREPARED_DIR (or the variable of that name) is what bench/gpu_prepare.sh collected, for a
-# machine without package indices; what is installed already is used as it is.
+# gpu.sh [PREPARED_DIR]: builds for the GPU of this machine, tests there (C++, compute-sanitizer, Python), measures, in at
+# most 9 minutes. PREPARED_DIR (or the variable of that name) is what bench/gpu_prepare.sh collected, for a machine without
+# package indices; what is installed already is used as it is.
 #
 # Every stage has its own time and a log in build/gpu/logs; one that fails does not keep the others from running, and is
 # named at the end, as are those for which no time was left. Exit status: 0 if every stage passed. Measurements:

@@ -138,9 +138,9 @@ class HostClock:
 
 
 class CudaClock:
-    """Milliseconds of a call on the GPU, mean of `repeats` calls: between two events, behind work that keeps the GPU busy
-    until the calls are queued, so that what they cost the CPU is left out, for both sides. A write to memory before
-    leaves nothing of use in the cache; calls should take turns with their inputs where the cache would hold them."""
+    """Milliseconds of a call on the GPU, mean of `repeats` calls: between two events, behind work that keeps the GPU
+    busy until the calls are queued, so that what they cost the CPU is left out, for both sides. A write to memory
+    before leaves nothing of use in the cache; calls should take turns with their inputs where it would hold them."""
 
     sample_ms = 5
     SPIN_CYCLES = 40_000_000  # 20 ms at 2 GHz

@@ -54,7 +54,10 @@ def gpu_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
             2.0,
         )
         yield Row(
-            f"decoding, base only, nf4, M = {tokens}", "bitsandbytes", partial(_decode, False, size, tokens, device), 1.3
+            f"decoding, base only, nf4, M = {tokens}",
+            "bitsandbytes",
+            partial(_decode, False, size, tokens, device),
+            1.3,
         )
     shape = (size, size) if small else (11008, 4096)
     name = f"{shape[0]} x {shape[1]}"
@@ -113,7 +116,9 @@ def _train(work: str, size: int, tokens: int, device: str, clock: Clock) -> Case
         ours: Call = in_turns([layer.forward for layer in layers])
         sides = {name: in_turns([peer.forward for peer in group]) for name, group in peers.items()}
     else:
-        ours = in_turns([_backward(layer.forward(), (layer.x, layer.delta_a, layer.delta_b), layer.dy) for layer in layers])
+        ours = in_turns(
+            [_backward(layer.forward(), (layer.x, layer.delta_a, layer.delta_b), layer.dy) for layer in layers]
+        )
         sides = {
             name: in_turns(
                 [_backward(p.forward(), (p.x, *p.trained), layer.dy) for p, layer in zip(group, layers, strict=True)]
@@ -149,9 +154,7 @@ def _dense(with_backward: bool, size: int, tokens: int, device: str) -> Case:
 
     if not with_backward:
         return Case(in_turns([layer.forward for layer in layers]), in_turns(forward), check)
-    both = [
-        partial(products, x, layer.dy, weight) for x, layer, weight in zip(inputs, layers, dense, strict=True)
-    ]
+    both = [partial(products, x, layer.dy, weight) for x, layer, weight in zip(inputs, layers, dense, strict=True)]
     return Case(in_turns([layer.backward for layer in layers]), in_turns(both), check)
 
 
