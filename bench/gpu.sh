@@ -85,7 +85,7 @@ needs() {  # NAME WHAT...: whether the stages before that it needs have passed
   shift
   for needed in "$@"; do
     for one in ${failed[@]+"${failed[@]}"} ${skipped[@]+"${skipped[@]}"}; do
-      [ "$one" != "$needed" ] || { echo "$name: not run, since $needed failed"; skipped+=("$name"); return 1; }
+      [ "$one" != "$needed" ] || { echo "$name: not run, for lack of $needed"; skipped+=("$name"); return 1; }
     done
   done
 }
@@ -183,7 +183,7 @@ sanitizer() {  # memcheck and racecheck on cases of few elements, several at a t
     for tool in memcheck racecheck; do
       (
         log=$logs/sanitizer-$tool-$name.log
-        timeout -k 5 50 compute-sanitizer --tool "$tool" --error-exitcode 99 \
+        timeout -k 5 20 compute-sanitizer --tool "$tool" --error-exitcode 99 \
           "$tests/cuda_${name}_test" "--gtest_filter=$filter" >"$log" 2>&1
         code=$?
         ran=$(grep -c '\[ RUN ' "$log")
@@ -192,7 +192,7 @@ sanitizer() {  # memcheck and racecheck on cases of few elements, several at a t
         [ "$code" -eq 0 ] && [ "$ran" -gt 0 ] || { tail -n 30 "$log"; exit 1; }
       ) &
       pids+=($!)
-      while [ "$(jobs -rp | wc -l)" -ge 6 ]; do sleep 0.2; done
+      while [ "$(jobs -rp | wc -l)" -ge 8 ]; do sleep 0.2; done
     done
   done <<'END'
 elementwise *
@@ -254,7 +254,7 @@ needs measure module && stage measure 200 measure
 needs cpp-tests configure && stage cpp-tests 100 cpp_tests
 needs gpu-tests module && stage gpu-tests 90 python_gpu_tests
 needs python-tests module && stage python-tests 90 python_tests
-needs sanitizer configure && stage sanitizer 80 sanitizer
+needs sanitizer configure && stage sanitizer 90 sanitizer
 if [ -x "$build/cmake/bench/bench_nf4" ]; then
   stage measure-cpp 60 measure_cpp
 else
@@ -268,7 +268,8 @@ grep -h -A 1 '^Benchmark\|_median' "$logs/measure-cpp.log" 2>/dev/null | grep '_
 for log in cpp-tests gpu-tests python-tests sanitizer; do
   [ ! -f "$logs/$log.log" ] || { echo "$log:"; grep -h 'tests passed\|passed\|failed\|clean' "$logs/$log.log" | tail -n 24 | cut -c 1-160; }
 done
-echo "took $(($(date +%s) - begin)) s; measurements: $results"
+echo "took $(($(date +%s) - begin)) s"
+[ ! "$results" -nt "$build/begin" ] || echo "measurements: $results"
 if [ -f "$logs/measure.log" ]; then  # the table where it ended, else the rows that were measured
   echo
   if grep -q '^| work |' "$logs/measure.log"; then sed -n '/^| work |/,$p' "$logs/measure.log"
