@@ -172,7 +172,9 @@ assert torch.allclose(ops.nf4_dequantize(ops.nf4_quantize(w)), w, atol=0.5)
 '
 }
 
-cpp_tests() { ctest --test-dir "$build/cmake" -L '^cuda$' -j 8 --no-tests=error --output-on-failure; }
+cpp_tests() {  # by the ctest that came with the cmake that made the build
+  "$(dirname "$(command -v cmake)")/ctest" --test-dir "$build/cmake" -L '^cuda$' -j 8 --no-tests=error --output-on-failure
+}
 
 sanitizer() {  # memcheck and racecheck on cases of few elements, several at a time; out of time is no mistake found
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer"; return 1; }
