@@ -10,51 +10,60 @@ constexpr std::int64_t kOut = 4096;
 constexpr std::int64_t kIn = 4096;
 constexpr std::int64_t kRank = 64;
 
-Matrix weight(bool nf4) {
-  static const QuantizedMatrix quantized(kOut, kIn);
-  static const RandomMatrix dense(kOut, kIn);
-  return nf4 ? quantized.view() : Matrix(dense.view());
+// Never freed: on a GPU the driver ends before static objects do.
+template <class M>
+const M& weight() {
+  static const M& matrix = *new M(kOut, kIn);
+  return matrix;
 }
 
+template <class Target>
 void linear(benchmark::State& state, bool nf4, bool with_backward) {
+  using Dense = typename Target::Dense;
   const std::int64_t tokens = state.range(0);
   const Codec codec = nf4 ? Codec::bf16 : Codec::f32;
-  const RandomMatrix x(tokens, kIn, codec);
-  const RandomMatrix y(tokens, kOut, codec);
-  const RandomMatrix dx(tokens, kIn, codec);
-  const RandomMatrix xa(tokens, kRank);
-  const RandomMatrix a(kRank, kIn);
-  const RandomMatrix b(kOut, kRank);
-  const RandomMatrix grad_a(kRank, kIn);
-  const RandomMatrix grad_b(kOut, kRank);
-  Adapter adapter;
-  adapter.delta_a = a.view();
-  adapter.delta_b = b.view();
-  const Matrix w = weight(nf4);
-  auto cpu = backend();
-  for (auto _ : state) {
-    linear_forward(cpu, x.view(), w, {}, adapter, y.view(), xa.view());
+  const Dense x(tokens, kIn, codec);
+  const Dense y(tokens, kOut, codec);
+  const Dense dx(tokens, kIn, codec);
+  const Dense xa(tokens, kRank);
+  const Dense a(kRank, kIn);
+  const Dense b(kOut, kRank);
+  const Dense grad_a(kRank, kIn);
+  const Dense grad_b(kOut, kRank);
+  auto backend = Target::backend();
+  const auto weight_of = [nf4](int copy) {
+    return nf4 ? weight<typename Target::Quantized>().view(copy) : Matrix(weight<Dense>().view(copy));
+  };
+  weight_of(0);  // made now
+  Target::run(state, [&](int copy) {
+    const Matrix w = weight_of(copy);
+    Adapter adapter;
+    adapter.delta_a = a.view(copy);
+    adapter.delta_b = b.view(copy);
+    linear_forward(backend, x.view(copy), w, {}, adapter, y.view(copy), xa.view(copy));
     if (with_backward) {
-      linear_backward(cpu, y.view(), x.view(), w, adapter, xa.view(), dx.view(), grad_a.view(), grad_b.view());
+      linear_backward(backend, y.view(copy), x.view(copy), w, adapter, xa.view(copy), dx.view(copy), grad_a.view(copy),
+                      grad_b.view(copy));
     }
-    benchmark::ClobberMemory();
-  }
+  });
   const double weight_flops = 2.0 * tokens * kOut * kIn;
   const double adapter_flops = 2.0 * tokens * kRank * (kOut + kIn);
-  report_flops(state, with_backward ? 2 * weight_flops + 3 * adapter_flops : weight_flops + adapter_flops, nf4);
+  Target::report_flops(state, with_backward ? 2 * weight_flops + 3 * adapter_flops : weight_flops + adapter_flops, nf4);
 }
 
-BENCHMARK_CAPTURE(linear, nf4_forward, true, false)
-    ->Arg(1)
-    ->Arg(4)
-    ->Arg(16)
-    ->Arg(128)
-    ->Arg(512)
-    ->Arg(2048)
-    ->UseRealTime();
-BENCHMARK_CAPTURE(linear, nf4_forward_backward, true, true)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();
-BENCHMARK_CAPTURE(linear, f32_forward, false, false)->Arg(1)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();
-BENCHMARK_CAPTURE(linear, f32_forward_backward, false, true)->Arg(16)->Arg(128)->Arg(512)->UseRealTime();
+template <class Target>
+void register_all() {
+  const auto add = [](const char* name, bool nf4, bool with_backward, const std::vector<std::int64_t>& tokens) {
+    auto* benchmark = Target::timed(benchmark::RegisterBenchmark(name, linear<Target>, nf4, with_backward));
+    for (const std::int64_t count : tokens) benchmark->Arg(count);
+  };
+  add("linear/nf4_forward", true, false, {1, 4, 16, 128, 512, 2048});
+  add("linear/nf4_forward_backward", true, true, {16, 128, 512});
+  add("linear/f32_forward", false, false, {1, 16, 128, 512});
+  add("linear/f32_forward_backward", false, true, {16, 128, 512});
+}
 
 }  // namespace
 }  // namespace pissa::bench
+
+PISSA_BENCH_MAIN(pissa::bench::register_all)

@@ -10,29 +10,36 @@ constexpr std::int64_t kCols = 4096;
 // bf16 on one side, codes and scales on the other
 constexpr double kBytes = kRows * kCols * (2 + 0.5 + 4.0 / 64);
 
+template <class Target>
 void nf4_quantize(benchmark::State& state) {
-  const RandomMatrix dense(kRows, kCols, Codec::bf16);
-  std::vector<std::uint8_t> codes(nf4_bytes(kRows * kCols));
-  std::vector<float> absmax(kRows * kCols / 64);
-  for (auto _ : state) {
-    backend().gemm_nf4({}, dense.view(), {64, codes.data(), absmax.data()});
-    benchmark::ClobberMemory();
-  }
-  report_bytes(state, kBytes);
+  const typename Target::Dense dense(kRows, kCols, Codec::bf16);
+  const typename Target::Dense codes(1, ceil_div(nf4_bytes(kRows * kCols), 4));  // memory of the right size
+  const typename Target::Dense absmax(1, kRows * kCols / 64);
+  auto backend = Target::backend();
+  Target::run(state, [&](int copy) {
+    backend.gemm_nf4(
+        {}, dense.view(copy),
+        {64, static_cast<std::uint8_t*>(codes.view(copy).data), static_cast<float*>(absmax.view(copy).data)});
+  });
+  Target::report_bytes(state, kBytes);
 }
 
+template <class Target>
 void nf4_dequantize(benchmark::State& state) {
-  const QuantizedMatrix quantized(kRows, kCols);
-  const RandomMatrix dense(kRows, kCols, Codec::bf16);
-  for (auto _ : state) {
-    backend().copy(quantized.view(), dense.view());
-    benchmark::ClobberMemory();
-  }
-  report_bytes(state, kBytes);
+  const typename Target::Quantized quantized(kRows, kCols);
+  const typename Target::Dense dense(kRows, kCols, Codec::bf16);
+  auto backend = Target::backend();
+  Target::run(state, [&](int copy) { backend.copy(quantized.view(copy), dense.view(copy)); });
+  Target::report_bytes(state, kBytes);
 }
 
-BENCHMARK(nf4_quantize)->UseRealTime()->Unit(benchmark::kMillisecond);
-BENCHMARK(nf4_dequantize)->UseRealTime()->Unit(benchmark::kMillisecond);
+template <class Target>
+void register_all() {
+  Target::timed(benchmark::RegisterBenchmark("nf4_quantize", nf4_quantize<Target>)->Unit(benchmark::kMillisecond));
+  Target::timed(benchmark::RegisterBenchmark("nf4_dequantize", nf4_dequantize<Target>)->Unit(benchmark::kMillisecond));
+}
 
 }  // namespace
 }  // namespace pissa::bench
+
+PISSA_BENCH_MAIN(pissa::bench::register_all)

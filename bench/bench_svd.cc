@@ -5,23 +5,31 @@
 namespace pissa::bench {
 namespace {
 
+template <class Target>
 void svd(benchmark::State& state, SvdMethod method) {
-  static const RandomMatrix weight(4096, 4096, Codec::bf16);
+  static const auto& weight =
+      *new typename Target::Dense(4096, 4096, Codec::bf16);  // never freed: the driver ends first
   const SvdOptions options{method, state.range(1), 0};
-  auto cpu = backend();
-  for (auto _ : state) benchmark::DoNotOptimize(svd_lowrank(cpu, weight.view(), state.range(0), options));
+  auto backend = Target::backend();
+  Target::run(state, [&](int copy) {
+    benchmark::DoNotOptimize(svd_lowrank(backend, weight.view(copy), state.range(0), options));
+  });
   const std::int64_t steps = method == SvdMethod::krylov ? options.passes / 2 : 1;
   const double block = static_cast<double>(block_size(state.range(0), steps));
-  report_flops(state, 2.0 * 4096 * 4096 * block * static_cast<double>(options.passes), true);  // of the passes alone
+  Target::report_flops(state, 2.0 * 4096 * 4096 * block * static_cast<double>(options.passes), true);  // of the passes
 }
 
-void sizes(benchmark::internal::Benchmark* benchmark) {
-  benchmark->ArgNames({"r", "passes"})->ArgsProduct({{16, 128}, {8, 12}});
-  benchmark->UseRealTime()->Unit(benchmark::kMillisecond);
+template <class Target>
+void register_all() {
+  for (const auto& [name, method] :
+       {std::pair("svd/krylov", SvdMethod::krylov), {"svd/subspace", SvdMethod::subspace}}) {
+    auto* benchmark = benchmark::RegisterBenchmark(name, svd<Target>, method);
+    benchmark->ArgNames({"r", "passes"})->ArgsProduct({{16, 128}, {8, 12}});
+    Target::timed(benchmark->Unit(benchmark::kMillisecond));
+  }
 }
-
-BENCHMARK_CAPTURE(svd, krylov, SvdMethod::krylov)->Apply(sizes);
-BENCHMARK_CAPTURE(svd, subspace, SvdMethod::subspace)->Apply(sizes);
 
 }  // namespace
 }  // namespace pissa::bench
+
+PISSA_BENCH_MAIN(pissa::bench::register_all)

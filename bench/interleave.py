@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLE_MS = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1 %
 ROW_SECONDS = 12  # a row stops after this, but not before it has MIN_PAIRS
 MIN_PAIRS = 5
 
@@ -37,7 +36,8 @@ class Case:
     """Both sides of a row, ready to be called, and the proof that they do the same.
 
     `check` raises MismatchError, or returns what it found. `fresh` makes the argument of one call outside the timed
-    region. `flops` of the two sides, where they differ: the ratio is then that of the rates, not of the times.
+    region. `flops` of the two sides, where they differ: the ratio is then that of the rates, not of the times. `units`:
+    what one call does so many times; times are of one.
     """
 
     ours: Call
@@ -45,6 +45,7 @@ class Case:
     check: Callable[[], str]
     fresh: Callable[[], Any] | None = None
     flops: tuple[float, float] | None = None
+    units: int = 1
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Row:
     malloc: str = "default"
     max_pairs: int | None = None
     memory: bool = False
+    wall: bool = False  # on a GPU: as the caller waits for it, not as the device is busy
 
 
 @dataclass
@@ -119,7 +121,51 @@ def require(condition: bool, message: str) -> None:
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def run(row: Row, pairs: int) -> Result:
+class HostClock:
+    """Milliseconds of a call on the CPU, mean of `repeats` calls, as the caller waits for them."""
+
+    sample_ms = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1 %
+
+    def __call__(self, call: Call, repeats: int, fresh: Callable[[], Any] | None = None) -> float:
+        arguments: tuple[Any, ...] = ()
+        if fresh is not None:
+            gc.collect()  # models are cycles: the last call's would stay in memory
+            arguments = (fresh(),)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call(*arguments)
+        return 1e3 * (time.perf_counter() - start) / repeats
+
+
+class CudaClock:
+    """Milliseconds of a call on the GPU, mean of `repeats` calls: between two events, behind work that keeps the GPU
+    busy until the calls are queued, so that what they cost the CPU is left out, for both sides. A write to memory
+    before leaves nothing of use in the cache; calls should take turns with their inputs where it would hold them."""
+
+    sample_ms = 5
+    SPIN_CYCLES = 40_000_000  # 20 ms at 2 GHz
+
+    def __init__(self) -> None:
+        self._flushed = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, call: Call, repeats: int, fresh: Callable[[], Any] | None = None) -> float:
+        arguments = () if fresh is None else (fresh(),)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self._flushed.zero_()
+        torch.cuda._sleep(self.SPIN_CYCLES)
+        start.record()
+        for _ in range(repeats):
+            call(*arguments)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+
+
+Clock = HostClock | CudaClock
+
+
+def run(row: Row, pairs: int, clock: Clock | None = None) -> Result:
     """Builds, checks and measures a row. A failure of any kind is a result, so that other rows still run."""
     result = Result(row.work, row.against, row.malloc, row.goal, row.stretch, [], [], [], None, "", False)
     try:
@@ -128,7 +174,7 @@ def run(row: Row, pairs: int) -> Result:
         if row.memory:
             result.growth_mib = (peak_growth(case.ours, case.fresh), peak_growth(case.peer, case.fresh))
         with _no_garbage_collection():
-            _measure(case, min(pairs, row.max_pairs or pairs), result)
+            _measure(case, min(pairs, row.max_pairs or pairs), result, clock or HostClock())
     except Exception as error:
         result.failed = True
         result.note = " ".join(f"{type(error).__name__}: {error}".split())
@@ -146,42 +192,31 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _measure(case: Case, pairs: int, result: Result) -> None:
+def _measure(case: Case, pairs: int, result: Result, clock: Clock) -> None:
     repeats = 1
     if pairs > 1:  # a row of one pair is for a call of many seconds, whose warming up is lost in it
-        quickest = min(_milliseconds(call, 1, case.fresh) for call in (case.ours, case.peer))
+        quickest = min(clock(call, 1, case.fresh) for call in (case.ours, case.peer))
         if case.fresh is None:
-            repeats = max(1, math.ceil(SAMPLE_MS / quickest))
-            quickest = min(_milliseconds(call, repeats, None) for call in (case.ours, case.peer))
-            repeats = max(1, math.ceil(SAMPLE_MS / quickest))
+            repeats = max(1, math.ceil(clock.sample_ms / quickest))
+            quickest = min(clock(call, repeats, None) for call in (case.ours, case.peer))
+            repeats = max(1, math.ceil(clock.sample_ms / quickest))
     work = 1.0 if case.flops is None else case.flops[0] / case.flops[1]
     start = time.monotonic()
     for pair in range(pairs):
         if pair >= MIN_PAIRS and time.monotonic() - start > ROW_SECONDS:
             break
         if pair % 2:
-            theirs, mine = (_milliseconds(call, repeats, case.fresh) for call in (case.peer, case.ours))
+            theirs, mine = (clock(call, repeats, case.fresh) for call in (case.peer, case.ours))
         else:
-            mine, theirs = (_milliseconds(call, repeats, case.fresh) for call in (case.ours, case.peer))
-        result.ours_ms.append(mine)
-        result.peer_ms.append(theirs)
+            mine, theirs = (clock(call, repeats, case.fresh) for call in (case.ours, case.peer))
+        result.ours_ms.append(mine / case.units)
+        result.peer_ms.append(theirs / case.units)
         result.ratios.append(theirs / mine * work)
     if case.flops is not None:
         rates = [
             f / statistics.median(ms) / 1e6 for f, ms in zip(case.flops, (result.ours_ms, result.peer_ms), strict=True)
         ]
         result.note = f"{rates[0]:.0f} against {rates[1]:.0f} GF/s; {result.note}"
-
-
-def _milliseconds(call: Call, repeats: int, fresh: Callable[[], Any] | None) -> float:
-    arguments: tuple[Any, ...] = ()
-    if fresh is not None:
-        gc.collect()  # models are cycles: the last call's would stay in memory
-        arguments = (fresh(),)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call(*arguments)
-    return 1e3 * (time.perf_counter() - start) / repeats
 
 
 def quartiles(ratios: list[float]) -> tuple[float, float]:

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "executor.h"
+#include "cpu/executor.h"
 
 namespace pissa::bench {
 

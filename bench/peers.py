@@ -25,12 +25,15 @@ def bnb_linear(weight: ops.Nf4Weight) -> bnb.nn.Linear4bit:
         cols, rows, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
     )
     nested = QuantState(
-        absmax=weight.nested_absmax.clone(), code=create_dynamic_map(), blocksize=256, dtype=torch.float32
+        absmax=weight.nested_absmax.clone(),
+        code=create_dynamic_map().to(weight.device),
+        blocksize=256,
+        dtype=torch.float32,
     )
     state = QuantState(
         absmax=weight.absmax.clone(),
         shape=torch.Size(weight.shape),
-        code=get_4bit_type("nf4", device="cpu"),
+        code=get_4bit_type("nf4", device=weight.device),
         blocksize=weight.blocksize,
         quant_type="nf4",
         dtype=torch.bfloat16,

@@ -11,7 +11,7 @@ from interleave import Case, Row, agree, require
 from peers import bnb_linear, is_repacked, lora_layer
 from torch import Tensor
 from torch.nn.functional import linear
-from weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight
+from weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
 
 from pissa import ops
 
@@ -85,12 +85,12 @@ def _against_peft(work: str, build: Callable[..., Case], size: int, tokens: int,
 class Layer:
     """Our 4-bit layer with an adapter [rows, cols] of rank r, an input and an output gradient for it."""
 
-    def __init__(self, rows: int, cols: int, tokens: int, r: int) -> None:
+    def __init__(self, rows: int, cols: int, tokens: int, r: int, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(tokens)
-        self.weight = nf4_weight(rows, cols)
-        self.x = torch.randn(tokens, cols, generator=generator).bfloat16().requires_grad_()
-        self.dy = torch.randn(tokens, rows, generator=generator).bfloat16()
-        self.delta_a, self.delta_b, self.a0, self.b0 = low_rank_factors(rows, cols, r)
+        self.weight = on_device(nf4_weight(rows, cols), device)
+        self.x = torch.randn(tokens, cols, generator=generator).bfloat16().to(device).requires_grad_()
+        self.dy = torch.randn(tokens, rows, generator=generator).bfloat16().to(device)
+        self.delta_a, self.delta_b, self.a0, self.b0 = (t.to(device) for t in low_rank_factors(rows, cols, r))
         self.delta_a.requires_grad_()
         self.delta_b.requires_grad_()
 

@@ -41,6 +41,11 @@ def nf4_weight(rows: int, cols: int) -> ops.Nf4Weight:
     return ops.nf4_quantize(weight.contiguous())
 
 
+def on_device(weight: ops.Nf4Weight, device: str) -> ops.Nf4Weight:
+    """A copy on another device; on the CPU the weight itself."""
+    return ops.Nf4Weight(*(None if part is None else part.to(device) for part in weight[:4]), *weight[4:])
+
+
 def low_rank_factors(rows: int, cols: int, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """delta_a, delta_b, a0, b0, float32: a trained adapter whose term is as large as a product with the weight.
 

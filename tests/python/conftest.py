@@ -10,10 +10,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
 import pytest
 import torch
 
+import devices
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests of ops, layers and models compute: cpu, cuda")
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    try:
+        devices.select(config.getoption("--device"))
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from None
     # peft 0.21 asks transformers 5 for a property that it has renamed
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not devices.on_cpu():
+        for item in items:
+            if item.get_closest_marker("cpu_only"):
+                item.add_marker(pytest.mark.skip(reason="about the CPU"))
 
 
 @pytest.fixture
@@ -27,7 +44,7 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config}))
-        return model.to(dtype).eval()
+        return devices.put(model.to(dtype)).eval()
 
     return make
 
@@ -35,4 +52,4 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """A batch of token ids [3, 11] for `tiny_llama`."""
-    return torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+    return devices.put(torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1)))

@@ -22,6 +22,7 @@ SOURCES = sorted(
         ("cpp", "*.cu"),
         ("tests/cpp", "*.h"),
         ("tests/cpp", "*.cc"),
+        ("bench", "*.h"),
         ("bench", "*.cc"),
     ]
     for path in (ROOT / folder).rglob(pattern)
@@ -49,7 +50,7 @@ LAYERS: list[tuple[str, list[str]]] = [
         ["tests/cpp/cuda_sim", "sanitizer/*", "math.h", "pthread.h", "sys/mman.h", "ucontext.h", "unistd.h"],
     ),
     ("tests/cpp/", ["pissa/*", "own", "cpp/cpu", "cpp", "tests/cpp/cuda_sim", "gtest/*", "sys/mman.h", "unistd.h"]),
-    ("bench/", ["pissa/*", "own", "cpp/cpu", "benchmark/*"]),
+    ("bench/", ["pissa/*", "own", "cpp", "cuda_runtime.h", "benchmark/*"]),
 ]
 
 

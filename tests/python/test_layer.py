@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import devices
 import pissa
+from devices import put
 from pissa import PissaLinear, ops
 from pissa.stored import Nf4Linear, StoredLinear
 
@@ -34,14 +36,14 @@ class Toy(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(IN))
-        self.to(dtype)
+        self.to(devices.current, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
 
 
 def inputs(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return put(torch.randn(*shape, IN, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 def wrapped(form: str = "implicit", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
@@ -100,7 +102,7 @@ def test_function_and_gradients_are_the_papers(form: str, rslora: bool, bias: bo
     model = pissa.wrap(Toy(bias=bias), r=R, lora_alpha=3, use_rslora=rslora, **FORMS[form])
     layer, x = model.base_model.model.proj, inputs(2, 5).requires_grad_()
     train_a_little(layer)
-    dy = torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(9))
+    dy = put(torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(9)))
     y = model(x)
     y.backward(dy)
 
@@ -125,7 +127,7 @@ def test_one_step_of_adamw_is_the_papers_step(form: str) -> None:
     """Training dA, dB and training A, B themselves give the same A, B."""
     model = wrapped(form)
     layer, x = model.base_model.model.proj, inputs(6)
-    start, target = layer.start_of("default"), torch.ones(6, OUT)
+    start, target = layer.start_of("default"), put(torch.ones(6, OUT))
     a, b = start.a0.clone().requires_grad_(), start.b0.clone().requires_grad_()
     rest = (dense_base(layer) - start.b0.double() @ start.a0.double()).float()
     ours = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0)
@@ -300,7 +302,7 @@ def test_autocast_checkpointing_strides_and_empty_batches(form: str) -> None:
     layer = model.base_model.model.proj
     train_a_little(layer, size=0.1)
     expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(devices.current.type, torch.bfloat16):
         rounded = model(x)
         with model.disable_adapter():
             assert model(x).dtype == torch.bfloat16

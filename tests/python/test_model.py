@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaLinear, PissaModel
 from pissa.stored import Nf4Linear
@@ -80,12 +81,12 @@ def test_classification_trains_and_saves_its_head(tokens: Tensor, tmp_path: obje
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
             num_labels=3, pad_token_id=0,
         )  # fmt: skip
-        return LlamaForSequenceClassification(config).eval()
+        return put(LlamaForSequenceClassification(config)).eval()
 
     model = pissa.wrap(base(), r=2, task_type="SEQ_CLS")
     assert isinstance(model, peft.PeftModelForSequenceClassification)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    model(input_ids=tokens, labels=torch.tensor([0, 1, 2])).loss.backward()
+    model(input_ids=tokens, labels=put(torch.tensor([0, 1, 2]))).loss.backward()
     optimizer.step()
     model.save_pretrained(tmp_path)
     again = PissaModel.from_pretrained(base(), tmp_path)
@@ -269,7 +270,7 @@ def test_gradient_checkpointing(form: str, tiny_llama: Make, tokens: Tensor) -> 
 
 def test_generic_module_and_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def toy() -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+        return put(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)))
 
     pissa.wrap(toy(), r=2)
     assert capsys.readouterr() == ("", "")

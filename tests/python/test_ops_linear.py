@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import devices
 import reference
+from devices import fetch, put
 from pissa import ops
 from reference import EPS, assert_close, magnitude, unit_errors
 
@@ -34,7 +36,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return put(torch.randn(*shape, generator=generator))
 
         self.form = form
         self.x = randn(tokens, n_in).to(dtype).requires_grad_()
@@ -62,7 +64,7 @@ class Case:
 
     def double(self) -> tuple[list[Tensor], dict[str, object]]:
         def up(t: object) -> object:
-            return t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+            return fetch(t.detach()).double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
 
         return [up(t) for t in (self.x, self.dense, self.bias)], {k: up(v) for k, v in self.options.items()}
 
@@ -73,7 +75,8 @@ class Case:
         expected = reference.linear(*args, **options)
         names = list(self.trainable())
         leaves = [args[0], args[2], *(options[name] for name in names[2:])]
-        expected_grads = torch.autograd.grad(expected, leaves, self.dy.double())
+        dy = fetch(self.dy).double()
+        expected_grads = torch.autograd.grad(expected, leaves, dy)
         # Every value is a sum of products of at most four factors. A sum of k terms in float32, in any order, has an
         # error of at most k u sum|terms|; k is the longest inner dimension, plus the few products and additions around.
         absolute = [t.detach().abs().requires_grad_() for t in args]
@@ -82,7 +85,7 @@ class Case:
         }
         bound = reference.linear(*absolute, **absolute_options)
         absolute_leaves = [absolute[0], absolute[2], *(absolute_options[name] for name in names[2:])]
-        bound_grads = torch.autograd.grad(bound, absolute_leaves, self.dy.double().abs())
+        bound_grads = torch.autograd.grad(bound, absolute_leaves, dy.abs())
         k = max(*self.dense.shape, self.x.shape[0]) + 16
         assert y.dtype == self.x.dtype
         errors = unit_errors(k, self.x.dtype)
@@ -147,7 +150,7 @@ def test_layouts_and_leading_dimensions_do_not_matter(weight: str) -> None:
 
 def test_at_step_zero_the_change_is_exactly_zero() -> None:
     case = Case("implicit", "dense", torch.bfloat16, tokens=16, n_in=64, n_out=64, r=4)
-    zero = {"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(64, 4)}
+    zero = put({"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(64, 4)})
     assert torch.equal(ops.linear(case.x, case.weight, **(case.options | zero)), ops.linear(case.x, case.weight))
 
 
@@ -201,7 +204,7 @@ def test_compiles_without_a_graph_break(weight: str) -> None:
 
 def test_autocast_computes_in_its_dtype() -> None:
     case = Case("implicit", "dense", torch.float32, tokens=8, n_in=64, n_out=32, r=3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(devices.current.type, torch.bfloat16):
         y = case.run()
     assert y.dtype == torch.bfloat16
     low = ops.linear(case.x.bfloat16(), case.weight, case.bias, **case.options)
@@ -238,6 +241,7 @@ def test_low_precision_factors_are_computed_with_in_float32() -> None:
     assert low["delta_a"].grad.dtype == torch.bfloat16
 
 
+@pytest.mark.cpu_only
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     case = Case("implicit", "nf4-nested", torch.float32, tokens=200, n_in=300, n_out=520, r=7)
     threads = torch.get_num_threads()
@@ -286,7 +290,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value", "error"), BAD)
 def test_bad_arguments_are_refused_by_name(name: str, value: object, error: type[Exception]) -> None:
-    arguments = _arguments() | {name: value}
+    arguments = _arguments() | {name: put(value)}
     x, weight, bias = (arguments.pop(key) for key in ("x", "weight", "bias"))
     with pytest.raises(error, match=rf"^{name}\b"):
         ops.linear(x, weight, bias, **arguments)
@@ -301,19 +305,21 @@ def test_half_a_pair_of_factors_is_refused(missing: str) -> None:
 
 
 def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
-    x, w = torch.ones(4, 64), torch.ones(32, 64)
-    a, b = torch.ones(3, 64), torch.ones(32, 3)
+    def ones(*shape: int) -> Tensor:
+        return put(torch.ones(*shape))
+
+    x, w, a, b = ones(4, 64), ones(32, 64), ones(3, 64), ones(32, 3)
     call = torch.ops.pissa.linear
     for bad in (
-        lambda: call(torch.ones(4, 60), w, None, None, None, None, None, 1.0, False),
-        lambda: call(x, w, torch.ones(31), None, None, None, None, 1.0, False),
+        lambda: call(ones(4, 60), w, None, None, None, None, None, 1.0, False),
+        lambda: call(x, w, ones(31), None, None, None, None, 1.0, False),
         lambda: call(x, w, None, a, b[:31], None, None, 1.0, False),
         lambda: call(x, w, None, a.double(), b, None, None, 1.0, False),
         lambda: call(x, w, None, a, None, None, None, 1.0, False),
         lambda: torch.ops.pissa.nf4_linear(
             x,
-            torch.zeros(3, dtype=torch.uint8),
-            torch.ones(1),
+            put(torch.zeros(3, dtype=torch.uint8)),
+            ones(1),
             None,
             None,
             32,
@@ -327,7 +333,7 @@ def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
             False,
         ),
         lambda: torch.ops.pissa.linear_backward(
-            torch.ones(3, 32), x, w, None, None, None, None, torch.ones(0, 0), 1.0, False, True
+            ones(3, 32), x, w, None, None, None, None, ones(0, 0), 1.0, False, True
         ),
     ):
         with pytest.raises(
@@ -348,7 +354,7 @@ def test_magnitude_bounds_the_formula() -> None:
 @pytest.mark.parametrize("form", ["lora", "implicit"])
 def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> None:
     case = Case(form, "dense", dtype, tokens=37, n_in=96, n_out=130, r=5)
-    base = torch.randn(37, 130).to(dtype).requires_grad_()
+    base = put(torch.randn(37, 130).to(dtype).requires_grad_())
     options = {k: v for k, v in case.options.items() if k != "residual"}
     leaves = [base, case.x, options["delta_a"], options["delta_b"]]
     y = ops.add_low_rank(base, case.x, **options)
@@ -356,15 +362,16 @@ def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> Non
     grads = torch.autograd.grad(y, leaves, case.dy)
 
     def formula(sign: object) -> tuple[Tensor, list[Tensor]]:
-        x = sign(case.x.detach().double()).requires_grad_()
+        x = sign(fetch(case.x.detach()).double()).requires_grad_()
+        dy = sign(fetch(case.dy).double())
         named = {
-            k: sign(v.detach().double()).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+            k: sign(fetch(v.detach()).double()).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
             for k, v in case.options.items()
         }
         zero = torch.zeros(130, 96, dtype=torch.float64)
         wanted = reference.linear(x, zero, **named)
-        inner = torch.autograd.grad(wanted, [x, named["delta_a"], named["delta_b"]], sign(case.dy.double()))
-        return wanted.detach() + sign(base.detach().double()), [sign(case.dy.double()), *inner]
+        inner = torch.autograd.grad(wanted, [x, named["delta_a"], named["delta_b"]], dy)
+        return wanted.detach() + sign(fetch(base.detach()).double()), [dy, *inner]
 
     expected, expected_grads = formula(lambda t: t)
     bound, bound_grads = formula(torch.abs)
@@ -377,8 +384,8 @@ def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> Non
 
 def test_add_low_rank_of_nothing_keeps_every_bit() -> None:
     case = Case("implicit", "dense", torch.bfloat16, tokens=9, n_in=64, n_out=33, r=4)
-    base = torch.randn(9, 33).bfloat16()
-    zero = {"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(33, 4)}
+    base = put(torch.randn(9, 33).bfloat16())
+    zero = put({"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(33, 4)})
     y = ops.add_low_rank(base, case.x, **zero, a0=case.options["a0"], b0=case.options["b0"])
     assert torch.equal(y, base)
 
@@ -386,7 +393,7 @@ def test_add_low_rank_of_nothing_keeps_every_bit() -> None:
 @pytest.mark.parametrize("form", ["lora", "implicit"])
 def test_add_low_rank_opcheck_and_compile(form: str) -> None:
     case = Case(form, "dense", torch.float32, tokens=6, n_in=64, n_out=32, r=3)
-    base = torch.randn(6, 32, requires_grad=True)
+    base = put(torch.randn(6, 32, requires_grad=True))
     factors = [case.options.get(name) for name in ("delta_a", "delta_b", "a0", "b0")]
     args = (base, case.x, *factors, 0.5, form == "implicit")
     torch.library.opcheck(torch.ops.pissa.add_low_rank.default, args)
@@ -414,9 +421,9 @@ def test_add_low_rank_opcheck_and_compile(form: str) -> None:
     ],
 )
 def test_add_low_rank_refuses_by_name(name: str, value: object, error: type[Exception]) -> None:
-    arguments = _arguments() | {"base": torch.ones(4, 32)}
+    arguments = _arguments() | {"base": put(torch.ones(4, 32))}
     for other in ("weight", "bias", "residual"):
         arguments.pop(other)
     names = {"base": "base|delta_b", "b0": "factors"}.get(name, name)
     with pytest.raises(error, match=rf"^({names})\b"):
-        ops.add_low_rank(**(arguments | {name: value}))
+        ops.add_low_rank(**(arguments | {name: put(value)}))

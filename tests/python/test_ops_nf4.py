@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from devices import fetch, put
 from pissa import _C, ops
 
 LEVELS = torch.tensor(
@@ -23,6 +24,15 @@ LEVELS = torch.tensor(
 
 def unpack(codes: Tensor, count: int) -> Tensor:
     return torch.stack([codes >> 4, codes & 15], dim=1).flatten()[:count].long()
+
+
+def quantize(weight: Tensor, **options: object) -> ops.Nf4Weight:
+    """By the device that is tested; back on the CPU."""
+    return fetch(ops.nf4_quantize(put(weight), **options))
+
+
+def dequantize(weight: ops.Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    return fetch(ops.nf4_dequantize(put(weight), dtype))
 
 
 def reference_codes(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +59,7 @@ def test_codes_are_the_nearest_levels(
 ) -> None:
     weight = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
     weight[0] = 0  # a block of zeros, or zeros in a block
-    quantized = ops.nf4_quantize(weight, blocksize=blocksize, double_quant=False)
+    quantized = quantize(weight, blocksize=blocksize, double_quant=False)
     codes, absmax = reference_codes(weight, blocksize)
     got = unpack(quantized.codes, weight.numel())
     assert quantized.codes.shape == ((weight.numel() + 1) // 2,)
@@ -66,17 +76,17 @@ def test_codes_are_the_nearest_levels(
     # Dequantised: level * absmax in float32, rounded once to the dtype asked for.
     for out in (torch.float32, torch.bfloat16, torch.float16):
         exact = LEVELS[got] * quantized.absmax.repeat_interleave(blocksize)[: weight.numel()]
-        assert torch.equal(ops.nf4_dequantize(quantized, out), exact.to(out).view(rows, cols))
+        assert torch.equal(dequantize(quantized, out), exact.to(out).view(rows, cols))
 
 
 def test_nested_scales_cost_little() -> None:
     weight = torch.randn(128, 300, generator=torch.Generator().manual_seed(0))
-    plain, nested = ops.nf4_quantize(weight, double_quant=False), ops.nf4_quantize(weight)
+    plain, nested = quantize(weight, double_quant=False), quantize(weight)
     assert torch.equal(plain.codes, nested.codes)
     assert nested.absmax.dtype == torch.uint8
     assert nested.nested_absmax.shape == (3,)
     assert nested.offset.shape == ()
-    error = (ops.nf4_dequantize(nested) - ops.nf4_dequantize(plain)).norm() / weight.norm()
+    error = (dequantize(nested) - dequantize(plain)).norm() / weight.norm()
     assert 0 < error < 0.01
     bits = sum(t.numel() * t.element_size() * 8 for t in nested[:4]) / weight.numel()
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=2e-3)
@@ -87,11 +97,12 @@ def test_what_is_on_the_grid_comes_back_exactly() -> None:
     codes[::64] = 15  # every block has its absmax
     absmax = torch.rand(50) + 0.5
     weight = (LEVELS[codes] * absmax.repeat_interleave(64)).view(40, 80)
-    quantized = ops.nf4_quantize(weight, double_quant=False)
+    quantized = quantize(weight, double_quant=False)
     assert torch.equal(unpack(quantized.codes, weight.numel()), codes)
-    assert torch.equal(ops.nf4_dequantize(quantized), weight)
+    assert torch.equal(dequantize(quantized), weight)
 
 
+@pytest.mark.cpu_only
 def test_threads_do_not_matter() -> None:
     weight = torch.randn(1500, 1500)  # 70314 scales: torch divides sums of more than 32768 among threads
     threads = torch.get_num_threads()
@@ -118,7 +129,7 @@ def test_threads_do_not_matter() -> None:
 )
 def test_quantize_refuses_by_name(weight: Tensor, options: dict[str, int], error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=rf"^{name}\b"):
-        ops.nf4_quantize(weight, **options)
+        ops.nf4_quantize(put(weight), **options)
 
 
 @pytest.mark.parametrize(
@@ -134,16 +145,16 @@ def test_quantize_refuses_by_name(weight: Tensor, options: dict[str, int], error
     ],
 )
 def test_dequantize_refuses_inconsistent_parts(change: dict[str, object], error: type[Exception]) -> None:
-    weight = ops.nf4_quantize(torch.ones(4, 4), double_quant=False)._replace(**change)
+    weight = put(quantize(torch.ones(4, 4), double_quant=False)._replace(**change))
     with pytest.raises(error, match=r"^(weight|blocksize)\b"):
         ops.nf4_dequantize(weight)
     with pytest.raises(error, match=r"^(weight|blocksize)\b"):
-        ops.linear(torch.ones(2, 4), weight)
+        ops.linear(put(torch.ones(2, 4)), weight)
 
 
 def test_dequantize_refuses_other_dtypes() -> None:
     with pytest.raises(TypeError, match=r"dtype: got torch.int8"):
-        ops.nf4_dequantize(ops.nf4_quantize(torch.ones(4, 4)), torch.int8)
+        ops.nf4_dequantize(put(quantize(torch.ones(4, 4))), torch.int8)
     with pytest.raises(TypeError, match="weight: got Tensor; needed: Nf4Weight"):
         ops.nf4_dequantize(torch.ones(4, 4))
 
@@ -161,12 +172,13 @@ def test_dequantize_refuses_other_dtypes() -> None:
     ],
 )
 def test_opcheck(op: str, args: tuple[object, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.pissa, op).default, args)
+    torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
 
 
 # ---- numpy entry points ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only
 def test_numpy_entry_points_are_the_same_core() -> None:
     weight = np.random.default_rng(0).standard_normal((40, 70), dtype=np.float32)
     u, s, vh = _C.svd_lowrank(weight, 5, passes=12, seed=3)

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import devices
+from devices import fetch, put
 from pissa import ops
 from reference import EPS, energy_loss, power_law
 
-METHODS = ["krylov", "subspace", "exact"]
+# "exact" is torch's own SVD, whose last digits on CUDA are not ours to hold to a bound.
+METHODS = ["krylov", "subspace", *(["exact"] if devices.on_cpu() else [])]
 U32 = EPS[torch.float32]
 
 
@@ -59,7 +62,7 @@ def test_factors_are_orthonormal_and_best(kind: str, svd: str, dtype: torch.dtyp
     if not weight.isfinite().all() or (dtype == torch.float16 and kind == "tiny"):
         weight = (_matrices()[kind] / _matrices()[kind].abs().max()).to(dtype)  # beyond float16's range
     r = min(12, *weight.shape)
-    u, s, v = ops.svd_lowrank(weight, r, svd=svd, passes=12)
+    u, s, v = fetch(ops.svd_lowrank(put(weight), r, svd=svd, passes=12))
     assert (u.shape, s.shape, v.shape) == ((weight.shape[0], r), (r,), (weight.shape[1], r))
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in (u, s, v))
     assert (s >= 0).all()
@@ -89,13 +92,14 @@ def test_factors_are_orthonormal_and_best(kind: str, svd: str, dtype: torch.dtyp
 @pytest.mark.parametrize(("passes", "niter"), [(8, 8), (12, 16)])
 def test_quality_is_not_below_torch_svd_lowrank(passes: int, niter: int, r: int, exponent: float) -> None:
     weight = power_law(384, 512, exponent).float()
-    ours = energy_loss(weight, ops.svd_lowrank(weight, r, passes=passes)[2])
+    ours = energy_loss(weight, ops.svd_lowrank(put(weight), r, passes=passes)[2])
     for seed in range(3):
         torch.manual_seed(seed)
         peer = energy_loss(weight, torch.svd_lowrank(weight, q=r, niter=niter)[2])
         assert ours <= peer + 4 * U32  # both are exact to rounding on the steepest spectra
 
 
+@pytest.mark.cpu_only
 def test_seed_decides_and_threads_do_not() -> None:
     weight = power_law(200, 300, 0.3).bfloat16()
     threads = torch.get_num_threads()
@@ -112,6 +116,7 @@ def test_seed_decides_and_threads_do_not() -> None:
     assert not torch.equal(one[0], ops.svd_lowrank(weight, 16, seed=6)[0])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("isa", ops.build_info()["isas_available"])
 def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
     """PISSA_ISA is read once, when the library is first used: each one needs its own process."""
@@ -129,6 +134,7 @@ def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
     assert run.stdout.split()[0] == isa
 
 
+@pytest.mark.cpu_only
 def test_unknown_instruction_set_is_refused() -> None:
     code = "import torch, pissa"
     run = subprocess.run(
@@ -145,8 +151,8 @@ def test_unknown_instruction_set_is_refused() -> None:
 @pytest.mark.parametrize("scaling", [0.5, 1.0, 4.0])
 def test_split_is_the_scaled_svd(scaling: float, svd: str) -> None:
     weight = power_law(96, 130, 0.7).float()
-    u, s, v = ops.svd_lowrank(weight, 8, svd=svd)
-    a0, b0, residual = ops.split(weight, 8, scaling=scaling, svd=svd)
+    u, s, v = fetch(ops.svd_lowrank(put(weight), 8, svd=svd))
+    a0, b0, residual = fetch(ops.split(put(weight), 8, scaling=scaling, svd=svd))
     assert residual is None
     assert a0.is_contiguous()
     assert b0.is_contiguous()
@@ -168,7 +174,7 @@ def test_residual_plus_factors_is_the_weight(
 ) -> None:
     r = data.draw(st.integers(1, min(rows, cols)))
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed % 1000)).to(dtype)
-    a0, b0, residual = ops.split(weight, r, scaling=2.0, seed=seed, residual="explicit")
+    a0, b0, residual = fetch(ops.split(put(weight), r, scaling=2.0, seed=seed, residual="explicit"))
     assert residual.dtype == dtype
     product = 2.0 * b0.double() @ a0.double()
     exact = weight.double() - product
@@ -186,7 +192,7 @@ def test_nf4_residual_in_one_pass_is_the_quantised_residual(
     shape: tuple[int, int], blocksize: int, double_quant: bool
 ) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(shape)
+    weight = put(torch.randn(shape))
     r = min(5, *shape)
     options = {"blocksize": blocksize, "double_quant": double_quant}
     split = ops.split(weight, r, residual="nf4", **options)
@@ -201,7 +207,7 @@ def test_nf4_residual_in_one_pass_is_the_quantised_residual(
 
 def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down() -> None:
     """Eq. 8 of the paper: where the spectrum decays, quantising the residual costs less than quantising the weight."""
-    weight = power_law(256, 256, 0.7).float()
+    weight = put(power_law(256, 256, 0.7).float())
     split = ops.split(weight, 32, residual="nf4")
     qpissa = weight - ops.nf4_dequantize(split.residual) - split.b0 @ split.a0
     qlora = weight - ops.nf4_dequantize(ops.nf4_quantize(weight))
@@ -223,6 +229,7 @@ def _many(dominated: bool) -> tuple[list[Tensor], list[int], list[float]]:
     return weights, [min(1 + 3 * i, *s) for i, s in enumerate(shapes)], [0.5 + i for i in range(len(shapes))]
 
 
+@pytest.mark.cpu_only  # CUDA has stacks of equal shapes instead, equal but for rounding: test_gpu.py
 @pytest.mark.parametrize("dominated", [False, True])
 @pytest.mark.parametrize("svd", METHODS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -245,6 +252,7 @@ def test_many_are_split_one_by_one_bit_for_bit(threads: int, svd: str, dominated
         assert torch.equal(ours.b0, alone.b0)
 
 
+@pytest.mark.cpu_only
 def test_a_weight_that_all_threads_share_has_the_same_bits() -> None:
     weights = [torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(48, 64), torch.randn(64, 48)]
     got = ops.split_many(weights, [4, 4, 4], [1.0, 1.0, 1.0], passes=2)
@@ -282,7 +290,7 @@ def test_no_weights_make_no_splits() -> None:
 def test_bad_arguments_of_many_are_refused_by_name(
     change: dict[str, object], error: type[Exception], words: str
 ) -> None:
-    arguments = {"weights": [torch.ones(8, 6)] * 3, "ranks": [2] * 3, "scalings": [1.0] * 3} | change
+    arguments = put({"weights": [torch.ones(8, 6)] * 3, "ranks": [2] * 3, "scalings": [1.0] * 3} | change)
     with pytest.raises(error, match=rf"^{words}"):
         ops.split_many(**arguments)
 
@@ -292,6 +300,7 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
     weights = [torch.randn(60, 50) for _ in range(9)]
     weights[4][7, 7] = float("nan")
     weights[6][0, 0] = float("inf")
+    weights = put(weights)
     ranks, scalings = [3] * 9, [1.0] * 9
     with pytest.raises(ValueError, match=r"^weights\[4\]: contains NaN or Inf"):
         ops.split_many(weights, ranks, scalings)
@@ -334,12 +343,12 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
     ],
 )
 def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, object], error: type[Exception]) -> None:
-    arguments = {"weight": torch.ones(8, 6), "r": 2} | change
+    arguments = put({"weight": torch.ones(8, 6), "r": 2} | change)
     weight = arguments["weight"]
     before = weight.clone() if isinstance(weight, Tensor) else weight
     with pytest.raises(error, match=rf"^{next(iter(change))}\b"):
         function(**arguments)
-    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+    if isinstance(weight, Tensor) and weight.device.type != "meta":
         assert torch.equal(weight.nan_to_num(), before.nan_to_num())
 
 
@@ -349,12 +358,12 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
 )
 def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(change))}\b"):
-        ops.split(torch.ones(8, 6), 2, **change)
+        ops.split(put(torch.ones(8, 6)), 2, **change)
 
 
 def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"r: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of shape \[8, 6\]"):
-        ops.split(torch.ones(8, 6), 7)
+        ops.split(put(torch.ones(8, 6)), 7)
 
 
 @pytest.mark.parametrize(
@@ -369,4 +378,4 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
     ],
 )
 def test_opcheck(op: str, args: tuple[object, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.pissa, op).default, args)
+    torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
