@@ -15,11 +15,6 @@ inline constexpr bool kUnderAsan = true;
 #else
 inline constexpr bool kUnderAsan = false;
 #endif
-#ifdef __SANITIZE_THREAD__
-inline constexpr bool kUnderTsan = true;
-#else
-inline constexpr bool kUnderTsan = false;
-#endif
 
 inline void expect_success(cudaError_t error) { EXPECT_EQ(error, cudaSuccess) << cudaGetErrorName(error); }
 

@@ -75,7 +75,7 @@ struct Matmul {
   bool transpose_a = false, transpose_b = false, bias = false;
   int batch = 1;
   double alpha = 1, beta = 0;
-  std::uint32_t alignment = 16;
+  std::uint32_t alignment = 16, schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
   std::int64_t extra_ld = 3;  // of all
   std::int64_t wrong_ld = 0;  // added to what A's layout says
   std::size_t offset = 0;     // bytes that A lies behind an aligned address
@@ -136,6 +136,8 @@ struct Matmul {
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
       cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof alignment);
     }
+    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                         sizeof schemes);
     cublasLtMatmulHeuristicResult_t algorithm;
     int found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt, desc, a_layout, b_layout, d_layout, d_layout, preference,
@@ -203,6 +205,15 @@ TEST_F(CudaSimTest, MatmulOfEveryTypeAndOrientation) {
       product.expect_right();
     }
   }
+}
+
+TEST_F(CudaSimTest, MatmulRoundsPartsOfASumWhereItMay) {
+  Matmul product{.out = CUDA_R_16BF, .beta = 1};
+  product.expect_right();
+  const std::vector<double> rounded_once = product.result;
+  product.schemes = CUBLASLT_REDUCTION_SCHEME_MASK;
+  EXPECT_EQ(product.run(), CUBLAS_STATUS_SUCCESS);
+  EXPECT_NE(product.result, rounded_once);
 }
 
 TEST_F(CudaSimTest, MatmulRefusesWhatIsWrong) {

@@ -103,6 +103,40 @@ TEST_P(FewRowsTest, DenseOperandsOfEveryLengthAndAlignment) {
   }
 }
 
+// Each thing that the kernels cannot take, alone, sends a product another way.
+TEST_P(FewRowsTest, WhatTheyCannotTake) {
+  alignas(16) static const char memory[32] = {};
+  const Term thin{{memory, 16, 3, 3}, Op::n, {memory, 9, 3, 3}, Op::t};
+  const auto fits = [&](auto change) {
+    Matrix x{memory, 16, 64, 64, Codec::f16}, weight{memory, 9, 64, 64, Codec::nf4};
+    std::vector<Term> tail{thin, thin};
+    change(x, weight, tail);
+    return cuda::few_rows_nf4_fits(x, weight, tail);
+  };
+  EXPECT_TRUE(fits([](auto&...) {}));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.rows = 17; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.codec = Codec::f32; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.ld = 68; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.data = memory + 8; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.codec = Codec::bf16; }));
+  EXPECT_FALSE(fits([](Matrix& x, Matrix& weight, auto&) { x.cols = weight.cols = 48; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.data = memory + 8; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix&, std::vector<Term>& tail) { tail[1].op_b = Op::n; }));
+
+  const auto fit = [&](std::int64_t rows, auto change) {
+    std::vector<Term> terms{thin, thin};
+    change(terms);
+    return cuda::few_rows_fit(terms, {nullptr, rows});
+  };
+  EXPECT_TRUE(fit(16, [](auto&) {}));
+  EXPECT_FALSE(fit(17, [](auto&) {}));
+  EXPECT_FALSE(fit(16, [&](std::vector<Term>& terms) { terms.push_back(thin); }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].op_a = Op::t; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].op_b = Op::n; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].a.codec = Codec::nf4; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].b.codec = Codec::nf4; }));
+}
+
 PISSA_EVERY_BACKEND(FewRowsTest);
 
 }  // namespace

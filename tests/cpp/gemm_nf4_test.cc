@@ -1,12 +1,14 @@
 // gemm_nf4: subtracting the factors and quantising in one pass gives the codes of doing one after the other.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "backend_test.h"
 #include "gemm_case.h"
 #include "isa.h"
+#include "pissa/nf4.h"
 
 namespace pissa::test {
 namespace {
@@ -45,6 +47,37 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
     absmax.pop_back();
     EXPECT_TRUE(codes == expected_codes);
     EXPECT_TRUE(absmax == expected_absmax);
+  }
+}
+
+// A whole block is multiplied by 1 / absmax, a short last one divided by absmax: elements beside a threshold, where
+// that makes different codes. The codes start at an odd address.
+TEST_P(GemmNf4Test, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
+  Random random(3);
+  constexpr std::int64_t kBlock = 64, kCount = 3 * kBlock - 2;
+  for (int trial = 0; trial < 20; ++trial) {
+    float absmax = 0, factor = 0;
+    std::vector<float> close;
+    while (close.empty()) {  // there are none where the factor is exact
+      absmax = static_cast<float>(0.5 + random.uniform());
+      factor = 1.0f / absmax;
+      for (const float threshold : kNf4Thresholds.value) {
+        for (const float beyond : {-2.0f, 2.0f}) {
+          const float value = std::nextafter(threshold * absmax, beyond);
+          if (nf4_code(value * factor) != nf4_code(value / absmax)) close.push_back(value);
+        }
+      }
+    }
+    std::vector<float> values;
+    for (std::size_t i = 0; i < kCount; ++i) values.push_back(i % kBlock == 0 ? absmax : close[i % close.size()]);
+    std::vector<std::uint8_t> codes(1 + nf4_bytes(kCount));
+    std::vector<float> scales(3);
+    backend().gemm_nf4({}, {values.data(), 1, kCount, kCount, Codec::f32}, {kBlock, codes.data() + 1, scales.data()});
+    EXPECT_EQ(scales, std::vector<float>(3, absmax));
+    for (std::int64_t i = 0; i < kCount; ++i) {
+      const int expected = nf4_code(i < 2 * kBlock ? values[i] * factor : values[i] / absmax);
+      ASSERT_EQ((codes[1 + i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, expected) << i;
+    }
   }
 }
 

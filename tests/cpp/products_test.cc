@@ -3,11 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "backend_test.h"
 #include "cuda/backend.h"
 #include "cuda/context.h"
+#include "cuda/nf4.h"
 #include "cuda/products.h"
 #include "matrices.h"
 #include "reference.h"
@@ -53,6 +55,39 @@ TEST_P(ProductsTest, DecodesNf4ByWords) {
   }
 }
 
+// From any row and column on, of any width.
+TEST_P(ProductsTest, DecodesAnyPartOfAWeight) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(5);
+  const StoredNf4 weight(random, 7, 72, 32, false);
+  for (const auto& [row, col, cols] : {std::tuple{1, 8, 64}, {2, 3, 64}, {3, 16, 37}, {0, 1, 5}}) {
+    Stored out = Stored::poisoned(4, cols, Codec::f32);
+    Staging at(context);
+    cuda::nf4_decode(context, at(weight.view()), row, col, at(out.mutable_view()));
+    at.finish();
+    const Dense values = weight.values(), part = out.values();
+    for (std::int64_t i = 0; i < 4; ++i) {
+      for (std::int64_t j = 0; j < cols; ++j) ASSERT_EQ(part(i, j), values(row + i, col + j)) << i << ", " << j;
+    }
+    EXPECT_TRUE(out.padding_intact());
+  }
+}
+
+// Its largest element beyond what all threads look at first, and beyond what is decoded at a time.
+TEST_P(ProductsTest, MaxAbsOfALargeWeightInNf4) {
+  const std::int64_t cols = 4096, rows = cuda::kChunkBytes / (4 * cols) + 1;
+  std::vector<std::uint8_t> codes(nf4_bytes(rows * cols), 0x87);  // levels 0.08 and 0
+  const std::vector<float> absmax(ceil_div(rows * cols, std::int64_t{4096}), 1.0f);
+  Matrix weight{codes.data(), rows, cols, 0, Codec::nf4};
+  weight.scales = {4096, absmax.data()};
+  for (const std::int64_t row : {rows / 2, rows - 1}) {
+    std::uint8_t& last = codes[(row + 1) * cols / 2 - 1];
+    last = 0x80;  // -1 in the low nibble
+    EXPECT_EQ(backend().max_abs(weight), 1.0f) << row;
+    last = 0x87;
+  }
+}
+
 // y is made of columns that each chunk of the weight gives; chunks of one tile of 64 columns, of some, of all.
 TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
   const cuda::Context& context = cuda::standalone_context();
@@ -67,9 +102,10 @@ TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
       const Stored b(op == Op::t ? random.dense(n, 3) : random.dense(3, n), Codec::f32);
       const Stored bias(random.dense(1, n), Codec::bf16);
       for (const Matrix& w : {weight.view(), dense.view()}) {
+        const Codec codec = w.codec == Codec::nf4 ? Codec::bf16 : Codec::f32;
         std::vector<std::vector<std::uint8_t>> results;
         for (const std::int64_t chunk : {1 << 30, 3 * 64 * 136 * 2, 1}) {
-          Stored y = Stored::poisoned(m, n, Codec::bf16);
+          Stored y = Stored::poisoned(m, n, codec);
           Staging at(context);
           const std::vector<Term> tail{{at(a.view()), Op::n, at(b.view()), op, 2.0f, Precision::bf16}};
           cuda::weight_product(context, at(x.view()), at(w), op, 1.0f, Precision::bf16, tail,
@@ -110,20 +146,38 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
   }
 }
 
-// Two thin products in half precision and what they are added to take one rounding: 1 + 2^-9 - 2^-9 is 1.
-TEST_P(ProductsTest, TwoThinProductsAreRoundedOnce) {
-  Dense ones(20, 1), small(1, 30), minus(1, 30);
-  for (double& value : ones.values) value = 1;
-  for (double& value : small.values) value = 0x1p-9;
-  for (double& value : minus.values) value = -0x1p-9;
-  Dense base(20, 30);
-  for (double& value : base.values) value = 1;
-  const Stored a(ones, Codec::f32), b(small, Codec::f32), c(minus, Codec::f32), addend(base, Codec::bf16);
-  const Term terms[] = {{a.view(), Op::n, b.view(), Op::n, 1.0f, Precision::bf16},
-                        {a.view(), Op::n, c.view(), Op::n, 1.0f, Precision::bf16}};
+// Thin products in half precision and what they are added to take one rounding: 1 + 2^-9 - 2 * 2^-9 + 2^-9 is 1.
+TEST_P(ProductsTest, ThinProductsAreRoundedOnce) {
+  const auto all = [](std::int64_t rows, std::int64_t cols, double value) {
+    Dense result(rows, cols);
+    for (double& element : result.values) element = value;
+    return result;
+  };
+  const Stored one(all(20, 1, 1), Codec::f32), two(all(20, 2, 1), Codec::f32);
+  const Stored small(all(1, 30, 0x1p-9), Codec::f32), minus(all(2, 30, -0x1p-9), Codec::f32);
+  const Stored addend(all(20, 30, 1), Codec::bf16);
+  const Term terms[] = {{one.view(), Op::n, small.view(), Op::n, 1.0f, Precision::bf16},
+                        {two.view(), Op::n, minus.view(), Op::n, 1.0f, Precision::bf16},
+                        {one.view(), Op::n, small.view(), Op::n, 1.0f, Precision::bf16}};
   Stored out = Stored::poisoned(20, 30, Codec::bf16);
   backend().gemm(terms, addend.view(), out.mutable_view());
-  EXPECT_EQ(out.values().values, base.values);
+  EXPECT_EQ(out.values().values, addend.values().values);
+}
+
+// Where cuBLAS divides a sum among blocks, its parts are not rounded: (1 + 2^-9) - 1 is 2^-9.
+TEST_P(ProductsTest, PartsOfASumAreNotRounded) {
+  for (const Codec codec : {Codec::bf16, Codec::f16}) {
+    const double small = codec == Codec::bf16 ? 0x1p-9 : 0x1p-12;
+    Dense a_values(20, 4), ones(4, 30), expected(20, 30);
+    for (std::int64_t i = 0; i < 20; ++i) a_values(i, 0) = 1, a_values(i, 1) = small, a_values(i, 2) = -1;
+    for (double& value : ones.values) value = 1;
+    for (double& value : expected.values) value = small;
+    const Stored a(a_values, codec), b(ones, codec);
+    Stored out = Stored::poisoned(20, 30, codec);
+    const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
+    backend().gemm(terms, {}, out.mutable_view());
+    EXPECT_EQ(out.values().values, expected.values);
+  }
 }
 
 PISSA_EVERY_BACKEND(ProductsTest);

@@ -1,11 +1,12 @@
-// What the CUDA backend costs besides arithmetic, which only the simulation can count: launches, waits, memory. And what
-// it does when a call of CUDA fails.
+// What the CUDA backend costs besides arithmetic, which only the simulation can count: launches, waits, memory. What it
+// does when a call of CUDA fails. And what a kernel computes for matrices that are too large for a test.
 #include <gtest/gtest.h>
 
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <cusolverDn.h>
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/context.h"
+#include "cuda/device.h"
 #include "cuda/products.h"
 #include "cuda/split_many.h"
 #include "matrices.h"
@@ -155,6 +157,18 @@ TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   EXPECT_EQ(cuda_sim::bytes_in_use(), before);
 }
 
+// Rows and columns of elements whose number takes more than 31 bits.
+TEST(CudaDivide, AnySize) {
+  constexpr std::int64_t kLimit = std::int64_t{1} << 31;
+  for (const std::int64_t a : {std::int64_t{0}, kLimit - 1, kLimit, 5 * kLimit + 7, kLimit * kLimit - 1}) {
+    for (const std::int64_t b : {std::int64_t{1}, std::int64_t{3}, kLimit - 1, kLimit, 4 * kLimit + 1}) {
+      std::int64_t remainder = -1;
+      EXPECT_EQ(cuda::divide(a, b, remainder), a / b) << a << " / " << b;
+      EXPECT_EQ(remainder, a % b) << a << " / " << b;
+    }
+  }
+}
+
 // ---- Failures --------------------------------------------------------------------------------------------------------
 
 class CudaFailures : public ::testing::Test {
@@ -217,6 +231,40 @@ TEST_F(CudaFailures, EveryCallOfADecomposition) {
     fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
     fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
     fail_each(CUSOLVER_STATUS_INTERNAL_ERROR, "cusolverStatus_t", run);
+  }
+}
+
+// Of a stack: rows that depend on one another are no failure, eigenvalues of another matrix that do not converge are;
+// and both of one matrix, which follow from the rows, are none.
+TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(7);
+  const std::int64_t count = 2, rows = 3, cols = 20;
+  for (const std::int64_t dependent : {0, 1, 2}) {  // 2: none
+    for (const std::int64_t not_finite : {0, 1, 2}) {
+      Dense basis_values = random.dense(count * rows, cols), values = basis_values;
+      for (std::int64_t j = 0; dependent < 2 && j < cols; ++j) basis_values(dependent * rows, j) = 0;
+      if (not_finite < 2) values(not_finite * rows + 1, 3) = std::nan("");
+      Stored basis_host(basis_values, Codec::f32), rows_host(values, Codec::f32);
+      Staging at(context);
+      const auto each = [&](MutableMatrix matrix) {
+        matrix.rows /= count;
+        matrix.stride = matrix.rows * matrix.ld;
+        return matrix;
+      };
+      const MutableMatrix basis = each(at(basis_host.mutable_view())), gram_of = each(at(rows_host.mutable_view()));
+      const std::vector<Matrix> weights(count, gram_of);
+      cuda::CudaBackend cuda(context, weights);
+      const cuda::Buffer s = cuda.alloc(1, rows, Codec::f32), vectors = cuda.alloc(rows, rows, Codec::f32);
+      cuda.orthonormalize(basis, 0, rows, Rank::assumed_full);
+      cuda.gram_svd(gram_of, 1.0f, s.view(), vectors.view());
+      if (not_finite < 2 && not_finite != dependent) {
+        EXPECT_THROW(cuda.had_full_rank(), std::runtime_error) << dependent << ", " << not_finite;
+      } else {
+        EXPECT_EQ(cuda.had_full_rank(), dependent == 2) << dependent << ", " << not_finite;
+      }
+      EXPECT_TRUE(cuda.had_full_rank()) << "asked once, cleared";
+    }
   }
 }
 

@@ -5,12 +5,15 @@
 #include <cstdint>
 #include <deque>
 #include <limits>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "backend_test.h"
 #include "cuda/backend.h"
+#include "cuda/elementwise.h"
+#include "cuda/products.h"
 #include "cuda/split_many.h"
 #include "matrices.h"
 #include "orthogonal.h"
@@ -141,6 +144,65 @@ TEST_P(StackTest, ErrorsNameTheWeightAndNothingIsWritten) {
   }
   const cuda::Context& context = cuda::standalone_context();
   EXPECT_NO_THROW(cuda::split_many({}, {}, context));
+}
+
+// Of `count` matrices one below the other, as a stack.
+template <class M>
+M stacked(M matrix, std::int64_t count) {
+  matrix.rows /= count;
+  matrix.stride = matrix.rows * matrix.ld;
+  return matrix;
+}
+
+// Each matrix of a stack gets what it gets alone.
+TEST_P(StackTest, ScalesTheRowsOfEachMatrix) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(6);
+  const std::int64_t count = 3, rows = 5, cols = 11;
+  const Stored a(random.dense(count * rows, cols), Codec::f32);
+  const Stored s(absolute(random.dense(count, rows)), Codec::f32);
+  for (const Op op : {Op::n, Op::t}) {
+    const std::int64_t height = op == Op::n ? rows : cols;
+    Stored out = Stored::poisoned(count * height, rows + cols - height, Codec::f32);
+    Stored expected = out;
+    Staging at(context);
+    cuda::scale_rows(context, stacked(at(a.view()), count), stacked(at(s.view()), count), 0.7f,
+                     stacked(at(out.mutable_view()), count), op, count);
+    at.finish();
+    for (std::int64_t i = 0; i < count; ++i) {
+      backend().scale_rows(rows_of(a.view(), i * rows, rows), rows_of(s.view(), i, 1), 0.7f,
+                           rows_of(expected.mutable_view(), i * height, height), op);
+    }
+    EXPECT_TRUE(out.bytes() == expected.bytes());
+  }
+}
+
+// One term, which is scaled and rounded, and two, which become one; each with a factor that all matrices share.
+TEST_P(StackTest, MultipliesEachMatrix) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(7);
+  const std::int64_t count = 3, m = 20, n = 30, k = 6;
+  const Stored a(random.dense(count * m, k), Codec::f32), b(random.dense(k, n), Codec::f32);
+  const Stored c(random.dense(m, k), Codec::f32), d(random.dense(count * k, n), Codec::f32);
+  const Stored addend(random.dense(count * m, n), Codec::bf16);
+  for (const std::size_t terms : {1, 2}) {
+    Stored out = Stored::poisoned(count * m, n, Codec::f32);
+    Stored expected = out;
+    Staging at(context);
+    const std::vector<Term> all{{stacked(at(a.view()), count), Op::n, at(b.view()), Op::n, -0.3f, Precision::bf16},
+                                {at(c.view()), Op::n, stacked(at(d.view()), count), Op::n, 0.7f, Precision::bf16}};
+    cuda::sum_of_products(context, std::span(all).subspan(2 - terms), stacked(at(addend.view()), count),
+                          stacked(at(out.mutable_view()), count), count);
+    at.finish();
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::vector<Term> alone{{rows_of(a.view(), i * m, m), Op::n, b.view(), Op::n, -0.3f, Precision::bf16},
+                                    {c.view(), Op::n, rows_of(d.view(), i * k, k), Op::n, 0.7f, Precision::bf16}};
+      backend().gemm(std::span(alone).subspan(2 - terms), rows_of(addend.view(), i * m, m),
+                     rows_of(expected.mutable_view(), i * m, m));
+    }
+    EXPECT_LE(norm(out.values() - expected.values()), 64 * kEps32 * norm(expected.values())) << terms;
+    EXPECT_TRUE(out.padding_intact());
+  }
 }
 
 PISSA_EVERY_BACKEND(StackTest);

@@ -32,6 +32,7 @@ struct cublasLtMatrixLayoutOpaque_t {
 struct cublasLtMatmulPreferenceOpaque_t {
   std::uint64_t workspace_bytes = 0;
   std::uint32_t alignments[4] = {256, 256, 256, 256};  // of A, B, C, D
+  std::uint32_t reduction_schemes = CUBLASLT_REDUCTION_SCHEME_MASK;
 };
 
 namespace cuda_sim::detail {
@@ -44,6 +45,7 @@ struct Algorithm {
   std::uint64_t kind;  // of product that it was asked for
   std::uint64_t workspace_bytes;
   std::uint32_t alignments[4];
+  bool rounds_parts;  // adds up parts of a sum in the output's type
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
@@ -159,6 +161,12 @@ void store(int type, void* to, std::size_t index, double value) {
   }
 }
 
+double rounded(int type, double value) {
+  double stored;
+  store(type, &stored, 0, value);
+  return load(type, &stored, 0);
+}
+
 /// The first element of a matrix of the batch, all of it allocated.
 template <class Pointer>
 Pointer* matrix(Pointer* first, const Layout& layout, int batch, const char* what) {
@@ -185,6 +193,7 @@ struct Operands {
   const void *a, *b, *c;
   void* d;
   double alpha, beta;
+  bool rounds_parts;
 };
 
 void multiply(const Problem& problem, const Operands& with, int batch) {
@@ -202,6 +211,9 @@ void multiply(const Problem& problem, const Operands& with, int batch) {
   for (std::uint64_t j = 0; j < n; ++j) {
     std::fill(sums.begin(), sums.end(), 0.0);
     for (std::uint64_t p = 0; p < k; ++p) {
+      if (with.rounds_parts && p == (k + 1) / 2) {
+        for (double& sum : sums) sum = rounded(d_layout.type, sum);
+      }
       const double factor = b[j * k + p];
       const double* column = a.data() + p * m;
       double* to = sums.data();
@@ -316,10 +328,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
   switch (attribute) {
     case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
       return assign(preference->workspace_bytes, value, bytes);
-    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: {
-      std::uint32_t any;  // there is only one order of summation here
-      return assign(any, value, bytes);
-    }
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+      return assign(preference->reduction_schemes, value, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
@@ -345,7 +355,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   for (const std::uint32_t alignment : preference->alignments) {
     if (!std::has_single_bit(alignment)) return CUBLAS_STATUS_INVALID_VALUE;
   }
-  Algorithm algorithm{problem->kind(), preference->workspace_bytes < kWorkspaceBytes ? 0 : kWorkspaceBytes, {}};
+  constexpr std::uint32_t kRounding = CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+  Algorithm algorithm{problem->kind(),
+                      preference->workspace_bytes < kWorkspaceBytes ? 0 : kWorkspaceBytes,
+                      {},
+                      (preference->reduction_schemes & kRounding) != 0};
   std::memcpy(algorithm.alignments, preference->alignments, sizeof algorithm.alignments);
   results[0] = {};
   std::memcpy(&results[0].algo, &algorithm, sizeof algorithm);
@@ -366,7 +380,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   const auto problem = problem_of(desc, a_layout, b_layout, c_layout, d_layout);
   if (!problem || !alpha || !beta || !a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
   if (const cublasStatus_t status = problem->check()) return status;
-  const Operands operands{a, b, c, d, load(desc->scale, alpha, 0), load(desc->scale, beta, 0)};
+  Operands operands{a, b, c, d, load(desc->scale, alpha, 0), load(desc->scale, beta, 0), false};
   if (operands.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
   const bool in_place = c == d && operands.beta != 0;
   if (in_place && (c_layout->ld != d_layout->ld || c_layout->batch_stride != d_layout->batch_stride)) {
@@ -383,6 +397,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
       if (!is_aligned(pointers[i], algorithm.alignments[i])) return CUBLAS_STATUS_INVALID_VALUE;
     }
     needed = algorithm.workspace_bytes;
+    operands.rounds_parts = algorithm.rounds_parts;
   }
   if (workspace_bytes < needed || (needed > 0 && (!workspace || !is_aligned(workspace, 16)))) {
     return CUBLAS_STATUS_INVALID_VALUE;

@@ -263,6 +263,7 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
   if (n == 0 || batch_size == 0) return CUSOLVER_STATUS_SUCCESS;
   std::memset(host_buffer, 0xff, host_bytes);
   enqueue(handle->stream, [=] {
+    std::memset(host_buffer, 0xff, host_bytes);  // in use until the stream has come this far
     spoil(device_buffer, device_bytes, "cusolverDnXsyevBatched: workspace");
     const auto count = static_cast<std::size_t>(batch_size);
     require_allocated(a, (count - 1) * lda * n * 8 + extent(n, n, lda, 8), "cusolverDnXsyevBatched: A");
