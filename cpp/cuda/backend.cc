@@ -165,8 +165,8 @@ void CudaBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix&
 int* CudaBackend::flags() {
   if (!flags_) {
     flags_.emplace(context_, count());
-    check(cudaMemsetAsync(flags_->data(), 0, static_cast<std::size_t>(count()) * sizeof(int), context_.stream), context_,
-          "cudaMemsetAsync");
+    check(cudaMemsetAsync(flags_->data(), 0, static_cast<std::size_t>(count()) * sizeof(int), context_.stream),
+          context_, "cudaMemsetAsync");
   }
   return flags_->data();
 }

@@ -16,8 +16,8 @@
 
 namespace pissa::cuda {
 
-/// Scratch memory of one decoded chunk of a weight: fits in the L2 of the large cards, and bounds what a product with an
-/// NF4 weight of any size allocates.
+/// Scratch memory of one decoded chunk of a weight: fits in the L2 of the large cards, and bounds what a product with
+/// an NF4 weight of any size allocates.
 inline constexpr std::int64_t kChunkBytes = 32 << 20;
 
 class CudaBackend {
@@ -25,8 +25,8 @@ class CudaBackend {
   /// The context must outlive the backend.
   explicit CudaBackend(const Context& context) : context_(context) {}
 
-  /// For a stack of problems: weights of one shape and codec. Every matrix that alloc returns is weights.size() of them,
-  /// and the weight that the core names stands for all. They must outlive the backend.
+  /// For a stack of problems: weights of one shape and codec. Every matrix that alloc returns is weights.size() of
+  /// them, and the weight that the core names stands for all. They must outlive the backend.
   CudaBackend(const Context& context, std::span<const Matrix> weights) : context_(context), weights_(weights) {}
 
   CudaBackend(const CudaBackend&) = delete;

@@ -1,7 +1,7 @@
 // What the kernels share: elements of any codec, eight at a time where they lie together; warps; shared memory.
 //
-// All of it also compiles as plain C++ for the simulation in tests/cpp/cuda_sim, which defines PISSA_CUDA_SIM; what only
-// a GPU has, inline PTX and `__shared__`, is behind a function with a body for each.
+// All of it also compiles as plain C++ for the simulation in tests/cpp/cuda_sim, which defines PISSA_CUDA_SIM; what
+// only a GPU has, inline PTX and `__shared__`, is behind a function with a body for each.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,8 +29,8 @@ __device__ __forceinline__ T& shared_memory() {
 }
 #endif
 
-/// d += a b, [16, 8] += [16, 16] [16, 8], by the tensor cores of one warp; a and b in bf16 or f16, d in f32. The PTX ISA,
-/// "Matrix fragments for mma.m16n8k16", says which lane holds which elements.
+/// d += a b, [16, 8] += [16, 16] [16, 8], by the tensor cores of one warp; a and b in bf16 or f16, d in f32. The PTX
+/// ISA, "Matrix fragments for mma.m16n8k16", says which lane holds which elements.
 template <Codec codec>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if defined(PISSA_CUDA_SIM)

@@ -107,8 +107,8 @@ void householder_rows(const Context& context, const MutableMatrix& basis, std::i
   const Array<int> info(context, 2);
   widen(context, basis, q.data(), 1);
   int qr_work = 0, q_work = 0;
-  check(cusolverDnDgeqrf_bufferSize(solver, m, n, q.data(), m, &qr_work), context, "cusolverDnDgeqrf_bufferSize", "m", m,
-        "n", n);
+  check(cusolverDnDgeqrf_bufferSize(solver, m, n, q.data(), m, &qr_work), context, "cusolverDnDgeqrf_bufferSize", "m",
+        m, "n", n);
   check(cusolverDnDorgqr_bufferSize(solver, m, n, n, q.data(), m, tau.data(), &q_work), context,
         "cusolverDnDorgqr_bufferSize", "m", m, "n", n);
   const Array<double> work(context, qr_work > q_work ? qr_work : q_work);
@@ -122,8 +122,8 @@ void householder_rows(const Context& context, const MutableMatrix& basis, std::i
   launch(context, "signed_rows", signed_rows_kernel, dim3(static_cast<unsigned>(rows.rows)), kThreads, q.data(),
          signs.data(), done, rows);
   for (int i = 0; i < 2; ++i) {
-    launch(context, "check_info", check_info_kernel, dim3(1), kThreads, info.data() + i, 1, static_cast<int>(kNotConverged),
-           flags);
+    launch(context, "check_info", check_info_kernel, dim3(1), kThreads, info.data() + i, 1,
+           static_cast<int>(kNotConverged), flags);
   }
 }
 

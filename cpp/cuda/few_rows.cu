@@ -98,10 +98,11 @@ __global__ void few_rows_kernel(Sum sum) {
   }
 }
 
-// ---- A weight in NF4 -------------------------------------------------------------------------------------------------
-// A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
-// lane takes 32 neighbours of a chunk, 16 bytes of codes and one scale: k is dealt to the tensor cores' steps four at a
-// time, x in the same order.
+// ---- A weight in NF4
+// ------------------------------------------------------------------------------------------------- A block computes 16
+// columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a lane takes 32
+// neighbours of a chunk, 16 bytes of codes and one scale: k is dealt to the tensor cores' steps four at a time, x in
+// the same order.
 
 constexpr int kTiles = 2;
 constexpr int kTileCols = 8;
@@ -215,7 +216,8 @@ bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out) {
 
 void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
                    const MutableMatrix& out) {
-  // Up to 1024, a warp reads a row of b in four steps; above, the block shares it, or one warp would wait for each step.
+  // Up to 1024, a warp reads a row of b in four steps; above, the block shares it, or one warp would wait for each
+  // step.
   constexpr std::int64_t kLong = 1024;
   const bool is_long = std::ranges::any_of(terms, [](const Term& term) { return term.a.cols > kLong; });
   const unsigned cols = is_long ? 1 : kWarps;

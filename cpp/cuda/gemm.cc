@@ -26,7 +26,12 @@ cudaDataType_t type_of(Codec codec) {
 }
 
 Operand operand(const Matrix& matrix, Op op = Op::n) {
-  return {matrix.data, type_of(matrix.codec), matrix.cols, matrix.rows, matrix.ld, matrix.stride,
+  return {matrix.data,
+          type_of(matrix.codec),
+          matrix.cols,
+          matrix.rows,
+          matrix.ld,
+          matrix.stride,
           op == Op::n ? CUBLAS_OP_N : CUBLAS_OP_T};
 }
 
@@ -50,10 +55,8 @@ class Product {
         left_(left),
         right_(right),
         out_(out),
-        description_(make<cublasLtMatmulDesc_t>(cublasLtMatmulDescDestroy,
-                                                [&](auto* to) {
-                                                  return cublasLtMatmulDescCreate(to, compute, scale_type);
-                                                })),
+        description_(make<cublasLtMatmulDesc_t>(
+            cublasLtMatmulDescDestroy, [&](auto* to) { return cublasLtMatmulDescCreate(to, compute, scale_type); })),
         layouts_{layout(left, count), layout(right, count), layout(out, count)} {
     set(CUBLASLT_MATMUL_DESC_TRANSA, left.op);
     set(CUBLASLT_MATMUL_DESC_TRANSB, right.op);

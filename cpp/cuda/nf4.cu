@@ -11,7 +11,8 @@ namespace {
 // Of blocks: sizes are powers of two.
 int shift_of(std::int64_t blocksize) { return std::countr_zero(static_cast<std::uint64_t>(blocksize)); }
 
-// ---- Decoding --------------------------------------------------------------------------------------------------------
+// ---- Decoding
+// --------------------------------------------------------------------------------------------------------
 
 constexpr unsigned kDecodeThreads = 128;
 constexpr int kDecodeGroups = 4;  // of a thread: that many loads are under way before the first is used
@@ -60,7 +61,8 @@ __global__ void decode_any_kernel(Matrix weight, int shift, std::int64_t first_r
   store(out.data, out.codec, row * out.ld + col, level * nf4_scale(weight.scales, at >> shift));
 }
 
-// ---- Quantisation ----------------------------------------------------------------------------------------------------
+// ---- Quantisation
+// ----------------------------------------------------------------------------------------------------
 
 constexpr unsigned kQuantizeThreads = 256;
 constexpr int kStep = kWarp * kGroup;  // elements that a warp reads at a time
@@ -100,7 +102,8 @@ __device__ __forceinline__ unsigned nf4_code_of(float lane_threshold, int lane_b
   return static_cast<unsigned>(base + (scaled > threshold));
 }
 
-// A warp takes blocks of 32 to 256 elements side by side, a larger one in steps of 256; the second reading hits a cache.
+// A warp takes blocks of 32 to 256 elements side by side, a larger one in steps of 256; the second reading hits a
+// cache.
 __global__ void quantize_kernel(QuantizeArgs args, int shift) {
   const int lane = threadIdx.x % kWarp;
   const std::int64_t blocksize = std::int64_t{1} << shift;
@@ -136,7 +139,8 @@ __global__ void quantize_kernel(QuantizeArgs args, int shift) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const float scaled = whole ? values[i] * factor : values[i] / divisor;
-      word |= nf4_code_of(lane_threshold, lane_base, scaled) << (4 * (i ^ 1));  // the first of a pair in the high nibble
+      word |= nf4_code_of(lane_threshold, lane_base, scaled)
+              << (4 * (i ^ 1));  // the first of a pair in the high nibble
     }
     std::uint8_t* to = args.out.codes + at / 2;
     if (at + kGroup <= args.end && (reinterpret_cast<std::uintptr_t>(to) & 3u) == 0) {
@@ -192,8 +196,8 @@ void nf4_decode(const Context& context, const Matrix& weight, std::int64_t row, 
   if (out.rows == 0 || out.cols == 0) return;
   if (aligned && fits(weight.cols) && fits(col) && fits(out.cols)) {
     const std::int64_t blocks = out.rows * ceil_div(out.cols, kSegment);
-    launch(context, "nf4_decode", decode_kernel, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight, shift, row,
-           col, out);
+    launch(context, "nf4_decode", decode_kernel, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight, shift,
+           row, col, out);
   } else {
     const std::int64_t blocks = ceil_div(out.rows * out.cols, kDecodeThreads);
     launch(context, "nf4_decode", decode_any_kernel, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight, shift,
@@ -207,8 +211,8 @@ void nf4_quantize(const Context& context, const Matrix& values, const Matrix& ch
   const std::int64_t unit = std::max<std::int64_t>(out.blocksize, kStep);
   const std::int64_t blocks = ceil_div(ceil_div(count, unit), kQuantizeThreads / kWarp);
   const QuantizeArgs args{
-      values,        static_cast<const float*>(change.data), change ? first - first % values.cols : 0, first,
-      first + count, out};
+      values, static_cast<const float*>(change.data), change ? first - first % values.cols : 0, first, first + count,
+      out};
   launch(context, "nf4_quantize", quantize_kernel, dim3(static_cast<unsigned>(blocks)), kQuantizeThreads, args,
          shift_of(out.blocksize));
 }
@@ -217,8 +221,8 @@ void nf4_quantize_absmax(const Context& context, const float* absmax, std::int64
                          std::uint8_t* codes8, float* nested_absmax) {
   if (count == 0) return;
   launch(context, "nf4_quantize_absmax", quantize_absmax_kernel,
-         dim3(static_cast<unsigned>(ceil_div(count, kNestedBlocksize))), kNestedBlocksize, absmax, count, offset, codes8,
-         nested_absmax);
+         dim3(static_cast<unsigned>(ceil_div(count, kNestedBlocksize))), kNestedBlocksize, absmax, count, offset,
+         codes8, nested_absmax);
 }
 
 }  // namespace pissa::cuda

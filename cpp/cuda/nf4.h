@@ -13,8 +13,8 @@ namespace pissa::cuda {
 void nf4_decode(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
                 const MutableMatrix& out);
 
-/// Elements [first, first + count) of the flattened `values` (+ `change`, f32, where given) as NF4. `first` is the start
-/// of a block and of a byte; `out` is for all of the matrix; `change` begins with the row of element `first`.
+/// Elements [first, first + count) of the flattened `values` (+ `change`, f32, where given) as NF4. `first` is the
+/// start of a block and of a byte; `out` is for all of the matrix; `change` begins with the row of element `first`.
 void nf4_quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,
                   std::int64_t count, const Nf4Output& out);
 

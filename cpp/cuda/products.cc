@@ -86,8 +86,8 @@ class Concatenation {
   }
   static void place(const Context& context, const Matrix& part, float scale, bool beside, const MutableMatrix& whole,
                     std::int64_t first, std::int64_t count) {
-    convert_scaled(context, part, scale,
-                   beside ? cols_of(whole, first, part.cols) : rows_of(whole, first, part.rows), count);
+    convert_scaled(context, part, scale, beside ? cols_of(whole, first, part.cols) : rows_of(whole, first, part.rows),
+                   count);
   }
 
   Buffer a_, b_;
@@ -105,7 +105,8 @@ bool can_concatenate(std::span<const Term> terms, Codec codec) {
 // Where operands are rounded, their scale is applied before, as the CPU does; otherwise the product takes it.
 struct Scale {
   Scale(float scale, Precision precision)
-      : of_operand(precision == Precision::f32 ? 1.0f : scale), of_product(precision == Precision::f32 ? scale : 1.0f) {}
+      : of_operand(precision == Precision::f32 ? 1.0f : scale),
+        of_product(precision == Precision::f32 ? scale : 1.0f) {}
   float of_operand, of_product;
 };
 
@@ -127,8 +128,8 @@ void add_product(const Context& context, const Term& term, Codec codec, bool acc
 
 void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t count) {
   const Buffer zero(context, 1, out.cols, Codec::f32);
-  check(cudaMemsetAsync(zero.view().data, 0, static_cast<std::size_t>(out.cols) * sizeof(float), context.stream), context,
-        "cudaMemsetAsync", "bytes", out.cols * 4);
+  check(cudaMemsetAsync(zero.view().data, 0, static_cast<std::size_t>(out.cols) * sizeof(float), context.stream),
+        context, "cudaMemsetAsync", "bytes", out.cols * 4);
   convert(context, Matrix{zero.view().data, out.rows, out.cols, 0, Codec::f32}, 1.0f, out, count);
 }
 
@@ -159,8 +160,8 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
     terms.assign(1, concatenation->term());
   }
   // cuBLAS rounds what it adds to; so halves take one product, and nothing that they could not hold exactly.
-  const bool in_place = out.codec == Codec::f32 ||
-                        (terms.size() == 1 && out.codec == codec && (!addend || addend.codec == codec));
+  const bool in_place =
+      out.codec == Codec::f32 || (terms.size() == 1 && out.codec == codec && (!addend || addend.codec == codec));
   std::optional<Buffer> f32_sum;
   if (!in_place) f32_sum.emplace(context, out.rows, out.cols, Codec::f32, count);
   const MutableMatrix sum = in_place ? out : f32_sum->view();

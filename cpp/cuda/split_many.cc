@@ -25,7 +25,8 @@ Kind kind_of(const SplitTask& task, float largest) {
   return {task.w.rows, task.w.cols, task.w.codec, task.a0.rows, (magnitude + 1024) / kBinades};
 }
 
-// What one weight's decomposition needs: basis and projection in f32; a block of them, the Gram matrix and a slab in f64.
+// What one weight's decomposition needs: basis and projection in f32; a block of them, the Gram matrix and a slab in
+// f64.
 std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   const std::int64_t r = task.a0.rows;
   const std::int64_t steps = options.method == SvdMethod::krylov ? options.passes / 2 : 1;

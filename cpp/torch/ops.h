@@ -1,7 +1,7 @@
-// The torch ops: check, allocate, call the core. Templates over a Device, so that a device's own file says only where its
-// backend comes from. Arguments were validated in python/pissa/ops.py with better messages; what is checked
-// here again is what would otherwise read or write out of bounds. Exceptions keep their text; which Python type they
-// become depends on the torch version.
+// The torch ops: check, allocate, call the core. Templates over a Device, so that a device's own file says only where
+// its backend comes from. Arguments were validated in python/pissa/ops.py with better messages; what is checked here
+// again is what would otherwise read or write out of bounds. Exceptions keep their text; which Python type they become
+// depends on the torch version.
 //
 // Tensors may be non-contiguous (they are made contiguous) and x may have any number of leading dimensions.
 //
@@ -403,12 +403,12 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const O
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                    const OptionalTensor& delta_a, const OptionalTensor& delta_b,
-                                                   const OptionalTensor& a0, const OptionalTensor& b0,
-                                                   const Tensor& xa, double scaling, bool implicit, bool need_dx) {
+                                                   const OptionalTensor& a0, const OptionalTensor& b0, const Tensor& xa,
+                                                   double scaling, bool implicit, bool need_dx) {
   Device device(dy, x, weight, delta_a, delta_b, a0, b0, xa);
   const Tensor w = torch::stable::contiguous(weight);
-  return linear_backward(device.backend(), dy, x, dense_weight(w, x),
-                         {delta_a, delta_b, a0, b0, scaling, implicit}, xa, need_dx);
+  return linear_backward(device.backend(), dy, x, dense_weight(w, x), {delta_a, delta_b, a0, b0, scaling, implicit}, xa,
+                         need_dx);
 }
 
 template <class Device>

@@ -28,7 +28,8 @@ class BackendTest : public ::testing::TestWithParam<std::string> {
   /// Whether operands of this precision are rounded to it.
   bool rounds(Precision precision) const { return precision != Precision::f32; }
 
-  /// Roundings to half precision on the way to an output of a codec, beyond the last one: of what a product is added to.
+  /// Roundings to half precision on the way to an output of a codec, beyond the last one: of what a product is added
+  /// to.
   static constexpr std::int64_t intermediate_roundings(Codec out) { return out == Codec::f32 ? 0 : 2; }
 
   /// The sum as gemm_nf4 adds it up before it quantises.

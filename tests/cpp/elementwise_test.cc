@@ -132,7 +132,8 @@ TEST_P(ElementwiseTest, TheSameBits) {
   const auto part = [](const MutableMatrix& out) { return rows_of(out, 0, 300); };
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.copy(b.view(), part(out)); });
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.add(b.view(), b.view(), part(out)); });
-  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, part(out), Op::n); });
+  expect_same(
+      [&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, part(out), Op::n); });
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, out, Op::t); });
   expect_same_bits([&](auto& cpu) { return cpu.max_abs(a.view()); });
 }

@@ -1,5 +1,7 @@
-// The CUDA kernels for few rows, on operands as aligned as they need: the fused one for a weight in NF4, and the one for
-// dense matrices, which share columns among a warp or a block.
+// The CUDA kernels for few rows, on operands as aligned as they need: the fused one for a weight in NF4, and the one
+// for dense matrices, which share columns among a warp or a block.
+#include "cuda/few_rows.h"
+
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -7,7 +9,6 @@
 #include <vector>
 
 #include "backend_test.h"
-#include "cuda/few_rows.h"
 #include "gemm_case.h"
 #include "matrices.h"
 #include "reference.h"
@@ -85,8 +86,8 @@ TEST_P(FewRowsTest, DenseOperandsOfEveryLengthAndAlignment) {
     for (const std::int64_t m : {1, 5, 16}) {
       const std::int64_t n = 1 + random.below(20);
       const Codec a_codec = random.pick(kCodecs), b_codec = random.pick(kCodecs), out_codec = random.pick(kCodecs);
-      SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", " << name(a_codec) << ", "
-                                        << name(b_codec) << " to " << name(out_codec));
+      SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", " << name(a_codec) << ", " << name(b_codec)
+                                        << " to " << name(out_codec));
       const Stored a = random.coin() ? aligned(random.dense(m, k), a_codec) : Stored(random.dense(m, k), a_codec);
       const Stored b = random.coin() ? aligned(random.dense(n, k), b_codec) : Stored(random.dense(n, k), b_codec);
       const Stored addend(random.dense(m, n), random.pick(kCodecs));

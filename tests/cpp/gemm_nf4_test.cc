@@ -36,7 +36,8 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
     residual_sum(list.terms(), weight.view(), {residual.data(), rows, cols, cols, Codec::f32});
     std::vector<std::uint8_t> expected_codes(nf4_bytes(rows * cols));
     std::vector<float> expected_absmax(ceil_div(rows * cols, blocksize));
-    cpu::kernels("baseline").nf4_quantize(residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
+    cpu::kernels("baseline")
+        .nf4_quantize(residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
 
     std::vector<std::uint8_t> codes(expected_codes.size() + 1, 0xee);
     std::vector<float> absmax(expected_absmax.size() + 1, std::nanf(""));

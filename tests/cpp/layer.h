@@ -125,8 +125,8 @@ struct Magnitude {
 /// Roundings along the longest chain of a result: its inner dimensions, and a few for sums, scaling and bias.
 inline constexpr std::int64_t kFew = 10;
 
-/// Roundings to bf16, or better, along it: in a tail, of both factors and of what is between them; on CUDA also of f16's,
-/// of an NF4 weight and of what the large product is added to. Activations in half precision are exact.
+/// Roundings to bf16, or better, along it: in a tail, of both factors and of what is between them; on CUDA also of
+/// f16's, of an NF4 weight and of what the large product is added to. Activations in half precision are exact.
 inline std::int64_t bf16_roundings(Codec x) {
 #if defined(PISSA_TEST_CUDA)
   return x == Codec::f32 ? 0 : 6;

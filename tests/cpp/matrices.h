@@ -91,7 +91,9 @@ class Stored {
     return result;
   }
   bool padding_intact() const {
-    const auto intact = [](auto from, auto to) { return std::all_of(from, to, [](auto byte) { return byte == 0xff; }); };
+    const auto intact = [](auto from, auto to) {
+      return std::all_of(from, to, [](auto byte) { return byte == 0xff; });
+    };
     auto rest = bytes_.begin();
     for (std::int64_t i = 0; i < rows_; ++i) {
       const auto row = bytes_.begin() + (at(i, 0) - bytes_.data());
@@ -114,7 +116,9 @@ class Stored {
   const std::uint8_t* at(std::int64_t i, std::int64_t j) const {
     return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
   }
-  std::uint8_t* at(std::int64_t i, std::int64_t j) { return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_); }
+  std::uint8_t* at(std::int64_t i, std::int64_t j) {
+    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
+  }
 
   std::int64_t rows_, cols_, ld_, lead_;
   Codec codec_;

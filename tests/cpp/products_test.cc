@@ -1,5 +1,7 @@
 // The CUDA backend's products: operands that are aligned, so that the vector accesses run; a weight in chunks; sums of
 // several thin products in half precision, rounded once.
+#include "cuda/products.h"
+
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -10,7 +12,6 @@
 #include "cuda/backend.h"
 #include "cuda/context.h"
 #include "cuda/nf4.h"
-#include "cuda/products.h"
 #include "matrices.h"
 #include "reference.h"
 

@@ -1,10 +1,9 @@
 // What the CUDA backend costs besides arithmetic, which only the simulation can count: launches, waits, memory. What it
 // does when a call of CUDA fails. And what a kernel computes for matrices that are too large for a test.
-#include <gtest/gtest.h>
-
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <cusolverDn.h>
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <cstdint>
@@ -169,7 +168,8 @@ TEST(CudaDivide, AnySize) {
   }
 }
 
-// ---- Failures --------------------------------------------------------------------------------------------------------
+// ---- Failures
+// --------------------------------------------------------------------------------------------------------
 
 class CudaFailures : public ::testing::Test {
  protected:
@@ -282,7 +282,8 @@ TEST_F(CudaFailures, AMessageHasTheSizes) {
       text = error.what();
     }
   }
-  EXPECT_EQ(text.rfind("cublasLtMatmul failed on CUDA device 0: CUBLAS_STATUS_EXECUTION_FAILED (13) (m ", 0), 0u) << text;
+  EXPECT_EQ(text.rfind("cublasLtMatmul failed on CUDA device 0: CUBLAS_STATUS_EXECUTION_FAILED (13) (m ", 0), 0u)
+      << text;
 }
 
 TEST_F(CudaFailures, ACardThatIsTooOldIsRefusedWithTheListOfThoseThatAreNot) {

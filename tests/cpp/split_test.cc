@@ -131,8 +131,8 @@ TEST_P(SplitTest, Nf4Residual) {
       std::vector<float> residual(41 * 67);
       const Term terms[] = {minus_factors(plain.a0.view(), plain.b0.view(), 2.0f)};
       residual_sum(terms, weight.view(), {residual.data(), 41, 67, 67, Codec::f32});
-      cpu::kernels("baseline").nf4_quantize(residual.data(), 41 * 67, blocksize, expected_codes.data(),
-                                            expected_absmax.data());
+      cpu::kernels("baseline")
+          .nf4_quantize(residual.data(), 41 * 67, blocksize, expected_codes.data(), expected_absmax.data());
       EXPECT_TRUE(codes == expected_codes);
       EXPECT_TRUE(absmax == expected_absmax);
     }

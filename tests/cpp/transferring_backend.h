@@ -104,9 +104,9 @@ class Staging {
     memory_.emplace_back(context_, skip + bytes);
     char* device = memory_.back().data() + skip;
     if (bytes > 0) {
-      cuda::check(cudaMemcpyAsync(device, host, static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice,
-                                  context_.stream),
-                  context_, "cudaMemcpyAsync");
+      cuda::check(
+          cudaMemcpyAsync(device, host, static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice, context_.stream),
+          context_, "cudaMemcpyAsync");
     }
     regions_.push_back({host, device, bytes, write_back});
     return device;
@@ -158,9 +158,7 @@ class TransferringBackend {
   }
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
-    call([&](Staging& at) {
-      cuda_.weight_gemm_nt(at(x), at(weight), scale, precision, at(tail), at(bias), at(y));
-    });
+    call([&](Staging& at) { cuda_.weight_gemm_nt(at(x), at(weight), scale, precision, at(tail), at(bias), at(y)); });
   }
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const {

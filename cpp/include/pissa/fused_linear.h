@@ -46,7 +46,8 @@ inline Precision precision_for(const Matrix& x) {
   return x.codec == Codec::f16 ? Precision::f16 : Precision::f32;
 }
 
-/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read again.
+/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read
+/// again.
 inline constexpr std::int64_t kFewTokens = 16;
 
 /// One or two terms of a sum.

@@ -44,7 +44,8 @@ struct Nf4Scales {
   const float* offset = nullptr;
 };
 
-/// A read-only matrix [rows, cols]. A backend that computes on a stack of equal matrices at once takes one for all of them.
+/// A read-only matrix [rows, cols]. A backend that computes on a stack of equal matrices at once takes one for all of
+/// them.
 struct Matrix {
   const void* data = nullptr;
   std::int64_t rows = 0;
@@ -98,8 +99,9 @@ inline Matrix one_of(Matrix stack, std::int64_t i) {
 /// Whether a GEMM reads an operand as it is or transposed (BLAS's N and T).
 enum class Op : std::uint8_t { n, t };
 
-/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` and `f16` are
-/// what mixed precision means, and what a device does where it has faster units for them; `f32` keeps every digit given.
+/// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` and `f16`
+/// are what mixed precision means, and what a device does where it has faster units for them; `f32` keeps every digit
+/// given.
 enum class Precision : std::uint8_t { f32, bf16, f16 };
 
 /// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
