@@ -209,7 +209,8 @@ def _decode(peer_has_adapter: bool, size: int, tokens: int, device: str) -> Case
         same = ours() if peer_has_adapter else bases
         bounds = [agree(BFLOAT16_BOUND, y=pair) for pair in zip(same, theirs(), strict=True)]
         require(captured or device == "cpu", "ours could not be captured into a CUDA graph")
-        how = "in a CUDA graph" if peer_captured else "ours in a CUDA graph, the peer could not be captured"
+        graphs = "in a CUDA graph" if peer_captured else "ours in a CUDA graph, the peer could not be captured"
+        how = graphs if captured else "one after the other"
         return f"of one layer, {count} different ones {how}; {max(bounds)}"
 
     return Case(ours, theirs, check, units=count)
