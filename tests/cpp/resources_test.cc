@@ -268,6 +268,25 @@ TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
   }
 }
 
+// What is left for had_full_rank stays, though rows of any rank are looked at in between.
+TEST_F(CudaFailures, RowsOfAnyRankHideNone) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(8);
+  Dense values = random.dense(3, 20);
+  values(1, 3) = std::nan("");
+  const Stored not_finite(values, Codec::f32);
+  Stored zeros(Dense(3, 20), Codec::f32), rows(random.dense(3, 20), Codec::f32);
+  Staging at(context);
+  cuda::CudaBackend cuda(context);
+  const cuda::Buffer s = cuda.alloc(1, 3, Codec::f32), vectors = cuda.alloc(3, 3, Codec::f32);
+  cuda.orthonormalize(at(zeros.mutable_view()), 0, 3, Rank::assumed_full);
+  cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
+  EXPECT_FALSE(cuda.had_full_rank());
+  cuda.gram_svd(at(not_finite.view()), 1.0f, s.view(), vectors.view());
+  cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
+  EXPECT_THROW(cuda.had_full_rank(), std::runtime_error);
+}
+
 // A message says the call, the device, the status, and how large the problem was.
 TEST_F(CudaFailures, AMessageHasTheSizes) {
   DeviceLayer layer(20, 40, 64, 3);
