@@ -8,6 +8,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "backend_test.h"
@@ -78,12 +79,13 @@ TEST_P(StackTest, MixedShapesRanksAndTypes) {
 }
 
 TEST_P(StackTest, TheSameOneByOneOrTogether) {
-  for (const Codec codec : {Codec::bf16, Codec::f32}) {
+  for (const auto& [codec, rows, cols] :
+       {std::tuple{Codec::bf16, 50, 70}, {Codec::f32, 50, 70}, {Codec::f32, 70, 50}}) {
     std::vector<std::vector<Dense>> products(3);
     for (std::size_t run = 0; run < 3; ++run) {
       Random random(2);
       std::deque<Layer> layers;
-      for (int i = 0; i < 5; ++i) layers.emplace_back(random.dense(50, 70), codec, 4, 2.0f);
+      for (int i = 0; i < 5; ++i) layers.emplace_back(random.dense(rows, cols), codec, 4, 2.0f);
       split_stack(layers, std::int64_t{run == 0 ? 1 << 30 : run == 1 ? 1 : 400000});
       for (const Layer& layer : layers) products[run].push_back(layer.product());
     }
@@ -144,6 +146,15 @@ TEST_P(StackTest, ErrorsNameTheWeightAndNothingIsWritten) {
   }
   const cuda::Context& context = cuda::standalone_context();
   EXPECT_NO_THROW(cuda::split_many({}, {}, context));
+}
+
+TEST_P(StackTest, MaxAbsIsThatOfAll) {
+  const cuda::Context& context = cuda::standalone_context();
+  const Stored first(Dense(4, 9), Codec::f32), last(Random(8).dense(4, 9), Codec::f32);
+  Staging at(context);
+  const std::vector<Matrix> weights{at(first.view()), at(last.view())};
+  const cuda::CudaBackend stack(context, weights);
+  EXPECT_EQ(stack.max_abs(weights[0]), backend().max_abs(last.view()));
 }
 
 // Of `count` matrices one below the other, as a stack.
