@@ -157,6 +157,15 @@ TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   EXPECT_EQ(cuda_sim::bytes_in_use(), before);
 }
 
+TEST(CudaResources, ManyWordsAreReadBackInPieces) {
+  const cuda::Context& context = cuda::standalone_context();
+  std::vector<int> words(2500), result(2500);
+  for (std::size_t i = 0; i < words.size(); ++i) words[i] = static_cast<int>(i);
+  Staging at(context);
+  cuda::read_back(context, at.upload(words.data(), 2500), result.data(), 2500 * sizeof(int));
+  EXPECT_EQ(result, words);
+}
+
 // Rows and columns of elements whose number takes more than 31 bits.
 TEST(CudaDivide, AnySize) {
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
