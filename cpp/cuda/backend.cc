@@ -115,12 +115,18 @@ void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t do
   const MutableMatrix target = rows_of(basis, done, rows);
   const Array<double> wide(context_, count * rows * basis.cols);
   const Array<double> factor(context_, count * rows * rows);
+  // What is asked at once has a word of its own: what is left for had_full_rank stays there.
+  std::optional<Array<int>> asked;
+  if (rank == Rank::any) {
+    asked.emplace(context_, 1);
+    check(cudaMemsetAsync(asked->data(), 0, sizeof(int), context_.stream), context_, "cudaMemsetAsync");
+  }
   for (const auto& [least_share, least_pivot] : kRounds) {
     remove_earlier(context_, basis, {}, done, rows, count);
     widen(context_, target, wide.data(), count);
     gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count);
-    cholesky(context_, factor.data(), rows, least_share, least_pivot, flags, count);
-    if (rank == Rank::any && take_flag(flags)) {
+    cholesky(context_, factor.data(), rows, least_share, least_pivot, asked ? asked->data() : flags, count);
+    if (asked && take_flag(asked->data())) {
       return householder_rows(context_, rows_of(basis, 0, done + rows), done, flags);
     }
     solve_lower(context_, factor.data(), rows, wide.data(), basis.cols, count);

@@ -138,6 +138,36 @@ TEST_P(FewRowsTest, WhatTheyCannotTake) {
   EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].b.codec = Codec::nf4; }));
 }
 
+// What fits the kernel for NF4, but asks for what it does not compute.
+TEST_P(FewRowsTest, AnotherScaleDirectionOrPrecision) {
+  Random random(5);
+  const Stored x = aligned(random.dense(5, 64), Codec::bf16);
+  const StoredNf4 weight(random, 64, 64, 64, false);
+  ASSERT_TRUE(cuda::few_rows_nf4_fits(x.view(), weight.view(), {}));
+  const Dense exact = weight.values(), rounded = rounded_to(kBf16, exact);
+  Stored y = Stored::poisoned(5, 64, Codec::f32);
+  const auto expect = [&](double scale, const Dense& w) {
+    expect_close(y, {scale * (x.values() * w), absolute(x.values()) * absolute(w)}, 64);
+  };
+  backend().weight_gemm_nt(x.view(), weight.view(), 0.5f, Precision::bf16, {}, {}, y.mutable_view());
+  expect(0.5, transposed(rounded));
+  backend().weight_gemm_nn(x.view(), weight.view(), 1.0f, Precision::bf16, {}, y.mutable_view());
+  expect(1, rounded);
+  backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, {}, {}, y.mutable_view());
+  expect(1, transposed(exact));
+}
+
+TEST_P(FewRowsTest, AnAddendInNf4) {
+  Random random(4);
+  const Operand a(random, 5, 3, Form::f32), b(random, 40, 3, Form::f32), addend(random, 5, 40, Form::nf4);
+  const Term terms[] = {{a.view(), Op::n, b.view(), Op::t}};
+  Stored out = Stored::poisoned(5, 40, Codec::f32);
+  backend().gemm(terms, addend.view(), out.mutable_view());
+  const Dense b_t = transposed(b.values());
+  expect_close(
+      out, {a.values() * b_t + addend.values(), absolute(a.values()) * absolute(b_t) + absolute(addend.values())}, 5);
+}
+
 PISSA_EVERY_BACKEND(FewRowsTest);
 
 }  // namespace

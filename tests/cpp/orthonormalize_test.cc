@@ -162,6 +162,24 @@ TEST_P(OrthonormalizeTest, LeavesOrthonormalRowsWhereTheyAre) {
       << "no signs turned, no rows exchanged";
 }
 
+// The last row is a copy, so that all take the way for any rank; the others keep their directions.
+TEST_P(OrthonormalizeTest, CompletingRowsTurnsNoSigns) {
+  Random random(8);
+  for (const auto& [done, count, dim] : {std::tuple{0, 4, 30}, {3, 4, 30}, {7, 5, 20}, {5, 40, 70}}) {
+    SCOPED_TRACE(::testing::Message() << done << " + " << count << " of " << dim);
+    const Dense earlier = random_orthonormal(random, done, dim);
+    Dense rows = random.dense(count, dim);
+    for (std::int64_t k = 0; k < dim; ++k) rows(count - 1, k) = rows(0, k);
+    Stored basis = stacked(earlier, rows);
+    backend().orthonormalize(basis.mutable_view(), done, count, Rank::any);
+    const Dense after = basis.values();
+    EXPECT_LE(orthonormality_error(after), orthonormality_bound(dim));
+    for (std::int64_t i = 0; i + 1 < count; ++i) {
+      EXPECT_GT((rows_of(after, done + i, 1) * transposed(rows_of(rows, i, 1)))(0, 0), 0) << "row " << i;
+    }
+  }
+}
+
 TEST_P(OrthonormalizeTest, TheSameBits) {
   for (const Rows& rows_class : classes()) {
     if (rows_class.name != "random" && rows_class.name != "rank 2") continue;  // both ways to the result

@@ -12,6 +12,7 @@
 #include "cuda/backend.h"
 #include "cuda/context.h"
 #include "cuda/nf4.h"
+#include "gemm_case.h"
 #include "matrices.h"
 #include "reference.h"
 
@@ -21,6 +22,12 @@ namespace {
 Stored aligned(const Dense& values, Codec codec) { return Stored(values, codec, Stored::kAligned, Stored::kAligned); }
 Stored aligned_poisoned(std::int64_t rows, std::int64_t cols, Codec codec) {
   return Stored::poisoned(rows, cols, codec, Stored::kAligned, Stored::kAligned);
+}
+
+Dense all(std::int64_t rows, std::int64_t cols, double value) {
+  Dense result(rows, cols);
+  for (double& element : result.values) element = value;
+  return result;
 }
 
 class ProductsTest : public BackendTest {};
@@ -81,7 +88,7 @@ TEST_P(ProductsTest, MaxAbsOfALargeWeightInNf4) {
   const std::vector<float> absmax(ceil_div(rows * cols, std::int64_t{4096}), 1.0f);
   Matrix weight{codes.data(), rows, cols, 0, Codec::nf4};
   weight.scales = {4096, absmax.data()};
-  for (const std::int64_t row : {rows / 2, rows - 1}) {
+  for (const std::int64_t row : {rows / 3, rows - 1}) {
     std::uint8_t& last = codes[(row + 1) * cols / 2 - 1];
     last = 0x80;  // -1 in the low nibble
     EXPECT_EQ(backend().max_abs(weight), 1.0f) << row;
@@ -149,11 +156,6 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
 
 // Thin products in half precision and what they are added to take one rounding: 1 + 2^-9 - 2 * 2^-9 + 2^-9 is 1.
 TEST_P(ProductsTest, ThinProductsAreRoundedOnce) {
-  const auto all = [](std::int64_t rows, std::int64_t cols, double value) {
-    Dense result(rows, cols);
-    for (double& element : result.values) element = value;
-    return result;
-  };
   const Stored one(all(20, 1, 1), Codec::f32), two(all(20, 2, 1), Codec::f32);
   const Stored small(all(1, 30, 0x1p-9), Codec::f32), minus(all(2, 30, -0x1p-9), Codec::f32);
   const Stored addend(all(20, 30, 1), Codec::bf16);
@@ -165,19 +167,48 @@ TEST_P(ProductsTest, ThinProductsAreRoundedOnce) {
   EXPECT_EQ(out.values().values, addend.values().values);
 }
 
+// One product would round a factor with its scale, or factors that keep every digit to the others' half precision.
+TEST_P(ProductsTest, ThinProductsThatCannotBeOne) {
+  Random random(6);
+  for (const Form second : {Form::bf16, Form::f32}) {
+    TermList list(20, 30);
+    list.add(random, 5, Form::bf16, Op::n, Form::bf16, Op::n, second == Form::bf16 ? -0.3f : 1.0f);
+    list.add(random, 4, second, Op::n, second, Op::n, 1.0f);
+    Stored out = Stored::poisoned(20, 30, Codec::f32);
+    backend().gemm(list.terms(), {}, out.mutable_view());
+    expect_close(out, list.expected(), list.roundings());
+  }
+}
+
+// Below half a unit, both, and together above it.
+TEST_P(ProductsTest, AnAddendInF32IsNotRoundedFirst) {
+  const Stored a(all(20, 1, 1), Codec::bf16), b(all(1, 30, 3 * 0x1p-10), Codec::bf16);
+  const Stored addend(all(20, 30, 1 + 3 * 0x1p-10), Codec::f32);
+  const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
+  Stored out = Stored::poisoned(20, 30, Codec::bf16);
+  backend().gemm(terms, addend.view(), out.mutable_view());
+  EXPECT_EQ(out.values().values, all(20, 30, 1 + 0x1p-7).values);
+}
+
+TEST_P(ProductsTest, ABiasAndNothingToMultiply) {
+  Random random(7);
+  const Stored x(Dense(20, 0), Codec::bf16), weight(Dense(30, 0), Codec::bf16), bias(random.dense(1, 30), Codec::bf16);
+  Stored y = Stored::poisoned(20, 30, Codec::bf16);
+  backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, {}, bias.view(), y.mutable_view());
+  EXPECT_EQ(y.values().values, (all(20, 1, 1) * bias.values()).values);
+}
+
 // Where cuBLAS divides a sum among blocks, its parts are not rounded: (1 + 2^-9) - 1 is 2^-9.
 TEST_P(ProductsTest, PartsOfASumAreNotRounded) {
   for (const Codec codec : {Codec::bf16, Codec::f16}) {
     const double small = codec == Codec::bf16 ? 0x1p-9 : 0x1p-12;
-    Dense a_values(20, 4), ones(4, 30), expected(20, 30);
+    Dense a_values(20, 4);
     for (std::int64_t i = 0; i < 20; ++i) a_values(i, 0) = 1, a_values(i, 1) = small, a_values(i, 2) = -1;
-    for (double& value : ones.values) value = 1;
-    for (double& value : expected.values) value = small;
-    const Stored a(a_values, codec), b(ones, codec);
+    const Stored a(a_values, codec), b(all(4, 30, 1), codec);
     Stored out = Stored::poisoned(20, 30, codec);
     const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
     backend().gemm(terms, {}, out.mutable_view());
-    EXPECT_EQ(out.values().values, expected.values);
+    EXPECT_EQ(out.values().values, all(20, 30, small).values);
   }
 }
 

@@ -156,6 +156,15 @@ TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   EXPECT_EQ(cuda_sim::bytes_in_use(), before);
 }
 
+TEST(CudaResources, ManyWordsAreReadBackInPieces) {
+  const cuda::Context& context = cuda::standalone_context();
+  std::vector<int> words(2500), result(2500);
+  for (std::size_t i = 0; i < words.size(); ++i) words[i] = static_cast<int>(i);
+  Staging at(context);
+  cuda::read_back(context, at.upload(words.data(), 2500), result.data(), 2500 * sizeof(int));
+  EXPECT_EQ(result, words);
+}
+
 // Rows and columns of elements whose number takes more than 31 bits.
 TEST(CudaDivide, AnySize) {
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
@@ -266,6 +275,25 @@ TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
       EXPECT_TRUE(cuda.had_full_rank()) << "asked once, cleared";
     }
   }
+}
+
+// What is left for had_full_rank stays, though rows of any rank are looked at in between.
+TEST_F(CudaFailures, RowsOfAnyRankHideNone) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(8);
+  Dense values = random.dense(3, 20);
+  values(1, 3) = std::nan("");
+  const Stored not_finite(values, Codec::f32);
+  Stored zeros(Dense(3, 20), Codec::f32), rows(random.dense(3, 20), Codec::f32);
+  Staging at(context);
+  cuda::CudaBackend cuda(context);
+  const cuda::Buffer s = cuda.alloc(1, 3, Codec::f32), vectors = cuda.alloc(3, 3, Codec::f32);
+  cuda.orthonormalize(at(zeros.mutable_view()), 0, 3, Rank::assumed_full);
+  cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
+  EXPECT_FALSE(cuda.had_full_rank());
+  cuda.gram_svd(at(not_finite.view()), 1.0f, s.view(), vectors.view());
+  cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
+  EXPECT_THROW(cuda.had_full_rank(), std::runtime_error);
 }
 
 // A message says the call, the device, the status, and how large the problem was.

@@ -8,6 +8,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "backend_test.h"
@@ -68,7 +69,7 @@ TEST_P(StackTest, MixedShapesRanksAndTypes) {
     const auto spectrum = [](std::int64_t j) { return std::pow(j + 1.0, -1.0); };
     const bool wide = i % 2 == 0;
     layers.emplace_back(with_spectrum(random, wide ? 40 : 60, wide ? 60 : 40, spectrum), kCodecs.begin()[i % 3],
-                        1 + i % 4, 0.5f + static_cast<float>(i));
+                        1 + i / 6, 0.5f + static_cast<float>(i));
   }
   split_stack(layers);
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -78,16 +79,19 @@ TEST_P(StackTest, MixedShapesRanksAndTypes) {
 }
 
 TEST_P(StackTest, TheSameOneByOneOrTogether) {
-  for (const Codec codec : {Codec::bf16, Codec::f32}) {
+  for (const auto& [codec, rows, cols] :
+       {std::tuple{Codec::bf16, 50, 70}, {Codec::f32, 50, 70}, {Codec::f32, 70, 50}}) {
     std::vector<std::vector<Dense>> products(3);
     for (std::size_t run = 0; run < 3; ++run) {
       Random random(2);
       std::deque<Layer> layers;
-      for (int i = 0; i < 5; ++i) layers.emplace_back(random.dense(50, 70), codec, 4, 2.0f);
-      split_stack(layers, std::int64_t{run == 0 ? 1 << 30 : run == 1 ? 1 : 400000});
+      for (int i = 0; i < 6; ++i) {
+        layers.emplace_back(random.dense(rows, cols), i == 3 ? Codec::f32 : codec, 4, 2.0f + static_cast<float>(i));
+      }
+      split_stack(layers, std::int64_t{run == 0 ? 1 << 30 : run == 1 ? 1 : 2000000});
       for (const Layer& layer : layers) products[run].push_back(layer.product());
     }
-    for (std::size_t i = 0; i < 5; ++i) {
+    for (std::size_t i = 0; i < 6; ++i) {
       const double tolerance = 64 * kEps32 * norm(products[0][i]);
       EXPECT_LE(norm(products[1][i] - products[0][i]), tolerance);
       EXPECT_LE(norm(products[2][i] - products[0][i]), tolerance);
@@ -144,6 +148,30 @@ TEST_P(StackTest, ErrorsNameTheWeightAndNothingIsWritten) {
   }
   const cuda::Context& context = cuda::standalone_context();
   EXPECT_NO_THROW(cuda::split_many({}, {}, context));
+}
+
+// A row that keeps a millionth of its length outside the rows before it, wherever it is.
+TEST_P(StackTest, NearlyDependentRowsAreFound) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(9);
+  cuda::CudaBackend cuda(context);
+  for (const std::int64_t row : {0, 1, 31, 32, 39}) {
+    Dense values = random.dense(40, 60);
+    for (std::int64_t j = 0; row > 0 && j < 60; ++j) values(row, j) = values(0, j) + 1e-6 * values(row, j);
+    Stored rows(values, Codec::f32);
+    Staging at(context);
+    cuda.orthonormalize(at(rows.mutable_view()), 0, 40, Rank::assumed_full);
+    EXPECT_EQ(cuda.had_full_rank(), row == 0) << row;
+  }
+}
+
+TEST_P(StackTest, MaxAbsIsThatOfAll) {
+  const cuda::Context& context = cuda::standalone_context();
+  const Stored first(Dense(4, 9), Codec::f32), last(Random(8).dense(4, 9), Codec::f32);
+  Staging at(context);
+  const std::vector<Matrix> weights{at(first.view()), at(last.view())};
+  const cuda::CudaBackend stack(context, weights);
+  EXPECT_EQ(stack.max_abs(weights[0]), backend().max_abs(last.view()));
 }
 
 // Of `count` matrices one below the other, as a stack.
