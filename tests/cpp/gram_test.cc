@@ -19,7 +19,7 @@ class GramTest : public BackendTest {};
 TEST_P(GramTest, EigenvaluesAreSquaredSingularValues) {
   Random random(2);
   for (const auto& [count, cols, wanted] :
-       {std::tuple{1, 1, 1}, {6, 40, 6}, {21, 300, 5}, {30, 12, 30}, {17, 2100, 4}}) {
+       {std::tuple{1, 1, 1}, {6, 40, 6}, {21, 300, 5}, {30, 12, 30}, {17, 2100, 4}, {260, 3, 2}}) {
     SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", " << wanted << " wanted");
     const Stored rows(random.dense(count, cols), Codec::f32);
     Stored s = Stored::poisoned(1, wanted, Codec::f32);
