@@ -238,7 +238,7 @@ void quantized_sum(const Context& context, std::span<const Term> terms, const Ma
   if (terms.empty() || total == 0) return nf4_quantize(context, addend, {}, 0, total, out);
   // Runs of whole blocks; a block may start inside a row, so a run computes every row that it touches.
   const std::int64_t rows_at_once = std::max<std::int64_t>(chunk_bytes / (cols * element_size(Codec::f32)), 1);
-  const std::int64_t run = ceil_div(std::max(rows_at_once * cols, out.blocksize), out.blocksize) * out.blocksize;
+  const std::int64_t run = ceil_div(rows_at_once * cols, out.blocksize) * out.blocksize;
   for (std::int64_t first = 0; first < total; first += run) {
     const std::int64_t count = std::min(run, total - first);
     const std::int64_t first_row = first / cols;

@@ -96,6 +96,22 @@ TEST_P(ProductsTest, MaxAbsOfALargeWeightInNf4) {
   }
 }
 
+// Codes that no word starts at.
+TEST_P(ProductsTest, DecodesNf4AtOddAddresses) {
+  Random random(12);
+  const StoredNf4 weight(random, 5, 64, 64, true);
+  Matrix view = weight.view();
+  const auto* codes = static_cast<const std::uint8_t*>(view.data);
+  for (const int skip : {1, 2, 3}) {
+    std::vector<std::uint8_t> shifted(skip, 0xee);
+    shifted.insert(shifted.end(), codes, codes + nf4_bytes(5 * 64));
+    view.data = shifted.data() + skip;
+    Stored out = aligned_poisoned(5, 64, Codec::bf16);
+    backend().copy(view, out.mutable_view());
+    EXPECT_EQ(out.values().values, Stored(weight.values(), Codec::bf16).values().values) << skip;
+  }
+}
+
 // y is made of columns that each chunk of the weight gives; chunks of one tile of 64 columns, of some, of all.
 TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
   const cuda::Context& context = cuda::standalone_context();

@@ -98,6 +98,13 @@ TEST(CudaResources, TheLinearLayerNeverWaits) {
   }
 }
 
+TEST(CudaResources, NothingAssumedIsNothingToWaitFor) {
+  cuda::CudaBackend cuda(cuda::standalone_context());
+  cuda_sim::reset_synchronizations();
+  EXPECT_TRUE(cuda.had_full_rank());
+  EXPECT_EQ(cuda_sim::synchronizations(), 0);
+}
+
 TEST(CudaResources, ADecompositionWaitsTwice) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(2);
