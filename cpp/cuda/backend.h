@@ -1,8 +1,9 @@
 // The CUDA backend: the core's primitives on a GPU, for one problem or for a stack of equal ones.
 //
-// Everything is queued on the context's stream and allocated there; only max_abs and had_full_rank wait for it. So what
-// has neither, the linear layer, can be captured into a CUDA graph. Results are bitwise the same from run to run on one
-// device and one cuBLAS; from the CPU's they differ by rounding, the sketch and NF4 excepted, which are bitwise equal.
+// Everything is queued on the context's stream and allocated there; max_abs and had_full_rank wait for it, and
+// orthonormalize where rows may be dependent. So what has none of these, the linear layer, can be captured into a CUDA
+// graph. Results are bitwise the same from run to run on one device and one cuBLAS; from the CPU's they differ by
+// rounding, the sketch and NF4 excepted, which are bitwise equal.
 #pragma once
 
 #include <cstdint>
