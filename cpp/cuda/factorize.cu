@@ -1,5 +1,8 @@
 #include "factorize.h"
 
+#include <memory>
+#include <type_traits>
+
 #include "device.h"
 #include "elementwise.h"
 #include "pissa/nf4.h"
@@ -132,21 +135,21 @@ void leading_eigh(const Context& context, double* gram, std::int64_t k, float sc
   const cusolverDnHandle_t solver = context.solver();
   const Array<double> values(context, count * k);
   const Array<int> info(context, count);
-  cusolverDnParams_t params = nullptr;
-  check(cusolverDnCreateParams(&params), context, "cusolverDnCreateParams");
+  cusolverDnParams_t made = nullptr;
+  check(cusolverDnCreateParams(&made), context, "cusolverDnCreateParams");
+  const std::unique_ptr<std::remove_pointer_t<cusolverDnParams_t>, cusolverStatus_t (*)(cusolverDnParams_t)> params(
+      made, cusolverDnDestroyParams);
   std::size_t device_bytes = 0, host_bytes = 0;
-  cusolverStatus_t status = cusolverDnXsyevBatched_bufferSize(
-      solver, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, k, CUDA_R_64F, gram, k, CUDA_R_64F,
-      values.data(), CUDA_R_64F, &device_bytes, &host_bytes, count);
-  if (succeeded(status)) {
-    const Array<char> work(context, static_cast<std::int64_t>(device_bytes));
-    host_work.resize(host_bytes);
-    status = cusolverDnXsyevBatched(solver, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, k, CUDA_R_64F,
-                                    gram, k, CUDA_R_64F, values.data(), CUDA_R_64F, work.data(), device_bytes,
-                                    host_work.data(), host_bytes, info.data(), count);
-  }
-  cusolverDnDestroyParams(params);
-  check(status, context, "cusolverDnXsyevBatched", "n", k, "batch", count);
+  check(cusolverDnXsyevBatched_bufferSize(solver, params.get(), CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, k,
+                                          CUDA_R_64F, gram, k, CUDA_R_64F, values.data(), CUDA_R_64F, &device_bytes,
+                                          &host_bytes, count),
+        context, "cusolverDnXsyevBatched_bufferSize", "n", k, "batch", count);
+  const Array<char> work(context, static_cast<std::int64_t>(device_bytes));
+  host_work.resize(host_bytes);
+  check(cusolverDnXsyevBatched(solver, params.get(), CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, k, CUDA_R_64F,
+                               gram, k, CUDA_R_64F, values.data(), CUDA_R_64F, work.data(), device_bytes,
+                               host_work.data(), host_bytes, info.data(), count),
+        context, "cusolverDnXsyevBatched", "n", k, "batch", count);
   launch(context, "leading", leading_kernel, dim3(static_cast<unsigned>(vectors.rows), static_cast<unsigned>(count)),
          kThreads, gram, values.data(), k, static_cast<double>(scale), s, vectors);
   launch(context, "check_info", check_info_kernel, dim3(static_cast<unsigned>(ceil_div(count, kThreads))), kThreads,
