@@ -23,7 +23,7 @@ JOBS := $(shell nproc)
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out $(BUILD)/demo
 
-test: test-cpp test-python test-cuda-build
+test: test-cpp test-cuda-build test-python
 
 # ---- What must be there already ----
 
