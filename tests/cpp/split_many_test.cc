@@ -13,26 +13,16 @@
 #include "matrices.h"
 #include "pissa/split.h"
 #include "reference.h"
+#include "split_layer.h"
 #include "threads.h"
 
 namespace pissa::test {
 namespace {
 
-struct Layer {
-  Stored weight, a0, b0;
-  float scaling;
-  Layer(const Dense& values, Codec codec, std::int64_t r, float scaling_)
-      : weight(values, codec),
-        a0(Stored::poisoned(r, values.cols, Codec::f32)),
-        b0(Stored::poisoned(values.rows, r, Codec::f32)),
-        scaling(scaling_) {}
-  SplitTask task() { return {weight.view(), scaling, a0.mutable_view(), b0.mutable_view()}; }
-};
-
 // Fifteen weights of a size, and, if asked for, one that is larger than all of them together.
-std::vector<Layer> layers(bool dominated) {
+std::vector<SplitLayer> layers(bool dominated) {
   Random random(1);
-  std::vector<Layer> result;
+  std::vector<SplitLayer> result;
   for (std::int64_t i = 0; i < 15; ++i) {
     result.emplace_back(random.dense(20 + 7 * i % 31, 90 - 11 * i % 60), kCodecs.begin()[i % 3], 1 + i % 9,
                         0.5f + static_cast<float>(i));
@@ -41,9 +31,9 @@ std::vector<Layer> layers(bool dominated) {
   return result;
 }
 
-std::vector<SplitTask> tasks_of(std::vector<Layer>& layers) {
+std::vector<SplitTask> tasks_of(std::vector<SplitLayer>& layers) {
   std::vector<SplitTask> tasks;
-  for (Layer& layer : layers) tasks.push_back(layer.task());
+  for (SplitLayer& layer : layers) tasks.push_back(layer.task());
   return tasks;
 }
 
@@ -51,12 +41,12 @@ class SplitManyTest : public IsaTest {};
 
 TEST_P(SplitManyTest, BitsOfSplit) {
   for (const bool dominated : {false, true}) {
-    std::vector<Layer> expected = layers(dominated);
+    std::vector<SplitLayer> expected = layers(dominated);
     cpu::CpuBackend cpu = backend();
     for (const SplitTask& task : tasks_of(expected)) split(cpu, task.w, task.scaling, {}, task.a0, task.b0);
     for (const int threads : {1, 2, 3, 7, 40}) {
       SCOPED_TRACE(::testing::Message() << threads << " threads, " << (dominated ? "one large" : "all small"));
-      std::vector<Layer> got = layers(dominated);
+      std::vector<SplitLayer> got = layers(dominated);
       const CountedThreads executor(threads);
       cpu::split_many(tasks_of(got), {}, executor, kernels());
       for (std::size_t i = 0; i < got.size(); ++i) {
@@ -75,7 +65,7 @@ TEST_P(SplitManyTest, Nothing) { cpu::split_many({}, {}, cpu::ThreadExecutor(2),
 
 PISSA_EVERY_ISA(SplitManyTest);
 
-std::string refusal(std::vector<Layer>& layers, const SvdOptions& options = {}) {
+std::string refusal(std::vector<SplitLayer>& layers, const SvdOptions& options = {}) {
   try {
     cpu::split_many(tasks_of(layers), options, cpu::ThreadExecutor(2), cpu::kernels());
   } catch (const std::invalid_argument& error) {
@@ -86,7 +76,7 @@ std::string refusal(std::vector<Layer>& layers, const SvdOptions& options = {}) 
 
 TEST(SplitManyErrors, NameTheFirstBadWeight) {
   for (const bool dominated : {false, true}) {
-    std::vector<Layer> bad = layers(dominated);
+    std::vector<SplitLayer> bad = layers(dominated);
     for (const std::size_t i : {4, 11}) {
       Dense values = bad[i].weight.values();
       values(1, 2) = std::numeric_limits<double>::quiet_NaN();
@@ -97,8 +87,8 @@ TEST(SplitManyErrors, NameTheFirstBadWeight) {
 }
 
 TEST(SplitManyErrors, BadArgumentsWriteNothing) {
-  const std::vector<Layer> untouched = layers(false);
-  const auto expect_refused = [&](std::vector<Layer> bad, const SvdOptions& options, const std::string& words) {
+  const std::vector<SplitLayer> untouched = layers(false);
+  const auto expect_refused = [&](std::vector<SplitLayer> bad, const SvdOptions& options, const std::string& words) {
     EXPECT_EQ(refusal(bad, options).find(words), 0u) << refusal(bad, options);
     for (std::size_t i = 0; i < bad.size(); ++i) {
       if (bad[i].a0.view().rows == untouched[i].a0.view().rows) {
@@ -107,10 +97,10 @@ TEST(SplitManyErrors, BadArgumentsWriteNothing) {
       }
     }
   };
-  std::vector<Layer> bad = layers(false);
+  std::vector<SplitLayer> bad = layers(false);
   bad[14].scaling = 0;
   expect_refused(bad, {}, "weights[14]: scaling: got 0");
-  bad[9] = Layer(Dense(6, 8), Codec::f32, 7, 1.0f);
+  bad[9] = SplitLayer(Dense(6, 8), Codec::f32, 7, 1.0f);
   expect_refused(bad, {}, "weights[9]: r: got 7");
   expect_refused(layers(false), {SvdMethod::krylov, 3, 0}, "weights[0]: passes: got 3");
 }

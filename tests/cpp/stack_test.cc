@@ -20,28 +20,21 @@
 #include "orthogonal.h"
 #include "pissa/split.h"
 #include "reference.h"
+#include "split_layer.h"
 #include "weight_classes.h"
 
 namespace pissa::test {
 namespace {
 
-struct Layer {
-  Stored weight, a0, b0;
-  float scaling;
-  Layer(const Dense& values, Codec codec, std::int64_t r, float scaling_)
-      : weight(values, codec),
-        a0(Stored::poisoned(r, values.cols, Codec::f32)),
-        b0(Stored::poisoned(values.rows, r, Codec::f32)),
-        scaling(scaling_) {}
-  Dense product() const { return double{scaling} * (b0.values() * a0.values()); }
-};
+Dense product_of(const SplitLayer& layer) { return double{layer.scaling} * (layer.b0.values() * layer.a0.values()); }
 
-void split_stack(std::deque<Layer>& layers, std::int64_t stack_bytes = cuda::kStackBytes) {
+void split_stack(std::deque<SplitLayer>& layers, std::int64_t stack_bytes = cuda::kStackBytes) {
   const cuda::Context& context = cuda::standalone_context();
   Staging at(context);
   std::vector<SplitTask> tasks;
-  for (Layer& layer : layers) {
-    tasks.push_back({at(layer.weight.view()), layer.scaling, at(layer.a0.mutable_view()), at(layer.b0.mutable_view())});
+  for (SplitLayer& layer : layers) {
+    const SplitTask task = layer.task();
+    tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0)});
   }
   cuda::split_many(tasks, {SvdMethod::krylov, 12, 5}, context, stack_bytes);
   at.finish();
@@ -49,14 +42,14 @@ void split_stack(std::deque<Layer>& layers, std::int64_t stack_bytes = cuda::kSt
 
 // The residual is as small as the weight's own decomposition leaves it. (Factors themselves may differ where singular
 // values are close.)
-void expect_split(const Layer& layer) {
+void expect_split(const SplitLayer& layer) {
   const Dense w = layer.weight.values();
   const std::int64_t r = layer.a0.values().rows;
   const Svd exact = jacobi_svd(w);
   Dense tail(1, static_cast<std::int64_t>(exact.s.size()) - r);
   std::copy(exact.s.begin() + r, exact.s.end(), tail.values.begin());
   const double noise = 16 * kEps32 * std::sqrt(static_cast<double>(std::max(w.rows, w.cols))) * norm(w);
-  EXPECT_LE(norm(w - layer.product()), 1.001 * norm(tail) + noise + 0x1p-149 * static_cast<double>(w.rows * w.cols));
+  EXPECT_LE(norm(w - product_of(layer)), 1.001 * norm(tail) + noise + 0x1p-149 * static_cast<double>(w.rows * w.cols));
   EXPECT_TRUE(layer.a0.padding_intact() && layer.b0.padding_intact());
 }
 
@@ -64,7 +57,7 @@ class StackTest : public BackendTest {};
 
 TEST_P(StackTest, MixedShapesRanksAndTypes) {
   Random random(1);
-  std::deque<Layer> layers;
+  std::deque<SplitLayer> layers;
   for (int i = 0; i < 12; ++i) {
     const auto spectrum = [](std::int64_t j) { return std::pow(j + 1.0, -1.0); };
     const bool wide = i % 2 == 0;
@@ -84,12 +77,12 @@ TEST_P(StackTest, TheSameOneByOneOrTogether) {
     std::vector<std::vector<Dense>> products(3);
     for (std::size_t run = 0; run < 3; ++run) {
       Random random(2);
-      std::deque<Layer> layers;
+      std::deque<SplitLayer> layers;
       for (int i = 0; i < 6; ++i) {
         layers.emplace_back(random.dense(rows, cols), i == 3 ? Codec::f32 : codec, 4, 2.0f + static_cast<float>(i));
       }
       split_stack(layers, std::int64_t{run == 0 ? 1 << 30 : run == 1 ? 1 : 2000000});
-      for (const Layer& layer : layers) products[run].push_back(layer.product());
+      for (const SplitLayer& layer : layers) products[run].push_back(product_of(layer));
     }
     for (std::size_t i = 0; i < 6; ++i) {
       const double tolerance = 64 * kEps32 * norm(products[0][i]);
@@ -102,7 +95,7 @@ TEST_P(StackTest, TheSameOneByOneOrTogether) {
 // One weight without full rank sends its whole stack the careful way; none spoils another.
 TEST_P(StackTest, WeightsWithoutFullRankAmongOthers) {
   Random random(3);
-  std::deque<Layer> layers;
+  std::deque<SplitLayer> layers;
   layers.emplace_back(random.dense(30, 44), Codec::f32, 5, 1.0f);
   layers.emplace_back(Dense(30, 44), Codec::f32, 5, 1.0f);
   layers.emplace_back(random.dense(30, 2) * random.dense(2, 44), Codec::f32, 5, 1.0f);
@@ -118,7 +111,7 @@ TEST_P(StackTest, WeightsWithoutFullRankAmongOthers) {
 TEST_P(StackTest, WeightsOfVeryDifferentMagnitude) {
   Random random(4);
   const Dense w = with_spectrum(random, 30, 44, [](std::int64_t i) { return std::pow(i + 1.0, -1.0); });
-  std::deque<Layer> layers;
+  std::deque<SplitLayer> layers;
   for (const double magnitude : {1.0, 1e-30, 1e30, 1e-3, 1e-37, 300.0}) {
     layers.emplace_back(magnitude * w, Codec::f32, 3, 1.0f);
   }
@@ -132,7 +125,7 @@ TEST_P(StackTest, WeightsOfVeryDifferentMagnitude) {
 TEST_P(StackTest, ErrorsNameTheWeightAndNothingIsWritten) {
   Random random(5);
   for (const bool infinite : {false, true}) {
-    std::deque<Layer> layers;
+    std::deque<SplitLayer> layers;
     for (int i = 0; i < 3; ++i) layers.emplace_back(random.dense(20, 30), Codec::f32, 2, 1.0f);
     Dense bad = random.dense(20, 30);
     if (infinite) bad(7, 9) = std::numeric_limits<double>::infinity();
@@ -144,7 +137,7 @@ TEST_P(StackTest, ErrorsNameTheWeightAndNothingIsWritten) {
       const std::string expected = infinite ? "weights[3]: weight: contains NaN" : "weights[3]: scaling: got -1";
       EXPECT_EQ(std::string(error.what()).rfind(expected, 0), 0u) << error.what();
     }
-    for (const Layer& layer : layers) EXPECT_TRUE(std::isnan(layer.a0.values()(0, 0)));
+    for (const SplitLayer& layer : layers) EXPECT_TRUE(std::isnan(layer.a0.values()(0, 0)));
   }
   const cuda::Context& context = cuda::standalone_context();
   EXPECT_NO_THROW(cuda::split_many({}, {}, context));
