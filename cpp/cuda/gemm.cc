@@ -55,8 +55,9 @@ class Product {
         left_(left),
         right_(right),
         out_(out),
-        description_(make<cublasLtMatmulDesc_t>(
-            cublasLtMatmulDescDestroy, [&](auto* to) { return cublasLtMatmulDescCreate(to, compute, scale_type); })),
+        description_(
+            make<cublasLtMatmulDesc_t>("cublasLtMatmulDescCreate", cublasLtMatmulDescDestroy,
+                                       [&](auto* to) { return cublasLtMatmulDescCreate(to, compute, scale_type); })),
         layouts_{layout(left, count), layout(right, count), layout(out, count)} {
     set(CUBLASLT_MATMUL_DESC_TRANSA, left.op);
     set(CUBLASLT_MATMUL_DESC_TRANSB, right.op);
@@ -71,8 +72,9 @@ class Product {
 
   void run(const void* alpha, const void* beta) const {
     const cublasLtHandle_t handle = reinterpret_cast<cublasLtHandle_t>(context_.blas);
-    const auto preference = make<cublasLtMatmulPreference_t>(
-        cublasLtMatmulPreferenceDestroy, [](auto* to) { return cublasLtMatmulPreferenceCreate(to); });
+    const auto preference =
+        make<cublasLtMatmulPreference_t>("cublasLtMatmulPreferenceCreate", cublasLtMatmulPreferenceDestroy,
+                                         [](auto* to) { return cublasLtMatmulPreferenceCreate(to); });
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
       verify(cublasLtMatmulPreferenceSetAttribute(preference.get(), attribute, &value, sizeof value),
              "cublasLtMatmulPreferenceSetAttribute");
@@ -100,9 +102,9 @@ class Product {
 
  private:
   template <class T, class Create>
-  Owned<T> make(cublasStatus_t (*destroy)(T), Create create) const {
+  Owned<T> make(const char* call, cublasStatus_t (*destroy)(T), Create create) const {
     T created = nullptr;
-    verify(create(&created), "making a description for cublasLt");
+    verify(create(&created), call);
     return {created, destroy};
   }
   template <class T>
@@ -111,10 +113,11 @@ class Product {
            "cublasLtMatmulDescSetAttribute");
   }
   Owned<cublasLtMatrixLayout_t> layout(const Operand& operand, std::int64_t count) const {
-    auto result = make<cublasLtMatrixLayout_t>(cublasLtMatrixLayoutDestroy, [&](auto* to) {
-      return cublasLtMatrixLayoutCreate(to, operand.type, static_cast<std::uint64_t>(operand.rows),
-                                        static_cast<std::uint64_t>(operand.cols), operand.ld);
-    });
+    auto result =
+        make<cublasLtMatrixLayout_t>("cublasLtMatrixLayoutCreate", cublasLtMatrixLayoutDestroy, [&](auto* to) {
+          return cublasLtMatrixLayoutCreate(to, operand.type, static_cast<std::uint64_t>(operand.rows),
+                                            static_cast<std::uint64_t>(operand.cols), operand.ld);
+        });
     const auto batch = static_cast<std::int32_t>(count);
     const auto stack = [&](cublasLtMatrixLayoutAttribute_t attribute, auto value) {
       verify(cublasLtMatrixLayoutSetAttribute(result.get(), attribute, &value, sizeof value),
