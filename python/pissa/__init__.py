@@ -16,18 +16,30 @@ from .ops import build_info
 
 if TYPE_CHECKING:
     from .config import PissaConfig
-    from .layer import PissaLinear
+    from .layer import PissaLayer
+    from .linear import PissaLinear
     from .model import PissaModel, wrap
     from .stored import Nf4Linear
 
 __version__: str = build_info()["version"]
 
-__all__ = ["Nf4Linear", "PissaConfig", "PissaLinear", "PissaModel", "__version__", "build_info", "ops", "wrap"]
+__all__ = [
+    "Nf4Linear",
+    "PissaConfig",
+    "PissaLayer",
+    "PissaLinear",
+    "PissaModel",
+    "__version__",
+    "build_info",
+    "ops",
+    "wrap",
+]
 
 _HOMES = {
     "Nf4Linear": "stored",
     "PissaConfig": "config",
-    "PissaLinear": "layer",
+    "PissaLayer": "layer",
+    "PissaLinear": "linear",
     "PissaModel": "model",
     "wrap": "model",
 }

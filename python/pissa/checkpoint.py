@@ -28,7 +28,7 @@ from pissa.io import (
     LayerRecord,
     residual_fingerprint,
 )
-from pissa.layer import PissaLinear
+from pissa.layer import PissaLayer
 from pissa.stored import StartFactors, StoredLinear
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Checkpoint:
                 stacklevel=4,
             )
 
-    def _check_layers(self, layers: dict[str, PissaLinear], adapter_name: str, alone: bool) -> None:
+    def _check_layers(self, layers: dict[str, PissaLayer], adapter_name: str, alone: bool) -> None:
         for name in [*layers, *self.records]:
             if name not in layers or name not in self.records:
                 where = "folder" if name in self.records else "model"
@@ -106,15 +106,15 @@ class Checkpoint:
             if not (fresh and layer.form == IMPLICIT):
                 self._check_form(name, layer)
 
-    def _check_base(self, name: str, layer: PissaLinear) -> None:
+    def _check_base(self, name: str, layer: PissaLayer) -> None:
         tensors = self.layers[name]
-        trained, shape = (len(tensors.b0), tensors.a0.shape[1]), (layer.out_features, layer.in_features)
+        trained, shape = (len(tensors.b0), tensors.a0.shape[1]), layer.matrix_shape
         if trained != shape:
             raise ValueError(self._other_base(name, f"its weight is {shape}, not {trained}"))
         if layer.base_fingerprint() != self.records[name].weight:
             raise ValueError(self._other_base(name, "its weight has other values"))
 
-    def _check_adapter(self, name: str, layer: PissaLinear, adapter_name: str) -> None:
+    def _check_adapter(self, name: str, layer: PissaLayer, adapter_name: str) -> None:
         record, r, scaling = self.records[name], layer.r[adapter_name], float(layer.scaling[adapter_name])
         if (r, scaling) != (record.r, record.scaling):
             raise ValueError(
@@ -124,7 +124,7 @@ class Checkpoint:
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter before loading into it")
 
-    def _check_form(self, name: str, layer: PissaLinear) -> None:
+    def _check_form(self, name: str, layer: PissaLayer) -> None:
         record = self.records[name]
         base = layer.unmerged_base
         if layer.form != record.form or (
@@ -163,7 +163,7 @@ class Checkpoint:
                 )
 
     @torch.no_grad()
-    def _restore_layer(self, name: str, layer: PissaLinear, adapter_name: str) -> bool:
+    def _restore_layer(self, name: str, layer: PissaLayer, adapter_name: str) -> bool:
         """Whether the base is, to the bit, the one that the adapter was trained on."""
         record, tensors = self.records[name], self.layers[name]
         device = layer.unmerged_base.weight.device
@@ -172,13 +172,13 @@ class Checkpoint:
         if record.form != layer.form:
             base_origin = record.base or origin
             a0, b0 = tensors.base_a0.to(device), tensors.base_b0.to(device)
-            weight, options = layer.base_layer.weight, record.form.options()
-            residual = ops.residual(weight, a0, b0, scaling=base_origin.scaling, **options)
+            options = record.form.options()
+            residual = ops.residual(layer.dense_base(), a0, b0, scaling=base_origin.scaling, **options)
             layer.store_base(residual, StartFactors(a0, b0, base_origin))
             exact = residual_fingerprint(residual) == record.stored
         layer.share_start(adapter_name, tensors.a0.to(device), tensors.b0.to(device), origin)
-        layer.lora_A[adapter_name].weight.copy_(tensors.da)
-        layer.lora_B[adapter_name].weight.copy_(tensors.db)
+        for delta, saved in zip(layer.deltas(adapter_name), (tensors.da, tensors.db), strict=True):
+            delta.copy_(saved)
         return exact
 
 
@@ -218,6 +218,7 @@ class _File:
         if name not in self.tensors:
             raise ValueError(f"{self.path}: tensor {name!r} is missing")
         tensor = self.tensors.pop(name)
+        tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor
         shape = list(tensor.shape)
         wanted = [actual if size is None else size for size, actual in zip((rows, columns), shape, strict=False)]
         if tensor.dtype != torch.float32 or len(shape) != 2 or shape != wanted:
@@ -231,8 +232,13 @@ class _File:
 
 def _layer_tensors(name: str, record: LayerRecord, weights: _File, starts: _File) -> _LayerTensors:
     r = record.r
-    a = weights.take(f"{PREFIX}{name}.lora_A.weight", 2 * r, None)
-    b = weights.take(f"{PREFIX}{name}.lora_B.weight", None, 2 * r)
+    key_a, key_b = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if f"{PREFIX}{name}.lora_embedding_A" in weights.tensors
+        else ("lora_A.weight", "lora_B.weight")
+    )
+    a = weights.take(f"{PREFIX}{name}.{key_a}", 2 * r, None)
+    b = weights.take(f"{PREFIX}{name}.{key_b}", None, 2 * r)
     a0, da = starts.take(f"{name}.a0", r, a.shape[1]), a[r:].contiguous()
     db, b0 = b[:, :r].contiguous(), b[:, r:].contiguous()
     if not torch.equal(a[:r], a0 + da):

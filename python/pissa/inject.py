@@ -1,7 +1,8 @@
-"""Putting PissaLinear layers into a model: what can be adapted, where it starts, the way back on failure."""
+"""Putting PissaLayers into a model: what can be adapted, where it starts, the way back on failure."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,17 +12,23 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.bases import CONVOLUTIONS, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.layer import PissaLinear
+from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
+from pissa.embedding import PissaEmbedding
+from pissa.layer import PissaLayer
+from pissa.linear import PissaLinear
+from pissa.nf4 import Nf4Base, from_bitsandbytes
 from pissa.stored import StartFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pissa_linear(target: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> PissaLinear:
-    """The PissaLinear for `target`.
+def pissa_layer(target: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> PissaLayer:
+    """The PissaLayer for `target`.
 
     Raises:
         TypeError, ValueError: naming the layer, why it cannot be adapted, and what to do instead.
@@ -29,16 +36,68 @@ def pissa_linear(target: nn.Module, adapter_name: str, config: PissaConfig, **kw
     name = kwargs["target_name"]
     if kwargs.get("parameter_name") is not None:
         raise TypeError(
-            f"{name} is a parameter of {type(target).__name__} (fused experts, or their router), which PiSSA "
-            "cannot adapt yet; name the linear layers to adapt in target_modules"
+            f"{name} is a parameter of {type(target).__name__}; PiSSA adapts layers and fused experts: name them in "
+            "target_modules"
         )
-    if type(target) is not nn.Linear:
-        raise TypeError(_why_not(target, name))
-    weight = target.weight
-    if weight.is_meta:
+    base, kind = _base_and_kind(target, name)
+    _check_weight(base, name)
+    return kind(base, adapter_name, config, **kwargs)
+
+
+_KINDS: tuple[tuple[type[nn.Module], type[PissaLayer]], ...] = (
+    (nn.Linear, PissaLinear),
+    (Conv1D, PissaLinear),
+    (nn.Embedding, PissaEmbedding),
+    (nn.Conv1d, PissaConv1d),
+    (nn.Conv2d, PissaConv2d),
+    (nn.Conv3d, PissaConv3d),
+)
+
+
+def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaLayer]]:
+    if is_bitsandbytes(target, "Linear4bit"):
+        try:
+            return from_bitsandbytes(target), PissaLinear
+        except TypeError as error:
+            raise TypeError(f"{name} is a Linear4bit of bitsandbytes, but {error}") from None
+    if is_bitsandbytes(target, "Linear8bitLt"):
+        return target, PissaLinear
+    for base, kind in _KINDS:
+        # A subclass may compute anything; those of embeddings multiply by a scale.
+        if type(target) is base or (
+            base is nn.Embedding and isinstance(target, base) and hasattr(target, "embed_scale")
+        ):
+            _check_options(target, name)
+            return target, kind
+    found = f"{type(target).__module__}.{type(target).__qualname__}"
+    if isinstance(target, BaseTunerLayer):
+        raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
+    raise TypeError(f"{name} is a {found}; PiSSA adapts {_ADAPTED}; {_leave_out(name)}")
+
+
+_ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and transformers' fused experts"
+
+
+def _check_options(target: nn.Module, name: str) -> None:
+    if isinstance(target, CONVOLUTIONS) and target.groups > 1:
+        raise TypeError(
+            f"{name} is a {type(target).__name__} with groups={target.groups}, whose weight is not one matrix; "
+            f"{_leave_out(name)}"
+        )
+    if isinstance(target, nn.Embedding) and target.max_norm is not None:
+        raise TypeError(
+            f"{name} is an Embedding with max_norm={target.max_norm}, which changes its own weight; {_leave_out(name)}"
+        )
+
+
+def _check_weight(base: nn.Module, name: str) -> None:
+    weight = base.weight
+    if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
+        return
+    if weight.is_meta and not is_offloaded(base):
         raise ValueError(
-            f"the weight of {name} is on the meta device: load or materialise it first (a model that "
-            "accelerate has offloaded has to be loaded without offloading)"
+            f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
+            "that accelerate offloads, device_map=..., is fetched layer by layer)"
         )
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         raise TypeError(
@@ -46,31 +105,18 @@ def pissa_linear(target: nn.Module, adapter_name: str, config: PissaConfig, **kw
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
             '(quant="nf4" then stores it in 4 bits)'
         )
-    return PissaLinear(target, adapter_name, config, **kwargs)
-
-
-def _why_not(target: nn.Module, name: str) -> str:
-    kind = f"{type(target).__module__}.{type(target).__qualname__}"
-    if isinstance(target, BaseTunerLayer):
-        return f"{name} already carries an adapter of another kind ({kind}); unload it first"
-    if kind.startswith("bitsandbytes."):
-        return (
-            f"{name} is quantised already ({kind}): PiSSA quantises the residual, not the weight. Load the "
-            'model in 16 or 32 bits and pass quant="nf4"'
-        )
-    return f"{name} is a {kind}; PiSSA adapts torch.nn.Linear for now; {_leave_out(name)}"
 
 
 def _leave_out(name: str) -> str:
     return f"leave it out of target_modules or add {name.rpartition('.')[2]!r} to exclude_modules"
 
 
-def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLinear]:
+def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLayer]:
     """The layers of an (unwrapped) model that carry the adapter, by their name in the model."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, PissaLinear) and adapter_name in module.lora_A
+        if isinstance(module, PissaLayer) and adapter_name in module.r
     }
 
 
@@ -99,11 +145,16 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
                 bar.update(len(group))
 
 
-def _check_forms(model: nn.Module, layers: dict[str, PissaLinear], config: PissaConfig, first: bool) -> None:
+def _check_forms(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
         if config.form in (IMPLICIT, layer.form):
             continue
+        if not isinstance(layer, PissaLinear):
+            raise ValueError(
+                f"layer {name} is a {type(layer.unmerged_base).__name__}, whose base stays as it is and cannot become "
+                f"{config.form.describe()}; {_leave_out(name)}"
+            )
         if not first or layer.form != IMPLICIT:
             raise ValueError(
                 f"the base of layer {name} is {layer.form.describe()} and cannot become "
@@ -118,14 +169,14 @@ def _check_forms(model: nn.Module, layers: dict[str, PissaLinear], config: Pissa
             )
 
 
-def _groups(layers: dict[str, PissaLinear]) -> Iterator[dict[str, PissaLinear]]:
+def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
     """The layers, in order, in groups on one device of at most `_GROUP` elements a thread, `_GPU_GROUP` on a GPU, or of
     one layer that is larger."""
-    group: dict[str, PissaLinear] = {}
+    group: dict[str, PissaLayer] = {}
     size = 0
     group_device = None
     for name, layer in layers.items():
-        elements = layer.in_features * layer.out_features
+        elements = math.prod(layer.matrix_shape)
         device = layer.unmerged_base.weight.device
         limit = _GROUP * torch.get_num_threads() if device.type == "cpu" else _GPU_GROUP
         if group and (size + elements > limit or device != group_device):
@@ -138,7 +189,7 @@ def _groups(layers: dict[str, PissaLinear]) -> Iterator[dict[str, PissaLinear]]:
         yield group
 
 
-def _start(layers: dict[str, PissaLinear], adapter_name: str, config: PissaConfig) -> None:
+def _start(layers: dict[str, PissaLayer], adapter_name: str, config: PissaConfig) -> None:
     """Gives the adapter the start factors that a layer has already for its origin, or those of a decomposition."""
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     known = {name: layer.known_start(origins[name]) for name, layer in layers.items()}

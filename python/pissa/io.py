@@ -32,7 +32,7 @@ from pissa.config import Form, PissaConfig
 from pissa.files import Staged
 from pissa.fingerprint import fingerprint
 from pissa.inject import pissa_layers
-from pissa.layer import PissaLinear
+from pissa.layer import PissaLayer
 from pissa.stored import Origin, StoredLinear
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class LayerRecord:
     """Origin of the start factors of a stored base, where they are not the adapter's."""
 
     @staticmethod
-    def of(layer: PissaLinear, adapter_name: str) -> LayerRecord:
+    def of(layer: PissaLayer, adapter_name: str) -> LayerRecord:
         base, start = layer.unmerged_base, layer.start_of(adapter_name)
         record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(), layer.form)
         if not isinstance(base, StoredLinear):
@@ -113,11 +113,11 @@ def save_adapter(
     lora: dict[str, Tensor] = {}
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        da = state[f"{PREFIX}{name}.lora_A.weight"].detach().float().cpu()
-        db = state[f"{PREFIX}{name}.lora_B.weight"].detach().float().cpu()
+        keys = [f"{PREFIX}{name}.{key}" for key in layer.factor_keys]
+        da, db = layer.as_matrices(*(state[key].detach().float().cpu() for key in keys))
         start, base = layer.start_of(adapter_name), layer.unmerged_base
-        lora[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([start.a0.cpu() + da, da])
-        lora[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([db, start.b0.cpu()], dim=1)
+        a, b = torch.cat([start.a0.cpu() + da, da]), torch.cat([db, start.b0.cpu()], dim=1)
+        lora |= dict(zip(keys, layer.as_parameters(a, b), strict=True))
         starts[f"{name}.a0"] = start.a0.cpu()
         if isinstance(base, StoredLinear) and base.start is not start:
             starts[f"{name}.base.a0"] = base.start.a0.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -23,9 +24,9 @@ from torch import nn
 
 from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig
-from pissa.inject import decompose, pissa_linear, restored_on_error
+from pissa.inject import decompose, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_quantised_base
-from pissa.stored import Nf4Linear
+from pissa.nf4 import HoldsNf4
 
 Start = Callable[["PissaModel", str], None]
 """Gives every layer of an adapter that has just been injected its start factors."""
@@ -93,7 +94,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         start: Start,
         **kwargs: Any,
     ) -> None:
-        peft_config.build_layers_with(pissa_linear)
+        peft_config.build_layers_with(pissa_layer)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.warned_of_quantised_base = False
         start(self, adapter_name)
@@ -121,7 +122,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        config.build_layers_with(pissa_linear)
+        config.build_layers_with(pissa_layer)
         with restored_on_error(self):
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
             start(self, adapter_name)
@@ -137,8 +138,8 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         """Trainable parameters and all parameters; a weight in 4 bits counts as one."""
         trainable, total = super().get_nb_trainable_parameters()
         for module in self.modules():
-            if isinstance(module, Nf4Linear):
-                total += module.in_features * module.out_features - module.weight.numel()
+            if isinstance(module, HoldsNf4):
+                total += math.prod(module.matrix_shape) - module.weight.numel()
         return trainable, total
 
     def save_pretrained(

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pissa import ops
 from pissa.config import Form
-
-
-class _KeepsDtype(nn.Module):
-    """A module whose buffers follow it to another device but never to another dtype.
-
-    Start factors and quantisation scales define the base function; `model.half()` must not round them.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+from pissa.nf4 import HoldsNf4, KeepsDtype
 
 
 class Origin(NamedTuple):
@@ -39,7 +23,7 @@ class Origin(NamedTuple):
     seed: int
 
 
-class StartFactors(_KeepsDtype):
+class StartFactors(KeepsDtype):
     """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r]."""
 
     a0: Tensor
@@ -55,28 +39,36 @@ class StartFactors(_KeepsDtype):
         return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"
 
 
-class StoredLinear(_KeepsDtype, ABC):
+class Replaced(NamedTuple):
+    """What a stored base remembers of the layer in whose place it is."""
+
+    kind: type[nn.Module]
+    """nn.Linear or transformers' Conv1D: what a dense layer in its place is."""
+    dtype: torch.dtype
+    """Of the dense weight."""
+    bias: nn.Parameter | None
+    """Used as it is."""
+    fingerprint: str
+    """Of the dense weight."""
+
+
+class StoredLinear(KeepsDtype, ABC):
     """A linear layer kept as a residual plus its principal part: the base of a layer without its W.
 
     Args:
-        linear: the dense layer; its bias is used as it is, its weight is not kept.
+        replaced: what is known of the layer in whose place this one is.
         start: the factors that the residual lacks. They belong to the base, whatever becomes of the adapter.
-        fingerprint: fingerprint of the dense weight.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, start: StartFactors, fingerprint: str) -> None:
+    def __init__(self, replaced: Replaced, start: StartFactors) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.dtype = linear.weight.dtype
-        self.bias = linear.bias
+        self.in_features, self.out_features = start.a0.shape[1], start.b0.shape[0]
+        self.kind, self.dtype, self.bias, self.fingerprint = replaced
         self.start = start
         self.scaling = start.origin.scaling
-        self.fingerprint = fingerprint
-        self.train(linear.training)
 
     @property
     @abstractmethod
@@ -108,8 +100,8 @@ class StoredLinear(_KeepsDtype, ABC):
 class ResidualLinear(StoredLinear):
     """The paper's explicit form: the residual as a dense weight in the base's dtype."""
 
-    def __init__(self, linear: nn.Linear, residual: Tensor, start: StartFactors, fingerprint: str) -> None:
-        super().__init__(linear, start, fingerprint)
+    def __init__(self, replaced: Replaced, residual: Tensor, start: StartFactors) -> None:
+        super().__init__(replaced, start)
         self.weight = nn.Parameter(residual, requires_grad=False)
 
     @property
@@ -124,45 +116,30 @@ class ResidualLinear(StoredLinear):
         return self.weight.detach().float()
 
 
-class Nf4Linear(StoredLinear):
-    """QPiSSA's form: the residual in 4 bits, in bitsandbytes' bytes.
+class Nf4Linear(HoldsNf4, StoredLinear):
+    """QPiSSA's form: the residual in 4 bits, in bitsandbytes' bytes."""
 
-    `weight` holds the packed codes, frozen: uint8, two weights a byte, high nibble first. The scales are
-    buffers.
-    """
-
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    offset: Tensor | None
-
-    def __init__(self, linear: nn.Linear, residual: ops.Nf4Weight, start: StartFactors, fingerprint: str) -> None:
-        super().__init__(linear, start, fingerprint)
-        self.blocksize = residual.blocksize
-        self.weight = nn.Parameter(residual.codes, requires_grad=False)
-        self.register_buffer("absmax", residual.absmax)
-        self.register_buffer("nested_absmax", residual.nested_absmax)
-        self.register_buffer("offset", residual.offset)
+    def __init__(self, replaced: Replaced, residual: ops.Nf4Weight, start: StartFactors) -> None:
+        super().__init__(replaced, start)
+        self.hold(residual)
 
     @property
     def form(self) -> Form:
-        return Form("nf4", self.blocksize, self.nested_absmax is not None)
+        return Form("nf4", self.blocksize, self.double_quant)
 
     @property
     def residual(self) -> ops.Nf4Weight:
-        shape = (self.out_features, self.in_features)
-        return ops.Nf4Weight(self.weight, self.absmax, self.nested_absmax, self.offset, shape, self.blocksize)
+        return self.nf4
 
     def dense_residual(self) -> Tensor:
-        return ops.nf4_dequantize(self.residual)
+        return ops.nf4_dequantize(self.nf4)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.form.double_quant}"
+        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
-def stored_linear(
-    linear: nn.Linear, residual: Tensor | ops.Nf4Weight, start: StartFactors, fingerprint: str
-) -> StoredLinear:
-    """The base layer that keeps `linear` as `residual` and `start`."""
+def stored_linear(replaced: Replaced, residual: Tensor | ops.Nf4Weight, start: StartFactors) -> StoredLinear:
+    """The base layer that keeps `residual`, of which `start` holds the rest."""
     if isinstance(residual, Tensor):
-        return ResidualLinear(linear, residual, start, fingerprint)
-    return Nf4Linear(linear, residual, start, fingerprint)
+        return ResidualLinear(replaced, residual, start)
+    return Nf4Linear(replaced, residual, start)

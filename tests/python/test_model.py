@@ -326,10 +326,12 @@ def with_double(model: nn.Module) -> nn.Module:
     return model
 
 
-def with_conv1d(model: nn.Module) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
+class Doubled(nn.Linear):
+    """A subclass may compute something else from the same weight."""
 
-    model.model.layers[1].mlp.up_proj = Conv1D(112, 64)
+
+def with_subclass(model: nn.Module) -> nn.Module:
+    model.model.layers[1].mlp.up_proj = Doubled(64, 112)
     return model
 
 
@@ -355,9 +357,19 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
         (with_nan, {"quant": "nf4"}, ValueError, "layer model.layers.1.mlp.down_proj"),
         (with_meta, {}, ValueError, "model.layers.1.mlp.up_proj is on the meta device"),
         (with_double, {}, TypeError, "model.layers.1.mlp.up_proj is a Parameter of torch.float64"),
-        (with_conv1d, {}, TypeError, "model.layers.1.mlp.up_proj is a transformers.pytorch_utils.Conv1D"),
-        (with_bitsandbytes, {}, TypeError, "up_proj is quantised already"),
-        (None, {"target_modules": ["v_proj", "embed_tokens"]}, TypeError, "model.embed_tokens is a torch.nn"),
+        (with_subclass, {}, TypeError, "model.layers.1.mlp.up_proj is a test_model.Doubled"),
+        (
+            with_bitsandbytes,
+            {},
+            TypeError,
+            "up_proj is a Linear4bit of bitsandbytes, but its weight is not quantised yet",
+        ),
+        (
+            None,
+            {"target_modules": ["v_proj", "embed_tokens"], "quant": "nf4"},
+            ValueError,
+            "embed_tokens is a Embedding",
+        ),
         (None, {"target_modules": ["lm_head", "v_proj"], "quant": "nf4"}, ValueError, "lm_head is tied"),
         (None, {"target_modules": ["lm_head"], "residual": "explicit"}, ValueError, "lm_head is tied"),
     ],

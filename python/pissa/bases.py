@@ -1,0 +1,110 @@
+"""The modules that an adapter changes: the weight of each as the matrix [out, in] that PiSSA decomposes, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pissa.nf4 import Nf4Base
+from pissa.stored import StoredLinear
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _View(NamedTuple):
+    """How a weight is a matrix [out, in], and how such a matrix is a weight of the given shape."""
+
+    matrix: Callable[[Tensor], Tensor]
+    weight: Callable[[Tensor, torch.Size], Tensor]
+
+
+_AS_IT_IS = _View(lambda weight: weight, lambda matrix, shape: matrix)
+_TRANSPOSED = _View(lambda weight: weight.mT, lambda matrix, shape: matrix.mT)
+_FLATTENED = _View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
+
+
+def _view(base: nn.Module) -> _View:
+    if isinstance(base, (Conv1D, nn.Embedding)):  # [in, out]; an embedding is a linear layer of one-hot vectors
+        return _TRANSPOSED
+    return _FLATTENED if isinstance(base, CONVOLUTIONS) else _AS_IT_IS
+
+
+def is_bitsandbytes(module: nn.Module, name: str) -> bool:
+    """Whether `module` is bitsandbytes' class of that name, asked without importing bitsandbytes."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
+
+
+@contextmanager
+def in_memory(base: nn.Module) -> Iterator[None]:
+    """Fetches, for the block, the weights of a module that accelerate has offloaded to memory or disk. Tensors that
+    the block keeps stay valid."""
+    with align_module_device(base):
+        yield
+
+
+def is_offloaded(base: nn.Module) -> bool:
+    """Whether accelerate fetches the module's weights when it is called; until then they are on the meta device."""
+    return bool(has_offloaded_params(base))
+
+
+def weight_matrix(base: nn.Module) -> Tensor:
+    """The weight of `base` as a matrix [out, in], y = x Wᵀ: its own tensor or a view of it where it is dense, else
+    dequantised (a stored residual and NF4 in float32, 8 bits in the layer's dtype)."""
+    if isinstance(base, (StoredLinear, Nf4Base)):
+        return base.dense()
+    if is_bitsandbytes(base, "Linear8bitLt"):
+        return cast(Tensor, dequantize_module_weight(base)).detach()
+    with in_memory(base):
+        return _view(base).matrix(cast(Tensor, base.weight))
+
+
+def dense_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of a dense weight in the place of `base`'s."""
+    if isinstance(base, (StoredLinear, Nf4Base)):
+        return base.dtype
+    weight = cast(Tensor, base.weight)
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
+def dense_kind(base: nn.Module) -> type[nn.Module]:
+    """nn.Linear or Conv1D: what a dense linear module in the place of `base` is."""
+    if isinstance(base, StoredLinear):
+        return base.kind
+    return Conv1D if isinstance(base, Conv1D) else nn.Linear
+
+
+def bias_of(base: nn.Module) -> nn.Parameter | None:
+    """The bias of `base`, fetched where it is offloaded; None where it has none."""
+    with in_memory(base):
+        return cast("nn.Parameter | None", getattr(base, "bias", None))
+
+
+def with_matrix(base: nn.Module, matrix: Tensor) -> nn.Module:
+    """A dense module of `base`'s kind in its place: the weight is `matrix` [out, in] in the base's dtype, frozen; all
+    else, the bias too, is the base's own."""
+    dtype = dense_dtype(base)
+    twin: nn.Module
+    if isinstance(base, (StoredLinear, Nf4Base)) or is_bitsandbytes(base, "Linear8bitLt"):
+        with torch.device("meta"):
+            twin = Conv1D(*matrix.shape) if dense_kind(base) is Conv1D else nn.Linear(*matrix.mT.shape)
+        shape = torch.Size()
+    else:
+        twin = copy.copy(base)
+        twin._parameters = base._parameters.copy()
+        for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, which belong to the original
+            vars(twin).pop(name, None)
+        shape = cast(Tensor, base.weight).shape
+    weight = _view(twin).weight(matrix.to(dtype), shape).contiguous()
+    twin.weight = nn.Parameter(weight, requires_grad=False)
+    if "bias" in twin._parameters:
+        twin.register_parameter("bias", bias_of(base))
+    return twin.train(base.training)

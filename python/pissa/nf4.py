@@ -1,0 +1,164 @@
+"""Modules that hold NF4 codes, and bitsandbytes' layers and files, whose bytes these are (QLoRA, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa import ops
+
+
+class KeepsDtype(nn.Module):
+    """A module whose buffers follow it to another device but never to another dtype.
+
+    Start factors and quantisation scales define the base function; `model.half()` must not round them.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class HoldsNf4(KeepsDtype):
+    """A module whose `weight` holds the packed codes of a matrix, frozen: uint8, two elements a byte, high nibble
+    first. The scales are buffers."""
+
+    weight: nn.Parameter
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def hold(self, matrix: ops.Nf4Weight) -> None:
+        """Takes the codes and scales of `matrix` as they are."""
+        self.matrix_shape, self.blocksize = matrix.shape, matrix.blocksize
+        self.weight = nn.Parameter(matrix.codes, requires_grad=False)
+        self.register_buffer("absmax", matrix.absmax)
+        self.register_buffer("nested_absmax", matrix.nested_absmax)
+        self.register_buffer("offset", matrix.offset)
+
+    @property
+    def nf4(self) -> ops.Nf4Weight:
+        """The matrix [out, in], as pissa.ops takes it."""
+        return ops.Nf4Weight(
+            self.weight, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize
+        )
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_absmax is not None
+
+
+class Nf4Base(HoldsNf4):
+    """A linear layer whose whole weight is in 4 bits, y = x Qᵀ + b: what bitsandbytes' Linear4bit computes, from the
+    same bytes, on the CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient)."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: ops.Nf4Weight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.hold(weight)
+        self.bias = bias
+        self.dtype = dtype
+
+    def dense(self) -> Tensor:
+        """The weight in float32 [out, in]."""
+        return ops.nf4_dequantize(self.nf4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.nf4, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def from_bitsandbytes(linear: Any) -> Nf4Base:
+    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed.
+
+    Raises:
+        TypeError: another type of quantisation than nf4, or a layer whose weight is not quantised yet.
+    """
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
+    if state.quant_type != "nf4":
+        raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
+    weight = _from_quant_state(linear.weight.data, state)
+    return Nf4Base(weight, linear.bias, state.dtype).train(linear.training)
+
+
+def to_bitsandbytes(weight: ops.Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`weight` as the entries of a state dict of bitsandbytes' `Linear4bit`, without copying its bytes: "weight" uint8
+    [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map and quant_state.
+
+    Args:
+        weight: NF4 codes of a matrix [out, in].
+        dtype: of the dense weight, which bitsandbytes dequantises to.
+    """
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+
+    nested = None
+    if weight.nested_absmax is not None:
+        nested_code = create_dynamic_map().to(weight.device)
+        nested = QuantState(absmax=weight.nested_absmax, code=nested_code, blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=weight.absmax,
+        shape=torch.Size(weight.shape),
+        dtype=dtype,
+        blocksize=weight.blocksize,
+        code=get_4bit_type("nf4", device=weight.device),
+        quant_type="nf4",
+        offset=weight.offset,
+        state2=nested,
+    )
+    entries = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    return {"weight": weight.codes.reshape(-1, 1), **entries}
+
+
+def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.Nf4Weight:
+    """The NF4 matrix in the entries of a state dict of `Linear4bit`, as `to_bitsandbytes` writes them.
+
+    Raises:
+        ValueError: an entry is missing, or they do not describe an NF4 matrix.
+    """
+    from bitsandbytes.functional import QuantState
+
+    if "weight" not in entries or not any(name.startswith("weight.quant_state.") for name in entries):
+        raise ValueError(
+            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, weight.*"
+        )
+    scales = {name.removeprefix("weight."): value for name, value in entries.items() if name.startswith("weight.")}
+    state = QuantState.from_dict(scales, device=entries["weight"].device)
+    if state.quant_type != "nf4":
+        raise ValueError(f"weight: quantised as {state.quant_type}; allowed: nf4")
+    return _from_quant_state(entries["weight"], state)
+
+
+def _from_quant_state(packed: Tensor, state: Any) -> ops.Nf4Weight:
+    """`packed` holds the bytes in any dtype (bitsandbytes' `quant_storage`); state is bitsandbytes' QuantState."""
+    nested = state.state2 if state.nested else None
+    return ops.Nf4Weight(
+        packed.view(torch.uint8).reshape(-1),
+        state.absmax,
+        None if nested is None else nested.absmax,
+        None if nested is None else state.offset.reshape(()),
+        (state.shape[0], state.shape[1]),
+        state.blocksize,
+    )
