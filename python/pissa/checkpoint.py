@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pissa import ops
 from pissa.config import IMPLICIT, PissaConfig
+from pissa.experts import places, unstack
 from pissa.inject import pissa_layers
 from pissa.io import (
     ADAPTER_CONFIG,
@@ -66,8 +67,10 @@ class Checkpoint:
             ValueError: no PiSSA adapter there, or a damaged file, naming the file and the tensor.
         """
         folder = Path(directory)
-        config, records = _read_record(folder)
+        config, records, experts = _read_record(folder)
         weights, starts = _File(folder / ADAPTER_WEIGHTS), _File(folder / PISSA_WEIGHTS)
+        for path, (count, names) in experts.items():
+            weights.unstack(path, count, names)
         layers = {name: _layer_tensors(name, record, weights, starts) for name, record in records.items()}
         starts.expect_empty()
         return Checkpoint(folder, config, records, layers, weights.tensors)
@@ -182,7 +185,7 @@ class Checkpoint:
         return exact
 
 
-def _read_record(folder: Path) -> tuple[PissaConfig, dict[str, LayerRecord]]:
+def _read_record(folder: Path) -> tuple[PissaConfig, dict[str, LayerRecord], dict[str, tuple[int, list[str]]]]:
     path = folder / PISSA_RECORD
     if not path.is_file():
         if (folder / ADAPTER_CONFIG).is_file():
@@ -195,7 +198,8 @@ def _read_record(folder: Path) -> tuple[PissaConfig, dict[str, LayerRecord]]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']} of pissa {content['pissa_version']} is not {FORMAT}")
         config = PissaConfig(**content["config"])
-        return config, {name: LayerRecord.from_json(record) for name, record in content["layers"].items()}
+        experts = {path: (entry["count"], entry["weights"]) for path, entry in content.get("experts", {}).items()}
+        return config, {name: LayerRecord.from_json(record) for name, record in content["layers"].items()}, experts
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -224,6 +228,14 @@ class _File:
         if tensor.dtype != torch.float32 or len(shape) != 2 or shape != wanted:
             raise ValueError(f"{self.path}: tensor {name!r} is {tensor.dtype} {shape}, expected torch.float32 {wanted}")
         return tensor
+
+    def unstack(self, path: str, count: int, names: list[str]) -> None:
+        """Puts the factors of each expert of a module in the place of PEFT's stack of them."""
+        for name, place in places(path, names).items():
+            a, b = (self.tensors.pop(f"{PREFIX}{place}.lora_{factor}.weight") for factor in "AB")
+            for index, (expert_a, expert_b) in enumerate(unstack(a, b, count)):
+                self.tensors[f"{PREFIX}{path}.{index}.{name}.lora_A.weight"] = expert_a
+                self.tensors[f"{PREFIX}{path}.{index}.{name}.lora_B.weight"] = expert_b
 
     def expect_empty(self) -> None:
         if self.tensors:

@@ -1,18 +1,21 @@
 """What the user asks for: PissaConfig, a LoraConfig with the fields of the decomposition.
 
-The only file that uses a private name of PEFT: `LoraConfig._register_custom_module` (experimental, says its
-documentation), through which a LoRA layer class of one's own is made known. It is there from peft 0.21 on.
+The only file that uses private names of PEFT: `LoraConfig._register_custom_module` (experimental, says its
+documentation), through which a LoRA layer class of one's own is made known, and a conversion of targets that has to be
+kept from ours. Both are there from peft 0.21 on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from peft import LoraConfig
+from peft.utils import transformers_weight_conversion
 from torch import nn
 
 Svd = Literal["krylov", "subspace", "exact"]
@@ -40,6 +43,9 @@ _SUPPORTED = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "bias",
+        "fan_in_fan_out",  # of Conv1D; which layers that is needs no telling
+        "target_parameters",  # of fused experts
     }
 )
 
@@ -85,7 +91,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed. Options of LoRA that do
-            not work with PiSSA yet (DoRA, LoftQ, EVA, trained biases, `target_parameters`, ...) are refused.
+            not work with PiSSA (LoftQ, EVA, `lora_bias`, ...) are refused.
     """
 
     # LoraConfig's default is 8 whatever the rank is.
@@ -190,6 +196,22 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"blocksize must be one of {blocksizes}, got {self.blocksize!r}")
         if not isinstance(self.double_quant, bool):
             raise TypeError(f"double_quant must be True or False, got {self.double_quant!r}")
+
+
+@contextmanager
+def targets_as_given() -> Iterator[None]:
+    """Keeps PEFT, for the block, from rewriting the targets of models with fused experts.
+
+    It would make parameters of the experts of every layer called gate_proj, up_proj, down_proj, w1, w2, w3 or gate, of
+    shared experts and dense layers as well, which would then have no adapter. We have unfused the experts.
+    """
+    name = "convert_peft_config_for_transformers"
+    convert = getattr(transformers_weight_conversion, name)
+    setattr(transformers_weight_conversion, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, convert)
 
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:

@@ -19,6 +19,7 @@ from pissa.bases import CONVOLUTIONS, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.embedding import PissaEmbedding
+from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
 from pissa.linear import PissaLinear
 from pissa.nf4 import Nf4Base, from_bitsandbytes
@@ -137,6 +138,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     """
     layers = pissa_layers(model, adapter_name)
     _check_forms(model, layers, config, first)
+    check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     # tqdm reads TQDM_DISABLE only where it is not told whether to be disabled.
     with tqdm(total=len(layers), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
         for group in _groups(layers):

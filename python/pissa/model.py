@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import (
@@ -23,7 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pissa.checkpoint import Checkpoint
-from pissa.config import PissaConfig
+from pissa.config import PissaConfig, targets_as_given
+from pissa.experts import fuse, unfuse
 from pissa.inject import decompose, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_quantised_base
 from pissa.nf4 import HoldsNf4
@@ -95,7 +96,9 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         peft_config.build_layers_with(pissa_layer)
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        unfuse(model, peft_config)
+        with targets_as_given():
+            super().__init__(model, peft_config, adapter_name, **kwargs)
         self.warned_of_quantised_base = False
         start(self, adapter_name)
 
@@ -123,7 +126,8 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         config.build_layers_with(pissa_layer)
-        with restored_on_error(self):
+        with restored_on_error(self), targets_as_given():
+            unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
             start(self, adapter_name)
 
@@ -133,6 +137,22 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             "add_weighted_adapter is not supported with PiSSA adapters: save them with save_pretrained, load "
             "the folders with peft.PeftModel.from_pretrained and combine them there"
         )
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again."""
+        model = self.base_model.merge_and_unload(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        fuse(model)
+        return cast(nn.Module, model)
+
+    def unload(self) -> nn.Module:
+        """The base without adapters, as in PEFT; fused experts are fused again."""
+        model = self.base_model.unload()
+        fuse(model)
+        return cast(nn.Module, model)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable parameters and all parameters; a weight in 4 bits counts as one."""

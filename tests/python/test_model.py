@@ -417,22 +417,6 @@ def test_a_failed_second_adapter_leaves_no_trace(
     assert torch.equal(logits(model, tokens), expected)
 
 
-def test_fused_experts_are_refused() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    base = MixtralForCausalLM(config)
-    before = snapshot(base)
-    for targets in ("all-linear", ["q_proj", "experts"]):
-        with pytest.raises(TypeError, match=r"experts.*target_modules"):
-            pissa.wrap(base, r=2, target_modules=targets)
-        assert_same(base, dict(before))
-    pissa.wrap(base, r=2, target_modules=["q_proj", "v_proj"])
-
-
 # -- tied embeddings
 
 

@@ -1,0 +1,282 @@
+"""Fused experts: transformers 5 keeps the weights of all experts of a layer in one parameter [experts, out, in]. For
+adapting they become linear layers of their own, views of that parameter; in files they are one again, as in PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from pissa.config import PissaConfig
+
+# What the weights of an expert were called before they were fused, and still are in lists of targets.
+_FORMER_NAMES = {
+    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
+    "down_proj": ({"w2"},),
+}
+
+
+class Expert(nn.Module):
+    """The linear layers of one expert: gate_up_proj (without a gate: up_proj) and down_proj."""
+
+
+class UnfusedExperts(nn.Module):
+    """An experts module of transformers whose experts are linear layers, named "0", "1", ...
+
+    Computes what transformers' "eager" implementation computes, in the same order, whichever the model is set to: only
+    the experts that some token is sent to are read, or decoded from 4 bits. `fused` is the original without its
+    weights: activation, gate, norm.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.fused = fused
+        self.names = list(_weight_names(fused))
+        for index in range(fused.num_experts):
+            self.add_module(str(index), Expert())
+        for name in self.names:
+            weights, biases = getattr(fused, name), getattr(fused, f"{name}_bias", None)
+            for index, weight in enumerate(weights.detach()):
+                matrix = weight.mT if fused.is_transposed else weight
+                with torch.device("meta"):
+                    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=biases is not None)
+                linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
+                if biases is not None:
+                    linear.bias = nn.Parameter(biases.detach()[index], requires_grad=biases.requires_grad)
+                self.expert(index).add_module(name, linear.train(fused.training))
+            for held in (name, f"{name}_bias"):
+                fused._parameters.pop(held, None)
+
+    def expert(self, index: int) -> Expert:
+        """The expert of that number."""
+        return cast(Expert, self.get_submodule(str(index)))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index, top_k_weights: [tokens, k], the experts of each token and their weights. An index of the number
+                of experts stands for none.
+        """
+        output = torch.zeros_like(hidden_states)
+        for index in torch.unique(top_k_index).tolist():
+            if index == self.fused.num_experts:
+                continue
+            position, token = torch.where(top_k_index.mT == index)
+            chosen = self._compute(self.expert(index), hidden_states[token]) * top_k_weights[token, position, None]
+            output.index_add_(0, token, chosen.to(output.dtype))
+        return output
+
+    def _compute(self, expert: Any, x: Tensor) -> Tensor:
+        if self.fused.has_gate:
+            hidden = self.fused._apply_gate(expert.gate_up_proj(x))
+        else:
+            hidden = self.fused.act_fn(expert.up_proj(x))
+        y: Tensor = expert.down_proj(hidden)
+        return self.fused.post_expert_norm(y) if self.fused.has_post_expert_norm else y
+
+    def refused(self) -> nn.Module:
+        """The original module with its experts' weights, which must be dense again, in one parameter each."""
+        for name in self.names:
+            linears = [cast(nn.Linear, self.expert(index).get_submodule(name)) for index in range(len(self))]
+            weights = torch.stack([linear.weight.detach() for linear in linears])
+            fused = weights.mT.contiguous() if self.fused.is_transposed else weights
+            self.fused.register_parameter(name, nn.Parameter(fused, requires_grad=False))
+            if linears[0].bias is not None:
+                biases = torch.stack([linear.bias.detach() for linear in linears])
+                self.fused.register_parameter(f"{name}_bias", nn.Parameter(biases, requires_grad=False))
+        return cast(nn.Module, self.fused)
+
+    def __len__(self) -> int:
+        return cast(int, self.fused.num_experts)
+
+
+def _weight_names(fused: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if fused.has_gate else "up_proj", "down_proj")
+
+
+# ---- Unfusing a model ------------------------------------------------------------------------------------------------
+
+
+def unfuse(model: nn.Module, config: PissaConfig) -> None:
+    """Makes linear layers of the fused experts that the configuration targets, and writes their names, which PEFT then
+    finds, into its `target_modules`. The experts may be targeted by "all-linear", by their weights' names, by the names
+    that these had before they were fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that
+    matches "...experts.0.gate_up_proj", or in `target_parameters`.
+
+    Raises:
+        TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may be half changed
+            then; see `inject.restored_on_error`.
+    """
+    parameters = set(config.target_parameters or ())
+    for path, fused in _fused_experts(model):
+        wanted = _wanted(path, fused, config)
+        if not wanted:
+            continue
+        _check_experts(path, fused)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, UnfusedExperts(fused))
+    for path, experts in unfused_experts(model).items():
+        _target(path, experts, config, parameters)
+    if parameters:
+        raise ValueError(
+            f"target_parameters: {sorted(parameters)} are no weights of fused experts; PiSSA adapts layers: name them "
+            "in target_modules"
+        )
+    config.target_parameters = None
+
+
+def _fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules whose own parameters are stacks of matrices."""
+    for path, module in list(model.named_modules()):
+        if "expert" in type(module).__name__.lower() and any(
+            parameter.dim() == 3 for parameter in module.parameters(recurse=False)
+        ):
+            yield path, module
+
+
+def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
+    names = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.dim() == 3]
+    if any(_ends_with(f"{path}.{name}", target) for name in names for target in config.target_parameters or ()):
+        return True
+    if config.target_modules is None:
+        return False
+    probe: Any = copy.copy(config)
+    probe.target_modules = {path}
+    if not check_target_module_exists(probe, path):  # excluded, or in a layer that is not to be adapted
+        return False
+    probe.target_modules = set(names) if _is_all_linear(config) else _with_present_names(config.target_modules)
+    found = [bool(check_target_module_exists(probe, f"{path}.0.{name}")) for name in names]
+    if not any(found) and any(check_target_module_exists(probe, f"{path}.{name}") for name in names):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches a parameter of {path}, whose experts are adapted as "
+            f"layers of their own: let the pattern match {path}.0.{names[0]}"
+        )
+    return any(found)
+
+
+def _is_all_linear(config: PissaConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _ends_with(key: str, target: str) -> bool:
+    return key == target or key.endswith(f".{target}")
+
+
+def _with_present_names(targets: Any) -> Any:
+    """The targets, and what they are called in fused experts; a pattern stays as it is."""
+    if isinstance(targets, str):
+        return targets
+    present = set(targets)
+    for name, former in _FORMER_NAMES.items():
+        if any(names <= present for names in former):
+            present.add(name)
+    return present
+
+
+def _check_experts(path: str, fused: Any) -> None:
+    kind = type(fused).__name__
+    contract = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+    advice = f"leave the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
+    if not all(hasattr(fused, name) for name in contract):
+        raise TypeError(f"{path} is a {kind}, which computes its experts in a way of its own; {advice}")
+    for name in _weight_names(fused):
+        weights = fused._parameters.get(name)
+        if type(weights) is not nn.Parameter or weights.dim() != 3:
+            found = type(weights).__name__
+            raise TypeError(f"{path}.{name} is a {found}, not a dense parameter [experts, ...]; {advice}")
+            )
+        if weights.is_meta:
+            raise ValueError(
+                f"{path}.{name} is on the meta device: fused experts cannot be fetched from where accelerate has "
+                f"offloaded them; load the model without offloading, or {advice}"
+            )
+
+
+def _target(path: str, experts: UnfusedExperts, config: PissaConfig, parameters: set[str]) -> None:
+    """Adds to config.target_modules what means the experts' linear layers, and takes it from `parameters`."""
+    names = set()
+    for name in experts.names:
+        named = {target for target in config.target_parameters or () if _ends_with(f"{path}.{name}", target)}
+        parameters -= named
+        if named:
+            names |= {f"{path}.{index}.{name}" for index in range(len(experts))}
+    if config.target_modules is None:
+        config.target_modules = set()
+    if isinstance(config.target_modules, str):
+        if names:
+            raise ValueError(
+                f"target_parameters={sorted(config.target_parameters or ())} beside "
+                f"target_modules={config.target_modules!r}: give target_modules as a list, or leave target_parameters "
+                'out ("all-linear" has the experts too)'
+            )
+        return
+    config.target_modules = _with_present_names(config.target_modules) | names
+
+
+# ---- Fusing again ----------------------------------------------------------------------------------------------------
+
+
+def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
+    """The unfused experts of a model, by their name in it."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, UnfusedExperts)}
+
+
+def fuse(model: nn.Module) -> None:
+    """Puts the original experts modules back, with the weights that their experts' linear layers have, which must be
+    dense: after the adapters have been unloaded or merged."""
+    for path, experts in unfused_experts(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, experts.refused())
+
+
+# ---- In files --------------------------------------------------------------------------------------------------------
+
+
+def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
+    """Whether PEFT's layout can hold the adapter: one rank and scaling for all experts of a module.
+
+    Args:
+        factors: rank and scaling of each adapted layer, by its name in the model.
+
+    Raises:
+        ValueError: naming the first layer that differs.
+    """
+    for path, experts in unfused_experts(model).items():
+        for name in experts.names:
+            first = factors.get(f"{path}.0.{name}")
+            for index in range(1, len(experts)):
+                if factors.get(layer := f"{path}.{index}.{name}") != first:
+                    raise ValueError(
+                        f"layer {layer} is adapted otherwise than {path}.0.{name}; the experts of a module need one "
+                        "rank and alpha, or none of them an adapter: see target_modules, rank_pattern, alpha_pattern"
+                    )
+
+
+def adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) -> list[str]:
+    """The weights of the experts that have an adapter, of whose layers the names are given."""
+    return [name for name in experts.names if f"{path}.0.{name}" in layers]
+
+
+def places(path: str, names: Sequence[str]) -> dict[str, str]:
+    """Where in its files PEFT has the factors of each adapted weight of an experts module: it wraps the module once for
+    each, in the parameters' order, and the last wrapper is the outermost."""
+    return {name: path + ".base_layer" * (len(names) - 1 - i) for i, name in enumerate(names)}
+
+
+def stack(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """PEFT's layout of the experts' factors a [r, in] and b [out, r]: [experts * r, in], the experts one after the
+    other, and [out, r * experts], where the expert is the faster index."""
+    a, b = zip(*factors, strict=True)
+    return torch.cat(a), torch.stack(b, dim=-1).flatten(1)
+
+
+def unstack(a: Tensor, b: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """The way back from `stack`."""
+    split_a, split_b = a.reshape(experts, -1, a.shape[1]), b.reshape(len(b), -1, experts)
+    return [(split_a[index], split_b[..., index]) for index in range(experts)]
