@@ -12,13 +12,11 @@ is A0 + dA to the bit shows that they do.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import get_peft_model_state_dict
@@ -26,14 +24,11 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
 from torch import Tensor
 
-import pissa
-from pissa import ops
-from pissa.config import Form, PissaConfig
+from pissa.config import PissaConfig
 from pissa.files import Staged
-from pissa.fingerprint import fingerprint
 from pissa.inject import pissa_layers
-from pissa.layer import PissaLinear
-from pissa.stored import Origin, StoredLinear
+from pissa.record import AdapterRecord, LayerRecord
+from pissa.stored import StoredLinear
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
@@ -42,56 +37,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PISSA_RECORD = "pissa.json"
 PISSA_WEIGHTS = "pissa.safetensors"
-FORMAT = 1
 
 PREFIX = "base_model.model."
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRecord:
-    """What pissa.json says of one layer: the adapter's rank and scaling, and the base that it belongs to."""
-
-    r: int
-    scaling: float
-    weight: str
-    """Fingerprint of the base's dense weight."""
-    form: Form
-    stored: str | None = None
-    """Fingerprint of the stored residual."""
-    base: Origin | None = None
-    """Origin of the start factors of a stored base, where they are not the adapter's."""
-
-    @staticmethod
-    def of(layer: PissaLinear, adapter_name: str) -> LayerRecord:
-        base, start = layer.unmerged_base, layer.start_of(adapter_name)
-        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(), layer.form)
-        if not isinstance(base, StoredLinear):
-            return record
-        shared = base.start is start
-        return dataclasses.replace(
-            record,
-            stored=residual_fingerprint(base.residual),
-            base=None if shared else base.start.origin,
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        record = dataclasses.asdict(self) | {"form": self.form._asdict()}
-        return record | {"base": None if self.base is None else self.base._asdict()}
-
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> LayerRecord:
-        base = record["base"]
-        return LayerRecord(
-            **record | {"form": Form(**record["form"]), "base": None if base is None else Origin(**base)}
-        )
-
-
-def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
-    """Fingerprint of a stored residual: its dense values, or its codes and scales."""
-    if isinstance(residual, Tensor):
-        return fingerprint(residual)
-    parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
-    return fingerprint(*(part for part in parts if part is not None))
 
 
 def save_adapter(
@@ -127,15 +74,10 @@ def save_adapter(
         for key, value in state.items()
         if not key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
     }
-    record = {
-        "format": FORMAT,
-        "pissa_version": pissa.__version__,
-        "config": _config_as_json(config),
-        "layers": {name: LayerRecord.of(layer, adapter_name).as_json() for name, layer in layers.items()},
-    }
+    record = AdapterRecord(config, {name: LayerRecord.of(layer, adapter_name) for name, layer in layers.items()})
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with Staged(folder) as staged:
-        staged.path(PISSA_RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        staged.path(PISSA_RECORD).write_text(record.text())
         save_file(starts, staged.path(PISSA_WEIGHTS), metadata={"format": "pt"})
         staged.path(ADAPTER_CONFIG).write_text(_lora_config_text(model, config))
         # Renamed last: an adapter that is there is complete.
@@ -170,12 +112,6 @@ def warn_of_quantised_base(model: PissaModel) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _config_as_json(config: PissaConfig) -> dict[str, Any]:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    del fields["runtime_config"]
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
 
 def _lora_config_text(model: PissaModel, config: PissaConfig) -> str:
