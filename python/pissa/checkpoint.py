@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pissa import ops
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.experts import places, unstack
 from pissa.inject import pissa_layers
-from pissa.io import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    FORMAT,
-    PISSA_RECORD,
-    PISSA_WEIGHTS,
-    PREFIX,
-    LayerRecord,
-    residual_fingerprint,
-)
+from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.layer import PissaLayer
+from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer
+from pissa.record import AdapterRecord, LayerRecord, residual_fingerprint, shown
 from pissa.stored import StartFactors, StoredLinear
+from pissa.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,44 +43,63 @@ class _LayerTensors:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An adapter read from a folder: every tensor is there, finite, and of the shape its rank demands."""
+    """An adapter in a folder: what it says of itself, and the headers of its tensors. Their values are read, and all
+    of it compared with a model, by `restore`."""
 
     folder: Path
     config: PissaConfig
     records: dict[str, LayerRecord]
-    layers: dict[str, _LayerTensors]
-    others: dict[str, Tensor]
-    """What adapter_model.safetensors has beside the layers, as PEFT names it: modules_to_save, embeddings."""
+    weights: TensorFile
+    starts: TensorFile
 
     @staticmethod
     def read(directory: str | os.PathLike[str]) -> Checkpoint:
         """Reads the folder that `save_pretrained` wrote for one adapter.
 
         Raises:
-            ValueError: no PiSSA adapter there, or a damaged file, naming the file and the tensor.
+            ValueError: no PiSSA adapter there, or a damaged file, naming the file.
         """
         folder = Path(directory)
-        config, records, experts = _read_record(folder)
-        weights, starts = _File(folder / ADAPTER_WEIGHTS), _File(folder / PISSA_WEIGHTS)
-        for path, (count, names) in experts.items():
-            weights.unstack(path, count, names)
-        layers = {name: _layer_tensors(name, record, weights, starts) for name, record in records.items()}
-        starts.expect_empty()
-        return Checkpoint(folder, config, records, layers, weights.tensors)
+        if not (folder / PISSA_RECORD).is_file():
+            if (folder / ADAPTER_CONFIG).is_file():
+                raise ValueError(
+                    f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained"
+                )
+            raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
+        record = AdapterRecord.read(folder / PISSA_RECORD)
+        weights, starts = TensorFile(folder / ADAPTER_WEIGHTS), TensorFile(folder / PISSA_WEIGHTS)
+        return Checkpoint(folder, record.config, record.layers, weights, starts)
 
     def restore(self, model: PissaModel, adapter_name: str) -> None:
         """Puts parameters and start factors into an adapter that `model` has. Decomposes nothing.
 
         Raises:
             ValueError: the base or the adapter is not the one that was saved, naming the first layer that
-                differs. Nothing has been changed then.
+                differs, or a damaged file, naming file and tensor. Nothing has been changed then.
         """
         layers = pissa_layers(model.base_model.model, adapter_name)
-        self._check_layers(layers, adapter_name, alone=len(model.peft_config) == 1)
-        self._check_others(model, adapter_name)
-        changed = [name for name, layer in layers.items() if not self._restore_layer(name, layer, adapter_name)]
-        if self.others:
-            set_peft_model_state_dict(model, self.others, adapter_name)
+        alone = len(model.peft_config) == 1
+        self._check_names(layers)
+        for name, layer in layers.items():
+            self._check_adapter(name, layer, adapter_name)
+        modules, embeddings = _others(model, adapter_name, layers)
+        factors = factors_of(model.base_model.model, layers)
+        self._check_headers(factors, layers, modules, embeddings)
+        for name, layer in layers.items():
+            self._check_base(name, layer)
+            fresh = alone and adapter_name not in layer.lora_start
+            if not (fresh and layer.form == IMPLICIT):
+                self._check_form(name, layer)
+        tensors = {name: self._read_layer(name, *pair) for part in factors for name, pair in self._unpacked(part)}
+        others = {name: self.weights.read(name) for name in self.weights.names if name in modules | embeddings}
+        if not alone:
+            self._check_embeddings(embeddings, others)
+
+        changed = [
+            name for name, layer in layers.items() if not self._restore_layer(name, layer, tensors[name], adapter_name)
+        ]
+        if others:
+            set_peft_model_state_dict(model, others, adapter_name)
         if changed:
             warnings.warn(
                 f"The residual of {len(changed)} layers, {changed[0]} the first, differs in some bits from "
@@ -97,25 +109,13 @@ class Checkpoint:
                 stacklevel=4,
             )
 
-    def _check_layers(self, layers: dict[str, PissaLayer], adapter_name: str, alone: bool) -> None:
+    def _check_names(self, layers: dict[str, PissaLayer]) -> None:
         for name in [*layers, *self.records]:
             if name not in layers or name not in self.records:
                 where = "folder" if name in self.records else "model"
-                raise ValueError(f"{self.folder} does not fit the model: only in the {where} is layer {name} adapted")
-        for name, layer in layers.items():
-            self._check_base(name, layer)
-            self._check_adapter(name, layer, adapter_name)
-            fresh = alone and adapter_name not in layer.lora_start
-            if not (fresh and layer.form == IMPLICIT):
-                self._check_form(name, layer)
-
-    def _check_base(self, name: str, layer: PissaLayer) -> None:
-        tensors = self.layers[name]
-        trained, shape = (len(tensors.b0), tensors.a0.shape[1]), layer.matrix_shape
-        if trained != shape:
-            raise ValueError(self._other_base(name, f"its weight is {shape}, not {trained}"))
-        if layer.base_fingerprint() != self.records[name].weight:
-            raise ValueError(self._other_base(name, "its weight has other values"))
+                raise ValueError(
+                    f"{self.folder} does not fit the model: only in the {where} is layer {shown(name)} adapted"
+                )
 
     def _check_adapter(self, name: str, layer: PissaLayer, adapter_name: str) -> None:
         record, r, scaling = self.records[name], layer.r[adapter_name], float(layer.scaling[adapter_name])
@@ -126,6 +126,55 @@ class Checkpoint:
             )
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter before loading into it")
+
+    def _check_headers(
+        self,
+        factors: list[Factors],
+        layers: dict[str, PissaLayer],
+        modules: dict[str, Tensor],
+        embeddings: dict[str, Tensor],
+    ) -> None:
+        """Checks name, dtype and shape of every tensor."""
+        unknown = {self.weights: set(self.weights.names), self.starts: set(self.starts.names)}
+        expected = [
+            (self.weights, next(iter(part.layers)), part.shapes(2 * self.records[next(iter(part.layers))].r))
+            for part in factors
+        ]
+        expected += [(self.starts, name, _starts_of(name, self.records[name], layer)) for name, layer in layers.items()]
+        for file, name, shapes in expected:
+            demand = (
+                f"layer {name}, whose weight is {list(layers[name].matrix_shape)} in this model: the file is "
+                "damaged, or belongs to another base"
+            )
+            for key, shape in shapes.items():
+                file.expect(key, shape, (torch.float32,), demand)
+            unknown[file] -= shapes.keys()
+        present = {key: value for key, value in embeddings.items() if key in unknown[self.weights]}
+        for key, value in (modules | present).items():
+            dtypes = _FLOATS if value.is_floating_point() else (value.dtype,)
+            self.weights.expect(key, value.shape, dtypes, "modules_to_save" if key in modules else "an embedding")
+        unknown[self.weights] -= modules.keys() | present.keys()
+        for file, names in unknown.items():
+            if names:
+                raise ValueError(f"{file.path}: tensor {shown(min(names))} belongs to no part of the adapter")
+
+    def _check_embeddings(self, embeddings: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+        """An embedding is the base's own, also where it is saved with an adapter."""
+        for key in embeddings.keys() & found.keys():
+            if not torch.equal(found[key].to(embeddings[key]), embeddings[key]):
+                raise ValueError(
+                    f"{self.weights.path}: tensor {key!r} differs from the model's embedding, which the model's other "
+                    "adapters were trained with. Load the folder onto a base of its own with from_pretrained"
+                )
+
+    def _check_base(self, name: str, layer: PissaLayer) -> None:
+        if layer.base_fingerprint() != self.records[name].weight:
+            raise ValueError(
+                f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
+                f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
+                "loss; to apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, for "
+                "which the folder is a plain LoRA"
+            )
 
     def _check_form(self, name: str, layer: PissaLayer) -> None:
         record = self.records[name]
@@ -139,36 +188,27 @@ class Checkpoint:
                 "values. Load the folder onto an unmodified base of its own with from_pretrained"
             )
 
-    def _other_base(self, name: str, difference: str) -> str:
-        return (
-            f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
-            f"{name}: {difference}. Load the same checkpoint, in a dtype that holds it without loss; to "
-            "apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, for which "
-            "the folder is a plain LoRA"
-        )
+    def _unpacked(self, factors: Factors) -> Iterable[tuple[str, Matrices]]:
+        a, b = (self.weights.read(key) for key in factors.keys)
+        return factors.unpack(a, b).items()
 
-    def _check_others(self, model: PissaModel, adapter_name: str) -> None:
-        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        prefixes = tuple(f"{PREFIX}{name}.lora_" for name in self.records)
-        expected = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-        # Embeddings that PEFT has saved with the adapter are the base's own tensors.
-        known = {**model.state_dict(), **expected}
-        path = self.folder / ADAPTER_WEIGHTS
-        for key in [*expected, *self.others]:
-            if key not in self.others:
-                raise ValueError(f"{path}: tensor {key!r} is missing")
-            if key not in known:
-                raise ValueError(f"{path}: tensor {key!r} belongs to no part of the model")
-            if self.others[key].shape != known[key].shape:
-                raise ValueError(
-                    f"{path}: tensor {key!r} is {tuple(self.others[key].shape)}, the model has "
-                    f"{tuple(known[key].shape)}"
-                )
+    def _read_layer(self, name: str, a: Tensor, b: Tensor) -> _LayerTensors:
+        record = self.records[name]
+        a0, da = self.starts.read(f"{name}.a0"), a[record.r :].contiguous()
+        db, b0 = b[:, : record.r].contiguous(), b[:, record.r :].contiguous()
+        if not torch.equal(a[: record.r], a0 + da):
+            raise ValueError(
+                f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor "
+                f"lora_A of layer {name} does not start with a0 + dA"
+            )
+        if record.base is None:
+            return _LayerTensors(a0, b0, da, db, a0, b0)
+        return _LayerTensors(a0, b0, da, db, self.starts.read(f"{name}.base.a0"), self.starts.read(f"{name}.base.b0"))
 
     @torch.no_grad()
-    def _restore_layer(self, name: str, layer: PissaLayer, adapter_name: str) -> bool:
+    def _restore_layer(self, name: str, layer: PissaLayer, tensors: _LayerTensors, adapter_name: str) -> bool:
         """Whether the base is, to the bit, the one that the adapter was trained on."""
-        record, tensors = self.records[name], self.layers[name]
+        record = self.records[name]
         device = layer.unmerged_base.weight.device
         origin = layer.origin(adapter_name, self.config)
         exact = True
@@ -185,81 +225,28 @@ class Checkpoint:
         return exact
 
 
-def _read_record(folder: Path) -> tuple[PissaConfig, dict[str, LayerRecord], dict[str, tuple[int, list[str]]]]:
-    path = folder / PISSA_RECORD
-    if not path.is_file():
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise ValueError(
-                f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained"
-            )
-        raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']} of pissa {content['pissa_version']} is not {FORMAT}")
-        config = PissaConfig(**content["config"])
-        experts = {path: (entry["count"], entry["weights"]) for path, entry in content.get("experts", {}).items()}
-        return config, {name: LayerRecord.from_json(record) for name, record in content["layers"].items()}, experts
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-class _File:
-    """A safetensors file whose tensors are taken out one by one, each checked."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.tensors: dict[str, Tensor] = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        for name, tensor in self.tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: tensor {name!r} holds NaN or Inf")
-
-    def take(self, name: str, rows: int | None, columns: int | None) -> Tensor:
-        """The float32 matrix of that name; None stands for any size."""
-        if name not in self.tensors:
-            raise ValueError(f"{self.path}: tensor {name!r} is missing")
-        tensor = self.tensors.pop(name)
-        tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor
-        shape = list(tensor.shape)
-        wanted = [actual if size is None else size for size, actual in zip((rows, columns), shape, strict=False)]
-        if tensor.dtype != torch.float32 or len(shape) != 2 or shape != wanted:
-            raise ValueError(f"{self.path}: tensor {name!r} is {tensor.dtype} {shape}, expected torch.float32 {wanted}")
-        return tensor
-
-    def unstack(self, path: str, count: int, names: list[str]) -> None:
-        """Puts the factors of each expert of a module in the place of PEFT's stack of them."""
-        for name, place in places(path, names).items():
-            a, b = (self.tensors.pop(f"{PREFIX}{place}.lora_{factor}.weight") for factor in "AB")
-            for index, (expert_a, expert_b) in enumerate(unstack(a, b, count)):
-                self.tensors[f"{PREFIX}{path}.{index}.{name}.lora_A.weight"] = expert_a
-                self.tensors[f"{PREFIX}{path}.{index}.{name}.lora_B.weight"] = expert_b
-
-    def expect_empty(self) -> None:
-        if self.tensors:
-            raise ValueError(f"{self.path}: tensor {next(iter(self.tensors))!r} belongs to no layer of the adapter")
-
-
-def _layer_tensors(name: str, record: LayerRecord, weights: _File, starts: _File) -> _LayerTensors:
-    r = record.r
-    key_a, key_b = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if f"{PREFIX}{name}.lora_embedding_A" in weights.tensors
-        else ("lora_A.weight", "lora_B.weight")
+def _others(
+    model: PissaModel, adapter_name: str, layers: dict[str, PissaLayer]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the model has of the tensors that adapter_model.safetensors holds beside the layers', under PEFT's names:
+    modules_to_save, and embeddings, which PEFT saves if it is asked to or if they were resized."""
+    modules, with_embeddings = (
+        {
+            key: value
+            for key, value in get_peft_model_state_dict(
+                model, adapter_name=adapter_name, save_embedding_layers=embeddings
+            ).items()
+            if not is_of_a_layer(key, layers)
+        }
+        for embeddings in (False, hasattr(model, "get_input_embeddings"))
     )
-    a = weights.take(f"{PREFIX}{name}.{key_a}", 2 * r, None)
-    b = weights.take(f"{PREFIX}{name}.{key_b}", None, 2 * r)
-    a0, da = starts.take(f"{name}.a0", r, a.shape[1]), a[r:].contiguous()
-    db, b0 = b[:, :r].contiguous(), b[:, r:].contiguous()
-    if not torch.equal(a[:r], a0 + da):
-        raise ValueError(
-            f"{weights.path} and {starts.path} do not belong together, or one is damaged: the tensor lora_A "
-            f"of layer {name} does not start with a0 + dA"
-        )
-    if record.base is None:
-        return _LayerTensors(a0, b0, da, db, a0, b0)
-    base_a0 = starts.take(f"{name}.base.a0", record.base.r, a0.shape[1])
-    base_b0 = starts.take(f"{name}.base.b0", b0.shape[0], record.base.r)
-    return _LayerTensors(a0, b0, da, db, base_a0, base_b0)
+    return modules, {key: value for key, value in with_embeddings.items() if key not in modules}
+
+
+def _starts_of(name: str, record: LayerRecord, layer: PissaLayer) -> dict[str, tuple[int, ...]]:
+    """The float32 tensors of a layer in pissa.safetensors, with their shapes."""
+    rows, columns = layer.matrix_shape
+    starts: dict[str, tuple[int, ...]] = {f"{name}.a0": (record.r, columns)}
+    if record.base is not None:
+        starts |= {f"{name}.base.a0": (record.base.r, columns), f"{name}.base.b0": (rows, record.base.r)}
+    return starts

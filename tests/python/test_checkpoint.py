@@ -29,9 +29,9 @@ def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Te
     with pytest.raises(ValueError, match=r"first layer that differs is model\.layers\.0\.self_attn\.v_proj"):
         PissaModel.from_pretrained(other, tmp_path)
     assert [name for name, _ in other.named_modules()] == names
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: its weight is \(80, 80\)"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj, whose weight is \[80, 80\]"):
         PissaModel.from_pretrained(tiny_llama(hidden_size=80, head_dim=20), tmp_path)
-    with pytest.raises(ValueError, match=r"only in the folder is layer model\.layers\.1"):
+    with pytest.raises(ValueError, match=r"only in the folder is layer 'model\.layers\.1"):
         PissaModel.from_pretrained(tiny_llama(num_hidden_layers=1), tmp_path)
     with pytest.raises(ValueError, match="in a dtype that holds it without loss"):
         PissaModel.from_pretrained(tiny_llama(dtype=torch.bfloat16), tmp_path)
@@ -88,7 +88,7 @@ def test_a_lost_module_to_save_is_refused(tiny_llama: Make, tmp_path: Path) -> N
     name = "base_model.model.lm_head.weight"
     pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     edit(tmp_path / "adapter_model.safetensors", lambda t: t.update({name: t[name][:5].clone()}))
-    with pytest.raises(ValueError, match=rf"adapter_model.safetensors: tensor '{name}' is \(5, 64\), the model has"):
+    with pytest.raises(ValueError, match=rf"tensor '{name}' is torch.float32 \[5, 64\], expected .* \[97, 64\]"):
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
     edit(tmp_path / "adapter_model.safetensors", lambda t: t.pop(name))
     with pytest.raises(ValueError, match=f"adapter_model.safetensors: tensor '{name}' is missing"):
@@ -130,7 +130,7 @@ DAMAGE = {
     "truncated weights": ("adapter_model.safetensors", truncate, "adapter_model.safetensors cannot be read"),
     "truncated start": ("pissa.safetensors", truncate, "pissa.safetensors cannot be read"),
     "truncated record": ("pissa.json", truncate, "pissa.json cannot be read"),
-    "no weights": ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors cannot be read"),
+    "no weights": ("adapter_model.safetensors", Path.unlink, "adapter_model.safetensors is missing"),
     "empty record": ("pissa.json", lambda path: path.write_text("{}"), "pissa.json cannot be read: 'format'"),
     "newer format": (
         "pissa.json",
@@ -160,7 +160,7 @@ DAMAGE = {
     "extra start": (
         "pissa.safetensors",
         lambda path: edit(path, lambda t: t.update(surplus=torch.zeros(2))),
-        "pissa.safetensors: tensor 'surplus' belongs to no layer",
+        "pissa.safetensors: tensor 'surplus' belongs to no part",
     ),
     "shape": (
         "adapter_model.safetensors",

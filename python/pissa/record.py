@@ -1,0 +1,247 @@
+"""pissa.json: what it says of an adapter and of each of its layers, every field checked before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+import pissa
+from pissa import ops
+from pissa._check import check_blocksize, check_residual, check_scaling, check_svd
+from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.fingerprint import fingerprint
+from pissa.layer import PissaLayer
+from pissa.stored import Origin, StoredLinear
+
+FORMAT = 1
+
+# Bytes: what safetensors allows a header. 100,000 layers take half of it.
+_SIZE_LIMIT = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What pissa.json says of one layer: the adapter's rank and scaling, and the base that it belongs to.
+
+    Raises:
+        ValueError: naming the field, what was given and what is allowed.
+    """
+
+    r: int
+    scaling: float
+    weight: str
+    """Fingerprint of the base's dense weight."""
+    form: Form
+    stored: str | None = None
+    """Fingerprint of the stored residual."""
+    base: Origin | None = None
+    """Origin of the start factors of a stored base, where they are not the adapter's."""
+
+    def __post_init__(self) -> None:
+        _check_rank("r", self.r)
+        check_scaling(self.scaling)
+        _check_fingerprint("weight", self.weight)
+        _check_form(self.form)
+        if (self.stored is None) != (self.form == IMPLICIT):
+            raise ValueError(f"stored: got {self.stored!r}; needed: a fingerprint where form is not implicit")
+        if self.stored is not None:
+            _check_fingerprint("stored", self.stored)
+        if self.base is not None:
+            if self.stored is None:
+                raise ValueError("base: got an origin; needed: null where form is implicit")
+            _check_rank("base.r", self.base.r)
+            check_scaling(self.base.scaling, "base.scaling")
+            check_svd(self.base.svd, self.base.svd_passes, self.base.seed)
+
+    @staticmethod
+    def of(layer: PissaLayer, adapter_name: str) -> LayerRecord:
+        base, start = layer.unmerged_base, layer.start_of(adapter_name)
+        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(), IMPLICIT)
+        if not isinstance(base, StoredLinear):
+            return record
+        return dataclasses.replace(
+            record,
+            form=layer.form,
+            stored=residual_fingerprint(base.residual),
+            base=None if base.start is start else base.start.origin,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self) | {"form": self.form._asdict()}
+        return record | {"base": None if self.base is None else self.base._asdict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRecord:
+    """What pissa.json says of one adapter: its configuration, and its layers by their name in the base model."""
+
+    config: PissaConfig
+    layers: dict[str, LayerRecord]
+
+    def text(self) -> str:
+        """The content of the file."""
+        record = {
+            "format": FORMAT,
+            "pissa_version": pissa.__version__,
+            "config": _config_as_json(self.config),
+            "layers": {name: layer.as_json() for name, layer in self.layers.items()},
+        }
+        return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> AdapterRecord:
+        """Reads the file.
+
+        Raises:
+            ValueError: naming the file and the field, what was found and what is allowed.
+        """
+        try:
+            with open(path, "rb") as file:
+                content = file.read(_SIZE_LIMIT + 1)
+            if len(content) > _SIZE_LIMIT:
+                raise ValueError(f"it is larger than {_SIZE_LIMIT} bytes")
+            return AdapterRecord._parse(content)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
+                "or take the file from a copy"
+            ) from error
+
+    @staticmethod
+    def _parse(content: bytes) -> AdapterRecord:
+        record = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        fields = _typed(record, dict[str, Any], "the content")
+        for name in ("format", "config", "layers"):
+            if name not in fields:
+                raise ValueError(f"{name!r} is missing")
+        if _typed(fields["format"], int, "format") != FORMAT:
+            raise ValueError(
+                f"format {fields['format']} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
+                f"{pissa.__version__} reads"
+            )
+        config = _config_from_json(_typed(fields["config"], dict[str, Any], "config"))
+        layers = {}
+        for name, layer in _typed(fields["layers"], dict[str, Any], "layers").items():
+            try:
+                layers[name] = _typed(layer, LayerRecord, "the record")
+            except ValueError as error:
+                raise ValueError(f"layer {shown(name)}: {error}") from error
+        return AdapterRecord(config, layers)
+
+
+def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
+    """Fingerprint of a stored residual: its dense values, or its codes and scales."""
+    if isinstance(residual, Tensor):
+        return fingerprint(residual)
+    parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
+    return fingerprint(*(part for part in parts if part is not None))
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object that json has read, in which no name may come twice: for the last to win would be a guess."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+    return found
+
+
+def shown(name: object) -> str:
+    """A name out of a file, for a message: on one line, and no longer than a line."""
+    text = repr(name)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """`value`, which json has read, as `kind`: a type of JSON's, a Union, Literal, list or dict of such, or a record
+    (dataclass or NamedTuple), of which every field has to be there."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in args:
+            return None
+        *others, last = (alternative for alternative in args if alternative is not type(None))
+        for alternative in others:
+            try:
+                return _typed(value, alternative, where)
+            except ValueError:
+                continue
+        return _typed(value, last, where)
+    if origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in args):
+            return value
+    elif origin is list:
+        if isinstance(value, list):
+            return [_typed(item, args[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {key: _typed(item, args[1], f"{where}[{shown(key)}]") for key, item in value.items()}
+    elif hasattr(kind, "_fields") or dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return kind(**_fields(value, get_type_hints(kind), where))
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return value
+    elif kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+        return value
+    wanted = kind.__name__ if isinstance(kind, type) and not args else kind
+    raise ValueError(f"{where}: got {shown(value)}; needed: {wanted}")
+
+
+def _fields(value: dict[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for name in [*value, *hints]:
+        if name not in hints:
+            raise ValueError(f"{where} has an unknown field {shown(name)}; known: {', '.join(hints)}")
+        if name not in value:
+            raise ValueError(f"{where} has no field {name!r}")
+    return {name: _typed(value[name], hint, name) for name, hint in hints.items()}
+
+
+def _config_as_json(config: PissaConfig) -> dict[str, Any]:
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    del fields["runtime_config"]
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+
+def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
+    hints = get_type_hints(PissaConfig)
+    known = {f.name: f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"}
+    for name, value in fields.items():
+        if name not in known:
+            raise ValueError(f"config has an unknown field {shown(name)}: a later version of pissa or peft may know it")
+        # PEFT's hints leave some of its own defaults out.
+        default = known[name].default
+        if not (type(value) is type(default) and value == default) and value != {}:
+            _typed(value, hints[name], f"config.{name}")
+    return PissaConfig(**fields)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is not JSON")
+
+
+def _check_rank(name: str, r: int) -> None:
+    if r < 1:
+        raise ValueError(f"{name}: got {r}; allowed: 1 or more")
+
+
+def _check_fingerprint(name: str, value: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{name}: got {shown(value)}; needed: 64 hexadecimal digits")
+
+
+def _check_form(form: Form) -> None:
+    check_residual(form.residual, ("implicit", "explicit", "nf4"))
+    if form.residual == "nf4":
+        if form.blocksize is None or form.double_quant is None:
+            raise ValueError("form: got no blocksize or double_quant; needed: both with nf4")
+        check_blocksize(form.blocksize)
+    elif form.blocksize is not None or form.double_quant is not None:
+        raise ValueError(f"form: got {form.describe()}; needed: blocksize and double_quant with nf4 only")

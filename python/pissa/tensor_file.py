@@ -1,0 +1,93 @@
+"""A safetensors file that is checked by its header before a tensor of it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pissa.record import shown, unique
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorFile:
+    """The tensors of a safetensors file: what they are is known at once, their values are read when asked for.
+
+    safetensors has seen to it that the tensors that the header declares are, end to end, the rest of the file.
+    So nothing can be asked of memory that is not on the disk.
+
+    Raises:
+        ValueError: no such file, or a damaged one, or one that is not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is {'not a regular file' if path.exists() else 'missing'}{_pickle_beside(path)}")
+        try:
+            self._file = cast(Any, safe_open(path, "pt"))  # it has no types
+            self._refuse_duplicates()
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
+            ) from error
+        self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+
+    def _refuse_duplicates(self) -> None:
+        with open(self.path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        json.loads(header, object_pairs_hook=unique)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, in the order of the file."""
+        return list(self._declared)
+
+    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
+        """Checks that a tensor of that shape and of one of these dtypes is there.
+
+        Raises:
+            ValueError: naming the file, the tensor, and `demand`, what in the model wants it so.
+        """
+        if name not in self._declared:
+            raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
+        declared = self._declared[name]
+        dtype, found = _DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
+        if dtype not in dtypes or found != list(shape):
+            allowed = " or ".join(map(str, dtypes))
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, in memory of its own: what becomes of the file later does not change it.
+
+        Raises:
+            ValueError: naming file and tensor, where it holds NaN or Inf.
+        """
+        tensor: Tensor = self._file.get_tensor(name).clone()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
+        return tensor
+
+
+def _pickle_beside(path: Path) -> str:
+    pickle = path.with_suffix(".bin")
+    return f"; {pickle.name}, beside it, is a pickle, which is never read" if pickle.exists() else ""
