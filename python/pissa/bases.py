@@ -13,6 +13,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pissa import ops
 from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
 
@@ -65,6 +66,13 @@ def weight_matrix(base: nn.Module) -> Tensor:
         return cast(Tensor, dequantize_module_weight(base)).detach()
     with in_memory(base):
         return _view(base).matrix(cast(Tensor, base.weight))
+
+
+def base_product(base: nn.Module, x: Tensor) -> Tensor:
+    """x Wᵀ [k, out] in float32 for the weight of a linear base and x float32 [k, in], without its bias."""
+    if isinstance(base, (StoredLinear, Nf4Base)):
+        return base.product(x)
+    return ops.linear(x, weight_matrix(base).detach())
 
 
 def dense_dtype(base: nn.Module) -> torch.dtype:

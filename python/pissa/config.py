@@ -20,6 +20,7 @@ from torch import nn
 
 Svd = Literal["krylov", "subspace", "exact"]
 Residual = Literal["implicit", "explicit"]
+Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq"]
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default, so that whatever a
 # later PEFT adds is refused by name until somebody has thought about it.
@@ -46,6 +47,7 @@ _SUPPORTED = frozenset(
         "bias",
         "fan_in_fan_out",  # of Conv1D; which layers that is needs no telling
         "target_parameters",  # of fused experts
+        "use_dora",
     }
 )
 
@@ -79,6 +81,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     does.
 
     Args:
+        init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
+            "pissa_minor" from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from
+            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of 4 bits.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight; even, at least 2. Not used by "exact".
         seed: seed of the random sketch. The result does not depend on torch's generator.
@@ -89,6 +94,13 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         residual: "implicit" leaves the dense weight untouched; "explicit" replaces it by W - s B0 A0, as the
             paper does. A residual in 4 bits is always stored: with `quant` this field has no effect.
 
+        use_adalora: train the singular values as a vector of their own, with the singular vectors (AdaLoRA, without
+            its pruning of ranks; the paper's appendix A).
+        orth_reg_weight: with `use_adalora`, weight of what keeps the vectors orthogonal, which the model adds to
+            its loss while it is in training mode.
+
+    `use_dora` is LoraConfig's: magnitudes are trained beside the directions (arXiv 2402.09353); linear layers only.
+
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed. Options of LoRA that do
             not work with PiSSA (LoftQ, EVA, `lora_bias`, ...) are refused.
@@ -96,6 +108,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     # LoraConfig's default is 8 whatever the rank is.
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
+    init: Init = field(default="pissa", metadata={"help": "Where the adapter starts"})
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
     svd_passes: int = field(default=8, metadata={"help": "Passes over each weight, even"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
@@ -104,6 +117,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
     residual: Residual = field(default="implicit", metadata={"help": "implicit or explicit"})
+    use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a vector of their own"})
+    orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of orthogonality, with use_adalora"})
 
     def __post_init__(self) -> None:
         self._check_lora_fields()
@@ -180,6 +195,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
 
     def _check_own_fields(self) -> None:
+        _check_choice("init", self.init, get_args(Init))
         _check_choice("svd", self.svd, get_args(Svd))
         _check_choice("quant", self.quant, (None, "nf4"))
         _check_choice("residual", self.residual, get_args(Residual))
@@ -194,8 +210,18 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         blocksizes = [2**k for k in range(5, 13)]
         if self.blocksize not in blocksizes:
             raise ValueError(f"blocksize must be one of {blocksizes}, got {self.blocksize!r}")
-        if not isinstance(self.double_quant, bool):
-            raise TypeError(f"double_quant must be True or False, got {self.double_quant!r}")
+        for name in ("double_quant", "use_adalora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.orth_reg_weight, (int, float)) or not 0 <= self.orth_reg_weight < math.inf:
+            raise ValueError(f"orth_reg_weight must be a number from 0 on, got {self.orth_reg_weight!r}")
+        if self.init == "loftq" and self.quant is None:
+            raise ValueError('init="loftq" starts from the error of 4 bits: give quant="nf4" with it')
+        if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):
+            raise ValueError(
+                f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with it "
+                "are pissa, pissa_medium and pissa_minor, without use_dora"
+            )
 
 
 @contextmanager

@@ -21,8 +21,8 @@ class PissaConvolution(PissaLayer):
         weight = self.base_layer.weight
         return weight.shape[0], weight[0].numel()
 
-    def deltas(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self.as_matrices(self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight)
+    def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
     def as_parameters(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         kernel = self.base_layer.weight.shape[1:]
@@ -32,7 +32,7 @@ class PissaConvolution(PissaLayer):
         return a.flatten(1), b.flatten(1)
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
+        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x).to(da.dtype)
         moved = self._convolve(x, da)
         change = self._mix(self._convolve(x, start.a0) + moved, db) + self._mix(moved, start.b0)

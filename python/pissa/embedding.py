@@ -15,11 +15,11 @@ class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
 
     factor_keys = ("lora_embedding_A", "lora_embedding_B")
 
-    def deltas(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+    def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
+        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
         looked_up = F.embedding(x, da.mT)
         change = (F.embedding(x, start.a0.mT) + looked_up) @ db.mT + looked_up @ start.b0.mT
         # Gemma's and BART's embeddings multiply what they look up.

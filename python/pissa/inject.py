@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from pissa import ops
 from pissa.bases import CONVOLUTIONS, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
@@ -23,6 +22,7 @@ from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
 from pissa.linear import PissaLinear
 from pissa.nf4 import Nf4Base, from_bitsandbytes
+from pissa.starts import start_factors
 from pissa.stored import StartFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +42,8 @@ def pissa_layer(target: nn.Module, adapter_name: str, config: PissaConfig, **kwa
         )
     base, kind = _base_and_kind(target, name)
     _check_weight(base, name)
+    if config.use_dora and kind is not PissaLinear:
+        raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {_leave_out(name)}")
     return kind(base, adapter_name, config, **kwargs)
 
 
@@ -196,16 +198,9 @@ def _start(layers: dict[str, PissaLayer], adapter_name: str, config: PissaConfig
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     known = {name: layer.known_start(origins[name]) for name, layer in layers.items()}
     unknown = [name for name, start in known.items() if start is None]
-    splits = ops.split_many(
-        [layers[name].dense_base() for name in unknown],
-        [origins[name].r for name in unknown],
-        [origins[name].scaling for name in unknown],
-        svd=config.svd,
-        passes=config.svd_passes,
-        seed=config.seed,
-        names=[f"layer {name}: weight" for name in unknown],
-    )
-    found = {name: StartFactors(split.a0, split.b0, origins[name]) for name, split in zip(unknown, splits, strict=True)}
+    weights = [layers[name].dense_base() for name in unknown]
+    factors = start_factors(weights, [origins[name] for name in unknown], config, unknown)
+    found = {name: StartFactors(*pair, origins[name]) for name, pair in zip(unknown, factors, strict=True)}
     for name, layer in layers.items():
         layer.start_from(adapter_name, known[name] or found[name], config)
 

@@ -16,7 +16,8 @@ from pissa import ops
 from pissa.bases import bias_of, dense_dtype, dense_kind, weight_matrix, with_matrix
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import fingerprint
-from pissa.stored import Origin, Replaced, StartFactors, StoredLinear, stored_linear
+from pissa.magnitude import Magnitude
+from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, stored_linear
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
@@ -32,6 +33,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     """
 
     # PEFT deletes an adapter's entry in each of these.
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_E")
     other_param_names = (*LoraLayer.other_param_names, "lora_start")
 
     factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
@@ -41,15 +43,14 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.lora_start = nn.ModuleDict()
         self.lora_unmerged: nn.Module | None = None
         self._known_fingerprint: tuple[tuple[int, int, torch.dtype], str] | None = None
 
     # -- what depends on the kind of module
 
     @abstractmethod
-    def deltas(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """dA [r, in] and dB [out, r], views of the parameters."""
+    def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """PEFT's parameters for A and B."""
 
     @abstractmethod
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
@@ -111,21 +112,47 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
                 f"x {in_features}, so at most {limit}. Lower r, give this layer a rank of its own in "
                 "rank_pattern, or leave it out with exclude_modules"
             )
+        if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
+            self.lora_start = nn.ModuleDict()
+            self.lora_E = nn.ParameterDict()
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        device = self.factor_parameters(adapter_name)[0].device
+        if config.use_adalora:
+            self.lora_E[adapter_name] = nn.Parameter(torch.zeros(r, 1, device=device))
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.ones(out_features, device=device))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool) -> None:
         """Sets dA and dB to zero."""
-        for delta in self.deltas(adapter_name):
-            nn.init.zeros_(delta)
+        for parameter in self.factor_parameters(adapter_name):
+            nn.init.zeros_(parameter)
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        """None of PEFT's own classes: DoRA is computed here."""
+        return {(): None, ("use_dora",): None}
 
     def start_of(self, adapter_name: str) -> StartFactors:
         """The adapter's start factors."""
         return cast(StartFactors, self.lora_start[adapter_name])
 
+    def deltas(self, adapter_name: str) -> Deltas:
+        """What is trained, as matrices: views of the parameters."""
+        return Deltas(
+            *self.as_matrices(*self.factor_parameters(adapter_name)),
+            self.lora_E[adapter_name] if adapter_name in self.lora_E else None,
+        )
+
+    def changed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The differences dA [r, in] and dB [out, r] of the factors from those of the start."""
+        return self.start_of(adapter_name).change(self.deltas(adapter_name))
+
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """What the adapter's start factors are determined by."""
         scaling = float(self.scaling[adapter_name])
-        return Origin(self.r[adapter_name], scaling, config.svd, config.svd_passes, config.seed)
+        rank: int = self.r[adapter_name]
+        return Origin(rank, scaling, config.svd, config.svd_passes, config.seed, config.init, config.use_adalora)
 
     def known_start(self, origin: Origin) -> StartFactors | None:
         """The start factors of an adapter, or of the base, that agrees on the origin."""
@@ -141,11 +168,17 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         A dense base is stored as the configuration says; a base that is stored already stays as it is.
         """
         if config.form not in (IMPLICIT, self.form):
-            residual = ops.residual(
-                self.dense_base(), start.a0, start.b0, scaling=start.origin.scaling, **config.form.options()
-            )
-            self.store_base(residual, start)
+            self.store_base(self.residual(start, config.form), start)
         self.lora_start[adapter_name] = start
+        if adapter_name in self.lora_magnitude_vector:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(
+                torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)
+            )
+
+    def residual(self, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
+        """What a stored base keeps of a dense one: the weight without its principal part; with LoftQ all of it."""
+        a0 = torch.zeros_like(start.a0) if start.origin.init == "loftq" else start.a0
+        return ops.residual(self.dense_base(), a0, start.b0, scaling=start.origin.scaling, **form.options())
 
     def share_start(self, adapter_name: str, a0: Tensor, b0: Tensor, origin: Origin) -> None:
         """Gives an adapter the start factors a0, b0: the layer's own tensors where it has them already."""
@@ -201,7 +234,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter has learnt, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
         start = self.start_of(adapter)
-        da, db = (delta.float() for delta in self.deltas(adapter))
+        da, db = (delta.float() for delta in self.changed_factors(adapter))
         scaling: float = self.scaling[adapter]
         return scaling * (torch.cat([db, start.b0], dim=1) @ torch.cat([start.a0 + da, da]))
 

@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from pissa import ops
+from pissa.bases import base_product
 from pissa.layer import PissaLayer
+from pissa.magnitude import Magnitude
 from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
 
 
 class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
-    """A PissaLayer over a linear module: lora_A[adapter].weight is dA [r, in], lora_B[adapter].weight dB [out, r]."""
+    """A PissaLayer over a linear module: lora_A[adapter].weight is dA [r, in], lora_B[adapter].weight dB [out, r];
+    with DoRA lora_magnitude_vector[adapter] is a Magnitude."""
 
-    def deltas(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+    def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        base = self.base_layer
         if len(names) == 1 and not self._drops_out(names[0]):
-            (name,) = names
-            start = self.start_of(name)
-            # One product of the packed weight and the factors: the residual lacks just what the adapter starts from,
-            # or the whole weight is in 4 bits and the change comes on top.
-            if isinstance(base, StoredLinear) and start is base.start and self.scaling[name] == base.scaling:
-                return self._fused(x, base.residual, name)
-            if isinstance(base, Nf4Base):
-                return self._fused(x, base.nf4, name, residual="implicit")
-        return super().adapted(x, names)
+            weight, residual = self._packed_weight(names[0])
+            if weight is not None:
+                return self._scaled(self._fused(x, weight, residual, names[0]), names[0])
+        if not any(name in self.lora_magnitude_vector for name in names):
+            return super().adapted(x, names)
+        # As PEFT composes them: each magnitude scales the base with its own adapter's change, not the others'.
+        base = y = cast(Tensor, self.base_layer(x))
+        for name in names:
+            alone = self._scaled(self.change(base, x, name), name)
+            y = alone if y is base else y + (alone - base)
+        return y
 
-    def _fused(self, x: Tensor, weight: Tensor | ops.Nf4Weight, name: str, residual: str = "stored") -> Tensor:
-        (da, db), start = self.deltas(name), self.start_of(name)
+    def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
+        x = self.lora_dropout[adapter_name](x)
+        return ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
+
+    # -- one product with a packed weight and the factors
+
+    def _packed_weight(self, name: str) -> tuple[Tensor | ops.Nf4Weight | None, str]:
+        """The weight for `_fused`, None where the adapter is not part of one product, and its `residual`: it lacks just
+        what the adapter starts from ("stored"), or all of it is in 4 bits and the change comes on top ("implicit")."""
+        base = self.base_layer
+        if isinstance(base, Nf4Base):
+            return base.nf4, "implicit"
+        if isinstance(base, StoredLinear):
+            if self.start_of(name) is base.start and self.scaling[name] == base.scaling:
+                return base.residual, "stored"
+        return None, ""
+
+    def _fused(self, x: Tensor, weight: Tensor | ops.Nf4Weight, residual: str, name: str) -> Tensor:
+        (da, db), start = self.changed_factors(name), self.start_of(name)
         return ops.linear(
             x,
             weight,
@@ -46,11 +70,30 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
             residual=residual,
         )
 
-    def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = self.deltas(adapter_name), self.start_of(adapter_name)
-        x = self.lora_dropout[adapter_name](x)
-        return ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
-
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]
         return isinstance(dropout, nn.Dropout) and dropout.training
+
+    # -- DoRA
+
+    def _scaled(self, y: Tensor, name: str) -> Tensor:
+        """`y`, of the base and this adapter alone, with each feature scaled; y's own bits where the scale is 1."""
+        if name not in self.lora_magnitude_vector:
+            return y
+        bias = self.base_layer.bias
+        linear = y if bias is None else y - bias
+        return y + ((self._scale(name) - 1) * linear).to(y.dtype)
+
+    def _scale(self, name: str) -> Tensor:
+        with torch.no_grad():
+            (da, db), start = self.changed_factors(name), self.start_of(name)
+            left, right = torch.cat([db.float(), start.b0], dim=1), torch.cat([start.a0 + da.float(), da.float()])
+            product = base_product(self.unmerged_base, right)
+        return cast(Magnitude, self.lora_magnitude_vector[name]).scale(left, right, product, self.scaling[name])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        delta = super().get_delta_weight(adapter)
+        if adapter not in self.lora_magnitude_vector:
+            return delta
+        weight = self.dense_base().float()
+        return self._scale(adapter)[:, None] * (weight + delta) - weight

@@ -77,6 +77,10 @@ class Nf4Base(HoldsNf4):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.nf4, self.bias)
 
+    def product(self, x: Tensor) -> Tensor:
+        """The output without the bias."""
+        return ops.linear(x, self.nf4)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

@@ -21,10 +21,26 @@ class Origin(NamedTuple):
     svd: str
     svd_passes: int
     seed: int
+    init: str
+    adalora: bool
+
+
+class Deltas(NamedTuple):
+    """What is trained: the differences from the start factors."""
+
+    a: Tensor
+    """[r, in]"""
+    b: Tensor
+    """[out, r]"""
+    e: Tensor | None = None
+    """[r, 1], of the singular values, with AdaLoRA."""
 
 
 class StartFactors(KeepsDtype):
-    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r]."""
+    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r].
+
+    With AdaLoRA (arXiv 2303.10512; PiSSA's appendix A) a0 = E0 V0 has singular values for the lengths of its rows.
+    """
 
     a0: Tensor
     b0: Tensor
@@ -34,6 +50,18 @@ class StartFactors(KeepsDtype):
         self.register_buffer("a0", a0.contiguous())
         self.register_buffer("b0", b0.contiguous())
         self.origin = origin
+
+    def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""
+        if deltas.e is None:
+            return deltas.a, deltas.b
+        values, vectors = self.values_and_vectors()
+        return (values + deltas.e) * deltas.a + deltas.e * vectors, deltas.b
+
+    def values_and_vectors(self) -> tuple[Tensor, Tensor]:
+        """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""
+        values = self.a0.norm(dim=1, keepdim=True)
+        return values, self.a0 / values.where(values > 0, 1)
 
     def extra_repr(self) -> str:
         return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"
@@ -89,9 +117,14 @@ class StoredLinear(KeepsDtype, ABC):
         return torch.addmm(self.dense_residual(), self.start.b0, self.start.a0, alpha=self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(
-            x, self.residual, self.bias, delta_a=self.start.a0, delta_b=self.start.b0, scaling=self.scaling
-        )
+        return self._product(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The output without the bias."""
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear(x, self.residual, bias, delta_a=self.start.a0, delta_b=self.start.b0, scaling=self.scaling)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

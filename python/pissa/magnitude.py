@@ -1,0 +1,41 @@
+"""DoRA's magnitudes (arXiv 2402.09353): each row of W + dW is scaled to a length that is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pissa.nf4 import KeepsDtype
+
+
+class Magnitude(KeepsDtype):
+    """The trained lengths m of a layer's rows, and those of its base, which they start from: float32 [out].
+
+        y = (m / ‖W + dW‖) (W + dW) x + b
+
+    The lengths ‖W + dW‖ carry no gradient (section 4.3 there). With dW = s L R of low rank they follow from products
+    with L and R, no dense matrix of W's size is formed, and at the start m / ‖W + dW‖ is exactly 1.
+    """
+
+    base_lengths: Tensor
+
+    def __init__(self, lengths: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(lengths.clone())
+        self.register_buffer("base_lengths", lengths)
+
+    def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:
+        """m / ‖W + s L R‖ [out], differentiable in m.
+
+        Args:
+            left, right: L [out, k] and R [k, in], float32.
+            product: R Wᵀ [k, out], float32.
+            scaling: s.
+        """
+        with torch.no_grad():
+            # ‖w + s l R‖² = ‖w‖² + 2 s l (R wᵀ) + s² l (R Rᵀ) lᵀ for each row w of W and l of L
+            grown = 2 * scaling * (left * product.mT).sum(1) + scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
+            square = self.base_lengths.square()
+            lengths = self.base_lengths * (1 + grown / square.where(square > 0, 1)).clamp(min=0).sqrt()
+            lengths = lengths.where(square > 0, grown.clamp(min=0).sqrt())
+        return (self.weight / lengths.where(lengths > 0, 1)).where(lengths > 0, 1.0)
