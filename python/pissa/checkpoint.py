@@ -13,14 +13,13 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from pissa import ops
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.layer import PissaLayer
-from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer
+from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.record import AdapterRecord, LayerRecord, residual_fingerprint, shown
-from pissa.stored import StartFactors, StoredLinear
+from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
 from pissa.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -31,14 +30,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclasses.dataclass(frozen=True)
 class _LayerTensors:
-    """The tensors of one layer, float32, as they were in memory."""
+    """What the files hold of one layer, float32, as it was in memory."""
 
-    a0: Tensor
-    b0: Tensor
-    da: Tensor
-    db: Tensor
-    base_a0: Tensor
-    base_b0: Tensor
+    start: StartFactors
+    deltas: Deltas
+    base: StartFactors
+    """What a stored base lacks; the adapter's own start unless the record says otherwise."""
+    magnitude: tuple[Tensor, Tensor] | None
+    """With DoRA, the trained lengths and the norms of the base's rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,11 @@ class Checkpoint:
             fresh = alone and adapter_name not in layer.lora_start
             if not (fresh and layer.form == IMPLICIT):
                 self._check_form(name, layer)
-        tensors = {name: self._read_layer(name, *pair) for part in factors for name, pair in self._unpacked(part)}
+        tensors = {
+            name: self._read_layer(name, *pair, layers[name].origin(adapter_name, self.config))
+            for part in factors
+            for name, pair in self._unpacked(part)
+        }
         others = {name: self.weights.read(name) for name in self.weights.names if name in modules | embeddings}
         if not alone:
             self._check_embeddings(embeddings, others)
@@ -140,7 +143,11 @@ class Checkpoint:
             (self.weights, next(iter(part.layers)), part.shapes(2 * self.records[next(iter(part.layers))].r))
             for part in factors
         ]
-        expected += [(self.starts, name, _starts_of(name, self.records[name], layer)) for name, layer in layers.items()]
+        expected += [(self.starts, name, self._starts_of(name, layer)) for name, layer in layers.items()]
+        if self.config.use_dora:
+            expected += [
+                (self.weights, name, {magnitude_key(name): layer.matrix_shape[:1]}) for name, layer in layers.items()
+            ]
         for file, name, shapes in expected:
             demand = (
                 f"layer {name}, whose weight is {list(layers[name].matrix_shape)} in this model: the file is "
@@ -192,37 +199,60 @@ class Checkpoint:
         a, b = (self.weights.read(key) for key in factors.keys)
         return factors.unpack(a, b).items()
 
-    def _read_layer(self, name: str, a: Tensor, b: Tensor) -> _LayerTensors:
-        record = self.records[name]
-        a0, da = self.starts.read(f"{name}.a0"), a[record.r :].contiguous()
+    def _read_layer(self, name: str, a: Tensor, b: Tensor, origin: Origin) -> _LayerTensors:
+        record, read = self.records[name], self.starts.read
+        a0, da = read(f"{name}.a0"), a[record.r :].contiguous()
         db, b0 = b[:, : record.r].contiguous(), b[:, record.r :].contiguous()
         if not torch.equal(a[: record.r], a0 + da):
             raise ValueError(
                 f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor "
                 f"lora_A of layer {name} does not start with a0 + dA"
             )
-        if record.base is None:
-            return _LayerTensors(a0, b0, da, db, a0, b0)
-        return _LayerTensors(a0, b0, da, db, self.starts.read(f"{name}.base.a0"), self.starts.read(f"{name}.base.b0"))
+        start, deltas = StartFactors(a0, b0, origin), Deltas(da, db)
+        if self.config.use_adalora:
+            deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
+            # Not to the bit: other machines sum norms in another order.
+            if not torch.allclose(start.change(deltas)[0], da, rtol=1e-5, atol=1e-6 * float(a0.abs().max())):
+                raise ValueError(
+                    f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor "
+                    f"lora_A of layer {name} is not made of delta_a and delta_e"
+                )
+        base = start
+        if record.base is not None:
+            base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base)
+        magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
+        return _LayerTensors(start, deltas, base, magnitude)
 
     @torch.no_grad()
     def _restore_layer(self, name: str, layer: PissaLayer, tensors: _LayerTensors, adapter_name: str) -> bool:
         """Whether the base is, to the bit, the one that the adapter was trained on."""
         record = self.records[name]
-        device = layer.unmerged_base.weight.device
-        origin = layer.origin(adapter_name, self.config)
+        device = layer.device_of(adapter_name)
         exact = True
         if record.form != layer.form:
-            base_origin = record.base or origin
-            a0, b0 = tensors.base_a0.to(device), tensors.base_b0.to(device)
-            options = record.form.options()
-            residual = ops.residual(layer.dense_base(), a0, b0, scaling=base_origin.scaling, **options)
-            layer.store_base(residual, StartFactors(a0, b0, base_origin))
+            base = tensors.base.to(device)
+            residual = layer.residual(base, record.form)
+            layer.store_base(residual, base)
             exact = residual_fingerprint(residual) == record.stored
-        layer.share_start(adapter_name, tensors.a0.to(device), tensors.b0.to(device), origin)
-        for delta, saved in zip(layer.deltas(adapter_name), (tensors.da, tensors.db), strict=True):
-            delta.copy_(saved)
+        layer.share_start(adapter_name, tensors.start.to(device))
+        for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
+            if delta is not None and saved is not None:
+                delta.copy_(saved)
+        if tensors.magnitude is not None:
+            layer.magnitude(adapter_name).set(*tensors.magnitude)
         return exact
+
+    def _starts_of(self, name: str, layer: PissaLayer) -> dict[str, tuple[int, ...]]:
+        """The float32 tensors of a layer in pissa.safetensors, with their shapes."""
+        record, (rows, columns) = self.records[name], layer.matrix_shape
+        starts: dict[str, tuple[int, ...]] = {f"{name}.a0": (record.r, columns)}
+        if record.base is not None:
+            starts |= {f"{name}.base.a0": (record.base.r, columns), f"{name}.base.b0": (rows, record.base.r)}
+        if self.config.use_adalora:
+            starts |= {f"{name}.delta_a": (record.r, columns), f"{name}.delta_e": (record.r, 1)}
+        if self.config.use_dora:
+            starts |= {f"{name}.norm": (rows,)}
+        return starts
 
 
 def _others(
@@ -241,12 +271,3 @@ def _others(
         for embeddings in (False, hasattr(model, "get_input_embeddings"))
     )
     return modules, {key: value for key, value in with_embeddings.items() if key not in modules}
-
-
-def _starts_of(name: str, record: LayerRecord, layer: PissaLayer) -> dict[str, tuple[int, ...]]:
-    """The float32 tensors of a layer in pissa.safetensors, with their shapes."""
-    rows, columns = layer.matrix_shape
-    starts: dict[str, tuple[int, ...]] = {f"{name}.a0": (record.r, columns)}
-    if record.base is not None:
-        starts |= {f"{name}.base.a0": (record.base.r, columns), f"{name}.base.b0": (rows, record.base.r)}
-    return starts

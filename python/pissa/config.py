@@ -219,8 +219,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError('init="loftq" starts from the error of 4 bits: give quant="nf4" with it')
         if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):
             raise ValueError(
-                f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with it "
-                "are pissa, pissa_medium and pissa_minor, without use_dora"
+                f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
+                "it are pissa, pissa_medium and pissa_minor, without use_dora"
             )
 
 

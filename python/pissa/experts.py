@@ -115,10 +115,14 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
     """
     parameters = set(config.target_parameters or ())
     for path, fused in _fused_experts(model):
-        wanted = _wanted(path, fused, config)
-        if not wanted:
+        if not _wanted(path, fused, config):
             continue
         _check_experts(path, fused)
+        if config.use_dora:
+            raise TypeError(
+                f"{path} holds fused experts, for which PEFT's files have no magnitudes: leave use_dora out, or leave "
+                f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
+            )
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, UnfusedExperts(fused))
     for path, experts in unfused_experts(model).items():

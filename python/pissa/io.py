@@ -4,7 +4,8 @@
     adapter_model.safetensors   PEFT's: lora_A = [A ; dA], lora_B = [dB | B0]
     pissa.json                  the PissaConfig, and for each layer a fingerprint of its base
     pissa.safetensors           A0 (B0, dA and dB are above), and the factors of a stored base that are not
-                                the adapter's own
+                                the adapter's own; with DoRA the norms of the base's rows; with AdaLoRA the
+                                differences of singular values and vectors that dA is made of
 
 Start factors are frozen, so the files of two saves of one run fit each other. That the upper half of lora_A
 is A0 + dA to the bit shows that they do.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from pissa.files import Staged
 from pissa.inject import pissa_layers
-from pissa.plain_lora import PREFIX, Matrices, factors_of, is_of_a_layer, lora_config
+from pissa.plain_lora import PREFIX, Matrices, factors_of, is_of_a_layer, lora_config, magnitude_key
 from pissa.record import AdapterRecord, LayerRecord
 from pissa.stored import StoredLinear
 
@@ -57,13 +58,19 @@ def save_adapter(
     )
     matrices: dict[str, Matrices] = {}
     starts: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        da, db = layer.as_matrices(
-            *(state[f"{PREFIX}{name}.{key}"].detach().float().cpu() for key in layer.factor_keys)
-        )
         start, base = layer.start_of(adapter_name), layer.unmerged_base
-        matrices[name] = torch.cat([start.a0.cpu() + da, da]), torch.cat([db, start.b0.cpu()], dim=1)
+        deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
+        da, db = start.change(deltas)
+        matrices[name] = torch.cat([start.a0 + da, da]).cpu(), torch.cat([db, start.b0], dim=1).cpu()
         starts[f"{name}.a0"] = start.a0.cpu()
+        if deltas.e is not None:
+            starts |= {f"{name}.delta_a": deltas.a.cpu().contiguous(), f"{name}.delta_e": deltas.e.cpu()}
+        if config.use_dora:
+            key = magnitude_key(name)
+            magnitudes[key] = state[key].detach().float().cpu()
+            starts[f"{name}.norm"] = layer.magnitude(adapter_name).base_lengths.cpu()
         if isinstance(base, StoredLinear) and base.start is not start:
             starts[f"{name}.base.a0"] = base.start.a0.cpu()
             starts[f"{name}.base.b0"] = base.start.b0.cpu()
@@ -83,7 +90,7 @@ def save_adapter(
         plain = lora_config(model.base_model.model, config, adapter_name, layers)
         staged.path(ADAPTER_CONFIG).write_text(_config_text(model, plain))
         # Renamed last: an adapter that is there is complete.
-        save_file(lora | others, staged.path(ADAPTER_WEIGHTS), metadata={"format": "pt"})
+        save_file(lora | magnitudes | others, staged.path(ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
 def save_card(model: PissaModel, directory: str | os.PathLike[str]) -> None:

@@ -4,7 +4,7 @@ zero. What depends on the kind is in `linear`, `embedding` and `convolution`."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -116,7 +116,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             self.lora_start = nn.ModuleDict()
             self.lora_E = nn.ParameterDict()
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        device = self.factor_parameters(adapter_name)[0].device
+        device = self.device_of(adapter_name)
         if config.use_adalora:
             self.lora_E[adapter_name] = nn.Parameter(torch.zeros(r, 1, device=device))
         if config.use_dora:
@@ -133,16 +133,32 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """None of PEFT's own classes: DoRA is computed here."""
         return {(): None, ("use_dora",): None}
 
+    def device_of(self, adapter_name: str) -> torch.device:
+        """Where the adapter is; an offloaded base has no place of its own."""
+        return self.factor_parameters(adapter_name)[0].device
+
     def start_of(self, adapter_name: str) -> StartFactors:
         """The adapter's start factors."""
         return cast(StartFactors, self.lora_start[adapter_name])
+
+    def magnitude(self, adapter_name: str) -> Magnitude:
+        """The trained lengths of an adapter with DoRA."""
+        return cast(Magnitude, self.lora_magnitude_vector[adapter_name])
 
     def deltas(self, adapter_name: str) -> Deltas:
         """What is trained, as matrices: views of the parameters."""
         return Deltas(
             *self.as_matrices(*self.factor_parameters(adapter_name)),
-            self.lora_E[adapter_name] if adapter_name in self.lora_E else None,
+            self.lora_E.get(adapter_name),
         )
+
+    def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
+        """The same, float32 on the adapter's device, out of a state dict that has them under `prefix` and the names of
+        PEFT's files."""
+        keys = [*self.factor_keys, *(["lora_E"] if adapter_name in self.lora_E else [])]
+        device = self.device_of(adapter_name)
+        a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in keys)
+        return Deltas(*self.as_matrices(a, b), *e)
 
     def changed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The differences dA [r, in] and dB [out, r] of the factors from those of the start."""
@@ -171,22 +187,20 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             self.store_base(self.residual(start, config.form), start)
         self.lora_start[adapter_name] = start
         if adapter_name in self.lora_magnitude_vector:
-            self.lora_magnitude_vector[adapter_name] = Magnitude(
-                torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)
-            )
+            lengths = torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)
+            self.magnitude(adapter_name).set(lengths, lengths)
 
     def residual(self, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
         """What a stored base keeps of a dense one: the weight without its principal part; with LoftQ all of it."""
         a0 = torch.zeros_like(start.a0) if start.origin.init == "loftq" else start.a0
         return ops.residual(self.dense_base(), a0, start.b0, scaling=start.origin.scaling, **form.options())
 
-    def share_start(self, adapter_name: str, a0: Tensor, b0: Tensor, origin: Origin) -> None:
-        """Gives an adapter the start factors a0, b0: the layer's own tensors where it has them already."""
-        for start in self._starts():
-            if start.origin == origin and torch.equal(start.a0, a0) and torch.equal(start.b0, b0):
+    def share_start(self, adapter_name: str, start: StartFactors) -> None:
+        """Gives an adapter these start factors: the layer's own where it has the same already."""
+        for own in self._starts():
+            if own.origin == start.origin and torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0):
+                start = own
                 break
-        else:
-            start = StartFactors(a0, b0, origin)
         self.lora_start[adapter_name] = start
 
     def _starts(self) -> list[StartFactors]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.bases import base_product
 from pissa.layer import PissaLayer
-from pissa.magnitude import Magnitude
 from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
 
@@ -51,9 +50,12 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         base = self.base_layer
         if isinstance(base, Nf4Base):
             return base.nf4, "implicit"
-        if isinstance(base, StoredLinear):
-            if self.start_of(name) is base.start and self.scaling[name] == base.scaling:
-                return base.residual, "stored"
+        if (
+            isinstance(base, StoredLinear)
+            and self.start_of(name) is base.start
+            and self.scaling[name] == base.scaling  # PEFT's set_scale may have changed it
+        ):
+            return base.residual, "stored"
         return None, ""
 
     def _fused(self, x: Tensor, weight: Tensor | ops.Nf4Weight, residual: str, name: str) -> Tensor:
@@ -89,7 +91,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
             (da, db), start = self.changed_factors(name), self.start_of(name)
             left, right = torch.cat([db.float(), start.b0], dim=1), torch.cat([start.a0 + da.float(), da.float()])
             product = base_product(self.unmerged_base, right)
-        return cast(Magnitude, self.lora_magnitude_vector[name]).scale(left, right, product, self.scaling[name])
+        return self.magnitude(name).scale(left, right, product, self.scaling[name])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         delta = super().get_delta_weight(adapter)

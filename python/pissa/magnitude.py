@@ -21,8 +21,14 @@ class Magnitude(KeepsDtype):
 
     def __init__(self, lengths: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(lengths.clone())
-        self.register_buffer("base_lengths", lengths)
+        self.weight = nn.Parameter(lengths)
+        self.register_buffer("base_lengths", lengths.clone())
+
+    @torch.no_grad()
+    def set(self, weight: Tensor, base_lengths: Tensor) -> None:
+        """Takes these values."""
+        self.weight.copy_(weight)
+        self.base_lengths.copy_(base_lengths)
 
     def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:
         """m / ‖W + s L R‖ [out], differentiable in m.

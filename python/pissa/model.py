@@ -22,6 +22,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, targets_as_given
 from pissa.experts import fuse, unfuse
@@ -100,6 +101,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
         self.warned_of_quantised_base = False
+        self.register_forward_hook(add_orthogonality_loss)
         start(self, adapter_name)
 
     def add_adapter(
@@ -153,6 +155,12 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         model = self.base_model.unload()
         fuse(model)
         return cast(nn.Module, model)
+
+    def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
+        """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
+        `adalora.orthogonality_loss`. In training mode the model adds it, times `orth_reg_weight`, to the loss that it
+        returns; a loss of your own has to."""
+        return orthogonality_loss(self.base_model.model, adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable parameters and all parameters; a weight in 4 bits counts as one."""

@@ -58,6 +58,11 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
     return not key.endswith(".bias") and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
 
 
+def magnitude_key(layer: str) -> str:
+    """What PEFT's file calls the magnitudes [out] of a layer with DoRA, given by its name in the (unwrapped) model."""
+    return f"{PREFIX}{layer}.lora_magnitude_vector"
+
+
 def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[Factors]:
     """The factors of all layers of an adapter, given by their names in the (unwrapped) model."""
     rest, found = dict(layers), []

@@ -16,7 +16,7 @@ from torch import Tensor
 import pissa
 from pissa import ops
 from pissa._check import check_blocksize, check_residual, check_scaling, check_svd
-from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.config import IMPLICIT, Form, Init, PissaConfig
 from pissa.fingerprint import fingerprint
 from pissa.layer import PissaLayer
 from pissa.stored import Origin, StoredLinear
@@ -60,6 +60,8 @@ class LayerRecord:
             _check_rank("base.r", self.base.r)
             check_scaling(self.base.scaling, "base.scaling")
             check_svd(self.base.svd, self.base.svd_passes, self.base.seed)
+            if self.base.init not in get_args(Init):
+                raise ValueError(f"base.init: got {shown(self.base.init)}; allowed: {', '.join(get_args(Init))}")
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str) -> LayerRecord:

@@ -69,7 +69,6 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"residual": "dense"}, "residual must be one of"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": False}, "init_lora_weights=False"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"layer_replication": [(0, 2)]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
