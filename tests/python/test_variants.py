@@ -1,0 +1,329 @@
+"""DoRA, AdaLoRA and the other places to start from, each against its formula in float64 and in plain PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor, nn
+
+import devices
+import pissa
+from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
+from pissa import PissaModel, ops
+from pissa.inject import pissa_layers
+from pissa.magnitude import Magnitude
+from reference import EPS, power_law
+
+VARIANTS = {"dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
+pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+
+
+def one_layer(fields: dict[str, object], bias: bool = True, **sizes: int) -> tuple[nn.Module, nn.Linear]:
+    """A wrapped model of one linear layer whose adapter has been moved away from its start, and a copy of the layer."""
+    out_features, in_features = sizes.get("out", 20), sizes.get("into", 24)
+    generator = torch.Generator().manual_seed(3)
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(power_law(out_features, in_features, 0.5))
+        if bias:
+            linear.bias.copy_(torch.randn(out_features, generator=generator))
+    twin = nn.Linear(in_features, out_features, bias=bias)
+    twin.load_state_dict(linear.state_dict())
+    model = pissa.wrap(devices.put(nn.Sequential(linear)), r=4, target_modules=["0"], **fields)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += devices.put(0.3 * torch.randn(parameter.shape, generator=generator)) * 0.5
+    return model, twin
+
+
+def layer_of(model: nn.Module) -> object:
+    return pissa_layers(model.base_model.model, "default")["0"]
+
+
+def base_weight(model: nn.Module) -> Tensor:
+    """float64, of the base function."""
+    return devices.fetch(layer_of(model).dense_base()).double()
+
+
+def factors(model: nn.Module, gradients: bool = False) -> dict[str, Tensor]:
+    """The layer's tensors in float64."""
+    layer = layer_of(model)
+    start = layer.start_of("default")
+    tensors = {"a0": start.a0, "b0": start.b0}
+    found = layer.deltas("default")._asdict() | {"m": None}
+    if "default" in layer.lora_magnitude_vector:
+        found["m"] = layer.magnitude("default").weight
+    tensors |= {name: tensor for name, tensor in found.items() if tensor is not None}
+    doubles = {name: devices.fetch(tensor.detach()).double() for name, tensor in tensors.items()}
+    return {name: tensor.requires_grad_(gradients and name not in ("a0", "b0")) for name, tensor in doubles.items()}
+
+
+def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], scaling: float = 1.0) -> Tensor:
+    """The weight of a layer with an adapter, by the definitions."""
+    a0, b0, a, b = (tensors[name] for name in ("a0", "b0", "a", "b"))
+    if "e" in tensors:
+        values = a0.norm(dim=1, keepdim=True)
+        changed = (values + tensors["e"]) * (a0 / values + a)
+    else:
+        changed = a0 + a
+    weight = weight + scaling * ((b0 + b) @ changed - b0 @ a0)
+    if "m" in tensors:
+        weight = tensors["m"][:, None] * weight / weight.norm(dim=1, keepdim=True).detach()
+    return weight
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_and_gradients_are_those_of_the_definition(variant: str, form: str) -> None:
+    model, twin = one_layer(VARIANTS[variant] | FORMS[form], out=32, into=64)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
+    tensors = factors(model, gradients=True)
+    weight = adapted_weight(base_weight(model), tensors)
+    expected = x.double() @ weight.mT + twin.bias.double()
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    expected.backward(upstream.double())
+
+    got = model(devices.put(x))
+    got.backward(devices.put(upstream))
+    # Sums of at most 64 + 8 + 20 terms, whose absolute values add up to less than 20 times the result's norm.
+    bound = 20 * 92 * EPS[torch.float32]
+    assert error(devices.fetch(got), expected) < bound
+    layer = layer_of(model)
+    pairs = list(zip(layer.deltas("default"), ("a", "b", "e"), strict=True))
+    if variant == "dora":
+        pairs.append((layer.magnitude("default").weight, "m"))
+    for parameter, name in pairs:
+        if parameter is not None:
+            owner = next(p for p in model.parameters() if p.data_ptr() == parameter.data_ptr())
+            assert error(devices.fetch(owner.grad), tensors[name].grad) < bound, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_starts_as_the_base_learns_and_is_restored_to_the_bit(
+    variant: str, form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM", **VARIANTS[variant], **FORMS[form])
+    start = logits(model, tokens)
+    with model.disable_adapter():
+        base = logits(model, tokens)
+    if form == "implicit":
+        assert torch.equal(start, base)
+        assert torch.equal(base, logits(tiny_llama(), tokens))
+    else:  # one product with the residual, and two: the same sums in another order
+        assert error(start, base) < 1e-5
+    model.train()
+    losses = train(model, tokens)
+    model.eval()
+    assert losses[-1] < losses[0]
+    trained = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(again, tokens), trained)
+    assert train(again, tokens) == train(model, tokens)
+    with again.disable_adapter():
+        assert torch.equal(logits(again, tokens), base)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_saved_folder_is_a_plain_lora_with_the_same_function(
+    variant: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, lora_alpha=6, **VARIANTS[variant])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert error(logits(plain, tokens), logits(model.eval(), tokens)) < 1e-5
+    assert error(logits(tiny_llama(), tokens), logits(model, tokens)) > 1e-3  # it has learnt something
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merging_and_unmerging(variant: str, tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **VARIANTS[variant])
+    untrained = model.get_base_model().model.layers[0].mlp.up_proj.dense_base().clone()
+    model.merge_adapter()
+    assert torch.equal(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, untrained)
+    model.unmerge_adapter()
+    train(model, tokens)
+    trained = logits(model.eval(), tokens)
+    model.merge_adapter()
+    assert error(logits(model, tokens), trained) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), trained)
+    assert error(logits(model.merge_and_unload(), tokens), trained) < 1e-5
+
+
+def test_two_adapters_with_magnitudes_add_their_own_changes(tmp_path: Path) -> None:
+    model, twin = one_layer({"use_dora": True})
+    model.add_adapter("other", pissa.PissaConfig(r=2, target_modules=["0"], use_dora=True))
+    layer = layer_of(model)
+    layer.magnitude("other").weight.data *= 1.5
+    x = devices.put(torch.randn(5, 24, generator=torch.Generator().manual_seed(6)))
+    base = twin.to(x.device)(x)
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(x).detach()
+    model.base_model.set_adapter(["default", "other"])
+    assert error(model(x).detach(), alone["default"] + alone["other"] - base.detach()) < 8 * EPS[torch.float32]
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 9), r=st.integers(1, 4), size=st.sampled_from([0.0, 1e-3, 1.0, 30.0])
+)
+def test_lengths_of_rows_without_the_dense_change(rows: int, columns: int, r: int, size: float) -> None:
+    generator = torch.Generator().manual_seed(rows * 100 + columns * 10 + r)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[0] = 0  # a row without a direction
+    left, right = size * torch.randn(rows, r, generator=generator), torch.randn(r, columns, generator=generator)
+    magnitude = Magnitude(weight.norm(dim=1))
+    got = magnitude.scale(left, right, right @ weight.mT, 0.5).detach()
+    lengths = (weight.double() + 0.5 * left.double() @ right.double()).norm(dim=1)
+    if size == 0:
+        assert torch.equal(got, torch.ones(rows))
+    # The square is a sum of terms up to (‖w‖ + ‖l R‖)²: where they cancel, the error is relative to those.
+    terms = (weight.double().norm(dim=1) + 0.5 * (left.double().abs() @ right.double().norm(dim=1))).square()
+    for i in range(1, rows):
+        square = (magnitude.weight[i].double() / got[i].double()).square()
+        assert abs(square - lengths[i].square()) <= 8 * (columns + 2 * r) * EPS[torch.float32] * terms[i]
+
+
+def test_dora_is_refused_where_it_has_no_meaning(tiny_llama: Make) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"model\.embed_tokens is a Embedding, and use_dora is for linear layers"):
+        pissa.wrap(model, r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    assert_same(model, before)
+
+
+# ---- AdaLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_singular_values_and_vectors_are_told_apart(tiny_llama: Make) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, use_adalora=True)
+    weight = tiny_llama().model.layers[1].mlp.up_proj.weight
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    start = layer.start_of("default")
+    values, vectors = start.values_and_vectors()
+    exact = torch.linalg.svdvals(devices.fetch(weight).double())[:4]
+    assert error(devices.fetch(values[:, 0]), exact) < 1e-2  # eight passes over a flat spectrum
+    for basis in (vectors, start.b0.mT):
+        identity = torch.eye(4, device=basis.device)
+        assert (basis @ basis.mT - identity).abs().max() < 112 * EPS[torch.float32]
+    assert {name.rpartition("mlp.up_proj.")[2] for name, p in layer.named_parameters() if p.requires_grad} == {
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+        "lora_E.default",
+    }
+
+
+def test_the_loss_has_the_orthogonality_of_the_vectors(tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, use_adalora=True, orth_reg_weight=0.25)
+    assert model.orthogonality_loss() < 1e-10
+    train(model.train(), tokens)
+    expected = []
+    for layer in pissa_layers(model.base_model.model, "default").values():
+        start, deltas = layer.start_of("default"), layer.deltas("default")
+        a0 = devices.fetch(start.a0).double()
+        right = a0 / a0.norm(dim=1, keepdim=True) + devices.fetch(deltas.a.detach()).double()
+        left = devices.fetch(start.b0 + deltas.b.detach()).double()
+        for gram in (right @ right.mT, left.mT @ left):
+            expected.append((gram - torch.eye(4)).square().sum())
+    expected = torch.stack(expected).mean()
+    assert error(devices.fetch(model.orthogonality_loss().detach()), expected) < 1e-4
+
+    with torch.no_grad():
+        training = model(input_ids=tokens, labels=tokens).loss
+        evaluation = model.eval()(input_ids=tokens, labels=tokens).loss
+    assert error(devices.fetch(training - evaluation), 0.25 * expected) < 1e-4
+    with_it = train(pissa.wrap(tiny_llama(), r=4, use_adalora=True, orth_reg_weight=100.0).train(), tokens)
+    without = train(pissa.wrap(tiny_llama(), r=4, use_adalora=True, orth_reg_weight=0).train(), tokens)
+    assert with_it[0] == pytest.approx(without[0], rel=1e-6)
+    assert with_it[-1] > without[-1]
+
+
+def test_files_of_two_saves_are_told_apart(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, use_adalora=True)
+    model.save_pretrained(tmp_path / "early")
+    train(model, tokens)
+    model.save_pretrained(tmp_path / "late")
+    (tmp_path / "early" / "pissa.safetensors").replace(tmp_path / "late" / "pissa.safetensors")
+    with pytest.raises(ValueError, match=r"do not belong together.*is not made of delta_a and delta_e"):
+        PissaModel.from_pretrained(tiny_llama(), tmp_path / "late")
+
+
+# ---- Other starts ----------------------------------------------------------------------------------------------------
+
+
+def start_of(weight: Tensor, **fields: object) -> tuple[Tensor, Tensor, nn.Module]:
+    """a0, b0 in float64 of an adapter on one layer, and the model."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data.copy_(weight)
+    model = pissa.wrap(devices.put(nn.Sequential(linear)), r=4, target_modules=["0"], **fields)
+    tensors = factors(model)
+    return tensors["a0"], tensors["b0"], model
+
+
+@pytest.mark.parametrize(("init", "first"), [("pissa", 0), ("pissa_medium", 8), ("pissa_minor", 16)])
+def test_components_of_each_part_of_the_spectrum(init: str, first: int) -> None:
+    weight = power_law(20, 24, 1.0).float()
+    a0, b0, _ = start_of(weight, init=init, lora_alpha=8, svd="exact")
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    part = slice(first, first + 4)
+    # Singular vectors turn by rounding errors of the weight over the gap, 1/19 - 1/20 at the end of the spectrum.
+    assert error(2 * b0 @ a0, (u[:, part] * s[part]) @ vh[part]) < 400 * 24 * EPS[torch.float32]
+    assert torch.allclose(a0.norm(dim=1), b0.norm(dim=0), rtol=1e-5)
+
+
+def test_lora_starts_from_zero_and_from_the_seed() -> None:
+    weight = power_law(20, 24, 1.0).float()
+    a0, b0, _ = start_of(weight, init="lora", seed=1)
+    assert not b0.any()
+    assert a0.abs().max() <= 24**-0.5
+    assert a0.std() == pytest.approx((24 * 3) ** -0.5, rel=0.2)  # of a uniform distribution, 96 draws
+    assert torch.equal(start_of(weight, init="lora", seed=1)[0], a0)
+    assert not torch.equal(start_of(weight, init="lora", seed=2)[0], a0)
+
+
+def test_olora_starts_from_an_orthonormal_basis() -> None:
+    weight = power_law(20, 24, 1.0).float()
+    a0, b0, _ = start_of(weight, init="olora")
+    assert error(b0.mT @ b0, torch.eye(4).double()) < 24 * EPS[torch.float32]
+    assert error((b0 @ a0)[:, :4], weight[:, :4]) < 24 * EPS[torch.float32]  # Q R has the first columns exactly
+
+
+def test_loftq_starts_from_what_four_bits_lose() -> None:
+    weight = power_law(64, 96, 0.3).float()
+    a0, b0, model = start_of(weight, init="loftq", quant="nf4", double_quant=False, svd="exact")
+    lost = weight.double() - ops.nf4_dequantize(ops.nf4_quantize(weight, double_quant=False)).double()
+    u, s, vh = torch.linalg.svd(lost, full_matrices=False)
+    assert error(b0 @ a0, (u[:, :4] * s[:4]) @ vh[:4]) < 1e-3
+    now = weight.double() - base_weight(model)
+    assert now.norm() < lost.norm()
+    assert error(now.norm(), s[4:].norm()) < 1e-4
+
+
+@pytest.mark.parametrize("init", ["pissa_medium", "pissa_minor", "lora", "olora", "loftq"])
+@pytest.mark.parametrize("form", ["implicit", "nf4"])
+def test_every_start_is_the_base_and_is_restored(
+    init: str, form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    if init == "loftq" and form != "nf4":
+        with pytest.raises(ValueError, match='give quant="nf4" with it'):
+            pissa.PissaConfig(init=init)
+        return
+    model = pissa.wrap(tiny_llama(), r=4, init=init, **FORMS[form])
+    with model.disable_adapter():
+        base = logits(model, tokens)
+    assert error(logits(model, tokens), base) < (1e-30 if form == "implicit" else 1e-5)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
