@@ -34,14 +34,13 @@ class Magnitude(KeepsDtype):
         """m / ‖W + s L R‖ [out], differentiable in m.
 
         Args:
-            left, right: L [out, k] and R [k, in], float32.
-            product: R Wᵀ [k, out], float32.
+            left, right: L [out, k] and R [k, in], float32, detached.
+            product: R Wᵀ [k, out], float32, detached.
             scaling: s.
         """
-        with torch.no_grad():
-            # ‖w + s l R‖² = ‖w‖² + 2 s l (R wᵀ) + s² l (R Rᵀ) lᵀ for each row w of W and l of L
-            grown = 2 * scaling * (left * product.mT).sum(1) + scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
-            square = self.base_lengths.square()
-            lengths = self.base_lengths * (1 + grown / square.where(square > 0, 1)).clamp(min=0).sqrt()
-            lengths = lengths.where(square > 0, grown.clamp(min=0).sqrt())
+        # ‖w + s l R‖² = ‖w‖² + 2 s l (R wᵀ) + s² l (R Rᵀ) lᵀ for each row w of W and l of L
+        grown = 2 * scaling * (left * product.mT).sum(1) + scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
+        square = self.base_lengths.square()
+        lengths = self.base_lengths * (1 + grown / square.where(square > 0, 1)).clamp(min=0).sqrt()
+        lengths = lengths.where(square > 0, grown.clamp(min=0).sqrt())
         return (self.weight / lengths.where(lengths > 0, 1)).where(lengths > 0, 1.0)
