@@ -84,6 +84,8 @@ class Checkpoint:
         modules, embeddings = _others(model, adapter_name, layers)
         factors = factors_of(model.base_model.model, layers)
         self._check_headers(factors, layers, modules, embeddings)
+        self.weights.verify()
+        self.starts.verify()
         for name, layer in layers.items():
             self._check_base(name, layer)
             fresh = alone and adapter_name not in layer.lora_start

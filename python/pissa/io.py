@@ -8,7 +8,7 @@
                                 differences of singular values and vectors that dA is made of
 
 Start factors are frozen, so the files of two saves of one run fit each other. That the upper half of lora_A
-is A0 + dA to the bit shows that they do.
+is A0 + dA to the bit shows that they do; checksums within each file, that it is as it was written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa.files import Staged
@@ -30,6 +29,7 @@ from pissa.inject import pissa_layers
 from pissa.plain_lora import PREFIX, Matrices, factors_of, is_of_a_layer, lora_config, magnitude_key
 from pissa.record import AdapterRecord, LayerRecord
 from pissa.stored import StoredLinear
+from pissa.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
@@ -86,11 +86,11 @@ def save_adapter(
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with Staged(folder) as staged:
         staged.path(PISSA_RECORD).write_text(record.text())
-        save_file(starts, staged.path(PISSA_WEIGHTS), metadata={"format": "pt"})
+        write_tensors(staged.path(PISSA_WEIGHTS), starts)
         plain = lora_config(model.base_model.model, config, adapter_name, layers)
         staged.path(ADAPTER_CONFIG).write_text(_config_text(model, plain))
         # Renamed last: an adapter that is there is complete.
-        save_file(lora | magnitudes | others, staged.path(ADAPTER_WEIGHTS), metadata={"format": "pt"})
+        write_tensors(staged.path(ADAPTER_WEIGHTS), lora | magnitudes | others)
 
 
 def save_card(model: PissaModel, directory: str | os.PathLike[str]) -> None:

@@ -28,7 +28,13 @@ from pissa.config import PissaConfig, targets_as_given
 from pissa.experts import fuse, unfuse
 from pissa.inject import decompose, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_quantised_base
+from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
+from pissa.record import shown
+
+# Parts of the names of parameters in a model with adapters, and what stands for "no adapter" in adapter_names.
+_PEFTS_NAMES = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "weight", "bias", "__base__"}
+_PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param_names)
 
 Start = Callable[["PissaModel", str], None]
 """Gives every layer of an adapter that has just been injected its start factors."""
@@ -96,6 +102,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         start: Start,
         **kwargs: Any,
     ) -> None:
+        _check_adapter_name(adapter_name, model)
         peft_config.build_layers_with(pissa_layer)
         unfuse(model, peft_config)
         with targets_as_given():
@@ -127,6 +134,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        _check_adapter_name(adapter_name, self.base_model.model)
         config.build_layers_with(pissa_layer)
         with restored_on_error(self), targets_as_given():
             unfuse(self.base_model.model, config)
@@ -329,6 +337,27 @@ def _own_config(config: PissaConfig) -> PissaConfig:
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
     return copy.deepcopy(config)
+
+
+def _check_adapter_name(name: str, model: nn.Module) -> None:
+    """An adapter's name is that of a folder, a key of torch's dictionaries of modules, and a part of the names of
+    parameters, by which PEFT tells the adapters of a state dict apart."""
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()  # then it can be encoded, too
+        or not 0 < len(name.encode()) <= 200
+        or set(name) & set("./\\")
+    ):
+        raise ValueError(
+            f"adapter_name: got {shown(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
+            "and '\\'"
+        )
+    taken = {part for key, _ in model.named_parameters() for part in key.split(".")}
+    if name in taken | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(
+            f"adapter_name: got {name!r}, which is part of the names of the model's parameters or an attribute of "
+            f"torch's modules, so the adapter could not be told from it; give another name, such as {name + '_1'!r}"
+        )
 
 
 def _warn_of_dropout(config: PissaConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -96,7 +97,7 @@ class AdapterRecord:
             "config": _config_as_json(self.config),
             "layers": {name: layer.as_json() for name, layer in self.layers.items()},
         }
-        return json.dumps(record, indent=2, sort_keys=True) + "\n"
+        return json.dumps(record | {"sha256": checksum(record)}, indent=2, sort_keys=True) + "\n"
 
     @staticmethod
     def read(path: Path) -> AdapterRecord:
@@ -121,7 +122,7 @@ class AdapterRecord:
     def _parse(content: bytes) -> AdapterRecord:
         record = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
         fields = _typed(record, dict[str, Any], "the content")
-        for name in ("format", "config", "layers"):
+        for name in ("format", "config", "layers", "sha256"):
             if name not in fields:
                 raise ValueError(f"{name!r} is missing")
         if _typed(fields["format"], int, "format") != FORMAT:
@@ -136,7 +137,14 @@ class AdapterRecord:
                 layers[name] = _typed(layer, LayerRecord, "the record")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
+        if fields.pop("sha256") != checksum(fields):
+            raise ValueError("sha256 is not the checksum of the other fields: one of them has been changed")
         return AdapterRecord(config, layers)
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what pissa.json says besides its checksum."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:

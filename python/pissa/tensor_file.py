@@ -1,17 +1,22 @@
-"""A safetensors file that is checked by its header before a tensor of it is read."""
+"""Safetensors files with a checksum, checked by their header before a tensor of them is read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from pissa.fingerprint import fingerprint
 from pissa.record import shown, unique
+
+_CHECKSUMS = "sha256"
+"""The entry in a file's metadata that has the fingerprints of its tensors, in the order of their names."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -25,6 +30,20 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file that a TensorFile can be read from: the same bytes for the same tensors."""
+    checksums = " ".join(fingerprint(tensors[name]) for name in sorted(tensors))
+    save_file(dict(tensors), path, metadata={"format": "pt", _CHECKSUMS: checksums})
+    # safetensors writes the metadata in an order that differs from call to call.
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 class TensorFile:
@@ -48,6 +67,7 @@ class TensorFile:
             raise ValueError(
                 f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
             ) from error
+        self._checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
         self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
 
     def _refuse_duplicates(self) -> None:
@@ -75,6 +95,25 @@ class TensorFile:
             raise ValueError(
                 f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
             )
+
+    def verify(self) -> None:
+        """Checks that every tensor is, to the bit, the one that was written.
+
+        Raises:
+            ValueError: naming the file and the first tensor that is not.
+        """
+        names = sorted(self._declared)
+        if len(self._checksums) != len(names):
+            raise ValueError(
+                f"{self.path} has no checksums of its {len(names)} tensors: something else than save_pretrained wrote "
+                "it; save the adapter again, or take the file from a copy"
+            )
+        for name, checksum in zip(names, self._checksums, strict=True):
+            if fingerprint(self.read(name)) != checksum:
+                raise ValueError(
+                    f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
+                    "the adapter again, or take the file from a copy"
+                )
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in memory of its own: what becomes of the file later does not change it.

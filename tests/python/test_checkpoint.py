@@ -15,6 +15,8 @@ from torch import Tensor
 import pissa
 from language_models import FORMS, Make, logits, train
 from pissa import PissaModel
+from pissa.record import checksum
+from pissa.tensor_file import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 
@@ -110,19 +112,26 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """The checksums fit what the change leaves behind: it is found by what it breaks."""
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
+    content["sha256"] = checksum({name: value for name, value in content.items() if name != "sha256"})
     path.write_text(json.dumps(content))
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 LORA_A, LORA_B = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
@@ -181,6 +190,22 @@ DAMAGE = {
         "pissa.safetensors",
         lambda path: edit(path, lambda t: t[f"{Q}.a0"].view(torch.int32).view(-1)[3].bitwise_xor_(1)),
         f"do not belong together, or one is damaged: the tensor lora_A of layer {Q}",
+    ),
+    "a bit on the disk": (
+        "adapter_model.safetensors",
+        flip_last_bit,
+        "adapter_model.safetensors: tensor 'base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight' is damaged",
+    ),
+    "a bit of a start": ("pissa.safetensors", flip_last_bit, r"pissa.safetensors: tensor '.*\.a0' is damaged"),
+    "no checksums": (
+        "adapter_model.safetensors",
+        lambda path: save_file(load_file(path), path),
+        "adapter_model.safetensors has no checksums of its 28 tensors",
+    ),
+    "a word of the record": (
+        "pissa.json",
+        lambda path: path.write_text(path.read_text().replace('"lora_dropout": 0.0', '"lora_dropout": 0.1')),
+        "pissa.json cannot be read: sha256 is not the checksum",
     ),
 }
 
