@@ -128,14 +128,16 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
     weights, which for a base that accelerate offloads is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
         device = execution_device(layer.unmerged_base)
-        for adapters in (getattr(layer, name) for name in layer.adapter_layer_names):
-            adapter = adapters[adapter_name] if adapter_name in adapters else None
-            if isinstance(adapter, nn.Module) and any(parameter.is_meta for parameter in adapter.parameters()):
-                for parameter in adapter.to_empty(device=device).parameters():
+        parts = [getattr(layer, name) for name in layer.adapter_layer_names]
+        for part in (part for part in parts if adapter_name in part):
+            found = part[adapter_name]
+            if isinstance(found, Tensor):
+                if found.is_meta:
+                    zeros = torch.zeros_like(found, device=device)
+                    part[adapter_name] = nn.Parameter(zeros, requires_grad=found.requires_grad)
+            elif any(parameter.is_meta for parameter in found.parameters()):
+                for parameter in found.to_empty(device=device).parameters():
                     nn.init.zeros_(parameter)
-            elif isinstance(adapter, Tensor) and adapter.is_meta:
-                zeros = torch.zeros_like(adapter, device=device)
-                adapters[adapter_name] = nn.Parameter(zeros, requires_grad=adapter.requires_grad)
 
 
 # Elements of the layers that are decomposed at once, for each thread: enough for the threads to finish together, few
