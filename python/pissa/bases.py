@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -55,6 +56,13 @@ def in_memory(base: nn.Module) -> Iterator[None]:
 def is_offloaded(base: nn.Module) -> bool:
     """Whether accelerate fetches the module's weights when it is called; until then they are on the meta device."""
     return bool(has_offloaded_params(base))
+
+
+def execution_device(base: nn.Module) -> torch.device:
+    """Where the module computes: where its weights are, or where accelerate fetches them to."""
+    if is_offloaded(base):
+        return torch.device(cast(Any, base)._hf_hook.execution_device)
+    return cast(Tensor, base.weight).device
 
 
 def weight_matrix(base: nn.Module) -> Tensor:
@@ -115,4 +123,9 @@ def with_matrix(base: nn.Module, matrix: Tensor) -> nn.Module:
     twin.weight = nn.Parameter(weight, requires_grad=False)
     if "bias" in twin._parameters:
         twin.register_parameter("bias", bias_of(base))
+    if is_offloaded(base):  # and there may be no room for more weights where it computes
+        hook = cast(Any, base)._hf_hook
+        add_hook_to_module(
+            twin, AlignDevicesHook(hook.execution_device, offload=True, io_same_device=hook.io_same_device)
+        )
     return twin.train(base.training)

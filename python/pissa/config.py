@@ -1,8 +1,8 @@
 """What the user asks for: PissaConfig, a LoraConfig with the fields of the decomposition.
 
 The only file that uses private names of PEFT: `LoraConfig._register_custom_module` (experimental, says its
-documentation), through which a LoRA layer class of one's own is made known, and a conversion of targets that has to be
-kept from ours. Both are there from peft 0.21 on.
+documentation), through which a LoRA layer class of one's own is made known, a conversion of targets that has to be kept
+from ours, and the fetching of offloaded weights. All are there from peft 0.21 on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from peft import LoraConfig
+from peft.tuners import tuners_utils
 from peft.utils import transformers_weight_conversion
 from torch import nn
 
@@ -238,6 +239,18 @@ def targets_as_given() -> Iterator[None]:
         yield
     finally:
         setattr(transformers_weight_conversion, name, convert)
+
+
+@contextmanager
+def fetched_by_layers() -> Iterator[None]:
+    """Keeps PEFT, for the block, from fetching the weights of offloaded modules: it fetches the whole model at once,
+    and offloads again what is in the base's place afterwards. Our layers fetch what they need."""
+    fetch = tuners_utils.onload_layer
+    tuners_utils.onload_layer = nullcontext
+    try:
+        yield
+    finally:
+        tuners_utils.onload_layer = fetch
 
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from pissa.bases import CONVOLUTIONS, is_bitsandbytes, is_offloaded
+from pissa.bases import CONVOLUTIONS, execution_device, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.embedding import PissaEmbedding
@@ -123,6 +123,23 @@ def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLayer]:
     }
 
 
+def materialise(model: nn.Module, adapter_name: str) -> None:
+    """Puts the parameters of a new adapter, which are zero, where its layers compute: PEFT takes them to the base's
+    weights, which for a base that accelerate offloads is the meta device."""
+    for layer in pissa_layers(model, adapter_name).values():
+        device = execution_device(layer.unmerged_base)
+        parts = [getattr(layer, name) for name in layer.adapter_layer_names]
+        for part in (part for part in parts if adapter_name in part):
+            found = part[adapter_name]
+            if isinstance(found, Tensor):
+                if found.is_meta:
+                    zeros = torch.zeros_like(found, device=device)
+                    part[adapter_name] = nn.Parameter(zeros, requires_grad=found.requires_grad)
+            elif any(parameter.is_meta for parameter in found.parameters()):
+                for parameter in found.to_empty(device=device).parameters():
+                    nn.init.zeros_(parameter)
+
+
 # Elements of the layers that are decomposed at once, for each thread: enough for the threads to finish together, few
 # enough for the bar to move, and for the dense weights (float32, 16 MB) that stored bases are decomposed from.
 _GROUP = 1 << 22
@@ -181,7 +198,7 @@ def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
     group_device = None
     for name, layer in layers.items():
         elements = math.prod(layer.matrix_shape)
-        device = layer.unmerged_base.weight.device
+        device = execution_device(layer.unmerged_base)
         limit = _GROUP * torch.get_num_threads() if device.type == "cpu" else _GPU_GROUP
         if group and (size + elements > limit or device != group_device):
             yield group

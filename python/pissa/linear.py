@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import base_product
+from pissa.bases import base_product, bias_of
 from pissa.layer import PissaLayer
 from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
@@ -82,7 +82,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         """`y`, of the base and this adapter alone, with each feature scaled; y's own bits where the scale is 1."""
         if name not in self.lora_magnitude_vector:
             return y
-        bias = self.base_layer.bias
+        bias = bias_of(self.base_layer)
         linear = y if bias is None else y - bias
         return y + ((self._scale(name) - 1) * linear).to(y.dtype)
 

@@ -24,9 +24,9 @@ from torch import nn
 
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.checkpoint import Checkpoint
-from pissa.config import PissaConfig, targets_as_given
+from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
 from pissa.experts import fuse, unfuse
-from pissa.inject import decompose, pissa_layer, restored_on_error
+from pissa.inject import decompose, materialise, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_quantised_base
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
@@ -109,6 +109,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             super().__init__(model, peft_config, adapter_name, **kwargs)
         self.warned_of_quantised_base = False
         self.register_forward_hook(add_orthogonality_loss)
+        materialise(model, adapter_name)
         start(self, adapter_name)
 
     def add_adapter(
@@ -139,6 +140,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         with restored_on_error(self), targets_as_given():
             unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            materialise(self.base_model.model, adapter_name)
             start(self, adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -148,19 +150,31 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             "the folders with peft.PeftModel.from_pretrained and combine them there"
         )
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges the adapters into dense weights that take the base's place, as in PEFT."""
+        with fetched_by_layers():
+            self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Puts the base back, bit for bit."""
+        with fetched_by_layers():
+            self.base_model.unmerge_adapter()
+
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again."""
-        model = self.base_model.merge_and_unload(
-            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        with fetched_by_layers():
+            model = self.base_model.merge_and_unload(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
         fuse(model)
         return cast(nn.Module, model)
 
     def unload(self) -> nn.Module:
         """The base without adapters, as in PEFT; fused experts are fused again."""
-        model = self.base_model.unload()
+        with fetched_by_layers():
+            model = self.base_model.unload()
         fuse(model)
         return cast(nn.Module, model)
 

@@ -1,0 +1,144 @@
+"""One layer of any kind as a model, and what its adapter must compute, in float64.
+
+A kind is described by its base function `apply(x, weight, bias)`, where weight is the matrix [out, in] that PiSSA
+decomposes. It is linear in the weight, so that the bound of its rounding errors is the same function of absolute values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import pissa
+from devices import fetch
+from pissa.bases import weight_matrix
+from pissa.layer import PissaLayer
+from reference import EPS, assert_close
+
+Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+class OneLayer(nn.Module):
+    """A layer with a name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.proj = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def wrap(layer: nn.Module, **fields: object) -> pissa.PissaModel:
+    return pissa.wrap(OneLayer(layer), target_modules=["proj"], **fields)
+
+
+def adapted(model: nn.Module) -> PissaLayer:
+    return model.base_model.model.proj
+
+
+def filled(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """The layer with parameters drawn from that seed, of a size that keeps its outputs near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            size = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1.0
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def change_a_little(layer: PissaLayer, adapter: str = "default", size: float = 0.05, seed: int = 3) -> None:
+    """Gives the adapter other factors, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.factor_parameters(adapter):
+        parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def deltas64(layer: PissaLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """What is trained, as float64 matrices on the CPU that collect gradients."""
+    da, db, *_ = layer.deltas(adapter)
+    return tuple(fetch(delta.detach()).double().requires_grad_() for delta in (da, db))
+
+
+def weight64(layer: PissaLayer, base: Tensor, da: Tensor, db: Tensor, absolute: bool = False) -> Tensor:
+    """The matrix that the adapter makes of `base`: W + s (B A - B0 A0), the paper's. With `absolute` the terms that the
+    layer sums, in absolute value: of W, dB A and B0 dA."""
+    start = layer.start_of("default")
+    a0, b0, scaling = fetch(start.a0).double(), fetch(start.b0).double(), layer.scaling["default"]
+    if absolute:
+        return base.abs() + scaling * (db.abs() @ (a0.abs() + da.abs()) + b0.abs() @ da.abs())
+    return base + scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
+
+
+def assert_function_and_gradients(
+    model: nn.Module, x: Tensor, base: Tensor, bias: Tensor | None, apply: Apply, terms: int
+) -> None:
+    """The output and the gradients of the layer in float32 against the formula in float64.
+
+    Args:
+        x: input; its gradient is compared too where it asks for one.
+        base, bias: the base's, float64 on the CPU.
+        apply: the base function.
+        terms: of the longest sum that is taken, of an output or a gradient, in any order: u times that many, times the
+            sum of the terms' absolute values, bounds its rounding error.
+    """
+    layer = adapted(model)
+    change_a_little(layer)
+    y = model(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    y.backward(dy.to(y))
+    inputs = [x.grad] if x.requires_grad else []
+    got = [y, *inputs, *(layer.as_matrices(*(parameter.grad for parameter in layer.factor_parameters("default"))))]
+
+    def formula(absolute: bool) -> list[Tensor]:
+        sign = torch.abs if absolute else torch.Tensor.clone
+        at = fetch(x.detach()).double() if x.is_floating_point() else fetch(x)
+        at = sign(at).requires_grad_() if x.requires_grad else at
+        da, db = (sign(delta.detach()).requires_grad_() for delta in deltas64(layer))
+        weight = weight64(layer, base, da, db, absolute)
+        out = apply(at, weight, None if bias is None else sign(bias))
+        return [out, *torch.autograd.grad(out, [*([at] if inputs else []), da, db], sign(dy))]
+
+    # Sums of the outputs, of A x and B A x, and a handful of operations that join them.
+    unit = (terms + 2 * layer.r["default"] + 6) * EPS[torch.float32]
+    for name, value, expected, magnitude in zip(
+        ["y", *(["x.grad"] if inputs else []), "dA.grad", "dB.grad"], got, formula(False), formula(True), strict=True
+    ):
+        assert_close(value.detach(), expected.detach(), unit * magnitude.detach(), name)
+    trained = set(map(id, layer.factor_parameters("default")))
+    assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in trained)
+
+
+def assert_merges(model: nn.Module, base: Tensor) -> nn.Module:
+    """Merging rounds the sum, taken in float32, once to the base's dtype; unmerging gives the base back. Returns what
+    merge_and_unload leaves in the layer's place."""
+    layer = adapted(model)
+    change_a_little(layer)
+    before, state = layer.base_layer, {name: value.clone() for name, value in layer.base_layer.state_dict().items()}
+    da, db = (delta.detach() for delta in deltas64(layer))
+    expected, magnitude = (weight64(layer, base, da, db, absolute) for absolute in (False, True))
+    unit = (2 * layer.r["default"] + 4) * EPS[torch.float32]
+
+    model.merge_adapter()
+    assert_close(weight_matrix(layer.base_layer).detach(), expected, unit * magnitude, "merged weight")
+    model.unmerge_adapter()
+    assert layer.base_layer is before
+    assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
+    merged = model.merge_and_unload().proj
+    assert not isinstance(merged, PissaLayer)
+    return merged
+
+
+def assert_comes_back(model: nn.Module, make: Callable[[], nn.Module], x: Tensor, folder: Path) -> nn.Module:
+    """A saved adapter restored onto a fresh base computes the same bits. Returns the fresh base with the adapter as
+    plain PEFT loads it."""
+    change_a_little(adapted(model))
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        restored = pissa.PissaModel.from_pretrained(OneLayer(make()), folder)
+        assert torch.equal(restored(x), model.eval()(x))
+    return peft.PeftModel.from_pretrained(OneLayer(make()), folder)

@@ -1,0 +1,182 @@
+"""PissaConv1d to 3d: W is the weight flattened to [out, in * kernel], and a change is a convolution of r channels."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import pissa
+from devices import current, fetch, put
+from one_layer import (
+    OneLayer,
+    adapted,
+    assert_comes_back,
+    assert_function_and_gradients,
+    assert_merges,
+    change_a_little,
+    filled,
+    wrap,
+)
+from pissa import ops
+from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
+from reference import EPS, assert_close
+
+IN, OUT, R = 5, 8, 3
+
+# What differs from a plain kernel of three points in each dimension.
+CASES: dict[str, tuple[type[nn.Module], dict[str, object]]] = {
+    "1d": (nn.Conv1d, {"kernel_size": 3}),
+    "1d-all": (nn.Conv1d, {"kernel_size": 4, "stride": 2, "padding": 3, "dilation": 2, "padding_mode": "reflect"}),
+    "1d-no-bias": (nn.Conv1d, {"kernel_size": 3, "bias": False}),
+    "2d": (nn.Conv2d, {"kernel_size": 3}),
+    "2d-uneven": (nn.Conv2d, {"kernel_size": (3, 2), "stride": (1, 2), "padding": (0, 1)}),
+    "2d-point": (nn.Conv2d, {"kernel_size": 1}),
+    "2d-same": (nn.Conv2d, {"kernel_size": 3, "padding": "same"}),
+    "2d-dilated": (nn.Conv2d, {"kernel_size": 3, "padding": 2, "dilation": (2, 1)}),
+    "2d-circular": (nn.Conv2d, {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"}),
+    "2d-replicate": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "stride": 2, "padding_mode": "replicate"}),
+    "3d": (nn.Conv3d, {"kernel_size": 2}),
+    "3d-all": (nn.Conv3d, {"kernel_size": (1, 2, 3), "stride": 2, "padding": 1, "dilation": (1, 2, 1)}),
+}
+cases = pytest.mark.parametrize("case", CASES)
+KINDS = {nn.Conv1d: PissaConv1d, nn.Conv2d: PissaConv2d, nn.Conv3d: PissaConv3d}
+# PEFT's convolutions of r channels have the base's kernel, stride and padding, and nothing else of it.
+UNKNOWN_TO_PEFT = ("dilation", "padding_mode")
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would round the inputs of a convolution to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def convolution(case: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    kind, options = CASES[case]
+    return put(filled(kind(IN, OUT, **options)).to(dtype))
+
+
+def images(case: str, dtype: torch.dtype = torch.float32, batch: tuple[int, ...] = (2,)) -> Tensor:
+    dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[CASES[case][0]]
+    size = (*batch, IN, *(9, 7, 6)[:dimensions])
+    return put(torch.randn(size, generator=torch.Generator().manual_seed(7)).to(dtype))
+
+
+def plain(case: str):  # type: ignore[no-untyped-def]
+    """The convolution in float64, with a weight [out, in * kernel]."""
+    base = CASES[case][0](IN, OUT, **CASES[case][1])
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return base._conv_forward(x, weight.reshape(base.weight.shape), bias)
+
+    return apply
+
+
+def matrices(case: str) -> tuple[Tensor, Tensor | None]:
+    base = convolution(case)
+    bias = None if base.bias is None else fetch(base.bias.detach()).double()
+    return fetch(base.weight.detach()).double().flatten(1), bias
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_0_is_the_base_to_the_bit(case: str, dtype: torch.dtype) -> None:
+    base, x = convolution(case, dtype), images(case, dtype)
+    model = wrap(convolution(case, dtype), r=R)
+    assert type(adapted(model)) is KINDS[type(base)]
+    with torch.no_grad():
+        assert torch.equal(model(x), base(x))
+        change_a_little(adapted(model))
+        assert not torch.equal(model(x), base(x))
+        with model.disable_adapter():
+            assert torch.equal(model(x), base(x))
+
+
+@cases
+def test_it_starts_from_the_split_of_the_flattened_weight(case: str) -> None:
+    base = convolution(case)
+    start = adapted(wrap(base, r=R, lora_alpha=2, seed=5)).start_of("default")
+    split = ops.split(
+        base.weight.detach().flatten(1), R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5
+    )
+    assert torch.equal(start.a0, split.a0)
+    assert torch.equal(start.b0, split.b0)
+
+
+@cases
+def test_function_and_gradients(case: str) -> None:
+    model, x = wrap(convolution(case), r=R, lora_alpha=2), images(case).requires_grad_()
+    weight, bias = matrices(case)
+    points = model(x).numel() // OUT  # which dA and dB collect from
+    assert_function_and_gradients(model, x, weight, bias, plain(case), terms=max(weight.shape[1], points) + OUT)
+
+
+@cases
+def test_merge_unmerge_and_unload(case: str) -> None:
+    model, x = wrap(convolution(case), r=R, lora_alpha=2), images(case)
+    weight, bias = matrices(case)
+    merged = assert_merges(model, weight)
+    assert type(merged) is CASES[case][0]
+    kernel = fetch(merged.weight.detach()).double()
+    assert kernel.shape == convolution(case).weight.shape
+    expected = plain(case)(fetch(x).double(), kernel.flatten(1), bias)
+    magnitude = plain(case)(fetch(x).double().abs(), kernel.flatten(1).abs(), None if bias is None else bias.abs())
+    with torch.no_grad():
+        assert_close(merged(x), expected, (weight.shape[1] + 1) * EPS[torch.float32] * magnitude, "merged")
+
+    kept = convolution(case)
+    assert wrap(kept, r=R).unload().proj is kept
+
+
+def test_an_image_without_a_batch() -> None:
+    model, x = wrap(convolution("2d-uneven"), r=R), images("2d-uneven", batch=())
+    change_a_little(adapted(model))
+    with torch.no_grad():
+        alone, batch = model(x), model(x[None])[0]
+    assert alone.shape == batch.shape
+    assert_close(alone, fetch(batch).double(), 40 * EPS[torch.float32] * fetch(batch).double().abs().max(), "alone")
+
+
+@cases
+def test_a_saved_adapter_comes_back_and_plain_peft_computes_it(case: str, tmp_path: Path) -> None:
+    model, x = wrap(convolution(case), r=R, lora_alpha=2), images(case)
+    foreign = any(option in CASES[case][1] for option in UNKNOWN_TO_PEFT)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft_model = assert_comes_back(model, lambda: convolution(case), x, tmp_path)
+    said = [str(w.message) for w in caught if "padding_mode" in str(w.message)]
+    assert len(said) == foreign, said
+    if foreign:
+        assert "proj" in said[0]
+        peft_model = peft_model.merge_and_unload()
+    with torch.no_grad():
+        expected = fetch(model(x)).double()
+        weight, bias = matrices(case)
+        bound = 2 * weight.shape[1] * EPS[torch.float32] * expected.abs().max()
+        assert_close(peft_model(x), expected, bound, "plain PEFT")
+
+
+def test_groups_are_refused() -> None:
+    base = OneLayer(put(nn.Conv2d(6, 8, 3, groups=2)))
+    with pytest.raises(TypeError, match=r"proj is a Conv2d with groups=2, whose weight is not one matrix; leave it out"):
+        pissa.wrap(base, r=2, target_modules=["proj"])
+    assert type(base.proj) is nn.Conv2d
+
+
+def test_a_transposed_convolution_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"proj is a torch.nn.modules.conv.ConvTranspose2d; PiSSA adapts nn.Linear"):
+        pissa.wrap(OneLayer(put(nn.ConvTranspose2d(6, 8, 3))), r=2, target_modules=["proj"])
+
+
+def test_rank_is_limited_by_the_flattened_weight() -> None:
+    model = wrap(convolution("2d-point"), r=5)  # a kernel of one point: [8, 5]
+    assert adapted(model).start_of("default").a0.shape == (5, 5)
+    with pytest.raises(ValueError, match=r"rank 6 is too large for layer proj: its weight is 8 x 5, so at most 5"):
+        wrap(convolution("2d-point"), r=6)
+    assert math.prod(adapted(wrap(convolution("2d"), r=8)).lora_A["default"].weight.shape) == 8 * IN * 9
+    assert current.type in ("cpu", "cuda")

@@ -1,0 +1,184 @@
+"""PissaEmbedding: W is the table, transposed, and a token picks one of its columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pissa
+from devices import fetch, put
+from language_models import Make, error, logits, train
+from one_layer import (
+    OneLayer,
+    adapted,
+    assert_comes_back,
+    assert_function_and_gradients,
+    assert_merges,
+    change_a_little,
+    filled,
+    wrap,
+)
+from pissa import ops
+from pissa.embedding import PissaEmbedding
+from reference import EPS, assert_close
+
+VOCABULARY, DIM, R = 29, 20, 4
+
+
+def table(dtype: torch.dtype = torch.float32, **options: object) -> nn.Embedding:
+    return put(filled(nn.Embedding(VOCABULARY, DIM, **options)).to(dtype))
+
+
+def scaled(dtype: torch.dtype = torch.float32) -> nn.Embedding:
+    """Gemma's, which multiplies what it looks up by the root of the size."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    return put(filled(Gemma3TextScaledWordEmbedding(VOCABULARY, DIM, None, embed_scale=DIM**0.5)).to(dtype))
+
+
+def ids() -> Tensor:
+    return put(torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1)))
+
+
+def look_up(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return weight.T[x]
+
+
+def look_up_scaled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return float(torch.tensor(DIM**0.5)) * weight.T[x]
+
+
+KINDS = {"plain": (table, look_up), "scaled": (scaled, look_up_scaled)}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_step_0_is_the_base_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    make, x = KINDS[kind][0], ids()
+    model = wrap(make(dtype), r=R)
+    assert isinstance(adapted(model), PissaEmbedding)
+    with torch.no_grad():
+        assert torch.equal(model(x), make(dtype)(x))
+        with model.disable_adapter():
+            assert torch.equal(model(x), make(dtype)(x))
+
+
+@kinds
+def test_it_starts_from_the_split_of_the_transposed_table(kind: str) -> None:
+    base = KINDS[kind][0]()
+    start = adapted(wrap(base, r=R, lora_alpha=3, seed=5)).start_of("default")
+    split = ops.split(base.weight.detach().mT, R, scaling=3 / R, passes=pissa.PissaConfig().svd_passes, seed=5)
+    assert torch.equal(start.a0, split.a0)
+    assert torch.equal(start.b0, split.b0)
+    assert start.a0.shape == (R, VOCABULARY)
+    assert start.b0.shape == (DIM, R)
+
+
+@kinds
+def test_function_and_gradients(kind: str) -> None:
+    make, apply = KINDS[kind]
+    model, x = wrap(make(), r=R, lora_alpha=3), ids()
+    base = fetch(adapted(model).base_layer.weight.detach()).double().T
+    # A token's column of dA collects from all its places and features, the columns of dB from all places.
+    assert_function_and_gradients(model, x, base, None, apply, terms=x.numel() + DIM)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_rounds_the_change_once(kind: str) -> None:
+    make, apply = KINDS[kind]
+    model, x = wrap(make(torch.bfloat16), r=R), ids()
+    layer = adapted(model)
+    change_a_little(layer)
+    base, delta = (fetch(t.detach()).double() for t in (layer.base_layer.weight.T, layer.get_delta_weight("default")))
+    with torch.no_grad():
+        looked_up = fetch(make(torch.bfloat16)(x)).double()
+        expected, change = looked_up + apply(x.cpu(), delta), apply(x.cpu(), delta).abs()
+        magnitude = apply(x.cpu(), base).abs() + 2 * change
+        # The change to bfloat16, what Gemma scales it by in bfloat16, its sum with the base.
+        assert_close(model(x), expected, 3 * EPS[torch.bfloat16] * magnitude, "bfloat16")
+
+
+@kinds
+def test_merge_unmerge_and_unload(kind: str) -> None:
+    make, apply = KINDS[kind]
+    model, x = wrap(make(), r=R, lora_alpha=3), ids()
+    base = fetch(make().weight.detach()).double().T
+    merged = assert_merges(model, base)
+    assert type(merged) is type(make())
+    assert merged.weight.is_contiguous()
+    assert_close(
+        merged(x).detach(), apply(fetch(x), fetch(merged.weight.detach()).double().T), 0 * base[0, 0], "merged"
+    )
+
+    kept = make()
+    unloaded = wrap(kept, r=R).unload().proj
+    assert unloaded is kept
+
+
+@kinds
+def test_a_saved_adapter_comes_back_and_plain_peft_computes_it(kind: str, tmp_path: Path) -> None:
+    make, x = KINDS[kind][0], ids()
+    model = wrap(make(), r=R, lora_alpha=3)
+    plain = assert_comes_back(model, make, x, tmp_path)
+    with torch.no_grad():
+        expected = fetch(model(x)).double()
+        delta = adapted(model).get_delta_weight("default")
+        assert delta.abs().max() > 0
+        assert_close(plain(x), expected, 8 * R * EPS[torch.float32] * expected.abs().max(), "plain PEFT")
+
+
+def test_the_row_of_the_padding_token_collects_no_gradient() -> None:
+    """torch trains no row of padding_idx; an adapter that did would move what the base keeps at zero."""
+    model, x = wrap(table(padding_idx=2), r=R), ids()
+    x[0, :3] = 2
+    layer = adapted(model)
+    change_a_little(layer)
+    model(x).square().sum().backward()
+    gradient = layer.lora_embedding_A["default"].grad
+    assert not gradient[:, 2].any()
+    seen = [token for token in x.unique().tolist() if token != 2]
+    assert gradient[:, seen].abs().amax(0).min() > 0
+
+
+def test_a_table_that_changes_itself_is_refused() -> None:
+    base = OneLayer(table(max_norm=1.0))
+    with pytest.raises(TypeError, match=r"proj is an Embedding with max_norm=1.0, which changes its own weight; leave"):
+        pissa.wrap(base, r=R, target_modules=["proj"])
+    assert type(base.proj) is nn.Embedding
+
+
+# PEFT's advice for adapters that change the table itself
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+def test_a_tied_output_layer_keeps_the_base(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """The table of a model whose output layer shares it: the output layer stays the base's, trained or merged."""
+    base = tiny_llama(tie_word_embeddings=True)
+    before, head = logits(base, tokens), base.lm_head.weight
+    model = pissa.wrap(base, r=R, target_modules=["embed_tokens", "q_proj"])
+    assert torch.equal(logits(model, tokens), before)
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    assert base.lm_head.weight is head
+    model.save_pretrained(tmp_path)
+    again = pissa.PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), before)
+    trained = logits(model, tokens)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is head
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(merged).from_pretrained(tmp_path / "merged")
+    assert torch.equal(loaded.lm_head.weight, head)
+    assert error(logits(loaded, tokens), trained) < 1e-5  # float32, two layers
+
+
+def test_unloading_keeps_the_tie(tiny_llama: Make) -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):  # PEFT's
+        model = pissa.wrap(base, r=R, target_modules=["embed_tokens"])
+    assert model.unload().model.embed_tokens.weight is base.lm_head.weight
