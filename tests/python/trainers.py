@@ -67,11 +67,10 @@ def trainable(model: nn.Module) -> list[str]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever the block trains, nothing frozen has changed after it: the base, start factors, other adapters."""
-    before = state(model)
+    """The block trains what is trainable, and nothing else has changed after it: base, start factors, other adapters."""
+    before, trained = state(model), trainable(model)
     yield
-    trained = set(trainable(model))
-    assert trained
+    assert trainable(model) == trained
     after = state(model)
     assert before.keys() == after.keys()
     assert_equal(*({name: t for name, t in tensors.items() if name not in trained} for tensors in (before, after)))
