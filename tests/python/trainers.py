@@ -67,7 +67,7 @@ def trainable(model: nn.Module) -> list[str]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """The block trains what is trainable, and nothing else has changed after it: base, start factors, other adapters."""
+    """The block trains what is trainable, and leaves all else: the base, start factors, other adapters."""
     before, trained = state(model), trainable(model)
     yield
     assert trainable(model) == trained
