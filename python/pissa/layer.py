@@ -114,11 +114,14 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             )
         if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
             self.lora_start = nn.ModuleDict()
-            self.lora_E = nn.ParameterDict()
+            self.lora_E = nn.ModuleDict()
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         device = self.device_of(adapter_name)
         if config.use_adalora:
-            self.lora_E[adapter_name] = nn.Parameter(torch.zeros(r, 1, device=device))
+            # A module, as PEFT's factors are: TRL makes its reference by copying what is called *.default.* to *.ref.*
+            singular_values = nn.Linear(1, r, bias=False, device=device)
+            nn.init.zeros_(singular_values.weight)
+            self.lora_E[adapter_name] = singular_values
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(torch.ones(out_features, device=device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -147,15 +150,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def deltas(self, adapter_name: str) -> Deltas:
         """What is trained, as matrices: views of the parameters."""
-        return Deltas(
-            *self.as_matrices(*self.factor_parameters(adapter_name)),
-            self.lora_E.get(adapter_name),
-        )
+        e = cast(Tensor, self.lora_E[adapter_name].weight) if adapter_name in self.lora_E else None
+        return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)), e)
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
         """The same, float32 on the adapter's device, out of a state dict that has them under `prefix` and the names of
         PEFT's files."""
-        keys = [*self.factor_keys, *(["lora_E"] if adapter_name in self.lora_E else [])]
+        keys = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
         device = self.device_of(adapter_name)
         a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in keys)
         return Deltas(*self.as_matrices(a, b), *e)

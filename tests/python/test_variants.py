@@ -220,7 +220,7 @@ def test_singular_values_and_vectors_are_told_apart(tiny_llama: Make) -> None:
     assert {name.rpartition("mlp.up_proj.")[2] for name, p in layer.named_parameters() if p.requires_grad} == {
         "lora_A.default.weight",
         "lora_B.default.weight",
-        "lora_E.default",
+        "lora_E.default.weight",
     }
 
 

@@ -1,0 +1,78 @@
+"""What the tests of trainers share: short runs on the CPU, and what they log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+FORMS: dict[str, dict[str, str]] = {"implicit": {}, "nf4": {"quant": "nf4"}}
+"""Fields of PissaConfig: a base that stays as it is, and one in 4 bits."""
+
+forms = pytest.mark.parametrize("form", FORMS)
+
+QUIET = (
+    # An nf4 adapter says, when it is saved, what the plain LoRA beside it lacks.
+    "ignore:The residual of the base is stored as:UserWarning",
+    # transformers 5 has renamed gradient checkpointing to activation checkpointing, and calls itself by the old names.
+    "ignore:`gradient_checkpointing.*is deprecated:FutureWarning",
+)
+"""Warnings that are expected in these runs."""
+
+
+def options(folder: Path, **others: Any) -> dict[str, Any]:
+    """Arguments of a run of 6 steps with a checkpoint after 3."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 11,
+        **others,
+    }
+
+
+def logged(run: Any, key: str = "loss") -> list[float]:
+    """What a trainer has logged under `key`, step by step."""
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Two state dicts are the same to the bit."""
+    assert ours.keys() == theirs.keys()
+    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert not different
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """Names of the parameters that are trained."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """The block trains what is trainable, and leaves all else: the base, start factors, other adapters."""
+    before, trained = state(model), trainable(model)
+    yield
+    assert trainable(model) == trained
+    after = state(model)
+    assert before.keys() == after.keys()
+    assert_equal(*({name: t for name, t in tensors.items() if name not in trained} for tensors in (before, after)))
+    moved = [name for name in trained if not torch.equal(before[name], after[name])]
+    assert moved
