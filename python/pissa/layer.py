@@ -17,6 +17,7 @@ from pissa.bases import bias_of, dense_dtype, dense_kind, weight_matrix, with_ma
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import fingerprint
 from pissa.magnitude import Magnitude
+from pissa.nf4 import Nf4Base
 from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, stored_linear
 
 
@@ -75,6 +76,15 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def matrix_shape(self) -> tuple[int, int]:
         """Of the weight as a matrix: out, in."""
         return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base, or of what is merged: its parameter where it is dense, else decoded to its dtype. Models
+        ask for it: T5 casts what a layer is given to the dtype of its weight, which codes in 4 bits have not."""
+        base = self.base_layer
+        if isinstance(base, (StoredLinear, Nf4Base)):
+            return self.dense_base().to(dense_dtype(base))
+        return cast(Tensor, base.weight)
 
     @property
     def form(self) -> Form:

@@ -96,6 +96,17 @@ def test_start_is_the_base_and_zero_in_the_parameters(form: str) -> None:
 
 
 @forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dtype) -> None:
+    model = wrapped(form, dtype=dtype)
+    layer = model.base_model.model.proj
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.weight, layer.dense_base().to(dtype))
+    model.merge_adapter()
+    assert layer.weight is layer.base_layer.weight
+
+
+@forms
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_function_and_gradients_are_the_papers(form: str, rslora: bool, bias: bool) -> None:

@@ -1,0 +1,242 @@
+"""What an adapter has to be on every architecture. Each check makes its own model and raises AssertionError; the tests
+and the table in the README run the same ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+import pissa
+import reference
+from architectures import Architecture
+from pissa import PissaModel
+from pissa.inject import pissa_layers
+
+ADAPTER = "default"
+Fields = Mapping[str, Any]
+"""Fields of PissaConfig: which form the base takes."""
+
+
+# ---- The adapted function by its definition --------------------------------------------------------------------------
+
+
+class InDouble(TorchFunctionMode):
+    """Computes in float64 what transformers computes in float32 whatever the model's dtype is: norms, softmax, rotary
+    embeddings, routers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
+        return torch.Tensor.double(*args) if func is torch.Tensor.float else func(*args, **kwargs)
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with InDouble():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class Evaluation(NamedTuple):
+    """A loss, the logits, and the gradients of what is trained: the two factors of each layer, as matrices, under the
+    layer's name, and other parameters under their names in the base."""
+
+    loss: Tensor
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+
+def evaluation(model: PissaModel, batch: dict[str, Tensor]) -> Evaluation:
+    """Of a wrapped model, by its own code."""
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    gradients = {}
+    factors = set()
+    for name, layer in pissa_layers(model.base_model.model, ADAPTER).items():
+        parameters = layer.factor_parameters(ADAPTER)
+        factors |= {id(parameter) for parameter in parameters}
+        # An expert that no token is sent to has no gradient.
+        pair = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients |= dict(zip((f"{name} A", f"{name} B"), layer.as_matrices(*pair), strict=True))
+    for name, parameter in model.base_model.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in factors:
+            gradients[in_base(name)] = parameter.grad
+    return Evaluation(output.loss.detach(), output.logits.detach(), gradients)
+
+
+def in_base(name: str) -> str:
+    """What a parameter of an adapted module is called in the base."""
+    return name.replace(".base_layer", "").replace(f".modules_to_save.{ADAPTER}", "")
+
+
+def definition(
+    architecture: Architecture, model: PissaModel, batch: dict[str, Tensor], dtype: torch.dtype
+) -> Evaluation:
+    """The same by the definition: a fresh base, run by its own code with the weights W + s ((B0 + dB) (A0 + dA) - B0 A0)
+    in the place of W, and gradients from autograd. W is Q + s B0 A0 where the base is stored."""
+    base = architecture.make().to(dtype)
+    values = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
+    values = {name: value.detach() for name, value in values.items()}
+    leaves: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, layer in pissa_layers(model.base_model.model, ADAPTER).items():
+        start, scaling = layer.start_of(ADAPTER), layer.scaling[ADAPTER]
+        a0, b0 = start.a0.to(dtype), start.b0.to(dtype)
+        da, db = (delta.detach().to(dtype).requires_grad_() for delta in layer.deltas(ADAPTER)[:2])
+        leaves |= {f"{name} A": da, f"{name} B": db}
+        expert = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", name)
+        stack = f"{expert[1]}.{expert[3]}" if expert else ""
+        key = stack if stack in values else f"{name}.weight"
+        if layer.form.residual == "implicit":
+            old = values[key][int(expert[2])] if key == stack else values[key]
+            change = scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
+            weight = old + as_weight(change, base, name, old.shape)
+        else:
+            q = layer.unmerged_base.dense_residual().to(dtype)
+            weight = as_weight(q + scaling * (b0 + db) @ (a0 + da), base, name, q.shape)
+        if key == stack:
+            stacks.setdefault(stack, {})[int(expert[2])] = weight
+        else:
+            values[key] = weight
+    for key, experts in stacks.items():
+        values[key] = torch.stack([experts[index] for index in range(len(experts))])
+    factors = {id(p) for layer in pissa_layers(model, ADAPTER).values() for p in layer.factor_parameters(ADAPTER)}
+    for name, parameter in model.base_model.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in factors:
+            leaves[in_base(name)] = values[in_base(name)] = parameter.detach().to(dtype).requires_grad_()
+    arguments = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    with in_double() if dtype == torch.float64 else nullcontext():
+        # Untied, since a weight that is tied to an adapted one stays the base's.
+        output = functional_call(base, values, kwargs=arguments, tie_weights=False)
+    gradients = torch.autograd.grad(output.loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return Evaluation(output.loss.detach(), output.logits.detach(), dict(zip(leaves, gradients, strict=True)))
+
+
+def as_weight(matrix: Tensor, base: nn.Module, name: str, shape: torch.Size) -> Tensor:
+    """A matrix [out, in] as the weight of the base's module of that name."""
+    module = dict(base.named_modules()).get(name)
+    if isinstance(module, (Conv1D, nn.Embedding)):
+        return matrix.T
+    return matrix.reshape(shape)
+
+
+# Ours and the definition in float32 sum the same products in another order, so their errors have one size; that of a
+# single number, such as the loss, may be small by luck. A mistake is thousands of times as large.
+SPREAD = 16
+
+
+def assert_as_accurate(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """Whether `got` misses the float64 value by no more than SPREAD times what the definition in float32, `plain`,
+    misses it by, or one rounding of every element."""
+    norm = torch.linalg.vector_norm
+    error, allowed = norm(got.double() - exact), norm(plain.double() - exact)
+    allowed = SPREAD * max(allowed, reference.EPS[torch.float32] * norm(exact))
+    assert error <= allowed, f"{what}: error {error:.2e} of {norm(exact):.2e}, allowed {allowed:.2e}"
+
+
+# ---- What the checks do with a model ---------------------------------------------------------------------------------
+
+
+def wrapped(architecture: Architecture, form: Fields) -> PissaModel:
+    return pissa.wrap(architecture.make(), **architecture.config(**form)).eval()
+
+
+def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits, without a graph."""
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+    return logits
+
+
+def nudge(model: PissaModel) -> None:
+    """Moves what is trained away from its start by a tenth of the start factors' size."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in pissa_layers(model, ADAPTER).values():
+        start = layer.start_of(ADAPTER)
+        with torch.no_grad():
+            for delta, factor in zip(layer.deltas(ADAPTER), (start.a0, start.b0), strict=False):
+                noise = torch.randn(delta.shape, generator=generator).to(delta)
+                delta.copy_(0.1 * factor.square().mean().sqrt() * noise)
+
+
+def step(model: PissaModel, batch: dict[str, Tensor]) -> None:
+    """One step of AdamW in training mode."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)  # for models with dropout
+        model.train()
+        model(**batch).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+    model.eval()
+
+
+# ---- The checks ------------------------------------------------------------------------------------------------------
+
+
+def check_start(architecture: Architecture, form: Fields) -> None:
+    """Every layer starts from the principal part of its weight as a matrix."""
+    model = wrapped(architecture, {**form, "svd": "exact"})
+    fresh = architecture.make()
+    layers = pissa_layers(model.base_model.model, ADAPTER)
+    assert layers
+    for name, layer in layers.items():
+        weight = base_matrix(fresh, name).double()
+        start, scaling = layer.start_of(ADAPTER), layer.scaling[ADAPTER]
+        left = torch.linalg.matrix_norm(weight - scaling * start.b0.double() @ start.a0.double())
+        best = torch.linalg.vector_norm(torch.linalg.svdvals(weight)[layer.r[ADAPTER] :])
+        # A float32 SVD is that of a matrix which differs by about its size in roundings.
+        rounding = max(weight.shape) * reference.EPS[torch.float32] * torch.linalg.matrix_norm(weight)
+        assert left <= best + rounding, f"{name}: {left} is left of the weight, {best} with the exact SVD"
+
+
+def base_matrix(base: nn.Module, name: str) -> Tensor:
+    """The weight of the layer of that name, an expert's too, as a matrix [out, in]."""
+    modules = dict(base.named_modules())
+    if name not in modules:
+        path, index, leaf = name.rsplit(".", 2)
+        return getattr(modules[path], leaf).detach()[int(index)]
+    module = modules[name]
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, (Conv1D, nn.Embedding)) else weight.flatten(1)
+
+
+def check_step_0(architecture: Architecture, form: Fields) -> None:
+    """Before the first step the model is its base, bit for bit: the one it was given, or, in 4 bits, the quantised one."""
+    batch = architecture.batch()
+    model = wrapped(architecture, form)
+    logits = output(model, batch)
+    if not form:
+        assert torch.equal(logits, output(architecture.make(), batch))
+    with model.disable_adapter():
+        assert torch.equal(logits, output(model, batch))
+
+
+def check_gradients(architecture: Architecture, form: Fields) -> None:
+    """Loss, logits and gradients are those of the definition."""
+    batch = architecture.batch()
+    model = wrapped(architecture, form)
+    nudge(model)
+    ours = evaluation(model, batch)
+    plain = definition(architecture, model, batch, torch.float32)
+    exact = definition(architecture, model, batch, torch.float64)
+    assert_as_accurate(ours.loss, plain.loss, exact.loss, "loss")
+    assert_as_accurate(ours.logits, plain.logits, exact.logits, "logits")
+    assert ours.gradients.keys() == exact.gradients.keys()
+    assert any(gradient.any() for gradient in exact.gradients.values())
+    for name, gradient in exact.gradients.items():
+        assert_as_accurate(ours.gradients[name], plain.gradients[name], gradient, name)
