@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 import pissa
 from devices import current, fetch, put
@@ -101,9 +100,7 @@ def test_step_0_is_the_base_to_the_bit(case: str, dtype: torch.dtype) -> None:
 def test_it_starts_from_the_split_of_the_flattened_weight(case: str) -> None:
     base = convolution(case)
     start = adapted(wrap(base, r=R, lora_alpha=2, seed=5)).start_of("default")
-    split = ops.split(
-        base.weight.detach().flatten(1), R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5
-    )
+    split = ops.split(base.weight.detach().flatten(1), R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5)
     assert torch.equal(start.a0, split.a0)
     assert torch.equal(start.b0, split.b0)
 
@@ -163,7 +160,9 @@ def test_a_saved_adapter_comes_back_and_plain_peft_computes_it(case: str, tmp_pa
 
 def test_groups_are_refused() -> None:
     base = OneLayer(put(nn.Conv2d(6, 8, 3, groups=2)))
-    with pytest.raises(TypeError, match=r"proj is a Conv2d with groups=2, whose weight is not one matrix; leave it out"):
+    with pytest.raises(
+        TypeError, match=r"proj is a Conv2d with groups=2, whose weight is not one matrix; leave it out"
+    ):
         pissa.wrap(base, r=2, target_modules=["proj"])
     assert type(base.proj) is nn.Conv2d
 

@@ -194,10 +194,10 @@ def test_same_rank_and_scaling_share_start_factors(form: str) -> None:
     layer = model.base_model.model.proj
     model.add_adapter("same", pissa.PissaConfig(r=R, target_modules=["proj"]))
     model.add_adapter("rank", pissa.PissaConfig(r=2, target_modules=["proj"]))
-    model.add_adapter("scaling", pissa.PissaConfig(r=R, lora_alpha=2 * R, target_modules=["proj"]))
+    model.add_adapter("scaled", pissa.PissaConfig(r=R, lora_alpha=2 * R, target_modules=["proj"]))
     assert layer.start_of("same").a0 is layer.start_of("default").a0
     assert layer.start_of("same").b0 is layer.start_of("default").b0
-    for other in ("rank", "scaling"):
+    for other in ("rank", "scaled"):
         assert layer.start_of(other) is not layer.start_of("default")
     # the base function stays, so that another rank decomposes what the base computes
     split = ops.split(dense_base(layer).float(), 2)
