@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
+import torch
 from peft.tuners.lora.layer import Conv1d as LoraConv1d
 from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Conv3d as LoraConv3d
@@ -20,6 +22,12 @@ class PissaConvolution(PissaLayer):
     def matrix_shape(self) -> tuple[int, int]:
         weight = self.base_layer.weight
         return weight.shape[0], weight[0].numel()
+
+    @property
+    def is_peft_compatible(self) -> bool:
+        """Whether PEFT's LoRA layer moves over the input as the base does: it has its kernel, stride and padding."""
+        base = self.unmerged_base
+        return set(base.dilation) == {1} and base.padding_mode == "zeros"
 
     def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
@@ -45,9 +53,12 @@ class PissaConvolution(PissaLayer):
         return cast(Tensor, base._conv_forward(x, a.reshape(-1, *base.weight.shape[1:]), None))
 
     def _mix(self, channels: Tensor, b: Tensor) -> Tensor:
-        """b [out, r] at each point of `channels` [batch, r, ...]."""
-        points = channels.shape[2 - self._kernel_dim :]
-        return (b @ channels.flatten(-len(points))).reshape(*channels.shape[: -len(points) - 1], len(b), *points)
+        """b [out, r] at each point of `channels` [batch, r, ...]; the batch may be missing."""
+        place = 1 - self._kernel_dim  # of the channels
+        points = channels.reshape(-1, b.shape[1], math.prod(channels.shape[place + 1 :]))
+        # `@` would choose another product, and other bits, for a b that collects no gradient.
+        mixed = torch.bmm(b.expand(len(points), -1, -1), points)
+        return mixed.reshape(*channels.shape[:place], len(b), *channels.shape[place + 1 :])
 
 
 class PissaConv1d(PissaConvolution, LoraConv1d):  # type: ignore[misc]

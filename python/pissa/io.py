@@ -24,6 +24,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
+from pissa.convolution import PissaConvolution
 from pissa.files import Staged
 from pissa.inject import pissa_layers
 from pissa.plain_lora import PREFIX, Matrices, factors_of, is_of_a_layer, lora_config, magnitude_key
@@ -103,21 +104,37 @@ def save_card(model: PissaModel, directory: str | os.PathLike[str]) -> None:
         staged.path("README.md").write_bytes(card.read_bytes())
 
 
-def warn_of_quantised_base(model: PissaModel) -> None:
+def warn_of_plain_lora(model: PissaModel) -> None:
     """Says, once for each model, where the plain LoRA is not the function that was trained."""
+    if model.warned_of_plain_lora:
+        return
     forms = {
         module.form.residual
         for module in model.modules()
         if isinstance(module, StoredLinear)
         and not (module.form.residual == "explicit" and module.dtype == torch.float32)
     }
-    if forms and not model.warned_of_quantised_base:
-        model.warned_of_quantised_base = True
+    if forms:
+        model.warned_of_plain_lora = True
         warnings.warn(
             f"The residual of the base is stored as {' and '.join(sorted(forms))}. {ADAPTER_WEIGHTS} is a "
             "LoRA adapter for the unmodified base, which lacks the error of that storage, so there it is "
             "only approximately the function that was trained: Quant(W_res) + BA != W + (BA - B0 A0). "
             "PissaModel.from_pretrained restores the trained function exactly.",
+            UserWarning,
+            stacklevel=3,
+        )
+    unlike_peft = [
+        name
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, PissaConvolution) and not module.is_peft_compatible
+    ]
+    if unlike_peft:
+        model.warned_of_plain_lora = True
+        warnings.warn(
+            f"{len(unlike_peft)} convolutions, {unlike_peft[0]} the first, have a dilation or a padding_mode, which "
+            f"LoRA layers of PEFT 0.21 leave out: there {ADAPTER_WEIGHTS} is the function that was trained once the "
+            "adapter is merged, with merge_and_unload, and not before.",
             UserWarning,
             stacklevel=3,
         )

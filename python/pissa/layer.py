@@ -43,6 +43,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     base_layer: Any  # a module; which one depends on the kind and on what is merged
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> None:
+        self._target_name = kwargs[
+            "target_name"
+        ]  # PEFT's embeddings and convolutions make their first adapter without it
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.lora_unmerged: nn.Module | None = None
         self._known_fingerprint: tuple[tuple[int, int, torch.dtype], str] | None = None
@@ -118,7 +121,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         limit = min(in_features, out_features)
         if r > limit:
             raise ValueError(
-                f"rank {r} is too large for layer {kwargs['target_name']}: its weight is {out_features} "
+                f"rank {r} is too large for layer {self._target_name}: its weight is {out_features} "
                 f"x {in_features}, so at most {limit}. Lower r, give this layer a rank of its own in "
                 "rank_pattern, or leave it out with exclude_modules"
             )

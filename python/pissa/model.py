@@ -27,7 +27,7 @@ from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
 from pissa.experts import fuse, unfuse
 from pissa.inject import decompose, materialise, pissa_layer, restored_on_error
-from pissa.io import save_adapter, save_card, warn_of_quantised_base
+from pissa.io import save_adapter, save_card, warn_of_plain_lora
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
 from pissa.record import shown
@@ -107,7 +107,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         unfuse(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.warned_of_quantised_base = False
+        self.warned_of_plain_lora = False
         self.register_forward_hook(add_orthogonality_loss)
         materialise(model, adapter_name)
         start(self, adapter_name)
@@ -236,7 +236,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
                 f"{list(self.peft_config)} - got {unknown}."
             )
         if is_main_process:
-            warn_of_quantised_base(self)
+            warn_of_plain_lora(self)
             save_card(self, save_directory)
             for name in names:
                 save_adapter(self, name, save_directory, state_dict, save_embedding_layers)

@@ -1,7 +1,8 @@
 """One layer of any kind as a model, and what its adapter must compute, in float64.
 
 A kind is described by its base function `apply(x, weight, bias)`, where weight is the matrix [out, in] that PiSSA
-decomposes. It is linear in the weight, so that the bound of its rounding errors is the same function of absolute values.
+decomposes. It is linear in x and in the weight, so that the bound of its rounding errors is the same function of
+absolute values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pissa
-from devices import fetch
+from devices import fetch, put
 from pissa.bases import weight_matrix
 from pissa.layer import PissaLayer
 from reference import EPS, assert_close
@@ -74,6 +75,28 @@ def weight64(layer: PissaLayer, base: Tensor, da: Tensor, db: Tensor, absolute: 
     return base + scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
 
 
+def unit_error(layer: PissaLayer, terms: int) -> float:
+    """Relative to the sum of all terms' absolute values: a sum of that many terms, in any order, two of the adapter's
+    rank, of A x and of B A x, and a handful of operations that join them, in float32."""
+    return (terms + 2 * layer.r["default"] + 6) * EPS[torch.float32]
+
+
+def assert_output(
+    y: Tensor, layer: PissaLayer, x: Tensor, base: Tensor, bias: Tensor | None, apply: Apply, terms: int, what: str
+) -> None:
+    """The output `y` for x, in float32, against the formula in float64; see `assert_function_and_gradients`."""
+    x = fetch(x.detach())
+    x = x.double() if x.is_floating_point() else x
+    delta = [delta.detach() for delta in deltas64(layer)]
+    expected = apply(x, weight64(layer, base, *delta), bias)
+    sizes = (
+        x.abs(),
+        weight64(layer, base, *(d.abs() for d in delta), absolute=True),
+        None if bias is None else bias.abs(),
+    )
+    assert_close(y.detach(), expected, unit_error(layer, terms) * apply(*sizes), what)
+
+
 def assert_function_and_gradients(
     model: nn.Module, x: Tensor, base: Tensor, bias: Tensor | None, apply: Apply, terms: int
 ) -> None:
@@ -83,32 +106,31 @@ def assert_function_and_gradients(
         x: input; its gradient is compared too where it asks for one.
         base, bias: the base's, float64 on the CPU.
         apply: the base function.
-        terms: of the longest sum that is taken, of an output or a gradient, in any order: u times that many, times the
-            sum of the terms' absolute values, bounds its rounding error.
+        terms: of the longest sum that is taken, of an output or a gradient.
     """
     layer = adapted(model)
     change_a_little(layer)
     y = model(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    y.backward(dy.to(y))
-    inputs = [x.grad] if x.requires_grad else []
-    got = [y, *inputs, *(layer.as_matrices(*(parameter.grad for parameter in layer.factor_parameters("default"))))]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    y.backward(put(dy))
+    got = [
+        *([x.grad] if x.requires_grad else []),
+        *layer.as_matrices(*(p.grad for p in layer.factor_parameters("default"))),
+    ]
 
-    def formula(absolute: bool) -> list[Tensor]:
-        sign = torch.abs if absolute else torch.Tensor.clone
-        at = fetch(x.detach()).double() if x.is_floating_point() else fetch(x)
-        at = sign(at).requires_grad_() if x.requires_grad else at
+    def gradients(absolute: bool) -> list[Tensor]:
+        sign = torch.abs if absolute else torch.clone
+        at = fetch(x.detach())
+        at = sign(at.double()).requires_grad_(x.requires_grad) if x.is_floating_point() else at
         da, db = (sign(delta.detach()).requires_grad_() for delta in deltas64(layer))
-        weight = weight64(layer, base, da, db, absolute)
-        out = apply(at, weight, None if bias is None else sign(bias))
-        return [out, *torch.autograd.grad(out, [*([at] if inputs else []), da, db], sign(dy))]
+        out = apply(at, weight64(layer, base, da, db, absolute), bias)
+        wanted = [at, da, db] if x.requires_grad else [da, db]
+        return list(torch.autograd.grad(out, wanted, sign(dy.double())))
 
-    # Sums of the outputs, of A x and B A x, and a handful of operations that join them.
-    unit = (terms + 2 * layer.r["default"] + 6) * EPS[torch.float32]
-    for name, value, expected, magnitude in zip(
-        ["y", *(["x.grad"] if inputs else []), "dA.grad", "dB.grad"], got, formula(False), formula(True), strict=True
-    ):
-        assert_close(value.detach(), expected.detach(), unit * magnitude.detach(), name)
+    assert_output(y, layer, x, base, bias, apply, terms, "output")
+    names = ["x", "dA", "dB"] if x.requires_grad else ["dA", "dB"]
+    for name, value, expected, size in zip(names, got, gradients(False), gradients(True), strict=True):
+        assert_close(value, expected, unit_error(layer, terms) * size, f"gradient of {name}")
     trained = set(map(id, layer.factor_parameters("default")))
     assert all(parameter.grad is None for parameter in model.parameters() if id(parameter) not in trained)
 
@@ -121,10 +143,8 @@ def assert_merges(model: nn.Module, base: Tensor) -> nn.Module:
     before, state = layer.base_layer, {name: value.clone() for name, value in layer.base_layer.state_dict().items()}
     da, db = (delta.detach() for delta in deltas64(layer))
     expected, magnitude = (weight64(layer, base, da, db, absolute) for absolute in (False, True))
-    unit = (2 * layer.r["default"] + 4) * EPS[torch.float32]
-
     model.merge_adapter()
-    assert_close(weight_matrix(layer.base_layer).detach(), expected, unit * magnitude, "merged weight")
+    assert_close(weight_matrix(layer.base_layer).detach(), expected, unit_error(layer, 1) * magnitude, "merged weight")
     model.unmerge_adapter()
     assert layer.base_layer is before
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
