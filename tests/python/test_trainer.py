@@ -1,19 +1,21 @@
-"""transformers' Trainer on a small Llama: it trains, saves, resumes, and reloads the best model."""
+"""transformers' Trainer on a small Llama: it trains with what users turn on, saves, resumes, and reloads the best model."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pissa
-from language_models import Make
-from pissa import PissaModel
+from language_models import Make, logits
+from pissa import PissaLinear, PissaModel
+from trainers import FORMS, QUIET, assert_equal, forms, logged, options, state, trainable, unchanged
 
-FORMS = {"implicit": {}, "nf4": {"quant": "nf4"}}
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -22,55 +24,167 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer(model: nn.Module, folder: Path, **options: object):
+def trainer(model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer | None = None, **others: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=4,
-        max_steps=6,
-        learning_rate=1e-2,
-        weight_decay=0.0,
-        logging_steps=1,
-        save_steps=3,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=11,
-        **options,
-    )
-    return Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows()[:4])
+    arguments = TrainingArguments(**options(folder, **others))
+    return Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows()[:4], optimizers=(optimizer, None))
 
 
-def losses(run: object) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "evaluated in between": {"eval_strategy": "steps", "eval_steps": 2},
+    "gradients accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "bfloat16": {"bf16": True},
+}
+settings = pytest.mark.parametrize("setting", SETTINGS)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
+@settings
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    form: str, setting: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    whole = trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / "whole")
-    whole.train()
-    assert losses(whole)[-1] < losses(whole)[0]
+    whole = trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / "whole", **SETTINGS[setting])
+    with unchanged(whole.model):
+        whole.train()
+    assert logged(whole)[-1] < logged(whole)[0]
 
-    resumed = trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / "resumed")
+    resumed = trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / "resumed", **SETTINGS[setting])
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert losses(resumed) == losses(whole)
-    ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert logged(resumed) == logged(whole)
+    assert_equal(state(resumed.model), state(whole.model))
 
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "resumed" / "checkpoint-6")
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=tokens).logits, whole.model.eval()(input_ids=tokens).logits)
+    model = whole.accelerator.unwrap_model(whole.model, keep_fp32_wrapper=False).eval()
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
-def test_the_best_model_is_loaded_at_the_end(tiny_llama: Make, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4)
-    run = trainer(model, tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+@settings
+def test_it_starts_at_the_loss_of_the_base(setting: str, tiny_llama: Make, tmp_path: Path) -> None:
+    losses = [
+        trainer(model, tmp_path, **SETTINGS[setting]).evaluate()["eval_loss"]
+        for model in (tiny_llama(), pissa.wrap(tiny_llama(), r=4))
+    ]
+    assert losses[0] == losses[1]
+
+
+@forms
+def test_what_only_saves_memory_or_looks_on_changes_no_bit(form: str, tiny_llama: Make, tmp_path: Path) -> None:
+    names = ["plain", "evaluated in between", "checkpointing", "reentrant checkpointing"]
+    runs = {
+        name: trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / name, **SETTINGS[name]) for name in names
+    }
+    for run in runs.values():
+        run.train()
+    for run in runs.values():
+        assert logged(run) == logged(runs["plain"])
+        assert_equal(state(run.model), state(runs["plain"].model))
+
+
+@forms
+def test_accumulated_gradients_are_those_of_the_whole_batch(form: str, tiny_llama: Make, tmp_path: Path) -> None:
+    # One step from the start: SGD moves the parameters by the gradient. Its entries are sums over 4 x 8 tokens, halved
+    # here into two; both orders of summation lie within n u sum|terms| of the exact one.
+    moved = []
+    for setting in ("plain", "gradients accumulated"):
+        model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+        trainer(model, tmp_path, optim="sgd", max_steps=1, max_grad_norm=0.0, **SETTINGS[setting]).train()
+        moved.append(torch.cat([model.get_parameter(name).detach().flatten() for name in trainable(model)]))
+    assert (moved[0] - moved[1]).norm() <= 2 * 32 * 2**-24 * moved[0].norm()
+    assert moved[0].norm() > 0
+
+
+def test_the_best_model_is_loaded_at_the_end(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    # "Best" is the highest loss here, which an earlier checkpoint has than the last.
+    best = {"eval_strategy": "steps", "load_best_model_at_end": True, "greater_is_better": True}
+    model = pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"])
+    run = trainer(model, tmp_path, eval_steps=3, **best)
     run.train()
-    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
-    best = PissaModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-6")
-    ids = rows()[0]["input_ids"][None]
-    with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=ids).logits, best(input_ids=ids).logits)
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    loaded = logits(model.eval(), tokens)
+    third, last = (PissaModel.from_pretrained(tiny_llama(), tmp_path / f"checkpoint-{step}") for step in (3, 6))
+    assert torch.equal(loaded, logits(third, tokens))
+    assert not torch.equal(loaded, logits(last, tokens))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "nf4, a head and norms": {"modules_to_save": ["lm_head", "input_layernorm"], "quant": "nf4"},
+    "dora": {"use_dora": True},
+    "adalora": {"use_adalora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_is_trained_is_resumed(kind: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    whole = trainer(pissa.wrap(tiny_llama(), r=4, **KINDS[kind]), tmp_path / "whole")
+    before = state(whole.model)
+    with unchanged(whole.model):
+        whole.train()
+    still = [name for name in trainable(whole.model) if torch.equal(whole.model.get_parameter(name), before[name])]
+    assert not still
+    resumed = trainer(pissa.wrap(tiny_llama(), r=4, **KINDS[kind]), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    assert_equal(state(resumed.model), state(whole.model))
+
+
+# -- optimisers
+
+
+@forms
+def test_lora_plus_gives_b_a_rate_of_its_own(form: str, tiny_llama: Make, tmp_path: Path) -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = pissa.wrap(tiny_llama(), r=4, target_modules=["q_proj", "up_proj", "embed_tokens"][: 3 - (form == "nf4")])
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert sorted(rates) == sorted(trainable(model))
+    for name, rate in rates.items():
+        assert rate == (1e-6 if "embedding" in name else 1e-3 if "lora_A" in name else 16e-3)
+
+    trainer(model, tmp_path, optimizer, max_steps=1, lr_scheduler_type="constant", save_strategy="no").train()
+    for layer in (module for module in model.modules() if isinstance(module, PissaLinear)):
+        # AdamW's first step is lr g / (|g| + 1e-8).
+        for delta, rate in zip(layer.deltas("default")[:2], (1e-3, 16e-3), strict=True):
+            assert delta.detach().abs().max().item() == pytest.approx(rate, rel=1e-3)
+
+
+def test_the_8_bit_optimiser_trains_and_resumes(tiny_llama: Make, tmp_path: Path) -> None:
+    def model() -> PissaModel:
+        return pissa.wrap(tiny_llama(hidden_size=128), r=32, quant="nf4")
+
+    whole = trainer(model(), tmp_path / "whole", optim="adamw_bnb_8bit")
+    with unchanged(whole.model):
+        whole.train()
+    assert logged(whole)[-1] < logged(whole)[0]
+    # bitsandbytes keeps 32 bits for parameters of fewer than 4096 elements.
+    kept = whole.optimizer.optimizer.state
+    assert {state["state1"].dtype for p, state in kept.items() if p.numel() >= 4096} == {torch.uint8}
+    resumed = trainer(model(), tmp_path / "resumed", optim="adamw_bnb_8bit")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert logged(resumed) == logged(whole)
+    assert_equal(state(resumed.model), state(whole.model))
+
+
+# -- torch.compile
+
+
+@pytest.mark.slow
+@forms
+def test_a_compiled_model_trains_alike(form: str, tiny_llama: Make, tmp_path: Path) -> None:
+    runs = [
+        trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / str(compiled), torch_compile=compiled)
+        for compiled in (False, True)
+    ]
+    for run in runs:
+        run.train()
+    for eager, compiled in zip(*map(logged, runs), strict=True):
+        assert math.isclose(eager, compiled, rel_tol=1e-4)
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "True" / "checkpoint-6")
+    assert_equal(state(again), state(runs[1].model))
