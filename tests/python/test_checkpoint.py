@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import pissa
 from language_models import FORMS, Make, logits, train
@@ -239,26 +238,3 @@ def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Pa
     with pytest.warns(UserWarning, match=f"residual of 1 layers, {Q} the first, differs in some bits") as caught:
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
     assert caught[-1].filename == __file__
-
-
-class WithoutEmbeddings(nn.Module):
-    """Of images, say: transformers gives such a model the method too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(12, 10)
-
-    def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-def test_a_model_without_embeddings_is_restored(tmp_path: Path) -> None:
-    base = WithoutEmbeddings()
-    model = pissa.wrap(copy.deepcopy(base), r=2)
-    model.base_model.model.proj.lora_B["default"].weight.data.fill_(0.1)
-    model.save_pretrained(tmp_path)
-    restored, x = PissaModel.from_pretrained(base, tmp_path), torch.randn(3, 12)
-    assert torch.equal(restored(x), model(x))
