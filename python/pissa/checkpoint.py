@@ -270,6 +270,13 @@ def _others(
             ).items()
             if not is_of_a_layer(key, layers)
         }
-        for embeddings in (False, hasattr(model, "get_input_embeddings"))
+        for embeddings in (False, _has_input_embeddings(model))
     )
     return modules, {key: value for key, value in with_embeddings.items() if key not in modules}
+
+
+def _has_input_embeddings(model: PissaModel) -> bool:
+    try:
+        return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
+    except NotImplementedError:  # by a model of images, which has the method all the same
+        return False

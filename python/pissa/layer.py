@@ -82,8 +82,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the base, or of what is merged: its parameter where it is dense, else decoded to its dtype. Models
-        ask for it: T5 casts what a layer is given to the dtype of its weight, which codes in 4 bits have not."""
+        """The weight of the base, or of what is merged: the parameter where it is dense, else decoded. T5, for one,
+        casts what a layer is given to the dtype of its weight, which is not that of 4-bit codes."""
         base = self.base_layer
         if isinstance(base, (StoredLinear, Nf4Base)):
             return self.dense_base().to(dense_dtype(base))

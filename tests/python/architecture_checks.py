@@ -6,8 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import pissa
 import reference
 from architectures import Architecture
+from language_models import assert_same, snapshot
 from pissa import PissaModel
 from pissa.inject import pissa_layers
 
@@ -85,8 +88,8 @@ def in_base(name: str) -> str:
 def definition(
     architecture: Architecture, model: PissaModel, batch: dict[str, Tensor], dtype: torch.dtype
 ) -> Evaluation:
-    """The same by the definition: a fresh base, run by its own code with the weights W + s ((B0 + dB) (A0 + dA) - B0 A0)
-    in the place of W, and gradients from autograd. W is Q + s B0 A0 where the base is stored."""
+    """The same by the definition: a fresh base, run by its own code with W + s ((B0 + dB) (A0 + dA) - B0 A0) for each
+    weight W, and gradients from autograd. W is Q + s B0 A0 where the base is stored."""
     base = architecture.make().to(dtype)
     values = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     values = {name: value.detach() for name, value in values.items()}
@@ -172,17 +175,24 @@ def nudge(model: PissaModel) -> None:
                 delta.copy_(0.1 * factor.square().mean().sqrt() * noise)
 
 
-def step(model: PissaModel, batch: dict[str, Tensor]) -> None:
-    """One step of AdamW in training mode."""
+def training_loss(model: PissaModel, batch: dict[str, Tensor]) -> Tensor:
+    """In training mode, dropout the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        loss: Tensor = model.train()(**batch).loss
+    model.eval()
+    return loss
+
+
+def step(model: PissaModel, batch: dict[str, Tensor]) -> float:
+    """One step of AdamW; the loss before it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(4)  # for models with dropout
-        model.train()
-        model(**batch).loss.backward()
+    loss = training_loss(model, batch)
+    loss.backward()
     optimizer.step()
     model.zero_grad()
-    model.eval()
+    return loss.item()
 
 
 # ---- The checks ------------------------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ def base_matrix(base: nn.Module, name: str) -> Tensor:
 
 
 def check_step_0(architecture: Architecture, form: Fields) -> None:
-    """Before the first step the model is its base, bit for bit: the one it was given, or, in 4 bits, the quantised one."""
+    """Before the first step the model is its base, bit for bit; in 4 bits, the quantised base."""
     batch = architecture.batch()
     model = wrapped(architecture, form)
     logits = output(model, batch)
@@ -240,3 +250,84 @@ def check_gradients(architecture: Architecture, form: Fields) -> None:
     assert any(gradient.any() for gradient in exact.gradients.values())
     for name, gradient in exact.gradients.items():
         assert_as_accurate(ours.gradients[name], plain.gradients[name], gradient, name)
+
+
+def check_training_step(architecture: Architecture, form: Fields) -> None:
+    """One step lowers the loss, and nothing changes but what is to be trained."""
+    batch = architecture.batch()
+    model = wrapped(architecture, form)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss = step(model, batch)
+    assert training_loss(model, batch) < loss
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    statistics = {name for name in before if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= trained | statistics
+    assert changed & trained
+    for layer in pissa_layers(model, ADAPTER).values():
+        # dL/dB = s dL/dy (x A0^T)^T: zero only for an expert that no token was sent to.
+        da, db = layer.deltas(ADAPTER)[:2]
+        assert da.any() == db.any()
+
+
+def check_save_and_reload(architecture: Architecture, form: Fields, folder: Path) -> None:
+    """A fresh base with the saved adapter is the trained model, bit for bit."""
+    model, batch = wrapped(architecture, form), architecture.batch()
+    step(model, batch)
+    model.save_pretrained(folder)
+    restored = PissaModel.from_pretrained(architecture.make(), folder)
+    assert torch.equal(output(restored, batch), output(model, batch))
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
+
+
+def check_merge(architecture: Architecture, form: Fields) -> None:
+    """Merged into one dense weight each, the layers are the adapted function up to rounding; unmerging is exact."""
+    model, batch = wrapped(architecture, form), architecture.batch()
+    base = output(model, batch)
+    nudge(model)
+    adapted = output(model, batch)
+    assert not torch.equal(adapted, base)
+    plain, exact = (definition(architecture, model, batch, dtype).logits for dtype in (torch.float32, torch.float64))
+    model.merge_adapter()
+    assert_as_accurate(output(model, batch), plain, exact, "merged")
+    model.unmerge_adapter()
+    assert torch.equal(output(model, batch), adapted)
+    dense = model.merge_and_unload()
+    assert_as_accurate(output(dense, batch), plain, exact, "merged and unloaded")
+    assert_plain(dense, architecture)
+
+
+def check_disable_and_delete(architecture: Architecture, form: Fields) -> None:
+    """A trained adapter that is disabled, deleted or unloaded leaves the base, bit for bit."""
+    batch = architecture.batch()
+    model = wrapped(architecture, form)
+    base = output(model, batch)
+    step(model, batch)
+    nudge(model)
+    assert not torch.equal(output(model, batch), base)
+    with model.disable_adapter():
+        assert torch.equal(output(model, batch), base)
+    model.delete_adapter(ADAPTER)
+    # PEFT's own forward asks for the active adapter's configuration, and there is none.
+    assert torch.equal(output(model.base_model.model, batch), base)
+    if not form:
+        unloaded = model.unload()
+        assert torch.equal(output(unloaded, batch), base)
+        assert_plain(unloaded, architecture)
+
+
+def assert_plain(model: nn.Module, architecture: Architecture) -> None:
+    """Whether the model has the modules of one that was never wrapped."""
+    fresh = architecture.make()
+    kinds, expected = ({name: type(module) for name, module in m.named_modules()} for m in (model, fresh))
+    assert kinds == expected
+    assert model.state_dict().keys() == fresh.state_dict().keys()
+
+
+def check_nf4_is_refused(architecture: Architecture) -> None:
+    """The message names the layer, and the model is as it was."""
+    model = architecture.make()
+    before = snapshot(model)
+    with pytest.raises((TypeError, ValueError), match=architecture.nf4_refused):
+        pissa.wrap(model, **architecture.config(quant="nf4"))
+    assert_same(model, before)

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that PiSSA is used on, each with a batch and the PissaConfig fields of its users."""
+"""Tiny random models of the families that PiSSA is used on, each with a batch and its fields of PissaConfig."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ TEXT: dict[str, Any] = {
 GROUPED = {"num_key_value_heads": 2}  # grouped-query attention
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-IMAGE = {"image_size": 16, "num_labels": 3}
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,10 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+IMAGES = "ForImageClassification"
+_VIT = _model("ViT", IMAGES, **{**TEXT, "image_size": 16, "patch_size": 4, "num_labels": 3})
+GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama2": _causal("Llama", paper=True),
     "llama3": _causal("Llama", paper=True, **GROUPED, rope_parameters=LLAMA3_ROPE),
@@ -172,21 +175,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral, experts of linear layers": Architecture(_mixtral_of_linears, _text, "CAUSAL_LM"),
     "deepseek_v2": _causal("DeepseekV2", paper=True, **DEEPSEEK),
     "deepseek_v3": _causal("DeepseekV3", **DEEPSEEK, n_group=2, topk_group=1),
-    "gpt2": Architecture(
-        _model(
-            "GPT2",
-            "LMHeadModel",
-            vocab_size=VOCABULARY,
-            n_embd=HIDDEN,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-        _text,
-        "CAUSAL_LM",
-    ),
+    "gpt2": Architecture(_model("GPT2", "LMHeadModel", vocab_size=VOCABULARY, **GPT2), _text, "CAUSAL_LM"),
     "llama, embeddings targeted": Architecture(
         _model("Llama", **TEXT),
         _text,
@@ -241,14 +230,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         position_biased_input=False,
         pooler_hidden_size=HIDDEN,
     ),
-    "vit": Architecture(
-        _model("ViT", "ForImageClassification", **IMAGE, **TEXT, patch_size=4),
-        _image,
-        None,
-        {"modules_to_save": ["classifier"]},
-    ),
+    "vit": Architecture(_VIT, _image, None, {"modules_to_save": ["classifier"]}),
     "vit, patches targeted": Architecture(
-        _model("ViT", "ForImageClassification", **IMAGE, **TEXT, patch_size=4),
+        _VIT,
         _image,
         None,
         {"target_modules": ["projection", "q_proj", "v_proj"], "modules_to_save": ["classifier"]},
@@ -260,7 +244,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _image,
         None,
-        {"target_modules": ["convolution"], "modules_to_save": ["classifier"]},
+        # Batch norm counts while it trains: its statistics belong to the adapter.
+        {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]},
         nf4_refused="convolution is a Conv2d",
     ),
 }
