@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from pissa import distributed
 from pissa.bases import CONVOLUTIONS, execution_device, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
@@ -22,8 +24,8 @@ from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
 from pissa.linear import PissaLinear
 from pissa.nf4 import Nf4Base, from_bitsandbytes
-from pissa.starts import start_factors
-from pissa.stored import StartFactors
+from pissa.starts import Factors, start_factors
+from pissa.stored import Origin, StartFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -150,20 +152,68 @@ _GPU_GROUP = 1 << 30
 def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first: bool, progressbar: bool) -> None:
     """Starts an adapter that has just been injected from the principal singular vectors of each layer's base.
 
+    Where torch.distributed has several processes, all of them have to call this. Each decomposes some of the layers and
+    gives the others what it found, so that all have the same bits. An error on one rank does not stop the others: see
+    `distributed.failing_together`.
+
     `first`: the model has no other adapter, so that a dense base may still be replaced by a stored one.
 
     Raises:
-        ValueError: naming the layer: NaN or Inf in its weight, a form that it cannot have.
+        ValueError: naming the layer: NaN or Inf in its weight, a form that it cannot have, a model or a configuration
+            that is not the same on all ranks.
     """
     layers = pissa_layers(model, adapter_name)
     _check_forms(model, layers, config, first)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
+    origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
+    if distributed.world_size() > 1:
+        _check_same_on_all_ranks(layers, origins, config)
+    starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
+    unknown = {name: layer for name, layer in layers.items() if name not in starts}
+    owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in unknown.items()})
+    mine = {name: layer for name, layer in unknown.items() if owners[name] == distributed.rank()}
+    factors: dict[str, Factors] = {}
     # tqdm reads TQDM_DISABLE only where it is not told whether to be disabled.
-    with tqdm(total=len(layers), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        for group in _groups(layers):
-            _start(group, adapter_name, config)
+    with tqdm(total=len(mine), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
+        for group in _groups(mine):
+            weights = [layer.dense_base() for layer in group.values()]
+            found = start_factors(weights, [origins[name] for name in group], config, list(group))
+            factors |= zip(group, found, strict=True)
             if bar is not None:
                 bar.update(len(group))
+    for name, layer in unknown.items():
+        if name not in factors:
+            factors[name] = layer.empty_factors(adapter_name)
+    distributed.agree()  # nothing between here and the last broadcast can fail on one rank alone
+    for name in unknown:
+        a0, b0 = (distributed.broadcast(factor, owners[name]) for factor in factors.pop(name))
+        starts[name] = StartFactors(a0, b0, origins[name])
+    for name, layer in layers.items():
+        layer.start_from(adapter_name, starts[name], config)
+
+
+def _check_same_on_all_ranks(layers: dict[str, PissaLayer], origins: dict[str, Origin], config: PissaConfig) -> None:
+    """Raises ValueError, on all ranks, where one has another model or configuration than the first."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
+    mine = {name: (origins[name], layer.base_fingerprint()) for name, layer in layers.items()}
+    (first_fields, first), *others = distributed.agree((fields, mine))
+    for number, (other_fields, other) in enumerate(others, start=1):
+        for name in first_fields:
+            if other_fields[name] != first_fields[name]:
+                raise ValueError(
+                    f"the configuration differs between processes: {name} is {first_fields[name]!r} on rank 0 and "
+                    f"{other_fields[name]!r} on rank {number}; give every process the same one"
+                )
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"the model differs between processes: layer {name} has other weights, or another adapter, on rank "
+                    f"{number} than on rank 0. Load the same checkpoint in every process (not on rank 0 alone, as "
+                    "fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
+                )
+
+
+_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # a path may be another on each machine
 
 
 def _check_forms(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool) -> None:
@@ -208,18 +258,6 @@ def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
         size += elements
     if group:
         yield group
-
-
-def _start(layers: dict[str, PissaLayer], adapter_name: str, config: PissaConfig) -> None:
-    """Gives the adapter the start factors that a layer has already for its origin, or those of a decomposition."""
-    origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
-    known = {name: layer.known_start(origins[name]) for name, layer in layers.items()}
-    unknown = [name for name, start in known.items() if start is None]
-    weights = [layers[name].dense_base() for name in unknown]
-    factors = start_factors(weights, [origins[name] for name in unknown], config, unknown)
-    found = {name: StartFactors(*pair, origins[name]) for name, pair in zip(unknown, factors, strict=True)}
-    for name, layer in layers.items():
-        layer.start_from(adapter_name, known[name] or found[name], config)
 
 
 @contextmanager

@@ -184,6 +184,12 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         rank: int = self.r[adapter_name]
         return Origin(rank, scaling, config.svd, config.svd_passes, config.seed, config.init, config.use_adalora)
 
+    def empty_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Memory for the adapter's start factors a0 [r, in] and b0 [out, r], float32, where the adapter is."""
+        out_features, in_features = self.matrix_shape
+        r, device = self.r[adapter_name], self.factor_parameters(adapter_name)[0].device
+        return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+
     def known_start(self, origin: Origin) -> StartFactors | None:
         """The start factors of an adapter, or of the base, that agrees on the origin."""
         return next((start for start in self._starts() if start.origin == origin), None)

@@ -25,6 +25,7 @@ from torch import nn
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
+from pissa.distributed import failing_together
 from pissa.experts import fuse, unfuse
 from pissa.inject import decompose, materialise, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
@@ -58,6 +59,9 @@ def wrap(
     The wrapped model computes what the base does until the first step of training. With `quant="nf4"` the
     base is the quantised residual plus its principal part.
 
+    Where torch.distributed has several processes, all of them have to call this, with the same model and configuration:
+    they share the work, and an error in one is an error in all.
+
     Args:
         model: a model with nn.Linear layers, usually transformers'. On any failure it is left as it was; for
             this the dense weights stay in memory until the last layer is done, with quant as well.
@@ -70,17 +74,18 @@ def wrap(
     Raises:
         TypeError: config and fields both given, or a layer that cannot be adapted.
         ValueError: no layer found, rank too large for one, NaN or Inf in a weight, a model that is wrapped.
+        pissa.distributed.RankError: another process has failed.
     """
-    if config is not None and config_fields:
-        raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-    config = PissaConfig(**config_fields) if config is None else _own_config(config)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
-        )
-    config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-    _warn_of_dropout(config)
-    with restored_on_error(model):
+    with restored_on_error(model), failing_together():
+        if config is not None and config_fields:
+            raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
+        config = PissaConfig(**config_fields) if config is None else _own_config(config)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
+            )
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        _warn_of_dropout(config)
         return _model_class(config)(
             model,
             config,
@@ -128,16 +133,17 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: as `wrap`; the model is left as it was.
         """
-        config = _own_config(peft_config)
-        _warn_of_dropout(config)
-        self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
+        with restored_on_error(self), failing_together():
+            config = _own_config(peft_config)
+            _warn_of_dropout(config)
+            self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
 
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         _check_adapter_name(adapter_name, self.base_model.model)
         config.build_layers_with(pissa_layer)
-        with restored_on_error(self), targets_as_given():
+        with targets_as_given():
             unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
             materialise(self.base_model.model, adapter_name)
@@ -301,7 +307,8 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             checkpoint.restore(self, adapter_name)
         else:
             checkpoint.config.inference_mode = not is_trainable
-            self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
+            with restored_on_error(self):
+                self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         if not is_trainable:

@@ -1,0 +1,95 @@
+"""Several processes (torch.distributed): each computes its share of what all of them need, and all end alike.
+
+Nothing here communicates where torch.distributed is not initialised, or has one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RankError(RuntimeError):
+    """Another rank has failed in what all do together; the message says which, and with what."""
+
+
+def world_size() -> int:
+    """Number of processes that wrap the model together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Of this process among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, of which this process may hold a part only."""
+    return type(tensor).__name__ == "DTensor"
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Makes an error in the block, on one rank, an error on all of them, which would otherwise wait for that rank.
+
+    All ranks have to enter it, and must do the same calls of `agree` and `broadcast` in it. The rank of the error
+    raises what it would raise alone.
+
+    Raises:
+        RankError: on the other ranks.
+    """
+    try:
+        yield
+    except RankError:
+        raise  # of which every rank knows
+    except Exception as error:
+        _gather(None, f"{type(error).__name__}: {error}")
+        raise
+    else:
+        agree()
+
+
+def agree(value: object = None) -> list[Any]:
+    """`value` of each rank, in order.
+
+    Raises:
+        RankError: a rank has failed on its way here.
+    """
+    values, errors = zip(*_gather(value, None), strict=True)
+    for other, error in enumerate(errors):
+        if error is not None:
+            raise RankError(f"rank {other} failed, so this one stops too. The error there: {error}")
+    return list(values)
+
+
+def _gather(value: object, error: str | None) -> list[tuple[Any, str | None]]:
+    found: list[Any] = [(value, error)] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, (value, error))
+    return found
+
+
+def owners(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The rank that works on each item: the largest items first, each to the rank that has least to do so far."""
+    loads, found = [0] * world_size(), {}
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += sizes[name]
+    return found
+
+
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """What `tensor` is on rank `source`; on the others it gives shape, dtype and device, and may be written into."""
+    if world_size() == 1:
+        return tensor
+    # "cpu:gloo,cuda:nccl": each kind of device with the backend that sends its tensors. NCCL alone sends a GPU's only.
+    devices = [entry.split(":")[0] for entry in dist.get_backend_config().split(",")]
+    carried = tensor.contiguous()
+    if tensor.device.type not in devices:
+        carried = carried.to(devices[0])
+    dist.broadcast(carried, source)
+    return carried.to(tensor.device)
