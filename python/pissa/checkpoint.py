@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +61,8 @@ class Checkpoint:
             ValueError: no PiSSA adapter there, or a damaged file, naming the file.
         """
         folder = Path(directory)
-        if not (folder / PISSA_RECORD).is_file():
-            if (folder / ADAPTER_CONFIG).is_file():
+        if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails where a name is too long
+            if os.path.isfile(folder / ADAPTER_CONFIG):
                 raise ValueError(
                     f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained"
                 )
@@ -68,6 +70,22 @@ class Checkpoint:
         record = AdapterRecord.read(folder / PISSA_RECORD)
         weights, starts = TensorFile(folder / ADAPTER_WEIGHTS), TensorFile(folder / PISSA_WEIGHTS)
         return Checkpoint(folder, record.config, record.layers, weights, starts)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Says of an error in the block that it is the folder's configuration that does not fit the model.
+
+        Raises:
+            ValueError: naming the file, for what PEFT and our own layers make of a configuration.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
+            if str(self.folder) in str(error):
+                raise
+            raise ValueError(
+                f"the adapter that {self.folder / PISSA_RECORD} describes cannot be put on this model: {error}"
+            ) from error
 
     def restore(self, model: PissaModel, adapter_name: str) -> None:
         """Puts parameters and start factors into an adapter that `model` has. Decomposes nothing.

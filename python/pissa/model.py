@@ -84,6 +84,7 @@ def wrap(
             raise ValueError(
                 "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
             )
+        _check_adapter_name(adapter_name, model)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         _warn_of_dropout(config)
         return _model_class(config)(
@@ -107,7 +108,6 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         start: Start,
         **kwargs: Any,
     ) -> None:
-        _check_adapter_name(adapter_name, model)
         peft_config.build_layers_with(pissa_layer)
         unfuse(model, peft_config)
         with targets_as_given():
@@ -135,13 +135,13 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         """
         with restored_on_error(self), failing_together():
             config = _own_config(peft_config)
+            if adapter_name in self.peft_config:
+                raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+            _check_adapter_name(adapter_name, self.base_model.model)
             _warn_of_dropout(config)
             self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
 
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        _check_adapter_name(adapter_name, self.base_model.model)
         config.build_layers_with(pissa_layer)
         with targets_as_given():
             unfuse(self.base_model.model, config)
@@ -272,9 +272,10 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         """
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError("the model carries an adapter already: use load_adapter of the model that wraps it")
+        _check_adapter_name(adapter_name, model)
         checkpoint = Checkpoint.read(model_id)
         checkpoint.config.inference_mode = not is_trainable
-        with restored_on_error(model):
+        with checkpoint.blamed(), restored_on_error(model):
             wrapped = _model_class(checkpoint.config)(
                 model,
                 checkpoint.config,
@@ -302,12 +303,15 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         Raises:
             ValueError: as `from_pretrained`; the model is left as it was.
         """
+        known = adapter_name in self.peft_config
+        if not known:
+            _check_adapter_name(adapter_name, self.base_model.model)
         checkpoint = Checkpoint.read(model_id)
-        if adapter_name in self.peft_config:
+        if known:
             checkpoint.restore(self, adapter_name)
         else:
             checkpoint.config.inference_mode = not is_trainable
-            with restored_on_error(self):
+            with checkpoint.blamed(), restored_on_error(self):
                 self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
             if is_trainable:
                 self.set_requires_grad(adapter_name)

@@ -135,6 +135,8 @@ class AdapterRecord:
         for name, layer in _typed(fields["layers"], dict[str, Any], "layers").items():
             try:
                 layers[name] = _typed(layer, LayerRecord, "the record")
+                if config.form not in (IMPLICIT, layers[name].form):
+                    raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
         if fields.pop("sha256") != checksum(fields):
@@ -226,9 +228,9 @@ def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
     for name, value in fields.items():
         if name not in known:
             raise ValueError(f"config has an unknown field {shown(name)}: a later version of pissa or peft may know it")
-        # PEFT's hints leave some of its own defaults out.
-        default = known[name].default
-        if not (type(value) is type(default) and value == default) and value != {}:
+        factory = known[name].default_factory
+        default = known[name].default if factory is dataclasses.MISSING else factory()
+        if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             _typed(value, hints[name], f"config.{name}")
     return PissaConfig(**fields)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -58,8 +59,9 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError(f"{path} is {'not a regular file' if path.exists() else 'missing'}{_pickle_beside(path)}")
+        if not os.path.isfile(path):  # a pipe would be waited for
+            found = "not a regular file" if os.path.lexists(path) else "missing"
+            raise ValueError(f"{path} is {found}{_pickle_beside(path)}")
         try:
             self._file = cast(Any, safe_open(path, "pt"))  # it has no types
             self._refuse_duplicates()
@@ -129,4 +131,4 @@ class TensorFile:
 
 def _pickle_beside(path: Path) -> str:
     pickle = path.with_suffix(".bin")
-    return f"; {pickle.name}, beside it, is a pickle, which is never read" if pickle.exists() else ""
+    return f"; {pickle.name}, beside it, is a pickle, which is never read" if os.path.lexists(pickle) else ""
