@@ -125,6 +125,18 @@ def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLayer]:
     }
 
 
+def check_parents(model: nn.Module, adapter_name: str) -> None:
+    """Raises TypeError, naming the layer, where its parent would compute without it and so without its adapter."""
+    for name in pissa_layers(model, adapter_name):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise TypeError(
+                f"{name} is in a {type(parent).__name__}, which in evaluation computes from the weights of its layers "
+                "and would leave the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first, or "
+                f"{_leave_out(name)}"
+            )
+
+
 def materialise(model: nn.Module, adapter_name: str) -> None:
     """Puts the parameters of a new adapter, which are zero, where its layers compute: PEFT takes them to the base's
     weights, which for a base that accelerate offloads is the meta device."""
@@ -287,5 +299,6 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:  # a parameter that torch makes lazily can be asked, but not told
+                parameter.requires_grad_(flag)
         raise

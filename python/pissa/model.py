@@ -27,7 +27,7 @@ from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
 from pissa.distributed import failing_together
 from pissa.experts import fuse, unfuse
-from pissa.inject import decompose, materialise, pissa_layer, restored_on_error
+from pissa.inject import check_parents, decompose, materialise, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
@@ -114,6 +114,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             super().__init__(model, peft_config, adapter_name, **kwargs)
         self.warned_of_plain_lora = False
         self.register_forward_hook(add_orthogonality_loss)
+        check_parents(model, adapter_name)
         materialise(model, adapter_name)
         start(self, adapter_name)
 
@@ -146,6 +147,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         with targets_as_given():
             unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            check_parents(self.base_model.model, adapter_name)
             materialise(self.base_model.model, adapter_name)
             start(self, adapter_name)
 

@@ -3,27 +3,26 @@ back to the base."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 import architecture_checks as checks
 from architectures import ARCHITECTURES
 
 FORMS: dict[str, dict[str, str]] = {"dense": {}, "nf4": {"quant": "nf4"}}
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+SUPPORTED = [
+    (name, form)
+    for name, architecture in ARCHITECTURES.items()
+    for form in FORMS
+    if form == "dense" or architecture.nf4_refused is None
 ]
-
-supported = pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        (name, form)
-        for name, architecture in ARCHITECTURES.items()
-        for form in FORMS
-        if form == "dense" or architecture.nf4_refused is None
-    ],
-)
+supported = pytest.mark.parametrize(("name", "form"), SUPPORTED)
+pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 
 
 @supported
@@ -49,6 +48,42 @@ def test_a_step_lowers_the_loss_and_changes_only_what_is_trained(name: str, form
 @supported
 def test_it_is_restored_to_the_bit(name: str, form: str, tmp_path: Path) -> None:
     checks.check_save_and_reload(ARCHITECTURES[name], FORMS[form], tmp_path)
+
+
+# One of each kind of layer, and of each class of model.
+RELOADED = [case for case in SUPPORTED if case[0] in ("llama3", "mixtral", "gpt2", "t5", "deberta_v3", "resnet")]
+RELOADED += [("llama, embeddings targeted", "dense")]
+
+
+def test_a_new_process_restores_them_to_the_bit(tmp_path: Path) -> None:
+    expected = {}
+    for index, (name, form) in enumerate(RELOADED):
+        architecture = ARCHITECTURES[name]
+        model = checks.wrapped(architecture, FORMS[form])
+        checks.step(model, architecture.batch())
+        model.save_pretrained(tmp_path / str(index))
+        expected[str(index)] = checks.output(model, architecture.batch())
+    save_file(expected, tmp_path / "expected.safetensors")
+    script = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+import architecture_checks as checks
+from pissa import PissaModel
+from test_architectures import ARCHITECTURES, RELOADED
+folder = Path(sys.argv[1])
+torch.manual_seed(12345)
+for index, logits in load_file(folder / "expected.safetensors").items():
+    architecture = ARCHITECTURES[RELOADED[int(index)][0]]
+    model = PissaModel.from_pretrained(architecture.make(), folder / index)
+    print(index, torch.equal(checks.output(model, architecture.batch()), logits))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = sorted(done.stdout.splitlines(), key=lambda line: int(line.split()[0]))
+    assert lines == [f"{index} True" for index in range(len(RELOADED))], done.stderr
 
 
 @supported

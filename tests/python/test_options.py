@@ -1,0 +1,189 @@
+"""Fields of LoraConfig: each does what it does in PEFT, in the function, its gradients and the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import architecture_checks as checks
+import pissa
+from architectures import ARCHITECTURES, Architecture
+from pissa.inject import pissa_layers
+
+ADAPTER = checks.ADAPTER
+TIED = {"target_modules": ["lm_head", "q_proj"]}
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rank_pattern": ("llama3", {"rank_pattern": {"q_proj": 7, r"model\.layers\.1\.mlp\.up_proj": 2}}),
+    "alpha_pattern": ("llama3", {"lora_alpha": 6, "alpha_pattern": {"k_proj": 3}}),
+    "rank_pattern and alpha_pattern of experts": (
+        "mixtral",
+        {"rank_pattern": {"gate_up_proj": 2, "q_proj": 7}, "alpha_pattern": {"down_proj": 9}},
+    ),
+    "use_rslora": ("llama3", {"use_rslora": True, "lora_alpha": 6, "rank_pattern": {"q_proj": 7}}),
+    "exclude_modules": ("llama3", {"exclude_modules": ["q_proj", "up_proj"]}),
+    "layers_to_transform": ("llama3", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
+    "a pattern": ("llama3", {"target_modules": r".*layers\.0\..*(q|v)_proj"}),
+    "modules_to_save": ("llama3", {"modules_to_save": ["lm_head"]}),
+    "bias of all": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "bias": "all"}),
+    "bias of adapted layers": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
+    "tied head": ("tied", TIED),
+    "tied embeddings": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied, both": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    # PEFT cannot know that a tied weight is left alone here.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
+    # Said of any trained bias, which is the base's own.
+    pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning"),
+    # PEFT heeds patterns of parameters, but looks for them among modules only before it says this.
+    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+options = pytest.mark.parametrize("option", OPTIONS)
+
+
+def architecture(option: str) -> Architecture:
+    name, fields = OPTIONS[option]
+    tied = dataclasses.replace(ARCHITECTURES["gemma"], fields={})  # its embeddings are tied, and scaled
+    return dataclasses.replace(tied if name == "tied" else ARCHITECTURES[name], fields=fields)
+
+
+def adapted(option: str, **fields: Any) -> tuple[pissa.PissaModel, dict[str, pissa.layer.PissaLayer]]:
+    model = checks.wrapped(architecture(option), fields)
+    return model, pissa_layers(model.base_model.model, ADAPTER)
+
+
+@options
+def test_function_and_gradients(option: str) -> None:
+    checks.check_step_0(architecture(option), {})
+    checks.check_gradients(architecture(option), {})
+
+
+@options
+def test_files_and_merging(option: str, tmp_path: Path) -> None:
+    checks.check_save_and_reload(architecture(option), {}, tmp_path)
+    checks.check_merge(architecture(option), {})
+
+
+@options
+def test_plain_peft_has_the_same_function(option: str, tmp_path: Path) -> None:
+    model, batch = checks.wrapped(architecture(option), {}), architecture(option).batch()
+    checks.step(model, batch)
+    checks.nudge(model)
+    model.save_pretrained(tmp_path)
+    plain = peft.PeftModel.from_pretrained(architecture(option).make(), tmp_path)
+    exact = checks.definition(architecture(option), model, batch, torch.float64).logits
+    checks.assert_as_accurate(checks.output(plain, batch), checks.output(model, batch), exact, "logits in plain PEFT")
+
+
+def test_rank_pattern() -> None:
+    _, layers = adapted("rank_pattern")
+    ranks = {name: layer.lora_A[ADAPTER].weight.shape[0] for name, layer in layers.items()}
+    assert len(ranks) == 14
+    for name, rank in ranks.items():
+        expected = 7 if name.endswith("q_proj") else 2 if name == "model.layers.1.mlp.up_proj" else 4
+        assert rank == expected, name
+        assert layers[name].start_of(ADAPTER).a0.shape[0] == rank
+        assert layers[name].scaling[ADAPTER] == 1.0, "lora_alpha follows the rank"
+
+
+def test_alpha_pattern() -> None:
+    _, layers = adapted("alpha_pattern")
+    assert {name.rpartition(".")[2]: layer.scaling[ADAPTER] for name, layer in layers.items()} == {
+        **dict.fromkeys(["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 6 / 4),
+        "k_proj": 3 / 4,
+    }
+
+
+def test_use_rslora() -> None:
+    _, layers = adapted("use_rslora")
+    assert {layer.scaling[ADAPTER] for layer in layers.values()} == {6 / math.sqrt(4), 6 / math.sqrt(7)}
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("exclude_modules", {f"layers.{i}.{name}_proj" for i in (0, 1) for name in ("k", "v", "o", "gate", "down")}),
+        ("layers_to_transform", {"layers.1.q_proj", "layers.1.v_proj"}),
+        ("a pattern", {"layers.0.q_proj", "layers.0.v_proj"}),
+    ],
+)
+def test_only_what_is_targeted_is_adapted(option: str, names: set[str]) -> None:
+    model, layers = adapted(option)
+    short = {name.replace("model.", "").replace("self_attn.", "").replace("mlp.", "") for name in layers}
+    assert short == names
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * len(names)
+
+
+@pytest.mark.parametrize("form", [{}, {"quant": "nf4"}])
+def test_modules_to_save_are_trained_and_belong_to_the_adapter(form: dict[str, str], tmp_path: Path) -> None:
+    model, _ = adapted("modules_to_save", **form)
+    head = architecture("modules_to_save").make().lm_head.weight
+    batch = architecture("modules_to_save").batch()
+    base = checks.output(model, batch)
+    checks.step(model, batch)
+    wrapper = model.base_model.model.lm_head
+    assert not torch.equal(wrapper.modules_to_save[ADAPTER].weight, head)
+    assert torch.equal(wrapper.original_module.weight, head)
+    with model.disable_adapter():
+        assert torch.equal(checks.output(model, batch), base)
+    merged = model.merge_and_unload()
+    assert type(merged.lm_head) is nn.Linear
+    assert torch.equal(merged.lm_head.weight, wrapper.modules_to_save[ADAPTER].weight)
+
+
+@pytest.mark.parametrize("form", [{}, {"quant": "nf4"}])
+@pytest.mark.parametrize(
+    ("option", "trained"),
+    [("bias of all", {"q_proj", "k_proj", "v_proj"}), ("bias of adapted layers", {"q_proj"})],
+)
+def test_biases_are_trained(option: str, trained: set[str], form: dict[str, str], tmp_path: Path) -> None:
+    model, _ = adapted(option, **form)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    assert len(before) == 6
+    checks.step(model, architecture(option).batch())
+    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert {name.replace(".base_layer", "").split(".")[-2] for name in changed} == trained
+    assert len(changed) == 2 * len(trained)
+
+
+@pytest.mark.parametrize("option", ["tied head", "tied embeddings", "tied, both"])
+def test_tied_weights_stay_tied(option: str) -> None:
+    fresh = architecture(option).make()
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+    model, layers = adapted(option)
+    batch = architecture(option).batch()
+    base = model.base_model.model
+
+    def weight(module: nn.Module) -> torch.Tensor:
+        return getattr(module, "base_layer", module).weight
+
+    assert weight(base.lm_head) is weight(base.model.embed_tokens)
+    checks.step(model, batch)
+    assert all(layer.changed_factors(ADAPTER)[1].any() for layer in layers.values())
+    assert weight(base.lm_head) is weight(base.model.embed_tokens)
+    assert torch.equal(weight(base.lm_head), fresh.lm_head.weight)
+    unloaded = model.unload()
+    assert unloaded.lm_head.weight is unloaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("option", ["tied head", "tied embeddings", "tied, both"])
+def test_a_merged_model_of_tied_weights_is_saved_as_it_is(option: str, tmp_path: Path) -> None:
+    model, _ = adapted(option)
+    checks.nudge(model)
+    batch = architecture(option).batch()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    assert torch.equal(checks.output(again, batch), checks.output(merged, batch))
