@@ -106,8 +106,8 @@ def _check_weight(base: nn.Module, name: str) -> None:
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise TypeError(
             f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
-            "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or load "
-            "it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
+            "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or "
+            "load it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
         )
     if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
         return
