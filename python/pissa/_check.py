@@ -16,6 +16,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; needed: a torch.Tensor")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: got a DTensor, sharded over processes; needed: a whole tensor. With FSDP call fully_shard on the "
+            "blocks of the model, whose forward gathers them, not on the parts of an adapted layer"
+        )
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")

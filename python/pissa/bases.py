@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.distributed import is_sharded
 from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
 
@@ -74,6 +75,24 @@ def weight_matrix(base: nn.Module) -> Tensor:
         return cast(Tensor, dequantize_module_weight(base)).detach()
     with in_memory(base):
         return _view(base).matrix(cast(Tensor, base.weight))
+
+
+def whole(base: nn.Module, gathered: Tensor | None) -> Any:
+    """`base`, where its weight is sharded a module like it that holds the whole weight, `gathered`.
+
+    Raises:
+        ValueError: nothing is gathered.
+    """
+    if not is_sharded(cast(Tensor, base.weight)):
+        return base
+    if gathered is None:
+        raise ValueError(
+            "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
+            "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
+        )
+    twin = copy.copy(base)
+    twin._parameters = base._parameters | {"weight": nn.Parameter(gathered, requires_grad=False)}
+    return twin
 
 
 def base_product(base: nn.Module, x: Tensor) -> Tensor:

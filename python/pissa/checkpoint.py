@@ -16,11 +16,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from pissa.config import IMPLICIT, PissaConfig
+from pissa.distributed import sharded_as
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.layer import PissaLayer
 from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
-from pissa.record import AdapterRecord, LayerRecord, residual_fingerprint, shown
+from pissa.record import AdapterRecord, LayerRecord, shown
 from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
 from pissa.tensor_file import TensorFile
 
@@ -207,7 +208,7 @@ class Checkpoint:
         record = self.records[name]
         base = layer.unmerged_base
         if layer.form != record.form or (
-            isinstance(base, StoredLinear) and residual_fingerprint(base.residual) != record.stored
+            isinstance(base, StoredLinear) and layer.residual_fingerprint() != record.stored
         ):
             raise ValueError(
                 f"{self.folder} was trained on another base function: the residual of layer {name} was "
@@ -252,12 +253,12 @@ class Checkpoint:
         if record.form != layer.form:
             base = tensors.base.to(device)
             residual = layer.residual(base, record.form)
-            layer.store_base(residual, base)
-            exact = residual_fingerprint(residual) == record.stored
+            layer.store_base(residual, base, self.config)
+            exact = layer.residual_fingerprint() == record.stored
         layer.share_start(adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
             if delta is not None and saved is not None:
-                delta.copy_(saved)
+                delta.copy_(sharded_as(delta, saved))
         if tensors.magnitude is not None:
             layer.magnitude(adapter_name).set(*tensors.magnitude)
         return exact

@@ -21,6 +21,7 @@ from torch import nn
 
 Svd = Literal["krylov", "subspace", "exact"]
 Residual = Literal["implicit", "explicit"]
+Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq"]
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default, so that whatever a
@@ -92,6 +93,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         quant_iters: alternations of decomposition and quantisation. Only 1 for now.
         blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
         double_quant: quantise the NF4 scales as well.
+        quant_storage: dtype of the parameters that hold the 4-bit codes, as in bitsandbytes: "uint8", or "bfloat16",
+            "float16" or "float32" for FSDP where it wants one dtype, or casts parameters to one (give that one). Layers
+            that bitsandbytes has quantised keep theirs.
         residual: "implicit" leaves the dense weight untouched; "explicit" replaces it by W - s B0 A0, as the
             paper does. A residual in 4 bits is always stored: with `quant` this field has no effect.
 
@@ -117,6 +121,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
+    quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold 4-bit codes"})
     residual: Residual = field(default="implicit", metadata={"help": "implicit or explicit"})
     use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a vector of their own"})
     orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of orthogonality, with use_adalora"})
@@ -199,6 +204,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         _check_choice("init", self.init, get_args(Init))
         _check_choice("svd", self.svd, get_args(Svd))
         _check_choice("quant", self.quant, (None, "nf4"))
+        _check_choice("quant_storage", self.quant_storage, get_args(Storage))
         _check_choice("residual", self.residual, get_args(Residual))
         if not _is_int(self.svd_passes) or self.svd_passes < 2 or self.svd_passes % 2:
             raise ValueError(f"svd_passes must be an even integer, at least 2, got {self.svd_passes!r}")

@@ -32,6 +32,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values`, which every process holds whole, as a DTensor where `tensor` is one."""
+    if not is_sharded(tensor):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    like: Any = tensor
+    return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Makes an error in the block, on one rank, an error on all of them, which would otherwise wait for that rank.

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from pissa.config import PissaConfig
+from pissa.distributed import world_size
 
 # What the weights of an expert were called before they were fused, and still are in lists of targets.
 _FORMER_NAMES = {
@@ -28,8 +29,9 @@ class UnfusedExperts(nn.Module):
     """An experts module of transformers whose experts are linear layers, named "0", "1", ...
 
     Computes what transformers' "eager" implementation computes, in the same order, whichever the model is set to: only
-    the experts that some token is sent to are read, or decoded from 4 bits. `fused` is the original without its
-    weights: activation, gate, norm.
+    the experts that some token is sent to are read, or decoded from 4 bits. In training with several processes the
+    others are called too, with no token, so that every process has gradients of the same parameters. `fused` is the
+    original without its weights: activation, gate, norm.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -64,7 +66,10 @@ class UnfusedExperts(nn.Module):
                 of experts stands for none.
         """
         output = torch.zeros_like(hidden_states)
-        for index in torch.unique(top_k_index).tolist():
+        # FSDP2 adds the gradients of a block as one array, which has to hold the same parameters in every process, and
+        # DDP waits for those of all parameters: an expert at rest needs one too, of zeros.
+        together = world_size() > 1 and torch.is_grad_enabled()
+        for index in range(len(self)) if together else torch.unique(top_k_index).tolist():
             if index == self.fused.num_experts:
                 continue
             position, token = torch.where(top_k_index.mT == index)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from pissa.distributed import is_sharded
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -30,3 +33,20 @@ def _narrowest(tensor: Tensor) -> Tensor:
             if torch.equal(narrow.to(tensor.dtype), tensor):
                 return narrow
     return tensor
+
+
+class Remembered:
+    """The fingerprint of a frozen weight, computed when it is first asked for: hashing a large model takes seconds, and
+    a run saves many checkpoints of one base. What `fully_shard` has distributed keeps the one from before."""
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int, torch.dtype] | None = None
+        self._value: str | None = None
+
+    def of(self, weight: Tensor, compute: Callable[[], str]) -> str:
+        """`compute()`, or what it was for the same values of `weight`."""
+        # The version counts changes in place.
+        key = self._key if is_sharded(weight) else (weight.data_ptr(), weight._version, weight.dtype)
+        if self._value is None or key != self._key:
+            self._key, self._value = key, compute()
+        return self._value

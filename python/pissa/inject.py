@@ -19,6 +19,7 @@ from pissa import distributed
 from pissa.bases import CONVOLUTIONS, execution_device, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
+from pissa.distributed import is_sharded
 from pissa.embedding import PissaEmbedding
 from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
@@ -96,7 +97,18 @@ def _check_options(target: nn.Module, name: str) -> None:
 
 
 def _check_weight(base: nn.Module, name: str) -> None:
-    weight = base.weight
+    weight: Any = base.weight
+    if is_sharded(weight):
+        raise TypeError(
+            f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
+            "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
+        )
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise TypeError(
+            f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
+            "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or "
+            "load it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
+        )
     if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
         return
     if weight.is_meta and not is_offloaded(base):
@@ -202,6 +214,8 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         starts[name] = StartFactors(a0, b0, origins[name])
     for name, layer in layers.items():
         layer.start_from(adapter_name, starts[name], config)
+        if distributed.world_size() > 1 and layer.form != IMPLICIT:
+            layer.residual_fingerprint()  # which saving asks for, when the residual may be sharded
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], origins: dict[str, Origin], config: PissaConfig) -> None:

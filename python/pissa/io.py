@@ -25,6 +25,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
 from pissa.convolution import PissaConvolution
+from pissa.distributed import is_sharded
 from pissa.files import Staged
 from pissa.inject import pissa_layers
 from pissa.plain_lora import PREFIX, Matrices, factors_of, is_of_a_layer, lora_config, magnitude_key
@@ -57,6 +58,13 @@ def save_adapter(
     state = get_peft_model_state_dict(
         model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
     )
+    if sharded := [key for key, value in state.items() if is_sharded(value)]:
+        raise ValueError(
+            f"the model is sharded: {sharded[0]} is a DTensor, of which a process holds a part. Gather it on all ranks "
+            "by accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict("
+            "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
+            "is_main_process"
+        )
     matrices: dict[str, Matrices] = {}
     starts: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
@@ -83,7 +91,9 @@ def save_adapter(
     lora: dict[str, Tensor] = {}
     for factors in factors_of(model.base_model.model, layers):
         lora |= factors.pack([matrices[name] for name in factors.layers])
-    record = AdapterRecord(config, {name: LayerRecord.of(layer, adapter_name) for name, layer in layers.items()})
+    gathered = {name: (state_dict or {}).get(f"{PREFIX}{name}.base_layer.weight") for name in layers}
+    records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
+    record = AdapterRecord(config, records)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with Staged(folder) as staged:
         staged.path(PISSA_RECORD).write_text(record.text())

@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import bias_of, dense_dtype, dense_kind, weight_matrix, with_matrix
+from pissa.bases import bias_of, dense_dtype, dense_kind, weight_matrix, whole, with_matrix
 from pissa.config import IMPLICIT, Form, PissaConfig
-from pissa.fingerprint import fingerprint
+from pissa.fingerprint import Remembered, fingerprint
 from pissa.magnitude import Magnitude
 from pissa.nf4 import Nf4Base
-from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, stored_linear
+from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, residual_fingerprint, stored_linear
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
@@ -48,7 +48,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         ]  # PEFT's embeddings and convolutions make their first adapter without it
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.lora_unmerged: nn.Module | None = None
-        self._known_fingerprint: tuple[tuple[int, int, torch.dtype], str] | None = None
+        self._known_fingerprint, self._known_residual = Remembered(), Remembered()
 
     # -- what depends on the kind of module
 
@@ -95,23 +95,31 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         base = self.unmerged_base
         return base.form if isinstance(base, StoredLinear) else IMPLICIT
 
-    def base_fingerprint(self) -> str:
-        """Fingerprint of the base's weight, as a matrix, as it was given to us."""
+    def base_fingerprint(self, gathered: Tensor | None = None) -> str:
+        """Fingerprint of the base's weight, as a matrix, as it was given to us.
+
+        Args:
+            gathered: the whole weight of the base, read where its own is sharded and was when this was first asked for.
+
+        Raises:
+            ValueError: a sharded weight of which nothing is known.
+        """
         base = self.unmerged_base
         if isinstance(base, StoredLinear):
             return base.fingerprint
-        weight = base.weight
-        # Hashing a large model takes seconds, and a run saves many checkpoints of one frozen base.
-        key = (weight.data_ptr(), weight._version, weight.dtype)
-        if self._known_fingerprint is None or self._known_fingerprint[0] != key:
-            self._known_fingerprint = (key, fingerprint(self.dense_base()))
-        return self._known_fingerprint[1]
+        return self._known_fingerprint.of(base.weight, lambda: fingerprint(weight_matrix(whole(base, gathered))))
 
-    def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors) -> None:
+    def residual_fingerprint(self, gathered: Tensor | None = None) -> str:
+        """Fingerprint of what a stored base keeps; `gathered` and errors are those of `base_fingerprint`."""
+        base = self.unmerged_base
+        return self._known_residual.of(base.weight, lambda: residual_fingerprint(whole(base, gathered).residual))
+
+    def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors, config: PissaConfig) -> None:
         """Replaces a base by one that keeps `residual`, of which `start` holds the rest."""
         base = self.base_layer
         replaced = Replaced(dense_kind(base), dense_dtype(base), bias_of(base), self.base_fingerprint())
-        self.base_layer = stored_linear(replaced, residual, start).train(base.training)
+        storage: torch.dtype = getattr(torch, config.quant_storage)
+        self.base_layer = stored_linear(replaced, residual, start, storage).train(base.training)
 
     # -- adapters and their start factors
 
@@ -187,7 +195,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def empty_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Memory for the adapter's start factors a0 [r, in] and b0 [out, r], float32, where the adapter is."""
         out_features, in_features = self.matrix_shape
-        r, device = self.r[adapter_name], self.factor_parameters(adapter_name)[0].device
+        r, device = self.r[adapter_name], self.device_of(adapter_name)
         return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
 
     def known_start(self, origin: Origin) -> StartFactors | None:
@@ -204,7 +212,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         A dense base is stored as the configuration says; a base that is stored already stays as it is.
         """
         if config.form not in (IMPLICIT, self.form):
-            self.store_base(self.residual(start, config.form), start)
+            self.store_base(self.residual(start, config.form), start, config)
         self.lora_start[adapter_name] = start
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)

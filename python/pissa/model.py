@@ -25,7 +25,7 @@ from torch import nn
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
-from pissa.distributed import failing_together
+from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
 from pissa.inject import check_parents, decompose, materialise, pissa_layer, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
@@ -143,6 +143,8 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
 
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            raise ValueError("the model is sharded, and FSDP would not see a new adapter: add it before fully_shard")
         config.build_layers_with(pissa_layer)
         with targets_as_given():
             unfuse(self.base_model.model, config)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pissa import ops
 
@@ -28,28 +29,53 @@ class KeepsDtype(nn.Module):
 
 
 class HoldsNf4(KeepsDtype):
-    """A module whose `weight` holds the packed codes of a matrix, frozen: uint8, two elements a byte, high nibble
-    first. The scales are buffers."""
+    """A module whose `weight` holds the packed codes of a matrix, frozen: two elements a byte, high nibble first. The
+    scales are buffers.
+
+    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype whose elements are several
+    bytes of codes each, the last one filled up with zeros. Such elements mean nothing, and may be NaN: they are moved,
+    never computed with, and keep dtype and bits whatever the module is cast to.
+    """
 
     weight: nn.Parameter
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def hold(self, matrix: ops.Nf4Weight) -> None:
+    def hold(self, matrix: ops.Nf4Weight, quant_storage: torch.dtype = torch.uint8) -> None:
         """Takes the codes and scales of `matrix` as they are."""
-        self.matrix_shape, self.blocksize = matrix.shape, matrix.blocksize
-        self.weight = nn.Parameter(matrix.codes, requires_grad=False)
+        self.matrix_shape, self.blocksize, self.quant_storage = matrix.shape, matrix.blocksize, quant_storage
+        missing = -len(matrix.codes) % quant_storage.itemsize
+        codes = functional.pad(matrix.codes, (0, missing)) if missing else matrix.codes
+        self.weight = nn.Parameter(codes.view(quant_storage), requires_grad=False)
         self.register_buffer("absmax", matrix.absmax)
         self.register_buffer("nested_absmax", matrix.nested_absmax)
         self.register_buffer("offset", matrix.offset)
 
     @property
     def nf4(self) -> ops.Nf4Weight:
-        """The matrix [out, in], as pissa.ops takes it."""
-        return ops.Nf4Weight(
-            self.weight, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize
-        )
+        """The matrix [out, in], as pissa.ops takes it.
+
+        Raises:
+            TypeError: something has cast the codes, which destroys them.
+        """
+        codes: Tensor = self.weight
+        if codes.dtype != self.quant_storage:
+            raise TypeError(
+                f"NF4 codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
+                'where its param_dtype is another. Give PissaConfig quant_storage of that dtype, or "uint8"'
+            )
+        if self.quant_storage != torch.uint8:
+            rows, columns = self.matrix_shape
+            codes = codes.view(torch.uint8)[: (rows * columns + 1) // 2]
+        return ops.Nf4Weight(codes, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.weight.data
+        super()._apply(fn, recurse)
+        if self.weight.dtype != before.dtype:
+            self.weight.data = before.to(self.weight.device)
+        return self
 
     @property
     def double_quant(self) -> bool:
@@ -63,10 +89,12 @@ class Nf4Base(HoldsNf4):
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: ops.Nf4Weight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: ops.Nf4Weight, bias: nn.Parameter | None, dtype: torch.dtype, quant_storage: torch.dtype
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.hold(weight)
+        self.hold(weight, quant_storage)
         self.bias = bias
         self.dtype = dtype
 
@@ -105,7 +133,7 @@ def from_bitsandbytes(linear: Any) -> Nf4Base:
     if getattr(state, "packing_format_for_cpu", False):
         raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
     weight = _from_quant_state(linear.weight.data, state)
-    return Nf4Base(weight, linear.bias, state.dtype).train(linear.training)
+    return Nf4Base(weight, linear.bias, state.dtype, linear.weight.dtype).train(linear.training)
 
 
 def to_bitsandbytes(weight: ops.Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,10 +15,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from torch import Tensor
 
 import pissa
-from pissa import ops
 from pissa._check import check_blocksize, check_residual, check_scaling, check_svd
 from pissa.config import IMPLICIT, Form, Init, PissaConfig
-from pissa.fingerprint import fingerprint
 from pissa.layer import PissaLayer
 from pissa.stored import Origin, StoredLinear
 
@@ -65,15 +63,16 @@ class LayerRecord:
                 raise ValueError(f"base.init: got {shown(self.base.init)}; allowed: {', '.join(get_args(Init))}")
 
     @staticmethod
-    def of(layer: PissaLayer, adapter_name: str) -> LayerRecord:
+    def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
+        """What is to be written of a layer. `gathered`: see `PissaLayer.base_fingerprint`."""
         base, start = layer.unmerged_base, layer.start_of(adapter_name)
-        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(), IMPLICIT)
+        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(gathered), IMPLICIT)
         if not isinstance(base, StoredLinear):
             return record
         return dataclasses.replace(
             record,
             form=layer.form,
-            stored=residual_fingerprint(base.residual),
+            stored=layer.residual_fingerprint(gathered),
             base=None if base.start is start else base.start.origin,
         )
 
@@ -147,14 +146,6 @@ class AdapterRecord:
 def checksum(record: Mapping[str, Any]) -> str:
     """SHA-256 of what pissa.json says besides its checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
-    """Fingerprint of a stored residual: its dense values, or its codes and scales."""
-    if isinstance(residual, Tensor):
-        return fingerprint(residual)
-    parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
-    return fingerprint(*(part for part in parts if part is not None))
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

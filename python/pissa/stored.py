@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.config import Form
+from pissa.fingerprint import fingerprint
 from pissa.nf4 import HoldsNf4, KeepsDtype
 
 
@@ -152,9 +153,11 @@ class ResidualLinear(StoredLinear):
 class Nf4Linear(HoldsNf4, StoredLinear):
     """QPiSSA's form: the residual in 4 bits, in bitsandbytes' bytes."""
 
-    def __init__(self, replaced: Replaced, residual: ops.Nf4Weight, start: StartFactors) -> None:
+    def __init__(
+        self, replaced: Replaced, residual: ops.Nf4Weight, start: StartFactors, quant_storage: torch.dtype
+    ) -> None:
         super().__init__(replaced, start)
-        self.hold(residual)
+        self.hold(residual, quant_storage)
 
     @property
     def form(self) -> Form:
@@ -171,8 +174,18 @@ class Nf4Linear(HoldsNf4, StoredLinear):
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
-def stored_linear(replaced: Replaced, residual: Tensor | ops.Nf4Weight, start: StartFactors) -> StoredLinear:
-    """The base layer that keeps `residual`, of which `start` holds the rest."""
+def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
+    """Fingerprint of a stored residual: its dense values, or its codes and scales."""
+    if isinstance(residual, Tensor):
+        return fingerprint(residual)
+    parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
+    return fingerprint(*(part for part in parts if part is not None))
+
+
+def stored_linear(
+    replaced: Replaced, residual: Tensor | ops.Nf4Weight, start: StartFactors, quant_storage: torch.dtype
+) -> StoredLinear:
+    """The base layer that keeps `residual`, of which `start` holds the rest; `quant_storage` is for codes."""
     if isinstance(residual, Tensor):
         return ResidualLinear(replaced, residual, start)
-    return Nf4Linear(replaced, residual, start)
+    return Nf4Linear(replaced, residual, start, quant_storage)

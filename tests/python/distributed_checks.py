@@ -1,0 +1,385 @@
+"""The checks that `distributed_worker.py` runs in every process. Each returns what the test of its name looks at; what is
+wrong in the process itself raises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import pissa
+from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
+from language_models import assert_same, snapshot
+from pissa import PissaModel, inject
+from pissa.distributed import rank, world_size
+from pissa.fingerprint import Remembered
+from pissa.layer import PissaLayer
+from pissa.nf4 import HoldsNf4
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def message(call: Callable[[], Any]) -> list[str]:
+    """The type and the words of the error that the call ends with."""
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    raise AssertionError("no error")
+
+
+def checks(folder: Path) -> dict[str, Callable[[], Any]]:
+    """All of them, by name."""
+    found: list[Callable[..., Any]] = [
+        start_factors,
+        shares,
+        error_on_one_rank,
+        error_on_all_ranks,
+        other_models,
+        sharded_weights,
+        ddp,
+        fsdp2,
+        mixed_precision,
+        parts_sharded_alone,
+        experts_at_rest,
+        accelerate_ddp,
+        accelerate_fsdp2,
+    ]
+    with_folder = [saved_while_sharded, resumed, trainer]
+    return {f.__name__: f for f in found} | {f.__name__: partial(f, folder) for f in with_folder}
+
+
+# ---- Starts ----------------------------------------------------------------------------------------------------------
+
+
+def start_factors() -> dict[str, str]:
+    """The bits of every model that is wrapped together."""
+    found = {form: bits(pissa.wrap(llama(), r=4, **fields)) for form, fields in FORMS.items()}
+    found["experts"] = bits(pissa.wrap(mixtral(), r=4))
+    model = pissa.wrap(llama(), r=4)
+    model.add_adapter("second", pissa.PissaConfig(r=2, init="olora"))
+    return found | {"second": bits(model)}
+
+
+def shares() -> dict[str, int]:
+    """Elements of the layers that this process has decomposed."""
+    sizes: dict[str, int] = {}
+    original = inject.start_factors
+
+    def counted(weights: Any, origins: Any, config: Any, names: Any) -> Any:
+        sizes.update({name: weight.numel() for name, weight in zip(names, weights, strict=True)})
+        return original(weights, origins, config, names)
+
+    inject.start_factors = counted
+    try:
+        pissa.wrap(llama(), r=4)
+    finally:
+        inject.start_factors = original
+    return sizes
+
+
+def error_on_one_rank() -> dict[str, list[str]]:
+    """What each way to fail on the last rank alone ends with; the model is as it was, and can be wrapped."""
+    last = rank() == world_size() - 1
+    model = llama()
+    before = snapshot(model)
+    found = {
+        "while PEFT injects": message(lambda: pissa.wrap(model, r=1000 if last else 4)),
+        "in the arguments": message(lambda: pissa.wrap(model, r=4, **({"svd": "none"} if last else {}))),
+    }
+    original = PissaLayer.start_from
+
+    def fails(*args: Any) -> None:
+        raise MemoryError("planted")
+
+    try:
+        if last:
+            PissaLayer.start_from = fails
+        found["at the end"] = message(lambda: pissa.wrap(model, r=4))
+    finally:
+        PissaLayer.start_from = original
+    assert_same(model, before)
+    wrapped = pissa.wrap(model, r=4)
+    before = snapshot(wrapped)
+    name = "default" if last else "second"
+    found["a second adapter"] = message(lambda: wrapped.add_adapter(name, pissa.PissaConfig(r=2)))
+    assert_same(wrapped, before)
+    train(DistributedDataParallel(wrapped), tokens(), steps=1)
+    return found
+
+
+def error_on_all_ranks() -> list[str]:
+    """A weight with NaN, which only the rank that decomposes it finds."""
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    before = snapshot(model)
+    found = message(lambda: pissa.wrap(model, r=4))
+    assert_same(model, before)
+    return found
+
+
+def other_models() -> dict[str, list[str]]:
+    """Models and configurations that are not the same in every process."""
+    return {
+        "weights": message(lambda: pissa.wrap(llama(seed=rank()), r=4)),
+        "configuration": message(lambda: pissa.wrap(llama(), r=4, seed=rank())),
+        "layers": message(
+            lambda: pissa.wrap(llama(), r=4, target_modules=["q_proj"], exclude_modules=["layers.1"] if rank() else None)
+        ),
+    }
+
+
+def sharded_weights() -> dict[str, list[str]]:
+    """What is refused because FSDP has come first."""
+    model, wrapped = shard(llama()), shard(pissa.wrap(llama(), r=4))
+    return {
+        "wrap": message(lambda: pissa.wrap(model, r=4)),
+        "add_adapter": message(lambda: wrapped.add_adapter("second", pissa.PissaConfig(r=4))),
+        "save_pretrained": message(lambda: wrapped.save_pretrained("not_written")),
+    }
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def ddp() -> dict[str, list[float]]:
+    """Losses."""
+    found = {}
+    for form, fields in FORMS.items():
+        found[form] = train(DistributedDataParallel(pissa.wrap(llama(), r=4, **fields)), tokens())
+    # Nothing that a model computes with changes, but the trained parameters: there is nothing to send again.
+    model = DistributedDataParallel(pissa.wrap(llama(), r=4, quant="nf4"), broadcast_buffers=False)
+    return found | {"nf4, no buffers": train(model, tokens())}
+
+
+def fsdp2() -> dict[str, list[float]]:
+    """Losses. Packed weights are sharded, and hold the same bits at the end."""
+    found = {}
+    for form, fields in FORMS.items():
+        model = pissa.wrap(llama(), r=4, **fields)
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, HoldsNf4)}
+        before = {name: module.nf4.codes.clone() for name, module in packed.items()}
+        dtypes = {module.weight.dtype for module in packed.values()}
+        assert dtypes <= {getattr(torch, fields.get("quant_storage", "uint8"))}
+        model = shard(model)
+        for module in packed.values():
+            weight = module.weight
+            assert weight.to_local().numel() <= -(-weight.numel() // world_size())
+            assert weight.dtype in dtypes
+        found[form] = train(model, tokens())
+        model.to(torch.float16)  # float32 in between: what is stored as floats stays what it is
+        for name, module in packed.items():
+            whole = module.weight.full_tensor().view(torch.uint8)
+            assert torch.equal(whole[: len(before[name])], before[name])
+    return found
+
+
+def mixed_precision() -> dict[str, Any]:
+    """Losses where FSDP computes in bfloat16; codes that it would cast are refused."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def losses(storage: str) -> list[float]:
+        model = pissa.wrap(llama(), r=4, quant="nf4", quant_storage=storage)
+        return train(shard(model, mp_policy=policy), tokens())
+
+    return {
+        "uint8": losses("uint8"),
+        "bfloat16": losses("bfloat16"),
+        "float32": message(lambda: losses("float32")),
+    }
+
+
+def parts_sharded_alone() -> dict[str, list[str]]:
+    """fully_shard on a part of a layer, whose forward is not called."""
+    found = {}
+    for part in ("lora_A.default", "base_layer"):
+        model = pissa.wrap(llama(), r=4, quant="nf4")
+        for name, module in model.named_modules():
+            if name.endswith(part):
+                fully_shard(module)
+        found[part] = message(lambda model=fully_shard(model): train(model, tokens()))
+    return found
+
+
+def experts_at_rest() -> dict[str, Any]:
+    """Losses of a mixture of experts, and the experts of the first block that have tokens in this process."""
+    batch = tokens(columns=3)
+    model = pissa.wrap(mixtral(), r=4, quant="nf4")
+    router = model.get_base_model().model.layers[0].mlp.gate
+    busy: set[int] = set()
+    router.register_forward_hook(lambda module, args, output: busy.update(output[2].flatten().tolist()))
+    found: dict[str, Any] = {"ddp": train(DistributedDataParallel(model), batch)}
+    unused = DistributedDataParallel(pissa.wrap(mixtral(), r=4, quant="nf4"), find_unused_parameters=True)
+    found["ddp, find_unused_parameters"] = train(unused, batch)
+    found["fsdp2"] = train(shard(pissa.wrap(mixtral(), r=4, quant="nf4")), batch)
+    return found | {"busy": sorted(busy)}
+
+
+def accelerate_ddp() -> dict[str, list[float]]:
+    """Losses by accelerate's loop."""
+    from accelerate import Accelerator
+
+    found = {}
+    for form in ("implicit", "nf4"):
+        accelerator = Accelerator(cpu=True)
+        model = pissa.wrap(llama(), r=4, **FORMS[form])
+        model, optimizer = accelerator.prepare(model, sgd(model))
+        assert isinstance(model, DistributedDataParallel)
+        losses = []
+        for _ in range(3):
+            loss = model(input_ids=share(tokens()), labels=share(tokens())).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        found[form] = losses
+    return found
+
+
+def accelerate_fsdp2() -> dict[str, list[float]]:
+    """Losses with accelerate's FSDP2. Accelerate offers it on accelerators only, so its state is told of it here."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    found = {}
+    for form in ("implicit", "nf4", "nf4 in bfloat16"):
+        accelerator = Accelerator(cpu=True)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+        try:
+            model = pissa.wrap(llama(), r=4, **FORMS[form])
+            model, optimizer = accelerator.prepare(model, sgd(model))
+            found[form] = train(model, tokens(), optimizer=optimizer)
+            state = accelerator.get_state_dict(model)
+            assert (rank() != 0) or not any(hasattr(value, "placements") for value in state.values())
+        finally:
+            AcceleratorState._reset_state()
+    return found
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def saved_while_sharded(folder: Path) -> dict[str, Any]:
+    """Rank 0 writes what all have gathered; nothing is asked of the others."""
+    found: dict[str, Any] = {}
+    for form, fields in FORMS.items():
+        model = pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields)
+        model = shard(model)
+        train(model, tokens())
+        state = get_model_state_dict(model, options=FULL)
+        trained_only = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        few = get_model_state_dict(model, options=trained_only)
+        target = folder / f"saved-{world_size()}" / form
+        model.save_pretrained(target, state_dict=state, is_main_process=rank() == 0)
+        if rank() == 0:
+            # Fingerprints are known from before the weights were sharded, or taken from the gathered ones.
+            model.save_pretrained(target / "trained_only", state_dict=few)
+            for module in model.modules():
+                if isinstance(module, PissaLayer):
+                    module._known_fingerprint = module._known_residual = Remembered()
+            found.setdefault("unknown", message(lambda m=model, s=few: m.save_pretrained(target / "no", state_dict=s)))
+            model.save_pretrained(target / "gathered", state_dict=state)
+        dist.barrier()
+        # The same file, read into the sharded model, changes nothing; neither does it into one that is trained further.
+        if form != "dora":
+            saved = bits_of_trained(state)
+            train(model, tokens(), steps=1)
+            load = PissaModel.load_adapter
+            if form == "implicit":
+                found["modules_to_save"] = message(lambda m=model, t=target: load(m, t, "default", is_trainable=True))
+            plain = shard(pissa.wrap(llama(), r=4, **fields))
+            found[form] = saved == bits_of_trained(state) and plain is not None
+    return found
+
+
+def bits_of_trained(state: dict[str, Any]) -> list[float]:
+    """The values of what is trained, of a gathered state."""
+    return [value.double().sum().item() for name, value in state.items() if ".lora_A." in name or ".lora_B." in name]
+
+
+def resumed(folder: Path) -> dict[str, list[float]]:
+    """Losses of two steps: with two processes the first of a run, with three the next, from what the two have saved."""
+    found = {}
+    for form in ("implicit", "nf4", "nf4 in float32"):
+        first = folder / "resumed-2" / form
+        if world_size() == 2:
+            model = pissa.wrap(llama(), r=4, **FORMS[form])
+        else:
+            model = PissaModel.from_pretrained(llama(), first, is_trainable=True).train()
+        model = shard(model)
+        optimizer = sgd(model, momentum=0.9)
+        if world_size() == 3:
+            state = torch.load(first / "optimizer.pt", weights_only=True)
+            set_optimizer_state_dict(model, optimizer, state, options=FULL)
+        found[form] = train(model, tokens(), steps=2, optimizer=optimizer)
+        target = folder / f"resumed-{world_size()}" / form
+        state = get_model_state_dict(model, options=FULL)
+        moments = get_optimizer_state_dict(model, optimizer, options=FULL)
+        model.save_pretrained(target, state_dict=state, is_main_process=rank() == 0)
+        if rank() == 0:
+            torch.save(moments, target / "optimizer.pt")
+        dist.barrier()
+    return found
+
+
+def trainer_of(model: nn.Module, folder: Path) -> Any:
+    """transformers' Trainer for six steps, with the same six rows a step whatever the number of processes is."""
+    from transformers import Trainer, TrainingArguments
+
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(0, 97, (4 * ROWS, 9), generator=generator)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=ROWS // world_size(),
+        max_steps=6,
+        save_steps=3,
+        logging_steps=1,
+        learning_rate=0.2,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=11,
+    )
+    return Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+
+
+def logged(run: Any) -> list[float]:
+    """The losses of each step."""
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def trainer(folder: Path) -> dict[str, list[float]]:
+    """Losses: with two processes of six steps, with three of the last three of these, from the checkpoint of the two."""
+    found = {}
+    for form in ("implicit", "nf4"):
+        target = folder / "trainer" / form
+        run = trainer_of(pissa.wrap(llama(), r=4, **FORMS[form]), target)
+        run.train(resume_from_checkpoint=str(target / "checkpoint-3") if world_size() == 3 else None)
+        found[form] = logged(run)
+        dist.barrier()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(sorted(checks(Path()))))
