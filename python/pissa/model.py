@@ -27,7 +27,7 @@ from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
 from pissa.distributed import failing_together
 from pissa.experts import fuse, unfuse
-from pissa.inject import decompose, materialise, pissa_layer, restored_on_error
+from pissa.inject import decompose, layer_factory, materialise, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
@@ -108,7 +108,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         _check_adapter_name(adapter_name, model)
-        peft_config.build_layers_with(pissa_layer)
+        peft_config.build_layers_with(layer_factory(model))
         unfuse(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -142,7 +142,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         _check_adapter_name(adapter_name, self.base_model.model)
-        config.build_layers_with(pissa_layer)
+        config.build_layers_with(layer_factory(self.base_model.model))
         with targets_as_given():
             unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
