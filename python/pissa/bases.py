@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -10,13 +9,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import align_module_device, has_offloaded_params
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.distributed import is_sharded
-from pissa.nf4 import Nf4Base
+from pissa.nf4 import Nf4Base, copy_without_hooks, dequantised_int8
 from pissa.stored import StoredLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,12 +66,12 @@ def execution_device(base: nn.Module) -> torch.device:
 
 def weight_matrix(base: nn.Module) -> Tensor:
     """The weight of `base` as a matrix [out, in], y = x Wᵀ: its own tensor or a view of it where it is dense, else
-    dequantised (a stored residual and NF4 in float32, 8 bits in the layer's dtype)."""
+    dequantised, in float32."""
     if isinstance(base, (StoredLinear, Nf4Base)):
         return base.dense()
-    if is_bitsandbytes(base, "Linear8bitLt"):
-        return cast(Tensor, dequantize_module_weight(base)).detach()
     with in_memory(base):
+        if is_bitsandbytes(base, "Linear8bitLt"):
+            return dequantised_int8(base)
         return _view(base).matrix(cast(Tensor, base.weight))
 
 
@@ -102,14 +100,6 @@ def base_product(base: nn.Module, x: Tensor) -> Tensor:
     return ops.linear(x, weight_matrix(base).detach())
 
 
-def dense_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of a dense weight in the place of `base`'s."""
-    if isinstance(base, (StoredLinear, Nf4Base)):
-        return base.dtype
-    weight = cast(Tensor, base.weight)
-    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-
-
 def dense_kind(base: nn.Module) -> type[nn.Module]:
     """nn.Linear or Conv1D: what a dense linear module in the place of `base` is."""
     if isinstance(base, StoredLinear):
@@ -124,21 +114,18 @@ def bias_of(base: nn.Module) -> nn.Parameter | None:
 
 
 def with_matrix(base: nn.Module, matrix: Tensor) -> nn.Module:
-    """A dense module of `base`'s kind in its place: the weight is `matrix` [out, in] in the base's dtype, frozen; all
-    else, the bias too, is the base's own."""
-    dtype = dense_dtype(base)
+    """A dense module of `base`'s kind in its place: the weight is `matrix` [out, in], frozen; all else, the bias too,
+    is the base's own."""
     twin: nn.Module
     if isinstance(base, (StoredLinear, Nf4Base)) or is_bitsandbytes(base, "Linear8bitLt"):
         with torch.device("meta"):
             twin = Conv1D(*matrix.shape) if dense_kind(base) is Conv1D else nn.Linear(*matrix.mT.shape)
         shape = torch.Size()
     else:
-        twin = copy.copy(base)
+        twin = copy_without_hooks(base)
         twin._parameters = base._parameters.copy()
-        for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, which belong to the original
-            vars(twin).pop(name, None)
         shape = cast(Tensor, base.weight).shape
-    weight = _view(twin).weight(matrix.to(dtype), shape).contiguous()
+    weight = _view(twin).weight(matrix, shape).contiguous()
     twin.weight = nn.Parameter(weight, requires_grad=False)
     if "bias" in twin._parameters:
         twin.register_parameter("bias", bias_of(base))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +26,27 @@ from pissa.embedding import PissaEmbedding
 from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
 from pissa.linear import PissaLinear
-from pissa.nf4 import Nf4Base, from_bitsandbytes
+from pissa.nf4 import Nf4Base, check_int8, from_bitsandbytes
 from pissa.starts import Factors, start_factors
 from pissa.stored import Origin, StartFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pissa_layer(target: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> PissaLayer:
-    """The PissaLayer for `target`.
+def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
+    """`pissa_layer` for the layers of `model`."""
+    dtypes = (
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and ".lora_" not in name
+    )
+    return partial(pissa_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
+
+
+def pissa_layer(
+    target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
+) -> PissaLayer:
+    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`.
 
     Raises:
         TypeError, ValueError: naming the layer, why it cannot be adapted, and what to do instead.
@@ -47,7 +61,9 @@ def pissa_layer(target: nn.Module, adapter_name: str, config: PissaConfig, **kwa
     _check_weight(base, name)
     if config.use_dora and kind is not PissaLinear:
         raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {_leave_out(name)}")
-    return kind(base, adapter_name, config, **kwargs)
+    layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
+    layer.base_layer = base  # which PEFT would warn of, where it is not the target, as of a kind that it does not know
+    return layer
 
 
 _KINDS: tuple[tuple[type[nn.Module], type[PissaLayer]], ...] = (
@@ -61,13 +77,14 @@ _KINDS: tuple[tuple[type[nn.Module], type[PissaLayer]], ...] = (
 
 
 def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaLayer]]:
-    if is_bitsandbytes(target, "Linear4bit"):
-        try:
+    try:
+        if is_bitsandbytes(target, "Linear4bit"):
             return from_bitsandbytes(target), PissaLinear
-        except TypeError as error:
-            raise TypeError(f"{name} is a Linear4bit of bitsandbytes, but {error}") from None
-    if is_bitsandbytes(target, "Linear8bitLt"):
-        return target, PissaLinear
+        if is_bitsandbytes(target, "Linear8bitLt"):
+            check_int8(target)
+            return target, PissaLinear
+    except TypeError as error:
+        raise TypeError(f"{name} is a {type(target).__name__} of bitsandbytes, but {error}") from None
     for base, kind in _KINDS:
         # A subclass may compute anything; those of embeddings multiply by a scale.
         if type(target) is base or (
@@ -109,13 +126,13 @@ def _check_weight(base: nn.Module, name: str) -> None:
             "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or "
             "load it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
         )
-    if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
-        return
     if weight.is_meta and not is_offloaded(base):
         raise ValueError(
             f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
             "that accelerate offloads, device_map=..., is fetched layer by layer)"
         )
+    if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
+        return
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         raise TypeError(
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
@@ -188,6 +205,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     """
     layers = pissa_layers(model, adapter_name)
     _check_forms(model, layers, config, first)
+    _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     if distributed.world_size() > 1:
@@ -264,6 +282,19 @@ def _check_forms(model: nn.Module, layers: dict[str, PissaLayer], config: PissaC
                 f"residual stored as {config.form.describe()}: use the implicit residual, untie the "
                 "weight, or leave the layer out"
             )
+
+
+def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
+    quantised = [name for name, layer in layers.items() if isinstance(layer, PissaLinear) and layer.is_quantised]
+    if config.form != IMPLICIT and quantised:
+        warnings.warn(
+            f"{len(quantised)} layers, {quantised[0]} the first, are quantised by bitsandbytes already. Each is "
+            f"dequantised and split, and its residual stored as {config.form.describe()}, which rounds a second time: "
+            "the base is no longer quite the function that bitsandbytes computes. Leave quant and residual out, and "
+            "the adapter takes the quantised weights as they are; or load the model in 16 bits.",
+            UserWarning,
+            stacklevel=7,  # the caller of pissa.wrap
+        )
 
 
 def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:

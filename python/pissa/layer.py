@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import bias_of, dense_dtype, dense_kind, weight_matrix, whole, with_matrix
+from pissa.bases import bias_of, dense_kind, weight_matrix, whole, with_matrix
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import Remembered, fingerprint
 from pissa.magnitude import Magnitude
@@ -42,7 +42,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     base_layer: Any  # a module; which one depends on the kind and on what is merged
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PissaConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
+    ) -> None:
+        self.model_dtype = model_dtype
         self._target_name = kwargs[
             "target_name"
         ]  # PEFT's embeddings and convolutions make their first adapter without it
@@ -86,8 +89,17 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         casts what a layer is given to the dtype of its weight, which is not that of 4-bit codes."""
         base = self.base_layer
         if isinstance(base, (StoredLinear, Nf4Base)):
-            return self.dense_base().to(dense_dtype(base))
+            return self.dense_base().to(self.dense_dtype)
         return cast(Tensor, base.weight)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """Of a dense weight in the base's place: the base's own, or the model's where bitsandbytes has quantised it."""
+        base = self.unmerged_base
+        if isinstance(base, StoredLinear):
+            return base.dtype
+        weight: Tensor = base.weight
+        return weight.dtype if weight.is_floating_point() else self.model_dtype
 
     @property
     def form(self) -> Form:
@@ -117,7 +129,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors, config: PissaConfig) -> None:
         """Replaces a base by one that keeps `residual`, of which `start` holds the rest."""
         base = self.base_layer
-        replaced = Replaced(dense_kind(base), dense_dtype(base), bias_of(base), self.base_fingerprint())
+        replaced = Replaced(dense_kind(base), self.dense_dtype, bias_of(base), self.base_fingerprint())
         storage: torch.dtype = getattr(torch, config.quant_storage)
         self.base_layer = stored_linear(replaced, residual, start, storage).train(base.training)
 
@@ -296,7 +308,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         weight = self.dense_base().float()
         for name in [*self.merged_adapters, *names]:
             weight = weight + self.get_delta_weight(name)
-        merged = with_matrix(base, weight)
+        merged = with_matrix(base, weight.to(self.dense_dtype))
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self.lora_unmerged, self.base_layer = base, merged
@@ -317,7 +329,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         else:
             self.unmerge()
         base = self.base_layer
-        return with_matrix(base, base.dense()) if isinstance(base, StoredLinear) else cast(nn.Module, base)
+        if isinstance(base, Nf4Base):
+            return base.original()
+        if isinstance(base, StoredLinear):
+            return with_matrix(base, base.dense().to(base.dtype))
+        return cast(nn.Module, base)
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(cast(nn.Module, self))

@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import base_product, bias_of
+from pissa.bases import base_product, bias_of, is_bitsandbytes
 from pissa.layer import PissaLayer
 from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
@@ -19,6 +19,12 @@ from pissa.stored import StoredLinear
 class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
     """A PissaLayer over a linear module: lora_A[adapter].weight is dA [r, in], lora_B[adapter].weight dB [out, r];
     with DoRA lora_magnitude_vector[adapter] is a Magnitude."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether bitsandbytes' codes are the base."""
+        base = self.unmerged_base
+        return isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt")
 
     def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight

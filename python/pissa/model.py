@@ -27,7 +27,7 @@ from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
 from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
-from pissa.inject import check_parents, decompose, materialise, pissa_layer, restored_on_error
+from pissa.inject import check_parents, decompose, layer_factory, materialise, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
@@ -108,7 +108,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         start: Start,
         **kwargs: Any,
     ) -> None:
-        peft_config.build_layers_with(pissa_layer)
+        peft_config.build_layers_with(layer_factory(model))
         unfuse(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -145,7 +145,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
         if any(is_sharded(parameter) for parameter in self.parameters()):
             raise ValueError("the model is sharded, and FSDP would not see a new adapter: add it before fully_shard")
-        config.build_layers_with(pissa_layer)
+        config.build_layers_with(layer_factory(self.base_model.model))
         with targets_as_given():
             unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)

@@ -1,0 +1,428 @@
+"""bitsandbytes' layers: their bytes are the base as they are, or are decoded, split and stored anew where that is asked."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import pissa
+from devices import fetch, put
+from language_models import Make, assert_same, error, logits, snapshot, train
+from one_layer import (
+    OneLayer,
+    adapted,
+    assert_comes_back,
+    assert_function_and_gradients,
+    assert_merges,
+    assert_output,
+    change_a_little,
+    filled,
+    wrap,
+)
+from pissa import ops
+from pissa.nf4 import Nf4Base, from_bitsandbytes, nf4_from_state, to_bitsandbytes
+from pissa.stored import Nf4Linear, ResidualLinear
+from reference import EPS, assert_close
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of kernels that it could download
+    import bitsandbytes as bnb
+
+# Blocks of 64 in whole rows: on a CPU bitsandbytes 0.50.2 decodes nothing else rightly.
+IN, OUT, R = 128, 64, 4
+STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+storages = pytest.mark.parametrize("storage", STORAGES, ids=str)
+nesting = pytest.mark.parametrize("nested", [False, True])
+
+
+def linear4bit(
+    nested: bool = True,
+    storage: torch.dtype = torch.uint8,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    quant_type: str = "nf4",
+) -> Any:
+    """Quantised from a weight of that dtype; in training mode, in which bitsandbytes does not repack it."""
+    layer = bnb.nn.Linear4bit(
+        IN, OUT, bias=bias, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
+    )
+    return filled(layer).to(dtype).to(put(torch.empty(0)).device)
+
+
+def linear8bit(bias: bool = True) -> Any:
+    return filled(bnb.nn.Linear8bitLt(IN, OUT, bias=bias, has_fp16_weights=False)).to(put(torch.empty(0)).device)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return put(torch.randn(*shape, IN, generator=torch.Generator().manual_seed(7)).to(dtype))
+
+
+def decoded(layer: Any) -> Tensor:
+    """By bitsandbytes, float64."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return fetch(layer.weight.data).double() * fetch(scales).double()[:, None] / 127
+    return fetch(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)).double()
+
+
+def contents(layer: Any) -> dict[str, Tensor]:
+    """The bytes of all that the layer saves."""
+    return {name: fetch(value).reshape(-1).view(torch.uint8).clone() for name, value in layer.state_dict().items()}
+
+
+# ---- 4 bits, taken as they are ---------------------------------------------------------------------------------------
+
+
+@storages
+@nesting
+def test_the_bytes_are_kept(nested: bool, storage: torch.dtype) -> None:
+    layer = linear4bit(nested, storage)
+    before = contents(layer)
+    base = adapted(wrap(layer, r=R)).base_layer
+    assert isinstance(base, Nf4Base)
+    assert base.weight.data_ptr() == layer.weight.data_ptr()  # no copy
+    assert base.weight.dtype == torch.uint8
+    assert not base.weight.requires_grad
+    assert base.double_quant == nested
+    assert torch.equal(fetch(base.dense()).double(), decoded(layer))
+    assert all(torch.equal(contents(layer)[name], value) for name, value in before.items())
+
+
+@storages
+@nesting
+def test_codes_are_never_decomposed(nested: bool, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a float quant_storage the packed codes look like a weight."""
+    split_many, seen = ops.split_many, []
+
+    def watched(weights: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(weights)
+        return split_many(weights, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "split_many", watched)
+    layer = linear4bit(nested, storage)
+    start = adapted(wrap(layer, r=R, seed=5)).start_of("default")
+    (weight,) = seen
+    assert weight.dtype == torch.float32
+    assert torch.equal(fetch(weight).double(), decoded(layer))
+    split = ops.split(weight, R, passes=pissa.PissaConfig().svd_passes, seed=5)
+    assert torch.equal(start.a0, split.a0)
+    assert torch.equal(start.b0, split.b0)
+
+
+@nesting
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_step_0_is_what_bitsandbytes_computes(nested: bool, dtype: torch.dtype) -> None:
+    """Up to the rounding of either: bitsandbytes rounds the decoded weight to the dtype of the input."""
+    layer, x = linear4bit(nested, dtype=dtype), inputs(5, dtype=dtype)
+    model = wrap(linear4bit(nested, dtype=dtype), r=R)
+    with torch.no_grad():
+        theirs, ours = fetch(layer(x)).double(), model(x)
+        with model.disable_adapter():
+            disabled = model(x)
+    size = fetch(x).double().abs() @ decoded(layer).abs().T + fetch(layer.bias).double().abs()
+    rounding = 0.0 if dtype == torch.float32 else 4 * EPS[dtype]  # of weights and outputs, theirs and ours
+    assert_close(ours, theirs, (2 * IN * EPS[torch.float32] + rounding) * size, "step 0")
+    assert torch.equal(disabled, ours)
+
+
+@nesting
+@pytest.mark.parametrize("bias", [False, True])
+def test_function_and_gradients(nested: bool, bias: bool) -> None:
+    layer, x = linear4bit(nested, bias=bias), inputs(2, 5).requires_grad_()
+    base, offset = decoded(layer), fetch(layer.bias.detach()).double() if bias else None
+    assert_function_and_gradients(wrap(layer, r=R, lora_alpha=3), x, base, offset, F.linear, terms=IN + OUT)
+
+
+@nesting
+def test_merging_gives_a_dense_layer_of_the_models_dtype(nested: bool) -> None:
+    layer = linear4bit(nested)
+    merged = assert_merges(wrap(layer, r=R, lora_alpha=3), decoded(layer))
+    assert type(merged) is nn.Linear
+    assert merged.bias is layer.bias
+
+    norm, layer = nn.LayerNorm(IN).bfloat16(), linear4bit(nested, bias=False)  # which says nothing of its dtype
+    model = pissa.wrap(put(nn.Sequential(norm, layer)), r=R, target_modules=["1"])
+    merged = model.merge_and_unload()
+    assert merged[1].weight.dtype == torch.bfloat16
+    assert merged(inputs(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@storages
+@nesting
+@pytest.mark.parametrize("deleted", [False, True])
+def test_unloading_gives_bitsandbytes_its_layer_back(nested: bool, storage: torch.dtype, deleted: bool) -> None:
+    layer, x = linear4bit(nested, storage), inputs(3)
+    before, output = contents(layer), layer(x)
+    model = wrap(layer, r=R)
+    change_a_little(adapted(model))
+    if deleted:
+        model.delete_adapter("default")
+    back = model.unload().proj
+    assert type(back) is bnb.nn.Linear4bit
+    assert back.weight.data_ptr() == layer.weight.data_ptr()
+    assert contents(back).keys() == before.keys()
+    assert all(torch.equal(contents(back)[name], value) for name, value in before.items())
+    assert torch.equal(back(x), output)
+    assert (back.weight.quant_storage, back.weight.dtype) == (storage, storage)
+    assert back.weight.quant_state is back.quant_state
+    assert back.weight.quant_state == layer.weight.quant_state
+    assert (back.compute_dtype, back.in_features) == (layer.compute_dtype, IN)
+    again = wrap(back, r=R)
+    assert torch.equal(adapted(again).start_of("default").a0, adapted(wrap(layer, r=R)).start_of("default").a0)
+
+
+def test_evaluation_does_not_repack_the_bytes() -> None:
+    """bitsandbytes on a CPU repacks its weights in eval() and then has no gradient."""
+    layer, x = linear4bit(), inputs(3)
+    model = wrap(layer, r=R)
+    before = contents(layer)
+    with torch.no_grad():
+        model.eval()(x)
+    assert all(torch.equal(contents(layer)[name], value) for name, value in before.items())
+    model.train()(x).sum().backward()
+    assert adapted(model).lora_B["default"].weight.grad.abs().max() > 0
+
+
+def test_copies_and_moves_take_the_bytes_along() -> None:
+    model, x = wrap(linear4bit(), r=R), inputs(3)
+    change_a_little(adapted(model))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    half = copy.deepcopy(model).half()
+    assert torch.equal(adapted(half).base_layer.dense(), adapted(model).base_layer.dense())
+    assert adapted(half).base_layer.absmax.dtype == torch.uint8
+    back = twin.unload().proj
+    assert torch.equal(decoded(back), decoded(model.unload().proj))
+
+
+def test_a_saved_adapter_comes_back_and_plain_peft_computes_it(tmp_path: Path) -> None:
+    layer, x = linear4bit(), inputs(3)
+    base, bias = decoded(layer), fetch(layer.bias.detach()).double()
+    model = wrap(layer, r=R, lora_alpha=3)
+    plain = assert_comes_back(model, linear4bit, x, tmp_path)
+    assert_output(plain.train()(x), adapted(model), x, base, bias, F.linear, IN, "plain PEFT")
+    with pytest.raises(ValueError, match=r"not the base that .* proj: its weight has other values"):
+        pissa.PissaModel.from_pretrained(OneLayer(filled(linear4bit(nested=False), seed=2)), tmp_path)
+
+
+# ---- 4 bits, stored anew ---------------------------------------------------------------------------------------------
+
+
+@storages
+@nesting
+def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool, storage: torch.dtype) -> None:
+    model = nn.ModuleDict({name: linear4bit(nested, storage) for name in ("first", "second")})
+    weights = {name: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for name, m in model.items()}
+    with pytest.warns(
+        UserWarning, match=r"^2 layers, first the first, are quantised by bitsandbytes already\."
+    ) as said:
+        wrapped = pissa.wrap(model, r=R, target_modules=["first", "second"], quant="nf4", blocksize=32, seed=5)
+    assert len(said) == 1
+    assert "stored as nf4 (blocksize 32, double_quant True), which rounds a second time" in str(said[0].message)
+    assert said[0].filename == __file__
+    for name, weight in weights.items():
+        base = wrapped.base_model.model[name].base_layer
+        split = ops.split(
+            weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, residual="nf4", blocksize=32
+        )
+        assert isinstance(base, Nf4Linear)
+        assert torch.equal(base.residual.codes, split.residual.codes)
+        assert torch.equal(base.residual.absmax, split.residual.absmax)
+        assert torch.equal(base.start.a0, split.a0)
+
+
+def test_an_explicit_residual_of_quantised_layers_warns_as_well() -> None:
+    with pytest.warns(UserWarning, match=r"^1 layers, proj the first, .* stored as explicit, which rounds"):
+        model = wrap(linear4bit(), r=R, residual="explicit")
+    assert isinstance(adapted(model).base_layer, ResidualLinear)
+
+
+def test_without_quant_nothing_is_said() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(linear4bit(), r=R)
+
+
+def test_what_was_quantised_again_comes_back(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="quantised by bitsandbytes already"):
+        model = wrap(linear4bit(), r=R, quant="nf4")
+    with pytest.warns(UserWarning, match="The residual of the base is stored as nf4"):
+        assert_comes_back(model, linear4bit, inputs(3), tmp_path)
+    unloaded = model.unload().proj
+    assert type(unloaded) is nn.Linear
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def not_quantised() -> Any:
+    return bnb.nn.Linear4bit(IN, OUT, quant_type="nf4")
+
+
+def in_16_bits() -> Any:
+    return bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=True)
+
+
+def not_quantised_8bit() -> Any:
+    return bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: linear4bit(quant_type="fp4"),
+            "a Linear4bit of bitsandbytes, but its weight is quantised as fp4; load",
+        ),
+        (not_quantised, "a Linear4bit of bitsandbytes, but its weight is not quantised yet: move the model"),
+        (in_16_bits, "a Linear8bitLt of bitsandbytes, but it keeps its weight in 16 bits"),
+        (not_quantised_8bit, "a Linear8bitLt of bitsandbytes, but its weight is not quantised yet: move the model"),
+        (lambda: bnb.nn.LinearFP4(IN, OUT), "proj is a bitsandbytes.nn.modules.LinearFP4; PiSSA adapts nn.Linear"),
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"quant": "nf4"}], ids=str)
+def test_what_is_refused_stays_as_it_was(make: Any, words: str, fields: dict[str, Any]) -> None:
+    model = OneLayer(make())
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=f"proj is {words}" if words.startswith("a ") else words):
+        pissa.wrap(model, r=R, target_modules=["proj"], **fields)
+    assert_same(model, before)
+
+
+@pytest.mark.cpu_only
+def test_a_layer_that_bitsandbytes_has_repacked_is_refused() -> None:
+    """In eval() on a CPU with AVX512-BF16: the flag is set by hand so that the test holds on any."""
+    layer, x = linear4bit(dtype=torch.bfloat16), inputs(2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.eval()(x)
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(TypeError, match="bitsandbytes has repacked its weight for evaluation: load the model anew"):
+        wrap(layer, r=R)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+@nesting
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> None:
+    weight = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)))
+    ours = ops.nf4_quantize(weight, blocksize=blocksize, double_quant=nested)
+    entries = to_bitsandbytes(ours, torch.bfloat16)
+    assert entries["weight"].data_ptr() == ours.codes.data_ptr()
+    scales = {name.removeprefix("weight."): value for name, value in entries.items() if name != "weight"}
+    theirs = bnb.nn.Params4bit.from_prequantized(entries["weight"], scales, device=weight.device)
+    assert theirs.quant_state.dtype == torch.bfloat16
+    theirs.quant_state.dtype = torch.float32  # which is not rounded
+    dense = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
+    assert torch.equal(dense, ops.nf4_dequantize(ours))
+
+
+@storages
+@nesting
+def test_a_state_dict_of_bitsandbytes_is_our_codes(nested: bool, storage: torch.dtype) -> None:
+    layer = linear4bit(nested, storage)
+    ours, base = nf4_from_state(dict(layer.state_dict())), from_bitsandbytes(layer)
+    for got, expected in zip(ours, base.nf4, strict=True):
+        assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
+    back = to_bitsandbytes(ours, torch.float32)
+    state = layer.state_dict()
+    assert {*back, "bias"} == set(state)
+    for name, value in back.items():
+        if not name.startswith("weight.quant_state."):  # JSON, whose offset bitsandbytes writes as it likes
+            assert torch.equal(fetch(value).reshape(-1).view(torch.uint8), contents(layer)[name]), name
+
+
+@nesting
+def test_incomplete_state_dicts_are_refused(nested: bool) -> None:
+    entries = to_bitsandbytes(from_bitsandbytes(linear4bit(nested)).nf4, torch.float32)
+    for name in entries:
+        with pytest.raises(ValueError, match="weight"):
+            nf4_from_state({key: value for key, value in entries.items() if key != name})
+    with pytest.raises(ValueError, match=r"quantised as fp4; allowed: nf4"):
+        nf4_from_state(dict(linear4bit(quant_type="fp4").state_dict()))
+
+
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_8_bits_stay_and_step_0_is_bitsandbytes_to_the_bit() -> None:
+    layer, x = linear8bit(), inputs(5)
+    weight = decoded(layer)
+    model = wrap(layer, r=R)
+    assert adapted(model).base_layer is layer
+    assert layer.weight.dtype == torch.int8
+    assert_close(adapted(model).dense_base(), weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
+    expected = linear8bit()(x)
+    for _ in range(2):  # the layer keeps its scales elsewhere once it has been called
+        assert torch.equal(model(x), expected)
+        assert_close(adapted(model).dense_base(), weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
+    change_a_little(adapted(model))
+    assert not torch.equal(model(x), expected)
+    assert model.unload().proj is layer
+    assert torch.equal(layer(x), expected)
+
+
+def test_8_bits_change_and_gradients() -> None:
+    """The change on top of bitsandbytes' own output, which rounds the input to 8 bits."""
+    layer, x = linear8bit(), inputs(5)
+    theirs, weight = linear8bit()(x).detach(), decoded(layer)
+    model = wrap(layer, r=R, lora_alpha=3)
+    change_a_little(adapted(model))
+    delta = fetch(adapted(model).get_delta_weight("default").detach()).double()
+    size = fetch(x).double().abs() @ delta.abs().T + fetch(theirs).double().abs()
+    expected = fetch(theirs).double() + fetch(x).double() @ delta.T
+    assert_close(model(x).detach(), expected, (IN + 2 * R) * EPS[torch.float32] * size, "change")
+    model(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in adapted(model).factor_parameters("default"))
+    merged = model.merge_and_unload().proj
+    assert type(merged) is nn.Linear
+    assert_close(merged.weight.detach(), weight + delta, 8 * EPS[torch.float32] * weight.abs().max(), "merged")
+
+
+def test_8_bits_stored_anew_in_4_and_back_from_files(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"^1 layers, proj the first, are quantised by bitsandbytes already"):
+        model = wrap(linear8bit(), r=R, quant="nf4")
+    assert isinstance(adapted(model).base_layer, Nf4Linear)
+    assert_comes_back(wrap(linear8bit(), r=R), linear8bit, inputs(3), tmp_path)
+
+
+# ---- A whole model ---------------------------------------------------------------------------------------------------
+
+
+def quantised(model: nn.Module, bits: int) -> nn.Module:
+    """The model with bitsandbytes' layers, as transformers makes them: all but the output layer."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            size = (module.in_features, module.out_features)
+            kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+            options = {"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+            twin = kind(*size, bias=False, **options)
+            twin.load_state_dict(module.state_dict())
+            model.set_submodule(name, twin.to(module.weight.device))
+    return model.train()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_language_model_trains_saves_and_unloads(bits: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return quantised(tiny_llama(intermediate_size=128), bits)
+
+    before = logits(make(), tokens)
+    model = pissa.wrap(make(), r=R)
+    assert error(logits(model, tokens), before) < 1e-5 if bits == 4 else torch.equal(logits(model, tokens), before)
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    again = pissa.PissaModel.from_pretrained(make(), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    with model.disable_adapter():
+        assert error(logits(model, tokens), before) < 1e-5
+    assert torch.equal(logits(model.unload().train(), tokens), before)
