@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, logits
 from pissa import PissaLinear, PissaModel
-from trainers import FORMS, QUIET, assert_equal, forms, logged, options, state, trainable, unchanged
+from trainers import FORMS, QUIET, assert_equal, compiles, forms, logged, options, state, trainable, unchanged
 
 pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
 
@@ -179,15 +178,22 @@ def test_the_8_bit_optimiser_trains_and_resumes(tiny_llama: Make, tmp_path: Path
 
 
 @pytest.mark.slow
+@compiles
 @forms
 def test_a_compiled_model_trains_alike(form: str, tiny_llama: Make, tmp_path: Path) -> None:
+    # Inductor sums in other orders: n u for the n terms that a path through the model sums, of 7 products of up to 112
+    # terms in each layer and one of 97 in the loss. SGD, since AdamW's first step is all sign.
+    tolerance = (2 * 7 * 112 + 97) * 2**-24
     runs = [
-        trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / str(compiled), torch_compile=compiled)
+        trainer(
+            pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / str(compiled), optim="sgd", torch_compile=compiled
+        )
         for compiled in (False, True)
     ]
     for run in runs:
         run.train()
     for eager, compiled in zip(*map(logged, runs), strict=True):
-        assert math.isclose(eager, compiled, rel_tol=1e-4)
+        assert compiled == pytest.approx(eager, rel=tolerance)
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "True" / "checkpoint-6")
-    assert_equal(state(again), state(runs[1].model))
+    trained = runs[1].model.get_base_model()
+    assert_equal(state(again.get_base_model()), state(trained))

@@ -25,6 +25,17 @@ QUIET = (
 """Warnings that are expected in these runs."""
 
 
+def compiles(test: Any) -> Any:
+    """Marks a test that calls torch.compile, which warns of itself: torch hides the second one by other means than a
+    filter, and so not from filters that make errors of warnings."""
+    for words in (
+        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
+    ):
+        test = pytest.mark.filterwarnings(words)(test)
+    return test
+
+
 def options(folder: Path, **others: Any) -> dict[str, Any]:
     """Arguments of a run of 6 steps with a checkpoint after 3."""
     return {
