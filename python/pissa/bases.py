@@ -88,7 +88,7 @@ def whole(base: nn.Module, gathered: Tensor | None) -> Any:
             "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
             "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
         )
-    twin = copy.copy(base)
+    twin = copy_without_hooks(base)
     twin._parameters = base._parameters | {"weight": nn.Parameter(gathered, requires_grad=False)}
     return twin
 

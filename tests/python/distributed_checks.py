@@ -139,7 +139,9 @@ def other_models() -> dict[str, list[str]]:
         "weights": message(lambda: pissa.wrap(llama(seed=rank()), r=4)),
         "configuration": message(lambda: pissa.wrap(llama(), r=4, seed=rank())),
         "layers": message(
-            lambda: pissa.wrap(llama(), r=4, target_modules=["q_proj"], exclude_modules=["layers.1"] if rank() else None)
+            lambda: pissa.wrap(
+                llama(), r=4, target_modules=["q_proj"], exclude_modules=["layers.1"] if rank() else None
+            )
         ),
     }
 
