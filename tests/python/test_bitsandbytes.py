@@ -88,7 +88,7 @@ def test_the_bytes_are_kept(nested: bool, storage: torch.dtype) -> None:
     base = adapted(wrap(layer, r=R)).base_layer
     assert isinstance(base, Nf4Base)
     assert base.weight.data_ptr() == layer.weight.data_ptr()  # no copy
-    assert base.weight.dtype == torch.uint8
+    assert base.weight.dtype == layer.weight.dtype
     assert not base.weight.requires_grad
     assert base.double_quant == nested
     assert torch.equal(fetch(base.dense()).double(), decoded(layer))
