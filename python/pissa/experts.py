@@ -21,6 +21,12 @@ _FORMER_NAMES = {
 }
 
 
+# Experts whose outputs transformers sums in float32, whatever the model computes in.
+_SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExperts")
+# Experts that transformers decorates like the others but computes in float32 altogether.
+_OF_THEIR_OWN = ("OpenAIPrivacyFilterExperts",)
+
+
 class Expert(nn.Module):
     """The linear layers of one expert: gate_up_proj (without a gate: up_proj) and down_proj."""
 
@@ -31,7 +37,7 @@ class UnfusedExperts(nn.Module):
     Computes what transformers' "eager" implementation computes, in the same order, whichever the model is set to: only
     the experts that some token is sent to are read, or decoded from 4 bits. In training with several processes the
     others are called too, with no token, so that every process has gradients of the same parameters. `fused` is the
-    original without its weights: activation, gate, norm.
+    original without its weights: biases, activation, gate, norm.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -41,17 +47,14 @@ class UnfusedExperts(nn.Module):
         for index in range(fused.num_experts):
             self.add_module(str(index), Expert())
         for name in self.names:
-            weights, biases = getattr(fused, name), getattr(fused, f"{name}_bias", None)
+            weights = getattr(fused, name)
             for index, weight in enumerate(weights.detach()):
                 matrix = weight.mT if fused.is_transposed else weight
                 with torch.device("meta"):
-                    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=biases is not None)
+                    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
-                if biases is not None:
-                    linear.bias = nn.Parameter(biases.detach()[index], requires_grad=biases.requires_grad)
                 self.expert(index).add_module(name, linear.train(fused.training))
-            for held in (name, f"{name}_bias"):
-                fused._parameters.pop(held, None)
+            setattr(fused, name, None)  # in whose place among the parameters it will be again
 
     def expert(self, index: int) -> Expert:
         """The expert of that number."""
@@ -65,7 +68,8 @@ class UnfusedExperts(nn.Module):
             top_k_index, top_k_weights: [tokens, k], the experts of each token and their weights. An index of the number
                 of experts stands for none.
         """
-        output = torch.zeros_like(hidden_states)
+        in_float32 = type(self.fused).__name__ in _SUMMED_IN_FLOAT32
+        output = torch.zeros_like(hidden_states, dtype=torch.float32 if in_float32 else None)
         # FSDP2 adds the gradients of a block as one array, which has to hold the same parameters in every process, and
         # DDP waits for those of all parameters: an expert at rest needs one too, of zeros.
         together = world_size() > 1 and torch.is_grad_enabled()
@@ -73,28 +77,29 @@ class UnfusedExperts(nn.Module):
             if index == self.fused.num_experts:
                 continue
             position, token = torch.where(top_k_index.mT == index)
-            chosen = self._compute(self.expert(index), hidden_states[token]) * top_k_weights[token, position, None]
+            chosen = self._compute(index, hidden_states[token]) * top_k_weights[token, position, None]
             output.index_add_(0, token, chosen.to(output.dtype))
-        return output
+        return output.to(hidden_states.dtype)
 
-    def _compute(self, expert: Any, x: Tensor) -> Tensor:
-        if self.fused.has_gate:
-            hidden = self.fused._apply_gate(expert.gate_up_proj(x))
-        else:
-            hidden = self.fused.act_fn(expert.up_proj(x))
-        y: Tensor = expert.down_proj(hidden)
-        return self.fused.post_expert_norm(y) if self.fused.has_post_expert_norm else y
+    def _compute(self, index: int, x: Tensor) -> Tensor:
+        up, down = self.names
+        x = self._project(up, index, x)
+        hidden = self.fused._apply_gate(x) if self.fused.has_gate else self.fused.act_fn(x)
+        y = self._project(down, index, hidden)
+        return cast(Tensor, self.fused.post_expert_norm(y)) if self.fused.has_post_expert_norm else y
 
-    def refused(self) -> nn.Module:
+    def _project(self, name: str, index: int, x: Tensor) -> Tensor:
+        y: Tensor = self.expert(index).get_submodule(name)(x)
+        # As transformers adds it: a linear layer with a bias would round once less.
+        return y + getattr(self.fused, f"{name}_bias")[index] if self.fused.has_bias else y
+
+    def fuse(self) -> nn.Module:
         """The original module with its experts' weights, which must be dense again, in one parameter each."""
         for name in self.names:
             linears = [cast(nn.Linear, self.expert(index).get_submodule(name)) for index in range(len(self))]
             weights = torch.stack([linear.weight.detach() for linear in linears])
             fused = weights.mT.contiguous() if self.fused.is_transposed else weights
-            self.fused.register_parameter(name, nn.Parameter(fused, requires_grad=False))
-            if linears[0].bias is not None:
-                biases = torch.stack([linear.bias.detach() for linear in linears])
-                self.fused.register_parameter(f"{name}_bias", nn.Parameter(biases, requires_grad=False))
+            setattr(self.fused, name, nn.Parameter(fused, requires_grad=False))
         return cast(nn.Module, self.fused)
 
     def __len__(self) -> int:
@@ -192,7 +197,7 @@ def _check_experts(path: str, fused: Any) -> None:
     kind = type(fused).__name__
     contract = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
     advice = f"leave the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
-    if not all(hasattr(fused, name) for name in contract):
+    if kind in _OF_THEIR_OWN or not all(hasattr(fused, name) for name in contract):
         raise TypeError(f"{path} is a {kind}, which computes its experts in a way of its own; {advice}")
     for name in _weight_names(fused):
         weights = fused._parameters.get(name)
@@ -240,7 +245,7 @@ def fuse(model: nn.Module) -> None:
     dense: after the adapters have been unloaded or merged."""
     for path, experts in unfused_experts(model).items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, experts.refused())
+        setattr(model.get_submodule(parent), name, experts.fuse())
 
 
 # ---- In files --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pissa.embedding import PissaEmbedding
 from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
 from pissa.linear import PissaLinear
-from pissa.nf4 import Nf4Base, check_int8, from_bitsandbytes
+from pissa.nf4 import HoldsNf4, Nf4Base, check_int8, from_bitsandbytes
 from pissa.starts import Factors, start_factors
 from pissa.stored import Origin, StartFactors
 
@@ -37,8 +37,10 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
     """`pissa_layer` for the layers of `model`."""
     dtypes = (
         parameter.dtype
-        for name, parameter in model.named_parameters()
-        if type(parameter) is nn.Parameter and parameter.is_floating_point() and ".lora_" not in name
+        for name, module in model.named_modules()
+        if not isinstance(module, HoldsNf4) and ".lora_" not in name
+        for parameter in module.parameters(recurse=False)
+        if type(parameter) is nn.Parameter and parameter.is_floating_point()
     )
     return partial(pissa_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
 

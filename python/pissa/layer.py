@@ -99,7 +99,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if isinstance(base, StoredLinear):
             return base.dtype
         weight: Tensor = base.weight
-        return weight.dtype if weight.is_floating_point() else self.model_dtype
+        quantised = isinstance(base, Nf4Base) or not weight.is_floating_point()
+        return self.model_dtype if quantised else weight.dtype
 
     @property
     def form(self) -> Form:

@@ -111,13 +111,13 @@ class Nf4Base(HoldsNf4):
         linear = copy.copy(self._rest[0])
         state = _quant_state(self.nf4, self.dtype)
         weight = Params4bit(
-            self.weight.data.view(linear.quant_storage).reshape(-1, 1),
+            self.weight.data.reshape(-1, 1),
             requires_grad=False,
             quant_state=state,
             blocksize=self.blocksize,
             compress_statistics=self.double_quant,
             quant_type="nf4",
-            quant_storage=linear.quant_storage,
+            quant_storage=self.quant_storage,
             module=linear,
             bnb_quantized=True,
         )

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -426,3 +427,48 @@ def test_a_language_model_trains_saves_and_unloads(bits: int, tiny_llama: Make, 
     with model.disable_adapter():
         assert error(logits(model, tokens), before) < 1e-5
     assert torch.equal(logits(model.unload().train(), tokens), before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_model_that_transformers_has_loaded_quantised(
+    bits: int, prepared: bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Its quantised layers compute in bfloat16, its activations are float32 once PEFT has prepared it for training: then
+    a merged weight is too."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(dtype=torch.bfloat16, intermediate_size=128).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        )
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, dtype=torch.bfloat16, device_map=str(tokens.device)
+    ).train()
+    if prepared:
+        base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    before = logits(base, tokens)
+    model = pissa.wrap(base, r=R)
+    assert error(logits(model, tokens), before) < 4 * EPS[torch.bfloat16]  # two layers
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    trained = logits(model, tokens)
+
+    model.merge_adapter()
+    dtypes = {layer.base_layer.weight.dtype for layer in model.modules() if isinstance(layer, pissa.PissaLinear)}
+    assert dtypes == {torch.float32 if prepared else torch.bfloat16}
+    assert error(logits(model, tokens), trained) < 8 * EPS[torch.bfloat16]  # weights and activations of two layers
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), trained)
+
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded.train(), tokens), before)
+    unloaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map=str(tokens.device)).train()
+    assert error(logits(again, tokens), before) < 4 * EPS[torch.bfloat16]

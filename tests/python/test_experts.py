@@ -1,0 +1,576 @@
+"""Fused experts of transformers: unfused without a copy, split one by one, decoded only where tokens go, and fused
+again in files and on the way out."""
+
+from __future__ import annotations
+
+import gc
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import pissa
+from devices import fetch, put
+from language_models import FORMS, assert_same, error, logits, snapshot, train
+from one_layer import change_a_little, deltas64, weight64
+from pissa import PissaLinear, ops
+from pissa.experts import UnfusedExperts, unfused_experts
+from pissa.inject import pissa_layers
+from pissa.stored import Nf4Linear
+from reference import EPS
+
+EXPERTS, R = 4, 2
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SMALL_HEADS = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+
+
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=EXPERTS, num_experts_per_tok=2))
+
+
+def qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    routed = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **HEADS, **routed))
+
+
+def deepseek_v2() -> nn.Module:
+    """The first block is dense, the second has a shared expert, of linear layers, beside the routed ones."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    routed = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES, **HEADS, **SMALL_HEADS, **routed, **groups))
+
+
+def gpt_oss() -> nn.Module:
+    """Weights [in, out], biases, gate and up interleaved."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    routed = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 16}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    return GptOssForCausalLM(GptOssConfig(**SIZES, **HEADS, **routed, **rope))
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "deepseek_v2": deepseek_v2,
+    "gpt_oss": gpt_oss,
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """The same model for the same seed, with transformers' "eager" experts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = KINDS[kind]()
+        with torch.no_grad():  # large enough for experts to matter, and biases that are not zero
+            for parameter in model.parameters():
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
+    model.set_experts_implementation("eager")
+    return put(model.to(dtype)).eval()
+
+
+def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if ".experts." in name}
+
+
+def expert_layers(model: nn.Module) -> dict[str, PissaLinear]:
+    layers = pissa_layers(model.base_model.model, "default")
+    return {name: layer for name, layer in layers.items() if ".experts." in name}
+
+
+def change_all(model: nn.Module) -> None:
+    for seed, layer in enumerate(pissa_layers(model.base_model.model, "default").values()):
+        change_a_little(layer, seed=seed)
+
+
+# ---- Unfusing --------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_step_0_is_transformers_eager_to_the_bit(kind: str, dtype: torch.dtype, tokens: Tensor) -> None:
+    before = logits(make(kind, dtype), tokens)
+    model = pissa.wrap(make(kind, dtype), r=R)
+    assert expert_layers(model)
+    assert torch.equal(logits(model, tokens), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), before)
+
+
+CONFIG = SimpleNamespace(
+    n_routed_experts=EXPERTS, num_local_experts=EXPERTS, moe_num_experts=EXPERTS, hidden_size=32, moe_hidden_size=32,
+    moe_intermediate_size=24, intermediate_size=24, moe_latent_size=None, mlp_hidden_act="relu2", hidden_act="silu",
+    mlp_gate_softcap=5.0, mlp_up_softcap=5.0, post_norm_eps=1e-6, swiglu_limit=7.0, swiglu_alpha=1.702,
+    _experts_implementation="eager",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("nemotron_h", "NemotronHExperts"),  # no gate, sums in float32
+        ("inkling2", "Inkling2Experts"),  # a gate of its own, sums in float32
+        ("muse_spark", "MuseSparkExperts"),  # a norm after each expert
+        ("aria", "AriaExperts"),  # weights [in, out]
+        ("minimax_m3_vl", "MiniMaxM3VLExperts"),  # a gate of its own
+    ],
+)
+def test_every_kind_of_experts_is_computed_as_transformers_does(family: str, name: str, dtype: torch.dtype) -> None:
+    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}", reason="another transformers")
+    fused = getattr(module, name)(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    fused = put(fused.to(dtype))
+    x = put(torch.randn(9, 32, generator=generator).to(dtype))
+    index = put(torch.stack([torch.randperm(EXPERTS + 1, generator=generator)[:2] for _ in range(9)]))
+    weights = put(torch.rand(9, 2, generator=generator))  # float32, as routers compute them
+    with torch.no_grad():
+        index = (
+            index.clamp(max=EXPERTS - 1) if family == "nemotron_h" else index
+        )  # which knows no token without experts
+        expected = fused(x, index, weights)
+        assert torch.equal(UnfusedExperts(fused)(x, index, weights), expected)
+
+
+@kinds
+def test_unfusing_copies_no_weight(kind: str) -> None:
+    base = make(kind)
+    fused = {name: value.detach() for name, value in fused_parameters(base).items() if value.dim() == 3}
+    pointers = {name: value.data_ptr() for name, value in fused.items()}
+    model = pissa.wrap(base, r=R)
+    for name, weights in fused.items():
+        path, _, leaf = name.rpartition(".")
+        for index in range(EXPERTS):
+            weight = model.base_model.model.get_submodule(f"{path}.{index}.{leaf}").base_layer.weight
+            assert weight.data_ptr() == pointers[name] + index * weights[0].numel() * weights.element_size()
+            assert weight.numel() == weights[0].numel()
+
+
+def test_storing_in_4_bits_frees_the_fused_weights() -> None:
+    base = make("mixtral")
+    storages = {value.untyped_storage().data_ptr() for value in fused_parameters(base).values()}
+    model = pissa.wrap(base, r=R, quant="nf4")
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of whatever else is looked at
+        alive = [found for found in gc.get_objects() if isinstance(found, Tensor) and not found.is_meta]
+    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in alive}
+    assert all(isinstance(layer.base_layer, Nf4Linear) for layer in expert_layers(model).values())
+
+
+# ---- Splitting -------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@forms
+def test_every_expert_has_its_own_split(kind: str, form: str) -> None:
+    base = make(kind)
+    weights = {name: value.detach().clone() for name, value in fused_parameters(base).items() if value.dim() == 3}
+    model = pissa.wrap(base, r=R, seed=5, **FORMS[form])
+    for name, stacked in weights.items():
+        path, _, leaf = name.rpartition(".")
+        for index, weight in enumerate(stacked):
+            layer = model.base_model.model.get_submodule(f"{path}.{index}.{leaf}")
+            matrix = weight.mT if kind == "gpt_oss" else weight
+            split = ops.split(matrix, R, passes=pissa.PissaConfig().svd_passes, seed=5, residual=form)
+            assert torch.equal(layer.start_of("default").a0, split.a0), layer
+            assert torch.equal(layer.start_of("default").b0, split.b0)
+            if form == "explicit":
+                assert torch.equal(layer.base_layer.residual, split.residual)
+            elif form == "nf4":
+                assert torch.equal(layer.base_layer.residual.codes, split.residual.codes)
+
+
+def test_the_experts_of_a_block_are_split_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    split_many, calls = ops.split_many, []
+
+    def counted(weights: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["names"])
+        return split_many(weights, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "split_many", counted)
+    pissa.wrap(make("mixtral"), r=R, target_modules=["gate_up_proj", "down_proj"])
+    for block in range(2):
+        names = [f"layer model.layers.{block}.mlp.experts.{i}.gate_up_proj: weight" for i in range(EXPERTS)]
+        assert sum(all(name in call for name in names) for call in calls) == 1
+        assert sum(any(name in call for name in names) for call in calls) == 1
+
+
+# ---- Function and gradients ------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """The experts of one block, and where its tokens go."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, index, weights)
+
+
+def block(kind: str, form: str, **fields: Any) -> nn.Module:
+    experts = next(module for module in make(kind).modules() if type(module).__name__.endswith("Experts"))
+    return pissa.wrap(Block(experts), r=R, target_modules=["gate_up_proj", "down_proj"], **FORMS[form], **fields)
+
+
+def sent_to(*experts: int, count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, of which each goes to two of the experts given, and the weights of these."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(count, 32, generator=generator)
+    index = torch.tensor([[experts[i % len(experts)], experts[(i + 1) % len(experts)]] for i in range(count)])
+    return put(x), put(index), put(torch.rand(count, 2, generator=generator))
+
+
+@kinds
+@forms
+def test_function_and_gradients(kind: str, form: str) -> None:
+    model = block(kind, form, lora_alpha=3)
+    change_all(model)
+    x, index, weights = sent_to(0, 2, 3)
+    x.requires_grad_()
+    experts = model.base_model.model.experts
+    y = model(x, index, weights)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    y.backward(put(dy))
+
+    # The formula: each expert with the weights W + s (B A - B0 A0) in float64.
+    layers = {(i, n): experts.expert(i).get_submodule(n) for i in range(EXPERTS) for n in experts.names}
+    deltas = {key: deltas64(layer) for key, layer in layers.items()}
+    bases = {key: fetch(layer.dense_base().detach()).double() for key, layer in layers.items()}
+    dense = {key: weight64(layer, bases[key], *deltas[key]) for key, layer in layers.items()}
+    x64 = fetch(x.detach()).double().requires_grad_()
+    rows = [torch.zeros(32, dtype=torch.float64) for _ in range(len(x64))]
+    for row, (chosen, shares) in enumerate(zip(fetch(index).tolist(), fetch(weights).double(), strict=True)):
+        for i, share in zip(chosen, shares, strict=True):
+            hidden = F.linear(x64[row], dense[i, "gate_up_proj"], bias(experts, "gate_up_proj", i))
+            hidden = gate64(kind, experts, hidden)
+            rows[row] = rows[row] + share * F.linear(hidden, dense[i, "down_proj"], bias(experts, "down_proj", i))
+    y64 = torch.stack(rows)
+    y64.backward(dy.double())
+
+    # Sums of at most 48 and 24 products one after the other, and the adapters', in float32.
+    bound = 4 * 48 * EPS[torch.float32]
+    assert error(fetch(y.detach()), y64) < bound
+    assert error(fetch(x.grad), x64.grad) < bound
+    for (i, name), layer in layers.items():
+        gradients = [fetch(p.grad) if p.grad is not None else None for p in layer.factor_parameters("default")]
+        if i == 1:  # no token went there
+            assert all(gradient is None for gradient in gradients)
+            continue
+        for got, expected in zip(gradients, deltas[i, name], strict=True):
+            assert error(got, expected.grad) < bound, (i, name)
+
+
+def bias(experts: Any, name: str, index: int) -> Tensor | None:
+    return fetch(getattr(experts.fused, f"{name}_bias")[index].detach()).double() if experts.fused.has_bias else None
+
+
+def gate64(kind: str, experts: Any, x: Tensor) -> Tensor:
+    if kind != "gpt_oss":
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    gate, up = x[..., ::2].clamp(max=experts.fused.limit), x[..., 1::2].clamp(-experts.fused.limit, experts.fused.limit)
+    return (up + 1) * gate * torch.sigmoid(gate * experts.fused.alpha)
+
+
+@kinds
+def test_only_experts_with_tokens_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block(kind, "nf4")
+    experts = model.base_model.model.experts
+    owner = {
+        experts.expert(i).get_submodule(n).base_layer.weight.data_ptr(): (i, n)
+        for i in range(EXPERTS)
+        for n in experts.names
+    }
+    read = []
+
+    def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            read.extend(owner[arg.codes.data_ptr()] for arg in args if isinstance(arg, ops.Nf4Weight))
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(ops, "linear", watched(ops.linear))
+    monkeypatch.setattr(ops, "nf4_dequantize", watched(ops.nf4_dequantize))
+    for chosen in ([0, 2], [3], [EXPERTS]):  # the last stands for none
+        read.clear()
+        y = model(*sent_to(*chosen))
+        assert sorted(read) == [(i, name) for i in chosen if i < EXPERTS for name in sorted(experts.names)]
+        assert y.any() == (chosen != [EXPERTS])
+
+
+# ---- Targets ---------------------------------------------------------------------------------------------------------
+
+
+def adapted_names(**fields: Any) -> set[str]:
+    model = pissa.wrap(make("mixtral"), r=R, **fields)
+    return set(pissa_layers(model.base_model.model, "default"))
+
+
+def names(*leaves: str, blocks: tuple[int, ...] = (0, 1)) -> set[str]:
+    return {f"model.layers.{b}.mlp.experts.{i}.{leaf}" for b in blocks for i in range(EXPERTS) for leaf in leaves}
+
+
+ATTENTION = {f"model.layers.{b}.self_attn.{n}_proj" for b in range(2) for n in "qkvo"}
+QUERIES = {name for name in ATTENTION if "q_proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ATTENTION | names("gate_up_proj", "down_proj")),
+        ({"target_modules": "all-linear"}, ATTENTION | names("gate_up_proj", "down_proj")),
+        ({"target_modules": ["gate_up_proj"]}, names("gate_up_proj")),
+        ({"target_modules": ["w1", "w2", "w3"]}, names("gate_up_proj", "down_proj")),
+        ({"target_modules": ["gate_proj", "up_proj", "q_proj"]}, QUERIES | names("gate_up_proj")),
+        ({"target_modules": ["w1", "q_proj"]}, QUERIES),  # half a fused weight
+        ({"target_modules": ["w2"], "layers_to_transform": [1]}, names("down_proj", blocks=(1,))),
+        ({"target_modules": r".*\.0\..*experts\.\d+\.down_proj"}, names("down_proj", blocks=(0,))),
+        ({"exclude_modules": ["experts"]}, ATTENTION),
+        ({"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]}, QUERIES | names("down_proj")),
+        (
+            {"target_parameters": ["model.layers.1.mlp.experts.gate_up_proj"], "target_modules": []},
+            names("gate_up_proj", blocks=(1,)),
+        ),
+    ],
+    ids=str,
+)
+def test_targets(fields: dict[str, Any], expected: set[str]) -> None:
+    assert adapted_names(**fields) == expected
+
+
+def test_shared_experts_and_dense_blocks_are_linear_layers_like_others() -> None:
+    model = pissa.wrap(make("deepseek_v2"), r=R, target_modules=["gate_proj", "up_proj", "down_proj"])
+    found = set(pissa_layers(model.base_model.model, "default"))
+    linears = {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")}
+    linears |= {f"model.layers.1.mlp.shared_experts.{n}_proj" for n in ("gate", "up", "down")}
+    routed = {f"model.layers.1.mlp.experts.{i}.{n}" for i in range(EXPERTS) for n in ("gate_up_proj", "down_proj")}
+    assert found == linears | routed
+
+
+# ---- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def on_meta(model: nn.Module) -> None:
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(torch.empty_like(experts.down_proj, device="meta"))
+
+
+def of_another_class(model: nn.Module) -> None:
+    model.model.layers[1].mlp.experts.down_proj = type("Packed", (nn.Parameter,), {})(torch.zeros(EXPERTS, 32, 48))
+
+
+def with_nan(model: nn.Module) -> None:
+    model.model.layers[1].mlp.experts.down_proj.data[2, 3, 5] = torch.nan
+
+
+def renamed(model: nn.Module) -> None:
+    experts = model.model.layers[1].mlp.experts
+    experts.__class__ = type("OpenAIPrivacyFilterExperts", (type(experts),), {})
+
+
+@pytest.mark.parametrize(
+    ("prepare", "fields", "kind", "words"),
+    [
+        (
+            on_meta,
+            {},
+            ValueError,
+            r"model.layers.1.mlp.experts.down_proj is on the meta device: fused experts cannot be",
+        ),
+        (of_another_class, {}, TypeError, r"model.layers.1.mlp.experts.down_proj is a Packed, not a dense parameter"),
+        (
+            renamed,
+            {},
+            TypeError,
+            r"is a OpenAIPrivacyFilterExperts, which computes its experts in a way of its own;",
+        ),
+        (with_nan, {}, ValueError, r"layer model.layers.1.mlp.experts.2.down_proj: weight: contains NaN"),
+        (with_nan, {"quant": "nf4"}, ValueError, r"layer model.layers.1.mlp.experts.2.down_proj: weight: contains NaN"),
+        (None, {"use_dora": True}, TypeError, r"holds fused experts, for which PEFT's files have no magnitudes"),
+        (
+            None,
+            {"rank_pattern": {"experts.2.down_proj": 1}},
+            ValueError,
+            r"experts.2.down_proj is adapted otherwise than model.layers.0.mlp.experts.0.down_proj",
+        ),
+        (
+            None,
+            {"target_modules": r".*experts\.[01]\.down_proj"},
+            ValueError,
+            r"experts.2.down_proj is adapted otherwise than model.layers.0.mlp.experts.0.down_proj",
+        ),
+        (
+            None,
+            {"target_modules": r".*experts\.down_proj"},
+            ValueError,
+            r"let the pattern match model.layers.0.mlp.exper",
+        ),
+        (None, {"target_parameters": ["q_proj.weight"]}, ValueError, r"\['q_proj.weight'\] are no weights of fused"),
+        (None, {"target_parameters": ["experts.down_proj"]}, ValueError, r"beside target_modules='all-linear': give"),
+        (None, {"r": 33}, ValueError, r"rank 33 is too large for layer model.layers.0"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(
+    prepare: Any, fields: dict[str, Any], kind: type[Exception], words: str, tokens: Tensor
+) -> None:
+    model = make("mixtral")
+    if prepare is not None:
+        prepare(model)
+    before, config = snapshot(model), pissa.PissaConfig(**{"r": R, **fields})
+    output = logits(model, tokens) if prepare is None else None
+    with pytest.raises(kind, match=words):
+        pissa.wrap(model, config)
+    assert_same(model, before)
+    assert output is None or torch.equal(logits(model, tokens), output)
+    assert not unfused_experts(model)
+
+
+# ---- Files and the way out -------------------------------------------------------------------------------------------
+
+
+@kinds
+@forms
+def test_a_saved_adapter_comes_back_to_the_bit(kind: str, form: str, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(make(kind), r=R, lora_alpha=3, **FORMS[form])
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The residual of the base is stored as nf4")
+        model.save_pretrained(tmp_path)
+    again = pissa.PissaModel.from_pretrained(make(kind), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
+
+
+@kinds
+# PEFT 0.21 looks for the keys of patterns among layers only, and then finds them among parameters all the same.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_modules": ["gate_up_proj"]},
+        {"target_modules": ["down_proj"], "use_rslora": True},
+        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"gate_up_proj": 5, "o_proj": 4}},
+    ],
+    ids=str,
+)
+def test_plain_peft_loads_it_and_computes_the_same(
+    kind: str, fields: dict[str, Any], tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(make(kind), r=R, lora_alpha=3, **fields)
+    change_all(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_parameters"]
+    plain = peft.PeftModel.from_pretrained(make(kind), tmp_path)
+    got, expected = logits(plain, tokens), logits(model, tokens)
+    assert error(expected, logits(make(kind), tokens)) > 1e-2
+    # PEFT adds the change to the weight and multiplies once: float32's rounding through two blocks.
+    assert error(got, expected) < 100 * EPS[torch.float32]
+
+
+@kinds
+@forms
+def test_unloading_gives_the_fused_weights_back(kind: str, form: str, tokens: Tensor) -> None:
+    base = make(kind)
+    before, output = {name: value.clone() for name, value in base.state_dict().items()}, logits(base, tokens)
+    modules = [type(module) for module in base.modules()]
+    model = pissa.wrap(base, r=R, **FORMS[form])
+    stored = logits(model, tokens)
+    change_all(model)
+    unloaded = model.unload()
+    assert [type(module) for module in unloaded.modules()] == modules
+    assert list(unloaded.state_dict()) == list(before)
+    if form == "implicit":
+        assert all(torch.equal(value, before[name]) for name, value in unloaded.state_dict().items())
+        assert torch.equal(logits(unloaded, tokens), output)
+    assert error(logits(unloaded, tokens), stored) < 100 * EPS[torch.float32]
+    assert pissa_layers(pissa.wrap(unloaded, r=R).base_model.model, "default")
+
+
+@kinds
+def test_merging_gives_fused_weights_with_the_change(kind: str, tokens: Tensor) -> None:
+    base = make(kind)
+    stacked = {name: fetch(value.detach()).double() for name, value in fused_parameters(base).items()}
+    model = pissa.wrap(base, r=R, lora_alpha=3)
+    change_all(model)
+    trained = logits(model, tokens)
+    delta = {name: fetch(layer.get_delta_weight("default")).double() for name, layer in expert_layers(model).items()}
+    model.merge_adapter()
+    assert error(logits(model, tokens), trained) < 100 * EPS[torch.float32]
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), trained)
+    merged = model.merge_and_unload()
+    for name, weights in fused_parameters(merged).items():
+        path, _, leaf = name.rpartition(".")
+        expected = stacked[name]
+        if weights.dim() == 3:
+            changes = torch.stack([delta[f"{path}.{index}.{leaf}"] for index in range(EXPERTS)])
+            expected = expected + (changes.mT if kind == "gpt_oss" else changes)
+        assert error(fetch(weights.detach()), expected) < 4 * EPS[torch.float32]
+        assert weights.is_contiguous()
+    assert error(logits(merged, tokens), trained) < 100 * EPS[torch.float32]
+
+
+def test_a_merged_model_is_saved_as_transformers_saves_it(tokens: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = pissa.wrap(make("mixtral"), r=R)
+    change_all(model)
+    trained = logits(model, tokens)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    loaded = put(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")).eval()
+    assert error(logits(loaded, tokens), trained) < 100 * EPS[torch.float32]
+
+
+def test_biases_are_trained_as_in_plain_peft(tokens: Tensor, tmp_path: Path) -> None:
+    """bias="all" means what is called "bias": the attention's and the router's, not the stacks of the experts'."""
+    model = pissa.wrap(make("gpt_oss"), r=R, bias="all")
+    plain = peft.get_peft_model(make("gpt_oss"), peft.LoraConfig(bias="all", target_modules=["q_proj"]))
+    trained, theirs = (
+        {name for name, p in m.named_parameters() if name.endswith("bias") and p.requires_grad} for m in (model, plain)
+    )
+    assert {name.replace(".base_layer", "") for name in trained} == {n.replace(".base_layer", "") for n in theirs}
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    again = pissa.PissaModel.from_pretrained(make("gpt_oss"), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
+    loaded = peft.PeftModel.from_pretrained(make("gpt_oss"), tmp_path)
+    assert error(logits(loaded, tokens), logits(model, tokens)) < 100 * EPS[torch.float32]
+
+
+def test_a_second_adapter_on_unfused_experts(tokens: Tensor) -> None:
+    model = pissa.wrap(make("mixtral"), r=R, target_modules=["q_proj"])
+    before = logits(model, tokens)
+    model.add_adapter("second", pissa.PissaConfig(r=R, target_modules=["w1", "w2", "w3"]))
+    model.set_adapter("second")
+    assert torch.equal(logits(model, tokens), before)
+    assert train(model, tokens)[-1] != 0
+    model.set_adapter("default")
+    assert torch.equal(logits(model, tokens), before)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model.unload(), tokens), before)
