@@ -7,6 +7,7 @@ from ours, and the fetching of offloaded weights. All are there from peft 0.21 o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -160,10 +161,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         fields["rank_pattern"] = {key: 2 * rank for key, rank in (self.rank_pattern or {}).items()}
         fields["alpha_pattern"] = {key: grow * alpha for key, alpha in (self.alpha_pattern or {}).items()}
         fields["inference_mode"] = True
+        lora = LoraConfig(**fields)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(fields[name], set):
-                fields[name] = sorted(fields[name])  # the same file every time
-        return LoraConfig(**fields)
+            if isinstance(getattr(lora, name), set):
+                setattr(lora, name, sorted(getattr(lora, name)))  # the same file every time
+        return lora
 
     def _check_lora_fields(self) -> None:
         if self.init_lora_weights is not True:
@@ -245,6 +247,16 @@ def targets_as_given() -> Iterator[None]:
         yield
     finally:
         setattr(transformers_weight_conversion, name, convert)
+
+
+def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
+    """Whether PEFT, loading the configuration onto `model`, would take some of its targets for fused experts."""
+    probe = copy.deepcopy(config)
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:  # only some of the targets that are fused into one parameter
+        return True
+    return bool(probe.target_parameters)
 
 
 @contextmanager

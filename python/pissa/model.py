@@ -79,7 +79,7 @@ def wrap(
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-        config = PissaConfig(**config_fields) if config is None else _own_config(config)
+        config = _own_config(PissaConfig(**config_fields) if config is None else config)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
                 "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
@@ -112,6 +112,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         unfuse(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
+        _once_each(peft_config)
         self.warned_of_plain_lora = False
         self.register_forward_hook(add_orthogonality_loss)
         check_parents(model, adapter_name)
@@ -149,6 +150,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         with targets_as_given():
             unfuse(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            _once_each(config)
             check_parents(self.base_model.model, adapter_name)
             materialise(self.base_model.model, adapter_name)
             start(self, adapter_name)
@@ -366,6 +368,12 @@ def _own_config(config: PissaConfig) -> PissaConfig:
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
     return copy.deepcopy(config)
+
+
+def _once_each(config: PissaConfig) -> None:
+    """PEFT adds the names of a task's head each time that a model is made, restored ones too."""
+    if config.modules_to_save:
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
 
 
 def _check_adapter_name(name: str, model: nn.Module) -> None:

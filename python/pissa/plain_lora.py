@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.config import PissaConfig
+from pissa.config import PissaConfig, rewritten_by_peft
 from pissa.experts import adapted_names, places, stack, unfused_experts, unstack
 from pissa.layer import PissaLayer
 
@@ -90,7 +90,7 @@ def lora_config(
     lora = config.as_lora()
     lora.fan_in_fan_out = any(isinstance(layer.unmerged_base, Conv1D) for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
-    if not experts:
+    if not experts and not rewritten_by_peft(lora, model):
         return lora
     modules, parameters = {}, {}
     for name, layer in layers.items():

@@ -120,6 +120,9 @@ def definition(
     for name, parameter in model.base_model.model.named_parameters():
         if parameter.requires_grad and id(parameter) not in factors:
             leaves[in_base(name)] = values[in_base(name)] = parameter.detach().to(dtype).requires_grad_()
+    for name, buffer in model.base_model.model.named_buffers():
+        if f".modules_to_save.{ADAPTER}." in name:
+            values[in_base(name)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     arguments = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
     with in_double() if dtype == torch.float64 else nullcontext():
         # Untied, since a weight that is tied to an adapted one stays the base's.

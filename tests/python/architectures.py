@@ -137,12 +137,20 @@ class ListedExperts(nn.ModuleList):
         return output
 
 
-def _mixtral_of_linears() -> nn.Module:
-    model = _model("Mixtral", **TEXT, **GROUPED, **EXPERTS)()
-    for layer in model.model.layers:
-        fused = layer.mlp.experts
-        layer.mlp.experts = ListedExperts(map(LinearExpert, fused.gate_up_proj, fused.down_proj))
-    return model
+class ListedMixtralConfig(transformers.MixtralConfig):
+    """Of another type than Mixtral's, whose layers PEFT takes to be fused."""
+
+    model_type = "listed_mixtral"
+
+
+class ListedMixtral(transformers.MixtralForCausalLM):
+    config_class = ListedMixtralConfig
+
+    def __init__(self, config: ListedMixtralConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            fused = layer.mlp.experts
+            layer.mlp.experts = ListedExperts(map(LinearExpert, fused.gate_up_proj, fused.down_proj))
 
 
 # The bits of unfused experts are those of transformers' eager implementation.
@@ -172,7 +180,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "yi": _causal("Llama", paper=True, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e6}),
     "phi3": _causal("Phi3", **GROUPED, pad_token_id=0, eos_token_id=2),
     "mixtral": _causal("Mixtral", paper=True, **GROUPED, **EXPERTS),
-    "mixtral, experts of linear layers": Architecture(_mixtral_of_linears, _text, "CAUSAL_LM"),
+    "mixtral, experts of linear layers": Architecture(
+        lambda: ListedMixtral(ListedMixtralConfig(**TEXT, **GROUPED, **EXPERTS)), _text, "CAUSAL_LM"
+    ),
     "deepseek_v2": _causal("DeepseekV2", paper=True, **DEEPSEEK),
     "deepseek_v3": _causal("DeepseekV3", **DEEPSEEK, n_group=2, topk_group=1),
     "gpt2": Architecture(_model("GPT2", "LMHeadModel", vocab_size=VOCABULARY, **GPT2), _text, "CAUSAL_LM"),
