@@ -273,8 +273,8 @@ def fetched_by_layers() -> Iterator[None]:
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:
     raise TypeError(
-        "a PissaConfig needs pissa.wrap(model, config), got peft.get_peft_model, which cannot start the adapter; where a "
-        "trainer calls that for peft_config=, give the trainer pissa.wrap(model, config) as its model"
+        "a PissaConfig needs pissa.wrap(model, config), got peft.get_peft_model, which cannot start the adapter; where "
+        "a trainer calls that for peft_config=, give the trainer pissa.wrap(model, config) as its model"
     )
 
 

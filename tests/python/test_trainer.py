@@ -1,4 +1,4 @@
-"""transformers' Trainer on a small Llama: it trains with what users turn on, saves, resumes, and reloads the best model."""
+"""transformers' Trainer on a small Llama: it trains with what users turn on, resumes, and reloads the best model."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evaluated in between": {"eval_strategy": "steps", "eval_steps": 2},
     "gradients accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    "reentrant checkpointing": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    },
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "bfloat16": {"bf16": True},
 }
 settings = pytest.mark.parametrize("setting", SETTINGS)
@@ -75,7 +72,7 @@ def test_it_starts_at_the_loss_of_the_base(setting: str, tiny_llama: Make, tmp_p
 
 @forms
 def test_what_only_saves_memory_or_looks_on_changes_no_bit(form: str, tiny_llama: Make, tmp_path: Path) -> None:
-    names = ["plain", "evaluated in between", "checkpointing", "reentrant checkpointing"]
+    names = ["plain", "evaluated in between", "checkpointing", "reentrant"]
     runs = {
         name: trainer(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / name, **SETTINGS[name]) for name in names
     }

@@ -80,6 +80,7 @@ def trainable(model: nn.Module) -> list[str]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """The block trains what is trainable, and leaves all else: the base, start factors, other adapters."""
     before, trained = state(model), trainable(model)
+    assert all(".default" in name for name in trained)  # the adapter's
     yield
     assert trainable(model) == trained
     after = state(model)

@@ -1,0 +1,208 @@
+"""Training loops without a trainer: accelerate's, plain PyTorch's, under autocast, checkpointing and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pissa
+from language_models import Make, logits, train
+from pissa import PissaModel
+from trainers import FORMS, QUIET, assert_equal, compiles, forms, state, trainable, unchanged
+
+pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
+
+
+def batches() -> Tensor:
+    """Token ids [16, 9]."""
+    return torch.randint(0, 97, (16, 9), generator=torch.Generator().manual_seed(2))
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+
+
+def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """Of the loss on a batch, for what is trained."""
+    model.zero_grad()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: model.get_parameter(name).grad.clone() for name in trainable(model)}
+
+
+# -- accelerate
+
+
+@pytest.fixture
+def accelerate_alone() -> Iterator[None]:
+    """accelerate keeps its settings in the process; those of other tests must not reach these, nor these theirs."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+class Loop:
+    """accelerate's plain loop, as its documentation has it: prepare, accumulate, backward."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=True, **settings)
+        optimizer = optimizer_of(model)
+        loader = torch.utils.data.DataLoader(batches(), batch_size=4)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
+        self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
+            model, optimizer, loader, schedule
+        )
+        self.losses: list[float] = []
+
+    def epoch(self) -> None:
+        self.model.train()
+        for ids in self.loader:
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(input_ids=ids, labels=ids).loss
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            self.losses.append(loss.item())
+
+
+@pytest.mark.usefixtures("accelerate_alone")
+@forms
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}], ids=str)
+def test_accelerate(form: str, settings: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    whole, resumed = (Loop(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), **settings) for _ in range(2))
+    with unchanged(whole.model):
+        whole.epoch()
+        whole.accelerator.save_state(str(tmp_path / "state"))
+        whole.epoch()
+    assert whole.losses[-1] < whole.losses[0]
+    resumed.accelerator.load_state(str(tmp_path / "state"))
+    resumed.epoch()
+    assert resumed.losses == whole.losses[4:]
+    assert_equal(state(resumed.model), state(whole.model))
+
+    model = whole.accelerator.unwrap_model(whole.model, keep_fp32_wrapper=False)
+    model.save_pretrained(
+        tmp_path / "adapter",
+        is_main_process=whole.accelerator.is_main_process,
+        save_function=whole.accelerator.save,
+        state_dict=whole.accelerator.get_state_dict(whole.model),
+    )
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
+
+
+# -- plain PyTorch
+
+
+@forms
+def test_autocast(form: str, tiny_llama: Make) -> None:
+    """bfloat16 products, float32 parameters and gradients; and it still starts at the base."""
+    ids = batches()
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def loss_of(model: nn.Module) -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form]).train()
+    optimizer = optimizer_of(model)
+    losses = []
+    with unchanged(model):
+        for _ in range(4):
+            loss = loss_of(model)
+            loss.backward()
+            assert {model.get_parameter(name).grad.dtype for name in trainable(model)} == {torch.float32}
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    with torch.no_grad(), model.disable_adapter():
+        assert loss_of(model).item() == losses[0]
+    if form == "implicit":
+        assert loss_of(tiny_llama().train()).item() == losses[0]
+
+
+@forms
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("before", [False, True], ids=["enabled after wrapping", "enabled before wrapping"])
+def test_gradient_checkpointing_changes_no_bit(
+    form: str, reentrant: bool, before: bool, tiny_llama: Make, tokens: Tensor
+) -> None:
+    plain = pissa.wrap(tiny_llama(), r=4, **FORMS[form]).train()
+    train(plain, tokens)
+    base = tiny_llama()
+    if before:  # PEFT then enables the gradients of the inputs itself
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = pissa.wrap(base, r=4, **FORMS[form]).train()
+    if not before:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(count)
+    train(model, tokens)
+    assert calls == 6  # three steps, each with a second forward
+    assert_equal(state(model), state(plain))
+    assert_equal(gradients(model, tokens), gradients(plain, tokens))
+
+
+KINDS: dict[str, dict[str, Any]] = {**FORMS, "dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
+
+
+@compiles
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_model_compiles_to_one_graph(kind: str, tiny_llama: Make, tokens: Tensor) -> None:
+    # n u, for n terms summed in another order on a path through the model: see test_trainer.py.
+    tolerance = (7 * 112 + 97) * 2**-24
+    models = [pissa.wrap(tiny_llama(num_hidden_layers=1), r=4, **KINDS[kind]).train() for _ in range(2)]
+    for model in models:  # away from the start, where the change is zero
+        train(model, tokens)
+    models[1].compile(backend="aot_eager", fullgraph=True)
+    losses = [model(input_ids=tokens, labels=tokens).loss.item() for model in models]
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    eager, compiled = (gradients(model, tokens) for model in models)
+    for name, gradient in eager.items():
+        assert (compiled[name] - gradient).norm() <= tolerance * gradient.norm()
+
+
+# -- generation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_and_without_a_cache_and_merged(kind: str, tiny_llama: Make, tokens: Tensor) -> None:
+    """Greedy generation after training, which has made its choices clear."""
+    model = pissa.wrap(tiny_llama(), r=8, task_type="CAUSAL_LM", **KINDS[kind])
+    train(model, tokens, steps=40)
+    model.eval()
+
+    def generated(from_: nn.Module, cache: bool) -> Tensor:
+        prompt = {"input_ids": tokens[:, :3], "attention_mask": torch.ones_like(tokens[:, :3])}
+        return from_.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0)
+
+    expected = tokens  # learnt by heart
+    for cache in (True, False):
+        assert torch.equal(generated(model, cache), expected)
+    with model.disable_adapter():
+        assert not torch.equal(generated(model, True), expected)
+    merged = model.merge_and_unload()
+    for cache in (True, False):
+        assert torch.equal(generated(merged, cache), expected)
