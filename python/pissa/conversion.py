@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -65,8 +65,14 @@ class Conversion:
     @property
     def kept(self) -> float:
         """The share of the energy of all layers that was kept."""
-        energy = sum(layer.energy for layer in self.layers.values())
-        return 1 - sum(layer.lost for layer in self.layers.values()) / energy if energy else 1.0
+        return total_kept(self.layers.values())
+
+
+def total_kept(layers: Iterable[ConvertedLayer]) -> float:
+    """The share of the energy of the layers that was kept."""
+    layers = list(layers)
+    energy = sum(layer.energy for layer in layers)
+    return 1 - sum(layer.lost for layer in layers) / energy if energy else 1.0
 
 
 def convert(
@@ -94,7 +100,8 @@ def convert(
     - `subtracted`: [B, -B0]·[A ; A0], what PEFT writes with path_initial_model_for_weight_conversion. It is recognised
       without being asked if the second halves are, in every layer, what a singular value decomposition gives (rows and
       columns orthogonal, of the same lengths), and the first halves are closer to them than zero is;
-    - otherwise a plain LoRA, for which `rank` or `energy` has to be given.
+    - otherwise a plain LoRA, for which `rank` or `energy` has to be given. An adapter that was trained on a residual
+      model looks the same, unless its base_model_name_or_path says so: give `initial`.
 
     The change s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], which has no cancellation, of rank 2r. The dtype is
     float32. Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are; an adapted layer's own
@@ -219,7 +226,7 @@ def _layout(
             f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
             "saved before training, initial="
         )
-    _check_unused(f"{source} is for an unmodified base", base=base)
+    _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_no_parameters(folder)
         for target, factors in folder.factors.items():
@@ -328,9 +335,11 @@ def _other_tensors(folder: LoraFolder, start: Start) -> dict[str, Tensor]:
 
 def _base_name(folder: LoraFolder, base: nn.Module | str | os.PathLike[str] | None) -> str | None:
     """Of the unmodified base, as far as it is known: a residual model is not it."""
-    if base is None:
-        return None if residual_of(folder) is not None else folder.config["base_model_name_or_path"]
-    return (getattr(base, "name_or_path", None) or None) if isinstance(base, nn.Module) else str(base)
+    if residual_of(folder) is None and (name := folder.config["base_model_name_or_path"]):
+        return str(name)
+    if base is None or isinstance(base, nn.Module):
+        return getattr(base, "name_or_path", None) or None
+    return str(base)
 
 
 def _check_written(

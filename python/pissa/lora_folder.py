@@ -252,8 +252,8 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         if rows != columns or rows != experts * rank or not experts or any(0 in shape for shape in shapes):
             raise ValueError(
                 f"{weights.path}: tensors {shown(keys[0])} {list(shapes[0])} and {shown(keys[1])} {list(shapes[1])} "
-                f"are no factors of rank {rank}{' for each expert' if fused else ''}, which {config_path.name} gives them: "
-                "that many rows and columns are needed"
+                f"are no factors of rank {rank}{' for each expert' if fused else ''}, which {config_path.name} gives "
+                "them; that many rows and columns are needed"
             )
         for key, shape in zip(keys, shapes, strict=True):
             weights.expect(key, shape, _FLOATS, f"the adapter of {target}")
