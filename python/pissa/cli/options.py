@@ -100,8 +100,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="DIR_OR_NAME",
-        help='the unmodified model, from which the start of PEFT\'s exact "pissa" is computed, or with which a residual '
-        "model is compared",
+        help='the unmodified model: the start of PEFT\'s exact "pissa" is computed from it, a residual model compared',
     )
     parser.add_argument(
         "--initial",
