@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pissa.change import Change, Converted
@@ -30,6 +29,7 @@ from pissa.lora_start import (
 )
 from pissa.plain_lora import PREFIX
 from pissa.record import AdapterRecord, shown
+from pissa.tensor_file import write_tensors
 
 # Starts of PEFT's that leave the base as it is.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -158,7 +158,7 @@ def convert(
         config = with_sizes(folder.config, {name: (part.rank, part.target.scaling) for name, part in parts.items()})
         config["base_model_name_or_path"] = _base_name(folder, base)
         paths[0].write_text(json.dumps(config, indent=2, sort_keys=True))
-        save_file(tensors, paths[1], metadata={"format": "pt"})
+        write_tensors(paths[1], tensors)
         worst = _check_written(target, parts, tensors, LoraFolder.of(*paths))
     layers = {name: ConvertedLayer(part.target.rank, part.rank, part.energy, part.lost) for name, part in parts.items()}
     return Conversion(layout, layers, worst)
@@ -255,6 +255,7 @@ def _check_no_parameters(folder: LoraFolder) -> None:
 def _check_record(source: Path, folder: LoraFolder) -> None:
     """Whether the plain LoRA is the one that pissa.json speaks of; warns where it lacks the rounding of a residual."""
     record = AdapterRecord.read(source / PISSA_RECORD)
+    folder.weights.verify()
     missing = set(folder.factors)
     for name, layer in record.layers.items():
         path, _, leaf = name.rpartition(".")

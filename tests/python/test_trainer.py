@@ -36,7 +36,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evaluated in between": {"eval_strategy": "steps", "eval_steps": 2},
     "gradients accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    "reentrant checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
     "bfloat16": {"bf16": True},
 }
 settings = pytest.mark.parametrize("setting", SETTINGS)
