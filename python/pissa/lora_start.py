@@ -66,8 +66,9 @@ def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Start:
 
 
 def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Start:
-    """A0 and B0 as PEFT's exact "pissa" computes them from the weights of `base`, in float32. Embeddings are left out:
-    PEFT starts them as a plain LoRA, and leaves their weight as it is.
+    """A0 and B0 as PEFT's exact "pissa" computes them from the weights of `base`, in float32, and subtracts them.
+    (Then it rounds them to the base's dtype; the difference is in dA and dB.) Embeddings are left out: PEFT starts them
+    as a plain LoRA, and leaves their weight as it is.
 
     Raises:
         ValueError: a layer that `base` has not, or from which the trained factors have not started.
@@ -158,8 +159,8 @@ def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
 
 
 def check_residual(initial: LoraFolder, start: Start, residual: nn.Module, base: nn.Module) -> None:
-    """Compares W_res + s B0 A0 with W, element by element. They may differ by the rounding of W_res to its dtype, that
-    of A0 and B0 to theirs, and that of the float32 product of r terms that was subtracted.
+    """Compares W_res + s B0 A0 with W, element by element. They may differ by the rounding of W_res, A0 and B0 to
+    the residual's dtype, which PEFT gives all of them, and that of the float32 product of r terms that was subtracted.
 
     Raises:
         ValueError: naming the first layer that differs by more.
@@ -169,10 +170,9 @@ def check_residual(initial: LoraFolder, start: Start, residual: nn.Module, base:
         rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
         product = initial.factors[target].scaling * (b0 @ a0)
         size = scaling * (b0.abs() @ a0.abs())
-        stored = max(torch.finfo(initial.weights.read(key).dtype).eps for key in initial.factors[target].keys) / 2
         unit = torch.finfo(kept.dtype).eps / 2
         # W_res and W each come from one rounding of the same number, where W was of a wider type than W_res.
-        bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * stored) * (
+        bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
             size + weight.double().abs()
         )
         error = (kept.double() + product - weight.double()).abs()

@@ -25,7 +25,10 @@ class Trained(NamedTuple):
 
 def train_pissa(base: nn.Module, tokens: Tensor, folder: Path, init: str = "pissa", **fields: object) -> Trained:
     """Trains PEFT's own PiSSA on `base`, which it changes."""
-    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": init} | fields)
+    with warnings.catch_warnings():
+        # of its own conversion, which is not made
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern", UserWarning)
+        config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": init} | fields)
     model = peft.get_peft_model(base, config)
     _save_initial(model, folder / "initial")
     train(model, tokens)
@@ -53,9 +56,17 @@ def save_subtracted(base: nn.Module, tokens: Tensor, folder: Path, init: str = "
     )
     initial = folder.parent / f"{folder.name}_initial"
     _save_initial(model, initial)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
     train(model, tokens)
+    with torch.no_grad():  # as small a change as fine-tuning makes
+        for name, tensor in model.state_dict().items():
+            if name in start:
+                tensor.lerp_(start[name], 1 - 2.0**-6)
     trained = logits(model.eval(), tokens)
-    model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
+    with warnings.catch_warnings():
+        # PEFT loads the initial adapter beside the trained one.
+        warnings.filterwarnings("ignore", ".*changes the base weights of the model and should thus not be", UserWarning)
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
     return trained
 
 

@@ -39,11 +39,6 @@ FIELDS: dict[str, dict[str, object]] = {
     "more tensors": {"bias": "lora_only", "modules_to_save": ["norm"]},
 }
 
-# Random weights: what PEFT says of names is not of interest here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-]
-
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -101,7 +96,6 @@ def test_a_stored_residual_is_mentioned(form: str, tiny_llama: Make, tokens: Ten
 ARCHITECTURE = [
     "mixtral",
     "deepseek_v2",
-    "mixtral, experts of linear layers",
     "gpt2",
     "llama, embeddings targeted",
     "roberta",
@@ -173,11 +167,28 @@ def test_pefts_pissa_on_the_unmodified_base(
 
 
 def test_the_start_from_the_base_is_pefts_to_the_bit(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    trained = train_pissa(tiny_llama(dtype=torch.bfloat16), tokens, tmp_path)
+    trained = train_pissa(tiny_llama(), tokens, tmp_path)
     pissa.convert(trained.adapter, tmp_path / "a", initial=trained.initial)
-    pissa.convert(trained.adapter, tmp_path / "b", base=tiny_llama(dtype=torch.bfloat16))
+    pissa.convert(trained.adapter, tmp_path / "b", base=tiny_llama())
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_in_bfloat16_only_the_residual_s_rounding_is_lost(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """PEFT rounds A0 and B0 to the base's dtype as well, after it has subtracted them. With those that the residual was
+    made with, which the base gives, W + dW is the trained weight but for the rounding of the residual."""
+    base = tiny_llama(dtype=torch.bfloat16)
+    trained = train_pissa(base, tokens, tmp_path)
+    pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama(dtype=torch.bfloat16))
+    found, adapter, unmodified = changes(tmp_path / "lora"), changes(trained.adapter), tiny_llama(dtype=torch.bfloat16)
+    for name, change in found.items():
+        residual, weight = (
+            model.get_submodule(name).get_parameter("base_layer.weight" if model is base else "weight").double()
+            for model in (base, unmodified)
+        )
+        rounding = 2.0**-8 * residual.abs()
+        single = 16 * 2.0**-24 * (weight.abs().max() + adapter[name].abs().max())  # products of 4 terms in float32
+        assert ((weight + change[0] - residual - adapter[name][0]).abs() <= rounding + single).all(), name
 
 
 def test_singular_vectors_of_another_sign(
@@ -216,7 +227,7 @@ def test_a_random_decomposition_cannot_be_repeated(tiny_llama: Make, tokens: Ten
 
 
 def test_embeddings_which_peft_starts_as_lora_and_gpt2(tmp_path: Path) -> None:
-    """PEFT's "pissa" leaves an embedding's weight alone; its change keeps rank r, and Conv1D's weights lie transposed."""
+    """PEFT's "pissa" leaves an embedding's weight alone; its change keeps rank r. Conv1D's weights lie transposed."""
     architecture = ARCHITECTURES["gpt2"]
     tokens = architecture.batch()["input_ids"]
     fields = {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}
@@ -252,7 +263,7 @@ def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
     bases = {
         "it is not the base that the adapter was trained on": tiny_llama(seed=1),
         r"the base has no layer model\.layers\.1": tiny_llama(num_hidden_layers=1),
-        r"gate_proj is torch.float32 \[48, 64\] in the base; needed: the float weight": tiny_llama(
+        r"down_proj is torch.float32 \[64, 48\] in the base; needed: the float weight": tiny_llama(
             intermediate_size=48
         ),
         "base is a PeftModel, in which PiSSA has replaced weights": peft.get_peft_model(
@@ -275,7 +286,7 @@ def test_an_initial_adapter_of_another_run_is_refused(tiny_llama: Make, tokens: 
     trained = train_pissa(tiny_llama(), tokens, tmp_path)
     others = {
         "has factors .* and scaling": {"r": 3},
-        "and scaling 2 there": {"lora_alpha": 8},
+        "and scaling 1 there": {"lora_alpha": 4},
         "only the trained adapter has layer": {"target_modules": ["q_proj"]},
     }
     for message, fields in others.items():
@@ -325,8 +336,8 @@ def test_a_residual_of_another_base_is_refused(tiny_llama: Make, tokens: Tensor,
         ValueError, match=r"do not add up to the base: in layer model\.layers\.1\.self_attn\.v_proj they"
     ):
         pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial, base=base)
-    with pytest.raises(ValueError, match="base is only compared with a residual model, and .* lies in none"):
-        shutil.copytree(trained.initial / "pissa_init", tmp_path / "alone")
+    shutil.copytree(trained.initial / "pissa_init", tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"base is only compared with a residual model, and .* lies in none"):
         pissa.convert(trained.adapter, tmp_path / "lora", initial=tmp_path / "alone", base=base)
     assert not (tmp_path / "lora").exists()
 
@@ -335,7 +346,6 @@ def test_a_residual_of_another_base_is_refused(tiny_llama: Make, tokens: Tensor,
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
-@pytest.mark.filterwarnings("ignore:Adapter .* has been (deleted|loaded):UserWarning")
 def test_what_peft_subtracts_is_recognised(init: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """And written so that bfloat16 holds it."""
     expected = save_subtracted(tiny_llama(), tokens, tmp_path / "peft", init=init)
@@ -355,7 +365,6 @@ def test_what_peft_subtracts_is_recognised(init: str, tiny_llama: Make, tokens: 
     assert min(errors["peft"]) > 4 * max(errors["lora"])
 
 
-@pytest.mark.filterwarnings("ignore:Adapter .* has been (deleted|loaded):UserWarning")
 def test_what_is_not_recognised_may_be_said(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     expected = save_subtracted(tiny_llama(), tokens, tmp_path / "peft", init="olora")
     with pytest.raises(ValueError, match=r"is a plain LoRA already\. Give rank= or energy=.*subtracted=True"):
@@ -409,16 +418,16 @@ def test_an_adapter_that_learnt_nothing(tiny_llama: Make, tmp_path: Path) -> Non
     assert done.kept == 1
 
 
-def test_runtimes_that_know_no_patterns_scale_right(ours: Path, tiny_llama: Make, tmp_path: Path) -> None:
+def test_runtimes_that_know_no_patterns_scale_right(tiny_llama: Make, tmp_path: Path) -> None:
     """Where all scalings are equal alpha / r is that of every layer, whatever its rank."""
     model = pissa.wrap(tiny_llama(), r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"])
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not ("q_proj.lora_A" in name or "layers.0" in name):
             nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(tmp_path / "one")
-    pissa.convert(tmp_path / "one", tmp_path / "lora", energy=0.8)
+    done = pissa.convert(tmp_path / "one", tmp_path / "lora", energy=1.0)
+    assert sorted(layer.rank for layer in done.layers.values()) == [1, 1, 4, 8]
     config = config_of(tmp_path / "lora")
-    assert config["rank_pattern"]
     assert config["lora_alpha"] / config["r"] == 1.5
     lora = LoraFolder.read(tmp_path / "lora")
     assert {factors.scaling for factors in lora.factors.values()} == {1.5}
@@ -633,7 +642,7 @@ def test_a_wrong_file_is_not_left_behind(
     def one_element(path: Path, tensors: dict[str, Tensor]) -> None:
         name = next(name for name in tensors if "lora_B" in name)
         spoilt = tensors[name].clone()
-        spoilt[1, 5] += 4 * 2**-23 * spoilt.abs().max()  # in B0: a few units in the last place
+        spoilt[1, -1] += 1e-4 * spoilt.abs().max()
         write(path, tensors | {name: spoilt})
 
     def one_bias(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -655,6 +664,8 @@ def test_a_wrong_file_is_not_left_behind(
                 assert not (tmp_path / "new").exists()
     saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
     monkeypatch.setattr(conversion, "write_tensors", one_bias)
-    with pytest.raises(ValueError, match="tensor 'base_model.model.model.norm.weight' was read back with other values"):
+    with pytest.raises(
+        ValueError, match=r"tensor 'base_model\.model\.model\.norm\.weight' was read back with other values"
+    ):
         pissa.convert(saved.adapter, tmp_path / "new" / "lora", initial=saved.initial)
     assert not (tmp_path / "new").exists()
