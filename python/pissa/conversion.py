@@ -136,32 +136,45 @@ def convert(
             f"{source} is a plain LoRA already. Give rank= or energy= to lower its rank; initial= if it was trained on "
             "a residual; subtracted=True if it is [B, -B0]·[A ; A0]"
         )
-    parts = {}
+    tensors = _other_tensors(folder, start)
+    layers, sizes = {}, {}
     for name, factors in folder.factors.items():
-        make = Change.subtracted if layout == _SUBTRACTED else Change
-        changes = [make(factors.scaling, *pair) for pair in folder.matrices(name)]
-        if name in start:
-            changes = [changes[0]._replace(start=start[name])]
-        parts[name] = Converted.of(factors, changes, rank, energy)
-    if folder.config["use_dora"] and any(part.left_out for part in parts.values()):
+        part = _converted(folder, name, layout, start, rank, energy)
+        tensors |= factors.pack(part.written)
+        layers[name] = ConvertedLayer(factors.rank, part.rank, part.energy, part.lost)
+        sizes[name] = part.rank, factors.scaling
+    if folder.config["use_dora"] and any(layer.lost for layer in layers.values()):
         warnings.warn(
             f"{source} has DoRA's magnitudes, which were trained with the change that is now approximated: they are "
             "kept, and the function differs by more than the energy that is left out says",
             UserWarning,
             stacklevel=2,
         )
-    tensors = _other_tensors(folder, start)
-    for part in parts.values():
-        tensors |= part.target.pack(part.written)
+    config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": _base_name(folder, base)}
     with Staged(target) as staged:
         paths = staged.path(ADAPTER_CONFIG), staged.path(ADAPTER_WEIGHTS)
-        config = with_sizes(folder.config, {name: (part.rank, part.target.scaling) for name, part in parts.items()})
-        config["base_model_name_or_path"] = _base_name(folder, base)
         paths[0].write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(paths[1], tensors)
-        worst = _check_written(target, parts, tensors, LoraFolder.of(*paths))
-    layers = {name: ConvertedLayer(part.target.rank, part.rank, part.energy, part.lost) for name, part in parts.items()}
+        written = LoraFolder.of(*paths)
+        worst = 0.0
+        for name in folder.factors:
+            part = _converted(folder, name, layout, start, rank, energy)
+            worst = max(worst, _check_written(target, name, part, written))
+        _check_other_tensors(target, tensors, written)
     return Conversion(layout, layers, worst)
+
+
+def _converted(
+    folder: LoraFolder, name: str, layout: str, start: Start, rank: int | None, energy: float | None
+) -> Converted:
+    """One layer; made twice, since all of them in float64 take much memory."""
+    factors = folder.factors[name]
+    make = Change.subtracted if layout == _SUBTRACTED else Change
+    changes = [make(factors.scaling, *pair) for pair in folder.matrices(name)]
+    if name in start:
+        a0, b0 = start[name]
+        changes = [changes[0]._replace(start=(a0.double(), b0.double()))]
+    return Converted.of(factors, changes, rank, energy)
 
 
 def _check_arguments(target: Path, rank: int | None, energy: float | None) -> None:
@@ -323,7 +336,7 @@ def _other_tensors(folder: LoraFolder, start: Start) -> dict[str, Tensor]:
         factors = folder.factors[target]
         if (name := f"{PREFIX}{target}.base_layer.weight") in tensors:
             weight = tensors[name]
-            product = factors.scaling * (b0 @ a0)
+            product = factors.scaling * (b0.double() @ a0.double())
             if "embedding" in factors.keys[0]:
                 product = product.mT
             if product.numel() != weight.numel():
@@ -343,22 +356,22 @@ def _base_name(folder: LoraFolder, base: nn.Module | str | os.PathLike[str] | No
     return str(base)
 
 
-def _check_written(
-    target: Path, parts: Mapping[str, Converted], tensors: Mapping[str, Tensor], written: LoraFolder
-) -> float:
-    """Reads back what is about to become the files of `target`, and compares it with the source."""
-    errors = {}
-    for name, part in parts.items():
-        if name not in written.factors:
-            raise ValueError(f"{target}: layer {name} got lost in writing")
-        errors[name] = part.error(written.factors[name].scaling, written.matrices(name))
-    worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] <= 1:
+def _check_written(target: Path, name: str, part: Converted, written: LoraFolder) -> float:
+    """Compares a layer in what is about to become the files of `target` with the source."""
+    if name not in written.factors:
+        raise ValueError(f"{target} has not been written: layer {name} got lost. Please report this")
+    error = part.error(written.factors[name].scaling, written.matrices(name))
+    if not error <= 1:
         raise ValueError(
-            f"{target} has not been written: in layer {worst} the change that was read back differs from that of the "
-            f"source by {errors[worst]:.3g} times what rounding allows. Please report this"
+            f"{target} has not been written: in layer {name} the change that was read back differs from that of the "
+            f"source by {error:.3g} times what rounding allows. Please report this"
         )
+    return error
+
+
+def _check_other_tensors(target: Path, tensors: Mapping[str, Tensor], written: LoraFolder) -> None:
+    if set(written.weights.names) != tensors.keys():
+        raise ValueError(f"{target} has not been written: tensors got lost. Please report this")
     for name in written.other_keys:
         if not torch.equal(written.weights.read(name), tensors[name]):
             raise ValueError(f"{target} has not been written: tensor {shown(name)} was read back with other values")
-    return errors[worst]

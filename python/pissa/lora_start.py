@@ -25,7 +25,7 @@ INITIAL_FOLDER = "pissa_init"
 """What the paper's authors call the sub-folder of a residual model that holds the adapter before training."""
 
 Start = dict[str, Matrices]
-"""A0 [r, in] and B0 [out, r] of each target, float64. A target that is missing starts from a product of zero."""
+"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. A target that is missing starts from a product of zero."""
 
 
 def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
@@ -61,8 +61,12 @@ def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Start:
                 f"{paths}: layer {target} has factors {list(theirs.shapes)} and scaling {theirs.scaling:g} there, "
                 f"{list(ours.shapes)} and {ours.scaling:g} here"
             )
-    starts = {target: initial.matrices(target)[0] for target in initial.factors}
-    return {target: (a, b) for target, (a, b) in starts.items() if a.any() and b.any()}
+    starts = {}
+    for target in initial.factors:
+        a0, b0 = initial.matrices(target)[0]
+        if a0.any() and b0.any():
+            starts[target] = a0, b0
+    return starts
 
 
 def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Start:
@@ -121,7 +125,7 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> Matrices:
     a, b = source.matrices(target)[0]
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)  # as peft.tuners.lora does
     root = torch.diag((s[:rank] / scaling).sqrt())
-    a0, b0 = (root @ vh[:rank]).cpu().double(), (u[:, :rank] @ root).cpu().double()
+    a0, b0 = (root @ vh[:rank]).cpu(), (u[:, :rank] @ root).cpu()
     # The sign of a pair of singular vectors is the machine's choice; that of the product is not.
     signs = torch.where((a * a0).sum(1) + (b * b0).sum(0) < 0, -1.0, 1.0)
     a0, b0 = signs[:, None] * a0, b0 * signs
@@ -168,8 +172,8 @@ def check_residual(initial: LoraFolder, start: Start, residual: nn.Module, base:
     for target, (a0, b0) in start.items():
         kept, weight = (weight_matrix(_module(initial, model, target)).detach().cpu() for model in (residual, base))
         rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
-        product = initial.factors[target].scaling * (b0 @ a0)
-        size = scaling * (b0.abs() @ a0.abs())
+        product = initial.factors[target].scaling * (b0.double() @ a0.double())
+        size = scaling * (b0.double().abs() @ a0.double().abs())
         unit = torch.finfo(kept.dtype).eps / 2
         # W_res and W each come from one rounding of the same number, where W was of a wider type than W_res.
         bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (

@@ -226,6 +226,15 @@ def test_a_random_decomposition_cannot_be_repeated(tiny_llama: Make, tokens: Ten
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
 
 
+def test_another_start_that_changes_the_base(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """With the initial adapter it does not matter how the start was found."""
+    trained = train_pissa(tiny_llama(), tokens, tmp_path, init="olora")
+    with pytest.raises(ValueError, match="init_lora_weights is 'olora', which changes the base"):
+        pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama())
+    pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
+    assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
+
+
 def test_embeddings_which_peft_starts_as_lora_and_gpt2(tmp_path: Path) -> None:
     """PEFT's "pissa" leaves an embedding's weight alone; its change keeps rank r. Conv1D's weights lie transposed."""
     architecture = ARCHITECTURES["gpt2"]
@@ -664,8 +673,6 @@ def test_a_wrong_file_is_not_left_behind(
                 assert not (tmp_path / "new").exists()
     saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
     monkeypatch.setattr(conversion, "write_tensors", one_bias)
-    with pytest.raises(
-        ValueError, match=r"tensor 'base_model\.model\.model\.norm\.weight' was read back with other values"
-    ):
+    with pytest.raises(ValueError, match=r"tensor 'base_model\.model\..*norm\.weight' was read back with other values"):
         pissa.convert(saved.adapter, tmp_path / "new" / "lora", initial=saved.initial)
     assert not (tmp_path / "new").exists()
