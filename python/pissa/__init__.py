@@ -16,6 +16,7 @@ from .ops import build_info
 
 if TYPE_CHECKING:
     from .config import PissaConfig
+    from .conversion import convert
     from .layer import PissaLayer
     from .linear import PissaLinear
     from .model import PissaModel, wrap
@@ -31,6 +32,7 @@ __all__ = [
     "PissaModel",
     "__version__",
     "build_info",
+    "convert",
     "ops",
     "wrap",
 ]
@@ -41,6 +43,7 @@ _HOMES = {
     "PissaLayer": "layer",
     "PissaLinear": "linear",
     "PissaModel": "model",
+    "convert": "conversion",
     "wrap": "model",
 }
 

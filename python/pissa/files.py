@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -13,12 +14,14 @@ class Staged:
         with Staged(folder) as staged:
             staged.path("a.json").write_text(...)
 
-    All of them are on the disk before the first is renamed; they are renamed in the order they were named in.
+    All of them are on the disk before the first is renamed; they are renamed in the order they were named in. After an
+    error nothing is left, not the folder either if it was made here.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = Path(folder)
         self._names: list[str] = []
+        self._made: list[Path] = []
 
     def path(self, name: str) -> Path:
         """The temporary path, in the same folder, for the file that will be called `name`."""
@@ -29,6 +32,7 @@ class Staged:
         return self._folder / f".{name}.{os.getpid()}.tmp"
 
     def __enter__(self) -> Staged:
+        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -46,6 +50,10 @@ class Staged:
         finally:
             for name in self._names:
                 self._temporary(name).unlink(missing_ok=True)
+            if error is not None:
+                with suppress(OSError):  # somebody else has put something there
+                    for folder in self._made:
+                        folder.rmdir()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -82,6 +82,10 @@ class TensorFile:
         """The names of the tensors, in the order of the file."""
         return list(self._declared)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor of that name."""
+        return tuple(self._declared[name].get_shape())
+
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
         """Checks that a tensor of that shape and of one of these dtypes is there.
 

@@ -372,3 +372,16 @@ def test_staged_files_appear_together(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Staged(tmp_path / "sub") as staged:
         staged.path("a").write_text(str(1 / 0))
     assert {path.name: path.read_text() for path in (tmp_path / "sub").iterdir()} == {"a": "1", "b": "2"}
+
+
+def fail_after_writing(staged: Staged) -> None:
+    staged.path("a").write_text("1")
+    raise ZeroDivisionError
+
+
+def test_staged_files_that_fail_leave_no_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old" / "a" / "b", tmp_path / "old"):
+        with pytest.raises(ZeroDivisionError), Staged(folder) as staged:
+            fail_after_writing(staged)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]

@@ -1,4 +1,4 @@
-"""The command line: `pissa finetune`, `pissa demo`, `pissa env`."""
+"""The command line: `pissa finetune`, `pissa demo`, `pissa convert`, `pissa env`."""
 
 from .main import main
 

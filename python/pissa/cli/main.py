@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
     except KeyboardInterrupt:
-        message, code = "interrupted; a run that has begun goes on with the same command and --resume", 130
+        left = "nothing is written" if args.command == "convert" else "a run that has begun goes on with --resume"
+        message, code = f"interrupted; {left}", 130
     print(f"pissa {args.command}: {message}", file=sys.stderr)
     return code
 
@@ -41,6 +42,8 @@ def _run(args: argparse.Namespace) -> int:
     # Imported here, since torch and transformers take seconds and `pissa --help` needs neither.
     if args.command == "env":
         from .env import run
+    elif args.command == "convert":
+        from .convert import run
     elif args.command == "demo" or args.demo:
         from .demo import run
     else:

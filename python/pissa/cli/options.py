@@ -18,6 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, add_arguments, text in (
         ("finetune", _add_finetune, "fine-tune a causal language model on your data"),
         ("demo", _add_demo, "LoRA, PiSSA and QPiSSA side by side on a small real model"),
+        ("convert", _add_convert, "turn a PiSSA adapter of any layout into a plain LoRA"),
         ("env", _add_env, "report versions and whether everything works"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
@@ -93,6 +94,35 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("pissa-demo"), help="new folder")
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder of the adapter: of pissa, PEFT, or a LoRA")
+    parser.add_argument("target", type=Path, metavar="DST", help="new folder for the LoRA")
+    parser.add_argument(
+        "--base",
+        metavar="DIR_OR_NAME",
+        help='the unmodified model: the start of PEFT\'s exact "pissa" is computed from it, a residual model compared',
+    )
+    parser.add_argument(
+        "--initial",
+        type=Path,
+        metavar="DIR",
+        help="the adapter as it was saved before training, or a residual model that has it in pissa_init",
+    )
+    lower = parser.add_mutually_exclusive_group()
+    lower.add_argument("--rank", type=_positive_int, metavar="N", help="largest rank of a layer; what is best is kept")
+    lower.add_argument(
+        "--energy", type=_share, metavar="X", help="share of the change's square that each layer keeps, e.g. 0.99"
+    )
+    parser.add_argument(
+        "--subtracted",
+        action="store_true",
+        default=None,
+        help="the source is [B, -B0] [A ; A0], as PEFT's path_initial_model_for_weight_conversion writes it; usually "
+        "recognised without",
+    )
+    parser.add_argument("--json", action="store_true", help="report every layer as one JSON object")
+
+
 def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
@@ -113,4 +143,5 @@ def _number(convert: Callable[[str], float], allowed: str, valid: Callable[[floa
 _positive_int = _number(int, "a whole number above 0", lambda value: value > 0)
 _positive_float = _number(float, "a number above 0", lambda value: 0 < value < float("inf"))
 _fraction = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+_share = _number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 _seed = _number(int, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)

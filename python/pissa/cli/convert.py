@@ -1,0 +1,99 @@
+"""`pissa convert`: an adapter of any PiSSA layout as a plain LoRA, and what a lower rank left out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import warnings
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .quiet import silence_third_parties
+from .report import say
+from .table import format_table
+
+if TYPE_CHECKING:
+    from pissa.conversion import Conversion, ConvertedLayer
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts one adapter. Returns the exit code.
+
+    Raises:
+        UserError: for wrong arguments, folders and files. Nothing has been written then.
+    """
+    silence_third_parties()
+    import pissa
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            conversion = pissa.convert(
+                args.source,
+                args.target,
+                base=args.base,
+                initial=args.initial,
+                rank=args.rank,
+                energy=args.energy,
+                subtracted=args.subtracted,
+                progressbar=True,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(_with_options(str(error))) from error
+    texts = [str(note.message) for note in notes]
+    if args.json:
+        print(json.dumps(_as_json(conversion, texts), indent=2))
+    else:
+        _report(args, conversion, texts)
+    return 0
+
+
+def _with_options(message: str) -> str:
+    """The message with the names of options for those of arguments."""
+    return re.sub(r"\b(base|initial|rank|energy|subtracted)=(True)?", r"--\1", message)
+
+
+def _as_json(conversion: Conversion, notes: list[str]) -> dict[str, Any]:
+    layers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in conversion.layers.items()}
+    return {"layout": conversion.layout, "kept": conversion.kept, "layers": layers, "notes": notes}
+
+
+def _report(args: argparse.Namespace, conversion: Conversion, notes: list[str]) -> None:
+    say("source", f"{args.source}: {conversion.layout}")
+    kinds: dict[str, list[ConvertedLayer]] = defaultdict(list)
+    for name, layer in conversion.layers.items():
+        kinds[name.rpartition(".")[2]].append(layer)
+    lowered = args.rank is not None or args.energy is not None
+    header = ("layers", "number", "rank", "new rank", "energy kept\nleast", "\nof all")
+    columns = len(header) if lowered else 4
+    print(format_table(header[:columns], [row[:columns] for row in _rows(kinds)]))
+    if lowered:
+        name, least = min(conversion.layers.items(), key=lambda item: item[1].kept)
+        say("energy", f"{conversion.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
+    say("check", f"read back, on random inputs: error {conversion.worst:.2f} of what rounding allows")
+    say("saved", f"{args.target}: a plain LoRA for the unmodified base")
+    for note in notes:
+        say("note", note)
+
+
+def _rows(kinds: dict[str, list[ConvertedLayer]]) -> list[tuple[str, ...]]:
+    from pissa.conversion import total_kept
+
+    return [
+        (
+            kind,
+            str(len(layers)),
+            _range([layer.rank_before for layer in layers]),
+            _range([layer.rank for layer in layers]),
+            f"{min(layer.kept for layer in layers):.4%}",
+            f"{total_kept(layers):.4%}",
+        )
+        for kind, layers in kinds.items()
+    ]
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,187 @@
+"""The start factors A0, B0 of adapters that other tools trained on a residual W - s B0 A0 of the base: from the initial
+adapter that was saved, or as PEFT computes them from the base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from pissa.bases import weight_matrix
+from pissa.io import ADAPTER_CONFIG
+from pissa.lora_folder import LoraFolder
+from pissa.plain_lora import Matrices
+
+INITIAL_FOLDER = "pissa_init"
+"""What the paper's authors call the sub-folder of a residual model that holds the adapter before training."""
+
+Start = dict[str, Matrices]
+"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. A target that is missing starts from a product of zero."""
+
+
+def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """The folder of an initial adapter, and that of the residual model in which it lies, if it lies in one; either
+    may be given."""
+    folder = Path(given)
+    if (folder / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        folder = folder / INITIAL_FOLDER
+    residual = folder.resolve().parent
+    return folder, residual if folder.name == INITIAL_FOLDER and (residual / "config.json").is_file() else None
+
+
+def residual_of(adapter: LoraFolder) -> Path | None:
+    """The residual model that the adapter says it was trained on, if that is a folder with the initial adapter."""
+    name = adapter.config["base_model_name_or_path"]
+    return Path(name) if name and (Path(name) / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() else None
+
+
+def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Start:
+    """The factors of the initial adapter.
+
+    Raises:
+        ValueError: it has other layers, ranks or scalings than the trained one, naming the first.
+    """
+    paths = f"{initial.weights.path} is not where {source.weights.path} started from"
+    for target in [*source.factors, *initial.factors]:
+        if target not in source.factors or target not in initial.factors:
+            where = "trained" if target in source.factors else "initial"
+            raise ValueError(f"{paths}: only the {where} adapter has layer {target}")
+        ours, theirs = source.factors[target], initial.factors[target]
+        if ours.shapes != theirs.shapes or ours.scaling != theirs.scaling:
+            raise ValueError(
+                f"{paths}: layer {target} has factors {list(theirs.shapes)} and scaling {theirs.scaling:g} there, "
+                f"{list(ours.shapes)} and {ours.scaling:g} here"
+            )
+    starts = {}
+    for target in initial.factors:
+        a0, b0 = initial.matrices(target)[0]
+        if a0.any() and b0.any():
+            starts[target] = a0, b0
+    return starts
+
+
+def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Start:
+    """A0 and B0 as PEFT's exact "pissa" computes them from the weights of `base`, in float32, and subtracts them.
+    (Then it rounds them to the base's dtype; the difference is in dA and dB.) Embeddings are left out: PEFT starts them
+    as a plain LoRA, and leaves their weight as it is.
+
+    Raises:
+        ValueError: a layer that `base` has not, or from which the trained factors have not started.
+    """
+    if source.config.get("layer_replication"):
+        raise ValueError(
+            f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
+        )
+    modules = {target: _module(source, base, target) for target in source.factors}
+    _check_untied(base, modules)
+    start = {}
+    for target, module in tqdm(modules.items(), desc="PiSSA init", disable=not progressbar):
+        if not isinstance(module, nn.Embedding):
+            start[target] = _aligned_start(source, target, weight_matrix(module))
+    return start
+
+
+def _module(source: LoraFolder, base: nn.Module, target: str) -> nn.Module:
+    try:
+        module = base.get_submodule(target)
+    except AttributeError:
+        raise ValueError(
+            f"{source.weights.path}: the base has no layer {target}; is it the base that the adapter was trained on?"
+        ) from None
+    if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+        raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
+    (a, b), shape = source.matrices(target)[0], tuple(weight_matrix(module).shape)
+    weight = cast(Tensor, module.weight)
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or shape != (len(b), a.shape[1]):
+        raise ValueError(
+            f"layer {target} is {weight.dtype} {list(shape)} in the base; needed: the float weight "
+            f"{[len(b), a.shape[1]]} that the adapter was trained on"
+        )
+    return module
+
+
+def _check_untied(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    adapted = {id(module.weight): target for target, module in modules.items() if not isinstance(module, nn.Embedding)}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        target = adapted.get(id(parameter))
+        if target is not None and name != f"{target}.weight":
+            raise ValueError(
+                f"layer {target} shares its weight with {name}: PEFT put the residual in both, so the model that was "
+                "trained is no LoRA on the base"
+            )
+
+
+def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> Matrices:
+    rank, scaling = source.factors[target].rank, source.factors[target].scaling
+    a, b = source.matrices(target)[0]
+    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)  # as peft.tuners.lora does
+    root = torch.diag((s[:rank] / scaling).sqrt())
+    a0, b0 = (root @ vh[:rank]).cpu(), (u[:, :rank] @ root).cpu()
+    # The sign of a pair of singular vectors is the machine's choice; that of the product is not.
+    signs = torch.where((a * a0).sum(1) + (b * b0).sum(0) < 0, -1.0, 1.0)
+    a0, b0 = signs[:, None] * a0, b0 * signs
+    moved = (a - a0).square().sum() + (b - b0).square().sum()
+    if not moved < a0.square().sum() + b0.square().sum():
+        raise ValueError(
+            f"{source.weights.path}: the factors of layer {target} are farther from their start in this base than zero "
+            "is: it is not the base that the adapter was trained on. If it is, give the initial adapter, initial="
+        )
+    return a0, b0
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
+    """The model of a folder or a name, in the dtype of its files, on the CPU; a model as it is.
+
+    Raises:
+        ValueError: it cannot be loaded, or is a model with an adapter.
+    """
+    if isinstance(base, PeftModel):
+        raise ValueError("base is a PeftModel, in which PiSSA has replaced weights; needed: the unmodified model")
+    if isinstance(base, nn.Module):
+        return base
+    try:
+        architecture = (AutoConfig.from_pretrained(base).architectures or ["none"])[0]
+        kind: Any = getattr(transformers, architecture)
+        return cast(nn.Module, kind.from_pretrained(base, dtype="auto"))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"{base} cannot be loaded as a model: {reason}; load it yourself and give the model"
+        ) from error
+
+
+def check_residual(initial: LoraFolder, start: Start, residual: nn.Module, base: nn.Module) -> None:
+    """Compares W_res + s B0 A0 with W, element by element. They may differ by the rounding of W_res, A0 and B0 to
+    the residual's dtype, which PEFT gives all of them, and that of the float32 product of r terms that was subtracted.
+
+    Raises:
+        ValueError: naming the first layer that differs by more.
+    """
+    for target, (a0, b0) in start.items():
+        kept, weight = (weight_matrix(_module(initial, model, target)).detach().cpu() for model in (residual, base))
+        rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
+        product = initial.factors[target].scaling * (b0.double() @ a0.double())
+        size = scaling * (b0.double().abs() @ a0.double().abs())
+        unit = torch.finfo(kept.dtype).eps / 2
+        # W_res and W each come from one rounding of the same number, where W was of a wider type than W_res.
+        bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
+            size + weight.double().abs()
+        )
+        error = (kept.double() + product - weight.double()).abs()
+        if (worst := (error / bound.clamp(min=torch.finfo(torch.float64).tiny)).max()) > 1:
+            raise ValueError(
+                f"the residual model and {initial.weights.path} do not add up to the base: in layer {target} they "
+                f"differ by {error.max():.3g}, {worst:.3g} times what rounding explains"
+            )

@@ -1,0 +1,48 @@
+"""The best approximation of a low-rank product b a by one of lower rank, without the product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_UNIT_ROUNDOFF = 2.0**-53
+
+
+class Spectrum(NamedTuple):
+    """The singular value decomposition of b a [out, in] of rank at most k, float64."""
+
+    left: Tensor
+    """[out, k], orthonormal columns."""
+    values: Tensor
+    """[k], falling."""
+    right: Tensor
+    """[k, in], orthonormal rows."""
+
+    @staticmethod
+    def of(a: Tensor, b: Tensor) -> Spectrum:
+        """Decomposes the product of b [out, k] and a [k, in], float64: QR factors of both, then the k x k core."""
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.mT)
+        left, values, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        return Spectrum(q_b @ left, values, right @ q_a.mT)
+
+    @property
+    def energy(self) -> Tensor:
+        """The sums of squares of the values from the i-th on, i from 0 to k: [0] is ‖b a‖², [r] what rank r lacks."""
+        squares = torch.cat([self.values.square(), self.values.new_zeros(1)])
+        return squares.flip(0).cumsum(0).flip(0)
+
+    def smallest_rank(self, share: float) -> int:
+        """The smallest rank, at least 1, that keeps the given share of ‖b a‖². Values below the roundoff of the
+        decomposition count as zero."""
+        energy = self.energy
+        noise = (self.left.shape[0] + self.right.shape[1]) * _UNIT_ROUNDOFF * self.values[0]
+        allowed = (1 - share) * energy[0] + len(self.values) * noise**2
+        return max(1, int((energy > allowed).sum()))
+
+    def factors(self, ranks: slice) -> tuple[Tensor, Tensor]:
+        """Factors a, b of the part with these values, of equal norms."""
+        root = self.values[ranks].sqrt()
+        return root[:, None] * self.right[ranks], self.left[:, ranks] * root

@@ -1,0 +1,146 @@
+"""`pissa convert`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pissa
+from language_models import error, logits, train
+from peft_adapters import plain_logits, train_on_residual, train_pissa
+from pissa.cli import main
+from tiny_model import save_tiny_model
+
+TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A trained adapter, and its logits."""
+    model = pissa.wrap(load(base), r=4)
+    train(model, TOKENS)
+    folder = tmp_path_factory.mktemp("ours")
+    model.save_pretrained(folder)
+    return folder, logits(model, TOKENS)
+
+
+def test_our_adapter_as_plain_lora(
+    base: Path, ours: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, expected = ours
+    assert main(["convert", str(folder), str(tmp_path / "lora")]) == 0
+    out = capsys.readouterr().out
+    assert f"source    {folder}: an adapter of pissa\n" in out
+    assert re.search(r"^q_proj +2 +8 +8$", out, flags=re.MULTILINE)
+    assert "energy" not in out
+    assert f"saved     {tmp_path / 'lora'}: a plain LoRA for the unmodified base\n" in out
+    assert error(plain_logits(load(base), tmp_path / "lora", TOKENS), expected) < 1e-5
+
+
+def test_what_a_lower_rank_leaves_out(
+    ours: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = ours
+    done = pissa.convert(folder, tmp_path / "expected", energy=0.8)
+    assert main(["convert", str(folder), str(tmp_path / "lora"), "--energy", "0.8"]) == 0
+    out = capsys.readouterr().out
+    layers = [layer for name, layer in done.layers.items() if name.endswith("up_proj")]
+    least, whole = min(layer.kept for layer in layers), sum(layer.energy for layer in layers)
+    of_all = 1 - sum(layer.lost for layer in layers) / whole
+    assert re.search(rf"^up_proj +2 +8 .*{least:.4%} +{of_all:.4%}$", out, flags=re.MULTILINE)
+    name, layer = min(done.layers.items(), key=lambda item: item[1].kept)
+    assert f"energy    {done.kept:.4%} of the change of all layers; least, {layer.kept:.4%}, in {name}\n" in out
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "lora" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+    assert main(["convert", str(folder), str(tmp_path / "json"), "--energy", "0.8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kept"] == done.kept
+    assert {name: layer["kept"] for name, layer in report["layers"].items()} == {
+        name: layer.kept for name, layer in done.layers.items()
+    }
+
+
+def test_adapters_of_peft_and_of_the_authors(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = train_pissa(load(base), TOKENS, tmp_path / "peft")
+    theirs = train_on_residual(lambda dtype: load(base, dtype), TOKENS, tmp_path / "authors")
+    for trained, options in [
+        (mine, ["--base", str(base)]),
+        (mine, ["--initial", str(mine.initial)]),
+        (theirs, ["--initial", str(theirs.initial), "--base", str(base)]),
+    ]:
+        target = tmp_path / f"lora{len(list(tmp_path.iterdir()))}"
+        assert main(["convert", str(trained.adapter), str(target), *options]) == 0
+        assert error(plain_logits(load(base), target, TOKENS), trained.logits) < 1e-5
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_notes_are_lines_of_their_own(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pissa.wrap(load(base), r=4, quant="nf4", target_modules=["q_proj"])
+    model.warned_of_plain_lora = True
+    model.save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "lora")]) == 0
+    captured = capsys.readouterr()
+    assert "note      " in captured.out
+    assert "is only approximately the function that was trained" in captured.out
+    assert "Warning" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Give rank= or"),
+        (["--initial", "nowhere"], "nowhere is missing; needed: an adapter's folder"),
+        (["--rank", "2", "--base", "nowhere"], "--initial has to say so; base is of no use with it"),
+    ],
+)
+def test_refusals_name_options(
+    options: list[str], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft.get_peft_model(load(base), peft.LoraConfig(r=4)).save_pretrained(tmp_path / "plain")
+    assert main(["convert", str(tmp_path / "plain"), str(tmp_path / "lora"), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pissa convert: ")
+    assert message.replace("rank=", "--rank") in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("options", [["--rank", "0"], ["--energy", "1.5"], ["--rank", "2", "--energy", "0.5"]])
+def test_wrong_numbers(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "a", "b", *options])
+    assert "allowed" in capsys.readouterr().err
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    ours: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pissa import conversion
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "write_tensors", interrupted)
+    assert main(["convert", str(ours[0]), str(tmp_path / "lora")]) == 130
+    assert capsys.readouterr().err == "pissa convert: interrupted; nothing is written\n"
+    assert not (tmp_path / "lora").exists()
