@@ -1,8 +1,8 @@
 """What runs in several processes (torchrun), and writes what it finds as JSON for the test that has launched it.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 distributed_worker.py checks FOLDER
-    python -m torch.distributed.run --standalone --nproc-per-node=2 distributed_worker.py architectures FOLDER [NAME ...]
-    python -m torch.distributed.run --standalone --nproc-per-node=2 distributed_worker.py dies FOLDER
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py checks FOLDER
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py architectures FOLDER [NAME ...]
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py dies FOLDER
 
 Starting a process costs seconds, so that one launch does all checks of `distributed_checks`.
 """
@@ -49,7 +49,7 @@ ROWS = 6
 """Of a batch: as many for each of 1, 2 or 3 processes."""
 
 
-# ---- Models and training, the same in one process ---------------------------------------------------------------------
+# ---- Models and training, the same in one process --------------------------------------------------------------------
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -127,7 +127,7 @@ def train(
 def shard(model: nn.Module, **options: Any) -> nn.Module:
     """FSDP2 as its documentation has it: each block, then the rest."""
     for module in list(model.modules()):
-        if type(module).__name__.endswith(("DecoderLayer", "Block")):
+        if type(module).__name__.endswith("DecoderLayer"):
             fully_shard(module, **options)
     return fully_shard(model, **options)
 
@@ -141,8 +141,8 @@ def bits(model: nn.Module) -> str:
 
 
 def report(path: Path, checks: dict[str, Callable[[], Any]]) -> None:
-    """Runs the checks and writes {name: {"value": ...}} or {name: {"error": ...}}. A check that fails in one process and
-    leaves the others waiting ends when the process group's time is up."""
+    """Runs the checks and writes {name: {"value": ...}} or {name: {"error": ...}}. Where one process fails and leaves
+    the others waiting, they end when the process group's time is up."""
     found: dict[str, Any] = {}
     for name, check in checks.items():
         try:
