@@ -3,7 +3,6 @@ is wrong in the process itself raises."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -44,38 +43,32 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
-    """All of them, by name."""
-    found: list[Callable[..., Any]] = [
-        start_factors,
-        shares,
-        error_on_one_rank,
-        error_on_all_ranks,
-        other_models,
-        sharded_weights,
-        ddp,
-        fsdp2,
-        mixed_precision,
-        parts_sharded_alone,
-        experts_at_rest,
-        accelerate_ddp,
-    ]
-    with_folder = [accelerate_fsdp2, saved_while_sharded, loaded_while_sharded, resumed, trainer]
-    return {f.__name__: f for f in found} | {f.__name__: partial(f, folder) for f in with_folder}
+    """By name: with two processes all of them, with three those where the number could matter."""
+    found: list[Callable[[Path], Any]] = [start_factors, shares, failing, nan, ddp, fsdp2, experts, resumed, trainer]
+    if world_size() == 2:
+        found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, accelerate_ddp, accelerate_fsdp2]
+        found += [saved_while_sharded, loaded_while_sharded]
+    return {check.__name__: partial(check, folder) for check in found}
 
 
 # ---- Starts ----------------------------------------------------------------------------------------------------------
 
 
-def start_factors() -> dict[str, str]:
+def start_factors(folder: Path) -> dict[str, str]:
     """The bits of every model that is wrapped together."""
-    found = {form: bits(pissa.wrap(llama(), r=4, **fields)) for form, fields in FORMS.items()}
-    found["experts"] = bits(pissa.wrap(mixtral(), r=4))
+    return started()
+
+
+def started() -> dict[str, str]:
+    """The same, of the models that this process wraps, alone or not."""
+    found = {form: bits(pissa.wrap(llama(), r=4, **fields).state_dict()) for form, fields in FORMS.items()}
+    found["experts"] = bits(pissa.wrap(mixtral(), r=4).state_dict())
     model = pissa.wrap(llama(), r=4)
     model.add_adapter("second", pissa.PissaConfig(r=2, init="olora"))
-    return found | {"second": bits(model)}
+    return found | {"second": bits(model.state_dict())}
 
 
-def shares() -> dict[str, int]:
+def shares(folder: Path) -> dict[str, int]:
     """Elements of the layers that this process has decomposed."""
     sizes: dict[str, int] = {}
     original = inject.start_factors
@@ -92,7 +85,7 @@ def shares() -> dict[str, int]:
     return sizes
 
 
-def error_on_one_rank() -> dict[str, list[str]]:
+def failing(folder: Path) -> dict[str, list[str]]:
     """What each way to fail on the last rank alone ends with; the model is as it was, and can be wrapped."""
     last = rank() == world_size() - 1
     model = llama()
@@ -122,7 +115,7 @@ def error_on_one_rank() -> dict[str, list[str]]:
     return found
 
 
-def error_on_all_ranks() -> list[str]:
+def nan(folder: Path) -> list[str]:
     """A weight with NaN, which only the rank that decomposes it finds."""
     model = llama()
     with torch.no_grad():
@@ -133,7 +126,7 @@ def error_on_all_ranks() -> list[str]:
     return found
 
 
-def other_models() -> dict[str, list[str]]:
+def other_models(folder: Path) -> dict[str, list[str]]:
     """Models and configurations that are not the same in every process."""
     return {
         "weights": message(lambda: pissa.wrap(llama(seed=rank()), r=4)),
@@ -142,7 +135,7 @@ def other_models() -> dict[str, list[str]]:
     }
 
 
-def sharded_weights() -> dict[str, list[str]]:
+def sharded_weights(folder: Path) -> dict[str, list[str]]:
     """What is refused because FSDP has come first."""
     model, wrapped = shard(llama()), shard(pissa.wrap(llama(), r=4))
     return {
@@ -155,7 +148,7 @@ def sharded_weights() -> dict[str, list[str]]:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def ddp() -> dict[str, list[float]]:
+def ddp(folder: Path) -> dict[str, list[float]]:
     """Losses."""
     found = {}
     for form, fields in FORMS.items():
@@ -165,7 +158,7 @@ def ddp() -> dict[str, list[float]]:
     return found | {"nf4, no buffers": train(model, tokens())}
 
 
-def fsdp2() -> dict[str, list[float]]:
+def fsdp2(folder: Path) -> dict[str, list[float]]:
     """Losses. Packed weights are sharded, and hold the same bits at the end."""
     found = {}
     for form, fields in FORMS.items():
@@ -187,7 +180,7 @@ def fsdp2() -> dict[str, list[float]]:
     return found
 
 
-def mixed_precision() -> dict[str, Any]:
+def mixed_precision(folder: Path) -> dict[str, Any]:
     """Losses where FSDP computes in bfloat16; codes that it would cast are refused."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -202,7 +195,7 @@ def mixed_precision() -> dict[str, Any]:
     }
 
 
-def parts_sharded_alone() -> dict[str, list[str]]:
+def parts_sharded_alone(folder: Path) -> dict[str, list[str]]:
     """fully_shard on a part of a layer, whose forward is not called."""
     found = {}
     for part in ("lora_A.default", "base_layer"):
@@ -214,7 +207,7 @@ def parts_sharded_alone() -> dict[str, list[str]]:
     return found
 
 
-def experts_at_rest() -> dict[str, Any]:
+def experts(folder: Path) -> dict[str, Any]:
     """Losses of a mixture of experts, and the experts of the first block that have tokens in this process."""
     batch = tokens(columns=3)
     model = pissa.wrap(mixtral(), r=4, quant="nf4")
@@ -228,7 +221,7 @@ def experts_at_rest() -> dict[str, Any]:
     return found | {"busy": sorted(busy)}
 
 
-def accelerate_ddp() -> dict[str, list[float]]:
+def accelerate_ddp(folder: Path) -> dict[str, list[float]]:
     """Losses by accelerate's loop."""
     from accelerate import Accelerator
 
@@ -281,8 +274,8 @@ def accelerate_fsdp2(folder: Path) -> dict[str, list[float]]:
 
 
 def saved_while_sharded(folder: Path) -> dict[str, Any]:
-    """Rank 0 writes what all have gathered; nothing is asked of the others. Returns what loading into, and saving from,
-    a sharded model says where it cannot be done."""
+    """Rank 0 writes what all have gathered; nothing is asked of the others. Returns the bits that were gathered, and
+    the error where a fingerprint is asked of weights that nobody gathered."""
     found: dict[str, Any] = {}
     for form, fields in FORMS.items():
         model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields))
@@ -301,6 +294,7 @@ def saved_while_sharded(folder: Path) -> dict[str, Any]:
                 call = partial(model.save_pretrained, target / "refused", state_dict=trained_only)
                 found["of unknown weights"] = message(call)
             model.save_pretrained(target / "gathered", state_dict=state)
+        found[form] = bits(state)
         dist.barrier()
     return found
 
@@ -387,7 +381,3 @@ def trainer(folder: Path) -> dict[str, list[float]]:
         found[form] = logged(run)
         dist.barrier()
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(sorted(checks(Path()))))

@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,9 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
-def bits(model: nn.Module) -> str:
-    """Tells every value of a model, and of what it starts from, to the bit."""
-    return fingerprint(*(tensor.detach().view(-1).view(torch.uint8) for tensor in model.state_dict().values()))
+def bits(state: Mapping[str, Tensor]) -> str:
+    """Tells a state dict from any other, to the bit."""
+    return fingerprint(*(state[name].detach().reshape(-1).view(torch.uint8) for name in sorted(state)))
 
 
 # ---- Launched --------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def train_and_die(folder: Path) -> None:
         optimizer.zero_grad()
         if rank() == 0:
             model.save_pretrained(folder / "last")
-            (folder / "saved.json").write_text(json.dumps({"step": step, "bits": bits(model)}))
+            (folder / "saved.json").write_text(json.dumps({"step": step, "bits": bits(model.state_dict())}))
 
 
 def main(mode: str, folder: Path, names: Sequence[str]) -> None:
