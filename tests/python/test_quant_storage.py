@@ -86,22 +86,6 @@ def test_a_saved_adapter_says_how_its_codes_are_stored(
         assert torch.equal(tensor.view(-1).view(torch.uint8), state[name].view(-1).view(torch.uint8)), name
 
 
-def test_layers_of_bitsandbytes_keep_theirs(tokens: Tensor, tiny_llama: Make) -> None:
-    from bitsandbytes.nn import Linear4bit
-
-    model = tiny_llama()
-    for layer in model.model.layers:
-        dense = layer.mlp.up_proj
-        quantised = Linear4bit(64, 112, bias=False, quant_type="nf4", quant_storage=torch.bfloat16)
-        quantised.weight.data.copy_(dense.weight.data)
-        layer.mlp.up_proj = quantised.to("cpu")
-    model = pissa.wrap(model, r=4, target_modules=["up_proj"])
-    held = [module for module in model.modules() if isinstance(module, HoldsNf4)]
-    assert [module.weight.dtype for module in held] == 2 * [torch.bfloat16]
-    losses = train(model, tokens)
-    assert losses[2] < losses[0]
-
-
 def test_codes_that_were_cast_are_refused(tiny_llama: Make, tokens: Tensor) -> None:
     model = wrapped(tiny_llama, "bfloat16")
     weight = next(module for module in model.modules() if isinstance(module, HoldsNf4)).weight
