@@ -115,7 +115,10 @@ class Checkpoint:
             for part in factors
             for name, pair in self._unpacked(part)
         }
-        others = {name: self.weights.read(name) for name in self.weights.names if name in modules | embeddings}
+        present = modules | embeddings
+        others = {
+            name: sharded_as(present[name], self.weights.read(name)) for name in self.weights.names if name in present
+        }
         if not alone:
             self._check_embeddings(embeddings, others)
 

@@ -28,7 +28,7 @@ from pissa.layer import PissaLayer
 from pissa.linear import PissaLinear
 from pissa.nf4 import HoldsNf4, Nf4Base, check_int8, from_bitsandbytes
 from pissa.starts import Factors, start_factors
-from pissa.stored import Origin, StartFactors
+from pissa.stored import StartFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -211,7 +211,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     if distributed.world_size() > 1:
-        _check_same_on_all_ranks(layers, origins, config)
+        _check_same_on_all_ranks(layers, config)
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in unknown.items()})
@@ -238,24 +238,24 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
             layer.residual_fingerprint()  # which saving asks for, when the residual may be sharded
 
 
-def _check_same_on_all_ranks(layers: dict[str, PissaLayer], origins: dict[str, Origin], config: PissaConfig) -> None:
+def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
     """Raises ValueError, on all ranks, where one has another model or configuration than the first."""
+    mine = {name: layer.base_fingerprint() for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
-    mine = {name: (origins[name], layer.base_fingerprint()) for name, layer in layers.items()}
-    (first_fields, first), *others = distributed.agree((fields, mine))
-    for number, (other_fields, other) in enumerate(others, start=1):
+    (first, first_fields), *others = distributed.agree((mine, fields))
+    for number, (other, other_fields) in enumerate(others, start=1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"the model differs between processes: layer {name} has other weights on rank {number} than on "
+                    "rank 0, or is adapted on one of them only. Load the same checkpoint in every process (not on rank "
+                    "0 alone, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
+                )
         for name in first_fields:
             if other_fields[name] != first_fields[name]:
                 raise ValueError(
                     f"the configuration differs between processes: {name} is {first_fields[name]!r} on rank 0 and "
                     f"{other_fields[name]!r} on rank {number}; give every process the same one"
-                )
-        for name in [*first, *other]:
-            if first.get(name) != other.get(name):
-                raise ValueError(
-                    f"the model differs between processes: layer {name} has other weights, or another adapter, on rank "
-                    f"{number} than on rank 0. Load the same checkpoint in every process (not on rank 0 alone, as "
-                    "fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
                 )
 
 

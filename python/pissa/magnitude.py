@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pissa.distributed import sharded_as
 from pissa.nf4 import KeepsDtype
 
 
@@ -27,7 +28,7 @@ class Magnitude(KeepsDtype):
     @torch.no_grad()
     def set(self, weight: Tensor, base_lengths: Tensor) -> None:
         """Takes these values."""
-        self.weight.copy_(weight)
+        self.weight.copy_(sharded_as(self.weight, weight))
         self.base_lengths.copy_(base_lengths)
 
     def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:

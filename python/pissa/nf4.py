@@ -72,11 +72,11 @@ class HoldsNf4(KeepsDtype):
         return ops.Nf4Weight(codes, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.weight.data
-        super()._apply(fn, recurse)
-        if self.weight.dtype != before.dtype:
-            self.weight.data = before.to(self.weight.device)
-        return self
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if tensor is self.weight and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, recurse)
 
     @property
     def double_quant(self) -> bool:

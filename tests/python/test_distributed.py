@@ -1,0 +1,276 @@
+"""Several processes: the start is divided among them, training is that of one, files fit any number of them, and what
+ends one ends all. The processes run `distributed_worker.py`; one launch for each number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pissa
+from distributed_checks import logged, started, trainer_of
+from distributed_worker import FORMS, bits, llama, mixtral, sgd, tokens, train
+from pissa import PissaModel
+
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+]
+
+# Sums over the 60 tokens are taken in another order: a loss is one, and so are the gradients of the steps before it, 5
+# at most. A sum of n terms has a relative error of n units roundoff in any order.
+SAME = {"rel": 6 * 60 * 2**-24}
+
+Found = dict[str, Any]
+"""What a check has returned in each process."""
+
+
+def launch(mode: str, processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """Runs the worker. Processes that hang are killed, and fail the test."""
+    worker = Path(__file__).with_name("distributed_worker.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    running = subprocess.Popen(
+        [*torchrun, str(worker), mode, str(folder), *names],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = running.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        pytest.fail(f"{processes} processes hang:\n{running.communicate()[0][-5000:]}")
+    return subprocess.CompletedProcess(running.args, running.returncode, output)
+
+
+def results(processes: int, folder: Path) -> list[dict[str, Found]]:
+    """What each process has found."""
+    done = launch("checks", processes, folder)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return [json.loads((folder / f"checks-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Found]]:
+    return results(2, folder)
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path, two: list[dict[str, Found]]) -> list[dict[str, Found]]:
+    """These go on from what the two have saved."""
+    return results(3, folder)
+
+
+@pytest.fixture(params=[2, 3])
+def some(request: pytest.FixtureRequest) -> list[dict[str, Found]]:
+    return request.getfixturevalue("two" if request.param == 2 else "three")
+
+
+def of_each(run: list[dict[str, Found]], name: str) -> list[Any]:
+    """What the check of that name has returned in each process."""
+    for rank, found in enumerate(run):
+        assert "error" not in found[name], f"rank {rank}: {found[name]['error']}"
+    return [found[name]["value"] for found in run]
+
+
+def one_process(form: str, build: Any = llama, columns: int = 11) -> list[float]:
+    return train(pissa.wrap(build(), r=4, **FORMS[form]), tokens(columns))
+
+
+# ---- The start -------------------------------------------------------------------------------------------------------
+
+
+def test_processes_start_together_with_the_bits_of_one(some: list[dict[str, Found]]) -> None:
+    expected = started()
+    for found in of_each(some, "start_factors"):
+        assert found == expected
+
+
+def test_each_process_decomposes_a_share(some: list[dict[str, Found]]) -> None:
+    shares = of_each(some, "shares")
+    names = [name for share in shares for name in share]
+    linear = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(names) == sorted(set(linear) - {"lm_head"})
+    loads = [sum(share.values()) for share in shares]
+    assert max(loads) - min(loads) <= max(size for share in shares for size in share.values())
+
+
+def test_an_error_in_one_process_is_one_in_all(some: list[dict[str, Found]]) -> None:
+    *others, last = of_each(some, "failing")
+    assert {name: error for name, (error, _) in last.items()} == {
+        "while PEFT injects": "ValueError",
+        "in the arguments": "ValueError",
+        "at the end": "MemoryError",
+        "a second adapter": "ValueError",
+    }
+    for found in others:
+        for name, (error, words) in found.items():
+            assert error == "RankError"
+            assert f"rank {len(others)} failed" in words
+            assert last[name][1] in words
+
+
+def test_what_one_process_finds_in_its_share_ends_all(some: list[dict[str, Found]]) -> None:
+    found = of_each(some, "nan")
+    assert sorted(error for error, _ in found) == sorted(["ValueError", *["RankError"] * (len(found) - 1)])
+    for _, words in found:
+        assert "layer model.layers.1.mlp.up_proj: weight: contains NaN" in words
+
+
+def test_processes_with_different_models_say_so(two: list[dict[str, Found]]) -> None:
+    for found in of_each(two, "other_models"):
+        assert {error for error, _ in found.values()} == {"ValueError"}
+        assert "layer model.layers.0.self_attn.q_proj has other weights on rank 1" in found["weights"][1]
+        assert "seed is 0 on rank 0 and 1 on rank 1" in found["configuration"][1]
+        assert "layer 0 has other weights on rank 1 than on rank 0, or is adapted on one" in found["layers"][1]
+
+
+def test_sharded_weights_are_refused(two: list[dict[str, Found]]) -> None:
+    for found in of_each(two, "sharded_weights"):
+        assert found["wrap"][0] == "TypeError"
+        assert "is a DTensor" in found["wrap"][1]
+        assert "wrap the model first" in found["wrap"][1]
+        assert "add it before fully_shard" in found["add_adapter"][1]
+        assert "Gather it on all ranks" in found["save_pretrained"][1]
+
+
+def test_weights_that_deepspeed_has_partitioned_are_refused() -> None:
+    model = llama()
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)  # as zero.Init leaves it
+    with pytest.raises(TypeError, match=r"k_proj is partitioned by DeepSpeed ZeRO-3 \(its shape is \[34, 34\]\)"):
+        pissa.wrap(model, r=4)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_losses_are_those_of_one_process(parallel: str, some: list[dict[str, Found]]) -> None:
+    expected = {form: one_process(form) for form in FORMS}
+    assert all(losses[2] < losses[1] < losses[0] for losses in expected.values())
+    if parallel == "ddp":
+        expected["nf4, no buffers"] = expected["nf4"]
+    for found in of_each(some, parallel):
+        assert found.keys() == expected.keys()
+        for form, losses in expected.items():
+            assert found[form] == pytest.approx(losses, **SAME), form
+
+
+@pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2"])
+def test_accelerate_trains_the_same(name: str, two: list[dict[str, Found]]) -> None:
+    for found in of_each(two, name):
+        for form, losses in found.items():
+            assert losses == pytest.approx(one_process(form), **SAME), form
+
+
+def test_fsdp_casts_no_codes(two: list[dict[str, Found]]) -> None:
+    for found in of_each(two, "mixed_precision"):
+        assert found["bfloat16"] == found["uint8"]
+        assert found["bfloat16"][2] < found["bfloat16"][0]
+        error, words = found["float32"]
+        assert error == "TypeError"
+        assert "were cast to torch.bfloat16" in words
+
+
+def test_parts_of_a_layer_cannot_be_sharded_alone(two: list[dict[str, Found]]) -> None:
+    for found in of_each(two, "parts_sharded_alone"):
+        for error, words in found.values():
+            assert error == "TypeError"
+            assert "call fully_shard on the blocks of the model" in words
+
+
+def test_experts_that_are_at_rest_in_some_processes_train_as_in_one(some: list[dict[str, Found]]) -> None:
+    found = of_each(some, "experts")
+    assert len({tuple(entry.pop("busy")) for entry in found}) > 1  # or it would show nothing
+    expected = one_process("nf4", mixtral, columns=3)
+    for entry in found:
+        for parallel, losses in entry.items():
+            assert losses == pytest.approx(expected, **SAME), parallel
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sharded_model_is_saved_by_one_process(form: str, two: list[dict[str, Found]], folder: Path) -> None:
+    gathered = of_each(two, "saved_while_sharded")[0]
+    saved = folder / "saved-2" / form
+    model = PissaModel.from_pretrained(llama(), saved)
+    assert bits(model.state_dict()) == gathered[form]
+    files = ["adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"]
+    for other in ("trained_only", "gathered"):
+        assert all((saved / other / name).read_bytes() == (saved / name).read_bytes() for name in files)
+
+
+def test_a_sharded_model_is_not_saved_without_its_fingerprints(two: list[dict[str, Found]], folder: Path) -> None:
+    error, words = of_each(two, "saved_while_sharded")[0]["of unknown weights"]
+    assert error == "ValueError"
+    assert "give save_pretrained a state_dict that has the frozen weights too" in words
+    assert not (folder / "saved-2" / "implicit" / "refused" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in bfloat16"])
+def test_what_accelerate_has_gathered_is_saved(form: str, two: list[dict[str, Found]], folder: Path) -> None:
+    of_each(two, "accelerate_fsdp2")
+    model = PissaModel.from_pretrained(llama(), folder / "accelerate-2" / form, is_trainable=True)
+    expected = pissa.wrap(llama(), r=4, **FORMS[form])
+    train(expected, tokens())
+    assert train(model, tokens(), steps=1) == pytest.approx(train(expected, tokens(), steps=1), **SAME)
+
+
+def test_a_sharded_model_takes_saved_values(two: list[dict[str, Found]]) -> None:
+    for found in of_each(two, "loaded_while_sharded"):
+        assert all(found.values()), found
+
+
+@pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in float32"])
+def test_a_run_goes_on_with_other_numbers_of_processes(
+    form: str, two: list[dict[str, Found]], three: list[dict[str, Found]], folder: Path
+) -> None:
+    whole = pissa.wrap(llama(), r=4, **FORMS[form])
+    expected = train(whole, tokens(), steps=6, optimizer=sgd(whole, momentum=0.9))
+    losses = of_each(two, "resumed")[0][form] + of_each(three, "resumed")[0][form]
+
+    model = PissaModel.from_pretrained(llama(), folder / "resumed-3" / form, is_trainable=True)
+    optimizer = sgd(model, momentum=0.9)
+    saved = torch.load(folder / "resumed-3" / form / "optimizer.pt", weights_only=True)["state"]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = saved[name]
+    losses += train(model, tokens(), steps=2, optimizer=optimizer)
+    assert losses == pytest.approx(expected, **SAME)
+
+
+@pytest.mark.parametrize("form", ["implicit", "nf4"])
+def test_trainer_resumes_with_another_number_of_processes(
+    form: str, two: list[dict[str, Found]], three: list[dict[str, Found]], tmp_path: Path
+) -> None:
+    run = trainer_of(pissa.wrap(llama(), r=4, **FORMS[form]), tmp_path)
+    run.train()
+    for found in (*of_each(two, "trainer"), *of_each(three, "trainer")):
+        assert found[form] == pytest.approx(logged(run), **SAME)
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    done = launch("dies", 2, tmp_path)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stdout
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert saved["step"] == 2
+    assert bits(PissaModel.from_pretrained(llama(), tmp_path / "last").state_dict()) == saved["bits"]
