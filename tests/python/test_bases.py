@@ -1,0 +1,360 @@
+"""Bases that are dense but not plainly there: offloaded by accelerate, on the meta device, transposed as Conv1D is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.pytorch_utils import Conv1D
+
+import devices
+import pissa
+from devices import fetch, put
+from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
+from one_layer import (
+    OneLayer,
+    adapted,
+    assert_comes_back,
+    assert_function_and_gradients,
+    assert_merges,
+    assert_output,
+    change_a_little,
+    filled,
+    wrap,
+)
+from pissa import PissaLinear, ops
+from pissa.bases import execution_device, is_offloaded, weight_matrix, with_matrix
+from pissa.inject import pissa_layers
+from reference import EPS
+
+forms = pytest.mark.parametrize("form", FORMS)
+
+# ---- Offloaded -------------------------------------------------------------------------------------------------------
+
+Offload = Callable[[nn.Module, Path], nn.Module]
+
+
+def to_memory(model: nn.Module, folder: Path) -> nn.Module:
+    return cpu_offload(model.cpu(), execution_device=devices.current)
+
+
+def to_disk(model: nn.Module, folder: Path) -> nn.Module:
+    return disk_offload(model.cpu(), folder, execution_device=devices.current)
+
+
+def by_map(model: nn.Module, folder: Path) -> nn.Module:
+    """One block stays, one is fetched from memory, what follows from the disk."""
+    places = {"model.embed_tokens": devices.current, "model.rotary_emb": devices.current, "model.layers.0": "cpu"}
+    places |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
+    if devices.on_cpu():
+        places["model.layers.0"] = "disk"  # where there is no GPU, what is on the CPU stays
+    return dispatch_model(model.cpu(), places, main_device=devices.current, offload_dir=folder, force_hooks=True)
+
+
+WAYS: dict[str, Offload] = {"memory": to_memory, "disk": to_disk, "device_map": by_map}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture
+def offloaded(tiny_llama: Make, tmp_path: Path) -> Callable[..., nn.Module]:
+    """Makes the fixture's Llama with its weights where the given way puts them."""
+    made = []
+
+    def make(way: str, **config: object) -> nn.Module:
+        made.append(way)
+        return WAYS[way](tiny_llama(**config), tmp_path / f"offloaded{len(made)}")
+
+    return make
+
+
+def layers_of(model: nn.Module) -> dict[str, PissaLinear]:
+    return pissa_layers(model.base_model.model, "default")
+
+
+@ways
+@forms
+def test_offloaded_and_not_are_the_same_to_the_bit(
+    way: str, form: str, offloaded: Callable[..., nn.Module], tiny_llama: Make, tokens: Tensor
+) -> None:
+    plain, model = pissa.wrap(tiny_llama(), r=4, **FORMS[form]), pissa.wrap(offloaded(way), r=4, **FORMS[form])
+    if form == "implicit":
+        assert torch.equal(logits(model, tokens), logits(tiny_llama(), tokens))
+        assert any(is_offloaded(layer.base_layer) for layer in layers_of(model).values())
+        assert any(layer.base_layer.weight.is_meta for layer in layers_of(model).values())
+    for (name, layer), other in zip(layers_of(model).items(), layers_of(plain).values(), strict=True):
+        assert torch.equal(layer.start_of("default").a0, other.start_of("default").a0), name
+        assert all(
+            parameter.device == devices.current or devices.on_cpu() for parameter in layer.factor_parameters("default")
+        )
+        assert all(
+            parameter.requires_grad and not parameter.is_meta for parameter in layer.factor_parameters("default")
+        )
+    assert train(model, tokens) == train(plain, tokens)
+    assert torch.equal(logits(model, tokens), logits(plain, tokens))
+
+
+@ways
+@forms
+def test_an_offloaded_model_is_saved_restored_merged_and_unloaded(
+    way: str, form: str, offloaded: Callable[..., nn.Module], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    base = offloaded(way)
+    before = logits(base, tokens)
+    model = pissa.wrap(base, r=4, **FORMS[form])
+    stored = logits(model, tokens)
+    train(model, tokens)
+    trained = logits(model, tokens)
+    if form == "nf4":
+        with pytest.warns(UserWarning, match="The residual of the base is stored as nf4"):
+            model.save_pretrained(tmp_path / "saved")
+    else:
+        model.save_pretrained(tmp_path / "saved")
+    for fresh in (offloaded(way), tiny_llama()):
+        assert torch.equal(logits(pissa.PissaModel.from_pretrained(fresh, tmp_path / "saved"), tokens), trained)
+
+    model.merge_adapter()
+    # A weight is rounded once more, and products are summed in another order, through two blocks.
+    assert error(logits(model, tokens), trained) < 100 * EPS[torch.float32]
+    if form == "implicit":
+        assert any(layer.base_layer.weight.is_meta for layer in layers_of(model).values())  # offloaded as the base was
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), trained)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), stored)
+    unloaded = model.unload()
+    if form == "implicit":
+        assert torch.equal(logits(unloaded, tokens), before)
+        assert unloaded is base
+    again = pissa.wrap(unloaded, r=4)
+    merged = again.merge_and_unload()
+    assert error(logits(merged, tokens), stored) < 100 * EPS[torch.float32]
+
+
+def test_an_offloaded_layer_is_fetched_alone(
+    offloaded: Callable[..., nn.Module], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is offloaded because it does not fit: no more than a group of its layers is in memory at once."""
+    monkeypatch.setattr("pissa.inject._GROUP", 1)
+    monkeypatch.setattr("pissa.inject._GPU_GROUP", 1)
+    split_many, sizes = ops.split_many, []
+
+    def watched(weights: list[Tensor], *args: object, **kwargs: object) -> object:
+        sizes.append((len(weights), sum(not module.weight.is_meta for module in linears)))
+        return split_many(weights, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "split_many", watched)
+    base = offloaded("memory")
+    linears = [module for module in base.modules() if type(module) is nn.Linear]
+    model = pissa.wrap(base, r=4)
+    assert sizes == [(1, 0)] * 14
+    for call in (model.merge_adapter, model.unmerge_adapter, model.unload):
+        call()
+        assert all(module.weight.is_meta for module in linears)
+
+
+@forms
+def test_a_failure_leaves_an_offloaded_model_as_it_was(
+    form: str, offloaded: Callable[..., nn.Module], tokens: Tensor
+) -> None:
+    base = offloaded("memory")
+    output, before = logits(base, tokens), snapshot(base)
+    base.model.layers[1].mlp.down_proj._hf_hook.weights_map["weight"][3, 5] = math.nan
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.down_proj: weight: contains NaN"):
+        pissa.wrap(base, r=4, **FORMS[form])
+    assert_same(base, before)
+    base.model.layers[1].mlp.down_proj._hf_hook.weights_map["weight"][3, 5] = 0
+    assert error(logits(base, tokens), output) < 0.1
+
+
+@ways
+def test_a_second_adapter_and_embeddings_of_an_offloaded_model(
+    way: str, offloaded: Callable[..., nn.Module], tokens: Tensor
+) -> None:
+    model = pissa.wrap(offloaded(way), r=4, target_modules=["embed_tokens", "q_proj"])
+    model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["v_proj"], use_dora=True))
+    before = logits(model, tokens)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, tokens), before)
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    model.set_adapter("default")
+    assert torch.equal(logits(model, tokens), before)
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+
+
+def test_bfloat16_and_low_cpu_mem_usage(offloaded: Callable[..., nn.Module], tiny_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(offloaded("memory", dtype=torch.bfloat16), r=4, low_cpu_mem_usage=True)
+    assert torch.equal(logits(model, tokens), logits(tiny_llama(dtype=torch.bfloat16), tokens))
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.float32}
+    again = pissa.wrap(
+        offloaded("memory", dtype=torch.bfloat16), r=4, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+    )
+    assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert train(again, tokens)[-1] < math.inf
+
+
+def test_low_cpu_mem_usage_restores_the_same(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, low_cpu_mem_usage=True)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    again = pissa.PissaModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    again.load_adapter(tmp_path, "twice", low_cpu_mem_usage=True)
+    again.set_adapter("twice")
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@forms
+def test_a_model_on_the_meta_device_is_refused(form: str, tiny_llama: Make, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = tiny_llama()
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(base.config)
+    before = snapshot(empty)
+    with pytest.raises(ValueError, match=r"q_proj is on the meta device and holds no values: load or materialise it"):
+        pissa.wrap(empty, r=4, **FORMS[form])
+    assert_same(empty, before)
+    before = snapshot(empty)
+    pissa.wrap(base, r=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"q_proj is on the meta device and holds no values: load or materialise it"):
+        pissa.PissaModel.from_pretrained(empty, tmp_path)
+    assert_same(empty, before)
+
+
+def test_where_a_module_computes() -> None:
+    layer = nn.Linear(3, 2)
+    assert execution_device(layer) == torch.device("cpu")
+    cpu_offload(OneLayer(layer), execution_device=torch.device("cpu"))
+    assert layer.weight.is_meta
+    assert execution_device(layer) == torch.device("cpu")
+    assert not weight_matrix(layer).is_meta
+    twin = with_matrix(layer, torch.ones(2, 3))
+    assert is_offloaded(twin)
+    assert torch.equal(twin(torch.ones(3)), 3 + layer._hf_hook.weights_map["bias"])
+    assert layer.weight.is_meta
+
+
+# ---- Conv1D: [in, out] -----------------------------------------------------------------------------------------------
+
+IN, OUT, R = 40, 24, 3
+
+
+def conv1d(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return put(filled(Conv1D(OUT, IN)).to(dtype))
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return put(torch.randn(*shape, IN, generator=torch.Generator().manual_seed(7)).to(dtype))
+
+
+def matrices() -> tuple[Tensor, Tensor]:
+    layer = conv1d()
+    return fetch(layer.weight.detach()).double().T, fetch(layer.bias.detach()).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_conv1d_at_step_0_is_the_base_to_the_bit(dtype: torch.dtype) -> None:
+    model, x = wrap(conv1d(dtype), r=R), inputs(2, 5, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(model(x), conv1d(dtype)(x))
+
+
+@forms
+def test_conv1d_starts_from_the_split_of_the_transposed_weight(form: str) -> None:
+    model = wrap(conv1d(), r=R, lora_alpha=2, seed=5, **FORMS[form])
+    split = ops.split(
+        conv1d().weight.detach().mT, R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5, residual=form
+    )
+    assert torch.equal(adapted(model).start_of("default").a0, split.a0)
+    assert torch.equal(adapted(model).start_of("default").b0, split.b0)
+    if form == "nf4":
+        assert torch.equal(adapted(model).base_layer.residual.codes, split.residual.codes)
+
+
+@forms
+def test_conv1d_function_gradients_and_merging(form: str) -> None:
+    model, x = wrap(conv1d(), r=R, lora_alpha=2, **FORMS[form]), inputs(2, 5).requires_grad_()
+    base, bias = fetch(adapted(model).dense_base().detach()).double(), matrices()[1]
+    if form == "nf4":
+        assert error(base, matrices()[0]) < 0.2
+    else:
+        assert error(base, matrices()[0]) < 8 * EPS[torch.float32]
+    # A stored base adds a third product of rank R, with terms as large as the weight's.
+    assert_function_and_gradients(model, x, base, bias, F.linear, terms=IN + OUT + 2 * R + IN * (form != "implicit"))
+    merged = assert_merges(model, base)
+    assert type(merged) is Conv1D
+    assert merged.weight.shape == (IN, OUT)
+    assert merged.bias is adapted_bias(model)
+
+
+def adapted_bias(model: nn.Module) -> Tensor:
+    return model.base_model.model.proj.bias
+
+
+@forms
+def test_conv1d_unloaded(form: str) -> None:
+    layer, x = conv1d(), inputs(3)
+    model = wrap(layer, r=R, **FORMS[form])
+    stored = model(x)
+    change_a_little(adapted(model))
+    unloaded = model.unload().proj
+    assert type(unloaded) is Conv1D
+    assert unloaded is layer or form != "implicit"
+    assert error(unloaded(x), stored) < IN * EPS[torch.float32]
+
+
+def test_a_saved_conv1d_comes_back_and_plain_peft_computes_it(tmp_path: Path) -> None:
+    model, x = wrap(conv1d(), r=R, lora_alpha=2), inputs(3)
+    plain = assert_comes_back(model, conv1d, x, tmp_path)
+    assert plain.peft_config["default"].fan_in_fan_out
+    base, bias = matrices()
+    assert_output(plain(x), adapted(model), x, base, bias, F.linear, IN, "plain PEFT")
+
+
+def test_conv1d_beside_linear_layers_in_plain_peft(tmp_path: Path) -> None:
+    """fan_in_fan_out is of the whole configuration there, and PEFT corrects it for a layer that is not transposed."""
+
+    def make() -> nn.Module:
+        return put(nn.ModuleDict({"first": conv1d(), "second": filled(nn.Linear(IN, OUT), seed=1)}))
+
+    model = pissa.wrap(make(), r=R, target_modules=["first", "second"])
+    for layer in layers_of(model).values():
+        change_a_little(layer)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but the target module is `torch.nn.Linear`"):
+        plain = peft.PeftModel.from_pretrained(make(), tmp_path)
+    for name in ("first", "second"):
+        x = inputs(3)
+        got, expected = plain.base_model.model[name](x), model.base_model.model[name](x)
+        assert error(got, expected) < IN * EPS[torch.float32]
+
+
+def test_gpt2_trains_and_comes_back(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+            return put(GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))).eval()
+
+    ids = put(torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1)))
+    model = pissa.wrap(make(), r=R)
+    assert {type(layer.base_layer) for layer in layers_of(model).values()} == {Conv1D}
+    assert torch.equal(logits(model, ids), logits(make(), ids))
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(pissa.PissaModel.from_pretrained(make(), tmp_path), ids), logits(model, ids))
+    assert error(logits(peft.PeftModel.from_pretrained(make(), tmp_path), ids), logits(model, ids)) < 1e-5
+    assert type(OneLayer(model.unload().transformer.h[0].attn.c_attn).proj) is Conv1D
