@@ -25,6 +25,30 @@ HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
+TITLES = {
+    "llama2": "Llama 2",
+    "llama3": "Llama 3",
+    "mistral": "Mistral",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "yi": "Yi",
+    "phi3": "Phi-3",
+    "mixtral": "Mixtral",
+    "mixtral, experts of linear layers": "Mixtral, experts as linear layers",
+    "deepseek_v2": "DeepSeek-V2, MoE",
+    "deepseek_v3": "DeepSeek-V3, MoE",
+    "gpt2": "GPT-2",
+    "llama, embeddings targeted": "Llama, embeddings targeted",
+    "t5": "T5",
+    "bart": "BART",
+    "roberta": "RoBERTa, classifier",
+    "deberta_v3": "DeBERTa-v3, classifier",
+    "vit": "ViT",
+    "vit, patches targeted": "ViT, patch convolution targeted",
+    "resnet": "ResNet",
+}
 COLUMNS = ("wrap", "nf4", "train", "save, reload", "merge", "DPO", "DDP", "FSDP2")
 PASS, REFUSED, NO, NONE = "pass", "refused", "no", "-"
 
@@ -77,9 +101,9 @@ def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = {"[pad]": 0, "[bos]": 1, "[eos]": 2, **{f"w{index}": index for index in range(3, VOCABULARY)}}
-    words = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[pad]", bos_token="[bos]", eos_token="[eos]")
+    fast = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[pad]", bos_token="[bos]", eos_token="[eos]")
 
 
 def check_dpo(architecture: Architecture, folder: Path) -> None:
@@ -88,8 +112,9 @@ def check_dpo(architecture: Architecture, folder: Path) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    pairs = [{"prompt": f"w{i} w{i + 1}", "chosen": f"w{i + 2} w9", "rejected": f"w{i + 3}"} for i in range(5, 9)]
+    pairs = [{"prompt": f"w{i} w{i + 1} ", "chosen": f"w{i + 2} w9", "rejected": f"w{i + 3}"} for i in range(5, 9)]
     options = trainers.options(folder, max_steps=1, bf16=False, gradient_checkpointing=False, save_strategy="no")
+    options["router_aux_loss_coef"] = 0.0  # else the loss of routers comes on top
     model = checks.wrapped(architecture, {})
     batch = architecture.batch()
     base = checks.output(model, batch)
@@ -141,7 +166,7 @@ def lines(rows: dict[str, Row]) -> Iterator[str]:
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for name, found in rows.items():
         star = "\\*" if ARCHITECTURES[name].paper else ""
-        yield f"| {name}{star} | {' | '.join(found[column] for column in COLUMNS)} |"
+        yield f"| {TITLES[name]}{star} | {' | '.join(found[column] for column in COLUMNS)} |"
 
 
 def measured() -> str:
