@@ -165,6 +165,21 @@ def test_weights_that_deepspeed_has_partitioned_are_refused() -> None:
         pissa.wrap(model, r=4)
 
 
+def test_a_model_that_deepspeed_has_partitioned_is_saved_from_what_was_gathered(tmp_path: Path) -> None:
+    model = pissa.wrap(llama(), r=4)
+    model.save_pretrained(tmp_path / "before")  # from here on the fingerprints are known
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.data = number, parameter.shape, torch.empty(0)
+    with pytest.raises(ValueError, match=r"this process holds a part of .* only\. Gather it on all ranks"):
+        model.save_pretrained(tmp_path / "partitioned")
+    with pytest.raises(ValueError, match=r"load the adapter before deepspeed\.initialize"):
+        model.load_adapter(tmp_path / "before", "default")
+    model.save_pretrained(tmp_path / "gathered", state_dict=state)
+    for name in ("adapter_model.safetensors", "pissa.safetensors", "pissa.json"):
+        assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
