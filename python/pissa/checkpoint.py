@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.distributed import sharded_as
+from pissa.distributed import is_partitioned, sharded_as
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.layer import PissaLayer
@@ -95,6 +95,11 @@ class Checkpoint:
             ValueError: the base or the adapter is not the one that was saved, naming the first layer that
                 differs, or a damaged file, naming file and tensor. Nothing has been changed then.
         """
+        if any(is_partitioned(parameter) for parameter in model.parameters()):
+            raise ValueError(
+                "the model is partitioned by DeepSpeed ZeRO-3: load the adapter before deepspeed.initialize, or resume "
+                "with the engine's load_checkpoint"
+            )
         layers = pissa_layers(model.base_model.model, adapter_name)
         alone = len(model.peft_config) == 1
         self._check_names(layers)

@@ -28,8 +28,13 @@ def rank() -> int:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether `tensor` is a DTensor, of which this process may hold a part only."""
-    return type(tensor).__name__ == "DTensor"
+    """Whether this process may hold a part of `tensor` only: a DTensor, or a parameter partitioned by DeepSpeed."""
+    return type(tensor).__name__ == "DTensor" or is_partitioned(tensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether `tensor` is a parameter that DeepSpeed's ZeRO-3 has partitioned: empty until it is gathered."""
+    return hasattr(tensor, "ds_id") and tensor.numel() == 0
 
 
 def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:

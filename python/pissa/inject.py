@@ -21,7 +21,7 @@ from pissa import distributed
 from pissa.bases import CONVOLUTIONS, execution_device, is_bitsandbytes, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
-from pissa.distributed import is_sharded
+from pissa.distributed import is_partitioned, is_sharded
 from pissa.embedding import PissaEmbedding
 from pissa.experts import check_uniform
 from pissa.layer import PissaLayer
@@ -117,16 +117,16 @@ def _check_options(target: nn.Module, name: str) -> None:
 
 def _check_weight(base: nn.Module, name: str) -> None:
     weight: Any = base.weight
-    if is_sharded(weight):
-        raise TypeError(
-            f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
-            "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
-        )
-    if hasattr(weight, "ds_id") and weight.numel() == 0:
+    if is_partitioned(weight):
         raise TypeError(
             f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
             "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or "
             "load it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
+        )
+    if is_sharded(weight):
+        raise TypeError(
+            f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
+            "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
         )
     if weight.is_meta and not is_offloaded(base):
         raise ValueError(

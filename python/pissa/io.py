@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,16 +56,10 @@ def save_adapter(
     # PEFT saves an embedding layer's own weight as soon as the layer is adapted; ours has not changed.
     if save_embedding_layers == "auto" and any(name.endswith(tuple(EMBEDDING_LAYER_NAMES)) for name in layers):
         save_embedding_layers = False
+    _check_whole(dict(model.named_parameters()) if state_dict is None else state_dict)
     state = get_peft_model_state_dict(
         model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
     )
-    if sharded := [key for key, value in state.items() if is_sharded(value)]:
-        raise ValueError(
-            f"the model is sharded: {sharded[0]} is a DTensor, of which a process holds a part. Gather it on all ranks "
-            "by accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict("
-            "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
-            "is_main_process"
-        )
     matrices: dict[str, Matrices] = {}
     starts: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
@@ -102,6 +97,16 @@ def save_adapter(
         staged.path(ADAPTER_CONFIG).write_text(_config_text(model, plain))
         # Renamed last: an adapter that is there is complete.
         write_tensors(staged.path(ADAPTER_WEIGHTS), lora | magnitudes | others)
+
+
+def _check_whole(state: Mapping[str, Tensor]) -> None:
+    if sharded := [name for name, value in state.items() if is_sharded(value)]:
+        raise ValueError(
+            f"the model is sharded: this process holds a part of {sharded[0]} only. Gather it on all ranks by "
+            "accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
+            "is_main_process"
+        )
 
 
 def save_card(model: PissaModel, directory: str | os.PathLike[str]) -> None:

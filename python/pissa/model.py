@@ -145,7 +145,10 @@ class PissaModel(PeftModel):  # type: ignore[misc]
 
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
         if any(is_sharded(parameter) for parameter in self.parameters()):
-            raise ValueError("the model is sharded, and FSDP would not see a new adapter: add it before fully_shard")
+            raise ValueError(
+                "the model is sharded, and FSDP or DeepSpeed would not see a new adapter: add it before fully_shard or "
+                "deepspeed.initialize"
+            )
         config.build_layers_with(layer_factory(self.base_model.model))
         with targets_as_given():
             unfuse(self.base_model.model, config)

@@ -44,11 +44,12 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: with two processes all of them, with three those where the number could matter."""
-    found: list[Callable[[Path], Any]] = [start_factors, shares, failing, nan, ddp, fsdp2, experts, resumed, trainer]
+    found: list[Callable[[Path], Any]] = [start_factors, shares, failing, nan, ddp, fsdp2, resumed, trainer]
     if world_size() == 2:
         found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, accelerate_ddp, accelerate_fsdp2]
         found += [saved_while_sharded, loaded_while_sharded]
-    return {check.__name__: partial(check, folder) for check in found}
+    # Last what can end the process, where gradients of different parameters meet.
+    return {check.__name__: partial(check, folder) for check in [*found, experts]}
 
 
 # ---- Starts ----------------------------------------------------------------------------------------------------------
