@@ -25,7 +25,7 @@ INITIAL_FOLDER = "pissa_init"
 """What the paper's authors call the sub-folder of a residual model that holds the adapter before training."""
 
 Start = dict[str, Matrices]
-"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. A target that is missing starts from a product of zero."""
+"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. Where one is missing, B0 A0 is zero."""
 
 
 def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
