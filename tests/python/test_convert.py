@@ -6,16 +6,20 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import devices
 import pissa
 from architectures import ARCHITECTURES
 from language_models import FORMS, Make, error, logits, train
@@ -183,7 +187,9 @@ def test_in_bfloat16_only_the_residual_s_rounding_is_lost(tiny_llama: Make, toke
     found, adapter, unmodified = changes(tmp_path / "lora"), changes(trained.adapter), tiny_llama(dtype=torch.bfloat16)
     for name, change in found.items():
         residual, weight = (
-            model.get_submodule(name).get_parameter("base_layer.weight" if model is base else "weight").double()
+            devices.fetch(
+                model.get_submodule(name).get_parameter("base_layer.weight" if model is base else "weight")
+            ).double()
             for model in (base, unmodified)
         )
         rounding = 2.0**-8 * residual.abs()
@@ -260,7 +266,7 @@ def test_an_output_layer_s_own_weight_becomes_the_base_s(tiny_llama: Make, token
     pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama())
     weight = load_file(tmp_path / "lora" / "adapter_model.safetensors")[name]
     # One rounding of W - s B0 A0, a product of 4 terms in float32, and one of the sum
-    assert torch.allclose(weight, tiny_llama().lm_head.weight, rtol=0, atol=8 * 2**-24)
+    assert torch.allclose(weight, devices.fetch(tiny_llama().lm_head.weight), rtol=0, atol=8 * 2**-24)
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
 
 
@@ -272,9 +278,7 @@ def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
     bases = {
         "it is not the base that the adapter was trained on": tiny_llama(seed=1),
         r"the base has no layer model\.layers\.1": tiny_llama(num_hidden_layers=1),
-        r"down_proj is torch.float32 \[64, 48\] in the base; needed: the float weight": tiny_llama(
-            intermediate_size=48
-        ),
+        r"down_proj is torch.float32 \[64, 48\] in the base; needed: a float weight": tiny_llama(intermediate_size=48),
         "base is a PeftModel, in which PiSSA has replaced weights": peft.get_peft_model(
             tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])
         ),
@@ -536,9 +540,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a variant": (spoil_config(alora_invocation_tokens=[1]), r"alora_invocation_tokens is \[1\], a variant of LoRA"),
     "a later variant": (spoil_config(use_something=True), "use_something is True, a variant of LoRA"),
     "rank": (spoil_config(r=0), "r is 0; needed: a whole number from 1 on"),
-    "alpha": (spoil_config(lora_alpha="8"), "lora_alpha is '8'; needed: a finite number"),
-    "huge alpha": (spoil_config(lora_alpha=10**400), "lora_alpha is 1000.*; needed: a finite number"),
+    "alpha": (spoil_config(lora_alpha="8"), "lora_alpha is '8'; needed: a number of at most"),
+    "huge alpha": (spoil_config(lora_alpha=10**400), "lora_alpha is 1000.*; needed: a number of at most"),
     "pattern": (spoil_config(rank_pattern={"(": 1}), "rank_pattern is .*; needed: an object of regular expressions"),
+    "a flag inside": (spoil_config(alpha_pattern={"(?i)q": 1}), "alpha_pattern is .*; needed: an object of regular"),
     "flag": (spoil_config(use_rslora="yes"), "use_rslora is 'yes'; needed: true or false"),
     "another start": (spoil_config(init_lora_weights="corda"), "'corda', which changes the base. Give the adapter as"),
     "experts": (
@@ -557,6 +562,18 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a scalar": (
         spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.tensor(1.0)})),
         rf"{Q}.lora_A.weight' \[\] and .* are no factors of rank 4",
+    ),
+    "a vector": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4)})),
+        rf"{Q}.lora_A.weight' \[4\] and .* are no factors of rank 4",
+    ),
+    "a kernel": (
+        spoil_tensors(
+            lambda tensors: tensors.update(
+                {f"{Q}.lora_A.weight": torch.ones(4, 2, 3), f"{Q}.lora_B.weight": torch.ones(5, 4, 3)}
+            )
+        ),
+        rf"{Q}.lora_B.weight' \[5, 4, 3\] are no factors of rank 4",
     ),
     "integers": (
         spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)})),
@@ -591,6 +608,32 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(folder)
     return folder
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(NAMES),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
+    st.integers(0, 40),
+)
+def test_damaged_files_give_a_message_or_a_lora(
+    plain: Path, name: str, changes: list[tuple[float, int]], cut: int
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch, "adapter"), Path(scratch, "lora")
+        shutil.copytree(plain, source)
+        content = bytearray((source / name).read_bytes())
+        header = 8 + int.from_bytes(content[:8], "little") if name == NAMES[1] else len(content)
+        for place, byte in changes:
+            content[int(place * header)] = byte
+        (source / name).write_bytes(content[: len(content) - cut if cut < 3 else None])
+        try:
+            pissa.convert(source, target, rank=2)
+        except ValueError as error:
+            assert str(scratch) in str(error)
+            assert not target.exists()
+        else:
+            LoraFolder.read(target)
 
 
 @pytest.mark.parametrize("name", SPOILT)
