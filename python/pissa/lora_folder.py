@@ -269,7 +269,7 @@ def _fit(shapes: Sequence[tuple[int, ...]], rank: int, fused: bool) -> bool:
     """Whether the shapes are those of factors a [rank, in] and b [out, rank], or of a convolution's, a [rank, in,
     *kernel] and b [out, rank, 1, ...]."""
     a, b = shapes
-    if len(a) != len(b) or len(a) < 2 or (fused and len(a) > 2) or 0 in (*a, *b) or set(b[2:]) > {1}:
+    if len(a) != len(b) or len(a) < 2 or (fused and len(a) > 2) or 0 in (*a, *b) or set(b[2:]) - {1}:
         return False
     return a[0] == b[1] == rank
 
