@@ -29,6 +29,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Bytes; PEFT's own have two thousand.
 _SIZE_LIMIT = 10_000_000
 
+# Its square, and the products with factors in float32, are far from float64's limit.
+_ALPHA_LIMIT = 2.0**64
+
 # Fields of LoraConfig that may have any value: what they mean is known here, or does not touch the factors.
 _KNOWN = frozenset(
     {
@@ -197,7 +200,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _ALPHA_LIMIT
 
 
 def _is_pattern(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -208,7 +211,7 @@ def _is_pattern(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _is_regex(text: str) -> bool:
     try:
-        re.compile(text)
+        re.compile(rf"(.*\.)?({text})$")  # as PEFT does
     except (re.error, RecursionError, OverflowError):
         return False
     return True
@@ -222,9 +225,9 @@ _FLAG: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool
 _TEXT: tuple[Callable[[Any], bool], str] = (lambda value: value is None or isinstance(value, str), "null or text")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number from 1 on"),
-    "lora_alpha": (_is_alpha, "a finite number"),
+    "lora_alpha": (_is_alpha, "a number of at most 2^64"),
     "rank_pattern": (_is_pattern(_is_rank), "an object of regular expressions and whole numbers from 1 on"),
-    "alpha_pattern": (_is_pattern(_is_alpha), "an object of regular expressions and finite numbers"),
+    "alpha_pattern": (_is_pattern(_is_alpha), "an object of regular expressions and numbers of at most 2^64"),
     "target_parameters": (_is_parameters, 'null or a list of names "module.parameter"'),
     "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or text"),
     "base_model_name_or_path": _TEXT,
@@ -247,9 +250,8 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         rank = (config["rank_pattern"] or {}).get(rank_key, config["r"])
         alpha = (config["alpha_pattern"] or {}).get(alpha_key, config["lora_alpha"])
         shapes = tuple(weights.shape(key) for key in keys)
-        rows, columns = shapes[0][0] if shapes[0] else 0, shapes[1][1] if len(shapes[1]) > 1 else 0
-        experts = rows // rank if fused else 1
-        if rows != columns or rows != experts * rank or not experts or any(0 in shape for shape in shapes):
+        experts = shapes[0][0] // rank if fused and shapes[0] else 1
+        if not _fit(shapes, experts * rank, fused):
             raise ValueError(
                 f"{weights.path}: tensors {shown(keys[0])} {list(shapes[0])} and {shown(keys[1])} {list(shapes[1])} "
                 f"are no factors of rank {rank}{' for each expert' if fused else ''}, which {config_path.name} gives "
@@ -261,6 +263,15 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
     if not found:
         raise ValueError(f"{weights.path} holds no factors: no tensor is called lora_A or lora_embedding_A")
     return found
+
+
+def _fit(shapes: Sequence[tuple[int, ...]], rank: int, fused: bool) -> bool:
+    """Whether the shapes are those of factors a [rank, in] and b [out, rank], or of a convolution's, a [rank, in,
+    *kernel] and b [out, rank, 1, ...]."""
+    a, b = shapes
+    if len(a) != len(b) or len(a) < 2 or (fused and len(a) > 2) or 0 in (*a, *b) or set(b[2:]) - {1}:
+        return False
+    return a[0] == b[1] == rank
 
 
 def _places(weights: TensorFile) -> dict[str, tuple[str, str]]:

@@ -25,7 +25,7 @@ INITIAL_FOLDER = "pissa_init"
 """What the paper's authors call the sub-folder of a residual model that holds the adapter before training."""
 
 Start = dict[str, Matrices]
-"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. A target that is missing starts from a product of zero."""
+"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. Where one is missing, B0 A0 is zero."""
 
 
 def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
@@ -90,12 +90,12 @@ def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -
     return start
 
 
-def _module(source: LoraFolder, base: nn.Module, target: str) -> nn.Module:
+def _module(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> nn.Module:
     try:
-        module = base.get_submodule(target)
+        module = model.get_submodule(target)
     except AttributeError:
         raise ValueError(
-            f"{source.weights.path}: the base has no layer {target}; is it the base that the adapter was trained on?"
+            f"{source.weights.path}: the {what} has no layer {target}; is it the one that the adapter was trained on?"
         ) from None
     if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
         raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
@@ -103,8 +103,8 @@ def _module(source: LoraFolder, base: nn.Module, target: str) -> nn.Module:
     weight = cast(Tensor, module.weight)
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or shape != (len(b), a.shape[1]):
         raise ValueError(
-            f"layer {target} is {weight.dtype} {list(shape)} in the base; needed: the float weight "
-            f"{[len(b), a.shape[1]]} that the adapter was trained on"
+            f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
+            f"{[len(b), a.shape[1]]} as a matrix, from which the adapter comes"
         )
     return module
 
@@ -170,7 +170,10 @@ def check_residual(initial: LoraFolder, start: Start, residual: nn.Module, base:
         ValueError: naming the first layer that differs by more.
     """
     for target, (a0, b0) in start.items():
-        kept, weight = (weight_matrix(_module(initial, model, target)).detach().cpu() for model in (residual, base))
+        kept, weight = (
+            weight_matrix(_module(initial, model, target, what)).detach().cpu()
+            for model, what in ((residual, "residual model"), (base, "base"))
+        )
         rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
         product = initial.factors[target].scaling * (b0.double() @ a0.double())
         size = scaling * (b0.double().abs() @ a0.double().abs())

@@ -1,61 +1,30 @@
-"""Adapters of every PiSSA layout as a plain LoRA: the same function in plain PEFT, of a lower rank what is best."""
+"""Adapters of every PiSSA layout as a plain LoRA: the same function in plain PEFT."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import devices
 import pissa
 from architectures import ARCHITECTURES
 from language_models import FORMS, Make, error, logits, train
+from lora_files import CLOSE, NAMES, PATTERNS, changes, check_best, config_of, files, train_ours
 from peft_adapters import plain_logits, save_subtracted, train_on_residual, train_pissa
-from pissa import conversion
-from pissa.lora_folder import LoraFolder
 
-# float32, two layers: the products are summed in another order
-CLOSE = 1e-5
-
-NAMES = ["adapter_config.json", "adapter_model.safetensors"]
-PATTERNS = {
-    "lora_alpha": 6,
-    "rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5},
-    "alpha_pattern": {"v_proj": 3, "layers.1.mlp.up_proj": 8},
-}
 FIELDS: dict[str, dict[str, object]] = {
     "plain": {},
     "rslora, patterns": {"use_rslora": True, **PATTERNS},
     "dora": {"use_dora": True, "lora_alpha": 6},
     "more tensors": {"bias": "lora_only", "modules_to_save": ["norm"]},
 }
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def config_of(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "adapter_config.json").read_text())
-
-
-def changes(folder: Path) -> dict[str, Tensor]:
-    """The change s B A of each weight in a LoRA folder, in float64; of experts the one after the other."""
-    lora = LoraFolder.read(folder)
-    return {
-        name: factors.scaling * torch.stack([b @ a for a, b in lora.matrices(name)])
-        for name, factors in lora.factors.items()
-    }
-
 
 # ---- Our own adapters ------------------------------------------------------------------------------------------------
 
@@ -64,9 +33,7 @@ def changes(folder: Path) -> dict[str, Tensor]:
 def test_our_folder_becomes_a_plain_lora(
     fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, **fields)
-    train(model, tokens)
-    model.save_pretrained(tmp_path / "ours")
+    model = train_ours(tiny_llama, tokens, tmp_path / "ours", **fields)
     done = pissa.convert(tmp_path / "ours", tmp_path / "lora")
     assert files(tmp_path / "lora") == NAMES
     assert done.kept == 1
@@ -74,7 +41,6 @@ def test_our_folder_becomes_a_plain_lora(
     ours, lora = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "lora"))
     assert ours.keys() == lora.keys()
     assert all(torch.equal(tensor, lora[name]) for name, tensor in ours.items())
-    model.eval()
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), logits(model, tokens)) < CLOSE
 
 
@@ -129,24 +95,6 @@ def test_experts_embeddings_convolutions_and_conv1d(name: str, tmp_path: Path) -
     check_best(tmp_path / "ours", tmp_path / "low", low, 3)
 
 
-def check_best(source: Path, target: Path, done: conversion.Conversion, rank: int) -> None:
-    """What was left out is the energy of the singular values behind the rank, which dense decompositions find."""
-    before, after = changes(source), changes(target)
-    assert before.keys() == after.keys() == done.layers.keys()
-    energies, lost = 0.0, 0.0
-    for name, layer in done.layers.items():
-        values = torch.linalg.svdvals(before[name])
-        energy, rest = values.square().sum().item(), values[..., rank:].square().sum().item()
-        # Squares of float64 sums of values that are smaller than ‖D‖; the factors were rounded to float32.
-        assert layer.energy == pytest.approx(energy, rel=1e-10)
-        assert layer.lost == pytest.approx(rest, rel=1e-10, abs=1e-12 * energy)
-        assert (before[name] - after[name]).norm().item() == pytest.approx(rest**0.5, rel=1e-6, abs=1e-6 * energy**0.5)
-        assert layer.kept == pytest.approx(1 - rest / energy)
-        assert layer.rank <= rank
-        energies, lost = energies + energy, lost + rest
-    assert done.kept == pytest.approx(1 - lost / energies)
-
-
 # ---- PEFT's PiSSA ----------------------------------------------------------------------------------------------------
 
 
@@ -156,8 +104,8 @@ def test_pefts_pissa_on_the_unmodified_base(
     known: str, fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path, **fields)
-    given = {"initial": trained.initial} if known == "initial" else {"base": tiny_llama()}
-    done = pissa.convert(trained.adapter, tmp_path / "lora", **given)
+    options = {"initial": trained.initial} if known == "initial" else {"base": tiny_llama()}
+    done = pissa.convert(trained.adapter, tmp_path / "lora", **options)
     assert files(tmp_path / "lora") == NAMES
     assert all(layer.rank == 2 * layer.rank_before for layer in done.layers.values())
     assert 0 < done.worst <= 1
@@ -183,7 +131,9 @@ def test_in_bfloat16_only_the_residual_s_rounding_is_lost(tiny_llama: Make, toke
     found, adapter, unmodified = changes(tmp_path / "lora"), changes(trained.adapter), tiny_llama(dtype=torch.bfloat16)
     for name, change in found.items():
         residual, weight = (
-            model.get_submodule(name).get_parameter("base_layer.weight" if model is base else "weight").double()
+            devices.fetch(
+                model.get_submodule(name).get_parameter("base_layer.weight" if model is base else "weight")
+            ).double()
             for model in (base, unmodified)
         )
         rounding = 2.0**-8 * residual.abs()
@@ -216,11 +166,11 @@ def test_singular_vectors_of_another_sign(
 
 def test_a_random_decomposition_cannot_be_repeated(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path, init="pissa_niter_4")
-    for given in ({}, {"base": tiny_llama()}):
+    for options in ({}, {"base": tiny_llama()}):
         with pytest.raises(
             ValueError, match=r"'pissa_niter_4', a random decomposition that PEFT does not seed.*initial="
         ):
-            pissa.convert(trained.adapter, tmp_path / "lora", **given)
+            pissa.convert(trained.adapter, tmp_path / "lora", **options)
     assert not (tmp_path / "lora").exists()
     pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
@@ -243,8 +193,8 @@ def test_embeddings_which_peft_starts_as_lora_and_gpt2(tmp_path: Path) -> None:
     base = architecture.make()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
     trained = train_pissa(base, tokens, tmp_path, **fields)
-    for name, given in {"a": {"initial": trained.initial}, "b": {"base": architecture.make()}}.items():
-        done = pissa.convert(trained.adapter, tmp_path / name, **given)
+    for name, options in {"a": {"initial": trained.initial}, "b": {"base": architecture.make()}}.items():
+        done = pissa.convert(trained.adapter, tmp_path / name, **options)
         assert done.layers["transformer.wte"].rank == 4
         assert done.layers["transformer.h.0.attn.c_attn"].rank == 8
         base = architecture.make()
@@ -260,7 +210,7 @@ def test_an_output_layer_s_own_weight_becomes_the_base_s(tiny_llama: Make, token
     pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama())
     weight = load_file(tmp_path / "lora" / "adapter_model.safetensors")[name]
     # One rounding of W - s B0 A0, a product of 4 terms in float32, and one of the sum
-    assert torch.allclose(weight, tiny_llama().lm_head.weight, rtol=0, atol=8 * 2**-24)
+    assert torch.allclose(weight, devices.fetch(tiny_llama().lm_head.weight), rtol=0, atol=8 * 2**-24)
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
 
 
@@ -272,9 +222,7 @@ def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
     bases = {
         "it is not the base that the adapter was trained on": tiny_llama(seed=1),
         r"the base has no layer model\.layers\.1": tiny_llama(num_hidden_layers=1),
-        r"down_proj is torch.float32 \[64, 48\] in the base; needed: the float weight": tiny_llama(
-            intermediate_size=48
-        ),
+        r"down_proj is torch.float32 \[64, 48\] in the base; needed: a float weight": tiny_llama(intermediate_size=48),
         "base is a PeftModel, in which PiSSA has replaced weights": peft.get_peft_model(
             tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])
         ),
@@ -386,293 +334,3 @@ def test_what_is_not_recognised_may_be_said(tiny_llama: Make, tokens: Tensor, tm
     low = pissa.convert(tmp_path / "peft", tmp_path / "plain", rank=2, subtracted=False)
     assert low.layout == "a plain LoRA"
     check_best(tmp_path / "peft", tmp_path / "plain", low, 2)
-
-
-# ---- Lower ranks -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ours(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
-    """A trained adapter of ours."""
-    model = pissa.wrap(tiny_llama(), r=4, **PATTERNS)
-    train(model, tokens)
-    model.save_pretrained(tmp_path / "ours")
-    return tmp_path / "ours"
-
-
-def test_a_lower_rank_is_the_best_of_that_rank(ours: Path, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    for rank in (1, 3, 8, 50):
-        done = pissa.convert(ours, tmp_path / str(rank), rank=rank)
-        check_best(ours, tmp_path / str(rank), done, rank)
-        peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
-    assert {layer.rank for layer in done.layers.values()} == {6, 8, 10}  # nothing to lower
-
-
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
-def test_the_smallest_rank_that_keeps_the_energy(energy: float, ours: Path, tmp_path: Path) -> None:
-    done = pissa.convert(ours, tmp_path / "lora", energy=energy)
-    before = changes(ours)
-    for name, layer in done.layers.items():
-        squares = torch.linalg.svdvals(before[name][0]).square()
-        shares = squares.cumsum(0) / squares.sum()
-        assert layer.kept >= energy
-        assert layer.rank == int((shares < energy).sum()) + 1
-    assert done.kept >= energy
-
-
-def test_an_adapter_that_learnt_nothing(tiny_llama: Make, tmp_path: Path) -> None:
-    pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path / "ours")
-    done = pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.9)
-    assert {(layer.rank, layer.energy, layer.kept) for layer in done.layers.values()} == {(1, 0.0, 1.0)}
-    assert done.kept == 1
-
-
-def test_runtimes_that_know_no_patterns_scale_right(tiny_llama: Make, tmp_path: Path) -> None:
-    """Where all scalings are equal alpha / r is that of every layer, whatever its rank."""
-    model = pissa.wrap(tiny_llama(), r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"])
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not ("q_proj.lora_A" in name or "layers.0" in name):
-            nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained(tmp_path / "one")
-    done = pissa.convert(tmp_path / "one", tmp_path / "lora", energy=1.0)
-    assert sorted(layer.rank for layer in done.layers.values()) == [1, 1, 4, 8]
-    config = config_of(tmp_path / "lora")
-    assert config["lora_alpha"] / config["r"] == 1.5
-    lora = LoraFolder.read(tmp_path / "lora")
-    assert {factors.scaling for factors in lora.factors.values()} == {1.5}
-    for name, factors in lora.factors.items():
-        key = get_pattern_key(list(config["rank_pattern"]), name)
-        assert config["rank_pattern"].get(key, config["r"]) == factors.rank == lora.weights.shape(factors.keys[0])[0]
-
-
-def test_a_pattern_belongs_to_one_layer(tmp_path: Path) -> None:
-    """PEFT's patterns match the end of a name: that of layer "proj" would match "inner.proj" as well."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(16, 16, bias=False)
-            self.inner = nn.ModuleDict({"proj": nn.Linear(16, 16, bias=False)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.proj(x) + self.inner["proj"](x)
-
-    torch.manual_seed(0)
-    base = Model()
-    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    model = peft.get_peft_model(base, peft.LoraConfig(r=6, target_modules=["proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape))
-                if "inner" in name and "lora_A" in name:
-                    parameter[2:] *= 1e-3
-    model.save_pretrained(tmp_path / "source")
-    done = pissa.convert(tmp_path / "source", tmp_path / "lora", energy=0.99)
-    assert done.layers["inner.proj"].rank == 2 < done.layers["proj"].rank
-    fresh = Model()
-    fresh.load_state_dict(state)
-    plain = peft.PeftModel.from_pretrained(fresh, tmp_path / "lora")
-    x = torch.randn(5, 16)
-    assert error(plain(x).detach(), model(x).detach()) < 0.15  # the root of the energy that is left out, 0.1, and W
-
-
-def test_dora_keeps_its_magnitudes_and_says_so(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, use_dora=True)
-    train(model, tokens)
-    model.save_pretrained(tmp_path / "ours")
-    with pytest.warns(
-        UserWarning, match="DoRA's magnitudes, which were trained with the change that is now approximated"
-    ):
-        pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.99)
-    ours, lora = (load_file(tmp_path / name / NAMES[1]) for name in ("ours", "lora"))
-    kept = [name for name in ours if name.endswith("lora_magnitude_vector")]
-    assert len(kept) == 14
-    assert all(torch.equal(ours[name], lora[name]) for name in kept)
-    model.eval()
-    found, expected = plain_logits(tiny_llama(), tmp_path / "lora", tokens), logits(model, tokens)
-    moved = error(logits(tiny_llama(), tokens), expected)
-    assert error(found, expected) < moved / 3
-
-
-# ---- What is refused -------------------------------------------------------------------------------------------------
-
-
-def spoil_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        tensors = load_file(folder / NAMES[1])
-        change(tensors)
-        save_file(tensors, folder / NAMES[1])
-
-    return spoil
-
-
-def spoil_config(**fields: object) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        (folder / NAMES[0]).write_text(json.dumps(config_of(folder) | fields))
-
-    return spoil
-
-
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
-SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, r"adapter is missing; needed: an adapter's folder"),
-    "no config": (lambda folder: (folder / NAMES[0]).unlink(), "holds no adapter: there is no adapter_config.json"),
-    "no tensors": (lambda folder: (folder / NAMES[1]).unlink(), "adapter_model.safetensors is missing"),
-    "a pickle": (
-        lambda folder: (folder / NAMES[1]).rename(folder / "adapter_model.bin"),
-        "adapter_model.bin, beside it, is a pickle, which is never read",
-    ),
-    "cut": (
-        lambda folder: (folder / NAMES[1]).write_bytes((folder / NAMES[1]).read_bytes()[:-1]),
-        "adapter_model.safetensors cannot be read: .*damaged",
-    ),
-    "no json": (lambda folder: (folder / NAMES[0]).write_text("{"), "adapter_config.json cannot be used: Expecting"),
-    "a list": (lambda folder: (folder / NAMES[0]).write_text("[]"), r"it holds \[\]; needed: an object"),
-    "twice": (lambda folder: (folder / NAMES[0]).write_text('{"r": 1, "r": 2}'), "'r' is there twice"),
-    "nested": (lambda folder: (folder / NAMES[0]).write_text("[" * 100_000), "adapter_config.json cannot be used"),
-    "NaN in config": (spoil_config(lora_dropout=math.nan), "it holds NaN, which is not JSON"),
-    "another method": (spoil_config(peft_type="LOHA"), "peft_type is 'LOHA'; needed: 'LORA'"),
-    "a variant": (spoil_config(alora_invocation_tokens=[1]), r"alora_invocation_tokens is \[1\], a variant of LoRA"),
-    "a later variant": (spoil_config(use_something=True), "use_something is True, a variant of LoRA"),
-    "rank": (spoil_config(r=0), "r is 0; needed: a whole number from 1 on"),
-    "alpha": (spoil_config(lora_alpha="8"), "lora_alpha is '8'; needed: a finite number"),
-    "huge alpha": (spoil_config(lora_alpha=10**400), "lora_alpha is 1000.*; needed: a finite number"),
-    "pattern": (spoil_config(rank_pattern={"(": 1}), "rank_pattern is .*; needed: an object of regular expressions"),
-    "flag": (spoil_config(use_rslora="yes"), "use_rslora is 'yes'; needed: true or false"),
-    "another start": (spoil_config(init_lora_weights="corda"), "'corda', which changes the base. Give the adapter as"),
-    "experts": (
-        spoil_config(target_parameters=["self_attn.q_proj.kernel"]),
-        "are those of a parameter, but of target_parameters",
-    ),
-    "another rank": (
-        spoil_config(rank_pattern={"q_proj": 5}),
-        rf"{Q}.lora_A.weight' \[4, 64\] and .* are no factors of rank 5, which adapter_config.json gives them",
-    ),
-    "no partner": (
-        spoil_tensors(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")),
-        rf"tensor '{Q}.lora_A.weight' has no other factor beside it",
-    ),
-    "nothing": (spoil_tensors(dict.clear), "holds no factors"),
-    "a scalar": (
-        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.tensor(1.0)})),
-        rf"{Q}.lora_A.weight' \[\] and .* are no factors of rank 4",
-    ),
-    "integers": (
-        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)})),
-        rf"tensor '{Q}.lora_A.weight' is torch.int32",
-    ),
-    "NaN": (
-        spoil_tensors(lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(math.nan)),
-        rf"tensor '{Q}.lora_B.weight' holds NaN or Inf",
-    ),
-    "unknown": (
-        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_C.weight": torch.ones(4)})),
-        rf"tensor '{Q}.lora_C.weight' is no part of a LoRA that is known here",
-    ),
-    "no prefix": (
-        spoil_tensors(lambda tensors: tensors.update({"q_proj.lora_A.weight": torch.ones(4, 64)})),
-        "tensor 'q_proj.lora_A.weight' is no part of a LoRA that is known here",
-    ),
-    "a magnitude alone": (
-        spoil_tensors(lambda tensors: tensors.update({f"{Q}x.lora_magnitude_vector": torch.ones(4)})),
-        rf"tensor '{Q}x.lora_magnitude_vector' belongs to no layer that has factors",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain LoRA of PEFT's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 31, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
-    folder = tmp_path_factory.mktemp("plain")
-    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", SPOILT)
-def test_malformed_files_are_refused_by_name(name: str, plain: Path, tmp_path: Path) -> None:
-    spoil, message = SPOILT[name]
-    shutil.copytree(plain, tmp_path / "adapter")
-    spoil(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as raised:
-        pissa.convert(tmp_path / "adapter", tmp_path / "lora", rank=2)
-    assert str(tmp_path / "adapter") in str(raised.value)
-    assert not (tmp_path / "lora").exists()
-
-
-def test_files_of_two_saves_are_refused(ours: Path, tmp_path: Path) -> None:
-    config, tensors = config_of(ours), load_file(ours / NAMES[1])
-    (ours / NAMES[0]).write_text(json.dumps(config | {"lora_alpha": 7}))
-    with pytest.raises(
-        ValueError, match=r"has rank 8 and scaling .*; in pissa\.json it has 8 and .* do not belong together"
-    ):
-        pissa.convert(ours, tmp_path / "lora")
-    (ours / NAMES[0]).write_text(json.dumps(config))
-    save_file(tensors | {"base_model.model.more.lora_A.weight": torch.ones(8, 2)}, ours / NAMES[1])
-    with pytest.raises(ValueError, match=r"tensor 'base_model\.model\.more\.lora_A\.weight' has no other factor"):
-        pissa.convert(ours, tmp_path / "lora")
-    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][0, 0] += 1
-    save_file(tensors, ours / NAMES[1])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no checksums|is damaged"):
-        pissa.convert(ours, tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-
-
-def test_arguments_that_make_no_sense(ours: Path, plain: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for source, target, message, fields in [
-        (ours, ours, "is not empty .*nothing is overwritten", {}),
-        (ours, tmp_path / "file", "is a file; needed: a new folder", {}),
-        (ours, tmp_path / "lora", "needed: one of them, or none", {"rank": 2, "energy": 0.5}),
-        (ours, tmp_path / "lora", "rank must be a whole number from 1 on, got 0", {"rank": 0}),
-        (ours, tmp_path / "lora", "energy must be a number above 0 and at most 1, got 1.5", {"energy": 1.5}),
-        (ours, tmp_path / "lora", "is an adapter of pissa; initial is of no use with it", {"initial": ours}),
-        (plain, tmp_path / "lora", "is a plain LoRA already", {}),
-        (plain, tmp_path / "lora", "initial= has to say so; base is of no use with it", {"rank": 1, "base": "x"}),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            pissa.convert(source, target, **fields)
-    assert not (tmp_path / "lora").exists()
-
-
-# ---- The check at the end --------------------------------------------------------------------------------------------
-
-
-def test_a_wrong_file_is_not_left_behind(
-    tiny_llama: Make, tokens: Tensor, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = train_pissa(tiny_llama(), tokens, tmp_path)
-    write = conversion.write_tensors
-
-    def one_element(path: Path, tensors: dict[str, Tensor]) -> None:
-        name = next(name for name in tensors if "lora_B" in name)
-        spoilt = tensors[name].clone()
-        spoilt[1, -1] += 1e-4 * spoilt.abs().max()
-        write(path, tensors | {name: spoilt})
-
-    def one_bias(path: Path, tensors: dict[str, Tensor]) -> None:
-        write(path, tensors | {name: tensor + 1 for name, tensor in tensors.items() if "lora_" not in name})
-
-    def alpha(config: dict[str, object], sizes: dict[str, object]) -> dict[str, object]:
-        found = with_sizes(config, sizes)
-        return found | {"lora_alpha": found["lora_alpha"] * (1 + 1e-6)}
-
-    with_sizes = conversion.with_sizes
-    for function, planted in [("write_tensors", one_element), ("with_sizes", alpha)]:
-        with monkeypatch.context() as patch:
-            patch.setattr(conversion, function, planted)
-            for source, fields in [(trained.adapter, {"initial": trained.initial}), (ours, {}), (ours, {"rank": 3})]:
-                with pytest.raises(
-                    ValueError, match=r"has not been written: in layer .* differs from that of the source"
-                ):
-                    pissa.convert(source, tmp_path / "new" / "lora", **fields)
-                assert not (tmp_path / "new").exists()
-    saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
-    monkeypatch.setattr(conversion, "write_tensors", one_bias)
-    with pytest.raises(ValueError, match=r"tensor 'base_model\.model\..*norm\.weight' was read back with other values"):
-        pissa.convert(saved.adapter, tmp_path / "new" / "lora", initial=saved.initial)
-    assert not (tmp_path / "new").exists()

@@ -1,0 +1,117 @@
+"""Conversion to a lower rank: the best approximation, stated energies, files that every runtime scales right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import pissa
+from language_models import Make, error, logits
+from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ours
+from peft_adapters import plain_logits
+from pissa.lora_folder import LoraFolder
+
+
+@pytest.fixture
+def ours(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
+    """A trained adapter of ours."""
+    train_ours(tiny_llama, tokens, tmp_path / "ours", **PATTERNS)
+    return tmp_path / "ours"
+
+
+def test_a_lower_rank_is_the_best_of_that_rank(ours: Path, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    for rank in (1, 3, 8, 50):
+        done = pissa.convert(ours, tmp_path / str(rank), rank=rank)
+        check_best(ours, tmp_path / str(rank), done, rank)
+        peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
+    assert {layer.rank for layer in done.layers.values()} == {6, 8, 10}  # nothing to lower
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
+def test_the_smallest_rank_that_keeps_the_energy(energy: float, ours: Path, tmp_path: Path) -> None:
+    done = pissa.convert(ours, tmp_path / "lora", energy=energy)
+    before = changes(ours)
+    for name, layer in done.layers.items():
+        squares = torch.linalg.svdvals(before[name][0]).square()
+        shares = squares.cumsum(0) / squares.sum()
+        assert layer.kept >= energy
+        assert layer.rank == int((shares < energy).sum()) + 1
+    assert done.kept >= energy
+
+
+def test_an_adapter_that_learnt_nothing(tiny_llama: Make, tmp_path: Path) -> None:
+    pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path / "ours")
+    done = pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.9)
+    assert {(layer.rank, layer.energy, layer.kept) for layer in done.layers.values()} == {(1, 0.0, 1.0)}
+    assert done.kept == 1
+
+
+def test_runtimes_that_know_no_patterns_scale_right(tiny_llama: Make, tmp_path: Path) -> None:
+    """Where all scalings are equal alpha / r is that of every layer, whatever its rank."""
+    model = pissa.wrap(tiny_llama(), r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not ("q_proj.lora_A" in name or "layers.0" in name):
+            nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path / "one")
+    done = pissa.convert(tmp_path / "one", tmp_path / "lora", energy=1.0)
+    assert sorted(layer.rank for layer in done.layers.values()) == [1, 1, 4, 8]
+    config = config_of(tmp_path / "lora")
+    assert config["lora_alpha"] / config["r"] == 1.5
+    lora = LoraFolder.read(tmp_path / "lora")
+    assert {factors.scaling for factors in lora.factors.values()} == {1.5}
+    for name, factors in lora.factors.items():
+        key = get_pattern_key(list(config["rank_pattern"]), name)
+        assert config["rank_pattern"].get(key, config["r"]) == factors.rank == lora.weights.shape(factors.keys[0])[0]
+
+
+def test_a_pattern_belongs_to_one_layer(tmp_path: Path) -> None:
+    """PEFT's patterns match the end of a name: that of layer "proj" would match "inner.proj" as well."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(16, 16, bias=False)
+            self.inner = nn.ModuleDict({"proj": nn.Linear(16, 16, bias=False)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x) + self.inner["proj"](x)
+
+    torch.manual_seed(0)
+    base = Model()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=6, target_modules=["proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape))
+                if "inner" in name and "lora_A" in name:
+                    parameter[2:] *= 1e-3
+    model.save_pretrained(tmp_path / "source")
+    done = pissa.convert(tmp_path / "source", tmp_path / "lora", energy=0.99)
+    assert done.layers["inner.proj"].rank == 2 < done.layers["proj"].rank
+    fresh = Model()
+    fresh.load_state_dict(state)
+    plain = peft.PeftModel.from_pretrained(fresh, tmp_path / "lora")
+    x = torch.randn(5, 16)
+    assert error(plain(x).detach(), model(x).detach()) < 0.15  # the root of the energy that is left out, 0.1, and W
+
+
+def test_dora_keeps_its_magnitudes_and_says_so(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = train_ours(tiny_llama, tokens, tmp_path / "ours", use_dora=True)
+    with pytest.warns(
+        UserWarning, match="DoRA's magnitudes, which were trained with the change that is now approximated"
+    ):
+        pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.99)
+    ours, lora = (load_file(tmp_path / name / NAMES[1]) for name in ("ours", "lora"))
+    kept = [name for name in ours if name.endswith("lora_magnitude_vector")]
+    assert len(kept) == 14
+    assert all(torch.equal(ours[name], lora[name]) for name in kept)
+    found, expected = plain_logits(tiny_llama(), tmp_path / "lora", tokens), logits(model, tokens)
+    moved = error(logits(tiny_llama(), tokens), expected)
+    assert error(found, expected) < moved / 3

@@ -1,0 +1,254 @@
+"""What conversion refuses: malformed files, arguments without sense, and its own result if it is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import pissa
+from language_models import Make
+from lora_files import NAMES, PATTERNS, config_of, train_ours
+from peft_adapters import train_pissa
+from pissa import conversion
+
+
+@pytest.fixture
+def ours(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
+    """A trained adapter of ours."""
+    train_ours(tiny_llama, tokens, tmp_path / "ours", **PATTERNS)
+    return tmp_path / "ours"
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def spoil_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / NAMES[1])
+        change(tensors)
+        save_file(tensors, folder / NAMES[1])
+
+    return spoil
+
+
+def spoil_config(**fields: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / NAMES[0]).write_text(json.dumps(config_of(folder) | fields))
+
+    return spoil
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, r"adapter is missing; needed: an adapter's folder"),
+    "no config": (lambda folder: (folder / NAMES[0]).unlink(), "holds no adapter: there is no adapter_config.json"),
+    "no tensors": (lambda folder: (folder / NAMES[1]).unlink(), "adapter_model.safetensors is missing"),
+    "a pickle": (
+        lambda folder: (folder / NAMES[1]).rename(folder / "adapter_model.bin"),
+        "adapter_model.bin, beside it, is a pickle, which is never read",
+    ),
+    "cut": (
+        lambda folder: (folder / NAMES[1]).write_bytes((folder / NAMES[1]).read_bytes()[:-1]),
+        "adapter_model.safetensors cannot be read: .*damaged",
+    ),
+    "no json": (lambda folder: (folder / NAMES[0]).write_text("{"), "adapter_config.json cannot be used: Expecting"),
+    "a list": (lambda folder: (folder / NAMES[0]).write_text("[]"), r"it holds \[\]; needed: an object"),
+    "twice": (lambda folder: (folder / NAMES[0]).write_text('{"r": 1, "r": 2}'), "'r' is there twice"),
+    "nested": (lambda folder: (folder / NAMES[0]).write_text("[" * 100_000), "adapter_config.json cannot be used"),
+    "NaN in config": (spoil_config(lora_dropout=math.nan), "it holds NaN, which is not JSON"),
+    "another method": (spoil_config(peft_type="LOHA"), "peft_type is 'LOHA'; needed: 'LORA'"),
+    "a variant": (spoil_config(alora_invocation_tokens=[1]), r"alora_invocation_tokens is \[1\], a variant of LoRA"),
+    "a later variant": (spoil_config(use_something=True), "use_something is True, a variant of LoRA"),
+    "rank": (spoil_config(r=0), "r is 0; needed: a whole number from 1 on"),
+    "alpha": (spoil_config(lora_alpha="8"), "lora_alpha is '8'; needed: a number of at most"),
+    "huge alpha": (spoil_config(lora_alpha=10**400), "lora_alpha is 1000.*; needed: a number of at most"),
+    "pattern": (spoil_config(rank_pattern={"(": 1}), "rank_pattern is .*; needed: an object of regular expressions"),
+    "a flag inside": (spoil_config(alpha_pattern={"(?i)q": 1}), "alpha_pattern is .*; needed: an object of regular"),
+    "flag": (spoil_config(use_rslora="yes"), "use_rslora is 'yes'; needed: true or false"),
+    "another start": (spoil_config(init_lora_weights="corda"), "'corda', which changes the base. Give the adapter as"),
+    "experts": (
+        spoil_config(target_parameters=["self_attn.q_proj.kernel"]),
+        "are those of a parameter, but of target_parameters",
+    ),
+    "another rank": (
+        spoil_config(rank_pattern={"q_proj": 5}),
+        rf"{Q}.lora_A.weight' \[4, 64\] and .* are no factors of rank 5, which adapter_config.json gives them",
+    ),
+    "no partner": (
+        spoil_tensors(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")),
+        rf"tensor '{Q}.lora_A.weight' has no other factor beside it",
+    ),
+    "nothing": (spoil_tensors(dict.clear), "holds no factors"),
+    "a scalar": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.tensor(1.0)})),
+        rf"{Q}.lora_A.weight' \[\] and .* are no factors of rank 4",
+    ),
+    "a vector": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4)})),
+        rf"{Q}.lora_A.weight' \[4\] and .* are no factors of rank 4",
+    ),
+    "a kernel": (
+        spoil_tensors(
+            lambda tensors: tensors.update(
+                {f"{Q}.lora_A.weight": torch.ones(4, 2, 3), f"{Q}.lora_B.weight": torch.ones(5, 4, 3)}
+            )
+        ),
+        rf"{Q}.lora_B.weight' \[5, 4, 3\] are no factors of rank 4",
+    ),
+    "integers": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)})),
+        rf"tensor '{Q}.lora_A.weight' is torch.int32",
+    ),
+    "NaN": (
+        spoil_tensors(lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(math.nan)),
+        rf"tensor '{Q}.lora_B.weight' holds NaN or Inf",
+    ),
+    "unknown": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_C.weight": torch.ones(4)})),
+        rf"tensor '{Q}.lora_C.weight' is no part of a LoRA that is known here",
+    ),
+    "no prefix": (
+        spoil_tensors(lambda tensors: tensors.update({"q_proj.lora_A.weight": torch.ones(4, 64)})),
+        "tensor 'q_proj.lora_A.weight' is no part of a LoRA that is known here",
+    ),
+    "a magnitude alone": (
+        spoil_tensors(lambda tensors: tensors.update({f"{Q}x.lora_magnitude_vector": torch.ones(4)})),
+        rf"tensor '{Q}x.lora_magnitude_vector' belongs to no layer that has factors",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA of PEFT's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 31, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
+    folder = tmp_path_factory.mktemp("plain")
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(folder)
+    return folder
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(NAMES),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
+    st.integers(0, 40),
+)
+def test_damaged_files_give_a_message_or_a_lora(
+    plain: Path, name: str, changes: list[tuple[float, int]], cut: int
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch, "adapter"), Path(scratch, "lora")
+        shutil.copytree(plain, source)
+        content = bytearray((source / name).read_bytes())
+        header = 8 + int.from_bytes(content[:8], "little") if name == NAMES[1] else len(content)
+        for place, byte in changes:
+            content[int(place * header)] = byte
+        (source / name).write_bytes(content[: len(content) - cut if cut < 3 else None])
+        try:
+            pissa.convert(source, target, rank=2)
+        except ValueError as message:
+            written = [str(scratch) in str(message), not target.exists()]
+        else:
+            written = [target.exists()]
+        assert all(written)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_malformed_files_are_refused_by_name(name: str, plain: Path, tmp_path: Path) -> None:
+    spoil, message = SPOILT[name]
+    shutil.copytree(plain, tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as raised:
+        pissa.convert(tmp_path / "adapter", tmp_path / "lora", rank=2)
+    assert str(tmp_path / "adapter") in str(raised.value)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_files_of_two_saves_are_refused(ours: Path, tmp_path: Path) -> None:
+    config, tensors = config_of(ours), load_file(ours / NAMES[1])
+    (ours / NAMES[0]).write_text(json.dumps(config | {"lora_alpha": 7}))
+    with pytest.raises(
+        ValueError, match=r"has rank 8 and scaling .*; in pissa\.json it has 8 and .* do not belong together"
+    ):
+        pissa.convert(ours, tmp_path / "lora")
+    (ours / NAMES[0]).write_text(json.dumps(config))
+    save_file(tensors | {"base_model.model.more.lora_A.weight": torch.ones(8, 2)}, ours / NAMES[1])
+    with pytest.raises(ValueError, match=r"tensor 'base_model\.model\.more\.lora_A\.weight' has no other factor"):
+        pissa.convert(ours, tmp_path / "lora")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][0, 0] += 1
+    save_file(tensors, ours / NAMES[1])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no checksums|is damaged"):
+        pissa.convert(ours, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_arguments_that_make_no_sense(ours: Path, plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for source, target, message, fields in [
+        (ours, ours, "is not empty .*nothing is overwritten", {}),
+        (ours, tmp_path / "file", "is a file; needed: a new folder", {}),
+        (ours, tmp_path / "lora", "needed: one of them, or none", {"rank": 2, "energy": 0.5}),
+        (ours, tmp_path / "lora", "rank must be a whole number from 1 on, got 0", {"rank": 0}),
+        (ours, tmp_path / "lora", "energy must be a number above 0 and at most 1, got 1.5", {"energy": 1.5}),
+        (ours, tmp_path / "lora", "is an adapter of pissa; initial is of no use with it", {"initial": ours}),
+        (plain, tmp_path / "lora", "is a plain LoRA already", {}),
+        (plain, tmp_path / "lora", "initial= has to say so; base is of no use with it", {"rank": 1, "base": "x"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pissa.convert(source, target, **fields)
+    assert not (tmp_path / "lora").exists()
+
+
+# ---- The check at the end --------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_file_is_not_left_behind(
+    tiny_llama: Make, tokens: Tensor, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train_pissa(tiny_llama(), tokens, tmp_path)
+    write = conversion.write_tensors
+
+    def one_element(path: Path, tensors: dict[str, Tensor]) -> None:
+        name = next(name for name in tensors if "lora_B" in name)
+        spoilt = tensors[name].clone()
+        spoilt[1, -1] += 1e-4 * spoilt.abs().max()
+        write(path, tensors | {name: spoilt})
+
+    def one_bias(path: Path, tensors: dict[str, Tensor]) -> None:
+        write(path, tensors | {name: tensor + 1 for name, tensor in tensors.items() if "lora_" not in name})
+
+    def alpha(config: dict[str, object], sizes: dict[str, object]) -> dict[str, object]:
+        found = with_sizes(config, sizes)
+        return found | {"lora_alpha": found["lora_alpha"] * (1 + 1e-6)}
+
+    with_sizes = conversion.with_sizes
+    for function, planted in [("write_tensors", one_element), ("with_sizes", alpha)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion, function, planted)
+            for source, fields in [(trained.adapter, {"initial": trained.initial}), (ours, {}), (ours, {"rank": 3})]:
+                with pytest.raises(
+                    ValueError, match=r"has not been written: in layer .* differs from that of the source"
+                ):
+                    pissa.convert(source, tmp_path / "new" / "lora", **fields)
+                assert not (tmp_path / "new").exists()
+    saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
+    monkeypatch.setattr(conversion, "write_tensors", one_bias)
+    with pytest.raises(ValueError, match=r"tensor 'base_model\.model\..*norm\.weight' was read back with other values"):
+        pissa.convert(saved.adapter, tmp_path / "new" / "lora", initial=saved.initial)
+    assert not (tmp_path / "new").exists()
