@@ -65,7 +65,7 @@ class TensorFile:
         try:
             self._file = cast(Any, safe_open(path, "pt"))  # it has no types
             self._refuse_duplicates()
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # RuntimeError: torch cannot map it
             raise ValueError(
                 f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
             ) from error

@@ -50,9 +50,12 @@ class Saved:
     def reset(self) -> None:
         """The folder as it was saved."""
         for name, content in self.content.items():
-            if (path := self.folder / name).is_symlink() or not path.is_file() or path.read_bytes() != content:
+            path = self.folder / name
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != len(content):
                 remove(path)
-                path.write_bytes(content)
+            elif path.read_bytes() == content:
+                continue
+            path.write_bytes(content)
 
     def renew(self) -> None:
         """Models that nothing has been loaded into."""
@@ -253,7 +256,10 @@ def filled(value: float) -> Callable[[dict[str, Tensor], str, random.Random], st
 
 
 def recast(tensors: dict[str, Tensor], name: str, dice: random.Random) -> str:
-    tensors[name] = tensors[name].to(dice.choice([torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn]))
+    kinds = [torch.int32, torch.bool, torch.float8_e4m3fn]
+    if "lm_head" not in name:  # a whole module may be of any floating dtype
+        kinds += [torch.float64, torch.bfloat16]
+    tensors[name] = tensors[name].to(dice.choice(kinds))
     return name
 
 

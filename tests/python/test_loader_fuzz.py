@@ -235,6 +235,11 @@ def beside(path: Path) -> None:
         torch_pickled(path.with_name(name))
 
 
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
 KINDS: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
     "empty": Path.touch,
@@ -246,6 +251,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "link to a folder": lambda path: path.symlink_to(".."),
     "link to zeros without end": lambda path: path.symlink_to("/dev/zero"),
     "link to null": lambda path: path.symlink_to("/dev/null"),
+    "a terabyte of zeros": sparse,
     "pickle": pickled,
     "torch's pickle": torch_pickled,
     "pickle beside": beside,
@@ -269,6 +275,21 @@ def test_files_of_another_kind(saved: Saved, name: str, kind: str) -> None:
             *saved.folder.glob("*.pkl"),
         ]:
             remove(path)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STARTS])
+@implicit
+def test_a_terabyte_that_is_declared_is_not_read(saved: Saved, name: str) -> None:
+    """In the place of a tensor, and beside the tensors; the file is as large as it says, which no memory may be."""
+    header, data = split(saved.content[name])
+    last = max((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
+    start, end = header[last]["data_offsets"]
+    for key, begin in ((last, start), ("surplus", end)):
+        huge = header | {key: {"dtype": "F32", "shape": [1 << 38], "data_offsets": [begin, begin + (1 << 40)]}}
+        content = joined(huge, data)
+        (saved.folder / name).write_bytes(content)
+        os.truncate(saved.folder / name, len(content) - len(data) + begin + (1 << 40))
+        saved.attempt(name, refused=True)
 
 
 @pytest.mark.parametrize("other", FIELDS)
