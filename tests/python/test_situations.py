@@ -38,43 +38,39 @@ pytestmark = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embed
 # Another order of the sums of at most 256 terms, in float32, in each of the layers one after the other.
 CLOSE = 1e-5
 
-Run = Callable[[nn.Module], Tensor]
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """For x; of a language model its logits."""
+    return model(x) if x.is_floating_point() else model(input_ids=x).logits
 
 
-def lives(make: Callable[[], nn.Module], run: Run, folder: Path, plain: bool = True, **fields: Any) -> PissaModel:
+@torch.no_grad()
+def value(model: nn.Module, x: Tensor) -> Tensor:
+    """The output without a graph."""
+    return output(model, x)
+
+
+def lives(make: Callable[[], nn.Module], x: Tensor, folder: Path, **fields: Any) -> PissaModel:
     """What holds of every adapter: it starts as the base, learns, can be switched off, comes back from its folder to
     the bit, is a plain LoRA for PEFT on the unmodified base, and leaves the base behind. Returns the trained model."""
-    start = run(make())
+    start = value(make(), x)
     model = pissa.wrap(make(), **{"r": 2, **fields})
-    assert torch.equal(run(model), start)
+    assert torch.equal(value(model, x), start)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
     for _ in range(3):
         optimizer.zero_grad()
-        with torch.enable_grad():
-            run.__wrapped__(model).square().mean().backward()
+        output(model, x).square().mean().backward()
         optimizer.step()
-    trained = run(model)
+    trained = value(model, x)
     assert error(trained, start) > 1e-3
     with model.disable_adapter():
-        assert torch.equal(run(model), start)
+        assert torch.equal(value(model, x), start)
     model.save_pretrained(folder)
-    assert torch.equal(run(PissaModel.from_pretrained(make(), folder)), trained)
-    if plain:
-        assert error(run(peft.PeftModel.from_pretrained(make(), folder)), trained) < CLOSE
+    assert torch.equal(value(PissaModel.from_pretrained(make(), folder), x), trained)
+    assert error(value(peft.PeftModel.from_pretrained(make(), folder), x), trained) < CLOSE
     if not fields.get("modules_to_save"):  # PEFT leaves the trained module there
-        assert torch.equal(run(copy.deepcopy(model).unload()), start)
+        assert torch.equal(value(copy.deepcopy(model).unload(), x), start)
     return model
-
-
-def on(x: Tensor) -> Run:
-    """The output for x: of a language model its logits."""
-
-    def output(model: nn.Module) -> Tensor:
-        return model(x) if x.is_floating_point() else model(input_ids=x).logits
-
-    run = torch.no_grad()(output)
-    run.__wrapped__ = output
-    return run
 
 
 def assert_principal(start: StartFactors, scaling: float, weight: Tensor) -> None:
@@ -82,10 +78,6 @@ def assert_principal(start: StartFactors, scaling: float, weight: Tensor) -> Non
     left = weight - scaling * start.b0.double() @ start.a0.double()
     least = torch.linalg.svdvals(weight)[len(start.a0) :].norm()
     assert left.norm() <= (1 + max(weight.shape) * EPS[torch.float32]) * least
-
-
-class Layers(nn.Sequential):
-    """A model of a few layers."""
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -194,7 +186,7 @@ def test_situation_05_a_tied_head_leaves_the_embeddings(tiny_llama: Make, tokens
     """PEFT 0.21 overwrites the embeddings with W_res where an adapted lm_head is tied to them (relative error 0.38 at
     the start); here the weight stays as it is and is still one."""
     make = lambda: tiny_llama(tie_word_embeddings=True)  # noqa: E731
-    model = lives(make, on(tokens), tmp_path, target_modules=["lm_head"])
+    model = lives(make, tokens, tmp_path, target_modules=["lm_head"])
     base = model.base_model.model
     assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
     assert torch.equal(base.model.embed_tokens.weight, make().model.embed_tokens.weight)
@@ -203,7 +195,7 @@ def test_situation_05_a_tied_head_leaves_the_embeddings(tiny_llama: Make, tokens
 def test_situation_06_modules_to_save_in_the_plain_lora(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """PEFT 0.21 leaves the trained head out of the converted adapter, which then cannot be loaded (KeyError); here it
     is in the folder, for PEFT as for us."""
-    model = lives(tiny_llama, on(tokens), tmp_path, modules_to_save=["lm_head"])
+    model = lives(tiny_llama, tokens, tmp_path, modules_to_save=["lm_head"])
     head = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     assert not torch.equal(head, tiny_llama().lm_head.weight.cpu())
     assert torch.equal(head, model.base_model.model.lm_head.modules_to_save["default"].weight.cpu())
@@ -212,7 +204,7 @@ def test_situation_06_modules_to_save_in_the_plain_lora(tiny_llama: Make, tokens
 def test_situation_07_magnitudes_in_the_plain_lora(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """PEFT 0.21 drops DoRA's magnitudes from the converted adapter, which loads without complaint (relative error
     0.038); here the plain LoRA has the trained magnitudes, and PEFT computes the same function from it."""
-    model = lives(tiny_llama, on(tokens), tmp_path, use_dora=True)
+    model = lives(tiny_llama, tokens, tmp_path, use_dora=True)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"]
     saved = load_file(tmp_path / "adapter_model.safetensors")
     magnitudes = {name: tensor for name, tensor in saved.items() if "magnitude" in name}
@@ -229,7 +221,7 @@ def test_situation_08_fused_experts(fields: dict[str, Any], tokens: Tensor, tmp_
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
     make = lambda: seeded(lambda: MixtralForCausalLM(MixtralConfig(**sizes, **heads)))  # noqa: E731
-    model = lives(make, on(tokens), tmp_path, **fields)
+    model = lives(make, tokens, tmp_path, **fields)
     adapted = [name for name, m in model.named_modules() if isinstance(m, pissa.PissaLinear) and "experts" in name]
     assert len(adapted) == 2 * 4 * (1 if fields else 2)  # layers, experts, weights
 
@@ -237,7 +229,7 @@ def test_situation_08_fused_experts(fields: dict[str, Any], tokens: Tensor, tmp_
 def test_situation_09_embeddings(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """PEFT 0.21 ignores "pissa" for an embedding and starts plain LoRA (A = 0); here it starts from the principal
     components of the embedding's weight."""
-    model = lives(tiny_llama, on(tokens), tmp_path, target_modules=["embed_tokens"], svd="exact")
+    model = lives(tiny_llama, tokens, tmp_path, target_modules=["embed_tokens"], svd="exact")
     layer = model.base_model.model.model.embed_tokens
     start, weight = layer.start_of("default"), layer.base_layer.weight.detach().double().T  # [out, in]
     assert_principal(start, 1, weight)
@@ -247,13 +239,13 @@ def test_situation_09_embeddings(tiny_llama: Make, tokens: Tensor, tmp_path: Pat
 def test_situation_10_convolutions(dimensions: int, tmp_path: Path) -> None:
     """PEFT 0.21 raises ValueError, unknown initialization, for Conv1d, Conv2d and Conv3d; here they are adapted."""
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
-    make = lambda: seeded(lambda: Layers(kind(3, 8, 3), nn.GELU(), kind(8, 4, 1)))  # noqa: E731
+    make = lambda: seeded(lambda: nn.Sequential(kind(3, 8, 3), nn.GELU(), kind(8, 4, 1)))  # noqa: E731
     x = put(torch.randn(2, 3, *[5] * dimensions, generator=torch.Generator().manual_seed(0)))
-    lives(make, on(x), tmp_path, target_modules=["0", "2"])
+    lives(make, x, tmp_path, target_modules=["0", "2"])
 
 
 def quantised(kind: type[nn.Module], **fields: Any) -> nn.Module:
-    return seeded(lambda: Layers(kind(64, 32, **fields))).to("cpu" if on_cpu() else "cuda")
+    return seeded(lambda: nn.Sequential(kind(64, 32, **fields))).to("cpu" if on_cpu() else "cuda")
 
 
 def assert_adapts(make: Callable[[], nn.Module], dequantised: Callable[[Any], Tensor], folder: Path) -> None:
@@ -262,23 +254,22 @@ def assert_adapts(make: Callable[[], nn.Module], dequantised: Callable[[Any], Te
     layer = make()[0]
     weight, bias = dequantised(layer).detach().double(), layer.bias.detach().double()
     model = pissa.wrap(make(), r=2, target_modules=["0"], svd="exact")
-    start = on(x)(model)
+    start = value(model, x)
     if layer.weight.dtype == torch.int8:  # bitsandbytes rounds the input to 8 bits as well, as it does without us
-        assert torch.equal(start, on(x)(make()))
+        assert torch.equal(start, value(make(), x))
     else:  # our product, of the same weight
         bound = (64 + 2) * EPS[torch.float32] * (x.double().abs() @ weight.abs().T + bias.abs())
         assert_close(start, (x.double() @ weight.T + bias).cpu(), bound.cpu(), "base")
     factors = model.base_model.model[0].start_of("default")
     assert_principal(factors, 1, weight)
-    with torch.enable_grad():
-        model(x).square().mean().backward()
+    output(model, x).square().mean().backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
-    assert error(on(x)(model), start) > 1e-3
+    assert error(value(model, x), start) > 1e-3
     with model.disable_adapter():
-        assert torch.equal(on(x)(model), start)
+        assert torch.equal(value(model, x), start)
     model.save_pretrained(folder)
     again = PissaModel.from_pretrained(make(), folder)
-    assert torch.equal(on(x)(again), on(x)(model.eval()))
+    assert torch.equal(value(again, x), value(model.eval(), x))
 
 
 # PEFT does not know our layer over bitsandbytes' bytes, and says so.
@@ -431,7 +422,7 @@ def test_situation_19_scalings(rslora: bool, tiny_llama: Make, tokens: Tensor, t
     ranks = {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7}
     alphas = {"v_proj": 3, r"layers\.1\.mlp\.up_proj": 5}
     patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    model = lives(tiny_llama, on(tokens), tmp_path, r=4, lora_alpha=6, use_rslora=rslora, svd="exact", **patterns)
+    model = lives(tiny_llama, tokens, tmp_path, r=4, lora_alpha=6, use_rslora=rslora, svd="exact", **patterns)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     found = set()
     for name, layer in model.named_modules():
