@@ -24,12 +24,13 @@ from pissa.record import checksum
 from pissa.tensor_file import write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")
-TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+TARGETS: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 FIELDS: dict[str, dict[str, Any]] = {
     "implicit": {"modules_to_save": ["lm_head"], "rank_pattern": {"v_proj": 3}},
     "nf4": {"quant": "nf4"},
     "dora": {"use_dora": True, "use_rslora": True},
     "adalora": {"use_adalora": True, "residual": "explicit"},
+    "experts": {"target_modules": ["embed_tokens", "gate_up_proj", "down_proj"]},
     "second": {"quant": "nf4"},  # with an adapter of a rank of its own, which needs the base's factors beside its own
 }
 
@@ -109,16 +110,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_saved(form: str, folder: Path) -> Saved:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_base(form: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     sizes = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-        tokens = torch.randint(0, 19, (2, 7))
-    model = pissa.wrap(copy.deepcopy(base), PissaConfig(**TARGETS, **FIELDS[form]))
+        if form == "experts":
+            return MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=3)).eval()
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+
+
+def make_saved(form: str, folder: Path) -> Saved:
+    base = make_base(form)
+    tokens = torch.randint(0, 19, (2, 7), generator=torch.Generator().manual_seed(0))
+    model = pissa.wrap(copy.deepcopy(base), PissaConfig(**TARGETS | FIELDS[form]))
     if form == "second":
         model.add_adapter("second", PissaConfig(**TARGETS | {"r": 3}))
         model.set_adapter("second")

@@ -76,14 +76,14 @@ def test_undamaged_it_loads_in_every_way(saved: Saved) -> None:
     assert saved.attempt()
 
 
-@many(60)
+@many(40)
 @forms
 def test_damaged_bytes(saved: Saved, examples: int) -> None:
     for seed in range(examples):
         damage_bytes(saved, seed)
 
 
-@many(50)
+@many(40)
 @pytest.mark.parametrize("name", [WEIGHTS, STARTS])
 @implicit
 def test_changed_headers(saved: Saved, name: str, examples: int) -> None:
@@ -126,7 +126,7 @@ def test_exchanged_tensors(saved: Saved, examples: int) -> None:
         saved.reset()
 
 
-@many(80)
+@many(60)
 @forms
 def test_changed_records(saved: Saved, examples: int) -> None:
     record = json.loads(saved.content[RECORD])
