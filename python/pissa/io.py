@@ -110,13 +110,22 @@ def _check_whole(state: Mapping[str, Tensor]) -> None:
 
 
 def save_card(model: PissaModel, directory: str | os.PathLike[str]) -> None:
-    """Writes or updates the model card, README.md, as PEFT does."""
-    with tempfile.TemporaryDirectory() as scratch, Staged(directory) as staged:
+    """Writes or updates the model card, README.md, as PEFT does. One that cannot be updated is left as it is, with a
+    warning: it must not cost the adapter."""
+    existing = Path(directory, "README.md")
+    with tempfile.TemporaryDirectory() as scratch:
         card = Path(scratch, "README.md")
-        if (existing := Path(directory, "README.md")).is_file():
-            card.write_bytes(existing.read_bytes())
-        model.create_or_update_model_card(scratch)
-        staged.path("README.md").write_bytes(card.read_bytes())
+        try:
+            if os.path.isfile(existing):
+                card.write_bytes(existing.read_bytes())
+            elif os.path.lexists(existing):
+                raise ValueError("it is not a regular file")
+            model.create_or_update_model_card(scratch)
+        except Exception as error:  # of the system's, of yaml's, of PEFT's
+            warnings.warn(f"{existing} is left as it is, for it cannot be updated: {error}", UserWarning, stacklevel=3)
+            return
+        with Staged(directory) as staged:
+            staged.path("README.md").write_bytes(card.read_bytes())
 
 
 def warn_of_plain_lora(model: PissaModel) -> None:

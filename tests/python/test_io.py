@@ -302,6 +302,23 @@ def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None
             pissa.wrap(tiny_llama(), r=4, **exact).save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "card", [b"\xff\xfe", b"---\n[bad\n---\n", b"---\n- a\n---\n", b"---\ntags: 5\n---\n", None], ids=repr
+)
+def test_a_card_that_cannot_be_updated_does_not_cost_the_adapter(
+    card: bytes | None, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "README.md"
+    path.mkdir() if card is None else path.write_bytes(card)
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    with pytest.warns(UserWarning, match=r"README\.md is left as it is, for it cannot be updated") as caught:
+        model.save_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    assert path.is_dir() if card is None else path.read_bytes() == card
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
+
+
 class CrashError(Exception):
     pass
 
