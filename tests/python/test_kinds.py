@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import pissa
 from devices import current, put
 from language_models import error
-from one_layer import OneLayer, adapted, assert_comes_back, filled, wrap
+from one_layer import OneLayer, adapted, assert_comes_back, change_a_little, filled, wrap
 from reference import EPS
 
 with warnings.catch_warnings():
@@ -118,3 +118,33 @@ def test_kinds_that_live_in_one_model_and_adapter(tmp_path: Path) -> None:
     unloaded = model.unload()
     assert [type(module) for module in unloaded.values()] == [type(module) for module in make().values()]
     assert not isinstance(adapted(wrap(unloaded["4_bits"], r=R)).weight, bnb.nn.Params4bit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_checkpointing(kind: str) -> None:
+    make, x = KINDS[kind], inputs(kind)
+    model = wrap(make(), r=R).train()
+    with torch.autocast(current.type, torch.bfloat16):
+        with torch.no_grad(), model.disable_adapter():
+            base = model(x)
+        y = model(x)
+        assert y.dtype == base.dtype
+        assert torch.equal(y, base)
+        y.float().square().mean().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapted(model).factor_parameters("default")[1:])
+
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        y.square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in adapted(model).factor_parameters("default")])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_a_convolution_over_channels_last() -> None:
+    model, x = wrap(KINDS["convolution"](), r=R), inputs("convolution")
+    change_a_little(adapted(model))
+    with torch.no_grad():
+        expected, got = model(x), model(x.to(memory_format=torch.channels_last))
+    assert error(got, expected) < 4 * IN * EPS[torch.float32]
