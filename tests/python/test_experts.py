@@ -1,17 +1,13 @@
-"""Fused experts of transformers: unfused without a copy, split one by one, decoded only where tokens go, and fused
-again in files and on the way out."""
+"""Fused experts of transformers are unfused without a copy, split one by one, and decoded only where tokens go."""
 
 from __future__ import annotations
 
 import gc
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,85 +15,17 @@ from torch.nn import functional as F  # noqa: N812
 
 import pissa
 from devices import fetch, put
-from language_models import FORMS, assert_same, error, logits, snapshot, train
-from one_layer import change_a_little, deltas64, weight64
-from pissa import PissaLinear, ops
+from language_models import FORMS, assert_same, error, logits, snapshot
+from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
+from one_layer import deltas64, weight64
+from pissa import ops
 from pissa.experts import UnfusedExperts, unfused_experts
 from pissa.inject import pissa_layers
 from pissa.stored import Nf4Linear
 from reference import EPS
 
-EXPERTS, R = 4, 2
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-SMALL_HEADS = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-
-
-def mixtral() -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS, num_local_experts=EXPERTS, num_experts_per_tok=2))
-
-
-def qwen3_moe() -> nn.Module:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    routed = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **HEADS, **routed))
-
-
-def deepseek_v2() -> nn.Module:
-    """The first block is dense, the second has a shared expert, of linear layers, beside the routed ones."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-
-    routed = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
-    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-    return DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES, **HEADS, **SMALL_HEADS, **routed, **groups))
-
-
-def gpt_oss() -> nn.Module:
-    """Weights [in, out], biases, gate and up interleaved."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    routed = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 16}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    return GptOssForCausalLM(GptOssConfig(**SIZES, **HEADS, **routed, **rope))
-
-
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
-    "deepseek_v2": deepseek_v2,
-    "gpt_oss": gpt_oss,
-}
 kinds = pytest.mark.parametrize("kind", KINDS)
 forms = pytest.mark.parametrize("form", FORMS)
-
-
-def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """The same model for the same seed, with transformers' "eager" experts."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = KINDS[kind]()
-        with torch.no_grad():  # large enough for experts to matter, and biases that are not zero
-            for parameter in model.parameters():
-                parameter.copy_(0.2 * torch.randn(parameter.shape))
-    model.set_experts_implementation("eager")
-    return put(model.to(dtype)).eval()
-
-
-def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.named_parameters() if ".experts." in name}
-
-
-def expert_layers(model: nn.Module) -> dict[str, PissaLinear]:
-    layers = pissa_layers(model.base_model.model, "default")
-    return {name: layer for name, layer in layers.items() if ".experts." in name}
-
-
-def change_all(model: nn.Module) -> None:
-    for seed, layer in enumerate(pissa_layers(model.base_model.model, "default").values()):
-        change_a_little(layer, seed=seed)
 
 
 # ---- Unfusing --------------------------------------------------------------------------------------------------------
@@ -447,130 +375,3 @@ def test_refusals_leave_the_model_as_it_was(
     assert_same(model, before)
     assert output is None or torch.equal(logits(model, tokens), output)
     assert not unfused_experts(model)
-
-
-# ---- Files and the way out -------------------------------------------------------------------------------------------
-
-
-@kinds
-@forms
-def test_a_saved_adapter_comes_back_to_the_bit(kind: str, form: str, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(make(kind), r=R, lora_alpha=3, **FORMS[form])
-    losses = train(model, tokens)
-    assert losses[-1] < losses[0]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The residual of the base is stored as nf4")
-        model.save_pretrained(tmp_path)
-    again = pissa.PissaModel.from_pretrained(make(kind), tmp_path)
-    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
-
-
-@kinds
-# PEFT 0.21 looks for the keys of patterns among layers only, and then finds them among parameters all the same.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"target_modules": ["gate_up_proj"]},
-        {"target_modules": ["down_proj"], "use_rslora": True},
-        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"gate_up_proj": 5, "o_proj": 4}},
-    ],
-    ids=str,
-)
-def test_plain_peft_loads_it_and_computes_the_same(
-    kind: str, fields: dict[str, Any], tokens: Tensor, tmp_path: Path
-) -> None:
-    model = pissa.wrap(make(kind), r=R, lora_alpha=3, **fields)
-    change_all(model)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_parameters"]
-    plain = peft.PeftModel.from_pretrained(make(kind), tmp_path)
-    got, expected = logits(plain, tokens), logits(model, tokens)
-    assert error(expected, logits(make(kind), tokens)) > 1e-2
-    # PEFT adds the change to the weight and multiplies once: float32's rounding through two blocks.
-    assert error(got, expected) < 100 * EPS[torch.float32]
-
-
-@kinds
-@forms
-def test_unloading_gives_the_fused_weights_back(kind: str, form: str, tokens: Tensor) -> None:
-    base = make(kind)
-    before, output = {name: value.clone() for name, value in base.state_dict().items()}, logits(base, tokens)
-    modules = [type(module) for module in base.modules()]
-    model = pissa.wrap(base, r=R, **FORMS[form])
-    stored = logits(model, tokens)
-    change_all(model)
-    unloaded = model.unload()
-    assert [type(module) for module in unloaded.modules()] == modules
-    assert list(unloaded.state_dict()) == list(before)
-    if form == "implicit":
-        assert all(torch.equal(value, before[name]) for name, value in unloaded.state_dict().items())
-        assert torch.equal(logits(unloaded, tokens), output)
-    assert error(logits(unloaded, tokens), stored) < 100 * EPS[torch.float32]
-    assert pissa_layers(pissa.wrap(unloaded, r=R).base_model.model, "default")
-
-
-@kinds
-def test_merging_gives_fused_weights_with_the_change(kind: str, tokens: Tensor) -> None:
-    base = make(kind)
-    stacked = {name: fetch(value.detach()).double() for name, value in fused_parameters(base).items()}
-    model = pissa.wrap(base, r=R, lora_alpha=3)
-    change_all(model)
-    trained = logits(model, tokens)
-    delta = {name: fetch(layer.get_delta_weight("default")).double() for name, layer in expert_layers(model).items()}
-    model.merge_adapter()
-    assert error(logits(model, tokens), trained) < 100 * EPS[torch.float32]
-    model.unmerge_adapter()
-    assert torch.equal(logits(model, tokens), trained)
-    merged = model.merge_and_unload()
-    for name, weights in fused_parameters(merged).items():
-        path, _, leaf = name.rpartition(".")
-        expected = stacked[name]
-        if weights.dim() == 3:
-            changes = torch.stack([delta[f"{path}.{index}.{leaf}"] for index in range(EXPERTS)])
-            expected = expected + (changes.mT if kind == "gpt_oss" else changes)
-        assert error(fetch(weights.detach()), expected) < 4 * EPS[torch.float32]
-        assert weights.is_contiguous()
-    assert error(logits(merged, tokens), trained) < 100 * EPS[torch.float32]
-
-
-def test_a_merged_model_is_saved_as_transformers_saves_it(tokens: Tensor, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = pissa.wrap(make("mixtral"), r=R)
-    change_all(model)
-    trained = logits(model, tokens)
-    model.merge_and_unload().save_pretrained(tmp_path)
-    loaded = put(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")).eval()
-    assert error(logits(loaded, tokens), trained) < 100 * EPS[torch.float32]
-
-
-def test_biases_are_trained_as_in_plain_peft(tokens: Tensor, tmp_path: Path) -> None:
-    """bias="all" means what is called "bias": the attention's and the router's, not the stacks of the experts'."""
-    model = pissa.wrap(make("gpt_oss"), r=R, bias="all")
-    plain = peft.get_peft_model(make("gpt_oss"), peft.LoraConfig(bias="all", target_modules=["q_proj"]))
-    trained, theirs = (
-        {name for name, p in m.named_parameters() if name.endswith("bias") and p.requires_grad} for m in (model, plain)
-    )
-    assert {name.replace(".base_layer", "") for name in trained} == {n.replace(".base_layer", "") for n in theirs}
-    train(model, tokens)
-    model.save_pretrained(tmp_path)
-    again = pissa.PissaModel.from_pretrained(make("gpt_oss"), tmp_path)
-    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
-    loaded = peft.PeftModel.from_pretrained(make("gpt_oss"), tmp_path)
-    assert error(logits(loaded, tokens), logits(model, tokens)) < 100 * EPS[torch.float32]
-
-
-def test_a_second_adapter_on_unfused_experts(tokens: Tensor) -> None:
-    model = pissa.wrap(make("mixtral"), r=R, target_modules=["q_proj"])
-    before = logits(model, tokens)
-    model.add_adapter("second", pissa.PissaConfig(r=R, target_modules=["w1", "w2", "w3"]))
-    model.set_adapter("second")
-    assert torch.equal(logits(model, tokens), before)
-    assert train(model, tokens)[-1] != 0
-    model.set_adapter("default")
-    assert torch.equal(logits(model, tokens), before)
-    model.delete_adapter("second")
-    assert torch.equal(logits(model.unload(), tokens), before)
