@@ -167,15 +167,15 @@ def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits
 
 
-def nudge(model: PissaModel) -> None:
-    """Moves what is trained away from its start by a tenth of the start factors' size."""
+def nudge(model: PissaModel, size: float = 0.1) -> None:
+    """Moves what is trained away from its start, by so much of the start factors' size."""
     generator = torch.Generator().manual_seed(3)
     for layer in pissa_layers(model, ADAPTER).values():
         start = layer.start_of(ADAPTER)
         with torch.no_grad():
             for delta, factor in zip(layer.deltas(ADAPTER), (start.a0, start.b0), strict=False):
                 noise = torch.randn(delta.shape, generator=generator).to(delta)
-                delta.copy_(0.1 * factor.square().mean().sqrt() * noise)
+                delta.copy_(size * factor.square().mean().sqrt() * noise)
 
 
 def training_loss(model: PissaModel, batch: dict[str, Tensor]) -> Tensor:

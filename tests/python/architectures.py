@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,15 @@ class Architecture:
     def config(self, **fields: Any) -> dict[str, Any]:
         """The fields of PissaConfig, those given on top."""
         return {"r": 4, "task_type": self.task_type, **self.fields, **fields}
+
+    def in_bfloat16(self) -> Architecture:
+        """The same with weights, and inputs that are not indices, in bfloat16."""
+
+        def inputs(generator: torch.Generator) -> dict[str, Tensor]:
+            batch = self.inputs(generator)
+            return {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+
+        return replace(self, build=lambda: self.build().bfloat16(), inputs=inputs)
 
     @property
     def is_causal(self) -> bool:
@@ -133,7 +142,8 @@ class ListedExperts(nn.ModuleList):
         output = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
             token, position = torch.where(top_k_index == index)
-            output.index_add_(0, token, expert(hidden_states[token]) * top_k_weights[token, position, None])
+            chosen = expert(hidden_states[token]) * top_k_weights[token, position, None]
+            output.index_add_(0, token, chosen.to(output.dtype))  # weights are float32
         return output
 
 
@@ -167,7 +177,8 @@ LLAMA3_ROPE = {
 
 IMAGES = "ForImageClassification"
 _VIT = _model("ViT", IMAGES, **{**TEXT, "image_size": 16, "patch_size": 4, "num_labels": 3})
-GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama2": _causal("Llama", paper=True),

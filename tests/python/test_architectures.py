@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import architecture_checks as checks
@@ -48,6 +49,31 @@ def test_a_step_lowers_the_loss_and_changes_only_what_is_trained(name: str, form
 @supported
 def test_it_is_restored_to_the_bit(name: str, form: str, tmp_path: Path) -> None:
     checks.check_save_and_reload(ARCHITECTURES[name], FORMS[form], tmp_path)
+
+
+@supported
+def test_bfloat16_has_the_same_bits(name: str, form: str, tmp_path: Path) -> None:
+    """At step 0, without the adapter, and restored."""
+    architecture = ARCHITECTURES[name].in_bfloat16()
+    checks.check_step_0(architecture, FORMS[form])
+    checks.check_disable_and_delete(architecture, FORMS[form])
+    checks.check_save_and_reload(architecture, FORMS[form], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if str(a.task_type).endswith("_LM")])
+def test_it_generates_what_the_base_does(name: str) -> None:
+    """At step 0, with the cache of keys and values, and other tokens once it is trained."""
+    architecture = ARCHITECTURES[name]
+    prompt = {"input_ids": architecture.batch()["input_ids"]}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    model = checks.wrapped(architecture, {})
+    expected = architecture.make().generate(**prompt, **options)
+    assert torch.equal(model.generate(**prompt, **options), expected)
+    checks.nudge(model, size=1.0)
+    trained = model.generate(**prompt, **options)
+    assert not torch.equal(trained, expected)
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**prompt, **options), expected)
 
 
 # One of each kind of layer, and of each class of model.
