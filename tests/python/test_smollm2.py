@@ -1,8 +1,9 @@
-"""A real model, SmolLM2-135M-Instruct: before training, the wrapped model is the base."""
+"""A real model, SmolLM2-135M-Instruct: before training, the wrapped model is the base; TRL trains it in two stages."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import pissa
 from pissa.cli.sources import unpack_smollm2
+from trainers import FORMS, QUIET, forms, logged, options, unchanged
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +66,52 @@ def test_the_4_bit_error_is_smaller_than_that_of_quantising_the_weights(folder: 
 def logits_disabled(model: pissa.PissaModel, tokens: Tensor) -> Tensor:
     with model.disable_adapter():
         return logits(model, tokens)
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+PRICES = [(apples, price) for apples in range(2, 6) for price in range(2, 6)]
+QUESTIONS = [turn("user", f"{apples} apples at {price} dollars each: how much?") for apples, price in PRICES]
+ANSWERS = [turn("assistant", f"{apples} x {price} = {apples * price} dollars") for apples, price in PRICES]
+WRONG = [turn("assistant", f"{apples} + {price} = {apples + price} dollars") for apples, price in PRICES]
+
+
+@forms
+@pytest.mark.filterwarnings(*QUIET)
+def test_fine_tuning_and_then_preferences(form: str, folder: Path, tokens: Tensor, tmp_path: Path) -> None:
+    """The second stage starts from the first one's folder, and its reference is what the first stage has learnt."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    few: dict[str, Any] = {"max_steps": 4, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 2e-4}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = pissa.wrap(load(folder, torch.float32), r=16, task_type="CAUSAL_LM", **FORMS[form])
+    data = Dataset.from_list([{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)])
+    first = SFTTrainer(
+        model, SFTConfig(**options(tmp_path / "sft", **few)), train_dataset=data, processing_class=tokenizer
+    )
+    with unchanged(model):
+        first.train()
+    assert logged(first)[-1] < logged(first)[0]
+
+    model = pissa.PissaModel.from_pretrained(
+        load(folder, torch.float32), tmp_path / "sft" / "checkpoint-4", is_trainable=True
+    )
+    rows = [{"prompt": q, "chosen": c, "rejected": r} for q, c, r in zip(QUESTIONS, ANSWERS, WRONG, strict=True)]
+    second = DPOTrainer(
+        model,
+        args=DPOConfig(**options(tmp_path / "dpo", **few)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    with unchanged(model):
+        second.train()
+    assert logged(second)[0] == torch.tensor(2.0).log().item()
+    assert logged(second)[-1] < logged(second)[0]
+
+    again = pissa.PissaModel.from_pretrained(load(folder, torch.float32), tmp_path / "dpo" / "checkpoint-4")
+    trained = second.accelerator.unwrap_model(second.model, keep_fp32_wrapper=False).eval()
+    assert torch.equal(logits(again, tokens), logits(trained, tokens))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, logits
 from pissa import PissaLinear, PissaModel
-from trainers import FORMS, QUIET, assert_equal, compiles, forms, logged, options, state, trainable, unchanged
+from trainers import FORMS, QUIET, TERMS, assert_equal, compiles, forms, logged, options, state, trainable, unchanged
 
 pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
 
@@ -178,9 +178,7 @@ def test_the_8_bit_optimiser_trains_and_resumes(tiny_llama: Make, tmp_path: Path
 @compiles
 @forms
 def test_a_compiled_model_trains_alike(form: str, tiny_llama: Make, tmp_path: Path) -> None:
-    # Inductor sums in other orders: n u for the n terms that a path through the model sums, of 7 products of up to 112
-    # terms in each layer and one of 97 in the loss. SGD, since AdamW's first step is all sign.
-    tolerance = (2 * 7 * 112 + 97) * 2**-24
+    # Inductor sums in other orders. SGD, since AdamW's first step takes the sign of a gradient of any size.
     runs = [
         trainer(
             pissa.wrap(tiny_llama(), r=4, **FORMS[form]), tmp_path / str(compiled), optim="sgd", torch_compile=compiled
@@ -190,7 +188,7 @@ def test_a_compiled_model_trains_alike(form: str, tiny_llama: Make, tmp_path: Pa
     for run in runs:
         run.train()
     for eager, compiled in zip(*map(logged, runs), strict=True):
-        assert compiled == pytest.approx(eager, rel=tolerance)
+        assert compiled == pytest.approx(eager, rel=TERMS * 2**-24)
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "True" / "checkpoint-6")
     trained = runs[1].model.get_base_model()
     assert_equal(state(again.get_base_model()), state(trained))

@@ -13,14 +13,9 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, error, logits, train
 from pissa import PissaModel
-from trainers import FORMS, QUIET, assert_equal, compiles, forms, state, trainable, unchanged
+from trainers import FORMS, QUIET, TERMS, assert_equal, compiles, forms, state, trainable, unchanged
 
 pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
-
-
-TERMS = 2 * 7 * 112 + 97
-"""Of the sums on a path through `tiny_llama` and its loss: products of up to 112 terms, seven in each of two layers, and
-97 logits. In another order of summation they differ by TERMS u, u = 2**-24 in float32."""
 
 
 def batches() -> Tensor:
