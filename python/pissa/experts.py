@@ -71,7 +71,8 @@ class UnfusedExperts(nn.Module):
         in_float32 = type(self.fused).__name__ in _SUMMED_IN_FLOAT32
         output = torch.zeros_like(hidden_states, dtype=torch.float32 if in_float32 else None)
         # FSDP2 adds the gradients of a block as one array, which has to hold the same parameters in every process, and
-        # DDP waits for those of all parameters: an expert at rest needs one too, of zeros.
+        # DDP waits for those of all parameters: an expert at rest needs one too, of zeros. (Momentum then moves it, as
+        # it moves a part of a fused weight.)
         together = world_size() > 1 and torch.is_grad_enabled()
         for index in range(len(self)) if together else torch.unique(top_k_index).tolist():
             if index == self.fused.num_experts:

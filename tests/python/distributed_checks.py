@@ -46,7 +46,8 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: with two processes all of them, with three those where the number could matter."""
     found: list[Callable[[Path], Any]] = [start_factors, shares, failing, nan, ddp, fsdp2, resumed, trainer]
     if world_size() == 2:
-        found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, accelerate_ddp, accelerate_fsdp2]
+        found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
+        found += [accelerate_ddp, accelerate_fsdp2]
         found += [saved_while_sharded, loaded_while_sharded]
     # Last what can end the process, where gradients of different parameters meet.
     return {check.__name__: partial(check, folder) for check in [*found, experts]}
@@ -149,11 +150,22 @@ def sharded_weights(folder: Path) -> dict[str, list[str]]:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
+def recomputing(model: nn.Module) -> nn.Module:
+    """The model, which computes its blocks again in the backward pass."""
+    model.train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
 def ddp(folder: Path) -> dict[str, list[float]]:
     """Losses."""
     found = {}
     for form, fields in FORMS.items():
         found[form] = train(DistributedDataParallel(pissa.wrap(llama(), r=4, **fields)), tokens())
+    found["nf4, recomputed"] = train(
+        DistributedDataParallel(recomputing(pissa.wrap(llama(), r=4, quant="nf4"))), tokens()
+    )
     # Nothing that a model computes with changes, but the trained parameters: there is nothing to send again.
     model = DistributedDataParallel(pissa.wrap(llama(), r=4, quant="nf4"), broadcast_buffers=False)
     return found | {"nf4, no buffers": train(model, tokens())}
@@ -178,7 +190,23 @@ def fsdp2(folder: Path) -> dict[str, list[float]]:
         for name, module in packed.items():
             whole = module.weight.full_tensor().view(torch.uint8)
             assert torch.equal(whole[: len(before[name])], before[name])
-    return found
+    recomputed = recomputing(pissa.wrap(llama(), r=4, quant="nf4"))
+    return found | {"nf4, recomputed": train(shard(recomputed), tokens())}
+
+
+def fsdp1(folder: Path) -> dict[str, Any]:
+    """Losses with the older FSDP, which makes one flat parameter of a block's, of one floating dtype."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    def losses(form: str) -> list[float]:
+        model = pissa.wrap(llama(), r=4, **FORMS[form])
+        policy, device = ModuleWrapPolicy({LlamaDecoderLayer}), torch.device("cpu")
+        sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
+        return train(sharded, tokens())
+
+    return {form: losses(form) for form in ("implicit", "nf4 in float32")}
 
 
 def mixed_precision(folder: Path) -> dict[str, Any]:

@@ -186,6 +186,7 @@ def test_a_model_that_deepspeed_has_partitioned_is_saved_from_what_was_gathered(
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_losses_are_those_of_one_process(parallel: str, some: Run) -> None:
     expected = {form: one_process(form) for form in FORMS}
+    expected["nf4, recomputed"] = expected["nf4"]
     assert all(losses[2] < losses[1] < losses[0] for losses in expected.values())
     if parallel == "ddp":
         expected["nf4, no buffers"] = expected["nf4"]
@@ -195,8 +196,8 @@ def test_losses_are_those_of_one_process(parallel: str, some: Run) -> None:
             assert found[form] == pytest.approx(losses, **SAME), form
 
 
-@pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2"])
-def test_accelerate_trains_the_same(name: str, two: Run) -> None:
+@pytest.mark.parametrize("name", ["fsdp1", "accelerate_ddp", "accelerate_fsdp2"])
+def test_other_loops_train_the_same(name: str, two: Run) -> None:
     for found in two[name]:
         for form, losses in found.items():
             assert losses == pytest.approx(one_process(form), **SAME), form
