@@ -130,7 +130,7 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]
     """The configuration of a plain LoRA that has, in each target, the given rank and scaling.
 
     Where all scalings are equal the alphas are in proportion, so that a runtime that reads tensors of any rank but
-    knows no patterns (vLLM) scales them right.
+    knows no patterns scales them right.
     """
     wanted = {target: (rank, _alpha(config, rank, scaling)) for target, (rank, scaling) in sizes.items()}
     (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]

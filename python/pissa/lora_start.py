@@ -84,7 +84,7 @@ def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -
     modules = {target: _module(source, base, target) for target in source.factors}
     _check_untied(base, modules)
     start = {}
-    for target, module in tqdm(modules.items(), desc="PiSSA init", disable=not progressbar):
+    for target, module in tqdm(modules.items(), desc="PiSSA init") if progressbar else modules.items():
         if not isinstance(module, nn.Embedding):
             start[target] = _aligned_start(source, target, weight_matrix(module))
     return start
