@@ -96,7 +96,8 @@ def convert(
       called pissa_init, as the paper's authors have it; that is found by itself where the adapter's
       base_model_name_or_path is the residual model's folder. With `base`, residual + s B0 A0 is compared with it;
     - its init_lora_weights is "pissa": B0, A0 are computed from `base` once more, as PEFT does, and must be the same as
-      then: give the model in the dtype that it was trained in. "pissa_niter_N" cannot be computed again;
+      then: give the model in the dtype that it was trained in. On another machine they are the same but for rounding,
+      which is warned of where it matters. "pissa_niter_N" cannot be computed again;
     - `subtracted`: [B, -B0]·[A ; A0], what PEFT writes with path_initial_model_for_weight_conversion. It is recognised
       without being asked if the second halves are, in every layer, what a singular value decomposition gives (two or
       more rows and columns, orthogonal, of the same lengths), and the first halves are closer to them than zero is;
