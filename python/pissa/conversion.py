@@ -107,8 +107,9 @@ def convert(
     The change s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], which has no cancellation, of rank 2r. The dtype is
     float32. Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are; an adapted layer's own
     weight, which PEFT saves of embeddings and output layers, becomes W. An adapter that was trained on a residual that
-    was rounded (bfloat16, 4 bits) lacks that error on the unmodified base. What no file shows: PEFT put the residual of
-    an output layer into the input embeddings as well where these are tied; such an adapter is refused with `base` only.
+    was rounded (bfloat16, 4 bits) lacks that error on the unmodified base, and with `initial` that of A0 and B0, which
+    PEFT rounds as well. What no file shows: PEFT put the residual of an output layer into the input embeddings as well
+    where these are tied; such an adapter is refused with `base` only.
 
     DoRA's magnitudes belong to W + dW in every layout and are kept. With a lower rank, dW is approximated and the
     magnitudes still are those of the old one; the energy is that of dW.

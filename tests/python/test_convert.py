@@ -165,7 +165,7 @@ def test_singular_vectors_of_another_sign(
 
 
 def test_a_start_that_depends_on_the_machine(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """Where the singular values r and r + 1 are nearly equal, rounding decides which vectors the adapter starts from."""
+    """Where the singular values r and r + 1 are nearly equal, rounding decides from which vectors it starts."""
 
     def make() -> nn.Module:
         model = tiny_llama()
