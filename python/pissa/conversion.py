@@ -96,17 +96,20 @@ def convert(
       called pissa_init, as the paper's authors have it; that is found by itself where the adapter's
       base_model_name_or_path is the residual model's folder. With `base`, residual + s B0 A0 is compared with it;
     - its init_lora_weights is "pissa": B0, A0 are computed from `base` once more, as PEFT does, and must be the same as
-      then: give the model in the dtype that it was trained in. "pissa_niter_N" cannot be computed again;
+      then: give the model in the dtype that it was trained in. On another machine they are the same but for rounding,
+      which is warned of where it matters. "pissa_niter_N" cannot be computed again;
     - `subtracted`: [B, -B0]·[A ; A0], what PEFT writes with path_initial_model_for_weight_conversion. It is recognised
-      without being asked if the second halves are, in every layer, what a singular value decomposition gives (rows and
-      columns orthogonal, of the same lengths), and the first halves are closer to them than zero is;
+      without being asked if the second halves are, in every layer, what a singular value decomposition gives (two or
+      more rows and columns, orthogonal, of the same lengths), and the first halves are closer to them than zero is;
     - otherwise a plain LoRA, for which `rank` or `energy` has to be given. An adapter that was trained on a residual
       model looks the same, unless its base_model_name_or_path says so: give `initial`.
 
     The change s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], which has no cancellation, of rank 2r. The dtype is
     float32. Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are; an adapted layer's own
     weight, which PEFT saves of embeddings and output layers, becomes W. An adapter that was trained on a residual that
-    was rounded (bfloat16, 4 bits) lacks that error on the unmodified base.
+    was rounded (bfloat16, 4 bits) lacks that error on the unmodified base, and with `initial` that of A0 and B0, which
+    PEFT rounds as well. What no file shows: PEFT put the residual of an output layer into the input embeddings as well
+    where these are tied; such an adapter is refused with `base` only.
 
     DoRA's magnitudes belong to W + dW in every layout and are kept. With a lower rank, dW is approximated and the
     magnitudes still are those of the old one; the energy is that of dW.
@@ -242,6 +245,11 @@ def _layout(
     _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_no_parameters(folder)
+        if folder.config.get("modules_to_save") and not folder.other_keys:
+            raise ValueError(
+                f"{folder.weights.path} lacks modules_to_save, which PEFT leaves out when it subtracts the initial "
+                "adapter: convert the adapter that was trained, with initial="
+            )
         for target, factors in folder.factors.items():
             if factors.rank % 2:
                 raise ValueError(

@@ -46,7 +46,8 @@ _KNOWN = frozenset(
 # The suffixes of the two factors of a layer.
 _FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 # What else PEFT trains in a layer; it stays as it is.
-_BESIDE = ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
+_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+_BESIDE = ("lora_B.bias", *_MAGNITUDES)
 
 # Parameters of fused experts, in the order in which transformers registers them.
 _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -129,7 +130,7 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]
     """The configuration of a plain LoRA that has, in each target, the given rank and scaling.
 
     Where all scalings are equal the alphas are in proportion, so that a runtime that reads tensors of any rank but
-    knows no patterns (vLLM) scales them right.
+    knows no patterns scales them right.
     """
     wanted = {target: (rank, _alpha(config, rank, scaling)) for target, (rank, scaling) in sizes.items()}
     (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
@@ -242,7 +243,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> dict[str, LoraFactors]:
     found: dict[str, LoraFactors] = {}
-    for place, keys in _places(weights).items():
+    for place, keys in _places(weights, config["use_dora"]).items():
         target, fused = _target(place, config, weights)
         rank_key, alpha_key = (
             get_pattern_key(list(config[name] or {}), target) for name in ("rank_pattern", "alpha_pattern")
@@ -274,7 +275,7 @@ def _fit(shapes: Sequence[tuple[int, ...]], rank: int, fused: bool) -> bool:
     return a[0] == b[1] == rank
 
 
-def _places(weights: TensorFile) -> dict[str, tuple[str, str]]:
+def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
     """The keys of the two factors of each module, by its name in PEFT's file."""
     names = set(weights.names)
     places: dict[str, tuple[str, str]] = {}
@@ -288,7 +289,7 @@ def _places(weights: TensorFile) -> dict[str, tuple[str, str]]:
         if not place.startswith(PREFIX) or (pair is None and suffix not in _BESIDE):
             raise ValueError(
                 f"{weights.path}: tensor {shown(name)} is no part of a LoRA that is known here; those are called "
-                f"{PREFIX}<layer>.<{', '.join([*_FACTORS[0], *_FACTORS[1], *_BESIDE[:2]])}>"
+                f"{PREFIX}<layer>.<{', '.join([*_FACTORS[0], *_FACTORS[1], *_BESIDE])}>"
             )
         if pair is None:
             beside[place] = name
@@ -299,6 +300,12 @@ def _places(weights: TensorFile) -> dict[str, tuple[str, str]]:
     for place, name in beside.items():
         if place not in places:
             raise ValueError(f"{weights.path}: tensor {shown(name)} belongs to no layer that has factors")
+    for place in places if dora else ():
+        if not names & {f"{place}.{suffix}" for suffix in _MAGNITUDES}:
+            raise ValueError(
+                f"{weights.path}: tensor {shown(f'{place}.{_MAGNITUDES[0]}')} is missing, of DoRA (PEFT leaves "
+                "magnitudes out when it subtracts the initial adapter: convert the adapter that was trained)"
+            )
     return places
 
 

@@ -4,6 +4,8 @@ adapter that was saved, or as PEFT computes them from the base."""
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +19,10 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from pissa.bases import weight_matrix
+from pissa.change import Change
 from pissa.io import ADAPTER_CONFIG
 from pissa.lora_folder import LoraFolder
+from pissa.low_rank import Spectrum
 from pissa.plain_lora import Matrices
 
 INITIAL_FOLDER = "pissa_init"
@@ -83,11 +87,27 @@ def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -
         )
     modules = {target: _module(source, base, target) for target in source.factors}
     _check_untied(base, modules)
-    start = {}
-    for target, module in tqdm(modules.items(), desc="PiSSA init", disable=not progressbar):
+    start, doubts = {}, {}
+    for target, module in tqdm(modules.items(), desc="PiSSA init") if progressbar else modules.items():
         if not isinstance(module, nn.Embedding):
-            start[target] = _aligned_start(source, target, weight_matrix(module))
+            start[target], doubt = _aligned_start(source, target, weight_matrix(module))
+            if doubt > _DOUBT:
+                doubts[target] = doubt
+    if doubts:
+        worst = max(doubts, key=lambda target: doubts[target])
+        warnings.warn(
+            f"{source.weights.path}: in {len(doubts)} layers the singular values at the adapter's rank and behind it "
+            f"are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what was "
+            f"learnt, by about {doubts[worst]:.0%} in {worst}. If the adapter was not trained on this machine, with "
+            "this torch, give the initial adapter, initial=, with which the conversion is exact",
+            UserWarning,
+            stacklevel=4,
+        )
     return start
+
+
+# Of ‖B A - B0 A0‖: the error of the start from which on it is mentioned.
+_DOUBT = 0.01
 
 
 def _module(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> nn.Module:
@@ -120,7 +140,8 @@ def _check_untied(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> Matrices:
+def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> tuple[Matrices, float]:
+    """A0 and B0, and how much B0 A0 may differ on another machine, as a part of B A - B0 A0."""
     rank, scaling = source.factors[target].rank, source.factors[target].scaling
     a, b = source.matrices(target)[0]
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)  # as peft.tuners.lora does
@@ -135,7 +156,13 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> Matrices:
             f"{source.weights.path}: the factors of layer {target} are farther from their start in this base than zero "
             "is: it is not the base that the adapter was trained on. If it is, give the initial adapter, initial="
         )
-    return a0, b0
+    learnt = float(Spectrum.of(*Change(1.0, a, b, (a0.double(), b0.double())).factors()).energy[0]) ** 0.5
+    if rank == len(s) or not learnt:
+        return (a0, b0), 0.0
+    # Rounding by some units, 2^-22 s_1 in all, turns the last vectors that count by that over the gap behind them.
+    first, last, behind = (float(s[i]) / scaling for i in (0, rank - 1, rank))
+    error = 2.0**-22 * first * last / max(last - behind, sys.float_info.epsilon * last)
+    return (a0, b0), min(error / learnt, 1.0)
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------

@@ -164,6 +164,24 @@ def test_singular_vectors_of_another_sign(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_a_start_that_depends_on_the_machine(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """Where the singular values r and r + 1 are nearly equal, rounding decides from which vectors it starts."""
+
+    def make() -> nn.Module:
+        model = tiny_llama()
+        weight = model.model.layers[1].self_attn.q_proj.weight
+        u, s, vh = torch.linalg.svd(weight.detach().double())
+        s[4] = s[3] * (1 - 2.0**-18)
+        weight.data.copy_(u * s @ vh)
+        return model
+
+    trained = train_pissa(make(), tokens, tmp_path)
+    layer = r"model\.layers\.1\.self_attn\.q_proj"
+    with pytest.warns(UserWarning, match=rf"in 1 layers the singular values .* by about \d+% in {layer}"):
+        pissa.convert(trained.adapter, tmp_path / "lora", base=make())
+    pissa.convert(trained.adapter, tmp_path / "exact", initial=trained.initial)
+
+
 def test_a_random_decomposition_cannot_be_repeated(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path, init="pissa_niter_4")
     for options in ({}, {"base": tiny_llama()}):

@@ -21,7 +21,7 @@ from torch import Tensor
 import pissa
 from language_models import Make
 from lora_files import NAMES, PATTERNS, config_of, train_ours
-from peft_adapters import train_pissa
+from peft_adapters import save_subtracted, train_pissa
 from pissa import conversion
 
 
@@ -195,6 +195,17 @@ def test_files_of_two_saves_are_refused(ours: Path, tmp_path: Path) -> None:
     save_file(tensors, ours / NAMES[1])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no checksums|is damaged"):
         pissa.convert(ours, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_what_peft_leaves_out_when_it_subtracts(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """Its files load without a complaint, or not at all; another function is not passed on."""
+    save_subtracted(tiny_llama(), tokens, tmp_path / "dora", use_dora=True)
+    with pytest.raises(ValueError, match=r"proj\.lora_magnitude_vector' is missing, of DoRA \(PEFT leaves"):
+        pissa.convert(tmp_path / "dora", tmp_path / "lora")
+    save_subtracted(tiny_llama(), tokens, tmp_path / "modules", modules_to_save=["norm"])
+    with pytest.raises(ValueError, match="lacks modules_to_save, which PEFT leaves out"):
+        pissa.convert(tmp_path / "modules", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

@@ -57,14 +57,20 @@ def _with_options(message: str) -> str:
 
 def _as_json(conversion: Conversion, notes: list[str]) -> dict[str, Any]:
     layers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in conversion.layers.items()}
-    return {"layout": conversion.layout, "kept": conversion.kept, "layers": layers, "notes": notes}
+    return {
+        "layout": conversion.layout,
+        "kept": conversion.kept,
+        "worst": conversion.worst,
+        "layers": layers,
+        "notes": notes,
+    }
 
 
 def _report(args: argparse.Namespace, conversion: Conversion, notes: list[str]) -> None:
     say("source", f"{args.source}: {conversion.layout}")
     kinds: dict[str, list[ConvertedLayer]] = defaultdict(list)
     for name, layer in conversion.layers.items():
-        kinds[name.rpartition(".")[2]].append(layer)
+        kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
     lowered = args.rank is not None or args.energy is not None
     header = ("layers", "number", "rank", "new rank", "energy kept\nleast", "\nof all")
     columns = len(header) if lowered else 4
