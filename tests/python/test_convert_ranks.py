@@ -76,7 +76,7 @@ NAME = st.lists(st.sampled_from(["a", "b", "a+b", "layers", "0", "1"]), min_size
 SCALING = st.fractions(min_value="1/64", max_value=64, max_denominator=64).map(float)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(NAME, st.tuples(st.integers(1, 200), SCALING), min_size=1, max_size=8), st.booleans())
 def test_pefts_rules_give_each_layer_its_rank_and_scaling(sizes: dict[str, tuple[int, float]], rslora: bool) -> None:
     """Also where a name is the end of another, or means something as a pattern."""
