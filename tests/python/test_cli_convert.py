@@ -135,12 +135,12 @@ def test_an_interrupted_conversion_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pissa import conversion
+    from pissa.conversion import adapters
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "write_tensors", interrupted)
+    monkeypatch.setattr(adapters, "write_tensors", interrupted)
     assert main(["convert", str(ours[0]), str(tmp_path / "lora")]) == 130
     assert capsys.readouterr().err == "pissa convert: interrupted; nothing is written\n"
     assert not (tmp_path / "lora").exists()

@@ -22,7 +22,7 @@ import pissa
 from language_models import Make
 from lora_files import NAMES, PATTERNS, config_of, train_ours
 from peft_adapters import save_subtracted, train_pissa
-from pissa import conversion
+from pissa.conversion import adapters
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_wrong_file_is_not_left_behind(
     tiny_llama: Make, tokens: Tensor, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path)
-    write = conversion.write_tensors
+    write = adapters.write_tensors
 
     def one_element(path: Path, tensors: dict[str, Tensor]) -> None:
         name = next(name for name in tensors if "lora_B" in name)
@@ -248,10 +248,10 @@ def test_a_wrong_file_is_not_left_behind(
         found = with_sizes(config, sizes)
         return found | {"lora_alpha": found["lora_alpha"] * (1 + 1e-6)}
 
-    with_sizes = conversion.with_sizes
+    with_sizes = adapters.with_sizes
     for function, planted in [("write_tensors", one_element), ("with_sizes", alpha)]:
         with monkeypatch.context() as patch:
-            patch.setattr(conversion, function, planted)
+            patch.setattr(adapters, function, planted)
             for source, fields in [(trained.adapter, {"initial": trained.initial}), (ours, {}), (ours, {"rank": 3})]:
                 with pytest.raises(
                     ValueError, match=r"has not been written: in layer .* differs from that of the source"
@@ -259,7 +259,7 @@ def test_a_wrong_file_is_not_left_behind(
                     pissa.convert(source, tmp_path / "new" / "lora", **fields)
                 assert not (tmp_path / "new").exists()
     saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
-    monkeypatch.setattr(conversion, "write_tensors", one_bias)
+    monkeypatch.setattr(adapters, "write_tensors", one_bias)
     with pytest.raises(ValueError, match=r"tensor 'base_model\.model\..*norm\.weight' was read back with other values"):
         pissa.convert(saved.adapter, tmp_path / "new" / "lora", initial=saved.initial)
     assert not (tmp_path / "new").exists()

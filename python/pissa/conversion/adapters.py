@@ -14,11 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pissa.change import Change, Converted
-from pissa.files import Staged
-from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD
-from pissa.lora_folder import LoraFolder, with_sizes
-from pissa.lora_start import (
+from pissa.conversion.change import Change, Converted
+from pissa.conversion.lora_folder import LoraFolder, with_sizes
+from pissa.conversion.lora_start import (
     Start,
     check_residual,
     initial_folder,
@@ -27,6 +25,8 @@ from pissa.lora_start import (
     start_from_base,
     start_from_initial,
 )
+from pissa.files import Staged
+from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD
 from pissa.plain_lora import PREFIX
 from pissa.record import AdapterRecord, shown
 from pissa.tensor_file import write_tensors

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.lora_folder import LoraFactors
-from pissa.low_rank import Spectrum
+from pissa.conversion.lora_folder import LoraFactors
+from pissa.conversion.low_rank import Spectrum
 from pissa.plain_lora import Matrices
 
 _FLOAT64 = 2.0**-53
