@@ -31,7 +31,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
-            weight, residual = self._packed_weight(names[0])
+            weight, residual = self._packed_weight(names[0], x.dtype)
             if weight is not None:
                 return self._scaled(self._fused(x, weight, residual, names[0]), names[0])
         if not any(name in self.lora_magnitude_vector for name in names):
@@ -50,11 +50,11 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     # -- one product with a packed weight and the factors
 
-    def _packed_weight(self, name: str) -> tuple[Tensor | ops.Nf4Weight | None, str]:
+    def _packed_weight(self, name: str, dtype: torch.dtype) -> tuple[Tensor | ops.Nf4Weight | None, str]:
         """The weight for `_fused`, None where the adapter is not part of one product, and its `residual`: it lacks just
         what the adapter starts from ("stored"), or all of it is in 4 bits and the change comes on top ("implicit")."""
         base = self.base_layer
-        if isinstance(base, Nf4Base):
+        if isinstance(base, Nf4Base) and base.compute_dtype in (None, dtype):
             return base.nf4, "implicit"
         if (
             isinstance(base, StoredLinear)

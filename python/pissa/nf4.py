@@ -96,6 +96,7 @@ class Nf4Base(HoldsNf4):
         self.hold(weight, linear.weight.dtype)
         self.bias = linear.bias
         self.dtype: torch.dtype = linear.weight.quant_state.dtype
+        self.compute_dtype: torch.dtype | None = linear.compute_dtype
         self.training = linear.training
         # What else the layer is. A list keeps it out of our modules: it holds no tensors, which would not follow ours.
         self._rest = [_without_tensors(linear)]
@@ -126,7 +127,10 @@ class Nf4Base(HoldsNf4):
         return cast(nn.Module, linear.train(self.training))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.nf4, self.bias)
+        """The output, computed in `compute_dtype` where bitsandbytes' layer has one, and again in the dtype of x."""
+        if self.compute_dtype in (None, x.dtype):
+            return ops.linear(x, self.nf4, self.bias)
+        return ops.linear(x.to(self.compute_dtype), self.nf4, self.bias).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """The output without the bias."""

@@ -24,7 +24,10 @@ from one_layer import (
     assert_merges,
     assert_output,
     change_a_little,
+    deltas64,
     filled,
+    unit_error,
+    weight64,
     wrap,
 )
 from pissa import ops
@@ -131,6 +134,35 @@ def test_step_0_is_what_bitsandbytes_computes(nested: bool, dtype: torch.dtype) 
     rounding = 0.0 if dtype == torch.float32 else 4 * EPS[dtype]  # of weights and outputs, theirs and ours
     assert_close(ours, theirs, (2 * IN * EPS[torch.float32] + rounding) * size, "step 0")
     assert torch.equal(disabled, ours)
+
+
+def test_the_base_computes_in_its_compute_dtype_and_the_change_in_the_inputs() -> None:
+    """With bnb_4bit_compute_dtype the base rounds as bitsandbytes does, for speed; what is learnt is not rounded."""
+
+    def make() -> Any:
+        layer = linear4bit()
+        layer.compute_dtype, layer.compute_type_is_set = torch.bfloat16, True
+        return layer
+
+    x, bases = inputs(5), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = wrap(make(), r=R)
+        with torch.no_grad():
+            base = model(x.to(dtype))
+            assert base.dtype == dtype
+            bases.append(base.float())
+    assert torch.equal(*bases)  # float32 inputs are rounded first, and nothing else happens to them
+    size = fetch(x).double().abs() @ decoded(make()).abs().T + 1
+    assert_close(bases[0], fetch(make()(x).detach()).double(), 4 * EPS[torch.bfloat16] * size, "bitsandbytes")
+
+    model = wrap(make(), r=R)
+    change_a_little(adapted(model), size=0.01)
+    delta = fetch(adapted(model).get_delta_weight("default").detach()).double()
+    expected = fetch(bases[0]).double() + fetch(x).double() @ delta.T
+    sizes = weight64(adapted(model), 0 * delta, *(d.detach().abs() for d in deltas64(adapted(model))), absolute=True)
+    bound = unit_error(adapted(model), IN) * (fetch(x).double().abs() @ sizes.T)
+    assert_close(model(x).detach(), expected, bound, "change")
+    assert model.unload().proj.compute_dtype == torch.bfloat16
 
 
 @nesting
