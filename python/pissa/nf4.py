@@ -220,9 +220,8 @@ def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.Nf4Weight:
         state = QuantState.from_dict(scales, device=entries["weight"].device)
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, weight.absmax, "
-            "weight.quant_map, weight.quant_state.bitsandbytes__nf4 and, with double quantisation, weight.nested_absmax "
-            "and weight.nested_quant_map"
+            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight and, behind it, absmax, "
+            "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
         ) from error
     if state.quant_type != "nf4":
         raise ValueError(f"weight: quantised as {state.quant_type}; allowed: nf4")

@@ -191,6 +191,22 @@ def test_a_second_adapter_and_embeddings_of_an_offloaded_model(
     assert losses[-1] < losses[0]
 
 
+def test_dora_on_an_offloaded_layer_with_a_bias() -> None:
+    def make() -> OneLayer:
+        return OneLayer(filled(nn.Linear(12, 8)))
+
+    x = put(torch.randn(5, 12, generator=torch.Generator().manual_seed(7)))
+    outputs = []
+    for base in (put(make()), cpu_offload(make(), execution_device=devices.current)):
+        expected = base(x)
+        model = pissa.wrap(base, r=2, target_modules=["proj"], use_dora=True)
+        assert torch.equal(model(x), expected)
+        change_a_little(adapted(model))
+        adapted(model).magnitude("default").weight.data *= 1.5
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+
+
 def test_bfloat16_and_low_cpu_mem_usage(offloaded: Callable[..., nn.Module], tiny_llama: Make, tokens: Tensor) -> None:
     model = pissa.wrap(offloaded("memory", dtype=torch.bfloat16), r=4, low_cpu_mem_usage=True)
     assert torch.equal(logits(model, tokens), logits(tiny_llama(dtype=torch.bfloat16), tokens))

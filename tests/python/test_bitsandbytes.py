@@ -1,4 +1,4 @@
-"""bitsandbytes' layers: their bytes are the base as they are, or are decoded, split and stored anew where that is asked."""
+"""bitsandbytes' layers: their bytes are the base as they are, or are decoded, split and stored anew where one asks."""
 
 from __future__ import annotations
 
@@ -466,8 +466,8 @@ def test_a_language_model_trains_saves_and_unloads(bits: int, tiny_llama: Make, 
 def test_a_model_that_transformers_has_loaded_quantised(
     bits: int, prepared: bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    """Its quantised layers compute in bfloat16, its activations are float32 once PEFT has prepared it for training: then
-    a merged weight is too."""
+    """Its quantised layers compute in bfloat16. Its activations are float32 once PEFT has prepared it for training:
+    then a merged weight is too."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     tiny_llama(dtype=torch.bfloat16, intermediate_size=128).save_pretrained(tmp_path / "base")
