@@ -220,7 +220,7 @@ def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.Nf4Weight:
         state = QuantState.from_dict(scales, device=entries["weight"].device)
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight and, behind it, absmax, "
+            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
             "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
         ) from error
     if state.quant_type != "nf4":
