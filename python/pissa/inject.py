@@ -290,10 +290,10 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
     quantised = [name for name, layer in layers.items() if isinstance(layer, PissaLinear) and layer.is_quantised]
     if config.form != IMPLICIT and quantised:
         warnings.warn(
-            f"{len(quantised)} layers, {quantised[0]} the first, are quantised by bitsandbytes already. Each is "
-            f"dequantised and split, and its residual stored as {config.form.describe()}, which rounds a second time: "
-            "the base is no longer quite the function that bitsandbytes computes. Leave quant and residual out, and "
-            "the adapter takes the quantised weights as they are; or load the model in 16 bits.",
+            f"bitsandbytes has quantised {len(quantised)} of {len(layers)} layers already, {quantised[0]} the first. "
+            f"Each is dequantised and split, and its residual stored as {config.form.describe()}, which rounds a "
+            "second time: the base is no longer quite the function that bitsandbytes computes. Leave quant and residual "
+            "out, and the adapter takes the quantised weights as they are; or load the model in 16 bits.",
             UserWarning,
             stacklevel=7,  # the caller of pissa.wrap
         )

@@ -156,9 +156,9 @@ def warn_of_plain_lora(model: PissaModel) -> None:
     if unlike_peft:
         model.warned_of_plain_lora = True
         warnings.warn(
-            f"{len(unlike_peft)} convolutions, {unlike_peft[0]} the first, have a dilation or a padding_mode, which "
-            f"LoRA layers of PEFT 0.21 leave out: there {ADAPTER_WEIGHTS} is the function that was trained once the "
-            "adapter is merged, with merge_and_unload, and not before.",
+            f"Convolutions with a dilation or a padding_mode ({len(unlike_peft)}, {unlike_peft[0]} the first) lose it "
+            f"in LoRA layers of PEFT 0.21: there {ADAPTER_WEIGHTS} is the function that was trained once the adapter "
+            "is merged, with merge_and_unload, and not before.",
             UserWarning,
             stacklevel=3,
         )

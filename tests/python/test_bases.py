@@ -137,6 +137,34 @@ def test_an_offloaded_model_is_saved_restored_merged_and_unloaded(
     assert error(logits(merged, tokens), stored) < 100 * EPS[torch.float32]
 
 
+def test_a_model_that_transformers_has_offloaded(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """Merged weights are offloaded too, and transformers saves them all the same."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    here = ("model.embed_tokens", "model.rotary_emb", "model.layers.1", "model.norm", "lm_head")
+    places = {"model.layers.0": "disk", **dict.fromkeys(here, str(devices.current))}
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", device_map=places, offload_folder=tmp_path / "offloaded"
+        )
+
+    model = pissa.wrap(load(), r=4)
+    assert layers_of(model)["model.layers.0.mlp.up_proj"].base_layer.weight.is_meta
+    assert torch.equal(logits(model, tokens), logits(tiny_llama(), tokens))
+    train(model, tokens)
+    trained = logits(model.eval(), tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(pissa.PissaModel.from_pretrained(load(), tmp_path / "adapter"), tokens), trained)
+    merged = model.merge_and_unload()
+    assert error(logits(merged, tokens), trained) < 100 * EPS[torch.float32]
+    with pytest.warns(UserWarning, match="Attempting to save a model with offloaded modules"):
+        merged.save_pretrained(tmp_path / "merged")
+    loaded = put(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")).eval()
+    assert torch.equal(logits(loaded, tokens), logits(merged, tokens))
+
+
 def test_an_offloaded_layer_is_fetched_alone(
     offloaded: Callable[..., nn.Module], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
