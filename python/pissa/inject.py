@@ -292,8 +292,8 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
         warnings.warn(
             f"bitsandbytes has quantised {len(quantised)} of {len(layers)} layers already, {quantised[0]} the first. "
             f"Each is dequantised and split, and its residual stored as {config.form.describe()}, which rounds a "
-            "second time: the base is no longer quite the function that bitsandbytes computes. Leave quant and residual "
-            "out, and the adapter takes the quantised weights as they are; or load the model in 16 bits.",
+            "second time: the base is no longer quite the function that bitsandbytes computes. Leave quant and "
+            "residual out, and the adapter takes the quantised weights as they are; or load the model in 16 bits.",
             UserWarning,
             stacklevel=7,  # the caller of pissa.wrap
         )
