@@ -212,6 +212,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     if distributed.world_size() > 1:
         _check_same_on_all_ranks(layers, config)
+        _share_fingerprints(layers, PissaLayer.base_fingerprint, PissaLayer.learn_base_fingerprint)
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in unknown.items()})
@@ -234,13 +235,14 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         starts[name] = StartFactors(a0, b0, origins[name])
     for name, layer in layers.items():
         layer.start_from(adapter_name, starts[name], config)
-        if distributed.world_size() > 1 and layer.form != IMPLICIT:
-            layer.residual_fingerprint()  # which saving asks for, when the residual may be sharded
+    if distributed.world_size() > 1:
+        stored = {name: layer for name, layer in layers.items() if layer.form != IMPLICIT}
+        _share_fingerprints(stored, PissaLayer.residual_fingerprint, PissaLayer.learn_residual_fingerprint)
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
     """Raises ValueError, on all ranks, where one has another model or configuration than the first."""
-    mine = {name: layer.base_fingerprint() for name, layer in layers.items()}
+    mine = {name: _checksum(layer.unmerged_base.weight) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
@@ -257,6 +259,23 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig)
                     f"the configuration differs between processes: {name} is {first_fields[name]!r} on rank 0 and "
                     f"{other_fields[name]!r} on rank {number}; give every process the same one"
                 )
+
+
+def _checksum(weight: Tensor) -> tuple[tuple[int, ...], int | None]:
+    """Shape and, of values that are in memory, what differs where they do; in any order, but as fast as memory is."""
+    return tuple(weight.shape), None if weight.is_meta else int(torch.hash_tensor(weight.detach()).item())
+
+
+def _share_fingerprints(
+    layers: dict[str, PissaLayer], compute: Callable[[PissaLayer], str], learn: Callable[[PissaLayer, str], None]
+) -> None:
+    """Each rank computes some, for hashing takes longer than decomposing on a GPU. Saving asks for them on one rank
+    alone, when the weights may be sharded."""
+    owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
+    mine = {name: compute(layers[name]) for name, owner in owners.items() if owner == distributed.rank()}
+    for found in distributed.agree(mine):
+        for name, value in found.items():
+            learn(layers[name], value)
 
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # a path may be another on each machine

@@ -29,6 +29,7 @@ from pissa.distributed import is_sharded, rank, world_size
 from pissa.fingerprint import Remembered
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
+from pissa.stored import residual_fingerprint
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -81,9 +82,11 @@ def shares(folder: Path) -> dict[str, int]:
 
     inject.start_factors = counted
     try:
-        pissa.wrap(llama(), r=4)
+        model = pissa.wrap(llama(), r=4, quant="nf4")
     finally:
         inject.start_factors = original
+    for layer in inject.pissa_layers(model.base_model.model, "default").values():
+        assert layer.residual_fingerprint() == residual_fingerprint(layer.base_layer.residual)
     return sizes
 
 
