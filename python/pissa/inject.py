@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -210,10 +210,10 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
-    if distributed.world_size() > 1:
-        _check_same_on_all_ranks(layers, config)
-        _share_fingerprints(layers, PissaLayer.base_fingerprint, PissaLayer.learn_base_fingerprint)
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
+    if distributed.world_size() > 1:
+        _check_same_on_all_ranks(layers, starts, config)
+        _share_fingerprints(layers, PissaLayer.base_fingerprint, PissaLayer.learn_base_fingerprint)
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in unknown.items()})
     mine = {name: layer for name, layer in unknown.items() if owners[name] == distributed.rank()}
@@ -240,9 +240,10 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         _share_fingerprints(stored, PissaLayer.residual_fingerprint, PissaLayer.learn_residual_fingerprint)
 
 
-def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
-    """Raises ValueError, on all ranks, where one has another model or configuration than the first."""
-    mine = {name: _checksum(layer.unmerged_base.weight) for name, layer in layers.items()}
+def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
+    """Raises ValueError, on all ranks, where one has another model or configuration than the first, or knows the start
+    factors of other layers already."""
+    mine = {name: (_checksum(layer.unmerged_base.weight), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
@@ -250,7 +251,7 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig)
             if first.get(name) != other.get(name):
                 raise ValueError(
                     f"the model differs between processes: layer {name} has other weights on rank {number} than on "
-                    "rank 0, or is adapted on one of them only. Load the same checkpoint in every process (not on rank "
+                    "rank 0, or other adapters. Load the same checkpoint in every process (not on rank "
                     "0 alone, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
                 )
         for name in first_fields:

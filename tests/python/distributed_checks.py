@@ -133,10 +133,15 @@ def nan(folder: Path) -> list[str]:
 
 def other_models(folder: Path) -> dict[str, list[str]]:
     """Models and configurations that are not the same in every process."""
+    wrapped = pissa.wrap(llama(), r=4)
+    wrapped.add_adapter("second", pissa.PissaConfig(r=2))
+    if rank():
+        wrapped.delete_adapter("second")  # whose start factors the next one would share
     return {
         "weights": message(lambda: pissa.wrap(llama(seed=rank()), r=4)),
         "configuration": message(lambda: pissa.wrap(llama(), r=4, seed=rank())),
         "layers": message(lambda: pissa.wrap(llama() if rank() else nn.Sequential(nn.Linear(8, 8)), r=4)),
+        "adapters": message(lambda: wrapped.add_adapter("third", pissa.PissaConfig(r=2))),
     }
 
 

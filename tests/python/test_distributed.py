@@ -147,7 +147,8 @@ def test_processes_with_different_models_say_so(two: Run) -> None:
         assert {error for error, _ in found.values()} == {"ValueError"}
         assert "layer model.layers.0.self_attn.q_proj has other weights on rank 1" in found["weights"][1]
         assert "seed is 0 on rank 0 and 1 on rank 1" in found["configuration"][1]
-        assert "layer 0 has other weights on rank 1 than on rank 0, or is adapted on one" in found["layers"][1]
+        assert "layer 0 has other weights on rank 1 than on rank 0, or other adapters" in found["layers"][1]
+        assert "layer model.layers.0.self_attn.q_proj has other weights" in found["adapters"][1]
 
 
 def test_sharded_weights_are_refused(two: Run) -> None:
