@@ -45,8 +45,15 @@ class Remembered:
 
     def of(self, weight: Tensor, compute: Callable[[], str]) -> str:
         """`compute()`, or what it was for the same values of `weight`."""
-        # The version counts changes in place.
-        key = self._key if is_sharded(weight) else (weight.data_ptr(), weight._version, weight.dtype)
-        if self._value is None or key != self._key:
-            self._key, self._value = key, compute()
+        if self._value is None or not (is_sharded(weight) or _state(weight) == self._key):
+            self._key, self._value = _state(weight), compute()
         return self._value
+
+    def learn(self, weight: Tensor, value: str) -> None:
+        """Takes `value`, which another process has computed for the same values."""
+        self._key, self._value = _state(weight), value
+
+
+def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
+    """Differs when the values do; the version counts changes in place."""
+    return weight.data_ptr(), weight._version, weight.dtype

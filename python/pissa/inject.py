@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -210,9 +210,10 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
-    if distributed.world_size() > 1:
-        _check_same_on_all_ranks(layers, config)
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
+    if distributed.world_size() > 1:
+        _check_same_on_all_ranks(layers, starts, config)
+        _share_fingerprints(layers, PissaLayer.base_fingerprint, PissaLayer.learn_base_fingerprint)
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in unknown.items()})
     mine = {name: layer for name, layer in unknown.items() if owners[name] == distributed.rank()}
@@ -234,13 +235,15 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         starts[name] = StartFactors(a0, b0, origins[name])
     for name, layer in layers.items():
         layer.start_from(adapter_name, starts[name], config)
-        if distributed.world_size() > 1 and layer.form != IMPLICIT:
-            layer.residual_fingerprint()  # which saving asks for, when the residual may be sharded
+    if distributed.world_size() > 1:
+        stored = {name: layer for name, layer in layers.items() if layer.form != IMPLICIT}
+        _share_fingerprints(stored, PissaLayer.residual_fingerprint, PissaLayer.learn_residual_fingerprint)
 
 
-def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
-    """Raises ValueError, on all ranks, where one has another model or configuration than the first."""
-    mine = {name: layer.base_fingerprint() for name, layer in layers.items()}
+def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
+    """Raises ValueError, on all ranks, where one has another model or configuration than the first, or knows the start
+    factors of other layers already."""
+    mine = {name: (_checksum(layer.unmerged_base.weight), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
@@ -248,7 +251,7 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig)
             if first.get(name) != other.get(name):
                 raise ValueError(
                     f"the model differs between processes: layer {name} has other weights on rank {number} than on "
-                    "rank 0, or is adapted on one of them only. Load the same checkpoint in every process (not on rank "
+                    "rank 0, or other adapters. Load the same checkpoint in every process (not on rank "
                     "0 alone, as fsdp_cpu_ram_efficient_loading does), or draw random weights with the same seed"
                 )
         for name in first_fields:
@@ -257,6 +260,23 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], config: PissaConfig)
                     f"the configuration differs between processes: {name} is {first_fields[name]!r} on rank 0 and "
                     f"{other_fields[name]!r} on rank {number}; give every process the same one"
                 )
+
+
+def _checksum(weight: Tensor) -> tuple[tuple[int, ...], int | None]:
+    """Shape and, of values that are in memory, what differs where they do; in any order, but as fast as memory is."""
+    return tuple(weight.shape), None if weight.is_meta else int(torch.hash_tensor(weight.detach()).item())
+
+
+def _share_fingerprints(
+    layers: dict[str, PissaLayer], compute: Callable[[PissaLayer], str], learn: Callable[[PissaLayer, str], None]
+) -> None:
+    """Each rank computes some, for hashing takes longer than decomposing on a GPU. Saving asks for them on one rank
+    alone, when the weights may be sharded."""
+    owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
+    mine = {name: compute(layers[name]) for name, owner in owners.items() if owner == distributed.rank()}
+    for found in distributed.agree(mine):
+        for name, value in found.items():
+            learn(layers[name], value)
 
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # a path may be another on each machine

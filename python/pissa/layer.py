@@ -127,6 +127,14 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         base = self.unmerged_base
         return self._known_residual.of(base.weight, lambda: residual_fingerprint(whole(base, gathered).residual))
 
+    def learn_base_fingerprint(self, value: str) -> None:
+        """Takes what `base_fingerprint` is in another process."""
+        self._known_fingerprint.learn(self.unmerged_base.weight, value)
+
+    def learn_residual_fingerprint(self, value: str) -> None:
+        """Takes what `residual_fingerprint` is in another process."""
+        self._known_residual.learn(self.unmerged_base.weight, value)
+
     def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors, config: PissaConfig) -> None:
         """Replaces a base by one that keeps `residual`, of which `start` holds the rest."""
         base = self.base_layer

@@ -29,6 +29,7 @@ from pissa.distributed import is_sharded, rank, world_size
 from pissa.fingerprint import Remembered
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
+from pissa.stored import residual_fingerprint
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -81,9 +82,11 @@ def shares(folder: Path) -> dict[str, int]:
 
     inject.start_factors = counted
     try:
-        pissa.wrap(llama(), r=4)
+        model = pissa.wrap(llama(), r=4, quant="nf4")
     finally:
         inject.start_factors = original
+    for layer in inject.pissa_layers(model.base_model.model, "default").values():
+        assert layer.residual_fingerprint() == residual_fingerprint(layer.base_layer.residual)
     return sizes
 
 
@@ -130,10 +133,15 @@ def nan(folder: Path) -> list[str]:
 
 def other_models(folder: Path) -> dict[str, list[str]]:
     """Models and configurations that are not the same in every process."""
+    wrapped = pissa.wrap(llama(), r=4)
+    wrapped.add_adapter("second", pissa.PissaConfig(r=2))
+    if rank():
+        wrapped.delete_adapter("second")  # whose start factors the next one would share
     return {
         "weights": message(lambda: pissa.wrap(llama(seed=rank()), r=4)),
         "configuration": message(lambda: pissa.wrap(llama(), r=4, seed=rank())),
         "layers": message(lambda: pissa.wrap(llama() if rank() else nn.Sequential(nn.Linear(8, 8)), r=4)),
+        "adapters": message(lambda: wrapped.add_adapter("third", pissa.PissaConfig(r=2))),
     }
 
 

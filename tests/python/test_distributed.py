@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import pissa
+from architectures import ARCHITECTURES
 from distributed_checks import logged, started, trainer_of
 from distributed_worker import FORMS, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel
@@ -45,12 +47,12 @@ class Run(NamedTuple):
         return [found[name]["value"] for found in self.found]
 
 
-def launch(mode: str, processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
+def launch(mode: str, processes: int, folder: Path, timeout: int = 120) -> subprocess.CompletedProcess[str]:
     """Runs the worker. Processes that hang are killed, and fail the test."""
     worker = Path(__file__).with_name("distributed_worker.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     running = subprocess.Popen(
-        [*torchrun, str(worker), mode, str(folder), *names],
+        [*torchrun, str(worker), mode, str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,7 +60,7 @@ def launch(mode: str, processes: int, folder: Path, *names: str) -> subprocess.C
         start_new_session=True,
     )
     try:
-        output, _ = running.communicate(timeout=120)
+        output, _ = running.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(running.pid, signal.SIGKILL)
         pytest.fail(f"{processes} processes hang:\n{running.communicate()[0][-5000:]}")
@@ -145,7 +147,8 @@ def test_processes_with_different_models_say_so(two: Run) -> None:
         assert {error for error, _ in found.values()} == {"ValueError"}
         assert "layer model.layers.0.self_attn.q_proj has other weights on rank 1" in found["weights"][1]
         assert "seed is 0 on rank 0 and 1 on rank 1" in found["configuration"][1]
-        assert "layer 0 has other weights on rank 1 than on rank 0, or is adapted on one" in found["layers"][1]
+        assert "layer 0 has other weights on rank 1 than on rank 0, or other adapters" in found["layers"][1]
+        assert "layer model.layers.0.self_attn.q_proj has other weights" in found["adapters"][1]
 
 
 def test_sharded_weights_are_refused(two: Run) -> None:
@@ -294,3 +297,18 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "saved.json").read_text())
     assert saved["step"] == 2
     assert bits(PissaModel.from_pretrained(llama(), tmp_path / "last").state_dict()) == saved["bits"]
+
+
+@pytest.mark.slow
+def test_every_architecture_takes_a_step_in_two_processes(tmp_path: Path) -> None:
+    done = launch("architectures", 2, tmp_path, timeout=600)
+    found = Run([json.loads((tmp_path / f"architectures-2-{rank}.json").read_text()) for rank in range(2)], done)
+    for name, architecture in ARCHITECTURES.items():
+        for form, refused in {"dense": None, "nf4": architecture.nf4_refused}.items():
+            for parallel in ("ddp", "fsdp2"):
+                for outcome in found[f"{name}, {form}, {parallel}"]:
+                    if refused is None:
+                        assert outcome == "pass", f"{name}, {form}, {parallel}"
+                    else:
+                        assert outcome.startswith("refused: ")
+                        assert re.search(refused, outcome)
