@@ -110,6 +110,17 @@ def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: 
         raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
 
 
+def check_product(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> None:
+    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32."""
+    norm_a, norm_b = (torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item() for t in (a0, b0))
+    largest = max(abs(bound.item()) for bound in weight.aminmax())
+    if not scaling * norm_a * norm_b + largest < torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"a0, b0: contain NaN or Inf, or their product overflows float32: got norms {norm_a:.3g} and {norm_b:.3g}, "
+            f"scaling {scaling:g}; needed: scaling * ‖b0‖ * ‖a0‖ + max|weight| below 3.4e38"
+        )
+
+
 def check_frozen(name: str, tensor: Tensor | None) -> None:
     if tensor is not None and tensor.requires_grad:
         raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")

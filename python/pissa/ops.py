@@ -7,6 +7,7 @@ autocast, gradient checkpointing and `torch.func` fakes. Orientation is torch's:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ._check import (
     check_devices,
     check_factors,
     check_frozen,
+    check_product,
     check_rank,
     check_residual,
     check_scaling,
@@ -247,6 +249,7 @@ def residual(
     check_factors("a0", a0, "b0", b0, weight.shape[0], weight.shape[1])
     check_devices({"weight": weight, "a0": a0, "b0": b0})
     check_scaling(scaling)
+    check_product(weight, a0, b0, scaling)
     check_residual(residual, ("explicit", "nf4"))
     check_blocksize(blocksize)
     return _residual(weight, a0.detach().float(), b0.detach().float(), scaling, residual, blocksize, double_quant)
@@ -270,6 +273,8 @@ def _nf4_weight(codes: Tensor, absmax: Tensor, weight: Tensor, blocksize: int, d
     if not double_quant:
         return Nf4Weight(codes, absmax, None, None, shape, blocksize)
     offset = _mean(absmax)
+    if not math.isfinite(offset.item()):
+        raise ValueError("weight: the mean of its scales overflows float32; use double_quant=False, or smaller weights")
     codes8, nested_absmax = _OPS.quantize_absmax(absmax, offset)
     return Nf4Weight(codes, codes8, nested_absmax, offset, shape, blocksize)
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,20 @@ TEST_P(NestedScalesTest, AreQuantizedInBlocksOf256) {
     }
     EXPECT_EQ(codes8.back(), 0xee);
     EXPECT_EQ(nested.back(), -9.0f);
+  }
+}
+
+TEST_P(NestedScalesTest, WhatIsNotFiniteHasACodeToo) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float offset : {1.5f, infinity}) {
+    const std::vector<float> absmax{1.0f, infinity, 2.0f, std::nanf("")};
+    std::vector<std::uint8_t> codes8(5, 0xee);
+    std::vector<float> nested(1);
+    backend().quantize_absmax(absmax.data(), 4, &offset, codes8.data(), nested.data());
+    EXPECT_EQ(nested[0], infinity);
+    EXPECT_EQ(codes8[1], dynamic_code(0));  // Inf / Inf
+    EXPECT_EQ(codes8[3], dynamic_code(0));
+    EXPECT_EQ(codes8[4], 0xee);
   }
 }
 

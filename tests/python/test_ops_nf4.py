@@ -208,3 +208,19 @@ def test_numpy_entry_points_are_the_same_core() -> None:
 def test_numpy_entry_points_refuse_bad_arguments(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(np.ones((8, 6), np.float32))
+
+
+@pytest.mark.parametrize("residual", ["explicit", "nf4"])
+@pytest.mark.parametrize("value", [1e38, float("nan"), float("inf")])
+def test_a_residual_that_overflows_is_refused(residual: str, value: float) -> None:
+    weight, a0, b0 = put((torch.randn(64, 64), torch.full((4, 64), value), torch.randn(64, 4)))
+    with pytest.raises(ValueError, match=r"^a0, b0: contain NaN or Inf, or their product overflows"):
+        ops.residual(weight, a0, b0, residual=residual)
+
+
+def test_scales_whose_mean_overflows_are_refused() -> None:
+    weight = put(torch.full((64, 64), 3e38))
+    with pytest.raises(ValueError, match=r"^weight: the mean of its scales overflows"):
+        ops.nf4_quantize(weight)
+    quantised = ops.nf4_quantize(weight, double_quant=False)
+    assert torch.equal(ops.nf4_dequantize(quantised), weight)

@@ -157,9 +157,9 @@ inline constexpr Nf4Search kNf4Search = [] {
 }();
 
 /// bitsandbytes rounds a scale (less the offset), divided by its block's absmax, to a grid of 2^16 points over [-1, 1]
-/// ...
+/// ... (NaN, where scales overflow, is as good as any other point, but must be one)
 constexpr std::int32_t dynamic_point(float scaled) {
-  return static_cast<std::int32_t>((scaled + 1.0f) * 32767.5f + 0.5f);
+  return scaled >= -1.0f ? static_cast<std::int32_t>((scaled + 1.0f) * 32767.5f + 0.5f) : 0;
 }
 
 /// ... and takes the level of the 8-bit map nearest to that point; equal distances go to the lower level.
