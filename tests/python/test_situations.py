@@ -241,7 +241,9 @@ def test_situation_10_convolutions(dimensions: int, tmp_path: Path) -> None:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     make = lambda: seeded(lambda: nn.Sequential(kind(3, 8, 3), nn.GELU(), kind(8, 4, 1)))  # noqa: E731
     x = put(torch.randn(2, 3, *[5] * dimensions, generator=torch.Generator().manual_seed(0)))
-    lives(make, x, tmp_path, target_modules=["0", "2"])
+    model = lives(make, x, tmp_path, target_modules=["0", "2"], svd="exact")
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        assert_principal(layer.start_of("default"), 1, layer.base_layer.weight.detach().double().flatten(1))
 
 
 def quantised(kind: type[nn.Module], **fields: Any) -> nn.Module:
