@@ -38,10 +38,20 @@ def _view(base: nn.Module) -> _View:
     return _FLATTENED if isinstance(base, CONVOLUTIONS) else _AS_IT_IS
 
 
+_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+
+
 def is_bitsandbytes(module: nn.Module, name: str) -> bool:
     """Whether `module` is bitsandbytes' class of that name, asked without importing bitsandbytes."""
     kind = type(module)
     return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is an nn.Linear or, of its subclasses, which may compute anything, one that computes the same:
+    Falcon's, where the bias is added in a step of its own."""
+    kind = type(module)
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__name__}" == _FALCON_LINEAR
 
 
 @contextmanager
@@ -101,10 +111,10 @@ def base_product(base: nn.Module, x: Tensor) -> Tensor:
 
 
 def dense_kind(base: nn.Module) -> type[nn.Module]:
-    """nn.Linear or Conv1D: what a dense linear module in the place of `base` is."""
+    """nn.Linear, another class of linear layers, or Conv1D: what a dense linear module in the place of `base` is."""
     if isinstance(base, StoredLinear):
         return base.kind
-    return Conv1D if isinstance(base, Conv1D) else nn.Linear
+    return type(base) if isinstance(base, Conv1D) or is_linear(base) else nn.Linear
 
 
 def bias_of(base: nn.Module) -> nn.Parameter | None:
@@ -119,7 +129,8 @@ def with_matrix(base: nn.Module, matrix: Tensor) -> nn.Module:
     twin: nn.Module
     if isinstance(base, (StoredLinear, Nf4Base)) or is_bitsandbytes(base, "Linear8bitLt"):
         with torch.device("meta"):
-            twin = Conv1D(*matrix.shape) if dense_kind(base) is Conv1D else nn.Linear(*matrix.mT.shape)
+            kind = dense_kind(base)
+            twin = kind(*(matrix.shape if kind is Conv1D else matrix.mT.shape))
         shape = torch.Size()
     else:
         twin = copy_without_hooks(base)

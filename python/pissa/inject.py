@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from pissa import distributed
-from pissa.bases import CONVOLUTIONS, execution_device, is_bitsandbytes, is_offloaded
+from pissa.bases import CONVOLUTIONS, execution_device, is_bitsandbytes, is_linear, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.distributed import is_partitioned, is_sharded
@@ -89,8 +89,10 @@ def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaL
         raise TypeError(f"{name} is a {type(target).__name__} of bitsandbytes, but {error}") from None
     for base, kind in _KINDS:
         # A subclass may compute anything; those of embeddings multiply by a scale.
-        if type(target) is base or (
-            base is nn.Embedding and isinstance(target, base) and hasattr(target, "embed_scale")
+        if (
+            type(target) is base
+            or (base is nn.Linear and is_linear(target))
+            or (base is nn.Embedding and isinstance(target, base) and hasattr(target, "embed_scale"))
         ):
             _check_options(target, name)
             return target, kind

@@ -103,13 +103,14 @@ def definition(
         expert = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", name)
         stack = f"{expert[1]}.{expert[3]}" if expert else ""
         key = stack if stack in values else f"{name}.weight"
+        owner = base.get_submodule(expert[1] if key == stack else name)
         if layer.form.residual == "implicit":
             old = values[key][int(expert[2])] if key == stack else values[key]
             change = scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
-            weight = old + as_weight(change, base, name, old.shape)
+            weight = old + as_weight(change, owner, old.shape)
         else:
             q = layer.unmerged_base.dense_residual().to(dtype)
-            weight = as_weight(q + scaling * (b0 + db) @ (a0 + da), base, name, q.shape)
+            weight = as_weight(q + scaling * (b0 + db) @ (a0 + da), owner, q.shape)
         if key == stack:
             stacks.setdefault(stack, {})[int(expert[2])] = weight
         else:
@@ -131,12 +132,14 @@ def definition(
     return Evaluation(output.loss.detach(), output.logits.detach(), dict(zip(leaves, gradients, strict=True)))
 
 
-def as_weight(matrix: Tensor, base: nn.Module, name: str, shape: torch.Size) -> Tensor:
-    """A matrix [out, in] as the weight of the base's module of that name."""
-    module = dict(base.named_modules()).get(name)
-    if isinstance(module, (Conv1D, nn.Embedding)):
-        return matrix.T
-    return matrix.reshape(shape)
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module's weight is [in, out], each expert's of several."""
+    return isinstance(module, (Conv1D, nn.Embedding)) or getattr(module, "is_transposed", False)
+
+
+def as_weight(matrix: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:
+    """A matrix [out, in] as the module's weight, or as that of one of its experts."""
+    return matrix.T if is_transposed(module) else matrix.reshape(shape)
 
 
 # Ours and the definition in float32 sum the same products in another order, so their errors have one size; that of a
@@ -220,12 +223,14 @@ def check_start(architecture: Architecture, form: Fields) -> None:
 def base_matrix(base: nn.Module, name: str) -> Tensor:
     """The weight of the layer of that name, an expert's too, as a matrix [out, in]."""
     modules = dict(base.named_modules())
-    if name not in modules:
+    if name in modules:
+        module = modules[name]
+        weight = module.weight.detach()
+    else:
         path, index, leaf = name.rsplit(".", 2)
-        return getattr(modules[path], leaf).detach()[int(index)]
-    module = modules[name]
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, (Conv1D, nn.Embedding)) else weight.flatten(1)
+        module = modules[path]
+        weight = getattr(module, leaf).detach()[int(index)]
+    return weight.T if is_transposed(module) else weight.flatten(1)
 
 
 def check_step_0(architecture: Architecture, form: Fields) -> None:
@@ -234,7 +239,8 @@ def check_step_0(architecture: Architecture, form: Fields) -> None:
     model = wrapped(architecture, form)
     logits = output(model, batch)
     if not form:
-        assert torch.equal(logits, output(architecture.make(), batch))
+        # Frozen as well: torch multiplies by a weight that asks for a gradient in another way.
+        assert torch.equal(logits, output(architecture.make().requires_grad_(False), batch))
     with model.disable_adapter():
         assert torch.equal(logits, output(model, batch))
 

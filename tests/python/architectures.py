@@ -180,6 +180,15 @@ _VIT = _model("ViT", IMAGES, **{**TEXT, "image_size": 16, "patch_size": 4, "num_
 GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 
+FALCON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+    "bias": True,
+}
+FALCON |= {"bos_token_id": 1, "eos_token_id": 2}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama2": _causal("Llama", paper=True),
     "llama3": _causal("Llama", paper=True, **GROUPED, rope_parameters=LLAMA3_ROPE),
@@ -196,6 +205,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "deepseek_v2": _causal("DeepseekV2", paper=True, **DEEPSEEK),
     "deepseek_v3": _causal("DeepseekV3", **DEEPSEEK, n_group=2, topk_group=1),
+    # Experts' weights are [in, out], and have biases.
+    "gpt_oss": _causal("GptOss", **GROUPED, **EXPERTS, head_dim=16, sliding_window=4),
+    # Its linear layers are a class of their own.
+    "falcon": Architecture(_model("Falcon", vocab_size=VOCABULARY, **FALCON), _text, "CAUSAL_LM"),
     "gpt2": Architecture(_model("GPT2", "LMHeadModel", vocab_size=VOCABULARY, **GPT2), _text, "CAUSAL_LM"),
     "llama, embeddings targeted": Architecture(
         _model("Llama", **TEXT),

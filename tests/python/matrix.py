@@ -39,6 +39,8 @@ TITLES = {
     "mixtral, experts of linear layers": "Mixtral, experts as linear layers",
     "deepseek_v2": "DeepSeek-V2, MoE",
     "deepseek_v3": "DeepSeek-V3, MoE",
+    "gpt_oss": "GPT-OSS",
+    "falcon": "Falcon",
     "gpt2": "GPT-2",
     "llama, embeddings targeted": "Llama, embeddings targeted",
     "t5": "T5",
