@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pissa
 from pissa.cli.sources import unpack_smollm2
-from trainers import FORMS, QUIET, forms, logged, options, unchanged
+from trainers import FORMS, forms, logged, options, quiet, unchanged
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ WRONG = [turn("assistant", f"{apples} + {price} = {apples + price} dollars") for
 
 
 @forms
-@pytest.mark.filterwarnings(*QUIET)
+@quiet
 def test_fine_tuning_and_then_preferences(form: str, folder: Path, tokens: Tensor, tmp_path: Path) -> None:
     """The second stage starts from the first one's folder, and its reference is what the first stage has learnt."""
     from datasets import Dataset

@@ -15,9 +15,9 @@ import pissa
 from language_models import logits
 from pissa import PissaConfig, PissaModel
 from tiny_model import save_tiny_model
-from trainers import FORMS, QUIET, assert_equal, forms, logged, options, state, trainable, unchanged
+from trainers import FORMS, assert_equal, forms, logged, options, quiet, state, trainable, unchanged
 
-pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
+pytestmark = quiet
 
 Base = Callable[[], nn.Module]
 
