@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, logits
 from pissa import PissaModel
-from trainers import FORMS, QUIET, assert_equal, forms, state, unchanged
+from trainers import FORMS, assert_equal, forms, quiet, state, unchanged
 
 pytestmark = [
-    *(pytest.mark.filterwarnings(words) for words in QUIET),
+    quiet,
     # It recommends worker processes for data that is in memory already.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     # Lightning 2.6 asks torch for a class by a name that torch 2.13 has deprecated.

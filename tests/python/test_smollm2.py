@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pissa
 from pissa.cli.sources import unpack_smollm2
-from trainers import FORMS, QUIET, forms, logged, options, unchanged
+from trainers import FORMS, forms, logged, options, quiet, unchanged
 
 pytestmark = pytest.mark.slow
 
@@ -79,14 +79,14 @@ WRONG = [turn("assistant", f"{apples} + {price} = {apples + price} dollars") for
 
 
 @forms
-@pytest.mark.filterwarnings(*QUIET)
+@quiet
 def test_fine_tuning_and_then_preferences(form: str, folder: Path, tokens: Tensor, tmp_path: Path) -> None:
     """The second stage starts from the first one's folder, and its reference is what the first stage has learnt."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    few: dict[str, Any] = {"max_steps": 4, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 2e-4}
+    few: dict[str, Any] = {"max_steps": 3, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-4}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = pissa.wrap(load(folder, torch.float32), r=16, task_type="CAUSAL_LM", **FORMS[form])
     data = Dataset.from_list([{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)])
@@ -98,7 +98,7 @@ def test_fine_tuning_and_then_preferences(form: str, folder: Path, tokens: Tenso
     assert logged(first)[-1] < logged(first)[0]
 
     model = pissa.PissaModel.from_pretrained(
-        load(folder, torch.float32), tmp_path / "sft" / "checkpoint-4", is_trainable=True
+        load(folder, torch.float32), tmp_path / "sft" / "checkpoint-3", is_trainable=True
     )
     rows = [{"prompt": q, "chosen": c, "rejected": r} for q, c, r in zip(QUESTIONS, ANSWERS, WRONG, strict=True)]
     second = DPOTrainer(
@@ -112,6 +112,6 @@ def test_fine_tuning_and_then_preferences(form: str, folder: Path, tokens: Tenso
     assert logged(second)[0] == torch.tensor(2.0).log().item()
     assert logged(second)[-1] < logged(second)[0]
 
-    again = pissa.PissaModel.from_pretrained(load(folder, torch.float32), tmp_path / "dpo" / "checkpoint-4")
+    again = pissa.PissaModel.from_pretrained(load(folder, torch.float32), tmp_path / "dpo" / "checkpoint-3")
     trained = second.accelerator.unwrap_model(second.model, keep_fp32_wrapper=False).eval()
     assert torch.equal(logits(again, tokens), logits(trained, tokens))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, logits
 from pissa import PissaLinear, PissaModel
-from trainers import FORMS, QUIET, TERMS, assert_equal, compiles, forms, logged, options, state, trainable, unchanged
+from trainers import FORMS, TERMS, assert_equal, compiles, forms, logged, options, quiet, state, trainable, unchanged
 
-pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
+pytestmark = quiet
 
 
 def rows() -> list[dict[str, Tensor]]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, error, logits, train
 from pissa import PissaModel
-from trainers import FORMS, QUIET, TERMS, assert_equal, compiles, forms, state, trainable, unchanged
+from trainers import FORMS, TERMS, assert_equal, compiles, forms, quiet, state, trainable, unchanged
 
-pytestmark = [pytest.mark.filterwarnings(words) for words in QUIET]
+pytestmark = quiet
 
 
 def batches() -> Tensor:

@@ -20,24 +20,18 @@ TERMS = 2 * 7 * 112 + 97
 """Of the sums on a path through `tiny_llama` and its loss: products of up to 112 terms, seven in each of two layers,
 and 97 logits. In another order of summation the results differ by TERMS u, u = 2**-24 in float32."""
 
-QUIET = (
+quiet = pytest.mark.filterwarnings(
     # An nf4 adapter says, when it is saved, what the plain LoRA beside it lacks.
     "ignore:The residual of the base is stored as:UserWarning",
     # transformers 5 has renamed gradient checkpointing to activation checkpointing, and calls itself by the old names.
     "ignore:`gradient_checkpointing.*is deprecated:FutureWarning",
 )
-"""Warnings that are expected in these runs."""
 
-
-def compiles(test: Any) -> Any:
-    """Marks a test that calls torch.compile, which warns of itself: torch hides the second one by other means than a
-    filter, and so not from filters that make errors of warnings."""
-    for words in (
-        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
-        "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
-    ):
-        test = pytest.mark.filterwarnings(words)(test)
-    return test
+compiles = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # torch's own use of it
+    # torch hides this one, but not from filters that make errors of warnings.
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
+)
 
 
 def options(folder: Path, **others: Any) -> dict[str, Any]:
