@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.bitsandbytes import Nf4Base, copy_without_hooks, dequantised_int8, is_bitsandbytes
 from pissa.distributed import is_sharded
-from pissa.nf4 import Nf4Base, copy_without_hooks, dequantised_int8
 from pissa.stored import StoredLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,12 +39,6 @@ def _view(base: nn.Module) -> _View:
 
 
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
-
-
-def is_bitsandbytes(module: nn.Module, name: str) -> bool:
-    """Whether `module` is bitsandbytes' class of that name, asked without importing bitsandbytes."""
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
 
 
 def is_linear(module: nn.Module) -> bool:

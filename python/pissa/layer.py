@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.bases import bias_of, dense_kind, weight_matrix, whole, with_matrix
+from pissa.bitsandbytes import Nf4Base
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import Remembered, fingerprint
 from pissa.magnitude import Magnitude
-from pissa.nf4 import Nf4Base
 from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, residual_fingerprint, stored_linear
 
 

@@ -10,9 +10,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import base_product, bias_of, is_bitsandbytes
+from pissa.bases import base_product, bias_of
+from pissa.bitsandbytes import Nf4Base, is_bitsandbytes
 from pissa.layer import PissaLayer
-from pissa.nf4 import Nf4Base
 from pissa.stored import StoredLinear
 
 

@@ -25,13 +25,15 @@ from torch import nn
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
+from pissa.decomposition import decompose
 from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
-from pissa.inject import check_parents, decompose, layer_factory, materialise, restored_on_error
+from pissa.inject import materialise, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
 from pissa.record import shown
+from pissa.targets import check_parents, layer_factory
 
 # Parts of the names of parameters in a model with adapters, and what stands for "no adapter" in adapter_names.
 _PEFTS_NAMES = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "weight", "bias", "__base__"}
@@ -223,7 +225,8 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         and beside it what `from_pretrained` needs to go on training exactly where this model is.
 
         An adapter that is not called "default" goes to a sub-folder of its name. Every file is written under
-        a temporary name, flushed and then renamed, so that a crash leaves the folder as it was before.
+        a temporary name, flushed and then renamed, so that a crash leaves an adapter that is whole. (With
+        `use_adalora` a crash between two of the renames leaves files that `from_pretrained` refuses.)
 
         Args:
             save_directory: the folder; made if need be.

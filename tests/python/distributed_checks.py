@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 import pissa
 from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, snapshot
-from pissa import PissaModel, inject
+from pissa import PissaModel, decomposition
 from pissa.distributed import is_sharded, rank, world_size
 from pissa.fingerprint import Remembered
+from pissa.inject import pissa_layers
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
 from pissa.stored import residual_fingerprint
@@ -74,18 +75,18 @@ def started() -> dict[str, str]:
 def shares(folder: Path) -> dict[str, int]:
     """Elements of the layers that this process has decomposed."""
     sizes: dict[str, int] = {}
-    original = inject.start_factors
+    original = decomposition.start_factors
 
     def counted(weights: Any, origins: Any, config: Any, names: Any) -> Any:
         sizes.update({name: weight.numel() for name, weight in zip(names, weights, strict=True)})
         return original(weights, origins, config, names)
 
-    inject.start_factors = counted
+    decomposition.start_factors = counted
     try:
         model = pissa.wrap(llama(), r=4, quant="nf4")
     finally:
-        inject.start_factors = original
-    for layer in inject.pissa_layers(model.base_model.model, "default").values():
+        decomposition.start_factors = original
+    for layer in pissa_layers(model.base_model.model, "default").values():
         assert layer.residual_fingerprint() == residual_fingerprint(layer.base_layer.residual)
     return sizes
 

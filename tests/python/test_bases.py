@@ -169,9 +169,9 @@ def test_an_offloaded_layer_is_fetched_alone(
     offloaded: Callable[..., nn.Module], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model is offloaded because it does not fit: no more than a group of its layers is in memory at once."""
-    monkeypatch.setattr("pissa.inject._GROUP", 1)
+    monkeypatch.setattr("pissa.decomposition._GROUP", 1)
     if not devices.on_cpu():
-        monkeypatch.setattr("pissa.inject._GPU_GROUP", 1)
+        monkeypatch.setattr("pissa.decomposition._GPU_GROUP", 1)
     split_many, sizes = ops.split_many, []
 
     def watched(weights: list[Tensor], *args: object, **kwargs: object) -> object:

@@ -31,7 +31,7 @@ from one_layer import (
     wrap,
 )
 from pissa import ops
-from pissa.nf4 import Nf4Base, from_bitsandbytes, nf4_from_state, to_bitsandbytes
+from pissa.bitsandbytes import Nf4Base, from_bitsandbytes, nf4_from_state, to_bitsandbytes
 from pissa.stored import Nf4Linear, ResidualLinear
 from reference import EPS, assert_close
 
