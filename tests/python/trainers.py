@@ -20,12 +20,13 @@ TERMS = 2 * 7 * 112 + 97
 """Of the sums on a path through `tiny_llama` and its loss: products of up to 112 terms, seven in each of two layers,
 and 97 logits. In another order of summation the results differ by TERMS u, u = 2**-24 in float32."""
 
-quiet = pytest.mark.filterwarnings(
+QUIET = (
     # An nf4 adapter says, when it is saved, what the plain LoRA beside it lacks.
     "ignore:The residual of the base is stored as:UserWarning",
     # transformers 5 has renamed gradient checkpointing to activation checkpointing, and calls itself by the old names.
     "ignore:`gradient_checkpointing.*is deprecated:FutureWarning",
 )
+quiet = pytest.mark.filterwarnings(*QUIET)
 
 compiles = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # torch's own use of it
