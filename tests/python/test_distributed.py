@@ -106,7 +106,12 @@ def test_the_processes_end_well(some: Run) -> None:
 
 
 def test_processes_start_together_with_the_bits_of_one(some: Run) -> None:
-    expected = started()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each process: LAPACK's QR, which olora starts from, rounds otherwise with more
+    try:
+        expected = started()
+    finally:
+        torch.set_num_threads(threads)
     for found in some["start_factors"]:
         assert found == expected
 
