@@ -255,9 +255,9 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             )
         if is_main_process:
             warn_of_plain_lora(self)
-            save_card(self, save_directory)
             for name in names:
                 save_adapter(self, name, save_directory, state_dict, save_embedding_layers)
+            save_card(self, save_directory)
 
     @classmethod
     def from_pretrained(

@@ -152,7 +152,7 @@ def sharded_weights(folder: Path) -> dict[str, list[str]]:
     return {
         "wrap": message(lambda: pissa.wrap(model, r=4)),
         "add_adapter": message(lambda: wrapped.add_adapter("second", pissa.PissaConfig(r=4))),
-        "save_pretrained": message(lambda: wrapped.save_pretrained("not_written")),
+        "save_pretrained": message(lambda: wrapped.save_pretrained(folder / "sharded")),
     }
 
 

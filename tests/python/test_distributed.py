@@ -181,6 +181,7 @@ def test_a_model_that_deepspeed_has_partitioned_is_saved_from_what_was_gathered(
         parameter.ds_id, parameter.ds_shape, parameter.data = number, parameter.shape, torch.empty(0)
     with pytest.raises(ValueError, match=r"this process holds a part of .* only\. Gather it on all ranks"):
         model.save_pretrained(tmp_path / "partitioned")
+    assert not (tmp_path / "partitioned").exists()
     with pytest.raises(ValueError, match=r"load the adapter before deepspeed\.initialize"):
         model.load_adapter(tmp_path / "before", "default")
     model.save_pretrained(tmp_path / "gathered", state_dict=state)
