@@ -66,8 +66,8 @@ def save_adapter(
     for name, layer in layers.items():
         start, base = layer.start_of(adapter_name), layer.unmerged_base
         deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
-        da, db = start.change(deltas)
-        matrices[name] = torch.cat([start.a0 + da, da]).cpu(), torch.cat([db, start.b0], dim=1).cpu()
+        a, b = start.factors_of_change(deltas)
+        matrices[name] = a.cpu(), b.cpu()
         starts[f"{name}.a0"] = start.a0.cpu()
         if deltas.e is not None:
             starts |= {f"{name}.delta_a": deltas.a.cpu().contiguous(), f"{name}.delta_e": deltas.e.cpu()}

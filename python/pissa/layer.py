@@ -46,9 +46,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         self, base_layer: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
     ) -> None:
         self.model_dtype = model_dtype
-        self._target_name = kwargs[
-            "target_name"
-        ]  # PEFT's embeddings and convolutions make their first adapter without it
+        # PEFT's embeddings and convolutions make their first adapter without it.
+        self._target_name = kwargs["target_name"]
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.lora_unmerged: nn.Module | None = None
         self._known_fingerprint, self._known_residual = Remembered(), Remembered()
@@ -296,10 +295,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter has learnt, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
-        start = self.start_of(adapter)
-        da, db = (delta.float() for delta in self.changed_factors(adapter))
+        a, b = self.start_of(adapter).factors_of_change(self.deltas(adapter))
         scaling: float = self.scaling[adapter]
-        return scaling * (torch.cat([db, start.b0], dim=1) @ torch.cat([start.a0 + da, da]))
+        return scaling * (b @ a)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

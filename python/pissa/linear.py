@@ -94,8 +94,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     def _scale(self, name: str) -> Tensor:
         with torch.no_grad():
-            (da, db), start = self.changed_factors(name), self.start_of(name)
-            left, right = torch.cat([db.float(), start.b0], dim=1), torch.cat([start.a0 + da.float(), da.float()])
+            right, left = self.start_of(name).factors_of_change(self.deltas(name))
             product = base_product(self.unmerged_base, right)
         return self.magnitude(name).scale(left, right, product, self.scaling[name])
 

@@ -59,6 +59,11 @@ class StartFactors(KeepsDtype):
         values, vectors = self.values_and_vectors()
         return (values + deltas.e) * deltas.a + deltas.e * vectors, deltas.b
 
+    def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
+        da, db = (delta.float() for delta in self.change(deltas))
+        return torch.cat([self.a0 + da, da]), torch.cat([db, self.b0], dim=1)
+
     def values_and_vectors(self) -> tuple[Tensor, Tensor]:
         """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""
         values = self.a0.norm(dim=1, keepdim=True)
