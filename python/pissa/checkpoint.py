@@ -19,9 +19,10 @@ from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
+from pissa.json_file import shown
 from pissa.layer import PissaLayer
 from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
-from pissa.record import AdapterRecord, LayerRecord, shown
+from pissa.record import AdapterRecord, LayerRecord
 from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
 from pissa.tensor_file import TensorFile
 

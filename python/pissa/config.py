@@ -99,7 +99,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             that bitsandbytes has quantised keep theirs.
         residual: "implicit" leaves the dense weight untouched; "explicit" replaces it by W - s B0 A0, as the
             paper does. A residual in 4 bits is always stored: with `quant` this field has no effect.
-
         use_adalora: train the singular values as a vector of their own, with the singular vectors (AdaLoRA, without
             its pruning of ranks; the paper's appendix A).
         orth_reg_weight: with `use_adalora`, weight of what keeps the vectors orthogonal, which the model adds to
@@ -109,7 +108,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed. Options of LoRA that do
-            not work with PiSSA (LoftQ, EVA, `lora_bias`, ...) are refused.
+            not work with PiSSA (`loftq_config`, EVA, `lora_bias`, ...) are refused.
     """
 
     # LoraConfig's default is 8 whatever the rank is.

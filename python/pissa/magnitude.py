@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa.distributed import sharded_as
-from pissa.nf4 import KeepsDtype
+from pissa.keeps_dtype import KeepsDtype
 
 
 class Magnitude(KeepsDtype):

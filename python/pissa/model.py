@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
+from pissa.adapter_names import check_adapter_name
 from pissa.checkpoint import Checkpoint
 from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
 from pissa.decomposition import decompose
@@ -30,14 +31,8 @@ from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
 from pissa.inject import materialise, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
-from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
-from pissa.record import shown
 from pissa.targets import check_parents, layer_factory
-
-# Parts of the names of parameters in a model with adapters, and what stands for "no adapter" in adapter_names.
-_PEFTS_NAMES = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "weight", "bias", "__base__"}
-_PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param_names)
 
 Start = Callable[["PissaModel", str], None]
 """Gives every layer of an adapter that has just been injected its start factors."""
@@ -65,7 +60,7 @@ def wrap(
     they share the work, and an error in one is an error in all.
 
     Args:
-        model: a model with nn.Linear layers, usually transformers'. On any failure it is left as it was; for
+        model: usually transformers'; see `targets` for what can be adapted. On any failure it is left as it was; for
             this the dense weights stay in memory until the last layer is done, with quant as well.
         config: the configuration; copied. Alternatively give its fields as keywords.
         adapter_name: name of the adapter.
@@ -86,7 +81,7 @@ def wrap(
             raise ValueError(
                 "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
             )
-        _check_adapter_name(adapter_name, model)
+        check_adapter_name(adapter_name, model)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         _warn_of_dropout(config)
         return _model_class(config)(
@@ -141,7 +136,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             config = _own_config(peft_config)
             if adapter_name in self.peft_config:
                 raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-            _check_adapter_name(adapter_name, self.base_model.model)
+            check_adapter_name(adapter_name, self.base_model.model)
             _warn_of_dropout(config)
             self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
 
@@ -284,7 +279,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         """
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError("the model carries an adapter already: use load_adapter of the model that wraps it")
-        _check_adapter_name(adapter_name, model)
+        check_adapter_name(adapter_name, model)
         checkpoint = Checkpoint.read(model_id)
         checkpoint.config.inference_mode = not is_trainable
         with checkpoint.blamed(), restored_on_error(model):
@@ -317,7 +312,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         """
         known = adapter_name in self.peft_config
         if not known:
-            _check_adapter_name(adapter_name, self.base_model.model)
+            check_adapter_name(adapter_name, self.base_model.model)
         checkpoint = Checkpoint.read(model_id)
         if known:
             checkpoint.restore(self, adapter_name)
@@ -380,27 +375,6 @@ def _once_each(config: PissaConfig) -> None:
     """PEFT adds the names of a task's head each time that a model is made, restored ones too."""
     if config.modules_to_save:
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-
-
-def _check_adapter_name(name: str, model: nn.Module) -> None:
-    """An adapter's name is that of a folder, a key of torch's dictionaries of modules, and a part of the names of
-    parameters, by which PEFT tells the adapters of a state dict apart."""
-    if (
-        not isinstance(name, str)
-        or not name.isprintable()  # then it can be encoded, too
-        or not 0 < len(name.encode()) <= 200
-        or set(name) & set("./\\")
-    ):
-        raise ValueError(
-            f"adapter_name: got {shown(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
-            "and '\\'"
-        )
-    taken = {part for key, _ in model.named_parameters() for part in key.split(".")}
-    if name in taken | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise ValueError(
-            f"adapter_name: got {name!r}, which is part of the names of the model's parameters or an attribute of "
-            f"torch's modules, so the adapter could not be told from it; give another name, such as {name + '_1'!r}"
-        )
 
 
 def _warn_of_dropout(config: PissaConfig) -> None:

@@ -10,22 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pissa import ops
-
-
-class KeepsDtype(nn.Module):
-    """A module whose buffers follow it to another device but never to another dtype.
-
-    Start factors and quantisation scales define the base function; `model.half()` must not round them.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+from pissa.keeps_dtype import KeepsDtype
 
 
 class HoldsNf4(KeepsDtype):
@@ -42,7 +27,7 @@ class HoldsNf4(KeepsDtype):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def hold(self, matrix: ops.Nf4Weight, quant_storage: torch.dtype = torch.uint8) -> None:
+    def hold(self, matrix: ops.Nf4Weight, quant_storage: torch.dtype) -> None:
         """Takes the codes and scales of `matrix` as they are."""
         self.matrix_shape, self.blocksize, self.quant_storage = matrix.shape, matrix.blocksize, quant_storage
         missing = -len(matrix.codes) % quant_storage.itemsize

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 import pissa
 from pissa._check import check_blocksize, check_residual, check_scaling, check_svd
 from pissa.config import IMPLICIT, Form, Init, PissaConfig
+from pissa.json_file import read_json, shown
 from pissa.layer import PissaLayer
 from pissa.stored import Origin, StoredLinear
 
@@ -106,11 +107,7 @@ class AdapterRecord:
             ValueError: naming the file and the field, what was found and what is allowed.
         """
         try:
-            with open(path, "rb") as file:
-                content = file.read(_SIZE_LIMIT + 1)
-            if len(content) > _SIZE_LIMIT:
-                raise ValueError(f"it is larger than {_SIZE_LIMIT} bytes")
-            return AdapterRecord._parse(content)
+            return AdapterRecord._parse(read_json(path, _SIZE_LIMIT))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
@@ -118,8 +115,7 @@ class AdapterRecord:
             ) from error
 
     @staticmethod
-    def _parse(content: bytes) -> AdapterRecord:
-        record = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+    def _parse(record: Any) -> AdapterRecord:
         fields = _typed(record, dict[str, Any], "the content")
         for name in ("format", "config", "layers", "sha256"):
             if name not in fields:
@@ -146,21 +142,6 @@ class AdapterRecord:
 def checksum(record: Mapping[str, Any]) -> str:
     """SHA-256 of what pissa.json says besides its checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object that json has read, in which no name may come twice: for the last to win would be a guess."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
-    return found
-
-
-def shown(name: object) -> str:
-    """A name out of a file, for a message: on one line, and no longer than a line."""
-    text = repr(name)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
@@ -224,10 +205,6 @@ def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
         if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             _typed(value, hints[name], f"config.{name}")
     return PissaConfig(**fields)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is not JSON")
 
 
 def _check_rank(name: str, r: int) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.config import Form
 from pissa.fingerprint import fingerprint
-from pissa.nf4 import HoldsNf4, KeepsDtype
+from pissa.keeps_dtype import KeepsDtype
+from pissa.nf4 import HoldsNf4
 
 
 class Origin(NamedTuple):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa.fingerprint import fingerprint
-from pissa.record import shown, unique
+from pissa.json_file import parse_json, shown
 
 _CHECKSUMS = "sha256"
 """The entry in a file's metadata that has the fingerprints of its tensors, in the order of their names."""
@@ -75,7 +75,7 @@ class TensorFile:
     def _refuse_duplicates(self) -> None:
         with open(self.path, "rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
-        json.loads(header, object_pairs_hook=unique)
+        parse_json(header)
 
     @property
     def names(self) -> list[str]:

@@ -27,8 +27,9 @@ from pissa.conversion.lora_start import (
 )
 from pissa.files import Staged
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD
+from pissa.json_file import shown
 from pissa.plain_lora import PREFIX
-from pissa.record import AdapterRecord, shown
+from pissa.record import AdapterRecord
 from pissa.tensor_file import write_tensors
 
 # Starts of PEFT's that leave the base as it is.

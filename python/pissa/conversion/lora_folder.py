@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from pissa.experts import stack, unstack
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pissa.json_file import read_json, shown
 from pissa.plain_lora import PREFIX, Matrices
-from pissa.record import shown, unique
 from pissa.tensor_file import TensorFile
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,20 +162,12 @@ def _divisor(config: Mapping[str, Any], rank: int) -> float:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            content = file.read(_SIZE_LIMIT + 1)
-        if len(content) > _SIZE_LIMIT:
-            raise ValueError(f"it is larger than {_SIZE_LIMIT} bytes")
-        config = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        config = read_json(path, _SIZE_LIMIT)
         if not isinstance(config, dict):
             raise ValueError(f"it holds {shown(config)}; needed: an object")
         return _checked(config)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is not JSON")
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
