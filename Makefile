@@ -1,4 +1,4 @@
-# make demo   fine-tune a small language model three ways, side by side        (10 minutes on two cores)
+# make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (20 minutes on two cores)
 #
 # Both need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/.
