@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 
 import pissa
-from architectures import ARCHITECTURES
 from distributed_checks import logged, started, trainer_of
 from distributed_worker import FORMS, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel
@@ -47,7 +45,7 @@ class Run(NamedTuple):
         return [found[name]["value"] for found in self.found]
 
 
-def launch(mode: str, processes: int, folder: Path, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+def launch(mode: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs the worker. Processes that hang are killed, and fail the test."""
     worker = Path(__file__).with_name("distributed_worker.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -60,7 +58,7 @@ def launch(mode: str, processes: int, folder: Path, timeout: int = 120) -> subpr
         start_new_session=True,
     )
     try:
-        output, _ = running.communicate(timeout=timeout)
+        output, _ = running.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         os.killpg(running.pid, signal.SIGKILL)
         pytest.fail(f"{processes} processes hang:\n{running.communicate()[0][-5000:]}")
@@ -303,18 +301,3 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "saved.json").read_text())
     assert saved["step"] == 2
     assert bits(PissaModel.from_pretrained(llama(), tmp_path / "last").state_dict()) == saved["bits"]
-
-
-@pytest.mark.slow
-def test_every_architecture_takes_a_step_in_two_processes(tmp_path: Path) -> None:
-    done = launch("architectures", 2, tmp_path, timeout=600)
-    found = Run([json.loads((tmp_path / f"architectures-2-{rank}.json").read_text()) for rank in range(2)], done)
-    for name, architecture in ARCHITECTURES.items():
-        for form, refused in {"dense": None, "nf4": architecture.nf4_refused}.items():
-            for parallel in ("ddp", "fsdp2"):
-                for outcome in found[f"{name}, {form}, {parallel}"]:
-                    if refused is None:
-                        assert outcome == "pass", f"{name}, {form}, {parallel}"
-                    else:
-                        assert outcome.startswith("refused: ")
-                        assert re.search(refused, outcome)
