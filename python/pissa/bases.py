@@ -33,7 +33,8 @@ _FLATTENED = _View(lambda weight: weight.flatten(1), lambda matrix, shape: matri
 
 
 def _view(base: nn.Module) -> _View:
-    if isinstance(base, (Conv1D, nn.Embedding)):  # [in, out]; an embedding is a linear layer of one-hot vectors
+    kind = base.kind if isinstance(base, StoredLinear) else type(base)
+    if issubclass(kind, (Conv1D, nn.Embedding)):  # [in, out]; an embedding is a linear layer of one-hot vectors
         return _TRANSPOSED
     return _FLATTENED if isinstance(base, CONVOLUTIONS) else _AS_IT_IS
 
@@ -77,6 +78,12 @@ def weight_matrix(base: nn.Module) -> Tensor:
         if is_bitsandbytes(base, "Linear8bitLt"):
             return dequantised_int8(base)
         return _view(base).matrix(cast(Tensor, base.weight))
+
+
+def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
+    """The matrix [out, in] in the shape that a dense weight has in the place of `base`: the way back from
+    `weight_matrix`."""
+    return _view(base).weight(matrix, cast(Tensor, base.weight).shape)
 
 
 def whole(base: nn.Module, gathered: Tensor | None) -> Any:

@@ -73,8 +73,9 @@ def save_adapter(
             starts |= {f"{name}.delta_a": deltas.a.cpu().contiguous(), f"{name}.delta_e": deltas.e.cpu()}
         if config.use_dora:
             key = magnitude_key(name)
-            magnitudes[key] = state[key].detach().float().cpu()
-            starts[f"{name}.norm"] = layer.magnitude(adapter_name).base_lengths.cpu()
+            magnitude = layer.magnitude(adapter_name)
+            magnitudes[key] = magnitude.lengths(state[key].detach().to(magnitude.base_lengths.device)).cpu()
+            starts[f"{name}.norm"] = magnitude.base_lengths.cpu()
         if isinstance(base, StoredLinear) and base.start is not start:
             starts[f"{name}.base.a0"] = base.start.a0.cpu()
             starts[f"{name}.base.b0"] = base.start.b0.cpu()

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import bias_of, dense_kind, weight_matrix, whole, with_matrix
+from pissa.bases import as_weight, bias_of, dense_kind, weight_matrix, whole, with_matrix
 from pissa.bitsandbytes import Nf4Base
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import Remembered, fingerprint
@@ -49,7 +49,6 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         # PEFT's embeddings and convolutions make their first adapter without it.
         self._target_name = kwargs["target_name"]
         super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.lora_unmerged: nn.Module | None = None
         self._known_fingerprint, self._known_residual = Remembered(), Remembered()
 
     # -- what depends on the kind of module
@@ -156,15 +155,19 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
             self.lora_start = nn.ModuleDict()
             self.lora_E = nn.ModuleDict()
+            self.lora_unmerged: nn.Module | None = None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        device = self.device_of(adapter_name)
+        if isinstance(self.unmerged_base, StoredLinear):  # whose codes have no dtype that PEFT could take
+            for factor in (self.lora_A, self.lora_B):
+                factor[adapter_name].to(self.dense_dtype)
+        like = self.factor_parameters(adapter_name)[0]
         if config.use_adalora:
             # A module, as PEFT's factors are: TRL makes its reference by copying what is called *.default.* to *.ref.*
-            singular_values = nn.Linear(1, r, bias=False, device=device)
+            singular_values = nn.Linear(1, r, bias=False, device=like.device, dtype=like.dtype)
             nn.init.zeros_(singular_values.weight)
             self.lora_E[adapter_name] = singular_values
         if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.ones(out_features, device=device))
+            self.lora_magnitude_vector[adapter_name] = Magnitude(like.new_ones(out_features))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool) -> None:
@@ -294,9 +297,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     # -- merging
 
     def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter has learnt, float32, in the shape of the base's dense weight, as in PEFT."""
+        return as_weight(self.unmerged_base, self.delta_matrix(adapter))
+
+    def delta_matrix(self, adapter_name: str) -> Tensor:
         """What the adapter has learnt, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
-        a, b = self.start_of(adapter).factors_of_change(self.deltas(adapter))
-        scaling: float = self.scaling[adapter]
+        a, b = self.start_of(adapter_name).factors_of_change(self.deltas(adapter_name))
+        scaling: float = self.scaling[adapter_name]
         return scaling * (b @ a)
 
     @torch.no_grad()
@@ -314,7 +321,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         base = self.unmerged_base
         weight = self.dense_base().float()
         for name in [*self.merged_adapters, *names]:
-            weight = weight + self.get_delta_weight(name)
+            weight = weight + self.delta_matrix(name)
         merged = with_matrix(base, weight.to(self.dense_dtype))
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -341,6 +348,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if isinstance(base, StoredLinear):
             return with_matrix(base, base.dense().to(base.dtype))
         return cast(nn.Module, base)
+
+    def _get_name(self) -> str:
+        """What `repr` and PEFT's `get_layer_status` call the kind of layer: PEFT's name for it."""
+        return f"lora.{type(self).__name__.removeprefix('Pissa')}"
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(cast(nn.Module, self))

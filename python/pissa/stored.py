@@ -150,10 +150,10 @@ class ResidualLinear(StoredLinear):
 
     @property
     def residual(self) -> Tensor:
-        return self.weight
+        return self.weight.detach()  # FSDP's views of its flat parameter ask for a gradient where any part of it does
 
     def dense_residual(self) -> Tensor:
-        return self.weight.detach().float()
+        return self.residual.float()
 
 
 class Nf4Linear(HoldsNf4, StoredLinear):

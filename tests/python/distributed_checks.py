@@ -215,7 +215,7 @@ def fsdp1(folder: Path) -> dict[str, Any]:
         sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
         return train(sharded, tokens())
 
-    return {form: losses(form) for form in ("implicit", "nf4 in float32")}
+    return {form: losses(form) for form in ("implicit", "explicit", "nf4 in float32")}
 
 
 def mixed_precision(folder: Path) -> dict[str, Any]:
