@@ -21,7 +21,7 @@ from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.json_file import shown
 from pissa.layer import PissaLayer
-from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
+from pissa.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.record import AdapterRecord, LayerRecord
 from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
 from pissa.tensor_file import TensorFile
@@ -290,11 +290,13 @@ def _others(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the model has of the tensors that adapter_model.safetensors holds beside the layers', under PEFT's names:
     modules_to_save, and embeddings, which PEFT saves if it is asked to or if they were resized."""
+    trained = {f"{PREFIX}{name}.{key}" for name, layer in layers.items() for key in layer.state_keys(adapter_name)}
+    state = {key: value for key, value in model.state_dict().items() if key not in trained}
     modules, with_embeddings = (
         {
             key: value
             for key, value in get_peft_model_state_dict(
-                model, adapter_name=adapter_name, save_embedding_layers=embeddings
+                model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=embeddings
             ).items()
             if not is_of_a_layer(key, layers)
         }

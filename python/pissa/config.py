@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -53,6 +54,13 @@ _SUPPORTED = frozenset(
         "use_dora",
     }
 )
+
+
+class PissaType(str, enum.Enum):
+    """`peft_type` of a PissaConfig. Under LORA's, PEFT would hand out dA and dB as A and B, and take A and B for them:
+    see `tuner`."""
+
+    PISSA = "PISSA"
 
 
 class Form(NamedTuple):
@@ -137,6 +145,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         self._check_scaling()
         self._check_own_fields()
         super().__post_init__()
+        self.peft_type = PissaType.PISSA
         self.build_layers_with(_refuse)
 
     @property

@@ -197,11 +197,17 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         e = cast(Tensor, self.lora_E[adapter_name].weight) if adapter_name in self.lora_E else None
         return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)), e)
 
+    def state_keys(self, adapter_name: str) -> list[str]:
+        """What the layer's state dict calls the parameters of `deltas`."""
+        names = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
+        parts = (name.partition(".") for name in names)
+        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in parts]
+
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
-        """The same, float32 on the adapter's device, out of a state dict that has them under `prefix` and the names of
-        PEFT's files."""
-        keys = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
+        """The same, float32 on the adapter's device, out of a state dict that has the layer's parameters under
+        `prefix`."""
         device = self.device_of(adapter_name)
+        keys = self.state_keys(adapter_name)
         a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in keys)
         return Deltas(*self.as_matrices(a, b), *e)
 

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from peft import (
@@ -33,6 +33,9 @@ from pissa.inject import materialise, restored_on_error
 from pissa.io import save_adapter, save_card, warn_of_plain_lora
 from pissa.nf4 import HoldsNf4
 from pissa.targets import check_parents, layer_factory
+from pissa.tuner import guard_state_dict, register, unguard_state_dict
+
+register()
 
 Start = Callable[["PissaModel", str], None]
 """Gives every layer of an adapter that has just been injected its start factors."""
@@ -112,6 +115,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         _once_each(peft_config)
         self.warned_of_plain_lora = False
         self.register_forward_hook(add_orthogonality_loss)
+        guard_state_dict(model)
         check_parents(model, adapter_name)
         materialise(model, adapter_name)
         start(self, adapter_name)
@@ -180,15 +184,17 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             model = self.base_model.merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-        fuse(model)
-        return cast(nn.Module, model)
+        return _as_given(model)
 
     def unload(self) -> nn.Module:
         """The base without adapters, as in PEFT; fused experts are fused again."""
         with fetched_by_layers():
             model = self.base_model.unload()
-        fuse(model)
-        return cast(nn.Module, model)
+        return _as_given(model)
+
+    def _get_peft_specific_model_tags(self) -> list[str]:
+        """Of the model card: the folder holds a LoRA."""
+        return [*super()._get_peft_specific_model_tags(), "lora"]
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
         """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
@@ -362,6 +368,13 @@ def _model_class(config: PissaConfig) -> type[PissaModel]:
         "QUESTION_ANS": PissaModelForQuestionAnswering,
         "FEATURE_EXTRACTION": PissaModelForFeatureExtraction,
     }.get(config.task_type, PissaModel)
+
+
+def _as_given(model: nn.Module) -> nn.Module:
+    """An unloaded model without what was done to it for adapters."""
+    fuse(model)
+    unguard_state_dict(model)
+    return model
 
 
 def _own_config(config: PissaConfig) -> PissaConfig:

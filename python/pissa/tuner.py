@@ -1,0 +1,105 @@
+"""What PEFT's functions hand out of a model with our adapters: the plain LoRA that each of them is, and the base or
+nothing.
+
+PEFT asks a class for it, which it finds in its public table of tuners under the configuration's `peft_type`. Ours has a
+type of its own there; everything else about it is LoRA's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.utils import PeftType
+from torch import Tensor, nn
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
+
+from pissa.config import PissaConfig, PissaType
+from pissa.distributed import check_whole
+from pissa.inject import pissa_layers
+from pissa.plain_lora import PREFIX, factors_of, is_of_a_layer, magnitude_key
+from pissa.stored import StoredLinear
+
+
+class PissaTuner(LoraModel):  # type: ignore[misc]
+    """PEFT's LoraModel, from whose state dict `peft.get_peft_model_state_dict` takes an adapter as the plain LoRA of
+    rank 2r for the unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0].
+
+    The parameters themselves hold dA and dB under the names of A and B, and would be another function elsewhere.
+    """
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: PissaConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. Layers whose parameters `state_dict`
+        lacks are left out.
+
+        Raises:
+            ValueError: a parameter of which this process holds a part only.
+        """
+        inner = model.base_model.model
+        layers = pissa_layers(inner, adapter_name)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = {key: value for key, value in found.items() if not is_of_a_layer(key, layers)}
+        matrices, present = {}, {}
+        for name, layer in layers.items():
+            keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]
+            if not all(key in state_dict for key in keys):
+                continue
+            check_whole({key: state_dict[key] for key in keys})
+            present[name] = layer
+            deltas = layer.deltas_in(state_dict, f"{PREFIX}{name}.", adapter_name)
+            matrices[name] = layer.start_of(adapter_name).factors_of_change(deltas)
+            if config.use_dora:
+                key = magnitude_key(name)
+                magnitude = layer.magnitude(adapter_name)
+                weight = state_dict[f"{key}.{adapter_name}.weight"].detach()
+                found[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device))
+        for factors in factors_of(inner, present):
+            found |= factors.pack([matrices[name] for name in factors.layers])
+        return found
+
+
+def guard_state_dict(base: nn.Module) -> None:
+    """Makes `base.state_dict()` refuse, for as long as its layers keep residuals in the place of their weights.
+
+    `peft.get_base_model_state_dict` calls it, and would hand out the residuals under the weights' names. Within the
+    state dict of a PissaModel the parameters of `base` are what they are.
+    """
+    base.register_state_dict_pre_hook(_refuse_residuals)  # type: ignore[no-untyped-call]
+
+
+def unguard_state_dict(base: nn.Module) -> None:
+    """Takes back what `guard_state_dict` did."""
+    hooks = base._state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refuse_residuals]:
+        del hooks[key]
+
+
+def _refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if prefix:
+        return
+    for name, module in base.named_modules():
+        if isinstance(module, StoredLinear):
+            raise ValueError(
+                f"the base has no state dict of its own: {name} keeps a residual stored as {module.form.describe()}, "
+                "not its weight. Take the state dict of the PissaModel, which has all of it, or the base's after "
+                "model.unload(), as dense weights"
+            )
+
+
+def register() -> None:
+    """Adds what PEFT and transformers have to know of us to their public tables; what is there stays."""
+    PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[PissaType.PISSA] = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA]
+    for names in SUPPORTED_PEFT_TASKS.values():
+        ours = [f"Pissa{name.removeprefix('Peft')}" for name in names if name.startswith("Peft")]
+        names.extend(name for name in ours if name not in names)
