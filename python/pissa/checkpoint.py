@@ -22,7 +22,7 @@ from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHT
 from pissa.json_file import shown
 from pissa.layer import PissaLayer
 from pissa.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
-from pissa.record import AdapterRecord, LayerRecord
+from pissa.record import AdapterRecord, LayerRecord, read_config_alone
 from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
 from pissa.tensor_file import TensorFile
 
@@ -56,22 +56,21 @@ class Checkpoint:
     starts: TensorFile
 
     @staticmethod
-    def read(directory: str | os.PathLike[str]) -> Checkpoint:
+    def read(folder: Path, config: PissaConfig | None = None) -> Checkpoint:
         """Reads the folder that `save_pretrained` wrote for one adapter.
 
+        Args:
+            config: the user's, in the place of the saved one.
+
         Raises:
-            ValueError: no PiSSA adapter there, or a damaged file, naming the file.
+            ValueError: no PiSSA adapter there, a damaged file, naming the file, or a `config` of another adapter.
+            TypeError: `config` is no PissaConfig.
         """
-        folder = Path(directory)
-        if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails where a name is too long
-            if os.path.isfile(folder / ADAPTER_CONFIG):
-                raise ValueError(
-                    f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained"
-                )
-            raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
-        record = AdapterRecord.read(folder / PISSA_RECORD)
+        record = _read_record(folder)
+        if config is not None:
+            _check_alike(config, record.config, folder)
         weights, starts = TensorFile(folder / ADAPTER_WEIGHTS), TensorFile(folder / PISSA_WEIGHTS)
-        return Checkpoint(folder, record.config, record.layers, weights, starts)
+        return Checkpoint(folder, config or record.config, record.layers, weights, starts)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -283,6 +282,47 @@ class Checkpoint:
         if self.config.use_dora:
             starts |= {f"{name}.norm": (rows,)}
         return starts
+
+
+def read_config(folder: Path) -> PissaConfig:
+    """The configuration of the adapter in the folder, or the one that `PissaConfig.save_pretrained` wrote there.
+
+    Raises:
+        ValueError: neither is there, or a damaged file, naming the file.
+    """
+    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
+        config = read_config_alone(folder / ADAPTER_CONFIG)
+        if config is not None:
+            return config
+    return _read_record(folder).config
+
+
+def _read_record(folder: Path) -> AdapterRecord:
+    if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails where a name is too long
+        if os.path.isfile(folder / ADAPTER_CONFIG):
+            raise ValueError(
+                f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained, or "
+                "peft.PeftConfig.from_pretrained for its configuration"
+            )
+        raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
+    return AdapterRecord.read(folder / PISSA_RECORD)
+
+
+def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
+    """Whether the user's configuration describes the adapter in the folder, as far as `restore` does not see to it: it
+    compares layers, ranks, scalings and tensors."""
+    if not isinstance(config, PissaConfig):
+        raise TypeError(
+            f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
+            "the one in the folder"
+        )
+    for name in ("init", "svd", "svd_passes", "seed", "form", "use_adalora", "use_dora"):
+        given, needed = getattr(config, name), getattr(saved, name)
+        if given != needed:
+            raise ValueError(
+                f"config: {name} is {given!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
+                "change the one that pissa.PissaConfig.from_pretrained reads there"
+            )
 
 
 def _others(

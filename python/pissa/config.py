@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import enum
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -148,6 +149,29 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         self.peft_type = PissaType.PISSA
         self.build_layers_with(_refuse)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PissaConfig:
+        """The configuration that an adapter was saved with, or that `PissaConfig.save_pretrained` wrote, for `wrap`.
+
+        What `peft.LoraConfig.from_pretrained` reads of an adapter is the plain LoRA beside it, of twice the rank.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the id of a repository of the Hugging Face Hub; a folder wins.
+            subfolder: of either.
+            kwargs: for the Hub `revision`, `token`, `cache_dir` and the like; others are ignored, as PEFT does.
+
+        Raises:
+            ValueError: no such configuration there, or a damaged file, naming file and field.
+        """
+        # Reading stands on the configuration.
+        from pissa.checkpoint import read_config
+        from pissa.io import CONFIG_FILES
+        from pissa.loading import adapter_folder
+
+        return read_config(adapter_folder(pretrained_model_name_or_path, CONFIG_FILES, subfolder=subfolder, **kwargs))
+
     @property
     def form(self) -> Form:
         """How the adapted layers keep their base."""
@@ -184,8 +208,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         for f in dataclasses.fields(LoraConfig):
             if f.name in _SUPPORTED or f.name == "init_lora_weights":
                 continue
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            value = getattr(self, f.name)
+            default, value = default_of(f), getattr(self, f.name)
             if value != default:
                 raise ValueError(
                     f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
@@ -239,6 +262,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
                 "it are pissa, pissa_medium and pissa_minor, without use_dora"
             )
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a configuration's field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @contextmanager

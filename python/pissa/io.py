@@ -41,6 +41,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PISSA_RECORD = "pissa.json"
 PISSA_WEIGHTS = "pissa.safetensors"
+CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
+ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)
 
 
 def save_adapter(

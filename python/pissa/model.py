@@ -30,7 +30,8 @@ from pissa.decomposition import decompose
 from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
 from pissa.inject import materialise, restored_on_error
-from pissa.io import save_adapter, save_card, warn_of_plain_lora
+from pissa.io import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
+from pissa.loading import adapter_folder, refuse_unsupported
 from pissa.nf4 import HoldsNf4
 from pissa.targets import check_parents, layer_factory
 from pissa.tuner import guard_state_dict, register, unguard_state_dict
@@ -267,26 +268,38 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        *,
+        config: PissaConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> PissaModel:
         """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
 
         Args:
             model: the unmodified base; on any failure it is left as it was.
-            model_id: the folder that `save_pretrained` wrote.
+            model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub that
+                has its files; a folder of that name wins.
             adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            low_cpu_mem_usage: accepted as in PEFT; without effect.
+            config: in the place of the saved configuration, and used as it is; it has to describe the same adapter.
+                See `PissaConfig.from_pretrained`.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
+            key_mapping: must be empty: the layers have the names that they were saved with.
+            kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
+                ones are ignored, as in PEFT. So is `torch_device`, since the adapter goes where its layer is, and so
+                are `device_map`, `max_memory` and the like, since a dispatched base stays as it is.
 
         Raises:
-            ValueError: a folder without a PiSSA adapter, a file that is damaged, or a base that is not the
-                one the adapter was trained on, naming the first layer that differs.
+            ValueError: a folder without a PiSSA adapter, a file that is damaged, a base that is not the one that the
+                adapter was trained on, naming the first layer that differs, or an option that cannot be honoured.
+            TypeError: `config` is no PissaConfig.
         """
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError("the model carries an adapter already: use load_adapter of the model that wraps it")
         check_adapter_name(adapter_name, model)
-        checkpoint = Checkpoint.read(model_id)
+        refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
+        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         checkpoint.config.inference_mode = not is_trainable
         with checkpoint.blamed(), restored_on_error(model):
             wrapped = _model_class(checkpoint.config)(
@@ -305,21 +318,33 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         is_trainable: bool = False,
         torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-    ) -> None:
+        key_mapping: dict[str, str] | None = None,
+        *,
+        config: PissaConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Adds a saved adapter, or restores the state of one that the model has.
 
         Args:
-            model_id, adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            torch_device, low_cpu_mem_usage: accepted as in PEFT; the adapter goes where its layer is.
+            model_id, config, key_mapping, kwargs: see `from_pretrained`.
+            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect: the adapter
+                goes where its layer is.
+
+        Returns:
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty: an adapter of
+            which a tensor is missing, or that has one too many, is refused.
 
         Raises:
-            ValueError: as `from_pretrained`; the model is left as it was.
+            ValueError, TypeError: as `from_pretrained`; the model is left as it was.
         """
         known = adapter_name in self.peft_config
         if not known:
             check_adapter_name(adapter_name, self.base_model.model)
-        checkpoint = Checkpoint.read(model_id)
+        refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
+        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         if known:
             checkpoint.restore(self, adapter_name)
         else:
@@ -330,6 +355,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
                 self.set_requires_grad(adapter_name)
         if not is_trainable:
             self.eval()
+        return nn.Module().load_state_dict({})  # torch has no public name for the type
 
 
 class PissaModelForCausalLM(PissaModel, PeftModelForCausalLM):  # type: ignore[misc]
