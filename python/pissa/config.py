@@ -2,7 +2,8 @@
 
 The only file that uses private names of PEFT: `LoraConfig._register_custom_module` (experimental, says its
 documentation), through which a LoRA layer class of one's own is made known, a conversion of targets that has to be kept
-from ours, and the fetching of offloaded weights. All are there from peft 0.21 on.
+from ours, what "all-linear" means and which layers PEFT refuses, and the fetching of offloaded weights. All are there
+from peft 0.21 on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import enum
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -91,6 +93,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     Defaults that differ from LoraConfig: `lora_alpha` is the rank, of each layer in `rank_pattern` as well,
     so that the scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as PEFT
     does.
+
+    "all-linear", given or by default, leaves the choice of layers to us. So a layer whose smaller side is less than `r`
+    gets the smaller side as its rank, with the scaling that `r` would give it, and layers that PEFT refuses in a family
+    (Mamba's out_proj) are left out. One warning says so. Names and patterns in `target_modules`, and ranks in
+    `rank_pattern`, are taken as they are given: there such a layer is an error.
 
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
@@ -305,6 +312,32 @@ def fetched_by_layers() -> Iterator[None]:
         yield
     finally:
         tuners_utils.onload_layer = fetch
+
+
+def is_all_linear(config: LoraConfig) -> bool:
+    """Whether the choice of layers is left to us."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def all_linear(config: LoraConfig, model: nn.Module) -> set[str]:
+    """The names of the layers that "all-linear" means in `model`."""
+    names: set[str] = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    return names
+
+
+def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses to adapt the layer, whose weight the kernels of such models read without calling it."""
+    try:
+        tuners_utils._check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def exactly(name: str) -> str:
+    """A key of `rank_pattern` and `alpha_pattern` for the layer of that name alone. PEFT searches from the end of a
+    name; the anchor keeps the pattern from every other name."""
+    return f"^{re.escape(name)}"
 
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:

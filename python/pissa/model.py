@@ -33,7 +33,7 @@ from pissa.inject import materialise, restored_on_error
 from pissa.io import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
 from pissa.loading import adapter_folder, refuse_unsupported
 from pissa.nf4 import HoldsNf4
-from pissa.targets import check_parents, layer_factory
+from pissa.targets import check_parents, choose_layers, layer_factory
 from pissa.tuner import guard_state_dict, register, unguard_state_dict
 
 register()
@@ -74,7 +74,8 @@ def wrap(
 
     Raises:
         TypeError: config and fields both given, or a layer that cannot be adapted.
-        ValueError: no layer found, rank too large for one, NaN or Inf in a weight, a model that is wrapped.
+        ValueError: no layer found, rank too large for one that is named, NaN or Inf in a weight, a model that is
+            wrapped.
         pissa.distributed.RankError: another process has failed.
     """
     with restored_on_error(model), failing_together():
@@ -111,6 +112,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     ) -> None:
         peft_config.build_layers_with(layer_factory(model))
         unfuse(model, peft_config)
+        choose_layers(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
         _once_each(peft_config)
@@ -154,6 +156,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         config.build_layers_with(layer_factory(self.base_model.model))
         with targets_as_given():
             unfuse(self.base_model.model, config)
+            choose_layers(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
             _once_each(config)
             check_parents(self.base_model.model, adapter_name)
