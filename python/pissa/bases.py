@@ -99,8 +99,13 @@ def whole(base: nn.Module, gathered: Tensor | None) -> Any:
             "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
             "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
         )
+    return with_weight(base, gathered)
+
+
+def with_weight(base: nn.Module, weight: Tensor) -> Any:
+    """A module like `base` that holds another weight, of the same shape."""
     twin = copy_without_hooks(base)
-    twin._parameters = base._parameters | {"weight": nn.Parameter(gathered, requires_grad=False)}
+    twin._parameters = base._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
     return twin
 
 

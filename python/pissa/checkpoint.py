@@ -15,16 +15,28 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from pissa.bases import execution_device, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.json_file import shown
 from pissa.layer import PissaLayer
+from pissa.ops import Nf4Weight
 from pissa.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.record import AdapterRecord, LayerRecord, read_config_alone
-from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
+from pissa.stored import (
+    Deltas,
+    Expected,
+    Origin,
+    StartFactors,
+    StoredLinear,
+    residual_fingerprint,
+    residual_from,
+    residual_shapes,
+)
 from pissa.tensor_file import TensorFile
+from pissa.vocabulary import VocabularyTensor, vocabulary
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
@@ -106,12 +118,25 @@ class Checkpoint:
         for name, layer in layers.items():
             self._check_adapter(name, layer, adapter_name)
         modules, embeddings = _others(model, adapter_name, layers)
+        tables = vocabulary(model, adapter_name)
+        embeddings |= {key: table.parameter for key, table in tables.items()}
         factors = factors_of(model.base_model.model, layers)
         self._check_headers(factors, layers, modules, embeddings)
         self.weights.verify()
         self.starts.verify()
+        present = modules | embeddings
+        others = {name: self.weights.read(name) for name in self.weights.names if name in present}
+        tables = {key: table for key, table in tables.items() if key in others}
+        residuals = {
+            name: residual for name, layer in layers.items() if (residual := self._residual(name, layer)) is not None
+        }
+        # What is to be put into the base: the rest of the vocabulary's weights is there, or is in a residual.
+        new = {key: table for key, table in tables.items() if alone and not table.is_stored}
+        new = {key: table for key, table in new.items() if not any(table.is_of(layers[name]) for name in residuals)}
+        self._check_vocabulary(tables, new, others)
         for name, layer in layers.items():
-            self._check_base(name, layer)
+            weight = next((others[key] for key, table in new.items() if table.is_of(layer)), None)
+            self._check_base(name, layer, weight, residuals.get(name))
             fresh = alone and adapter_name not in layer.lora_start
             if not (fresh and layer.form == IMPLICIT):
                 self._check_form(name, layer)
@@ -120,18 +145,21 @@ class Checkpoint:
             for part in factors
             for name, pair in self._unpacked(part)
         }
-        present = modules | embeddings
-        others = {
-            name: sharded_as(present[name], self.weights.read(name)) for name in self.weights.names if name in present
-        }
-        if not alone:
-            self._check_embeddings(embeddings, others)
 
+        for key, table in new.items():
+            table.put(others[key])
         changed = [
-            name for name, layer in layers.items() if not self._restore_layer(name, layer, tensors[name], adapter_name)
+            name
+            for name, layer in layers.items()
+            if not self._restore_layer(name, layer, tensors[name], residuals.get(name), adapter_name)
         ]
-        if others:
-            set_peft_model_state_dict(model, others, adapter_name)
+        trained = {
+            key: sharded_as(present[key], value)
+            for key, value in others.items()
+            if key in modules or (alone and key not in tables)
+        }
+        if trained:
+            set_peft_model_state_dict(model, trained, adapter_name)
         if changed:
             warnings.warn(
                 f"The residual of {len(changed)} layers, {changed[0]} the first, differs in some bits from "
@@ -168,6 +196,12 @@ class Checkpoint:
     ) -> None:
         """Checks name, dtype and shape of every tensor."""
         unknown = {self.weights: set(self.weights.names), self.starts: set(self.starts.names)}
+        for key, value in embeddings.items():
+            if key in unknown[self.weights]:
+                demand = "an embedding"
+                if (rows := self.weights.shape(key)[:1]) != value.shape[:1]:
+                    demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
+                self.weights.expect(key, value.shape, _dtypes(value), demand)
         expected = [
             (self.weights, next(iter(part.layers)), part.shapes(2 * self.records[next(iter(part.layers))].r))
             for part in factors
@@ -185,26 +219,52 @@ class Checkpoint:
             for key, shape in shapes.items():
                 file.expect(key, shape, (torch.float32,), demand)
             unknown[file] -= shapes.keys()
-        present = {key: value for key, value in embeddings.items() if key in unknown[self.weights]}
-        for key, value in (modules | present).items():
-            dtypes = _FLOATS if value.is_floating_point() else (value.dtype,)
-            self.weights.expect(key, value.shape, dtypes, "modules_to_save" if key in modules else "an embedding")
-        unknown[self.weights] -= modules.keys() | present.keys()
+        for key, value in modules.items():
+            self.weights.expect(key, value.shape, _dtypes(value), "what is trained beside the layers")
+        for name, layer in layers.items():
+            for key, (shape, dtypes) in self._residual_shapes(name, layer).items():
+                self.starts.expect(key, shape, dtypes, f"the residual of layer {name}")
+                unknown[self.starts].discard(key)
+        unknown[self.weights] -= modules.keys() | embeddings.keys()
         for file, names in unknown.items():
             if names:
                 raise ValueError(f"{file.path}: tensor {shown(min(names))} belongs to no part of the adapter")
 
-    def _check_embeddings(self, embeddings: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        """An embedding is the base's own, also where it is saved with an adapter."""
-        for key in embeddings.keys() & found.keys():
-            if not torch.equal(found[key].to(embeddings[key]), embeddings[key]):
-                raise ValueError(
-                    f"{self.weights.path}: tensor {key!r} differs from the model's embedding, which the model's other "
-                    "adapters were trained with. Load the folder onto a base of its own with from_pretrained"
+    def _check_vocabulary(
+        self, tables: dict[str, VocabularyTensor], new: dict[str, VocabularyTensor], found: dict[str, Tensor]
+    ) -> None:
+        """Whether the model can have the embeddings that are in the folder. They are the base's own: other adapters
+        that it carries were trained with those that it has."""
+        for key, table in tables.items():
+            if key in new and not is_offloaded(table.module):
+                twins = (other for other in new if new[other].parameter is table.parameter)
+                if all(torch.equal(found[other], found[key]) for other in twins):
+                    continue
+                reason = "another tensor of the file, which in this model shares its weight: untie them first"
+            elif table.is_stored or torch.equal(found[key].to(table.parameter), table.value({}).to(table.parameter)):
+                continue
+            elif key in new:
+                reason = "the model's embedding, which is offloaded: give it a device of its own in device_map"
+            else:
+                reason = (
+                    "the model's embedding, which the model's other adapters were trained with. Load the folder onto a "
+                    "base of its own with from_pretrained"
                 )
+            raise ValueError(f"{self.weights.path}: tensor {key!r} differs from {reason}")
 
-    def _check_base(self, name: str, layer: PissaLayer) -> None:
-        if layer.base_fingerprint() != self.records[name].weight:
+    def _check_base(
+        self, name: str, layer: PissaLayer, weight: Tensor | None, residual: Tensor | Nf4Weight | None
+    ) -> None:
+        """Compares the base that the layer will have, with the weight or the residual out of the files if given."""
+        record = self.records[name]
+        if residual is not None:
+            if residual_fingerprint(residual) != record.stored:
+                raise ValueError(
+                    f"{self.folder / PISSA_RECORD} and {self.starts.path} do not belong together, or one is damaged: "
+                    f"the residual of layer {name} is not the one that was saved"
+                )
+            return
+        if (layer.base_fingerprint() if weight is None else layer.fingerprint_with(weight)) != record.weight:
             raise ValueError(
                 f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
                 f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -253,14 +313,23 @@ class Checkpoint:
         return _LayerTensors(start, deltas, base, magnitude)
 
     @torch.no_grad()
-    def _restore_layer(self, name: str, layer: PissaLayer, tensors: _LayerTensors, adapter_name: str) -> bool:
+    def _restore_layer(
+        self,
+        name: str,
+        layer: PissaLayer,
+        tensors: _LayerTensors,
+        residual: Tensor | Nf4Weight | None,
+        adapter_name: str,
+    ) -> bool:
         """Whether the base is, to the bit, the one that the adapter was trained on."""
         record = self.records[name]
         device = layer.device_of(adapter_name)
         exact = True
         if record.form != layer.form:
             base = tensors.base.to(device)
-            residual = layer.residual(base, record.form)
+            if residual is None:
+                residual = layer.residual(base, record.form)
+            layer.learn_base_fingerprint(record.weight)
             layer.store_base(residual, base, self.config)
             exact = layer.residual_fingerprint() == record.stored
         layer.share_start(adapter_name, tensors.start.to(device))
@@ -282,6 +351,25 @@ class Checkpoint:
         if self.config.use_dora:
             starts |= {f"{name}.norm": (rows,)}
         return starts
+
+    def _residual_shapes(self, name: str, layer: PissaLayer) -> dict[str, Expected]:
+        """The tensors of a layer's residual in pissa.safetensors; none where the file has none."""
+        shapes = residual_shapes(self.records[name].form, layer.matrix_shape)
+        keys = {f"{name}.base.{part}": expected for part, expected in shapes.items()}
+        return keys if self.records[name].stored and keys.keys() & set(self.starts.names) else {}
+
+    def _residual(self, name: str, layer: PissaLayer) -> Tensor | Nf4Weight | None:
+        """The residual that the layer's base, which is dense, is to be replaced by, where the folder has it."""
+        record, device = self.records[name], execution_device(layer.unmerged_base)
+        if record.form == layer.form or not (keys := self._residual_shapes(name, layer)):
+            return None
+        parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
+        return residual_from(parts, record.form, layer.matrix_shape)
+
+
+def _dtypes(value: Tensor) -> tuple[torch.dtype, ...]:
+    """What a file may hold of it."""
+    return _FLOATS if value.is_floating_point() else (value.dtype,)
 
 
 def read_config(folder: Path) -> PissaConfig:

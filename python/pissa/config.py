@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import itertools
 import math
 import os
 import re
@@ -51,6 +52,7 @@ _SUPPORTED = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "trainable_token_indices",
         "bias",
         "fan_in_fan_out",  # of Conv1D; which layers that is needs no telling
         "target_parameters",  # of fused experts
@@ -262,6 +264,10 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.orth_reg_weight, (int, float)) or not 0 <= self.orth_reg_weight < math.inf:
             raise ValueError(f"orth_reg_weight must be a number from 0 on, got {self.orth_reg_weight!r}")
+        tokens = self.trainable_token_indices or []
+        for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
+            if not _is_int(index) or index < 0:
+                raise ValueError(f"trainable_token_indices must be integers from 0 on, got {index!r}")
         if self.init == "loftq" and self.quant is None:
             raise ValueError('init="loftq" starts from the error of 4 bits: give quant="nf4" with it')
         if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):

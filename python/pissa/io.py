@@ -5,7 +5,8 @@
     pissa.json                  the PissaConfig, and for each layer a fingerprint of its base
     pissa.safetensors           A0 (B0, dA and dB are above), and the factors of a stored base that are not
                                 the adapter's own; with DoRA the norms of the base's rows; with AdaLoRA the
-                                differences of singular values and vectors that dA is made of
+                                differences of singular values and vectors that dA is made of; of an output
+                                layer that is kept as a residual and saved, the residual
 
 Start factors are frozen, so the files of two saves of one run fit each other. That the upper half of lora_A
 is A0 + dA to the bit shows that they do; checksums within each file, that it is as it was written.
@@ -22,17 +23,18 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
+from pissa.bases import whole
 from pissa.convolution import PissaConvolution
 from pissa.distributed import check_whole
 from pissa.files import Staged
 from pissa.inject import pissa_layers
 from pissa.plain_lora import PREFIX, lora_config
 from pissa.record import AdapterRecord, LayerRecord
-from pissa.stored import StoredLinear
+from pissa.stored import StoredLinear, residual_tensors
 from pissa.tensor_file import write_tensors
+from pissa.vocabulary import is_to_be_saved, vocabulary
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
@@ -55,15 +57,10 @@ def save_adapter(
     """Writes one adapter to `directory`, or, unless it is called "default", to a sub-folder of its name."""
     config = model.peft_config[adapter_name]
     layers = pissa_layers(model.base_model.model, adapter_name)
-    # PEFT saves an embedding layer's own weight as soon as the layer is adapted; ours has not changed.
-    if save_embedding_layers == "auto" and any(name.endswith(tuple(EMBEDDING_LAYER_NAMES)) for name in layers):
-        save_embedding_layers = False
+    with_vocabulary = is_to_be_saved(model, adapter_name, save_embedding_layers)
     check_whole(dict(model.named_parameters()) if state_dict is None else state_dict)
     state = model.state_dict() if state_dict is None else state_dict
-    lora = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
-    )
-    lora = {key: value for key, value in lora.items() if not key.endswith(".base_layer.weight")}
+    lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
         start, base = layer.start_of(adapter_name), layer.unmerged_base
@@ -76,6 +73,14 @@ def save_adapter(
         if isinstance(base, StoredLinear) and base.start is not start:
             starts |= {f"{name}.base.a0": base.start.a0, f"{name}.base.b0": base.start.b0}
     gathered = {name: (state_dict or {}).get(f"{PREFIX}{name}.base_layer.weight") for name in layers}
+    if with_vocabulary:
+        found = vocabulary(model, adapter_name)
+        lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
+        stored = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
+        for name, layer in layers.items():
+            if id(layer.unmerged_base) in stored:  # its dense weight cannot be had again
+                parts = residual_tensors(whole(layer.unmerged_base, gathered[name]).residual)
+                starts |= {f"{name}.base.{part}": tensor for part, tensor in parts.items()}
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     record = AdapterRecord(config, records)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import as_weight, bias_of, dense_kind, weight_matrix, whole, with_matrix
+from pissa.bases import as_weight, bias_of, dense_kind, weight_matrix, whole, with_matrix, with_weight
 from pissa.bitsandbytes import Nf4Base
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import Remembered, fingerprint
@@ -119,6 +119,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if isinstance(base, StoredLinear):
             return base.fingerprint
         return self._known_fingerprint.of(base.weight, lambda: fingerprint(weight_matrix(whole(base, gathered))))
+
+    def fingerprint_with(self, weight: Tensor) -> str:
+        """What `base_fingerprint` is once the base, which is dense, has this weight."""
+        base = self.unmerged_base
+        return fingerprint(weight_matrix(with_weight(base, weight.to(base.weight.dtype))))
 
     def residual_fingerprint(self, gathered: Tensor | None = None) -> str:
         """Fingerprint of what a stored base keeps; `gathered` and errors are those of `base_fingerprint`."""

@@ -34,6 +34,7 @@ from pissa.io import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
 from pissa.loading import adapter_folder, refuse_unsupported
 from pissa.nf4 import HoldsNf4
 from pissa.targets import check_parents, choose_layers, layer_factory
+from pissa.tokens import check_tokens_can_be_merged, mend_token_layers
 from pissa.tuner import guard_state_dict, register, unguard_state_dict
 
 register()
@@ -115,6 +116,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         choose_layers(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
+        mend_token_layers(model)
         _once_each(peft_config)
         self.warned_of_plain_lora = False
         self.register_forward_hook(add_orthogonality_loss)
@@ -158,6 +160,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
             unfuse(self.base_model.model, config)
             choose_layers(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            mend_token_layers(self.base_model.model)
             _once_each(config)
             check_parents(self.base_model.model, adapter_name)
             materialise(self.base_model.model, adapter_name)
@@ -171,7 +174,13 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges the adapters into dense weights that take the base's place, as in PEFT."""
+        """Merges the adapters into dense weights that take the base's place, as in PEFT; trained tokens into the weight
+        itself.
+
+        Raises:
+            ValueError: trained tokens that one weight cannot hold; nothing is merged then.
+        """
+        check_tokens_can_be_merged(self.base_model.model, adapter_names)
         with fetched_by_layers():
             self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -183,7 +192,12 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again."""
+        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again.
+
+        Raises:
+            ValueError: as `merge_adapter`.
+        """
+        check_tokens_can_be_merged(self.base_model.model, adapter_names)
         with fetched_by_layers():
             model = self.base_model.merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
