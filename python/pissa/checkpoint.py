@@ -158,6 +158,7 @@ class Checkpoint:
             for key, value in others.items()
             if key in modules or (alone and key not in tables)
         }
+        model.peft_config[adapter_name].init = self.config.init  # an adapter that was there may have started elsewhere
         if trained:
             set_peft_model_state_dict(model, trained, adapter_name)
         if changed:

@@ -247,6 +247,12 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             lengths = torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)
             self.magnitude(adapter_name).set(lengths, lengths)
 
+    def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
+        """Gives an adapter start factors of zero: its A and B are dA and dB then, as in a plain LoRA."""
+        origin = self.origin(adapter_name, config)._replace(init="zero")
+        a0, b0 = (factor.zero_() for factor in self.empty_factors(adapter_name))
+        self.lora_start[adapter_name] = StartFactors(a0, b0, origin)
+
     def residual(self, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
         """What a stored base keeps of a dense one: the weight without its principal part; with LoftQ all of it."""
         a0 = torch.zeros_like(start.a0) if start.origin.init == "loftq" else start.a0

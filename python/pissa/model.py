@@ -424,6 +424,11 @@ def _own_config(config: PissaConfig) -> PissaConfig:
     """A copy, since PEFT writes into the configuration that it is given."""
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
+    if config.init == "zero":
+        raise ValueError(
+            'init="zero" gives A0 = B0 = 0, from where no gradient leads away; it is for adapters that take over a '
+            "plain LoRA: make the adapter with any other init, then call peft.set_peft_model_state_dict"
+        )
     return copy.deepcopy(config)
 
 

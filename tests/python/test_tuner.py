@@ -134,3 +134,96 @@ def test_pipelines_know_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         logger.removeHandler(caplog.handler)
     assert "not supported" not in caplog.text
     assert made("a", max_new_tokens=2)[0]["generated_text"]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "adalora"])
+def test_the_state_dict_comes_back(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    model = trained(tiny_llama, tokens, form)
+    state, expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False), logits(model, tokens)
+    train(model, tokens)
+    assert not torch.equal(logits(model, tokens), expected)
+    assert not peft.set_peft_model_state_dict(model, state).unexpected_keys
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def plain_lora(base: torch.nn.Module, tokens: Tensor, **fields: Any) -> peft.PeftModel:
+    lora = peft.LoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": "all-linear", **fields})
+    model = peft.get_peft_model(base, lora)
+    train(model, tokens)
+    return model.eval()
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]}])
+def test_a_plain_lora_of_the_same_rank_is_taken_for_what_it_is(
+    fields: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    plain = plain_lora(tiny_llama(), tokens, **fields)
+    state, expected = peft.get_peft_model_state_dict(plain, save_embedding_layers=False), logits(plain, tokens)
+    model = pissa.wrap(tiny_llama(), r=4, **fields)
+    model.add_adapter("other", PissaConfig(r=4, **fields))
+    train(model, tokens)
+    assert not peft.set_peft_model_state_dict(model, state).unexpected_keys
+    bound = 1e-4 * expected.abs().max()  # the two sum the change in another order
+    assert (logits(model, tokens) - expected).abs().max() < bound
+    # An adapter that is added later starts where it should, and files keep what it was.
+    model.add_adapter("later", PissaConfig(r=4, **fields))
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.start_of("later").a0.any()
+    model.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=False)
+    again = pissa.PissaModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    again.add_adapter("later", PissaConfig(r=4, **fields))
+    assert again.base_model.model.model.layers[0].self_attn.q_proj.start_of("later").a0.any()
+    losses = train(again, tokens)
+    assert losses[-1] < losses[0]
+
+
+def test_a_plain_lora_changes_the_function_that_a_stored_base_has(tiny_llama: Make, tokens: Tensor) -> None:
+    plain = plain_lora(tiny_llama(), tokens)
+    model = trained(tiny_llama, tokens, "nf4")
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(plain))
+    reference = peft.get_peft_model(trained(tiny_llama, tokens, "nf4").unload(), plain.peft_config["default"])
+    peft.set_peft_model_state_dict(reference, peft.get_peft_model_state_dict(plain))
+    expected = logits(reference.eval(), tokens)
+    assert (logits(model, tokens) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_plain_lora_of_fused_experts_is_taken() -> None:
+    first, second = (pissa.wrap(mixtures.make("mixtral"), r=2) for _ in range(2))
+    mixtures.change_all(first)
+    state = peft.get_peft_model_state_dict(first)
+    peft.set_peft_model_state_dict(second, state)
+    assert_equal(peft.get_peft_model_state_dict(second), state)
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "a factor is missing": (lambda state, key: state.pop(key), r"lora_A\.weight is missing; needed: \[8, 64\]\."),
+    "another rank": (lambda state, key: state.update({key: state[key][:3]}), r"lora_A\.weight is \[3, 64\]; needed"),
+    "another start": (lambda state, key: state[key].add_(1), r"not \[A ; dA\] and \[dB \| B0\]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_another_state_dict_is_refused_before_anything_is_touched(
+    damage: str, tiny_llama: Make, tokens: Tensor
+) -> None:
+    model = trained(tiny_llama, tokens, "implicit")
+    state = peft.get_peft_model_state_dict(model)
+    change, message = DAMAGE[damage]
+    change(state, "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        peft.set_peft_model_state_dict(model, state)
+    assert_same(model, before)
+    assert model.peft_config["default"].init == "pissa"
+
+
+def test_adalora_takes_no_plain_lora(tiny_llama: Make, tokens: Tensor) -> None:
+    model = trained(tiny_llama, tokens, "adalora")
+    with pytest.raises(ValueError, match="a plain LoRA does not have its singular values"):
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+
+
+def test_nothing_starts_at_zero_by_itself(tiny_llama: Make) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r'init="zero" gives A0 = B0 = 0.*set_peft_model_state_dict'):
+        pissa.wrap(model, r=4, init="zero")
