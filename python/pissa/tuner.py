@@ -142,8 +142,9 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
         ValueError: the factors do not hold this start.
     """
     r, device = len(start.a0), start.a0.device
-    (upper, da), (db, b0) = a.to(device).split(r), b.to(device).split(r, dim=1)
-    if not (torch.equal(upper, start.a0 + da) and torch.equal(b0, start.b0)):
+    a, b = a.to(device), b.to(device)
+    da, db = a[r:], b[:, :r]
+    if not (torch.equal(a[:r], start.a0 + da) and torch.equal(b[:, r:], start.b0)):
         raise ValueError(
             f"the state dict does not fit the adapter: in layer {name} it is of twice the rank, but not [A ; dA] and "
             "[dB | B0] with this adapter's start factors, in float32. To have another adapter beside this one: "
