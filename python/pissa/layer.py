@@ -226,13 +226,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """The weight of the base function as a matrix [out, in]; see `bases.weight_matrix`."""
         return weight_matrix(self.unmerged_base)
 
-    def start_from(self, adapter_name: str, start: StartFactors, config: PissaConfig) -> None:
-        """Gives an adapter its start factors, the principal part of the base.
-
-        A dense base is stored as the configuration says; a base that is stored already stays as it is.
-        """
-        if config.form not in (IMPLICIT, self.form):
-            self.store_base(self.residual(start, config.form), start, config)
+    def start_from(self, adapter_name: str, start: StartFactors) -> None:
+        """Gives an adapter its start factors, the principal part of the base."""
         self.lora_start[adapter_name] = start
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)

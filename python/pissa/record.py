@@ -130,7 +130,8 @@ class AdapterRecord:
         for name, layer in _typed(fields["layers"], dict[str, Any], "layers").items():
             try:
                 layers[name] = _typed(layer, LayerRecord, "the record")
-                if config.form not in (IMPLICIT, layers[name].form):
+                # Implicit: the layer's weight is tied to another module's.
+                if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
