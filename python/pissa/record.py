@@ -28,6 +28,9 @@ FORMAT = 1
 # Bytes: what safetensors allows a header. 100,000 layers take half of it.
 _SIZE_LIMIT = 100_000_000
 
+_ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
+"""pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
@@ -227,8 +230,7 @@ def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
     given = {}
     for name, value in fields.items():
         if name not in known:
-            # Adapters of pissa 0.1.0 have all fields that LoraConfig had, at their defaults if they are not known here.
-            if value is None or value is False or value in ("", [], {}):
+            if value is None or value is False or value in ("", [], {}) or (name, value) in _ONCE_WRITTEN:
                 continue
             raise ValueError(
                 f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,13 +14,14 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import assert_same, error, logits, snapshot
-from pissa import PissaModel
+from pissa import PissaConfig, PissaModel, config, record
 from pissa.layer import PissaLayer
 from pissa.stored import Nf4Linear
 
 pytestmark = pytest.mark.cpu_only
 
 FOLDER = Path(__file__).parent / "fixtures" / "format_1"
+OWN = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(peft.LoraConfig)}
 both = pytest.mark.parametrize("form", ["implicit", "nf4"])
 
 # The logits are behind two layers of eight stages (norm, projections, scores, what they weigh, output; norm, the two
@@ -63,6 +66,17 @@ def test_loads_to_the_bit(form: str) -> None:
     assert not rounded or pissa.ops.build_info()["isa"] == "baseline"
     assert error(logits(model, tokens), trained) <= LOGITS
     assert error(logits(base(), tokens), trained) > 1000 * LOGITS
+
+
+@both
+def test_it_is_read_under_a_peft_that_lacks_fields(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pissa 0.1.0 wrote all fields of PEFT 0.21, most of which it has no use for."""
+    under_021 = PissaConfig.from_pretrained(FOLDER / form)
+    used = config._SUPPORTED | OWN | {"init_lora_weights"}
+    lacking = [field for field in record._config_fields() if field.name in used]
+    assert len(lacking) < len(record._config_fields())
+    monkeypatch.setattr(record, "_config_fields", lambda: lacking)
+    assert PissaConfig.from_pretrained(FOLDER / form) == under_021
 
 
 @both
