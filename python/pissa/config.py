@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from peft import LoraConfig, PeftModel
 from peft.tuners import tuners_utils
-from peft.utils import transformers_weight_conversion
+from peft.utils import PeftType, transformers_weight_conversion
 from torch import nn
 
 Svd = Literal["krylov", "subspace", "exact"]
@@ -350,10 +350,17 @@ def all_linear(config: LoraConfig, model: nn.Module) -> set[str]:
 def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
     """Whether PEFT refuses to adapt the layer, whose weight the kernels of such models read without calling it."""
     try:
-        tuners_utils._check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+        check_mamba(config, model, name.rpartition(".")[2])
     except ValueError:
         return True
     return False
+
+
+def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
+    """Raises ValueError for a layer, given by the last part of its name, that PEFT refuses to adapt by LoRA."""
+    lora = copy.copy(config)
+    lora.peft_type = PeftType.LORA
+    tuners_utils._check_lora_target_modules_mamba(lora, model, target_name)
 
 
 def exactly(name: str) -> str:

@@ -17,7 +17,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from pissa.config import PissaConfig, PissaType
+from pissa.config import PissaConfig, PissaType, check_mamba
 from pissa.distributed import check_whole, sharded_as
 from pissa.inject import pissa_layers
 from pissa.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
@@ -30,6 +30,10 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
 
     The parameters themselves hold dA and dB under the names of A and B, and would be another function elsewhere.
     """
+
+    def _check_target_module_compatiblity(self, peft_config: PissaConfig, model: nn.Module, target_name: str) -> None:
+        """Refuses what PEFT refuses of LoRA, which it tells by the type."""
+        check_mamba(peft_config, model, target_name)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -172,3 +172,9 @@ def test_a_second_adapter_is_capped_too() -> None:
     with pytest.warns(UserWarning, match="all-linear") as caught:
         pissa.wrap(gates(), r=4)
     assert caught[0].filename == __file__
+
+
+def test_a_layer_that_pefts_lora_refuses_is_an_error_when_it_is_named() -> None:
+    """Mamba's kernels read the weight of out_proj without calling it: its adapter would do nothing."""
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        pissa.wrap(FAMILIES["mamba2"][0].make(), r=2, target_modules=["out_proj"])

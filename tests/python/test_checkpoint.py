@@ -244,7 +244,7 @@ def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(tiny_llam
         "lora_alpha": 4,  # PEFT has another default
         "target_modules": ["q_proj", "v_proj"],
         "use_rslora": True,
-        "peft_type": "LORA",
+        "peft_type": "PISSA",
         "peft_version": peft.__version__,
     }
     assert config.keys() >= own
