@@ -349,7 +349,8 @@ class PissaModel(TakesHooksOff):
         """Adds a saved adapter, or restores the state of one that the model has.
 
         Args:
-            model_id, config, key_mapping, kwargs: see `from_pretrained`.
+            model_id, key_mapping, kwargs: see `from_pretrained`.
+            config: see `from_pretrained`; of an adapter that the model has, only compared with the saved one.
             adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
             torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect: the adapter
                 goes where its layer is.

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
@@ -234,6 +235,11 @@ def test_what_is_asked_of_the_hub(folder: Path, tiny_llama: Make, monkeypatch: p
     model = PissaModel.from_pretrained(tiny_llama(), "user/repo", **options)
     model.load_adapter("user/repo", "second", subfolder="second/", local_files_only=True)
     PissaConfig.from_pretrained("user/repo", subfolder="second")
+    (folder / "second").rename(folder / "a[1]")
+    PissaConfig.from_pretrained("user/repo", subfolder="a[1]")
+    *_, (_, brackets) = asked
+    assert fnmatch("a[1]/pissa.json", next(p for p in brackets["allow_patterns"] if p.endswith("pissa.json")))
+    del asked[-1]
     options.pop("torch_device")
     names = sorted(ADAPTER_FILES)
     assert names == ["adapter_config.json", "adapter_model.safetensors", "pissa.json", "pissa.safetensors"]
