@@ -2,8 +2,8 @@
 
 The only file that uses private names of PEFT: `LoraConfig._register_custom_module` (experimental, says its
 documentation), through which a LoRA layer class of one's own is made known, a conversion of targets that has to be kept
-from ours, what "all-linear" means and which layers PEFT refuses, and the fetching of offloaded weights. All are there
-from peft 0.21 on.
+from ours, what "all-linear" means and which layers PEFT refuses, the hooks of `adapter_names`, and the fetching of
+offloaded weights. All are there from peft 0.21 on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners import tuners_utils
 from peft.utils import transformers_weight_conversion
 from torch import nn
@@ -275,6 +275,20 @@ def fetched_by_layers() -> Iterator[None]:
         yield
     finally:
         tuners_utils.onload_layer = fetch
+
+
+class TakesHooksOff(PeftModel):  # type: ignore[misc]
+    """A PeftModel that takes the hooks of `adapter_names` off its layers after a forward pass that fails, too. PEFT
+    leaves them on, and every later pass has the names of the failed one."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        hooks.__enter__()
+        try:
+            yield
+        finally:
+            hooks.__exit__(None, None, None)
 
 
 def is_all_linear(config: LoraConfig) -> bool:

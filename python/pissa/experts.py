@@ -51,8 +51,9 @@ class UnfusedExperts(nn.Module):
             for index, weight in enumerate(weights.detach()):
                 matrix = weight.mT if fused.is_transposed else weight
                 with torch.device("meta"):
-                    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+                    linear: Any = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
+                linear.rows_are_tokens = True  # which a router chooses, from any row of the batch
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # in whose place among the parameters it will be again
 

@@ -50,6 +50,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         self._target_name = kwargs["target_name"]
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.lora_unmerged: nn.Module | None = None
+        self._rows_are_tokens = getattr(base_layer, "rows_are_tokens", False)  # of fused experts
         self._known_fingerprint, self._known_residual = Remembered(), Remembered()
 
     # -- what depends on the kind of module
@@ -150,8 +151,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if r > limit:
             raise ValueError(
                 f"rank {r} is too large for layer {self._target_name}: its weight is {out_features} "
-                f"x {in_features}, so at most {limit}. Lower r, give this layer a rank of its own in "
-                "rank_pattern, or leave it out with exclude_modules"
+                f"x {in_features}, so at most {limit}. Give rank_pattern={{{self._target_name!r}: {limit}}}, "
+                "lower r, or leave it out with exclude_modules"
             )
         if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
             self.lora_start = nn.ModuleDict()
@@ -264,17 +265,27 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return self.adapted(x, [name for name in self.active_adapters if name in self.r])
 
     def _row_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        names = set(adapter_names) & set(self.r)
+        if self._rows_are_tokens:
+            if names:
+                raise ValueError(
+                    f"adapter_names: layer {self._target_name} is an expert's, whose rows are tokens from any row of "
+                    f"the batch, and is adapted by {', '.join(sorted(names))}. Call set_adapter and compute the rows "
+                    "of each adapter in a batch of their own, or adapt no experts (exclude_modules)"
+                )
+            return cast(Tensor, self.base_layer(x))
         if len(adapter_names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{len(adapter_names)} and {len(x)} respectively, in layer {self._target_name}. Give one name for each "
+                "row of the batch; a layer whose rows are others (an expert's) cannot be adapted then (exclude_modules)"
             )
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         y = cast(Tensor, self.base_layer(x))
-        for name in set(adapter_names) & set(self.r):
+        for name in names:
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             y[rows] = self.adapted(x[rows], [name])
         return y

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from peft import (
-    PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -25,7 +24,7 @@ from torch import nn
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.adapter_names import check_adapter_name
 from pissa.checkpoint import Checkpoint
-from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
+from pissa.config import PissaConfig, TakesHooksOff, fetched_by_layers, targets_as_given
 from pissa.decomposition import decompose
 from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
@@ -80,7 +79,9 @@ def wrap(
         config = _own_config(PissaConfig(**config_fields) if config is None else config)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
-                "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
+                "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
+                "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
+                "second adapter: model.add_adapter(name, config)"
             )
         check_adapter_name(adapter_name, model)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
@@ -94,7 +95,7 @@ def wrap(
         )
 
 
-class PissaModel(PeftModel):  # type: ignore[misc]
+class PissaModel(TakesHooksOff):
     """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap` or `PissaModel.from_pretrained`."""
 
     def __init__(
@@ -281,7 +282,10 @@ class PissaModel(PeftModel):  # type: ignore[misc]
                 one the adapter was trained on, naming the first layer that differs.
         """
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError("the model carries an adapter already: use load_adapter of the model that wraps it")
+            raise ValueError(
+                "the model carries an adapter already. To restore onto the base alone: model = model.unload() first; "
+                "to load beside what it has: model.load_adapter(folder, name)"
+            )
         check_adapter_name(adapter_name, model)
         checkpoint = Checkpoint.read(model_id)
         checkpoint.config.inference_mode = not is_trainable

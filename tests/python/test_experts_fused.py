@@ -16,6 +16,7 @@ import pissa
 from devices import fetch, put
 from language_models import FORMS, error, logits, train
 from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
+from one_layer import change_a_little
 from pissa.inject import pissa_layers
 from reference import EPS
 
@@ -147,3 +148,26 @@ def test_a_second_adapter_on_unfused_experts(tokens: Tensor) -> None:
     assert torch.equal(logits(model, tokens), before)
     model.delete_adapter("second")
     assert torch.equal(logits(model.unload(), tokens), before)
+
+
+@kinds
+def test_rows_with_adapters_of_their_own_are_refused_where_experts_are_adapted(kind: str, tokens: Tensor) -> None:
+    """By as many names as an expert has tokens, too; an adapter that leaves the experts out may be one of them."""
+    model = pissa.wrap(make(kind), r=R).eval()
+    model.add_adapter("attention", pissa.PissaConfig(r=R, target_modules=["o_proj"]))
+    change_all(model)
+    for layer in pissa_layers(model.base_model.model, "attention").values():
+        change_a_little(layer, "attention")
+    tokens = tokens[:, :1].expand(-1, 4)  # one token many times: every row of an expert that has any is one
+    for names in (["default"] * len(tokens), ["default", "__base__", "attention"]):
+        with pytest.raises(ValueError, match=r"experts\.\d\.\w+ is an expert's.* by default\. Call set_adapter and"):
+            model(input_ids=tokens, adapter_names=names)
+    with torch.no_grad():
+        mixed = model(input_ids=tokens, adapter_names=["attention", "__base__", "attention"]).logits
+        with model.disable_adapter():
+            base = logits(model, tokens)
+        model.set_adapter("attention")
+        expected = logits(model, tokens)
+        expected[1] = base[1]
+    assert error(mixed, base) > 1e-3
+    assert error(mixed, expected) < 100 * EPS[torch.float32]

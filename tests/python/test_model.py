@@ -306,10 +306,12 @@ def test_the_config_is_copied(tiny_llama: Make) -> None:
 
 def test_no_second_wrap(tiny_llama: Make) -> None:
     model = pissa.wrap(tiny_llama(), r=4)
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        pissa.wrap(model, r=4)
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        pissa.wrap(model.get_base_model(), r=4)
+    for again in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=r"adapter already.* model = model\.unload\(\) first.*add_adapter"):
+            pissa.wrap(again, r=4)
+        with pytest.raises(ValueError, match=r"adapter already.* model = model\.unload\(\) first.*load_adapter"):
+            PissaModel.from_pretrained(again, "nowhere")
+    pissa.wrap(model.unload(), r=4)
 
 
 def with_nan(model: nn.Module) -> nn.Module:
@@ -356,7 +358,8 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
             None,
             {"r": 33, "target_modules": ["q_proj", "k_proj"]},
             ValueError,
-            "rank 33 is too large for layer model.layers.0.self_attn.k_proj: its weight is 32 x 64, so at most 32",
+            "rank 33 is too large for layer model.layers.0.self_attn.k_proj: its weight is 32 x 64, so at most 32. "
+            r"Give rank_pattern={'model.layers.0.self_attn.k_proj': 32}, lower r, or leave it out with exclude_modules",
         ),
         (with_nan, {}, ValueError, "layer model.layers.1.mlp.down_proj: weight: contains NaN"),
         (with_nan, {"quant": "nf4"}, ValueError, "layer model.layers.1.mlp.down_proj"),
