@@ -44,6 +44,11 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         ValueError: naming the layer: NaN or Inf in its weight, a form that it cannot have, a model or a configuration
             that is not the same on all ranks.
     """
+    if config.init == "weighted":
+        raise ValueError(
+            "init='weighted' is of an adapter that add_weighted_adapter made: combine [its name] with weight 1 to copy "
+            "it, or give another init"
+        )
     layers = pissa_layers(model, adapter_name)
     stored = _to_store(model, layers, config, first)
     _warn_of_requantising(layers, config)
