@@ -205,7 +205,7 @@ class Checkpoint:
                 )
 
     def _check_base(self, name: str, layer: PissaLayer) -> None:
-        if layer.base_fingerprint() != self.records[name].weight:
+        if not layer.base_is(self.records[name].weight):
             raise ValueError(
                 f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
                 f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -216,9 +216,7 @@ class Checkpoint:
     def _check_form(self, name: str, layer: PissaLayer) -> None:
         record = self.records[name]
         base = layer.unmerged_base
-        if layer.form != record.form or (
-            isinstance(base, StoredLinear) and layer.residual_fingerprint() != record.stored
-        ):
+        if layer.form != record.form or (isinstance(base, StoredLinear) and not layer.residual_is(record.stored)):
             raise ValueError(
                 f"{self.folder} was trained on another base function: the residual of layer {name} was "
                 f"{record.form.describe()} and is {layer.form.describe()} in this model, or has other "
@@ -263,7 +261,7 @@ class Checkpoint:
             base = tensors.base.to(device)
             residual = layer.residual(base, record.form)
             layer.store_base(residual, base, self.config)
-            exact = layer.residual_fingerprint() == record.stored
+            exact = layer.residual_is(record.stored)
         layer.share_start(adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
             if delta is not None and saved is not None:

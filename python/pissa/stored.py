@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.config import Form
-from pissa.fingerprint import fingerprint
 from pissa.keeps_dtype import KeepsDtype
 from pissa.nf4 import HoldsNf4
 
@@ -180,12 +179,12 @@ class Nf4Linear(HoldsNf4, StoredLinear):
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
-def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
-    """Fingerprint of a stored residual: its dense values, or its codes and scales."""
+def residual_parts(residual: Tensor | ops.Nf4Weight) -> list[Tensor]:
+    """The tensors of a stored residual, by which its fingerprint goes: its dense values, or its codes and scales."""
     if isinstance(residual, Tensor):
-        return fingerprint(residual)
+        return [residual]
     parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
-    return fingerprint(*(part for part in parts if part is not None))
+    return [part for part in parts if part is not None]
 
 
 def stored_linear(
