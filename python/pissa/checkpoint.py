@@ -18,6 +18,7 @@ from torch import Tensor
 from pissa.bases import execution_device, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
+from pissa.fingerprint import is_fingerprint
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.json_file import shown
@@ -31,9 +32,9 @@ from pissa.stored import (
     Origin,
     StartFactors,
     StoredLinear,
-    residual_fingerprint,
     residual_from,
     residual_shapes,
+    residual_tensors,
 )
 from pissa.tensor_file import TensorFile
 from pissa.vocabulary import VocabularyTensor, vocabulary
@@ -259,13 +260,13 @@ class Checkpoint:
         """Compares the base that the layer will have, with the weight or the residual out of the files if given."""
         record = self.records[name]
         if residual is not None:
-            if residual_fingerprint(residual) != record.stored:
+            if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
                 raise ValueError(
                     f"{self.folder / PISSA_RECORD} and {self.starts.path} do not belong together, or one is damaged: "
                     f"the residual of layer {name} is not the one that was saved"
                 )
             return
-        if (layer.base_fingerprint() if weight is None else layer.fingerprint_with(weight)) != record.weight:
+        if not (layer.base_is(record.weight) if weight is None else layer.weight_is(weight, record.weight)):
             raise ValueError(
                 f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
                 f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -276,9 +277,7 @@ class Checkpoint:
     def _check_form(self, name: str, layer: PissaLayer) -> None:
         record = self.records[name]
         base = layer.unmerged_base
-        if layer.form != record.form or (
-            isinstance(base, StoredLinear) and layer.residual_fingerprint() != record.stored
-        ):
+        if layer.form != record.form or (isinstance(base, StoredLinear) and not layer.residual_is(record.stored)):
             raise ValueError(
                 f"{self.folder} was trained on another base function: the residual of layer {name} was "
                 f"{record.form.describe()} and is {layer.form.describe()} in this model, or has other "
@@ -330,9 +329,10 @@ class Checkpoint:
             base = tensors.base.to(device)
             if residual is None:
                 residual = layer.residual(base, record.form)
-            layer.learn_base_fingerprint(record.weight)
+            else:
+                layer.learn_base_fingerprint(record.weight)
             layer.store_base(residual, base, self.config)
-            exact = layer.residual_fingerprint() == record.stored
+            exact = layer.residual_is(record.stored)
         layer.share_start(adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
             if delta is not None and saved is not None:
