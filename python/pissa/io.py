@@ -78,10 +78,11 @@ def save_adapter(
         if isinstance(base, StoredLinear) and base.start is not start:
             starts[f"{name}.base.a0"] = base.start.a0.cpu()
             starts[f"{name}.base.b0"] = base.start.b0.cpu()
+    adapted = pissa_layers(model.base_model.model)  # PEFT lists what merged layers of other adapters keep
     others = {
         key: value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
         for key, value in state.items()
-        if not is_of_a_layer(key, layers)
+        if not is_of_a_layer(key, adapted)
     }
     lora: dict[str, Tensor] = {}
     for factors in factors_of(model.base_model.model, layers):
