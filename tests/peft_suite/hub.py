@@ -1,0 +1,120 @@
+"""The models that PEFT's tests fetch from the hub, made here: random, a hundredth of the size, in a cache folder of
+huggingface_hub's own layout, which resolves their names offline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 1024
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,  # else the outputs are too small to tell adapters apart
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64}
+OPT: dict[str, Any] = {"ffn_dim": 64, "word_embed_proj_dim": 32}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+T5: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART: dict[str, Any] = {
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2, "init_std": 0.1},
+}
+DEBERTA: dict[str, Any] = {"pos_att_type": ["c2p", "p2c"], "relative_attention": True, "type_vocab_size": 0}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# name on the hub -> class of transformers, its configuration beside SIZES
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", OPT),
+    "peft-internal-testing/opt-125m": ("OPTForCausalLM", OPT),
+    "facebook/opt-125m": ("OPTForCausalLM", OPT),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", GPT2),
+    "peft-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
+    "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "openai-community/gpt2": ("GPT2LMHeadModel", GPT2),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", {}),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {"n_layer": 2, "n_head": 4}),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaForSequenceClassification", GROUPED),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", GROUPED),
+    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ("Qwen2ForCausalLM", GROUPED),
+    "Qwen/Qwen2-0.5B": ("Qwen2ForCausalLM", GROUPED),
+    "trl-internal-testing/tiny-Qwen3ForCausalLM": ("Qwen3ForCausalLM", GROUPED),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", {**GROUPED, "query_pre_attn_scalar": 16}),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4ForCausalLM",
+        {**GROUPED, **LOCAL, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
+    ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssForCausalLM", {**GROUPED, **LOCAL}),
+    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": ("Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS}),
+    "hf-internal-testing/tiny-qwen3-moe": ("Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS}),
+    "hf-internal-testing/Mixtral-tiny": ("MixtralForCausalLM", {**GROUPED, **LOCAL}),
+    "tiiuae/falcon-mamba-tiny-dev": ("FalconMambaForCausalLM", {"state_size": 8, "time_step_rank": 2}),
+    "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", T5),
+    "google/flan-t5-small": ("T5ForConditionalGeneration", T5),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", T5),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": ("T5ForConditionalGeneration", T5),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartForConditionalGeneration", BART),
+    "peft-internal-testing/tiny-random-BertModel": ("BertModel", {}),
+    "hf-internal-testing/tiny-random-BertModel": ("BertModel", {}),
+    "bert-base-uncased": ("BertModel", {}),
+    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", {}),
+    "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", DEBERTA),
+    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", DEBERTA),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertForSequenceClassification", {}),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaForSequenceClassification", {}),
+    "peft-internal-testing/tiny-clip-text-2": ("CLIPTextModel", {}),
+    "peft-internal-testing/tiny-random-ResNetForImageClassification": (
+        "ResNetForImageClassification",
+        {"embedding_size": 16, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 2, 1]},
+    ),
+}
+
+
+def make(cache: Path) -> None:
+    """Writes every model that `cache` lacks, with a byte-level tokenizer."""
+    import transformers
+
+    for name, (kind, fields) in MODELS.items():
+        folder = cache / f"models--{name.replace('/', '--')}"
+        written = folder / "refs" / "main"
+        if written.exists():
+            continue
+        cls = getattr(transformers, kind)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = cls(cls.config_class(**{**SIZES, **fields}))
+        snapshot = folder / "snapshots" / ("0" * 40)
+        model.save_pretrained(snapshot)
+        _tokenizer().save_pretrained(snapshot)
+        written.parent.mkdir(exist_ok=True)
+        written.write_text("0" * 40)
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>"]
+    fast.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
