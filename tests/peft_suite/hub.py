@@ -3,11 +3,18 @@ huggingface_hub's own layout, which resolves their names offline."""
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import pissa
 
 VOCABULARY = 1024
 SIZES: dict[str, Any] = {
@@ -34,7 +41,7 @@ DEBERTA: dict[str, Any] = {"pos_att_type": ["c2p", "p2c"], "relative_attention":
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
-# name on the hub -> class of transformers, its configuration beside SIZES
+# name on the hub -> class of transformers, its configuration beside SIZES. BertForPreTraining has every part that is loaded.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", OPT),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", OPT),
@@ -71,14 +78,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", T5),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": ("T5ForConditionalGeneration", T5),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartForConditionalGeneration", BART),
-    "peft-internal-testing/tiny-random-BertModel": ("BertModel", {}),
-    "hf-internal-testing/tiny-random-BertModel": ("BertModel", {}),
+    "peft-internal-testing/tiny-random-BertModel": ("BertForPreTraining", {}),
+    "hf-internal-testing/tiny-random-BertModel": ("BertForPreTraining", {}),
     "bert-base-uncased": ("BertModel", {}),
     "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", {}),
     "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", DEBERTA),
     "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", DEBERTA),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertForSequenceClassification", {}),
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaForSequenceClassification", {}),
+    "pissa/OPTForSequenceClassification": ("OPTForSequenceClassification", OPT),
+    "pissa/OPTForQuestionAnswering": ("OPTForQuestionAnswering", OPT),
+    "pissa/OPTModel": ("OPTModel", OPT),
+    "pissa/GPT2ForTokenClassification": ("GPT2ForTokenClassification", GPT2),
+    "pissa/Whisper": ("WhisperForConditionalGeneration", {**BART, "max_source_positions": 30, "num_mel_bins": 8}),
     "peft-internal-testing/tiny-clip-text-2": ("CLIPTextModel", {}),
     "peft-internal-testing/tiny-random-ResNetForImageClassification": (
         "ResNetForImageClassification",
@@ -87,34 +99,85 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(cache: Path) -> None:
-    """Writes every model that `cache` lacks, with a byte-level tokenizer."""
-    import transformers
+# name on the hub -> its base, the task
+ADAPTERS: dict[str, tuple[str, str | None]] = {
+    "peft-internal-testing/tiny-OPTForCausalLM-lora": ("peft-internal-testing/tiny-random-OPTForCausalLM", "CAUSAL_LM"),
+    "peft-internal-testing/tiny-opt-lora-revision": ("peft-internal-testing/tiny-random-OPTForCausalLM", "CAUSAL_LM"),
+    "peft-internal-testing/gpt2-lora-random": ("gpt2", "CAUSAL_LM"),
+    "peft-internal-testing/tiny-random-BertModel-lora": ("hf-internal-testing/tiny-random-BertModel", None),
+    "peft-internal-testing/tiny_T5ForSeq2SeqLM-lora": ("peft-internal-testing/tiny-random-t5", "SEQ_2_SEQ_LM"),
+    "peft-internal-testing/tiny_OPTForSequenceClassification-lora": ("pissa/OPTForSequenceClassification", "SEQ_CLS"),
+    "peft-internal-testing/tiny_GPT2ForTokenClassification-lora": ("pissa/GPT2ForTokenClassification", "TOKEN_CLS"),
+    "peft-internal-testing/tiny_OPTForQuestionAnswering-lora": ("pissa/OPTForQuestionAnswering", "QUESTION_ANS"),
+    "peft-internal-testing/tiny_OPTForFeatureExtraction-lora": ("pissa/OPTModel", "FEATURE_EXTRACTION"),
+    "peft-internal-testing/tiny_WhisperForConditionalGeneration-lora": ("pissa/Whisper", None),
+    "ybelkada/test-st-lora": ("pissa/OPTModel", "FEATURE_EXTRACTION"),
+}
+# adapters with a vocabulary of their own: name, revision -> how many tokens more than the base has
+GROWN = {
+    ("peft-internal-testing/tiny-random-OPTForCausalLM-extended-vocab", "main"): 8,
+    ("peft-internal-testing/opt-tokenizer-revision", "main"): 4,
+    ("peft-internal-testing/opt-tokenizer-revision", "my-revision"): 8,
+}
+REVISIONS = ("main", "test", "v1.2.3", "v2.0.0")
 
+
+def make_models(cache: Path) -> None:
+    """Writes every model that `cache` lacks, with a byte-level tokenizer. Revisions differ in their weights."""
     for name, (kind, fields) in MODELS.items():
-        folder = cache / f"models--{name.replace('/', '--')}"
-        written = folder / "refs" / "main"
-        if written.exists():
-            continue
         cls = getattr(transformers, kind)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = cls(cls.config_class(**{**SIZES, **fields}))
-        snapshot = folder / "snapshots" / ("0" * 40)
-        model.save_pretrained(snapshot)
-        _tokenizer().save_pretrained(snapshot)
-        written.parent.mkdir(exist_ok=True)
-        written.write_text("0" * 40)
+        for seed, revision in enumerate(REVISIONS if "Bert" in kind else ["main"]):
+            if not _refs(cache, name, revision).exists():
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    model = cls(cls.config_class(**{**SIZES, **fields}))
+                with _snapshot(cache, name, revision) as folder:
+                    model.save_pretrained(folder)
+                    _tokenizer(VOCABULARY).save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def make_adapters(cache: Path) -> None:
+    """Writes the adapters, with the code of today."""
+    for name, (base, task) in ADAPTERS.items():
+        model = getattr(transformers, MODELS[base][0]).from_pretrained(base)
+        wrapped = pissa.wrap(model, r=2, task_type=task, target_modules=r".*\.(q|v|q_proj|v_proj|query|value|c_attn)")
+        for revision in REVISIONS:
+            with _snapshot(cache, name, revision) as folder:
+                wrapped.save_pretrained(folder)
+    for (name, revision), more in GROWN.items():
+        model = transformers.OPTForCausalLM.from_pretrained("peft-internal-testing/opt-125m")
+        model.resize_token_embeddings(VOCABULARY + more)
+        wrapped = pissa.wrap(model, r=2, task_type="CAUSAL_LM")
+        with _snapshot(cache, name, revision) as folder:
+            wrapped.save_pretrained(folder, save_embedding_layers=True)
+            _tokenizer(VOCABULARY + more).save_pretrained(folder)
 
+
+def _refs(cache: Path, name: str, revision: str) -> Path:
+    return cache / f"models--{name.replace('/', '--')}" / "refs" / revision
+
+
+@contextmanager
+def _snapshot(cache: Path, name: str, revision: str) -> Iterator[Path]:
+    """An empty folder for the files of a revision, which is known to exist when they have been written."""
+    refs = _refs(cache, name, revision)
+    commit = sha1(revision.encode()).hexdigest()
+    folder = refs.parents[1] / "snapshots" / commit
+    shutil.rmtree(folder, ignore_errors=True)
+    yield folder
+    refs.parent.mkdir(exist_ok=True)
+    refs.write_text(commit)
+
+
+def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer of so many tokens."""
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "<pad>", "</s>"]
     fast.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+    fast.add_tokens([f"<{i}>" for i in range(fast.get_vocab_size(), size)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
+    )

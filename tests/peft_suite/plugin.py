@@ -31,6 +31,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from torch import nn
 
 import hub
@@ -41,8 +42,13 @@ import pissa
 class Reached:
     """What the test that runs now has done with our classes."""
 
-    any = False
-    refusals: dict[int, tuple[Exception, bool]]  # by id: what was raised, and whether the model was left as it was
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.any = False
+        self.refusals: dict[int, tuple[Exception, bool]] = {}
+        """By id: what was raised, and whether the model was left as it was."""
 
 
 reached = Reached()
@@ -192,15 +198,19 @@ def is_ours(model_id: Any, subfolder: str | None = None, revision: str | None = 
 def pytest_configure(config: pytest.Config) -> None:
     for marker in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
         config.addinivalue_line("markers", f"{marker}: PEFT's")
-    hub.make(BUILD / "hub")
+    hub.make_models(BUILD / "hub")
+    hub.make_adapters(BUILD / "hub")
     stand_in()
-    diffusers = types.ModuleType("diffusers")  # the tests' common base imports a class of it
-    diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
-    sys.modules["diffusers"] = diffusers
+    for name in ("diffusers", "scipy"):  # big, and imported for tests that do not concern us
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
+    sys.modules["diffusers"].__version__ = "0"
+    sys.modules["scipy"].stats = None
     sys.path.insert(0, str(config.rootpath))
     from tests import testing_utils
 
     testing_utils.hub_online_once = contextlib.nullcontext  # it would go online
+    testing_utils.load_cat_image = lambda: Image.new("RGB", (64, 64))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -222,7 +232,7 @@ def why_left_out(item: pytest.Item) -> str | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    reached.any, reached.refusals = False, {}
+    reached.clear()
     return (yield)
 
 
