@@ -93,8 +93,15 @@ def check_blocksize(blocksize: int) -> None:
 
 
 def check_scaling(scaling: float, name: str = "scaling") -> None:
+    """The scaling that start factors are divided by."""
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
         raise ValueError(f"{name}: got {scaling!r}; allowed: a positive number (lora_alpha / r)")
+
+
+def check_change_scaling(scaling: float) -> None:
+    """The scaling that a change is multiplied by: 0 switches it off, a negative one takes it away."""
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
 
 
 def check_residual(residual: str, allowed: tuple[str, ...]) -> None:

@@ -33,7 +33,8 @@ _FLATTENED = _View(lambda weight: weight.flatten(1), lambda matrix, shape: matri
 
 
 def _view(base: nn.Module) -> _View:
-    if isinstance(base, (Conv1D, nn.Embedding)):  # [in, out]; an embedding is a linear layer of one-hot vectors
+    kind = base.kind if isinstance(base, StoredLinear) else type(base)
+    if issubclass(kind, (Conv1D, nn.Embedding)):  # [in, out]; an embedding is a linear layer of one-hot vectors
         return _TRANSPOSED
     return _FLATTENED if isinstance(base, CONVOLUTIONS) else _AS_IT_IS
 
@@ -79,6 +80,12 @@ def weight_matrix(base: nn.Module) -> Tensor:
         return _view(base).matrix(cast(Tensor, base.weight))
 
 
+def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
+    """The matrix [out, in] in the shape that a dense weight has in the place of `base`: the way back from
+    `weight_matrix`."""
+    return _view(base).weight(matrix, cast(Tensor, base.weight).shape)
+
+
 def whole(base: nn.Module, gathered: Tensor | None) -> Any:
     """`base`, where its weight is sharded a module like it that holds the whole weight, `gathered`.
 
@@ -92,8 +99,13 @@ def whole(base: nn.Module, gathered: Tensor | None) -> Any:
             "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
             "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
         )
+    return with_weight(base, gathered)
+
+
+def with_weight(base: nn.Module, weight: Tensor) -> Any:
+    """A module like `base` that holds another weight, of the same shape."""
     twin = copy_without_hooks(base)
-    twin._parameters = base._parameters | {"weight": nn.Parameter(gathered, requires_grad=False)}
+    twin._parameters = base._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
     return twin
 
 

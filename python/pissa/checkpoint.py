@@ -15,16 +15,28 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from pissa.bases import execution_device, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.json_file import shown
 from pissa.layer import PissaLayer
-from pissa.plain_lora import Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
-from pissa.record import AdapterRecord, LayerRecord
-from pissa.stored import Deltas, Origin, StartFactors, StoredLinear
+from pissa.ops import Nf4Weight
+from pissa.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
+from pissa.record import AdapterRecord, LayerRecord, read_config_alone
+from pissa.stored import (
+    Deltas,
+    Expected,
+    Origin,
+    StartFactors,
+    StoredLinear,
+    residual_fingerprint,
+    residual_from,
+    residual_shapes,
+)
 from pissa.tensor_file import TensorFile
+from pissa.vocabulary import VocabularyTensor, vocabulary
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
@@ -56,22 +68,21 @@ class Checkpoint:
     starts: TensorFile
 
     @staticmethod
-    def read(directory: str | os.PathLike[str]) -> Checkpoint:
+    def read(folder: Path, config: PissaConfig | None = None) -> Checkpoint:
         """Reads the folder that `save_pretrained` wrote for one adapter.
 
+        Args:
+            config: the user's, in the place of the saved one.
+
         Raises:
-            ValueError: no PiSSA adapter there, or a damaged file, naming the file.
+            ValueError: no PiSSA adapter there, a damaged file, naming the file, or a `config` of another adapter.
+            TypeError: `config` is no PissaConfig.
         """
-        folder = Path(directory)
-        if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails where a name is too long
-            if os.path.isfile(folder / ADAPTER_CONFIG):
-                raise ValueError(
-                    f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained"
-                )
-            raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
-        record = AdapterRecord.read(folder / PISSA_RECORD)
+        record = _read_record(folder)
+        if config is not None:
+            _check_alike(config, record.config, folder)
         weights, starts = TensorFile(folder / ADAPTER_WEIGHTS), TensorFile(folder / PISSA_WEIGHTS)
-        return Checkpoint(folder, record.config, record.layers, weights, starts)
+        return Checkpoint(folder, config or record.config, record.layers, weights, starts)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -107,12 +118,25 @@ class Checkpoint:
         for name, layer in layers.items():
             self._check_adapter(name, layer, adapter_name)
         modules, embeddings = _others(model, adapter_name, layers)
+        tables = vocabulary(model, adapter_name)
+        embeddings |= {key: table.parameter for key, table in tables.items()}
         factors = factors_of(model.base_model.model, layers)
         self._check_headers(factors, layers, modules, embeddings)
         self.weights.verify()
         self.starts.verify()
+        present = modules | embeddings
+        others = {name: self.weights.read(name) for name in self.weights.names if name in present}
+        tables = {key: table for key, table in tables.items() if key in others}
+        residuals = {
+            name: residual for name, layer in layers.items() if (residual := self._residual(name, layer)) is not None
+        }
+        # What is to be put into the base: the rest of the vocabulary's weights is there, or is in a residual.
+        new = {key: table for key, table in tables.items() if alone and not table.is_stored}
+        new = {key: table for key, table in new.items() if not any(table.is_of(layers[name]) for name in residuals)}
+        self._check_vocabulary(tables, new, others)
         for name, layer in layers.items():
-            self._check_base(name, layer)
+            weight = next((others[key] for key, table in new.items() if table.is_of(layer)), None)
+            self._check_base(name, layer, weight, residuals.get(name))
             fresh = alone and adapter_name not in layer.lora_start
             if not (fresh and layer.form == IMPLICIT):
                 self._check_form(name, layer)
@@ -121,18 +145,22 @@ class Checkpoint:
             for part in factors
             for name, pair in self._unpacked(part)
         }
-        present = modules | embeddings
-        others = {
-            name: sharded_as(present[name], self.weights.read(name)) for name in self.weights.names if name in present
-        }
-        if not alone:
-            self._check_embeddings(embeddings, others)
 
+        for key, table in new.items():
+            table.put(others[key])
         changed = [
-            name for name, layer in layers.items() if not self._restore_layer(name, layer, tensors[name], adapter_name)
+            name
+            for name, layer in layers.items()
+            if not self._restore_layer(name, layer, tensors[name], residuals.get(name), adapter_name)
         ]
-        if others:
-            set_peft_model_state_dict(model, others, adapter_name)
+        trained = {
+            key: sharded_as(present[key], value)
+            for key, value in others.items()
+            if key in modules or (alone and key not in tables)
+        }
+        model.peft_config[adapter_name].init = self.config.init  # an adapter that was there may have started elsewhere
+        if trained:
+            set_peft_model_state_dict(model, trained, adapter_name)
         if changed:
             warnings.warn(
                 f"The residual of {len(changed)} layers, {changed[0]} the first, differs in some bits from "
@@ -169,6 +197,12 @@ class Checkpoint:
     ) -> None:
         """Checks name, dtype and shape of every tensor."""
         unknown = {self.weights: set(self.weights.names), self.starts: set(self.starts.names)}
+        for key, value in embeddings.items():
+            if key in unknown[self.weights]:
+                demand = "an embedding"
+                if (rows := self.weights.shape(key)[:1]) != value.shape[:1]:
+                    demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
+                self.weights.expect(key, value.shape, _dtypes(value), demand)
         expected = [
             (self.weights, next(iter(part.layers)), part.shapes(2 * self.records[next(iter(part.layers))].r))
             for part in factors
@@ -186,26 +220,52 @@ class Checkpoint:
             for key, shape in shapes.items():
                 file.expect(key, shape, (torch.float32,), demand)
             unknown[file] -= shapes.keys()
-        present = {key: value for key, value in embeddings.items() if key in unknown[self.weights]}
-        for key, value in (modules | present).items():
-            dtypes = _FLOATS if value.is_floating_point() else (value.dtype,)
-            self.weights.expect(key, value.shape, dtypes, "modules_to_save" if key in modules else "an embedding")
-        unknown[self.weights] -= modules.keys() | present.keys()
+        for key, value in modules.items():
+            self.weights.expect(key, value.shape, _dtypes(value), "what is trained beside the layers")
+        for name, layer in layers.items():
+            for key, (shape, dtypes) in self._residual_shapes(name, layer).items():
+                self.starts.expect(key, shape, dtypes, f"the residual of layer {name}")
+                unknown[self.starts].discard(key)
+        unknown[self.weights] -= modules.keys() | embeddings.keys()
         for file, names in unknown.items():
             if names:
                 raise ValueError(f"{file.path}: tensor {shown(min(names))} belongs to no part of the adapter")
 
-    def _check_embeddings(self, embeddings: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        """An embedding is the base's own, also where it is saved with an adapter."""
-        for key in embeddings.keys() & found.keys():
-            if not torch.equal(found[key].to(embeddings[key]), embeddings[key]):
-                raise ValueError(
-                    f"{self.weights.path}: tensor {key!r} differs from the model's embedding, which the model's other "
-                    "adapters were trained with. Load the folder onto a base of its own with from_pretrained"
+    def _check_vocabulary(
+        self, tables: dict[str, VocabularyTensor], new: dict[str, VocabularyTensor], found: dict[str, Tensor]
+    ) -> None:
+        """Whether the model can have the embeddings that are in the folder. They are the base's own: other adapters
+        that it carries were trained with those that it has."""
+        for key, table in tables.items():
+            if key in new and not is_offloaded(table.module):
+                twins = (other for other in new if new[other].parameter is table.parameter)
+                if all(torch.equal(found[other], found[key]) for other in twins):
+                    continue
+                reason = "another tensor of the file, which in this model shares its weight: untie them first"
+            elif table.is_stored or torch.equal(found[key].to(table.parameter), table.value({}).to(table.parameter)):
+                continue
+            elif key in new:
+                reason = "the model's embedding, which is offloaded: give it a device of its own in device_map"
+            else:
+                reason = (
+                    "the model's embedding, which the model's other adapters were trained with. Load the folder onto a "
+                    "base of its own with from_pretrained"
                 )
+            raise ValueError(f"{self.weights.path}: tensor {key!r} differs from {reason}")
 
-    def _check_base(self, name: str, layer: PissaLayer) -> None:
-        if layer.base_fingerprint() != self.records[name].weight:
+    def _check_base(
+        self, name: str, layer: PissaLayer, weight: Tensor | None, residual: Tensor | Nf4Weight | None
+    ) -> None:
+        """Compares the base that the layer will have, with the weight or the residual out of the files if given."""
+        record = self.records[name]
+        if residual is not None:
+            if residual_fingerprint(residual) != record.stored:
+                raise ValueError(
+                    f"{self.folder / PISSA_RECORD} and {self.starts.path} do not belong together, or one is damaged: "
+                    f"the residual of layer {name} is not the one that was saved"
+                )
+            return
+        if (layer.base_fingerprint() if weight is None else layer.fingerprint_with(weight)) != record.weight:
             raise ValueError(
                 f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
                 f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -254,14 +314,23 @@ class Checkpoint:
         return _LayerTensors(start, deltas, base, magnitude)
 
     @torch.no_grad()
-    def _restore_layer(self, name: str, layer: PissaLayer, tensors: _LayerTensors, adapter_name: str) -> bool:
+    def _restore_layer(
+        self,
+        name: str,
+        layer: PissaLayer,
+        tensors: _LayerTensors,
+        residual: Tensor | Nf4Weight | None,
+        adapter_name: str,
+    ) -> bool:
         """Whether the base is, to the bit, the one that the adapter was trained on."""
         record = self.records[name]
         device = layer.device_of(adapter_name)
         exact = True
         if record.form != layer.form:
             base = tensors.base.to(device)
-            residual = layer.residual(base, record.form)
+            if residual is None:
+                residual = layer.residual(base, record.form)
+            layer.learn_base_fingerprint(record.weight)
             layer.store_base(residual, base, self.config)
             exact = layer.residual_fingerprint() == record.stored
         layer.share_start(adapter_name, tensors.start.to(device))
@@ -284,17 +353,79 @@ class Checkpoint:
             starts |= {f"{name}.norm": (rows,)}
         return starts
 
+    def _residual_shapes(self, name: str, layer: PissaLayer) -> dict[str, Expected]:
+        """The tensors of a layer's residual in pissa.safetensors; none where the file has none."""
+        shapes = residual_shapes(self.records[name].form, layer.matrix_shape)
+        keys = {f"{name}.base.{part}": expected for part, expected in shapes.items()}
+        return keys if self.records[name].stored and keys.keys() & set(self.starts.names) else {}
+
+    def _residual(self, name: str, layer: PissaLayer) -> Tensor | Nf4Weight | None:
+        """The residual that the layer's base, which is dense, is to be replaced by, where the folder has it."""
+        record, device = self.records[name], execution_device(layer.unmerged_base)
+        if record.form == layer.form or not (keys := self._residual_shapes(name, layer)):
+            return None
+        parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
+        return residual_from(parts, record.form, layer.matrix_shape)
+
+
+def _dtypes(value: Tensor) -> tuple[torch.dtype, ...]:
+    """What a file may hold of it."""
+    return _FLOATS if value.is_floating_point() else (value.dtype,)
+
+
+def read_config(folder: Path) -> PissaConfig:
+    """The configuration of the adapter in the folder, or the one that `PissaConfig.save_pretrained` wrote there.
+
+    Raises:
+        ValueError: neither is there, or a damaged file, naming the file.
+    """
+    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
+        config = read_config_alone(folder / ADAPTER_CONFIG)
+        if config is not None:
+            return config
+    return _read_record(folder).config
+
+
+def _read_record(folder: Path) -> AdapterRecord:
+    if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails where a name is too long
+        if os.path.isfile(folder / ADAPTER_CONFIG):
+            raise ValueError(
+                f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained, or "
+                "peft.PeftConfig.from_pretrained for its configuration"
+            )
+        raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
+    return AdapterRecord.read(folder / PISSA_RECORD)
+
+
+def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
+    """Whether the user's configuration describes the adapter in the folder, as far as `restore` does not see to it: it
+    compares layers, ranks, scalings and tensors."""
+    if not isinstance(config, PissaConfig):
+        raise TypeError(
+            f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
+            "the one in the folder"
+        )
+    for name in ("init", "svd", "svd_passes", "seed", "form", "use_adalora", "use_dora"):
+        given, needed = getattr(config, name), getattr(saved, name)
+        if given != needed:
+            raise ValueError(
+                f"config: {name} is {given!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
+                "change the one that pissa.PissaConfig.from_pretrained reads there"
+            )
+
 
 def _others(
     model: PissaModel, adapter_name: str, layers: dict[str, PissaLayer]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the model has of the tensors that adapter_model.safetensors holds beside the layers', under PEFT's names:
     modules_to_save, and embeddings, which PEFT saves if it is asked to or if they were resized."""
+    trained = {f"{PREFIX}{name}.{key}" for name, layer in layers.items() for key in layer.state_keys(adapter_name)}
+    state = {key: value for key, value in model.state_dict().items() if key not in trained}
     modules, with_embeddings = (
         {
             key: value
             for key, value in get_peft_model_state_dict(
-                model, adapter_name=adapter_name, save_embedding_layers=embeddings
+                model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=embeddings
             ).items()
             if not is_of_a_layer(key, layers)
         }

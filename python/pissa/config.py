@@ -2,28 +2,33 @@
 
 The only file that uses private names of PEFT: `LoraConfig._register_custom_module` (experimental, says its
 documentation), through which a LoRA layer class of one's own is made known, a conversion of targets that has to be kept
-from ours, and the fetching of offloaded weights. All are there from peft 0.21 on.
+from ours, what "all-linear" means and which layers PEFT refuses, the hooks of `adapter_names`, and the fetching of
+offloaded weights. All are there from peft 0.21 on.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
+import itertools
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners import tuners_utils
-from peft.utils import transformers_weight_conversion
+from peft.utils import PeftType, transformers_weight_conversion
 from torch import nn
 
 Svd = Literal["krylov", "subspace", "exact"]
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
-Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq"]
+Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "zero"]
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default, so that whatever a
 # later PEFT adds is refused by name until somebody has thought about it.
@@ -47,12 +52,20 @@ _SUPPORTED = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "trainable_token_indices",
         "bias",
         "fan_in_fan_out",  # of Conv1D; which layers that is needs no telling
         "target_parameters",  # of fused experts
         "use_dora",
     }
 )
+
+
+class PissaType(str, enum.Enum):
+    """`peft_type` of a PissaConfig. Under LORA's, PEFT would hand out dA and dB as A and B, and take A and B for them:
+    see `tuner`."""
+
+    PISSA = "PISSA"
 
 
 class Form(NamedTuple):
@@ -83,10 +96,17 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     so that the scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as PEFT
     does.
 
+    "all-linear", given or by default, leaves the choice of layers to us. So a layer whose smaller side is less than `r`
+    gets the smaller side as its rank, with the scaling that `r` would give it, and layers that PEFT refuses in a family
+    (Mamba's out_proj) are left out. One warning says so. Names and patterns in `target_modules`, and ranks in
+    `rank_pattern`, are taken as they are given: there such a layer is an error.
+
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
             "pissa_minor" from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from
-            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of 4 bits.
+            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of 4 bits. "zero" is what an
+            adapter says that has taken the factors of a plain LoRA, A0 = B0 = 0; nothing can be trained from there, so
+            `wrap` and `add_adapter` refuse it.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight; even, at least 2. Not used by "exact".
         seed: seed of the random sketch. The result does not depend on torch's generator.
@@ -137,7 +157,31 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         self._check_scaling()
         self._check_own_fields()
         super().__post_init__()
+        self.peft_type = PissaType.PISSA
         self.build_layers_with(_refuse)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PissaConfig:
+        """The configuration that an adapter was saved with, or that `PissaConfig.save_pretrained` wrote, for `wrap`.
+
+        What `peft.LoraConfig.from_pretrained` reads of an adapter is the plain LoRA beside it, of twice the rank.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the id of a repository of the Hugging Face Hub; a folder wins.
+            subfolder: of either.
+            kwargs: for the Hub `revision`, `token`, `cache_dir` and the like; others are ignored, as PEFT does.
+
+        Raises:
+            ValueError: no such configuration there, or a damaged file, naming file and field.
+        """
+        # Reading stands on the configuration.
+        from pissa.checkpoint import read_config
+        from pissa.io import CONFIG_FILES
+        from pissa.loading import adapter_folder
+
+        return read_config(adapter_folder(pretrained_model_name_or_path, CONFIG_FILES, subfolder=subfolder, **kwargs))
 
     @property
     def form(self) -> Form:
@@ -175,8 +219,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         for f in dataclasses.fields(LoraConfig):
             if f.name in _SUPPORTED or f.name == "init_lora_weights":
                 continue
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            value = getattr(self, f.name)
+            default, value = default_of(f), getattr(self, f.name)
             if value != default:
                 raise ValueError(
                     f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
@@ -223,6 +266,10 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.orth_reg_weight, (int, float)) or not 0 <= self.orth_reg_weight < math.inf:
             raise ValueError(f"orth_reg_weight must be a number from 0 on, got {self.orth_reg_weight!r}")
+        tokens = self.trainable_token_indices or []
+        for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
+            if not _is_int(index) or index < 0:
+                raise ValueError(f"trainable_token_indices must be integers from 0 on, got {index!r}")
         if self.init == "loftq" and self.quant is None:
             raise ValueError('init="loftq" starts from the error of 4 bits: give quant="nf4" with it')
         if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):
@@ -230,6 +277,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
                 "it are pissa, pissa_medium and pissa_minor, without use_dora"
             )
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a configuration's field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @contextmanager
@@ -268,6 +320,53 @@ def fetched_by_layers() -> Iterator[None]:
         yield
     finally:
         tuners_utils.onload_layer = fetch
+
+
+class TakesHooksOff(PeftModel):  # type: ignore[misc]
+    """A PeftModel that takes the hooks of `adapter_names` off its layers after a forward pass that fails, too. PEFT
+    leaves them on, and every later pass has the names of the failed one."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        hooks.__enter__()
+        try:
+            yield
+        finally:
+            hooks.__exit__(None, None, None)
+
+
+def is_all_linear(config: LoraConfig) -> bool:
+    """Whether the choice of layers is left to us."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def all_linear(config: LoraConfig, model: nn.Module) -> set[str]:
+    """The names of the layers that "all-linear" means in `model`."""
+    names: set[str] = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    return names
+
+
+def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses to adapt the layer, whose weight the kernels of such models read without calling it."""
+    try:
+        check_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
+    """Raises ValueError for a layer, given by the last part of its name, that PEFT refuses to adapt by LoRA."""
+    lora = copy.copy(config)
+    lora.peft_type = PeftType.LORA
+    tuners_utils._check_lora_target_modules_mamba(lora, model, target_name)
+
+
+def exactly(name: str) -> str:
+    """A key of `rank_pattern` and `alpha_pattern` for the layer of that name alone. PEFT searches from the end of a
+    name; the anchor keeps the pattern from every other name."""
+    return f"^{re.escape(name)}"
 
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:

@@ -40,8 +40,8 @@ class PissaConvolution(PissaLayer):
         return a.flatten(1), b.flatten(1)
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
-        x = self.lora_dropout[adapter_name](x).to(da.dtype)
+        (da, db), start = (delta.float() for delta in self.changed_factors(adapter_name)), self.start_of(adapter_name)
+        x = self.lora_dropout[adapter_name](x).float()
         moved = self._convolve(x, da)
         change = self._mix(self._convolve(x, start.a0) + moved, db) + self._mix(moved, start.b0)
         scaling: float = self.scaling[adapter_name]

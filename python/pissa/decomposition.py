@@ -45,7 +45,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
             that is not the same on all ranks.
     """
     layers = pissa_layers(model, adapter_name)
-    _check_forms(model, layers, config, first)
+    stored = _to_store(model, layers, config, first)
     _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
@@ -73,10 +73,12 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         a0, b0 = (distributed.broadcast(factor, owners[name]) for factor in factors.pop(name))
         starts[name] = StartFactors(a0, b0, origins[name])
     for name, layer in layers.items():
-        layer.start_from(adapter_name, starts[name], config)
+        if name in stored:
+            layer.store_base(layer.residual(starts[name], config.form), starts[name], config)
+        layer.start_from(adapter_name, starts[name])
     if distributed.world_size() > 1:
-        stored = {name: layer for name, layer in layers.items() if layer.form != IMPLICIT}
-        _share_fingerprints(stored, PissaLayer.residual_fingerprint, PissaLayer.learn_residual_fingerprint)
+        kept = {name: layer for name, layer in layers.items() if layer.form != IMPLICIT}
+        _share_fingerprints(kept, PissaLayer.residual_fingerprint, PissaLayer.learn_residual_fingerprint)
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
@@ -121,8 +123,11 @@ def _share_fingerprints(
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # a path may be another on each machine
 
 
-def _check_forms(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool) -> None:
+def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool) -> set[str]:
+    """The layers whose dense base is to be replaced by a residual. Weights that are tied to another module's stay as
+    they are, which is warned of."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    stored, tied = set(), []
     for name, layer in layers.items():
         if config.form in (IMPLICIT, layer.form):
             continue
@@ -131,18 +136,25 @@ def _check_forms(model: nn.Module, layers: dict[str, PissaLayer], config: PissaC
                 f"layer {name} is a {type(layer.unmerged_base).__name__}, whose base stays as it is and cannot become "
                 f"{config.form.describe()}; {leave_out(name)}"
             )
+        if layer.form == IMPLICIT and uses[id(layer.unmerged_base.weight)] > 1:
+            tied.append(name)
+            continue
         if not first or layer.form != IMPLICIT:
             raise ValueError(
                 f"the base of layer {name} is {layer.form.describe()} and cannot become "
                 f"{config.form.describe()}: other adapters are changes of the function that it has. "
                 "Leave quant and residual out, and the adapter takes the base as it is"
             )
-        if uses[id(layer.unmerged_base.weight)] > 1:
-            raise ValueError(
-                f"the weight of layer {name} is tied to another module, so it cannot be replaced by a "
-                f"residual stored as {config.form.describe()}: use the implicit residual, untie the "
-                "weight, or leave the layer out"
-            )
+        stored.add(name)
+    if tied:
+        warnings.warn(
+            f"the weight of layer {', '.join(tied)} is tied to another module's, so it stays dense and its adapter is "
+            f"implicit, while other layers keep a residual, {config.form.describe()}. Untie the weight to have it "
+            "stored, or leave the layer out.",
+            UserWarning,
+            stacklevel=7,  # the caller of pissa.wrap
+        )
+    return stored
 
 
 def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) -> None:

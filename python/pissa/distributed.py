@@ -37,6 +37,17 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id") and tensor.numel() == 0
 
 
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, naming the first, where this process holds a part of a tensor only."""
+    if sharded := [name for name, value in tensors.items() if is_sharded(value)]:
+        raise ValueError(
+            f"the model is sharded: this process holds a part of {sharded[0]} only. Gather it on all ranks by "
+            "accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
+            "is_main_process"
+        )
+
+
 def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
     """`values`, which every process holds whole, as a DTensor where `tensor` is one."""
     if not is_sharded(tensor):

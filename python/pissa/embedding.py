@@ -20,8 +20,8 @@ class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
-        looked_up = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx)  # whose row torch does not train
-        change = (F.embedding(x, start.a0.mT) + looked_up) @ db.mT + looked_up @ start.b0.mT
+        looked_up = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx).float()  # no gradient for that row
+        change = (F.embedding(x, start.a0.mT) + looked_up) @ db.float().mT + looked_up @ start.b0.mT
         # Gemma's and BART's embeddings multiply what they look up.
         scale: float | Tensor = self.scaling[adapter_name] * getattr(self.base_layer, "embed_scale", 1.0)
         return y + (scale * change).to(y.dtype)

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from pissa.config import PissaConfig
+from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
 
 # What the weights of an expert were called before they were fused, and still are in lists of targets.
@@ -51,8 +51,9 @@ class UnfusedExperts(nn.Module):
             for index, weight in enumerate(weights.detach()):
                 matrix = weight.mT if fused.is_transposed else weight
                 with torch.device("meta"):
-                    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+                    linear: Any = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
+                linear.rows_are_tokens = True  # which a router chooses, from any row of the batch
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # in whose place among the parameters it will be again
 
@@ -165,7 +166,7 @@ def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
     probe.target_modules = {path}
     if not check_target_module_exists(probe, path):  # excluded, or in a layer that is not to be adapted
         return False
-    probe.target_modules = set(names) if _is_all_linear(config) else _with_present_names(config.target_modules)
+    probe.target_modules = set(names) if is_all_linear(config) else _with_present_names(config.target_modules)
     found = [bool(check_target_module_exists(probe, f"{path}.0.{name}")) for name in names]
     if not any(found) and any(check_target_module_exists(probe, f"{path}.{name}") for name in names):
         raise ValueError(
@@ -173,10 +174,6 @@ def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
             f"layers of their own: let the pattern match {path}.0.{names[0]}"
         )
     return any(found)
-
-
-def _is_all_linear(config: PissaConfig) -> bool:
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
 def _ends_with(key: str, target: str) -> bool:

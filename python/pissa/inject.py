@@ -47,12 +47,13 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     it replaces stay in memory until it ends.
     """
     modules = [(module, vars(module).copy()) for module in model.modules()]
-    # PEFT keeps one dictionary of configurations in several modules: its content is restored, in place.
+    # PEFT keeps one dictionary of configurations in several modules, and the names of its adapters in others: the
+    # content is restored, in place.
     containers = [
         (value, value.copy())
         for _, attributes in modules
         for value in attributes.values()
-        if isinstance(value, (dict, list))
+        if isinstance(value, (dict, list, set))
     ]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -5,7 +5,8 @@
     pissa.json                  the PissaConfig, and for each layer a fingerprint of its base
     pissa.safetensors           A0 (B0, dA and dB are above), and the factors of a stored base that are not
                                 the adapter's own; with DoRA the norms of the base's rows; with AdaLoRA the
-                                differences of singular values and vectors that dA is made of
+                                differences of singular values and vectors that dA is made of; of an output
+                                layer that is kept as a residual and saved, the residual
 
 Start factors are frozen, so the files of two saves of one run fit each other. That the upper half of lora_A
 is A0 + dA to the bit shows that they do; checksums within each file, that it is as it was written.
@@ -18,21 +19,22 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
+from pissa.bases import whole
 from pissa.convolution import PissaConvolution
-from pissa.distributed import is_sharded
+from pissa.distributed import check_whole
 from pissa.files import Staged
 from pissa.inject import pissa_layers
-from pissa.plain_lora import PREFIX, Matrices, factors_of, is_of_a_layer, lora_config, magnitude_key
+from pissa.plain_lora import PREFIX, lora_config
 from pissa.record import AdapterRecord, LayerRecord
-from pissa.stored import StoredLinear
+from pissa.stored import StoredLinear, residual_tensors
 from pissa.tensor_file import write_tensors
+from pissa.vocabulary import is_to_be_saved, vocabulary
 
 if TYPE_CHECKING:
     from pissa.model import PissaModel
@@ -41,6 +43,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PISSA_RECORD = "pissa.json"
 PISSA_WEIGHTS = "pissa.safetensors"
+CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
+ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)
 
 
 def save_adapter(
@@ -53,60 +57,52 @@ def save_adapter(
     """Writes one adapter to `directory`, or, unless it is called "default", to a sub-folder of its name."""
     config = model.peft_config[adapter_name]
     layers = pissa_layers(model.base_model.model, adapter_name)
-    # PEFT saves an embedding layer's own weight as soon as the layer is adapted; ours has not changed.
-    if save_embedding_layers == "auto" and any(name.endswith(tuple(EMBEDDING_LAYER_NAMES)) for name in layers):
-        save_embedding_layers = False
-    _check_whole(dict(model.named_parameters()) if state_dict is None else state_dict)
-    state = get_peft_model_state_dict(
-        model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
-    )
-    matrices: dict[str, Matrices] = {}
+    with_vocabulary = is_to_be_saved(model, adapter_name, save_embedding_layers)
+    check_whole(dict(model.named_parameters()) if state_dict is None else state_dict)
+    state = model.state_dict() if state_dict is None else state_dict
+    lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     starts: dict[str, Tensor] = {}
-    magnitudes: dict[str, Tensor] = {}
     for name, layer in layers.items():
         start, base = layer.start_of(adapter_name), layer.unmerged_base
-        deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
-        a, b = start.factors_of_change(deltas)
-        matrices[name] = a.cpu(), b.cpu()
-        starts[f"{name}.a0"] = start.a0.cpu()
-        if deltas.e is not None:
-            starts |= {f"{name}.delta_a": deltas.a.cpu().contiguous(), f"{name}.delta_e": deltas.e.cpu()}
+        starts[f"{name}.a0"] = start.a0
+        if config.use_adalora:
+            deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
+            starts |= {f"{name}.delta_a": deltas.a, f"{name}.delta_e": cast(Tensor, deltas.e)}
         if config.use_dora:
-            key = magnitude_key(name)
-            magnitudes[key] = state[key].detach().float().cpu()
-            starts[f"{name}.norm"] = layer.magnitude(adapter_name).base_lengths.cpu()
+            starts[f"{name}.norm"] = layer.magnitude(adapter_name).base_lengths
         if isinstance(base, StoredLinear) and base.start is not start:
-            starts[f"{name}.base.a0"] = base.start.a0.cpu()
-            starts[f"{name}.base.b0"] = base.start.b0.cpu()
-    others = {
-        key: value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
-        for key, value in state.items()
-        if not is_of_a_layer(key, layers)
-    }
-    lora: dict[str, Tensor] = {}
-    for factors in factors_of(model.base_model.model, layers):
-        lora |= factors.pack([matrices[name] for name in factors.layers])
+            starts |= {f"{name}.base.a0": base.start.a0, f"{name}.base.b0": base.start.b0}
     gathered = {name: (state_dict or {}).get(f"{PREFIX}{name}.base_layer.weight") for name in layers}
+    if with_vocabulary:
+        found = vocabulary(model, adapter_name)
+        lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
+        stored = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
+        for name, layer in layers.items():
+            if id(layer.unmerged_base) in stored:  # its dense weight cannot be had again
+                parts = residual_tensors(whole(layer.unmerged_base, gathered[name]).residual)
+                starts |= {f"{name}.base.{part}": tensor for part, tensor in parts.items()}
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     record = AdapterRecord(config, records)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with Staged(folder) as staged:
         staged.path(PISSA_RECORD).write_text(record.text())
-        write_tensors(staged.path(PISSA_WEIGHTS), starts)
+        write_tensors(staged.path(PISSA_WEIGHTS), _on_cpu(starts))
         plain = lora_config(model.base_model.model, config, adapter_name, layers)
         staged.path(ADAPTER_CONFIG).write_text(_config_text(model, plain))
         # Renamed last: an adapter that is there is complete.
-        write_tensors(staged.path(ADAPTER_WEIGHTS), lora | magnitudes | others)
+        write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
 
 
-def _check_whole(state: Mapping[str, Tensor]) -> None:
-    if sharded := [name for name, value in state.items() if is_sharded(value)]:
-        raise ValueError(
-            f"the model is sharded: this process holds a part of {sharded[0]} only. Gather it on all ranks by "
-            "accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
-            "is_main_process"
-        )
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous; copied where safetensors would refuse them for sharing memory."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return found
 
 
 def save_card(model: PissaModel, directory: str | os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.bases import bias_of, dense_kind, weight_matrix, whole, with_matrix
+from pissa.bases import as_weight, bias_of, dense_kind, weight_matrix, whole, with_matrix, with_weight
 from pissa.bitsandbytes import Nf4Base
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.fingerprint import Remembered, fingerprint
@@ -49,7 +49,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         # PEFT's embeddings and convolutions make their first adapter without it.
         self._target_name = kwargs["target_name"]
         super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.lora_unmerged: nn.Module | None = None
+        self._rows_are_tokens = getattr(base_layer, "rows_are_tokens", False)  # of fused experts
         self._known_fingerprint, self._known_residual = Remembered(), Remembered()
 
     # -- what depends on the kind of module
@@ -121,6 +121,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             return base.fingerprint
         return self._known_fingerprint.of(base.weight, lambda: fingerprint(weight_matrix(whole(base, gathered))))
 
+    def fingerprint_with(self, weight: Tensor) -> str:
+        """What `base_fingerprint` is once the base, which is dense, has this weight."""
+        base = self.unmerged_base
+        return fingerprint(weight_matrix(with_weight(base, weight.to(base.weight.dtype))))
+
     def residual_fingerprint(self, gathered: Tensor | None = None) -> str:
         """Fingerprint of what a stored base keeps; `gathered` and errors are those of `base_fingerprint`."""
         base = self.unmerged_base
@@ -150,21 +155,25 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if r > limit:
             raise ValueError(
                 f"rank {r} is too large for layer {self._target_name}: its weight is {out_features} "
-                f"x {in_features}, so at most {limit}. Lower r, give this layer a rank of its own in "
-                "rank_pattern, or leave it out with exclude_modules"
+                f"x {in_features}, so at most {limit}. Give rank_pattern={{{self._target_name!r}: {limit}}}, "
+                "lower r, or leave it out with exclude_modules"
             )
         if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
             self.lora_start = nn.ModuleDict()
             self.lora_E = nn.ModuleDict()
+            self.lora_unmerged: nn.Module | None = None
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        device = self.device_of(adapter_name)
+        if isinstance(self.unmerged_base, StoredLinear):  # whose codes have no dtype that PEFT could take
+            for factor in (self.lora_A, self.lora_B):
+                factor[adapter_name].to(self.dense_dtype)
+        like = self.factor_parameters(adapter_name)[0]
         if config.use_adalora:
             # A module, as PEFT's factors are: TRL makes its reference by copying what is called *.default.* to *.ref.*
-            singular_values = nn.Linear(1, r, bias=False, device=device)
+            singular_values = nn.Linear(1, r, bias=False, device=like.device, dtype=like.dtype)
             nn.init.zeros_(singular_values.weight)
             self.lora_E[adapter_name] = singular_values
         if config.use_dora:
-            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.ones(out_features, device=device))
+            self.lora_magnitude_vector[adapter_name] = Magnitude(like.new_ones(out_features))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool) -> None:
@@ -194,11 +203,17 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         e = cast(Tensor, self.lora_E[adapter_name].weight) if adapter_name in self.lora_E else None
         return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)), e)
 
+    def state_keys(self, adapter_name: str) -> list[str]:
+        """What the layer's state dict calls the parameters of `deltas`."""
+        names = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
+        parts = (name.partition(".") for name in names)
+        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in parts]
+
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
-        """The same, float32 on the adapter's device, out of a state dict that has them under `prefix` and the names of
-        PEFT's files."""
-        keys = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
+        """The same, float32 on the adapter's device, out of a state dict that has the layer's parameters under
+        `prefix`."""
         device = self.device_of(adapter_name)
+        keys = self.state_keys(adapter_name)
         a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in keys)
         return Deltas(*self.as_matrices(a, b), *e)
 
@@ -226,17 +241,18 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """The weight of the base function as a matrix [out, in]; see `bases.weight_matrix`."""
         return weight_matrix(self.unmerged_base)
 
-    def start_from(self, adapter_name: str, start: StartFactors, config: PissaConfig) -> None:
-        """Gives an adapter its start factors, the principal part of the base.
-
-        A dense base is stored as the configuration says; a base that is stored already stays as it is.
-        """
-        if config.form not in (IMPLICIT, self.form):
-            self.store_base(self.residual(start, config.form), start, config)
+    def start_from(self, adapter_name: str, start: StartFactors) -> None:
+        """Gives an adapter its start factors, the principal part of the base."""
         self.lora_start[adapter_name] = start
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.dense_base().detach(), dim=1, dtype=torch.float32)
             self.magnitude(adapter_name).set(lengths, lengths)
+
+    def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
+        """Gives an adapter start factors of zero: its A and B are dA and dB then, as in a plain LoRA."""
+        origin = self.origin(adapter_name, config)._replace(init="zero")
+        a0, b0 = (factor.zero_() for factor in self.empty_factors(adapter_name))
+        self.lora_start[adapter_name] = StartFactors(a0, b0, origin)
 
     def residual(self, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
         """What a stored base keeps of a dense one: the weight without its principal part; with LoftQ all of it."""
@@ -269,17 +285,27 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return self.adapted(x, [name for name in self.active_adapters if name in self.r])
 
     def _row_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        names = set(adapter_names) & set(self.r)
+        if self._rows_are_tokens:
+            if names:
+                raise ValueError(
+                    f"adapter_names: layer {self._target_name} is an expert's, whose rows are tokens from any row of "
+                    f"the batch, and is adapted by {', '.join(sorted(names))}. Call set_adapter and compute the rows "
+                    "of each adapter in a batch of their own, or adapt no experts (exclude_modules)"
+                )
+            return cast(Tensor, self.base_layer(x))
         if len(adapter_names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{len(adapter_names)} and {len(x)} respectively, in layer {self._target_name}. Give one name for each "
+                "row of the batch; a layer whose rows are others (an expert's) cannot be adapted then (exclude_modules)"
             )
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         y = cast(Tensor, self.base_layer(x))
-        for name in set(adapter_names) & set(self.r):
+        for name in names:
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             y[rows] = self.adapted(x[rows], [name])
         return y
@@ -294,9 +320,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     # -- merging
 
     def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter has learnt, float32, in the shape of the base's dense weight, as in PEFT."""
+        return as_weight(self.unmerged_base, self.delta_matrix(adapter))
+
+    def delta_matrix(self, adapter_name: str) -> Tensor:
         """What the adapter has learnt, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
-        a, b = self.start_of(adapter).factors_of_change(self.deltas(adapter))
-        scaling: float = self.scaling[adapter]
+        a, b = self.start_of(adapter_name).factors_of_change(self.deltas(adapter_name))
+        scaling: float = self.scaling[adapter_name]
         return scaling * (b @ a)
 
     @torch.no_grad()
@@ -314,7 +344,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         base = self.unmerged_base
         weight = self.dense_base().float()
         for name in [*self.merged_adapters, *names]:
-            weight = weight + self.get_delta_weight(name)
+            weight = weight + self.delta_matrix(name)
         merged = with_matrix(base, weight.to(self.dense_dtype))
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -341,6 +371,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if isinstance(base, StoredLinear):
             return with_matrix(base, base.dense().to(base.dtype))
         return cast(nn.Module, base)
+
+    def _get_name(self) -> str:
+        """What `repr` and PEFT's `get_layer_status` call the kind of layer: PEFT's name for it."""
+        return f"lora.{type(self).__name__.removeprefix('Pissa')}"
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(cast(nn.Module, self))

@@ -98,9 +98,9 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
             product = base_product(self.unmerged_base, right)
         return self.magnitude(name).scale(left, right, product, self.scaling[name])
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        delta = super().get_delta_weight(adapter)
-        if adapter not in self.lora_magnitude_vector:
+    def delta_matrix(self, adapter_name: str) -> Tensor:
+        delta = super().delta_matrix(adapter_name)
+        if adapter_name not in self.lora_magnitude_vector:
             return delta
         weight = self.dense_base().float()
-        return self._scale(adapter)[:, None] * (weight + delta) - weight
+        return self._scale(adapter_name)[:, None] * (weight + delta) - weight

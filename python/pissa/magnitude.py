@@ -23,13 +23,25 @@ class Magnitude(KeepsDtype):
     def __init__(self, lengths: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(lengths)
-        self.register_buffer("base_lengths", lengths.clone())
+        self.register_buffer("base_lengths", lengths.detach().float().clone())
 
     @torch.no_grad()
-    def set(self, weight: Tensor, base_lengths: Tensor) -> None:
-        """Takes these values."""
-        self.weight.copy_(sharded_as(self.weight, weight))
+    def set(self, lengths: Tensor, base_lengths: Tensor) -> None:
+        """Takes these values, float32 [out]."""
         self.base_lengths.copy_(base_lengths)
+        if self.weight.dtype != torch.float32:
+            lengths = self._rounded_base(self.weight.dtype) + (lengths - base_lengths)
+        self.weight.copy_(sharded_as(self.weight, lengths))
+
+    def lengths(self, weight: Tensor) -> Tensor:
+        """m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds the length it starts
+        from: m is the base's own length plus what the parameter has moved, so that step 0 is the base."""
+        if weight.dtype == torch.float32:
+            return weight
+        return self.base_lengths + (weight.float() - self._rounded_base(weight.dtype))
+
+    def _rounded_base(self, dtype: torch.dtype) -> Tensor:
+        return self.base_lengths.to(dtype).float()
 
     def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:
         """m / ‖W + s L R‖ [out], differentiable in m.
@@ -44,4 +56,4 @@ class Magnitude(KeepsDtype):
         square = self.base_lengths.square()
         lengths = self.base_lengths * (1 + grown / square.where(square > 0, 1)).clamp(min=0).sqrt()
         lengths = lengths.where(square > 0, grown.clamp(min=0).sqrt())
-        return (self.weight / lengths.where(lengths > 0, 1)).where(lengths > 0, 1.0)
+        return (self.lengths(self.weight) / lengths.where(lengths > 0, 1)).where(lengths > 0, 1.0)

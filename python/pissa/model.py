@@ -7,11 +7,10 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from peft import (
-    PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -25,14 +24,19 @@ from torch import nn
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.adapter_names import check_adapter_name
 from pissa.checkpoint import Checkpoint
-from pissa.config import PissaConfig, fetched_by_layers, targets_as_given
+from pissa.config import PissaConfig, TakesHooksOff, fetched_by_layers, targets_as_given
 from pissa.decomposition import decompose
 from pissa.distributed import failing_together, is_sharded
 from pissa.experts import fuse, unfuse
 from pissa.inject import materialise, restored_on_error
-from pissa.io import save_adapter, save_card, warn_of_plain_lora
+from pissa.io import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
+from pissa.loading import adapter_folder, refuse_unsupported
 from pissa.nf4 import HoldsNf4
-from pissa.targets import check_parents, layer_factory
+from pissa.targets import check_parents, choose_layers, layer_factory
+from pissa.tokens import check_tokens_can_be_merged, mend_token_layers
+from pissa.tuner import guard_state_dict, register, unguard_state_dict
+
+register()
 
 Start = Callable[["PissaModel", str], None]
 """Gives every layer of an adapter that has just been injected its start factors."""
@@ -70,7 +74,8 @@ def wrap(
 
     Raises:
         TypeError: config and fields both given, or a layer that cannot be adapted.
-        ValueError: no layer found, rank too large for one, NaN or Inf in a weight, a model that is wrapped.
+        ValueError: no layer found, rank too large for one that is named, NaN or Inf in a weight, a model that is
+            wrapped.
         pissa.distributed.RankError: another process has failed.
     """
     with restored_on_error(model), failing_together():
@@ -79,7 +84,9 @@ def wrap(
         config = _own_config(PissaConfig(**config_fields) if config is None else config)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
-                "the model carries an adapter already: use add_adapter of the model that wraps it, or unload it"
+                "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
+                "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
+                "second adapter: model.add_adapter(name, config)"
             )
         check_adapter_name(adapter_name, model)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
@@ -93,7 +100,7 @@ def wrap(
         )
 
 
-class PissaModel(PeftModel):  # type: ignore[misc]
+class PissaModel(TakesHooksOff):
     """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap` or `PissaModel.from_pretrained`."""
 
     def __init__(
@@ -107,11 +114,14 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     ) -> None:
         peft_config.build_layers_with(layer_factory(model))
         unfuse(model, peft_config)
+        choose_layers(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
+        mend_token_layers(model)
         _once_each(peft_config)
         self.warned_of_plain_lora = False
         self.register_forward_hook(add_orthogonality_loss)
+        guard_state_dict(model)
         check_parents(model, adapter_name)
         materialise(model, adapter_name)
         start(self, adapter_name)
@@ -149,7 +159,9 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         config.build_layers_with(layer_factory(self.base_model.model))
         with targets_as_given():
             unfuse(self.base_model.model, config)
+            choose_layers(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            mend_token_layers(self.base_model.model)
             _once_each(config)
             check_parents(self.base_model.model, adapter_name)
             materialise(self.base_model.model, adapter_name)
@@ -163,7 +175,13 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges the adapters into dense weights that take the base's place, as in PEFT."""
+        """Merges the adapters into dense weights that take the base's place, as in PEFT; trained tokens into the weight
+        itself.
+
+        Raises:
+            ValueError: trained tokens that one weight cannot hold; nothing is merged then.
+        """
+        check_tokens_can_be_merged(self.base_model.model, adapter_names)
         with fetched_by_layers():
             self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -175,20 +193,27 @@ class PissaModel(PeftModel):  # type: ignore[misc]
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again."""
+        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again.
+
+        Raises:
+            ValueError: as `merge_adapter`.
+        """
+        check_tokens_can_be_merged(self.base_model.model, adapter_names)
         with fetched_by_layers():
             model = self.base_model.merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-        fuse(model)
-        return cast(nn.Module, model)
+        return _as_given(model)
 
     def unload(self) -> nn.Module:
         """The base without adapters, as in PEFT; fused experts are fused again."""
         with fetched_by_layers():
             model = self.base_model.unload()
-        fuse(model)
-        return cast(nn.Module, model)
+        return _as_given(model)
+
+    def _get_peft_specific_model_tags(self) -> list[str]:
+        """Of the model card: the folder holds a LoRA."""
+        return [*super()._get_peft_specific_model_tags(), "lora"]
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
         """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
@@ -261,26 +286,41 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        *,
+        config: PissaConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> PissaModel:
         """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
 
         Args:
             model: the unmodified base; on any failure it is left as it was.
-            model_id: the folder that `save_pretrained` wrote.
+            model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub that
+                has its files; a folder of that name wins.
             adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            low_cpu_mem_usage: accepted as in PEFT; without effect.
+            config: in the place of the saved configuration, and used as it is; it has to describe the same adapter.
+                See `PissaConfig.from_pretrained`.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
+            key_mapping: must be empty: the layers have the names that they were saved with.
+            kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
+                ones are ignored, as in PEFT. So is `torch_device`, since the adapter goes where its layer is, and so
+                are `device_map`, `max_memory` and the like, since a dispatched base stays as it is.
 
         Raises:
-            ValueError: a folder without a PiSSA adapter, a file that is damaged, or a base that is not the
-                one the adapter was trained on, naming the first layer that differs.
+            ValueError: a folder without a PiSSA adapter, a file that is damaged, a base that is not the one that the
+                adapter was trained on, naming the first layer that differs, or an option that cannot be honoured.
+            TypeError: `config` is no PissaConfig.
         """
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError("the model carries an adapter already: use load_adapter of the model that wraps it")
+            raise ValueError(
+                "the model carries an adapter already. To restore onto the base alone: model = model.unload() first; "
+                "to load beside what it has: model.load_adapter(folder, name)"
+            )
         check_adapter_name(adapter_name, model)
-        checkpoint = Checkpoint.read(model_id)
+        refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
+        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         checkpoint.config.inference_mode = not is_trainable
         with checkpoint.blamed(), restored_on_error(model):
             wrapped = _model_class(checkpoint.config)(
@@ -299,21 +339,34 @@ class PissaModel(PeftModel):  # type: ignore[misc]
         is_trainable: bool = False,
         torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-    ) -> None:
+        key_mapping: dict[str, str] | None = None,
+        *,
+        config: PissaConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Adds a saved adapter, or restores the state of one that the model has.
 
         Args:
-            model_id, adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            torch_device, low_cpu_mem_usage: accepted as in PEFT; the adapter goes where its layer is.
+            model_id, key_mapping, kwargs: see `from_pretrained`.
+            config: see `from_pretrained`; of an adapter that the model has, only compared with the saved one.
+            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect: the adapter
+                goes where its layer is.
+
+        Returns:
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty: an adapter of
+            which a tensor is missing, or that has one too many, is refused.
 
         Raises:
-            ValueError: as `from_pretrained`; the model is left as it was.
+            ValueError, TypeError: as `from_pretrained`; the model is left as it was.
         """
         known = adapter_name in self.peft_config
         if not known:
             check_adapter_name(adapter_name, self.base_model.model)
-        checkpoint = Checkpoint.read(model_id)
+        refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
+        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         if known:
             checkpoint.restore(self, adapter_name)
         else:
@@ -324,6 +377,7 @@ class PissaModel(PeftModel):  # type: ignore[misc]
                 self.set_requires_grad(adapter_name)
         if not is_trainable:
             self.eval()
+        return nn.Module().load_state_dict({})  # torch has no public name for the type
 
 
 class PissaModelForCausalLM(PissaModel, PeftModelForCausalLM):  # type: ignore[misc]
@@ -364,10 +418,22 @@ def _model_class(config: PissaConfig) -> type[PissaModel]:
     }.get(config.task_type, PissaModel)
 
 
+def _as_given(model: nn.Module) -> nn.Module:
+    """An unloaded model without what was done to it for adapters."""
+    fuse(model)
+    unguard_state_dict(model)
+    return model
+
+
 def _own_config(config: PissaConfig) -> PissaConfig:
     """A copy, since PEFT writes into the configuration that it is given."""
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
+    if config.init == "zero":
+        raise ValueError(
+            'init="zero" gives A0 = B0 = 0, from where no gradient leads away; it is for adapters that take over a '
+            "plain LoRA: make the adapter with any other init, then call peft.set_peft_model_state_dict"
+        )
     return copy.deepcopy(config)
 
 

@@ -18,6 +18,7 @@ from . import _autograd  # noqa: F401  registers fakes and gradients
 from ._check import (
     FLOATS,
     check_blocksize,
+    check_change_scaling,
     check_devices,
     check_factors,
     check_frozen,
@@ -398,7 +399,7 @@ def linear(
         weight: [out, in] in any of these dtypes, or `Nf4Weight`.
         bias: [out], or None.
         delta_a, a0: [r, in]. delta_b, b0: [out, r]. Given in pairs; computed with in float32.
-        scaling: lora_alpha / r.
+        scaling: lora_alpha / r; any finite number.
 
     Returns:
         y: [..., out], in x's dtype; under autocast in autocast's.
@@ -423,7 +424,7 @@ def linear(
     if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
         raise ValueError(f"bias: got shape {list(bias.shape)}; needed: [{out_features}]")
     check_residual(residual, ("stored", "implicit"))
-    check_scaling(scaling)
+    check_change_scaling(scaling)
     if (delta_a is None) != (delta_b is None) or (a0 is None) != (b0 is None) or (a0 is not None and delta_a is None):
         raise ValueError("factors: give delta_a with delta_b, and a0 with b0 (beside the deltas), or none of them")
     if delta_a is not None and delta_b is not None:
@@ -464,7 +465,7 @@ def add_low_rank(
         base: [..., out], float32, bfloat16 or float16.
         x: [..., in] in any of these dtypes, with base's leading dimensions.
         delta_a, a0: [r, in]. delta_b, b0: [out, r]. Computed with in float32.
-        scaling: lora_alpha / r.
+        scaling: lora_alpha / r; any finite number.
 
     Returns:
         [..., out] in base's dtype.
@@ -477,7 +478,7 @@ def add_low_rank(
         raise ValueError(
             f"base: got shape {list(base.shape)}; needed: [..., out] with x's leading dimensions, {list(x.shape[:-1])}"
         )
-    check_scaling(scaling)
+    check_change_scaling(scaling)
     if (a0 is None) != (b0 is None):
         raise ValueError("factors: give a0 with b0, or neither")
     factors = _checked_factors(delta_a, delta_b, a0, b0, base.shape[-1], x.shape[-1])

@@ -3,7 +3,6 @@ configuration beside them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.config import PissaConfig, rewritten_by_peft
+from pissa.config import PissaConfig, exactly, rewritten_by_peft
 from pissa.experts import adapted_names, places, stack, unfused_experts, unstack
 from pissa.layer import PissaLayer
 
@@ -109,12 +108,12 @@ def lora_config(
     targets = modules | parameters
     grow = lora.lora_alpha / config.lora_alpha
     lora.rank_pattern = {
-        re.escape(target): 2 * layer.r[adapter_name]
+        exactly(target): 2 * layer.r[adapter_name]
         for target, layer in targets.items()
         if layer.r[adapter_name] != config.r
     }
     lora.alpha_pattern = {
-        re.escape(target): grow * layer.lora_alpha[adapter_name]
+        exactly(target): grow * layer.lora_alpha[adapter_name]
         for target, layer in targets.items()
         if layer.lora_alpha[adapter_name] != config.lora_alpha
     }

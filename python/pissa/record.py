@@ -7,16 +7,18 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peft import LoraConfig
 from torch import Tensor
 
 import pissa
 from pissa._check import check_blocksize, check_residual, check_scaling, check_svd
-from pissa.config import IMPLICIT, Form, Init, PissaConfig
+from pissa.config import IMPLICIT, Form, Init, PissaConfig, default_of
 from pissa.json_file import read_json, shown
 from pissa.layer import PissaLayer
 from pissa.stored import Origin, StoredLinear
@@ -25,6 +27,9 @@ FORMAT = 1
 
 # Bytes: what safetensors allows a header. 100,000 layers take half of it.
 _SIZE_LIMIT = 100_000_000
+
+_ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
+"""pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +111,8 @@ class AdapterRecord:
         Raises:
             ValueError: naming the file and the field, what was found and what is allowed.
         """
-        try:
+        with _naming(path):
             return AdapterRecord._parse(read_json(path, _SIZE_LIMIT))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
-                "or take the file from a copy"
-            ) from error
 
     @staticmethod
     def _parse(record: Any) -> AdapterRecord:
@@ -130,13 +130,38 @@ class AdapterRecord:
         for name, layer in _typed(fields["layers"], dict[str, Any], "layers").items():
             try:
                 layers[name] = _typed(layer, LayerRecord, "the record")
-                if config.form not in (IMPLICIT, layers[name].form):
+                # Implicit: the layer's weight is tied to another module's.
+                if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
         if fields.pop("sha256") != checksum(fields):
             raise ValueError("sha256 is not the checksum of the other fields: one of them has been changed")
         return AdapterRecord(config, layers)
+
+
+def read_config_alone(path: Path) -> PissaConfig | None:
+    """The configuration in PEFT's adapter_config.json, as `PissaConfig.save_pretrained` wrote it; None where another
+    configuration is.
+
+    Raises:
+        ValueError: naming the file and the field, what was found and what is allowed.
+    """
+    with _naming(path):
+        fields = _typed(read_json(path, _SIZE_LIMIT), dict[str, Any], "the content")
+        return _config_from_json(fields) if {"svd", "svd_passes"} <= fields.keys() else None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the file in what the block says of its content."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
+            "or take the file from a copy"
+        ) from error
 
 
 def checksum(record: Mapping[str, Any]) -> str:
@@ -189,22 +214,38 @@ def _fields(value: dict[str, Any], hints: Mapping[str, Any], where: str) -> dict
 
 
 def _config_as_json(config: PissaConfig) -> dict[str, Any]:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    del fields["runtime_config"]
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+    """Its own fields, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
+    peft = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    fields = {}
+    for f in _config_fields():
+        value = getattr(config, f.name)
+        if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
+            fields[f.name] = sorted(value) if isinstance(value, set) else value
+    return fields
 
 
 def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
     hints = get_type_hints(PissaConfig)
-    known = {f.name: f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"}
+    known = {f.name: f for f in _config_fields()}
+    given = {}
     for name, value in fields.items():
         if name not in known:
-            raise ValueError(f"config has an unknown field {shown(name)}: a later version of pissa or peft may know it")
-        factory = known[name].default_factory
-        default = known[name].default if factory is dataclasses.MISSING else factory()
+            if value is None or value is False or value in ("", [], {}) or (name, value) in _ONCE_WRITTEN:
+                continue
+            raise ValueError(
+                f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
+                "or peft may know it"
+            )
+        default = default_of(known[name])
         if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             _typed(value, hints[name], f"config.{name}")
-    return PissaConfig(**fields)
+        given[name] = value
+    return PissaConfig(**given)
+
+
+def _config_fields() -> list[dataclasses.Field[Any]]:
+    """What a configuration is made of; `runtime_config` is of one process."""
+    return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
 
 
 def _check_rank(name: str, r: int) -> None:

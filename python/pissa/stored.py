@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -150,10 +152,10 @@ class ResidualLinear(StoredLinear):
 
     @property
     def residual(self) -> Tensor:
-        return self.weight
+        return self.weight.detach()  # FSDP's views of its flat parameter ask for a gradient where any part of it does
 
     def dense_residual(self) -> Tensor:
-        return self.weight.detach().float()
+        return self.residual.float()
 
 
 class Nf4Linear(HoldsNf4, StoredLinear):
@@ -186,6 +188,40 @@ def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
         return fingerprint(residual)
     parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
     return fingerprint(*(part for part in parts if part is not None))
+
+
+Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
+"""The shape of a tensor in a file, and the dtypes that it may have."""
+
+
+def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
+    """The tensors that a residual of that form is kept in, by name."""
+    if form.blocksize is None:
+        return {"residual": (matrix_shape, (torch.float32, torch.bfloat16, torch.float16))}
+    elements = math.prod(matrix_shape)
+    blocks = -(-elements // form.blocksize)
+    shapes: dict[str, Expected] = {
+        "codes": ((-(-elements // 2),), (torch.uint8,)),
+        "absmax": ((blocks,), (torch.uint8 if form.double_quant else torch.float32,)),
+    }
+    if form.double_quant:
+        shapes |= {"nested_absmax": ((-(-blocks // 256),), (torch.float32,)), "offset": ((), (torch.float32,))}
+    return shapes
+
+
+def residual_tensors(residual: Tensor | ops.Nf4Weight) -> dict[str, Tensor]:
+    """The tensors that a residual is kept in, by the names of `residual_shapes`."""
+    if isinstance(residual, Tensor):
+        return {"residual": residual.detach()}
+    return {name: part.detach() for name, part in residual._asdict().items() if isinstance(part, Tensor)}
+
+
+def residual_from(tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]) -> Tensor | ops.Nf4Weight:
+    """The way back from `residual_tensors`."""
+    if form.blocksize is None:
+        return tensors["residual"]
+    nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
+    return ops.Nf4Weight(tensors["codes"], tensors["absmax"], nested, offset, matrix_shape, form.blocksize)
 
 
 def stored_linear(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.bases import CONVOLUTIONS, is_linear, is_offloaded
 from pissa.bitsandbytes import Nf4Base, check_int8, from_bitsandbytes, is_bitsandbytes
-from pissa.config import PissaConfig
+from pissa.config import PissaConfig, all_linear, exactly, is_all_linear, is_refused_by_peft
 from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.distributed import is_partitioned, is_sharded
 from pissa.embedding import PissaEmbedding
@@ -23,6 +26,67 @@ from pissa.linear import PissaLinear
 from pissa.nf4 import HoldsNf4
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_layers(model: nn.Module, config: PissaConfig) -> None:
+    """Writes into a configuration that targets "all-linear" the layers of `model` that this means, without those that
+    PEFT refuses, and into its patterns the ranks of layers that are too small for `r`, each with the scaling that `r`
+    would give it. Warns once of both."""
+    if not is_all_linear(config):
+        return
+    names: Any = all_linear(config, model)
+    config.target_modules = names
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name in names and check_target_module_exists(config, name)
+    }
+    refused = [name for name in layers if is_refused_by_peft(config, model, name)]
+    config.target_modules = names.difference(refused)
+    small = {
+        name: side
+        for name, layer in layers.items()
+        if name in config.target_modules
+        and (side := _smaller_side(layer)) < config.r
+        and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern
+    }
+    said = []
+    if small:
+        _cap_ranks(config, small)
+        name, side = next(iter(small.items()))
+        said.append(
+            f"r={config.r} is more than the smaller side of {len(small)} of {len(layers)} layers, {name} the first; "
+            f"the rank of each is that side, {side} for the first"
+        )
+    if refused:
+        said.append(
+            f"{len(refused)} of {len(layers)} layers, {refused[0]} the first, are left out, as PEFT wants it: the "
+            "kernels of this model may read their weights past an adapter"
+        )
+    if said:
+        warnings.warn(
+            f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
+            "target_modules or exclude_modules.",
+            UserWarning,
+            stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
+        )
+
+
+def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
+    """Gives the layers these ranks, and the scaling that they would have with the configuration's own."""
+    alphas = {}
+    for name, rank in ranks.items():
+        alpha: Any = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+        alphas[exactly(name)] = alpha * math.sqrt(rank / config.r) if config.use_rslora else alpha * rank / config.r
+    config.rank_pattern = {exactly(name): rank for name, rank in ranks.items()} | config.rank_pattern
+    config.alpha_pattern = alphas | config.alpha_pattern  # the first that matches counts
+
+
+def _smaller_side(linear: Any) -> int:
+    """Of the weight of a linear layer, adapted or not. In 4 bits the parameter has another shape; Conv1D has no
+    in_features."""
+    sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
+    return int(min(sides))
 
 
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -97,7 +99,7 @@ def failing(folder: Path) -> dict[str, list[str]]:
     model = llama()
     before = snapshot(model)
     found = {
-        "while PEFT injects": message(lambda: pissa.wrap(model, r=1000 if last else 4)),
+        "while PEFT injects": message(lambda: pissa.wrap(model, r=1000 if last else 4, target_modules=["q_proj"])),
         "in the arguments": message(lambda: pissa.wrap(model, r=4, **({"svd": "none"} if last else {}))),
     }
     original = PissaLayer.start_from
@@ -215,21 +217,24 @@ def fsdp1(folder: Path) -> dict[str, Any]:
         sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
         return train(sharded, tokens())
 
-    return {form: losses(form) for form in ("implicit", "nf4 in float32")}
+    return {form: losses(form) for form in ("implicit", "explicit", "nf4 in float32")}
 
 
 def mixed_precision(folder: Path) -> dict[str, Any]:
     """Losses where FSDP computes in bfloat16; codes that it would cast are refused."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
-    def losses(storage: str) -> list[float]:
-        model = pissa.wrap(llama(), r=4, quant="nf4", quant_storage=storage)
-        return train(shard(model, mp_policy=policy), tokens())
+    def losses(**fields: Any) -> list[float]:
+        return train(shard(pissa.wrap(llama(), r=4, **fields), mp_policy=policy), tokens())
+
+    def stored_as(storage: str) -> list[float]:
+        return losses(quant="nf4", quant_storage=storage)
 
     return {
-        "uint8": losses("uint8"),
-        "bfloat16": losses("bfloat16"),
-        "float32": message(lambda: losses("float32")),
+        "uint8": stored_as("uint8"),
+        "bfloat16": stored_as("bfloat16"),
+        "float32": message(lambda: stored_as("float32")),
+        "embeddings": losses(target_modules=["embed_tokens", "q_proj"]),
     }
 
 
@@ -313,7 +318,7 @@ def accelerate_fsdp2(folder: Path) -> dict[str, list[float]]:
 
 def saved_while_sharded(folder: Path) -> dict[str, Any]:
     """Rank 0 writes what all have gathered; nothing is asked of the others. Returns the bits that were gathered, and
-    the error where a fingerprint is asked of weights that nobody gathered."""
+    the error where a fingerprint is asked of weights that nobody gathered, and what PEFT hands out."""
     found: dict[str, Any] = {}
     for form, fields in FORMS.items():
         model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields))
@@ -331,6 +336,10 @@ def saved_while_sharded(folder: Path) -> dict[str, Any]:
             if form == "implicit":
                 call = partial(model.save_pretrained, target / "refused", state_dict=trained_only)
                 found["of unknown weights"] = message(call)
+                found["handed out in parts"] = message(partial(get_peft_model_state_dict, model))
+                whole = get_peft_model_state_dict(model, state_dict=state)
+                written = load_file(target / "adapter_model.safetensors")
+                found["handed out whole"] = bits(whole) == bits(written)
             model.save_pretrained(target / "gathered", state_dict=state)
         found[form] = bits(state)
         dist.barrier()

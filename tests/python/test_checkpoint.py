@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pissa
 from language_models import FORMS, Make, logits, train
-from pissa import PissaModel
+from pissa import PissaConfig, PissaModel
 from pissa.record import checksum
 from pissa.tensor_file import write_tensors
 
@@ -204,7 +207,7 @@ DAMAGE = {
     ),
     "a word of the record": (
         "pissa.json",
-        lambda path: path.write_text(path.read_text().replace('"lora_dropout": 0.0', '"lora_dropout": 0.1')),
+        lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1')),
         "pissa.json cannot be read: sha256 is not the checksum",
     ),
 }
@@ -230,6 +233,43 @@ def test_damaged_files_are_refused_by_name(damage: str, tiny_llama: Make, tokens
             model.load_adapter(tmp_path, adapter, is_trainable=True)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model, tokens), expected)
+
+
+def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(tiny_llama: Make, tmp_path: Path) -> None:
+    pissa.wrap(tiny_llama(), r=4, target_modules=["v_proj", "q_proj"], use_rslora=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "pissa.json").read_text())["config"]
+    own = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+    assert {name: value for name, value in config.items() if name not in own} == {
+        "r": 4,
+        "lora_alpha": 4,  # PEFT has another default
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": True,
+        "peft_type": "PISSA",
+        "peft_version": peft.__version__,
+    }
+    assert config.keys() >= own
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
+def test_an_unknown_field_of_another_peft_is_harmless_where_it_says_nothing(
+    value: object, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    edit_json(tmp_path / "pissa.json", lambda c: c["config"].update(added_later=value))
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("value", [True, 0, 0.5, "x", [0], {"a": None}], ids=repr)
+def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
+    value: object, tiny_llama: Make, tmp_path: Path
+) -> None:
+    pissa.wrap(tiny_llama(), r=4).save_pretrained(tmp_path)
+    edit_json(tmp_path / "pissa.json", lambda c: c["config"].update(added_later=value))
+    words = f"unknown field 'added_later', with the value {value!r}: a later version of pissa or peft may know it"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        PissaModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Path) -> None:

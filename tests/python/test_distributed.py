@@ -210,6 +210,11 @@ def test_other_loops_train_the_same(name: str, two: Run) -> None:
             assert losses == pytest.approx(one_process(form), **SAME), form
 
 
+def test_an_adapted_embedding_trains_where_fsdp_computes_in_bfloat16(two: Run) -> None:
+    for found in two["mixed_precision"]:
+        assert found["embeddings"][2] < found["embeddings"][0]
+
+
 def test_fsdp_casts_no_codes(two: Run) -> None:
     for found in two["mixed_precision"]:
         assert found["bfloat16"] == found["uint8"]
@@ -254,6 +259,14 @@ def test_a_sharded_model_is_not_saved_without_its_fingerprints(two: Run, folder:
     assert error == "ValueError"
     assert "give save_pretrained a state_dict that has the frozen weights too" in words
     assert not (folder / "saved-2" / "implicit" / "refused" / "adapter_model.safetensors").exists()
+
+
+def test_what_peft_hands_out_of_a_gathered_state_is_the_plain_lora(two: Run) -> None:
+    found = two["saved_while_sharded"][0]
+    assert found["handed out whole"] is True
+    error, words = found["handed out in parts"]
+    assert error == "ValueError"
+    assert "lora_A.default.weight only. Gather it on all ranks" in words
 
 
 @pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in bfloat16"])

@@ -94,7 +94,7 @@ def test_bfloat16_rounds_the_change_once(kind: str) -> None:
     model, x = wrap(make(torch.bfloat16), r=R), ids()
     layer = adapted(model)
     change_a_little(layer)
-    base, delta = (fetch(t.detach()).double() for t in (layer.base_layer.weight.T, layer.get_delta_weight("default")))
+    base, delta = (fetch(t.detach()).double() for t in (layer.base_layer.weight.T, layer.delta_matrix("default")))
     with torch.no_grad():
         looked_up = fetch(make(torch.bfloat16)(x)).double()
         expected, change = looked_up + apply(x.cpu(), delta), apply(x.cpu(), delta).abs()

@@ -356,7 +356,7 @@ def renamed(model: nn.Module) -> None:
         ),
         (None, {"target_parameters": ["q_proj.weight"]}, ValueError, r"\['q_proj.weight'\] are no weights of fused"),
         (None, {"target_parameters": ["experts.down_proj"]}, ValueError, r"beside target_modules='all-linear': give"),
-        (None, {"r": 33}, ValueError, r"rank 33 is too large for layer model.layers.0"),
+        (None, {"r": 33, "target_modules": ["w2"]}, ValueError, r"rank 33 is too large for layer model.layers.0"),
     ],
 )
 def test_refusals_leave_the_model_as_it_was(

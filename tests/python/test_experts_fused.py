@@ -16,6 +16,7 @@ import pissa
 from devices import fetch, put
 from language_models import FORMS, error, logits, train
 from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
+from one_layer import change_a_little
 from pissa.inject import pissa_layers
 from reference import EPS
 
@@ -37,6 +38,7 @@ def test_a_saved_adapter_comes_back_to_the_bit(kind: str, form: str, tokens: Ten
 
 
 @kinds
+@pytest.mark.filterwarnings("ignore:target_modules is 'all-linear':UserWarning")
 # PEFT 0.21 looks for the keys of patterns among layers only, and then finds them among parameters all the same.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(
@@ -46,13 +48,14 @@ def test_a_saved_adapter_comes_back_to_the_bit(kind: str, form: str, tokens: Ten
         {"target_modules": ["gate_up_proj"]},
         {"target_modules": ["down_proj"], "use_rslora": True},
         {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"gate_up_proj": 5, "o_proj": 4}},
+        {"r": 28},  # more than some weights have rows or columns, those of experts too
     ],
     ids=str,
 )
 def test_plain_peft_loads_it_and_computes_the_same(
     kind: str, fields: dict[str, Any], tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = pissa.wrap(make(kind), r=R, lora_alpha=3, **fields)
+    model = pissa.wrap(make(kind), **{"r": R, "lora_alpha": 3, **fields})
     change_all(model)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -145,3 +148,26 @@ def test_a_second_adapter_on_unfused_experts(tokens: Tensor) -> None:
     assert torch.equal(logits(model, tokens), before)
     model.delete_adapter("second")
     assert torch.equal(logits(model.unload(), tokens), before)
+
+
+@kinds
+def test_rows_with_adapters_of_their_own_are_refused_where_experts_are_adapted(kind: str, tokens: Tensor) -> None:
+    """By as many names as an expert has tokens, too; an adapter that leaves the experts out may be one of them."""
+    model = pissa.wrap(make(kind), r=R).eval()
+    model.add_adapter("attention", pissa.PissaConfig(r=R, target_modules=["o_proj"]))
+    change_all(model)
+    for layer in pissa_layers(model.base_model.model, "attention").values():
+        change_a_little(layer, "attention")
+    tokens = tokens[:, :1].expand(-1, 4)  # one token many times: every row of an expert that has any is one
+    for names in (["default"] * len(tokens), ["default", "__base__", "attention"]):
+        with pytest.raises(ValueError, match=r"experts\.\d\.\w+ is an expert's.* by default\. Call set_adapter and"):
+            model(input_ids=tokens, adapter_names=names)
+    with torch.no_grad():
+        mixed = model(input_ids=tokens, adapter_names=["attention", "__base__", "attention"]).logits
+        with model.disable_adapter():
+            base = logits(model, tokens)
+        model.set_adapter("attention")
+        expected = logits(model, tokens)
+        expected[1] = base[1]
+    assert error(mixed, base) > 1e-3
+    assert error(mixed, expected) < 100 * EPS[torch.float32]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -148,3 +150,96 @@ def test_a_convolution_over_channels_last() -> None:
     with torch.no_grad():
         expected, got = model(x), model(x.to(memory_format=torch.channels_last))
     assert error(got, expected) < 4 * IN * EPS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "convolution"])
+def test_an_adapter_of_16_bits_computes_and_learns(kind: str, dtype: torch.dtype) -> None:
+    """What `model.bfloat16()`, Trainer's bf16_full_eval or FSDP's param_dtype make of an adapter that was float32."""
+    model, x = wrap(KINDS[kind](), r=R, autocast_adapter_dtype=False), inputs(kind)
+    layer = adapted(model)
+    change_a_little(layer)
+    for factor in layer.factor_parameters("default"):
+        factor.data = factor.data.to(dtype).float()
+    expected = model(x).detach()
+    model.to(dtype)
+    y = model(x if kind == "embedding" else x.to(dtype))
+    assert y.dtype == dtype
+    # x and the weight are rounded to `dtype`, and the output
+    assert error(y, expected) < 4 * EPS[dtype]
+    y.float().square().mean().backward()
+    for factor in layer.factor_parameters("default"):
+        assert factor.dtype == factor.grad.dtype == dtype
+        assert factor.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.75])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_may_be_switched_off_or_taken_away(kind: str, scale: float) -> None:
+    model, x = wrap(KINDS[kind](), r=R), inputs(kind)
+    layer = adapted(model)
+    change_a_little(layer)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(x)
+    with torch.no_grad():
+        change = model(x) - base
+        layer.set_scale("default", scale)
+        y = model(x)
+    assert y.isfinite().all()
+    if scale == 0:
+        assert torch.equal(y, base)
+    # Two outputs rounded, and their difference.
+    assert (y - base - scale * change).abs().max() <= 16 * EPS[y.dtype] * base.abs().max()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "8 bits"])
+def test_delta_weight_has_the_shape_of_the_weight(kind: str) -> None:
+    """peft.convert_to_lora and whoever merges by hand add it to the weight."""
+    model, x = wrap(KINDS[kind](), r=R), inputs(kind)
+    layer = adapted(model)
+    change_a_little(layer)
+    delta = layer.get_delta_weight("default")
+    merged = model(x).detach()
+    base = copy.deepcopy(layer.base_layer)
+    if kind == "4 bits":
+        assert delta.shape == (OUT, IN)
+        return
+    assert delta.shape == base.weight.shape
+    base.weight.data += delta
+    assert error(base(x), merged) < 64 * EPS[torch.float32]
+
+
+def test_delta_weight_of_a_stored_conv1d_is_transposed_as_its_weight_was() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = wrap(KINDS["conv1d"](), r=R, quant="nf4")
+    layer = adapted(model)
+    change_a_little(layer)
+    assert torch.equal(layer.get_delta_weight("default"), layer.delta_matrix("default").mT)
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"use_adalora": True}, {"quant": "nf4", "use_dora": True}])
+def test_without_autocast_all_that_is_trained_has_the_model_s_dtype(fields: dict[str, Any]) -> None:
+    """As in PEFT; and step 0 is the base all the same: a magnitude that bfloat16 rounds starts at the base's length."""
+    x = inputs("linear").bfloat16()
+    model = wrap(KINDS["linear"]().bfloat16(), r=R, autocast_adapter_dtype=False, **fields)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(x)
+    assert torch.equal(model(x), base)
+    second = {name: value for name, value in fields.items() if name != "quant"}
+    config = pissa.PissaConfig(r=2, target_modules=["proj"], **second)
+    model.add_adapter("second", config, autocast_adapter_dtype=False)
+    model.set_adapter("second")
+    assert torch.equal(model(x), base)
+    trained = {name: p.dtype for name, p in model.named_parameters() if ".lora_" in name}
+    assert len(trained) == (6 if "use_dora" in fields or "use_adalora" in fields else 4)
+    assert set(trained.values()) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_have_pefts_names(kind: str) -> None:
+    model = wrap(KINDS[kind](), r=R)
+    name = {"embedding": "lora.Embedding", "convolution": "lora.Conv2d"}.get(kind, "lora.Linear")
+    assert repr(adapted(model)).startswith(f"{name}(")
+    (status,) = peft.get_layer_status(model)
+    assert status.module_type == name

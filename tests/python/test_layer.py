@@ -343,8 +343,10 @@ def test_adapter_names_give_each_row_its_adapter(form: str) -> None:
         assert error(mixed[2], model(x)[2]) < EPS * IN
         model.set_adapter("second")
         assert error(mixed[[0, 3]], model(x)[[0, 3]]) < EPS * IN
-        with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        expected = model(x)
+        with pytest.raises(ValueError, match=r"Length of `adapter_names`.* got 1 and 4 respectively, in layer proj"):
             model(x, adapter_names=["default"])
+        assert torch.equal(model(x), expected)
         model.merge_adapter()
         with pytest.raises(ValueError, match="unmerge_adapter"):
             model(x, adapter_names=["default"] * 4)

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import peft
 import pytest
@@ -305,10 +306,12 @@ def test_the_config_is_copied(tiny_llama: Make) -> None:
 
 def test_no_second_wrap(tiny_llama: Make) -> None:
     model = pissa.wrap(tiny_llama(), r=4)
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        pissa.wrap(model, r=4)
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        pissa.wrap(model.get_base_model(), r=4)
+    for again in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=r"adapter already.* model = model\.unload\(\) first.*add_adapter"):
+            pissa.wrap(again, r=4)
+        with pytest.raises(ValueError, match=r"adapter already.* model = model\.unload\(\) first.*load_adapter"):
+            PissaModel.from_pretrained(again, "nowhere")
+    pissa.wrap(model.unload(), r=4)
 
 
 def with_nan(model: nn.Module) -> nn.Module:
@@ -351,8 +354,13 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
             ValueError,
             "Target modules {'nope'} not found in the base model",
         ),
-        (None, {"r": 33}, ValueError, "rank 33 is too large for layer model.layers.0.self_attn.k_proj"),
-        (None, {"r": 33}, ValueError, "32 x 64, so at most 32"),
+        (
+            None,
+            {"r": 33, "target_modules": ["q_proj", "k_proj"]},
+            ValueError,
+            "rank 33 is too large for layer model.layers.0.self_attn.k_proj: its weight is 32 x 64, so at most 32. "
+            r"Give rank_pattern={'model.layers.0.self_attn.k_proj': 32}, lower r, or leave it out with exclude_modules",
+        ),
         (with_nan, {}, ValueError, "layer model.layers.1.mlp.down_proj: weight: contains NaN"),
         (with_nan, {"quant": "nf4"}, ValueError, "layer model.layers.1.mlp.down_proj"),
         (with_meta, {}, ValueError, "model.layers.1.mlp.up_proj is on the meta device"),
@@ -370,8 +378,6 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
             ValueError,
             "embed_tokens is a Embedding",
         ),
-        (None, {"target_modules": ["lm_head", "v_proj"], "quant": "nf4"}, ValueError, "lm_head is tied"),
-        (None, {"target_modules": ["lm_head"], "residual": "explicit"}, ValueError, "lm_head is tied"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -434,6 +440,50 @@ def test_tied_head_is_adapted_without_touching_the_embeddings(tiny_llama: Make, 
         merged = model.merge_and_unload()
     assert error(logits(merged, tokens), trained) < 1e-5
     assert torch.equal(merged.model.embed_tokens.weight, embeddings)
+
+
+@pytest.mark.parametrize("form", ["explicit", "nf4"])
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+def test_a_tied_weight_stays_dense_beside_stored_ones(
+    form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    make = lambda: tiny_llama(tie_word_embeddings=True)  # noqa: E731
+    base = make()
+    embeddings = base.model.embed_tokens.weight
+    config = PissaConfig(r=4, target_modules=["lm_head", "q_proj", "down_proj"], **FORMS[form])
+    with pytest.warns(UserWarning, match="the weight of layer lm_head is tied to another module's") as caught:
+        model = pissa.wrap(base, config)
+    assert sum("tied to another" in str(entry.message) for entry in caught) == 1
+    head = model.base_model.model.lm_head
+    assert head.base_layer.weight is base.model.embed_tokens.weight is embeddings
+    assert {layer.form.residual for layer in layers(model) if layer is not head} == {form}
+    before = logits(model, tokens)
+    train(model, tokens)
+    expected = logits(model, tokens)
+    assert error(expected, before) > 1e-3
+    assert torch.equal(embeddings, make().model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    again = PissaModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(logits(again, tokens), expected)
+    assert again.base_model.model.lm_head.base_layer.weight is again.base_model.model.model.embed_tokens.weight
+    with pytest.warns(UserWarning, match="the weight of layer lm_head is tied"):
+        again.add_adapter("second", config)
+    again.set_adapter("second")
+    assert torch.equal(logits(again, tokens), before)
+    again.load_adapter(tmp_path, "second")
+    assert torch.equal(logits(again, tokens), expected)
+    assert error(logits(again.merge_and_unload(), tokens), expected) < 1e-5
+
+
+def test_linear_layers_that_share_a_weight_stay_dense() -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("one", "two", "other")})
+    model["two"].weight = model["one"].weight
+    with pytest.warns(UserWarning, match="the weight of layer one, two is tied"):
+        wrapped = pissa.wrap(model, r=2, quant="nf4")
+    assert [layer.form.residual for layer in layers(wrapped)] == ["implicit", "implicit", "nf4"]
+    assert model["one"].base_layer.weight is model["two"].base_layer.weight
 
 
 def test_nf4_layers_hold_no_dense_weight(tiny_llama: Make) -> None:

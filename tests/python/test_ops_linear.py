@@ -282,7 +282,7 @@ BAD = [
     ("a0", torch.ones(4, 64), ValueError),
     ("a0", torch.ones(3, 64, requires_grad=True), ValueError),
     ("b0", torch.ones(31, 3), ValueError),
-    ("scaling", 0.0, ValueError),
+    ("scaling", float("inf"), ValueError),
     ("scaling", float("nan"), ValueError),
     ("residual", "explicit", ValueError),
 ]
@@ -417,7 +417,7 @@ def test_add_low_rank_opcheck_and_compile(form: str) -> None:
         ("delta_b", torch.ones(32, 2), ValueError),
         ("a0", torch.ones(2, 64), ValueError),
         ("b0", None, ValueError),
-        ("scaling", -1.0, ValueError),
+        ("scaling", float("nan"), ValueError),
     ],
 )
 def test_add_low_rank_refuses_by_name(name: str, value: object, error: type[Exception]) -> None:

@@ -50,12 +50,6 @@ def with_nan() -> nn.Module:
     return linear
 
 
-def tied() -> dict[str, nn.Module]:
-    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
-    second.weight = first.weight
-    return {"one": first, "other": second}
-
-
 class Refused(NamedTuple):
     """A model, what is asked of it, and the message: it names the layer and what is the matter."""
 
@@ -109,8 +103,6 @@ REFUSED: dict[str, Refused] = {
     "rank of an embedding": one(lambda: nn.Embedding(8, 3), "rank 4 is too large for layer it: .* 3 x 8", r=4),
     "embedding in 4 bits": one(lambda: nn.Embedding(8, 8), "layer it is a Embedding.* cannot become nf4", quant="nf4"),
     "convolution in 4 bits": one(lambda: nn.Conv2d(8, 8, 3), "layer it is a Conv2d.* cannot become nf4", quant="nf4"),
-    "tied weight in 4 bits": Refused(tied, {"quant": "nf4"}, "the weight of layer one is tied to another module"),
-    "tied weight, explicit": Refused(tied, {"residual": "explicit"}, "the weight of layer one is tied to another"),
     "DoRA of a convolution": one(lambda: nn.Conv2d(8, 8, 3), "it is a Conv2d, and use_dora", use_dora=True),
     "DoRA of an embedding": one(lambda: nn.Embedding(8, 8), "it is a Embedding, and use_dora", use_dora=True),
     "a parameter": Refused(dict, {"target_parameters": ["proj.weight"]}, r"target_parameters: \['proj.weight'\]"),

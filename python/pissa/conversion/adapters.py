@@ -246,11 +246,12 @@ def _layout(
     _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_no_parameters(folder)
-        if folder.config.get("modules_to_save") and not folder.other_keys:
-            raise ValueError(
-                f"{folder.weights.path} lacks modules_to_save, which PEFT leaves out when it subtracts the initial "
-                "adapter: convert the adapter that was trained, with initial="
-            )
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if folder.config.get(field) and not folder.other_keys:
+                raise ValueError(
+                    f"{folder.weights.path} lacks {field}, which PEFT leaves out when it subtracts the initial "
+                    "adapter: convert the adapter that was trained, with initial="
+                )
         for target, factors in folder.factors.items():
             if factors.rank % 2:
                 raise ValueError(

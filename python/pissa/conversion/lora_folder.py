@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from pissa.config import exactly
 from pissa.experts import stack, unstack
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.json_file import read_json, shown
@@ -133,8 +134,7 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]
     """
     wanted = {target: (rank, _alpha(config, rank, scaling)) for target, (rank, scaling) in sizes.items()}
     (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
-    # PEFT searches from the end of a name; the anchor keeps a pattern from every name but its own.
-    patterns = {f"^{re.escape(target)}": size for target, size in wanted.items()}
+    patterns = {exactly(target): size for target, size in wanted.items()}
     return {
         **config,
         "r": r,
