@@ -25,9 +25,9 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
     "initializer_range": 0.1,  # else the outputs are too small to tell adapters apart
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
+    "bos_token_id": 3,  # the tests feed 0, 1 and 2: an embedding of padding is zero
+    "pad_token_id": 4,
+    "eos_token_id": 5,
 }
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64}
 OPT: dict[str, Any] = {"ffn_dim": 64, "word_embed_proj_dim": 32}
@@ -175,7 +175,7 @@ def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "<pad>", "</s>"]
+    special = ["<0>", "<1>", "<2>", "<s>", "<pad>", "</s>"]
     fast.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
     fast.add_tokens([f"<{i}>" for i in range(fast.get_vocab_size(), size)])
     return transformers.PreTrainedTokenizerFast(
