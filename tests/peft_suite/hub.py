@@ -43,9 +43,14 @@ LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # name on the hub -> class of transformers, its configuration beside SIZES. BertForPreTraining has every part that is loaded.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", OPT),
-    "peft-internal-testing/opt-125m": ("OPTForCausalLM", OPT),
-    "facebook/opt-125m": ("OPTForCausalLM", OPT),
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (  # a test counts its layers
+        "OPTForCausalLM",
+        {**OPT, "num_hidden_layers": 5},
+    ),
+    "peft-internal-testing/opt-125m": (  # a test knows its width
+        "OPTForCausalLM",
+        {"ffn_dim": 64, "hidden_size": 768, "word_embed_proj_dim": 768},
+    ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
@@ -123,7 +128,8 @@ REVISIONS = ("main", "test", "v1.2.3", "v2.0.0")
 
 
 def make_models(cache: Path) -> None:
-    """Writes every model that `cache` lacks, with a byte-level tokenizer. Revisions differ in their weights."""
+    """Writes every model that `cache` lacks, with a byte-level tokenizer of fewer tokens, as Qwen's. Revisions differ in their
+    weights."""
     for name, (kind, fields) in MODELS.items():
         cls = getattr(transformers, kind)
         for seed, revision in enumerate(REVISIONS if "Bert" in kind else ["main"]):
@@ -133,7 +139,7 @@ def make_models(cache: Path) -> None:
                     model = cls(cls.config_class(**{**SIZES, **fields}))
                 with _snapshot(cache, name, revision) as folder:
                     model.save_pretrained(folder)
-                    _tokenizer(VOCABULARY).save_pretrained(folder)
+                    _tokenizer(VOCABULARY - 24).save_pretrained(folder)
 
 
 def make_adapters(cache: Path) -> None:
@@ -145,7 +151,7 @@ def make_adapters(cache: Path) -> None:
             with _snapshot(cache, name, revision) as folder:
                 wrapped.save_pretrained(folder)
     for (name, revision), more in GROWN.items():
-        model = transformers.OPTForCausalLM.from_pretrained("peft-internal-testing/opt-125m")
+        model = transformers.OPTForCausalLM.from_pretrained("peft-internal-testing/tiny-random-OPTForCausalLM")
         model.resize_token_embeddings(VOCABULARY + more)
         wrapped = pissa.wrap(model, r=2, task_type="CAUSAL_LM")
         with _snapshot(cache, name, revision) as folder:

@@ -72,22 +72,23 @@ class LoraConfig(pissa.PissaConfig):
             self.__dict__["random"] = self.init_lora_weights = True
         elif re.fullmatch("gaussian|pissa(_niter_[0-9]+)?", str(self.init_lora_weights)):
             self.init_lora_weights = True
-        self.target_modules = self.target_modules or DEFAULT_TARGETS
+        no_targets = self.target_modules is None
+        if no_targets:
+            self.target_modules = ["PEFT's default"]  # else all linear layers, which `fitted` replaces
         try:
             super().__post_init__()
         except (TypeError, ValueError) as error:
             reached.refusals[id(error)] = error, True
             raise
-
-
-DEFAULT_TARGETS = ["PEFT's default"]
+        if no_targets:
+            self.target_modules = None
 
 
 def fitted(config: pissa.PissaConfig, model: nn.Module) -> pissa.PissaConfig:
     """A copy with PEFT's default targets where none were given (ours are all linear layers), and with ranks at most the
     smaller side of each weight, the scaling kept: PEFT's tests give the layer 20 x 2 a rank of 8, which we refuse."""
     config = copy.deepcopy(config)
-    if DEFAULT_TARGETS[0] in config.target_modules:
+    if config.target_modules is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         config.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, "all-linear")
     for name, module in model.named_modules():
@@ -255,18 +256,19 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and report.outcome != "skipped":
-        why = refused(call.excinfo.value) if call.excinfo else None if reached.any else "reaches none of our classes"
+        why = refused(item, call.excinfo.value) if call.excinfo else None if reached.any else "reaches none of our classes"
         if why:
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {why}")
     return report
 
 
-def refused(error: BaseException | None) -> str | None:
+def refused(item: pytest.Item, error: BaseException | None) -> str | None:
     """The reason of the listed refusal that `error` is, or comes from; None if there is none or it has changed the
     model."""
     while error is not None:
         known, untouched = reached.refusals.get(id(error), (None, False))
         if known is error and untouched:
-            return next((f"refused: {why}" for text, why in left_out.REFUSALS.items() if re.search(text, str(error))), None)
+            text = f"{item.nodeid}: {error}"
+            return next((f"refused: {why}" for pattern, why in left_out.REFUSALS.items() if re.search(pattern, text)), None)
         error = error.__cause__ or error.__context__
     return None
