@@ -1,10 +1,12 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (20 minutes on two cores)
 #
-# Both need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/.
+# Both need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
+# another Python: make test PYTHON=/usr/bin/python3; make test-quick is a part of it, 4 minutes.
 
 PYTHON ?= python3
-BUILD := build
+# Environments and wheels of one Python. The C++ tests' builds and the demo's results, in build/, are of none.
+BUILD := build/$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])' 2>/dev/null)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 PRESETS := release asan tsan
 GOOGLETEST_DIR ?= /usr/src/googletest
@@ -17,11 +19,11 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell nproc)
 
-.PHONY: demo test test-cpp test-python test-cuda-build test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python test-quick versions test-cuda-build test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
-	$(BUILD)/venv-demo/bin/pissa demo --out $(BUILD)/demo
+	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
 test: test-cpp test-cuda-build test-python
 
@@ -82,21 +84,32 @@ $(BUILD)/smollm2.stamp: $(BUILD)/venv-demo.stamp
 
 # ---- Tests ----
 
-$(BUILD)/googletest.stamp: tests/cpp/fetch_googletest.sh
-	mkdir -p $(BUILD)
-	sh tests/cpp/fetch_googletest.sh $(GOOGLETEST_DIR) $(BUILD)/googletest
+build/googletest.stamp: tests/cpp/fetch_googletest.sh
+	mkdir -p build
+	sh tests/cpp/fetch_googletest.sh $(GOOGLETEST_DIR) build/googletest
 	touch $@
 
 test-cpp: $(PRESETS:%=test-cpp-%)
 
-test-cpp-%: $(BUILD)/venv-build.stamp $(BUILD)/googletest.stamp
-	cmake --preset $* --log-level=WARNING -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) -DPISSA_GOOGLETEST_DIR=$(abspath $(BUILD)/googletest)
+test-cpp-%: $(BUILD)/venv-build.stamp build/googletest.stamp
+	cmake --preset $* --log-level=WARNING -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
 	cmake --build --preset $*
 	ctest --preset $* -j $(JOBS)
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(TEST_PYTHON) -m pytest
+
+# For a second Python: the ops, a layer of each kind, files, a training of two processes.
+QUICK := $(addprefix tests/python/,test_ops_linear.py test_ops_nf4.py test_ops_svd.py test_kinds.py test_io.py \
+  test_distributed.py::test_a_process_that_dies_ends_the_others)
+
+test-quick: $(BUILD)/venv-test.stamp
+	$(TEST_PYTHON) -m pissa
+	$(TEST_PYTHON) -m pytest $(QUICK)
+
+versions: $(BUILD)/venv-test.stamp
+	@$(TEST_PYTHON) tests/python/versions.py "$(PASSED)"
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
@@ -108,4 +121,4 @@ test-slow: $(BUILD)/venv-test.stamp
 	PATH=$(abspath $(BUILD)/venv-test/bin):$$PATH $(TEST_PYTHON) -m pytest -m slow  # DeepSpeed looks for ninja
 
 clean:
-	rm -rf $(BUILD)
+	rm -rf build

@@ -28,7 +28,7 @@ from torch import nn
 Svd = Literal["krylov", "subspace", "exact"]
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
-Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "zero"]
+Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default, so that whatever a
 # later PEFT adds is refused by name until somebody has thought about it.
@@ -104,9 +104,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
             "pissa_minor" from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from
-            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of 4 bits. "zero" is what an
-            adapter says that has taken the factors of a plain LoRA, A0 = B0 = 0; nothing can be trained from there, so
-            `wrap` and `add_adapter` refuse it.
+            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of 4 bits. "given" is what an
+            adapter says whose factors come from elsewhere, from other adapters (`add_weighted_adapter`) or a plain LoRA
+            (`peft.set_peft_model_state_dict`); it cannot be asked for.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight; even, at least 2. Not used by "exact".
         seed: seed of the random sketch. The result does not depend on torch's generator.

@@ -44,6 +44,12 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         ValueError: naming the layer: NaN or Inf in its weight, a form that it cannot have, a model or a configuration
             that is not the same on all ranks.
     """
+    if config.init == "given":
+        raise ValueError(
+            "init='given' is of an adapter whose factors came from elsewhere, and gives none. To copy one: "
+            "model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the adapter "
+            "with any other init, then call peft.set_peft_model_state_dict"
+        )
     layers = pissa_layers(model, adapter_name)
     stored = _to_store(model, layers, config, first)
     _warn_of_requantising(layers, config)

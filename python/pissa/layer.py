@@ -250,7 +250,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
         """Gives an adapter start factors of zero: its A and B are dA and dB then, as in a plain LoRA."""
-        origin = self.origin(adapter_name, config)._replace(init="zero")
+        origin = self.origin(adapter_name, config)._replace(init="given")
         a0, b0 = (factor.zero_() for factor in self.empty_factors(adapter_name))
         self.lora_start[adapter_name] = StartFactors(a0, b0, origin)
 

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft import (
@@ -24,6 +24,7 @@ from torch import nn
 from pissa.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.adapter_names import check_adapter_name
 from pissa.checkpoint import Checkpoint
+from pissa.combination import Combination
 from pissa.config import PissaConfig, TakesHooksOff, fetched_by_layers, targets_as_given
 from pissa.decomposition import decompose
 from pissa.distributed import failing_together, is_sharded
@@ -144,11 +145,14 @@ class PissaModel(TakesHooksOff):
         """
         with restored_on_error(self), failing_together():
             config = _own_config(peft_config)
-            if adapter_name in self.peft_config:
-                raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-            check_adapter_name(adapter_name, self.base_model.model)
+            self._check_new_name(adapter_name)
             _warn_of_dropout(config)
             self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
+
+    def _check_new_name(self, adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        check_adapter_name(adapter_name, self.base_model.model)
 
     def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
         if any(is_sharded(parameter) for parameter in self.parameters()):
@@ -167,12 +171,56 @@ class PissaModel(TakesHooksOff):
             materialise(self.base_model.model, adapter_name)
             start(self, adapter_name)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: save the adapters and combine them in plain PEFT, where they are LoRA adapters."""
-        raise NotImplementedError(
-            "add_weighted_adapter is not supported with PiSSA adapters: save them with save_pretrained, load "
-            "the folders with peft.PeftModel.from_pretrained and combine them there"
-        )
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter whose change of each weight is sum of weight * s (B A - B0 A0) over `adapters`. It is an
+        adapter like others: it can be trained, saved and combined again.
+
+        An adapter of rank r can hold any change of rank 2r, so the rank below is half that of what is held.
+
+        Args:
+            adapters: names; they may adapt other layers, at other ranks.
+            weights: one for each, of any sign.
+            adapter_name: of the new adapter.
+            combination_type: "cat" is the whole sum, its rank that of the adapters together. "svd" is the sum's best
+                approximation of rank `svd_rank`; "linear" the same at the rank of the adapters, which must be equal.
+                (PEFT's "linear" sums factors, which is no sum of changes.) "ties", "dare_ties", "dare_linear" and
+                "magnitude_prune", with or without "_svd", prune the changes as PEFT's functions of that name do, and
+                are then approximated likewise.
+            svd_rank: for those that end in "svd"; the largest rank of the adapters by default. A layer that needs less
+                has less.
+            svd_clamp: must be None; it would clip factors, of which there are many for one change.
+            svd_full_matrices, svd_driver: accepted as in PEFT; without effect.
+            density: share of the values that pruning keeps, above 0 and at most 1.
+            majority_sign_method: "total" or "frequency", with ties.
+
+        A module of `modules_to_save` that one of the adapters has is copied as it is. The model is left as it was on
+        any failure.
+
+        Raises:
+            ValueError: naming the argument; adapters that train more than factors (DoRA, biases).
+        """
+        with restored_on_error(self), failing_together():
+            self._check_new_name(adapter_name)
+            if svd_clamp is not None:
+                raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
+            base = self.base_model.model
+            combination = Combination.of(
+                base, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
+            )
+            config = combination.config(base, self.peft_config)
+            self._add(adapter_name, config, lambda model, name: combination.start(base, name, config), True)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that take the base's place, as in PEFT; trained tokens into the weight
@@ -429,11 +477,6 @@ def _own_config(config: PissaConfig) -> PissaConfig:
     """A copy, since PEFT writes into the configuration that it is given."""
     if not isinstance(config, PissaConfig):
         raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
-    if config.init == "zero":
-        raise ValueError(
-            'init="zero" gives A0 = B0 = 0, from where no gradient leads away; it is for adapters that take over a '
-            "plain LoRA: make the adapter with any other init, then call peft.set_peft_model_state_dict"
-        )
     return copy.deepcopy(config)
 
 

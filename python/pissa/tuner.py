@@ -109,7 +109,7 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
                 found[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
         if is_any_lora:
-            config.init = "zero"
+            config.init = "given"
             for layer in layers.values():
                 layer.start_at_zero(adapter_name, config)
         return found

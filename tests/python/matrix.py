@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ import torch
 import architecture_checks as checks
 import trainers
 from architectures import ARCHITECTURES, VOCABULARY, Architecture
+from processes import launch
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -138,9 +138,9 @@ def check_dpo(architecture: Architecture, folder: Path) -> None:
 
 def parallel(names: list[str], folder: Path) -> dict[str, Row]:
     """Columns of two processes, all architectures in one start of them."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = [str(HERE / "distributed_worker.py"), "architectures", str(folder), *names]
-    subprocess.run([sys.executable, "-m", *launcher, *worker], check=True, capture_output=True, text=True)
+    launched = launch(2, "distributed_worker.py", "architectures", folder, *names)
+    if launched.returncode != 0:
+        raise RuntimeError(f"the two processes failed:\n{launched.stdout[-5000:]}")
     found: dict[str, dict[str, Any]] = json.loads((folder / "architectures-2-0.json").read_text())
     return {
         name: {

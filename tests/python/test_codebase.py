@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_files_hold_one_idea(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 520
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no git, or no checkout")
 def test_no_path_of_somebody_s_machine_is_committed() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -129,6 +131,45 @@ def test_no_path_of_somebody_s_machine_is_committed() -> None:
         path = ROOT / name
         if path.suffix not in (".png", ".bin", ".safetensors") and path.is_file() and path != Path(__file__):
             assert not pattern.search(path.read_text()), name
+
+
+LEAVES = """
+from pathlib import Path
+
+def test_leaves():
+    Path("left").mkdir()
+    Path("left/README.md").touch()
+    Path("changed").write_text("by a test")
+    Path("ignored").touch()
+
+def test_last():
+    pass
+"""
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_tests_that_leave_files_in_the_tree_are_an_error(checkout: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "tests" / "python"
+    folder.mkdir(parents=True)
+    for name in ("conftest.py", "devices.py"):
+        shutil.copy(ROOT / "tests/python" / name, folder)
+    (folder / "test_it.py").write_text(LEAVES)
+    for name in ("there before", "changed"):
+        (tmp_path / name).touch()
+    (tmp_path / ".gitignore").write_text("ignored\n__pycache__/\n")
+    if checkout:
+        if not shutil.which("git"):
+            pytest.skip("git is not installed")
+        for command in (["init", "-q"], ["add", "changed"]):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    run = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ("2 passed, 1 error" if checkout else "2 passed in") in run.stdout
+    assert (run.returncode != 0) == checkout
+    if checkout:
+        (summary,) = (line for line in run.stdout.splitlines() if line.startswith("ERROR"))
+        assert "test_last" in summary
+        assert "write to tmp_path instead: ['?? left/README.md', 'AM changed']" in run.stdout
 
 
 # ---- The built module ------------------------------------------------------------------------------------------------

@@ -6,9 +6,6 @@ DeepSpeed is no part of the extra `test`: it compiles a library of its own when 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 import pissa
 from distributed_worker import FORMS, llama, tokens, train
 from pissa import PissaModel
+from processes import launch
 from test_distributed import SAME
 
 pytestmark = [
@@ -30,16 +28,8 @@ pytestmark = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
     found = tmp_path_factory.mktemp("deepspeed")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*torchrun, str(Path(__file__).with_name("deepspeed_worker.py")), str(found)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
+    run = launch(2, "deepspeed_worker.py", found)
+    assert run.returncode == 0, run.stdout[-5000:]
     return found
 
 

@@ -4,10 +4,7 @@ ends one ends all. The processes run `distributed_worker.py`; one launch for eac
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +16,7 @@ import pissa
 from distributed_checks import logged, started, trainer_of
 from distributed_worker import FORMS, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel
+from processes import launch
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -45,28 +43,8 @@ class Run(NamedTuple):
         return [found[name]["value"] for found in self.found]
 
 
-def launch(mode: str, processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the worker. Processes that hang are killed, and fail the test."""
-    worker = Path(__file__).with_name("distributed_worker.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    running = subprocess.Popen(
-        [*torchrun, str(worker), mode, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = running.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        pytest.fail(f"{processes} processes hang:\n{running.communicate()[0][-5000:]}")
-    return subprocess.CompletedProcess(running.args, running.returncode, output)
-
-
 def run(processes: int, folder: Path) -> Run:
-    done = launch("checks", processes, folder)
+    done = launch(processes, "distributed_worker.py", "checks", folder)
     written = [folder / f"checks-{processes}-{rank}.json" for rank in range(processes)]
     return Run([json.loads(path.read_text()) if path.exists() else {} for path in written], done)
 
@@ -98,6 +76,16 @@ def one_process(form: str, build: Any = llama, columns: int = 11) -> list[float]
 
 def test_the_processes_end_well(some: Run) -> None:
     assert some.done.returncode == 0, some.done.stdout[-5000:]
+
+
+def test_they_meet_where_the_machine_s_own_name_does_not_resolve(tmp_path: Path) -> None:
+    renamed = ["unshare", "--map-root-user", "--uts", "sh", "-c", 'hostname does-not-resolve && exec "$@"', "sh"]
+    if subprocess.run([*renamed, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system does not let a test have a host name of its own (unshare --uts)")
+    done = launch(2, "distributed_worker.py", "architectures", tmp_path, "resnet", under=renamed)
+    assert done.returncode == 0, done.stdout[-5000:]
+    found = json.loads((tmp_path / "architectures-2-0.json").read_text())
+    assert found["resnet, dense, ddp"]["value"] == "pass"
 
 
 # ---- The start -------------------------------------------------------------------------------------------------------
@@ -308,7 +296,7 @@ def test_trainer_resumes_with_another_number_of_processes(form: str, two: Run, t
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
-    done = launch("dies", 2, tmp_path)
+    done = launch(2, "distributed_worker.py", "dies", tmp_path)
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stdout
     saved = json.loads((tmp_path / "saved.json").read_text())

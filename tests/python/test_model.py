@@ -293,8 +293,6 @@ def test_config_and_fields_together(tiny_llama: Make) -> None:
     model = pissa.wrap(tiny_llama(), r=4)
     with pytest.raises(TypeError, match=r"pissa\.PissaConfig, got LoraConfig"):
         model.add_adapter("lora", peft.LoraConfig())
-    with pytest.raises(NotImplementedError, match="add_weighted_adapter"):
-        model.add_weighted_adapter(["default"], [1.0], "both")
 
 
 def test_the_config_is_copied(tiny_llama: Make) -> None:

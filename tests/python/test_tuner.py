@@ -221,9 +221,3 @@ def test_adalora_takes_no_plain_lora(tiny_llama: Make, tokens: Tensor) -> None:
     model = trained(tiny_llama, tokens, "adalora")
     with pytest.raises(ValueError, match="a plain LoRA does not have its singular values"):
         peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
-
-
-def test_nothing_starts_at_zero_by_itself(tiny_llama: Make) -> None:
-    model = tiny_llama()
-    with pytest.raises(ValueError, match=r'init="zero" gives A0 = B0 = 0.*set_peft_model_state_dict'):
-        pissa.wrap(model, r=4, init="zero")

@@ -30,8 +30,6 @@ quiet = pytest.mark.filterwarnings(*QUIET)
 
 compiles = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # torch's own use of it
-    # torch hides this one, but not from filters that make errors of warnings.
-    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pissa.conversion.lora_folder import LoraFactors
-from pissa.conversion.low_rank import Spectrum
+from pissa.low_rank import Spectrum
 from pissa.plain_lora import Matrices
 
 _FLOAT64 = 2.0**-53

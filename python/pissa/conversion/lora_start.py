@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from pissa.bases import weight_matrix
 from pissa.conversion.change import Change
 from pissa.conversion.lora_folder import LoraFolder
-from pissa.conversion.low_rank import Spectrum
 from pissa.io import ADAPTER_CONFIG
+from pissa.low_rank import Spectrum
 from pissa.plain_lora import Matrices
 
 INITIAL_FOLDER = "pissa_init"

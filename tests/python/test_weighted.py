@@ -1,0 +1,314 @@
+"""Weighted combinations of adapters: the sum of their changes, as an adapter like others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils.merge_utils import magnitude_prune, ties
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import pissa
+from devices import fetch, put
+from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
+from mixtures import make
+from one_layer import OneLayer, change_a_little, filled
+from pissa import PissaConfig, PissaModel
+from pissa.inject import pissa_layers
+from pissa.layer import PissaLayer
+from reference import EPS, assert_close
+
+forms = pytest.mark.parametrize("form", FORMS)
+pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(20, 14),
+    "Conv1D": lambda: Conv1D(14, 20),
+    "embedding": lambda: nn.Embedding(20, 14),
+    "convolution": lambda: nn.Conv2d(5, 14, 2),
+}
+WEIGHTS = [[1.0, 1.0], [0.7, -1.3], [-2.0, 0.0]]
+
+
+def adapters(kind: str, ranks: tuple[int, int] = (2, 3), **fields: Any) -> tuple[PissaModel, PissaLayer]:
+    """A layer with adapters "a" and "b", which have changed, of scalings 2 and 1/2."""
+    model = pissa.wrap(
+        put(OneLayer(filled(KINDS[kind]()))),
+        adapter_name="a",
+        target_modules=["proj"],
+        r=ranks[0],
+        lora_alpha=2 * ranks[0],
+        **fields,
+    )
+    second = PissaConfig(target_modules=["proj"], r=ranks[1], lora_alpha=ranks[1] / 2, seed=5, svd="subspace")
+    model.add_adapter("b", second)
+    layer = model.base_model.model.proj
+    change_a_little(layer, "a", size=0.3, seed=1)
+    change_a_little(layer, "b", size=0.3, seed=2)
+    return model, layer
+
+
+def change(layer: PissaLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """s (B A - B0 A0) in float64, and the same of the absolute values of what is summed."""
+    start, scaling = layer.start_of(adapter), layer.scaling[adapter]
+    a0, b0 = fetch(start.a0).double(), fetch(start.b0).double()
+    da, db = (fetch(delta.detach()).double() for delta in layer.changed_factors(adapter))
+    size = db.abs() @ (a0.abs() + da.abs()) + b0.abs() @ da.abs()
+    return scaling * (db @ (a0 + da) + b0 @ da), abs(scaling) * size
+
+
+def total(layer: PissaLayer, weights: list[float], names: tuple[str, str] = ("a", "b")) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the changes, float64, and of the absolute values of what is summed."""
+    changes = [change(layer, name) for name in names if name in layer.r]
+    used = [weight for weight, name in zip(weights, names, strict=True) if name in layer.r]
+    return tuple(sum(f(w) * c[i] for w, c in zip(used, changes, strict=True)) for i, f in enumerate((float, abs)))
+
+
+# ---- One layer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cat_is_the_weighted_sum_of_the_changes(kind: str, weights: list[float]) -> None:
+    model, layer = adapters(kind)
+    model.add_weighted_adapter(["a", "b"], weights, "sum", "cat")
+    assert layer.r["sum"] == 5
+    expected, size = total(layer, weights)
+    # Of the factors only those on the right are rounded again, by a product with weight * scaling, itself rounded.
+    assert_close(change(layer, "sum")[0].float(), expected, 4 * EPS[torch.float32] * size, "change")
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "rank"), [("svd", None), ("svd", 1), ("svd", 4), ("svd", 99), ("linear", None)])
+def test_svd_and_linear_are_the_best_of_their_rank(
+    kind: str, weights: list[float], method: str, rank: int | None
+) -> None:
+    """An adapter of rank r holds a change of rank 2r."""
+    model, layer = adapters(kind, (3, 3) if method == "linear" else (2, 3))
+    model.add_weighted_adapter(["a", "b"], weights, "sum", method, svd_rank=rank)
+    r = layer.r["sum"]
+    assert r == min(rank or 3, layer.r["a"] + layer.r["b"])
+    expected, size = total(layer, weights)
+    values = torch.linalg.svdvals(expected)
+    got, held = change(layer, "sum")
+    # The best has an error of the values left out; the factors are rounded to float32, and their sizes are `held`'s.
+    rounding = 4 * EPS[torch.float32] * (held.norm() + size.norm())
+    assert abs((got - expected).norm() - values[2 * r :].norm()) <= rounding
+
+
+def test_more_than_a_layer_can_hold_is_held_by_its_smaller_side() -> None:
+    model, layer = adapters("linear", (9, 10))
+    model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "sum", "cat")
+    assert layer.r["sum"] == 14
+    expected, size = total(layer, [1.0, -1.0])
+    assert (change(layer, "sum")[0] - expected).norm() <= 8 * EPS[torch.float32] * size.norm()
+
+
+@pytest.mark.parametrize("suffix", ["", "_svd"])
+@pytest.mark.parametrize(("method", "prune"), [("ties", ties), ("magnitude_prune", magnitude_prune)])
+def test_what_is_pruned_are_the_changes(method: str, prune: Callable[..., Tensor], suffix: str) -> None:
+    model, layer = adapters("linear", (7, 7))  # rank 14 is all that the weight has
+    model.add_weighted_adapter(["a", "b"], [1.5, -0.5], "sum", method + suffix, density=0.4)
+    deltas = [change(layer, name)[0].float() for name in ("a", "b")]
+    expected = prune(deltas, torch.tensor([1.5, -0.5]), 0.4)
+    got, held = change(layer, "sum")
+    assert error(got, expected) < 8 * EPS[torch.float32] * float(held.norm() / expected.norm())
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties_svd"])
+def test_what_is_pruned_at_random_keeps_the_density(method: str) -> None:
+    """Kept values are those of the change, divided by the density."""
+    model, layer = adapters("linear", (7, 7))
+    model.add_weighted_adapter(["a"], [2.0], "sum", method, density=0.5)
+    got, whole = change(layer, "sum")[0], 4 * change(layer, "a")[0]
+    kept = got.abs() > whole.abs() / 2
+    assert (got - whole.where(kept, 0)).abs().max() < 1e-4 * whole.abs().max()
+    # 280 draws: five standard deviations of the share are 0.15.
+    assert abs(float(kept.double().mean()) - 0.5) < 0.15
+
+
+@pytest.mark.parametrize("method", ["svd", "cat"])
+def test_a_sum_of_nothing_can_still_learn(method: str) -> None:
+    model, layer = adapters("linear")
+    model.add_weighted_adapter(["a", "b"], [0.0, 0.0], "sum", method)
+    assert not change(layer, "sum")[0].any()
+    model.set_adapter("sum")
+    model(put(torch.randn(4, 20))).square().sum().backward()
+    assert any(parameter.grad.any() for parameter in layer.factor_parameters("sum"))
+
+
+@pytest.mark.parametrize("fields", [{"use_adalora": True}, {"use_rslora": True}], ids=str)
+def test_variants_are_summed_as_what_they_change(fields: dict[str, Any]) -> None:
+    model, layer = adapters("linear", **fields)
+    if "use_adalora" in fields:
+        layer.lora_E["a"].weight.data.fill_(0.2)
+    expected, size = total(layer, [0.5, 2.0])
+    model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "sum", "cat")
+    assert layer.scaling["sum"] == 1
+    assert_close(change(layer, "sum")[0].float(), expected, 4 * EPS[torch.float32] * size, "change")
+
+
+# ---- A model ---------------------------------------------------------------------------------------------------------
+
+
+def trained(tiny_llama: Make, tokens: Tensor, form: str = "implicit") -> PissaModel:
+    """A model with adapters of other layers, and of other ranks where they have a layer in common."""
+    model = pissa.wrap(tiny_llama(), r=4, adapter_name="a", target_modules=["q_proj", "v_proj"], **FORMS[form])
+    second = PissaConfig(r=3, target_modules=["v_proj", "down_proj", "embed_tokens"], rank_pattern={"down_proj": 2})
+    model.add_adapter("b", second)
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        train(model, tokens)
+    return model
+
+
+@forms
+@pytest.mark.filterwarnings("ignore:Adapter b again was active which is now deleted:UserWarning")
+def test_it_is_an_adapter_like_others(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = trained(tiny_llama, tokens, form)
+    base = model.base_model.model
+    with model.disable_adapter():
+        before = logits(model, tokens)
+    model.base_model.set_adapter(["a", "b"])
+    together = logits(model, tokens)
+    assert error(together, before) > 1e-2
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both", combination_type="cat")
+    model.add_weighted_adapter(["a", "both"], [-1.0, 1.0], "b again", svd_rank=3)
+    ranks = {name: layer.r["both"] for name, layer in pissa_layers(base, "both").items()}
+    assert {rank for name, rank in ranks.items() if "v_proj" in name} == {7}
+    assert {name.rpartition(".")[2]: r for name, r in ranks.items() if "v_proj" not in name} == {
+        "q_proj": 4,
+        "down_proj": 2,
+        "embed_tokens": 3,
+    }
+    expected = {}
+    # Two blocks, float32: sums of at most 112 products, of adapters too, in another order.
+    tolerance = 200 * EPS[torch.float32]
+    model.set_adapter("both")
+    expected["both"] = logits(model, tokens)
+    assert error(expected["both"], together) < tolerance
+    model.set_adapter("b")
+    alone = logits(model, tokens)
+    model.set_adapter("b again")
+    expected["b again"] = logits(model, tokens)
+    assert error(expected["b again"], alone) < tolerance
+    train(model, tokens)
+    expected["b again"] = logits(model, tokens)
+    assert error(expected["b again"], alone) > 1e-3
+
+    model.save_pretrained(tmp_path)
+    for name, values in expected.items():
+        restored = PissaModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
+        assert torch.equal(logits(restored, tokens), values), name
+        if form != "nf4":  # there PEFT's base lacks the error of the 4 bits
+            plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
+            assert error(logits(plain, tokens), values) < tolerance
+    restored.load_adapter(tmp_path / "both", "both")
+    restored.set_adapter("both")
+    assert torch.equal(logits(restored, tokens), expected["both"])
+
+    for name in ("a", "b", "b again"):
+        model.delete_adapter(name)
+    assert torch.equal(logits(model, tokens), expected["both"])
+    model.delete_adapter("both")
+    assert torch.equal(logits(base, tokens), before)
+
+
+def test_only_the_layers_of_the_adapters_are_adapted(tokens: Tensor) -> None:
+    """Also where another layer's name ends with the name of one."""
+
+    def model() -> nn.Module:
+        return nn.ModuleDict({"proj": nn.Linear(8, 8), "inner": nn.ModuleDict({"proj": nn.Linear(8, 8)})})
+
+    wrapped = pissa.wrap(model(), r=2, target_modules="proj")
+    wrapped.add_weighted_adapter(["default"], [2.0], "twice")
+    assert list(pissa_layers(wrapped.base_model.model, "twice")) == ["proj"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_fused_experts(kind: str, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(make(kind), r=2, adapter_name="a")
+    model.add_adapter("b", PissaConfig(r=2, target_modules=["gate_up_proj", "o_proj"]))
+    for name in ("a", "b"):
+        for seed, layer in enumerate(pissa_layers(model.base_model.model, name).values()):
+            change_a_little(layer, name, seed=seed)
+    model.add_weighted_adapter(["a", "b"], [0.5, -1.0], "sum", "linear")
+    for name, layer in pissa_layers(model.base_model.model, "sum").items():
+        expected, size = total(layer, [0.5, -1.0])
+        got, held = change(layer, "sum")
+        rounding = 4 * EPS[torch.float32] * (held.norm() + size.norm())
+        assert abs((got - expected).norm() - torch.linalg.svdvals(expected)[4:].norm()) <= rounding, name
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    restored = PissaModel.from_pretrained(make(kind), tmp_path / "sum")
+    assert torch.equal(logits(restored, tokens), logits(model.eval(), tokens))
+
+
+def test_a_module_to_save_is_the_one_of_its_adapter(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=2, adapter_name="a", target_modules=["q_proj"])
+    model.add_adapter("b", PissaConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.set_adapter("b")
+    train(model, tokens)
+    expected = logits(model, tokens)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    assert error(logits(model, tokens), expected) < 100 * EPS[torch.float32]
+    train(model, tokens, steps=1)
+    model.set_adapter("b")
+    assert torch.equal(logits(model, tokens), expected)
+    with pytest.raises(ValueError, match=r"same module with modules_to_save, but found 1 such instance\(s\)\."):
+        model.add_weighted_adapter(["sum", "b"], [1.0, 1.0], "more")
+
+
+# ---- Refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"adapters": ["a", "nope"]}, r"Adapter nope does not exist; the model has a, b, dora"),
+        ({"adapters": []}, r"got 0 adapters and 2 weights"),
+        ({"weights": [1.0]}, r"got 2 adapters and 1 weights"),
+        ({"weights": [1.0, float("nan")]}, r"weights must be finite numbers, got nan"),
+        ({"weights": [1.0, "2"]}, r"weights must be finite numbers, got '2'"),
+        ({"adapter_name": "a"}, r"Adapter with name 'a' already exists"),
+        ({"adapter_name": "q_proj"}, r"adapter_name: got 'q_proj'"),
+        ({"combination_type": "sum"}, r"Invalid combination_type: 'sum'; allowed: svd, linear, cat, ties"),
+        ({"combination_type": "linear"}, r"must have the same r value .*Got \{'a': 4, 'b': 3\}; take svd"),
+        ({"combination_type": "ties", "density": 0.5}, r"must have the same r value .*take svd, ties_svd or cat"),
+        ({"combination_type": "ties_svd"}, r"density must be a number above 0 and at most 1 with ties_svd, got None"),
+        ({"combination_type": "dare_ties_svd", "density": 0}, r"density must be a number above 0 .* got 0"),
+        ({"majority_sign_method": "most"}, r"majority_sign_method must be 'total' or 'frequency', got 'most'"),
+        ({"svd_rank": 0}, r"svd_rank must be a positive integer or None, got 0"),
+        ({"svd_clamp": 0.9}, r"svd_clamp=0.9 is not supported: leave it out"),
+        ({"adapters": ["a", "dora"]}, r"dora has use_dora=True, which trains more than factors: merge it"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(
+    arguments: dict[str, Any], words: str, tiny_llama: Make, tokens: Tensor
+) -> None:
+    model = trained(tiny_llama, tokens)
+    model.add_adapter("dora", PissaConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        model.add_weighted_adapter(
+            **{"adapters": ["a", "b"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
+        )
+    assert_same(model, before)
+
+
+def test_biases_are_not_summed(tiny_llama: Make) -> None:
+    model = pissa.wrap(tiny_llama(attention_bias=True), r=2, target_modules=["q_proj"], bias="lora_only")
+    with pytest.raises(ValueError, match="default has bias='lora_only', which trains more than factors"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def test_its_init_cannot_be_asked_for(tiny_llama: Make, tokens: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"init='given' is of an adapter whose factors came from elsewhere"):
+        pissa.wrap(tiny_llama(), r=2, init="given")
