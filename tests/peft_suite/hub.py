@@ -32,7 +32,14 @@ SIZES: dict[str, Any] = {
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64}
 OPT: dict[str, Any] = {"ffn_dim": 64, "word_embed_proj_dim": 32}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
-T5: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_ff": 64,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 BART: dict[str, Any] = {
     **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
     **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2, "init_std": 0.1},
@@ -68,7 +75,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ("Qwen2ForCausalLM", GROUPED),
     "Qwen/Qwen2-0.5B": ("Qwen2ForCausalLM", GROUPED),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": ("Qwen3ForCausalLM", GROUPED),
-    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", {**GROUPED, "query_pre_attn_scalar": 16}),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
+        "Gemma3ForCausalLM",
+        {**GROUPED, "query_pre_attn_scalar": 16},
+    ),
     "trl-internal-testing/tiny-Llama4ForCausalLM": (
         "Llama4ForCausalLM",
         {**GROUPED, **LOCAL, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},

@@ -1,6 +1,28 @@
 """What of PEFT's test suite does not apply to PiSSA, each with its reason."""
 
-TESTS: dict[str, str] = {}
+TESTS: dict[str, str] = {
+    r"diffus|test_merge_layers_stable": "diffusers is not installed",
+    r"TestInjectAdapterFromStateDict|TestNoInfiniteRecursionDeepspeed": "PEFT's own constructors cannot start an adapter",
+    r"test_lora_(linear|embedding|conv2d)_(init_)?(default|gaussian)": "how LoRA draws A",
+    r"_conversion_same_output_after_loading|test_(pissa|olora)_(rank|alpha)_pattern_and_rslora_raises": (
+        "path_initial_model_for_weight_conversion: what we write needs no conversion"
+    ),
+    r"pissa_olora_warns|test_load_pissa_olora_with_other_adapter": "PEFT's PiSSA changes the base's function; ours does not",
+    r"test_modules_to_save_targets_lora_layer_raises|test_fixed_rank_lora_config": "knows the class of LoRA's layer or config",
+    r"low_cpu_mem_usage_works": "nothing is left on the meta device: no start factors could be had there",
+    r"test_warning_(name|naming_conflict)_": "warnings of get_peft_model about a name that the user has given",
+    r"cache_dir": "downloads into an empty cache",
+    r"missing_keys_warning|test_hotswap_missing_key": "a folder that lacks tensors is refused, not filled with zeros",
+    r"TestDisableInputDtypeCasting|TestDoraCaching": "inner workings of PEFT's layers",
+    r"TestLoraNestedConfigRoundTrip": "options of LoRA that PiSSA has not",
+    r"test_from_peft_type": "needs scikit-learn, for another method",
+    r"test_from_pretrained_(sanity_check|forward_compatible\[)": "a file that is no PissaConfig's is refused in our words",
+    r"test_rank_higher_than_weight_dim_raises|test_converted_lora_(approximates|with_multiple)": "knows the model's sizes",
+    r"test_converted_lora_to_lora_works_and_warns": "warns that LoRA is LoRA already; PiSSA is not",
+    r"TestRankAndAlphaPattern": "layers of 1 x 1, which have no other rank than 1",
+    r"test_set_peft_model_state_dict_preserves_input": "another base, whose start factors do not fit",
+    r"test_integrations.py": "PEFT makes parameters of fused experts of targets; ours are unfused",
+}
 """Regular expression for a test's id -> why it is not run."""
 
 _VARIANTS = (
@@ -22,6 +44,8 @@ REFUSALS: dict[str, str] = {
     r"beside target_modules='all-linear'": "target_parameters name single experts' parameters, all-linear all of them",
     r": a PissaConfig needs pissa.wrap": "PEFT's low-level functions cannot start the adapter",
     r": the model carries an adapter already": "wrapping a wrapped model",
+    r": adapter_name: got .* could not be told from it": "an adapter of the name of a parameter",
     r": rank \d+ is too large for layer": "a rank above the smaller side of the layer's weight",
+    r": Incompatible PEFT types found: PISSA and LORA": "hot-swapping ends before anything is touched",
 }
 """Regular expression for "test's id: error of ours" -> why it is right. Counts only if the model is as it was before."""

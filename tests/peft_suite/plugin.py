@@ -22,16 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-BUILD = Path(__file__).parents[2] / "build" / "peft-suite"
-os.environ["HF_HUB_CACHE"] = str(BUILD / "hub")  # huggingface_hub reads both when it is imported
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import huggingface_hub
 import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, hotswap
 from PIL import Image
 from torch import nn
 
@@ -185,6 +181,7 @@ def stand_in() -> None:
 
     for module in (peft, peft.tuners, peft.tuners.lora):
         module.LoraConfig = LoraConfig
+
     def inject(peft_config: peft.PeftConfig, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if not isinstance(peft_config, LoraConfig):
             return plain_inject(peft_config, model, *args, **kwargs)
@@ -192,8 +189,9 @@ def stand_in() -> None:
 
     peft.get_peft_model, peft.inject_adapter_in_model = get_peft_model, inject
     peft.PeftModel.from_pretrained = classmethod(load)
+    hotswap.hotswap_adapter = watched(hotswap.hotswap_adapter)
     pissa.PissaModel.add_adapter = watched(functools.wraps(add_adapter)(add))
-    for name in ("load_adapter", "add_weighted_adapter", "merge_adapter", "merge_and_unload", "save_pretrained", "forward"):
+    for name in ("load_adapter", "add_weighted_adapter", "save_pretrained"):
         setattr(pissa.PissaModel, name, watched(getattr(pissa.PissaModel, name)))
 
 
@@ -214,8 +212,9 @@ def is_ours(model_id: Any, subfolder: str | None = None, revision: str | None = 
 def pytest_configure(config: pytest.Config) -> None:
     for marker in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
         config.addinivalue_line("markers", f"{marker}: PEFT's")
-    hub.make_models(BUILD / "hub")
-    hub.make_adapters(BUILD / "hub")
+    cache = Path(os.environ["HF_HUB_CACHE"])
+    hub.make_models(cache)
+    hub.make_adapters(cache)
     stand_in()
     for name in ("diffusers", "scipy"):  # big, and imported for tests that do not concern us
         sys.modules[name] = types.ModuleType(name)
@@ -247,19 +246,23 @@ def why_left_out(item: pytest.Item) -> str | None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+def pytest_runtest_protocol() -> Generator[None, Any, Any]:
     reached.clear()
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    report = yield
-    if call.when == "call" and report.outcome != "skipped":
-        why = refused(item, call.excinfo.value) if call.excinfo else None if reached.any else "reaches none of our classes"
-        if why:
-            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {why}")
-    return report
+    if call.excinfo:
+        why = refused(item, call.excinfo.value)
+    else:
+        why = None if reached.any or call.when != "call" else "reaches none of our classes"
+    if why:
+        try:
+            pytest.skip(why)
+        except pytest.skip.Exception:
+            call.excinfo = pytest.ExceptionInfo.from_current()
+    return (yield)
 
 
 def refused(item: pytest.Item, error: BaseException | None) -> str | None:
@@ -269,6 +272,8 @@ def refused(item: pytest.Item, error: BaseException | None) -> str | None:
         known, untouched = reached.refusals.get(id(error), (None, False))
         if known is error and untouched:
             text = f"{item.nodeid}: {error}"
-            return next((f"refused: {why}" for pattern, why in left_out.REFUSALS.items() if re.search(pattern, text)), None)
+            return next(
+                (f"refused: {why}" for pattern, why in left_out.REFUSALS.items() if re.search(pattern, text)), None
+            )
         error = error.__cause__ or error.__context__
     return None
