@@ -301,7 +301,7 @@ def peft_start(weight: Tensor, r: int, quantised: bool) -> tuple[Tensor, ...]:
 
 
 def our_start(weights: Sequence[Tensor], r: int, quantised: bool) -> list[ops.Split]:
-    """What pissa.wrap does with the layers' weights."""
+    """What pissa.wrap does with the layers' weights, with two passes more than "auto": their spectra are flat."""
     splits = ops.split_many(weights, [r] * len(weights), [1.0] * len(weights), passes=16)
     if quantised:
         return [

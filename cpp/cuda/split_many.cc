@@ -29,7 +29,7 @@ Kind kind_of(const SplitTask& task, float largest) {
 // f64.
 std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   const std::int64_t r = task.a0.rows;
-  const std::int64_t steps = options.method == SvdMethod::krylov ? options.passes / 2 : 1;
+  const std::int64_t steps = options.method == SvdMethod::krylov ? passes_for(r, options) / 2 : 1;
   const std::int64_t block = block_size(r, steps);
   const std::int64_t basis = block * steps;
   const std::int64_t sides = task.w.rows + task.w.cols;

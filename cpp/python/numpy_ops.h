@@ -3,8 +3,10 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "backend.h"
@@ -31,7 +33,8 @@ inline MutableMatrix mutable_matrix(Array& array) {
   return {array.mutable_data(), array.shape(0), array.shape(1), array.shape(1), Codec::f32};
 }
 
-inline pybind11::tuple svd_lowrank(const Array& weight, std::int64_t r, std::int64_t passes, std::uint64_t seed) {
+inline pybind11::tuple svd_lowrank(const Array& weight, std::int64_t r, std::optional<std::int64_t> passes,
+                                   std::uint64_t seed) {
   const Matrix w = matrix(weight);
   const SvdOptions options{SvdMethod::krylov, passes, seed};
   check_svd(w, r, options);
@@ -88,8 +91,10 @@ inline Array nf4_dequantize(const Bytes& codes, const Array& absmax, std::int64_
 
 inline void define_numpy_ops(pybind11::module_& m) {
   using pybind11::arg;
-  m.def("svd_lowrank", svd_lowrank, arg("weight"), arg("r"), arg("passes") = 8, arg("seed") = 0,
-        "Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in].");
+  m.def(
+      "svd_lowrank", svd_lowrank, arg("weight"), arg("r"), arg("passes") = pybind11::none(), arg("seed") = 0,
+      "Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in]; passes over it: even, "
+      "None for as many as the rank needs.");
   m.def(
       "nf4_quantize", nf4_quantize, arg("weight"), arg("blocksize") = 64,
       "(codes uint8 [ceil(out * in / 2)], absmax float32 [blocks]) of a float32 array [out, in], bitsandbytes' bytes.");

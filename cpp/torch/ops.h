@@ -83,7 +83,8 @@ inline void check_shape(const char* name, const Matrix& got, std::int64_t rows, 
               rows, ", ", cols, "]");
 }
 
-inline SvdOptions svd_options(const std::string& svd, std::int64_t passes, std::int64_t seed) {
+// passes: none, as many as the rank needs.
+inline SvdOptions svd_options(const std::string& svd, std::optional<std::int64_t> passes, std::int64_t seed) {
   PISSA_CHECK(svd == "krylov" || svd == "subspace", "svd: got '", svd, "'; allowed: 'krylov', 'subspace'");
   return {svd == "krylov" ? SvdMethod::krylov : SvdMethod::subspace, passes, static_cast<std::uint64_t>(seed)};
 }
@@ -174,7 +175,7 @@ struct AdapterTensors {
 // (u [r, out], s [r], v [r, in]), one singular vector per row.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, std::int64_t r, const std::string& svd,
-                                               std::int64_t passes, std::int64_t seed) {
+                                               std::optional<std::int64_t> passes, std::int64_t seed) {
   Device device(weight);
   auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, std::int64_
 
 template <class Device>
 std::tuple<Tensor, Tensor> split(const Tensor& weight, std::int64_t r, double scaling, const std::string& svd,
-                                 std::int64_t passes, std::int64_t seed) {
+                                 std::optional<std::int64_t> passes, std::int64_t seed) {
   Device device(weight);
   auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
@@ -208,8 +209,8 @@ template <class Device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vector<Tensor>& weights,
                                                                 const std::vector<std::int64_t>& ranks,
                                                                 const std::vector<double>& scalings,
-                                                                const std::string& svd, std::int64_t passes,
-                                                                std::int64_t seed) {
+                                                                const std::string& svd,
+                                                                std::optional<std::int64_t> passes, std::int64_t seed) {
   PISSA_CHECK(!weights.empty() && ranks.size() == weights.size() && scalings.size() == weights.size(),
               "ranks, scalings: got ", ranks.size(), " and ", scalings.size(), "; needed: one for each of the ",
               weights.size(), " weights, of which there must be one");
@@ -240,8 +241,9 @@ inline std::tuple<Tensor, Tensor, Nf4Output> new_nf4(const Tensor& like, std::in
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> split_nf4(const Tensor& weight, std::int64_t r, double scaling,
-                                                     const std::string& svd, std::int64_t passes, std::int64_t seed,
-                                                     std::int64_t quant_iters, std::int64_t blocksize) {
+                                                     const std::string& svd, std::optional<std::int64_t> passes,
+                                                     std::int64_t seed, std::int64_t quant_iters,
+                                                     std::int64_t blocksize) {
   Device device(weight);
   auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);

@@ -2,13 +2,13 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa, m) {
-  m.def("svd_lowrank(Tensor weight, int r, str svd, int passes, int seed) -> (Tensor u, Tensor s, Tensor v)");
-  m.def("split(Tensor weight, int r, float scaling, str svd, int passes, int seed) -> (Tensor a0, Tensor b0)");
+  m.def("svd_lowrank(Tensor weight, int r, str svd, int? passes, int seed) -> (Tensor u, Tensor s, Tensor v)");
+  m.def("split(Tensor weight, int r, float scaling, str svd, int? passes, int seed) -> (Tensor a0, Tensor b0)");
   m.def(
-      "split_many(Tensor[] weights, int[] ranks, float[] scalings, str svd, int passes, int seed) -> (Tensor[] a0, "
+      "split_many(Tensor[] weights, int[] ranks, float[] scalings, str svd, int? passes, int seed) -> (Tensor[] a0, "
       "Tensor[] b0)");
   m.def(
-      "split_nf4(Tensor weight, int r, float scaling, str svd, int passes, int seed, int quant_iters, int blocksize) "
+      "split_nf4(Tensor weight, int r, float scaling, str svd, int? passes, int seed, int quant_iters, int blocksize) "
       "-> "
       "(Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");

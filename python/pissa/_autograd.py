@@ -26,18 +26,18 @@ def _quantized(like: Tensor, count: int, blocksize: int) -> tuple[Tensor, Tensor
 
 
 @register_fake("pissa::svd_lowrank")
-def _(weight: Tensor, r: int, svd: str, passes: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(weight: Tensor, r: int, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return _floats(weight, r, weight.shape[0]), _floats(weight, r), _floats(weight, r, weight.shape[1])
 
 
 @register_fake("pissa::split")
-def _(weight: Tensor, r: int, scaling: float, svd: str, passes: int, seed: int) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, r: int, scaling: float, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor]:
     return _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
 
 
 @register_fake("pissa::split_many")
 def _(
-    weights: list[Tensor], ranks: list[int], scalings: list[float], svd: str, passes: int, seed: int
+    weights: list[Tensor], ranks: list[int], scalings: list[float], svd: str, passes: int | None, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     pairs = list(zip(weights, ranks, strict=True))
     return [_floats(w, r, w.shape[1]) for w, r in pairs], [_floats(w, w.shape[0], r) for w, r in pairs]
@@ -45,7 +45,7 @@ def _(
 
 @register_fake("pissa::split_nf4")
 def _(
-    weight: Tensor, r: int, scaling: float, svd: str, passes: int, seed: int, quant_iters: int, blocksize: int
+    weight: Tensor, r: int, scaling: float, svd: str, passes: int | None, seed: int, quant_iters: int, blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     factors = _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
     return (*factors, *_quantized(weight, weight.numel(), blocksize))

@@ -78,13 +78,16 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
     return r
 
 
-def check_svd(svd: str, passes: int, seed: int) -> None:
+def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
+    """The passes as the compiled ops take them: None for "auto"."""
     if svd not in ("krylov", "subspace", "exact"):
         raise ValueError(f"svd: got {svd!r}; allowed: 'krylov', 'subspace', 'exact'")
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2 or passes % 2:
-        raise ValueError(f"passes: got {passes!r}; allowed: an even number of at least 2 (8 and 12 are usual)")
+    number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
+    if passes != "auto" and (number is None or number < 2 or number % 2):
+        raise ValueError(f"passes: got {passes!r}; allowed: 'auto', or an even number of at least 2")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+    return number
 
 
 def check_blocksize(blocksize: int) -> None:

@@ -26,6 +26,7 @@ from peft.utils import PeftType, transformers_weight_conversion
 from torch import nn
 
 Svd = Literal["krylov", "subspace", "exact"]
+Passes = Literal["auto"] | int
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
@@ -108,7 +109,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             adapter says whose factors come from elsewhere, from other adapters (`add_weighted_adapter`) or a plain LoRA
             (`peft.set_peft_model_state_dict`); it cannot be asked for.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
-        svd_passes: passes over each weight; even, at least 2. Not used by "exact".
+        svd_passes: passes over each weight: an even number, at least 2, or "auto", as many as its rank needs; see
+            `pissa.ops.svd_lowrank`. Not used by "exact".
         seed: seed of the random sketch. The result does not depend on torch's generator.
         quant: "nf4" keeps the residual in 4 bits (QPiSSA); None keeps it as `residual` says.
         quant_iters: alternations of decomposition and quantisation. Only 1 for now.
@@ -135,7 +137,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
     init: Init = field(default="pissa", metadata={"help": "Where the adapter starts"})
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
-    svd_passes: int = field(default=8, metadata={"help": "Passes over each weight, even"})
+    svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
     quant: Literal["nf4"] | None = field(default=None, metadata={"help": "Store the residual in 4 bits"})
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
@@ -250,8 +252,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         _check_choice("quant", self.quant, (None, "nf4"))
         _check_choice("quant_storage", self.quant_storage, get_args(Storage))
         _check_choice("residual", self.residual, get_args(Residual))
-        if not _is_int(self.svd_passes) or self.svd_passes < 2 or self.svd_passes % 2:
-            raise ValueError(f"svd_passes must be an even integer, at least 2, got {self.svd_passes!r}")
+        passes = self.svd_passes
+        if passes != "auto" and (not _is_int(passes) or passes < 2 or passes % 2):
+            raise ValueError(f'svd_passes must be "auto" or an even integer, at least 2, got {passes!r}')
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}")
         if not _is_int(self.quant_iters) or self.quant_iters < 1:

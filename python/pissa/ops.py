@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def _exact_split(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor
 
 
 def svd_lowrank(
-    weight: Tensor, r: int, *, svd: str = "krylov", passes: int = 8, seed: int = 0
+    weight: Tensor, r: int, *, svd: str = "krylov", passes: int | Literal["auto"] = "auto", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading `r` singular triplets of a weight, as `torch.svd_lowrank` returns them.
 
@@ -115,8 +115,10 @@ def svd_lowrank(
         r: 1 to min(out, in).
         svd: "krylov" (block Krylov, arXiv 1504.05477), "subspace" (Halko et al., arXiv 0909.4061; less memory for
             very large r) or "exact" (`torch.linalg.svd` in float32, for comparison: minutes for a large weight).
-        passes: reads of the weight, even. With "krylov", 8 and 12 match or beat `torch.svd_lowrank` with
-            niter = 8 and 16, which read it 18 and 34 times.
+        passes: reads of the weight, an even number. "auto" takes 10 up to r = 64, 12 up to 96 and 14 beyond, or 28 with
+            "subspace": on power-law spectra the factors then lose no more of the best rank-r part's energy than those
+            of `torch.svd_lowrank` with niter = 16, which reads the weight 34 times. Flatter spectra, noise with some
+            directions above it, take two passes more for that. Fewer are faster and lose more.
         seed: of the ±1 test matrix (Philox), the same on every device; the same seed gives the same bits for any number
             of threads, and again on the same GPU.
 
@@ -128,11 +130,11 @@ def svd_lowrank(
     """
     weight = check_weight(weight)
     check_rank(r, weight)
-    check_svd(svd, passes, seed)
+    number = check_svd(svd, passes, seed)
     if svd == "exact":
         u, s, vh = _exact_svd(weight, r)
         return u, s, vh.mT
-    ut, s, vt = _OPS.svd_lowrank(weight, r, svd, passes, seed)
+    ut, s, vt = _OPS.svd_lowrank(weight, r, svd, number, seed)
     return ut.mT, s, vt.mT
 
 
@@ -142,7 +144,7 @@ def split(
     *,
     scaling: float = 1.0,
     svd: str = "krylov",
-    passes: int = 8,
+    passes: int | Literal["auto"] = "auto",
     seed: int = 0,
     residual: str = "implicit",
     blocksize: int = 64,
@@ -164,7 +166,7 @@ def split(
     """
     weight = check_weight(weight)
     check_rank(r, weight)
-    check_svd(svd, passes, seed)
+    number = check_svd(svd, passes, seed)
     check_scaling(scaling)
     check_residual(residual, ("implicit", "explicit", "nf4"))
     check_blocksize(blocksize)
@@ -173,10 +175,10 @@ def split(
     if svd == "exact":
         a0, b0 = _exact_split(weight, r, scaling)
     elif residual == "nf4":
-        a0, b0, codes, absmax = _OPS.split_nf4(weight, r, scaling, svd, passes, seed, quant_iters, blocksize)
+        a0, b0, codes, absmax = _OPS.split_nf4(weight, r, scaling, svd, number, seed, quant_iters, blocksize)
         return Split(a0, b0, _nf4_weight(codes, absmax, weight, blocksize, double_quant))
     else:
-        a0, b0 = _OPS.split(weight, r, scaling, svd, passes, seed)
+        a0, b0 = _OPS.split(weight, r, scaling, svd, number, seed)
     if residual == "implicit":
         return Split(a0, b0, None)
     rest = _residual(weight, a0, b0, scaling, residual, blocksize, double_quant)
@@ -189,7 +191,7 @@ def split_many(
     scalings: Sequence[float],
     *,
     svd: str = "krylov",
-    passes: int = 8,
+    passes: int | Literal["auto"] = "auto",
     seed: int = 0,
     names: Sequence[str] | None = None,
 ) -> list[Split]:
@@ -198,7 +200,7 @@ def split_many(
     Args:
         weights: [out, in] each, of any shapes and dtypes that `split` takes.
         ranks, scalings: r and s of each weight.
-        svd, passes, seed: see `svd_lowrank`; the same for all.
+        svd, passes, seed: see `svd_lowrank`; the same for all ("auto": as each rank needs).
         names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
 
     Returns:
@@ -211,7 +213,7 @@ def split_many(
     for argument, values in {"ranks": ranks, "scalings": scalings, "names": names}.items():
         if len(values) != len(weights):
             raise ValueError(f"{argument}: got {len(values)}; needed: one for each of the {len(weights)} weights")
-    check_svd(svd, passes, seed)
+    number = check_svd(svd, passes, seed)
     weights = [check_weight(weight, name) for weight, name in zip(weights, names, strict=True)]
     for i, (weight, r, scaling) in enumerate(zip(weights, ranks, scalings, strict=True)):
         check_rank(r, weight, f"ranks[{i}]")
@@ -223,7 +225,7 @@ def split_many(
     if svd == "exact":
         factors = map(_exact_split, weights, ranks, scalings)
     else:
-        factors = zip(*_OPS.split_many(weights, ranks, scalings, svd, passes, seed), strict=True)
+        factors = zip(*_OPS.split_many(weights, ranks, scalings, svd, number, seed), strict=True)
     return [Split(a0, b0, None) for a0, b0 in factors]
 
 

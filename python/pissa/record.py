@@ -176,14 +176,15 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and type(None) in args:
             return None
-        *others, last = (alternative for alternative in args if alternative is not type(None))
-        for alternative in others:
+        alternatives = [alternative for alternative in args if alternative is not type(None)]
+        if len(alternatives) == 1:
+            return _typed(value, alternatives[0], where)
+        for alternative in alternatives:
             try:
                 return _typed(value, alternative, where)
             except ValueError:
                 continue
-        return _typed(value, last, where)
-    if origin is Literal:
+    elif origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in args):
             return value
     elif origin is list:

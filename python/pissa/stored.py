@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.config import Form
+from pissa.config import Form, Passes
 from pissa.fingerprint import fingerprint
 from pissa.keeps_dtype import KeepsDtype
 from pissa.nf4 import HoldsNf4
@@ -23,7 +23,7 @@ class Origin(NamedTuple):
     r: int
     scaling: float
     svd: str
-    svd_passes: int
+    svd_passes: Passes
     seed: int
     init: str
     adalora: bool

@@ -27,14 +27,15 @@ inline double best_norm(const Svd& svd, std::int64_t r) {
 
 /// Leading r Ritz vectors of w [m, n], m <= n, on its short side: one per row of the result, [r, m].
 inline Dense reference_basis(const Dense& w, std::int64_t r, const SvdOptions& options) {
-  const std::int64_t block = std::min(r + oversampling(r), w.rows);
+  const std::int64_t steps = *options.passes / 2;
+  const std::int64_t block = std::min(block_size(r, options.method == SvdMethod::krylov ? steps : 1), w.rows);
   Dense thin(block, w.cols);
   for (std::int64_t i = 0; i < block * w.cols; ++i) {
     const PhiloxBlock bits = philox_signs(static_cast<std::uint64_t>(i / 128), options.seed);
     thin.values[i] = (bits[i % 128 / 32] >> (i % 32)) & 1 ? -1 : 1;
   }
   Dense basis(0, w.rows);
-  for (std::int64_t step = 0; step < options.passes / 2 && basis.rows < w.rows; ++step) {
+  for (std::int64_t step = 0; step < steps && basis.rows < w.rows; ++step) {
     if (options.method == SvdMethod::subspace) basis = Dense(0, w.rows);
     const std::int64_t done = basis.rows;
     const Dense next = thin * transposed(w);

@@ -31,7 +31,25 @@ TEST(SvdCost, TakesExactlyThePassesAskedFor) {
   }
 }
 
-// Blocks of r + 8: 40 = 3 * 12 + 4 are the whole space after 4 blocks, 8 passes.
+TEST(SvdCost, AutomaticPassesFollowTheRank) {
+  Random random(8);
+  const Stored weight(random.dense(520, 500), Codec::f32);
+  for (const auto& [r, passes] : {std::pair{1, 10}, {64, 10}, {65, 12}, {96, 12}, {97, 14}}) {
+    EXPECT_EQ(passes_over(weight, r, {}), passes) << "r = " << r;
+    EXPECT_EQ(passes_over(weight, r, {.method = SvdMethod::subspace}), 28) << "r = " << r;
+  }
+}
+
+// Time follows the columns of all blocks. With blocks as wide as those of 8 passes, 10 passes would have 1.25 times as
+// many.
+TEST(SvdCost, AutomaticPassesOfSmallRanksTakeLittleMoreThanEight) {
+  for (std::int64_t r = 1; r <= 64; ++r) {
+    const std::int64_t steps = passes_for(r, {}) / 2;
+    EXPECT_LE(static_cast<double>(steps * block_size(r, steps)), 1.2 * 4 * static_cast<double>(block_size(r, 4))) << r;
+  }
+}
+
+// Blocks of r + 8, or 7/8 of it: 40 are the whole space after 4 blocks, 8 passes.
 TEST(SvdCost, StopsWhenTheBasisIsTheWholeSpace) {
   Random random(7);
   const Stored weight(random.dense(40, 60), Codec::f32);

@@ -154,6 +154,11 @@ DAMAGE = {
         lambda path: edit_json(path, lambda c: c["config"].update(nonsense=1)),
         "pissa.json cannot be read: .*nonsense",
     ),
+    "passes in words": (
+        "pissa.json",
+        lambda path: edit_json(path, lambda c: c["config"].update(svd_passes="many")),
+        r"pissa.json cannot be read: config.svd_passes: got 'many'; needed: .*'auto'.*int",
+    ),
     "no tensor": (
         "adapter_model.safetensors",
         lambda path: edit(path, lambda t: t.pop(LORA_B)),

@@ -18,7 +18,7 @@ def test_defaults_are_the_papers() -> None:
     config = PissaConfig(r=24)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (24, 24, 0)
     assert config.target_modules == "all-linear"
-    assert (config.svd, config.svd_passes, config.seed) == ("krylov", 8, 0)
+    assert (config.svd, config.svd_passes, config.seed) == ("krylov", "auto", 0)
     assert (config.quant, config.quant_iters, config.blocksize, config.double_quant) == (None, 1, 64, True)
     assert config.residual == "implicit"
     assert config.init_lora_weights is True
@@ -57,8 +57,9 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"alpha_pattern": {"q_proj": -2}}, "alpha_pattern"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"svd": "fast"}, "svd must be one of 'krylov', 'subspace', 'exact', got 'fast'"),
-        ({"svd_passes": 7}, "svd_passes must be an even integer"),
-        ({"svd_passes": 0}, "svd_passes must be an even integer"),
+        ({"svd_passes": 7}, 'svd_passes must be "auto" or an even integer, at least 2, got 7'),
+        ({"svd_passes": 0}, 'svd_passes must be "auto" or an even integer'),
+        ({"svd_passes": "8"}, 'svd_passes must be "auto" or an even integer'),
         ({"seed": -1}, "seed"),
         ({"seed": 0.5}, "seed"),
         ({"quant": "int4"}, "quant must be one of None, 'nf4'"),

@@ -185,6 +185,21 @@ def test_an_adapted_tied_head_is_saved_without_the_embeddings(
     assert error(logits(plain, tokens), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("passes", ["auto", 8])
+def test_the_passes_are_kept(passes: str | int, tiny_llama: Make, tmp_path: Path) -> None:
+    """Those of a stored base beside those of the adapter, which has another rank."""
+    given = {"target_modules": ["q_proj"], "svd_passes": passes}
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", **given)
+    model.add_adapter("second", PissaConfig(r=2, **given))
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "second" / "pissa.json").read_text())
+    assert record["config"]["svd_passes"] == passes
+    assert {layer["base"]["svd_passes"] for layer in record["layers"].values()} == {passes}
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
+    assert again.peft_config["second"].svd_passes == passes
+    assert again.base_model.model.model.layers[0].self_attn.q_proj.base_layer.start.origin.svd_passes == passes
+
+
 @forms
 def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])

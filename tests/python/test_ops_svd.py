@@ -99,6 +99,29 @@ def test_quality_is_not_below_torch_svd_lowrank(passes: int, niter: int, r: int,
         assert ours <= peer + 4 * U32  # both are exact to rounding on the steepest spectra
 
 
+@pytest.mark.parametrize("r", [1, 8, 32, 128])
+def test_auto_is_not_below_sixteen_iterations_of_torch(r: int) -> None:
+    """At r = 128 eight passes lose twice as much. bench/svd_quality.py has the whole grid."""
+    weight = power_law(384, 512, 0.2).float()
+    torch.manual_seed(0)
+    peer = energy_loss(weight, torch.svd_lowrank(weight, q=r, niter=16)[2])
+    assert energy_loss(weight, ops.svd_lowrank(put(weight), r)[2]) <= peer + 1e-5
+
+
+def test_auto_follows_the_rank_of_each_weight() -> None:
+    ranks = {64: 10, 65: 12, 97: 14}
+    weight = put(torch.randn(520, 500))
+    many = ops.split_many([weight] * len(ranks), list(ranks), [1.0] * len(ranks), passes="auto")
+    for (r, passes), auto in zip(ranks.items(), many, strict=True):
+        given = ops.split_many([weight], [r], [1.0], passes=passes)[0]
+        assert all(torch.equal(a, b) for a, b in zip(auto[:2], given[:2], strict=True))
+        for function in (ops.split, ops.svd_lowrank):
+            auto, given = function(weight, r), function(weight, r, passes=passes)
+            assert all(torch.equal(a, b) for a, b in zip(auto[:2], given[:2], strict=True))
+    auto, given = (ops.svd_lowrank(weight, 4, svd="subspace", **passes) for passes in ({}, {"passes": 28}))
+    assert all(torch.equal(a, b) for a, b in zip(auto, given, strict=True))
+
+
 @pytest.mark.cpu_only
 def test_seed_decides_and_threads_do_not() -> None:
     weight = power_law(200, 300, 0.3).bfloat16()
@@ -336,6 +359,8 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
         ({"r": 2.0}, TypeError),
         ({"r": True}, TypeError),
         ({"passes": 7}, ValueError),
+        ({"passes": "7"}, ValueError),
+        ({"passes": None}, ValueError),
         ({"passes": 0}, ValueError),
         ({"seed": -1}, ValueError),
         ({"seed": 2**63}, ValueError),

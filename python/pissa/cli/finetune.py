@@ -78,8 +78,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out (or --demo)")
     if args.method == "lora" and args.quant:
         raise UserError("--quant nf4 needs --method pissa; plain LoRA is trained on the base as it is")
-    if args.svd_passes % 2:
-        raise UserError(f"--svd-passes {args.svd_passes} is odd; allowed: even numbers, 8 and 12 are usual")
 
 
 def _method_name(args: argparse.Namespace) -> str:

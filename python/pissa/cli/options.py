@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .sources import GSM_SYMBOLIC
 
@@ -58,7 +59,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument("--svd", choices=("krylov", "subspace", "exact"), default="krylov", help="decomposition")
     method.add_argument(
-        "--svd-passes", type=_positive_int, metavar="N", default=8, help="passes over each weight, even"
+        "--svd-passes", type=_passes, metavar="N", default="auto", help="passes over each weight, even, or auto"
     )
     method.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
 
@@ -127,8 +128,8 @@ def _add_env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
-def _number(convert: Callable[[str], float], allowed: str, valid: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+def _number(convert: Callable[[str], Any], allowed: str, valid: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         try:
             value = convert(text)
         except ValueError:
@@ -140,6 +141,11 @@ def _number(convert: Callable[[str], float], allowed: str, valid: Callable[[floa
     return parse
 
 
+_passes = _number(
+    lambda text: text if text == "auto" else int(text),
+    "auto, or an even number of at least 2",
+    lambda value: value == "auto" or (value >= 2 and value % 2 == 0),
+)
 _positive_int = _number(int, "a whole number above 0", lambda value: value > 0)
 _positive_float = _number(float, "a number above 0", lambda value: 0 < value < float("inf"))
 _fraction = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
