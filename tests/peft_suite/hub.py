@@ -48,7 +48,7 @@ DEBERTA: dict[str, Any] = {"pos_att_type": ["c2p", "p2c"], "relative_attention":
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
-# name on the hub -> class of transformers, its configuration beside SIZES. BertForPreTraining has every part that is loaded.
+# name on the hub -> class of transformers, its configuration beside SIZES. BertForPreTraining has all parts of a Bert.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (  # a test counts its layers
         "OPTForCausalLM",
@@ -138,8 +138,8 @@ REVISIONS = ("main", "test", "v1.2.3", "v2.0.0")
 
 
 def make_models(cache: Path) -> None:
-    """Writes every model that `cache` lacks, with a byte-level tokenizer of fewer tokens, as Qwen's. Revisions differ in their
-    weights."""
+    """Writes every model that `cache` lacks, with a byte-level tokenizer of fewer tokens, as Qwen's. Revisions differ in
+    their weights."""
     for name, (kind, fields) in MODELS.items():
         cls = getattr(transformers, kind)
         for seed, revision in enumerate(REVISIONS if "Bert" in kind else ["main"]):

@@ -1,7 +1,7 @@
 """pytest plugin that runs PEFT's own test suite over our classes: `make test-peft`.
 
-Before PEFT's tests are imported, the names that they import from peft stand for ours: `LoraConfig` makes a PissaConfig,
-`get_peft_model` calls `pissa.wrap`, `PeftModel.from_pretrained` reads the folders that we have written with `PissaModel`.
+Before PEFT's tests are imported, names that they import from peft are made to stand for ours: `LoraConfig` makes a
+PissaConfig, `get_peft_model` calls `pissa.wrap`, `PeftModel.from_pretrained` reads what we wrote by `PissaModel`.
 Everything else is PEFT's. `hub` makes the models that the tests fetch; `left_out` lists what does not apply, and why.
 
 Outcomes: a test that never reaches our classes is skipped. A test that our code refuses is skipped as well if the
