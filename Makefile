@@ -19,7 +19,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell nproc)
 
-.PHONY: demo test test-cpp test-python test-quick versions test-cuda-build test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python test-quick versions test-cuda-build test-peft test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -114,6 +114,27 @@ versions: $(BUILD)/venv-test.stamp
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
+
+# PEFT's own tests, of the version that is installed, over our classes: tests/peft_suite says how. They come with its source
+# package; parameterized is what some of them need beside our own test dependencies.
+PEFT_SUITE := $(BUILD)/peft-suite
+PEFT_TESTS := auto config custom_models decoder_models encoder_decoder_models feature_extraction_models helpers hub_features \
+  initialization lora_conversion lora_variants low_level_api mapping other seq_classifier target_parameters \
+  token_classification_qa trainable_tokens tuners_utils vision_models
+
+$(PEFT_SUITE).stamp: $(BUILD)/venv-test.stamp
+	rm -rf $(PEFT_SUITE)
+	mkdir -p $(PEFT_SUITE)
+	$(TEST_PYTHON) -m pip download -q --no-deps --no-binary peft -d $(PEFT_SUITE) \
+	  "peft==$$($(TEST_PYTHON) -c 'from importlib.metadata import version; print(version("peft"))')"
+	tar -xzf $(PEFT_SUITE)/peft-*.tar.gz -C $(PEFT_SUITE) --strip-components 1
+	touch $(PEFT_SUITE)/tests/__init__.py
+	$(TEST_PYTHON) -m pip install -q --no-deps --target $(PEFT_SUITE)/packages parameterized
+	touch $@
+
+test-peft: $(PEFT_SUITE).stamp
+	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath $(PEFT_SUITE)/hub) PYTHONPATH=tests/peft_suite:$(PEFT_SUITE)/packages \
+	  $(TEST_PYTHON) -m pytest -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
