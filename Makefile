@@ -40,7 +40,8 @@ tools:
 
 $(BUILD)/venv-build.stamp: pyproject.toml | tools
 	$(PYTHON) -m venv --clear $(BUILD)/venv-build
-	$(BUILD_PYTHON) -m pip install -q 'scikit-build-core>=1.0' 'pybind11>=3.0' 'torch>=2.10' 'cmeel-eigen>=3.4' 'cmake>=3.24' ninja
+	$(BUILD_PYTHON) -m pip install -q 'scikit-build-core>=1.0' 'pybind11>=3.0' 'cmeel-eigen>=3.4' 'cmake>=3.24' ninja
+	$(BUILD_PYTHON) -m pip install -q --no-deps 'torch>=2.10'  # headers and a library to link: 4 GB of CUDA stay away
 	touch $@
 
 $(BUILD)/wheel.stamp: $(BUILD)/venv-build.stamp $(SOURCES)

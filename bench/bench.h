@@ -3,7 +3,7 @@
 // A target has
 //   Backend backend()           on a fixed number of threads, or on a stream
 //   Dense, Quantized            random matrices; view(copy), copy < kCopies: equal ones at different addresses
-//   run(state, f)               measures f(copy)
+//   run(state, f)               measures f(copy); returns the mean time of a call in seconds
 //   report_flops, report_bytes  as rates, and as fractions of what the machine can do at most, measured
 #pragma once
 
@@ -77,11 +77,12 @@ class QuantizedMatrix {
   Matrix view_;
 };
 
-/// Counters of a rate, in 1e9 a second, and of the fraction of a peak, if one is known.
-inline void report_rate(benchmark::State& state, const char* unit, double amount, double peak) {
-  state.counters[unit] = benchmark::Counter(amount * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
-  if (peak == 0) return;
-  state.counters["of_peak"] = benchmark::Counter(amount * 1e-9 / peak, benchmark::Counter::kIsIterationInvariantRate);
+/// Counters of a rate, in 1e9 a second, and of the fraction of a peak, if one is known. Plain numbers: what Google
+/// Benchmark divides by time itself it prints as "/s".
+inline void report_rate(benchmark::State& state, const char* unit, double amount, double time, double peak) {
+  const double rate = 1e-9 * amount / time;
+  state.counters[unit] = rate;
+  if (peak != 0) state.counters["of_peak"] = rate / peak;
 }
 
 struct Cpu {
@@ -94,22 +95,25 @@ struct Cpu {
     return benchmark->UseRealTime();
   }
   template <class F>
-  static void run(benchmark::State& state, F f) {
-    for (auto _ : state) {
-      f(0);
-      benchmark::ClobberMemory();
-    }
+  static double run(benchmark::State& state, F f) {
+    const double time = seconds([&] {
+      for (auto _ : state) {
+        f(0);
+        benchmark::ClobberMemory();
+      }
+    });
+    return time / static_cast<double>(state.iterations());
   }
   /// Of what the instructions used can do at most.
-  static void report_flops(benchmark::State& state, double flops, bool bf16) {
+  static void report_flops(benchmark::State& state, double flops, double time, bool bf16) {
     static const std::string isa = cpu::kernels().isa;
     static const double peak[] = {peak_gflops(isa, false, kThreads), peak_gflops(isa, true, kThreads)};
-    report_rate(state, "GF/s", flops, peak[bf16]);
+    report_rate(state, "GF/s", flops, time, peak[bf16]);
   }
   /// Of bytes that have to be read and written once, and of the speed of reading.
-  static void report_bytes(benchmark::State& state, double bytes) {
+  static void report_bytes(benchmark::State& state, double bytes, double time) {
     static const double peak = peak_gbytes(kThreads);
-    report_rate(state, "GB/s", bytes, peak);
+    report_rate(state, "GB/s", bytes, time, peak);
   }
 };
 

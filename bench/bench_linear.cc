@@ -35,7 +35,7 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
     return nf4 ? weight<typename Target::Quantized>().view(copy) : Matrix(weight<Dense>().view(copy));
   };
   weight_of(0);  // made now
-  Target::run(state, [&](int copy) {
+  const double time = Target::run(state, [&](int copy) {
     const Matrix w = weight_of(copy);
     Adapter adapter;
     adapter.delta_a = a.view(copy);
@@ -48,7 +48,8 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
   });
   const double weight_flops = 2.0 * tokens * kOut * kIn;
   const double adapter_flops = 2.0 * tokens * kRank * (kOut + kIn);
-  Target::report_flops(state, with_backward ? 2 * weight_flops + 3 * adapter_flops : weight_flops + adapter_flops, nf4);
+  Target::report_flops(state, with_backward ? 2 * weight_flops + 3 * adapter_flops : weight_flops + adapter_flops, time,
+                       nf4);
 }
 
 template <class Target>

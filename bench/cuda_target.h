@@ -170,24 +170,30 @@ struct Cuda {
     return benchmark->UseManualTime();
   }
   template <class F>
-  static void run(benchmark::State& state, F f) {
+  static double run(benchmark::State& state, F f) {
     const auto every = [&] {
       for (int copy = 0; copy < kCopies; ++copy) f(copy);
     };
     every();
     wait();
     const CudaTimer timer;
-    while (state.KeepRunningBatch(kCopies)) state.SetIterationTime(timer(every));
+    double time = 0;
+    while (state.KeepRunningBatch(kCopies)) {
+      const double all = timer(every);
+      state.SetIterationTime(all);
+      time += all;
+    }
+    return time / static_cast<double>(state.iterations());
   }
-  static void report_flops(benchmark::State& state, double flops, bool bf16) {
+  static void report_flops(benchmark::State& state, double flops, double time, bool bf16) {
     constexpr std::int64_t kSide = PISSA_BENCH_PEAK_SIDE;
     static const double peak[] = {cuda_peak_gflops(kSide / 2, Codec::f32), cuda_peak_gflops(kSide, Codec::bf16)};
-    report_rate(state, "GF/s", flops, peak[bf16]);
+    report_rate(state, "GF/s", flops, time, peak[bf16]);
   }
-  static void report_bytes(benchmark::State& state, double bytes) {
+  static void report_bytes(benchmark::State& state, double bytes, double time) {
     constexpr std::int64_t kSide = PISSA_BENCH_PEAK_SIDE;
     static const double peak = cuda_peak_gbytes(kSide * kSide * 16);
-    report_rate(state, "GB/s", bytes, peak);
+    report_rate(state, "GB/s", bytes, time, peak);
   }
 };
 

@@ -241,15 +241,17 @@ void CpuBackend::quantize(const Matrix& a, const Nf4Output& out) const {
   });
 }
 
+constexpr std::int64_t kNf4TaskRows = 112;
+
 void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
   if (terms.empty()) return quantize(addend, out);
+  if (addend.cols % out.blocksize == 0 && kNc % out.blocksize == 0) return gemm_nf4_within_rows(terms, addend, out);
   // Tasks are runs of whole blocks of the flattened matrix. A block may start inside a row, so a task computes every
   // row that it touches, at most two of them for its neighbours too: about 1 in 56 at 112 rows a task. With fewer rows
   // the panels of the second factor, packed anew for each task, would take longer than the products.
-  constexpr std::int64_t kTaskRows = 112;
   const std::int64_t cols = addend.cols;
   const std::int64_t total = addend.rows * cols;
-  const std::int64_t length = ceil_div(std::max(kTaskRows * cols, out.blocksize), out.blocksize) * out.blocksize;
+  const std::int64_t length = ceil_div(std::max(kNf4TaskRows * cols, out.blocksize), out.blocksize) * out.blocksize;
   executor_.parallel_for(ceil_div(total, length), [&](std::int64_t task) {
     const std::int64_t first = task * length;
     const std::int64_t count = std::min(length, total - first);
@@ -266,6 +268,26 @@ void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, con
         {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {}, values.view()});
     const float* from = static_cast<const float*>(values.view().data) + (first - first_row * cols);
     kernels_.nf4_quantize(from, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+  });
+}
+
+// Where blocks do not cross rows, nor the columns of a block of the output, codes follow from its accumulators while they
+// are in the cache: nothing else is stored.
+void CpuBackend::gemm_nf4_within_rows(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+  const std::int64_t cols = addend.cols;
+  executor_.parallel_for(ceil_div(addend.rows, kNf4TaskRows), [&](std::int64_t task) {
+    const std::int64_t first = task * kNf4TaskRows;
+    const std::int64_t rows = std::min(kNf4TaskRows, addend.rows - first);
+    const GemmProblem problem{terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, {nullptr, rows, cols}};
+    for (std::int64_t col = 0; col < cols; col += kNc) {
+      const Block block{first, rows, col, std::min(kNc, cols - col)};
+      kernels_.gemm_block(problem, block, panels());
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const std::int64_t at = (first + i) * cols + col;
+        kernels_.nf4_quantize(panels().c + i * kNc, block.cols, out.blocksize, out.codes + at / 2,
+                              out.absmax + at / out.blocksize);
+      }
+    }
   });
 }
 

@@ -61,6 +61,7 @@ class CpuBackend {
  private:
   void run(const GemmProblem& problem) const;
   void quantize(const Matrix& a, const Nf4Output& out) const;
+  void gemm_nf4_within_rows(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const;
   std::unique_ptr<double[]> gram(const Matrix& rows) const;
 
   const Executor& executor_;

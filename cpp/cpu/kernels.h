@@ -29,6 +29,7 @@ struct Panels {
 
 /// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. Of a transposed problem,
 /// element [i, j] is stored at [j, i]: out has the shape of the result, and the leading dimension of its transpose.
+/// Without memory in `out` a block's elements stay in Panels::c, f32, rows kNc apart.
 struct GemmProblem {
   const Term* terms;
   std::int64_t term_count;

@@ -57,14 +57,21 @@ def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
 
 def check_weight(weight: object, name: str = "weight") -> Tensor:
     """A finite, dense [out, in] weight, detached: what is decomposed or quantised carries no gradient."""
+    tensor, _ = check_weight_and_bound(weight, name)
+    return tensor
+
+
+def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
+    """The same, and max|weight|, which the one reading for both finds."""
     tensor = check_tensor(name, weight)
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: is on the meta device and holds no values; load the weights first")
-    if not all(math.isfinite(bound.item()) for bound in tensor.detach().aminmax()):
+    least, most = (bound.item() for bound in tensor.detach().aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
-    return tensor.detach()
+    return tensor.detach(), max(-least, most)
 
 
 def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
@@ -120,10 +127,9 @@ def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: 
         raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
 
 
-def check_product(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> None:
-    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32."""
+def check_product(largest: float, a0: Tensor, b0: Tensor, scaling: float) -> None:
+    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32; `largest` is max|weight|."""
     norm_a, norm_b = (torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item() for t in (a0, b0))
-    largest = max(abs(bound.item()) for bound in weight.aminmax())
     if not scaling * norm_a * norm_b + largest < torch.finfo(torch.float32).max:
         raise ValueError(
             f"a0, b0: contain NaN or Inf, or their product overflows float32: got norms {norm_a:.3g} and {norm_b:.3g}, "

@@ -18,6 +18,7 @@ from torch import Tensor
 from pissa.bases import execution_device, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
+from pissa.fingerprint import is_fingerprint
 from pissa.inject import pissa_layers
 from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.json_file import shown
@@ -31,9 +32,9 @@ from pissa.stored import (
     Origin,
     StartFactors,
     StoredLinear,
-    residual_fingerprint,
     residual_from,
     residual_shapes,
+    residual_tensors,
 )
 from pissa.tensor_file import TensorFile
 from pissa.vocabulary import VocabularyTensor, vocabulary
@@ -117,7 +118,7 @@ class Checkpoint:
         self._check_names(layers)
         for name, layer in layers.items():
             self._check_adapter(name, layer, adapter_name)
-        modules, embeddings = _others(model, adapter_name, layers)
+        modules, embeddings = _others(model, adapter_name)
         tables = vocabulary(model, adapter_name)
         embeddings |= {key: table.parameter for key, table in tables.items()}
         factors = factors_of(model.base_model.model, layers)
@@ -130,13 +131,14 @@ class Checkpoint:
         residuals = {
             name: residual for name, layer in layers.items() if (residual := self._residual(name, layer)) is not None
         }
-        # What is to be put into the base: the rest of the vocabulary's weights is there, or is in a residual.
-        new = {key: table for key, table in tables.items() if alone and not table.is_stored}
-        new = {key: table for key, table in new.items() if not any(table.is_of(layers[name]) for name in residuals)}
-        self._check_vocabulary(tables, new, others)
+        # A weight that is kept as a residual, or will be, is compared by that.
+        dense = {key: table for key, table in tables.items() if not table.is_stored}
+        dense = {key: table for key, table in dense.items() if not any(table.is_of(layers[name]) for name in residuals)}
+        self._check_vocabulary(dense, others, alone)
+        new = dense if alone else {}
         for name, layer in layers.items():
-            weight = next((others[key] for key, table in new.items() if table.is_of(layer)), None)
-            self._check_base(name, layer, weight, residuals.get(name))
+            key = next((key for key, table in new.items() if table.is_of(layer)), "")
+            self._check_base(name, layer, key, others.get(key), residuals.get(name))
             fresh = alone and adapter_name not in layer.lora_start
             if not (fresh and layer.form == IMPLICIT):
                 self._check_form(name, layer)
@@ -147,7 +149,8 @@ class Checkpoint:
         }
 
         for key, table in new.items():
-            table.put(others[key])
+            if not is_offloaded(table.module):
+                table.put(others[key])
         changed = [
             name
             for name, layer in layers.items()
@@ -231,20 +234,18 @@ class Checkpoint:
             if names:
                 raise ValueError(f"{file.path}: tensor {shown(min(names))} belongs to no part of the adapter")
 
-    def _check_vocabulary(
-        self, tables: dict[str, VocabularyTensor], new: dict[str, VocabularyTensor], found: dict[str, Tensor]
-    ) -> None:
+    def _check_vocabulary(self, tables: dict[str, VocabularyTensor], found: dict[str, Tensor], alone: bool) -> None:
         """Whether the model can have the embeddings that are in the folder. They are the base's own: other adapters
         that it carries were trained with those that it has."""
         for key, table in tables.items():
-            if key in new and not is_offloaded(table.module):
-                twins = (other for other in new if new[other].parameter is table.parameter)
+            if alone and not is_offloaded(table.module):
+                twins = (other for other in tables if tables[other].parameter is table.parameter)
                 if all(torch.equal(found[other], found[key]) for other in twins):
                     continue
                 reason = "another tensor of the file, which in this model shares its weight: untie them first"
-            elif table.is_stored or torch.equal(found[key].to(table.parameter), table.value({}).to(table.parameter)):
+            elif torch.equal(found[key].to(table.parameter.dtype), table.value({})):
                 continue
-            elif key in new:
+            elif alone:
                 reason = "the model's embedding, which is offloaded: give it a device of its own in device_map"
             else:
                 reason = (
@@ -254,18 +255,26 @@ class Checkpoint:
             raise ValueError(f"{self.weights.path}: tensor {key!r} differs from {reason}")
 
     def _check_base(
-        self, name: str, layer: PissaLayer, weight: Tensor | None, residual: Tensor | Nf4Weight | None
+        self, name: str, layer: PissaLayer, key: str, weight: Tensor | None, residual: Tensor | Nf4Weight | None
     ) -> None:
-        """Compares the base that the layer will have, with the weight or the residual out of the files if given."""
+        """Compares the base that the layer will have: the weight of that key, or the residual, out of the files if they
+        have it."""
         record = self.records[name]
         if residual is not None:
-            if residual_fingerprint(residual) != record.stored:
+            if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
                 raise ValueError(
                     f"{self.folder / PISSA_RECORD} and {self.starts.path} do not belong together, or one is damaged: "
                     f"the residual of layer {name} is not the one that was saved"
                 )
             return
-        if (layer.base_fingerprint() if weight is None else layer.fingerprint_with(weight)) != record.weight:
+        if weight is not None:
+            if not layer.weight_is(weight, record.weight):
+                dtype = layer.unmerged_base.weight.dtype
+                raise ValueError(
+                    f"{self.weights.path}: tensor {key!r} is, in the model's {dtype}, not the weight that layer {name} "
+                    "was trained on: load the model in a dtype that holds it without loss, or take the file from a copy"
+                )
+        elif not layer.base_is(record.weight):
             raise ValueError(
                 f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
                 f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -276,9 +285,7 @@ class Checkpoint:
     def _check_form(self, name: str, layer: PissaLayer) -> None:
         record = self.records[name]
         base = layer.unmerged_base
-        if layer.form != record.form or (
-            isinstance(base, StoredLinear) and layer.residual_fingerprint() != record.stored
-        ):
+        if layer.form != record.form or (isinstance(base, StoredLinear) and not layer.residual_is(record.stored)):
             raise ValueError(
                 f"{self.folder} was trained on another base function: the residual of layer {name} was "
                 f"{record.form.describe()} and is {layer.form.describe()} in this model, or has other "
@@ -330,9 +337,10 @@ class Checkpoint:
             base = tensors.base.to(device)
             if residual is None:
                 residual = layer.residual(base, record.form)
-            layer.learn_base_fingerprint(record.weight)
+            else:
+                layer.learn_base_fingerprint(record.weight)
             layer.store_base(residual, base, self.config)
-            exact = layer.residual_fingerprint() == record.stored
+            exact = layer.residual_is(record.stored)
         layer.share_start(adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
             if delta is not None and saved is not None:
@@ -414,11 +422,11 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
             )
 
 
-def _others(
-    model: PissaModel, adapter_name: str, layers: dict[str, PissaLayer]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _others(model: PissaModel, adapter_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the model has of the tensors that adapter_model.safetensors holds beside the layers', under PEFT's names:
-    modules_to_save, and embeddings, which PEFT saves if it is asked to or if they were resized."""
+    modules_to_save and trained tokens, and embeddings, which PEFT saves if it is asked to or if they were resized."""
+    adapted = pissa_layers(model.base_model.model)
+    layers = pissa_layers(model.base_model.model, adapter_name)
     trained = {f"{PREFIX}{name}.{key}" for name, layer in layers.items() for key in layer.state_keys(adapter_name)}
     state = {key: value for key, value in model.state_dict().items() if key not in trained}
     modules, with_embeddings = (
@@ -427,7 +435,7 @@ def _others(
             for key, value in get_peft_model_state_dict(
                 model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=embeddings
             ).items()
-            if not is_of_a_layer(key, layers)
+            if not is_of_a_layer(key, adapted)
         }
         for embeddings in (False, _has_input_embeddings(model))
     )

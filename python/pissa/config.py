@@ -127,6 +127,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             its loss while it is in training mode.
 
     `use_dora` is LoraConfig's: magnitudes are trained beside the directions (arXiv 2402.09353); linear layers only.
+    `trainable_token_indices` too: rows of embeddings, which no adapter changes, are trained as they are.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed. Options of LoRA that do

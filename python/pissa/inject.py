@@ -12,12 +12,12 @@ from pissa.bases import execution_device
 from pissa.layer import PissaLayer
 
 
-def pissa_layers(model: nn.Module, adapter_name: str) -> dict[str, PissaLayer]:
-    """The layers of an (unwrapped) model that carry the adapter, by their name in the model."""
+def pissa_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, PissaLayer]:
+    """The layers of an (unwrapped) model that carry the adapter, or any, by their name in the model."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, PissaLayer) and adapter_name in module.r
+        if isinstance(module, PissaLayer) and (adapter_name is None or adapter_name in module.r)
     }
 
 

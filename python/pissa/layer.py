@@ -16,9 +16,10 @@ from pissa import ops
 from pissa.bases import as_weight, bias_of, dense_kind, weight_matrix, whole, with_matrix, with_weight
 from pissa.bitsandbytes import Nf4Base
 from pissa.config import IMPLICIT, Form, PissaConfig
-from pissa.fingerprint import Remembered, fingerprint
+from pissa.distributed import is_sharded
+from pissa.fingerprint import Remembered, fingerprint, is_fingerprint, is_sha256
 from pissa.magnitude import Magnitude
-from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, residual_fingerprint, stored_linear
+from pissa.stored import Deltas, Origin, Replaced, StartFactors, StoredLinear, residual_tensors, stored_linear
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
@@ -121,15 +122,38 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             return base.fingerprint
         return self._known_fingerprint.of(base.weight, lambda: fingerprint(weight_matrix(whole(base, gathered))))
 
-    def fingerprint_with(self, weight: Tensor) -> str:
-        """What `base_fingerprint` is once the base, which is dense, has this weight."""
-        base = self.unmerged_base
-        return fingerprint(weight_matrix(with_weight(base, weight.to(base.weight.dtype))))
-
     def residual_fingerprint(self, gathered: Tensor | None = None) -> str:
         """Fingerprint of what a stored base keeps; `gathered` and errors are those of `base_fingerprint`."""
         base = self.unmerged_base
-        return self._known_residual.of(base.weight, lambda: residual_fingerprint(whole(base, gathered).residual))
+        return self._known_residual.of(
+            base.weight, lambda: fingerprint(*residual_tensors(whole(base, gathered).residual).values())
+        )
+
+    def base_is(self, recorded: str) -> bool:
+        """Whether the base's weight has this fingerprint, XXH3 or SHA-256. The SHA-256 of a weight that a stored base
+        has replaced is not known: the answer is yes then, and `residual_is` decides.
+
+        Raises:
+            ValueError: a SHA-256 is asked of a sharded weight.
+        """
+        base = self.unmerged_base
+        if not is_sha256(recorded):
+            return self.base_fingerprint() == recorded
+        _check_whole(base.weight)
+        return isinstance(base, StoredLinear) or is_fingerprint(recorded, weight_matrix(base))
+
+    def residual_is(self, recorded: str | None) -> bool:
+        """Whether what a stored base keeps has this fingerprint, XXH3 or SHA-256; errors are those of `base_is`."""
+        if recorded is None or not is_sha256(recorded):
+            return self.residual_fingerprint() == recorded
+        base = self.unmerged_base
+        _check_whole(base.weight)
+        return is_fingerprint(recorded, *residual_tensors(base.residual).values())
+
+    def weight_is(self, weight: Tensor, recorded: str) -> bool:
+        """What `base_is` says once the base, which is dense, has this weight."""
+        base = self.unmerged_base
+        return is_fingerprint(recorded, weight_matrix(with_weight(base, weight.to(base.weight.dtype))))
 
     def learn_base_fingerprint(self, value: str) -> None:
         """Takes what `base_fingerprint` is in another process."""
@@ -378,3 +402,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(cast(nn.Module, self))
+
+
+def _check_whole(weight: Tensor) -> None:
+    if is_sharded(weight):
+        raise ValueError(
+            "the base weight is sharded, and the folder knows it by its SHA-256 (format 1), of all its values: "
+            "load the folder before the model is sharded; saved again, it has format 2"
+        )

@@ -300,7 +300,9 @@ class PissaModel(TakesHooksOff):
             save_directory: the folder; made if need be.
             safe_serialization: must be True; this package never writes pickle.
             selected_adapters: names of the adapters to save; all by default.
-            save_embedding_layers: as in PEFT; the base's weight of an adapted layer is never written.
+            save_embedding_layers: whether the base's input embeddings and output layer are written too, which
+                `from_pretrained` then puts into the base. "auto": if the vocabulary was resized, for the new rows are
+                random; also if the base's files are not at hand to see that, and the adapter changes one of the two.
             is_main_process: nothing is written where this is False.
             path_initial_model_for_weight_conversion: not needed; what is written is converted already.
             state_dict: the model's state dict, where the caller has gathered it.
@@ -344,7 +346,8 @@ class PissaModel(TakesHooksOff):
         """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
 
         Args:
-            model: the unmodified base; on any failure it is left as it was.
+            model: the unmodified base, its vocabulary resized as the trained one's was; on any failure it is left as
+                it was.
             model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub that
                 has its files; a folder of that name wins.
             adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.

@@ -29,6 +29,7 @@ from ._check import (
     check_svd,
     check_tensor,
     check_weight,
+    check_weight_and_bound,
 )
 from ._load import _C
 
@@ -248,11 +249,11 @@ def residual(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = check_weight(weight)
+    weight, largest = check_weight_and_bound(weight)
     check_factors("a0", a0, "b0", b0, weight.shape[0], weight.shape[1])
     check_devices({"weight": weight, "a0": a0, "b0": b0})
     check_scaling(scaling)
-    check_product(weight, a0, b0, scaling)
+    check_product(largest, a0, b0, scaling)
     check_residual(residual, ("explicit", "nf4"))
     check_blocksize(blocksize)
     return _residual(weight, a0.detach().float(), b0.detach().float(), scaling, residual, blocksize, double_quant)

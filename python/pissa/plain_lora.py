@@ -53,8 +53,10 @@ class Factors:
 
 def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
     """Whether a tensor in PEFT's file is a factor, or a base weight, of one of the layers, given by name: not the bias,
-    which may be trained beside the adapter, nor what belongs to `modules_to_save`."""
-    return not key.endswith(".bias") and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
+    which may be trained beside the adapter (of a merged layer, that of the dense module in the base's place, which is
+    the base's own), nor what belongs to `modules_to_save`."""
+    kept = key.endswith(".bias") and ".lora_unmerged." not in key
+    return not kept and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
 
 
 def magnitude_key(layer: str) -> str:

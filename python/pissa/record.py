@@ -23,7 +23,8 @@ from pissa.json_file import read_json, shown
 from pissa.layer import PissaLayer
 from pissa.stored import Origin, StoredLinear
 
-FORMAT = 1
+FORMAT = 2
+"""What is written. Format 1, whose fingerprints are SHA-256, is read too."""
 
 # Bytes: what safetensors allows a header. 100,000 layers take half of it.
 _SIZE_LIMIT = 100_000_000
@@ -120,10 +121,10 @@ class AdapterRecord:
         for name in ("format", "config", "layers", "sha256"):
             if name not in fields:
                 raise ValueError(f"{name!r} is missing")
-        if _typed(fields["format"], int, "format") != FORMAT:
+        if not 1 <= _typed(fields["format"], int, "format") <= FORMAT:
             raise ValueError(
-                f"format {fields['format']} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
-                f"{pissa.__version__} reads"
+                f"format {fields['format']} of pissa {fields.get('pissa_version')!r} is none of 1 to {FORMAT}, which "
+                f"pissa {pissa.__version__} reads"
             )
         config = _config_from_json(_typed(fields["config"], dict[str, Any], "config"))
         layers = {}
@@ -255,8 +256,8 @@ def _check_rank(name: str, r: int) -> None:
 
 
 def _check_fingerprint(name: str, value: str) -> None:
-    if not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{name}: got {shown(value)}; needed: 64 hexadecimal digits")
+    if not re.fullmatch("xxh3:[0-9a-f]{32}|[0-9a-f]{64}", value):
+        raise ValueError(f'{name}: got {shown(value)}; needed: "xxh3:" and 32 hexadecimal digits, or 64 (SHA-256)')
 
 
 def _check_form(form: Form) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.config import Form, Passes
-from pissa.fingerprint import fingerprint
 from pissa.keeps_dtype import KeepsDtype
 from pissa.nf4 import HoldsNf4
 
@@ -182,14 +181,6 @@ class Nf4Linear(HoldsNf4, StoredLinear):
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
-def residual_fingerprint(residual: Tensor | ops.Nf4Weight) -> str:
-    """Fingerprint of a stored residual: its dense values, or its codes and scales."""
-    if isinstance(residual, Tensor):
-        return fingerprint(residual)
-    parts = (residual.codes, residual.absmax, residual.nested_absmax, residual.offset)
-    return fingerprint(*(part for part in parts if part is not None))
-
-
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 """The shape of a tensor in a file, and the dtypes that it may have."""
 
@@ -210,7 +201,7 @@ def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expe
 
 
 def residual_tensors(residual: Tensor | ops.Nf4Weight) -> dict[str, Tensor]:
-    """The tensors that a residual is kept in, by the names of `residual_shapes`."""
+    """The tensors that a residual is kept in, named as in `residual_shapes`. Its fingerprint is theirs, in order."""
     if isinstance(residual, Tensor):
         return {"residual": residual.detach()}
     return {name: part.detach() for name, part in residual._asdict().items() if isinstance(part, Tensor)}

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pissa.fingerprint import fingerprint
+from pissa.fingerprint import sha256
 from pissa.json_file import parse_json, shown
 
 _CHECKSUMS = "sha256"
-"""The entry in a file's metadata that has the fingerprints of its tensors, in the order of their names."""
+"""The entry in a file's metadata that has the SHA-256 of its tensors, in the order of their names."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,7 +35,7 @@ _DTYPES = {
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file that a TensorFile can be read from: the same bytes for the same tensors."""
-    checksums = " ".join(fingerprint(tensors[name]) for name in sorted(tensors))
+    checksums = " ".join(sha256(tensors[name]) for name in sorted(tensors))
     save_file(dict(tensors), path, metadata={"format": "pt", _CHECKSUMS: checksums})
     # safetensors writes the metadata in an order that differs from call to call.
     with open(path, "rb+") as file:
@@ -115,7 +115,7 @@ class TensorFile:
                 "it; save the adapter again, or take the file from a copy"
             )
         for name, checksum in zip(names, self._checksums, strict=True):
-            if fingerprint(self.read(name)) != checksum:
+            if sha256(self.read(name)) != checksum:
                 raise ValueError(
                     f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
                     "the adapter again, or take the file from a copy"

@@ -30,6 +30,11 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
         """Writes the rows of the adapters that have some into the weight, in place."""
         super().merge(safe_merge=safe_merge, adapter_names=_training(self, adapter_names))
 
+    def unmerge(self) -> None:
+        """Puts the base's rows back, bit for bit."""
+        if self.merged:
+            super().unmerge()
+
     def unmerged(self, weight: Tensor) -> Tensor:
         """`weight`, the layer's own, without the rows of merged adapters."""
         for name in self.merged_adapters:
@@ -73,7 +78,7 @@ class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module that takes this one's place in the model: merged, or the base."""
-        if not merge and self.token_adapter.merged:
+        if not merge:
             self.token_adapter.unmerge()
         return cast(
             nn.Module,

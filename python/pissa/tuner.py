@@ -53,7 +53,8 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        found = {key: value for key, value in found.items() if not is_of_a_layer(key, layers)}
+        adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
+        found = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
         matrices, present = {}, {}
         for name, layer in layers.items():
             keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]

@@ -151,8 +151,9 @@ def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: 
     config, name = getattr(model.base_model.model, "config", None), _base_name(model, adapter_name)
     if isinstance(config, PretrainedConfig) and name:
         try:
-            original = type(config).from_pretrained(name, local_files_only=True)  # where a loaded model comes from
-            return bool(_size(original) != _size(config))
+            fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model has been loaded from
+            if fields:
+                return bool(_size(type(config).from_dict(fields)) != _size(config))
         except (OSError, ValueError, AttributeError):
             pass
     layers = pissa_layers(model.base_model.model, adapter_name).values()

@@ -264,7 +264,7 @@ def filled(value: float) -> Callable[[dict[str, Tensor], str, random.Random], st
 
 def recast(tensors: dict[str, Tensor], name: str, dice: random.Random) -> str:
     kinds = [torch.int32, torch.bool, torch.float8_e4m3fn]
-    if "lm_head" not in name:  # a whole module may be of any floating dtype
+    if "lm_head" not in name and not name.endswith("base_layer.weight"):  # whole modules may be of any floating dtype
         kinds += [torch.float64, torch.bfloat16]
     tensors[name] = tensors[name].to(dice.choice(kinds))
     return name
@@ -278,8 +278,12 @@ def reshaped(tensors: dict[str, Tensor], name: str, dice: random.Random) -> str:
 
 
 def renamed(tensors: dict[str, Tensor], name: str, dice: random.Random) -> str:
-    tensors[dice.choice(TRICKS[:-4])] = tensors.pop(name)
-    return name
+    trick = dice.choice(TRICKS[:-4])
+    # Of the base's own embeddings none has to be there: then the new name is one too many.
+    own = any(key.endswith("embed_tokens.base_layer.weight") for key in tensors)
+    optional = own and name.endswith(("embed_tokens.base_layer.weight", "lm_head.weight"))
+    tensors[trick] = tensors.pop(name)
+    return trick if optional else name
 
 
 def added(tensors: dict[str, Tensor], name: str, dice: random.Random) -> str:

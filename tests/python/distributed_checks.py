@@ -26,13 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 import pissa
 from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, snapshot
+from one_layer import change_a_little
 from pissa import PissaModel, decomposition
 from pissa.distributed import is_sharded, rank, world_size
-from pissa.fingerprint import Remembered
+from pissa.fingerprint import Remembered, fingerprint
 from pissa.inject import pissa_layers
 from pissa.layer import PissaLayer
 from pissa.nf4 import HoldsNf4
-from pissa.stored import residual_fingerprint
+from pissa.stored import residual_tensors
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -48,7 +49,7 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: with two processes all of them, with three those where the number could matter."""
-    found: list[Callable[[Path], Any]] = [start_factors, shares, failing, nan, ddp, fsdp2, resumed, trainer]
+    found: list[Callable[[Path], Any]] = [start_factors, combined, shares, failing, nan, ddp, fsdp2, resumed, trainer]
     if world_size() == 2:
         found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
         found += [accelerate_ddp, accelerate_fsdp2]
@@ -74,6 +75,18 @@ def started() -> dict[str, str]:
     return found | {"second": bits(model.state_dict())}
 
 
+def combined(folder: Path) -> str:
+    """The bits of an adapter made of others by pruning at random, where each process would draw other numbers."""
+    model = pissa.wrap(llama(), r=4)
+    model.add_adapter("second", pissa.PissaConfig(r=4))
+    for layer in pissa_layers(model.base_model.model, "second").values():
+        change_a_little(layer, "second")
+    with torch.random.fork_rng():
+        torch.manual_seed(rank())
+        model.add_weighted_adapter(["default", "second"], [1.0, -1.0], "sum", "dare_linear", density=0.5)
+    return bits({name: value for name, value in model.state_dict().items() if ".sum." in name})
+
+
 def shares(folder: Path) -> dict[str, int]:
     """Elements of the layers that this process has decomposed."""
     sizes: dict[str, int] = {}
@@ -89,7 +102,7 @@ def shares(folder: Path) -> dict[str, int]:
     finally:
         decomposition.start_factors = original
     for layer in pissa_layers(model.base_model.model, "default").values():
-        assert layer.residual_fingerprint() == residual_fingerprint(layer.base_layer.residual)
+        assert layer.residual_fingerprint() == fingerprint(*residual_tensors(layer.base_layer.residual).values())
     return sizes
 
 

@@ -106,7 +106,17 @@ def test_python_layers(path: Path) -> None:
             "the ops need only torch"
         )
     elif path.parent.name in ("pissa", "conversion"):
-        allowed = {"pissa", "torch", "peft", "transformers", "accelerate", "safetensors", "tqdm", "__future__"}
+        allowed = {
+            "pissa",
+            "torch",
+            "peft",
+            "transformers",
+            "accelerate",
+            "safetensors",
+            "tqdm",
+            "xxhash",
+            "__future__",
+        }
         if path.name == "bitsandbytes.py":
             allowed.add("bitsandbytes")
         if path.name == "loading.py":

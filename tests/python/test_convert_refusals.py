@@ -203,9 +203,10 @@ def test_what_peft_leaves_out_when_it_subtracts(tiny_llama: Make, tokens: Tensor
     save_subtracted(tiny_llama(), tokens, tmp_path / "dora", use_dora=True)
     with pytest.raises(ValueError, match=r"proj\.lora_magnitude_vector' is missing, of DoRA \(PEFT leaves"):
         pissa.convert(tmp_path / "dora", tmp_path / "lora")
-    save_subtracted(tiny_llama(), tokens, tmp_path / "modules", modules_to_save=["norm"])
-    with pytest.raises(ValueError, match="lacks modules_to_save, which PEFT leaves out"):
-        pissa.convert(tmp_path / "modules", tmp_path / "lora")
+    for field, value in {"modules_to_save": ["norm"], "trainable_token_indices": [1, 2]}.items():
+        save_subtracted(tiny_llama(), tokens, tmp_path / field, **{field: value})
+        with pytest.raises(ValueError, match=f"lacks {field}, which PEFT leaves out"):
+            pissa.convert(tmp_path / field, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

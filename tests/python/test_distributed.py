@@ -102,6 +102,10 @@ def test_processes_start_together_with_the_bits_of_one(some: Run) -> None:
         assert found == expected
 
 
+def test_all_processes_combine_adapters_to_the_same_bits(some: Run) -> None:
+    assert len(set(some["combined"])) == 1
+
+
 def test_each_process_decomposes_a_share(some: Run) -> None:
     shares = some["shares"]
     names = [name for share in shares for name in share]

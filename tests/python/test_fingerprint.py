@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import struct
 
+import pytest
 import torch
+import xxhash
 
-from pissa.fingerprint import fingerprint
+from pissa.fingerprint import fingerprint, sha256
 
 
 def test_fingerprints_tell_values_apart_and_dtypes_not() -> None:
@@ -28,5 +30,18 @@ def test_fingerprints_tell_values_apart_and_dtypes_not() -> None:
 def test_fingerprint_is_the_same_on_every_machine() -> None:
     values = [k / 8 for k in range(12)]
     bfloat16 = b"".join(struct.pack("<f", value)[2:] for value in values)
-    digest = hashlib.sha256(b"torch.bfloat16 (3, 4);" + bfloat16).hexdigest()
-    assert fingerprint(torch.tensor(values).reshape(3, 4)) == digest
+    hashed = b"torch.bfloat16 (3, 4);" + bfloat16
+    tensor = torch.tensor(values).reshape(3, 4)
+    assert sha256(tensor) == hashlib.sha256(hashed).hexdigest()
+    assert fingerprint(tensor) == f"xxh3:{xxhash.xxh3_128_hexdigest(hashed)}" == "xxh3:68577c773a89b2cbef6d14097043ba91"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", [0, 70_000, 199_999])
+def test_one_value_too_long_for_a_narrow_dtype_decides_wherever_it_is(dtype: torch.dtype, where: int) -> None:
+    weight = torch.randint(-128, 128, (2, 100_000), generator=torch.Generator().manual_seed(0)).to(dtype) / 64
+    for value, narrowest in ((1.0, torch.bfloat16), (1 + 2**-10, torch.float16), (1 + 2**-20, dtype)):
+        weight.view(-1)[where] = value
+        held = weight.to(narrowest).view(-1).view(torch.uint8).numpy().tobytes()
+        expected = xxhash.xxh3_128_hexdigest(f"{narrowest} (2, 100000);".encode() + held)
+        assert fingerprint(weight) == f"xxh3:{expected}"

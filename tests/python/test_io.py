@@ -169,7 +169,7 @@ def test_modules_to_save_travel(tiny_llama: Make, tokens: Tensor, tmp_path: Path
 @pytest.mark.parametrize("embeddings", ["auto", True, False])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
-def test_an_adapted_tied_head_is_saved_without_the_embeddings(
+def test_an_adapted_tied_head_is_saved(
     merged: bool, embeddings: str | bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     model = pissa.wrap(tiny_llama(tie_word_embeddings=True), r=4, target_modules=["lm_head", "q_proj"])
@@ -178,7 +178,8 @@ def test_an_adapted_tied_head_is_saved_without_the_embeddings(
     if merged:
         model.merge_adapter()
     model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
-    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 3
+    # Of the base, of which no files are at hand, two names of one tensor.
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 3 + (2 if embeddings else 0)
     again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
     assert torch.equal(logits(again, tokens), expected)
     plain = peft.PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
@@ -275,6 +276,26 @@ def test_saves_a_merged_model(tiny_llama: Make, tokens: Tensor, tmp_path: Path) 
     model.merge_adapter()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+
+
+def test_a_merged_model_with_biases_and_another_adapter(tmp_path: Path) -> None:
+    """What merged layers keep of the base, their own bias too, is in the file of no adapter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def base() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+    x = torch.arange(12)[None]
+    model = pissa.wrap(base(), r=2, target_modules=["c_attn"])
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["c_fc"]))
+    train(model, x)
+    expected = logits(model, x)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PissaModel.from_pretrained(base(), tmp_path), x), expected)
+    assert torch.equal(logits(PissaModel.from_pretrained(base(), tmp_path / "second"), x), logits(base(), x))
 
 
 def test_a_given_state_dict_is_saved(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:

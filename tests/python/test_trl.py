@@ -91,6 +91,37 @@ def test_supervised_fine_tuning(form: str, packing: bool, base: Base, tokenizer:
     assert loss_of(sft(again, tmp_path, tokenizer, packing=packing)) == loss_of(run)
 
 
+def test_tokens_that_a_chat_template_adds(base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL grows the vocabulary, and trains the new rows and the output layer: with these fields of a configuration."""
+    from transformers import AutoTokenizer
+    from trl import clone_chat_template
+
+    tokenizer.add_tokens(["<|turn|>", "<|end|>"])
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m['role'] }}:{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    size = base().config.vocab_size
+
+    def cloned(seed: int) -> tuple[nn.Module, Any, list[int]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            plain = AutoTokenizer.from_pretrained(base().name_or_path)
+            return clone_chat_template(base(), plain, str(tmp_path / "chat"), resize_to_multiple_of=8)
+
+    model, chat, added = cloned(1)
+    assert added == list(range(size, model.config.vocab_size))
+    fields = {"trainable_token_indices": {"embed_tokens": added}, "modules_to_save": ["lm_head"]}
+    run = sft(wrapped(model, "implicit", **fields), tmp_path, chat)
+    start = loss_of(run)
+    with unchanged(run.model):
+        run.train()
+    assert loss_of(run) < start
+    assert any("trainable_tokens_delta" in name for name in trainable(run.model))
+    run.save_model(tmp_path / "end")
+    again = PissaModel.from_pretrained(cloned(2)[0], tmp_path / "end", is_trainable=True)
+    assert loss_of(sft(again, tmp_path, chat)) == loss_of(run)
+
+
 def test_a_config_alone_is_refused_with_the_way_to_go(base: Base, tokenizer: Any, tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer

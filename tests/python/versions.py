@@ -20,8 +20,7 @@ def row(command: str) -> str:
     """What is installed here, versions without the builds that they may name after a "+"."""
     installed = (metadata.version(name).split("+")[0] for name in ("torch", "peft", "transformers"))
     compiler = pissa.build_info()["compiler"].replace("GNU", "GCC")
-    release = platform.freedesktop_os_release()
-    system = f"{release['NAME']} {release['VERSION_ID']}"
+    system = platform.freedesktop_os_release()["PRETTY_NAME"]
     cells = [platform.python_version(), *installed, compiler, system, f"`{command}`"]
     return f"| {' | '.join(cells)} |"
 

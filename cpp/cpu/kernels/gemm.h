@@ -160,6 +160,7 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
   for (std::int64_t i = 0; !accumulate && i < block.rows; ++i) {
     __builtin_memset(panels.c + i * kNc, 0, block.cols * sizeof(float));
   }
+  if (!problem.out) return;
   if (problem.transposed) return store_transposed(problem, block, panels);
   float* bias = panels.b;
   if (problem.bias) decode(problem.bias, 0, block.col, block.cols, bias);

@@ -11,9 +11,12 @@ float max_abs(const float* values, std::int64_t count) {
   Vec::Reg largest = Vec::zero();
   std::int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) largest = Vec::max_bits(largest, Vec::abs(Vec::load(values + i)));
-  float last[kWidth] = {};
-  __builtin_memcpy(last, values + i, (count - i) * sizeof *last);
-  return Vec::reduce_max_bits(Vec::max_bits(largest, Vec::abs(Vec::load(last))));
+  if (i < count) {
+    float last[kWidth] = {};
+    __builtin_memcpy(last, values + i, (count - i) * sizeof *last);
+    largest = Vec::max_bits(largest, Vec::abs(Vec::load(last)));
+  }
+  return Vec::reduce_max_bits(largest);
 }
 
 // gram[i, j] += <a_i, b_j> over a range of columns, in f64, for a tile of the lower triangle: j <= i + offset.
