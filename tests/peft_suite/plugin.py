@@ -27,7 +27,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, hotswap
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, hotswap, save_and_load
 from PIL import Image
 from torch import nn
 
@@ -190,6 +190,7 @@ def stand_in() -> None:
     peft.get_peft_model, peft.inject_adapter_in_model = get_peft_model, inject
     peft.PeftModel.from_pretrained = classmethod(load)
     hotswap.hotswap_adapter = watched(hotswap.hotswap_adapter)
+    peft.auto.check_file_exists_on_hf_hub = save_and_load.check_file_exists_on_hf_hub = is_in_cache
     pissa.PissaModel.add_adapter = watched(functools.wraps(add_adapter)(add))
     for name in ("load_adapter", "add_weighted_adapter", "save_pretrained"):
         setattr(pissa.PissaModel, name, watched(getattr(pissa.PissaModel, name)))
@@ -200,9 +201,13 @@ def is_ours(model_id: Any, subfolder: str | None = None, revision: str | None = 
     folder = Path(str(model_id), subfolder or "")
     if folder.is_dir():
         return (folder / "pissa.json").exists()
-    name = str(Path(subfolder or "", "pissa.json"))
+    return is_in_cache(str(model_id), str(Path(subfolder or "", "pissa.json")), revision)
+
+
+def is_in_cache(repo_id: str, filename: str, revision: str | None = None, **kwargs: Any) -> bool:
+    """What PEFT asks the hub, which it does not ask offline."""
     with contextlib.suppress(huggingface_hub.errors.HFValidationError):
-        return isinstance(huggingface_hub.try_to_load_from_cache(str(model_id), name, revision=revision), str)
+        return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision), str)
     return False
 
 
@@ -253,10 +258,9 @@ def pytest_runtest_protocol() -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    if call.excinfo:
-        why = refused(item, call.excinfo.value)
-    else:
-        why = None if reached.any or call.when != "call" else "reaches none of our classes"
+    why = refused(item, call.excinfo.value) if call.excinfo else None
+    if not reached.any and (call.excinfo or call.when == "call"):
+        why = "reaches none of our classes"
     if why:
         try:
             pytest.skip(why)
