@@ -91,10 +91,9 @@ inline Array nf4_dequantize(const Bytes& codes, const Array& absmax, std::int64_
 
 inline void define_numpy_ops(pybind11::module_& m) {
   using pybind11::arg;
-  m.def(
-      "svd_lowrank", svd_lowrank, arg("weight"), arg("r"), arg("passes") = pybind11::none(), arg("seed") = 0,
-      "Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in]; passes over it: even, "
-      "None for as many as the rank needs.");
+  m.def("svd_lowrank", svd_lowrank, arg("weight"), arg("r"), arg("passes") = pybind11::none(), arg("seed") = 0,
+        "Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in].\n"
+        "passes over it: an even number, or None for as many as the rank needs.");
   m.def(
       "nf4_quantize", nf4_quantize, arg("weight"), arg("blocksize") = 64,
       "(codes uint8 [ceil(out * in / 2)], absmax float32 [blocks]) of a float32 array [out, in], bitsandbytes' bytes.");

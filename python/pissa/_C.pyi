@@ -11,8 +11,8 @@ def build_info() -> dict[str, Any]:
 def svd_lowrank(
     weight: npt.NDArray[np.float32], r: int, passes: int | None = None, seed: int = 0
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in]; passes over it: even,
-    None for as many as the rank needs."""
+    """Leading r singular triplets (U [out, r], S [r], Vh [r, in]) of a float32 array [out, in].
+    passes over it: an even number, or None for as many as the rank needs."""
 
 def nf4_quantize(
     weight: npt.NDArray[np.float32], blocksize: int = 64
