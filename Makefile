@@ -105,6 +105,7 @@ test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pytest
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
+	sh tests/cuda_isolation.sh $(abspath $(CUDA_PYTHON))
 	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
 
 test-slow: $(BUILD)/venv-test.stamp
