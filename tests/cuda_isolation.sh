@@ -6,11 +6,10 @@ set -eu
 python=$1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-cat >"$folder/sitecustomize.py" <<'EOP'
-import sys
+"$python" - >"$folder/sitecustomize.py" <<'EOP'
 import sysconfig
 
-sys.path.remove(sysconfig.get_path("purelib"))
+print(f"import sys\nsys.path[:] = [path for path in sys.path if path != {sysconfig.get_path('purelib')!r}]")
 EOP
 unset VIRTUAL_ENV
 if ! output=$(PYTHONPATH=$folder cmake -S . -B "$folder/build" -DPISSA_BUILD_PYTHON=OFF -DPISSA_CUDA=ON \
