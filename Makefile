@@ -119,6 +119,7 @@ versions: $(BUILD)/venv-test.stamp
 	@$(TEST_PYTHON) tests/python/versions.py "$(PASSED)"
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
+	sh tests/cuda_isolation.sh $(abspath $(CUDA_PYTHON))
 	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
 
 # PEFT's own tests, of the version that is installed, over our classes: tests/peft_suite says how. They come with its source

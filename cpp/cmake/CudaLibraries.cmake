@@ -1,6 +1,6 @@
 # PISSA_CUDA_FOUND, the language CUDA and the interface target `pissa_cuda_libraries`: nvcc 13, cuBLAS, cuBLASLt, cuSOLVER
 # and the static CUDA runtime. Each is looked for in PISSA_CUDA_ROOT, then in the PyPI wheels of Python_EXECUTABLE
-# (site-packages/nvidia/cu13), then in a toolkit: a toolkit's compiler with the wheels' cuBLAS is fine, and is what a
+# (site-packages/nvidia/cu13) and of the environment that an isolated build is started from, then in a toolkit: a toolkit's compiler with the wheels' cuBLAS is fine, and is what a
 # CUDA build of torch leads to. The runtime and its headers come from the compiler's own folder: they must match it.
 set(PISSA_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (if CUDA 13 is found), ON, OFF")
 set_property(CACHE PISSA_CUDA PROPERTY STRINGS AUTO ON OFF)
@@ -19,9 +19,21 @@ endif()
 # The compiler and its version, or in `problems` what keeps it from being used.
 set(problems "")
 set(packages "")
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c "import sys; print(';'.join(p + '/nvidia/cu13' for p in sys.path if p))"
-  OUTPUT_VARIABLE wheels OUTPUT_STRIP_TRAILING_WHITESPACE)
+set(wheels "")
+function(pissa_add_wheels)
+  execute_process(
+    COMMAND ${ARGN} -c "import sys; print(';'.join(p + '/nvidia/cu13' for p in sys.path if p))"
+    OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  set(wheels ${wheels} ${found} PARENT_SCOPE)
+endfunction()
+pissa_add_wheels("${Python_EXECUTABLE}")
+# pip isolates a build by PYTHONPATH, which -I ignores: the interpreter is that of the user's environment. `build` and uv
+# give it an interpreter of its own, and leave VIRTUAL_ENV as it was.
+pissa_add_wheels("${Python_EXECUTABLE}" -I)
+if(DEFINED ENV{VIRTUAL_ENV})
+  pissa_add_wheels("$ENV{VIRTUAL_ENV}/bin/python" -I)
+endif()
+list(REMOVE_DUPLICATES wheels)
 list(TRANSFORM wheels APPEND /bin OUTPUT_VARIABLE wheel_bins)
 unset(nvcc)
 unset(where)
@@ -103,7 +115,9 @@ if(problems)
   list(TRANSFORM packages REPLACE "^nvidia-cusolver$" "'nvidia-cusolver>=12,<13'")
   list(JOIN packages " " packages)
   message(FATAL_ERROR "PISSA_CUDA=ON, but: ${problems}. Install CUDA 13 and give -DPISSA_CUDA_ROOT, or run "
-                      "`${Python_EXECUTABLE} -m pip install ${packages}`; or build with PISSA_CUDA=OFF")
+                      "`${Python_EXECUTABLE} -m pip install ${packages}`; or build with PISSA_CUDA=OFF. If these packages are "
+                      "installed, build isolation hides them: activate their environment, or build with "
+                      "--no-build-isolation, or with -C cmake.define.PISSA_CUDA_ROOT=/path/to/site-packages/nvidia/cu13")
 endif()
 
 # CMake tries the compiler by linking programs. The wheels have `lib` where nvcc expects `lib64`, so for these trials, and
