@@ -134,7 +134,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
     for name, layer in layers.items():
         merging = _training(layer, adapter_names)
         _check_disjoint(layer, dict.fromkeys([*layer.merged_adapters, *merging]))
-        for other, module in _sharing(model, layer.base_layer) if merging else ():
+        for other, module in _sharing(model, layer.base_layer) if _changes(layer, merging) else ():
             owner = next((found for found in layers.values() if found.base_layer is module), None)
             if owner is None or owner.trainable_tokens_delta is not layer.trainable_tokens_delta:
                 raise ValueError(
@@ -161,6 +161,15 @@ def _training(layer: PeftTokensLayer, adapter_names: Iterable[str] | None) -> li
     """Those of the adapters, by default the active ones, that train tokens of the layer."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.trainable_tokens_delta]
+
+
+def _changes(layer: TrainableTokensLayer, adapter_names: Iterable[str]) -> bool:
+    """Whether the rows of the adapters are others than those of the layer's weight."""
+    weight = layer.base_layer.weight.detach()
+    return any(
+        not torch.equal(weight[layer.token_indices[name]], layer.trainable_tokens_delta[name].detach().to(weight))
+        for name in adapter_names
+    )
 
 
 def _sharing(model: nn.Module, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:

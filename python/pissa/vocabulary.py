@@ -144,6 +144,12 @@ def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: 
     Raises:
         ValueError: `save_embedding_layers` is something else.
     """
+    if save_embedding_layers is True and not vocabulary(model, adapter_name):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
+            UserWarning,
+            stacklevel=4,
+        )
     if isinstance(save_embedding_layers, bool):
         return save_embedding_layers
     if save_embedding_layers != "auto":

@@ -154,6 +154,8 @@ def test_what_is_written_when(grown: Grown, tiny_llama: Make, tmp_path: Path) ->
         assert written(tiny_llama(), "embed_tokens", "auto") == adapted  # of no files at all
         assert written(tiny_llama(), "q_proj", "auto") == set()
         assert written(nn.Sequential(nn.Linear(8, 8)), "0", "auto") == set()
+    with pytest.warns(UserWarning, match="Could not identify embedding layer"):  # PEFT's words
+        assert written(nn.Sequential(nn.Linear(8, 8)), "0", True) == set()
     bases = [grown(1), grown(1)]
     (tmp_path / "baseFalse" / "config.json").unlink()
     assert written(bases[0], "embed_tokens", "auto") == adapted
