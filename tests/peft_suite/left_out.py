@@ -34,7 +34,7 @@ TESTS: dict[str, str] = {
     r"TestDecoderModelsTargetParameters::test_training_decoders": "an expert without tokens has no gradient",
     r"test_target_parameter_on_top_level_module_raises|test_target_parameter_result_caching": "PEFT's ParamWrapper",
     r"test_config.*(test_save_pretrained|test_set_attributes)\[": "no targets are PEFT's default in this suite alone",
-    r"test_hotswap_different_peft_types|token_indices_targets_lora_layer": "knows LoRA's name",
+    r"test_hotswap_different_peft_types|test_targeting_trainable_tokens_raises|token_indices_targets_lora_layer": "knows LoRA's name",
     r"rank_padding_works": "knows the rank, which is 5 here",
     r"test_save_pretrained_warns_for_unsharded_state_dict": "a shard has no product; PEFT saves it with a warning",
     r"test_nemotron_h|test_past_kv": "a model that is not made here",
@@ -65,6 +65,7 @@ REFUSALS: dict[str, str] = {
     r": a PissaConfig needs pissa.wrap": "PEFT's low-level functions cannot start the adapter",
     r": the model carries an adapter already": "wrapping a wrapped model",
     r": adapter_name: got .* could not be told from it": "an adapter of the name of a parameter",
+    r": add_weighted_adapter sums the factors of adapters, and ": "adapters that train more than factors",
     r": rank \d+ is too large for layer": "a rank above the smaller side of the layer's weight",
     r": Incompatible PEFT types found: PISSA and LORA": "hot-swapping ends before anything is touched",
 }
