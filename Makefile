@@ -19,13 +19,13 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell nproc)
 
-.PHONY: demo test test-cpp test-python test-quick versions test-cuda-build test-peft test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python test-quick test-torch-headers versions test-cuda-build test-peft test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-cpp test-cuda-build test-python
+test: test-torch-headers test-cpp test-cuda-build test-python
 
 # ---- What must be there already ----
 
@@ -96,6 +96,12 @@ test-cpp-%: $(BUILD)/venv-build.stamp build/googletest.stamp
 	cmake --preset $* --log-level=WARNING -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
 	cmake --build --preset $*
 	ctest --preset $* -j $(JOBS)
+
+test-torch-headers: $(BUILD)/torch-headers.stamp
+
+$(BUILD)/torch-headers.stamp: tests/torch_headers.sh $(BUILD)/venv-build.stamp $(SOURCES) $(wildcard tests/cpp/cuda_sim/*.h)
+	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON)
+	touch $@
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa

@@ -16,7 +16,7 @@
 namespace pissa::cpu {
 namespace {
 
-// From this many elements on, one weight is for all threads. An eighth of its split, a pass, takes one thread 0.8 ms at
+// From this many elements on, one weight is for all threads. A tenth of its split, a pass, takes one thread 0.8 ms at
 // r = 1 and 1.9 ms at r = 16 in bf16, waking the threads some 10 us, so that little is lost inside it; and one
 // workspace is in memory, not one for each thread: it grows with the rank, to 20 MB for 4096 x 4096 at r = 128.
 constexpr std::int64_t kLarge = std::int64_t{1} << 22;

@@ -16,8 +16,7 @@ class TorchAllocator final : public cuda::Allocator {
  public:
   void* allocate(std::int64_t bytes, cudaStream_t) const override {
     void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_caching_allocator_raw_alloc(static_cast<std::uint64_t>(bytes), &data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(static_cast<std::uint64_t>(bytes), &data));
     return data;
   }
   void free(void* data, cudaStream_t) const noexcept override { aoti_torch_cuda_caching_allocator_raw_delete(data); }
@@ -43,8 +42,8 @@ class CudaDevice {
     cuda::check_supported(device);
     void* stream = nullptr;
     void* blas = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas));
     return {device, static_cast<cudaStream_t>(stream), static_cast<cublasHandle_t>(blas), &allocator};
   }
 

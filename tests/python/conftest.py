@@ -26,13 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     # peft 0.21 asks transformers 5 for a property that it has renamed
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-    # torch, when it traces, reads .grad of every input, also of one that is not a leaf: since 2.15 opcheck's copies of
-    # the arguments are none. It hides the warning, but not from filters that make errors of warnings. Only torch's own
-    # read is exempt: the same warning from any other module is an error.
-    config.addinivalue_line(
-        "filterwarnings",
-        r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning:torch\._subclasses\.meta_utils",
-    )
+    # torch, when it traces, reads .grad of every tensor that it meets, also where that is no leaf: a loss, and since
+    # 2.15 opcheck's own copies of its arguments. It hides the warning, but not from filters that make errors of
+    # warnings. Only these two reads of torch's are exempt: from any other module the warning is an error.
+    message = "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"
+    modules = r"torch\._subclasses\.meta_utils|torch\._dynamo\.variables\.builder"
+    config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning:{modules}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
