@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "openai-community/gpt2": ("GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", {}),
-    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {"n_layer": 2, "n_head": 4}),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {"n_layer": 5, "n_head": 4}),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
@@ -138,7 +138,7 @@ REVISIONS = ("main", "test", "v1.2.3", "v2.0.0")
 
 
 def make_models(cache: Path) -> None:
-    """Writes every model that `cache` lacks, with a byte-level tokenizer of fewer tokens, as Qwen's. Revisions differ in
+    """Writes every model that `cache` lacks, with a byte-level tokenizer of fewer tokens, as Qwen. Revisions differ in
     their weights."""
     for name, (kind, fields) in MODELS.items():
         cls = getattr(transformers, kind)
