@@ -233,6 +233,20 @@ def test_adapters_of_other_layers_call_it_by_its_own_name(grown: Grown, new_toke
         assert torch.equal(logits(again, new_tokens), logits(grown(1), new_tokens))
 
 
+@pytest.mark.cpu_only
+def test_an_offloaded_embedding_is_read_and_not_overwritten(grown: Grown, new_tokens: Tensor, tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    def offloaded(seed: int) -> nn.Module:
+        return cpu_offload(grown(seed), execution_device=torch.device("cpu"))
+
+    pissa.wrap(offloaded(1), r=4, target_modules=["embed_tokens"]).save_pretrained(tmp_path / "a")
+    for load in (offloaded, lambda seed: grown(seed + 1)):
+        again = PissaModel.from_pretrained(load(1), tmp_path / "a")
+        assert torch.equal(logits(again, new_tokens), logits(grown(1), new_tokens))
+    refuse(offloaded(2), tmp_path / "a", "differs from the model's embedding, which is offloaded: give it a device")
+
+
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"]])
 def test_modules_to_save_have_an_original(modules: list[str], grown: Grown, new_tokens: Tensor, tmp_path: Path) -> None:
     model = pissa.wrap(grown(1), r=4, target_modules=["q_proj"], modules_to_save=modules)
