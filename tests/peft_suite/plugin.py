@@ -160,6 +160,7 @@ def stand_in() -> None:
         if revision is not None:
             peft_config.revision = revision
         config = fitted(peft_config, model)
+        peft_config.target_modules = config.target_modules  # as PEFT does
         wrapped = wrap(
             model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs
         )
