@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:  # peft and transformers are imported when th
     try:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if error.name in ("peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm"):
+        if error.name in ("peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm", "xxhash"):
             raise ModuleNotFoundError(
                 f'pissa.{name} needs {error.name}, which is not installed: run `pip install "pissa[hf]"`',
                 name=error.name,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from peft import LoraConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import tuners_utils
 from peft.utils import PeftType, transformers_weight_conversion
 from torch import nn
@@ -281,6 +282,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
                 "it are pissa, pissa_medium and pissa_minor, without use_dora"
             )
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PissaType.PISSA] = PissaConfig  # for PeftConfig.from_pretrained of what we have written
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

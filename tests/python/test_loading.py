@@ -278,3 +278,10 @@ def test_neither_a_folder_nor_a_repository(
             load()
     assert_same(base, before[0])
     assert_same(wrapped, before[1])
+
+
+def test_a_configuration_written_alone_is_read_by_peft(tmp_path: Path) -> None:
+    PissaConfig(r=3, quant="nf4", task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, PissaConfig)
+    assert (config.r, config.quant) == (3, "nf4")
