@@ -271,8 +271,8 @@ void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, con
   });
 }
 
-// Where blocks do not cross rows, nor the columns of a block of the output, codes follow from its accumulators while they
-// are in the cache: nothing else is stored.
+// Where blocks do not cross rows, nor the columns of a block of the output, codes follow from its accumulators while
+// they are in the cache: nothing else is stored.
 void CpuBackend::gemm_nf4_within_rows(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
   const std::int64_t cols = addend.cols;
   executor_.parallel_for(ceil_div(addend.rows, kNf4TaskRows), [&](std::int64_t task) {
