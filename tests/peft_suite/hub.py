@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "openai-community/gpt2": ("GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", {}),
-    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {"n_layer": 5, "n_head": 4}),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {"num_hidden_layers": 5, "n_head": 4}),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),

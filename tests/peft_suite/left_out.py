@@ -17,6 +17,7 @@ TESTS: dict[str, str] = {
     r"TestLoraNestedConfigRoundTrip": "options of LoRA that PiSSA has not",
     r"test_from_peft_type": "needs scikit-learn, for another method",
     r"test_from_pretrained_(sanity_check|forward_compatible\[)": "another method's file is refused in our words",
+    r"forward_compatible_load_from_peft_config": "a message names the class, which is PissaConfig",
     r"test_rank_higher_than_weight_dim_raises|test_converted_lora_(approximates|with_multiple)": "knows a size",
     r"test_converted_lora_to_lora_works_and_warns": "warns that LoRA is LoRA already; PiSSA is not",
     r"TestRankAndAlphaPattern": "layers of 1 x 1, which have no other rank than 1",
