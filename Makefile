@@ -25,7 +25,7 @@ JOBS := $(shell nproc)
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-torch-headers test-cpp test-cuda-build test-python
+test: test-torch-headers test-cpp test-cuda-build test-peft test-python
 
 # ---- What must be there already ----
 
