@@ -1,5 +1,5 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
-# make test   build the wheel, install it into a clean environment, test it    (20 minutes on two cores)
+# make test   build the wheel, install it into a clean environment, test it    (30 minutes on two cores)
 #
 # Both need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
 # another Python: make test PYTHON=/usr/bin/python3; make test-quick is a part of it, 4 minutes.
