@@ -85,9 +85,9 @@ $(BUILD)/smollm2.stamp: $(BUILD)/venv-demo.stamp
 
 # ---- Tests ----
 
-build/googletest.stamp: tests/cpp/fetch_googletest.sh
+build/googletest.stamp: tests/cpp/support/fetch_googletest.sh
 	mkdir -p build
-	sh tests/cpp/fetch_googletest.sh $(GOOGLETEST_DIR) build/googletest
+	sh tests/cpp/support/fetch_googletest.sh $(GOOGLETEST_DIR) build/googletest
 	touch $@
 
 test-cpp: $(PRESETS:%=test-cpp-%)

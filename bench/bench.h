@@ -18,11 +18,11 @@
 #include <string_view>
 #include <vector>
 
-#include "cpu/backend.h"
-#include "cpu/isa.h"
 #include "peak.h"
-#include "pissa/nf4.h"
-#include "pissa/types.h"
+#include "pissa/core/nf4.h"
+#include "pissa/core/types.h"
+#include "pissa/cpu/backend.h"
+#include "pissa/cpu/isa.h"
 
 namespace pissa::bench {
 

@@ -1,7 +1,7 @@
 // Speed of the fused linear layer, forward and forward + backward: weight [4096, 4096] in NF4, with activations in
 // bf16, or all in f32; rank 64.
 #include "bench.h"
-#include "pissa/fused_linear.h"
+#include "pissa/core/fused_linear.h"
 
 namespace pissa::bench {
 namespace {

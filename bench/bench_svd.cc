@@ -1,6 +1,6 @@
 // Speed of the randomised SVD of a bf16 weight [4096, 4096]: rank, passes, method.
 #include "bench.h"
-#include "pissa/rsvd.h"
+#include "pissa/core/rsvd.h"
 
 namespace pissa::bench {
 namespace {

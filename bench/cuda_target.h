@@ -11,9 +11,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/backend.h"
-#include "cuda/context.h"
-#include "cuda/gemm.h"
+#include "pissa/cuda/backend.h"
+#include "pissa/cuda/context.h"
+#include "pissa/cuda/gemm.h"
 
 namespace pissa::bench {
 

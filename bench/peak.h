@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/executor.h"
+#include "pissa/cpu/executor.h"
 
 namespace pissa::bench {
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Compiles cpp/torch/*.cc, syntax only, against the headers of the oldest torch that pyproject.toml allows, of 2.11 and 2.12,
+# Compiles cpp/pissa/torch/*.cc, syntax only, against the headers of the oldest torch that pyproject.toml allows, of 2.11 and 2.12,
 # and of the newest: a name that a later torch brought, or an earlier one lost, is found here. CUDA's headers are those of
 # the simulation. torch's come out of its wheels for macOS, which are small and have the same ones, and are kept in FOLDER.
 # Usage: torch_headers.sh FOLDER PYTHON
@@ -31,14 +31,14 @@ EOP
 
 for version in "$oldest" 2.11 2.12 newest; do
   headers "$version"
-  for source in cpp/torch/*.cc; do
+  for source in cpp/pissa/torch/*.cc; do
     case $source in
-      *cuda*) backend="-Icpp/cuda -isystem tests/cpp/cuda_sim -DUSE_CUDA" ;;
-      *) backend="-Icpp/cpu" ;;
+      *cuda*) backend="-isystem tests/cpp/cuda_sim -DUSE_CUDA" ;;
+      *) backend="" ;;
     esac
     # shellcheck disable=SC2086
     c++ -std=c++20 -fsyntax-only -fvisibility=hidden -Wall -Wextra -Werror -DTORCH_TARGET_VERSION=0x020a000000000000ULL \
-      -isystem "$folder/$version/torch/include" -Icpp/include $backend "$source" || {
+      -isystem "$folder/$version/torch/include" -Icpp $backend "$source" || {
       echo "$source does not compile with the headers of torch $(cat "$folder/$version/version")" >&2
       failed=1
     }

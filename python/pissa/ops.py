@@ -1,7 +1,7 @@
 """The core as functions on tensors: truncated SVD, PiSSA's split, NF4, the fused linear layer.
 
 Only torch is needed. Everything here validates its arguments and raises `ValueError` or `TypeError` that name the
-argument, then calls `torch.ops.pissa.*` (the compiled ops; see cpp/torch/schema.cc), which work under `torch.compile`,
+argument, then calls `torch.ops.pissa.*` (the compiled ops; see cpp/pissa/torch/schema.cc), which work under `torch.compile`,
 autocast, gradient checkpointing and `torch.func` fakes. Orientation is torch's: a weight is [out, in], y = x Wᵀ + b.
 """
 

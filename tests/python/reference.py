@@ -12,7 +12,7 @@ EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 
 def unit_errors(k: int, activations: torch.dtype) -> float:
     """Of sums of k terms in float32; with bfloat16 activations of both factors, and between them, as well. On CUDA that
-    goes for float16 too, and an output in half precision may be rounded twice more (cpp/cuda/backend.h)."""
+    goes for float16 too, and an output in half precision may be rounded twice more (cpp/pissa/cuda/backend.h)."""
     sums = k * EPS[torch.float32]
     if devices.on_cpu():
         return sums + (3.03 * EPS[torch.bfloat16] if activations == torch.bfloat16 else 0.0)

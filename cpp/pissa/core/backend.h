@@ -1,0 +1,78 @@
+// What a device must provide: the primitives over which the core's algorithms are written, once.
+//
+// A backend owns no data of the caller's; pointers handed to it belong to its device, and the algorithms never read
+// through them. Host values cross only through `max_abs` and `had_full_rank`, which therefore synchronise; nothing else
+// need do so. All thin matrices of the SVD are stored with one vector per row.
+//
+// A backend may stand for a stack of equal problems, one weight each: every matrix that it allocates is then as many
+// (`Matrix::stride`), and the algorithms do not notice.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <span>
+
+#include "pissa/core/types.h"
+
+namespace pissa {
+
+/// Where a quantised matrix goes. codes: nf4_bytes(rows * cols); absmax: one f32 per block.
+struct Nf4Output {
+  std::int64_t blocksize = 64;
+  std::uint8_t* codes = nullptr;
+  float* absmax = nullptr;
+};
+
+// clang-format off
+template <class B>
+concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
+                           std::uint64_t seed, float scale, Precision precision, Codec codec) {
+  // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
+  { backend.alloc(count, count, codec).view() } -> std::convertible_to<MutableMatrix>;
+
+  // out = a, converting between codecs; this is also how NF4 is dequantised.
+  { backend.copy(matrix, out) };
+
+  // out = a + b, elementwise, computed in f32. `out` may be `a`.
+  { backend.add(matrix, matrix, out) };
+
+  // out[i, j] = scale * (+1 or -1): the sketch of philox.h, element i * cols + j.
+  { backend.fill_signs(out, seed, scale) };
+
+  // out[i, :] = sqrt(s[i] / divisor) * a[i, :], or, transposed, out[:, i] = the same. s: [1, a.rows] f32, not negative.
+  { backend.scale_rows(matrix, matrix, scale, out, Op::n) };
+
+  // Largest |element|; not finite if any element is not.
+  { backend.max_abs(matrix) } -> std::same_as<float>;
+
+  // out = addend + sum of the terms, f32 accumulation, one rounding; the addend may be absent, and may be `out`.
+  { backend.gemm(terms, matrix, out) };
+
+  // The same, quantised to NF4 without storing it. The addend is given and dense, the terms' first operands are not
+  // transposed. codes: nf4_bytes(rows * cols) bytes; absmax: one per block.
+  { backend.gemm_nf4(terms, matrix, Nf4Output{}) };
+
+  // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any codec. The tail is a
+  // sum of thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.
+  { backend.weight_gemm_nt(matrix, matrix, scale, precision, terms, matrix, out) };
+  { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
+
+  // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
+  // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set; but where they are
+  // assumed to have full rank, a backend may leave finding out that they had not for `had_full_rank`.
+  { backend.orthonormalize(out, count, count, Rank::any) };
+
+  // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), but for being rounded to
+  // bf16; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same combinations.
+  { backend.reorthonormalize(out, out, count, count) };
+
+  // Whether every assumption of full rank since the last call held. If not, what was computed since means nothing.
+  { backend.had_full_rank() } -> std::same_as<bool>;
+
+  // Leading k singular values of a matrix, times scale, descending, in s [1, k] f32, and its left singular vectors, one
+  // per row of `out` [k, rows], from its Gram matrix in f64.
+  { backend.gram_svd(matrix, scale, out, out) };
+};
+// clang-format on
+
+}  // namespace pissa

@@ -1,0 +1,186 @@
+// A linear layer with a low-rank adapter, forward and backward, over a weight in any codec; and the adapter alone,
+// added to whatever another function returned.
+//
+//   A = A0 + dA, B = B0 + dB                   r rows / columns; A0, B0 frozen, dA, dB trained
+//   stored residual    y = x W^T + s (x A^T) B^T + bias                         W is the residual
+//   implicit residual  y = x W^T + s ((x A^T) dB^T + (x dA^T) B0^T) + bias      W is the whole weight
+//   backward           ddB = s dy^T (x A^T)    ddA = s (dy B)^T x    dx = dy W + the same tail transposed
+//
+// The change is what the implicit form adds to x W^T: exactly 0 at dA = dB = 0. Both forms have the gradients of PiSSA
+// (arXiv 2404.02948, section 3); without A0 and B0 the stored form is LoRA. x, y, dy, dx: [tokens, ...] in f32, bf16 or
+// f16. Factors and their gradients: f32.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <utility>
+
+#include "pissa/core/backend.h"
+#include "pissa/core/error.h"
+#include "pissa/core/types.h"
+
+namespace pissa {
+
+enum class Residual : std::int32_t { stored, implicit };
+
+/// The adapter of one layer. a0 and b0 are both given or both absent; all factors are f32.
+struct Adapter {
+  Matrix delta_a;  // [r, in]
+  Matrix delta_b;  // [out, r]
+  Matrix a0;       // [r, in]
+  Matrix b0;       // [out, r]
+  float scaling = 1.0f;
+  Residual residual = Residual::stored;
+
+  explicit operator bool() const { return static_cast<bool>(delta_a); }
+  std::int64_t rank() const { return delta_a.rows; }
+  bool implicit() const { return a0 && residual == Residual::implicit; }
+};
+
+namespace detail {
+
+/// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant.
+inline Precision precision_for(const Matrix& x) {
+  if (x.codec == Codec::bf16) return Precision::bf16;
+  return x.codec == Codec::f16 ? Precision::f16 : Precision::f32;
+}
+
+/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read
+/// again.
+inline constexpr std::int64_t kFewTokens = 16;
+
+/// One or two terms of a sum.
+class TermPair {
+ public:
+  void add(const Term& term) { terms_[count_++] = term; }
+  operator std::span<const Term>() const { return std::span(terms_).first(count_); }
+
+ private:
+  std::array<Term, 2> terms_;
+  std::size_t count_ = 0;
+};
+
+/// start + delta of one factor, or delta where there is no start; summed in memory, or left apart.
+template <Backend B>
+class Factor {
+ public:
+  Factor(B& backend, const Matrix& start, const Matrix& delta, bool apart)
+      : start_(apart ? start : Matrix{}),
+        delta_(delta),
+        sum_(backend.alloc(start && !apart ? delta.rows : 0, delta.cols, Codec::f32)) {
+    if (!start || apart) return;
+    backend.add(start, delta, sum_.view());
+    delta_ = sum_.view();
+  }
+  /// scale * a * op(start + delta)
+  TermPair times(const Matrix& a, Op op, float scale, Precision precision) const {
+    TermPair terms;
+    if (start_) terms.add({a, Op::n, start_, op, scale, precision});
+    terms.add({a, Op::n, delta_, op, scale, precision});
+    return terms;
+  }
+
+ private:
+  Matrix start_;
+  Matrix delta_;
+  decltype(std::declval<B&>().alloc(0, 0, Codec::f32)) sum_;
+};
+
+template <Backend B>
+void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, float scale, Precision precision,
+             const MutableMatrix& out) {
+  const std::array terms{Term{a, op_a, b, op_b, scale, precision}};
+  backend.gemm(terms, {}, out);
+}
+
+/// Calls write(tail) with the thin products that the adapter adds to y; xa [tokens, r] receives x A^T.
+template <Backend B, class F>
+void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa, F write) {
+  const float s = adapter.scaling;
+  const Precision precision = precision_for(x);
+  const bool apart = x.rows <= kFewTokens;
+  const Factor a(backend, adapter.a0, adapter.delta_a, apart);
+  backend.gemm(a.times(x, Op::t, 1.0f, precision), {}, xa);
+  if (adapter.implicit()) {
+    auto x_delta_a = backend.alloc(x.rows, adapter.rank(), Codec::f32);
+    product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, precision, x_delta_a.view());
+    TermPair tail;
+    tail.add({xa, Op::n, adapter.delta_b, Op::t, s, precision});
+    tail.add({x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision});
+    return write(tail);
+  }
+  const Factor b(backend, adapter.b0, adapter.delta_b, apart);
+  write(b.times(xa, Op::t, s, precision));
+}
+
+/// The adapter's gradients; calls write(tail) with the thin products that it adds to dx.
+template <Backend B, class F>
+void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
+                        const MutableMatrix& grad_a, const MutableMatrix& grad_b, F write) {
+  const std::int64_t r = adapter.rank();
+  const float s = adapter.scaling;
+  const bool implicit = adapter.implicit();
+  const bool apart = x.rows <= kFewTokens;
+  const Precision precision = precision_for(x);
+  product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
+
+  auto dy_b = backend.alloc(dy.rows, r, Codec::f32);  // dy B, or dy dB and dy B0 apart
+  auto dy_b0 = backend.alloc(implicit ? dy.rows : 0, r, Codec::f32);
+  const Factor b(backend, implicit ? Matrix{} : adapter.b0, adapter.delta_b, apart);
+  backend.gemm(b.times(dy, Op::n, 1.0f, precision), {}, dy_b.view());
+  if (implicit) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, precision, dy_b0.view());
+
+  const Factor a(backend, adapter.a0, adapter.delta_a, apart && !implicit);
+  TermPair tail = a.times(dy_b.view(), Op::n, s, precision);
+  if (implicit) tail.add({dy_b0.view(), Op::n, adapter.delta_a, Op::n, s, precision});
+  write(tail);
+
+  if (implicit) backend.add(dy_b.view(), dy_b0.view(), dy_b.view());
+  product(backend, dy_b.view(), Op::t, x, Op::n, s, precision, grad_a);
+}
+
+}  // namespace detail
+
+/// y [tokens, out] = the layer at x [tokens, in]. With an adapter, xa [tokens, r] f32 receives x A^T for the backward.
+/// bias: [1, out], or absent.
+template <Backend B>
+void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
+                    const MutableMatrix& y, const MutableMatrix& xa) {
+  const auto write = [&](std::span<const Term> tail) {
+    backend.weight_gemm_nt(x, weight, 1.0f, detail::precision_for(x), tail, bias, y);
+  };
+  if (!adapter) return write({});
+  detail::with_forward_tail(backend, x, adapter, xa, write);
+}
+
+/// Gradients of the layer at x, given dy [tokens, out] and the forward's xa. dx [tokens, in] is skipped when absent.
+template <Backend B>
+void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
+                     const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
+                     const MutableMatrix& grad_b) {
+  const auto write = [&](std::span<const Term> tail) {
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, detail::precision_for(dy), tail, dx);
+  };
+  if (!adapter) return write({});
+  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, write);
+}
+
+/// y = base + the adapter's part: of the implicit form the change, of the stored one s (x A^T) B^T. base [tokens, out]
+/// is what any function returned for x, f32, bf16 or f16; y has its codec and may be base.
+template <Backend B>
+void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const Adapter& adapter,
+                          const MutableMatrix& y, const MutableMatrix& xa) {
+  detail::with_forward_tail(backend, x, adapter, xa, [&](std::span<const Term> tail) { backend.gemm(tail, base, y); });
+}
+
+/// Gradients of the same with respect to x (skipped when dx is absent) and the factors; that of base is dy.
+template <Backend B>
+void add_low_rank_backward(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
+                           const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b) {
+  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, [&](std::span<const Term> tail) {
+    if (dx) backend.gemm(tail, {}, dx);
+  });
+}
+
+}  // namespace pissa

@@ -1,0 +1,62 @@
+// PiSSA's split of a weight (arXiv 2404.02948, eq. 2-4), with LoRA's scaling s and torch's orientation W [out, in]:
+//
+//   W ~ U diag(S) V^T (rank r)     B0 = U sqrt(S / s) [out, r]     A0 = sqrt(S / s) V^T [r, in]
+//   residual = W - s B0 A0         kept as it is in W's dtype (explicit), as NF4 (QPiSSA, eq. 8), or not at all
+//   (implicit)
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "pissa/core/backend.h"
+#include "pissa/core/error.h"
+#include "pissa/core/nf4.h"
+#include "pissa/core/rsvd.h"
+
+namespace pissa {
+
+inline void check_split(const Matrix& w, std::int64_t r, float scaling, const SvdOptions& options) {
+  PISSA_CHECK(std::isfinite(scaling) && scaling > 0, "scaling: got ", scaling, "; allowed: a positive number");
+  check_svd(w, r, options);
+}
+
+/// Start factors of w: a0 [r, in] and b0 [out, r], f32. r is a0.rows. Throws as svd_lowrank does.
+template <Backend B>
+void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
+           const MutableMatrix& b0) {
+  check_split(w, a0.rows, scaling, options);
+  const auto svd = svd_lowrank(backend, w, a0.rows, options);
+  backend.scale_rows(svd.v.view(), svd.s.view(), scaling, a0, Op::n);
+  backend.scale_rows(svd.u.view(), svd.s.view(), scaling, b0, Op::t);
+}
+
+/// A weight [out, in], and where its start factors go: a0 [r, in] and b0 [out, r], f32.
+struct SplitTask {
+  Matrix w;
+  float scaling;
+  MutableMatrix a0;
+  MutableMatrix b0;
+};
+
+/// The term that turns w into its residual: gemm stores w + term in any dtype, gemm_nf4 quantises it on the way.
+inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
+  return {b0, Op::n, a0, Op::n, -scaling};
+}
+
+/// QPiSSA with T = `iterations` alternations of SVD and quantisation (arXiv 2404.02948, sec. 4 and Alg. 1).
+/// Only T = 1, the split of section 4, exists: start factors of w, and its residual as NF4.
+template <Backend B>
+void split_nf4(B& backend, const Matrix& w, float scaling, const SvdOptions& options, std::int64_t iterations,
+               const MutableMatrix& a0, const MutableMatrix& b0, const Nf4Output& q) {
+  PISSA_CHECK(iterations == 1, "quant_iters: got ", iterations,
+              "; allowed: 1 (more alternations are not implemented yet)");
+  PISSA_CHECK(w.codec != Codec::nf4, "weight: got NF4; needed: f32, bf16 or f16, so dequantise it first");
+  PISSA_CHECK(is_nf4_blocksize(q.blocksize), "blocksize: got ", q.blocksize,
+              "; allowed: a power of two from 32 to 4096");
+  split(backend, w, scaling, options, a0, b0);
+  const std::array terms{minus_factors(a0, b0, scaling)};
+  backend.gemm_nf4(terms, w, q);
+}
+
+}  // namespace pissa

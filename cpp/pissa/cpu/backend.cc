@@ -1,0 +1,437 @@
+#include "pissa/cpu/backend.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "pissa/core/error.h"
+#include "pissa/core/nf4.h"
+#include "pissa/core/philox.h"
+#include "pissa/cpu/factorize.h"
+
+namespace pissa::cpu {
+namespace {
+
+constexpr std::int64_t kAlignment = 64;
+
+// Freed memory of the calling thread, kept for the next buffer of the same size: a page touched for the first time
+// costs a fault, about 1 us, which made the factors' sums, 1 MB each, dearer than the products they are for. Bounded.
+class Pool {
+ public:
+  ~Pool() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+  void* take(std::int64_t bytes) {
+    const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(), [&](const Block& b) { return b.bytes == bytes; });
+    if (found == blocks_.rend()) return nullptr;
+    void* data = found->data;
+    blocks_.erase(std::next(found).base());
+    held_ -= bytes;
+    return data;
+  }
+  bool keep(void* data, std::int64_t bytes) {
+    constexpr std::int64_t kMostBytes = 16 << 20;
+    if (held_ + bytes > kMostBytes || blocks_.size() == blocks_.capacity()) return false;
+    blocks_.push_back({bytes, data});
+    held_ += bytes;
+    return true;
+  }
+  Pool() { blocks_.reserve(32); }
+
+ private:
+  struct Block {
+    std::int64_t bytes;
+    void* data;
+  };
+  std::vector<Block> blocks_;
+  std::int64_t held_ = 0;
+};
+
+Pool& pool() {
+  thread_local Pool pool;
+  return pool;
+}
+
+std::int64_t allocated_bytes(std::int64_t count, Codec codec) {
+  return ceil_div(count * element_size(codec), kAlignment) * kAlignment;
+}
+
+void* allocate(std::int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  void* data = pool().take(bytes);
+  if (!data) data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes));
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+
+// Scratch of the calling thread: 1.6 MB, allocated on first use, freed with the thread.
+const Panels& panels() {
+  static constexpr std::int64_t kSizes[] = {kStripRows * (kKc + 16), (kKc + 1) * kNc, (kMc + kStripRows) * kNc,
+                                            32 * kKc, kNc};
+  pool();  // made before the buffer, so that it outlives it
+  thread_local const Buffer buffer(1, kSizes[0] + kSizes[1] + kSizes[2] + kSizes[3] + kSizes[4]);
+  thread_local const Panels panels = [] {
+    float* at[5] = {static_cast<float*>(buffer.view().data)};
+    for (int i = 1; i < 5; ++i) at[i] = at[i - 1] + kSizes[i - 1];
+    return Panels{at[0], at[1], at[2], at[3], at[4]};
+  }();
+  return panels;
+}
+
+char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
+  return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.codec);
+}
+
+// Elementwise work on rows, in runs of at most kRun elements that fit the stack.
+constexpr std::int64_t kRun = 1024;
+
+// Work below this many multiply-adds or elements, about 50 us, is not worth waking other threads for.
+constexpr std::int64_t kSerialWork = 1 << 20;
+
+template <class F>
+void parallel_for(const Executor& executor, std::int64_t count, std::int64_t work, F task) {
+  if (work >= kSerialWork) return executor.parallel_for(count, task);
+  for (std::int64_t i = 0; i < count; ++i) task(i);
+}
+
+template <class F>
+void for_each_run(const Executor& executor, const MutableMatrix& out, F f) {
+  const std::int64_t runs = ceil_div(out.cols, kRun);
+  parallel_for(executor, out.rows * runs, 8 * out.rows * out.cols, [&](std::int64_t i) {
+    const std::int64_t col = i % runs * kRun;
+    f(i / runs, col, std::min(kRun, out.cols - col));
+  });
+}
+
+void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on the calling thread
+  for (std::int64_t j = 0; j < problem.out.cols; j += kNc) {
+    for (std::int64_t i = 0; i < problem.out.rows; i += kMc) {
+      const Block block{i, std::min(kMc, problem.out.rows - i), j, std::min(kNc, problem.out.cols - j)};
+      kernels.gemm_block(problem, block, panels());
+    }
+  }
+}
+
+}  // namespace
+
+Buffer::Buffer(std::int64_t rows, std::int64_t cols, Codec codec)
+    : rows_(rows),
+      cols_(cols),
+      codec_(codec),
+      data_(allocate(allocated_bytes(rows * cols, codec)), Free{allocated_bytes(rows * cols, codec)}) {}
+
+void Buffer::Free::operator()(void* data) const {
+  if (!pool().keep(data, bytes)) std::free(data);
+}
+
+void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
+  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
+    float values[kRun];
+    kernels_.decode(a, row, col, count, values);
+    kernels_.encode(values, count, out.codec, element(out, row, col));
+  });
+}
+
+void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
+  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
+    float values[kRun];
+    float others[kRun];
+    kernels_.decode(a, row, col, count, values);
+    kernels_.decode(b, row, col, count, others);
+    for (std::int64_t i = 0; i < count; ++i) values[i] += others[i];
+    kernels_.encode(values, count, out.codec, element(out, row, col));
+  });
+}
+
+void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
+  parallel_for(executor_, out.rows, out.rows * out.cols, [&](std::int64_t row) {
+    float* values = reinterpret_cast<float*>(element(out, row, 0));
+    PhiloxBlock bits{};
+    for (std::int64_t col = 0; col < out.cols; ++col) {
+      const std::uint64_t index = static_cast<std::uint64_t>(row * out.cols + col);
+      if (col == 0 || index % 128 == 0) bits = philox_signs(index / 128, seed);
+      values[col] = (bits[index % 128 / 32] >> (index % 32)) & 1u ? -scale : scale;
+    }
+  });
+}
+
+void CpuBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
+  parallel_for(executor_, a.rows, 4 * a.rows * a.cols, [&](std::int64_t row) {
+    const float scale = std::sqrt(static_cast<const float*>(s.data)[row] / divisor);
+    const float* from = static_cast<const float*>(a.data) + row * a.ld;
+    float* to = static_cast<float*>(out.data) + (op == Op::n ? row * out.ld : row);
+    const std::int64_t step = op == Op::n ? 1 : out.ld;
+    for (std::int64_t col = 0; col < a.cols; ++col) to[col * step] = scale * from[col];
+  });
+}
+
+float CpuBackend::max_abs(const Matrix& a) const {
+  std::vector<float> largest(a.rows, 0.0f);
+  parallel_for(executor_, a.rows, a.rows * a.cols, [&](std::int64_t row) {
+    float values[kRun];
+    for (std::int64_t col = 0; col < a.cols; col += kRun) {
+      const std::int64_t count = std::min(kRun, a.cols - col);
+      kernels_.decode(a, row, col, count, values);
+      const float run = kernels_.max_abs(values, count);
+      if (!(run <= largest[row])) largest[row] = run;  // true for NaN
+      if (std::isnan(run)) break;
+    }
+  });
+  float result = 0.0f;
+  for (const float value : largest) {
+    if (!(value <= result)) result = value;
+    if (std::isnan(result)) break;
+  }
+  return result;
+}
+
+void CpuBackend::run(const GemmProblem& problem) const {
+  const std::int64_t m = problem.out.rows;
+  const std::int64_t n = problem.out.cols;
+  if (m == 0 || n == 0) return;
+  // As many blocks for each thread, cut along columns first, since a narrow block decodes no weight twice.
+  const std::int64_t threads = executor_.threads();
+  std::int64_t row_pieces = ceil_div(m, kMc);
+  std::int64_t col_pieces = ceil_div(n, kNc);
+  const auto uneven = [&] { return row_pieces * col_pieces % threads != 0; };
+  while (uneven() && n >= 64 * (col_pieces + 1)) ++col_pieces;
+  while (uneven() && m >= 28 * (row_pieces + 1)) ++row_pieces;
+  const std::int64_t row_step = ceil_div(ceil_div(m, row_pieces), kMaxTileRows) * kMaxTileRows;
+  const std::int64_t col_step = ceil_div(ceil_div(n, col_pieces), 32) * 32;
+  const std::int64_t row_blocks = ceil_div(m, row_step);
+  std::int64_t inner = 1;
+  for (std::int64_t i = 0; i < problem.term_count; ++i) inner += problem.terms[i].inner();
+  parallel_for(executor_, row_blocks * ceil_div(n, col_step), m * n * inner, [&](std::int64_t i) {
+    const std::int64_t row = i % row_blocks * row_step;
+    const std::int64_t col = i / row_blocks * col_step;
+    const Block block{row, std::min(row_step, m - row), col, std::min(col_step, n - col)};
+    kernels_.gemm_block(problem, block, panels());
+  });
+}
+
+void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
+  // a^T b with fewer columns than rows is computed as (b^T a)^T: what is long then runs along the panels of B.
+  if (terms.size() == 1 && terms[0].op_a == Op::t && terms[0].op_b == Op::n && !addend && out.cols < out.rows) {
+    const Term swapped{terms[0].b, Op::t, terms[0].a, Op::n, terms[0].scale, terms[0].precision};
+    return run({&swapped, 1, {}, {}, {out.data, out.cols, out.rows, out.ld, out.codec}, true});
+  }
+  run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
+}
+
+void CpuBackend::quantize(const Matrix& a, const Nf4Output& out) const {
+  constexpr std::int64_t kMaxBlocksize = 4096;  // a run is some whole blocks
+  constexpr std::int64_t kTask = 16 * kMaxBlocksize;
+  const std::int64_t total = a.rows * a.cols;
+  parallel_for(executor_, ceil_div(total, kTask), 8 * total, [&](std::int64_t task) {
+    float values[kMaxBlocksize];
+    const std::int64_t end = std::min((task + 1) * kTask, total);
+    for (std::int64_t first = task * kTask; first < end; first += kMaxBlocksize) {
+      const std::int64_t count = std::min(kMaxBlocksize, end - first);
+      for (std::int64_t i = first; i < first + count;) {  // from one or more rows
+        const std::int64_t in_row = std::min(a.cols - i % a.cols, first + count - i);
+        kernels_.decode(a, i / a.cols, i % a.cols, in_row, values + (i - first));
+        i += in_row;
+      }
+      kernels_.nf4_quantize(values, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+    }
+  });
+}
+
+constexpr std::int64_t kNf4TaskRows = 112;
+
+void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+  if (terms.empty()) return quantize(addend, out);
+  if (addend.cols % out.blocksize == 0 && kNc % out.blocksize == 0) return gemm_nf4_within_rows(terms, addend, out);
+  // Tasks are runs of whole blocks of the flattened matrix. A block may start inside a row, so a task computes every
+  // row that it touches, at most two of them for its neighbours too: about 1 in 56 at 112 rows a task. With fewer rows
+  // the panels of the second factor, packed anew for each task, would take longer than the products.
+  const std::int64_t cols = addend.cols;
+  const std::int64_t total = addend.rows * cols;
+  const std::int64_t length = ceil_div(std::max(kNf4TaskRows * cols, out.blocksize), out.blocksize) * out.blocksize;
+  executor_.parallel_for(ceil_div(total, length), [&](std::int64_t task) {
+    const std::int64_t first = task * length;
+    const std::int64_t count = std::min(length, total - first);
+    const std::int64_t first_row = first / cols;
+    const std::int64_t rows = ceil_div(first + count, cols) - first_row;
+    const Buffer values(rows, cols);
+    std::array<Term, 3> shifted;
+    for (std::size_t i = 0; i < terms.size(); ++i) {
+      shifted[i] = terms[i];
+      shifted[i].a = rows_of(terms[i].a, first_row, rows);
+    }
+    gemm_blocks(
+        kernels_,
+        {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {}, values.view()});
+    const float* from = static_cast<const float*>(values.view().data) + (first - first_row * cols);
+    kernels_.nf4_quantize(from, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+  });
+}
+
+// Where blocks do not cross rows, nor the columns of a block of the output, codes follow from its accumulators while
+// they are in the cache: nothing else is stored.
+void CpuBackend::gemm_nf4_within_rows(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+  const std::int64_t cols = addend.cols;
+  executor_.parallel_for(ceil_div(addend.rows, kNf4TaskRows), [&](std::int64_t task) {
+    const std::int64_t first = task * kNf4TaskRows;
+    const std::int64_t rows = std::min(kNf4TaskRows, addend.rows - first);
+    const GemmProblem problem{terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, {nullptr, rows, cols}};
+    for (std::int64_t col = 0; col < cols; col += kNc) {
+      const Block block{first, rows, col, std::min(kNc, cols - col)};
+      kernels_.gemm_block(problem, block, panels());
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const std::int64_t at = (first + i) * cols + col;
+        kernels_.nf4_quantize(panels().c + i * kNc, block.cols, out.blocksize, out.codes + at / 2,
+                              out.absmax + at / out.blocksize);
+      }
+    }
+  });
+}
+
+void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
+                                 float* nested_absmax) const {
+  static const std::vector<std::uint8_t> code_of = [] {  // every point's: searching takes ten times as long
+    std::vector<std::uint8_t> codes(1 << 16);
+    for (std::int32_t point = 0; point < 1 << 16; ++point) codes[point] = dynamic_code(point);
+    return codes;
+  }();
+  executor_.parallel_for(ceil_div(count, kNestedBlocksize), [&](std::int64_t block) {
+    const std::int64_t first = block * kNestedBlocksize;
+    const std::int64_t last = std::min(first + kNestedBlocksize, count);
+    float largest = 0.0f;
+    for (std::int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(absmax[i] - *offset));
+    nested_absmax[block] = largest;
+    for (std::int64_t i = first; i < last; ++i) {
+      codes8[i] = largest > 0 ? code_of[dynamic_point((absmax[i] - *offset) / largest)] : std::uint8_t{0};
+    }
+  });
+}
+
+void CpuBackend::weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+                                std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
+  std::array<Term, 3> terms{Term{x, Op::n, weight, Op::t, scale, precision}};
+  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
+  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, y});
+}
+
+void CpuBackend::weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+                                std::span<const Term> tail, const MutableMatrix& dx) const {
+  std::array<Term, 3> terms{Term{dy, Op::n, weight, Op::n, scale, precision}};
+  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
+  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, {}, dx});
+}
+
+std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
+  constexpr std::int64_t kRows = 8;
+  const std::int64_t k = rows.rows;
+  const std::int64_t pieces = ceil_div(k, kRows);
+  auto gram = std::make_unique<double[]>(k * k);
+  // Row i has i + 1 elements: a piece from the top goes with one from the bottom, so that tasks are equal.
+  parallel_for(executor_, ceil_div(pieces, 2), k * k * rows.cols, [&](std::int64_t task) {
+    for (const std::int64_t piece : {task, pieces - 1 - task}) {
+      kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, piece * kRows,
+                    std::min((piece + 1) * kRows, k), gram.get(), k);
+      if (2 * task + 1 == pieces) break;  // the one in the middle
+    }
+  });
+  return gram;
+}
+
+namespace {
+
+// The least share of its length that a row kept: `pivots` is what is left of it outside the rows before it, `gram` has
+// on its diagonal what was left outside the earlier rows, and the overlap the rest, by Pythagoras.
+double least_share_kept(const std::vector<double>& pivots, const double* gram, const MutableMatrix& overlap) {
+  double least = 1.0;
+  for (std::int64_t i = 0; i < overlap.rows; ++i) {
+    double squared = gram[i * overlap.rows + i];
+    const float* row = static_cast<const float*>(overlap.data) + i * overlap.ld;
+    for (std::int64_t j = 0; j < overlap.cols; ++j) squared += double{row[j]} * double{row[j]};
+    least = std::min(least, pivots[i] / std::sqrt(squared));
+  }
+  return least;
+}
+
+}  // namespace
+
+// Block Gram-Schmidt against the earlier rows and Cholesky QR with the Gram matrix in f64. Once brings the rows within
+// condition * eps of orthonormal, a second time within a few eps (Yamamoto et al., CholeskyQR2, 2015): needed unless
+// every row kept a quarter of its length. Rows too dependent for that, which f32 rounding would make worse than 1e-2
+// after the first round, go to Householder; so do rows, of length 1 by then, that the second round shortens by half:
+// rounding errors inside the span of the earlier.
+void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank) const {
+  struct Round {
+    double least_ratio, least_pivot;
+  };
+  constexpr Round kRounds[] = {{1e-5, 0.0}, {0.5, 0.5}};
+  constexpr double kOnceIsEnough = 0.25;
+  const MutableMatrix earlier = rows_of(basis, 0, done);
+  const MutableMatrix rows = rows_of(basis, done, count);
+  const Buffer inverse(count, count);
+  const Buffer overlap(count, done);
+  const Buffer other(count, basis.cols);
+  MutableMatrix from = rows;
+  MutableMatrix to = other.view();
+  for (const auto& [least_ratio, least_pivot] : kRounds) {
+    if (done > 0) {
+      const std::array projection{Term{from, Op::n, earlier, Op::t}};
+      const std::array removal{Term{overlap.view(), Op::n, earlier, Op::n, -1.0f}};
+      gemm(projection, {}, overlap.view());
+      gemm(removal, from, from);
+    }
+    const auto gram_matrix = gram(from);
+    float* inverse_data = static_cast<float*>(inverse.view().data);
+    const auto pivots = cholesky_inverse(gram_matrix.get(), count, least_ratio, least_pivot, inverse_data);
+    if (!pivots) {
+      if (from.data != rows.data) copy(from, rows);
+      return householder_rows(static_cast<float*>(basis.data), done, done + count, basis.cols, basis.ld);
+    }
+    const std::array normalization{Term{inverse.view(), Op::n, from, Op::n}};
+    gemm(normalization, {}, to);
+    std::swap(from, to);
+    if (from.data != rows.data && least_share_kept(*pivots, gram_matrix.get(), overlap.view()) >= kOnceIsEnough) {
+      return copy(from, rows);
+    }
+  }
+}
+
+// One more round, for a basis that misses by no more than bf16's rounding. (Products in bf16 would do for all but the
+// overlap, to 2^-17 of a row: not enough where a basis fills the space.)
+void CpuBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
+                                  std::int64_t count) const {
+  const Buffer overlap(count, done);
+  const MutableMatrix rows = rows_of(basis, done, count);
+  if (done > 0) {
+    const std::array projection{Term{rows, Op::n, rows_of(basis, 0, done), Op::t}};
+    gemm(projection, {}, overlap.view());
+    for (const MutableMatrix& matrix : {basis, companion}) {
+      const std::array removal{Term{overlap.view(), Op::n, rows_of(matrix, 0, done), Op::n, -1.0f}};
+      gemm(removal, rows_of(matrix, done, count), rows_of(matrix, done, count));
+    }
+  }
+  const Buffer inverse(count, count);
+  const auto pivots = cholesky_inverse(gram(rows).get(), count, 0.5, 0.5, static_cast<float*>(inverse.view().data));
+  PISSA_CHECK(pivots, "reorthonormalize: the rows were not orthonormal before they were rounded");
+  for (const MutableMatrix& matrix : {basis, companion}) {
+    const MutableMatrix from = rows_of(matrix, done, count);
+    const Buffer to(count, matrix.cols);
+    const std::array normalization{Term{inverse.view(), Op::n, from, Op::n}};
+    gemm(normalization, {}, to.view());
+    copy(to.view(), from);
+  }
+}
+
+void CpuBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) const {
+  std::vector<double> eigenvalues(vectors.rows);
+  eigh(gram(rows).get(), rows.rows, eigenvalues, static_cast<float*>(vectors.data), vectors.ld);
+  for (std::int64_t i = 0; i < vectors.rows; ++i) {
+    static_cast<float*>(s.data)[i] = static_cast<float>(double{scale} * std::sqrt(eigenvalues[i]));
+  }
+}
+
+static_assert(Backend<CpuBackend>);
+
+}  // namespace pissa::cpu

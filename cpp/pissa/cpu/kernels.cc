@@ -1,0 +1,21 @@
+// The CPU kernels, compiled once per instruction set, with PISSA_ISA naming it. Nothing here may be shared between
+// those builds: no standard library beyond <cstdint>, everything in an unnamed namespace or inlined by force.
+#include "pissa/cpu/kernels.h"
+
+#include "pissa/cpu/kernels/decode.h"
+#include "pissa/cpu/kernels/gemm.h"
+#include "pissa/cpu/kernels/nf4_quantize.h"
+#include "pissa/cpu/kernels/reduce.h"
+
+namespace pissa::cpu::PISSA_ISA {
+
+#define PISSA_STRINGIFY(name) #name
+#define PISSA_NAME(name) PISSA_STRINGIFY(name)
+
+const Kernels& kernels() {
+  static constexpr Kernels table = {
+      PISSA_NAME(PISSA_ISA), PISSA_HAS_BF16, gemm_block, decode, encode, max_abs, nf4_quantize, gram};
+  return table;
+}
+
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,87 @@
+// The CPU kernels as the backend sees them: a table of functions, one table per instruction set (isa.h picks one).
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/types.h"
+
+namespace pissa::cpu {
+
+/// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
+/// a word being one f32 or two bf16. The panel of B is 512 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a
+/// multiple of every tile's rows (14; 6 and 4 leave a short last tile).
+inline constexpr std::int64_t kMc = 518;
+inline constexpr std::int64_t kNc = 512;
+inline constexpr std::int64_t kKc = 256;
+inline constexpr std::int64_t kMaxTileRows = 14;
+inline constexpr std::int64_t kStripRows = 16;  // of A: a tile's, rounded up to a square for transposition
+inline constexpr std::int64_t kDotRows = 16;    // up to so many rows are multiplied without a panel
+inline constexpr std::int64_t kNf4DotRows = 4;  // and up to so many by a weight's codes as they are
+
+/// A thread's scratch memory, 64-byte aligned, allocated once.
+struct Panels {
+  float* a;        // kStripRows * (kKc + 16): a strip of A
+  float* b;        // (kKc + 1) * kNc
+  float* c;        // (kMc + kStripRows) * kNc: whole squares are read when it is stored transposed
+  float* scratch;  // 32 * kKc: what is about to be transposed
+  float* b_row;    // kNc: a pair of rows about to be interleaved
+};
+
+/// out = addend + sum of the terms + bias; addend [M, N] and bias [1, N] may be absent. Of a transposed problem,
+/// element [i, j] is stored at [j, i]: out has the shape of the result, and the leading dimension of its transpose.
+/// Without memory in `out` a block's elements stay in Panels::c, f32, rows kNc apart.
+struct GemmProblem {
+  const Term* terms;
+  std::int64_t term_count;
+  Matrix addend;
+  Matrix bias;
+  MutableMatrix out;
+  bool transposed = false;
+};
+
+/// Rows [row, row + rows) and columns [col, col + cols) of an output.
+struct Block {
+  std::int64_t row, rows, col, cols;
+};
+
+struct Kernels {
+  const char* isa;
+  bool bf16;  // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
+
+  /// One block of the output, at most kMc x kNc. An element's value does not depend on how the output is cut.
+  void (*gemm_block)(const GemmProblem& problem, const Block& block, const Panels& panels);
+
+  /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.
+  void (*decode)(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out);
+
+  /// Rounds values to a codec (not nf4), to nearest, ties to even. `to` is where the first one goes.
+  void (*encode)(const float* values, std::int64_t count, Codec codec, void* to);
+
+  /// Largest |value|; not finite if any value is not.
+  float (*max_abs)(const float* values, std::int64_t count);
+
+  /// NF4 codes and absmax of whole blocks; only the last may be short. codes: nf4_bytes(count).
+  void (*nf4_quantize)(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+                       float* absmax);
+
+  /// gram[i * ld_gram + j] = <row i, row j> in f64, for i in [first, last) and j <= i.
+  void (*gram)(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last,
+               double* gram, std::int64_t ld_gram);
+};
+
+namespace baseline {
+const Kernels& kernels();
+}
+#if defined(PISSA_X86)
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512bf16 {
+const Kernels& kernels();
+}
+#endif
+
+}  // namespace pissa::cpu

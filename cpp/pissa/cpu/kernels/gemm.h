@@ -1,0 +1,175 @@
+// One block of a GEMM's output. Included by kernels.cc only.
+//
+// Goto's scheme: a panel of B, decoded once for all rows of the block, stays in L2; A is copied strip by strip, each
+// just before it is used, so that it is in L1; a tile of the output is accumulated in registers over the panel's depth
+// and added to the block's f32 accumulators, which are rounded once, at the end.
+#pragma once
+
+#include "pissa/cpu/kernels/few_rows.h"
+#include "pissa/cpu/kernels/nf4_dot.h"
+#include "pissa/cpu/kernels/pack.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+constexpr int kTileRows = Vec::kRows;
+constexpr int kTileCols = 2 * kWidth;
+constexpr int kStripLanes = static_cast<int>(ceil_div(kTileRows, kTileCols)) * kTileCols;  // of A, to be transposed
+constexpr std::int64_t kStripLd = kKc + 16;  // rows 1088 bytes apart: 14 of them in 14 different sets of L1
+static_assert(kNc % kTileCols == 0 && kTileRows <= kStripRows && kKc % kWidth == 0);
+
+// c[rows, vecs * kWidth] = or += a_strip * b_strip
+template <class Product, int rows, int vecs>
+void micro_kernel(std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vecs * kWidth; j += 16) __builtin_prefetch(c + i * kNc + j, 1);
+  }
+  Vec::Reg sum[rows][vecs];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vecs; ++j) sum[i][j] = Vec::zero();
+  }
+  for (std::int64_t k = 0; k < length; ++k, b += vecs * kWidth) {
+    Vec::Reg b_k[vecs];
+    for (int j = 0; j < vecs; ++j) b_k[j] = Vec::load(b + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const Vec::Reg a_ik = Vec::broadcast(a[i * kStripLd + k]);
+      for (int j = 0; j < vecs; ++j) sum[i][j] = Product::mac(a_ik, b_k[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vecs; ++j) {
+      float* to = c + i * kNc + j * kWidth;
+      Vec::store(to, accumulate ? Vec::add(Vec::load(to), sum[i][j]) : sum[i][j]);
+    }
+  }
+}
+
+// The kernel for the number of rows left in a tile.
+template <class Product, int vecs, int rows = kTileRows>
+PISSA_INLINE void multiply_tile(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
+                                bool accumulate) {
+  if (wanted == rows) return micro_kernel<Product, rows, vecs>(length, a, b, c, accumulate);
+  if constexpr (rows > 1) multiply_tile<Product, vecs, rows - 1>(wanted, length, a, b, c, accumulate);
+}
+
+template <class Product, int vecs>
+void pack_b(const Term& term, const Slice& slice, std::int64_t stride, const Panels& panels) {
+  constexpr int kCols = vecs * kWidth;
+  if (term.op_b == Op::n) return rows_across_inner<Product, kCols>(slice, kCols, stride, panels.b, panels.scratch);
+  constexpr int kPerWord = Product::kPerWord;
+  const std::int64_t length = words<Product>(slice.depth);
+  const bool plain =
+      is_plain<Product>(slice) && slice.depth % (kPerWord * kWidth) == 0 && slice.matrix.ld % kPerWord == 0;
+  for (std::int64_t lane = 0; lane < slice.count; lane += kWidth) {
+    const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane), slice.k0, slice.depth};
+    float* to = panels.b + lane / kCols * stride + lane % kCols;
+    if (plain && rows.count == kWidth) {
+      for (int i = 0; i < kWidth; ++i) prefetch(slice.matrix, rows.lead + i, slice.k0, slice.depth);
+      const auto* from = reinterpret_cast<const float*>(plain_row<Product>(slice, rows.lead, slice.k0));
+      transpose(from, slice.matrix.ld / kPerWord, length, to, kCols);
+    } else {
+      rows_along_inner<Product>(rows, kWidth, kKc, panels.scratch);
+      transpose(panels.scratch, kKc, length, to, kCols);
+    }
+  }
+  if (ceil_div(slice.count, kWidth) % vecs != 0) {  // the second half of the last strip has no columns
+    float* rest = panels.b + slice.count / kCols * stride + kWidth;
+    for (std::int64_t k = 0; k < length; ++k) Vec::store(rest + k * kCols, Vec::zero());
+  }
+}
+
+template <class Product>
+void pack_a(const Term& term, const Slice& slice, const Panels& panels) {
+  if (term.op_a == Op::n) return rows_along_inner<Product>(slice, slice.count, kStripLd, panels.a);
+  const std::int64_t length = words<Product>(slice.depth);
+  rows_across_inner<Product, kStripLanes>(slice, kStripLanes, 0, panels.scratch, panels.b_row);
+  for (std::int64_t k = 0; k < length; k += kWidth) {
+    transpose(panels.scratch + k * kStripLanes, kStripLanes, kTileRows, panels.a + k, kStripLd);
+  }
+}
+
+// c = or += the term
+template <class Product, int vecs>
+void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
+  constexpr int kCols = vecs * kWidth;
+  const std::int64_t inner = term.inner();
+  for (std::int64_t k0 = 0; k0 < inner; k0 += kKc * Product::kPerWord) {
+    const std::int64_t depth = smaller(kKc * Product::kPerWord, inner - k0);
+    const std::int64_t length = words<Product>(depth);
+    // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1.
+    const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols + kCols;
+    pack_b<Product, vecs>(term, {term.b, block.col, block.cols, k0, depth}, stride, panels);
+    for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
+      const std::int64_t rows = smaller(kTileRows, block.rows - i);
+      pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);
+      const float* b = panels.b;
+      for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
+        multiply_tile<Product, vecs>(rows, length, panels.a, b, panels.c + i * kNc + j, accumulate);
+      }
+    }
+    accumulate = true;
+  }
+}
+
+template <class Product>
+void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate, std::int64_t rows) {
+  if (is_nf4_dot<Product>(term, rows)) nf4_dot<Product>(term, block, panels, accumulate);
+  else if (is_few_rows(term, rows)) multiply_few_rows<Product>(term, block, panels, accumulate);
+  else if (block.cols <= kWidth) multiply<Product, 1>(term, block, panels, accumulate);
+  else multiply<Product, 2>(term, block, panels, accumulate);
+}
+
+char* element(const MutableMatrix& out, std::int64_t offset) {
+  return static_cast<char*>(out.data) + offset * element_size(out.codec);
+}
+
+// Rounds the block's accumulators and stores them at [j, i].
+void store_transposed(const GemmProblem& problem, const Block& block, const Panels& panels) {
+  // kWidth of the block's columns, as far apart as whole squares of the most rows reach
+  constexpr std::int64_t kLd = ceil_div(kMc, kWidth) * kWidth;
+  float* columns = panels.b;
+  for (std::int64_t j = 0; j < block.cols; j += kWidth) {
+    for (std::int64_t i = 0; i < block.rows; i += kWidth) {
+      transpose(panels.c + i * kNc + j, kNc, kWidth, columns + i, kLd);
+    }
+    for (std::int64_t k = 0; k < smaller(kWidth, block.cols - j); ++k) {
+      const std::int64_t offset = (block.col + j + k) * problem.out.ld + block.row;
+      encode(columns + k * kLd, block.rows, problem.out.codec, element(problem.out, offset));
+    }
+  }
+}
+
+void gemm_block(const GemmProblem& problem, const Block& block, const Panels& panels) {
+  bool accumulate = static_cast<bool>(problem.addend);
+  if (accumulate) {
+    for (std::int64_t i = 0; i < block.rows; ++i) {
+      decode(problem.addend, block.row + i, block.col, block.cols, panels.c + i * kNc);
+    }
+  }
+  for (const Term* term = problem.terms; term != problem.terms + problem.term_count; ++term) {
+    if (term->inner() == 0) continue;
+    const std::int64_t rows = problem.out.rows;  // not the block's: how the output is cut must not matter
+#if PISSA_HAS_BF16
+    if (term->precision == Precision::bf16) multiply<Bf16>(*term, block, panels, accumulate, rows);
+    else
+#endif
+      multiply<F32>(*term, block, panels, accumulate, rows);
+    accumulate = true;
+  }
+  for (std::int64_t i = 0; !accumulate && i < block.rows; ++i) {
+    __builtin_memset(panels.c + i * kNc, 0, block.cols * sizeof(float));
+  }
+  if (!problem.out) return;
+  if (problem.transposed) return store_transposed(problem, block, panels);
+  float* bias = panels.b;
+  if (problem.bias) decode(problem.bias, 0, block.col, block.cols, bias);
+  for (std::int64_t i = 0; i < block.rows; ++i) {
+    float* c = panels.c + i * kNc;
+    for (std::int64_t j = 0; problem.bias && j < block.cols; ++j) c[j] += bias[j];
+    encode(c, block.cols, problem.out.codec, element(problem.out, (block.row + i) * problem.out.ld + block.col));
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA

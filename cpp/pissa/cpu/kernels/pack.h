@@ -1,0 +1,133 @@
+// Operands of a GEMM as panels of 32-bit words: one f32 each, or a pair of bf16 that are neighbours along the inner
+// dimension. Included by kernels.cc only.
+//
+// Both operands are packed from the same two pieces: a matrix row that runs along the inner dimension is a row of words
+// already (rows_along_inner); of rows that run across it, each, or each interleaved pair, is a row of words for all
+// lanes at once (rows_across_inner). A's strips want the first order, lane by lane, and B's the second; the other case
+// is transposed, a square of kWidth x kWidth words at a time.
+#pragma once
+
+#include "pissa/cpu/kernels/decode.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+// Words to hold `count` elements.
+template <class Product>
+constexpr std::int64_t words(std::int64_t count) {
+  return ceil_div(count, Product::kPerWord);
+}
+
+// What is packed: op(matrix), whose lanes [lead, lead + count) are rows of A or columns of B, elements [k0, k0 + depth)
+// of the inner dimension, all times scale.
+struct Slice {
+  const Matrix& matrix;
+  std::int64_t lead, count, k0, depth;
+  float scale = 1.0f;
+};
+
+// Asks for elements of a row that will be packed soon. How many rows ahead: a row of codes takes about 50 ns to decode,
+// main memory about 100 ns to answer; dense rows of A come a strip at a time, between others' products, so it is the
+// next strip that is asked for, to wait in L2 and not push what is in use out of L1.
+PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count) {
+  const auto* data = static_cast<const char*>(matrix.data);
+  if (matrix.codec == Codec::nf4) {
+    row += 8;
+    if (row >= matrix.rows) return;
+    const std::int64_t first = row * matrix.cols + col;
+    for (std::int64_t i = first / 2; i < (first + count) / 2; i += 64) __builtin_prefetch(data + i);
+    const std::int64_t block = first >> log2_blocksize(matrix.scales);
+    if (matrix.scales.absmax) __builtin_prefetch(matrix.scales.absmax + block);
+    else __builtin_prefetch(matrix.scales.absmax8 + block);
+  } else {
+    row += 14;
+    if (row >= matrix.rows) return;
+    const std::int64_t size = element_size(matrix.codec);
+    const char* from = data + (row * matrix.ld + col) * size;
+    for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+}
+
+// Whether the matrix stores the product's elements as they are wanted, so that panels can be made straight from it.
+template <class Product>
+PISSA_INLINE bool is_plain(const Slice& slice) {
+  const Codec codec = Product::kPerWord == 1 ? Codec::f32 : Codec::bf16;
+  return slice.matrix.codec == codec && slice.scale == 1.0f;
+}
+
+template <class Product>
+PISSA_INLINE const typename Product::Element* plain_row(const Slice& slice, std::int64_t row, std::int64_t col) {
+  return static_cast<const typename Product::Element*>(slice.matrix.data) + row * slice.matrix.ld + col;
+}
+
+// panel[lane * ld + word]; lanes from slice.count to `lanes` are zero.
+template <class Product>
+void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, float* panel) {
+  using Element = typename Product::Element;
+  const std::int64_t length = words<Product>(slice.depth);
+  for (std::int64_t lane = 0; lane < slice.count; ++lane) {
+    const std::int64_t row = slice.lead + lane;
+    prefetch(slice.matrix, row, slice.k0, slice.depth);
+    auto* to = reinterpret_cast<Element*>(panel + lane * ld);
+    to[Product::kPerWord * length - 1] = Element{};  // the partner of an odd last element
+    decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, Product{}, to);
+  }
+  for (std::int64_t lane = slice.count; lane < lanes; ++lane) {
+    __builtin_memset(panel + lane * ld, 0, length * sizeof(float));
+  }
+}
+
+// strip[word * ld + lane] for strips of `width` lanes, `stride` words from one strip to the next; lanes from
+// slice.count to the end of a strip are zero. row: scratch for two rows of the slice.
+template <class Product, int width>
+void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride, float* panel, float* row) {
+  using Element = typename Product::Element;
+  constexpr int kPerWord = Product::kPerWord;
+  const std::int64_t padded = ceil_div(slice.count, width) * width;
+  const bool plain = is_plain<Product>(slice) && slice.count == padded && padded % (kPerWord * kWidth) == 0;
+  for (std::int64_t k = 0; k < slice.depth; k += kPerWord) {
+    const Element* rows[kPerWord];  // a pair of them is about to be interleaved
+    for (int partner = 0; partner < kPerWord; ++partner) {
+      const std::int64_t at = slice.k0 + k + partner;
+      const std::int64_t got = k + partner < slice.depth ? slice.count : 0;
+      prefetch(slice.matrix, at, slice.lead, slice.count);
+      if (plain && got > 0) {
+        rows[partner] = plain_row<Product>(slice, at, slice.lead);
+        continue;
+      }
+      Element* to = reinterpret_cast<Element*>(row) + partner * padded;
+      if (got > 0) decode_elements(slice.matrix, at, slice.lead, got, slice.scale, Product{}, to);
+      for (std::int64_t i = got; i < padded; ++i) to[i] = Element{};
+      rows[partner] = to;
+    }
+    const auto load = [&](int partner, std::int64_t i) {
+      return Vec::load(reinterpret_cast<const float*>(rows[partner] + i));
+    };
+    float* to = panel + k / kPerWord * ld;
+    for (std::int64_t strip = 0; strip < padded; strip += width, to += stride) {
+      if constexpr (kPerWord == 1) {
+        for (int i = 0; i < width; i += kWidth) Vec::store(to + i, load(0, strip + i));
+      } else {  // of a strip of one vector the second half goes where the next row of words comes
+        for (int i = 0; i < width; i += 2 * kWidth) {
+          const Vec::Reg2 pairs = Product::interleave({load(0, strip + i), load(1, strip + i)});
+          Vec::store(to + i, pairs.a);
+          Vec::store(to + i + kWidth, pairs.b);
+        }
+      }
+    }
+  }
+}
+
+// to[i * ld_to + j] = from[j * ld_from + i] for kWidth values of j and i in [0, count), count rounded up to kWidth.
+PISSA_INLINE void transpose(const float* from, std::int64_t ld_from, std::int64_t count, float* to,
+                            std::int64_t ld_to) {
+  for (std::int64_t i = 0; i < count; i += kWidth) {
+    Vec::Reg square[kWidth];
+    for (int j = 0; j < kWidth; ++j) square[j] = Vec::load(from + j * ld_from + i);
+    Vec::transpose(square);
+    for (int j = 0; j < kWidth; ++j) Vec::store(to + (i + j) * ld_to, square[j]);
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA

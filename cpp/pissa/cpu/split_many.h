@@ -1,0 +1,19 @@
+// PiSSA's split of many weights: whole weights side by side, each on one thread.
+#pragma once
+
+#include <span>
+
+#include "pissa/core/split.h"
+#include "pissa/cpu/executor.h"
+#include "pissa/cpu/kernels.h"
+
+namespace pissa::cpu {
+
+/// What `split` makes of every task, bit for bit.
+///
+/// Throws std::invalid_argument "weights[i]: ...", as split does: for a bad rank, pass count or scaling before anything
+/// is written; for a non-finite weight at the end, when some factors have been.
+void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, const Executor& executor,
+                const Kernels& kernels);
+
+}  // namespace pissa::cpu

@@ -1,0 +1,126 @@
+#include "pissa/cuda/context.h"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace pissa::cuda {
+namespace {
+
+// The architectures that CMake asked nvcc for; a comma-separated list of two- or three-digit numbers.
+#if !defined(PISSA_CUDA_ARCHITECTURES)
+#error "PISSA_CUDA_ARCHITECTURES is defined by CMakeLists.txt"
+#endif
+constexpr int kArchitectures[] = {PISSA_CUDA_ARCHITECTURES};
+
+class StreamOrderedAllocator final : public Allocator {
+ public:
+  void* allocate(std::int64_t bytes, cudaStream_t stream) const override {
+    void* data = nullptr;
+    const cudaError_t status = cudaMallocAsync(&data, static_cast<std::size_t>(bytes), stream);
+    if (!succeeded(status))
+      throw std::runtime_error(message("cudaMallocAsync of ", bytes, " bytes: ", describe(status)));
+    return data;
+  }
+  void free(void* data, cudaStream_t stream) const noexcept override { cudaFreeAsync(data, stream); }
+};
+
+// Handles are kept until the process ends: destroying them then, after the driver, would crash.
+template <class Handle>
+Handle& handle_of_thread(int device) {
+  thread_local std::vector<Handle>& handles = *new std::vector<Handle>;
+  if (handles.size() <= static_cast<std::size_t>(device)) handles.resize(static_cast<std::size_t>(device) + 1);
+  return handles[static_cast<std::size_t>(device)];
+}
+
+}  // namespace
+
+const Allocator& stream_ordered_allocator() {
+  static const StreamOrderedAllocator allocator;
+  return allocator;
+}
+
+cusolverDnHandle_t Context::solver() const {
+  cusolverDnHandle_t& handle = handle_of_thread<cusolverDnHandle_t>(device);
+  if (!handle) check(cusolverDnCreate(&handle), *this, "cusolverDnCreate");
+  check(cusolverDnSetStream(handle, stream), *this, "cusolverDnSetStream");
+  return handle;
+}
+
+const Context& standalone_context() {
+  int device = 0;
+  Context context;
+  check(cudaGetDevice(&device), context, "cudaGetDevice");
+  check_supported(device);
+  Context& kept = handle_of_thread<Context>(device);
+  if (kept.stream) return kept;
+  context.device = device;
+  context.allocator = &stream_ordered_allocator();
+  check(cudaStreamCreateWithFlags(&context.stream, cudaStreamNonBlocking), context, "cudaStreamCreateWithFlags");
+  check(cublasCreate(&context.blas), context, "cublasCreate");
+  check(cublasSetStream(context.blas, context.stream), context, "cublasSetStream");
+  return kept = context;
+}
+
+void check_supported(int device) {
+  Context context;
+  context.device = device;
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), context, "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), context, "cudaDeviceGetAttribute");
+  // Code for x.y runs on x.z with z >= y; PTX of the newest on everything newer.
+  const int capability = 10 * major + minor;
+  const int newest = *std::max_element(std::begin(kArchitectures), std::end(kArchitectures));
+  const bool supported = capability > newest || std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
+                                                            [&](int a) { return a / 10 == major && a <= capability; });
+  if (supported) return;
+  std::string built;
+  for (const int a : kArchitectures) built += message(built.empty() ? "" : ", ", a / 10, ".", a % 10);
+  throw std::runtime_error(message("CUDA device ", device, ": got compute capability ", major, ".", minor,
+                                   "; this build runs on ", built,
+                                   " and newer; move the tensors to the CPU, or build pissa from source with "
+                                   "-DPISSA_CUDA_ARCHITECTURES (8.0 is the oldest that the kernels support)"));
+}
+
+// By way of memory that stays: if a call fails, its copy may still be on the stream when the caller's variable is gone.
+void read_back(const Context& context, const void* device, void* host, std::int64_t bytes) {
+  constexpr std::int64_t kPiece = 4096;
+  thread_local std::array<char, kPiece>& piece = *new std::array<char, kPiece>;
+  for (std::int64_t done = 0; done < bytes; done += kPiece) {
+    const std::size_t size = static_cast<std::size_t>(std::min(kPiece, bytes - done));
+    check(cudaMemcpyAsync(piece.data(), static_cast<const char*>(device) + done, size, cudaMemcpyDeviceToHost,
+                          context.stream),
+          context, "cudaMemcpyAsync", "bytes", size);
+    check(cudaStreamSynchronize(context.stream), context, "cudaStreamSynchronize");
+    std::copy_n(piece.data(), size, static_cast<char*>(host) + done);
+  }
+}
+
+std::string describe(cudaError_t status) {
+  return message(cudaGetErrorName(status), " (", static_cast<int>(status), "), ", cudaGetErrorString(status));
+}
+
+std::string describe(cublasStatus_t status) {
+  return message(cublasGetStatusName(status), " (", static_cast<int>(status), ")");
+}
+
+std::string describe(cusolverStatus_t status) { return message("cusolverStatus_t ", static_cast<int>(status)); }
+
+Buffer::Buffer(const Context& context, std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t count)
+    : allocator_(context.allocator),
+      stream_(context.stream),
+      view_{nullptr, rows, cols, cols, codec, count > 1 ? rows * cols : 0} {
+  const std::int64_t bytes = count * rows * cols * element_size(codec);
+  if (bytes > 0) view_.data = allocator_->allocate(bytes, stream_);
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : allocator_(other.allocator_), stream_(other.stream_), view_(std::exchange(other.view_, {})) {}
+
+Buffer::~Buffer() {
+  if (view_.data) allocator_->free(view_.data, stream_);
+}
+
+}  // namespace pissa::cuda

@@ -1,0 +1,113 @@
+// What a computation on CUDA takes from its surroundings: a device, a stream, library handles, memory; and its errors.
+#pragma once
+
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+#include <cusolverDn.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "pissa/core/error.h"
+#include "pissa/core/types.h"
+
+namespace pissa::cuda {
+
+/// Where device memory comes from: torch's caching allocator inside torch. Both calls are ordered by the stream: memory
+/// may be freed while work that uses it is still queued there.
+class Allocator {
+ public:
+  virtual ~Allocator() = default;
+  virtual void* allocate(std::int64_t bytes, cudaStream_t stream) const = 0;
+  virtual void free(void* data, cudaStream_t stream) const noexcept = 0;
+};
+
+/// cudaMallocAsync, for programs without torch.
+const Allocator& stream_ordered_allocator();
+
+/// Everything runs on `stream`, of `device`, which is the current one while a backend lives.
+struct Context {
+  int device = 0;
+  cudaStream_t stream = nullptr;
+  cublasHandle_t blas = nullptr;  // on `stream`; also serves as the handle of cublasLt
+  const Allocator* allocator = nullptr;
+
+  /// A cuSOLVER handle on `stream`, of the calling thread; made on first use, which takes milliseconds.
+  cusolverDnHandle_t solver() const;
+};
+
+/// A context on the current device for programs without torch: its own stream and handle, kept until the thread ends.
+const Context& standalone_context();
+
+/// Throws std::runtime_error, naming the device and what the library was built for, unless it can run there.
+void check_supported(int device);
+
+std::string describe(cudaError_t status);
+std::string describe(cublasStatus_t status);
+std::string describe(cusolverStatus_t status);
+
+inline bool succeeded(cudaError_t status) { return status == cudaSuccess; }
+inline bool succeeded(cublasStatus_t status) { return status == CUBLAS_STATUS_SUCCESS; }
+inline bool succeeded(cusolverStatus_t status) { return status == CUSOLVER_STATUS_SUCCESS; }
+
+/// Throws std::runtime_error naming the call, the device, the status and the sizes, given as name, value, name, value.
+template <class Status, class... Sizes>
+void check(Status status, const Context& context, const char* call, const Sizes&... sizes) {
+  if (succeeded(status)) return;
+  std::string text = message(call, " failed on CUDA device ", context.device, ": ", describe(status));
+  if constexpr (sizeof...(sizes) > 0) {
+    text += " (";
+    (text.append(message(sizes, " ")), ...);
+    text.back() = ')';
+  }
+  throw std::runtime_error(text);
+}
+
+/// Copies device memory to the host and waits for it, and with it for everything before on the stream.
+void read_back(const Context& context, const void* device, void* host, std::int64_t bytes);
+
+/// Launches a kernel; a block's threads are one-dimensional.
+template <class... Params, class... Args>
+void launch(const Context& context, const char* name, void (*kernel)(Params...), dim3 grid, unsigned threads,
+            Args... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = context.stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), context, name, "grid", grid.x, "x", grid.y);
+}
+
+/// Device memory of one matrix, or of a stack of `count` matrices one after the other.
+class Buffer {
+ public:
+  Buffer(const Context& context, std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t count = 1);
+  Buffer(Buffer&& other) noexcept;
+  Buffer& operator=(Buffer&&) = delete;
+  ~Buffer();
+
+  MutableMatrix view() const { return view_; }
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(view_.data);
+  }
+
+ private:
+  const Allocator* allocator_;
+  cudaStream_t stream_;
+  MutableMatrix view_;
+};
+
+/// Uninitialised device memory for `count` elements of a type that is no codec: f64, pointers, integers, bytes.
+template <class T>
+class Array {
+ public:
+  Array(const Context& context, std::int64_t count)
+      : buffer_(context, 1, (count * static_cast<std::int64_t>(sizeof(T)) + 3) / 4, Codec::f32) {}
+  T* data() const { return buffer_.data<T>(); }
+
+ private:
+  Buffer buffer_;
+};
+
+}  // namespace pissa::cuda

@@ -1,0 +1,166 @@
+#include "pissa/cuda/elementwise.h"
+
+#include <algorithm>
+
+#include "pissa/core/nf4.h"
+#include "pissa/core/philox.h"
+#include "pissa/cuda/device.h"
+
+namespace pissa::cuda {
+namespace {
+
+constexpr unsigned kThreads = 256;
+
+// Up to eight neighbours of a row, one thread's share.
+struct Group {
+  std::int64_t row, col;
+  int count;
+};
+
+std::int64_t groups_of(std::int64_t rows, std::int64_t cols) { return rows * ceil_div(cols, kGroup); }
+
+__device__ __forceinline__ std::int64_t thread_index() {
+  return static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+__device__ __forceinline__ bool find_group(std::int64_t rows, std::int64_t cols, Group& group,
+                                           std::int64_t index = thread_index()) {
+  const std::int64_t groups = (cols + kGroup - 1) / kGroup;
+  if (index >= rows * groups) return false;
+  group.row = divide(index, groups, group.col);
+  group.col *= kGroup;
+  group.count = cols - group.col < kGroup ? static_cast<int>(cols - group.col) : kGroup;
+  return true;
+}
+
+// Of the group's first element in matrix number blockIdx.y of the stack.
+__device__ __forceinline__ std::int64_t place(std::int64_t ld, std::int64_t stride, const Group& group) {
+  return blockIdx.y * stride + group.row * ld + group.col;
+}
+
+__global__ void convert_kernel(Matrix a, float scale, MutableMatrix out) {
+  Group group;
+  if (!find_group(out.rows, out.cols, group)) return;
+  float values[kGroup];
+  load_group(a.data, a.codec, place(a.ld, a.stride, group), group.count, values);
+#pragma unroll
+  for (float& value : values) value *= scale;
+  store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+}
+
+__global__ void add_kernel(Matrix a, Matrix b, MutableMatrix out) {
+  Group group;
+  if (!find_group(out.rows, out.cols, group)) return;
+  float values[kGroup];
+  float others[kGroup];
+  load_group(a.data, a.codec, place(a.ld, a.stride, group), group.count, values);
+  load_group(b.data, b.codec, place(b.ld, b.stride, group), group.count, others);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) values[i] += others[i];
+  store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+}
+
+__global__ void fill_signs_kernel(MutableMatrix out, std::uint64_t seed, float scale) {
+  Group group;
+  if (!find_group(out.rows, out.cols, group)) return;
+  float values[kGroup];
+  PhiloxBlock bits{};
+  for (int i = 0; i < group.count; ++i) {
+    const std::uint64_t index = static_cast<std::uint64_t>(group.row * out.cols + group.col + i);
+    if (i == 0 || index % 128 == 0) bits = philox_signs(index / 128, seed);
+    values[i] = (bits[index % 128 / 32] >> (index % 32)) & 1u ? -scale : scale;
+  }
+  store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+}
+
+__global__ void scale_rows_kernel(Matrix a, Matrix s, float divisor, MutableMatrix out, Op op) {
+  Group group;
+  if (!find_group(a.rows, a.cols, group)) return;
+  const float singular = static_cast<const float*>(s.data)[blockIdx.y * s.stride + group.row];
+  const float scale = sqrtf(singular / divisor);
+  float values[kGroup];
+  load_group(a.data, a.codec, place(a.ld, a.stride, group), group.count, values);
+#pragma unroll
+  for (float& value : values) value *= scale;
+  if (op == Op::n) return store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+  for (int i = 0; i < group.count; ++i) {
+    store(out.data, out.codec, blockIdx.y * out.stride + (group.col + i) * out.ld + group.row, values[i]);
+  }
+}
+
+__global__ void max_abs_kernel(Matrix a, unsigned* bits) {
+  Group group;
+  unsigned largest = 0;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t index = thread_index(); find_group(a.rows, a.cols, group, index); index += step) {
+    float values[kGroup];
+    load_group(a.data, a.codec, group.row * a.ld + group.col, group.count, values);
+#pragma unroll
+    for (const float value : values) largest = max(largest, __float_as_uint(value) & 0x7fffffffu);
+  }
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+  }
+  if (threadIdx.x % kWarp == 0) atomicMax(bits, largest);
+}
+
+__global__ void widen_kernel(Matrix a, double* wide) {
+  Group group;
+  if (!find_group(a.rows, a.cols, group)) return;
+  const float* from = static_cast<const float*>(a.data) + place(a.ld, a.stride, group);
+  double* to = wide + place(a.cols, a.rows * a.cols, group);
+  for (int i = 0; i < group.count; ++i) to[i] = from[i];
+}
+
+__global__ void narrow_kernel(const double* wide, MutableMatrix out) {
+  Group group;
+  if (!find_group(out.rows, out.cols, group)) return;
+  const double* from = wide + place(out.cols, out.rows * out.cols, group);
+  float* to = static_cast<float*>(out.data) + place(out.ld, out.stride, group);
+  for (int i = 0; i < group.count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+// One thread for each group of the matrix, in each matrix of the stack.
+template <class... Params, class... Args>
+void launch_groups(const Context& context, const char* name, void (*kernel)(Params...), std::int64_t rows,
+                   std::int64_t cols, std::int64_t count, Args... args) {
+  const std::int64_t blocks = ceil_div(groups_of(rows, cols), kThreads);
+  if (blocks == 0) return;
+  launch(context, name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(count)), kThreads, args...);
+}
+
+}  // namespace
+
+void convert(const Context& context, const Matrix& a, float scale, const MutableMatrix& out, std::int64_t count) {
+  launch_groups(context, "convert", convert_kernel, out.rows, out.cols, count, a, scale, out);
+}
+
+void add(const Context& context, const Matrix& a, const Matrix& b, const MutableMatrix& out, std::int64_t count) {
+  launch_groups(context, "add", add_kernel, out.rows, out.cols, count, a, b, out);
+}
+
+void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t seed, float scale, std::int64_t count) {
+  launch_groups(context, "fill_signs", fill_signs_kernel, out.rows, out.cols, count, out, seed, scale);
+}
+
+void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out,
+                Op op, std::int64_t count) {
+  launch_groups(context, "scale_rows", scale_rows_kernel, a.rows, a.cols, count, a, s, divisor, out, op);
+}
+
+void max_abs_bits(const Context& context, const Matrix& a, unsigned* bits) {
+  constexpr std::int64_t kMostBlocks = 1024;  // several for each multiprocessor, but few atomic operations
+  const std::int64_t blocks = std::min(ceil_div(groups_of(a.rows, a.cols), kThreads), kMostBlocks);
+  if (blocks > 0) launch(context, "max_abs", max_abs_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, a, bits);
+}
+
+void widen(const Context& context, const Matrix& a, double* wide, std::int64_t count) {
+  launch_groups(context, "widen", widen_kernel, a.rows, a.cols, count, a, wide);
+}
+
+void narrow(const Context& context, const double* wide, const MutableMatrix& out, std::int64_t count) {
+  launch_groups(context, "narrow", narrow_kernel, out.rows, out.cols, count, wide, out);
+}
+
+}  // namespace pissa::cuda

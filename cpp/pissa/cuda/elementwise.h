@@ -1,0 +1,31 @@
+// Kernels over the elements of matrices, or of stacks of `count` matrices: conversion, sums, scaling, the sketch.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/types.h"
+#include "pissa/cuda/context.h"
+
+namespace pissa::cuda {
+
+/// out = scale * a, both dense. With a.ld = 0 the first row of a is every row.
+void convert(const Context& context, const Matrix& a, float scale, const MutableMatrix& out, std::int64_t count = 1);
+
+/// out = a + b in f32; out may be a.
+void add(const Context& context, const Matrix& a, const Matrix& b, const MutableMatrix& out, std::int64_t count);
+
+/// out[i, j] = scale * sign (i * cols + j) of philox.h; f32. The same for every matrix of the stack.
+void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t seed, float scale, std::int64_t count);
+
+/// out[i, :] or out[:, i] = sqrt(s[i] / divisor) * a[i, :]; f32.
+void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out,
+                Op op, std::int64_t count);
+
+/// *bits = max(*bits, bits of the largest |element|), which order like the numbers, NaN above infinity.
+void max_abs_bits(const Context& context, const Matrix& a, unsigned* bits);
+
+/// wide [rows, cols], contiguous, of each matrix = a in f64; and back.
+void widen(const Context& context, const Matrix& a, double* wide, std::int64_t count);
+void narrow(const Context& context, const double* wide, const MutableMatrix& out, std::int64_t count);
+
+}  // namespace pissa::cuda

@@ -1,0 +1,243 @@
+#include "pissa/cuda/few_rows.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "pissa/cuda/nf4_device.h"
+
+namespace pissa::cuda {
+namespace {
+
+constexpr int kRows = static_cast<int>(kFewRows);
+constexpr unsigned kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostTerms = 2;
+
+// The terms of a sum, and what is added to it, as a kernel's argument.
+struct Sum {
+  Term terms[kMostTerms];
+  int count;
+  Matrix addend, bias;
+  MutableMatrix out;
+};
+
+Sum sum_of(std::span<const Term> terms, const Matrix& addend, const Matrix& bias, const MutableMatrix& out) {
+  Sum sum{{}, static_cast<int>(terms.size()), addend, bias, out};
+  std::copy(terms.begin(), terms.end(), sum.terms);
+  return sum;
+}
+
+__device__ __forceinline__ float rounded(float value, Precision precision) {
+  if (precision == Precision::bf16) return __bfloat162float(__float2bfloat16_rn(value));
+  if (precision == Precision::f16) return __half2float(__float2half_rn(value));
+  return value;
+}
+
+__device__ __forceinline__ void load_rounded(const Matrix& matrix, std::int64_t row, std::int64_t col, float scale,
+                                             Precision precision, float (&values)[kGroup]) {
+  const std::int64_t left = matrix.cols - col;
+  load_group(matrix.data, matrix.codec, row * matrix.ld + col, left < kGroup ? static_cast<int>(left) : kGroup, values);
+#pragma unroll
+  for (float& value : values) value = rounded(scale * value, precision);
+}
+
+__device__ __forceinline__ void finish(const Sum& sum, int row, std::int64_t col, float value) {
+  if (sum.addend) value += load(sum.addend.data, sum.addend.codec, row * sum.addend.ld + col);
+  if (sum.bias) value += load(sum.bias.data, sum.bias.codec, col);
+  store(sum.out.data, sum.out.codec, row * sum.out.ld + col, value);
+}
+
+// kSplit threads, a warp or the block, share a column of the output and divide its inner dimension.
+template <int kSplit>
+__global__ void few_rows_kernel(Sum sum) {
+  struct Shared {
+    float partial[kWarps][kRows];
+  };
+  const int part = threadIdx.x % kSplit;
+  const std::int64_t col = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kSplit) + threadIdx.x / kSplit;
+  const int rows = static_cast<int>(sum.out.rows);
+  const bool inside = col < sum.out.cols;
+  float total[kRows] = {};
+  for (int i = 0; i < sum.count && inside; ++i) {
+    const Term& term = sum.terms[i];
+    for (std::int64_t k = part * kGroup; k < term.a.cols; k += kSplit * kGroup) {
+      float b[kGroup];
+      load_rounded(term.b, col, k, 1.0f, term.precision, b);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        if (row >= rows) break;
+        float a[kGroup];
+        load_rounded(term.a, row, k, term.scale, term.precision, a);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) total[row] = fmaf(a[j], b[j], total[row]);
+      }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    if (row < rows) total[row] = warp_sum(total[row]);
+  }
+  if constexpr (kSplit == kWarp) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (part == row && row < rows && inside) finish(sum, row, col, total[row]);
+    }
+  } else {
+    Shared& shared = shared_memory<Shared>();
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) shared.partial[threadIdx.x / kWarp][row] = total[row];
+    }
+    __syncthreads();
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= rows || !inside) return;
+    float value = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) value += shared.partial[warp][row];
+    finish(sum, row, col, value);
+  }
+}
+
+// ---- A weight in NF4
+// ------------------------------------------------------------------------------------------------- A block computes 16
+// columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a lane takes 32
+// neighbours of a chunk, 16 bytes of codes and one scale: k is dealt to the tensor cores' steps four at a time, x in
+// the same order.
+
+constexpr int kTiles = 2;
+constexpr int kTileCols = 8;
+constexpr int kBlockCols = kTiles * kTileCols;
+constexpr int kLaneK = 32;
+constexpr int kChunk = 4 * kLaneK;
+constexpr int kSteps = kChunk / 16;  // products of 16 k in a chunk
+
+__device__ __forceinline__ unsigned word_of(const uint4 (&words)[4], int i) {
+  const uint4& four = words[i / 4];
+  return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+}
+
+// 32 neighbours of a row of x, or zeros.
+__device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k, bool inside, uint4 (&words)[4]) {
+  const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(x.data) + 2 * (row * x.ld + k));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = inside && row < x.rows ? from[i] : make_uint4(0, 0, 0, 0);
+}
+
+template <Codec codec>
+__global__ void few_rows_nf4_kernel(Matrix x, Matrix weight, int shift, Sum sum) {
+  struct Shared {
+    float partial[kWarps][kRows][kBlockCols];
+  };
+  Shared& shared = shared_memory<Shared>();
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int group = lane / 4;  // row of x, column of a tile
+  const int quad = lane % 4;
+  const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kBlockCols;
+  const float lane_level = nf4_lane_level();
+  float totals[kTiles][4] = {};
+
+  for (std::int64_t chunk = static_cast<std::int64_t>(warp) * kChunk; chunk < weight.cols; chunk += kWarps * kChunk) {
+    const std::int64_t k = chunk + quad * kLaneK;
+    const bool inside = k < weight.cols;
+    uint4 upper[4];
+    uint4 lower[4];
+    load_x(x, group, k, inside, upper);
+    load_x(x, group + 8, k, inside, lower);
+    uint4 codes[kTiles];
+    float scales[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const std::int64_t col = first_col + tile * kTileCols + group;
+      const bool valid = inside && col < weight.rows;
+      const std::int64_t at = col * weight.cols + k;
+      codes[tile] = valid ? static_cast<const uint4*>(weight.data)[at / kLaneK] : make_uint4(0, 0, 0, 0);
+      scales[tile] = valid ? nf4_scale(weight.scales, at >> shift) : 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const unsigned a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step), word_of(upper, 2 * step + 1),
+                             word_of(lower, 2 * step + 1)};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint4& four = codes[tile];
+        const unsigned word = step / 2 == 0 ? four.x : step / 2 == 1 ? four.y : step / 2 == 2 ? four.z : four.w;
+        const unsigned pairs = word >> (step % 2 * 16);  // two bytes, four codes
+        const float scale = scales[tile];
+        const float v0 = nf4_level(lane_level, pairs >> 4) * scale;
+        const float v1 = nf4_level(lane_level, pairs) * scale;
+        const float v2 = nf4_level(lane_level, pairs >> 12) * scale;
+        const float v3 = nf4_level(lane_level, pairs >> 8) * scale;
+        const unsigned b[2] = {pack_halves<codec>(v0, v1), pack_halves<codec>(v2, v3)};
+        mma_m16n8k16<codec>(totals[tile], a, b);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      shared.partial[warp][group + i / 2 * 8][tile * kTileCols + 2 * quad + i % 2] = totals[tile][i];
+    }
+  }
+  __syncthreads();
+
+  static_assert(kRows * kBlockCols == kThreads);  // one element of y a thread
+  const int row = threadIdx.x / kBlockCols;
+  const std::int64_t col = first_col + threadIdx.x % kBlockCols;
+  if (row >= sum.out.rows || col >= sum.out.cols) return;
+  float value = 0.0f;
+#pragma unroll
+  for (int other = 0; other < kWarps; ++other) value += shared.partial[other][row][threadIdx.x % kBlockCols];
+  for (int i = 0; i < sum.count; ++i) {
+    const Term& term = sum.terms[i];
+    for (std::int64_t k = 0; k < term.a.cols; k += kGroup) {
+      float a[kGroup];
+      float b[kGroup];
+      load_rounded(term.a, row, k, term.scale, term.precision, a);
+      load_rounded(term.b, col, k, 1.0f, term.precision, b);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) value = fmaf(a[j], b[j], value);
+    }
+  }
+  finish(sum, row, col, value);
+}
+
+bool at_16_bytes(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
+
+}  // namespace
+
+bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out) {
+  return out.rows <= kFewRows && terms.size() <= kMostTerms && std::ranges::all_of(terms, [](const Term& term) {
+           return term.op_a == Op::n && term.op_b == Op::t && term.a.codec != Codec::nf4 && term.b.codec != Codec::nf4;
+         });
+}
+
+void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
+                   const MutableMatrix& out) {
+  // Up to 1024, a warp reads a row of b in four steps; above, the block shares it, or one warp would wait for each
+  // step.
+  constexpr std::int64_t kLong = 1024;
+  const bool is_long = std::ranges::any_of(terms, [](const Term& term) { return term.a.cols > kLong; });
+  const unsigned cols = is_long ? 1 : kWarps;
+  const dim3 grid(static_cast<unsigned>((out.cols + cols - 1) / cols));
+  launch(context, "few_rows_gemm", is_long ? few_rows_kernel<kThreads> : few_rows_kernel<kWarp>, grid, kThreads,
+         sum_of(terms, addend, bias, out));
+}
+
+bool few_rows_nf4_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
+  return x.rows <= kFewRows && (x.codec == Codec::bf16 || x.codec == Codec::f16) && weight.codec == Codec::nf4 &&
+         weight.cols % kLaneK == 0 && x.ld % 8 == 0 && at_16_bytes(x.data) && at_16_bytes(weight.data) &&
+         few_rows_fit(tail, {nullptr, x.rows});
+}
+
+void few_rows_nf4(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
+                  const Matrix& bias, const MutableMatrix& y) {
+  const auto kernel = x.codec == Codec::bf16 ? few_rows_nf4_kernel<Codec::bf16> : few_rows_nf4_kernel<Codec::f16>;
+  const dim3 grid(static_cast<unsigned>((weight.rows + kBlockCols - 1) / kBlockCols));
+  launch(context, "few_rows_nf4", kernel, grid, kThreads, x, weight,
+         std::countr_zero(static_cast<std::uint64_t>(weight.scales.blocksize)), sum_of(tail, {}, bias, y));
+}
+
+}  // namespace pissa::cuda

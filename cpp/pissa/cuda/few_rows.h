@@ -1,0 +1,30 @@
+// Products with at most 16 rows, as decoding has them: bound by reading the second factor once, so without a copy of it
+// and with everything that is added in the same kernel.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "pissa/core/types.h"
+#include "pissa/cuda/context.h"
+
+namespace pissa::cuda {
+
+inline constexpr std::int64_t kFewRows = 16;
+
+/// Whether few_rows_gemm can compute a sum: few rows, dense first factors as they are, second factors transposed.
+bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out);
+
+/// out = addend + bias + sum of scale * a * b^T, with f32 sums and one rounding. Operands are rounded as each term's
+/// precision says. At most kMostTerms terms.
+void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
+                   const MutableMatrix& out);
+
+/// Whether few_rows_nf4 can compute x W^T: x in half precision, at 16-byte addresses, W's rows whole words of 16 bytes.
+bool few_rows_nf4_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail);
+
+/// y = x W^T + tail + bias, in one kernel: W is decoded in registers, to x's codec, for the tensor cores.
+void few_rows_nf4(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
+                  const Matrix& bias, const MutableMatrix& y);
+
+}  // namespace pissa::cuda

@@ -1,0 +1,167 @@
+#include "pissa/cuda/gemm.h"
+
+#include <cublasLt.h>
+
+#include <bit>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+namespace pissa::cuda {
+namespace {
+
+// What NVIDIA recommends for Hopper. Freed after the call, on its stream: torch's allocator hands it out again.
+constexpr std::int64_t kWorkspaceBytes = 32 << 20;
+
+// An operand as BLAS sees it: column-major, so a row-major matrix is its own transpose.
+struct Operand {
+  const void* data;
+  cudaDataType_t type;
+  std::int64_t rows, cols, ld, stride;
+  cublasOperation_t op = CUBLAS_OP_N;
+};
+
+cudaDataType_t type_of(Codec codec) {
+  return codec == Codec::f32 ? CUDA_R_32F : codec == Codec::bf16 ? CUDA_R_16BF : CUDA_R_16F;
+}
+
+Operand operand(const Matrix& matrix, Op op = Op::n) {
+  return {matrix.data,
+          type_of(matrix.codec),
+          matrix.cols,
+          matrix.rows,
+          matrix.ld,
+          matrix.stride,
+          op == Op::n ? CUBLAS_OP_N : CUBLAS_OP_T};
+}
+
+// Of a pointer and of the distances between columns and matrices: what a kernel may rely on.
+std::uint32_t alignment(const Operand& operand) {
+  const std::int64_t size = operand.type == CUDA_R_64F ? 8 : operand.type == CUDA_R_32F ? 4 : 2;
+  const std::uint64_t all = reinterpret_cast<std::uintptr_t>(operand.data) |
+                            static_cast<std::uint64_t>((operand.ld | operand.stride) * size) | 256u;
+  return 1u << std::countr_zero(all);
+}
+
+// Owner of one of cublasLt's descriptions.
+template <class T>
+using Owned = std::unique_ptr<std::remove_pointer_t<T>, cublasStatus_t (*)(T)>;
+
+class Product {
+ public:
+  Product(const Context& context, cublasComputeType_t compute, cudaDataType_t scale_type, const Operand& left,
+          const Operand& right, const Operand& out, std::int64_t count)
+      : context_(context),
+        left_(left),
+        right_(right),
+        out_(out),
+        description_(
+            make<cublasLtMatmulDesc_t>("cublasLtMatmulDescCreate", cublasLtMatmulDescDestroy,
+                                       [&](auto* to) { return cublasLtMatmulDescCreate(to, compute, scale_type); })),
+        layouts_{layout(left, count), layout(right, count), layout(out, count)} {
+    set(CUBLASLT_MATMUL_DESC_TRANSA, left.op);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, right.op);
+  }
+
+  // A vector along the columns of the row-major output.
+  void add_bias(const void* bias, cudaDataType_t type) {
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type);
+  }
+
+  void run(const void* alpha, const void* beta) const {
+    const cublasLtHandle_t handle = reinterpret_cast<cublasLtHandle_t>(context_.blas);
+    const auto preference =
+        make<cublasLtMatmulPreference_t>("cublasLtMatmulPreferenceCreate", cublasLtMatmulPreferenceDestroy,
+                                         [](auto* to) { return cublasLtMatmulPreferenceCreate(to); });
+    const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+      verify(cublasLtMatmulPreferenceSetAttribute(preference.get(), attribute, &value, sizeof value),
+             "cublasLtMatmulPreferenceSetAttribute");
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(kWorkspaceBytes));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(left_));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(right_));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(out_));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(out_));
+    // Parts of a sum are added in f32: the other schemes do so in the output's type.
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+           static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    cublasLtMatmulHeuristicResult_t best{};
+    int found = 0;
+    verify(cublasLtMatmulAlgoGetHeuristic(handle, description_.get(), layouts_[0].get(), layouts_[1].get(),
+                                          layouts_[2].get(), layouts_[2].get(), preference.get(), 1, &best, &found),
+           "cublasLtMatmulAlgoGetHeuristic");
+    if (found == 0) verify(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic");
+    const Array<char> workspace(context_, static_cast<std::int64_t>(best.workspaceSize));
+    verify(cublasLtMatmul(handle, description_.get(), alpha, left_.data, layouts_[0].get(), right_.data,
+                          layouts_[1].get(), beta, out_.data, layouts_[2].get(), const_cast<void*>(out_.data),
+                          layouts_[2].get(), &best.algo, workspace.data(), best.workspaceSize, context_.stream),
+           "cublasLtMatmul");
+  }
+
+ private:
+  template <class T, class Create>
+  Owned<T> make(const char* call, cublasStatus_t (*destroy)(T), Create create) const {
+    T created = nullptr;
+    verify(create(&created), call);
+    return {created, destroy};
+  }
+  template <class T>
+  void set(cublasLtMatmulDescAttributes_t attribute, const T& value) const {
+    verify(cublasLtMatmulDescSetAttribute(description_.get(), attribute, &value, sizeof value),
+           "cublasLtMatmulDescSetAttribute");
+  }
+  Owned<cublasLtMatrixLayout_t> layout(const Operand& operand, std::int64_t count) const {
+    auto result =
+        make<cublasLtMatrixLayout_t>("cublasLtMatrixLayoutCreate", cublasLtMatrixLayoutDestroy, [&](auto* to) {
+          return cublasLtMatrixLayoutCreate(to, operand.type, static_cast<std::uint64_t>(operand.rows),
+                                            static_cast<std::uint64_t>(operand.cols), operand.ld);
+        });
+    const auto batch = static_cast<std::int32_t>(count);
+    const auto stack = [&](cublasLtMatrixLayoutAttribute_t attribute, auto value) {
+      verify(cublasLtMatrixLayoutSetAttribute(result.get(), attribute, &value, sizeof value),
+             "cublasLtMatrixLayoutSetAttribute");
+    };
+    if (count > 1) stack(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
+    if (count > 1) stack(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, operand.stride);
+    return result;
+  }
+  void verify(cublasStatus_t status, const char* call) const {
+    if (succeeded(status)) return;
+    const std::int64_t inner = left_.op == CUBLAS_OP_N ? left_.cols : left_.rows;
+    check(status, context_, call, "m", out_.cols, "n", out_.rows, "k", inner, "ld", out_.ld);
+  }
+
+  const Context& context_;
+  Operand left_, right_, out_;
+  Owned<cublasLtMatmulDesc_t> description_;
+  Owned<cublasLtMatrixLayout_t> layouts_[3];
+};
+
+}  // namespace
+
+// Row-major out = op(a) op(b) is column-major out^T = op(b)^T op(a)^T.
+void matmul(const Context& context, const Matmul& problem) {
+  if (problem.out.rows == 0 || problem.out.cols == 0) return;
+  const Operand left = operand(problem.b, problem.op_b);
+  const Operand right = operand(problem.a, problem.op_a);
+  Product product(context, CUBLAS_COMPUTE_32F, CUDA_R_32F, left, right, operand(problem.out), problem.count);
+  if (problem.bias) product.add_bias(problem.bias.data, type_of(problem.bias.codec));
+  const float beta = problem.accumulate ? 1.0f : 0.0f;
+  product.run(&problem.alpha, &beta);
+}
+
+// rows is column-major [cols, k], so rows rows^T is its transpose times itself.
+void gram(const Context& context, const double* rows, std::int64_t k, std::int64_t cols, bool first, double* gram,
+          std::int64_t count) {
+  Operand transposed{rows, CUDA_R_64F, cols, k, cols, k * cols, CUBLAS_OP_T};
+  Operand straight = transposed;
+  straight.op = CUBLAS_OP_N;
+  const Operand out{gram, CUDA_R_64F, k, k, k, k * k};
+  const double alpha = 1.0;
+  const double beta = first ? 0.0 : 1.0;
+  Product(context, CUBLAS_COMPUTE_64F, CUDA_R_64F, transposed, straight, out, count).run(&alpha, &beta);
+}
+
+}  // namespace pissa::cuda

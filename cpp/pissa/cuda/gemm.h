@@ -1,0 +1,30 @@
+// Matrix products by cublasLt: one product of dense matrices, or of stacks of them, with f32 or f64 accumulation.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/types.h"
+#include "pissa/cuda/context.h"
+
+namespace pissa::cuda {
+
+/// out = a b + beta * out + bias for row-major matrices. a and b in one codec, out in that or in f32. bias: [1, n] in
+/// out's codec, or absent. Every element is rounded once, from f32.
+struct Matmul {
+  Matrix a;
+  Op op_a = Op::n;
+  Matrix b;
+  Op op_b = Op::n;
+  float alpha = 1.0f;
+  bool accumulate = false;  // beta = 1
+  Matrix bias = {};
+  MutableMatrix out = {};
+  std::int64_t count = 1;  // matrices in each stack
+};
+void matmul(const Context& context, const Matmul& problem);
+
+/// gram [count][k, k] += rows rows^T, f64; rows [count][k, cols], contiguous. `first`: the sum starts here.
+void gram(const Context& context, const double* rows, std::int64_t k, std::int64_t cols, bool first, double* gram,
+          std::int64_t count);
+
+}  // namespace pissa::cuda

@@ -1,0 +1,30 @@
+// Sums of products on the device: which type to multiply in, what to convert for it, in what order to add.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "pissa/core/backend.h"
+#include "pissa/core/types.h"
+#include "pissa/cuda/context.h"
+
+namespace pissa::cuda {
+
+/// out = a, from any codec.
+void convert_any(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count = 1);
+
+/// out = addend + sum of the terms, for each of `count` matrices.
+void sum_of_products(const Context& context, std::span<const Term> terms, const Matrix& addend,
+                     const MutableMatrix& out, std::int64_t count = 1);
+
+/// y = scale * x op(weight) + tail + bias: a weight that has to be converted first is so in chunks of at most
+/// `chunk_bytes`.
+void weight_product(const Context& context, const Matrix& x, const Matrix& weight, Op op, float scale,
+                    Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
+                    std::int64_t chunk_bytes);
+
+/// NF4 of addend + sum of the terms, a piece of at most `chunk_bytes` of the sum at a time.
+void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const Nf4Output& out,
+                   std::int64_t chunk_bytes);
+
+}  // namespace pissa::cuda

@@ -1,0 +1,39 @@
+// The ops on the CPU: CpuBackend, on torch's thread pool.
+#include "pissa/cpu/backend.h"
+#include "pissa/cpu/isa.h"
+#include "pissa/cpu/split_many.h"
+#include "pissa/torch/ops.h"
+
+namespace pissa::ops {
+namespace {
+
+class TorchExecutor final : public cpu::Executor {
+ public:
+  std::int64_t threads() const override { return torch::stable::get_num_threads(); }
+  void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
+    torch::stable::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) task(i);
+    });
+  }
+};
+
+class CpuDevice {
+ public:
+  template <class... Tensors>
+  explicit CpuDevice(const Tensor& first, const Tensors&... others) {
+    (check_same_device(first, others), ...);
+  }
+  cpu::CpuBackend& backend() { return backend_; }
+  void split_many(std::span<const SplitTask> tasks, const SvdOptions& options) const {
+    cpu::split_many(tasks, options, executor_, cpu::kernels());
+  }
+
+ private:
+  TorchExecutor executor_;
+  cpu::CpuBackend backend_{executor_, cpu::kernels()};
+};
+
+}  // namespace
+}  // namespace pissa::ops
+
+STABLE_TORCH_LIBRARY_IMPL(pissa, CPU, m) { pissa::ops::implement<pissa::ops::CpuDevice>(m); }

@@ -1,0 +1,58 @@
+// The ops on CUDA devices: CudaBackend, on torch's current stream, cuBLAS handle and caching allocator.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "pissa/cuda/backend.h"
+#include "pissa/cuda/context.h"
+#include "pissa/cuda/split_many.h"
+#include "pissa/torch/ops.h"
+
+namespace pissa::ops {
+namespace {
+
+// Blocks are bound to the stream that was current when they were taken, which is the op's.
+class TorchAllocator final : public cuda::Allocator {
+ public:
+  void* allocate(std::int64_t bytes, cudaStream_t) const override {
+    void* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(static_cast<std::uint64_t>(bytes), &data));
+    return data;
+  }
+  void free(void* data, cudaStream_t) const noexcept override { aoti_torch_cuda_caching_allocator_raw_delete(data); }
+};
+
+class CudaDevice {
+ public:
+  template <class... Tensors>
+  explicit CudaDevice(const Tensor& first, const Tensors&... others)
+      : guard_(first.get_device_index()), context_(current_context(first.get_device_index())), backend_(context_) {
+    (check_same_device(first, others), ...);
+  }
+  cuda::CudaBackend& backend() { return backend_; }
+  void split_many(std::span<const SplitTask> tasks, const SvdOptions& options) const {
+    cuda::split_many(tasks, options, context_);
+  }
+
+ private:
+  static cuda::Context current_context(std::int32_t device) {
+    static const TorchAllocator allocator;
+    // The library has a CUDA runtime of its own, which must be told too.
+    cuda::check(cudaSetDevice(device), {.device = device}, "cudaSetDevice");
+    cuda::check_supported(device);
+    void* stream = nullptr;
+    void* blas = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas));
+    return {device, static_cast<cudaStream_t>(stream), static_cast<cublasHandle_t>(blas), &allocator};
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Context context_;
+  cuda::CudaBackend backend_;
+};
+
+}  // namespace
+}  // namespace pissa::ops
+
+STABLE_TORCH_LIBRARY_IMPL(pissa, CUDA, m) { pissa::ops::implement<pissa::ops::CudaDevice>(m); }

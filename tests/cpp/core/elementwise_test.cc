@@ -1,0 +1,144 @@
+// copy, add, scale_rows, max_abs.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "support/backend_test.h"
+#include "support/matrices.h"
+#include "support/reference.h"
+
+namespace pissa::test {
+namespace {
+
+class ElementwiseTest : public BackendTest {};
+
+const std::vector<std::pair<std::int64_t, std::int64_t>> kShapes = {{0, 5},    {5, 0},    {1, 1},    {3, 33},
+                                                                    {4, 1023}, {2, 1024}, {3, 1025}, {2, 2100}};
+
+TEST_P(ElementwiseTest, CopyConvertsExactlyOrRounds) {
+  Random random(1);
+  for (const auto& [rows, cols] : kShapes) {
+    for (const Form form : kForms) {
+      for (const Codec codec : kCodecs) {
+        const Operand a(random, rows, cols, form);
+        Stored out = Stored::poisoned(rows, cols, codec);
+        backend().copy(a.view(), out.mutable_view());
+        EXPECT_EQ(out.values().values, Stored(a.values(), codec).values().values)
+            << name(form) << " to " << name(codec);
+        EXPECT_TRUE(out.padding_intact());
+      }
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, AddRoundsOnce) {
+  Random random(2);
+  for (const auto& [rows, cols] : kShapes) {
+    for (const Form form : kForms) {
+      for (const Codec codec : kCodecs) {
+        const Operand a(random, rows, cols, form);
+        const Operand b(random, rows, cols, Form::f32);
+        Stored out = Stored::poisoned(rows, cols, codec);
+        backend().add(a.view(), b.view(), out.mutable_view());
+        expect_close(out, {a.values() + b.values(), absolute(a.values()) + absolute(b.values())}, 1);
+      }
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, AddWorksInPlace) {
+  Random random(3);
+  Stored a(random.dense(5, 1100), Codec::f32);
+  const Stored b(random.dense(5, 1100), Codec::bf16);
+  const Bounded expected{a.values() + b.values(), absolute(a.values()) + absolute(b.values())};
+  backend().add(a.view(), b.view(), a.mutable_view());
+  expect_close(a, expected, 1);
+}
+
+TEST_P(ElementwiseTest, ScaleRowsAlsoTransposed) {
+  Random random(4);
+  for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 70}, {9, 4}}) {
+    const Stored a(random.dense(rows, cols), Codec::f32);
+    const Stored s(absolute(random.dense(1, rows)), Codec::f32);
+    Dense expected = a.values();
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < cols; ++j) expected(i, j) *= std::sqrt(s.values()(0, i) / 1.7f);
+    }
+    Stored straight = Stored::poisoned(rows, cols, Codec::f32);
+    backend().scale_rows(a.view(), s.view(), 1.7f, straight.mutable_view(), Op::n);
+    expect_close(straight, bounded(expected), 3);
+    Stored turned = Stored::poisoned(cols, rows, Codec::f32);
+    backend().scale_rows(a.view(), s.view(), 1.7f, turned.mutable_view(), Op::t);
+    expect_close(turned, bounded(transposed(expected)), 3);
+  }
+}
+
+TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
+  for (std::int64_t cols = 1; cols <= 70; ++cols) {
+    for (std::int64_t at = 0; at < cols; ++at) {
+      Dense values(2, cols);
+      for (double& value : values.values) value = 0.5;
+      values(1, at) = at % 2 == 0 ? -3.25 : 3.25;
+      EXPECT_EQ(backend().max_abs(Stored(values, Codec::f32).view()), 3.25f) << at << " of " << cols;
+    }
+  }
+  Random random(5);
+  for (const Form form : kForms) {
+    const Operand a(random, 3, 2050, form);
+    double largest = 0;
+    for (const double value : a.values().values) largest = std::max(largest, std::fabs(value));
+    EXPECT_EQ(backend().max_abs(a.view()), largest) << name(form);
+  }
+}
+
+TEST_P(ElementwiseTest, MaxAbsOfNothingAndOfZerosIsZero) {
+  EXPECT_EQ(backend().max_abs(Matrix{nullptr, 0, 7, 7, Codec::f32}), 0.0f);
+  EXPECT_EQ(backend().max_abs(Stored(Dense(3, 20), Codec::bf16).view()), 0.0f);
+}
+
+// Any one element that is not finite, before or after larger ones, makes the result not finite.
+TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  for (const double special : {std::nan(""), kInf, -kInf}) {
+    for (const std::int64_t cols : {1, 3, 16, 17, 40, 1030}) {
+      for (std::int64_t at = 0; at < 3 * cols; at += cols > 100 ? 101 : 1) {
+        Dense values(3, cols);
+        for (double& value : values.values) value = 2;
+        values.values[at] = special;
+        for (const Codec codec : kCodecs) {
+          EXPECT_FALSE(std::isfinite(backend().max_abs(Stored(values, codec).view())))
+              << special << " at " << at << " of " << cols;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, TheSameBits) {
+  Random random(6);
+  const Stored a(random.dense(1030, 1024), Codec::bf16);
+  const Stored b(random.dense(300, 1024), Codec::f32);
+  const Stored s(absolute(random.dense(1, 300)), Codec::f32);
+  const auto expect_same = [&](auto run) {
+    expect_same_bits([&](auto& cpu) {
+      Stored out = Stored::poisoned(1024, 1024, Codec::f32);
+      run(cpu, out.mutable_view());
+      return out.bytes();
+    });
+  };
+  const auto part = [](const MutableMatrix& out) { return rows_of(out, 0, 300); };
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.copy(b.view(), part(out)); });
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.add(b.view(), b.view(), part(out)); });
+  expect_same(
+      [&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, part(out), Op::n); });
+  expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, out, Op::t); });
+  expect_same_bits([&](auto& cpu) { return cpu.max_abs(a.view()); });
+}
+
+PISSA_EVERY_BACKEND(ElementwiseTest);
+
+}  // namespace
+}  // namespace pissa::test

@@ -1,0 +1,181 @@
+// The linear layer with its adapter, forward and backward, against the paper's formulas in float64.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "pissa/core/fused_linear.h"
+#include "support/backend_test.h"
+#include "support/layer.h"
+#include "support/matrices.h"
+#include "support/reference.h"
+
+namespace pissa::test {
+namespace {
+
+/// What the backend computes.
+struct Outputs {
+  Stored y, xa, dx, grad_a, grad_b;
+
+  template <class B>
+  Outputs(B&& backend, const Layer& layer, Codec codec)
+      : y(Stored::poisoned(layer.tokens, layer.out, codec)),
+        xa(Stored::poisoned(layer.tokens, layer.r, Codec::f32)),
+        dx(Stored::poisoned(layer.tokens, layer.in, codec)),
+        grad_a(Stored::poisoned(layer.r, layer.in, Codec::f32)),
+        grad_b(Stored::poisoned(layer.out, layer.r, Codec::f32)) {
+    linear_forward(backend, layer.x.view(), layer.weight.view(), layer.with_bias ? layer.bias.view() : Matrix{},
+                   layer.adapter(), y.mutable_view(), xa.mutable_view());
+    linear_backward(backend, layer.dy.view(), layer.x.view(), layer.weight.view(), layer.adapter(), xa.view(),
+                    dx.mutable_view(), grad_a.mutable_view(), grad_b.mutable_view());
+  }
+};
+
+void expect_gradients_close(const Outputs& outputs, const Layer& layer, const Dense& dx, const Dense& grad_a,
+                            const Dense& grad_b) {
+  const Magnitude magnitude(Exact(layer), layer.dy.values());
+  const std::int64_t halves = bf16_roundings(layer.x.view().codec);
+  expect_close(outputs.dx, {dx, magnitude.dx()}, 2 * layer.out + 2 * layer.r + kFew, halves);
+  if (layer.kind == Kind::none) return;
+  expect_close(outputs.grad_a, {grad_a, magnitude.grad_a()}, layer.out + layer.tokens + kFew, halves);
+  expect_close(outputs.grad_b, {grad_b, magnitude.grad_b()}, layer.in + layer.tokens + kFew, halves);
+}
+
+class LinearTest : public BackendTest {
+ protected:
+  void check(const Layer& layer, Codec codec) const {
+    const Outputs outputs(backend(), layer, codec);
+    const Exact exact(layer);
+    const Dense dy = layer.dy.values();
+    const Magnitude magnitude(exact, dy);
+    expect_close(outputs.y, {exact.y(), magnitude.y()}, 2 * layer.in + 2 * layer.r + kFew, bf16_roundings(codec));
+    if (layer.kind != Kind::none) {
+      expect_close(outputs.xa, {exact.x * transposed(exact.a()), magnitude.xa()}, layer.in + kFew,
+                   bf16_roundings(codec));
+    }
+    expect_gradients_close(outputs, layer, exact.dx(dy), exact.grad_a(dy), exact.grad_b(dy));
+  }
+};
+
+TEST_P(LinearTest, EveryKindAndCodec) {
+  Random random(1);
+  for (const Kind kind : kKinds) {
+    for (const Codec codec : kCodecs) {
+      for (const Form weight : kForms) {
+        SCOPED_TRACE(::testing::Message()
+                     << "kind " << static_cast<int>(kind) << ", x " << name(codec) << ", weight " << name(weight));
+        check(Layer(random, 5, 43, 37, 3, kind, codec, weight), codec);
+      }
+    }
+  }
+}
+
+TEST_P(LinearTest, EverySize) {
+  Random random(2);
+  struct Shape {
+    std::int64_t tokens, in, out, r;
+  };
+  for (const auto& [tokens, in, out, r] :
+       {Shape{1, 1, 1, 1}, Shape{1, 64, 33, 1}, Shape{7, 19, 23, 19}, Shape{37, 100, 70, 8}, Shape{3, 300, 270, 16},
+        Shape{340, 15, 31, 2}, Shape{300, 9, 270, 17}}) {
+    for (const Kind kind : kKinds) {
+      SCOPED_TRACE(::testing::Message() << tokens << ", " << in << ", " << out << ", " << r << ", kind "
+                                        << static_cast<int>(kind));
+      const Codec codec = random.pick(kCodecs);
+      check(Layer(random, tokens, in, out, r, kind, codec, random.pick(kForms)), codec);
+    }
+  }
+}
+
+// No tokens: empty outputs, and gradients of the adapter that are zero, not left as they were.
+TEST_P(LinearTest, ZeroTokensGiveZeroGradients) {
+  Random random(3);
+  for (const Kind kind : {Kind::lora, Kind::stored, Kind::implicit}) {
+    const Layer layer(random, 0, 13, 11, 3, kind, Codec::f32, Form::bf16);
+    const Outputs outputs(backend(), layer, Codec::f32);
+    EXPECT_EQ(outputs.grad_a.values().values, std::vector<double>(3 * 13, 0.0));
+    EXPECT_EQ(outputs.grad_b.values().values, std::vector<double>(11 * 3, 0.0));
+  }
+}
+
+// The loss sum(dy * y) is linear in every single parameter, so central differences of any step are exact.
+Dense central_differences(Exact& exact, Dense Exact::* parameter, const Dense& dy) {
+  const auto loss = [&] {
+    const Dense y = exact.y();
+    double sum = 0;
+    for (std::size_t i = 0; i < y.values.size(); ++i) sum += dy.values[i] * y.values[i];
+    return sum;
+  };
+  Dense gradient = exact.*parameter;
+  for (std::size_t i = 0; i < gradient.values.size(); ++i) {
+    double& value = (exact.*parameter).values[i];
+    const double start = value;
+    value = start + 1;
+    const double above = loss();
+    value = start - 1;
+    gradient.values[i] = (above - loss()) / 2;
+    value = start;
+  }
+  return gradient;
+}
+
+TEST_P(LinearTest, GradientsAreCentralDifferencesOfTheLayer) {
+  Random random(4);
+  for (const Kind kind : kKinds) {
+    SCOPED_TRACE(static_cast<int>(kind));
+    const Layer layer(random, 4, 9, 7, 2, kind, Codec::f32, Form::nf4);
+    const Outputs outputs(backend(), layer, Codec::f32);
+    Exact exact(layer);
+    const Dense dy = layer.dy.values();
+    expect_gradients_close(outputs, layer, central_differences(exact, &Exact::x, dy),
+                           central_differences(exact, &Exact::delta_a, dy),
+                           central_differences(exact, &Exact::delta_b, dy));
+  }
+}
+
+TEST_P(LinearTest, ZeroDeltasOnAnImplicitResidualAreTheBaseBitForBit) {
+  Random random(5);
+  for (const Codec codec : kCodecs) {
+    Layer layer(random, 6, 70, 40, 4, Kind::implicit, codec, static_cast<Form>(codec));
+    layer.delta_a = Stored(Dense(4, 70), Codec::f32);
+    layer.delta_b = Stored(Dense(40, 4), Codec::f32);
+    const Outputs with(backend(), layer, codec);
+    layer.kind = Kind::none;
+    const Outputs without(backend(), layer, codec);
+    EXPECT_TRUE(with.y.bytes() == without.y.bytes());
+    EXPECT_TRUE(with.dx.bytes() == without.dx.bytes());
+  }
+}
+
+TEST_P(LinearTest, WithoutDxTheOtherGradientsAreTheSame) {
+  Random random(6);
+  for (const Kind kind : {Kind::lora, Kind::stored, Kind::implicit}) {
+    const Layer layer(random, 6, 20, 40, 4, kind, Codec::bf16, Form::f16);
+    const Outputs outputs(backend(), layer, Codec::bf16);
+    Stored grad_a = Stored::poisoned(4, 20, Codec::f32);
+    Stored grad_b = Stored::poisoned(40, 4, Codec::f32);
+    auto cpu = backend();
+    linear_backward(cpu, layer.dy.view(), layer.x.view(), layer.weight.view(), layer.adapter(), outputs.xa.view(), {},
+                    grad_a.mutable_view(), grad_b.mutable_view());
+    EXPECT_TRUE(grad_a.bytes() == outputs.grad_a.bytes());
+    EXPECT_TRUE(grad_b.bytes() == outputs.grad_b.bytes());
+  }
+}
+
+TEST_P(LinearTest, TheSameBits) {
+  Random random(7);
+  for (const Kind kind : kKinds) {
+    const Layer layer(random, 50, 300, 150, 9, kind, Codec::bf16, Form::nf4_nested);
+    expect_same_bits([&](auto& cpu) {
+      const Outputs outputs(cpu, layer, Codec::bf16);
+      return std::array{outputs.y.bytes(), outputs.xa.bytes(), outputs.dx.bytes(), outputs.grad_a.bytes(),
+                        outputs.grad_b.bytes()};
+    });
+  }
+}
+
+PISSA_EVERY_BACKEND(LinearTest);
+
+}  // namespace
+}  // namespace pissa::test

@@ -1,0 +1,73 @@
+// The tests' own arithmetic, on cases whose results are known.
+#include "support/reference.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "support/orthogonal.h"
+#include "support/weight_classes.h"
+
+namespace pissa::test {
+namespace {
+
+TEST(Reference, FormatsOfKnownNumbers) {
+  EXPECT_EQ(kF16.encode(1.0), 0x3c00u);
+  EXPECT_EQ(kF16.encode(-65504.0), 0xfbffu);
+  EXPECT_EQ(kF16.encode(65520.0), 0x7c00u);
+  EXPECT_EQ(kF16.encode(0x1p-24), 0x0001u);
+  EXPECT_EQ(kF16.encode(0x1p-14), 0x0400u);
+  EXPECT_EQ(kF16.encode(1 + 0x1p-11), 0x3c00u) << "a tie, to even";
+  EXPECT_EQ(kF16.encode(1 + 0x3p-11), 0x3c02u) << "a tie, to even";
+  EXPECT_EQ(kBf16.encode(1.0), 0x3f80u);
+  EXPECT_EQ(kBf16.encode(-0.0), 0x8000u);
+  EXPECT_EQ(kBf16.encode(1 + 0x1.01p-8), 0x3f81u);
+  EXPECT_EQ(kF16.decode(0x3555), 0x1.554p-2);
+  EXPECT_EQ(kBf16.decode(0x0001), 0x1p-133);
+  EXPECT_EQ(kBf16.decode(0xff80), -HUGE_VAL);
+  EXPECT_TRUE(std::isnan(kF16.decode(0x7c01)));
+}
+
+TEST(Reference, UnitRoundoffs) {
+  EXPECT_EQ(kF16.unit_roundoff(), (kF16.decode(0x3c01) - 1) / 2);
+  EXPECT_EQ(kBf16.unit_roundoff(), (kBf16.decode(0x3f81) - 1) / 2);
+  EXPECT_EQ(kF16.half_subnormal(), kF16.decode(1) / 2);
+  EXPECT_EQ(kBf16.half_subnormal(), kBf16.decode(1) / 2);
+}
+
+TEST(Reference, ProductsOfASmallExample) {
+  Dense a(2, 2), b(2, 1);
+  a.values = {1, 2, 3, 4};
+  b.values = {5, -6};
+  EXPECT_EQ((a * b).values, (std::vector<double>{-7, -9}));
+  EXPECT_EQ(transposed(a).values, (std::vector<double>{1, 3, 2, 4}));
+  EXPECT_EQ((a - 2.0 * a).values, (std::vector<double>{-1, -2, -3, -4}));
+  EXPECT_DOUBLE_EQ(norm(b), std::sqrt(61.0));
+}
+
+TEST(Reference, JacobiFindsAKnownDecomposition) {
+  Random random(1);
+  for (const auto& [rows, cols] : {std::pair{20, 30}, {30, 20}}) {
+    const Dense w =
+        with_spectrum(random, rows, cols, [](std::int64_t i) { return i < 12 ? std::pow(2.0, -i / 2) : 0; });
+    const Svd svd = jacobi_svd(w);
+    for (std::int64_t i = 0; i < 20; ++i) EXPECT_NEAR(svd.s[i], i < 12 ? std::pow(2.0, -i / 2) : 0, 1e-13);
+    const Dense v = rows_of(svd.v, 0, 12);
+    EXPECT_LE(orthonormality_error(v), 1e-13);
+    EXPECT_LE(norm(w - (w * transposed(v)) * v), 1e-13);
+  }
+}
+
+TEST(Reference, OrthonormalizationCompletesDependentRows) {
+  Dense rows(4, 6);
+  rows(0, 0) = 2;
+  rows(1, 0) = 3;
+  rows(2, 1) = -1;
+  orthonormalize_rows(rows);
+  EXPECT_LE(orthonormality_error(rows), 1e-15);
+  EXPECT_EQ(rows(0, 0), 1);
+}
+
+}  // namespace
+}  // namespace pissa::test

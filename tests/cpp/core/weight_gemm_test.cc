@@ -1,0 +1,119 @@
+// weight_gemm_nt and weight_gemm_nn: the products that read a weight, with their low-rank tail and bias.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "support/backend_test.h"
+#include "support/gemm_case.h"
+
+namespace pissa::test {
+namespace {
+
+class WeightGemmTest : public BackendTest {
+ protected:
+  // y [m, n] = scale x W^T + tail + bias, W [n, k].
+  void check_nt(Random& random, const Size& size, Form x, Form weight, std::int64_t tail, bool with_bias,
+                Codec out_codec) const {
+    const auto& [m, n, k] = size;
+    SCOPED_TRACE(::testing::Message() << "nt " << m << ", " << n << ", " << k << ", x " << name(x) << ", weight "
+                                      << name(weight) << ", tail " << tail << ", bias " << with_bias << ", out "
+                                      << name(out_codec));
+    const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
+    TermList list(m, n, precision, rounds(precision));
+    list.add(random, k, x, Op::n, weight, Op::t, random_scale(random));
+    for (std::int64_t i = 0; i < tail; ++i) {
+      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, random_scale(random));
+    }
+    const Operand bias(random, 1, n, static_cast<Form>(random.pick(kCodecs)));
+    if (with_bias) list.add_expected(bounded(bias.values()));
+    const Term& product = list.terms().front();
+    Stored y = Stored::poisoned(m, n, out_codec, random.below(4));
+    backend().weight_gemm_nt(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
+                             with_bias ? bias.view() : Matrix{}, y.mutable_view());
+    expect_close(y, list.expected(), list.roundings(), list.bf16_roundings() + intermediate_roundings(out_codec));
+  }
+
+  // dx [m, n] = scale dy W + tail, W [k, n].
+  void check_nn(Random& random, const Size& size, Form dy, Form weight, std::int64_t tail, Codec out_codec) const {
+    const auto& [m, n, k] = size;
+    SCOPED_TRACE(::testing::Message() << "nn " << m << ", " << n << ", " << k << ", dy " << name(dy) << ", weight "
+                                      << name(weight) << ", tail " << tail << ", out " << name(out_codec));
+    const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
+    TermList list(m, n, precision, rounds(precision));
+    list.add(random, k, dy, Op::n, weight, Op::n, random_scale(random));
+    for (std::int64_t i = 0; i < tail; ++i) {
+      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, random_scale(random));
+    }
+    const Term& product = list.terms().front();
+    Stored dx = Stored::poisoned(m, n, out_codec, random.below(4));
+    backend().weight_gemm_nn(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
+                             dx.mutable_view());
+    expect_close(dx, list.expected(), list.roundings(), intermediate_roundings(out_codec));
+  }
+};
+
+TEST_P(WeightGemmTest, EveryCodecTailAndBias) {
+  Random random(1);
+  for (const Form x : {Form::f32, Form::bf16, Form::f16}) {
+    for (const Form weight : kForms) {
+      for (std::int64_t tail = 0; tail <= 2; ++tail) {
+        for (const bool bias : {false, true})
+          check_nt(random, {9, 37, 45}, x, weight, tail, bias, static_cast<Codec>(x));
+        check_nn(random, {9, 37, 45}, x, weight, tail, static_cast<Codec>(x));
+      }
+    }
+  }
+}
+
+TEST_P(WeightGemmTest, EverySize) {
+  Random random(2);
+  for (const Size& size : edge_sizes()) {
+    const Form x = static_cast<Form>(random.pick(kCodecs));
+    check_nt(random, size, x, random.pick(kForms), random.below(3), random.coin(), random.pick(kCodecs));
+    check_nn(random, size, x, random.pick(kForms), random.below(3), random.pick(kCodecs));
+  }
+}
+
+// Few rows meet a weight in NF4 without a panel: every number of them, rows of the weight that start anywhere in a
+// block or a byte, a weight that ends inside a chunk, more columns than x has room for at once.
+TEST_P(WeightGemmTest, FewRowsOfAWeightInNf4) {
+  Random random(4);
+  for (const std::int64_t k : {1, 21, 31, 32, 63, 64, 65, 127, 128, 129, 200, 1000, 15001}) {
+    for (std::int64_t m = 1; m <= 17; m += k > 1000 ? 8 : 1) {
+      const Form x = static_cast<Form>(random.pick(kCodecs));
+      check_nt(random, {m, 5, k}, x, random.pick({Form::nf4, Form::nf4_nested}), random.below(3), random.coin(),
+               random.pick(kCodecs));
+    }
+  }
+}
+
+TEST_P(WeightGemmTest, TheSameBits) {
+  Random random(3);
+  const std::int64_t m = 29, out = 517, in = 270, r = 6;
+  const Operand x(random, m, in, Form::bf16);
+  const Operand dy(random, m, out, Form::bf16);
+  const Operand weight(random, out, in, Form::nf4_nested);
+  const Operand xa(random, m, r, Form::f32);
+  const Operand b(random, out, r, Form::f32);
+  const Operand a(random, r, in, Form::f32);
+  const Operand bias(random, 1, out, Form::bf16);
+  const Term tail_nt[] = {{xa.view(), Op::n, b.view(), Op::t, 2.0f}};
+  const Term tail_nn[] = {{xa.view(), Op::n, a.view(), Op::n, 2.0f}};
+  expect_same_bits([&](auto& cpu) {
+    Stored y = Stored::poisoned(m, out, Codec::bf16);
+    cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, tail_nt, bias.view(), y.mutable_view());
+    return y.bytes();
+  });
+  expect_same_bits([&](auto& cpu) {
+    Stored dx = Stored::poisoned(m, in, Codec::f32);
+    cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, Precision::f32, tail_nn, dx.mutable_view());
+    return dx.bytes();
+  });
+}
+
+PISSA_EVERY_BACKEND(WeightGemmTest);
+
+}  // namespace
+}  // namespace pissa::test

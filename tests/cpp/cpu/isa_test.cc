@@ -1,0 +1,53 @@
+#include "pissa/cpu/isa.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+namespace pissa::cpu {
+namespace {
+
+TEST(Isa, BaselineIsAlwaysThereAndFirst) {
+  const std::vector<std::string> isas = available_isas();
+  ASSERT_FALSE(isas.empty());
+  EXPECT_EQ(isas.front(), "baseline");
+  EXPECT_EQ(std::set<std::string>(isas.begin(), isas.end()).size(), isas.size()) << "a name occurs twice";
+}
+
+TEST(Isa, EachNameGivesItsOwnTable) {
+  for (const std::string& isa : available_isas()) EXPECT_EQ(kernels(isa).isa, isa);
+}
+
+TEST(Isa, UnknownNameIsRefusedNamingTheAvailableOnes) {
+  try {
+    kernels("sse9");
+    FAIL() << "accepted";
+  } catch (const std::invalid_argument& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("PISSA_ISA"), std::string::npos) << text;
+    EXPECT_NE(text.find("'sse9'"), std::string::npos) << text;
+    for (const std::string& isa : available_isas()) EXPECT_NE(text.find(isa), std::string::npos) << text;
+  }
+}
+
+// The choice is made once per process, so each case is a process of its own.
+void exit_with_choice(const char* wanted, const std::string& expected) {
+  if (wanted) setenv("PISSA_ISA", wanted, 1);
+  else unsetenv("PISSA_ISA");
+  std::_Exit(kernels().isa == expected ? 0 : 1);
+}
+
+TEST(IsaDeathTest, TheEnvironmentChooses) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(exit_with_choice(nullptr, available_isas().back()), ::testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(exit_with_choice("", available_isas().back()), ::testing::ExitedWithCode(0), "");
+  for (const std::string& isa : available_isas()) {
+    EXPECT_EXIT(exit_with_choice(isa.c_str(), isa), ::testing::ExitedWithCode(0), "");
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu

@@ -1,0 +1,208 @@
+// The NF4 format: levels, rounding, scales, and the kernels that read and write it.
+#include "pissa/core/nf4.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "support/isa_test.h"
+#include "support/matrices.h"
+
+namespace pissa::test {
+namespace {
+
+TEST(Nf4Format, LevelsAscendFromMinusOneThroughZeroToOne) {
+  EXPECT_TRUE(std::is_sorted(std::begin(kNf4Levels), std::end(kNf4Levels)));
+  EXPECT_EQ(kNf4Levels[0], -1.0f);
+  EXPECT_EQ(kNf4Levels[7], 0.0f);
+  EXPECT_EQ(kNf4Levels[15], 1.0f);
+  EXPECT_TRUE(std::is_sorted(std::begin(kDynamicMap), std::end(kDynamicMap)));
+  EXPECT_EQ(kDynamicMap[127], 0.0f);
+  EXPECT_EQ(kDynamicMap[255], 1.0f);
+}
+
+TEST(Nf4Format, ALevelIsItsOwnCode) {
+  for (int i = 0; i < 16; ++i) EXPECT_EQ(nf4_code(kNf4Levels[i]), i);
+}
+
+TEST(Nf4Format, AThresholdBelongsToTheLowerLevel) {
+  for (int i = 0; i < 15; ++i) {
+    const float threshold = kNf4Thresholds.value[i];
+    EXPECT_EQ(nf4_code(threshold), i);
+    EXPECT_EQ(nf4_code(std::nextafter(threshold, 2.0f)), i + 1);
+    EXPECT_EQ(nf4_code(std::nextafter(threshold, -2.0f)), i);
+  }
+}
+
+// Up to the rounding of a threshold to f32, by which a point may lie on the wrong side of it.
+TEST(Nf4Format, TheCodeIsThatOfTheNearestLevel) {
+  for (int i = -1000; i <= 1000; ++i) {
+    const double scaled = i / 1000.0;
+    double nearest = 2;
+    for (const float level : kNf4Levels) nearest = std::min(nearest, std::fabs(scaled - level));
+    EXPECT_LE(std::fabs(scaled - kNf4Levels[nf4_code(static_cast<float>(scaled))]), nearest + 0x1p-23) << scaled;
+  }
+}
+
+// Half a step of the grid of 2^16 points, and the rounding of the arithmetic on it.
+TEST(Nf4Format, TheDynamicCodeIsThatOfTheNearestLevel) {
+  for (int i = -4000; i <= 4000; ++i) {
+    const double scaled = i / 4000.0;
+    double nearest = 2;
+    for (const float level : kDynamicMap) nearest = std::min(nearest, std::fabs(scaled - level));
+    const double grid = 2 * (0.5 / 32767.5 + 0x1p-23);
+    EXPECT_LE(std::fabs(scaled - kDynamicMap[dynamic_code(dynamic_point(static_cast<float>(scaled)))]), nearest + grid)
+        << scaled;
+  }
+}
+
+TEST(Nf4Format, BlockSizesArePowersOfTwoFrom32To4096) {
+  std::vector<std::int64_t> allowed;
+  for (std::int64_t size = -64; size <= 10000; ++size) {
+    if (is_nf4_blocksize(size)) allowed.push_back(size);
+  }
+  EXPECT_EQ(allowed, (std::vector<std::int64_t>{32, 64, 128, 256, 512, 1024, 2048, 4096}));
+}
+
+TEST(Nf4Format, AnOddNumberOfElementsTakesHalfAByteMore) {
+  EXPECT_EQ(nf4_bytes(0), 0);
+  EXPECT_EQ(nf4_bytes(1), 1);
+  EXPECT_EQ(nf4_bytes(2), 1);
+  EXPECT_EQ(nf4_bytes(65), 33);
+}
+
+TEST(Nf4Format, IncompleteMatricesAreRefused) {
+  Random random(1);
+  const StoredNf4 plain(random, 4, 40, 64, false);
+  const StoredNf4 nested(random, 4, 40, 64, true);
+  EXPECT_NO_THROW(check_nf4(plain.view()));
+  EXPECT_NO_THROW(check_nf4(nested.view()));
+  for (const std::int64_t blocksize : {0, 16, 48, 63, 8192, -64}) {
+    Matrix bad = plain.view();
+    bad.scales.blocksize = blocksize;
+    EXPECT_THROW(check_nf4(bad), std::invalid_argument) << blocksize;
+  }
+  Matrix bad = plain.view();
+  bad.scales.absmax = nullptr;
+  EXPECT_THROW(check_nf4(bad), std::invalid_argument);
+  for (const int part : {0, 1, 2}) {
+    bad = nested.view();
+    if (part == 0) bad.scales.absmax8 = nullptr;
+    if (part == 1) bad.scales.nested_absmax = nullptr;
+    if (part == 2) bad.scales.offset = nullptr;
+    EXPECT_THROW(check_nf4(bad), std::invalid_argument) << part;
+  }
+}
+
+class Nf4Test : public IsaTest {};
+
+// Packing reads parts of rows: any start, odd ones and ones inside a block too, any length, at any row.
+TEST_P(Nf4Test, DecodesAnyPartOfARow) {
+  Random random(2);
+  for (const bool nested : {false, true}) {
+    for (const std::int64_t cols : {1, 37, 150}) {
+      const StoredNf4 weight(random, 5, cols, 32, nested);
+      const Dense expected = weight.values();
+      for (std::int64_t row = 0; row < 5; ++row) {
+        for (std::int64_t col = 0; col < cols; ++col) {
+          const std::int64_t most = cols - col;
+          for (const std::int64_t count :
+               {std::int64_t{0}, std::int64_t{1}, std::min<std::int64_t>(most, 33), most / 2, most}) {
+            std::vector<float> out(count + 1, -9.0f);
+            kernels().decode(weight.view(), row, col, count, out.data());
+            for (std::int64_t i = 0; i < count; ++i)
+              ASSERT_EQ(out[i], expected(row, col + i)) << row << ", " << col + i;
+            ASSERT_EQ(out[count], -9.0f);
+          }
+        }
+      }
+    }
+  }
+}
+
+// 256 scales share a nested absmax: a matrix with more of them.
+TEST_P(Nf4Test, DecodesManyNestedBlocks) {
+  Random random(3);
+  const StoredNf4 weight(random, 129, 200, 32, true);  // 807 blocks
+  Stored out = Stored::poisoned(129, 200, Codec::f32);
+  backend().copy(weight.view(), out.mutable_view());
+  EXPECT_EQ(out.values().values, weight.values().values);
+}
+
+// Around every place where a code changes, and where the search for it changes its table entry, by single ulps.
+TEST_P(Nf4Test, QuantizesTheNeighboursOfEveryThreshold) {
+  std::vector<float> values{1.0f, -1.0f, 0.0f, -0.0f};
+  const auto add_around = [&](float value) {
+    float above = value;
+    float below = value;
+    values.push_back(value);
+    for (int ulp = 0; ulp < 8; ++ulp) {
+      values.push_back(above = std::nextafter(above, 2.0f));
+      values.push_back(below = std::nextafter(below, -2.0f));
+    }
+  };
+  for (const float threshold : kNf4Thresholds.value) add_around(threshold);
+  for (int cell = 1; cell < 32; ++cell) add_around((static_cast<float>(cell) - 15.95f) / 15.9f);
+  for (std::size_t i = 0; i < values.size(); i += 63) values.insert(values.begin() + i, 1.0f);  // absmax of each block
+  values.resize(values.size() / 64 * 64 + 64, 0.0f);
+  values.back() = 1.0f;
+  std::vector<std::uint8_t> codes(values.size() / 2);
+  std::vector<float> absmax(values.size() / 64);
+  kernels().nf4_quantize(values.data(), values.size(), 64, codes.data(), absmax.data());
+  for (const float largest : absmax) ASSERT_EQ(largest, 1.0f);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, nf4_code(values[i])) << values[i];
+  }
+}
+
+// Vectorised quantisation, element by element: scaled as bitsandbytes does it, then the scalar rounding of nf4.h.
+TEST_P(Nf4Test, QuantizesAsTheScalarFormula) {
+  Random random(4);
+  for (const std::int64_t blocksize : {32, 64, 4096}) {
+    for (const std::int64_t count : {std::int64_t{1}, std::int64_t{2}, std::int64_t{31}, blocksize - 1, blocksize,
+                                     blocksize + 1, 2 * blocksize + 17}) {
+      std::vector<float> values(count);
+      for (float& value : values) value = static_cast<float>(random.normal());
+      std::vector<std::uint8_t> codes(nf4_bytes(count) + 1, 0xee);
+      std::vector<float> absmax(ceil_div(count, blocksize) + 1, -9.0f);
+      kernels().nf4_quantize(values.data(), count, blocksize, codes.data(), absmax.data());
+      for (std::int64_t first = 0; first < count; first += blocksize) {
+        const std::int64_t last = std::min(first + blocksize, count);
+        float largest = 0.0f;
+        for (std::int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(values[i]));
+        ASSERT_EQ(absmax[first / blocksize], largest);
+        for (std::int64_t i = first; i < last; ++i) {
+          const float scaled = last - first == blocksize ? values[i] * (1.0f / largest) : values[i] / largest;
+          ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, nf4_code(scaled)) << i << " of " << count;
+        }
+      }
+      if (count % 2 == 1) {
+        EXPECT_EQ(codes[count / 2] & 15, 7) << "the last nibble is the code of zero";
+      }
+      EXPECT_EQ(codes.back(), 0xee);
+      EXPECT_EQ(absmax.back(), -9.0f);
+    }
+  }
+}
+
+// Elements exactly on a threshold: absmax 1, so that the scaling changes nothing.
+TEST_P(Nf4Test, ThresholdsRoundDownInEveryLane) {
+  std::vector<float> values(64);
+  for (int shift = 0; shift < 15; ++shift) {
+    for (int i = 0; i < 64; ++i) values[i] = i == 63 ? 1.0f : kNf4Thresholds.value[(i + shift) % 15];
+    std::vector<std::uint8_t> codes(32);
+    float absmax = 0;
+    kernels().nf4_quantize(values.data(), 64, 64, codes.data(), &absmax);
+    for (int i = 0; i < 63; ++i) ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, (i + shift) % 15) << i;
+  }
+}
+
+PISSA_EVERY_ISA(Nf4Test);
+
+}  // namespace
+}  // namespace pissa::test

@@ -1,0 +1,174 @@
+// The CUDA kernels for few rows, on operands as aligned as they need: the fused one for a weight in NF4, and the one
+// for dense matrices, which share columns among a warp or a block.
+#include "pissa/cuda/few_rows.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "support/backend_test.h"
+#include "support/gemm_case.h"
+#include "support/matrices.h"
+#include "support/reference.h"
+
+namespace pissa::test {
+namespace {
+
+Stored aligned(const Dense& values, Codec codec) {
+  return Stored(values, codec, Stored::kAligned - values.cols % Stored::kAligned, Stored::kAligned);
+}
+
+class FewRowsTest : public BackendTest {
+ protected:
+  // y [m, n] = x W^T + tail + bias, W [n, k] in NF4; x in half precision, which the tail's factors are rounded to.
+  void check_nf4(Random& random, const Size& size, Codec codec, int blocksize, bool nested, std::int64_t tail_terms,
+                 bool with_bias) const {
+    const auto& [m, n, k] = size;
+    SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", x " << name(codec) << ", blocksize "
+                                      << blocksize << ", nested " << nested << ", tail " << tail_terms);
+    const Precision precision = codec == Codec::bf16 ? Precision::bf16 : Precision::f16;
+    const Format half = format(codec);
+    const Stored x = aligned(random.dense(m, k), codec);
+    const StoredNf4 weight(random, n, k, blocksize, nested);
+    ASSERT_TRUE(cuda::few_rows_nf4_fits(x.view(), weight.view(), {})) << "this is not about another kernel";
+    const Dense w = rounded_to(half, weight.values());
+    Bounded expected{x.values() * transposed(w), absolute(x.values()) * absolute(transposed(w))};
+    std::int64_t roundings = k + 4;
+    std::deque<Operand> operands;
+    std::vector<Term> tail;
+    for (std::int64_t i = 0; i < tail_terms; ++i) {
+      const std::int64_t r = 1 + random.below(20);
+      const Operand& a = operands.emplace_back(random, m, r, Form::f32);
+      const Operand& b = operands.emplace_back(random, n, r, Form::f32);
+      tail.push_back({a.view(), Op::n, b.view(), Op::t, 0.5f, precision});
+      const Dense a_values = rounded_to(half, 0.5 * a.values()), b_values = rounded_to(half, b.values());
+      const Bounded product{a_values * transposed(b_values), absolute(a_values) * absolute(transposed(b_values))};
+      expected = {expected.value + product.value, expected.magnitude + product.magnitude};
+      roundings += r + 1;
+    }
+    const Operand bias(random, 1, n, static_cast<Form>(codec));
+    if (with_bias) expected = {expected.value + bias.values(), expected.magnitude + absolute(bias.values())};
+    for (const Codec out : {codec, Codec::f32}) {
+      Stored y = Stored::poisoned(m, n, out, random.below(4));
+      backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, precision, tail, with_bias ? bias.view() : Matrix{},
+                               y.mutable_view());
+      expect_close(y, expected, roundings);
+    }
+  }
+};
+
+TEST_P(FewRowsTest, EveryNumberOfRows) {
+  Random random(1);
+  for (std::int64_t m = 1; m <= 16; ++m) {
+    for (const Codec codec : {Codec::bf16, Codec::f16}) {
+      check_nf4(random, {m, 21, 160}, codec, random.pick({32, 64, 128}), random.coin(), random.below(3), random.coin());
+    }
+  }
+}
+
+// Chunks of 128, eight warps, blocks of 16 columns: their edges. NF4 blocks that cross rows.
+TEST_P(FewRowsTest, EveryEdge) {
+  Random random(2);
+  for (const std::int64_t k : {32, 64, 96, 128, 160, 992, 1024, 1056, 2144}) {
+    check_nf4(random, {3, 17, k}, Codec::bf16, random.pick({32, 64, 256}), random.coin(), 1, true);
+  }
+  for (const std::int64_t n : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33}) {
+    check_nf4(random, {16, n, 96}, Codec::f16, 64, random.coin(), 2, false);
+  }
+  check_nf4(random, {5, 40, 288}, Codec::bf16, 4096, true, 1, true);
+}
+
+TEST_P(FewRowsTest, DenseOperandsOfEveryLengthAndAlignment) {
+  Random random(3);
+  for (const std::int64_t k : {1, 7, 8, 9, 255, 256, 257, 1023, 1024, 1025, 2048, 3001}) {
+    for (const std::int64_t m : {1, 5, 16}) {
+      const std::int64_t n = 1 + random.below(20);
+      const Codec a_codec = random.pick(kCodecs), b_codec = random.pick(kCodecs), out_codec = random.pick(kCodecs);
+      SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", " << name(a_codec) << ", " << name(b_codec)
+                                        << " to " << name(out_codec));
+      const Stored a = random.coin() ? aligned(random.dense(m, k), a_codec) : Stored(random.dense(m, k), a_codec);
+      const Stored b = random.coin() ? aligned(random.dense(n, k), b_codec) : Stored(random.dense(n, k), b_codec);
+      const Stored addend(random.dense(m, n), random.pick(kCodecs));
+      const Term terms[] = {{a.view(), Op::n, b.view(), Op::t, -0.75f}};
+      Stored out = Stored::poisoned(m, n, out_codec);
+      ASSERT_TRUE(cuda::few_rows_fit(terms, out.mutable_view()));
+      backend().gemm(terms, addend.view(), out.mutable_view());
+      const Dense b_t = transposed(b.values());
+      expect_close(out,
+                   {-0.75 * (a.values() * b_t) + addend.values(),
+                    0.75 * (absolute(a.values()) * absolute(b_t)) + absolute(addend.values())},
+                   k + 4);
+    }
+  }
+}
+
+// Each thing that the kernels cannot take, alone, sends a product another way.
+TEST_P(FewRowsTest, WhatTheyCannotTake) {
+  alignas(16) static const char memory[32] = {};
+  const Term thin{{memory, 16, 3, 3}, Op::n, {memory, 9, 3, 3}, Op::t};
+  const auto fits = [&](auto change) {
+    Matrix x{memory, 16, 64, 64, Codec::f16}, weight{memory, 9, 64, 64, Codec::nf4};
+    std::vector<Term> tail{thin, thin};
+    change(x, weight, tail);
+    return cuda::few_rows_nf4_fits(x, weight, tail);
+  };
+  EXPECT_TRUE(fits([](auto&...) {}));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.rows = 17; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.codec = Codec::f32; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.ld = 68; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.data = memory + 8; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.codec = Codec::bf16; }));
+  EXPECT_FALSE(fits([](Matrix& x, Matrix& weight, auto&) { x.cols = weight.cols = 48; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.data = memory + 8; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix&, std::vector<Term>& tail) { tail[1].op_b = Op::n; }));
+
+  const auto fit = [&](std::int64_t rows, auto change) {
+    std::vector<Term> terms{thin, thin};
+    change(terms);
+    return cuda::few_rows_fit(terms, {nullptr, rows});
+  };
+  EXPECT_TRUE(fit(16, [](auto&) {}));
+  EXPECT_FALSE(fit(17, [](auto&) {}));
+  EXPECT_FALSE(fit(16, [&](std::vector<Term>& terms) { terms.push_back(thin); }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].op_a = Op::t; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].op_b = Op::n; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].a.codec = Codec::nf4; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].b.codec = Codec::nf4; }));
+}
+
+// What fits the kernel for NF4, but asks for what it does not compute.
+TEST_P(FewRowsTest, AnotherScaleDirectionOrPrecision) {
+  Random random(5);
+  const Stored x = aligned(random.dense(5, 64), Codec::bf16);
+  const StoredNf4 weight(random, 64, 64, 64, false);
+  ASSERT_TRUE(cuda::few_rows_nf4_fits(x.view(), weight.view(), {}));
+  const Dense exact = weight.values(), rounded = rounded_to(kBf16, exact);
+  Stored y = Stored::poisoned(5, 64, Codec::f32);
+  const auto expect = [&](double scale, const Dense& w) {
+    expect_close(y, {scale * (x.values() * w), absolute(x.values()) * absolute(w)}, 64);
+  };
+  backend().weight_gemm_nt(x.view(), weight.view(), 0.5f, Precision::bf16, {}, {}, y.mutable_view());
+  expect(0.5, transposed(rounded));
+  backend().weight_gemm_nn(x.view(), weight.view(), 1.0f, Precision::bf16, {}, y.mutable_view());
+  expect(1, rounded);
+  backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, {}, {}, y.mutable_view());
+  expect(1, transposed(exact));
+}
+
+TEST_P(FewRowsTest, AnAddendInNf4) {
+  Random random(4);
+  const Operand a(random, 5, 3, Form::f32), b(random, 40, 3, Form::f32), addend(random, 5, 40, Form::nf4);
+  const Term terms[] = {{a.view(), Op::n, b.view(), Op::t}};
+  Stored out = Stored::poisoned(5, 40, Codec::f32);
+  backend().gemm(terms, addend.view(), out.mutable_view());
+  const Dense b_t = transposed(b.values());
+  expect_close(
+      out, {a.values() * b_t + addend.values(), absolute(a.values()) * absolute(b_t) + absolute(addend.values())}, 5);
+}
+
+PISSA_EVERY_BACKEND(FewRowsTest);
+
+}  // namespace
+}  // namespace pissa::test

@@ -1,0 +1,343 @@
+// What the CUDA backend costs besides arithmetic, which only the simulation can count: launches, waits, memory. What it
+// does when a call of CUDA fails. And what a kernel computes for matrices that are too large for a test.
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+#include <cusolverDn.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pissa/core/fused_linear.h"
+#include "pissa/core/split.h"
+#include "pissa/cuda/backend.h"
+#include "pissa/cuda/context.h"
+#include "pissa/cuda/device.h"
+#include "pissa/cuda/products.h"
+#include "pissa/cuda/split_many.h"
+#include "sim/control.h"
+#include "support/matrices.h"
+#include "support/reference.h"
+#include "support/transferring_backend.h"
+
+namespace pissa::test {
+namespace {
+
+Stored aligned(const Dense& values, Codec codec) { return Stored(values, codec, Stored::kAligned, Stored::kAligned); }
+
+/// A QPiSSA layer on the device, and room for what it computes.
+class DeviceLayer {
+ public:
+  DeviceLayer(std::int64_t tokens, std::int64_t out, std::int64_t in, std::int64_t r)
+      : at_(context_),
+        x_(aligned(random_.dense(tokens, in), Codec::bf16)),
+        dy_(aligned(random_.dense(tokens, out), Codec::bf16)),
+        weight_(random_, out, in, 64, true),
+        a_(random_.dense(r, in), Codec::f32),
+        b_(random_.dense(out, r), Codec::f32),
+        y_(context_, tokens, out, Codec::bf16),
+        xa_(context_, tokens, r, Codec::f32),
+        dx_(context_, tokens, in, Codec::bf16),
+        grad_a_(context_, r, in, Codec::f32),
+        grad_b_(context_, out, r, Codec::f32),
+        x(at_(x_.view())),
+        dy(at_(dy_.view())),
+        weight(at_(weight_.view())) {
+    adapter.delta_a = at_(a_.view());
+    adapter.delta_b = at_(b_.view());
+    adapter.a0 = at_(a_.view());
+    adapter.b0 = at_(b_.view());
+    at_.finish();
+  }
+  void forward() {
+    cuda::CudaBackend cuda(context_);
+    linear_forward(cuda, x, weight, {}, adapter, y_.view(), xa_.view());
+  }
+  void backward() {
+    cuda::CudaBackend cuda(context_);
+    linear_backward(cuda, dy, x, weight, adapter, xa_.view(), dx_.view(), grad_a_.view(), grad_b_.view());
+  }
+
+ private:
+  const cuda::Context& context_ = cuda::standalone_context();
+  Random random_{1};
+  Staging at_;
+  Stored x_, dy_;
+  StoredNf4 weight_;
+  Stored a_, b_;
+  cuda::Buffer y_, xa_, dx_, grad_a_, grad_b_;
+  Matrix x, dy, weight;
+  Adapter adapter;
+};
+
+// Decoding one or more tokens: x A^T, and then all the rest in one kernel.
+TEST(CudaResources, AFewTokensTakeTwoLaunchesAndNoMemory) {
+  for (const std::int64_t tokens : {1, 4, 16}) {
+    DeviceLayer layer(tokens, 64, 128, 8);
+    const std::size_t before = cuda_sim::bytes_in_use();
+    cuda_sim::reset_peak_bytes();
+    cuda_sim::reset_launches();
+    layer.forward();
+    EXPECT_EQ(cuda_sim::launches(), 2);
+    EXPECT_EQ(cuda_sim::peak_bytes(), before);
+  }
+}
+
+// So that CUDA graphs can capture it.
+TEST(CudaResources, TheLinearLayerNeverWaits) {
+  for (const std::int64_t tokens : {1, 16, 40}) {
+    DeviceLayer layer(tokens, 64, 128, 8);
+    cuda_sim::reset_synchronizations();
+    layer.forward();
+    layer.backward();
+    EXPECT_EQ(cuda_sim::synchronizations(), 0);
+  }
+}
+
+TEST(CudaResources, NothingAssumedIsNothingToWaitFor) {
+  cuda::CudaBackend cuda(cuda::standalone_context());
+  cuda_sim::reset_synchronizations();
+  EXPECT_TRUE(cuda.had_full_rank());
+  EXPECT_EQ(cuda_sim::synchronizations(), 0);
+}
+
+TEST(CudaResources, ADecompositionWaitsTwice) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(2);
+  const Stored weight(random.dense(40, 60), Codec::bf16);
+  Staging at(context);
+  const Matrix w = at(weight.view());
+  const cuda::Buffer a0(context, 4, 60, Codec::f32), b0(context, 40, 4, Codec::f32);
+  at.finish();
+  cuda::CudaBackend cuda(context);
+  cuda_sim::reset_synchronizations();
+  split(cuda, w, 1.0f, {}, a0.view(), b0.view());
+  EXPECT_EQ(cuda_sim::synchronizations(), 2) << "for the largest element, and to know whether all went well";
+}
+
+// A stack of weights waits no more often than one of them, but for each one's largest element.
+TEST(CudaResources, AStackWaitsOnceForAll) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(3);
+  const Stored weight(random.dense(40, 60), Codec::bf16);
+  Staging at(context);
+  const Matrix w = at(weight.view());
+  std::vector<cuda::Buffer> factors;
+  std::vector<SplitTask> tasks;
+  for (int i = 0; i < 10; ++i) {
+    factors.emplace_back(context, 4, 60, Codec::f32);
+    factors.emplace_back(context, 40, 4, Codec::f32);
+    tasks.push_back({w, 1.0f, (factors.end() - 2)->view(), factors.back().view()});
+  }
+  at.finish();
+  cuda_sim::reset_synchronizations();
+  cuda_sim::reset_launches();
+  cuda::split_many(tasks, {}, context);
+  EXPECT_EQ(cuda_sim::synchronizations(), 10 + 2);
+  const std::int64_t together = cuda_sim::launches();
+  cuda_sim::reset_launches();
+  cuda::split_many(tasks, {}, context, 1);
+  EXPECT_LT(2 * together, cuda_sim::launches()) << "one by one";
+}
+
+// A weight of 8 MB in bf16 takes a chunk of the size allowed, not a copy of all of it, and the product's workspace.
+TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(4);
+  Staging at(context);
+  const StoredNf4 weight(random, 2048, 2048, 64, false);
+  const Matrix w = at(weight.view());
+  const Stored x_host(random.dense(17, 2048), Codec::bf16);
+  const Matrix x = at(x_host.view());
+  const cuda::Buffer y(context, 17, 2048, Codec::bf16);
+  at.finish();
+  const std::size_t before = cuda_sim::bytes_in_use();
+  cuda_sim::reset_peak_bytes();
+  constexpr std::int64_t kChunk = 1 << 20;
+  cuda::weight_product(context, x, w, Op::t, 1.0f, Precision::bf16, {}, {}, y.view(), kChunk);
+  EXPECT_LE(cuda_sim::peak_bytes() - before, kChunk + (std::size_t{1} << 17));
+  EXPECT_EQ(cuda_sim::bytes_in_use(), before);
+}
+
+TEST(CudaResources, ManyWordsAreReadBackInPieces) {
+  const cuda::Context& context = cuda::standalone_context();
+  std::vector<int> words(2500), result(2500);
+  for (std::size_t i = 0; i < words.size(); ++i) words[i] = static_cast<int>(i);
+  Staging at(context);
+  cuda::read_back(context, at.upload(words.data(), 2500), result.data(), 2500 * sizeof(int));
+  EXPECT_EQ(result, words);
+}
+
+// Rows and columns of elements whose number takes more than 31 bits.
+TEST(CudaDivide, AnySize) {
+  constexpr std::int64_t kLimit = std::int64_t{1} << 31;
+  for (const std::int64_t a : {std::int64_t{0}, kLimit - 1, kLimit, 5 * kLimit + 7, kLimit * kLimit - 1}) {
+    for (const std::int64_t b : {std::int64_t{1}, std::int64_t{3}, kLimit - 1, kLimit, 4 * kLimit + 1}) {
+      std::int64_t remainder = -1;
+      EXPECT_EQ(cuda::divide(a, b, remainder), a / b) << a << " / " << b;
+      EXPECT_EQ(remainder, a % b) << a << " / " << b;
+    }
+  }
+}
+
+// ---- Failures
+// --------------------------------------------------------------------------------------------------------
+
+class CudaFailures : public ::testing::Test {
+ protected:
+  void TearDown() override { cuda_sim::clear_failures(); }
+
+  /// Makes each call of one library fail in turn: `run` throws naming it, and leaves no memory behind.
+  template <class Status>
+  void fail_each(Status status, const std::string& status_name, const std::function<void()>& run) const {
+    const cuda::Context& context = cuda::standalone_context();
+    run();
+    cudaStreamSynchronize(context.stream);
+    const std::size_t before = cuda_sim::bytes_in_use();
+    int calls = 0;
+    for (;; ++calls) {
+      cuda_sim::fail_next(status, calls);
+      try {
+        run();
+      } catch (const std::runtime_error& error) {
+        const std::string text = error.what();
+        EXPECT_NE(text.find(status_name), std::string::npos) << text;
+        EXPECT_EQ(text.rfind("cu", 0) == 0 || text.find(" failed on CUDA device 0: ") != std::string::npos, true)
+            << text;
+      }
+      cudaStreamSynchronize(context.stream);
+      ASSERT_EQ(cuda_sim::bytes_in_use(), before) << "call " << calls << " left memory behind";
+      if (cuda_sim::failure_pending()) break;  // there were no more calls
+    }
+    cuda_sim::clear_failures();
+    EXPECT_GT(calls, 0);
+    run();  // works again
+  }
+};
+
+TEST_F(CudaFailures, EveryCallOfALinearLayer) {
+  for (const std::int64_t tokens : {2, 20}) {
+    DeviceLayer layer(tokens, 40, 64, 3);
+    const auto run = [&] {
+      layer.forward();
+      layer.backward();
+    };
+    fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
+    fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
+  }
+}
+
+TEST_F(CudaFailures, EveryCallOfADecomposition) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(6);
+  for (const std::int64_t rank : {2, 20}) {  // with and without the careful way
+    const Stored weight(random.dense(20, rank) * random.dense(rank, 30), Codec::f32);
+    Staging at(context);
+    const Matrix w = at(weight.view());
+    const cuda::Buffer a0(context, 4, 30, Codec::f32), b0(context, 20, 4, Codec::f32);
+    at.finish();
+    const auto run = [&] {
+      cuda::CudaBackend cuda(context);
+      split(cuda, w, 1.0f, {SvdMethod::krylov, 2, 0}, a0.view(), b0.view());
+    };
+    fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
+    fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
+    fail_each(CUSOLVER_STATUS_INTERNAL_ERROR, "cusolverStatus_t", run);
+  }
+}
+
+// Of a stack: rows that depend on one another are no failure, eigenvalues of another matrix that do not converge are;
+// and both of one matrix, which follow from the rows, are none.
+TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(7);
+  const std::int64_t count = 2, rows = 3, cols = 20;
+  for (const std::int64_t dependent : {0, 1, 2}) {  // 2: none
+    for (const std::int64_t not_finite : {0, 1, 2}) {
+      Dense basis_values = random.dense(count * rows, cols), values = basis_values;
+      for (std::int64_t j = 0; dependent < 2 && j < cols; ++j) basis_values(dependent * rows, j) = 0;
+      if (not_finite < 2) values(not_finite * rows + 1, 3) = std::nan("");
+      Stored basis_host(basis_values, Codec::f32), rows_host(values, Codec::f32);
+      Staging at(context);
+      const auto each = [&](MutableMatrix matrix) {
+        matrix.rows /= count;
+        matrix.stride = matrix.rows * matrix.ld;
+        return matrix;
+      };
+      const MutableMatrix basis = each(at(basis_host.mutable_view())), gram_of = each(at(rows_host.mutable_view()));
+      const std::vector<Matrix> weights(count, gram_of);
+      cuda::CudaBackend cuda(context, weights);
+      const cuda::Buffer s = cuda.alloc(1, rows, Codec::f32), vectors = cuda.alloc(rows, rows, Codec::f32);
+      cuda.orthonormalize(basis, 0, rows, Rank::assumed_full);
+      cuda.gram_svd(gram_of, 1.0f, s.view(), vectors.view());
+      if (not_finite < 2 && not_finite != dependent) {
+        EXPECT_THROW(cuda.had_full_rank(), std::runtime_error) << dependent << ", " << not_finite;
+      } else {
+        EXPECT_EQ(cuda.had_full_rank(), dependent == 2) << dependent << ", " << not_finite;
+      }
+      EXPECT_TRUE(cuda.had_full_rank()) << "asked once, cleared";
+    }
+  }
+}
+
+// What is left for had_full_rank stays, though rows of any rank are looked at in between.
+TEST_F(CudaFailures, RowsOfAnyRankHideNone) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(8);
+  Dense values = random.dense(3, 20);
+  values(1, 3) = std::nan("");
+  const Stored not_finite(values, Codec::f32);
+  Stored zeros(Dense(3, 20), Codec::f32), rows(random.dense(3, 20), Codec::f32);
+  Staging at(context);
+  cuda::CudaBackend cuda(context);
+  const cuda::Buffer s = cuda.alloc(1, 3, Codec::f32), vectors = cuda.alloc(3, 3, Codec::f32);
+  cuda.orthonormalize(at(zeros.mutable_view()), 0, 3, Rank::assumed_full);
+  cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
+  EXPECT_FALSE(cuda.had_full_rank());
+  cuda.gram_svd(at(not_finite.view()), 1.0f, s.view(), vectors.view());
+  cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
+  EXPECT_THROW(cuda.had_full_rank(), std::runtime_error);
+}
+
+// A message says the call, the device, the status, and how large the problem was.
+TEST_F(CudaFailures, AMessageHasTheSizes) {
+  DeviceLayer layer(20, 40, 64, 3);
+  cuda_sim::fail_next(CUBLAS_STATUS_EXECUTION_FAILED, 1000);
+  cuda_sim::clear_failures();
+  std::string text;
+  for (int call = 0; call < 200 && text.find("cublasLtMatmul failed") != 0; ++call) {
+    cuda_sim::fail_next(CUBLAS_STATUS_EXECUTION_FAILED, call);
+    try {
+      layer.forward();
+    } catch (const std::runtime_error& error) {
+      text = error.what();
+    }
+  }
+  EXPECT_EQ(text.rfind("cublasLtMatmul failed on CUDA device 0: CUBLAS_STATUS_EXECUTION_FAILED (13) (m ", 0), 0u)
+      << text;
+}
+
+TEST_F(CudaFailures, ACardThatIsTooOldIsRefusedWithTheListOfThoseThatAreNot) {
+  const auto refused = [](int major, int minor) -> std::string {
+    cuda_sim::set_compute_capability(major, minor);
+    try {
+      cuda::check_supported(0);
+      return "";
+    } catch (const std::runtime_error& error) {
+      return error.what();
+    }
+  };
+  const std::string text = refused(7, 5);
+  EXPECT_NE(text.find("got compute capability 7.5; this build runs on 8.0, 9.0 and newer"), std::string::npos) << text;
+  for (const auto& [major, minor] : {std::pair{8, 0}, {8, 6}, {8, 9}, {9, 0}, {10, 0}, {12, 0}}) {
+    EXPECT_EQ(refused(major, minor), "") << major << "." << minor;
+  }
+  cuda_sim::set_compute_capability(9, 0);
+}
+
+}  // namespace
+}  // namespace pissa::test

@@ -1,0 +1,207 @@
+// Test matrices: float64 values, and their storage in memory the way callers have it, with traps around it.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numbers>
+#include <random>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "pissa/core/nf4.h"
+#include "pissa/core/types.h"
+#include "support/formats.h"
+
+namespace pissa::test {
+
+/// A float64 matrix, in which the tests do their own arithmetic.
+struct Dense {
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::vector<double> values;
+
+  Dense() = default;
+  Dense(std::int64_t rows_, std::int64_t cols_) : rows(rows_), cols(cols_), values(rows_ * cols_) {}
+  double& operator()(std::int64_t i, std::int64_t j) { return values[i * cols + j]; }
+  double operator()(std::int64_t i, std::int64_t j) const { return values[i * cols + j]; }
+};
+
+/// Seeded random numbers, the same with every standard library.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : engine_(seed) {}
+  double uniform() { return static_cast<double>(engine_() >> 11) * 0x1p-53; }  // [0, 1)
+  double normal() {                                                            // Box, Muller
+    const double radius = std::sqrt(-2 * std::log(1 - uniform()));
+    return radius * std::cos(2 * std::numbers::pi * uniform());
+  }
+  std::int64_t below(std::int64_t limit) {
+    return static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(limit));
+  }
+  bool coin() { return below(2) == 1; }
+  template <class T>
+  T pick(std::initializer_list<T> choices) {
+    return choices.begin()[below(static_cast<std::int64_t>(choices.size()))];
+  }
+  Dense dense(std::int64_t rows, std::int64_t cols) {
+    Dense result(rows, cols);
+    for (double& value : result.values) value = normal();
+    return result;
+  }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+/// A dense matrix in memory: the first element is not at an aligned address, unless asked for, rows are padded, and
+/// everything that is not an element is 0xff, NaN in every codec: read it and the result is NaN, write it and
+/// `padding_intact` tells.
+class Stored {
+ public:
+  static constexpr std::int64_t kAligned = 8;  // as lead and, for every row, padding of a multiple: by 16 bytes
+
+  Stored(const Dense& values, Codec codec, std::int64_t padding = 3, std::int64_t lead = 1)
+      : Stored(poisoned(values.rows, values.cols, codec, padding, lead)) {
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      for (std::int64_t j = 0; j < cols_; ++j) write_element(codec_, at(i, j), values(i, j));
+    }
+  }
+  /// Every element is NaN.
+  static Stored poisoned(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding = 3,
+                         std::int64_t lead = 1) {
+    return {rows, cols, codec, padding, lead};
+  }
+
+  Matrix view() const { return {at(0, 0), rows_, cols_, ld_, codec_}; }
+  MutableMatrix mutable_view() { return {at(0, 0), rows_, cols_, ld_, codec_}; }
+  Codec codec() const { return codec_; }
+  const std::vector<std::uint8_t>& bytes() const { return bytes_; }
+
+  Dense values() const {
+    Dense result(rows_, cols_);
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      for (std::int64_t j = 0; j < cols_; ++j) result(i, j) = read_element(codec_, at(i, j));
+    }
+    return result;
+  }
+  bool padding_intact() const {
+    const auto intact = [](auto from, auto to) {
+      return std::all_of(from, to, [](auto byte) { return byte == 0xff; });
+    };
+    auto rest = bytes_.begin();
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const auto row = bytes_.begin() + (at(i, 0) - bytes_.data());
+      if (!intact(rest, row)) return false;
+      rest = row + cols_ * element_size(codec_);
+    }
+    return intact(rest, bytes_.end());
+  }
+
+ private:
+  Stored(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding, std::int64_t lead)
+      : rows_(rows),
+        cols_(cols),
+        ld_(cols + padding),
+        lead_(lead),
+        codec_(codec),
+        // After the last row nothing, so that AddressSanitizer sees a read beyond it.
+        bytes_((lead + (rows > 0 ? (rows - 1) * ld_ + cols : 0)) * element_size(codec), 0xff) {}
+
+  const std::uint8_t* at(std::int64_t i, std::int64_t j) const {
+    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
+  }
+  std::uint8_t* at(std::int64_t i, std::int64_t j) {
+    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
+  }
+
+  std::int64_t rows_, cols_, ld_, lead_;
+  Codec codec_;
+  std::vector<std::uint8_t> bytes_;
+};
+
+/// An NF4 matrix with random codes and scales.
+class StoredNf4 {
+ public:
+  StoredNf4(Random& random, std::int64_t rows, std::int64_t cols, int blocksize, bool nested)
+      : rows_(rows), cols_(cols), blocksize_(blocksize), nested_(nested), codes_(nf4_bytes(rows * cols)) {
+    const std::int64_t blocks = ceil_div(rows * cols, blocksize);
+    for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(256));
+    for (std::int64_t i = 0; i < blocks; ++i) {
+      absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
+      absmax8_.push_back(static_cast<std::uint8_t>(random.below(256)));
+    }
+    for (std::int64_t i = 0; i < ceil_div(blocks, 256); ++i)
+      nested_absmax_.push_back(static_cast<float>(0.5 + random.uniform()));
+  }
+
+  Matrix view() const {
+    Matrix matrix{codes_.data(), rows_, cols_, 0, Codec::nf4};  // ld is ignored
+    matrix.scales.blocksize = blocksize_;
+    if (!nested_) matrix.scales.absmax = absmax_.data();
+    else matrix.scales = {blocksize_, nullptr, absmax8_.data(), nested_absmax_.data(), &offset_};
+    return matrix;
+  }
+  Dense values() const {
+    Dense result(rows_, cols_);
+    for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
+      const int code = (codes_[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15;
+      const std::int64_t block = i / blocksize_;
+      float absmax;
+      if (!nested_) {
+        absmax = absmax_[block];
+      } else {
+        const float product = kDynamicMap[absmax8_[block]] * nested_absmax_[block / 256];
+        absmax = product + offset_;
+      }
+      result.values[i] = kNf4Levels[code] * absmax;  // one rounding to f32: the format's definition
+    }
+    return result;
+  }
+
+ private:
+  std::int64_t rows_, cols_, blocksize_;
+  bool nested_;
+  std::vector<std::uint8_t> codes_;
+  std::vector<float> absmax_;
+  std::vector<std::uint8_t> absmax8_;
+  std::vector<float> nested_absmax_;
+  float offset_ = 1.25f;
+};
+
+/// The forms in which a GEMM reads an operand, and a random normal matrix in one of them.
+enum class Form { f32, bf16, f16, nf4, nf4_nested };
+inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16, Form::f16, Form::nf4, Form::nf4_nested};
+inline constexpr std::initializer_list<Codec> kCodecs = {Codec::f32, Codec::bf16, Codec::f16};
+
+inline const char* name(Form form) {
+  return std::vector<const char*>{"f32", "bf16", "f16", "nf4", "nf4_nested"}[static_cast<std::size_t>(form)];
+}
+inline const char* name(Codec codec) { return name(static_cast<Form>(codec)); }
+
+class Operand {
+ public:
+  Operand(Random& random, std::int64_t rows, std::int64_t cols, Form form)
+      : stored_(
+            form == Form::nf4 || form == Form::nf4_nested
+                ? decltype(stored_)(StoredNf4(random, rows, cols, random.pick({32, 64, 128}), form == Form::nf4_nested))
+                : Stored(random.dense(rows, cols), static_cast<Codec>(form), random.below(5))) {}
+  Operand(Stored stored) : stored_(std::move(stored)) {}
+
+  Matrix view() const {
+    return std::visit([](const auto& stored) { return stored.view(); }, stored_);
+  }
+  Dense values() const {
+    return std::visit([](const auto& stored) { return stored.values(); }, stored_);
+  }
+
+ private:
+  std::variant<Stored, StoredNf4> stored_;
+};
+
+}  // namespace pissa::test

@@ -1,0 +1,22 @@
+// A weight to split among others, and room for its start factors.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/split.h"
+#include "support/matrices.h"
+
+namespace pissa::test {
+
+struct SplitLayer {
+  Stored weight, a0, b0;
+  float scaling;
+  SplitLayer(const Dense& values, Codec codec, std::int64_t r, float scaling_)
+      : weight(values, codec),
+        a0(Stored::poisoned(r, values.cols, Codec::f32)),
+        b0(Stored::poisoned(values.rows, r, Codec::f32)),
+        scaling(scaling_) {}
+  SplitTask task() { return {weight.view(), scaling, a0.mutable_view(), b0.mutable_view()}; }
+};
+
+}  // namespace pissa::test

@@ -1,0 +1,200 @@
+// The CUDA backend on matrices of the host: each call takes them to the device, and what it writes back. Matrices that
+// are on the device already, those that the backend allocated, are used where they are; so the core's algorithms run as
+// they do in earnest, and the tests read and write ordinary memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+#include "pissa/core/backend.h"
+#include "pissa/core/nf4.h"
+#include "pissa/cuda/backend.h"
+#include "pissa/cuda/context.h"
+
+namespace pissa::test {
+
+/// Copies of host memory on the device, for the length of one call.
+class Staging {
+ public:
+  explicit Staging(const cuda::Context& context) : context_(context) {}
+
+  template <class T>
+  T* upload(T* host, std::int64_t count, bool write_back = false) {
+    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T));
+    return reinterpret_cast<T*>(
+        place(reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(host)), bytes, write_back));
+  }
+  Matrix operator()(Matrix matrix) {
+    if (!matrix.data || on_device(matrix.data)) return matrix;
+    if (matrix.codec != Codec::nf4) {
+      matrix.data = upload(static_cast<const char*>(matrix.data), bytes_of(matrix));
+      return matrix;
+    }
+    const std::int64_t count = matrix.rows * matrix.cols;
+    Nf4Scales& scales = matrix.scales;
+    const std::int64_t blocks = ceil_div(count, scales.blocksize);
+    matrix.data = upload(static_cast<const std::uint8_t*>(matrix.data), nf4_bytes(count));
+    if (scales.absmax) scales.absmax = upload(scales.absmax, blocks);
+    if (scales.absmax8) {
+      scales.absmax8 = upload(scales.absmax8, blocks);
+      scales.nested_absmax = upload(scales.nested_absmax, ceil_div(blocks, kNestedBlocksize));
+      scales.offset = upload(scales.offset, 1);
+    }
+    return matrix;
+  }
+  MutableMatrix operator()(MutableMatrix matrix) {
+    if (!matrix.data || on_device(matrix.data)) return matrix;
+    matrix.data = upload(static_cast<char*>(matrix.data), bytes_of(matrix), true);
+    return matrix;
+  }
+  std::vector<Term> operator()(std::span<const Term> terms) {
+    std::vector<Term> result(terms.begin(), terms.end());
+    for (Term& term : result) {
+      term.a = (*this)(term.a);
+      term.b = (*this)(term.b);
+    }
+    return result;
+  }
+  /// Waits for the call and brings back what it wrote.
+  void finish() {
+    for (const Region& region : regions_) {
+      if (region.write_back && region.bytes > 0) {
+        cuda::check(cudaMemcpyAsync(region.host, region.device, static_cast<std::size_t>(region.bytes),
+                                    cudaMemcpyDeviceToHost, context_.stream),
+                    context_, "cudaMemcpyAsync");
+      }
+    }
+    cuda::check(cudaStreamSynchronize(context_.stream), context_, "cudaStreamSynchronize");
+  }
+
+ private:
+  struct Region {
+    char* host;
+    char* device;
+    std::int64_t bytes;
+    bool write_back;
+  };
+
+  static bool on_device(const void* data) {
+    cudaPointerAttributes attributes{};
+    cudaPointerGetAttributes(&attributes, data);
+    return attributes.type == cudaMemoryTypeDevice;
+  }
+  static std::int64_t bytes_of(const Matrix& matrix) {  // from the first element to the last
+    if (matrix.rows == 0 || matrix.cols == 0) return 0;
+    return ((matrix.rows - 1) * matrix.ld + matrix.cols) * element_size(matrix.codec);
+  }
+
+  // What is uploaded already, as an output or in place, stays where it is. The address keeps its remainder by 16, so
+  // that what is not aligned on the host is not on the device.
+  char* place(char* host, std::int64_t bytes, bool write_back) {
+    for (Region& region : regions_) {
+      if (host >= region.host && host + bytes <= region.host + region.bytes) {
+        region.write_back |= write_back;
+        return region.device + (host - region.host);
+      }
+    }
+    const std::int64_t skip = reinterpret_cast<std::uintptr_t>(host) % 16;
+    memory_.emplace_back(context_, skip + bytes);
+    char* device = memory_.back().data() + skip;
+    if (bytes > 0) {
+      cuda::check(
+          cudaMemcpyAsync(device, host, static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice, context_.stream),
+          context_, "cudaMemcpyAsync");
+    }
+    regions_.push_back({host, device, bytes, write_back});
+    return device;
+  }
+
+  const cuda::Context& context_;
+  std::deque<cuda::Array<char>> memory_;
+  std::vector<Region> regions_;
+};
+
+class TransferringBackend {
+ public:
+  TransferringBackend() : context_(cuda::standalone_context()), cuda_(context_) {}
+
+  cuda::Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) const { return cuda_.alloc(rows, cols, codec); }
+  void copy(const Matrix& a, const MutableMatrix& out) const {
+    call([&](Staging& at) { cuda_.copy(at(a), at(out)); });
+  }
+  void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
+    call([&](Staging& at) {
+      const MutableMatrix target = at(out);
+      cuda_.add(at(a), at(b), target);
+    });
+  }
+  void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
+    call([&](Staging& at) { cuda_.fill_signs(at(out), seed, scale); });
+  }
+  void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
+    call([&](Staging& at) { cuda_.scale_rows(at(a), at(s), divisor, at(out), op); });
+  }
+  float max_abs(const Matrix& a) const {
+    float result = 0;
+    call([&](Staging& at) { result = cuda_.max_abs(at(a)); });
+    return result;
+  }
+  void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
+    call([&](Staging& at) {
+      const MutableMatrix target = at(out);
+      cuda_.gemm(at(terms), at(addend), target);
+    });
+  }
+  void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+    const std::int64_t count = addend.rows * addend.cols;
+    call([&](Staging& at) {
+      cuda_.gemm_nf4(at(terms), at(addend),
+                     {out.blocksize, at.upload(out.codes, nf4_bytes(count), true),
+                      at.upload(out.absmax, ceil_div(count, out.blocksize), true)});
+    });
+  }
+  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
+    call([&](Staging& at) { cuda_.weight_gemm_nt(at(x), at(weight), scale, precision, at(tail), at(bias), at(y)); });
+  }
+  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+                      std::span<const Term> tail, const MutableMatrix& dx) const {
+    call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), at(weight), scale, precision, at(tail), at(dx)); });
+  }
+  void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
+    call([&](Staging& at) { cuda_.orthonormalize(at(basis), done, rows, rank); });
+  }
+  void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
+                        std::int64_t rows) {
+    call([&](Staging& at) { cuda_.reorthonormalize(at(basis), at(companion), done, rows); });
+  }
+  bool had_full_rank() { return cuda_.had_full_rank(); }
+  void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
+    call([&](Staging& at) { cuda_.gram_svd(at(rows), scale, at(s), at(vectors)); });
+  }
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
+                       float* nested_absmax) const {
+    call([&](Staging& at) {
+      cuda_.quantize_absmax(at.upload(absmax, count), count, at.upload(offset, 1), at.upload(codes8, count, true),
+                            at.upload(nested_absmax, ceil_div(count, kNestedBlocksize), true));
+    });
+  }
+
+ private:
+  template <class F>
+  void call(F f) const {
+    Staging staging(context_);
+    f(staging);
+    staging.finish();
+  }
+
+  const cuda::Context& context_;
+  cuda::CudaBackend cuda_;
+};
+
+static_assert(Backend<TransferringBackend>);
+
+}  // namespace pissa::test
