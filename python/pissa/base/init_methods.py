@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.stored import Origin
+from pissa.base.start import Origin
 from pissa.config import PissaConfig
 
 Factors = tuple[Tensor, Tensor]

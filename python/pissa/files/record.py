@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import pissa
-from pissa.base.stored import Origin, StoredLinear
+from pissa.base.start import Origin
 from pissa.config import IMPLICIT, Form, Init, PissaConfig, default_of
 from pissa.files.json_file import read_json, shown
 from pissa.layers.layer import PissaLayer
@@ -71,16 +71,15 @@ class LayerRecord:
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
-        """What is to be written of a layer. `gathered`: see `PissaLayer.base_fingerprint`."""
-        base, start = layer.unmerged_base, layer.start_of(adapter_name)
-        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(gathered), IMPLICIT)
-        if not isinstance(base, StoredLinear):
-            return record
-        return dataclasses.replace(
-            record,
-            form=layer.form,
-            stored=layer.residual_fingerprint(gathered),
-            base=None if base.start is start else base.start.origin,
+        """What is to be written of a layer. `gathered`: see `Fingerprints`."""
+        base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        return LayerRecord(
+            start.origin.r,
+            start.origin.scaling,
+            known.of_weight(base, gathered),
+            base.form,
+            stored=None if base.start is None else known.of_residual(base, gathered),
+            base=None if base.start in (None, start) else base.start.origin,
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pissa.base.weights import execution_device
 from pissa.layers.layer import pissa_layers
 
 
@@ -16,7 +15,7 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
     """Puts the parameters of a new adapter, which are zero, where its layers compute: PEFT takes them to the base's
     weights, which for a base that accelerate offloads is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
-        device = execution_device(layer.unmerged_base)
+        device = layer.base.device
         parts = [getattr(layer, name) for name in layer.adapter_layer_names]
         for part in (part for part in parts if adapter_name in part):
             found = part[adapter_name]
