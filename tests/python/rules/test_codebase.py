@@ -14,7 +14,7 @@ import pytest
 import pissa
 from pissa import _C
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = sorted(
     path
     for folder, pattern in [
@@ -130,9 +130,9 @@ def test_last():
 @pytest.mark.parametrize("checkout", [True, False])
 def test_tests_that_leave_files_in_the_tree_are_an_error(checkout: bool, tmp_path: Path) -> None:
     folder = tmp_path / "tests" / "python"
-    folder.mkdir(parents=True)
-    for name in ("conftest.py", "devices.py"):
-        shutil.copy(ROOT / "tests/python" / name, folder)
+    (folder / "support").mkdir(parents=True)
+    for name in ("conftest.py", "support/devices.py"):
+        shutil.copy(ROOT / "tests/python" / name, folder / name)
     (folder / "test_it.py").write_text(LEAVES)
     for name in ("there before", "changed"):
         (tmp_path / name).touch()
@@ -142,7 +142,8 @@ def test_tests_that_leave_files_in_the_tree_are_an_error(checkout: bool, tmp_pat
             pytest.skip("git is not installed")
         for command in (["init", "-q"], ["add", "changed"]):
             subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=tests/python/support"]
+    tests = [sys.executable, "-m", "pytest", *options, str(folder)]
     run = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ("2 passed, 1 error" if checkout else "2 passed in") in run.stdout
     assert (run.returncode != 0) == checkout
@@ -209,7 +210,7 @@ def test_imports_quietly_and_without_peft() -> None:
     [
         ["mypy", "--config-file", "pyproject.toml"],
         ["ruff", "check", "."],
-        ["ruff", "format", "--check", "python", "tests"],
+        ["ruff", "format", "--check", "python", "tests", "bench"],
     ],
     ids=lambda command: " ".join(command[:2]),
 )
