@@ -21,7 +21,7 @@ from pissa.layers.layer import PissaLayer
 
 pytestmark = pytest.mark.cpu_only
 
-FOLDER = Path(__file__).parent / "fixtures" / "format_1"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "format_1"
 OWN = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(peft.LoraConfig)}
 both = pytest.mark.parametrize("form", ["implicit", "nf4"])
 

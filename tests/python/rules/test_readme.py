@@ -14,7 +14,7 @@ from language_models import Make
 from pissa import PissaModel, ops
 from tiny_model import save_tiny_model
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 

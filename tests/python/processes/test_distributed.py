@@ -14,7 +14,7 @@ from torch import nn
 
 import pissa
 from distributed_checks import logged, started, trainer_of
-from distributed_worker import FORMS, bits, llama, mixtral, sgd, tokens, train
+from distributed_worker import FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel
 from processes import launch
 
@@ -22,10 +22,6 @@ pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
 ]
-
-# Sums over the 60 tokens are taken in another order: a loss is one, and so are the gradients of the steps before it, 5
-# at most. A sum of n terms has a relative error of n units roundoff in any order.
-SAME = {"rel": 6 * 60 * 2**-24}
 
 
 class Run(NamedTuple):

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import pissa
-from distributed_worker import FORMS, llama, tokens, train
+from distributed_worker import FORMS, SAME, llama, tokens, train
 from pissa import PissaModel
 from processes import launch
-from test_distributed import SAME
 
 pytestmark = [
     pytest.mark.slow,

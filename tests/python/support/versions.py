@@ -1,5 +1,6 @@
-"""The README's table of what was tested: `python tests/python/versions.py COMMAND` writes the row of the Python that
-runs it, after COMMAND has passed there. `.ci/run` does so; the rows of other versions of Python stay."""
+"""The README's table of what was tested: `python tests/python/support/versions.py COMMAND` writes the
+row of the Python that runs it, after COMMAND has passed there. `.ci/run` does so; the
+rows of other versions of Python stay."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pissa
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 BEGIN, END = "<!-- versions -->", "<!-- /versions -->"
 HEAD = "| Python | torch | PEFT | transformers | compiler | system | command |\n|---|---|---|---|---|---|---|"
 

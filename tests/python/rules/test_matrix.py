@@ -21,4 +21,4 @@ def test_the_table_is_what_is_measured() -> None:
     """A cell is the result of the checks that it stands for, run here; the reasons of a "no" are in the output."""
     written, measured = matrix.written(), matrix.measured()
     diff = difflib.unified_diff(written.splitlines(), measured.splitlines(), "README.md", "measured", lineterm="")
-    assert written == measured, "\n".join(["python tests/python/matrix.py writes the table anew:", *diff])
+    assert written == measured, "\n".join(["python tests/python/support/matrix.py writes the table anew:", *diff])

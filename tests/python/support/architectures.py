@@ -283,3 +283,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         nf4_refused="convolution is a Conv2d",
     ),
 }
+
+FORMS: dict[str, dict[str, str]] = {"dense": {}, "nf4": {"quant": "nf4"}}
+SUPPORTED = [
+    (name, form)
+    for name, architecture in ARCHITECTURES.items()
+    for form in FORMS
+    if form == "dense" or architecture.nf4_refused is None
+]
+"""Architectures and forms that fit."""
+
+# One of each kind of layer, and of each class of model.
+RELOADED = [case for case in SUPPORTED if case[0] in ("llama3", "mixtral", "gpt2", "t5", "deberta_v3", "resnet")]
+RELOADED += [("llama, embeddings targeted", "dense")]

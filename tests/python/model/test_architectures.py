@@ -13,15 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import architecture_checks as checks
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, FORMS, RELOADED, SUPPORTED
 
-FORMS: dict[str, dict[str, str]] = {"dense": {}, "nf4": {"quant": "nf4"}}
-SUPPORTED = [
-    (name, form)
-    for name, architecture in ARCHITECTURES.items()
-    for form in FORMS
-    if form == "dense" or architecture.nf4_refused is None
-]
 supported = pytest.mark.parametrize(("name", "form"), SUPPORTED)
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 
@@ -76,11 +69,6 @@ def test_it_generates_what_the_base_does(name: str) -> None:
         assert torch.equal(model.generate(**prompt, **options), expected)
 
 
-# One of each kind of layer, and of each class of model.
-RELOADED = [case for case in SUPPORTED if case[0] in ("llama3", "mixtral", "gpt2", "t5", "deberta_v3", "resnet")]
-RELOADED += [("llama, embeddings targeted", "dense")]
-
-
 def test_a_new_process_restores_them_to_the_bit(tmp_path: Path) -> None:
     expected = {}
     for index, (name, form) in enumerate(RELOADED):
@@ -97,7 +85,7 @@ import torch
 from safetensors.torch import load_file
 import architecture_checks as checks
 from pissa import PissaModel
-from test_architectures import ARCHITECTURES, RELOADED
+from architectures import ARCHITECTURES, RELOADED
 folder = Path(sys.argv[1])
 torch.manual_seed(12345)
 for index, logits in load_file(folder / "expected.safetensors").items():

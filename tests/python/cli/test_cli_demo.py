@@ -19,7 +19,7 @@ from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 
 
 def sums(source: str, seed: int) -> list[Record]:

@@ -1,5 +1,6 @@
-"""The README's table of architectures: what works on each, found by running it. `python tests/python/matrix.py` writes
-the table anew, and says what a "no" is about; `test_matrix.py` compares it with what it finds."""
+"""The README's table of architectures: what works on each, found by running it.
+`python tests/python/support/matrix.py` writes the table anew, and says what a "no" is about;
+`test_matrix.py` compares it with what it finds."""
 
 from __future__ import annotations
 
@@ -21,8 +22,7 @@ import trainers
 from architectures import ARCHITECTURES, VOCABULARY, Architecture
 from processes import launch
 
-HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 TITLES = {
