@@ -18,7 +18,7 @@ from pissa.base.init_methods import Factors, start_factors
 from pissa.base.stored import StartFactors
 from pissa.base.weights import execution_device
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.layers.experts import check_uniform
+from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
