@@ -42,7 +42,7 @@ SYSTEM = ["sanitizer/*", "math.h", "pthread.h", "sys/mman.h", "ucontext.h", "uni
 LAYERS: list[tuple[str, list[str]]] = [
     ("cpp/pissa/core/", ["pissa/core/*"]),
     ("cpp/pissa/cpu/factorize.cc", ["pissa/core/*", "pissa/cpu/*", "Eigen/*"]),
-    ("cpp/pissa/cpu/vec.h", ["pissa/core/*", "immintrin.h"]),
+    ("cpp/pissa/cpu/vec/", ["pissa/core/*", "pissa/cpu/vec/*", "immintrin.h"]),
     ("cpp/pissa/cpu/", ["pissa/core/*", "pissa/cpu/*"]),
     ("cpp/pissa/cuda/", ["pissa/core/*", "pissa/cuda/*", *CUDA]),
     (
@@ -92,8 +92,8 @@ def test_cpp_layers(path: Path) -> None:
     if not relative(path).startswith("cpp/pissa/torch/"):
         assert "torch::" not in code
     assert not re.search(r"#pragma omp|\bomp_", code), "threads come from the executor, never from OpenMP"
-    if relative(path) != "cpp/pissa/cpu/vec.h":
-        assert not re.search(r"\b_mm\d*_", code), "intrinsics live in vec.h"
+    if not relative(path).startswith("cpp/pissa/cpu/vec/"):
+        assert not re.search(r"\b_mm\d*_|\b__m\d+|\b(float|u?int)\d+x\d+_t\b", code), "intrinsics live in cpu/vec"
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=relative)
