@@ -31,7 +31,7 @@ SYSTEM = ["sanitizer/*", "math.h", "pthread.h", "sys/mman.h", "ucontext.h", "uni
 LAYERS: list[tuple[str, list[str]]] = [
     ("cpp/pissa/core/", ["pissa/core/*"]),
     ("cpp/pissa/cpu/factorize.cc", ["pissa/core/*", "pissa/cpu/*", "Eigen/*"]),
-    ("cpp/pissa/cpu/vec.h", ["pissa/core/*", "immintrin.h"]),
+    ("cpp/pissa/cpu/vec/", ["pissa/core/*", "pissa/cpu/vec/*", "immintrin.h"]),
     ("cpp/pissa/cpu/", ["pissa/core/*", "pissa/cpu/*"]),
     ("cpp/pissa/cuda/", ["pissa/core/*", "pissa/cuda/*", *CUDA]),
     (
@@ -93,5 +93,5 @@ def test_threads_come_from_the_executor_never_from_openmp() -> None:
     assert outside("nowhere", r"#pragma omp|\bomp_") == []
 
 
-def test_intrinsics_live_in_vec_h() -> None:
-    assert outside("cpp/pissa/cpu/vec.h", r"\b_mm\d*_") == []
+def test_intrinsics_live_in_vec() -> None:
+    assert outside("cpp/pissa/cpu/vec/", r"\b_mm\d*_|\b__m\d+|\b(float|u?int)\d+x\d+_t\b") == []
