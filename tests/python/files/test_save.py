@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import pissa
 from language_models import FORMS, Make, error, logits, train
@@ -25,11 +25,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stor
 
 
 def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a decomposition is an error, as the one of `wrap` shows."""
+
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a decomposition")
 
-    monkeypatch.setattr(pissa.ops, "split", forbidden)
-    monkeypatch.setattr(pissa.ops, "svd_lowrank", forbidden)
+    for name in ("split", "split_many", "svd_lowrank"):
+        monkeypatch.setattr(pissa.ops, name, forbidden)
+    with pytest.raises(AssertionError, match="a decomposition"):
+        pissa.wrap(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"], r=2)
 
 
 # -- what comes back

@@ -465,11 +465,11 @@ def test_situation_20_a_converted_adapter_of_less_rank(tiny_llama: Make, tokens:
         assert float(lost) == pytest.approx(float(values[4:].sum()), rel=1e-3)
         energy, kept = energy + float(values.sum()), kept + float(values[:4].sum())
     assert done.kept == pytest.approx(kept / energy, rel=1e-6)
-    plain = logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "small"), tokens)
-    assert error(plain, logits(model, tokens)) < error(logits(tiny_llama(), tokens), logits(model, tokens))
-
-
-def test_all_twenty_are_here() -> None:
-    tests = {name: test for name, test in globals().items() if name.startswith("test_situation_")}
-    assert sorted(name[15:17] for name in tests) == [f"{number:02}" for number in range(1, 21)]
-    assert all(test.__doc__.startswith("PEFT 0.21 ") and re.search(r";\s", test.__doc__) for test in tests.values())
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "small")
+    best = tiny_llama()
+    for name, layer in best.named_modules():  # the best change of rank 4 by a full decomposition
+        if f"base_model.model.{name}.lora_A.weight" in ours:
+            a, b = (ours[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+            u, s, vh = torch.linalg.svd(b @ a)
+            layer.weight.data += ((u[:, :4] * s[:4]) @ vh[:4]).to(layer.weight)
+    assert error(logits(plain, tokens), logits(best, tokens)) < 112 * EPS[torch.float32]
