@@ -25,11 +25,12 @@ class SelfCheck(NamedTuple):
 def step0_check(model: PeftModel, batch: dict[str, Tensor], dtype: torch.dtype) -> SelfCheck:
     """Compares the logits before training with the adapter enabled (the model) and disabled (the base).
 
-    Both passes compute the same function and may round differently. With k the inner dimension of an adapted layer, a sum
-    of k products in float32 (u = eps/2) is off by about √k u of its norm, once in each of the two passes; the layer's
-    output is then rounded to `dtype`, eps at most between the two. These errors are independent from layer to layer
-    and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n eps(dtype)
-    for n layers. An adapter that starts wrong (PiSSA on a base that has lost its principal part) differs by about 1.
+    Both passes compute the same function and may round differently. With k the inner dimension of an adapted layer, a
+    sum of k products in float32 (u = eps/2) is off by about √k u of its norm, once in each of the two passes; the
+    layer's output is then rounded to `dtype`, eps at most between the two. These errors are independent from layer to
+    layer and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n
+    eps(dtype) for n layers. An adapter that starts wrong (PiSSA on a base that has lost its principal part) differs by
+    about 1.
 
     Args:
         model: with one active adapter.
