@@ -46,7 +46,7 @@ LAYERS: list[tuple[str, list[str]]] = [
         ["tests/cpp/cuda_sim", "support/*", "gtest/*", *SYSTEM],
     ),
     ("tests/cpp/", ["pissa/*", "support/*", "tests/cpp/cuda_sim", "gtest/*", *SYSTEM]),
-    ("bench/", ["pissa/*", "bench", "cuda_runtime.h", "benchmark/*"]),
+    ("bench/cpp/", ["pissa/*", "bench/cpp", "cuda_runtime.h", "benchmark/*"]),
 ]
 
 
