@@ -7,6 +7,7 @@
 #include <string>
 
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 
 namespace pissa::python {
 
