@@ -52,7 +52,7 @@ LAYERS: list[tuple[str, list[str]]] = [
     ),
     ("cpp/pissa/torch/ops_cpu.cc", ["pissa/core/*", "pissa/cpu/*", "pissa/torch/*", *TORCH]),
     ("cpp/pissa/torch/", ["pissa/core/*", "pissa/torch/*", *TORCH]),
-    ("cpp/pissa/python/", ["pissa/core/*", "pissa/cpu/*", "pissa/python/*", "pybind11/*"]),
+    ("cpp/pissa/python/", ["pissa/cpu/*", "pybind11/*"]),
     (
         "tests/cpp/cuda_sim/",
         ["tests/cpp/cuda_sim", "support/*", "gtest/*", *SYSTEM],
