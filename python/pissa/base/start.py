@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pissa.base.keeps_dtype import KeepsDtype
-from pissa.config import Passes
+from pissa.ops.checks import Passes
 
 
 class Origin(NamedTuple):

@@ -15,6 +15,7 @@ from pissa.base.codes import HoldsCodes
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
 from pissa.config import Form
+from pissa.ops.checks import FLOATS
 
 
 class Replaced(NamedTuple):
@@ -166,7 +167,7 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors that a residual of that form is kept in, by name."""
     if form.blocksize is None:
-        return {"residual": (matrix_shape, (torch.float32, torch.bfloat16, torch.float16))}
+        return {"residual": (matrix_shape, FLOATS)}
     elements = math.prod(matrix_shape)
     blocks = -(-elements // form.blocksize)
     shapes: dict[str, Expected] = {
