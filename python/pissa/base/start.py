@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pissa.base.keeps_dtype import KeepsDtype
-from pissa.ops.checks import Passes
 
 
 class Origin(NamedTuple):
-    """What determines start factors, given the base: adapters that agree on it share them."""
+    """What determines start factors, given the base: adapters of a layer that agree on it share them."""
 
     r: int
     scaling: float
-    svd: str
-    svd_passes: Passes
-    seed: int
     init: str
+    """The name of the init method."""
     adalora: bool
+    identity: tuple[tuple[str, Any], ...]
+    """What else of the configuration the method depends on: names and values, see `InitMethod.identity`."""
 
 
 class Deltas(NamedTuple):

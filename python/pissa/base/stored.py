@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.codes import HoldsCodes
+from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
 from pissa.config import Form
@@ -155,8 +156,8 @@ def stored_linear(
 
 
 def residual_of(weight: Tensor, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
-    """The residual of a weight [out, in] in that form: what the weight is without the start; with LoftQ all of it."""
-    a0 = torch.zeros_like(start.a0) if start.origin.init == "loftq" else start.a0
+    """The residual of a weight [out, in] in that form: W - s B0 A0, or W if the init method takes nothing out."""
+    a0 = start.a0 if INIT_METHODS[start.origin.init].is_taken_out else torch.zeros_like(start.a0)
     return ops.residual(weight, a0, start.b0, scaling=start.origin.scaling, **form.options())
 
 

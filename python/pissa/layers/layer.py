@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.fingerprint import Fingerprints
+from pissa.base.init_methods import INIT_METHODS
 from pissa.base.kinds import base_of
 from pissa.base.protocol import Base
 from pissa.base.start import Deltas, Origin, StartFactors
@@ -177,9 +178,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """What the adapter's start factors are determined by."""
+        identity = INIT_METHODS[config.init].identity(config)
         scaling = float(self.scaling[adapter_name])
-        rank: int = self.r[adapter_name]
-        return Origin(rank, scaling, config.svd, config.svd_passes, config.seed, config.init, config.use_adalora)
+        return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
 
     def empty_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Memory for the adapter's start factors a0 [r, in] and b0 [out, r], float32, where the adapter is."""
@@ -199,10 +200,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             self.magnitude(adapter_name).set(lengths, lengths)
 
     def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives an adapter start factors of zero: its A and B are dA and dB then, as in a plain LoRA."""
-        origin = self.origin(adapter_name, config)._replace(init="given")
+        """Gives an adapter, whose `init` is "given", start factors of zero: its A and B are dA and dB, as in a plain
+        LoRA."""
         a0, b0 = (factor.zero_() for factor in self.empty_factors(adapter_name))
-        self.lora_start[adapter_name] = StartFactors(a0, b0, origin)
+        self.lora_start[adapter_name] = StartFactors(a0, b0, self.origin(adapter_name, config))
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
         """Gives an adapter these start factors: the layer's own where it has the same already."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pissa import distributed
 from pissa.base.fingerprint import Fingerprints
-from pissa.base.init_methods import Factors, start_factors
+from pissa.base.init_methods import INIT_METHODS, Factors, start_factors
 from pissa.base.protocol import Base
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_of
@@ -45,9 +45,9 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         ValueError: naming the layer: NaN or Inf in its weight, a form that it cannot have, a model or a configuration
             that is not the same on all ranks.
     """
-    if config.init == "given":
+    if INIT_METHODS[config.init].needs:
         raise ValueError(
-            "init='given' is of an adapter whose factors came from elsewhere, and gives none. To copy one: "
+            f"init={config.init!r} is of an adapter whose factors came from elsewhere, and gives none. To copy one: "
             "model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the adapter "
             "with any other init, then call peft.set_peft_model_state_dict"
         )
