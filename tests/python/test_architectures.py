@@ -23,7 +23,7 @@ SUPPORTED = [
     if form == "dense" or architecture.nf4_refused is None
 ]
 supported = pytest.mark.parametrize(("name", "form"), SUPPORTED)
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 @supported

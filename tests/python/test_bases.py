@@ -29,7 +29,7 @@ from one_layer import (
     filled,
     wrap,
 )
-from pissa import ops
+from pissa import notices, ops
 from pissa.base.weights import execution_device, is_offloaded, weight_matrix, with_matrix
 from pissa.layers import PissaLinear
 from pissa.layers.layer import pissa_layers
@@ -113,7 +113,7 @@ def test_an_offloaded_model_is_saved_restored_merged_and_unloaded(
     train(model, tokens)
     trained = logits(model, tokens)
     if form == "nf4":
-        with pytest.warns(UserWarning, match="The residual of the base is stored as nf4"):
+        with pytest.warns(notices.InexactLoraWarning, match="stored as nf4"):
             model.save_pretrained(tmp_path / "saved")
     else:
         model.save_pretrained(tmp_path / "saved")

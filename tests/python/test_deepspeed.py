@@ -20,7 +20,7 @@ from test_distributed import SAME
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 
 

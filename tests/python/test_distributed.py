@@ -20,7 +20,7 @@ from processes import launch
 
 pytestmark = [
     pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 
 # Sums over the 60 tokens are taken in another order: a loss is one, and so are the gradients of the steps before it, 5

@@ -14,6 +14,7 @@ from pissa import ops
 from pissa.base.codes import HoldsNf4
 from pissa.base.keeps_dtype import KeepsDtype
 from pissa.config import Form, Passes
+from pissa.ops.low_rank import join_difference
 
 
 class Origin(NamedTuple):
@@ -64,7 +65,7 @@ class StartFactors(KeepsDtype):
     def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
         da, db = (delta.float() for delta in self.change(deltas))
-        return torch.cat([self.a0 + da, da]), torch.cat([db, self.b0], dim=1)
+        return join_difference(self.a0 + da, da, db, self.b0)
 
     def values_and_vectors(self) -> tuple[Tensor, Tensor]:
         """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""

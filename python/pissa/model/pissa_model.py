@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from torch import nn
 from pissa.base.codes import HoldsNf4
 from pissa.config import PissaConfig, TakesHooksOff, fetched_by_layers, targets_as_given
 from pissa.distributed import failing_together, is_sharded
+from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder, refuse_unsupported
-from pissa.files.load import Checkpoint
-from pissa.files.save import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
+from pissa.files.load import restore
+from pissa.files.pissa_layout import ADAPTER_FILES
+from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.layers.experts import fuse, unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
@@ -36,6 +39,7 @@ from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
 from pissa.model.inject import materialise, restored_on_error
 from pissa.model.tuner import guard_state_dict, register, unguard_state_dict
+from pissa.notices import DropoutWarning
 
 register()
 
@@ -379,7 +383,7 @@ class PissaModel(TakesHooksOff):
                 checkpoint.config,
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                start=checkpoint.restore,
+                start=partial(restore, checkpoint),
             )
         return wrapped if is_trainable else wrapped.eval()
 
@@ -419,11 +423,11 @@ class PissaModel(TakesHooksOff):
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
         checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         if known:
-            checkpoint.restore(self, adapter_name)
+            restore(checkpoint, self, adapter_name)
         else:
             checkpoint.config.inference_mode = not is_trainable
             with checkpoint.blamed(), restored_on_error(self):
-                self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
+                self._add(adapter_name, checkpoint.config, partial(restore, checkpoint), autocast_adapter_dtype)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         if not is_trainable:
@@ -494,7 +498,7 @@ def _warn_of_dropout(config: PissaConfig) -> None:
         warnings.warn(
             f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to "
             "the input of the change only, not to the principal part that the adapter starts from.",
-            UserWarning,
+            DropoutWarning,
             stacklevel=3,
         )
 
