@@ -16,7 +16,7 @@ import pissa
 from language_models import assert_same, error, logits, snapshot
 from pissa import PissaConfig, PissaModel, config, notices
 from pissa.base.stored import Nf4Linear
-from pissa.files import config_json, record
+from pissa.files import config_json
 from pissa.layers.layer import PissaLayer
 
 pytestmark = pytest.mark.cpu_only
@@ -76,7 +76,7 @@ def test_it_is_read_under_a_peft_that_lacks_fields(form: str, monkeypatch: pytes
     used = config._SUPPORTED | OWN | {"init_lora_weights"}
     lacking = [field for field in config_json._config_fields() if field.name in used]
     assert len(lacking) < len(config_json._config_fields())
-    monkeypatch.setattr(record, "_config_fields", lambda: lacking)
+    monkeypatch.setattr(config_json, "_config_fields", lambda: lacking)
     assert PissaConfig.from_pretrained(FOLDER / form) == under_021
 
 
