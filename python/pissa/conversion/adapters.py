@@ -19,7 +19,7 @@ from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from pissa.files.staged import Staged, check_new_folder
+from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
 from pissa.notices import KeptMagnitudesWarning
 
@@ -121,7 +121,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check_sizes(rank, energy)
-    check_new_folder(target)
+    check_unused(target)
     found = Source.read(source, base, initial, subtracted, progressbar=progressbar)
     folder = found.folder
     if found.layout == PLAIN and rank is None and energy is None:

@@ -179,7 +179,7 @@ def _check_record(source: Path, folder: LoraFolder) -> None:
             )
     if present:
         raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
-    if forms := {layer.form.residual for layer in record.layers.values()} - {"implicit"}:
+    if forms := {layer.form.kind for layer in record.layers.values()} - {"implicit"}:
         warn_of_inexact_lora(forms, stacklevel=5)
 
 

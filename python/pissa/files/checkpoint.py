@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from pissa.base.stored import Deltas, Origin, StartFactors
 from pissa.config import PissaConfig
 from pissa.files.config_json import read_config_alone
+from pissa.files.hub import adapter_folder
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, magnitude_key
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
+from pissa.files.pissa_layout import CONFIG_FILES, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.record import AdapterRecord, LayerRecord
 from pissa.files.tensor_file import TensorFile
 from pissa.ops.low_rank import split_difference
@@ -113,17 +115,22 @@ class Checkpoint:
         )
 
 
-def read_config(folder: Path) -> PissaConfig:
-    """The configuration of the adapter in the folder, or the one that `PissaConfig.save_pretrained` wrote there.
+def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
+    """The configuration of an adapter, or the one that `PissaConfig.save_pretrained` wrote, from a folder or a
+    repository of the Hub; see `PissaConfig.from_pretrained`.
 
     Raises:
         ValueError: neither is there, or a damaged file, naming the file.
     """
+    folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
     if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
         config = read_config_alone(folder / ADAPTER_CONFIG)
         if config is not None:
             return config
     return _read_record(folder).config
+
+
+PissaConfig.reader = staticmethod(read_config)
 
 
 def _read_record(folder: Path) -> AdapterRecord:

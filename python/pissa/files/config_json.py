@@ -18,6 +18,9 @@ SIZE_LIMIT = 100_000_000
 _ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
 """pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
 
+_NO_RESIDUAL = "implicit"
+"""What the file has for a `residual` that is not given, with `quant` too, so that pissa 0.1.0 reads it."""
+
 
 def config_as_json(config: PissaConfig) -> dict[str, Any]:
     """The fields of ours, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
@@ -27,7 +30,7 @@ def config_as_json(config: PissaConfig) -> dict[str, Any]:
         value = getattr(config, f.name)
         if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
             fields[f.name] = sorted(value) if isinstance(value, set) else value
-    return fields
+    return fields | {"residual": config.residual or _NO_RESIDUAL}
 
 
 def config_from_json(fields: dict[str, Any]) -> PissaConfig:
@@ -51,6 +54,8 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
         if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             typed(value, hints[name], f"config.{name}")
         given[name] = value
+    if given.get("residual") == _NO_RESIDUAL:
+        del given["residual"]
     return PissaConfig(**given)
 
 

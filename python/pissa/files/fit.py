@@ -14,7 +14,7 @@ from pissa.files.checkpoint import Checkpoint
 from pissa.files.messages import shown
 from pissa.files.peft_layout import FactorTensors, magnitude_key
 from pissa.files.pissa_layout import PISSA_RECORD, start_shapes, stored_shapes
-from pissa.files.tensor_file import FLOATS
+from pissa.files.tensor_file import SAVED_FLOATS
 from pissa.files.vocabulary import VocabularyTensor
 from pissa.layers.layer import PissaLayer
 from pissa.ops import Nf4Weight
@@ -95,7 +95,7 @@ def check_headers(
 
 def _dtypes(value: Tensor) -> tuple[torch.dtype, ...]:
     """The dtypes in which a file may hold it."""
-    return FLOATS if value.is_floating_point() else (value.dtype,)
+    return SAVED_FLOATS if value.is_floating_point() else (value.dtype,)
 
 
 def check_vocabulary(

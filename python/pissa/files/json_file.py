@@ -98,8 +98,7 @@ def typed(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, dict):
             return {key: typed(item, args[1], f"{where}[{shown(key)}]") for key, item in value.items()}
     elif hasattr(kind, "_fields") or dataclasses.is_dataclass(kind):
-        if isinstance(value, dict):
-            return kind(**_fields(value, get_type_hints(kind), where))
+        return kind(**typed_fields(value, get_type_hints(kind), where))
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return value
@@ -109,7 +108,9 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     raise ValueError(f"{where}: got {shown(value)}; needed: {wanted}")
 
 
-def _fields(value: dict[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed_fields(value: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checks a parsed object, which must have just the fields of `hints`; as `typed`."""
+    typed(value, dict[str, Any], where)
     for name in [*value, *hints]:
         if name not in hints:
             raise ValueError(f"{where} has an unknown field {shown(name)}; known: {', '.join(hints)}")

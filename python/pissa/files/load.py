@@ -86,7 +86,7 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
             f"the one that {checkpoint.folder} was trained with: this machine rounds differently. The function "
             "is the same up to the rounding of a few weights.",
             OtherRoundingWarning,
-            stacklevel=4,
+            stacklevel=3,  # the caller of from_pretrained or load_adapter
         )
 
 

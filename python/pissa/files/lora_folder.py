@@ -19,7 +19,7 @@ from pissa.files.peft_layout import (
     FactorTensors,
     Matrices,
 )
-from pissa.files.tensor_file import FLOATS, TensorFile
+from pissa.files.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 
 # PEFT has written magnitudes under both names.
@@ -99,7 +99,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
                 "rows and columns are needed"
             )
         for key, shape in zip(keys, (a, b), strict=True):
-            weights.expect(key, shape, FLOATS, f"the adapter of {target}")
+            weights.expect(key, shape, SAVED_FLOATS, f"the adapter of {target}")
         layers = tuple(f"{path}.{index}.{parameter}" for index in range(experts)) if is_fused else (path,)
         found[target] = LoraFactors(keys, layers, a[1:], b[0], target, rank, scaling)
     if not found:

@@ -10,12 +10,13 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.config import PissaConfig, exactly, rewritten_by_peft
+from pissa.config import PissaConfig, exactly
 from pissa.files.expert_layout import adapted_names, places
 from pissa.files.peft_layout import PREFIX, FactorTensors
 from pissa.layers.experts import FORMER_NAMES, unfused_experts
 from pissa.layers.layer import PissaLayer
 from pissa.notices import InexactLoraWarning
+from pissa.peft_private import rewritten_by_peft
 
 
 def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[FactorTensors]:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -16,13 +16,21 @@ from pissa import ops
 from pissa.base.stored import Origin, StoredLinear
 from pissa.config import IMPLICIT, Form, Init, PissaConfig
 from pissa.files.config_json import SIZE_LIMIT, config_as_json, config_from_json
-from pissa.files.json_file import blaming, read_json, typed
+from pissa.files.json_file import blaming, read_json, typed, typed_fields
 from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops._check import check_blocksize, check_residual, check_scaling, check_svd
+from pissa.ops.checks import check_blocksize, check_residual, check_scaling, check_svd
 
 FORMAT = 2
 """The format that is written. Format 1, whose fingerprints are SHA-256, is read too."""
+
+
+class _SavedForm(NamedTuple):
+    """A Form under the names that the file has for its fields."""
+
+    residual: str
+    blocksize: int | None
+    double_quant: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +85,14 @@ class LayerRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
-        record = dataclasses.asdict(self) | {"form": self.form._asdict()}
+        record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
         return record | {"base": None if self.base is None else self.base._asdict()}
+
+    @staticmethod
+    def from_json(record: Any) -> LayerRecord:
+        """The way back from `as_json`."""
+        fields = typed_fields(record, get_type_hints(LayerRecord) | {"form": _SavedForm}, "the record")
+        return LayerRecord(**fields | {"form": Form(*fields["form"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +137,7 @@ class AdapterRecord:
         layers = {}
         for name, layer in typed(fields["layers"], dict[str, Any], "layers").items():
             try:
-                layers[name] = typed(layer, LayerRecord, "the record")
+                layers[name] = LayerRecord.from_json(layer)
                 # A layer whose weight is tied to another module's is implicit in any configuration.
                 if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
@@ -150,8 +164,8 @@ def _check_fingerprint(name: str, value: str) -> None:
 
 
 def _check_form(form: Form) -> None:
-    check_residual(form.residual, ("implicit", "explicit", "nf4"))
-    if form.residual == "nf4":
+    check_residual(form.kind, ("implicit", "explicit", "nf4"))
+    if form.kind == "nf4":
         if form.blocksize is None or form.double_quant is None:
             raise ValueError("form: got no blocksize or double_quant; needed: both with nf4")
         check_blocksize(form.blocksize)

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 
-def check_new_folder(folder: Path, advice: str = "choose") -> None:
+def check_unused(folder: Path, instead: str = "") -> None:
     """Refuses a folder in which something could be overwritten.
 
     Args:
-        advice: what to do, up to the words "a new folder".
+        instead: another way to go on, put before "choose a new folder" in the message.
 
     Raises:
         ValueError: `folder` is a file, or is not empty.
@@ -20,8 +20,8 @@ def check_new_folder(folder: Path, advice: str = "choose") -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; needed: a new folder")
     if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ValueError(f"{folder} is not empty ({shown}) and nothing is overwritten; {advice} a new folder")
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"{folder} is not empty ({listed}) and nothing is overwritten; {instead}choose a new folder")
 
 
 class Staged:

@@ -16,9 +16,10 @@ from torch import Tensor
 from pissa.base.fingerprint import sha256
 from pissa.files.json_file import parse_json
 from pissa.files.messages import shown
+from pissa.ops.checks import FLOATS
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""The dtypes in which a file may hold numbers."""
+SAVED_FLOATS = (*FLOATS, torch.float64)
+"""The dtypes in which a file may hold real numbers."""
 
 _CHECKSUMS = "sha256"
 """The entry in a file's metadata with the SHA-256 of each tensor, in the order of their names."""
