@@ -292,7 +292,7 @@ def _check_record(source: Path, folder: LoraFolder) -> None:
         missing.discard(target)
     if missing:
         raise ValueError(f"{folder.weights.path} has factors of layer {min(missing)}, which is not in {PISSA_RECORD}")
-    if forms := {layer.form.residual for layer in record.layers.values()} - {"implicit"}:
+    if forms := {layer.form.kind for layer in record.layers.values()} - {"implicit"}:
         warnings.warn(
             f"{source} was trained on a residual that is stored as {' and '.join(sorted(forms))}: on the unmodified "
             "base the LoRA lacks the error of that storage, so it is only approximately the function that was trained",

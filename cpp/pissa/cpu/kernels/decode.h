@@ -4,7 +4,7 @@
 
 #include "pissa/core/nf4.h"
 #include "pissa/cpu/kernels.h"
-#include "pissa/cpu/vec.h"
+#include "pissa/cpu/vec/product.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {
