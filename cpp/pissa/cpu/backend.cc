@@ -12,6 +12,7 @@
 #include "pissa/core/nf4.h"
 #include "pissa/core/philox.h"
 #include "pissa/cpu/factorize.h"
+#include "pissa/cpu/kernels.h"
 
 namespace pissa::cpu {
 namespace {

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.base.codes import HoldsNf4
 from pissa.base.keeps_dtype import KeepsDtype
-from pissa.config import Form, Passes
+from pissa.config import Form
+from pissa.ops.checks import FLOATS, Passes
 
 
 class Origin(NamedTuple):
@@ -188,7 +189,7 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors that a residual of that form is kept in, by name."""
     if form.blocksize is None:
-        return {"residual": (matrix_shape, (torch.float32, torch.bfloat16, torch.float16))}
+        return {"residual": (matrix_shape, FLOATS)}
     elements = math.prod(matrix_shape)
     blocks = -(-elements // form.blocksize)
     shapes: dict[str, Expected] = {

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._check import (
+from pissa.ops._quant import Nf4Weight, check_nf4
+from pissa.ops.checks import (
     check_change_scaling,
     check_devices,
     check_factors,
@@ -14,7 +15,6 @@ from pissa.ops._check import (
     check_residual,
     check_tensor,
 )
-from pissa.ops._quant import Nf4Weight, check_nf4
 
 _OPS = torch.ops.pissa
 

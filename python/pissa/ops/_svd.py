@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._check import (
+from pissa.ops._quant import Nf4Weight, nf4_weight
+from pissa.ops.checks import (
     check_blocksize,
     check_devices,
     check_factors,
@@ -21,7 +22,6 @@ from pissa.ops._check import (
     check_weight,
     check_weight_and_bound,
 )
-from pissa.ops._quant import Nf4Weight, nf4_weight
 
 _OPS = torch.ops.pissa
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pissa.cli import demo, main
-from pissa.cli.data import Record
+from pissa.cli.data import Chat
 from pissa.cli.metrics import read_metrics
 from pissa.cli.sources import find_package, unpack_smollm2
 from tiny_model import save_tiny_model
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stor
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 
 
-def sums(source: str, seed: int) -> list[Record]:
+def sums(source: str, seed: int) -> list[Chat]:
     turns = [({"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": f"{i + 1}"}) for i in range(30)]
-    return [Record(f"{source}:{i}", list(turn)) for i, turn in enumerate(turns)]
+    return [Chat(f"{source}:{i}", list(turn)) for i, turn in enumerate(turns)]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         assert command[:3] == [sys.executable, "-m", "pissa"]
         return subprocess.CompletedProcess(command, main(command[3:]))
 
-    monkeypatch.setattr(demo, "read_records", sums)
+    monkeypatch.setattr(demo, "read_chats", sums)
     monkeypatch.setattr(demo, "unpack_smollm2", save_tiny_model)
     monkeypatch.setattr(subprocess, "run", run)
     for name, value in {"STEPS": 6, "COMPARED_STEP": 5, "RANK": 4, "NEW_TOKENS": 4, "HELD_OUT": 4}.items():

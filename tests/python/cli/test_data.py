@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pissa.cli.data import Record, read_records
+from pissa.cli.data import Chat, read_chats
 from pissa.cli.encode import IGNORED, Collator, Example, encode, prompt_and_answer
-from pissa.cli.errors import UserError
+from pissa.cli.terminal import UserError
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -64,13 +64,13 @@ def chat_tokenizer(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_form_of_a_record_is_the_same_chat(record: dict[str, Any], tmp_path: Path) -> None:
     lines = file(tmp_path, "\n" + json.dumps(record) + "\n\n" + json.dumps(record))
     listed = file(tmp_path, json.dumps([record, record], indent=1), "data.json")
-    assert read_records(lines, 0) == [Record(f"{lines}:2", TURNS), Record(f"{lines}:4", TURNS)]
-    assert read_records(listed, 0) == [Record(f"{listed}: record 1", TURNS), Record(f"{listed}: record 2", TURNS)]
+    assert read_chats(lines, 0) == [Chat(f"{lines}:2", TURNS), Chat(f"{lines}:4", TURNS)]
+    assert read_chats(listed, 0) == [Chat(f"{listed}: record 1", TURNS), Chat(f"{listed}: record 2", TURNS)]
 
 
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     lines = file(tmp_path, '{"question": "a\u2028b", "answer": "c\u0085d"}\r\n')
-    assert read_records(lines, 0)[0].messages[0]["content"] == "a\u2028b"
+    assert read_chats(lines, 0)[0].messages[0]["content"] == "a\u2028b"
 
 
 GOOD = '{"question": "q", "answer": "a"}\n'
@@ -97,7 +97,7 @@ GOOD = '{"question": "q", "answer": "a"}\n'
 def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed: str, tmp_path: Path) -> None:
     path = file(tmp_path, GOOD + GOOD + line + "\n" + GOOD)
     with pytest.raises(UserError) as refusal:
-        read_records(path, 0)
+        read_chats(path, 0)
     message = str(refusal.value)
     assert message.startswith(f"{path}:3: ")
     assert found in message
@@ -118,7 +118,7 @@ def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed
 )
 def test_a_bad_file_is_refused(name: str, text: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needed|allowed") as refusal:
-        read_records(file(tmp_path, text, name), 0)
+        read_chats(file(tmp_path, text, name), 0)
     assert found in str(refusal.value)
 
 
@@ -130,16 +130,16 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "x", "no such file"),
     ):
         with pytest.raises(UserError, match="allowed") as refusal:
-            read_records(str(source), 0)
+            read_chats(str(source), 0)
         assert found in str(refusal.value)
 
 
 def test_gsm_symbolic_ends_with_the_number_and_follows_the_seed() -> None:
     pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed")
-    records = read_records("gsm-symbolic", 3)
+    records = read_chats("gsm-symbolic", 3)
     assert len(records) == 2000
-    assert records == read_records("gsm-symbolic", 3)
-    assert records != read_records("gsm-symbolic", 4)
+    assert records == read_chats("gsm-symbolic", 3)
+    assert records != read_chats("gsm-symbolic", 4)
     for record in records:
         *work, last = record.messages[-1]["content"].split("\n")
         assert last.startswith("#### ")
@@ -150,14 +150,14 @@ def test_gsm_symbolic_ends_with_the_number_and_follows_the_seed() -> None:
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"reasoning_gym.*`pip install reasoning-gym`"):
-        read_records("gsm-symbolic", 0)
+        read_chats("gsm-symbolic", 0)
 
 
 # ---- Tokens ----
 
 
 def test_the_loss_sees_the_answer_and_its_end_token_by_token(chat_tokenizer: Any) -> None:
-    (example,) = encode([Record("", TURNS)], chat_tokenizer, 1000).examples
+    (example,) = encode([Chat("", TURNS)], chat_tokenizer, 1000).examples
     prompt = "<|user|>What is 2 + 3?<|end|>\n<|assistant|>"
     answer = "2 + 3 = 5\n#### 5<|end|>"  # without the line break that the template puts after the turn
     assert chat_tokenizer.decode(example.input_ids) == prompt + answer
@@ -172,40 +172,40 @@ def test_the_loss_sees_the_answer_and_its_end_token_by_token(chat_tokenizer: Any
 
 def test_of_a_long_chat_the_last_answer_counts(chat_tokenizer: Any) -> None:
     chat = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And 1 + 1?"}]
-    (example,) = encode([Record("", [*chat, {"role": "assistant", "content": "2"}])], chat_tokenizer, 1000).examples
+    (example,) = encode([Chat("", [*chat, {"role": "assistant", "content": "2"}])], chat_tokenizer, 1000).examples
     learned = [token for token in example.labels if token != IGNORED]
     assert chat_tokenizer.decode(learned) == "2<|end|>"
     assert "#### 5" in chat_tokenizer.decode(example.input_ids)
 
 
 def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any) -> None:
-    prompt, answer = prompt_and_answer(Record("", TURNS), tokenizer)
+    prompt, answer = prompt_and_answer(Chat("", TURNS), tokenizer)
     assert prompt == (
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:"
     )
     assert answer == "2 + 3 = 5\n#### 5</s>"
-    (example,) = encode([Record("", TURNS)], tokenizer, 1000).examples
+    (example,) = encode([Chat("", TURNS)], tokenizer, 1000).examples
     assert example.input_ids.count(tokenizer.bos_token_id) == 1
     assert example.input_ids[-1] == example.labels[-1] == tokenizer.eos_token_id
 
     with pytest.raises(UserError, match=r"f:9: .* no chat template.* found system, user, assistant"):
-        prompt_and_answer(Record("f:9", [{"role": "system", "content": "x"}, *TURNS]), tokenizer)
+        prompt_and_answer(Chat("f:9", [{"role": "system", "content": "x"}, *TURNS]), tokenizer)
 
 
 def test_an_end_token_is_added_where_the_template_has_none(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}|{% endfor %}")
-    assert prompt_and_answer(Record("", TURNS), tokenizer) == ("What is 2 + 3?|", "2 + 3 = 5\n#### 5|</s>")
+    assert prompt_and_answer(Chat("", TURNS), tokenizer) == ("What is 2 + 3?|", "2 + 3 = 5\n#### 5|</s>")
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[-1]['content'] }}")
     with pytest.raises(UserError, match=r"f:1: .*cannot be told apart"):
-        prompt_and_answer(Record("f:1", TURNS), tokenizer)
+        prompt_and_answer(Chat("f:1", TURNS), tokenizer)
 
 
 def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> None:
-    records = [Record("", TURNS), Record("", [{"role": "user", "content": "x"}, TURNS[1]])]
+    records = [Chat("", TURNS), Chat("", [{"role": "user", "content": "x"}, TURNS[1]])]
     whole = encode(records, chat_tokenizer, 1000)
     assert (whole.cut, whole.dropped) == (0, 0)
     prompt_length = whole.examples[0].labels.count(IGNORED)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pissa.cli.plot import Curve, plot_losses, smoothed
-from pissa.cli.table import format_table
+from pissa.cli.terminal import format_table
 
 
 def pixels(path: Path) -> np.ndarray:

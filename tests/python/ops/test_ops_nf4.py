@@ -5,7 +5,6 @@ Bytes made by bitsandbytes itself are compared in tests/cpp (golden vectors).
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from devices import fetch, put
-from pissa import _C, ops
+from pissa import ops
 
 LEVELS = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -173,43 +172,6 @@ def test_dequantize_refuses_other_dtypes() -> None:
 )
 def test_opcheck(op: str, args: tuple[object, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
-
-
-# ---- numpy entry points ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.cpu_only
-def test_numpy_entry_points_are_the_same_core() -> None:
-    weight = np.random.default_rng(0).standard_normal((40, 70), dtype=np.float32)
-    for passes in ({"passes": 4}, {}):
-        u, s, vh = _C.svd_lowrank(weight, 5, **passes, seed=3)
-        expected = ops.svd_lowrank(torch.from_numpy(weight), 5, **passes, seed=3)
-        for got, want in zip((u, s, vh.T), expected, strict=True):
-            assert np.array_equal(got, want.numpy())
-    codes, absmax = _C.nf4_quantize(weight, 128)
-    quantized = ops.nf4_quantize(torch.from_numpy(weight), blocksize=128, double_quant=False)
-    assert np.array_equal(codes, quantized.codes.numpy())
-    assert np.array_equal(absmax, quantized.absmax.numpy())
-    assert np.array_equal(_C.nf4_dequantize(codes, absmax, 40, 70, 128), ops.nf4_dequantize(quantized).numpy())
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda w: _C.svd_lowrank(w[0], 2), "weight: got 1 dimensions"),
-        (lambda w: _C.svd_lowrank(w, 9), "r: got 9"),
-        (lambda w: _C.svd_lowrank(w, 2, passes=3), "passes: got 3"),
-        (lambda w: _C.svd_lowrank(w * np.float32("nan"), 2), "weight: contains NaN or Inf"),
-        (lambda w: _C.nf4_quantize(w, 63), "blocksize: got 63"),
-        (
-            lambda w: _C.nf4_dequantize(np.zeros(3, np.uint8), np.ones(1, np.float32), 4, 4),
-            "codes, absmax: got 3 and 1",
-        ),
-    ],
-)
-def test_numpy_entry_points_refuse_bad_arguments(call: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(np.ones((8, 6), np.float32))
 
 
 @pytest.mark.parametrize("residual", ["explicit", "nf4"])

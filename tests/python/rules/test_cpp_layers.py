@@ -29,6 +29,7 @@ SYSTEM = ["sanitizer/*", "math.h", "pthread.h", "sys/mman.h", "ucontext.h", "uni
 
 # Who may include what; see the table in CONTRIBUTING.md. The first pattern that matches a file's path counts.
 LAYERS: list[tuple[str, list[str]]] = [
+    ("cpp/pissa/pissa.h", ["pissa/core/*", "pissa/cpu/*"]),
     ("cpp/pissa/core/", ["pissa/core/*"]),
     ("cpp/pissa/cpu/factorize.cc", ["pissa/core/*", "pissa/cpu/*", "Eigen/*"]),
     ("cpp/pissa/cpu/vec/", ["pissa/core/*", "pissa/cpu/vec/*", "immintrin.h"]),
@@ -46,7 +47,7 @@ LAYERS: list[tuple[str, list[str]]] = [
         ["tests/cpp/cuda_sim", "support/*", "gtest/*", *SYSTEM],
     ),
     ("tests/cpp/", ["pissa/*", "support/*", "tests/cpp/cuda_sim", "gtest/*", *SYSTEM]),
-    ("bench/", ["pissa/*", "bench", "cuda_runtime.h", "benchmark/*"]),
+    ("bench/cpp/", ["pissa/*", "bench/cpp", "cuda_runtime.h", "benchmark/*"]),
 ]
 
 

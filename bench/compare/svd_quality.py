@@ -1,14 +1,15 @@
-"""Energy that pissa.ops.svd_lowrank loses with passes="auto", beside torch.svd_lowrank with niter=16, and its time.
+"""The energy that pissa.ops.svd_lowrank loses with passes="auto", beside torch.svd_lowrank with niter=16; its time.
 
-    python bench/svd_quality.py --json bench/results/svd_quality.json  # half an hour on one core
-    python bench/svd_quality.py --size 512 --seeds 1                   # does it run?
+    python -m bench.compare.svd_quality --json bench/results/svd_quality.json  # half an hour on one core
+    python -m bench.compare.svd_quality --size 512 --seeds 1                   # does it run?
 
-A weight is U diag(s) V^T of random orthogonal U and V, s_i = i^-p: its best rank-r part is known without an SVD. The
-loss is (||S_r||^2 - ||projection||^2) / ||S_r||^2 for the projection of the weight on the r columns found for U, or for
-V, whichever loses more. U's loss is that of U diag(S) V^T. Each entry is the median over the seeds of the sketch.
+A weight is U diag(s) V^T with random orthogonal U and V and s_i = i^-p, so its best rank-r part needs no SVD. The loss
+is (||S_r||^2 - ||projection||^2) / ||S_r||^2. The projection is that of the weight on the r columns found for U, or for
+V, whichever loses more; U's loss is the loss of U diag(S) V^T. Each entry is the median over the seeds of the sketch.
 
-Time is processor time of `split`, "auto" and 8 passes in turns, one thread on one core: the median of the ratios. Exit
-status 1: "auto" loses more than torch + 1e-5, or, up to rank 64, takes more than 1.25 times as long as 8 passes.
+Time is the processor time of `split`, with "auto" and with 8 passes in turns, on one thread of one core: the median of
+the ratios. Exit status 1: "auto" loses more than torch + 1e-5, or, up to rank 64, takes more than 1.25 times as long as
+8 passes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ ALLOWED_TIME = 1.25  # of 8 passes
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare.svd_quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--size", type=int, default=2048, help="rows and columns of the weight (2048)")
     parser.add_argument("--seeds", type=int, default=5, help="sketches per entry (5)")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of timed calls (15)")

@@ -13,13 +13,13 @@ from statistics import median
 
 import bitsandbytes as bnb
 import torch
-from interleave import Call, Case, Clock, MismatchError, Result, Row, agree, relative_error, require
-from peers import bnb_linear, lora_layer
-from rows_linear import BFLOAT16_BOUND, Layer
 from torch import Tensor
 from torch.nn.functional import linear
-from weights import energy
 
+from bench.compare.interleave import Call, Case, Clock, MismatchError, Result, Row, agree, relative_error, require
+from bench.compare.peers import bnb_linear, lora_layer
+from bench.compare.rows_linear import BFLOAT16_BOUND, Layer
+from bench.compare.weights import energy
 from pissa import ops
 
 R = 64

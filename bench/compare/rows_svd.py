@@ -7,11 +7,11 @@ from functools import partial
 
 import bitsandbytes as bnb
 import torch
-from interleave import Case, Row, relative_error, require
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
-from weights import bfloat16_weight, energy_loss, fewest_passes
 
+from bench.compare.interleave import Case, Row, relative_error, require
+from bench.compare.weights import bfloat16_weight, energy_loss, fewest_passes
 from pissa import ops
 
 PASSES = range(2, 34, 2)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from interleave import Case, Row, agree, relative_error, require
-from peers import lora_layers, lora_on_dense, lora_on_nf4
 from torch import Tensor, nn
-from weights import energy, fewest_passes, language_model
 
 import pissa
+from bench.compare.interleave import Case, Row, agree, relative_error, require
+from bench.compare.peers import lora_layers, lora_on_dense, lora_on_nf4
+from bench.compare.weights import energy, fewest_passes, language_model
 from pissa.layers.layer import pissa_layers
 
 R = 16

@@ -7,12 +7,12 @@ from functools import partial
 
 import bitsandbytes as bnb
 import torch
-from interleave import Case, Row, agree, require
-from peers import bnb_linear, is_repacked, lora_layer
 from torch import Tensor
 from torch.nn.functional import linear
-from weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
 
+from bench.compare.interleave import Case, Row, agree, require
+from bench.compare.peers import bnb_linear, is_repacked, lora_layer
+from bench.compare.weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
 from pissa import ops
 
 # Each bfloat16 result below is a sum of at most three terms that a side may round on the way (weight, x A^T, low-rank

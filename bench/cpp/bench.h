@@ -23,6 +23,7 @@
 #include "pissa/core/types.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 
 namespace pissa::bench {
 

@@ -1,12 +1,12 @@
-"""Speed on a GPU beside torch, PEFT and bitsandbytes: checked first, then both sides in turns; see bench/gpu.sh.
+"""Speed on a GPU beside torch, PEFT and bitsandbytes. Every row is checked, then both sides are timed in turns.
 
-    python bench/gpu.py --json bench/results/card.json     # everything, minutes
-    python bench/gpu.py --rows decoding                    # rows that contain one of these
-    python bench/gpu.py --device cpu --quick               # does it run? Ratios mean nothing
+    python -m bench.gpu.measure --json bench/results/card.json     # everything, minutes
+    python -m bench.gpu.measure --rows decoding                    # rows that contain one of these
+    python -m bench.gpu.measure --device cpu --quick               # does it run? The ratios mean nothing
 
-Times are the GPU's, between events, with cold caches, and queued beforehand, so that what a call costs the CPU is left
-out on both sides; the start of a model is timed by the wall clock. Written to the file after every row. Exit status 1:
-a row failed, which its last column explains, or was not begun in time. A goal that is missed is not a failure.
+Times are the GPU's, between events, with cold caches. Calls are queued beforehand, so that neither side pays for its
+CPU time; the start of a model is timed by the wall clock. The file is written after every row. Exit status 1: a row
+failed, and its last column says why, or was not begun in time. A missed goal is no failure.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interleave import Clock, CudaClock, HostClock, Result, quartiles, run
+
+from bench.compare.interleave import Clock, CudaClock, HostClock, Result, quartiles, run
 
 COLUMNS = "work | against | goal | peer / ours (quartiles) | ours, ms | peer, ms"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only rows that contain one of these")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of measurements per row (15)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
@@ -75,7 +78,7 @@ def machine(options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 
 def peaks(clock: Clock) -> dict[str, float]:
-    """What the card can do at most, measured: copying 1 GiB within its memory, and one large bfloat16 product."""
+    """Measures the limits of the card: a copy of 1 GiB within its memory, and one large bfloat16 product."""
     source, target = torch.zeros(2, 1 << 30, dtype=torch.uint8, device="cuda")
     copy_ms = statistics.median(clock(lambda: target.copy_(source), 5) for _ in range(5))
     a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
@@ -84,8 +87,8 @@ def peaks(clock: Clock) -> dict[str, float]:
 
 
 def work(options: argparse.Namespace, clock: Clock) -> Iterator[tuple[str, Callable[[], Result]]]:
-    """Names of the rows, and what measures them. Rows against what is in the table first come first."""
-    from rows_gpu import gpu_rows, start_of_a_model
+    """Yields the name of each row and the function that measures it."""
+    from bench.gpu.rows import gpu_rows, start_of_a_model
 
     for row in gpu_rows(256 if options.quick else 4096, options.device, clock):
         yield f"{row.work} | {row.against}", lambda row=row: run(row, options.pairs, clock)

