@@ -16,7 +16,8 @@ from torch import nn
 import architecture_checks as checks
 import pissa
 from architectures import GROUPED, TEXT, Architecture, _model, _text
-from one_layer import change_a_little
+from language_models import TWO_FORMS as FORMS
+from oracle import change_a_little
 from pissa.layers.layer import pissa_layers
 from reference import EPS
 
@@ -45,7 +46,6 @@ FAMILIES = {
         set(),
     ),
 }
-FORMS = {"dense": {}, "nf4": {"quant": "nf4"}}
 SAID = "ignore:target_modules is 'all-linear':UserWarning"
 STORED = "ignore:The residual of the base is stored as:UserWarning"
 pytestmark = pytest.mark.filterwarnings(STORED)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import language_models
 import pissa
 from pissa.base.fingerprint import fingerprint
 from pissa.distributed import rank, world_size
@@ -36,9 +37,7 @@ QUIET = (
 )
 
 FORMS: dict[str, dict[str, Any]] = {
-    "implicit": {},
-    "explicit": {"residual": "explicit"},
-    "nf4": {"quant": "nf4"},
+    **language_models.FORMS,
     "nf4 in bfloat16": {"quant": "nf4", "quant_storage": "bfloat16"},
     "nf4 in float32": {"quant": "nf4", "quant_storage": "float32"},
     "dora": {"use_dora": True},
