@@ -48,9 +48,9 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     """
     if config.init == "given":
         raise ValueError(
-            "init='given' marks an adapter whose factors came from elsewhere, and cannot start one. To copy an adapter: "
-            "model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the adapter "
-            "with any other init, then call peft.set_peft_model_state_dict"
+            "init='given' marks an adapter whose factors came from elsewhere, and cannot start one. To copy an "
+            "adapter: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
+            "adapter with any other init, then call peft.set_peft_model_state_dict"
         )
     layers = pissa_layers(model, adapter_name)
     stored = _to_store(model, layers, config, first)
@@ -196,8 +196,8 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
 
 
 def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
-    """The layers, in order, in groups. A group is on one device, and has at most `_GROUP` elements a thread (`_GPU_GROUP`
-    on a GPU) or a single layer."""
+    """The layers, in order, in groups. A group is on one device. It has at most `_GROUP` elements a thread, on a GPU
+    `_GPU_GROUP` elements, or it is a single larger layer."""
     group: dict[str, PissaLayer] = {}
     size = 0
     group_device = None
