@@ -15,18 +15,10 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.fingerprint import is_fingerprint
-from pissa.base.stored import (
-    Deltas,
-    Expected,
-    Origin,
-    StartFactors,
-    StoredLinear,
-    residual_from,
-    residual_shapes,
-    residual_tensors,
-)
-from pissa.base.weights import execution_device, is_offloaded
+from pissa.base.fingerprint import is_fingerprint, would_be
+from pissa.base.start import Deltas, Origin, StartFactors
+from pissa.base.stored import Expected, residual_from, residual_of, residual_shapes, residual_tensors
+from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
 from pissa.files.hub import adapter_folder
@@ -141,7 +133,7 @@ class Checkpoint:
             key = next((key for key, table in new.items() if table.is_of(layer)), "")
             self._check_base(name, layer, key, others.get(key), residuals.get(name))
             fresh = alone and adapter_name not in layer.lora_start
-            if not (fresh and layer.form == IMPLICIT):
+            if not (fresh and layer.base.form == IMPLICIT):
                 self._check_form(name, layer)
         tensors = {
             name: self._read_layer(name, *pair, layers[name].origin(adapter_name, self.config))
@@ -269,13 +261,13 @@ class Checkpoint:
                 )
             return
         if weight is not None:
-            if not layer.weight_is(weight, record.weight):
-                dtype = layer.unmerged_base.weight.dtype
+            if not would_be(record.weight, layer.base, weight):
+                dtype = layer.base.parameter.dtype
                 raise ValueError(
                     f"{self.weights.path}: tensor {key!r} is, in the model's {dtype}, not the weight that layer {name} "
                     "was trained on: load the model in a dtype that holds it without loss, or take the file from a copy"
                 )
-        elif not layer.base_is(record.weight):
+        elif not layer.fingerprints.weight_is(layer.base, record.weight):
             raise ValueError(
                 f"the model is not the base that {self.folder} was trained on; the first layer that differs is "
                 f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -284,12 +276,13 @@ class Checkpoint:
             )
 
     def _check_form(self, name: str, layer: PissaLayer) -> None:
-        record = self.records[name]
-        base = layer.unmerged_base
-        if layer.form != record.form or (isinstance(base, StoredLinear) and not layer.residual_is(record.stored)):
+        record, base = self.records[name], layer.base
+        if base.form != record.form or (
+            base.form != IMPLICIT and not layer.fingerprints.residual_is(base, record.stored)
+        ):
             raise ValueError(
                 f"{self.folder} was trained on another base function: the residual of layer {name} was "
-                f"{record.form.describe()} and is {layer.form.describe()} in this model, or has other "
+                f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "
                 "values. Load the folder onto an unmodified base of its own with from_pretrained"
             )
 
@@ -334,14 +327,14 @@ class Checkpoint:
         record = self.records[name]
         device = layer.device_of(adapter_name)
         exact = True
-        if record.form != layer.form:
+        if record.form != layer.base.form:
             base = tensors.base.to(device)
             if residual is None:
-                residual = layer.residual(base, record.form)
+                residual = residual_of(layer.base.matrix(), base, record.form)
             else:
-                layer.learn_base_fingerprint(record.weight)
+                layer.fingerprints.learn_weight(layer.base, record.weight)
             layer.store_base(residual, base, self.config)
-            exact = layer.residual_is(record.stored)
+            exact = layer.fingerprints.residual_is(layer.base, record.stored)
         layer.share_start(adapter_name, tensors.start.to(device))
         for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
             if delta is not None and saved is not None:
@@ -370,8 +363,8 @@ class Checkpoint:
 
     def _residual(self, name: str, layer: PissaLayer) -> Tensor | Nf4Weight | None:
         """The residual that the layer's base, which is dense, is to be replaced by, where the folder has it."""
-        record, device = self.records[name], execution_device(layer.unmerged_base)
-        if record.form == layer.form or not (keys := self._residual_shapes(name, layer)):
+        record, device = self.records[name], layer.base.device
+        if record.form == layer.base.form or not (keys := self._residual_shapes(name, layer)):
             return None
         parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
         return residual_from(parts, record.form, layer.matrix_shape)

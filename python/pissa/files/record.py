@@ -17,11 +17,12 @@ from peft import LoraConfig
 from torch import Tensor
 
 import pissa
-from pissa.base.stored import Origin, StoredLinear
-from pissa.config import IMPLICIT, Form, Init, PissaConfig, default_of
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Origin
+from pissa.config import IMPLICIT, Form, PissaConfig, default_of
 from pissa.files.json_file import read_json, shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops.checks import check_blocksize, check_residual, check_scaling, check_svd
+from pissa.ops.checks import check_blocksize, check_choice, check_residual, check_scaling
 
 FORMAT = 2
 """What is written. Format 1, whose fingerprints are SHA-256, is read too."""
@@ -73,27 +74,33 @@ class LayerRecord:
                 raise ValueError("base: got an origin; needed: null where form is implicit")
             _check_rank("base.r", self.base.r)
             check_scaling(self.base.scaling, "base.scaling")
-            check_svd(self.base.svd, self.base.svd_passes, self.base.seed)
-            if self.base.init not in get_args(Init):
-                raise ValueError(f"base.init: got {shown(self.base.init)}; allowed: {', '.join(get_args(Init))}")
+            _check_identity(dict(self.base.identity))
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
-        """What is to be written of a layer. `gathered`: see `PissaLayer.base_fingerprint`."""
-        base, start = layer.unmerged_base, layer.start_of(adapter_name)
-        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(gathered), IMPLICIT)
-        if not isinstance(base, StoredLinear):
-            return record
-        return dataclasses.replace(
-            record,
-            form=layer.form,
-            stored=layer.residual_fingerprint(gathered),
-            base=None if base.start is start else base.start.origin,
+        """What is to be written of a layer. `gathered`: see `Fingerprints`."""
+        base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        return LayerRecord(
+            start.origin.r,
+            start.origin.scaling,
+            known.of_weight(base, gathered),
+            base.form,
+            stored=None if base.start is None else known.of_residual(base, gathered),
+            base=None if base.start in (None, start) else base.start.origin,
         )
+
+    @staticmethod
+    def from_json(value: Any) -> LayerRecord:
+        """The way back from `as_json`."""
+        record = _typed(value, dict[str, Any], "the record")
+        found: LayerRecord = _typed(record | {"base": None}, LayerRecord, "the record")
+        if record.get("base") is None:
+            return found
+        return dataclasses.replace(found, base=_origin_from_json(record["base"], found.form))
 
     def as_json(self) -> dict[str, Any]:
         record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
-        return record | {"base": None if self.base is None else self.base._asdict()}
+        return record | {"base": None if self.base is None else _origin_as_json(self.base)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +145,7 @@ class AdapterRecord:
         layers = {}
         for name, layer in _typed(fields["layers"], dict[str, Any], "layers").items():
             try:
-                layers[name] = _typed(layer, LayerRecord, "the record")
+                layers[name] = LayerRecord.from_json(layer)
                 # Implicit: the layer's weight is tied to another module's.
                 if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
@@ -260,6 +267,33 @@ def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
 def _config_fields() -> list[dataclasses.Field[Any]]:
     """What a configuration is made of; `runtime_config` is of one process."""
     return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
+
+
+_ORIGIN = {"r": int, "scaling": float, "init": str, "adalora": bool}
+
+
+def _origin_as_json(origin: Origin) -> dict[str, Any]:
+    return {name: getattr(origin, name) for name in _ORIGIN} | dict(origin.identity)
+
+
+def _origin_from_json(value: Any, form: Form) -> Origin:
+    """The way back from `_origin_as_json`. pissa 0.1.0 did not write the format that LoftQ's start depends on: it was
+    the base's own form."""
+    fields = _typed(value, dict[str, Any], "base")
+    check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
+    names, hints = INIT_METHODS[fields["init"]].fields, get_type_hints(PissaConfig)
+    defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}
+    fields = {name: default for name, default in defaults.items() if name in names} | fields
+    found = _fields(fields, _ORIGIN | {name: hints[name] for name in names}, "base")
+    return Origin(**{name: found[name] for name in _ORIGIN}, identity=tuple((name, found[name]) for name in names))
+
+
+def _check_identity(fields: dict[str, Any]) -> None:
+    """Raises ValueError, naming the field, if a configuration cannot have these fields."""
+    try:
+        PissaConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"base.{error}") from None
 
 
 def _check_rank(name: str, r: int) -> None:

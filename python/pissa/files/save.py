@@ -25,8 +25,9 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.stored import StoredLinear, residual_tensors
-from pissa.base.weights import whole
+from pissa.base.protocol import whole
+from pissa.base.stored import residual_tensors
+from pissa.config import IMPLICIT
 from pissa.distributed import check_whole
 from pissa.files.plain_lora import PREFIX, lora_config
 from pissa.files.record import AdapterRecord, LayerRecord
@@ -63,23 +64,24 @@ def save_adapter(
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        start, base = layer.start_of(adapter_name), layer.unmerged_base
+        start, kept = layer.start_of(adapter_name), layer.base.start
         starts[f"{name}.a0"] = start.a0
         if config.use_adalora:
             deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
             starts |= {f"{name}.delta_a": deltas.a, f"{name}.delta_e": cast(Tensor, deltas.e)}
         if config.use_dora:
             starts[f"{name}.norm"] = layer.magnitude(adapter_name).base_lengths
-        if isinstance(base, StoredLinear) and base.start is not start:
-            starts |= {f"{name}.base.a0": base.start.a0, f"{name}.base.b0": base.start.b0}
+        if kept is not None and kept is not start:
+            starts |= {f"{name}.base.a0": kept.a0, f"{name}.base.b0": kept.b0}
     gathered = {name: (state_dict or {}).get(f"{PREFIX}{name}.base_layer.weight") for name in layers}
     if with_vocabulary:
         found = vocabulary(model, adapter_name)
         lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
         stored = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
         for name, layer in layers.items():
-            if id(layer.unmerged_base) in stored:  # its dense weight cannot be had again
-                parts = residual_tensors(whole(layer.unmerged_base, gathered[name]).residual)
+            if id(layer.base.module) in stored:  # its dense weight cannot be had again
+                residual = whole(layer.base, gathered[name]).residual
+                parts = {} if residual is None else residual_tensors(residual)
                 starts |= {f"{name}.base.{part}": tensor for part, tensor in parts.items()}
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     record = AdapterRecord(config, records)
@@ -128,10 +130,12 @@ def warn_of_plain_lora(model: PissaModel) -> None:
     """Says, once for each model, where the plain LoRA is not the function that was trained."""
     if model.warned_of_plain_lora:
         return
+    layers = pissa_layers(model.base_model.model)
+    bases = [layer.base for layer in layers.values()]
     forms = {
-        module.form.kind
-        for module in model.modules()
-        if isinstance(module, StoredLinear) and not (module.form.kind == "explicit" and module.dtype == torch.float32)
+        base.form.kind
+        for base in bases
+        if base.form != IMPLICIT and not (base.form.kind == "explicit" and base.dtype == torch.float32)
     }
     if forms:
         model.warned_of_plain_lora = True
@@ -144,9 +148,7 @@ def warn_of_plain_lora(model: PissaModel) -> None:
             stacklevel=3,
         )
     unlike_peft = [
-        name
-        for name, module in model.base_model.model.named_modules()
-        if isinstance(module, PissaConvolution) and not module.is_peft_compatible
+        name for name, layer in layers.items() if isinstance(layer, PissaConvolution) and not layer.is_peft_compatible
     ]
     if unlike_peft:
         model.warned_of_plain_lora = True

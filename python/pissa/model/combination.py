@@ -15,7 +15,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from torch import Tensor, nn
 
 from pissa import distributed
-from pissa.base.stored import StartFactors
+from pissa.base.start import StartFactors
 from pissa.config import PissaConfig, exactly
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import Spectrum

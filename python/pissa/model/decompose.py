@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import distributed
-from pissa.base.init_methods import Factors, start_factors
-from pissa.base.stored import Origin, StartFactors
-from pissa.base.weights import execution_device
+from pissa.base.fingerprint import Fingerprints
+from pissa.base.init_methods import INIT_METHODS, Factors, start_factors
+from pissa.base.protocol import Base
+from pissa.base.start import Origin, StartFactors
+from pissa.base.stored import residual_of
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import leave_out
@@ -46,9 +48,9 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         ValueError: naming the layer: NaN or Inf in its weight, or a form that it cannot have; or a model or a
             configuration that is not the same on all ranks.
     """
-    if config.init == "given":
+    if INIT_METHODS[config.init].needs:
         raise ValueError(
-            "init='given' marks an adapter whose factors came from elsewhere, and cannot start one. To copy an "
+            f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy an "
             "adapter: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
             "adapter with any other init, then call peft.set_peft_model_state_dict"
         )
@@ -60,17 +62,18 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     if distributed.world_size() > 1:
         _check_same_on_all_ranks(layers, starts, config)
-        _share_fingerprints(layers, PissaLayer.base_fingerprint, PissaLayer.learn_base_fingerprint)
+        _share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
     for name, (a0, b0) in _factors(unknown, adapter_name, origins, config, progressbar):
         starts[name] = StartFactors(a0, b0, origins[name])
     for name, layer in layers.items():
         if name in stored:
-            layer.store_base(layer.residual(starts[name], config.form), starts[name], config)
+            residual = residual_of(layer.base.matrix(), starts[name], config.form)
+            layer.store_base(residual, starts[name], config)
         layer.start_from(adapter_name, starts[name])
     if distributed.world_size() > 1:
-        kept = {name: layer for name, layer in layers.items() if layer.form != IMPLICIT}
-        _share_fingerprints(kept, PissaLayer.residual_fingerprint, PissaLayer.learn_residual_fingerprint)
+        kept = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
+        _share_fingerprints(kept, Fingerprints.of_residual, Fingerprints.learn_residual)
 
 
 def _factors(
@@ -87,7 +90,7 @@ def _factors(
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=len(mine), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
         for group in _groups(mine):
-            weights = [layer.dense_base() for layer in group.values()]
+            weights = [layer.base.matrix() for layer in group.values()]
             found = start_factors(weights, [origins[name] for name in group], config, list(group))
             factors |= zip(group, found, strict=True)
             if bar is not None:
@@ -104,7 +107,7 @@ def _factors(
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
     """Raises ValueError on every rank if any rank's model or config differs from rank 0's, or it already holds start
     factors for other layers."""
-    mine = {name: (_checksum(layer.unmerged_base.weight), name in starts) for name, layer in layers.items()}
+    mine = {name: (_checksum(layer.base.parameter), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
@@ -130,15 +133,21 @@ def _checksum(weight: Tensor) -> tuple[tuple[int, ...], int | None]:
 
 
 def _share_fingerprints(
-    layers: dict[str, PissaLayer], compute: Callable[[PissaLayer], str], learn: Callable[[PissaLayer, str], None]
+    layers: dict[str, PissaLayer],
+    compute: Callable[[Fingerprints, Base], str],
+    learn: Callable[[Fingerprints, Base, str], None],
 ) -> None:
     """Computes the layers' fingerprints, each on one rank, and gives all of them to every rank. Hashing takes longer
     than decomposing on a GPU, and saving, on one rank alone, needs them when the weights may be sharded."""
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
-    mine = {name: compute(layers[name]) for name, owner in owners.items() if owner == distributed.rank()}
+    mine = {
+        name: compute(layers[name].fingerprints, layers[name].base)
+        for name, owner in owners.items()
+        if owner == distributed.rank()
+    }
     for found in distributed.agree(mine):
         for name, value in found.items():
-            learn(layers[name], value)
+            learn(layers[name].fingerprints, layers[name].base, value)
 
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
@@ -154,19 +163,19 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     stored, tied = set(), []
     for name, layer in layers.items():
-        if config.form in (IMPLICIT, layer.form):
+        if config.form in (IMPLICIT, layer.base.form):
             continue
         if not isinstance(layer, PissaLinear):
             raise ValueError(
-                f"layer {name} is a {type(layer.unmerged_base).__name__}, whose base stays as it is and cannot become "
+                f"layer {name} is a {type(layer.base.module).__name__}, whose base stays as it is and cannot become "
                 f"{config.form.describe()}; {leave_out(name)}"
             )
-        if layer.form == IMPLICIT and uses[id(layer.unmerged_base.weight)] > 1:
+        if layer.base.form == IMPLICIT and uses[id(layer.base.parameter)] > 1:
             tied.append(name)
             continue
-        if not first or layer.form != IMPLICIT:
+        if not first or layer.base.form != IMPLICIT:
             raise ValueError(
-                f"the base of layer {name} is {layer.form.describe()} and cannot become "
+                f"the base of layer {name} is {layer.base.form.describe()} and cannot become "
                 f"{config.form.describe()}: other adapters are changes of the function that it has. "
                 "Leave quant and residual out, and the adapter takes the base as it is"
             )
@@ -183,7 +192,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
 
 
 def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
-    quantised = [name for name, layer in layers.items() if isinstance(layer, PissaLinear) and layer.is_quantised]
+    quantised = [name for name, layer in layers.items() if layer.base.is_quantised]
     if config.form != IMPLICIT and quantised:
         warnings.warn(
             f"bitsandbytes has quantised {len(quantised)} of {len(layers)} layers already, {quantised[0]} the first. "
@@ -203,7 +212,7 @@ def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
     group_device = None
     for name, layer in layers.items():
         elements = math.prod(layer.matrix_shape)
-        device = execution_device(layer.unmerged_base)
+        device = layer.base.device
         limit = _GROUP * torch.get_num_threads() if device.type == "cpu" else _GPU_GROUP
         if group and (size + elements > limit or device != group_device):
             yield group

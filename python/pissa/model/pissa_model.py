@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -18,7 +17,6 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from pissa.base.codes import HoldsNf4
 from pissa.config import PissaConfig
 from pissa.distributed import failing_together, is_sharded
 from pissa.files.hub import adapter_folder, refuse_unsupported
@@ -26,6 +24,7 @@ from pissa.files.load import Checkpoint
 from pissa.files.save import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.layers.experts import fuse
+from pissa.layers.layer import pissa_layers
 from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
@@ -192,9 +191,8 @@ class PissaModel(MendedPeftModel):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The numbers of trainable parameters and of all parameters. An element in 4 bits counts as a parameter."""
         trainable, total = super().get_nb_trainable_parameters()
-        for module in self.modules():
-            if isinstance(module, HoldsNf4):
-                total += math.prod(module.matrix_shape) - module.weight.numel()
+        for layer in pissa_layers(self.base_model.model).values():
+            total += layer.base.numel - layer.base.parameter.numel()
         return trainable, total
 
     def save_pretrained(

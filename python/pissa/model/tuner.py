@@ -16,8 +16,8 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from pissa.base.stored import StartFactors, StoredLinear
-from pissa.config import PissaConfig, PissaType
+from pissa.base.start import StartFactors
+from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, sharded_as
 from pissa.files.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.layers.layer import pissa_layers
@@ -174,10 +174,11 @@ def unguard_state_dict(base: nn.Module) -> None:
 def _refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
     if prefix:
         return
-    for name, module in base.named_modules():
-        if isinstance(module, StoredLinear):
+    for name, layer in pissa_layers(base).items():
+        form = layer.base.form
+        if form != IMPLICIT:
             raise ValueError(
-                f"the base has no state dict of its own: {name} keeps a residual stored as {module.form.describe()}, "
+                f"the base has no state dict of its own: {name} keeps a residual stored as {form.describe()}, "
                 "not its weight. Take the state dict of the PissaModel, which has all of it, or the base's after "
                 "model.unload(), as dense weights"
             )
