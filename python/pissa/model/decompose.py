@@ -50,8 +50,8 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     """
     if INIT_METHODS[config.init].needs:
         raise ValueError(
-            f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy an "
-            "adapter: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
+            f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy "
+            "one: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
             "adapter with any other init, then call peft.set_peft_model_state_dict"
         )
     layers = pissa_layers(model, adapter_name)
