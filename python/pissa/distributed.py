@@ -101,7 +101,7 @@ def _gather(value: object, error: str | None) -> list[tuple[Any, str | None]]:
 
 
 def owners(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The rank that works on each item. The largest items come first, each goes to the rank with the least to do."""
+    """The rank that works on each item. The largest are given out first, each to the rank with least to do so far."""
     loads, found = [0] * world_size(), {}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
         found[name] = loads.index(min(loads))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pissa.base.keeps_dtype import KeepsDtype
+from pissa.ops.low_rank import join_difference
 
 
 class Origin(NamedTuple):
@@ -58,7 +58,7 @@ class StartFactors(KeepsDtype):
     def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
         da, db = (delta.float() for delta in self.change(deltas))
-        return torch.cat([self.a0 + da, da]), torch.cat([db, self.b0], dim=1)
+        return join_difference(self.a0 + da, da, db, self.b0)
 
     def values_and_vectors(self) -> tuple[Tensor, Tensor]:
         """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""

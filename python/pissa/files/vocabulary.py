@@ -1,14 +1,15 @@
-"""The base's own weights of the vocabulary, written with an adapter: rows that `resize_token_embeddings` adds are
-random, so whoever resizes the base anew has others."""
+"""The base's own embeddings and output layer, written with an adapter. `resize_token_embeddings` adds random rows, so
+resizing the base again would not give the same ones."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -18,25 +19,23 @@ from pissa.base.protocol import whole
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
 from pissa.distributed import sharded_as
-from pissa.files.plain_lora import PREFIX
+from pissa.files.peft_layout import PREFIX
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
-
-if TYPE_CHECKING:
-    from pissa.model.pissa_model import PissaModel
+from pissa.notices import NoEmbeddingsWarning, UnknownVocabularyWarning
 
 
 @dataclass(frozen=True)
 class VocabularyTensor:
-    """A parameter of the input embeddings or of the output layer, dense or, of a weight, stored as a residual."""
+    """A parameter of the input embeddings or of the output layer. A weight may be stored as a residual."""
 
     module: nn.Module
     name: str
     """"weight" or "bias"."""
     state_key: str
-    """In the state dict of the model."""
+    """Its name in the model's state dict."""
     tokens: TrainableTokensLayer | None
-    """The layer that trains some rows of it."""
+    """The layer that trains some of its rows."""
 
     @property
     def is_stored(self) -> bool:
@@ -45,7 +44,7 @@ class VocabularyTensor:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter; of a stored weight, what has its shape and dtype."""
+        """The parameter; for a stored weight, a meta tensor of its shape and dtype."""
         base = base_of(self.module)
         if self.name == "weight" and base.start is not None:
             return torch.empty(len(base.start.b0), base.start.a0.shape[1], dtype=base.dtype, device="meta")
@@ -57,7 +56,7 @@ class VocabularyTensor:
         return self.name == "weight" and (base.module is self.module or base.parameter is self.module.weight)
 
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
-        """What the base has, on the CPU, adapters merged or not: from a state dict where that has been gathered.
+        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered.
 
         Raises:
             ValueError: the parameter is sharded, and not in the state dict.
@@ -69,7 +68,7 @@ class VocabularyTensor:
             if self.name == "bias":
                 return cast(Tensor, self.module.bias).detach().cpu()
             base = whole(base_of(self.module), gathered)
-            value = base_of(base.restored()).parameter.detach() if self.is_stored else base.parameter.detach()
+            value = (base_of(base.restored()) if self.is_stored else base).parameter.detach()
             if self.tokens is not None:
                 value = self.tokens.unmerged(value)
             return value.cpu()
@@ -82,7 +81,7 @@ class VocabularyTensor:
             self.tokens.learn_originals()
 
 
-def vocabulary(model: PissaModel, adapter_name: str) -> dict[str, VocabularyTensor]:
+def vocabulary(model: PeftModel, adapter_name: str) -> dict[str, VocabularyTensor]:
     """The parameters of the input embeddings and the output layer, by their names in PEFT's file of the adapter."""
     base = model.base_model.model
     names = {id(module): name for name, module in base.named_modules()}
@@ -111,8 +110,7 @@ def _embeddings(base: Any) -> Iterator[nn.Module]:
 
 
 def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, TrainableTokensLayer | None]:
-    """The base's own module in one that has adapters; what PEFT's file calls it, after the outer one's name, and the
-    layer that trains tokens."""
+    """What PEFT's file has behind the module's name, the base's own module in it, and the layer that trains tokens."""
     infix, inner, tokens, is_of_the_adapter = "", module, None, False
     if isinstance(module, PissaLayer):
         infix, inner, is_of_the_adapter = ".base_layer", module.base.module, adapter_name in module.r
@@ -134,10 +132,11 @@ def _is_dense(module: Any) -> bool:
     return not base.is_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
 
-def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
-    """Whether the vocabulary's weights are written with the adapter: if that is asked for, or, with "auto", if the
-    vocabulary has another size than in the files that the base was loaded from, or if these are not at hand and the
-    adapter changes it.
+def is_to_be_saved(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
+    """Whether the vocabulary's weights are written with the adapter.
+
+    With "auto" they are if the vocabulary has another size than in the files that the base was loaded from. If these
+    are not at hand, they are if the adapter changes the vocabulary.
 
     Raises:
         ValueError: `save_embedding_layers` is something else.
@@ -145,7 +144,7 @@ def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: 
     if save_embedding_layers is True and not vocabulary(model, adapter_name):
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
-            UserWarning,
+            NoEmbeddingsWarning,
             stacklevel=4,
         )
     if isinstance(save_embedding_layers, bool):
@@ -167,13 +166,13 @@ def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: 
         warnings.warn(
             f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
             "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
-            UserWarning,
+            UnknownVocabularyWarning,
             stacklevel=4,
         )
     return False
 
 
-def _base_name(model: PissaModel, adapter_name: str) -> str:
+def _base_name(model: PeftModel, adapter_name: str) -> str:
     name = getattr(model.base_model.model, "name_or_path", None)
     return str(name or model.peft_config[adapter_name].base_model_name_or_path or "")
 

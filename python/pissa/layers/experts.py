@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
 
-# What the weights of an expert were called before they were fused, and still are in lists of targets.
-_FORMER_NAMES = {
-    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
-    "down_proj": ({"w2"},),
-}
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""The names of fused weights, in the order in which transformers registers them."""
 
+FORMER_NAMES = {
+    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
+    "down_proj": ({"w2"}, {"down_proj"}),
+}
+"""The names that the weights of an expert had before they were fused, and still have in lists of targets."""
 
 # Experts whose outputs transformers sums in float32, whatever the model computes in.
 _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExperts")
@@ -109,7 +111,8 @@ class UnfusedExperts(nn.Module):
 
 
 def _weight_names(fused: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if fused.has_gate else "up_proj", "down_proj")
+    gate_up, up, down = WEIGHTS
+    return (gate_up if fused.has_gate else up, down)
 
 
 # ---- Unfusing a model ------------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def _with_present_names(targets: Any) -> Any:
     if isinstance(targets, str):
         return targets
     present = set(targets)
-    for name, former in _FORMER_NAMES.items():
+    for name, former in FORMER_NAMES.items():
         if any(names <= present for names in former):
             present.add(name)
     return present

@@ -23,6 +23,7 @@ from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
+from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft
 
@@ -66,7 +67,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         warnings.warn(
             f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
             "target_modules or exclude_modules.",
-            UserWarning,
+            AllLinearWarning,
             stacklevel=5,  # the caller of pissa.wrap, or of add_adapter
         )
 

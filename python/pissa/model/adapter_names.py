@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pissa.files.json_file import shown
+from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
 
 # Parts of the names of parameters in a model with adapters, and the word for "no adapter" in adapter_names.

@@ -24,6 +24,7 @@ from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
+from pissa.notices import RequantizedWarning, TiedWeightWarning
 
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
 # enough for the bar to move, and for the memory of the dense weights (float32, 16 MB) that stored bases give.
@@ -185,7 +186,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
             f"the weight of layer {', '.join(tied)} is tied to another module's, so it stays dense and its adapter is "
             f"implicit, while other layers keep a residual, {config.form.describe()}. Untie the weight to have it "
             "stored, or leave the layer out.",
-            UserWarning,
+            TiedWeightWarning,
             stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
         )
     return stored
@@ -199,14 +200,14 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
             f"Each is dequantised and split, and its residual stored as {config.form.describe()}, which rounds a "
             "second time: the base is no longer quite the function that bitsandbytes computes. Leave quant and "
             "residual out, and the adapter takes the quantised weights as they are; or load the model in 16 bits.",
-            UserWarning,
+            RequantizedWarning,
             stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
         )
 
 
 def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
-    """The layers, in order, in groups. A group is on one device. It has at most `_GROUP` elements a thread, on a GPU
-    `_GPU_GROUP` elements, or it is a single larger layer."""
+    """The layers, in order, in groups. A group is on one device, and has at most `_GROUP` elements a thread
+    (`_GPU_GROUP` on a GPU) or a single layer."""
     group: dict[str, PissaLayer] = {}
     size = 0
     group_device = None

@@ -15,6 +15,7 @@ from pissa.layers.experts import unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import pissa_layers
 from pissa.layers.tokens import mend_token_layers
+from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
 
 
@@ -31,7 +32,7 @@ def warn_of_dropout(config: PissaConfig) -> None:
         warnings.warn(
             f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to the input "
             "of the change only, not to the principal part that the adapter starts from.",
-            UserWarning,
+            DropoutWarning,
             stacklevel=3,
         )
 

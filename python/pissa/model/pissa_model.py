@@ -19,9 +19,11 @@ from torch import nn
 
 from pissa.config import PissaConfig
 from pissa.distributed import failing_together, is_sharded
+from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder, refuse_unsupported
-from pissa.files.load import Checkpoint
-from pissa.files.save import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
+from pissa.files.load import restore
+from pissa.files.pissa_layout import ADAPTER_FILES
+from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.layers.experts import fuse
 from pissa.layers.layer import pissa_layers
@@ -296,7 +298,7 @@ class PissaModel(MendedPeftModel):
             wrapped = model_class(checkpoint.config)(
                 model, checkpoint.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
-            checkpoint.restore(wrapped, adapter_name)
+            restore(checkpoint, wrapped, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -335,12 +337,12 @@ class PissaModel(MendedPeftModel):
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
         checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         if known:
-            checkpoint.restore(self, adapter_name)
+            restore(checkpoint, self, adapter_name)
         else:
             checkpoint.config.inference_mode = not is_trainable
             with checkpoint.blamed(), restored_on_error(self):
                 self._inject(adapter_name, checkpoint.config, autocast_adapter_dtype)
-                checkpoint.restore(self, adapter_name)
+                restore(checkpoint, self, adapter_name)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         if not is_trainable:

@@ -19,8 +19,10 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, sharded_as
-from pissa.files.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
+from pissa.files.peft_layout import PREFIX, FactorTensors, Matrices, is_of_a_layer, magnitude_key
+from pissa.files.plain_lora import factors_of
 from pissa.layers.layer import pissa_layers
+from pissa.ops.low_rank import split_difference
 from pissa.peft_private import LoraTuner
 
 
@@ -113,7 +115,7 @@ class PissaTuner(LoraTuner):
         return found
 
 
-def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[Factors], state_dict: Mapping[str, Tensor]) -> bool:
+def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the factors in a state dict have these ranks; False if they have twice these.
 
     Raises:
@@ -124,7 +126,7 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[Factors], state_dict: 
     for times in (1, 2):
         needed: dict[str, tuple[int, ...]] = {}
         for part in parts:
-            needed |= part.shapes(times * ranks[next(iter(part.layers))])
+            needed |= part.shapes(times * ranks[part.layers[0]])
         if found == needed:
             return times == 1
         misfits.append({key: shape for key, shape in needed.items() if found.get(key) != shape})
@@ -143,10 +145,9 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
     Raises:
         ValueError: the factors do not hold this start.
     """
-    r, device = len(start.a0), start.a0.device
-    a, b = a.to(device), b.to(device)
-    da, db = a[r:], b[:, :r]
-    if not (torch.equal(a[:r], start.a0 + da) and torch.equal(b[:, r:], start.b0)):
+    device = start.a0.device
+    upper, da, db, b0 = split_difference(a.to(device), b.to(device))
+    if not (torch.equal(upper, start.a0 + da) and torch.equal(b0, start.b0)):
         raise ValueError(
             f"the state dict does not fit the adapter: in layer {name} it is of twice the rank, but not [A ; dA] and "
             "[dB | B0] with this adapter's start factors, in float32. To have another adapter beside this one: "

@@ -29,7 +29,7 @@ from one_layer import (
     filled,
     wrap,
 )
-from pissa import ops
+from pissa import notices, ops
 from pissa.base.kinds import base_of
 from pissa.base.weights import is_offloaded
 from pissa.layers import PissaLinear
@@ -114,7 +114,7 @@ def test_an_offloaded_model_is_saved_restored_merged_and_unloaded(
     train(model, tokens)
     trained = logits(model, tokens)
     if form == "nf4":
-        with pytest.warns(UserWarning, match="The residual of the base is stored as nf4"):
+        with pytest.warns(notices.InexactLoraWarning, match="stored as nf4"):
             model.save_pretrained(tmp_path / "saved")
     else:
         model.save_pretrained(tmp_path / "saved")

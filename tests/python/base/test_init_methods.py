@@ -18,7 +18,7 @@ from pissa.files.record import checksum
 from pissa.layers.layer import pissa_layers
 
 Q = "model.layers.0.self_attn.q_proj"
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def test_the_configuration_offers_the_registry() -> None:
@@ -28,9 +28,8 @@ def test_the_configuration_offers_the_registry() -> None:
         assert dict(method.identity(PissaConfig())) == fields
 
 
-@pytest.mark.filterwarnings(
-    "ignore:the weight of layer .* is tied:UserWarning", "ignore:Model has `tie_word_emb:UserWarning"
-)
+@pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> None:
     """On a tied weight, which stays dense beside any form."""
     fields = {"r": 4, "quant": "nf4", "init": "loftq", "target_modules": ["lm_head"]}

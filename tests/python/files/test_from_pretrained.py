@@ -18,9 +18,9 @@ from torch import Tensor
 import pissa
 from language_models import FORMS, Make, assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
-from pissa.files.save import ADAPTER_FILES
+from pissa.files.pissa_layout import ADAPTER_FILES
 
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -20,7 +20,7 @@ import pissa
 from architectures import ARCHITECTURES, Architecture
 from pissa.layers.layer import pissa_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 

@@ -66,7 +66,7 @@ def inputs(kind: str) -> Tensor:
     return put(torch.randn(*((2, IN, 4, 5) if kind == "convolution" else (3, 5, IN)), generator=generator))
 
 
-@pytest.mark.filterwarnings("ignore:lora_dropout=0.3. the paper trains PiSSA without dropout:UserWarning")
+@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_every_variant_of_every_kind(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:

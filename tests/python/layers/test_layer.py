@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import devices
 import pissa
 from devices import put
-from pissa import ops
+from pissa import notices, ops
 from pissa.base.stored import QuantizedLinear, StoredLinear
 from pissa.layers import PissaLinear
 
@@ -291,7 +291,7 @@ def test_delta_weight(form: str) -> None:
 
 @forms
 def test_dropout_touches_only_the_change(form: str) -> None:
-    with pytest.warns(UserWarning, match=r"lora_dropout=0.5: the paper trains PiSSA without dropout"):
+    with pytest.warns(notices.DropoutWarning, match=r"lora_dropout=0.5: the paper trains PiSSA without dropout"):
         model = wrapped(form, lora_dropout=0.5)
     layer, x = model.base_model.model.proj, inputs(64)
     model.train()

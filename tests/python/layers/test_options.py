@@ -39,7 +39,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, both": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}),
 }
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
     # PEFT cannot know that a tied weight is left alone here.
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),

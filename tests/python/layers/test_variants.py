@@ -20,7 +20,7 @@ from pissa.layers.layer import pissa_layers
 from reference import EPS, power_law
 
 VARIANTS = {"dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def one_layer(fields: dict[str, object], bias: bool = True, **sizes: int) -> tuple[nn.Module, nn.Linear]:

@@ -16,7 +16,7 @@ import architecture_checks as checks
 from architectures import ARCHITECTURES, FORMS, RELOADED, SUPPORTED
 
 supported = pytest.mark.parametrize(("name", "form"), SUPPORTED)
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 @supported

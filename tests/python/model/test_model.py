@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pissa
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, notices
 from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
 
@@ -444,7 +444,7 @@ def test_tied_head_is_adapted_without_touching_the_embeddings(tiny_llama: Make, 
 @pytest.mark.parametrize("form", ["explicit", "nf4"])
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
-@pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+@pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 def test_a_tied_weight_stays_dense_beside_stored_ones(
     form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -452,9 +452,9 @@ def test_a_tied_weight_stays_dense_beside_stored_ones(
     base = make()
     embeddings = base.model.embed_tokens.weight
     config = PissaConfig(r=4, target_modules=["lm_head", "q_proj", "down_proj"], **FORMS[form])
-    with pytest.warns(UserWarning, match="the weight of layer lm_head is tied to another module's") as caught:
+    with pytest.warns(notices.TiedWeightWarning, match="the weight of layer lm_head is tied") as caught:
         model = pissa.wrap(base, config)
-    assert sum("tied to another" in str(entry.message) for entry in caught) == 1
+    assert sum(entry.category is notices.TiedWeightWarning for entry in caught) == 1
     head = model.base_model.model.lm_head
     assert head.base_layer.weight is base.model.embed_tokens.weight is embeddings
     assert {layer.base.form.kind for layer in layers(model) if layer is not head} == {form}
@@ -467,7 +467,7 @@ def test_a_tied_weight_stays_dense_beside_stored_ones(
     again = PissaModel.from_pretrained(make(), tmp_path)
     assert torch.equal(logits(again, tokens), expected)
     assert again.base_model.model.lm_head.base_layer.weight is again.base_model.model.model.embed_tokens.weight
-    with pytest.warns(UserWarning, match="the weight of layer lm_head is tied"):
+    with pytest.warns(notices.TiedWeightWarning, match="the weight of layer lm_head is tied"):
         again.add_adapter("second", config)
     again.set_adapter("second")
     assert torch.equal(logits(again, tokens), before)
@@ -479,7 +479,7 @@ def test_a_tied_weight_stays_dense_beside_stored_ones(
 def test_linear_layers_that_share_a_weight_stay_dense() -> None:
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("one", "two", "other")})
     model["two"].weight = model["one"].weight
-    with pytest.warns(UserWarning, match="the weight of layer one, two is tied"):
+    with pytest.warns(notices.TiedWeightWarning, match="the weight of layer one, two is tied"):
         wrapped = pissa.wrap(model, r=2, quant="nf4")
     assert [layer.base.form.kind for layer in layers(wrapped)] == ["implicit", "implicit", "nf4"]
     assert model["one"].base_layer.weight is model["two"].base_layer.weight

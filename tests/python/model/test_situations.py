@@ -22,7 +22,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 import pissa
 from devices import on_cpu, put
 from language_models import Make, assert_same, error, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, notices
 from pissa.base.start import StartFactors
 from reference import EPS, assert_close
 from tiny_model import save_tiny_model
@@ -378,7 +378,7 @@ def test_situation_16_dropout(tiny_llama: Make, tokens: Tensor) -> None:
     """PEFT 0.21 takes lora_dropout without a warning and drops parts of the principal components, too (relative error
     of the logits 0.31 at the start, in training mode); here it warns, and dropout touches the change only."""
     expected = logits(tiny_llama().train(), tokens)
-    with pytest.warns(UserWarning, match=r"lora_dropout=0\.1: the paper trains PiSSA without dropout"):
+    with pytest.warns(notices.DropoutWarning, match=r"lora_dropout=0\.1: the paper trains PiSSA without dropout"):
         model = pissa.wrap(tiny_llama(), r=4, lora_dropout=0.1)
     model.train()
     assert torch.equal(logits(model, tokens), expected)

@@ -28,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
 }
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def trained(make: Make, tokens: Tensor, form: str) -> pissa.PissaModel:

@@ -23,7 +23,7 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from reference import EPS, assert_close
 
 forms = pytest.mark.parametrize("form", FORMS)
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(20, 14),

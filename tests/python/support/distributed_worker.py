@@ -27,11 +27,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pissa
+from pissa import notices
 from pissa.base.fingerprint import fingerprint
 from pissa.distributed import rank, world_size
 
 QUIET = (
-    ("The residual of the base is stored as", UserWarning),
+    ("", notices.InexactLoraWarning),
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),
 )
 

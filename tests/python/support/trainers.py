@@ -22,7 +22,7 @@ and 97 logits. In another order of summation the results differ by TERMS u, u = 
 
 QUIET = (
     # An nf4 adapter says, when it is saved, what the plain LoRA beside it lacks.
-    "ignore:The residual of the base is stored as:UserWarning",
+    "ignore::pissa.notices.InexactLoraWarning",
     # transformers 5 has renamed gradient checkpointing to activation checkpointing, and calls itself by the old names.
     "ignore:`gradient_checkpointing.*is deprecated:FutureWarning",
 )
