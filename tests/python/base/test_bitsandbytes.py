@@ -23,13 +23,11 @@ from one_layer import (
     assert_function_and_gradients,
     assert_merges,
     assert_output,
-    change_a_little,
-    deltas64,
     filled,
     unit_error,
-    weight64,
     wrap,
 )
+from oracle import change_a_little, deltas64, weight64
 from pissa import notices, ops
 from pissa.base.bitsandbytes import BnbLinear4bit, from_bitsandbytes, nf4_from_state, to_bitsandbytes
 from pissa.base.stored import QuantizedLinear, ResidualLinear

@@ -16,8 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 import pissa
 from devices import fetch, put
 from language_models import FORMS, assert_same, error, logits, snapshot
-from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
-from one_layer import deltas64, weight64
+from mixtures import EXPERTS, KINDS, R, expert_layers, fused_parameters, make
+from oracle import change_all, deltas64, weight64
 from pissa import ops
 from pissa.base.stored import QuantizedLinear
 from pissa.layers.experts import UnfusedExperts, unfused_experts

@@ -15,8 +15,8 @@ from torch import Tensor
 import pissa
 from devices import fetch, put
 from language_models import FORMS, error, logits, train
-from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
-from one_layer import change_a_little
+from mixtures import EXPERTS, KINDS, R, expert_layers, fused_parameters, make
+from oracle import change_a_little, change_all
 from pissa import notices
 from pissa.layers.layer import pissa_layers
 from reference import EPS

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 import pissa
 from devices import current, put
 from language_models import error
-from one_layer import OneLayer, adapted, assert_comes_back, change_a_little, filled, wrap
+from one_layer import OneLayer, adapted, assert_comes_back, filled, wrap
+from oracle import change_a_little
 from reference import EPS
 
 with warnings.catch_warnings():

@@ -16,7 +16,8 @@ from torch import nn
 import architecture_checks as checks
 import pissa
 from architectures import GROUPED, TEXT, Architecture, _model, _text
-from one_layer import change_a_little
+from language_models import TWO_FORMS as FORMS
+from oracle import change_a_little
 from pissa import notices
 from pissa.layers.layer import pissa_layers
 from reference import EPS
@@ -46,7 +47,6 @@ FAMILIES = {
         set(),
     ),
 }
-FORMS = {"dense": {}, "nf4": {"quant": "nf4"}}
 SAID = "ignore::pissa.notices.AllLinearWarning"
 STORED = "ignore::pissa.notices.InexactLoraWarning"
 pytestmark = pytest.mark.filterwarnings(STORED)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pissa
 from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, snapshot
-from one_layer import change_a_little
+from oracle import change_a_little
 from pissa import PissaModel
 from pissa.base.codes import HoldsCodes
 from pissa.base.fingerprint import Fingerprints, fingerprint

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import language_models
 import pissa
 from pissa import notices
 from pissa.base.fingerprint import fingerprint
@@ -37,9 +38,7 @@ QUIET = (
 )
 
 FORMS: dict[str, dict[str, Any]] = {
-    "implicit": {},
-    "explicit": {"residual": "explicit"},
-    "nf4": {"quant": "nf4"},
+    **language_models.FORMS,
     "nf4 in bfloat16": {"quant": "nf4", "quant_storage": "bfloat16"},
     "nf4 in float32": {"quant": "nf4", "quant_storage": "float32"},
     "dora": {"use_dora": True},

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-FORMS: dict[str, dict[str, str]] = {"implicit": {}, "nf4": {"quant": "nf4"}}
-"""Fields of PissaConfig: a base that stays as it is, and one in 4 bits."""
+from language_models import TWO_FORMS as FORMS
 
 forms = pytest.mark.parametrize("form", FORMS)
 
