@@ -10,6 +10,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pissa.base.protocol import Base, whole
+from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded
 
 _XXH3 = "xxh3:"
@@ -76,7 +78,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 class Remembered:
     """The fingerprint of a frozen weight, computed when it is first asked for: hashing a large model takes seconds, and
-    a run saves many checkpoints of one base. What `fully_shard` has distributed keeps the one from before."""
+    a run saves many checkpoints of one base. After `fully_shard`, the value from before is kept."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int, torch.dtype] | None = None
@@ -96,3 +98,65 @@ class Remembered:
 def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
     """Differs when the values do; the version counts changes in place."""
     return weight.data_ptr(), weight._version, weight.dtype
+
+
+class Fingerprints:
+    """What is known of a layer's base: the fingerprint of its weight as it was given to us, a matrix, and that of the
+    residual that a stored base keeps. `gathered`, below, is the whole parameter of the base's module: it is read if
+    that is sharded, and was when the fingerprint was first asked for.
+
+    Raises:
+        ValueError: a fingerprint is asked for that is not known, of a sharded weight.
+    """
+
+    def __init__(self) -> None:
+        self._weight, self._residual = Remembered(), Remembered()
+
+    def of_weight(self, base: Base, gathered: Tensor | None = None) -> str:
+        """The fingerprint of the weight."""
+        return base.fingerprint or self._weight.of(base.parameter, lambda: fingerprint(whole(base, gathered).matrix()))
+
+    def of_residual(self, base: Base, gathered: Tensor | None = None) -> str:
+        """The fingerprint of what a stored base keeps."""
+        return self._residual.of(base.parameter, lambda: fingerprint(*_kept(whole(base, gathered))))
+
+    def learn_weight(self, base: Base, value: str) -> None:
+        """Takes what `of_weight` is in another process."""
+        self._weight.learn(base.parameter, value)
+
+    def learn_residual(self, base: Base, value: str) -> None:
+        """Takes what `of_residual` is in another process."""
+        self._residual.learn(base.parameter, value)
+
+    def weight_is(self, base: Base, recorded: str) -> bool:
+        """Whether the weight has this fingerprint, XXH3 or SHA-256. The SHA-256 of a weight that a stored base has
+        replaced is not known: the answer is yes then, and `residual_is` decides."""
+        if not is_sha256(recorded):
+            return self.of_weight(base) == recorded
+        _check_whole(base)
+        return base.fingerprint is not None or is_fingerprint(recorded, base.matrix())
+
+    def residual_is(self, base: Base, recorded: str | None) -> bool:
+        """Whether what a stored base keeps has this fingerprint, XXH3 or SHA-256."""
+        if recorded is None or not is_sha256(recorded):
+            return self.of_residual(base) == recorded
+        _check_whole(base)
+        return is_fingerprint(recorded, *_kept(base))
+
+
+def would_be(recorded: str, base: Base, weight: Tensor) -> bool:
+    """Whether a dense base will have this fingerprint, XXH3 or SHA-256, once its module has this weight."""
+    return is_fingerprint(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
+
+
+def _kept(base: Base) -> list[Tensor]:
+    assert base.residual is not None
+    return list(residual_tensors(base.residual).values())
+
+
+def _check_whole(base: Base) -> None:
+    if is_sharded(base.parameter):
+        raise ValueError(
+            "the base weight is sharded, and the folder knows it by its SHA-256 (format 1), of all its values: "
+            "load the folder before the model is sharded; saved again, it has format 2"
+        )

@@ -18,12 +18,14 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.weights import weight_matrix
+from pissa.base.kinds import base_of
+from pissa.base.protocol import Base
 from pissa.conversion.delta_weight import DeltaWeight
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import first_line
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices
 from pissa.notices import UncertainStartWarning
+from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum
 
 INITIAL_FOLDER = "pissa_init"
@@ -91,12 +93,12 @@ def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -
         raise ValueError(
             f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
         )
-    modules = {target: _module(source, base, target) for target in source.factors}
-    _check_untied(base, modules)
+    bases = {target: _base(source, base, target) for target in source.factors}
+    _check_untied(base, bases)
     starts, doubts = {}, {}
-    for target, module in tqdm(modules.items(), desc="PiSSA init") if progressbar else modules.items():
-        if not isinstance(module, nn.Embedding):
-            starts[target], doubt = _aligned_start(source, target, weight_matrix(module))
+    for target, found in tqdm(bases.items(), desc="PiSSA init") if progressbar else bases.items():
+        if found.kind is not nn.Embedding:
+            starts[target], doubt = _aligned_start(source, target, found.matrix())
             if doubt > _DOUBT:
                 doubts[target] = doubt
     if doubts:
@@ -116,28 +118,28 @@ def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -
 _DOUBT = 0.01
 
 
-def _module(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> nn.Module:
+def _base(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> Base:
     try:
         module = model.get_submodule(target)
     except AttributeError:
         raise ValueError(
             f"{source.weights.path}: the {what} has no layer {target}; is it the one that the adapter was trained on?"
         ) from None
-    if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+    base, (a, b) = base_of(module), source.matrices(target)[0]
+    if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
         raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
-    (a, b), shape = source.matrices(target)[0], tuple(weight_matrix(module).shape)
-    weight = cast(Tensor, module.weight)
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or shape != (len(b), a.shape[1]):
+    weight, shape = base.parameter, (len(b), a.shape[1])
+    if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
         raise ValueError(
             f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
-            f"{[len(b), a.shape[1]]} as a matrix, from which the adapter comes"
+            f"{list(shape)} as a matrix, from which the adapter comes"
         )
-    return module
+    return base
 
 
-def _check_untied(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    adapted = {id(module.weight): target for target, module in modules.items() if not isinstance(module, nn.Embedding)}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
+def _check_untied(model: nn.Module, bases: Mapping[str, Base]) -> None:
+    adapted = {id(base.parameter): target for target, base in bases.items() if base.kind is not nn.Embedding}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         target = adapted.get(id(parameter))
         if target is not None and name != f"{target}.weight":
             raise ValueError(
@@ -205,7 +207,7 @@ def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn
     """
     for target, (a0, b0) in starts.items():
         kept, weight = (
-            weight_matrix(_module(initial, model, target, what)).detach().cpu()
+            _base(initial, model, target, what).matrix().detach().cpu()
             for model, what in ((residual, "residual model"), (base, "base"))
         )
         rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)

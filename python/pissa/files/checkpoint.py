@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.base.stored import Deltas, Origin, StartFactors
+from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.config import PissaConfig
 from pissa.files.config_json import read_config_alone
 from pissa.files.hub import adapter_folder

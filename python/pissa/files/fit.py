@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pissa.base.fingerprint import is_fingerprint
-from pissa.base.stored import StoredLinear, residual_tensors
+from pissa.base.fingerprint import is_fingerprint, would_be
+from pissa.base.stored import residual_tensors
 from pissa.base.weights import is_offloaded
+from pissa.config import IMPLICIT
 from pissa.files.checkpoint import Checkpoint
 from pissa.files.messages import shown
 from pissa.files.peft_layout import FactorTensors, magnitude_key
@@ -153,14 +154,14 @@ def check_base(
             )
     elif weight is not None:
         key, value = weight
-        if not layer.weight_is(value, record.weight):
-            dtype = layer.unmerged_base.weight.dtype
+        if not would_be(record.weight, layer.base, value):
+            dtype = layer.base.parameter.dtype
             raise ValueError(
                 f"{checkpoint.weights.path}: tensor {key!r} is, in the model's {dtype}, not the weight that layer "
                 f"{name} was trained on: load the model in a dtype that holds it without loss, or take the file from a "
                 "copy"
             )
-    elif not layer.base_is(record.weight):
+    elif not layer.fingerprints.weight_is(layer.base, record.weight):
         raise ValueError(
             f"the model is not the base that {checkpoint.folder} was trained on; the first layer that differs is "
             f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
@@ -175,11 +176,10 @@ def check_form(checkpoint: Checkpoint, name: str, layer: PissaLayer) -> None:
     Raises:
         ValueError: it has another form, or another residual.
     """
-    record = checkpoint.records[name]
-    base = layer.unmerged_base
-    if layer.form != record.form or (isinstance(base, StoredLinear) and not layer.residual_is(record.stored)):
+    record, base = checkpoint.records[name], layer.base
+    if base.form != record.form or (base.form != IMPLICIT and not layer.fingerprints.residual_is(base, record.stored)):
         raise ValueError(
             f"{checkpoint.folder} was trained on another base function: the residual of layer {name} was "
-            f"{record.form.describe()} and is {layer.form.describe()} in this model, or has other "
+            f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "
             "values. Load the folder onto an unmodified base of its own with from_pretrained"
         )

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.weights import execution_device, is_offloaded
+from pissa.base.stored import residual_of
+from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, sharded_as
 from pissa.files.checkpoint import Checkpoint, LayerTensors
@@ -60,7 +61,7 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         weight = next(((key, others[key]) for key, table in new.items() if table.is_of(layer)), None)
         check_base(checkpoint, name, layer, weight, residuals.get(name))
         is_fresh = alone and adapter_name not in layer.lora_start
-        if not (is_fresh and layer.form == IMPLICIT):
+        if not (is_fresh and layer.base.form == IMPLICIT):
             check_form(checkpoint, name, layer)
     tensors = _layer_tensors(checkpoint, factors, layers, adapter_name)
 
@@ -94,9 +95,9 @@ def _residuals(checkpoint: Checkpoint, layers: Mapping[str, PissaLayer]) -> dict
     """The residuals in the folder that dense bases are to be replaced by."""
     found = {}
     for name, layer in layers.items():
-        record, device = checkpoint.records[name], execution_device(layer.unmerged_base)
-        if record.form != layer.form:
-            residual = read_stored(name, record, layer.matrix_shape, checkpoint.starts, device)
+        record = checkpoint.records[name]
+        if record.form != layer.base.form:
+            residual = read_stored(name, record, layer.matrix_shape, checkpoint.starts, layer.base.device)
             if residual is not None:
                 found[name] = residual
     return found
@@ -126,14 +127,14 @@ def _restore_layer(
     record = checkpoint.records[name]
     device = layer.device_of(adapter_name)
     exact = True
-    if record.form != layer.form:
+    if record.form != layer.base.form:
         base = tensors.base.to(device)
         if residual is None:
-            residual = layer.residual(base, record.form)
+            residual = residual_of(layer.base.matrix(), base, record.form)
         else:
-            layer.learn_base_fingerprint(record.weight)
+            layer.fingerprints.learn_weight(layer.base, record.weight)
         layer.store_base(residual, base, checkpoint.config)
-        exact = layer.residual_is(record.stored)
+        exact = layer.fingerprints.residual_is(layer.base, record.stored)
     layer.share_start(adapter_name, tensors.start.to(device))
     for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
         if delta is not None and saved is not None:

@@ -19,7 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pissa.base.stored import Expected, StoredLinear, residual_from, residual_shapes, residual_tensors
+from pissa.base.protocol import Base
+from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
 from pissa.config import PissaConfig
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from pissa.files.record import LayerRecord
@@ -42,10 +43,10 @@ def start_tensors(
         name: the layer's in the (unwrapped) model.
         state: the model's state dict, from which AdaLoRA's differences are taken.
     """
-    start, base = layer.start_of(adapter_name), layer.unmerged_base
+    start, kept = layer.start_of(adapter_name), layer.base.start
     parts = {"a0": start.a0}
-    if isinstance(base, StoredLinear) and base.start is not start:
-        parts |= {"base.a0": base.start.a0, "base.b0": base.start.b0}
+    if kept is not None and kept is not start:
+        parts |= {"base.a0": kept.a0, "base.b0": kept.b0}
     if config.use_adalora:
         deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
         parts |= {"delta_a": deltas.a, "delta_e": cast(Tensor, deltas.e)}
@@ -69,8 +70,11 @@ def start_shapes(
     return {f"{name}.{part}": shape for part, shape in parts.items()}
 
 
-def stored_tensors(name: str, residual: Tensor | Nf4Weight) -> dict[str, Tensor]:
-    """The tensors of a layer's residual."""
+def stored_tensors(name: str, base: Base) -> dict[str, Tensor]:
+    """The tensors of the residual that a layer's base keeps."""
+    residual = base.residual
+    if residual is None:
+        return {}
     return {f"{name}.base.{part}": tensor for part, tensor in residual_tensors(residual).items()}
 
 

@@ -47,7 +47,7 @@ def lora_config(
 ) -> LoraConfig:
     """The configuration of the plain LoRA."""
     lora = config.as_lora()
-    lora.fan_in_fan_out = any(isinstance(layer.unmerged_base, Conv1D) for layer in layers.values())
+    lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
     if not experts and not rewritten_by_peft(lora, model):
         return lora

@@ -8,18 +8,19 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.stored import Origin, StoredLinear
-from pissa.config import IMPLICIT, Form, Init, PissaConfig
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Origin
+from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.files.config_json import SIZE_LIMIT, config_as_json, config_from_json
 from pissa.files.json_file import blaming, read_json, typed, typed_fields
 from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops.checks import check_blocksize, check_residual, check_scaling, check_svd
+from pissa.ops.checks import check_blocksize, check_choice, check_residual, check_scaling
 
 FORMAT = 2
 """The format that is written. Format 1, whose fingerprints are SHA-256, is read too."""
@@ -65,34 +66,33 @@ class LayerRecord:
                 raise ValueError("base: got an origin; needed: null if form is implicit")
             _check_rank("base.r", self.base.r)
             check_scaling(self.base.scaling, "base.scaling")
-            check_svd(self.base.svd, self.base.svd_passes, self.base.seed)
-            if self.base.init not in get_args(Init):
-                raise ValueError(f"base.init: got {shown(self.base.init)}; allowed: {', '.join(get_args(Init))}")
+            _check_identity(dict(self.base.identity))
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
-        """The record of a layer as it is. `gathered`: see `PissaLayer.base_fingerprint`."""
-        base, start = layer.unmerged_base, layer.start_of(adapter_name)
-        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(gathered), IMPLICIT)
-        if not isinstance(base, StoredLinear):
-            return record
-        return dataclasses.replace(
-            record,
-            form=layer.form,
-            stored=layer.residual_fingerprint(gathered),
-            base=None if base.start is start else base.start.origin,
+        """The record of a layer as it is. `gathered`: see `Fingerprints`."""
+        base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        return LayerRecord(
+            start.origin.r,
+            start.origin.scaling,
+            known.of_weight(base, gathered),
+            base.form,
+            stored=None if base.start is None else known.of_residual(base, gathered),
+            base=None if base.start in (None, start) else base.start.origin,
         )
 
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
         record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
-        return record | {"base": None if self.base is None else self.base._asdict()}
+        return record | {"base": None if self.base is None else _origin_as_json(self.base)}
 
     @staticmethod
     def from_json(record: Any) -> LayerRecord:
         """The way back from `as_json`."""
-        fields = typed_fields(record, get_type_hints(LayerRecord) | {"form": _SavedForm}, "the record")
-        return LayerRecord(**fields | {"form": Form(*fields["form"])})
+        hints = get_type_hints(LayerRecord) | {"form": _SavedForm, "base": dict[str, Any] | None}
+        fields = typed_fields(record, hints, "the record")
+        form, base = Form(*fields["form"]), fields["base"]
+        return LayerRecord(**fields | {"form": form, "base": None if base is None else _origin_from_json(base, form)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,32 @@ class AdapterRecord:
 def checksum(record: Mapping[str, Any]) -> str:
     """SHA-256 of the fields of pissa.json besides its checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+_ORIGIN = {"r": int, "scaling": float, "init": str, "adalora": bool}
+
+
+def _origin_as_json(origin: Origin) -> dict[str, Any]:
+    return {name: getattr(origin, name) for name in _ORIGIN} | dict(origin.identity)
+
+
+def _origin_from_json(fields: dict[str, Any], form: Form) -> Origin:
+    """The way back from `_origin_as_json`. pissa 0.1.0 did not write the format that LoftQ's start depends on: it was
+    the base's own form."""
+    check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
+    names, hints = INIT_METHODS[fields["init"]].fields, get_type_hints(PissaConfig)
+    defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}
+    fields = {name: default for name, default in defaults.items() if name in names} | fields
+    found = typed_fields(fields, _ORIGIN | {name: hints[name] for name in names}, "base")
+    return Origin(**{name: found[name] for name in _ORIGIN}, identity=tuple((name, found[name]) for name in names))
+
+
+def _check_identity(fields: dict[str, Any]) -> None:
+    """Raises ValueError, naming the field, if a configuration cannot have these fields."""
+    try:
+        PissaConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"base.{error}") from None
 
 
 def _check_rank(name: str, r: int) -> None:

@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.stored import StoredLinear
-from pissa.base.weights import whole
+from pissa.base.protocol import whole
+from pissa.config import IMPLICIT
 from pissa.distributed import check_whole
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, start_tensors, stored_tensors
@@ -55,8 +55,8 @@ def save_adapter(
         lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
         stored = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
         for name, layer in layers.items():
-            if id(layer.unmerged_base) in stored:  # its dense weight cannot be had again
-                starts |= stored_tensors(name, whole(layer.unmerged_base, gathered[name]).residual)
+            if id(layer.base.module) in stored:  # its dense weight cannot be had again
+                starts |= stored_tensors(name, whole(layer.base, gathered[name]))
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     record = AdapterRecord(config, records)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
@@ -105,18 +105,18 @@ def warn_of_plain_lora(model: PeftModel) -> None:
     """Warns, once for each PissaModel, if the plain LoRA is elsewhere not the function that was trained."""
     if model.warned_of_plain_lora:
         return
+    layers = pissa_layers(model.base_model.model)
+    bases = [layer.base for layer in layers.values()]
     forms = {
-        module.form.kind
-        for module in model.modules()
-        if isinstance(module, StoredLinear) and not (module.form.kind == "explicit" and module.dtype == torch.float32)
+        base.form.kind
+        for base in bases
+        if base.form != IMPLICIT and not (base.form.kind == "explicit" and base.dtype == torch.float32)
     }
     if forms:
         model.warned_of_plain_lora = True
         warn_of_inexact_lora(forms, stacklevel=3)
     unlike_peft = [
-        name
-        for name, module in model.base_model.model.named_modules()
-        if isinstance(module, PissaConvolution) and not module.is_peft_compatible
+        name for name, layer in layers.items() if isinstance(layer, PissaConvolution) and not layer.is_peft_compatible
     ]
     if unlike_peft:
         model.warned_of_plain_lora = True

@@ -14,9 +14,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pissa.base.bitsandbytes import Nf4Base, is_bitsandbytes
-from pissa.base.stored import StoredLinear
-from pissa.base.weights import in_memory, whole, with_matrix
+from pissa.base.kinds import base_of
+from pissa.base.protocol import whole
+from pissa.base.weights import in_memory
+from pissa.config import IMPLICIT
 from pissa.distributed import sharded_as
 from pissa.files.peft_layout import PREFIX
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -39,20 +40,20 @@ class VocabularyTensor:
     @property
     def is_stored(self) -> bool:
         """Whether the weight is kept as a residual."""
-        return self.name == "weight" and isinstance(self.module, StoredLinear)
+        return self.name == "weight" and base_of(self.module).form != IMPLICIT
 
     @property
     def parameter(self) -> Tensor:
         """The parameter; for a stored weight, a meta tensor of its shape and dtype."""
-        if self.is_stored:
-            base = cast(StoredLinear, self.module)
-            return torch.empty(base.out_features, base.in_features, dtype=base.dtype, device="meta")
+        base = base_of(self.module)
+        if self.name == "weight" and base.start is not None:
+            return torch.empty(len(base.start.b0), base.start.a0.shape[1], dtype=base.dtype, device="meta")
         return cast(Tensor, getattr(self.module, self.name))
 
     def is_of(self, layer: PissaLayer) -> bool:
         """Whether it is the weight of the layer's base."""
-        base = layer.unmerged_base
-        return self.name == "weight" and (base is self.module or base.weight is self.module.weight)
+        base = layer.base
+        return self.name == "weight" and (base.module is self.module or base.parameter is self.module.weight)
 
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
         """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered.
@@ -64,11 +65,11 @@ class VocabularyTensor:
         if self.name == "bias" and gathered is not None:
             return gathered.detach().cpu()
         with in_memory(self.module):
-            base: Any = whole(self.module, gathered) if self.name == "weight" else self.module
-            if self.is_stored:
-                base = with_matrix(base, base.dense().to(base.dtype))
-            value: Tensor = getattr(base, self.name).detach()
-            if self.tokens is not None and self.name == "weight":
+            if self.name == "bias":
+                return cast(Tensor, self.module.bias).detach().cpu()
+            base = whole(base_of(self.module), gathered)
+            value = base_of(base.restored()).parameter.detach() if self.is_stored else base.parameter.detach()
+            if self.tokens is not None:
                 value = self.tokens.unmerged(value)
             return value.cpu()
 
@@ -112,7 +113,7 @@ def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, Tr
     """What PEFT's file has behind the module's name, the base's own module in it, and the layer that trains tokens."""
     infix, inner, tokens, is_of_the_adapter = "", module, None, False
     if isinstance(module, PissaLayer):
-        infix, inner, is_of_the_adapter = ".base_layer", module.unmerged_base, adapter_name in module.r
+        infix, inner, is_of_the_adapter = ".base_layer", module.base.module, adapter_name in module.r
     elif isinstance(module, TrainableTokensWrapper):
         tokens = module.token_adapter
         infix, inner, is_of_the_adapter = ".token_adapter.base_layer", tokens.base_layer, module.trains(adapter_name)
@@ -124,13 +125,11 @@ def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, Tr
 
 def _is_dense(module: Any) -> bool:
     """Whether the module's weight is a table of numbers, which may have been resized."""
-    if isinstance(module, StoredLinear):
+    base = base_of(module)
+    if base.form != IMPLICIT:
         return True
-    quantised = isinstance(module, Nf4Base) or any(
-        is_bitsandbytes(module, kind) for kind in ("Linear4bit", "Linear8bitLt")
-    )
     weight = getattr(module, "weight", None)
-    return not quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    return not base.is_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
 
 def is_to_be_saved(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:

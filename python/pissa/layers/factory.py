@@ -14,9 +14,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.bitsandbytes import Nf4Base, check_int8, from_bitsandbytes, is_bitsandbytes
-from pissa.base.codes import HoldsNf4
-from pissa.base.weights import CONVOLUTIONS, is_linear, is_offloaded
+from pissa.base.kinds import adopted, computing_parameters
+from pissa.base.protocol import Base
+from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
@@ -94,8 +94,8 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
     dtypes = (
         parameter.dtype
         for name, module in model.named_modules()
-        if not isinstance(module, HoldsNf4) and ".lora_" not in name
-        for parameter in module.parameters(recurse=False)
+        if ".lora_" not in name
+        for parameter in computing_parameters(module)
         if type(parameter) is nn.Parameter and parameter.is_floating_point()
     )
     return partial(pissa_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
@@ -115,43 +115,33 @@ def pissa_layer(
             f"{name} is a parameter of {type(target).__name__}; PiSSA adapts layers and fused experts: name them in "
             "target_modules"
         )
-    base, kind = _base_and_kind(target, name)
+    base = _base_for(target, name)
     _check_weight(base, name)
+    kind = _KINDS[base.kind]
     if config.use_dora and kind is not PissaLinear:
         raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
     layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
-    layer.base_layer = base  # which PEFT would warn of, where it is not the target, as of a kind that it does not know
+    layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
     return layer
 
 
-_KINDS: tuple[tuple[type[nn.Module], type[PissaLayer]], ...] = (
-    (nn.Linear, PissaLinear),
-    (Conv1D, PissaLinear),
-    (nn.Embedding, PissaEmbedding),
-    (nn.Conv1d, PissaConv1d),
-    (nn.Conv2d, PissaConv2d),
-    (nn.Conv3d, PissaConv3d),
-)
+_KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
+    nn.Linear: PissaLinear,
+    Conv1D: PissaLinear,
+    nn.Embedding: PissaEmbedding,
+    nn.Conv1d: PissaConv1d,
+    nn.Conv2d: PissaConv2d,
+    nn.Conv3d: PissaConv3d,
+}
 
 
-def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaLayer]]:
+def _base_for(target: nn.Module, name: str) -> Base:
     try:
-        if is_bitsandbytes(target, "Linear4bit"):
-            return from_bitsandbytes(target), PissaLinear
-        if is_bitsandbytes(target, "Linear8bitLt"):
-            check_int8(target)
-            return target, PissaLinear
+        base = adopted(target)
     except TypeError as error:
-        raise TypeError(f"{name} is a {type(target).__name__} of bitsandbytes, but {error}") from None
-    for base, kind in _KINDS:
-        # A subclass may compute anything; those of embeddings multiply by a scale.
-        if (
-            type(target) is base
-            or (base is nn.Linear and is_linear(target))
-            or (base is nn.Embedding and isinstance(target, base) and hasattr(target, "embed_scale"))
-        ):
-            _check_options(target, name)
-            return target, kind
+        raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
+    if base is not None:
+        return base
     found = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, BaseTunerLayer):
         raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
@@ -161,20 +151,8 @@ def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaL
 _ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and transformers' fused experts"
 
 
-def _check_options(target: nn.Module, name: str) -> None:
-    if isinstance(target, CONVOLUTIONS) and target.groups > 1:
-        raise TypeError(
-            f"{name} is a {type(target).__name__} with groups={target.groups}, whose weight is not one matrix; "
-            f"{leave_out(name)}"
-        )
-    if isinstance(target, nn.Embedding) and target.max_norm is not None:
-        raise TypeError(
-            f"{name} is an Embedding with max_norm={target.max_norm}, which changes its own weight; {leave_out(name)}"
-        )
-
-
-def _check_weight(base: nn.Module, name: str) -> None:
-    weight: Any = base.weight
+def _check_weight(base: Base, name: str) -> None:
+    weight: Any = base.parameter
     if is_partitioned(weight):
         raise TypeError(
             f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
@@ -186,12 +164,12 @@ def _check_weight(base: nn.Module, name: str) -> None:
             f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
             "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
         )
-    if weight.is_meta and not is_offloaded(base):
+    if weight.is_meta and not is_offloaded(base.module):
         raise ValueError(
             f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
             "that accelerate offloads, device_map=..., is fetched layer by layer)"
         )
-    if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
+    if base.is_quantised:
         return
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TypeError(

@@ -11,6 +11,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as PeftToken
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  everybody's name for it
 
+from pissa.base.kinds import base_of
 from pissa.base.weights import is_offloaded
 from pissa.layers.layer import PissaLayer
 
@@ -22,7 +23,7 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
     def forward_adapters(self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output with the rows of these adapters."""
         base = self.base_layer
-        if isinstance(base, nn.Linear) and active_adapters and not self.disable_adapters and not self.merged:
+        if base_of(base).kind is nn.Linear and active_adapters and not self.disable_adapters and not self.merged:
             return F.linear(x, self.get_merged_weights(active_adapters), base.bias)
         return cast(Tensor, super().forward_adapters(x, active_adapters, *args, **kwargs))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pissa
 from language_models import assert_same, error, logits, snapshot
 from pissa import PissaConfig, PissaModel, config, notices
-from pissa.base.stored import Nf4Linear
+from pissa.base.stored import QuantizedLinear
 from pissa.files import config_json
 from pissa.layers.layer import PissaLayer
 
@@ -40,8 +40,8 @@ def base() -> nn.Module:
 def in_memory(layer: PissaLayer) -> dict[str, Tensor]:
     """What make.py recorded of a layer."""
     start, deltas, residual = layer.start_of("default"), layer.deltas("default"), {}
-    if isinstance(layer.base_layer, Nf4Linear):
-        residual = layer.base_layer.nf4._asdict()
+    if isinstance(layer.base_layer, QuantizedLinear):
+        residual = layer.base_layer.quantized._asdict()
     return {"a0": start.a0, "b0": start.b0, "da": deltas.a, "db": deltas.b, **residual}
 
 

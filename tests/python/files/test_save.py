@@ -202,7 +202,10 @@ def test_the_passes_are_kept(passes: str | int, tiny_llama: Make, tmp_path: Path
     assert {layer["base"]["svd_passes"] for layer in record["layers"].values()} == {passes}
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
     assert again.peft_config["second"].svd_passes == passes
-    assert again.base_model.model.model.layers[0].self_attn.q_proj.base_layer.start.origin.svd_passes == passes
+    assert again.base_model.model.model.layers[0].self_attn.q_proj.base_layer.start.origin.identity[1] == (
+        "svd_passes",
+        passes,
+    )
 
 
 @forms

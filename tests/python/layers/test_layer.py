@@ -13,7 +13,7 @@ import devices
 import pissa
 from devices import put
 from pissa import notices, ops
-from pissa.base.stored import Nf4Linear, StoredLinear
+from pissa.base.stored import QuantizedLinear, StoredLinear
 from pissa.layers import PissaLinear
 
 IN, OUT, R = 48, 40, 4
@@ -60,10 +60,10 @@ def train_a_little(layer: PissaLinear, adapter: str = "default", size: float = 0
 
 def dense_base(layer: PissaLinear) -> Tensor:
     """The weight of the base function in float64, from the parts that are stored."""
-    base = layer.unmerged_base
+    base = layer.base.module
     if not isinstance(base, StoredLinear):
         return base.weight.detach().double()
-    kept = ops.nf4_dequantize(base.residual) if isinstance(base, Nf4Linear) else base.weight.detach()
+    kept = ops.nf4_dequantize(base.residual) if isinstance(base, QuantizedLinear) else base.weight.detach()
     return kept.double() + base.scaling * base.start.b0.double() @ base.start.a0.double()
 
 
@@ -102,7 +102,7 @@ def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dty
     model = wrapped(form, dtype=dtype)
     layer = model.base_model.model.proj
     assert layer.weight.dtype == dtype
-    assert torch.equal(layer.weight, layer.dense_base().to(dtype))
+    assert torch.equal(layer.weight, layer.base.matrix().to(dtype))
     model.merge_adapter()
     assert layer.weight is layer.base_layer.weight
 
@@ -380,7 +380,7 @@ def test_copies_share_what_the_original_shares(form: str) -> None:
 
 def test_nf4_holds_four_bits() -> None:
     linear = wrapped("nf4").base_model.model.proj.base_layer
-    assert isinstance(linear, Nf4Linear)
+    assert isinstance(linear, QuantizedLinear)
     assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT // 2)
     assert not linear.weight.requires_grad
     assert "blocksize=64" in repr(linear)

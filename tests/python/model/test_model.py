@@ -18,7 +18,7 @@ import pissa
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.base.stored import Nf4Linear
+from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
 
 forms = pytest.mark.parametrize("form", FORMS)
@@ -457,7 +457,7 @@ def test_a_tied_weight_stays_dense_beside_stored_ones(
     assert sum(entry.category is notices.TiedWeightWarning for entry in caught) == 1
     head = model.base_model.model.lm_head
     assert head.base_layer.weight is base.model.embed_tokens.weight is embeddings
-    assert {layer.form.kind for layer in layers(model) if layer is not head} == {form}
+    assert {layer.base.form.kind for layer in layers(model) if layer is not head} == {form}
     before = logits(model, tokens)
     train(model, tokens)
     expected = logits(model, tokens)
@@ -481,11 +481,11 @@ def test_linear_layers_that_share_a_weight_stay_dense() -> None:
     model["two"].weight = model["one"].weight
     with pytest.warns(notices.TiedWeightWarning, match="the weight of layer one, two is tied"):
         wrapped = pissa.wrap(model, r=2, quant="nf4")
-    assert [layer.form.kind for layer in layers(wrapped)] == ["implicit", "implicit", "nf4"]
+    assert [layer.base.form.kind for layer in layers(wrapped)] == ["implicit", "implicit", "nf4"]
     assert model["one"].base_layer.weight is model["two"].base_layer.weight
 
 
 def test_nf4_layers_hold_no_dense_weight(tiny_llama: Make) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
-    assert all(isinstance(layer.base_layer, Nf4Linear) for layer in layers(model))
+    assert all(isinstance(layer.base_layer, QuantizedLinear) for layer in layers(model))
     assert all(parameter.dtype == torch.uint8 for layer in layers(model) for parameter in layer.base_layer.parameters())

@@ -23,8 +23,7 @@ import pissa
 from devices import on_cpu, put
 from language_models import Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.base.stored import StartFactors
-from pissa.base.weights import weight_matrix
+from pissa.base.start import StartFactors
 from reference import EPS, assert_close
 from tiny_model import save_tiny_model
 from trainers import QUIET, logged, options
@@ -211,7 +210,7 @@ def test_situation_07_magnitudes_in_the_plain_lora(tiny_llama: Make, tokens: Ten
     assert len(magnitudes) == len([m for m in model.modules() if isinstance(m, pissa.layers.PissaLinear)])
     for name, tensor in magnitudes.items():
         layer = model.get_submodule(name.partition(".lora_magnitude")[0])
-        assert not torch.equal(tensor, weight_matrix(layer.base_layer).norm(dim=1).cpu())
+        assert not torch.equal(tensor, layer.base.matrix().norm(dim=1).cpu())
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_parameters": ["experts.gate_up_proj"], "target_modules": ["q_proj"]}])
@@ -277,7 +276,7 @@ def assert_adapts(make: Callable[[], nn.Module], dequantised: Callable[[Any], Te
 
 
 # PEFT does not know our layer over bitsandbytes' bytes, and says so.
-UNKNOWN_LAYER = pytest.mark.filterwarnings("ignore:Unsupported layer type .*Nf4Base:UserWarning")
+UNKNOWN_LAYER = pytest.mark.filterwarnings("ignore:Unsupported layer type .*BnbLinear4bit:UserWarning")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -309,5 +309,5 @@ def test_biases_are_not_summed(tiny_llama: Make) -> None:
 
 
 def test_its_init_cannot_be_asked_for(tiny_llama: Make, tokens: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"init='given' is of an adapter whose factors came from elsewhere"):
+    with pytest.raises(ValueError, match=r"init='given' marks an adapter whose factors came from elsewhere"):
         pissa.wrap(tiny_llama(), r=2, init="given")

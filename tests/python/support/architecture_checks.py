@@ -104,12 +104,12 @@ def definition(
         stack = f"{expert[1]}.{expert[3]}" if expert else ""
         key = stack if stack in values else f"{name}.weight"
         owner = base.get_submodule(expert[1] if key == stack else name)
-        if layer.form.kind == "implicit":
+        if layer.base.form.kind == "implicit":
             old = values[key][int(expert[2])] if key == stack else values[key]
             change = scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
             weight = old + as_weight(change, owner, old.shape)
         else:
-            q = layer.unmerged_base.dense_residual().to(dtype)
+            q = layer.base.dense_residual().to(dtype)
             weight = as_weight(q + scaling * (b0 + db) @ (a0 + da), owner, q.shape)
         if key == stack:
             stacks.setdefault(stack, {})[int(expert[2])] = weight

@@ -198,12 +198,12 @@ def step_of_architecture(name: str, fields: dict[str, Any], parallel: str) -> st
 def architectures(names: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Checks of DDP and FSDP2 for architectures, all by default, dense and in 4 bits."""
     from architectures import ARCHITECTURES
+    from architectures import FORMS as FORMS_OF_ARCHITECTURES
 
-    forms: dict[str, dict[str, Any]] = {"dense": {}, "nf4": {"quant": "nf4"}}
     return {
         f"{name}, {form}, {parallel}": lambda case=(name, fields, parallel): step_of_architecture(*case)
         for name in names or ARCHITECTURES
-        for form, fields in forms.items()
+        for form, fields in FORMS_OF_ARCHITECTURES.items()
         for parallel in ("ddp", "fsdp2")
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pissa
 from devices import fetch, put
-from pissa.base.weights import weight_matrix
+from pissa.base.kinds import base_of
 from pissa.layers.layer import PissaLayer
 from reference import EPS, assert_close
 
@@ -144,7 +144,8 @@ def assert_merges(model: nn.Module, base: Tensor) -> nn.Module:
     da, db = (delta.detach() for delta in deltas64(layer))
     expected, magnitude = (weight64(layer, base, da, db, absolute) for absolute in (False, True))
     model.merge_adapter()
-    assert_close(weight_matrix(layer.base_layer).detach(), expected, unit_error(layer, 1) * magnitude, "merged weight")
+    merged = base_of(layer.base_layer).matrix().detach()
+    assert_close(merged, expected, unit_error(layer, 1) * magnitude, "merged weight")
     model.unmerge_adapter()
     assert layer.base_layer is before
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
