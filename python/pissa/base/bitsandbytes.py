@@ -40,7 +40,7 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
         self.decoded_dtype: torch.dtype = linear.weight.quant_state.dtype
         self.compute_dtype: torch.dtype | None = linear.compute_dtype
         self.training = linear.training
-        # What else the layer is. A list keeps it out of our modules: it holds no tensors, which would not follow ours.
+        # The layer without its tensors, which would not follow ours to a device. A list keeps it out of our modules.
         self._rest = [_without_tensors(linear)]
 
     def matrix(self) -> Tensor:

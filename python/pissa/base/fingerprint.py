@@ -96,17 +96,19 @@ class Remembered:
 
 
 def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
-    """Differs when the values do; the version counts changes in place."""
+    """A key that changes with the values: the version counts changes in place."""
     return weight.data_ptr(), weight._version, weight.dtype
 
 
 class Fingerprints:
-    """What is known of a layer's base: the fingerprint of its weight as it was given to us, a matrix, and that of the
-    residual that a stored base keeps. `gathered`, below, is the whole parameter of the base's module: it is read if
-    that is sharded, and was when the fingerprint was first asked for.
+    """The fingerprints of a layer's base: of its weight, a matrix, as it was given to us, and of the residual that a
+    stored base keeps. Each is computed when it is first asked for, and then remembered.
+
+    `gathered`, below, is the whole parameter of the base's module. It is read if the parameter is sharded and the
+    fingerprint is not known yet.
 
     Raises:
-        ValueError: a fingerprint is asked for that is not known, of a sharded weight.
+        ValueError: the parameter is sharded, the fingerprint is not known, and nothing has been gathered.
     """
 
     def __init__(self) -> None:
@@ -117,15 +119,15 @@ class Fingerprints:
         return base.fingerprint or self._weight.of(base.parameter, lambda: fingerprint(whole(base, gathered).matrix()))
 
     def of_residual(self, base: Base, gathered: Tensor | None = None) -> str:
-        """The fingerprint of what a stored base keeps."""
+        """The fingerprint of the residual of a stored base."""
         return self._residual.of(base.parameter, lambda: fingerprint(*_kept(whole(base, gathered))))
 
     def learn_weight(self, base: Base, value: str) -> None:
-        """Takes what `of_weight` is in another process."""
+        """Takes the value of `of_weight` that another process, or a file, has."""
         self._weight.learn(base.parameter, value)
 
     def learn_residual(self, base: Base, value: str) -> None:
-        """Takes what `of_residual` is in another process."""
+        """Takes the value of `of_residual` that another process has."""
         self._residual.learn(base.parameter, value)
 
     def weight_is(self, base: Base, recorded: str) -> bool:
@@ -137,7 +139,7 @@ class Fingerprints:
         return base.fingerprint is not None or is_fingerprint(recorded, base.matrix())
 
     def residual_is(self, base: Base, recorded: str | None) -> bool:
-        """Whether what a stored base keeps has this fingerprint, XXH3 or SHA-256."""
+        """Whether the residual of a stored base has this fingerprint, XXH3 or SHA-256."""
         if recorded is None or not is_sha256(recorded):
             return self.of_residual(base) == recorded
         _check_whole(base)

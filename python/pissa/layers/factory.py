@@ -1,4 +1,4 @@
-"""What can be adapted, each module by its kind of PissaLayer, and what cannot, refused by name."""
+"""Makes the PissaLayer for a module, and refuses by name each module that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from pissa.peft_private import all_linear, is_refused_by_peft
 
 
 def choose_layers(model: nn.Module, config: PissaConfig) -> None:
-    """Writes into a configuration that targets "all-linear" the layers of `model` that this means, without those that
-    PEFT refuses, and into its patterns the ranks of layers that are too small for `r`, each with the scaling that `r`
-    would give it. Warns once of both."""
+    """Replaces "all-linear" in a configuration by the names of the layers of `model` that it means, without those that
+    PEFT refuses. A layer that is too small for `r` gets a lower rank in the configuration's patterns, with the scaling
+    that `r` would give it. One warning tells of both."""
     if not is_all_linear(config):
         return
     names: Any = all_linear(config, model)
@@ -83,8 +83,8 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 
 def _smaller_side(linear: Any) -> int:
-    """Of the weight of a linear layer, adapted or not. In 4 bits the parameter has another shape; Conv1D has no
-    in_features."""
+    """The smaller side of a linear layer's weight, adapted or not. A 4-bit parameter has another shape, and Conv1D has
+    no in_features."""
     sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
     return int(min(sides))
 
@@ -180,7 +180,7 @@ def _check_weight(base: Base, name: str) -> None:
 
 
 def check_parents(model: nn.Module, adapter_name: str) -> None:
-    """Raises TypeError, naming the layer, where its parent would compute without it and so without its adapter."""
+    """Raises TypeError, naming the layer, if its parent would compute without it, and so without its adapter."""
     for name in pissa_layers(model, adapter_name):
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

@@ -1,5 +1,5 @@
-"""The adapted layer, whatever kind of module it adapts: a base function, and for each adapter a change that starts at
-zero. What depends on the kind is in `linear`, `embedding` and `convolution`."""
+"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `linear`,
+`embedding` and `convolution` have the parts that depend on the kind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     other_param_names = (*LoraLayer.other_param_names, "lora_start")
 
     factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    """What PEFT's files call the two factors, behind the layer's name."""
+    """The names of the two factors in PEFT's files, behind the layer's name."""
 
     base_layer: Any  # a module; which one depends on the kind and on what is merged
 
@@ -80,18 +80,19 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Of the weight as a matrix: out, in."""
+        """The shape of the weight as a matrix: out, in."""
         return self.out_features, self.in_features
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the base, or of what is merged: the parameter where it is dense, else decoded. T5, for one,
-        casts what a layer is given to the dtype of its weight, which is not that of 4-bit codes."""
+        """The weight of the base, or the merged weight: the module's parameter if that is dense, else decoded. T5, for
+        one, casts a layer's input to the dtype of its weight; the dtype of codes would be wrong."""
         return base_of(self.base_layer).shown_weight(self.dense_dtype)
 
     @property
     def dense_dtype(self) -> torch.dtype:
-        """Of a dense weight in the base's place: the base's own, or the model's if bitsandbytes has quantised it."""
+        """The dtype of a dense weight in the base's place: the base's own, or the model's if bitsandbytes has quantised
+        it."""
         return self.base.dtype or self.model_dtype
 
     def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors, config: PissaConfig) -> None:
@@ -123,7 +124,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
                 factor[adapter_name].to(self.dense_dtype)
         like = self.factor_parameters(adapter_name)[0]
         if config.use_adalora:
-            # A module, as PEFT's factors are: TRL makes its reference by copying what is called *.default.* to *.ref.*
+            # A module, like PEFT's factors: TRL makes its reference by copying parameters *.default.* to *.ref.*
             singular_values = nn.Linear(1, r, bias=False, device=like.device, dtype=like.dtype)
             nn.init.zeros_(singular_values.weight)
             self.lora_E[adapter_name] = singular_values
@@ -142,7 +143,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return {(): None, ("use_dora",): None}
 
     def device_of(self, adapter_name: str) -> torch.device:
-        """Where the adapter is; an offloaded base has no place of its own."""
+        """The device of the adapter's parameters. (An offloaded base is on the meta device.)"""
         return self.factor_parameters(adapter_name)[0].device
 
     def start_of(self, adapter_name: str) -> StartFactors:
@@ -159,13 +160,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return Deltas(*self.as_matrices(*self.factor_parameters(adapter_name)), e)
 
     def state_keys(self, adapter_name: str) -> list[str]:
-        """What the layer's state dict calls the parameters of `deltas`."""
+        """The names of the parameters of `deltas` in the layer's state dict."""
         names = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
         parts = (name.partition(".") for name in names)
         return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in parts]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
-        """The same, float32 on the adapter's device, out of a state dict that has the layer's parameters under
+        """The same, float32 on the adapter's device, from a state dict that has the layer's parameters under
         `prefix`."""
         device = self.device_of(adapter_name)
         keys = self.state_keys(adapter_name)
@@ -177,7 +178,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return self.start_of(adapter_name).change(self.deltas(adapter_name))
 
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
-        """What the adapter's start factors are determined by."""
+        """What determines the adapter's start factors."""
         identity = INIT_METHODS[config.init].identity(config)
         scaling = float(self.scaling[adapter_name])
         return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
@@ -206,7 +207,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         self.lora_start[adapter_name] = StartFactors(a0, b0, self.origin(adapter_name, config))
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
-        """Gives an adapter these start factors: the layer's own where it has the same already."""
+        """Gives an adapter these start factors, or the layer's own if it has the same already."""
         for own in self._starts():
             if own.origin == start.origin and torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0):
                 start = own
@@ -265,20 +266,20 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     # -- merging
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter has learnt, float32, in the shape of the base's dense weight, as in PEFT."""
+        """The change of the weight that the adapter makes, float32, in the shape of a dense weight, as in PEFT."""
         return self.base.as_weight(self.delta_matrix(adapter))
 
     def delta_matrix(self, adapter_name: str) -> Tensor:
-        """What the adapter has learnt, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
+        """The same as a matrix, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
         a, b = self.start_of(adapter_name).factors_of_change(self.deltas(adapter_name))
         scaling: float = self.scaling[adapter_name]
         return scaling * (b @ a)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts a dense module with the adapters' changes in the base's place. The base is kept untouched.
+        """Puts a dense module with the adapters' changes in the base's place. The base itself is not changed.
 
-        The sum is taken in float32 and rounded to the base's dtype once.
+        The sum is taken in float32, and rounded to the base's dtype once.
 
         Raises:
             ValueError: with `safe_merge`, when the merged weight is not finite; nothing is changed then.
@@ -313,7 +314,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return base_of(self.base_layer).restored()
 
     def _get_name(self) -> str:
-        """What `repr` and PEFT's `get_layer_status` call the kind of layer: PEFT's name for it."""
+        """PEFT's name for this kind of layer, for `repr` and `get_layer_status`."""
         return f"lora.{type(self).__name__.removeprefix('Pissa')}"
 
     def __repr__(self) -> str:
@@ -321,7 +322,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
 
 def pissa_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, PissaLayer]:
-    """The layers of an (unwrapped) model that carry the adapter, or any, by their name in the model."""
+    """The layers of an (unwrapped) model that carry the adapter, or any adapter, by their names in the model."""
     return {
         name: module
         for name, module in model.named_modules()
