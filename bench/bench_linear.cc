@@ -21,10 +21,10 @@ template <class Target>
 void linear(benchmark::State& state, bool nf4, bool with_backward) {
   using Dense = typename Target::Dense;
   const std::int64_t tokens = state.range(0);
-  const Codec codec = nf4 ? Codec::bf16 : Codec::f32;
-  const Dense x(tokens, kIn, codec);
-  const Dense y(tokens, kOut, codec);
-  const Dense dx(tokens, kIn, codec);
+  const Format format = nf4 ? Format::bf16 : Format::f32;
+  const Dense x(tokens, kIn, format);
+  const Dense y(tokens, kOut, format);
+  const Dense dx(tokens, kIn, format);
   const Dense xa(tokens, kRank);
   const Dense a(kRank, kIn);
   const Dense b(kOut, kRank);

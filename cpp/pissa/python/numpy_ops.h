@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "pissa/core/nf4.h"
+#include "pissa/core/quantized.h"
 #include "pissa/core/rsvd.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/isa.h"
@@ -26,11 +26,11 @@ inline cpu::CpuBackend numpy_backend() {
 
 inline Matrix matrix(const Array& array) {
   PISSA_CHECK(array.ndim() == 2, "weight: got ", array.ndim(), " dimensions; needed: 2, [out, in]");
-  return {array.data(), array.shape(0), array.shape(1), array.shape(1), Codec::f32};
+  return {array.data(), array.shape(0), array.shape(1), array.shape(1), Format::f32};
 }
 
 inline MutableMatrix mutable_matrix(Array& array) {
-  return {array.mutable_data(), array.shape(0), array.shape(1), array.shape(1), Codec::f32};
+  return {array.mutable_data(), array.shape(0), array.shape(1), array.shape(1), Format::f32};
 }
 
 inline pybind11::tuple svd_lowrank(const Array& weight, std::int64_t r, std::optional<std::int64_t> passes,
@@ -58,27 +58,27 @@ inline pybind11::tuple svd_lowrank(const Array& weight, std::int64_t r, std::opt
 
 inline pybind11::tuple nf4_quantize(const Array& weight, std::int64_t blocksize) {
   const Matrix w = matrix(weight);
-  PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
-  Bytes codes(nf4_bytes(w.rows * w.cols));
+  check_blocksize(Format::nf4, blocksize, w.cols);
+  Bytes codes(code_bytes(Format::nf4, w.rows * w.cols));
   Array absmax(ceil_div(w.rows * w.cols, blocksize));
-  const Nf4Output out{blocksize, codes.mutable_data(), absmax.mutable_data()};
+  const QuantOutput out{Format::nf4, blocksize, codes.mutable_data(), absmax.mutable_data()};
   {
     pybind11::gil_scoped_release release;
-    numpy_backend().gemm_nf4({}, w, out);
+    numpy_backend().gemm_quantized({}, w, out);
   }
   return pybind11::make_tuple(codes, absmax);
 }
 
 inline Array nf4_dequantize(const Bytes& codes, const Array& absmax, std::int64_t rows, std::int64_t cols,
                             std::int64_t blocksize) {
-  PISSA_CHECK(is_nf4_blocksize(blocksize), "blocksize: got ", blocksize, "; allowed: a power of two from 32 to 4096");
-  PISSA_CHECK(rows >= 0 && cols >= 0 && codes.size() == nf4_bytes(rows * cols) &&
+  check_blocksize(Format::nf4, blocksize, cols);
+  PISSA_CHECK(rows >= 0 && cols >= 0 && codes.size() == code_bytes(Format::nf4, rows * cols) &&
                   absmax.size() == ceil_div(rows * cols, blocksize),
               "codes, absmax: got ", codes.size(), " and ", absmax.size(),
-              " elements; needed: ", nf4_bytes(rows * cols), " and ", ceil_div(rows * cols, blocksize), " for [", rows,
-              ", ", cols, "]");
+              " elements; needed: ", code_bytes(Format::nf4, rows * cols), " and ", ceil_div(rows * cols, blocksize),
+              " for [", rows, ", ", cols, "]");
   Array out({rows, cols});
-  Matrix w{codes.data(), rows, cols, cols, Codec::nf4};
+  Matrix w{codes.data(), rows, cols, cols, Format::nf4};
   w.scales.blocksize = blocksize;
   w.scales.absmax = absmax.data();
   const MutableMatrix out_view = mutable_matrix(out);
