@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weights import energy, fewest_passes, language_model
 
 import pissa
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 
 R = 16
 BATCH = (4, 128)

@@ -9,52 +9,46 @@ adapter, the rest is frozen, and kept in 4 bits if asked (QPiSSA).
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import ops
-from .ops import build_info
+from pissa import ops
+from pissa.ops import build_info
 
 if TYPE_CHECKING:
-    from .config import PissaConfig
-    from .conversion import convert
-    from .layer import PissaLayer
-    from .linear import PissaLinear
-    from .model import PissaModel, wrap
-    from .stored import Nf4Linear
+    from pissa import layers as layers
+    from pissa.base import bitsandbytes as bitsandbytes
+    from pissa.config import PissaConfig as PissaConfig
+    from pissa.conversion import convert as convert
+    from pissa.distributed import RankError as RankError
+    from pissa.model import PissaModel as PissaModel
+    from pissa.model import wrap as wrap
 
 __version__: str = build_info()["version"]
 
-__all__ = [
-    "Nf4Linear",
-    "PissaConfig",
-    "PissaLayer",
-    "PissaLinear",
-    "PissaModel",
-    "__version__",
-    "build_info",
-    "convert",
-    "ops",
-    "wrap",
-]
-
+# Where the adapter API is found. It is imported when it is first used, for `pissa.ops` needs neither peft nor
+# transformers.
 _HOMES = {
-    "Nf4Linear": "stored",
-    "PissaConfig": "config",
-    "PissaLayer": "layer",
-    "PissaLinear": "linear",
-    "PissaModel": "model",
-    "convert": "conversion",
-    "wrap": "model",
+    "PissaConfig": "pissa.config",
+    "PissaModel": "pissa.model",
+    "RankError": "pissa.distributed",
+    "bitsandbytes": "pissa.base",
+    "convert": "pissa.conversion",
+    "layers": "pissa",
+    "wrap": "pissa.model",
 }
 
+__all__ = ["__version__", "build_info", "ops", *_HOMES]
 
-def __getattr__(name: str) -> Any:  # peft and transformers are imported when the adapter API is first used
+
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'pissa' has no attribute {name!r}")
-    from importlib import import_module
-
+    home = _HOMES[name]
     try:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        if name in ("bitsandbytes", "layers"):
+            return import_module(f"{home}.{name}")
+        return getattr(import_module(home), name)
     except ModuleNotFoundError as error:
         if error.name in ("peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm", "xxhash"):
             raise ModuleNotFoundError(

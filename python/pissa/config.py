@@ -181,9 +181,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             ValueError: no such configuration there, or a damaged file, naming file and field.
         """
         # Reading stands on the configuration.
-        from pissa.checkpoint import read_config
-        from pissa.io import CONFIG_FILES
-        from pissa.loading import adapter_folder
+        from pissa.files.hub import adapter_folder
+        from pissa.files.load import read_config
+        from pissa.files.save import CONFIG_FILES
 
         return read_config(adapter_folder(pretrained_model_name_or_path, CONFIG_FILES, subfolder=subfolder, **kwargs))
 

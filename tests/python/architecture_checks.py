@@ -21,7 +21,7 @@ import reference
 from architectures import Architecture
 from language_models import assert_same, snapshot
 from pissa import PissaModel
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 
 ADAPTER = "default"
 Fields = Mapping[str, Any]

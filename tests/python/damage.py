@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import pissa
 from language_models import assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
-from pissa.record import checksum
-from pissa.tensor_file import write_tensors
+from pissa.files.record import checksum
+from pissa.files.tensor_file import write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")
 TARGETS: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}

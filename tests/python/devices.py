@@ -23,7 +23,7 @@ def select(name: str) -> None:
     global current
     device = torch.device(name)
     if device.type == "cuda":
-        from pissa import _load
+        from pissa.ops import _load
 
         if not torch.cuda.is_available():
             raise RuntimeError(f"--device {name}: torch finds no GPU here")

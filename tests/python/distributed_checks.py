@@ -27,13 +27,13 @@ import pissa
 from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, snapshot
 from one_layer import change_a_little
-from pissa import PissaModel, decomposition
+from pissa import PissaModel
+from pissa.base.codes import HoldsNf4
+from pissa.base.fingerprint import Remembered, fingerprint
+from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded, rank, world_size
-from pissa.fingerprint import Remembered, fingerprint
-from pissa.inject import pissa_layers
-from pissa.layer import PissaLayer
-from pissa.nf4 import HoldsNf4
-from pissa.stored import residual_tensors
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model import decompose as decomposition
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pissa
+from pissa.base.fingerprint import fingerprint
 from pissa.distributed import rank, world_size
-from pissa.fingerprint import fingerprint
 
 QUIET = (
     ("The residual of the base is stored as", UserWarning),

@@ -12,7 +12,7 @@ from torch import Tensor
 import pissa
 from language_models import Make, train
 from pissa.conversion import Conversion
-from pissa.conversion.lora_folder import LoraFolder
+from pissa.files.lora_folder import LoraFolder
 
 # float32, two layers: the products are summed in another order
 CLOSE = 1e-5

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from devices import put
 from one_layer import change_a_little
-from pissa import PissaLinear
-from pissa.inject import pissa_layers
+from pissa.layers import PissaLinear
+from pissa.layers.layer import pissa_layers
 
 EXPERTS, R = 4, 2
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import pissa
 from devices import fetch, put
-from pissa.bases import weight_matrix
-from pissa.layer import PissaLayer
+from pissa.base.weights import weight_matrix
+from pissa.layers.layer import PissaLayer
 from reference import EPS, assert_close
 
 Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]

@@ -17,7 +17,7 @@ import architecture_checks as checks
 import pissa
 from architectures import GROUPED, TEXT, Architecture, _model, _text
 from one_layer import change_a_little
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 from reference import EPS
 
 MAMBA: dict[str, Any] = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}

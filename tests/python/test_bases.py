@@ -29,9 +29,10 @@ from one_layer import (
     filled,
     wrap,
 )
-from pissa import PissaLinear, ops
-from pissa.bases import execution_device, is_offloaded, weight_matrix, with_matrix
-from pissa.inject import pissa_layers
+from pissa import ops
+from pissa.base.weights import execution_device, is_offloaded, weight_matrix, with_matrix
+from pissa.layers import PissaLinear
+from pissa.layers.layer import pissa_layers
 from reference import EPS
 
 forms = pytest.mark.parametrize("form", FORMS)
@@ -169,9 +170,9 @@ def test_an_offloaded_layer_is_fetched_alone(
     offloaded: Callable[..., nn.Module], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model is offloaded because it does not fit: no more than a group of its layers is in memory at once."""
-    monkeypatch.setattr("pissa.decomposition._GROUP", 1)
+    monkeypatch.setattr("pissa.model.decompose._GROUP", 1)
     if not devices.on_cpu():
-        monkeypatch.setattr("pissa.decomposition._GPU_GROUP", 1)
+        monkeypatch.setattr("pissa.model.decompose._GPU_GROUP", 1)
     split_many, sizes = ops.split_many, []
 
     def watched(weights: list[Tensor], *args: object, **kwargs: object) -> object:

@@ -31,8 +31,8 @@ from one_layer import (
     wrap,
 )
 from pissa import ops
-from pissa.bitsandbytes import Nf4Base, from_bitsandbytes, nf4_from_state, to_bitsandbytes
-from pissa.stored import Nf4Linear, ResidualLinear
+from pissa.base.bitsandbytes import Nf4Base, from_bitsandbytes, nf4_from_state, to_bitsandbytes
+from pissa.base.stored import Nf4Linear, ResidualLinear
 from reference import EPS, assert_close
 
 with warnings.catch_warnings():
@@ -493,7 +493,7 @@ def test_a_model_that_transformers_has_loaded_quantised(
     trained = logits(model, tokens)
 
     model.merge_adapter()
-    dtypes = {layer.base_layer.weight.dtype for layer in model.modules() if isinstance(layer, pissa.PissaLinear)}
+    dtypes = {layer.base_layer.weight.dtype for layer in model.modules() if isinstance(layer, pissa.layers.PissaLinear)}
     assert dtypes == {torch.float32 if prepared else torch.bfloat16}
     assert error(logits(model, tokens), trained) < 8 * EPS[torch.bfloat16]  # weights and activations of two layers
     model.unmerge_adapter()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import pissa
 from language_models import FORMS, Make, logits, train
 from pissa import PissaConfig, PissaModel
-from pissa.inject import pissa_layers
-from pissa.record import checksum
-from pissa.stored import StoredLinear
-from pissa.tensor_file import write_tensors
+from pissa.base.stored import StoredLinear
+from pissa.files.record import checksum
+from pissa.files.tensor_file import write_tensors
+from pissa.layers.layer import pissa_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 

@@ -96,40 +96,6 @@ def test_cpp_layers(path: Path) -> None:
         assert not re.search(r"\b_mm\d*_", code), "intrinsics live in vec.h"
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=relative)
-def test_python_layers(path: Path) -> None:
-    source = path.read_text()
-    imported = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            imported.add(node.module.split(".")[0])
-    if path.name in ("ops.py", "_autograd.py", "_check.py", "_load.py", "__init__.py") and path.parent.name == "pissa":
-        assert imported <= {"torch", "collections", "math", "pathlib", "typing", "__future__", "importlib"}, (
-            "the ops need only torch"
-        )
-    elif path.parent.name in ("pissa", "conversion"):
-        allowed = {
-            "pissa",
-            "torch",
-            "peft",
-            "transformers",
-            "accelerate",
-            "safetensors",
-            "tqdm",
-            "xxhash",
-            "__future__",
-        }
-        if path.name == "bitsandbytes.py":
-            allowed.add("bitsandbytes")
-        if path.name == "loading.py":
-            allowed.add("huggingface_hub")
-        assert imported - sys.stdlib_module_names <= allowed
-    if path.name not in ("ops.py", "_autograd.py", "_load.py"):
-        assert not re.search(r"torch\.ops\.pissa|\b_C\b", source), "only ops.py talks to the compiled core"
-
-
 @pytest.mark.parametrize("path", TEXT, ids=relative)
 def test_files_hold_one_idea(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 520

@@ -17,7 +17,7 @@ import pissa
 from language_models import Make, error, logits
 from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ours
 from peft_adapters import plain_logits
-from pissa.conversion.lora_folder import LoraFolder, with_sizes
+from pissa.files.lora_folder import LoraFolder, with_sizes
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from one_layer import (
     wrap,
 )
 from pissa import ops
-from pissa.convolution import PissaConv1d, PissaConv2d, PissaConv3d
+from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from reference import EPS, assert_close
 
 IN, OUT, R = 5, 8, 3

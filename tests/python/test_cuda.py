@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pissa import _check, _load, build_info, ops
+from pissa import build_info, ops
+from pissa.ops import _check, _load
 
 LIBRARY = "libpissa_cuda13.so"
 

@@ -23,7 +23,7 @@ from one_layer import (
     wrap,
 )
 from pissa import ops
-from pissa.embedding import PissaEmbedding
+from pissa.layers.embedding import PissaEmbedding
 from reference import EPS, assert_close
 
 VOCABULARY, DIM, R = 29, 20, 4

@@ -19,9 +19,9 @@ from language_models import FORMS, assert_same, error, logits, snapshot
 from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
 from one_layer import deltas64, weight64
 from pissa import ops
-from pissa.experts import UnfusedExperts, unfused_experts
-from pissa.inject import pissa_layers
-from pissa.stored import Nf4Linear
+from pissa.base.stored import Nf4Linear
+from pissa.layers.experts import UnfusedExperts, unfused_experts
+from pissa.layers.layer import pissa_layers
 from reference import EPS
 
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from devices import fetch, put
 from language_models import FORMS, error, logits, train
 from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
 from one_layer import change_a_little
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 from reference import EPS
 
 kinds = pytest.mark.parametrize("kind", KINDS)

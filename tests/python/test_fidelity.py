@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import Make
-from pissa import PissaLinear
+from pissa.layers import PissaLinear
 
 
 def applied(layer: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from pissa.fingerprint import fingerprint, sha256
+from pissa.base.fingerprint import fingerprint, sha256
 
 
 def test_fingerprints_tell_values_apart_and_dtypes_not() -> None:

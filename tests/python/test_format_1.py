@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import assert_same, error, logits, snapshot
-from pissa import PissaConfig, PissaModel, config, record
-from pissa.layer import PissaLayer
-from pissa.stored import Nf4Linear
+from pissa import PissaConfig, PissaModel, config
+from pissa.base.stored import Nf4Linear
+from pissa.files import record
+from pissa.layers.layer import PissaLayer
 
 pytestmark = pytest.mark.cpu_only
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import pissa
 from language_models import FORMS, Make, assert_same, snapshot
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -20,7 +20,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 def test_layers_start_from_their_own_split_in_groups_of_any_size(
     form: str, elements: int, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pissa.decomposition._GROUP", elements)
+    monkeypatch.setattr("pissa.model.decompose._GROUP", elements)
     base = tiny_llama()
     weights = {name: module.weight for name, module in base.named_modules() if type(module) is nn.Linear}
     fields = {"rank_pattern": {"q_proj": 7, "up_proj": 2}, "alpha_pattern": {"down_proj": 8}, "seed": 5}
@@ -43,7 +43,7 @@ def test_layers_start_from_their_own_split_in_groups_of_any_size(
 
 @forms
 def test_nan_in_a_later_group_restores_the_model(form: str, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pissa.decomposition._GROUP", 5000)
+    monkeypatch.setattr("pissa.model.decompose._GROUP", 5000)
     base = tiny_llama()
     base.model.layers[1].mlp.down_proj.weight.data[3, 5] = math.nan
     before = snapshot(base)

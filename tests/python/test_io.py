@@ -18,7 +18,7 @@ from torch import Tensor
 import pissa
 from language_models import FORMS, Make, error, logits, train
 from pissa import PissaConfig, PissaModel
-from pissa.files import Staged
+from pissa.files.staged import Staged
 
 forms = pytest.mark.parametrize("form", FORMS)
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import devices
 import pissa
 from devices import put
-from pissa import PissaLinear, ops
-from pissa.stored import Nf4Linear, StoredLinear
+from pissa import ops
+from pissa.base.stored import Nf4Linear, StoredLinear
+from pissa.layers import PissaLinear
 
 IN, OUT, R = 48, 40, 4
 FORMS = {

@@ -18,7 +18,7 @@ from torch import Tensor
 import pissa
 from language_models import FORMS, Make, assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
-from pissa.io import ADAPTER_FILES
+from pissa.files.save import ADAPTER_FILES
 
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pissa.low_rank import Spectrum
+from pissa.ops.low_rank import Spectrum
 
 ROUNDOFF = 2.0**-53
 

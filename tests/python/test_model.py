@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import pissa
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
-from pissa import PissaConfig, PissaLinear, PissaModel
-from pissa.stored import Nf4Linear
+from pissa import PissaConfig, PissaModel
+from pissa.base.stored import Nf4Linear
+from pissa.layers import PissaLinear
 
 forms = pytest.mark.parametrize("form", FORMS)
 

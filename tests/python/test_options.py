@@ -15,7 +15,7 @@ from torch import nn
 import architecture_checks as checks
 import pissa
 from architectures import ARCHITECTURES, Architecture
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 
 ADAPTER = checks.ADAPTER
 TIED = {"target_modules": ["lm_head", "q_proj"]}
@@ -58,7 +58,7 @@ def architecture(option: str) -> Architecture:
     return dataclasses.replace(tied if name == "tied" else ARCHITECTURES[name], fields=fields)
 
 
-def adapted(option: str, **fields: Any) -> tuple[pissa.PissaModel, dict[str, pissa.layer.PissaLayer]]:
+def adapted(option: str, **fields: Any) -> tuple[pissa.PissaModel, dict[str, pissa.layers.layer.PissaLayer]]:
     model = checks.wrapped(architecture(option), fields)
     return model, pissa_layers(model.base_model.model, ADAPTER)
 

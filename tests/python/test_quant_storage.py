@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, logits, train
 from pissa import PissaModel
-from pissa.nf4 import HoldsNf4
+from pissa.base.codes import HoldsNf4
 
 STORAGES = ["uint8", "bfloat16", "float16", "float32"]
 storages = pytest.mark.parametrize("storage", STORAGES)

@@ -13,7 +13,7 @@ from torch import nn
 
 import pissa
 from language_models import assert_same, snapshot
-from pissa.layer import PissaLayer
+from pissa.layers.layer import PissaLayer
 
 
 class Holder(nn.Module):

@@ -18,7 +18,7 @@ from torch import nn
 import architecture_checks as checks
 import pissa
 from architectures import ARCHITECTURES, Architecture
-from pissa.inject import pissa_layers
+from pissa.layers.layer import pissa_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)

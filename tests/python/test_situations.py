@@ -23,8 +23,8 @@ import pissa
 from devices import on_cpu, put
 from language_models import Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
-from pissa.bases import weight_matrix
-from pissa.stored import StartFactors
+from pissa.base.stored import StartFactors
+from pissa.base.weights import weight_matrix
 from reference import EPS, assert_close
 from tiny_model import save_tiny_model
 from trainers import QUIET, logged, options
@@ -103,7 +103,7 @@ def test_situation_01_reload_after_another_seed(tiny_llama: Make, tokens: Tensor
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     fresh = pissa.wrap(tiny_llama(), r=4, svd_passes=2)
     for name, layer in fresh.base_model.model.named_modules():
-        if isinstance(layer, pissa.PissaLinear):
+        if isinstance(layer, pissa.layers.PissaLinear):
             start = model.base_model.model.get_submodule(name).start_of("default")
             assert torch.equal(layer.start_of("default").a0, start.a0)
             assert torch.equal(layer.start_of("default").b0, start.b0)
@@ -208,7 +208,7 @@ def test_situation_07_magnitudes_in_the_plain_lora(tiny_llama: Make, tokens: Ten
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"]
     saved = load_file(tmp_path / "adapter_model.safetensors")
     magnitudes = {name: tensor for name, tensor in saved.items() if "magnitude" in name}
-    assert len(magnitudes) == len([m for m in model.modules() if isinstance(m, pissa.PissaLinear)])
+    assert len(magnitudes) == len([m for m in model.modules() if isinstance(m, pissa.layers.PissaLinear)])
     for name, tensor in magnitudes.items():
         layer = model.get_submodule(name.partition(".lora_magnitude")[0])
         assert not torch.equal(tensor, weight_matrix(layer.base_layer).norm(dim=1).cpu())
@@ -222,7 +222,9 @@ def test_situation_08_fused_experts(fields: dict[str, Any], tokens: Tensor, tmp_
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
     make = lambda: seeded(lambda: MixtralForCausalLM(MixtralConfig(**sizes, **heads)))  # noqa: E731
     model = lives(make, tokens, tmp_path, **fields)
-    adapted = [name for name, m in model.named_modules() if isinstance(m, pissa.PissaLinear) and "experts" in name]
+    adapted = [
+        name for name, m in model.named_modules() if isinstance(m, pissa.layers.PissaLinear) and "experts" in name
+    ]
     assert len(adapted) == 2 * 4 * (1 if fields else 2)  # layers, experts, weights
 
 
@@ -428,7 +430,7 @@ def test_situation_19_scalings(rslora: bool, tiny_llama: Make, tokens: Tensor, t
     saved = load_file(tmp_path / "adapter_model.safetensors")
     found = set()
     for name, layer in model.named_modules():
-        if not isinstance(layer, pissa.PissaLinear):
+        if not isinstance(layer, pissa.layers.PissaLinear):
             continue
         r = next((r for key, r in ranks.items() if re.search(rf"{key}$", name)), 4)
         alpha = next((alpha for key, alpha in alphas.items() if re.search(rf"{key}$", name)), 6)

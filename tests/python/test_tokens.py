@@ -270,7 +270,7 @@ def test_an_adapter_that_failed_can_be_added_again(
     """PEFT keeps the names of the adapters that a wrapper serves in a set."""
     model = pissa.wrap(tiny_llama(), r=4, target_modules=["q_proj"], **field)
     with monkeypatch.context() as patch:
-        patch.setattr(pissa.model, "decompose", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(pissa.model.pissa_model, "decompose", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.add_adapter("second", PissaConfig(r=4, target_modules=["q_proj"], **field))
     model.add_adapter("second", PissaConfig(r=4, target_modules=["q_proj"], **field))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import Make, logits
-from pissa import PissaLinear, PissaModel
+from pissa import PissaModel
+from pissa.layers import PissaLinear
 from trainers import FORMS, TERMS, assert_equal, compiles, forms, logged, options, quiet, state, trainable, unchanged
 
 pytestmark = quiet

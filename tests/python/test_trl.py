@@ -222,7 +222,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(
         assert not torch.equal(start, reference_of(run))
     policy = dpo(base(), tmp_path, tokenizer, ref_model=base())  # to ask for the policy's own log-probabilities
     assert torch.equal(start, torch.stack(policy.compute_ref_log_probs(run.model, batch_of(run))))
-    for layer in (module for module in run.model.modules() if isinstance(module, pissa.PissaLinear)):
+    for layer in (module for module in run.model.modules() if isinstance(module, pissa.layers.PissaLinear)):
         assert layer.start_of("ref") is layer.start_of("default")
 
     with unchanged(run.model):

@@ -15,8 +15,8 @@ import devices
 import pissa
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
 from pissa import PissaModel, ops
-from pissa.inject import pissa_layers
-from pissa.magnitude import Magnitude
+from pissa.layers.dora import Magnitude
+from pissa.layers.layer import pissa_layers
 from reference import EPS, power_law
 
 VARIANTS = {"dora": {"use_dora": True}, "adalora": {"use_adalora": True}}

@@ -19,8 +19,7 @@ from language_models import FORMS, Make, assert_same, error, logits, snapshot, t
 from mixtures import make
 from one_layer import OneLayer, change_a_little, filled
 from pissa import PissaConfig, PissaModel
-from pissa.inject import pissa_layers
-from pissa.layer import PissaLayer
+from pissa.layers.layer import PissaLayer, pissa_layers
 from reference import EPS, assert_close
 
 forms = pytest.mark.parametrize("form", FORMS)

@@ -1,5 +1,5 @@
 """The command line: `pissa finetune`, `pissa demo`, `pissa convert`, `pissa env`."""
 
-from .main import main
+from pissa.cli.main import main
 
 __all__ = ["main"]

@@ -9,10 +9,10 @@ import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
-from .quiet import silence_third_parties
-from .report import say
-from .table import format_table
+from pissa.cli.errors import UserError
+from pissa.cli.quiet import silence_third_parties
+from pissa.cli.report import say
+from pissa.cli.table import format_table
 
 if TYPE_CHECKING:
     from pissa.conversion import Conversion, ConvertedLayer

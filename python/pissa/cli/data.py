@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError
-from .sources import GSM_SYMBOLIC, gsm_symbolic
+from pissa.cli.errors import UserError
+from pissa.cli.sources import GSM_SYMBOLIC, gsm_symbolic
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _ROLES = ("system", "user", "assistant")

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import Record, read_records
-from .errors import UserError
-from .quiet import silence_third_parties
-from .report import say
-from .run_folder import PICTURE_FILE, RUN_FILE, check_new_folder
-from .sources import GSM_SYMBOLIC, unpack_smollm2
-from .table import format_table
+from pissa.cli.data import Record, read_records
+from pissa.cli.errors import UserError
+from pissa.cli.quiet import silence_third_parties
+from pissa.cli.report import say
+from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder
+from pissa.cli.sources import GSM_SYMBOLIC, unpack_smollm2
+from pissa.cli.table import format_table
 
 RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
 # The paper's 2e-5 is for a batch of 128. With 2 problems and 60 steps it moves nothing; from 5e-5 to 1e-3 this rate
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _split(records: Sequence[Record], base: Path) -> tuple[list[Record], list[Record]]:
     from transformers import AutoTokenizer
 
-    from .encode import encode
+    from pissa.cli.encode import encode
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     short = [record for record in records if encode([record], tokenizer, 10**6).longest <= MAX_TOKENS]
@@ -102,14 +102,14 @@ def _finetune(method: Method, out: Path) -> None:
 
 def _rows(out: Path, method: Method) -> tuple[list[dict[str, Any]], list[float]]:
     """The training steps of a run, and its held-out losses, before and after."""
-    from .metrics import read_metrics
+    from pissa.cli.metrics import read_metrics
 
     rows = read_metrics(out / method.folder)
     return [row for row in rows if "loss" in row], [row["eval_loss"] for row in rows if "eval_loss" in row]
 
 
 def _draw(out: Path) -> None:
-    from .plot import Curve, plot_losses
+    from pissa.cli.plot import Curve, plot_losses
 
     curves = []
     for method in METHODS:
@@ -172,7 +172,7 @@ def _show_answers(record: Record, out: Path) -> None:
 
 
 def _answer(model: Any, tokenizer: Any, question: dict[str, str]) -> str:
-    from .encode import chat_prompt
+    from pissa.cli.encode import chat_prompt
 
     inputs = tokenizer(chat_prompt([question], tokenizer), add_special_tokens=False, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -52,7 +52,7 @@ def _cuda(build: dict[str, Any] | None) -> str:
     """What the CUDA library was built for and which device there is, or why it is not used."""
     import torch
 
-    from pissa._load import cuda_problem
+    from pissa.ops._load import cuda_problem
 
     if cuda_problem is not None or build is None:
         return f"not used: {cuda_problem}"

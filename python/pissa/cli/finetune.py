@@ -8,17 +8,17 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import read_records
-from .errors import UserError
-from .quiet import silence_third_parties
-from .report import say
-from .run_folder import PICTURE_FILE, check_new_folder, check_resumable, record_run
+from pissa.cli.data import read_records
+from pissa.cli.errors import UserError
+from pissa.cli.quiet import silence_third_parties
+from pissa.cli.report import say
+from pissa.cli.run_folder import PICTURE_FILE, check_new_folder, check_resumable, record_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from .encode import Encoded
+    from pissa.cli.encode import Encoded
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     silence_third_parties()
     import torch
 
-    from .encode import Collator, encode
-    from .selfcheck import step0_check
-    from .training import train
+    from pissa.cli.encode import Collator, encode
+    from pissa.cli.selfcheck import step0_check
+    from pissa.cli.training import train
 
     model, tokenizer = _load(args)
     size = f"{model.num_parameters() / 1e6:,.1f} M parameters"
@@ -149,8 +149,8 @@ def _describe(source: str, encoded: Encoded, args: argparse.Namespace) -> str:
 
 
 def _finish(args: argparse.Namespace) -> None:
-    from .metrics import read_metrics
-    from .plot import Curve, plot_losses
+    from pissa.cli.metrics import read_metrics
+    from pissa.cli.plot import Curve, plot_losses
 
     rows = read_metrics(args.out)
     steps = [row for row in rows if "loss" in row]

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .errors import UserError
-from .options import make_parser
+from pissa.cli.errors import UserError
+from pissa.cli.options import make_parser
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.
 _CLI_PACKAGES = ("accelerate", "matplotlib", "peft", "safetensors", "tqdm", "transformers")
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     # Imported here, since torch and transformers take seconds and `pissa --help` needs neither.
     if args.command == "env":
-        from .env import run
+        from pissa.cli.env import run
     elif args.command == "convert":
-        from .convert import run
+        from pissa.cli.convert import run
     elif args.command == "demo" or args.demo:
-        from .demo import run
+        from pissa.cli.demo import run
     else:
-        from .finetune import run
+        from pissa.cli.finetune import run
     return run(args)

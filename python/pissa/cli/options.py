@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .sources import GSM_SYMBOLIC
+from pissa.cli.sources import GSM_SYMBOLIC
 
 
 def make_parser() -> argparse.ArgumentParser:

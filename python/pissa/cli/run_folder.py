@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from pissa.cli.errors import UserError
 
 RUN_FILE = "run.json"
 PICTURE_FILE = "loss.png"

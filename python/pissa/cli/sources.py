@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UserError
+from pissa.cli.errors import UserError
 
 GSM_SYMBOLIC = "gsm-symbolic"
 GSM_SYMBOLIC_SIZE = 2000

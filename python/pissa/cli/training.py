@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from .encode import Collator, Example
-from .metrics import LossBar, MetricsCallback, truncate_metrics
-from .report import say
-from .run_folder import checkpoint_step, last_checkpoint
+from pissa.cli.encode import Collator, Example
+from pissa.cli.metrics import LossBar, MetricsCallback, truncate_metrics
+from pissa.cli.report import say
+from pissa.cli.run_folder import checkpoint_step, last_checkpoint
 
 
 def train(

@@ -2,6 +2,6 @@
 folders of plain LoRA, `lora_start` where other tools' adapters started, `change` factors without cancellation, of a
 lower rank if wanted, and the check of what was written."""
 
-from .adapters import Conversion, ConvertedLayer, convert, total_kept
+from pissa.conversion.adapters import Conversion, ConvertedLayer, convert, total_kept
 
 __all__ = ["Conversion", "ConvertedLayer", "convert", "total_kept"]

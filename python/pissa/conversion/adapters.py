@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pissa.conversion.change import Change, Converted
-from pissa.conversion.lora_folder import LoraFolder, with_sizes
 from pissa.conversion.lora_start import (
     Start,
     check_residual,
@@ -25,12 +24,13 @@ from pissa.conversion.lora_start import (
     start_from_base,
     start_from_initial,
 )
-from pissa.files import Staged
-from pissa.io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD
-from pissa.json_file import shown
-from pissa.plain_lora import PREFIX
-from pissa.record import AdapterRecord
-from pissa.tensor_file import write_tensors
+from pissa.files.json_file import shown
+from pissa.files.lora_folder import LoraFolder, with_sizes
+from pissa.files.plain_lora import PREFIX
+from pissa.files.record import AdapterRecord
+from pissa.files.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD
+from pissa.files.staged import Staged
+from pissa.files.tensor_file import write_tensors
 
 # Starts of PEFT's that leave the base as it is.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")

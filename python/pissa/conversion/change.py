@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.conversion.lora_folder import LoraFactors
-from pissa.low_rank import Spectrum
-from pissa.plain_lora import Matrices
+from pissa.files.lora_folder import LoraFactors
+from pissa.files.plain_lora import Matrices
+from pissa.ops.low_rank import Spectrum
 
 _FLOAT64 = 2.0**-53
 # Of a factor's element when it is written in float32, after one rounding in float64: relative, and below 2^-126.

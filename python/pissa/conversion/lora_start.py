@@ -18,12 +18,12 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from pissa.bases import weight_matrix
+from pissa.base.weights import weight_matrix
 from pissa.conversion.change import Change
-from pissa.conversion.lora_folder import LoraFolder
-from pissa.io import ADAPTER_CONFIG
-from pissa.low_rank import Spectrum
-from pissa.plain_lora import Matrices
+from pissa.files.lora_folder import LoraFolder
+from pissa.files.plain_lora import Matrices
+from pissa.files.save import ADAPTER_CONFIG
+from pissa.ops.low_rank import Spectrum
 
 INITIAL_FOLDER = "pissa_init"
 """What the paper's authors call the sub-folder of a residual model that holds the adapter before training."""

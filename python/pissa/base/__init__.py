@@ -1,0 +1,1 @@
+"""What never changes: the weight of a module in any form, and the factors that an adapter starts from."""

@@ -1,0 +1,194 @@
+"""bitsandbytes' layers and files, whose bytes are ours: a 4-bit layer over its codes, 8 bits decoded, state dicts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pissa import ops
+from pissa.base.codes import HoldsNf4
+
+
+def is_bitsandbytes(module: nn.Module, name: str) -> bool:
+    """Whether `module` is bitsandbytes' class of that name, asked without importing bitsandbytes."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
+
+
+class Nf4Base(HoldsNf4):
+    """A linear layer whose whole weight is in 4 bits, y = x Qᵀ + b: what bitsandbytes' Linear4bit computes, from the
+    same bytes, on the CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient)."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: ops.Nf4Weight, linear: Any) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.hold(weight, linear.weight.dtype)
+        self.bias = linear.bias
+        self.dtype: torch.dtype = linear.weight.quant_state.dtype
+        self.compute_dtype: torch.dtype | None = linear.compute_dtype
+        self.training = linear.training
+        # What else the layer is. A list keeps it out of our modules: it holds no tensors, which would not follow ours.
+        self._rest = [_without_tensors(linear)]
+
+    def dense(self) -> Tensor:
+        """The weight in float32 [out, in]."""
+        return ops.nf4_dequantize(self.nf4)
+
+    def original(self) -> nn.Module:
+        """bitsandbytes' layer again, over the same bytes."""
+        from bitsandbytes.nn import Params4bit
+
+        linear = copy.copy(self._rest[0])
+        state = _quant_state(self.nf4, self.dtype)
+        weight = Params4bit(
+            self.weight.data.reshape(-1, 1),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=self.blocksize,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+            quant_storage=self.quant_storage,
+            module=linear,
+            bnb_quantized=True,
+        )
+        linear._parameters = {"weight": weight, "bias": self.bias}
+        linear.quant_state = state
+        return cast(nn.Module, linear.train(self.training))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output, computed in `compute_dtype` where bitsandbytes' layer has one, and again in the dtype of x."""
+        if self.compute_dtype in (None, x.dtype):
+            return ops.linear(x, self.nf4, self.bias)
+        return ops.linear(x.to(self.compute_dtype), self.nf4, self.bias).to(x.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The output without the bias."""
+        return ops.linear(x, self.nf4)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )
+
+
+def from_bitsandbytes(linear: Any) -> Nf4Base:
+    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed.
+
+    Raises:
+        TypeError: another type of quantisation than nf4, or a layer whose weight is not quantised yet.
+    """
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
+    if state.quant_type != "nf4":
+        raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
+    return Nf4Base(_from_quant_state(linear.weight.data, state), linear)
+
+
+def _without_tensors(linear: Any) -> Any:
+    rest = copy_without_hooks(linear)
+    rest._parameters = {}
+    rest.quant_state = None
+    return rest
+
+
+def copy_without_hooks(module: Any) -> Any:
+    """A shallow copy of a module. What accelerate has hung on the original calls the original, so the copy has none."""
+    twin = copy.copy(module)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        vars(twin).pop(name, None)
+    return twin
+
+
+def check_int8(linear: Any) -> None:
+    """Raises TypeError where bitsandbytes' `Linear8bitLt` does not hold a weight in 8 bits."""
+    if linear.state.has_fp16_weights:
+        raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
+    if linear.weight.dtype != torch.int8:
+        raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
+
+
+def dequantised_int8(linear: Any) -> Tensor:
+    """The weight of bitsandbytes' `Linear8bitLt` in float32 [out, in]. The layer keeps its scales in its weight until
+    it is called, then in its state."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    scales = linear.weight.SCB if linear.state.SCB is None else linear.state.SCB
+    return cast(Tensor, int8_vectorwise_dequant(linear.weight.detach(), scales))
+
+
+def to_bitsandbytes(weight: ops.Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`weight` as the entries of a state dict of bitsandbytes' `Linear4bit`, without copying its bytes: "weight" uint8
+    [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map and quant_state.
+
+    Args:
+        weight: NF4 codes of a matrix [out, in].
+        dtype: of the dense weight, which bitsandbytes dequantises to.
+    """
+    state = _quant_state(weight, dtype)
+    entries = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    return {"weight": weight.codes.reshape(-1, 1), **entries}
+
+
+def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.Nf4Weight:
+    """The NF4 matrix in the entries of a state dict of `Linear4bit`, as `to_bitsandbytes` writes them.
+
+    Raises:
+        ValueError: an entry is missing, or they do not describe an NF4 matrix.
+    """
+    from bitsandbytes.functional import QuantState
+
+    scales = {name.removeprefix("weight."): value for name, value in entries.items() if name.startswith("weight.")}
+    try:
+        state = QuantState.from_dict(scales, device=entries["weight"].device)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
+            "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
+        ) from error
+    if state.quant_type != "nf4":
+        raise ValueError(f"weight: quantised as {state.quant_type}; allowed: nf4")
+    if (state.absmax.dtype == torch.uint8) != state.nested:
+        raise ValueError("weight.nested_absmax: needed just where weight.absmax is quantised, in uint8")
+    return _from_quant_state(entries["weight"], state)
+
+
+def _from_quant_state(packed: Tensor, state: Any) -> ops.Nf4Weight:
+    """`packed` holds the bytes in any dtype (bitsandbytes' `quant_storage`); state is bitsandbytes' QuantState."""
+    nested = state.state2 if state.nested else None
+    return ops.Nf4Weight(
+        packed.view(torch.uint8).reshape(-1),
+        state.absmax,
+        None if nested is None else nested.absmax,
+        None if nested is None else state.offset.reshape(()),
+        (state.shape[0], state.shape[1]),
+        state.blocksize,
+    )
+
+
+def _quant_state(weight: ops.Nf4Weight, dtype: torch.dtype) -> Any:
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+
+    nested = None
+    if weight.nested_absmax is not None:
+        nested_code = create_dynamic_map().to(weight.device)
+        nested = QuantState(absmax=weight.nested_absmax, code=nested_code, blocksize=256, dtype=torch.float32)
+    return QuantState(
+        absmax=weight.absmax,
+        shape=torch.Size(weight.shape),
+        dtype=dtype,
+        blocksize=weight.blocksize,
+        code=get_4bit_type("nf4", device=weight.device),
+        quant_type="nf4",
+        offset=weight.offset,
+        state2=nested,
+    )

@@ -1,0 +1,1 @@
+"""Adapters on disk: writing them, finding them, reading them into a model."""

@@ -1,0 +1,138 @@
+"""Safetensors files with a checksum, checked by their header before a tensor of them is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pissa.base.fingerprint import sha256
+from pissa.files.json_file import parse_json, shown
+
+_CHECKSUMS = "sha256"
+"""The entry in a file's metadata that has the SHA-256 of its tensors, in the order of their names."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file that a TensorFile can be read from: the same bytes for the same tensors."""
+    checksums = " ".join(sha256(tensors[name]) for name in sorted(tensors))
+    save_file(dict(tensors), path, metadata={"format": "pt", _CHECKSUMS: checksums})
+    # safetensors writes the metadata in an order that differs from call to call.
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+class TensorFile:
+    """The tensors of a safetensors file: what they are is known at once, their values are read when asked for.
+
+    safetensors has seen to it that the tensors that the header declares are, end to end, the rest of the file.
+    So nothing can be asked of memory that is not on the disk.
+
+    Raises:
+        ValueError: no such file, or a damaged one, or one that is not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not os.path.isfile(path):  # a pipe would be waited for
+            found = "not a regular file" if os.path.lexists(path) else "missing"
+            raise ValueError(f"{path} is {found}{_pickle_beside(path)}")
+        try:
+            self._file = cast(Any, safe_open(path, "pt"))  # it has no types
+            self._refuse_duplicates()
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # RuntimeError: torch cannot map it
+            raise ValueError(
+                f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
+            ) from error
+        self._checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
+        self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+
+    def _refuse_duplicates(self) -> None:
+        with open(self.path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        parse_json(header)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, in the order of the file."""
+        return list(self._declared)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor of that name."""
+        return tuple(self._declared[name].get_shape())
+
+    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
+        """Checks that a tensor of that shape and of one of these dtypes is there.
+
+        Raises:
+            ValueError: naming the file, the tensor, and `demand`, what in the model wants it so.
+        """
+        if name not in self._declared:
+            raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
+        declared = self._declared[name]
+        dtype, found = _DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
+        if dtype not in dtypes or found != list(shape):
+            allowed = " or ".join(map(str, dtypes))
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
+            )
+
+    def verify(self) -> None:
+        """Checks that every tensor is, to the bit, the one that was written.
+
+        Raises:
+            ValueError: naming the file and the first tensor that is not.
+        """
+        names = sorted(self._declared)
+        if len(self._checksums) != len(names):
+            raise ValueError(
+                f"{self.path} has no checksums of its {len(names)} tensors: something else than save_pretrained wrote "
+                "it; save the adapter again, or take the file from a copy"
+            )
+        for name, checksum in zip(names, self._checksums, strict=True):
+            if sha256(self.read(name)) != checksum:
+                raise ValueError(
+                    f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
+                    "the adapter again, or take the file from a copy"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, in memory of its own: what becomes of the file later does not change it.
+
+        Raises:
+            ValueError: naming file and tensor, where it holds NaN or Inf.
+        """
+        tensor: Tensor = self._file.get_tensor(name).clone()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
+        return tensor
+
+
+def _pickle_beside(path: Path) -> str:
+    pickle = path.with_suffix(".bin")
+    return f"; {pickle.name}, beside it, is a pickle, which is never read" if os.path.lexists(pickle) else ""

@@ -1,0 +1,183 @@
+"""The base's own weights of the vocabulary, written with an adapter: rows that `resize_token_embeddings` adds are
+random, so whoever resizes the base anew has others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from pissa.base.bitsandbytes import Nf4Base, is_bitsandbytes
+from pissa.base.stored import StoredLinear
+from pissa.base.weights import in_memory, whole, with_matrix
+from pissa.distributed import sharded_as
+from pissa.files.plain_lora import PREFIX
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
+
+if TYPE_CHECKING:
+    from pissa.model.pissa_model import PissaModel
+
+
+@dataclass(frozen=True)
+class VocabularyTensor:
+    """A parameter of the input embeddings or of the output layer, dense or, of a weight, stored as a residual."""
+
+    module: nn.Module
+    name: str
+    """"weight" or "bias"."""
+    state_key: str
+    """In the state dict of the model."""
+    tokens: TrainableTokensLayer | None
+    """The layer that trains some rows of it."""
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the weight is kept as a residual."""
+        return self.name == "weight" and isinstance(self.module, StoredLinear)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter; of a stored weight, what has its shape and dtype."""
+        if self.is_stored:
+            base = cast(StoredLinear, self.module)
+            return torch.empty(base.out_features, base.in_features, dtype=base.dtype, device="meta")
+        return cast(Tensor, getattr(self.module, self.name))
+
+    def is_of(self, layer: PissaLayer) -> bool:
+        """Whether it is the weight of the layer's base."""
+        base = layer.unmerged_base
+        return self.name == "weight" and (base is self.module or base.weight is self.module.weight)
+
+    def value(self, state: Mapping[str, Tensor]) -> Tensor:
+        """What the base has, on the CPU, adapters merged or not: from a state dict where that has been gathered.
+
+        Raises:
+            ValueError: the parameter is sharded, and not in the state dict.
+        """
+        gathered = state.get(self.state_key)
+        if self.name == "bias" and gathered is not None:
+            return gathered.detach().cpu()
+        with in_memory(self.module):
+            base: Any = whole(self.module, gathered) if self.name == "weight" else self.module
+            if self.is_stored:
+                base = with_matrix(base, base.dense().to(base.dtype))
+            value: Tensor = getattr(base, self.name).detach()
+            if self.tokens is not None and self.name == "weight":
+                value = self.tokens.unmerged(value)
+            return value.cpu()
+
+    @torch.no_grad()
+    def put(self, value: Tensor) -> None:
+        """Gives the parameter these values."""
+        self.parameter.copy_(sharded_as(self.parameter, value))
+        if self.tokens is not None and self.name == "weight":
+            self.tokens.learn_originals()
+
+
+def vocabulary(model: PissaModel, adapter_name: str) -> dict[str, VocabularyTensor]:
+    """The parameters of the input embeddings and the output layer, by their names in PEFT's file of the adapter."""
+    base = model.base_model.model
+    names = {id(module): name for name, module in base.named_modules()}
+    found = {}
+    for module in _embeddings(base):
+        if id(module) not in names:
+            continue
+        infix, inner, tokens = _unwrapped(module, adapter_name)
+        if not _is_dense(inner):
+            continue
+        for name, _ in inner.named_parameters(recurse=False):
+            state_key = f"{PREFIX}{names[id(inner)]}.{name}"
+            key = f"{PREFIX}{names[id(module)]}{infix}.{name}"
+            found[key] = VocabularyTensor(inner, name, state_key, tokens)
+    return found
+
+
+def _embeddings(base: Any) -> Iterator[nn.Module]:
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(base, getter)()
+        except (AttributeError, NotImplementedError):  # of other models than transformers', or without such a layer
+            continue
+        if isinstance(module, nn.Module):
+            yield module
+
+
+def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, TrainableTokensLayer | None]:
+    """The base's own module in one that has adapters; what PEFT's file calls it, after the outer one's name, and the
+    layer that trains tokens."""
+    infix, inner, tokens, is_of_the_adapter = "", module, None, False
+    if isinstance(module, PissaLayer):
+        infix, inner, is_of_the_adapter = ".base_layer", module.unmerged_base, adapter_name in module.r
+    elif isinstance(module, TrainableTokensWrapper):
+        tokens = module.token_adapter
+        infix, inner, is_of_the_adapter = ".token_adapter.base_layer", tokens.base_layer, module.trains(adapter_name)
+    elif isinstance(module, ModulesToSaveWrapper):
+        infix, inner = ".original_module", module.original_module
+        is_of_the_adapter = adapter_name in module.modules_to_save
+    return infix if is_of_the_adapter else "", inner, tokens
+
+
+def _is_dense(module: Any) -> bool:
+    """Whether the module's weight is a table of numbers, which may have been resized."""
+    if isinstance(module, StoredLinear):
+        return True
+    quantised = isinstance(module, Nf4Base) or any(
+        is_bitsandbytes(module, kind) for kind in ("Linear4bit", "Linear8bitLt")
+    )
+    weight = getattr(module, "weight", None)
+    return not quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+
+
+def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
+    """Whether the vocabulary's weights are written with the adapter: if that is asked for, or, with "auto", if the
+    vocabulary has another size than in the files that the base was loaded from, or if these are not at hand and the
+    adapter changes it.
+
+    Raises:
+        ValueError: `save_embedding_layers` is something else.
+    """
+    if save_embedding_layers is True and not vocabulary(model, adapter_name):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
+            UserWarning,
+            stacklevel=4,
+        )
+    if isinstance(save_embedding_layers, bool):
+        return save_embedding_layers
+    if save_embedding_layers != "auto":
+        raise ValueError(f'save_embedding_layers must be "auto", True or False, got {save_embedding_layers!r}')
+    config, name = getattr(model.base_model.model, "config", None), _base_name(model, adapter_name)
+    if isinstance(config, PretrainedConfig) and name:
+        try:
+            fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model has been loaded from
+            if fields:
+                return bool(_size(type(config).from_dict(fields)) != _size(config))
+        except (OSError, ValueError, AttributeError):
+            pass
+    layers = pissa_layers(model.base_model.model, adapter_name).values()
+    if any(tensor.is_of(layer) for tensor in vocabulary(model, adapter_name).values() for layer in layers):
+        return True
+    if name:
+        warnings.warn(
+            f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
+            "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return False
+
+
+def _base_name(model: PissaModel, adapter_name: str) -> str:
+    name = getattr(model.base_model.model, "name_or_path", None)
+    return str(name or model.peft_config[adapter_name].base_model_name_or_path or "")
+
+
+def _size(config: PretrainedConfig) -> int:
+    return cast(int, config.get_text_config().vocab_size)

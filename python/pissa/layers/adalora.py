@@ -1,0 +1,39 @@
+"""AdaLoRA (arXiv 2303.10512): singular values are a vector of their own, and a loss keeps the vectors orthogonal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa.layers.layer import pissa_layers
+
+
+def orthogonality_loss(model: nn.Module, adapter_name: str) -> Tensor:
+    """‖V Vᵀ - I‖² + ‖Uᵀ U - I‖² (eq. 4 there) for V = V0 + dV [r, in] and U = B0 + dB [out, r], the mean over all such
+    matrices of an adapter with `use_adalora`, float32. It is 0 at the start, where V0 and B0 are singular vectors.
+
+    Args:
+        model: the (unwrapped) model.
+    """
+    squares = []
+    for layer in pissa_layers(model, adapter_name).values():
+        start, deltas = layer.start_of(adapter_name), layer.deltas(adapter_name)
+        for vectors in (start.values_and_vectors()[1] + deltas.a, (start.b0 + deltas.b).mT):
+            identity = torch.eye(len(vectors), device=vectors.device)
+            squares.append((vectors @ vectors.mT - identity).square().sum())
+    return torch.stack(squares).mean()
+
+
+def add_orthogonality_loss(model: Any, inputs: Any, outputs: Any) -> None:
+    """A forward hook of PissaModel: adds `orth_reg_weight` times the orthogonality loss of each active adapter with
+    `use_adalora` to the loss that the model computes, in training mode. As in PEFT's AdaLoraModel, a loss that is
+    computed elsewhere from the logits does not have it."""
+    if not model.training or not isinstance(getattr(outputs, "loss", None), Tensor):
+        return
+    for name in model.active_adapters:
+        config = model.peft_config.get(name)
+        if config is not None and config.use_adalora:
+            loss = orthogonality_loss(model.base_model.model, name)
+            outputs.loss = outputs.loss + config.orth_reg_weight * loss.to(outputs.loss.device)

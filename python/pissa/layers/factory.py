@@ -1,0 +1,217 @@
+"""What can be adapted, each module by its kind of PissaLayer, and what cannot, refused by name."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pissa.base.bitsandbytes import Nf4Base, check_int8, from_bitsandbytes, is_bitsandbytes
+from pissa.base.codes import HoldsNf4
+from pissa.base.weights import CONVOLUTIONS, is_linear, is_offloaded
+from pissa.config import PissaConfig, all_linear, exactly, is_all_linear, is_refused_by_peft
+from pissa.distributed import is_partitioned, is_sharded
+from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
+from pissa.layers.embedding import PissaEmbedding
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.linear import PissaLinear
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_layers(model: nn.Module, config: PissaConfig) -> None:
+    """Writes into a configuration that targets "all-linear" the layers of `model` that this means, without those that
+    PEFT refuses, and into its patterns the ranks of layers that are too small for `r`, each with the scaling that `r`
+    would give it. Warns once of both."""
+    if not is_all_linear(config):
+        return
+    names: Any = all_linear(config, model)
+    config.target_modules = names
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name in names and check_target_module_exists(config, name)
+    }
+    refused = [name for name in layers if is_refused_by_peft(config, model, name)]
+    config.target_modules = names.difference(refused)
+    small = {
+        name: side
+        for name, layer in layers.items()
+        if name in config.target_modules
+        and (side := _smaller_side(layer)) < config.r
+        and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern
+    }
+    said = []
+    if small:
+        _cap_ranks(config, small)
+        name, side = next(iter(small.items()))
+        said.append(
+            f"r={config.r} is more than the smaller side of {len(small)} of {len(layers)} layers, {name} the first; "
+            f"the rank of each is that side, {side} for the first"
+        )
+    if refused:
+        said.append(
+            f"{len(refused)} of {len(layers)} layers, {refused[0]} the first, are left out, as PEFT wants it: the "
+            "kernels of this model may read their weights past an adapter"
+        )
+    if said:
+        warnings.warn(
+            f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
+            "target_modules or exclude_modules.",
+            UserWarning,
+            stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
+        )
+
+
+def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
+    """Gives the layers these ranks, and the scaling that they would have with the configuration's own."""
+    alphas = {}
+    for name, rank in ranks.items():
+        alpha: Any = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+        alphas[exactly(name)] = alpha * math.sqrt(rank / config.r) if config.use_rslora else alpha * rank / config.r
+    config.rank_pattern = {exactly(name): rank for name, rank in ranks.items()} | config.rank_pattern
+    config.alpha_pattern = alphas | config.alpha_pattern  # the first that matches counts
+
+
+def _smaller_side(linear: Any) -> int:
+    """Of the weight of a linear layer, adapted or not. In 4 bits the parameter has another shape; Conv1D has no
+    in_features."""
+    sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
+    return int(min(sides))
+
+
+def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
+    """`pissa_layer` for the layers of `model`."""
+    dtypes = (
+        parameter.dtype
+        for name, module in model.named_modules()
+        if not isinstance(module, HoldsNf4) and ".lora_" not in name
+        for parameter in module.parameters(recurse=False)
+        if type(parameter) is nn.Parameter and parameter.is_floating_point()
+    )
+    return partial(pissa_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
+
+
+def pissa_layer(
+    target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
+) -> PissaLayer:
+    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`.
+
+    Raises:
+        TypeError, ValueError: naming the layer, why it cannot be adapted, and what to do instead.
+    """
+    name = kwargs["target_name"]
+    if kwargs.get("parameter_name") is not None:
+        raise TypeError(
+            f"{name} is a parameter of {type(target).__name__}; PiSSA adapts layers and fused experts: name them in "
+            "target_modules"
+        )
+    base, kind = _base_and_kind(target, name)
+    _check_weight(base, name)
+    if config.use_dora and kind is not PissaLinear:
+        raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
+    layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
+    layer.base_layer = base  # which PEFT would warn of, where it is not the target, as of a kind that it does not know
+    return layer
+
+
+_KINDS: tuple[tuple[type[nn.Module], type[PissaLayer]], ...] = (
+    (nn.Linear, PissaLinear),
+    (Conv1D, PissaLinear),
+    (nn.Embedding, PissaEmbedding),
+    (nn.Conv1d, PissaConv1d),
+    (nn.Conv2d, PissaConv2d),
+    (nn.Conv3d, PissaConv3d),
+)
+
+
+def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaLayer]]:
+    try:
+        if is_bitsandbytes(target, "Linear4bit"):
+            return from_bitsandbytes(target), PissaLinear
+        if is_bitsandbytes(target, "Linear8bitLt"):
+            check_int8(target)
+            return target, PissaLinear
+    except TypeError as error:
+        raise TypeError(f"{name} is a {type(target).__name__} of bitsandbytes, but {error}") from None
+    for base, kind in _KINDS:
+        # A subclass may compute anything; those of embeddings multiply by a scale.
+        if (
+            type(target) is base
+            or (base is nn.Linear and is_linear(target))
+            or (base is nn.Embedding and isinstance(target, base) and hasattr(target, "embed_scale"))
+        ):
+            _check_options(target, name)
+            return target, kind
+    found = f"{type(target).__module__}.{type(target).__qualname__}"
+    if isinstance(target, BaseTunerLayer):
+        raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
+    raise TypeError(f"{name} is a {found}; PiSSA adapts {_ADAPTED}; {leave_out(name)}")
+
+
+_ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and transformers' fused experts"
+
+
+def _check_options(target: nn.Module, name: str) -> None:
+    if isinstance(target, CONVOLUTIONS) and target.groups > 1:
+        raise TypeError(
+            f"{name} is a {type(target).__name__} with groups={target.groups}, whose weight is not one matrix; "
+            f"{leave_out(name)}"
+        )
+    if isinstance(target, nn.Embedding) and target.max_norm is not None:
+        raise TypeError(
+            f"{name} is an Embedding with max_norm={target.max_norm}, which changes its own weight; {leave_out(name)}"
+        )
+
+
+def _check_weight(base: nn.Module, name: str) -> None:
+    weight: Any = base.weight
+    if is_partitioned(weight):
+        raise TypeError(
+            f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
+            "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or "
+            "load it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
+        )
+    if is_sharded(weight):
+        raise TypeError(
+            f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
+            "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
+        )
+    if weight.is_meta and not is_offloaded(base):
+        raise ValueError(
+            f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
+            "that accelerate offloads, device_map=..., is fetched layer by layer)"
+        )
+    if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
+        return
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
+            "plain float32, bfloat16 and float16 weights: load the model in one of these "
+            '(quant="nf4" then stores it in 4 bits)'
+        )
+
+
+def check_parents(model: nn.Module, adapter_name: str) -> None:
+    """Raises TypeError, naming the layer, where its parent would compute without it and so without its adapter."""
+    for name in pissa_layers(model, adapter_name):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise TypeError(
+                f"{name} is in a {type(parent).__name__}, which in evaluation computes from the weights of its layers "
+                "and would leave the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first, or "
+                f"{leave_out(name)}"
+            )
+
+
+def leave_out(name: str) -> str:
+    """Advice for messages: how to leave the layer out."""
+    return f"leave it out of target_modules or add {name.rpartition('.')[2]!r} to exclude_modules"

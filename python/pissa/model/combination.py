@@ -1,0 +1,208 @@
+"""Weighted combinations of adapters: their changes of each weight, summed, as the change of one new adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
+from torch import Tensor, nn
+
+from pissa import distributed
+from pissa.base.stored import StartFactors
+from pissa.config import PissaConfig, exactly
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.ops.low_rank import Spectrum
+
+# What prunes changes before it sums them; those with an election of signs take how it is done.
+_PRUNED: dict[str, Callable[..., Tensor]] = {
+    "ties": ties,
+    "dare_ties": dare_ties,
+    "dare_linear": dare_linear,
+    "magnitude_prune": magnitude_prune,
+}
+COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
+
+# Fields of adapters that train something beside factors, which is not summed, with the value that trains nothing.
+_FACTORS_ALONE = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
+
+
+class Parts(NamedTuple):
+    """The start factors and deltas of a layer, float32 matrices; the scaling is 1."""
+
+    a0: Tensor
+    b0: Tensor
+    da: Tensor
+    db: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """What `PissaModel.add_weighted_adapter` is asked for, checked."""
+
+    terms: Sequence[tuple[str, float]]
+    """Adapters and their weights."""
+    method: str
+    """"cat", "svd" or "linear", or the name of what prunes."""
+    ranks: Mapping[str, int]
+    """Of the new adapter's layers, by name."""
+    density: float | None
+    majority_sign_method: str
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        configs: Mapping[str, PissaConfig],
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        combination_type: str,
+        svd_rank: int | None,
+        density: float | None,
+        majority_sign_method: str,
+    ) -> Combination:
+        """Checks the arguments of `add_weighted_adapter` against the (unwrapped) model and its adapters.
+
+        Raises:
+            ValueError: naming the argument, what was given and what is allowed.
+        """
+        _check_adapters(model, configs, adapters, weights)
+        method = combination_type.removesuffix("_svd") if combination_type in COMBINATIONS else ""
+        if not method:
+            raise ValueError(f"Invalid combination_type: {combination_type!r}; allowed: {', '.join(COMBINATIONS)}")
+        if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
+            raise ValueError(f"svd_rank must be a positive integer or None, got {svd_rank!r}")
+        if method in _PRUNED and (not isinstance(density, (int, float)) or not 0 < density <= 1):
+            raise ValueError(f"density must be a number above 0 and at most 1 with {combination_type}, got {density!r}")
+        if majority_sign_method not in ("total", "frequency"):
+            raise ValueError(f"majority_sign_method must be 'total' or 'frequency', got {majority_sign_method!r}")
+        layers: dict[str, PissaLayer] = {}
+        for adapter in adapters:
+            layers |= pissa_layers(model, adapter)
+        largest = [max(layer.r.get(adapter, 0) for layer in layers.values()) for adapter in adapters]
+        with_svd = combination_type.endswith("svd")
+        if len(set(largest)) > 1 and not with_svd and method != "cat":
+            raise ValueError(
+                "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
+                f"dare_linear. Got {dict(zip(adapters, largest, strict=True))}; take svd, {method}_svd or cat"
+            )
+        limit = sum(largest) if method == "cat" else (svd_rank if with_svd else None) or max(largest)
+        ranks = {}
+        for name, layer in layers.items():
+            held = limit if method in _PRUNED else sum(layer.r.get(adapter, 0) for adapter in adapters)
+            ranks[name] = min(limit, held, *layer.matrix_shape)
+        terms = list(zip(adapters, weights, strict=True))
+        return Combination(terms, method, ranks, density, majority_sign_method)
+
+    def config(self, model: nn.Module, configs: Mapping[str, PissaConfig]) -> PissaConfig:
+        """The new adapter's: the first one's, but for what the combination determines."""
+        ((r, _),) = Counter(self.ranks.values()).most_common(1)
+        saved = [name for adapter, _ in self.terms for name in configs[adapter].modules_to_save or ()]
+        fields: dict[str, Any] = {
+            "r": r,
+            "lora_alpha": None,  # the rank
+            "rank_pattern": {exactly(name): rank for name, rank in self.ranks.items() if rank != r},
+            "alpha_pattern": {},
+            "use_rslora": False,
+            "target_modules": set(self.ranks),
+            "modules_to_save": list(dict.fromkeys(saved)) or None,
+            "init": "given",
+            "use_adalora": False,
+            **dict.fromkeys(["exclude_modules", "layers_to_transform", "layers_pattern"]),
+            **{"quant": None, "residual": "implicit"},  # the base stays what it is
+        }
+        config = dataclasses.replace(configs[self.terms[0][0]], **fields)
+        # A name that ends with that of a layer is a target, too.
+        found = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+        config.exclude_modules = found.difference(self.ranks) or None
+        return config
+
+    @torch.no_grad()
+    def start(self, model: nn.Module, adapter_name: str, config: PissaConfig) -> None:
+        """Gives an adapter that has just been injected into the (unwrapped) model its factors. With several processes
+        all take those of the first, for what prunes at random draws other numbers in each."""
+        layers = pissa_layers(model, adapter_name)
+        parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
+        distributed.agree()  # nothing between here and the last broadcast can fail on one rank alone
+        for name, layer in layers.items():
+            a0, b0, da, db = (distributed.broadcast(part, 0) for part in parts.pop(name))
+            layer.share_start(adapter_name, StartFactors(a0, b0, layer.origin(adapter_name, config)))
+            deltas = layer.deltas(adapter_name)
+            deltas.a.copy_(da)
+            deltas.b.copy_(db)
+        for wrapper in model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+                owner = next(adapter for adapter, _ in self.terms if adapter in wrapper.modules_to_save)
+                wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
+
+    def _parts(self, layer: PissaLayer, rank: int) -> Parts:
+        terms = [(adapter, weight) for adapter, weight in self.terms if adapter in layer.r]
+        if self.method in _PRUNED:
+            return _split(self._pruned(layer, terms), rank)
+        starts = [layer.start_of(adapter) for adapter, _ in terms]
+        changes = [layer.changed_factors(adapter) for adapter, _ in terms]
+        scales = [weight * layer.scaling[adapter] for adapter, weight in terms]
+        # s (B A - B0 A0), with s in the factors on the right, side by side.
+        a0 = torch.cat([scale * start.a0 for scale, start in zip(scales, starts, strict=True)])
+        da = torch.cat([scale * change.float() for scale, (change, _) in zip(scales, changes, strict=True)])
+        b0 = torch.cat([start.b0 for start in starts], dim=1)
+        db = torch.cat([change.float() for _, change in changes], dim=1)
+        if len(a0) == rank:
+            return Parts(a0, b0, da, db)
+        right = torch.cat([a0.double() + da.double(), da.double()])
+        return _split(Spectrum.of(right, torch.cat([db, b0], dim=1).double()), rank)
+
+    def _pruned(self, layer: PissaLayer, terms: Sequence[tuple[str, float]]) -> Spectrum:
+        changes = []
+        for adapter, _ in terms:
+            a, b = layer.start_of(adapter).factors_of_change(layer.deltas(adapter))
+            changes.append(layer.scaling[adapter] * (b @ a))
+        weights = torch.tensor([weight for _, weight in terms], device=changes[0].device)
+        signs = {"majority_sign_method": self.majority_sign_method} if "ties" in self.method else {}
+        dense = _PRUNED[self.method](changes, weights, self.density, **signs)
+        return Spectrum(*torch.linalg.svd(dense.double(), full_matrices=False))
+
+
+def _split(spectrum: Spectrum, rank: int) -> Parts:
+    """The leading 2 rank parts of a change as dB A + B0 dA. A and B0 have rows and columns of length 1, so that both
+    deltas can learn, even where the change is zero."""
+    left, values, right = spectrum.left[:, : 2 * rank], spectrum.values[: 2 * rank], spectrum.right[: 2 * rank]
+    missing = 2 * rank - len(values)
+    left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
+    values = nn.functional.pad(values, (0, missing))
+    db, da = left[:, :rank] * values[:rank], values[rank:, None] * right[rank:]
+    return Parts(*(part.float().contiguous() for part in (right[:rank] - da, left[:, rank:], da, db)))
+
+
+def _check_adapters(
+    model: nn.Module, configs: Mapping[str, PissaConfig], adapters: Sequence[str], weights: Sequence[float]
+) -> None:
+    for adapter in adapters:
+        if adapter not in configs:
+            raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
+        for name, alone in _FACTORS_ALONE.items():
+            if (value := getattr(configs[adapter], name)) != alone:
+                raise ValueError(
+                    f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
+                    "trains more than factors: merge it with merge_and_unload"
+                )
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
+        )
+    for weight in weights:
+        number: Any = weight
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"weights must be finite numbers, got {weight!r}")
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s). Give adapters of which one at most has each module"
+        )

@@ -1,0 +1,509 @@
+"""wrap, and the model that it returns: a peft.PeftModel whose adapters are changes of an unchanged base."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pissa.base.codes import HoldsNf4
+from pissa.config import PissaConfig, TakesHooksOff, fetched_by_layers, targets_as_given
+from pissa.distributed import failing_together, is_sharded
+from pissa.files.hub import adapter_folder, refuse_unsupported
+from pissa.files.load import Checkpoint
+from pissa.files.save import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
+from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
+from pissa.layers.experts import fuse, unfuse
+from pissa.layers.factory import check_parents, choose_layers, layer_factory
+from pissa.layers.tokens import check_tokens_can_be_merged, mend_token_layers
+from pissa.model.adapter_names import check_adapter_name
+from pissa.model.combination import Combination
+from pissa.model.decompose import decompose
+from pissa.model.inject import materialise, restored_on_error
+from pissa.model.tuner import guard_state_dict, register, unguard_state_dict
+
+register()
+
+Start = Callable[["PissaModel", str], None]
+"""Gives every layer of an adapter that has just been injected its start factors."""
+
+
+def wrap(
+    model: nn.Module,
+    config: PissaConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    progressbar: bool = False,
+    **config_fields: Any,
+) -> PissaModel:
+    """Puts a PiSSA adapter on a model, in place, and returns the model that trains it.
+
+        model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
+        model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
+
+    The wrapped model computes what the base does until the first step of training. With `quant="nf4"` the
+    base is the quantised residual plus its principal part.
+
+    Where torch.distributed has several processes, all of them have to call this, with the same model and configuration:
+    they share the work, and an error in one is an error in all.
+
+    Args:
+        model: usually transformers'; see `targets` for what can be adapted. On any failure it is left as it was; for
+            this the dense weights stay in memory until the last layer is done, with quant as well.
+        config: the configuration; copied. Alternatively give its fields as keywords.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
+        low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
+        progressbar: show one bar on stderr; the environment variable TQDM_DISABLE hides it.
+
+    Raises:
+        TypeError: config and fields both given, or a layer that cannot be adapted.
+        ValueError: no layer found, rank too large for one that is named, NaN or Inf in a weight, a model that is
+            wrapped.
+        pissa.distributed.RankError: another process has failed.
+    """
+    with restored_on_error(model), failing_together():
+        if config is not None and config_fields:
+            raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
+        config = _own_config(PissaConfig(**config_fields) if config is None else config)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
+                "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
+                "second adapter: model.add_adapter(name, config)"
+            )
+        check_adapter_name(adapter_name, model)
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        _warn_of_dropout(config)
+        return _model_class(config)(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            start=lambda wrapped, name: _decompose(wrapped, name, progressbar=progressbar),
+        )
+
+
+class PissaModel(TakesHooksOff):
+    """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap` or `PissaModel.from_pretrained`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PissaConfig,
+        adapter_name: str = "default",
+        *,
+        start: Start,
+        **kwargs: Any,
+    ) -> None:
+        peft_config.build_layers_with(layer_factory(model))
+        unfuse(model, peft_config)
+        choose_layers(model, peft_config)
+        with targets_as_given():
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        mend_token_layers(model)
+        _once_each(peft_config)
+        self.warned_of_plain_lora = False
+        self.register_forward_hook(add_orthogonality_loss)
+        guard_state_dict(model)
+        check_parents(model, adapter_name)
+        materialise(model, adapter_name)
+        start(self, adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PissaConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter that changes nothing yet. It shares the start factors of one that has the same
+        rank, scaling and decomposition.
+
+        The base function stays what it is: an adapter may ask for the residual that a layer has, or for an
+        implicit one, which on a stored base means "leave it".
+
+        Raises:
+            TypeError, ValueError: as `wrap`; the model is left as it was.
+        """
+        with restored_on_error(self), failing_together():
+            config = _own_config(peft_config)
+            self._check_new_name(adapter_name)
+            _warn_of_dropout(config)
+            self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
+
+    def _check_new_name(self, adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        check_adapter_name(adapter_name, self.base_model.model)
+
+    def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            raise ValueError(
+                "the model is sharded, and FSDP or DeepSpeed would not see a new adapter: add it before fully_shard or "
+                "deepspeed.initialize"
+            )
+        config.build_layers_with(layer_factory(self.base_model.model))
+        with targets_as_given():
+            unfuse(self.base_model.model, config)
+            choose_layers(self.base_model.model, config)
+            super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            mend_token_layers(self.base_model.model)
+            _once_each(config)
+            check_parents(self.base_model.model, adapter_name)
+            materialise(self.base_model.model, adapter_name)
+            start(self, adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter whose change of each weight is sum of weight * s (B A - B0 A0) over `adapters`. It is an
+        adapter like others: it can be trained, saved and combined again.
+
+        An adapter of rank r can hold any change of rank 2r, so the rank below is half that of what is held.
+
+        Args:
+            adapters: names; they may adapt other layers, at other ranks.
+            weights: one for each, of any sign.
+            adapter_name: of the new adapter.
+            combination_type: "cat" is the whole sum, its rank that of the adapters together. "svd" is the sum's best
+                approximation of rank `svd_rank`; "linear" the same at the rank of the adapters, which must be equal.
+                (PEFT's "linear" sums factors, which is no sum of changes.) "ties", "dare_ties", "dare_linear" and
+                "magnitude_prune", with or without "_svd", prune the changes as PEFT's functions of that name do, and
+                are then approximated likewise.
+            svd_rank: for those that end in "svd"; the largest rank of the adapters by default. A layer that needs less
+                has less.
+            svd_clamp: must be None; it would clip factors, of which there are many for one change.
+            svd_full_matrices, svd_driver: accepted as in PEFT; without effect.
+            density: share of the values that pruning keeps, above 0 and at most 1.
+            majority_sign_method: "total" or "frequency", with ties.
+
+        A module of `modules_to_save` that one of the adapters has is copied as it is. The model is left as it was on
+        any failure.
+
+        Raises:
+            ValueError: naming the argument; adapters that train more than factors (DoRA, biases).
+        """
+        with restored_on_error(self), failing_together():
+            self._check_new_name(adapter_name)
+            if svd_clamp is not None:
+                raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
+            base = self.base_model.model
+            combination = Combination.of(
+                base, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
+            )
+            config = combination.config(base, self.peft_config)
+            self._add(adapter_name, config, lambda model, name: combination.start(base, name, config), True)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges the adapters into dense weights that take the base's place, as in PEFT; trained tokens into the weight
+        itself.
+
+        Raises:
+            ValueError: trained tokens that one weight cannot hold; nothing is merged then.
+        """
+        check_tokens_can_be_merged(self.base_model.model, adapter_names)
+        with fetched_by_layers():
+            self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Puts the base back, bit for bit."""
+        with fetched_by_layers():
+            self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again.
+
+        Raises:
+            ValueError: as `merge_adapter`.
+        """
+        check_tokens_can_be_merged(self.base_model.model, adapter_names)
+        with fetched_by_layers():
+            model = self.base_model.merge_and_unload(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        return _as_given(model)
+
+    def unload(self) -> nn.Module:
+        """The base without adapters, as in PEFT; fused experts are fused again."""
+        with fetched_by_layers():
+            model = self.base_model.unload()
+        return _as_given(model)
+
+    def _get_peft_specific_model_tags(self) -> list[str]:
+        """Of the model card: the folder holds a LoRA."""
+        return [*super()._get_peft_specific_model_tags(), "lora"]
+
+    def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
+        """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
+        `adalora.orthogonality_loss`. In training mode the model adds it, times `orth_reg_weight`, to the loss that it
+        returns; a loss of your own has to."""
+        return orthogonality_loss(self.base_model.model, adapter_name)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters and all parameters; a weight in 4 bits counts as one."""
+        trainable, total = super().get_nb_trainable_parameters()
+        for module in self.modules():
+            if isinstance(module, HoldsNf4):
+                total += math.prod(module.matrix_shape) - module.weight.numel()
+        return trainable, total
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the adapters: a plain LoRA that PEFT, vLLM and transformers load onto the unmodified base,
+        and beside it what `from_pretrained` needs to go on training exactly where this model is.
+
+        An adapter that is not called "default" goes to a sub-folder of its name. Every file is written under
+        a temporary name, flushed and then renamed, so that a crash leaves an adapter that is whole. (With
+        `use_adalora` a crash between two of the renames leaves files that `from_pretrained` refuses.)
+
+        Args:
+            save_directory: the folder; made if need be.
+            safe_serialization: must be True; this package never writes pickle.
+            selected_adapters: names of the adapters to save; all by default.
+            save_embedding_layers: whether the base's input embeddings and output layer are written too, which
+                `from_pretrained` then puts into the base. "auto": if the vocabulary was resized, for the new rows are
+                random; also if the base's files are not at hand to see that, and the adapter changes one of the two.
+            is_main_process: nothing is written where this is False.
+            path_initial_model_for_weight_conversion: not needed; what is written is converted already.
+            state_dict: the model's state dict, where the caller has gathered it.
+            kwargs: ignored, as PEFT does.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickle; PiSSA adapters are safetensors only")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is not needed: the folder that save_pretrained "
+                "writes is a plain LoRA for the unmodified base already"
+            )
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {unknown}."
+            )
+        if is_main_process:
+            warn_of_plain_lora(self)
+            for name in names:
+                save_adapter(self, name, save_directory, state_dict, save_embedding_layers)
+            save_card(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PissaConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PissaModel:
+        """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
+
+        Args:
+            model: the unmodified base, its vocabulary resized as the trained one's was; on any failure it is left as
+                it was.
+            model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub that
+                has its files; a folder of that name wins.
+            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            config: in the place of the saved configuration, and used as it is; it has to describe the same adapter.
+                See `PissaConfig.from_pretrained`.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
+            key_mapping: must be empty: the layers have the names that they were saved with.
+            kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
+                ones are ignored, as in PEFT. So is `torch_device`, since the adapter goes where its layer is, and so
+                are `device_map`, `max_memory` and the like, since a dispatched base stays as it is.
+
+        Raises:
+            ValueError: a folder without a PiSSA adapter, a file that is damaged, a base that is not the one that the
+                adapter was trained on, naming the first layer that differs, or an option that cannot be honoured.
+            TypeError: `config` is no PissaConfig.
+        """
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "the model carries an adapter already. To restore onto the base alone: model = model.unload() first; "
+                "to load beside what it has: model.load_adapter(folder, name)"
+            )
+        check_adapter_name(adapter_name, model)
+        refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
+        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
+        checkpoint.config.inference_mode = not is_trainable
+        with checkpoint.blamed(), restored_on_error(model):
+            wrapped = _model_class(checkpoint.config)(
+                model,
+                checkpoint.config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                start=checkpoint.restore,
+            )
+        return wrapped if is_trainable else wrapped.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        *,
+        config: PissaConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Adds a saved adapter, or restores the state of one that the model has.
+
+        Args:
+            model_id, key_mapping, kwargs: see `from_pretrained`.
+            config: see `from_pretrained`; of an adapter that the model has, only compared with the saved one.
+            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect: the adapter
+                goes where its layer is.
+
+        Returns:
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty: an adapter of
+            which a tensor is missing, or that has one too many, is refused.
+
+        Raises:
+            ValueError, TypeError: as `from_pretrained`; the model is left as it was.
+        """
+        known = adapter_name in self.peft_config
+        if not known:
+            check_adapter_name(adapter_name, self.base_model.model)
+        refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
+        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
+        if known:
+            checkpoint.restore(self, adapter_name)
+        else:
+            checkpoint.config.inference_mode = not is_trainable
+            with checkpoint.blamed(), restored_on_error(self):
+                self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        if not is_trainable:
+            self.eval()
+        return nn.Module().load_state_dict({})  # torch has no public name for the type
+
+
+class PissaModelForCausalLM(PissaModel, PeftModelForCausalLM):  # type: ignore[misc]
+    """PissaModel for task type CAUSAL_LM."""
+
+
+class PissaModelForSeq2SeqLM(PissaModel, PeftModelForSeq2SeqLM):  # type: ignore[misc]
+    """PissaModel for task type SEQ_2_SEQ_LM."""
+
+
+class PissaModelForSequenceClassification(
+    PissaModel,
+    PeftModelForSequenceClassification,  # type: ignore[misc]
+):
+    """PissaModel for task type SEQ_CLS."""
+
+
+class PissaModelForTokenClassification(PissaModel, PeftModelForTokenClassification):  # type: ignore[misc]
+    """PissaModel for task type TOKEN_CLS."""
+
+
+class PissaModelForQuestionAnswering(PissaModel, PeftModelForQuestionAnswering):  # type: ignore[misc]
+    """PissaModel for task type QUESTION_ANS."""
+
+
+class PissaModelForFeatureExtraction(PissaModel, PeftModelForFeatureExtraction):  # type: ignore[misc]
+    """PissaModel for task type FEATURE_EXTRACTION."""
+
+
+def _model_class(config: PissaConfig) -> type[PissaModel]:
+    return {
+        "CAUSAL_LM": PissaModelForCausalLM,
+        "SEQ_2_SEQ_LM": PissaModelForSeq2SeqLM,
+        "SEQ_CLS": PissaModelForSequenceClassification,
+        "TOKEN_CLS": PissaModelForTokenClassification,
+        "QUESTION_ANS": PissaModelForQuestionAnswering,
+        "FEATURE_EXTRACTION": PissaModelForFeatureExtraction,
+    }.get(config.task_type, PissaModel)
+
+
+def _as_given(model: nn.Module) -> nn.Module:
+    """An unloaded model without what was done to it for adapters."""
+    fuse(model)
+    unguard_state_dict(model)
+    return model
+
+
+def _own_config(config: PissaConfig) -> PissaConfig:
+    """A copy, since PEFT writes into the configuration that it is given."""
+    if not isinstance(config, PissaConfig):
+        raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
+    return copy.deepcopy(config)
+
+
+def _once_each(config: PissaConfig) -> None:
+    """PEFT adds the names of a task's head each time that a model is made, restored ones too."""
+    if config.modules_to_save:
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+
+
+def _warn_of_dropout(config: PissaConfig) -> None:
+    if config.lora_dropout > 0:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to "
+            "the input of the change only, not to the principal part that the adapter starts from.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _decompose(model: PissaModel, adapter_name: str, progressbar: bool = False) -> None:
+    decompose(
+        model.base_model.model,  # get_base_model() fails where the last adapter has been deleted
+        adapter_name,
+        model.peft_config[adapter_name],
+        first=len(model.peft_config) == 1,
+        progressbar=progressbar,
+    )

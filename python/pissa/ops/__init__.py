@@ -1,0 +1,39 @@
+"""The core as functions on tensors: truncated SVD, PiSSA's split, NF4, the fused linear layer.
+
+Only torch is needed. Everything here validates its arguments and raises `ValueError` or `TypeError` that name the
+argument, then calls `torch.ops.pissa.*` (the compiled ops; see cpp/pissa/torch/schema.cc), which work under
+`torch.compile`, autocast, gradient checkpointing and `torch.func` fakes. Orientation is torch's: a weight is [out, in],
+y = x Wᵀ + b.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pissa.ops._linear import add_low_rank, linear
+from pissa.ops._load import _C
+from pissa.ops._quant import Nf4Weight, nf4_dequantize, nf4_quantize
+from pissa.ops._svd import Split, residual, split, split_many, svd_lowrank
+
+__all__ = [
+    "Nf4Weight",
+    "Split",
+    "add_low_rank",
+    "build_info",
+    "linear",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "residual",
+    "split",
+    "split_many",
+    "svd_lowrank",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """Version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available ones.
+
+    "cuda": None if the build has no CUDA library, else its "runtime" version and GPU "architectures". Whether it can be
+    used here is another matter: a tensor on CUDA is refused with the reason if not; `pissa env` says it too.
+    """
+    return dict(_C.build_info())

@@ -1,0 +1,57 @@
+"""Loads the compiled core, and beside a torch for CUDA 13 the CUDA library too.
+
+torch first: the libraries find libtorch_cpu.so and libtorch_cuda.so because torch has already loaded them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+try:
+    from pissa import _C
+except ImportError as error:
+    raise ImportError(
+        f"pissa's compiled core could not be loaded: {error}. It is built by `pip install .` from a clone or comes "
+        "with a wheel for this Python; a source folder alone is not enough. torch must be 2.10 or newer."
+    ) from error
+
+__all__ = ["_C", "cuda_problem"]
+
+_CUDA = 13  # the major version that the library is built for; torch must have the same in its process
+
+
+def _load_cuda(library: Path) -> str | None:
+    """Loads the library. Returns None, or why it cannot be used and what to do about it; that is no error yet, since
+    who computes on the CPU has no use for it. CUDA is not initialised."""
+    if not library.exists():
+        return (
+            "this build of pissa has no CUDA library: build it with CUDA 13 by "
+            "`pip install . -C cmake.define.PISSA_CUDA=ON` in a clone"
+        )
+    cuda = torch.version.cuda
+    if cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA: install a build of torch for CUDA {_CUDA} "
+            "(https://pytorch.org/get-started)"
+        )
+    if int(cuda.split(".")[0]) != _CUDA:
+        return (
+            f"torch is built for CUDA {cuda}, pissa's CUDA library for {_CUDA}: install a build of torch for CUDA "
+            f"{_CUDA} (https://pytorch.org/get-started)"
+        )
+    load: Callable[[str], None] = torch.ops.load_library
+    try:
+        load(str(library))
+    except OSError as error:
+        return (
+            f"pissa's CUDA library could not be loaded: {error.__cause__ or error}; CUDA's own libraries "
+            'come with `pip install "pissa[cuda]"`'
+        )
+    return None
+
+
+# Why tensors on CUDA cannot be used here, or None: they can.
+cuda_problem: str | None = _load_cuda(Path(_C.__file__).with_name(f"libpissa_cuda{_CUDA}.so"))
