@@ -168,7 +168,7 @@ assert _load.cuda_problem is None, _load.cuda_problem
 print(pissa.build_info(), *pissa.__path__)
 w = torch.randn(256, 128, device="cuda")
 u, s, v = ops.svd_lowrank(w, 8)
-assert torch.allclose(ops.nf4_dequantize(ops.nf4_quantize(w)), w, atol=0.5)
+assert torch.allclose(ops.dequantize(ops.quantize(w)), w, atol=0.5)
 '
 }
 

@@ -8,6 +8,13 @@ import numpy.typing as npt
 def build_info() -> dict[str, Any]:
     """Version, compiler, oldest torch supported, instruction set in use and the available ones (best last), CUDA."""
 
+NESTED_BLOCKSIZE: int
+PASSES_PER_STEP: int
+
+def formats() -> dict[str, dict[str, Any]]:
+    """The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and
+    whether scales can be quantised too (nested)."""
+
 def svd_lowrank(
     weight: npt.NDArray[np.float32], r: int, passes: int | None = None, seed: int = 0
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -26,6 +26,8 @@ from peft.tuners import tuners_utils
 from peft.utils import PeftType, transformers_weight_conversion
 from torch import nn
 
+from pissa.ops.formats import FORMATS
+
 Svd = Literal["krylov", "subspace", "exact"]
 Passes = Literal["auto"] | int
 Residual = Literal["implicit", "explicit"]
@@ -84,7 +86,7 @@ class Form(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """The form as keyword arguments of `ops.residual`."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        return {"form": self.residual, "blocksize": self.blocksize, "double_quant": self.double_quant}
 
 
 IMPLICIT = Form("implicit")
@@ -263,7 +265,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"quant_iters must be a positive integer, got {self.quant_iters!r}")
         if self.quant_iters > 1:
             raise ValueError(f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1")
-        blocksizes = [2**k for k in range(5, 13)]
+        blocksizes = list(FORMATS["nf4"].blocksizes)
         if self.blocksize not in blocksizes:
             raise ValueError(f"blocksize must be one of {blocksizes}, got {self.blocksize!r}")
         for name in ("double_quant", "use_adalora", "use_dora"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pissa import build_info, ops
-from pissa.ops import _check, _load
+from pissa.ops import _check, _load, _svd
 
 LIBRARY = "libpissa_cuda13.so"
 
@@ -139,14 +139,14 @@ LINEAR = {
     "x": torch.ones(3, 32),
     "weight": torch.ones(16, 32),
     "bias": torch.ones(16),
-    "delta_a": torch.ones(2, 32),
-    "delta_b": torch.ones(16, 2),
+    "a": torch.ones(2, 32),
+    "b": torch.ones(16, 2),
     "a0": torch.ones(2, 32),
     "b0": torch.ones(16, 2),
 }
-NF4 = ops.nf4_quantize(torch.ones(16, 32))
+NF4 = ops.quantize(torch.ones(16, 32))
 LOW_RANK = {name: tensor for name, tensor in LINEAR.items() if name not in ("weight", "bias")} | {
-    "base": torch.ones(3, 16)
+    "y": torch.ones(3, 16)
 }
 RESIDUAL = {name: LINEAR[name] for name in ("weight", "a0", "b0")}
 
@@ -175,13 +175,13 @@ def test_the_meta_device_alone_is_one_device() -> None:
 @pytest.mark.parametrize("part", ["codes", "absmax", "nested_absmax", "offset"])
 def test_a_4_bit_weight_in_pieces_on_two_devices_is_refused(part: str) -> None:
     weight = NF4._replace(**{part: getattr(NF4, part).to("meta")})
-    for function in (ops.nf4_dequantize, lambda weight: ops.linear(LINEAR["x"], weight)):
+    for function in (ops.dequantize, lambda weight: ops.linear(LINEAR["x"], weight)):
         with pytest.raises(ValueError, match=rf"weight\.{part} on meta; .*one device"):
             function(weight)
 
 
 def test_weights_on_two_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "check_weight", lambda weight, name: weight)  # which refuses the meta device
+    monkeypatch.setattr(_svd, "check_weight", lambda weight, name: weight)  # which refuses the meta device
     weights = [torch.ones(8, 8), torch.ones(8, 8, device="meta")]
     with pytest.raises(ValueError, match=r"^second on meta; first on cpu; needed: all tensors on one device"):
         ops.split_many(weights, [2, 2], [1.0, 1.0], names=["first", "second"])

@@ -63,7 +63,7 @@ def dense_base(layer: PissaLinear) -> Tensor:
     base = layer.unmerged_base
     if not isinstance(base, StoredLinear):
         return base.weight.detach().double()
-    kept = ops.nf4_dequantize(base.residual) if isinstance(base, Nf4Linear) else base.weight.detach()
+    kept = ops.dequantize(base.residual) if isinstance(base, Nf4Linear) else base.weight.detach()
     return kept.double() + base.scaling * base.start.b0.double() @ base.start.a0.double()
 
 

@@ -27,7 +27,7 @@ class HoldsNf4(KeepsDtype):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def hold(self, matrix: ops.Nf4Weight, quant_storage: torch.dtype) -> None:
+    def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
         """Takes the codes and scales of `matrix` as they are."""
         self.matrix_shape, self.blocksize, self.quant_storage = matrix.shape, matrix.blocksize, quant_storage
         missing = -len(matrix.codes) % quant_storage.itemsize
@@ -38,7 +38,7 @@ class HoldsNf4(KeepsDtype):
         self.register_buffer("offset", matrix.offset)
 
     @property
-    def nf4(self) -> ops.Nf4Weight:
+    def nf4(self) -> ops.QuantizedWeight:
         """The matrix [out, in], as pissa.ops takes it.
 
         Raises:
@@ -53,7 +53,9 @@ class HoldsNf4(KeepsDtype):
         if self.quant_storage != torch.uint8:
             rows, columns = self.matrix_shape
             codes = codes.view(torch.uint8)[: (rows * columns + 1) // 2]
-        return ops.Nf4Weight(codes, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize)
+        return ops.QuantizedWeight(
+            codes, self.absmax, self.nested_absmax, self.offset, "nf4", self.matrix_shape, self.blocksize
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:

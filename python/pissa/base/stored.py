@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -113,7 +112,7 @@ class StoredLinear(KeepsDtype, ABC):
 
     @property
     @abstractmethod
-    def residual(self) -> Tensor | ops.Nf4Weight:
+    def residual(self) -> Tensor | ops.QuantizedWeight:
         """Q, as pissa.ops takes it."""
 
     @abstractmethod
@@ -132,7 +131,7 @@ class StoredLinear(KeepsDtype, ABC):
         return self._product(x, None)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear(x, self.residual, bias, delta_a=self.start.a0, delta_b=self.start.b0, scaling=self.scaling)
+        return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -161,7 +160,7 @@ class Nf4Linear(HoldsNf4, StoredLinear):
     """QPiSSA's form: the residual in 4 bits, in bitsandbytes' bytes."""
 
     def __init__(
-        self, replaced: Replaced, residual: ops.Nf4Weight, start: StartFactors, quant_storage: torch.dtype
+        self, replaced: Replaced, residual: ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
     ) -> None:
         super().__init__(replaced, start)
         self.hold(residual, quant_storage)
@@ -171,11 +170,11 @@ class Nf4Linear(HoldsNf4, StoredLinear):
         return Form("nf4", self.blocksize, self.double_quant)
 
     @property
-    def residual(self) -> ops.Nf4Weight:
+    def residual(self) -> ops.QuantizedWeight:
         return self.nf4
 
     def dense_residual(self) -> Tensor:
-        return ops.nf4_dequantize(self.nf4)
+        return ops.dequantize(self.nf4)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
@@ -187,36 +186,35 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors that a residual of that form is kept in, by name."""
-    if form.blocksize is None:
+    if form.residual not in ops.formats.FORMATS:
         return {"residual": (matrix_shape, (torch.float32, torch.bfloat16, torch.float16))}
-    elements = math.prod(matrix_shape)
-    blocks = -(-elements // form.blocksize)
-    shapes: dict[str, Expected] = {
-        "codes": ((-(-elements // 2),), (torch.uint8,)),
-        "absmax": ((blocks,), (torch.uint8 if form.double_quant else torch.float32,)),
-    }
-    if form.double_quant:
-        shapes |= {"nested_absmax": ((-(-blocks // 256),), (torch.float32,)), "offset": ((), (torch.float32,))}
-    return shapes
+    format = ops.formats.FORMATS[form.residual]
+    options = format.options(form.blocksize, form.double_quant, matrix_shape[1])
+    return {name: (shape, (dtype,)) for name, (shape, dtype) in format.tensors(matrix_shape, *options).items()}
 
 
-def residual_tensors(residual: Tensor | ops.Nf4Weight) -> dict[str, Tensor]:
+def residual_tensors(residual: Tensor | ops.QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that a residual is kept in, named as in `residual_shapes`. Its fingerprint is theirs, in order."""
     if isinstance(residual, Tensor):
         return {"residual": residual.detach()}
-    return {name: part.detach() for name, part in residual._asdict().items() if isinstance(part, Tensor)}
+    return {name: part.detach() for name, part in residual.tensors().items()}
 
 
-def residual_from(tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]) -> Tensor | ops.Nf4Weight:
+def residual_from(
+    tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]
+) -> Tensor | ops.QuantizedWeight:
     """The way back from `residual_tensors`."""
-    if form.blocksize is None:
+    if form.residual not in ops.formats.FORMATS:
         return tensors["residual"]
+    blocksize, _ = ops.formats.FORMATS[form.residual].options(form.blocksize, form.double_quant, matrix_shape[1])
     nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
-    return ops.Nf4Weight(tensors["codes"], tensors["absmax"], nested, offset, matrix_shape, form.blocksize)
+    return ops.QuantizedWeight(
+        tensors["codes"], tensors["absmax"], nested, offset, form.residual, matrix_shape, blocksize
+    )
 
 
 def stored_linear(
-    replaced: Replaced, residual: Tensor | ops.Nf4Weight, start: StartFactors, quant_storage: torch.dtype
+    replaced: Replaced, residual: Tensor | ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
 ) -> StoredLinear:
     """The base layer that keeps `residual`, of which `start` holds the rest; `quant_storage` is for codes."""
     if isinstance(residual, Tensor):

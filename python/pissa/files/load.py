@@ -36,7 +36,7 @@ from pissa.files.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISS
 from pissa.files.tensor_file import TensorFile
 from pissa.files.vocabulary import VocabularyTensor, vocabulary
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.ops import Nf4Weight
+from pissa.ops import QuantizedWeight
 
 if TYPE_CHECKING:
     from pissa.model.pissa_model import PissaModel
@@ -254,7 +254,7 @@ class Checkpoint:
             raise ValueError(f"{self.weights.path}: tensor {key!r} differs from {reason}")
 
     def _check_base(
-        self, name: str, layer: PissaLayer, key: str, weight: Tensor | None, residual: Tensor | Nf4Weight | None
+        self, name: str, layer: PissaLayer, key: str, weight: Tensor | None, residual: Tensor | QuantizedWeight | None
     ) -> None:
         """Compares the base that the layer will have: the weight of that key, or the residual, out of the files if they
         have it."""
@@ -325,7 +325,7 @@ class Checkpoint:
         name: str,
         layer: PissaLayer,
         tensors: _LayerTensors,
-        residual: Tensor | Nf4Weight | None,
+        residual: Tensor | QuantizedWeight | None,
         adapter_name: str,
     ) -> bool:
         """Whether the base is, to the bit, the one that the adapter was trained on."""
@@ -366,7 +366,7 @@ class Checkpoint:
         keys = {f"{name}.base.{part}": expected for part, expected in shapes.items()}
         return keys if self.records[name].stored and keys.keys() & set(self.starts.names) else {}
 
-    def _residual(self, name: str, layer: PissaLayer) -> Tensor | Nf4Weight | None:
+    def _residual(self, name: str, layer: PissaLayer) -> Tensor | QuantizedWeight | None:
         """The residual that the layer's base, which is dense, is to be replaced by, where the folder has it."""
         record, device = self.records[name], execution_device(layer.unmerged_base)
         if record.form == layer.form or not (keys := self._residual_shapes(name, layer)):

@@ -21,7 +21,8 @@ from pissa.base.stored import Origin, StoredLinear
 from pissa.config import IMPLICIT, Form, Init, PissaConfig, default_of
 from pissa.files.json_file import read_json, shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops._check import check_blocksize, check_residual, check_scaling, check_svd
+from pissa.ops._check import check_choice, check_scaling, check_svd
+from pissa.ops.formats import FORMATS
 
 FORMAT = 2
 """What is written. Format 1, whose fingerprints are SHA-256, is read too."""
@@ -261,10 +262,10 @@ def _check_fingerprint(name: str, value: str) -> None:
 
 
 def _check_form(form: Form) -> None:
-    check_residual(form.residual, ("implicit", "explicit", "nf4"))
+    check_choice("residual", form.residual, ("implicit", "explicit", "nf4"))
     if form.residual == "nf4":
         if form.blocksize is None or form.double_quant is None:
             raise ValueError("form: got no blocksize or double_quant; needed: both with nf4")
-        check_blocksize(form.blocksize)
+        FORMATS[form.residual].check_options(form.blocksize, form.double_quant)
     elif form.blocksize is not None or form.double_quant is not None:
         raise ValueError(f"form: got {form.describe()}; needed: blocksize and double_quant with nf4 only")

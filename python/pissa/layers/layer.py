@@ -163,7 +163,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """Takes what `residual_fingerprint` is in another process."""
         self._known_residual.learn(self.unmerged_base.weight, value)
 
-    def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors, config: PissaConfig) -> None:
+    def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
         """Replaces a base by one that keeps `residual`, of which `start` holds the rest."""
         base = self.base_layer
         replaced = Replaced(dense_kind(base), self.dense_dtype, bias_of(base), self.base_fingerprint())
@@ -278,7 +278,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         a0, b0 = (factor.zero_() for factor in self.empty_factors(adapter_name))
         self.lora_start[adapter_name] = StartFactors(a0, b0, origin)
 
-    def residual(self, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
+    def residual(self, start: StartFactors, form: Form) -> Tensor | ops.QuantizedWeight:
         """What a stored base keeps of a dense one: the weight without its principal part; with LoftQ all of it."""
         a0 = torch.zeros_like(start.a0) if start.origin.init == "loftq" else start.a0
         return ops.residual(self.dense_base(), a0, start.b0, scaling=start.origin.scaling, **form.options())

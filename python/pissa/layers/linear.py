@@ -31,9 +31,9 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) == 1 and not self._drops_out(names[0]):
-            weight, residual = self._packed_weight(names[0], x.dtype)
+            weight, implicit = self._packed_weight(names[0], x.dtype)
             if weight is not None:
-                return self._scaled(self._fused(x, weight, residual, names[0]), names[0])
+                return self._scaled(self._fused(x, weight, implicit, names[0]), names[0])
         if not any(name in self.lora_magnitude_vector for name in names):
             return super().adapted(x, names)
         # As PEFT composes them: each magnitude scales the base with its own adapter's change, not the others'.
@@ -50,32 +50,32 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
 
     # -- one product with a packed weight and the factors
 
-    def _packed_weight(self, name: str, dtype: torch.dtype) -> tuple[Tensor | ops.Nf4Weight | None, str]:
-        """The weight for `_fused`, None where the adapter is not part of one product, and its `residual`: it lacks just
-        what the adapter starts from ("stored"), or all of it is in 4 bits and the change comes on top ("implicit")."""
+    def _packed_weight(self, name: str, dtype: torch.dtype) -> tuple[Tensor | ops.QuantizedWeight | None, bool]:
+        """The weight for `_fused`, None where the adapter is not part of one product; and whether it is whole, in 4
+        bits, so that the change comes on top: else it lacks just what the adapter starts from."""
         base = self.base_layer
         if isinstance(base, Nf4Base) and base.compute_dtype in (None, dtype):
-            return base.nf4, "implicit"
+            return base.nf4, True
         if (
             isinstance(base, StoredLinear)
             and self.start_of(name) is base.start
             and self.scaling[name] == base.scaling  # PEFT's set_scale may have changed it
         ):
-            return base.residual, "stored"
-        return None, ""
+            return base.residual, False
+        return None, False
 
-    def _fused(self, x: Tensor, weight: Tensor | ops.Nf4Weight, residual: str, name: str) -> Tensor:
+    def _fused(self, x: Tensor, weight: Tensor | ops.QuantizedWeight, implicit: bool, name: str) -> Tensor:
         (da, db), start = self.changed_factors(name), self.start_of(name)
         return ops.linear(
             x,
             weight,
             self.base_layer.bias,
-            delta_a=da,
-            delta_b=db,
+            a=da,
+            b=db,
             a0=start.a0,
             b0=start.b0,
             scaling=self.scaling[name],
-            residual=residual,
+            implicit=implicit,
         )
 
     def _drops_out(self, adapter_name: str) -> bool:

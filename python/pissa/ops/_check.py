@@ -12,6 +12,8 @@ from pissa.ops import _load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+PASSES_PER_STEP: int = _load._C.PASSES_PER_STEP
+
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     if not isinstance(value, Tensor):
@@ -87,19 +89,13 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
 
 def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
     """The passes as the compiled ops take them: None for "auto"."""
-    if svd not in ("krylov", "subspace", "exact"):
-        raise ValueError(f"svd: got {svd!r}; allowed: 'krylov', 'subspace', 'exact'")
+    check_choice("svd", svd, ("krylov", "subspace", "exact"))
     number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
-    if passes != "auto" and (number is None or number < 2 or number % 2):
-        raise ValueError(f"passes: got {passes!r}; allowed: 'auto', or an even number of at least 2")
+    if passes != "auto" and (number is None or number < PASSES_PER_STEP or number % PASSES_PER_STEP):
+        raise ValueError(f"passes: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
     return number
-
-
-def check_blocksize(blocksize: int) -> None:
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"blocksize: got {blocksize!r}; allowed: 32, 64, 128, 256, 512, 1024, 2048, 4096")
 
 
 def check_scaling(scaling: float, name: str = "scaling") -> None:
@@ -114,9 +110,9 @@ def check_change_scaling(scaling: float) -> None:
         raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
 
 
-def check_residual(residual: str, allowed: tuple[str, ...]) -> None:
-    if residual not in allowed:
-        raise ValueError(f"residual: got {residual!r}; allowed: {', '.join(map(repr, allowed))}")
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:
