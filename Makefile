@@ -108,15 +108,15 @@ test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pytest
 
 # For a second Python: the ops, a layer of each kind, files, a training of two processes.
-QUICK := $(addprefix tests/python/,test_ops_linear.py test_ops_nf4.py test_ops_svd.py test_kinds.py test_io.py \
-  test_distributed.py::test_a_process_that_dies_ends_the_others)
+QUICK := $(addprefix tests/python/,ops/test_ops_linear.py ops/test_ops_nf4.py ops/test_ops_svd.py \
+  layers/test_kinds.py files/test_save.py processes/test_distributed.py::test_a_process_that_dies_ends_the_others)
 
 test-quick: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(TEST_PYTHON) -m pytest $(QUICK)
 
 versions: $(BUILD)/venv-test.stamp
-	@$(TEST_PYTHON) tests/python/versions.py "$(PASSED)"
+	@$(TEST_PYTHON) tests/python/support/versions.py "$(PASSED)"
 
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_isolation.sh $(abspath $(CUDA_PYTHON))

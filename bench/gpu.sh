@@ -222,7 +222,7 @@ python_tests() {  # the files that know --device, side by side
   cd "$root" || return 1
   for file in ops_linear ops_nf4 ops_svd layer model; do
     "$python" -m pytest $test_options --device cuda -m "not slow and not gpu" --maxfail 30 \
-      "tests/python/test_$file.py" >"$logs/python-$file.log" 2>&1 &
+      "$(echo tests/python/*/test_$file.py)" >"$logs/python-$file.log" 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || status=1; done
@@ -233,7 +233,7 @@ python_tests() {  # the files that know --device, side by side
   return $status
 }
 
-python_gpu_tests() { cd "$root" && "$python" -m pytest $test_options -m gpu tests/python/test_gpu.py; }
+python_gpu_tests() { cd "$root" && "$python" -m pytest $test_options -m gpu tests/python/ops/test_gpu.py; }
 
 measure() { cd "$root" && "$python" -u bench/gpu.py --seconds 130 --json "$results"; }
 

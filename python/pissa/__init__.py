@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from pissa.config import PissaConfig as PissaConfig
     from pissa.conversion import convert as convert
     from pissa.distributed import RankError as RankError
-    from pissa.model import PissaModel as PissaModel
-    from pissa.model import wrap as wrap
+    from pissa.model.pissa_model import PissaModel as PissaModel
+    from pissa.model.wrap import wrap as wrap
 
 __version__: str = build_info()["version"]
 
 # Where the adapter API is found. It is imported when it is first used, for `pissa.ops` needs neither peft nor
 # transformers.
 _HOMES = {
-    "PissaConfig": "pissa.config",
-    "PissaModel": "pissa.model",
+    "PissaConfig": "pissa.model.pissa_model",  # with what the rooms above it give it: its reader, its place in PEFT
+    "PissaModel": "pissa.model.pissa_model",
     "RankError": "pissa.distributed",
     "bitsandbytes": "pissa.base",
     "convert": "pissa.conversion",
     "layers": "pissa",
-    "wrap": "pissa.model",
+    "wrap": "pissa.model.wrap",
 }
 
 __all__ = ["__version__", "build_info", "ops", *_HOMES]

@@ -13,6 +13,7 @@
 #include "pissa/core/philox.h"
 #include "pissa/core/quantized.h"
 #include "pissa/cpu/factorize.h"
+#include "pissa/cpu/kernels.h"
 
 namespace pissa::cpu {
 namespace {

@@ -9,9 +9,11 @@
 #include "pissa/core/backend.h"
 #include "pissa/core/types.h"
 #include "pissa/cpu/executor.h"
-#include "pissa/cpu/kernels.h"
 
 namespace pissa::cpu {
+
+struct GemmProblem;
+struct Kernels;
 
 /// An owned, 64-byte aligned matrix. Freed memory is kept, within bounds, for the thread's next buffers.
 class Buffer {

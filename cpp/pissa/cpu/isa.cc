@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "pissa/core/error.h"
+#include "pissa/cpu/kernels.h"
 
 namespace pissa::cpu {
 namespace {

@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "pissa/cpu/kernels.h"
-
 namespace pissa::cpu {
+
+struct Kernels;
 
 /// Names of the instruction sets that this build has kernels for and this machine can run, best last.
 /// "baseline" is always there; on x86-64 also "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL) and "avx512bf16".

@@ -5,9 +5,10 @@
 
 #include "pissa/core/split.h"
 #include "pissa/cpu/executor.h"
-#include "pissa/cpu/kernels.h"
 
 namespace pissa::cpu {
+
+struct Kernels;
 
 /// What `split` makes of every task, bit for bit.
 ///

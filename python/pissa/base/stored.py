@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.base.codes import HoldsNf4
 from pissa.base.keeps_dtype import KeepsDtype
-from pissa.config import Form, Passes
+from pissa.config import Form
+from pissa.ops.checks import FLOATS, Passes
 
 
 class Origin(NamedTuple):
@@ -186,9 +187,9 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors that a residual of that form is kept in, by name."""
-    if form.residual not in ops.formats.FORMATS:
-        return {"residual": (matrix_shape, (torch.float32, torch.bfloat16, torch.float16))}
-    format = ops.formats.FORMATS[form.residual]
+    if form.kind not in ops.formats.FORMATS:
+        return {"residual": (matrix_shape, FLOATS)}
+    format = ops.formats.FORMATS[form.kind]
     options = format.options(form.blocksize, form.double_quant, matrix_shape[1])
     return {name: (shape, (dtype,)) for name, (shape, dtype) in format.tensors(matrix_shape, *options).items()}
 
@@ -204,13 +205,11 @@ def residual_from(
     tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]
 ) -> Tensor | ops.QuantizedWeight:
     """The way back from `residual_tensors`."""
-    if form.residual not in ops.formats.FORMATS:
+    if form.kind not in ops.formats.FORMATS:
         return tensors["residual"]
-    blocksize, _ = ops.formats.FORMATS[form.residual].options(form.blocksize, form.double_quant, matrix_shape[1])
+    blocksize, _ = ops.formats.FORMATS[form.kind].options(form.blocksize, form.double_quant, matrix_shape[1])
     nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
-    return ops.QuantizedWeight(
-        tensors["codes"], tensors["absmax"], nested, offset, form.residual, matrix_shape, blocksize
-    )
+    return ops.QuantizedWeight(tensors["codes"], tensors["absmax"], nested, offset, form.kind, matrix_shape, blocksize)
 
 
 def stored_linear(

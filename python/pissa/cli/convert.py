@@ -1,4 +1,4 @@
-"""`pissa convert`: an adapter of any PiSSA layout as a plain LoRA, and what a lower rank left out."""
+"""`pissa convert`: writes an adapter of any PiSSA layout as a plain LoRA, and reports what a lower rank left out."""
 
 from __future__ import annotations
 
@@ -7,22 +7,53 @@ import json
 import re
 import warnings
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pissa.cli.errors import UserError
-from pissa.cli.quiet import silence_third_parties
-from pissa.cli.report import say
-from pissa.cli.table import format_table
+from pissa.cli.arguments import number, positive_int
+from pissa.cli.terminal import UserError, format_table, say, silence_third_parties
 
 if TYPE_CHECKING:
     from pissa.conversion import Conversion, ConvertedLayer
+
+
+_share = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder of the adapter: of pissa, PEFT, or a LoRA")
+    parser.add_argument("target", type=Path, metavar="DST", help="new folder for the LoRA")
+    parser.add_argument(
+        "--base",
+        metavar="DIR_OR_NAME",
+        help='the unmodified model: the start of PEFT\'s exact "pissa" is computed from it, a residual model compared',
+    )
+    parser.add_argument(
+        "--initial",
+        type=Path,
+        metavar="DIR",
+        help="the adapter as it was saved before training, or a residual model that has it in pissa_init",
+    )
+    lower = parser.add_mutually_exclusive_group()
+    lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer; what is best is kept")
+    lower.add_argument(
+        "--energy", type=_share, metavar="X", help="share of the change's square that each layer keeps, e.g. 0.99"
+    )
+    parser.add_argument(
+        "--subtracted",
+        action="store_true",
+        default=None,
+        help="the source is [B, -B0] [A ; A0], as PEFT's path_initial_model_for_weight_conversion writes it; usually "
+        "recognised without",
+    )
+    parser.add_argument("--json", action="store_true", help="report every layer as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts one adapter. Returns the exit code.
 
     Raises:
-        UserError: for wrong arguments, folders and files. Nothing has been written then.
+        UserError: for wrong arguments, folders and files; nothing is written.
     """
     silence_third_parties()
     import pissa
@@ -51,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_options(message: str) -> str:
-    """The message with the names of options for those of arguments."""
+    """The message of `pissa.convert` with `--rank` in place of `rank=`."""
     return re.sub(r"\b(base|initial|rank|energy|subtracted)=(True)?", r"--\1", message)
 
 

@@ -1,4 +1,4 @@
-"""Reading of training data: every record becomes the messages of a chat that ends with the assistant's answer."""
+"""Training data: each record of a file becomes a chat that ends with the assistant's answer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pissa.cli.errors import UserError
 from pissa.cli.sources import GSM_SYMBOLIC, gsm_symbolic
+from pissa.cli.terminal import UserError
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _ROLES = ("system", "user", "assistant")
@@ -18,14 +18,14 @@ _ALLOWED = (
 )
 
 
-class Record(NamedTuple):
-    """One example and where it stands: `messages` are {"role", "content"}, the last one the assistant's."""
+class Chat(NamedTuple):
+    """Messages, {"role", "content"} each, the last one the assistant's; and `where` they stand, for error messages."""
 
     where: str
     messages: list[dict[str, str]]
 
 
-def read_records(source: str, seed: int) -> list[Record]:
+def read_chats(source: str, seed: int) -> list[Chat]:
     """Reads a file, or generates the built-in data.
 
     Args:
@@ -37,15 +37,15 @@ def read_records(source: str, seed: int) -> list[Record]:
     """
     path = Path(source)
     if path.is_file():
-        return [Record(where, _messages(where, value)) for where, value in _values(path)]
+        return [Chat(where, _messages(where, value)) for where, value in _values(path)]
     if source == GSM_SYMBOLIC:
-        return [Record(f"{source}:{i}", _messages(source, value)) for i, value in enumerate(gsm_symbolic(seed), 1)]
+        return [Chat(f"{source}:{i}", _messages(source, value)) for i, value in enumerate(gsm_symbolic(seed), 1)]
     found = "is a folder" if path.is_dir() else "no such file"
     raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file, or the built-in {GSM_SYMBOLIC}")
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every JSON value of the file with its place."""
+    """Yields each JSON value of the file with its place."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,7 +58,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: found {_kind(values)}; needed in a .json file: a list of records")
         yield from ((f"{path}: record {number}", value) for number, value in enumerate(values, 1))
         return
-    # Not splitlines(): a JSON string may hold U+2028 and its like, which are no ends of line here.
+    # Not splitlines(): a JSON string may hold U+2028, which would end a line there.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", _parse(f"{path}:{number}", line)

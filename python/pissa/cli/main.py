@@ -1,13 +1,22 @@
-"""Entry point: parse, run one command, turn errors that the user can put right into one line and exit code 2."""
+"""Entry point: parses the arguments, runs one command, turns an error that the user can put right into one line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from pissa.cli.errors import UserError
-from pissa.cli.options import make_parser
+from pissa.cli.terminal import UserError
+
+# The commands and their help. Each is a module of its name with `add_arguments(parser)` and `run(args)`, imported only
+# if its command is given.
+COMMANDS = {
+    "finetune": "fine-tune a causal language model on your data",
+    "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
+    "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
+    "env": "report versions and whether everything works",
+}
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.
 _CLI_PACKAGES = ("accelerate", "matplotlib", "peft", "safetensors", "tqdm", "transformers")
@@ -22,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 when the environment or a check is broken, 2 for wrong input, 130 when interrupted.
     """
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     try:
-        return _run(args)
+        code: int = args.run(args)
+        return code
     except UserError as error:
         message, code = str(error), 2
     except ModuleNotFoundError as error:
@@ -38,14 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(args: argparse.Namespace) -> int:
-    # Imported here, since torch and transformers take seconds and `pissa --help` needs neither.
-    if args.command == "env":
-        from pissa.cli.env import run
-    elif args.command == "convert":
-        from pissa.cli.convert import run
-    elif args.command == "demo" or args.demo:
-        from pissa.cli.demo import run
-    else:
-        from pissa.cli.finetune import run
-    return run(args)
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for `argv`. Only a command that `argv` names gets its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="pissa", description="Fine-tune language models with PiSSA and QPiSSA (arXiv 2404.02948)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, formatter_class=_ShowDefaults)
+        if name in argv:
+            module = import_module(f"pissa.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+class _ShowDefaults(argparse.HelpFormatter):
+    """As argparse.ArgumentDefaultsHelpFormatter, but silent about "None" and "False"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
+        return f"{action.help} (default: %(default)s)" if shown else action.help

@@ -1,9 +1,8 @@
-"""What a run writes while it trains: metrics.jsonl, and a progress bar that shows the loss."""
+"""The metrics of a run: metrics.jsonl, and a progress bar that shows the loss."""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -12,6 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+from pissa.files.staged import Staged
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,13 +29,13 @@ def peak_memory_mib() -> float:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, [] where there is none."""
+    """The rows of a run's metrics.jsonl; [] without the file."""
     path = folder / METRICS_FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def truncate_metrics(folder: Path, last_step: int) -> None:
-    """Forgets what a run that resumes after `last_step` does again, and a line that was cut off."""
+    """Drops the rows that a run repeats when it resumes after `last_step`, and a line that was cut off."""
     path = folder / METRICS_FILE
     kept = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -44,9 +45,8 @@ def truncate_metrics(folder: Path, last_step: int) -> None:
             break
         if row["step"] < last_step or (row["step"] == last_step and "loss" in row):
             kept.append(line + "\n")
-    staged = path.with_suffix(".tmp")
-    staged.write_text("".join(kept))
-    os.replace(staged, path)
+    with Staged(folder) as staged:
+        staged.path(METRICS_FILE).write_text("".join(kept))
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
@@ -77,7 +77,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """The Trainer's progress bars with names and the loss, in place of a line on stdout for each step."""
+    """The Trainer's progress bars with names and the loss. ProgressCallback prints a line on stdout for each step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

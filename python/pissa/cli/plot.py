@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pissa.files.staged import Staged
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours of Okabe and Ito, told apart with every kind of colour blindness; the styles tell them apart in grey.
+# The colours of Okabe and Ito differ to every kind of colour blindness; the line styles differ in grey.
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-"},
     {"color": "#D55E00", "linestyle": (0, (5, 1.5))},
@@ -30,7 +31,7 @@ class Curve(NamedTuple):
 
 
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """Mean over the `window` (odd) values around each one, over those that exist near the ends."""
+    """The running mean over `window` (odd) values; near the ends, over those that exist."""
     half = window // 2
     return [float(np.mean(losses[max(0, i - half) : i + half + 1])) for i in range(len(losses))]
 
@@ -70,13 +71,12 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
     if window > 1:
         note = f"thick: mean of {window} steps; thin: each step"
         axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="0.35")
-    staged = path.with_name(path.name + ".tmp")
-    figure.savefig(staged, dpi=160, format="png")
-    os.replace(staged, path)
+    with Staged(path.parent) as staged:
+        figure.savefig(staged.path(path.name), dpi=160, format="png")
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve, dict[str, Any]]]) -> None:
-    """Names each curve at its end, moved apart where two ends are close."""
+    """Writes the name of each curve at its end. Names whose curves end close together are moved apart."""
     low, high = axes.get_ylim()
     apart = 0.055 * (high - low)
     place = -float("inf")

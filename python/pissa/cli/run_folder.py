@@ -1,19 +1,19 @@
-"""The folder of a run: new or to be resumed, and what it records of itself."""
+"""The folder of a run: whether it is new or can be resumed, and run.json."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from pissa.cli.errors import UserError
+from pissa.cli.terminal import UserError
+from pissa.files.staged import Staged, check_unused
 
 RUN_FILE = "run.json"
 PICTURE_FILE = "loss.png"
 
-# Of the arguments, those that decide what is trained: a resumed run must have the same.
+# The arguments that decide what is trained. A resumed run must have the same.
 _IDENTITY = (
     *("model", "data", "eval_data", "max_length", "method", "quant", "rank", "svd", "svd_passes", "dtype"),
     *("steps", "epochs", "lr", "warmup_ratio", "batch_size", "grad_accum", "seed"),
@@ -21,21 +21,19 @@ _IDENTITY = (
 
 
 def check_new_folder(out: Path) -> None:
-    """Refuses a folder in which something could be overwritten.
+    """Refuses a folder that is in use.
 
     Raises:
         UserError: `out` is a file, or a folder that is not empty.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; needed: a new folder")
-    if out.is_dir() and (files := sorted(path.name for path in out.iterdir())):
-        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-        how = "go on with that run by --resume, or choose" if RUN_FILE in files else "choose"
-        raise UserError(f"--out {out} is not empty ({shown}) and nothing is overwritten; {how} a new folder")
+    try:
+        check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
+    except ValueError as error:
+        raise UserError(f"--out {error}") from error
 
 
 def check_resumable(args: argparse.Namespace) -> None:
-    """Refuses to go on with what is no run, or with a run that had other arguments.
+    """Refuses to resume in a folder that holds no run, or a run with other arguments.
 
     Raises:
         UserError: naming every argument that differs.
@@ -52,20 +50,18 @@ def check_resumable(args: argparse.Namespace) -> None:
 
 def record_run(args: argparse.Namespace, facts: dict[str, Any]) -> None:
     """Makes the folder and writes run.json: the arguments that decide what is trained, and `facts`."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    staged = args.out / (RUN_FILE + ".tmp")
-    staged.write_text(json.dumps(_identity(args) | facts, indent=2) + "\n")
-    os.replace(staged, args.out / RUN_FILE)
+    with Staged(args.out) as staged:
+        staged.path(RUN_FILE).write_text(json.dumps(_identity(args) | facts, indent=2) + "\n")
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The last complete one: the Trainer writes trainer_state.json when everything else is written."""
+    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one has it."""
     complete = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
     return max(complete, key=checkpoint_step, default=None)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written, from the folder's name."""
+    """The step after which a checkpoint was written; its folder's name says it."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

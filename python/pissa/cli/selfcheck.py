@@ -1,4 +1,4 @@
-"""The check before the first step: a wrapped model is the base."""
+"""The check before the first step: the wrapped model computes what the base computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class SelfCheck(NamedTuple):
-    """Relative difference of the logits, adapter enabled against disabled, and the largest that rounding explains."""
+    """The relative difference of the logits with and without the adapter, and the largest that rounding explains."""
 
     difference: float
     bound: float
@@ -23,13 +23,14 @@ class SelfCheck(NamedTuple):
 
 
 def step0_check(model: PeftModel, batch: dict[str, Tensor], dtype: torch.dtype) -> SelfCheck:
-    """Compares the logits of the model before training, adapter enabled, with those of its base, adapter disabled.
+    """Compares the logits before training with the adapter enabled (the model) and disabled (the base).
 
-    Both compute the same function and may round differently. With k the inner dimension of an adapted layer, a sum
-    of k products in float32 (u = eps/2) is off by about √k u of its norm, once in each of the two passes; the layer's
-    output is then rounded to `dtype`, eps at most between the two. These errors are independent from layer to layer
-    and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n eps(dtype)
-    for n layers. An adapter that starts wrong (PiSSA on a base that has lost its principal part) differs by about 1.
+    Both passes compute the same function and may round differently. With k the inner dimension of an adapted layer, a
+    sum of k products in float32 (u = eps/2) is off by about √k u of its norm, once in each of the two passes; the
+    layer's output is then rounded to `dtype`, eps at most between the two. These errors are independent from layer to
+    layer and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n
+    eps(dtype) for n layers. An adapter that starts wrong (PiSSA on a base that has lost its principal part) differs by
+    about 1.
 
     Args:
         model: with one active adapter.

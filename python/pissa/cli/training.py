@@ -12,8 +12,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from pissa.cli.encode import Collator, Example
 from pissa.cli.metrics import LossBar, MetricsCallback, truncate_metrics
-from pissa.cli.report import say
 from pissa.cli.run_folder import checkpoint_step, last_checkpoint
+from pissa.cli.terminal import say
 
 
 def train(
@@ -23,7 +23,7 @@ def train(
     collate: Collator,
     args: argparse.Namespace,
 ) -> None:
-    """Trains the adapter from the start, or with --resume from the last checkpoint, and evaluates before and after.
+    """Trains the adapter, with --resume from the last checkpoint on, and evaluates it before and after.
 
     AdamW without weight decay, cosine schedule with warm-up (arXiv 2404.02948, section 5). Writes metrics.jsonl and
     checkpoints to `args.out`.
@@ -68,7 +68,7 @@ def _arguments(args: argparse.Namespace, examples: int) -> TrainingArguments:
         save_total_limit=2,
         seed=args.seed,
         data_seed=args.seed,
-        remove_unused_columns=False,  # the data are no datasets.Dataset; the collator takes them as they are
+        remove_unused_columns=False,  # the collator takes Examples, which have no columns
         dataloader_pin_memory=False,
         use_cpu=True,  # pissa.ops computes on the CPU
         report_to="none",

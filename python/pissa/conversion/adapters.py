@@ -29,7 +29,7 @@ from pissa.files.lora_folder import LoraFolder, with_sizes
 from pissa.files.plain_lora import PREFIX
 from pissa.files.record import AdapterRecord
 from pissa.files.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD
-from pissa.files.staged import Staged
+from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
 
 # Starts of PEFT's that leave the base as it is.
@@ -188,10 +188,7 @@ def _check_arguments(target: Path, rank: int | None, energy: float | None) -> No
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ValueError(f"energy must be a number above 0 and at most 1, got {energy!r}")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; needed: a new folder")
-    if target.is_dir() and (names := sorted(path.name for path in target.iterdir())):
-        raise ValueError(f"{target} is not empty ({', '.join(names[:3])}); nothing is overwritten: choose a new folder")
+    check_unused(target)
 
 
 # ---- What the source is ----------------------------------------------------------------------------------------------
@@ -295,7 +292,7 @@ def _check_record(source: Path, folder: LoraFolder) -> None:
         missing.discard(target)
     if missing:
         raise ValueError(f"{folder.weights.path} has factors of layer {min(missing)}, which is not in {PISSA_RECORD}")
-    if forms := {layer.form.residual for layer in record.layers.values()} - {"implicit"}:
+    if forms := {layer.form.kind for layer in record.layers.values()} - {"implicit"}:
         warnings.warn(
             f"{source} was trained on a residual that is stored as {' and '.join(sorted(forms))}: on the unmodified "
             "base the LoRA lacks the error of that storage, so it is only approximately the function that was trained",

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa.base.weights import weight_matrix
 from pissa.conversion.change import Change
+from pissa.files.json_file import first_line
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.plain_lora import Matrices
 from pissa.files.save import ADAPTER_CONFIG
@@ -183,9 +184,8 @@ def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
         kind: Any = getattr(transformers, architecture)
         return cast(nn.Module, kind.from_pretrained(base, dtype="auto"))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"{base} cannot be loaded as a model: {reason}; load it yourself and give the model"
+            f"{base} cannot be loaded as a model: {first_line(error)}; load it yourself and give the model"
         ) from error
 
 

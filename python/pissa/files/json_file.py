@@ -38,6 +38,11 @@ def shown(name: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, for a message on one line; the error's class if it has no text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object that json has read, in which no name may come twice: for the last to win would be a guess."""
     found = dict(pairs)

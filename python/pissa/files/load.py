@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -29,19 +29,21 @@ from pissa.base.stored import (
 from pissa.base.weights import execution_device, is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_partitioned, sharded_as
+from pissa.files.hub import adapter_folder
 from pissa.files.json_file import shown
 from pissa.files.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.files.record import AdapterRecord, LayerRecord, read_config_alone
-from pissa.files.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PISSA_RECORD, PISSA_WEIGHTS
+from pissa.files.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILES, PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.tensor_file import TensorFile
 from pissa.files.vocabulary import VocabularyTensor, vocabulary
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops import QuantizedWeight
+from pissa.ops.checks import FLOATS
 
 if TYPE_CHECKING:
     from pissa.model.pissa_model import PissaModel
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (*FLOATS, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Checkpoint:
                 f"the one that {self.folder} was trained with: this machine rounds differently. The function "
                 "is the same up to the rounding of a few weights.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,  # the caller of from_pretrained or load_adapter
             )
 
     def _check_names(self, layers: dict[str, PissaLayer]) -> None:
@@ -380,17 +382,22 @@ def _dtypes(value: Tensor) -> tuple[torch.dtype, ...]:
     return _FLOATS if value.is_floating_point() else (value.dtype,)
 
 
-def read_config(folder: Path) -> PissaConfig:
-    """The configuration of the adapter in the folder, or the one that `PissaConfig.save_pretrained` wrote there.
+def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
+    """The configuration of an adapter, or the one that `PissaConfig.save_pretrained` wrote, out of a folder or a
+    repository of the Hub; see `PissaConfig.from_pretrained`.
 
     Raises:
         ValueError: neither is there, or a damaged file, naming the file.
     """
+    folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
     if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
         config = read_config_alone(folder / ADAPTER_CONFIG)
         if config is not None:
             return config
     return _read_record(folder).config
+
+
+PissaConfig.reader = staticmethod(read_config)
 
 
 def _read_record(folder: Path) -> AdapterRecord:

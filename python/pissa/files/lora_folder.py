@@ -18,13 +18,14 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from pissa.config import exactly
+from pissa.files.expert_layout import stack, unstack
 from pissa.files.json_file import read_json, shown
 from pissa.files.plain_lora import PREFIX, Matrices
 from pissa.files.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.tensor_file import TensorFile
-from pissa.layers.experts import stack, unstack
+from pissa.ops.checks import FLOATS
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (*FLOATS, torch.float64)
 
 # Bytes; PEFT's own have two thousand.
 _SIZE_LIMIT = 10_000_000

@@ -11,9 +11,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.config import PissaConfig, exactly, rewritten_by_peft
-from pissa.layers.experts import adapted_names, places, stack, unfused_experts, unstack
+from pissa.config import PissaConfig, exactly
+from pissa.files.expert_layout import adapted_names, places, stack, unstack
+from pissa.layers.experts import unfused_experts
 from pissa.layers.layer import PissaLayer
+from pissa.peft_private import rewritten_by_peft
 
 PREFIX = "base_model.model."
 

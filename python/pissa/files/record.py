@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 from torch import Tensor
@@ -21,7 +21,7 @@ from pissa.base.stored import Origin, StoredLinear
 from pissa.config import IMPLICIT, Form, Init, PissaConfig, default_of
 from pissa.files.json_file import read_json, shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops._check import check_choice, check_scaling, check_svd
+from pissa.ops.checks import check_choice, check_scaling, check_svd
 from pissa.ops.formats import FORMATS
 
 FORMAT = 2
@@ -32,6 +32,14 @@ _SIZE_LIMIT = 100_000_000
 
 _ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
 """pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
+
+
+class _SavedForm(NamedTuple):
+    """A Form under the names that the file has for its fields."""
+
+    residual: str
+    blocksize: int | None
+    double_quant: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +93,7 @@ class LayerRecord:
         )
 
     def as_json(self) -> dict[str, Any]:
-        record = dataclasses.asdict(self) | {"form": self.form._asdict()}
+        record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
         return record | {"base": None if self.base is None else self.base._asdict()}
 
 
@@ -195,6 +203,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     elif origin is dict:
         if isinstance(value, dict):
             return {key: _typed(item, args[1], f"{where}[{shown(key)}]") for key, item in value.items()}
+    elif kind is Form:
+        return Form(*_typed(value, _SavedForm, where))
     elif hasattr(kind, "_fields") or dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return kind(**_fields(value, get_type_hints(kind), where))
@@ -243,6 +253,8 @@ def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
         if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             _typed(value, hints[name], f"config.{name}")
         given[name] = value
+    if given.get("quant") is not None:
+        given.pop("residual", None)  # pissa 0.1.0 wrote it beside quant, where it had no effect
     return PissaConfig(**given)
 
 
@@ -262,10 +274,10 @@ def _check_fingerprint(name: str, value: str) -> None:
 
 
 def _check_form(form: Form) -> None:
-    check_choice("residual", form.residual, ("implicit", "explicit", "nf4"))
-    if form.residual == "nf4":
+    check_choice("residual", form.kind, ("implicit", "explicit", "nf4"))
+    if form.kind == "nf4":
         if form.blocksize is None or form.double_quant is None:
             raise ValueError("form: got no blocksize or double_quant; needed: both with nf4")
-        FORMATS[form.residual].check_options(form.blocksize, form.double_quant)
+        FORMATS[form.kind].check_options(form.blocksize, form.double_quant)
     elif form.blocksize is not None or form.double_quant is not None:
         raise ValueError(f"form: got {form.describe()}; needed: blocksize and double_quant with nf4 only")

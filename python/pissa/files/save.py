@@ -129,10 +129,9 @@ def warn_of_plain_lora(model: PissaModel) -> None:
     if model.warned_of_plain_lora:
         return
     forms = {
-        module.form.residual
+        module.form.kind
         for module in model.modules()
-        if isinstance(module, StoredLinear)
-        and not (module.form.residual == "explicit" and module.dtype == torch.float32)
+        if isinstance(module, StoredLinear) and not (module.form.kind == "explicit" and module.dtype == torch.float32)
     }
     if forms:
         model.warned_of_plain_lora = True

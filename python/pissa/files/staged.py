@@ -1,4 +1,4 @@
-"""Writing several files of one folder so that a crash leaves either the old ones or the new ones."""
+"""Files that are written so that a crash leaves either the old ones or the new ones; refusal to overwrite others."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ class Staged:
                 with suppress(OSError):  # somebody else has put something there
                     for folder in self._made:
                         folder.rmdir()
+
+
+def check_unused(folder: Path, instead: str = "") -> None:
+    """Refuses a folder in which something could be overwritten.
+
+    Args:
+        instead: how else to go on, put before "choose a new folder" in the message.
+
+    Raises:
+        ValueError: `folder` is a file, or a folder that is not empty.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; needed: a new folder")
+    if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"{folder} is not empty ({listed}) and nothing is overwritten; {instead}choose a new folder")
 
 
 def _flush_folder(folder: Path) -> None:

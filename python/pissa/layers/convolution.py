@@ -54,7 +54,7 @@ class PissaConvolution(PissaLayer):
 
     def _mix(self, channels: Tensor, b: Tensor) -> Tensor:
         """b [out, r] at each point of `channels` [batch, r, ...]; the batch may be missing."""
-        place = 1 - self._kernel_dim  # of the channels
+        place = 1 - self.base_layer.weight.dim()  # of the channels
         points = channels.reshape(-1, b.shape[1], math.prod(channels.shape[place + 1 :]))
         # `@` would choose another product, and other bits, for a b that collects no gradient.
         mixed = torch.bmm(b.expand(len(points), -1, -1), points)

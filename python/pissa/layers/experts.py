@@ -1,10 +1,10 @@
 """Fused experts: transformers 5 keeps the weights of all experts of a layer in one parameter [experts, out, in]. For
-adapting they become linear layers of their own, views of that parameter; in files they are one again, as in PEFT."""
+adapting they become linear layers of their own, views of that parameter; `unload` fuses them again."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -244,50 +244,3 @@ def fuse(model: nn.Module) -> None:
     for path, experts in unfused_experts(model).items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, experts.fuse())
-
-
-# ---- In files --------------------------------------------------------------------------------------------------------
-
-
-def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
-    """Whether PEFT's layout can hold the adapter: one rank and scaling for all experts of a module.
-
-    Args:
-        factors: rank and scaling of each adapted layer, by its name in the model.
-
-    Raises:
-        ValueError: naming the first layer that differs.
-    """
-    for path, experts in unfused_experts(model).items():
-        for name in experts.names:
-            first = factors.get(f"{path}.0.{name}")
-            for index in range(1, len(experts)):
-                if factors.get(layer := f"{path}.{index}.{name}") != first:
-                    raise ValueError(
-                        f"layer {layer} is adapted otherwise than {path}.0.{name}; the experts of a module need one "
-                        "rank and alpha, or none of them an adapter: see target_modules, rank_pattern, alpha_pattern"
-                    )
-
-
-def adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) -> list[str]:
-    """The weights of the experts that have an adapter, of whose layers the names are given."""
-    return [name for name in experts.names if f"{path}.0.{name}" in layers]
-
-
-def places(path: str, names: Sequence[str]) -> dict[str, str]:
-    """Where in its files PEFT has the factors of each adapted weight of an experts module: it wraps the module once for
-    each, in the parameters' order, and the last wrapper is the outermost."""
-    return {name: path + ".base_layer" * (len(names) - 1 - i) for i, name in enumerate(names)}
-
-
-def stack(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """PEFT's layout of the experts' factors a [r, in] and b [out, r]: [experts * r, in], the experts one after the
-    other, and [out, r * experts], where the expert is the faster index."""
-    a, b = zip(*factors, strict=True)
-    return torch.cat(a), torch.stack(b, dim=-1).flatten(1)
-
-
-def unstack(a: Tensor, b: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
-    """The way back from `stack`."""
-    split_a, split_b = a.reshape(experts, -1, a.shape[1]), b.reshape(len(b), -1, experts)
-    return [(split_a[index], split_b[..., index]) for index in range(experts)]

@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from pissa.base.bitsandbytes import Nf4Base, check_int8, from_bitsandbytes, is_bitsandbytes
 from pissa.base.codes import HoldsNf4
 from pissa.base.weights import CONVOLUTIONS, is_linear, is_offloaded
-from pissa.config import PissaConfig, all_linear, exactly, is_all_linear, is_refused_by_peft
+from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from pissa.ops.checks import FLOATS
+from pissa.peft_private import all_linear, is_refused_by_peft
 
 
 def choose_layers(model: nn.Module, config: PissaConfig) -> None:
@@ -67,7 +67,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
             f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
             "target_modules or exclude_modules.",
             UserWarning,
-            stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
+            stacklevel=5,  # the caller of pissa.wrap, or of add_adapter
         )
 
 
@@ -192,7 +192,7 @@ def _check_weight(base: nn.Module, name: str) -> None:
         )
     if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
         return
-    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TypeError(
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "

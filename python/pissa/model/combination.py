@@ -114,7 +114,7 @@ class Combination:
             "init": "given",
             "use_adalora": False,
             **dict.fromkeys(["exclude_modules", "layers_to_transform", "layers_pattern"]),
-            **{"quant": None, "residual": "implicit"},  # the base stays what it is
+            **dict.fromkeys(["quant", "residual"]),  # the base stays what it is
         }
         config = dataclasses.replace(configs[self.terms[0][0]], **fields)
         # A name that ends with that of a layer is a target, too.

@@ -18,7 +18,7 @@ from pissa.base.init_methods import Factors, start_factors
 from pissa.base.stored import StartFactors
 from pissa.base.weights import execution_device
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.layers.experts import check_uniform
+from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
@@ -157,7 +157,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
             f"implicit, while other layers keep a residual, {config.form.describe()}. Untie the weight to have it "
             "stored, or leave the layer out.",
             UserWarning,
-            stacklevel=7,  # the caller of pissa.wrap
+            stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
         )
     return stored
 
@@ -171,7 +171,7 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
             "second time: the base is no longer quite the function that bitsandbytes computes. Leave quant and "
             "residual out, and the adapter takes the quantised weights as they are; or load the model in 16 bits.",
             UserWarning,
-            stacklevel=7,  # the caller of pissa.wrap
+            stacklevel=4,  # the caller of pissa.wrap, or of add_adapter
         )
 
 

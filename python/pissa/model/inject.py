@@ -1,7 +1,9 @@
-"""PissaLayers in a model: putting their parameters in place, the way back on failure."""
+"""The injection of an adapter's layers: what is done before and after PEFT puts them in, the way back on failure."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,12 +11,59 @@ import torch
 from torch import Tensor, nn
 
 from pissa.base.weights import execution_device
+from pissa.config import PissaConfig
+from pissa.layers.experts import unfuse
+from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import pissa_layers
+from pissa.layers.tokens import mend_token_layers
+from pissa.peft_private import build_layers_with
 
 
-def materialise(model: nn.Module, adapter_name: str) -> None:
-    """Puts the parameters of a new adapter, which are zero, where its layers compute: PEFT takes them to the base's
-    weights, which for a base that accelerate offloads is the meta device."""
+def own_config(config: PissaConfig) -> PissaConfig:
+    """A copy, since PEFT writes into the configuration that it is given."""
+    if not isinstance(config, PissaConfig):
+        raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
+    return copy.deepcopy(config)
+
+
+def warn_of_dropout(config: PissaConfig) -> None:
+    """Warns the caller's caller of `lora_dropout`."""
+    if config.lora_dropout > 0:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to the input "
+            "of the change only, not to the principal part that the adapter starts from.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def prepare(model: nn.Module, config: PissaConfig) -> None:
+    """Readies the (unwrapped) model and the configuration for PEFT, which then builds our layers for the targets.
+
+    Raises:
+        TypeError, ValueError: naming the layer that cannot be adapted.
+    """
+    build_layers_with(config, layer_factory(model))
+    unfuse(model, config)
+    choose_layers(model, config)
+
+
+def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
+    """Finishes what PEFT has injected. The adapter then lacks its start factors only.
+
+    Raises:
+        TypeError, ValueError: naming the layer that cannot be adapted.
+    """
+    mend_token_layers(model)
+    if config.modules_to_save:  # PEFT adds the names of a task's head each time that a model is made, restored ones too
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    check_parents(model, adapter_name)
+    _materialise(model, adapter_name)
+
+
+def _materialise(model: nn.Module, adapter_name: str) -> None:
+    """Puts the parameters of a new adapter, which are zero, where its layers compute. PEFT puts them where the base's
+    weights are; for a base that accelerate offloads that is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
         device = execution_device(layer.unmerged_base)
         parts = [getattr(layer, name) for name in layer.adapter_layer_names]
@@ -31,15 +80,15 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Leaves `model` as it was when the block that adds an adapter fails: every module's attributes,
-    children, parameters and hooks, and every parameter's flag.
+    """Leaves `model` as it was if the block, which adds an adapter, fails: every module's attributes, children,
+    parameters and hooks, and every parameter's `requires_grad`.
 
-    Nothing is copied, so a parameter that the block writes into is not restored; but the dense weights that
-    it replaces stay in memory until it ends.
+    Nothing is copied. A parameter that the block writes into is therefore not restored, and the dense weights that the
+    block replaces stay in memory until it ends.
     """
     modules = [(module, vars(module).copy()) for module in model.modules()]
-    # PEFT keeps one dictionary of configurations in several modules, and the names of its adapters in others: the
-    # content is restored, in place.
+    # PEFT shares one dictionary of configurations among several modules, and lists of adapters' names among others.
+    # Their content is restored in place.
     containers = [
         (value, value.copy())
         for _, attributes in modules

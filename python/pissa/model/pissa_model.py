@@ -1,12 +1,9 @@
-"""wrap, and the model that it returns: a peft.PeftModel whose adapters are changes of an unchanged base."""
+"""PissaModel: a peft.PeftModel whose adapters are changes of an unchanged base."""
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,110 +19,39 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pissa.base.codes import HoldsNf4
-from pissa.config import PissaConfig, TakesHooksOff, fetched_by_layers, targets_as_given
+from pissa.config import PissaConfig
 from pissa.distributed import failing_together, is_sharded
 from pissa.files.hub import adapter_folder, refuse_unsupported
 from pissa.files.load import Checkpoint
 from pissa.files.save import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
-from pissa.layers.experts import fuse, unfuse
-from pissa.layers.factory import check_parents, choose_layers, layer_factory
-from pissa.layers.tokens import check_tokens_can_be_merged, mend_token_layers
+from pissa.layers.experts import fuse
+from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.inject import materialise, restored_on_error
+from pissa.model.inject import complete, own_config, prepare, restored_on_error, warn_of_dropout
 from pissa.model.tuner import guard_state_dict, register, unguard_state_dict
+from pissa.peft_private import MendedPeftModel, fetched_by_layers, targets_as_given
 
 register()
 
-Start = Callable[["PissaModel", str], None]
-"""Gives every layer of an adapter that has just been injected its start factors."""
 
-
-def wrap(
-    model: nn.Module,
-    config: PissaConfig | None = None,
-    *,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    progressbar: bool = False,
-    **config_fields: Any,
-) -> PissaModel:
-    """Puts a PiSSA adapter on a model, in place, and returns the model that trains it.
-
-        model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
-        model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
-
-    The wrapped model computes what the base does until the first step of training. With `quant="nf4"` the
-    base is the quantised residual plus its principal part.
-
-    Where torch.distributed has several processes, all of them have to call this, with the same model and configuration:
-    they share the work, and an error in one is an error in all.
-
-    Args:
-        model: usually transformers'; see `targets` for what can be adapted. On any failure it is left as it was; for
-            this the dense weights stay in memory until the last layer is done, with quant as well.
-        config: the configuration; copied. Alternatively give its fields as keywords.
-        adapter_name: name of the adapter.
-        autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
-        low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
-        progressbar: show one bar on stderr; the environment variable TQDM_DISABLE hides it.
-
-    Raises:
-        TypeError: config and fields both given, or a layer that cannot be adapted.
-        ValueError: no layer found, rank too large for one that is named, NaN or Inf in a weight, a model that is
-            wrapped.
-        pissa.distributed.RankError: another process has failed.
-    """
-    with restored_on_error(model), failing_together():
-        if config is not None and config_fields:
-            raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-        config = _own_config(PissaConfig(**config_fields) if config is None else config)
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError(
-                "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
-                "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
-                "second adapter: model.add_adapter(name, config)"
-            )
-        check_adapter_name(adapter_name, model)
-        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-        _warn_of_dropout(config)
-        return _model_class(config)(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            start=lambda wrapped, name: _decompose(wrapped, name, progressbar=progressbar),
-        )
-
-
-class PissaModel(TakesHooksOff):
+class PissaModel(MendedPeftModel):
     """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap` or `PissaModel.from_pretrained`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PissaConfig,
-        adapter_name: str = "default",
-        *,
-        start: Start,
-        **kwargs: Any,
+        self, model: nn.Module, peft_config: PissaConfig, adapter_name: str = "default", **kwargs: Any
     ) -> None:
-        peft_config.build_layers_with(layer_factory(model))
-        unfuse(model, peft_config)
-        choose_layers(model, peft_config)
+        """Injects the adapter's layers, which have no start factors yet. `wrap` and `from_pretrained` give them theirs,
+        and put the model back on failure."""
+        prepare(model, peft_config)
         with targets_as_given():
             super().__init__(model, peft_config, adapter_name, **kwargs)
-        mend_token_layers(model)
-        _once_each(peft_config)
-        self.warned_of_plain_lora = False
-        self.register_forward_hook(add_orthogonality_loss)
+        complete(model, peft_config, adapter_name)
         guard_state_dict(model)
-        check_parents(model, adapter_name)
-        materialise(model, adapter_name)
-        start(self, adapter_name)
+        self.register_forward_hook(add_orthogonality_loss)
+        self.warned_of_plain_lora = False
 
     def add_adapter(
         self,
@@ -134,42 +60,39 @@ class PissaModel(TakesHooksOff):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Adds an adapter that changes nothing yet. It shares the start factors of one that has the same
-        rank, scaling and decomposition.
+        """Adds an adapter that changes nothing yet. It shares the start factors of one that has the same rank, scaling
+        and decomposition.
 
-        The base function stays what it is: an adapter may ask for the residual that a layer has, or for an
-        implicit one, which on a stored base means "leave it".
+        The base function stays what it is: an adapter may ask for the form that a layer's base has, or for none, which
+        leaves a stored base as it is.
 
         Raises:
             TypeError, ValueError: as `wrap`; the model is left as it was.
         """
         with restored_on_error(self), failing_together():
-            config = _own_config(peft_config)
+            config = own_config(peft_config)
             self._check_new_name(adapter_name)
-            _warn_of_dropout(config)
-            self._add(adapter_name, config, _decompose, autocast_adapter_dtype)
+            warn_of_dropout(config)
+            self._inject(adapter_name, config, autocast_adapter_dtype)
+            first = len(self.peft_config) == 1
+            decompose(self.base_model.model, adapter_name, config, first=first, progressbar=False)
 
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         check_adapter_name(adapter_name, self.base_model.model)
 
-    def _add(self, adapter_name: str, config: PissaConfig, start: Start, autocast_adapter_dtype: bool) -> None:
+    def _inject(self, adapter_name: str, config: PissaConfig, autocast_adapter_dtype: bool) -> None:
+        """Adds the layers of one more adapter, which have no start factors yet."""
         if any(is_sharded(parameter) for parameter in self.parameters()):
             raise ValueError(
                 "the model is sharded, and FSDP or DeepSpeed would not see a new adapter: add it before fully_shard or "
                 "deepspeed.initialize"
             )
-        config.build_layers_with(layer_factory(self.base_model.model))
+        prepare(self.base_model.model, config)
         with targets_as_given():
-            unfuse(self.base_model.model, config)
-            choose_layers(self.base_model.model, config)
             super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-            mend_token_layers(self.base_model.model)
-            _once_each(config)
-            check_parents(self.base_model.model, adapter_name)
-            materialise(self.base_model.model, adapter_name)
-            start(self, adapter_name)
+        complete(self.base_model.model, config, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -220,7 +143,8 @@ class PissaModel(TakesHooksOff):
                 base, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
             )
             config = combination.config(base, self.peft_config)
-            self._add(adapter_name, config, lambda model, name: combination.start(base, name, config), True)
+            self._inject(adapter_name, config, autocast_adapter_dtype=True)
+            combination.start(base, adapter_name, config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that take the base's place, as in PEFT; trained tokens into the weight
@@ -258,10 +182,6 @@ class PissaModel(TakesHooksOff):
         with fetched_by_layers():
             model = self.base_model.unload()
         return _as_given(model)
-
-    def _get_peft_specific_model_tags(self) -> list[str]:
-        """Of the model card: the folder holds a LoRA."""
-        return [*super()._get_peft_specific_model_tags(), "lora"]
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
         """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
@@ -374,13 +294,10 @@ class PissaModel(TakesHooksOff):
         checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         checkpoint.config.inference_mode = not is_trainable
         with checkpoint.blamed(), restored_on_error(model):
-            wrapped = _model_class(checkpoint.config)(
-                model,
-                checkpoint.config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                start=checkpoint.restore,
+            wrapped = model_class(checkpoint.config)(
+                model, checkpoint.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
+            checkpoint.restore(wrapped, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -423,7 +340,8 @@ class PissaModel(TakesHooksOff):
         else:
             checkpoint.config.inference_mode = not is_trainable
             with checkpoint.blamed(), restored_on_error(self):
-                self._add(adapter_name, checkpoint.config, checkpoint.restore, autocast_adapter_dtype)
+                self._inject(adapter_name, checkpoint.config, autocast_adapter_dtype)
+                checkpoint.restore(self, adapter_name)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         if not is_trainable:
@@ -458,7 +376,8 @@ class PissaModelForFeatureExtraction(PissaModel, PeftModelForFeatureExtraction):
     """PissaModel for task type FEATURE_EXTRACTION."""
 
 
-def _model_class(config: PissaConfig) -> type[PissaModel]:
+def model_class(config: PissaConfig) -> type[PissaModel]:
+    """The class of the model for the configuration's task type."""
     return {
         "CAUSAL_LM": PissaModelForCausalLM,
         "SEQ_2_SEQ_LM": PissaModelForSeq2SeqLM,
@@ -474,36 +393,3 @@ def _as_given(model: nn.Module) -> nn.Module:
     fuse(model)
     unguard_state_dict(model)
     return model
-
-
-def _own_config(config: PissaConfig) -> PissaConfig:
-    """A copy, since PEFT writes into the configuration that it is given."""
-    if not isinstance(config, PissaConfig):
-        raise TypeError(f"config must be a pissa.PissaConfig, got {type(config).__name__}")
-    return copy.deepcopy(config)
-
-
-def _once_each(config: PissaConfig) -> None:
-    """PEFT adds the names of a task's head each time that a model is made, restored ones too."""
-    if config.modules_to_save:
-        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-
-
-def _warn_of_dropout(config: PissaConfig) -> None:
-    if config.lora_dropout > 0:
-        warnings.warn(
-            f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to "
-            "the input of the change only, not to the principal part that the adapter starts from.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _decompose(model: PissaModel, adapter_name: str, progressbar: bool = False) -> None:
-    decompose(
-        model.base_model.model,  # get_base_model() fails where the last adapter has been deleted
-        adapter_name,
-        model.peft_config[adapter_name],
-        first=len(model.peft_config) == 1,
-        progressbar=progressbar,
-    )

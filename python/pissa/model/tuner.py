@@ -8,35 +8,31 @@ type of its own there; everything else about it is LoRA's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import LoraModel
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from pissa.base.stored import StartFactors, StoredLinear
-from pissa.config import PissaConfig, PissaType, check_mamba
+from pissa.config import PissaConfig, PissaType
 from pissa.distributed import check_whole, sharded_as
 from pissa.files.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
 from pissa.layers.layer import pissa_layers
+from pissa.peft_private import LoraTuner
 
 
-class PissaTuner(LoraModel):  # type: ignore[misc]
+class PissaTuner(LoraTuner):
     """PEFT's LoraModel, from whose state dict `peft.get_peft_model_state_dict` takes an adapter as the plain LoRA of
     rank 2r for the unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0].
 
     The parameters themselves hold dA and dB under the names of A and B, and would be another function elsewhere.
     """
 
-    def _check_target_module_compatiblity(self, peft_config: PissaConfig, model: nn.Module, target_name: str) -> None:
-        """Refuses what PEFT refuses of LoRA, which it tells by the type."""
-        check_mamba(peft_config, model, target_name)
-
     @classmethod
-    def _get_adapter_state_dict(
+    def adapter_state_dict(
         cls,
         model: Any,
         config: PissaConfig,
@@ -52,7 +48,7 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
         """
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super().adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
         found = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
         matrices, present = {}, {}
@@ -74,7 +70,7 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
         return found
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def parameters_to_load(
         cls, model: Any, config: PissaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What `peft.set_peft_model_state_dict` puts into the model, under the parameters' names: dA and dB for the
@@ -84,13 +80,13 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
         Raises:
             ValueError: factors of other layers, shapes or start. Nothing has been changed then.
         """
-        remap = super()._remap_adapter_state_dict_for_load
+        remap = super().parameters_to_load
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         parts = factors_of(inner, layers)
         taken = {key for part in parts for key in part.keys}
         if not taken & state_dict.keys():
-            return cast(dict[str, Tensor], remap(model, config, adapter_name, state_dict))
+            return remap(model, config, adapter_name, state_dict)
         if config.use_adalora:
             raise ValueError(
                 f"adapter {adapter_name!r} has use_adalora, and a plain LoRA does not have its singular values: load "
@@ -104,7 +100,7 @@ class PissaTuner(LoraModel):  # type: ignore[misc]
             starts = {name: layer.start_of(adapter_name) for name, layer in layers.items()}
             deltas = {name: _without_start(*pair, starts[name], name) for name, pair in deltas.items()}
         rest = {key: value for key, value in state_dict.items() if key not in taken}
-        found: dict[str, Tensor] = remap(model, config, adapter_name, rest)
+        found = remap(model, config, adapter_name, rest)
         for name, layer in layers.items():
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._check import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor
 from pissa.ops._quant import QuantizedWeight, check_quantized
+from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor
 
 _OPS = torch.ops.pissa
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._check import FLOATS, check_choice, check_devices, check_tensor, check_weight
+from pissa.ops.checks import FLOATS, check_choice, check_devices, check_tensor, check_weight
 from pissa.ops.formats import FORMATS
 
 _OPS = torch.ops.pissa

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._check import (
+from pissa.ops._quant import QuantizedWeight, quantized_weight
+from pissa.ops.checks import (
     check_choice,
     check_devices,
     check_factors,
@@ -20,7 +21,6 @@ from pissa.ops._check import (
     check_weight,
     check_weight_and_bound,
 )
-from pissa.ops._quant import QuantizedWeight, quantized_weight
 from pissa.ops.formats import FORMATS
 
 _OPS = torch.ops.pissa

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "pissa/cpu/kernels.h"
+
 namespace pissa::cpu {
 namespace {
 

@@ -8,6 +8,7 @@
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/executor.h"
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 
 namespace pissa::test {
 

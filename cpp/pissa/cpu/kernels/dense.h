@@ -2,7 +2,7 @@
 #pragma once
 
 #include "pissa/cpu/kernels.h"
-#include "pissa/cpu/vec.h"
+#include "pissa/cpu/vec/product.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {

@@ -1,0 +1,275 @@
+"""Rows about one layer: products with a 4-bit or dense weight, forward and backward, and NF4 itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.compare.interleave import Case, Row, agree, require
+from bench.compare.peers import bnb_linear, is_repacked, lora_layer
+from bench.compare.weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
+from pissa import ops
+
+# Each bfloat16 result below is a sum of at most three terms that a side may round on the way (weight, x A^T, low-rank
+# term) and once at the end; a rounding is at most 2^-9 relative, so two sides differ by less than 4 * 2^-9 in norm.
+BFLOAT16_BOUND = 2**-7
+# Two float32 sums of K = 2^12 terms in different orders differ by about sqrt(K) 2^-24 = 2^-18; a factor of 4 for the
+# constant, and for a weight split into two bfloat16 terms of 16 bits together.
+FLOAT32_BOUND = 2**-16
+
+PEERS = {
+    "default": ("PEFT + bitsandbytes, float32 adapters", torch.float32),
+    "tuned": ("PEFT + bitsandbytes, bfloat16 adapters", torch.bfloat16),
+}
+
+
+def linear_rows(size: int) -> Iterator[Row]:
+    for goals, malloc in (((4.5, 2.0, 1.7, 1.3), "default"), ((1.5, 1.15, 1.08, 1.0), "tuned")):
+        for tokens, goal in zip((16, 128, 512, 2048), goals, strict=True):
+            yield _against_peft("forward", _forward_against_peft, size, tokens, goal, malloc)
+    for goals, malloc in (((2.5, 2.5, 1.4, 1.4), "default"), ((1.3, 1.3, 1.1, 1.1), "tuned")):
+        for tokens, goal in zip((16, 128, 512, 2048), goals, strict=True):
+            yield _against_peft("forward + backward", _backward_against_peft, size, tokens, goal, malloc)
+    for r, tokens, goal, stretch in (
+        (16, 512, 0.95, None),
+        (16, 2048, 0.97, 1.05),
+        (64, 512, 0.92, None),
+        (64, 2048, 0.94, None),
+    ):
+        yield Row(
+            f"forward + backward, nf4 and adapter, r = {r}, M = {tokens}",
+            "two dense bfloat16 products, torch",
+            partial(_against_dense, size, tokens, r),
+            goal,
+            stretch,
+            malloc="tuned",
+        )
+    for tokens, goal in ((1, 1.2), (4, 1.1), (16, 1.1), (512, 1.35)):
+        yield Row(
+            f"base only, nf4, no gradient, M = {tokens}",
+            "bitsandbytes in eval mode",
+            partial(_inference, size, tokens),
+            goal,
+            malloc="tuned",
+        )
+    for kind in ("dense float32", "nf4"):
+        yield Row(
+            f"base only, {kind}, float32 input, M = 512",
+            "torch, dense float32",
+            partial(_float32, size, kind),
+            1.25,
+            malloc="tuned",
+        )
+
+
+def _against_peft(work: str, build: Callable[..., Case], size: int, tokens: int, goal: float, malloc: str) -> Row:
+    against, dtype = PEERS[malloc]
+    return Row(
+        f"{work}, nf4, r = 64, M = {tokens}",
+        against,
+        partial(build, size, tokens, dtype),
+        goal,
+        malloc=malloc,
+        memory=True,
+    )
+
+
+# ---- Layers with an adapter ------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """Our 4-bit layer with an adapter [rows, cols] of rank r, an input and an output gradient for it."""
+
+    def __init__(self, rows: int, cols: int, tokens: int, r: int, device: str = "cpu") -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        self.weight = on_device(nf4_weight(rows, cols), device)
+        self.x = torch.randn(tokens, cols, generator=generator).bfloat16().to(device).requires_grad_()
+        self.dy = torch.randn(tokens, rows, generator=generator).bfloat16().to(device)
+        self.delta_a, self.delta_b, self.a0, self.b0 = (t.to(device) for t in low_rank_factors(rows, cols, r))
+        self.delta_a.requires_grad_()
+        self.delta_b.requires_grad_()
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, whole."""
+        return (self.a0 + self.delta_a).detach(), (self.b0 + self.delta_b).detach()
+
+    def forward(self) -> Tensor:
+        return ops.linear(self.x, self.weight, a=self.delta_a, b=self.delta_b, a0=self.a0, b0=self.b0)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """y, dx, dA, dB from one forward and one backward."""
+        y = self.forward()
+        return y, *torch.autograd.grad(y, (self.x, self.delta_a, self.delta_b), self.dy)
+
+    def formula(self) -> tuple[Tensor, ...]:
+        """The same in float32, by torch, from the decoded weight."""
+        x = self.x.detach().float().requires_grad_()
+        a, b = (factor.requires_grad_() for factor in self.factors)
+        y = linear(x, ops.dequantize(self.weight)) + linear(linear(x, a), b)
+        return y.detach(), *torch.autograd.grad(y, (x, a, b), self.dy.float())
+
+    def check(self, theirs: tuple[Tensor | None, ...]) -> str:
+        return agree(
+            BFLOAT16_BOUND, **dict(zip(("y", "dx", "dA", "dB"), zip(self.backward(), theirs, strict=True), strict=True))
+        )
+
+
+def _peft(size: int, tokens: int, dtype: torch.dtype) -> tuple[Layer, Callable[[], Tensor], Callable[[], tuple]]:
+    """Ours, PEFT's forward, and PEFT's forward and backward."""
+    ours = Layer(size, size, tokens, 64)
+    peer = lora_layer(bnb_linear(ours.weight), *ours.factors, dtype)
+    trained = (peer.lora_A["default"].weight, peer.lora_B["default"].weight)
+    x = ours.x.detach().clone().requires_grad_()
+
+    def forward() -> Tensor:
+        return peer(x)
+
+    def backward() -> tuple[Tensor | None, ...]:
+        require(peer.base_layer.training and not is_repacked(peer.base_layer), "bitsandbytes left training mode")
+        y = peer(x)
+        return y, *torch.autograd.grad(y, (x, *trained), ours.dy, allow_unused=True)
+
+    return ours, forward, backward
+
+
+def _forward_against_peft(size: int, tokens: int, dtype: torch.dtype) -> Case:
+    ours, forward, backward = _peft(size, tokens, dtype)
+    return Case(ours.forward, forward, lambda: ours.check(backward()))
+
+
+def _backward_against_peft(size: int, tokens: int, dtype: torch.dtype) -> Case:
+    ours, _, backward = _peft(size, tokens, dtype)
+    return Case(ours.backward, backward, lambda: ours.check(backward()))
+
+
+def _against_dense(size: int, tokens: int, r: int) -> Case:
+    """The peer has no adapter: it does 2 products where ours does 8, and the ratio is that of the times."""
+    ours = Layer(size, size, tokens, r)
+    dense, x, dy = ops.dequantize(ours.weight, torch.bfloat16), ours.x.detach(), ours.dy
+
+    def products() -> tuple[Tensor, Tensor]:
+        return linear(x, dense), dy @ dense
+
+    def check() -> str:
+        y = ops.linear(ours.x, ours.weight)
+        (dx,) = torch.autograd.grad(y, ours.x, dy)
+        base = products()
+        agree(BFLOAT16_BOUND, base_y=(y, base[0]), base_dx=(dx, base[1]))
+        return ours.check(ours.formula())
+
+    return Case(ours.backward, products, check)
+
+
+# ---- The base alone --------------------------------------------------------------------------------------------------
+
+
+def _inference(size: int, tokens: int) -> Case:
+    weight = nf4_weight(size, size)
+    x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    peer = bnb_linear(weight).eval()
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        return ops.linear(x, weight)
+
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        return peer(x)
+
+    def check() -> str:
+        found = agree(BFLOAT16_BOUND, y=(ours(), theirs()))
+        require(is_repacked(peer), "bitsandbytes did not take its AVX512-BF16 kernel: this CPU lacks it")
+        return found
+
+    return Case(ours, theirs, check)
+
+
+def _float32(size: int, kind: str) -> Case:
+    weight = nf4_weight(size, size) if kind == "nf4" else hard_spectrum(size)
+    dense = ops.dequantize(weight) if isinstance(weight, ops.QuantizedWeight) else weight
+    x = torch.randn(512, size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = partial(ops.linear, x, weight), partial(linear, x, dense)
+    return Case(ours, theirs, lambda: agree(FLOAT32_BOUND, y=(ours(), theirs())))
+
+
+# ---- NF4 -------------------------------------------------------------------------------------------------------------
+
+
+def nf4_rows(size: int) -> Iterator[Row]:
+    yield Row("quantise to nf4", "bitsandbytes", partial(_quantize, size, False), 60.0)
+    yield Row("quantise to nf4, nested scales", "bitsandbytes", partial(_quantize, size, True))
+    yield Row("dequantise nf4 to bfloat16, nested scales", "bitsandbytes", partial(_dequantize, size))
+
+
+def _quantize(size: int, nested: bool) -> Case:
+    weight = bfloat16_weight(size)
+    ours = partial(ops.quantize, weight, double_quant=nested)
+    theirs = partial(bnb.functional.quantize_4bit, weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+
+    def check() -> str:
+        mine, (codes, state) = ours(), theirs()
+        require(torch.equal(mine.codes, codes.flatten()), "the codes differ")
+        if not nested:
+            require(torch.equal(mine.absmax, state.absmax), "absmax differs")
+            return "equal bits"
+        # bitsandbytes' mean of more than 32768 scales depends on the number of threads, and all else on the mean.
+        assert mine.nested_absmax is not None
+        assert mine.offset is not None
+        torch.testing.assert_close(mine.offset, state.offset, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.nested_absmax, state.state2.absmax, rtol=1e-4, atol=0)
+        return "equal codes; scales equal but for the last digits of their mean"
+
+    return Case(ours, theirs, check)
+
+
+def _dequantize(size: int) -> Case:
+    weight = nf4_weight(size, size)
+    packed = bnb_linear(weight).weight
+    ours = partial(ops.dequantize, weight, torch.bfloat16)
+    theirs = partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
+    return Case(ours, theirs, lambda: agree(2**-9, weight=(ours(), theirs())))  # both round once
+
+
+# ---- Shapes ----------------------------------------------------------------------------------------------------------
+
+
+def shape_rows(size: int) -> Iterator[Row]:
+    """Shapes that fit no tile, against ours at the round shape next to them: no cliff, at least half of its rate."""
+    sides = (size, size - 1, size + 4, size + 64)
+    shapes = [(rows, cols, tokens, 64) for rows in sides for cols in sides for tokens in (127, 129, 511, 513)]
+    shapes += [(size - 1, size - 1, tokens, r) for r in (1, 8, 16, 128, 256) for tokens in (127, 129, 511, 513)]
+    for rows, cols, tokens, r in shapes:
+        near = (size, size, 128 if tokens < 256 else 512, max(16, r))
+        for backward in (False, True):
+            work = "forward + backward" if backward else "forward"
+            yield Row(
+                f"shape: {work}, {rows} x {cols}, M = {tokens}, r = {r}",
+                f"pissa, {near[0]} x {near[1]}, M = {near[2]}, r = {near[3]}",
+                partial(_shape, (rows, cols, tokens, r), near, backward),
+                0.5,
+                malloc="tuned",
+                max_pairs=5,
+            )
+
+
+def _shape(shape: tuple[int, int, int, int], near: tuple[int, int, int, int], backward: bool) -> Case:
+    ours, peer = Layer(*shape), Layer(*near)
+    return Case(
+        ours.backward if backward else ours.forward,
+        peer.backward if backward else peer.forward,
+        lambda: ours.check(ours.formula()),
+        flops=(_flops(shape, backward), _flops(near, backward)),
+    )
+
+
+def _flops(shape: tuple[int, int, int, int], backward: bool) -> float:
+    """Multiplications and additions: x W^T, x A^T, (x A^T) B^T; backwards dx's three products, dA and dB."""
+    rows, cols, tokens, r = shape
+    products, low_rank = (2, 3) if backward else (1, 1)
+    return 2.0 * tokens * (products * rows * cols + low_rank * r * (rows + cols))

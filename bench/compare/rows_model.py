@@ -1,0 +1,182 @@
+"""Rows about a whole language model, SmolLM2-135M: a step of training, and wrapping."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import pissa
+from bench.compare.interleave import Case, Row, agree, relative_error, require
+from bench.compare.peers import lora_layers, lora_on_dense, lora_on_nf4
+from bench.compare.weights import energy, fewest_passes, language_model
+from pissa.layers.layer import pissa_layers
+
+R = 16
+BATCH = (4, 128)
+# Both sides round every operation to bfloat16, 2^-9, some 600 of them one after the other (30 layers of 20). As a
+# random walk that is 5 % of an activation or a gradient; a loss, the mean of 508 tokens' losses, moves far less.
+GRADIENT_BOUND = 0.1
+LOSS_BOUND = 0.01
+
+_ADAPTERS = {"default": ("float32", torch.float32), "tuned": ("bfloat16", torch.bfloat16)}
+
+
+def model_rows(tiny: bool) -> Iterator[Row]:
+    for malloc, goal in (("default", 1.5), ("tuned", 1.2)):
+        name, dtype = _ADAPTERS[malloc]
+        yield Row(
+            f"training step of SmolLM2-135M, nf4, r = {R}",
+            f"PEFT + bitsandbytes, {name} adapters",
+            partial(_nf4_step, tiny, dtype),
+            goal,
+            malloc=malloc,
+            memory=True,
+        )
+    for malloc, goal in (("default", 1.0), ("tuned", None)):
+        name, dtype = _ADAPTERS[malloc]
+        yield Row(
+            f"training step of SmolLM2-135M, bfloat16, implicit residual, r = {R}",
+            f"PEFT LoRA, {name} adapters",
+            partial(_dense_step, tiny, dtype),
+            goal,
+            malloc=malloc,
+            memory=True,
+        )
+    yield Row(
+        f"wrapping SmolLM2-135M, float32, r = {R}",
+        "PEFT, pissa_niter_16",
+        partial(_wrapping, tiny),
+        5.0,
+        memory=True,
+    )
+    yield Row(
+        f"wrapping layers of Llama-7B's shapes, bfloat16, nf4, r = {R}",
+        "pissa, implicit residual",
+        partial(_wrapping_in_nf4, tiny),
+        round(1 / 1.4, 2),
+    )
+
+
+class Trainer:
+    """A model with its optimizer and one batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A small rate: dozens of steps on one batch must not take the two models apart.
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        self.tokens = torch.randint(vocabulary, BATCH, generator=torch.Generator().manual_seed(0))
+
+    def loss(self) -> Tensor:
+        return self.model(input_ids=self.tokens, labels=self.tokens).loss
+
+    def step(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def first(self) -> tuple[float, Tensor]:
+        """The first loss, and its gradient for all adapters in one vector."""
+        loss = self.loss()
+        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        require(all(g is not None for g in gradients), "an adapter gets no gradient")
+        return loss.item(), torch.cat([g.float().flatten() for g in gradients])
+
+
+def _training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradient: bool) -> Case:
+    ours, theirs = Trainer(model), Trainer(peer)
+
+    def check() -> str:
+        (mine, my_gradient), (other, other_gradient) = ours.first(), theirs.first()
+        difference = abs(mine - other) / other
+        require(difference <= LOSS_BOUND, f"first losses {mine:.4f} and {other:.4f}, allowed {LOSS_BOUND:.0%}")
+        note = f"{compared}: first losses {mine:.4f} and {other:.4f}"
+        if same_gradient:
+            note += f", gradients {agree(GRADIENT_BOUND, gradient=(my_gradient, other_gradient))}"
+        ours.step(), theirs.step()  # the optimizers allocate their state
+        return note
+
+    return Case(ours.step, theirs.step, check)
+
+
+def _nf4_step(tiny: bool, dtype: torch.dtype) -> Case:
+    """The peer gets our 4-bit residuals, byte for byte, and our start factors as its A and B."""
+    base = language_model(tiny, torch.bfloat16)
+    model = pissa.wrap(copy.deepcopy(base), r=R, quant="nf4", task_type="CAUSAL_LM").train()
+    layers = {
+        name: (layer.base_layer.residual, layer.start_of("default").a0, layer.start_of("default").b0)
+        for name, layer in pissa_layers(model.base_model.model, "default").items()
+    }
+    peer = lora_on_nf4(base, layers, dtype)
+    return _training_case(model, peer, "same residuals and factors", same_gradient=True)
+
+
+def _dense_step(tiny: bool, dtype: torch.dtype) -> Case:
+    """Both compute the base before the first step: ours at zero change, LoRA with B = 0. Their gradients differ."""
+    base = language_model(tiny, torch.bfloat16)
+    model = pissa.wrap(copy.deepcopy(base), r=R, task_type="CAUSAL_LM").train()
+    peer = lora_on_dense(base, R, dtype)
+    return _training_case(model, peer, "both are the base", same_gradient=False)
+
+
+# ---- Wrapping --------------------------------------------------------------------------------------------------------
+
+
+def _wrapping(tiny: bool) -> Case:
+    base = language_model(tiny, torch.float32)
+    peer = partial(lora_on_dense, r=R, dtype=torch.float32, init="pissa_niter_16")
+    weights = {name: module.weight for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    tokens = torch.arange(64)[None]
+
+    def wrap(model: nn.Module, passes: int) -> nn.Module:
+        return pissa.wrap(model, r=R, svd_passes=passes, task_type="CAUSAL_LM")
+
+    def captured(rows_of: Callable[[str], Tensor], names: list[str]) -> float:
+        return sum(energy(weights[name].detach(), rows_of(name).detach().mT) for name in names)
+
+    torch.manual_seed(0)
+    other = peer(copy.deepcopy(base))
+    theirs = lora_layers(other)
+    names = list(theirs)
+    total = sum(weights[name].detach().double().square().sum().item() for name in names)
+    lost = 1 - captured(lambda name: theirs[name].lora_A["default"].weight, names) / total
+
+    def loss(passes: int) -> float:
+        layers = pissa_layers(wrap(copy.deepcopy(base), passes).base_model.model, "default")
+        require(layers.keys() == theirs.keys(), "the sides adapt different layers")
+        return 1 - captured(lambda name: layers[name].start_of("default").a0, names) / total
+
+    passes, found = fewest_passes(loss, lost, range(8, 18, 2))
+
+    @torch.no_grad()
+    def check() -> str:
+        expected = base.eval()(tokens).logits
+        for side, model in (("ours", wrap(copy.deepcopy(base), passes)), ("PEFT's", other)):
+            error = relative_error(model.eval()(tokens).logits, expected)
+            # PEFT stores W - B A in float32, 2^-24 of W, and the layers amplify it: hundreds of times at most.
+            require(error < 1e-4, f"{side} logits differ from the base's by {error:.1e} before training")
+        return f"{passes} passes leave {found:.4f} of the weights' energy in the residuals, the peer {lost:.4f}"
+
+    return Case(partial(wrap, passes=passes), peer, check, fresh=lambda: copy.deepcopy(base))
+
+
+def _wrapping_in_nf4(tiny: bool) -> Case:
+    """What the residual in 4 bits costs beside the decomposition, which both sides do."""
+    shapes = [(256, 256), (704, 256)] if tiny else [(4096, 4096), (11008, 4096)]
+    base = nn.Sequential(*(nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16) for rows, columns in shapes))
+    generator = torch.Generator().manual_seed(0)
+    for layer in base:
+        layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
+    wrap = partial(pissa.wrap, r=R, target_modules=["0", "1"], progressbar=False)
+
+    def check() -> str:
+        model = wrap(copy.deepcopy(base), quant="nf4").base_model.model
+        # Blocks of 64 normal numbers in NF4 are off by 9 % of their length.
+        return agree(0.12, **{f"layer {i}": (model[i].dense_base(), base[i].weight) for i in range(len(base))})
+
+    return Case(partial(wrap, quant="nf4"), wrap, check, fresh=lambda: copy.deepcopy(base))

@@ -1,0 +1,375 @@
+"""Rows about a GPU: a layer trained and decoded, NF4 and the memory's speed, PiSSA's start of a whole 7B-shaped model.
+
+Everything also runs on the CPU, small, to see that it runs at all; the ratios mean nothing there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from statistics import median
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.compare.interleave import Call, Case, Clock, MismatchError, Result, Row, agree, relative_error, require
+from bench.compare.peers import bnb_linear, lora_layer
+from bench.compare.rows_linear import BFLOAT16_BOUND, Layer
+from bench.compare.weights import energy
+from pissa import ops
+
+R = 64
+IN_A_GRAPH = 16  # layers in one CUDA graph, 134 MB of NF4: no cache holds them
+
+# What a model of Llama 2's shape, 7B, consists of: (out, in) and how many.
+SHAPES_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
+
+
+def gpu_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
+    """`size`: of the layers' weights, 4096. The others follow from it."""
+    small = size < 4096
+    for tokens, forward_goal, backward_goal in ((2048, 1.5, 1.4), (8192, 1.3, 1.3)):
+        count = tokens // 64 if small else tokens
+        for work, goal in (("forward", forward_goal), ("backward", backward_goal)):
+            build = partial(_train, work, size, count, device, clock)
+            yield Row(f"{work}, nf4, r = {R}, M = {tokens}", "PEFT + bitsandbytes, the better adapters", build, goal)
+    count = 128 if small else 8192
+    yield Row(
+        f"forward, nf4, r = {R}, M = 8192", "dense bfloat16, torch", partial(_dense, False, size, count, device), 0.93
+    )
+    yield Row(
+        f"forward + backward, nf4, r = {R}, M = 8192",
+        "two dense bfloat16 products, torch",
+        partial(_dense, True, size, count, device),
+    )
+    for tokens in (1, 4, 16):
+        yield Row(
+            f"decoding, nf4, r = {R}, M = {tokens}",
+            "PEFT + bitsandbytes, bfloat16 adapters",
+            partial(_decode, True, size, tokens, device),
+            2.0,
+        )
+        yield Row(
+            f"decoding, nf4, r = {R}, M = {tokens}",
+            "bitsandbytes, the base without an adapter",
+            partial(_decode, False, size, tokens, device),
+            1.3,
+        )
+    shape = (size, size) if small else (11008, 4096)
+    name = f"{shape[0]} x {shape[1]}"
+    yield Row(f"dequantise, {name}", "a copy of as many bytes", partial(_dequantise_bytes, shape, device), 0.85)
+    yield Row(f"dequantise, {name}", "bitsandbytes", partial(_dequantise, shape, device))
+    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", partial(_quantise, shape, device), 4.0)
+    yield Row(f"quantise, {name}, the kernel", "a copy of as many bytes", partial(_quantise_bytes, shape, device), 0.7)
+
+
+def in_turns(calls: Sequence[Call]) -> Call:
+    """Calls each in its turn, so that none finds its inputs in the cache."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+@cache
+def model_weight(rows: int, cols: int, seed: int, device: str) -> Tensor:
+    """bfloat16, of a spectrum like a language model's: noise, and 256 directions that fall off as a power law. As
+    weights.hard_spectrum, but for directions that are orthogonal by chance only, which costs nothing to make."""
+    generator = torch.Generator(device).manual_seed(seed)
+    spikes = min(256, rows, cols)
+    noise = torch.randn(rows, cols, generator=generator, device=device) / max(rows, cols) ** 0.5
+    u, v = (torch.randn(n, spikes, generator=generator, device=device) / n**0.5 for n in (rows, cols))
+    return torch.addmm(noise, u * 8 * torch.arange(1, spikes + 1, device=device) ** -0.5, v.T).bfloat16()
+
+
+# ---- One layer -------------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """PEFT's layer over bitsandbytes' on the same bytes; float32 adapters under autocast, as PEFT trains by default."""
+
+    def __init__(self, ours: Layer, dtype: torch.dtype, device: str) -> None:
+        self.layer = lora_layer(bnb_linear(ours.weight), *ours.factors, dtype)
+        self.trained = (self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight)
+        self.x = ours.x.detach().clone().requires_grad_()
+        self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == torch.float32)
+        require(self.trained[0].device.type == device, f"PEFT's adapter is on {self.trained[0].device}")
+
+    def forward(self) -> Tensor:
+        with self.autocast():
+            return self.layer(self.x)
+
+
+def _backward(y: Tensor, leaves: Sequence[Tensor], dy: Tensor) -> Call:
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
+def _train(work: str, size: int, tokens: int, device: str, clock: Clock) -> Case:
+    layers = [Layer(size, size, tokens, R, device) for _ in range(4)]
+    peers = {
+        "bfloat16 adapters": [Peer(layer, torch.bfloat16, device) for layer in layers],
+        "float32 adapters under autocast": [Peer(layer, torch.float32, device) for layer in layers],
+    }
+    if work == "forward":
+        ours: Call = in_turns([layer.forward for layer in layers])
+        sides = {name: in_turns([peer.forward for peer in group]) for name, group in peers.items()}
+    else:
+        ours = in_turns(
+            [_backward(layer.forward(), (layer.x, layer.delta_a, layer.delta_b), layer.dy) for layer in layers]
+        )
+        sides = {
+            name: in_turns(
+                [_backward(p.forward(), (p.x, *p.trained), layer.dy) for p, layer in zip(group, layers, strict=True)]
+            )
+            for name, group in peers.items()
+        }
+    times = {name: median(clock(call, 5) for _ in range(4)) for name, call in sides.items()}
+    better = min(times, key=lambda name: times[name])
+
+    def check() -> str:
+        found = []
+        for group in peers.values():
+            peer = group[0]
+            y = peer.forward()
+            found.append(layers[0].check((y, *torch.autograd.grad(y, (peer.x, *peer.trained), layers[0].dy))))
+        return f"{better}; {max(found)}; " + ", ".join(f"{name}: {ms:.3g} ms" for name, ms in times.items())
+
+    return Case(ours, sides[better], check)
+
+
+def _dense(with_backward: bool, size: int, tokens: int, device: str) -> Case:
+    layers = [Layer(size, size, tokens, R, device) for _ in range(2)]
+    dense = [ops.dequantize(layer.weight, torch.bfloat16) for layer in layers]
+    inputs = [layer.x.detach() for layer in layers]
+    forward = [partial(linear, x, weight) for x, weight in zip(inputs, dense, strict=True)]
+
+    def products(x: Tensor, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return linear(x, weight), dy @ weight
+
+    def check() -> str:
+        agree(BFLOAT16_BOUND, base=(ops.linear(inputs[0], layers[0].weight), forward[0]()))
+        return layers[0].check(layers[0].formula())
+
+    if not with_backward:
+        return Case(in_turns([layer.forward for layer in layers]), in_turns(forward), check)
+    both = [partial(products, x, layer.dy, weight) for x, layer, weight in zip(inputs, layers, dense, strict=True)]
+    return Case(in_turns([layer.backward for layer in layers]), in_turns(both), check)
+
+
+def _in_a_graph(calls: Sequence[Call], device: str) -> tuple[Call, bool]:
+    """All the calls, one after the other, as one CUDA graph, and whether they are one: what cannot be captured, and
+    everything on the CPU, is called as it is."""
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        return [call() for call in calls]
+
+    if device == "cpu":
+        return run, False
+    current = torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):  # handles and workspaces are made outside of the graph
+        for _ in range(3):
+            run()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except RuntimeError:
+        torch.cuda.set_stream(current)  # which a capture that fails does not bring back
+        torch.cuda.synchronize()
+        return run, False
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay, True
+
+
+def _decode(peer_has_adapter: bool, size: int, tokens: int, device: str) -> Case:
+    """Ours with the adapter; the peer's layer with one, or its base alone, which is less than what ours computes."""
+    count = 2 if size < 4096 else IN_A_GRAPH
+    layers = [Layer(size, size, tokens, R, device) for _ in range(count)]
+    inputs = [layer.x.detach() for layer in layers]
+    modules = [bnb_linear(layer.weight) for layer in layers]
+    if peer_has_adapter:
+        pairs = zip(modules, layers, strict=True)
+        modules = [lora_layer(module, *layer.factors, torch.bfloat16) for module, layer in pairs]
+    calls = [partial(module.eval(), x) for module, x in zip(modules, inputs, strict=True)]
+    ours, captured = _in_a_graph([layer.forward for layer in layers], device)
+    theirs, peer_captured = _in_a_graph(calls, device)
+
+    def check() -> str:
+        bases = [ops.linear(x, layer.weight) for x, layer in zip(inputs, layers, strict=True)]
+        same = ours() if peer_has_adapter else bases
+        bounds = [agree(BFLOAT16_BOUND, y=pair) for pair in zip(same, theirs(), strict=True)]
+        require(captured or device == "cpu", "ours could not be captured into a CUDA graph")
+        graphs = "in a CUDA graph" if peer_captured else "ours in a CUDA graph, the peer could not be captured"
+        how = graphs if captured else "one after the other"
+        return f"of one layer, {count} different ones {how}; {max(bounds)}"
+
+    return Case(ours, theirs, check, units=count)
+
+
+# ---- NF4 -------------------------------------------------------------------------------------------------------------
+
+
+def _weights(shape: tuple[int, int], device: str) -> list[Tensor]:
+    return [model_weight(*shape, seed, device) for seed in range(4)]
+
+
+def _copies(bytes_moved: float, device: str) -> Call:
+    """A copy within the device's memory that reads and writes as many bytes together."""
+    half = int(bytes_moved / 2)
+    pairs = [torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(4)]
+    return in_turns([partial(pair[1].copy_, pair[0]) for pair in pairs])
+
+
+def _bytes_of(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _dequantise_bytes(shape: tuple[int, int], device: str) -> Case:
+    weights = [ops.quantize(weight) for weight in _weights(shape, device)]
+    calls = [partial(ops.dequantize, weight, torch.bfloat16) for weight in weights]
+    moved = _bytes_of(*weights[0][:4], calls[0]())
+
+    def check() -> str:
+        here = ops.QuantizedWeight(*(None if part is None else part.cpu() for part in weights[0][:4]), *weights[0][4:])
+        require(torch.equal(calls[0]().cpu(), ops.dequantize(here, torch.bfloat16)), "differs from the CPU's")
+        return f"the CPU's bits; {moved / 1e6:.1f} MB"
+
+    return Case(in_turns(calls), _copies(moved, device), check)
+
+
+def _dequantise(shape: tuple[int, int], device: str) -> Case:
+    weights = [ops.quantize(weight) for weight in _weights(shape, device)]
+    packed = [bnb_linear(weight).weight for weight in weights]
+    ours = in_turns([partial(ops.dequantize, weight, torch.bfloat16) for weight in weights])
+    theirs = in_turns([partial(bnb.functional.dequantize_4bit, p.data, p.quant_state) for p in packed])
+    return Case(ours, theirs, lambda: agree(2**-8, weight=(ours(), theirs())))
+
+
+def _quantise(shape: tuple[int, int], device: str) -> Case:
+    weights = _weights(shape, device)
+    quantize_4bit = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4", compress_statistics=True)
+    ours = in_turns([partial(ops.quantize, weight) for weight in weights])
+    theirs = in_turns([partial(quantize_4bit, weight) for weight in weights])
+
+    def check() -> str:
+        mine, (codes, state) = ours(), theirs()
+        same = (mine.codes == codes.flatten()).float().mean().item()
+        require(same > 0.999, f"only {same:.4%} of the codes are the peer's")
+        torch.testing.assert_close(mine.offset, state.offset, rtol=1e-4, atol=0)
+        return f"{same:.4%} of the codes are equal; ours looks for NaN too"
+
+    return Case(ours, theirs, check)
+
+
+def _quantise_bytes(shape: tuple[int, int], device: str) -> Case:
+    weights = _weights(shape, device)
+    calls = [partial(torch.ops.pissa.quantize, weight, "nf4", 64) for weight in weights]
+    moved = _bytes_of(weights[0], *calls[0]())
+
+    def check() -> str:
+        for got, want in zip(calls[0](), torch.ops.pissa.quantize(weights[0].cpu(), "nf4", 64), strict=True):
+            require(torch.equal(got.cpu(), want), "differs from the CPU's")
+        return f"the CPU's bits; plain scales, {moved / 1e6:.1f} MB"
+
+    return Case(in_turns(calls), _copies(moved, device), check)
+
+
+# ---- A whole model ---------------------------------------------------------------------------------------------------
+
+
+def peft_start(weight: Tensor, r: int, quantised: bool) -> tuple[Tensor, ...]:
+    """What PEFT's LoraLayer.pissa_init does for init_lora_weights="pissa_niter_16" and scaling 1; then the residual in
+    4 bits, as QPiSSA is made with it."""
+    wide = weight.float()
+    v, s, u = torch.svd_lowrank(wide, r, niter=16)
+    a = torch.diag(torch.sqrt(s)) @ u.t()
+    b = v @ torch.diag(torch.sqrt(s))
+    rest = (wide - b @ a).to(weight.dtype)
+    if quantised:
+        bnb.functional.quantize_4bit(rest, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return a, b, rest
+
+
+def our_start(weights: Sequence[Tensor], r: int, quantised: bool) -> list[ops.Split]:
+    """What pissa.wrap does with the layers' weights, with two passes more than "auto": their spectra are flat."""
+    splits = ops.split_many(weights, [r] * len(weights), [1.0] * len(weights), passes=16)
+    if quantised:
+        return [
+            ops.Split(s.a0, s.b0, ops.residual(w, s.a0, s.b0, form="nf4")) for w, s in zip(weights, splits, strict=True)
+        ]
+    return splits
+
+
+def _lost(weight: Tensor, a: Tensor) -> float:
+    """1 - ||W V||^2 / (the sum of the r largest squared singular values)."""
+    wide = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().mT
+    squares = torch.linalg.eigvalsh(wide.mT @ wide).flip(0)[: a.shape[0]].sum().item()
+    return 1 - energy(weight, a.mT) / squares
+
+
+def start_of_a_model(quantised: bool, device: str, quick: bool, pairs: int = 3, limit_s: float = 60) -> Result:
+    """All linear layers of a 7B-shaped model at once, by the clock on the wall. The peer decomposes one layer of each
+    shape, and its time is multiplied by their number: it would take a minute for all."""
+    r = 16 if quick else 128
+    shapes = {(256, 256): 3, (320, 256): 2} if quick else SHAPES_7B
+    kind = "QPiSSA" if quantised else "PiSSA"
+    work = f"{kind} start of a 7B model's {sum(shapes.values())} layers, r = {r}"
+    against = "PEFT, pissa_niter_16" + (" + bitsandbytes" if quantised else "") + ", by three of its layers"
+    result = Result(work, against, "default", 10.0, None, [], [], [], None, "", False)
+
+    def wall(call: Call) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    try:
+        numbered = enumerate(shape for shape, count in shapes.items() for _ in range(count))
+        weights = [model_weight.__wrapped__(*shape, seed, device) for seed, shape in numbered]
+        firsts = {shape: next(w for w in weights if tuple(w.shape) == shape) for shape in shapes}
+        ours: Callable[[], object] = partial(our_start, weights, r, quantised)
+        result.note = _start_check(list(firsts.values()), r, quantised)
+        wall(ours)  # the peer has warmed up in the check
+        begin = time.monotonic()
+        for _ in range(pairs):
+            mine = wall(ours)
+            theirs = sum(shapes[shape] * wall(partial(peft_start, firsts[shape], r, quantised)) for shape in shapes)
+            result.ours_ms.append(mine)
+            result.peer_ms.append(theirs)
+            result.ratios.append(theirs / mine)
+            if time.monotonic() - begin > limit_s:
+                break
+    except Exception as error:
+        result.failed = True
+        result.note = " ".join(f"{type(error).__name__}: {error}".split())
+    return result
+
+
+def _start_check(weights: Sequence[Tensor], r: int, quantised: bool) -> str:
+    """Energy lost by both sides on one layer of each shape; with NF4 also how far the start is from the weight."""
+    notes = []
+    for weight, split in zip(weights, our_start(weights, r, quantised), strict=True):
+        a, b, rest = peft_start(weight, r, quantised)
+        mine, theirs = _lost(weight, split.a0), _lost(weight, a)
+        if mine > theirs + 1e-5:
+            raise MismatchError(f"{list(weight.shape)}: {mine:.2e} of the energy lost, by the peer {theirs:.2e}")
+        notes.append(f"{mine:.1e} / {theirs:.1e}")
+        if quantised:
+            product = split.b0 @ split.a0
+            own = relative_error(ops.dequantize(split.residual) + product, weight)
+            other = relative_error(ops.dequantize(ops.quantize(rest)) + b @ a, weight)
+            require(own <= 1.01 * other, f"error of Q + B A {own:.3e}, the peer's {other:.3e}")
+    return "energy lost, ours / peer: " + ", ".join(notes)

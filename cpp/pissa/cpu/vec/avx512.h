@@ -1,0 +1,107 @@
+// AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "pissa/core/nf4.h"
+#include "pissa/core/types.h"
+
+namespace pissa::cpu::PISSA_ISA {
+
+struct Vec {
+  using Reg = __m512;
+  using Reg64 = __m512d;
+  static constexpr int kWidth = 16;
+  static constexpr int kRows = 14;
+
+  static PISSA_INLINE Reg zero() { return _mm512_setzero_ps(); }
+  static PISSA_INLINE Reg broadcast(float value) { return _mm512_set1_ps(value); }
+  static PISSA_INLINE Reg load(const float* from) { return _mm512_loadu_ps(from); }
+  static PISSA_INLINE void store(float* to, Reg value) { _mm512_storeu_ps(to, value); }
+  static PISSA_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static PISSA_INLINE float reduce_add(Reg a) { return _mm512_reduce_add_ps(a); }
+  static PISSA_INLINE float reduce_max_bits(Reg a) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epu32(_mm512_castps_si512(a)))));
+  }
+  static PISSA_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static PISSA_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static PISSA_INLINE Reg max_bits(Reg a, Reg b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static PISSA_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
+  static PISSA_INLINE void store_codes(std::uint8_t* to, Reg value, const Nf4Search& search) {
+    const Reg place = fma(value, broadcast(Nf4Search::kFactor), broadcast(Nf4Search::kShift));
+    const __m512i cell = _mm512_cvttps_epi32(place);  // of NaN: 0, in the bits that count
+    const Reg threshold = _mm512_permutex2var_ps(load(search.threshold), cell, load(search.threshold + 16));
+    const __m512i base =
+        _mm512_permutex2var_epi32(_mm512_loadu_si512(search.base), cell, _mm512_loadu_si512(search.base + 16));
+    const __mmask16 above = _mm512_cmp_ps_mask(value, threshold, _CMP_GT_OQ);
+    const __m512i code = _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
+    const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi8(pair));
+  }
+  static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static PISSA_INLINE void store_f16(std::uint16_t* to, Reg value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static PISSA_INLINE Reg64 zero64() { return _mm512_setzero_pd(); }
+  static PISSA_INLINE Reg64 load64(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+  static PISSA_INLINE Reg64 fma64(Reg64 a, Reg64 b, Reg64 c) { return _mm512_fmadd_pd(a, b, c); }
+  static PISSA_INLINE void store64(double* to, Reg64 value) { _mm512_storeu_pd(to, value); }
+
+  static PISSA_INLINE Reg gather(const float* map, const std::uint8_t* indices) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(indices));
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), map, 4);
+  }
+
+  struct Reg2 {
+    Reg a, b;
+  };
+
+  struct Table {
+    Reg levels;
+  };
+  static PISSA_INLINE Table table(const float* levels, float scale) { return {mul(load(levels), broadcast(scale))}; }
+  static PISSA_INLINE Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table.levels),
+            _mm512_permutexvar_ps(codes, table.levels)};
+  }
+  static PISSA_INLINE Reg2 interleave(Reg2 split) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    return {_mm512_permutex2var_ps(split.a, first, split.b), _mm512_permutex2var_ps(split.a, second, split.b)};
+  }
+
+  static PISSA_INLINE void transpose(Reg (&row)[16]) {
+    __m512d pair[16];
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1]));
+      pair[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
+    }
+    for (int i = 0; i < 16; i += 4) {
+      row[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i], pair[i + 2]));
+      row[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i], pair[i + 2]));
+      row[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[i + 1], pair[i + 3]));
+      row[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair[i + 1], pair[i + 3]));
+    }
+    Reg quarter[16];
+    for (int i = 0; i < 4; ++i) {
+      quarter[i] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0x88);
+      quarter[i + 4] = _mm512_shuffle_f32x4(row[i], row[i + 4], 0xdd);
+      quarter[i + 8] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0x88);
+      quarter[i + 12] = _mm512_shuffle_f32x4(row[i + 8], row[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+      row[i] = _mm512_shuffle_f32x4(quarter[i], quarter[i + 8], 0x88);
+      row[i + 8] = _mm512_shuffle_f32x4(quarter[i], quarter[i + 8], 0xdd);
+    }
+  }
+};
+
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,28 @@
+// bf16 by its bits, on every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/types.h"
+
+namespace pissa::cpu::PISSA_ISA {
+
+// Bits of a bf16, also where it shares memory with the words of a panel.
+using Half = std::uint16_t __attribute__((may_alias));
+
+PISSA_INLINE float widen_bf16(std::uint16_t half) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+PISSA_INLINE std::uint16_t round_to_bf16(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,50 @@
+// How the 32-bit words of a GEMM's panels multiply: F32, one f32 a word, everywhere; Bf16, a pair of bf16 a word, where
+// the instruction set has the dot product of pairs (PISSA_HAS_BF16).
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/cpu/vec/bf16.h"
+#include "pissa/cpu/vec/vec.h"
+
+namespace pissa::cpu::PISSA_ISA {
+
+// A word is one f32.
+struct F32 {
+  using Element = float;
+  using Table = Vec::Table;
+  static constexpr int kPerWord = 1;
+  static constexpr int kDecodeBytes = Vec::kWidth;  // what one decode reads; it gives twice as many elements
+
+  static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) { return Vec::fma(a, b, c); }
+  static PISSA_INLINE float round(float value) { return value; }
+  static PISSA_INLINE Table table(const float* levels, float scale) { return Vec::table(levels, scale); }
+  static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
+    return Vec::decode_split(table, bytes);
+  }
+  static PISSA_INLINE void decode(const Table& table, const std::uint8_t* bytes, float* to) {
+    const Vec::Reg2 values = Vec::interleave(Vec::decode_split(table, bytes));
+    Vec::store(to, values.a);
+    Vec::store(to + Vec::kWidth, values.b);
+  }
+};
+
+#if PISSA_HAS_BF16
+
+// A word is a pair of bf16, the element of the lower index in the lower half. Products are exact, sums f32. Pairs is
+// the instruction set's part:
+// - mac, c + the two products of every lane
+// - Table, 16 levels times a scale, rounded once: a dequantisation to bf16 gives the same
+// - decode_split, the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
+//   lanes; interleave, 32-bit lanes of pairs from 16-bit lanes of each; decode, the elements in order
+struct Bf16 : Pairs {
+  using Element = Half;
+  static constexpr int kPerWord = 2;
+  static constexpr int kDecodeBytes = 2 * Vec::kWidth;
+
+  static PISSA_INLINE Half round(float value) { return round_to_bf16(value); }
+};
+
+#endif
+
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,49 @@
+"""What a command says: lines and tables on stdout, errors that the user can put right, other packages kept silent."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it."""
+
+
+def say(label: str, text: str) -> None:
+    """Prints one line: its subject, and the text. Progress bars and errors go to stderr instead."""
+    print(f"{label:<9} {text}", flush=True)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with aligned columns: the first to the left, the others, which hold numbers, to the right.
+
+    Args:
+        header: one cell for each column; a cell may have several lines.
+        rows: each with one cell for each column.
+    """
+    heads = [cell.split("\n") for cell in header]
+    depth = max(map(len, heads))
+    heads = [[""] * (depth - len(head)) + head for head in heads]
+    lines = [[head[i] for head in heads] for i in range(depth)] + [list(row) for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["  ".join(_aligned(cell, i, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines]
+    text.insert(depth, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def _aligned(cell: str, column: int, width: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def silence_third_parties() -> None:
+    """Silences messages of other packages that would litter the screen. Call it before peft and transformers load."""
+    # peft asks transformers for an attribute that transformers has renamed; nothing can be done about it here.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # peft imports an installed bitsandbytes, which reports an optional kernel package at every start.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    # These bars last a tenth of a second ("Loading weights", "Writing model shards") between our own lines.
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,69 @@
+"""wrap: a PiSSA adapter on a model, from nothing but a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pissa.config import PissaConfig
+from pissa.distributed import failing_together
+from pissa.model.adapter_names import check_adapter_name
+from pissa.model.decompose import decompose
+from pissa.model.inject import own_config, restored_on_error, warn_of_dropout
+from pissa.model.pissa_model import PissaModel, model_class
+
+
+def wrap(
+    model: nn.Module,
+    config: PissaConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    progressbar: bool = False,
+    **config_fields: Any,
+) -> PissaModel:
+    """Puts a PiSSA adapter on a model, in place, and returns the model that trains it.
+
+        model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
+        model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
+
+    The wrapped model computes what the base does until the first step of training. With `quant="nf4"` the base is the
+    quantised residual plus its principal part.
+
+    With several processes (torch.distributed) all of them have to call this, with the same model and configuration.
+    They share the work, and an error in one is an error in all.
+
+    Args:
+        model: usually transformers'; see `layers.factory` for what can be adapted. On any failure it is left as it was.
+            For this the dense weights stay in memory until the last layer is done, with `quant` as well.
+        config: the configuration; copied. Alternatively give its fields as keywords.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
+        low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
+        progressbar: show one bar on stderr. The environment variable TQDM_DISABLE hides it.
+
+    Raises:
+        TypeError: config and fields both given, or a layer that cannot be adapted.
+        ValueError: no layer found, a rank too large for a layer that is named, NaN or Inf in a weight, a model that is
+            wrapped already.
+        pissa.distributed.RankError: another process has failed.
+    """
+    with restored_on_error(model), failing_together():
+        if config is not None and config_fields:
+            raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
+        config = own_config(PissaConfig(**config_fields) if config is None else config)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
+                "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
+                "second adapter: model.add_adapter(name, config)"
+            )
+        check_adapter_name(adapter_name, model)
+        config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        warn_of_dropout(config)
+        wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        decompose(model, adapter_name, config, first=True, progressbar=progressbar)
+    return wrapped

@@ -1,0 +1,152 @@
+"""What the arguments of pissa.ops may be: errors name the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pissa.ops import _load
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights and activations."""
+
+Svd = Literal["krylov", "subspace", "exact"]
+Passes = Literal["auto"] | int
+PASSES_PER_STEP: int = _load._C.PASSES_PER_STEP
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; needed: a torch.Tensor")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: got a DTensor, sharded over processes; needed: a whole tensor. With FSDP call fully_shard on the "
+            "blocks of the model, whose forward gathers them, not on the parts of an adapted layer"
+        )
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}; allowed: {allowed}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}; needed: a dense (strided) tensor")
+    if value.device.type == "cuda":
+        if _load.cuda_problem is not None:
+            raise ValueError(f"{name}: is on {value.device}; {_load.cuda_problem}; or move it with .to('cpu')")
+    elif value.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"{name}: is on {value.device}; pissa computes on the CPU and with CUDA: move it with .to('cpu')"
+        )
+    return value
+
+
+def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
+    """All on the device of the first, which is the one to move to. None is an argument that was not given."""
+    device = None
+    for tensor in tensors.values():  # before each product: no more than a comparison while all is well
+        if tensor is not None:
+            device = device or tensor.device
+            if tensor.device != device:
+                break
+    else:
+        return
+    places: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            places.setdefault(str(tensor.device), []).append(name)
+    first, *others = places
+    found = "; ".join(f"{', '.join(places[place])} on {place}" for place in (*others, first))
+    raise ValueError(f"{found}; needed: all tensors on one device; move them with .to('{first}')")
+
+
+def check_weight(weight: object, name: str = "weight") -> Tensor:
+    """A finite, dense [out, in] weight, detached: what is decomposed or quantised carries no gradient."""
+    tensor, _ = check_weight_and_bound(weight, name)
+    return tensor
+
+
+def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
+    """The same, and max|weight|, which the one reading for both finds."""
+    tensor = check_tensor(name, weight)
+    if tensor.dim() != 2 or tensor.numel() == 0:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: is on the meta device and holds no values; load the weights first")
+    least, most = (bound.item() for bound in tensor.detach().aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
+    return tensor.detach(), max(-least, most)
+
+
+def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
+    limit = min(weight.shape)
+    if not 1 <= r <= limit:
+        raise ValueError(
+            f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of shape {list(weight.shape)}"
+        )
+    return r
+
+
+def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
+    """The passes as the compiled ops take them: None for "auto"."""
+    check_choice("svd", svd, get_args(Svd))
+    number = check_passes(passes)
+    check_seed(seed)
+    return number
+
+
+def check_passes(passes: int | str, name: str = "passes") -> int | None:
+    """The passes as the compiled ops take them: None for "auto"."""
+    number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
+    if passes != "auto" and (number is None or number < PASSES_PER_STEP or number % PASSES_PER_STEP):
+        raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
+    return number
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+
+
+def check_scaling(scaling: float, name: str = "scaling") -> None:
+    """The scaling that start factors are divided by."""
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
+        raise ValueError(f"{name}: got {scaling!r}; allowed: a positive number (lora_alpha / r)")
+
+
+def check_change_scaling(scaling: float) -> None:
+    """The scaling that a change is multiplied by: 0 switches it off, a negative one takes it away."""
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
+
+
+def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:
+    a, b = check_tensor(name_a, a), check_tensor(name_b, b)
+    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != in_features:
+        raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= 1, {in_features}]")
+    if b.dim() != 2 or tuple(b.shape) != (out_features, a.shape[0]):
+        raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
+
+
+def check_product(largest: float, a0: Tensor, b0: Tensor, scaling: float) -> None:
+    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32; `largest` is max|weight|."""
+    norm_a, norm_b = (torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item() for t in (a0, b0))
+    if not scaling * norm_a * norm_b + largest < torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"a0, b0: contain NaN or Inf, or their product overflows float32: got norms {norm_a:.3g} and {norm_b:.3g}, "
+            f"scaling {scaling:g}; needed: scaling * ‖b0‖ * ‖a0‖ + max|weight| below 3.4e38"
+        )
+
+
+def check_frozen(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.requires_grad:
+        raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")

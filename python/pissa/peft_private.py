@@ -1,0 +1,163 @@
+"""Every private name of PEFT that this package uses, and every function of PEFT that it replaces for a while.
+
+All of them are there from peft 0.21 on. Each is here because no public name does the same; the reason is beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from peft.tuners import tuners_utils
+from peft.tuners.lora import LoraModel
+from peft.utils import PeftType, transformers_weight_conversion
+from torch import Tensor, nn
+
+# -- which layers PEFT adapts, and by which classes
+
+
+def build_layers_with(config: LoraConfig, factory: Callable[..., nn.Module]) -> None:
+    """Makes PEFT build every layer by `factory(target, adapter_name, config=config, **kwargs)`.
+
+    `LoraConfig._register_custom_module`: the way that PEFT documents, as experimental, for a LoRA layer of one's own.
+    """
+    config._register_custom_module({nn.Module: factory})
+
+
+def all_linear(config: LoraConfig, model: nn.Module) -> set[str]:
+    """The names of the layers that "all-linear" means in `model`.
+
+    `_maybe_include_all_linear_layers`: PEFT decides it while it injects layers, too late for choosing their ranks.
+    """
+    names: set[str] = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    return names
+
+
+def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
+    """Raises ValueError for a layer, given by the last part of its name, that PEFT refuses to adapt by LoRA.
+
+    `_check_lora_target_modules_mamba`: the list of such layers is inside it. It applies to LoRA's `peft_type` only.
+    """
+    lora = copy.copy(config)
+    lora.peft_type = PeftType.LORA
+    tuners_utils._check_lora_target_modules_mamba(lora, model, target_name)
+
+
+def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses to adapt the layer: the kernels of such models read its weight without calling it."""
+    try:
+        check_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+# -- functions of PEFT that are switched off for a while
+
+
+@contextmanager
+def targets_as_given() -> Iterator[None]:
+    """Keeps PEFT, for the block, from rewriting the targets of models with fused experts.
+
+    `convert_peft_config_for_transformers` would turn every target called gate_proj, up_proj, down_proj, w1, w2, w3 or
+    gate into a parameter of the experts. Shared experts and dense layers of these names would then have no adapter.
+    We have unfused the experts.
+    """
+    name = "convert_peft_config_for_transformers"
+    convert = getattr(transformers_weight_conversion, name)
+    setattr(transformers_weight_conversion, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, convert)
+
+
+def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
+    """Whether PEFT, loading the configuration onto `model`, would take some of its targets for fused experts."""
+    probe = copy.deepcopy(config)
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:  # only some of the targets that are fused into one parameter
+        return True
+    return bool(probe.target_parameters)
+
+
+@contextmanager
+def fetched_by_layers() -> Iterator[None]:
+    """Keeps PEFT, for the block, from fetching the weights of offloaded modules. Our layers fetch what they need.
+
+    `onload_layer` fetches the whole model at once, and afterwards offloads whatever is in the base's place.
+    """
+    fetch = tuners_utils.onload_layer
+    tuners_utils.onload_layer = nullcontext
+    try:
+        yield
+    finally:
+        tuners_utils.onload_layer = fetch
+
+
+# -- methods that PEFT's classes call on themselves
+
+
+class MendedPeftModel(PeftModel):  # type: ignore[misc]
+    """A PeftModel with two of its methods mended."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Takes the hooks of `adapter_names` off after a forward pass that fails, too. PEFT leaves them on its layers,
+        and every later pass has the names of the failed one."""
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        hooks.__enter__()
+        try:
+            yield
+        finally:
+            hooks.__exit__(None, None, None)
+
+    def _get_peft_specific_model_tags(self) -> list[str]:
+        """Tags the model card as a LoRA's, which the folder holds. PEFT goes by `peft_type`, and ours is another."""
+        return [*super()._get_peft_specific_model_tags(), "lora"]
+
+
+class LoraTuner(LoraModel):  # type: ignore[misc]
+    """PEFT's LoraModel for another `peft_type` than LoRA's. What goes out of an adapter and into it has public names
+    here, for subclasses to override.
+
+    `get_peft_model_state_dict` and `set_peft_model_state_dict` find their tuner in PEFT's public table, and call these
+    private methods on it.
+    """
+
+    def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
+        """Refuses what PEFT refuses of LoRA, which it tells by the type."""
+        check_mamba(peft_config, model, target_name)
+
+    @classmethod
+    def adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors out of the model's state dict, as `get_peft_model_state_dict` hands them out."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return cast(dict[str, Tensor], found)
+
+    @classmethod
+    def parameters_to_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The way back: what `set_peft_model_state_dict` loads into the model, under its parameters' names."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return cast(dict[str, Tensor], found)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return cls.adapter_state_dict(*args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return cls.parameters_to_load(*args, **kwargs)

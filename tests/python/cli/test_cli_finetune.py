@@ -1,0 +1,357 @@
+"""`pissa finetune` on a small random model: what it writes, prints, refuses, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pissa.cli import main
+from tiny_model import save_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+
+METHODS = {
+    "lora": ["--method", "lora"],
+    "pissa": [],
+    "qpissa": ["--quant", "nf4"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small model."""
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"{i + 1}"}) + "\n" for i in range(24)))
+    return path
+
+
+def command(base: Path, data: Path, out: Path, *more: str, steps: int = 6) -> list[str]:
+    fixed = ["finetune", "--model", str(base), "--data", str(data), "--out", str(out), "--steps", str(steps)]
+    return [*fixed, "--batch-size", "4", "--grad-accum", "1", "--rank", "4", "--lr", "1e-2", "--save-steps", "3", *more]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in rows(out) if "loss" in row]
+
+
+def exact(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row does not depend on the machine's load."""
+    return {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_mib")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_adapter_metrics_and_picture(
+    method: str, base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "run"
+    assert main(command(base, data, out, "--eval-data", str(data), *METHODS[method])) == 0
+
+    first, *steps, last = rows(out)
+    assert first.keys() == last.keys() == {"step", "eval_loss"}
+    assert (first["step"], last["step"]) == (0, 6)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "loss", "learning_rate", "seconds", "peak_memory_mib"}
+    assert all(row.keys() == keys and row["seconds"] > 0 and row["peak_memory_mib"] > 50 for row in steps)
+    # Warm-up of ceil(0.03 * 6) steps from the rate 0, then half a cosine down to 0 after the last step.
+    cosine = [1e-2 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]
+    assert [row["learning_rate"] for row in steps] == pytest.approx([0, *cosine])
+
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "adapter_model.safetensors").is_file()
+    run = json.loads((out / "run.json").read_text())
+    if method != "lora":
+        assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == (
+            "nf4" if method == "qpissa" else None
+        )
+    # Two layers of q, k, v, o, gate, up, down: 4 (in + out) of each
+    assert run["trainable_parameters"] == 2 * 4 * (64 + 48 + 48 + 64 + 88 + 88 + 88)
+    assert 0 <= run["step0_check"]["difference"] <= run["step0_check"]["bound"]
+
+    captured = capfd.readouterr()
+    for label in ("model", "data", "held out", "method", "check", "loss", "cost", "saved"):
+        assert f"\n{label:<9} " in f"\n{captured.out}"
+    assert f"loss {first['eval_loss']:.4f} before, {last['eval_loss']:.4f} after" in captured.out
+    assert "{'loss'" not in captured.out
+    assert "training: 100%" in captured.err
+    assert "Warning" not in captured.err
+    assert "Loading weights" not in captured.err
+    assert ("PiSSA init" in captured.err) == (method != "lora")
+
+
+def test_the_saved_adapter_is_the_trained_model(base: Path, data: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import pissa
+
+    assert main(command(base, data, tmp_path / "run")) == 0
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        mine, plain = AutoModelForCausalLM.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+        start = plain(ids).logits
+        ours = pissa.PissaModel.from_pretrained(mine, tmp_path / "run")(ids).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "run")(ids).logits
+    assert (ours - start).norm() > 1e-2 * start.norm()
+    assert (ours - theirs).norm() < 1e-5 * start.norm()
+
+
+def test_methods_see_the_same_batches_and_start_from_the_same_function(base: Path, data: Path, tmp_path: Path) -> None:
+    for method in ("lora", "pissa"):
+        main(command(base, data, tmp_path / method, *METHODS[method], steps=3))
+    lora, ours = losses(tmp_path / "lora"), losses(tmp_path / "pissa")
+    assert lora[:2] == pytest.approx(ours[:2], rel=1e-5)  # the first step has the rate 0
+    assert lora[2] != ours[2]
+    main(command(base, data, tmp_path / "again", *METHODS["lora"], steps=3))
+    assert losses(tmp_path / "again") == lora
+    main(command(base, data, tmp_path / "seed", "--seed", "1", steps=3))
+    assert losses(tmp_path / "seed")[0] != ours[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = [*METHODS[method], "--eval-data", str(data)]
+    assert main(command(base, data, whole, *options)) == 0
+    # What a crash in step 5 leaves: the checkpoint of step 3, one that was not finished, lines of the lost steps.
+    shutil.copytree(whole, cut)
+    for path in (cut / "adapter_model.safetensors", cut / "loss.png", cut / "checkpoint-6" / "trainer_state.json"):
+        path.unlink()
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
+
+    assert main(command(base, data, cut, *options, "--resume")) == 0
+    assert [exact(row) for row in rows(cut)] == [exact(row) for row in rows(whole)]
+    name = "adapter_model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert (cut / "loss.png").is_file()
+    assert main(command(base, data, cut, *options, "--resume")) == 0  # there is nothing left to do
+    assert [exact(row) for row in rows(cut)] == [exact(row) for row in rows(whole)]
+
+
+def test_an_interrupted_run_resumes_before_its_first_checkpoint(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pissa.cli.metrics import MetricsCallback
+
+    def interrupt(self: object, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsCallback, "on_step_end", interrupt)
+        assert main(command(base, data, tmp_path / "run")) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert main(command(base, data, tmp_path / "run", "--resume")) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_but_progress_bars_goes_to_stderr(base: Path, data: Path, tmp_path: Path) -> None:
+    arguments = command(base, data, tmp_path / "run", "--quant", "nf4", "--eval-data", str(data), steps=1)
+    run = subprocess.run(
+        [sys.executable, "-m", "pissa", *arguments],
+        env={**os.environ, "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0
+    assert run.stderr == ""
+    assert "saved" in run.stdout
+
+
+# ---- Refusals ----
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that ends with exit code 2."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    message = captured.err.strip()
+    assert "\n" not in message
+    assert message.startswith(f"pissa {arguments[0]}: ")
+    return message
+
+
+def test_nothing_is_overwritten(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(command(base, data, out, steps=1)) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert "is not empty" in (message := refused(command(base, data, out, steps=1), capsys))
+    assert "--resume" in message
+    message = refused(command(base, data, out, "--resume", "--quant", "nf4", "--seed", "3", steps=1), capsys)
+    assert "--quant was None, is nf4; --seed was 0, is 3" in message
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "holds no run (run.json is missing)" in refused(command(base, data, other, "--resume"), capsys)
+    (other / "mine.txt").write_text("x")
+    assert "(mine.txt)" in (message := refused(command(base, data, other), capsys))
+    assert "--resume" not in message
+    assert "is a file" in refused(command(base, data, other / "mine.txt"), capsys)
+
+
+def test_wrong_paths_and_models_are_refused(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert "no such file" in refused(command(base, tmp_path / "no.jsonl", out), capsys)
+    assert "no config.json" in refused(command(tmp_path, data, out), capsys)
+    assert "needed: a folder that save_pretrained wrote" in refused(command(tmp_path / "no", data, out), capsys)
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    (broken / "tokenizer.json").unlink()
+    (broken / "tokenizer_config.json").unlink()
+    assert f"--model {broken}" in refused(command(broken, data, out), capsys)
+    encoder = tmp_path / "encoder"
+    shutil.copytree(base, encoder)
+    (encoder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))
+    assert "causal language model" in refused(command(encoder, data, out), capsys)
+    assert not out.exists()
+
+
+def test_wrong_arguments_are_refused(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert "--model is missing" in refused(["finetune", "--data", str(data), "--out", str(out)], capsys)
+    assert "needs --method pissa" in refused(command(base, data, out, "--method", "lora", "--quant", "nf4"), capsys)
+    assert "no prompt of 24 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "0"], "got '0'; allowed: a whole number above 0"),
+        (["--lr", "nan"], "got 'nan'; allowed: a number above 0"),
+        (["--warmup-ratio", "2"], "allowed: a number from 0 to 1"),
+        (["--seed", "-1"], "allowed: a whole number from 0 to 2^32 - 1"),
+        (["--svd-passes", "3"], "got '3'; allowed: auto, or an even number of at least 2"),
+        (["--svd-passes", "many"], "got 'many'; allowed: auto, or an even number of at least 2"),
+        (["--steps", "5", "--epochs", "2"], "not allowed with argument"),
+        (["--quant", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_values_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_starts_wrong_is_not_trained(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pissa
+
+    wrap = pissa.wrap
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        model = wrap(*args, **kwargs)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1e-2)
+        return model
+
+    monkeypatch.setattr("pissa.wrap", broken)
+    assert main(command(base, data, tmp_path / "run")) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_trains(base: Path, data: Path, tmp_path: Path) -> None:
+    for method in METHODS:
+        assert main(command(base, data, tmp_path / method, "--dtype", "bfloat16", *METHODS[method])) == 0
+        assert losses(tmp_path / method)[-1] < losses(tmp_path / method)[0]
+
+
+def test_epochs_count_steps_of_accumulated_batches(base: Path, data: Path, tmp_path: Path) -> None:
+    arguments = command(base, data, tmp_path / "run", "--epochs", "1.5", "--grad-accum", "2")
+    del arguments[arguments.index("--steps") : arguments.index("--steps") + 2]
+    assert main(arguments) == 0
+    assert len(losses(tmp_path / "run")) == 5  # ceil(1.5 * 24 / (4 * 2))
+
+
+# ---- The command itself ----
+
+
+def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("pissa", "16", "krylov", "auto", "8", "float32", "2e-05", "0.03", "512", "100", "0", "1.0"):
+        assert f"(default: {default})" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["env"]])
+def test_help_and_env_import_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import contextlib, sys; from pissa.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main({arguments})\n"
+        "print(sorted({'transformers', 'peft', 'matplotlib', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
+    import pissa
+
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert text.strip().split("\n")[-1].startswith("verdict")
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["works"] is True
+    assert report["pissa"] == pissa.__version__
+    assert report["torch"].startswith(torch.__version__)
+    assert report["build: isa"] == pissa.build_info()["isa"]
+
+
+def test_the_environment_report_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pissa.cli import env
+
+    version = env._version
+    monkeypatch.setattr(env, "_version", lambda name: "0.4.9" if name == "safetensors" else version(name))
+    assert main(["env"]) == 1
+    assert "safetensors 0.4.9 is older than 0.5" in capsys.readouterr().out
+    monkeypatch.setattr(env, "_version", lambda name: None if name == "peft" else version(name))
+    assert main(["env"]) == 0
+    assert 'pip install "pissa[cli]"' in capsys.readouterr().out.split("\n")[-2]
+    monkeypatch.setattr(env, "_version", version)
+
+    from pissa import ops
+
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args, **kwargs: linear(*args, **kwargs) * 1.001)
+    assert main(["env"]) == 1
+    assert "computes wrongly" in capsys.readouterr().out
+
+
+def test_python_dash_m_is_the_report() -> None:
+    done = subprocess.run([sys.executable, "-m", "pissa"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "verdict" in done.stdout

@@ -1,0 +1,229 @@
+"""From a file to tokens: what is read, what is refused and how, and that the loss sees the answer only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pissa.cli.data import Chat, read_chats
+from pissa.cli.encode import IGNORED, Collator, Example, encode, prompt_and_answer
+from pissa.cli.terminal import UserError
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TURNS = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "2 + 3 = 5\n#### 5"}]
+
+
+def file(folder: Path, text: str, name: str = "data.jsonl") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """A byte-level tokenizer with the special tokens <s>, </s>, <|end|>, and no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<|end|>"]
+    fast.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<|end|>"]
+    )
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    return tokenizer
+
+
+# ---- Reading ----
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": TURNS[0]["content"], "answer": TURNS[1]["content"]},
+        {"prompt": TURNS[0]["content"], "completion": TURNS[1]["content"], "id": 7},
+        {"messages": TURNS},
+    ],
+)
+def test_every_form_of_a_record_is_the_same_chat(record: dict[str, Any], tmp_path: Path) -> None:
+    lines = file(tmp_path, "\n" + json.dumps(record) + "\n\n" + json.dumps(record))
+    listed = file(tmp_path, json.dumps([record, record], indent=1), "data.json")
+    assert read_chats(lines, 0) == [Chat(f"{lines}:2", TURNS), Chat(f"{lines}:4", TURNS)]
+    assert read_chats(listed, 0) == [Chat(f"{listed}: record 1", TURNS), Chat(f"{listed}: record 2", TURNS)]
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
+    lines = file(tmp_path, '{"question": "a\u2028b", "answer": "c\u0085d"}\r\n')
+    assert read_chats(lines, 0)[0].messages[0]["content"] == "a\u2028b"
+
+
+GOOD = '{"question": "q", "answer": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "allowed"),
+    [
+        ('{"question": "q", "reply": "a"}', "an object with the keys 'question', 'reply'", '"prompt" and "completion"'),
+        ("{}", "the keys none", '"messages"'),
+        ('{"question": "q", "answer": 5}', "answer is a number", "a string"),
+        ('{"question": " ", "answer": "a"}', "question is empty", "text"),
+        ('["q", "a"]', "a list", "an object"),
+        ("null", "null", "an object"),
+        ('{"question": "q", ', "not JSON", '"answer"'),
+        ('{"messages": []}', "are: none", "the last two are user, assistant"),
+        ('{"messages": "hello"}', '"messages" is a string', '"role"'),
+        ('{"messages": [{"role": "user"}]}', 'messages[0] is {"role": "user"}', '"content"'),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "the role 'bot'", "system, user, assistant"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "are: user;", "the last two are user, assistant"),
+        ('{"messages": [{"role": "user", "content": ["x"]}]}', 'messages[0]["content"] is a list', "a string"),
+    ],
+)
+def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed: str, tmp_path: Path) -> None:
+    path = file(tmp_path, GOOD + GOOD + line + "\n" + GOOD)
+    with pytest.raises(UserError) as refusal:
+        read_chats(path, 0)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}:3: ")
+    assert found in message
+    assert allowed in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("data.jsonl", "", "is empty"),
+        ("data.jsonl", " \n\n", "is empty"),
+        ("data.json", "[]", "an empty list"),
+        ("data.json", GOOD, "an object"),
+        ("data.json", "[1,", "not JSON"),
+        ("data.json", '[{"question": "q"}]', "record 1: "),
+    ],
+)
+def test_a_bad_file_is_refused(name: str, text: str, found: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needed|allowed") as refusal:
+        read_chats(file(tmp_path, text, name), 0)
+    assert found in str(refusal.value)
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'{"question": "\xff"}')
+    for source, found in (
+        (tmp_path / "data.jsonl", "UTF-8"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "x", "no such file"),
+    ):
+        with pytest.raises(UserError, match="allowed") as refusal:
+            read_chats(str(source), 0)
+        assert found in str(refusal.value)
+
+
+def test_gsm_symbolic_ends_with_the_number_and_follows_the_seed() -> None:
+    pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed")
+    records = read_chats("gsm-symbolic", 3)
+    assert len(records) == 2000
+    assert records == read_chats("gsm-symbolic", 3)
+    assert records != read_chats("gsm-symbolic", 4)
+    for record in records:
+        *work, last = record.messages[-1]["content"].split("\n")
+        assert last.startswith("#### ")
+        assert work
+        assert "####" not in "".join(work)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"reasoning_gym.*`pip install reasoning-gym`"):
+        read_chats("gsm-symbolic", 0)
+
+
+# ---- Tokens ----
+
+
+def test_the_loss_sees_the_answer_and_its_end_token_by_token(chat_tokenizer: Any) -> None:
+    (example,) = encode([Chat("", TURNS)], chat_tokenizer, 1000).examples
+    prompt = "<|user|>What is 2 + 3?<|end|>\n<|assistant|>"
+    answer = "2 + 3 = 5\n#### 5<|end|>"  # without the line break that the template puts after the turn
+    assert chat_tokenizer.decode(example.input_ids) == prompt + answer
+    # One token for a byte, and one for each special token.
+    prompt_length = len(prompt.replace("<|end|>", "*"))
+    assert len(example.input_ids) == prompt_length + len(answer.replace("<|end|>", "*"))
+    assert example.labels[:prompt_length] == [IGNORED] * prompt_length
+    assert example.labels[prompt_length:] == example.input_ids[prompt_length:]
+    assert IGNORED not in example.labels[prompt_length:]
+    assert example.labels[-1] == chat_tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def test_of_a_long_chat_the_last_answer_counts(chat_tokenizer: Any) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And 1 + 1?"}]
+    (example,) = encode([Chat("", [*chat, {"role": "assistant", "content": "2"}])], chat_tokenizer, 1000).examples
+    learned = [token for token in example.labels if token != IGNORED]
+    assert chat_tokenizer.decode(learned) == "2<|end|>"
+    assert "#### 5" in chat_tokenizer.decode(example.input_ids)
+
+
+def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any) -> None:
+    prompt, answer = prompt_and_answer(Chat("", TURNS), tokenizer)
+    assert prompt == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:"
+    )
+    assert answer == "2 + 3 = 5\n#### 5</s>"
+    (example,) = encode([Chat("", TURNS)], tokenizer, 1000).examples
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.input_ids[-1] == example.labels[-1] == tokenizer.eos_token_id
+
+    with pytest.raises(UserError, match=r"f:9: .* no chat template.* found system, user, assistant"):
+        prompt_and_answer(Chat("f:9", [{"role": "system", "content": "x"}, *TURNS]), tokenizer)
+
+
+def test_an_end_token_is_added_where_the_template_has_none(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}|{% endfor %}")
+    assert prompt_and_answer(Chat("", TURNS), tokenizer) == ("What is 2 + 3?|", "2 + 3 = 5\n#### 5|</s>")
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[-1]['content'] }}")
+    with pytest.raises(UserError, match=r"f:1: .*cannot be told apart"):
+        prompt_and_answer(Chat("f:1", TURNS), tokenizer)
+
+
+def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> None:
+    records = [Chat("", TURNS), Chat("", [{"role": "user", "content": "x"}, TURNS[1]])]
+    whole = encode(records, chat_tokenizer, 1000)
+    assert (whole.cut, whole.dropped) == (0, 0)
+    prompt_length = whole.examples[0].labels.count(IGNORED)
+
+    cut = encode(records, chat_tokenizer, prompt_length + 1)
+    assert (cut.cut, cut.dropped, cut.longest) == (2, 0, prompt_length + 1)
+    assert cut.examples[0].input_ids == whole.examples[0].input_ids[: prompt_length + 1]
+    assert cut.examples[0].labels[-1] != IGNORED
+
+    left_out = encode(records, chat_tokenizer, prompt_length)
+    assert (left_out.cut, left_out.dropped, len(left_out.examples)) == (1, 1, 1)
+    with pytest.raises(UserError, match=r"no prompt of 2 is shorter than --max-length 3"):
+        encode(records, chat_tokenizer, 3)
+
+
+def test_a_batch_is_padded_at_the_right_and_the_padding_masked() -> None:
+    batch = Collator(pad_token_id=9)([Example([1, 2, 3], [IGNORED, 2, 3]), Example([4], [4])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())

@@ -1,0 +1,447 @@
+"""Adapters on disk: exact restart, plain LoRA for everybody else, and saving that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pissa
+from language_models import FORMS, Make, error, logits, train
+from pissa import PissaConfig, PissaModel
+from pissa.files.staged import Staged
+
+forms = pytest.mark.parametrize("form", FORMS)
+pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+
+
+def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a decomposition is an error, as the one of `wrap` shows."""
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a decomposition")
+
+    for name in ("split", "split_many", "svd_lowrank"):
+        monkeypatch.setattr(pissa.ops, name, forbidden)
+    with pytest.raises(AssertionError, match="a decomposition"):
+        pissa.wrap(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"], r=2)
+
+
+# -- what comes back
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restores_to_the_bit(
+    form: str,
+    dtype: torch.dtype,
+    tiny_llama: Make,
+    tokens: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pissa.wrap(tiny_llama(dtype=dtype), r=4, lora_alpha=6, **FORMS[form])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens)
+    goes_on = train(model, tokens)
+
+    decomposes_nothing(monkeypatch)
+    again = PissaModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, tokens), expected)
+    assert train(again, tokens) == goes_on
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    frozen = PissaModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path)
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@forms
+@pytest.mark.parametrize("rslora", [False, True])
+def test_plain_peft_loads_it_onto_the_unmodified_base(
+    form: str, rslora: bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(
+        tiny_llama(),
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        alpha_pattern={"v_proj": 3, "layers.1.mlp.up_proj": 5},
+        **FORMS[form],
+    )
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config.keys() == peft.LoraConfig().to_dict().keys()
+    assert (config["peft_type"], config["r"], config["init_lora_weights"]) == ("LORA", 8, True)
+    plain = logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), tokens)
+    if form == "nf4":  # the error of the quantisation is what is missing
+        with model.disable_adapter():
+            base = logits(model, tokens)
+        lacking = error(base, logits(tiny_llama(), tokens))
+        assert 0.2 * lacking < error(plain, logits(model, tokens)) < 2 * lacking
+    else:
+        assert error(plain, logits(model, tokens)) <= 1e-5
+
+
+def test_saved_tensors_are_pefts(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(dtype=torch.bfloat16), r=4, target_modules=["q_proj"])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    layer = model.base_model.model.get_submodule(name)
+    a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    start, da, db = layer.start_of("default"), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert len(tensors) == 4
+    assert a.dtype == b.dtype == torch.float32
+    assert torch.equal(a, torch.cat([start.a0 + da, da]))
+    assert torch.equal(b, torch.cat([db, start.b0], dim=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pissa.json",
+        "pissa.safetensors",
+    ]
+
+
+def test_a_new_process_with_another_seed(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    expected = {"tokens": tokens}
+    for form, fields in FORMS.items():
+        model = pissa.wrap(tiny_llama(), r=4, **fields)
+        train(model, tokens)
+        model.save_pretrained(tmp_path / form)
+        expected[form] = logits(model, tokens)
+    save_file(expected, tmp_path / "expected.safetensors")
+    script = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+import pissa
+folder = Path(sys.argv[1])
+expected = load_file(folder / "expected.safetensors")
+tokens = expected.pop("tokens")
+torch.manual_seed(12345)
+for form, logits in expected.items():
+    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = pissa.PissaModel.from_pretrained(model, folder / form)
+    with torch.no_grad():
+        print(form, torch.equal(model(input_ids=tokens).logits, logits))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == sorted([*FORMS, "True", "True", "True"]), done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_embeddings_are_saved_if_asked(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(tie_word_embeddings=True), r=4)
+    train(model, tokens)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)  # two names of one tensor
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(saved[f"base_model.model.{name}.weight"], model.base_model.model.lm_head.weight)
+    again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_modules_to_save_travel(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+    assert error(logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("embeddings", ["auto", True, False])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_an_adapted_tied_head_is_saved(
+    merged: bool, embeddings: str | bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(tie_word_embeddings=True), r=4, target_modules=["lm_head", "q_proj"])
+    train(model, tokens)
+    expected = logits(model, tokens)
+    if merged:
+        model.merge_adapter()
+    model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    # Of the base, of which no files are at hand, two names of one tensor.
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 3 + (2 if embeddings else 0)
+    again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(logits(again, tokens), expected)
+    plain = peft.PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert error(logits(plain, tokens), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("passes", ["auto", 8])
+def test_the_passes_are_kept(passes: str | int, tiny_llama: Make, tmp_path: Path) -> None:
+    """Those of a stored base beside those of the adapter, which has another rank."""
+    given = {"target_modules": ["q_proj"], "svd_passes": passes}
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", **given)
+    model.add_adapter("second", PissaConfig(r=2, **given))
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "second" / "pissa.json").read_text())
+    assert record["config"]["svd_passes"] == passes
+    assert {layer["base"]["svd_passes"] for layer in record["layers"].values()} == {passes}
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
+    assert again.peft_config["second"].svd_passes == passes
+    assert again.base_model.model.model.layers[0].self_attn.q_proj.base_layer.start.origin.svd_passes == passes
+
+
+@forms
+def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("same", PissaConfig(r=4))
+    expected = {}
+    for name in ("default", "second", "same"):
+        model.set_adapter(name)
+        train(model, tokens)
+        expected[name] = logits(model, tokens)
+    model.save_pretrained(tmp_path / "all")
+    assert (tmp_path / "all" / "second" / "pissa.json").is_file()
+    model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
+    assert not (tmp_path / "one" / "pissa.json").exists()
+
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "all")
+    again.train().load_adapter(tmp_path / "all" / "same", "same", is_trainable=True)
+    assert again.training
+    again.load_adapter(tmp_path / "all" / "second", "second")
+    assert not again.training
+    trainable = {name.split(".")[-2] for name, p in again.named_parameters() if p.requires_grad}
+    assert trainable == {"same"}
+    for name, values in expected.items():
+        again.set_adapter(name)
+        assert torch.equal(logits(again, tokens), values), name
+    layer = again.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.start_of("same") is layer.start_of("default")
+
+    # alone, on a base of its own: with a stored base this is a residual of another adapter's factors
+    alone = PissaModel.from_pretrained(tiny_llama(), tmp_path / "one" / "second", adapter_name="other")
+    model.set_adapter("second")
+    for name in ("default", "same"):
+        model.delete_adapter(name)
+    if form == "implicit":
+        assert torch.equal(logits(alone, tokens), expected["second"])
+    else:  # other layers, which this adapter does not have, are dense in `alone`
+        layer, twin = (m.base_model.model.model.layers[0].self_attn.q_proj for m in (model, alone))
+        x = torch.randn(5, 64)
+        assert torch.equal(layer(x), twin(x))
+
+
+def test_saved_again_it_is_the_same(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    model.save_pretrained(tmp_path / "a")
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "a", is_trainable=True)
+    again.save_pretrained(tmp_path / "b")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "pissa.json", "pissa.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@forms
+def test_loads_into_an_adapter_that_is_there(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    train(model, tokens)
+    assert not torch.equal(logits(model, tokens), expected)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(model, tokens), expected)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_saves_a_merged_model(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    expected = logits(model, tokens)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+
+
+def test_a_merged_model_with_biases_and_another_adapter(tmp_path: Path) -> None:
+    """What merged layers keep of the base, their own bias too, is in the file of no adapter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def base() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+    x = torch.arange(12)[None]
+    model = pissa.wrap(base(), r=2, target_modules=["c_attn"])
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["c_fc"]))
+    train(model, x)
+    expected = logits(model, x)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PissaModel.from_pretrained(base(), tmp_path), x), expected)
+    assert torch.equal(logits(PissaModel.from_pretrained(base(), tmp_path / "second"), x), logits(base(), x))
+
+
+def test_a_given_state_dict_is_saved(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    expected, state = logits(model, tokens), {name: t.clone() for name, t in model.state_dict().items()}
+    train(model, tokens)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), expected)
+
+
+# -- manners of save_pretrained
+
+
+def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion is not needed"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
+    with pytest.raises(ValueError, match=r"invalid `selected_adapters`.*\['default'\] - got \['nope'\]"):
+        model.save_pretrained(tmp_path, selected_adapters=["default", "nope"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        model.save_pretrained(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    with pytest.warns(UserWarning, match="stored as nf4") as caught:
+        model.save_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The residual of the base")
+        model.save_pretrained(tmp_path)
+        for exact in ({}, {"residual": "explicit"}):
+            pissa.wrap(tiny_llama(), r=4, **exact).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "card", [b"\xff\xfe", b"---\n[bad\n---\n", b"---\n- a\n---\n", b"---\ntags: 5\n---\n", None], ids=repr
+)
+def test_a_card_that_cannot_be_updated_does_not_cost_the_adapter(
+    card: bytes | None, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "README.md"
+    path.mkdir() if card is None else path.write_bytes(card)
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    with pytest.warns(UserWarning, match=r"README\.md is left as it is, for it cannot be updated") as caught:
+        model.save_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    assert path.is_dir() if card is None else path.read_bytes() == card
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
+
+
+class CrashError(Exception):
+    pass
+
+
+# The adapter's four files and its folder, then the card and its folder: once all files are flushed, they are renamed.
+@pytest.mark.parametrize("nth", range(7))
+def test_a_crash_while_saving_loses_nothing(
+    nth: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    old, files = logits(model, tokens), {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(model, tokens)
+    new = logits(model, tokens)
+
+    flush, calls = os.fsync, []
+
+    def failing(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > nth:
+            raise CrashError
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(CrashError):
+        model.save_pretrained(tmp_path)
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left.keys() == files.keys()
+    assert (left == files) == (nth < 4)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), old if nth < 4 else new)
+
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), new)
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_a_crash_between_two_renames_leaves_an_adapter(
+    nth: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4)
+    train(model, tokens)
+    model.save_pretrained(tmp_path)
+    old = logits(model, tokens)
+    train(model, tokens)
+    new = logits(model, tokens)
+    rename, calls = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > nth:
+            raise CrashError
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(CrashError):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens)
+    assert torch.equal(found, old) or torch.equal(found, new)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_staged_files_appear_together(tmp_path: Path) -> None:
+    with Staged(tmp_path / "sub") as staged:
+        staged.path("a").write_text("1")
+        staged.path("b").write_text("2")
+        assert not (tmp_path / "sub" / "a").exists()
+    assert {path.name: path.read_text() for path in (tmp_path / "sub").iterdir()} == {"a": "1", "b": "2"}
+    with pytest.raises(ZeroDivisionError), Staged(tmp_path / "sub") as staged:
+        staged.path("a").write_text(str(1 / 0))
+    assert {path.name: path.read_text() for path in (tmp_path / "sub").iterdir()} == {"a": "1", "b": "2"}
+
+
+def fail_after_writing(staged: Staged) -> None:
+    staged.path("a").write_text("1")
+    raise ZeroDivisionError
+
+
+def test_staged_files_that_fail_leave_no_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old" / "a" / "b", tmp_path / "old"):
+        with pytest.raises(ZeroDivisionError), Staged(folder) as staged:
+            fail_after_writing(staged)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]

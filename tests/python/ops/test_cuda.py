@@ -1,0 +1,195 @@
+"""CUDA as it is seen on a machine without it: what is loaded, what is refused and in which words, mixed devices."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pissa import build_info, ops
+from pissa.ops import _load, checks
+
+LIBRARY = "libpissa_cuda13.so"
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the library's name, beside a torch that says it is built for CUDA 13."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    path = tmp_path / LIBRARY
+    path.write_bytes(b"no library")
+    return path
+
+
+def test_a_build_without_the_library_says_how_to_build_it(tmp_path: Path) -> None:
+    problem = _load._load_cuda(tmp_path / LIBRARY)
+    assert "no CUDA library" in problem
+    assert "PISSA_CUDA=ON" in problem
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"),
+    [
+        (None, "is built without CUDA: install a build of torch for CUDA 13"),
+        ("12.8", "torch is built for CUDA 12.8, pissa's CUDA library for 13: install"),
+        ("14.0", "torch is built for CUDA 14.0, pissa's CUDA library for 13: install"),
+    ],
+)
+def test_beside_another_torch_the_library_is_not_touched(
+    library: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"loaded {path}"))
+    assert reason in _load._load_cuda(library)
+
+
+def test_what_keeps_the_library_from_loading_is_kept(library: Path) -> None:
+    problem = _load._load_cuda(library)
+    assert problem.startswith("pissa's CUDA library could not be loaded: ")
+    assert f"{library}: file too short" in problem or f"{library}: invalid ELF header" in problem
+    assert 'pip install "pissa[cuda]"' in problem
+
+
+def test_the_library_is_loaded_beside_a_torch_for_cuda_13(library: Path) -> None:
+    """A library of torch's own stands for it: it links what is in the process already."""
+    shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch.so", library)
+    assert _load._load_cuda(library) is None
+    assert str(library) in torch.ops.loaded_libraries
+    assert str(library) in Path("/proc/self/maps").read_text()
+
+
+def test_importing_does_not_initialise_cuda() -> None:
+    code = "import pissa, torch; print(torch.cuda.is_initialized())"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("False\n", "")
+
+
+def test_build_info_says_what_the_cuda_library_is_built_for() -> None:
+    cuda = build_info()["cuda"]
+    assert (cuda is not None) == Path(_load.__file__).with_name(LIBRARY).exists()
+    if cuda is not None:
+        assert cuda.keys() == {"runtime", "architectures"}
+        assert cuda["runtime"].startswith("13.")
+        assert all(isinstance(name, str) and name[0] in "0123456789" for name in cuda["architectures"])
+
+
+@pytest.mark.parametrize("problem", [None, "torch is built for CUDA 12.8"])
+def test_the_environment_report_has_a_line_on_cuda(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    from pissa.cli import env
+
+    monkeypatch.setattr(_load, "cuda_problem", problem)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    build = {"runtime": "13.0", "architectures": ["80", "120"]}
+    expected = "not used: torch is built for CUDA 12.8" if problem else "13.0, for 80 120; no device found"
+    assert env._cuda(build) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    assert ("some GPU" in env._cuda(build)) == (problem is None)
+    assert "cuda" in env.environment()
+    assert not any("build: cuda" in name for name in env.environment())
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def on(device: str) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(4, 4, device=device)
+
+
+def test_a_tensor_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_load, "cuda_problem", "torch is built for CUDA 12.8: install another")
+    with pytest.raises(
+        ValueError, match=r"^x: is on cuda:0; torch is built for CUDA 12\.8: install another; or move it"
+    ):
+        checks.check_tensor("x", on("cuda"))
+    with pytest.raises(ValueError, match=r"^weight: is on cuda:0; torch is built for CUDA 12\.8"):
+        ops.split(on("cuda"), 2)
+
+
+def test_a_tensor_on_cuda_is_accepted_where_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_load, "cuda_problem", None)
+    tensor = on("cuda")
+    assert checks.check_tensor("x", tensor) is tensor
+
+
+@pytest.mark.parametrize("problem", [None, "no CUDA library"])
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    monkeypatch.setattr(_load, "cuda_problem", problem)
+    with pytest.raises(ValueError, match=r"^x: is on xpu:0; pissa computes on the CPU and with CUDA: move it"):
+        checks.check_tensor("x", on("xpu"))
+
+
+def test_devices_are_named_with_their_tensors() -> None:
+    here, there = torch.empty(2), torch.empty(2, device="meta")
+    checks.check_devices({})
+    checks.check_devices({"x": None})
+    checks.check_devices({"x": there, "bias": None, "y": there})
+    message = r"^weight on meta; x, a0 on cpu; needed: all tensors on one device; move them with \.to\('cpu'\)$"
+    with pytest.raises(ValueError, match=message):
+        checks.check_devices({"x": here, "weight": there, "bias": None, "a0": here})
+
+
+LINEAR = {
+    "x": torch.ones(3, 32),
+    "weight": torch.ones(16, 32),
+    "bias": torch.ones(16),
+    "a": torch.ones(2, 32),
+    "b": torch.ones(16, 2),
+    "a0": torch.ones(2, 32),
+    "b0": torch.ones(16, 2),
+}
+NF4 = ops.quantize(torch.ones(16, 32))
+LOW_RANK = {name: tensor for name, tensor in LINEAR.items() if name not in ("weight", "bias")} | {
+    "y": torch.ones(3, 16)
+}
+RESIDUAL = {name: LINEAR[name] for name in ("weight", "a0", "b0")}
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors", "moved"),
+    [
+        *((ops.linear, LINEAR, name) for name in LINEAR),
+        *((ops.add_low_rank, LOW_RANK, name) for name in LOW_RANK),
+        *((ops.residual, RESIDUAL, name) for name in ("a0", "b0")),
+        (ops.linear, LINEAR | {"weight": NF4}, "x"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
+)
+def test_mixed_devices_are_refused(function: Any, tensors: dict[str, Any], moved: str) -> None:
+    function(**tensors)
+    with pytest.raises(ValueError, match=rf"\b{moved} on meta; .*one device; move them with \.to\(") as raised:
+        function(**tensors | {moved: tensors[moved].to("meta")})
+    assert all(name in str(raised.value) for name in tensors)
+
+
+def test_the_meta_device_alone_is_one_device() -> None:
+    assert ops.linear(**{name: tensor.to("meta") for name, tensor in LINEAR.items()}).shape == (3, 16)
+
+
+@pytest.mark.parametrize("part", ["codes", "absmax", "nested_absmax", "offset"])
+def test_a_4_bit_weight_in_pieces_on_two_devices_is_refused(part: str) -> None:
+    weight = NF4._replace(**{part: getattr(NF4, part).to("meta")})
+    for function in (ops.dequantize, lambda weight: ops.linear(LINEAR["x"], weight)):
+        with pytest.raises(ValueError, match=rf"weight\.{part} on meta; .*one device"):
+            function(weight)
+
+
+class SaysCuda(Tensor):
+    """A tensor with values, as those of the meta device have none, that claims to be on a GPU."""
+
+    device = torch.device("cuda:0")
+
+
+def test_weights_on_two_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_load, "cuda_problem", None)
+    weights = [torch.ones(8, 8), torch.ones(8, 8).as_subclass(SaysCuda)]
+    with pytest.raises(ValueError, match=r"^second on cuda:0; first on cpu; needed: all tensors on one device"):
+        ops.split_many(weights, [2, 2], [1.0, 1.0], names=["first", "second"])

@@ -1,0 +1,304 @@
+"""Several processes: the start is divided among them, training is that of one, files fit any number of them, and what
+ends one ends all. The processes run `distributed_worker.py`; one launch for each number of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import pissa
+from distributed_checks import logged, started, trainer_of
+from distributed_worker import FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
+from pissa import PissaModel
+from processes import launch
+
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+]
+
+
+class Run(NamedTuple):
+    """A launch of `distributed_checks`."""
+
+    found: list[dict[str, Any]]
+    """What each process has written."""
+    done: subprocess.CompletedProcess[str]
+
+    def __getitem__(self, name: str) -> list[Any]:
+        """What the check of that name has returned in each process."""
+        for rank, found in enumerate(self.found):
+            assert name in found, f"rank {rank} ended before it came to {name}:\n{self.done.stdout[-5000:]}"
+            assert "error" not in found[name], f"rank {rank}: {found[name]['error']}"
+        return [found[name]["value"] for found in self.found]
+
+
+def run(processes: int, folder: Path) -> Run:
+    done = launch(processes, "distributed_worker.py", "checks", folder)
+    written = [folder / f"checks-{processes}-{rank}.json" for rank in range(processes)]
+    return Run([json.loads(path.read_text()) if path.exists() else {} for path in written], done)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Run:
+    return run(2, folder)
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path, two: Run) -> Run:
+    """These go on from what the two have saved."""
+    return run(3, folder)
+
+
+@pytest.fixture(params=[2, 3])
+def some(request: pytest.FixtureRequest) -> Run:
+    return request.getfixturevalue("two" if request.param == 2 else "three")
+
+
+def one_process(form: str, build: Any = llama, columns: int = 11) -> list[float]:
+    return train(pissa.wrap(build(), r=4, **FORMS[form]), tokens(columns))
+
+
+def test_the_processes_end_well(some: Run) -> None:
+    assert some.done.returncode == 0, some.done.stdout[-5000:]
+
+
+def test_they_meet_where_the_machine_s_own_name_does_not_resolve(tmp_path: Path) -> None:
+    renamed = ["unshare", "--map-root-user", "--uts", "sh", "-c", 'hostname does-not-resolve && exec "$@"', "sh"]
+    if subprocess.run([*renamed, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system does not let a test have a host name of its own (unshare --uts)")
+    done = launch(2, "distributed_worker.py", "architectures", tmp_path, "resnet", under=renamed)
+    assert done.returncode == 0, done.stdout[-5000:]
+    found = json.loads((tmp_path / "architectures-2-0.json").read_text())
+    assert found["resnet, dense, ddp"]["value"] == "pass"
+
+
+# ---- The start -------------------------------------------------------------------------------------------------------
+
+
+def test_processes_start_together_with_the_bits_of_one(some: Run) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each process: LAPACK's QR, which olora starts from, rounds otherwise with more
+    try:
+        expected = started()
+    finally:
+        torch.set_num_threads(threads)
+    for found in some["start_factors"]:
+        assert found == expected
+
+
+def test_all_processes_combine_adapters_to_the_same_bits(some: Run) -> None:
+    assert len(set(some["combined"])) == 1
+
+
+def test_each_process_decomposes_a_share(some: Run) -> None:
+    shares = some["shares"]
+    names = [name for share in shares for name in share]
+    linear = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(names) == sorted(set(linear) - {"lm_head"})
+    loads = [sum(share.values()) for share in shares]
+    assert max(loads) - min(loads) <= max(size for share in shares for size in share.values())
+
+
+def test_an_error_in_one_process_is_one_in_all(some: Run) -> None:
+    *others, last = some["failing"]
+    assert {name: error for name, (error, _) in last.items()} == {
+        "while PEFT injects": "ValueError",
+        "in the arguments": "ValueError",
+        "at the end": "MemoryError",
+        "a second adapter": "ValueError",
+    }
+    for found in others:
+        for name, (error, words) in found.items():
+            assert error == "RankError"
+            assert f"rank {len(others)} failed" in words
+            assert last[name][1] in words
+
+
+def test_what_one_process_finds_in_its_share_ends_all(some: Run) -> None:
+    found = some["nan"]
+    assert sorted(error for error, _ in found) == sorted(["ValueError", *["RankError"] * (len(found) - 1)])
+    for _, words in found:
+        assert "layer model.layers.1.mlp.up_proj: weight: contains NaN" in words
+
+
+def test_processes_with_different_models_say_so(two: Run) -> None:
+    for found in two["other_models"]:
+        assert {error for error, _ in found.values()} == {"ValueError"}
+        assert "layer model.layers.0.self_attn.q_proj has other weights on rank 1" in found["weights"][1]
+        assert "seed is 0 on rank 0 and 1 on rank 1" in found["configuration"][1]
+        assert "layer 0 has other weights on rank 1 than on rank 0, or other adapters" in found["layers"][1]
+        assert "layer model.layers.0.self_attn.q_proj has other weights" in found["adapters"][1]
+
+
+def test_sharded_weights_are_refused(two: Run) -> None:
+    for found in two["sharded_weights"]:
+        assert found["wrap"][0] == "TypeError"
+        assert "is a DTensor" in found["wrap"][1]
+        assert "wrap the model first" in found["wrap"][1]
+        assert "add it before fully_shard" in found["add_adapter"][1]
+        assert "Gather it on all ranks" in found["save_pretrained"][1]
+
+
+def test_weights_that_deepspeed_has_partitioned_are_refused() -> None:
+    model = llama()
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)  # as zero.Init leaves it
+    with pytest.raises(TypeError, match=r"k_proj is partitioned by DeepSpeed ZeRO-3 \(its shape is \[34, 34\]\)"):
+        pissa.wrap(model, r=4)
+
+
+def test_a_model_that_deepspeed_has_partitioned_is_saved_from_what_was_gathered(tmp_path: Path) -> None:
+    model = pissa.wrap(llama(), r=4)
+    model.save_pretrained(tmp_path / "before")  # from here on the fingerprints are known
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.data = number, parameter.shape, torch.empty(0)
+    with pytest.raises(ValueError, match=r"this process holds a part of .* only\. Gather it on all ranks"):
+        model.save_pretrained(tmp_path / "partitioned")
+    assert not (tmp_path / "partitioned").exists()
+    with pytest.raises(ValueError, match=r"load the adapter before deepspeed\.initialize"):
+        model.load_adapter(tmp_path / "before", "default")
+    model.save_pretrained(tmp_path / "gathered", state_dict=state)
+    for name in ("adapter_model.safetensors", "pissa.safetensors", "pissa.json"):
+        assert (tmp_path / "gathered" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_losses_are_those_of_one_process(parallel: str, some: Run) -> None:
+    expected = {form: one_process(form) for form in FORMS}
+    expected["nf4, recomputed"] = expected["nf4"]
+    assert all(losses[2] < losses[1] < losses[0] for losses in expected.values())
+    if parallel == "ddp":
+        expected["nf4, no buffers"] = expected["nf4"]
+    for found in some[parallel]:
+        assert found.keys() == expected.keys()
+        for form, losses in expected.items():
+            assert found[form] == pytest.approx(losses, **SAME), form
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "accelerate_ddp", "accelerate_fsdp2"])
+def test_other_loops_train_the_same(name: str, two: Run) -> None:
+    for found in two[name]:
+        for form, losses in found.items():
+            assert losses == pytest.approx(one_process(form), **SAME), form
+
+
+def test_an_adapted_embedding_trains_where_fsdp_computes_in_bfloat16(two: Run) -> None:
+    for found in two["mixed_precision"]:
+        assert found["embeddings"][2] < found["embeddings"][0]
+
+
+def test_fsdp_casts_no_codes(two: Run) -> None:
+    for found in two["mixed_precision"]:
+        assert found["bfloat16"] == found["uint8"]
+        assert found["bfloat16"][2] < found["bfloat16"][0]
+        error, words = found["float32"]
+        assert error == "TypeError"
+        assert "were cast to torch.bfloat16" in words
+
+
+def test_parts_of_a_layer_cannot_be_sharded_alone(two: Run) -> None:
+    for found in two["parts_sharded_alone"]:
+        for error, words in found.values():
+            assert error == "TypeError"
+            assert "call fully_shard on the blocks of the model" in words
+
+
+def test_experts_that_are_at_rest_in_some_processes_train_as_in_one(some: Run) -> None:
+    found = some["experts"]
+    assert len({tuple(entry.pop("busy")) for entry in found}) > 1  # or it would show nothing
+    expected = one_process("nf4", mixtral, columns=3)
+    for entry in found:
+        for parallel, losses in entry.items():
+            assert losses == pytest.approx(expected, **SAME), parallel
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sharded_model_is_saved_by_one_process(form: str, two: Run, folder: Path) -> None:
+    gathered = two["saved_while_sharded"][0]
+    saved = folder / "saved-2" / form
+    model = PissaModel.from_pretrained(llama(), saved)
+    assert bits(model.state_dict()) == gathered[form]
+    files = ["adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"]
+    for other in ("trained_only", "gathered"):
+        assert all((saved / other / name).read_bytes() == (saved / name).read_bytes() for name in files)
+
+
+def test_a_sharded_model_is_not_saved_without_its_fingerprints(two: Run, folder: Path) -> None:
+    error, words = two["saved_while_sharded"][0]["of unknown weights"]
+    assert error == "ValueError"
+    assert "give save_pretrained a state_dict that has the frozen weights too" in words
+    assert not (folder / "saved-2" / "implicit" / "refused" / "adapter_model.safetensors").exists()
+
+
+def test_what_peft_hands_out_of_a_gathered_state_is_the_plain_lora(two: Run) -> None:
+    found = two["saved_while_sharded"][0]
+    assert found["handed out whole"] is True
+    error, words = found["handed out in parts"]
+    assert error == "ValueError"
+    assert "lora_A.default.weight only. Gather it on all ranks" in words
+
+
+@pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in bfloat16"])
+def test_what_accelerate_has_gathered_is_saved(form: str, two: Run, folder: Path) -> None:
+    two["accelerate_fsdp2"]
+    model = PissaModel.from_pretrained(llama(), folder / "accelerate-2" / form, is_trainable=True)
+    expected = pissa.wrap(llama(), r=4, **FORMS[form])
+    train(expected, tokens())
+    assert train(model, tokens(), steps=1) == pytest.approx(train(expected, tokens(), steps=1), **SAME)
+
+
+def test_a_sharded_model_takes_saved_values(two: Run) -> None:
+    for found in two["loaded_while_sharded"]:
+        assert all(found.values()), found
+
+
+@pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in float32"])
+def test_a_run_goes_on_with_other_numbers_of_processes(form: str, two: Run, three: Run, folder: Path) -> None:
+    whole = pissa.wrap(llama(), r=4, **FORMS[form])
+    expected = train(whole, tokens(), steps=6, optimizer=sgd(whole, momentum=0.9))
+    losses = two["resumed"][0][form] + three["resumed"][0][form]
+
+    model = PissaModel.from_pretrained(llama(), folder / "resumed-3" / form, is_trainable=True)
+    optimizer = sgd(model, momentum=0.9)
+    saved = torch.load(folder / "resumed-3" / form / "optimizer.pt", weights_only=True)["state"]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = saved[name]
+    losses += train(model, tokens(), steps=2, optimizer=optimizer)
+    assert losses == pytest.approx(expected, **SAME)
+
+
+@pytest.mark.parametrize("form", ["implicit", "nf4"])
+def test_trainer_resumes_with_another_number_of_processes(form: str, two: Run, three: Run, tmp_path: Path) -> None:
+    alone = trainer_of(pissa.wrap(llama(), r=4, **FORMS[form]), tmp_path)
+    alone.train()
+    for found in (*two["trainer"], *three["trainer"]):
+        assert found[form] == pytest.approx(logged(alone), **SAME)
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    done = launch(2, "distributed_worker.py", "dies", tmp_path)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stdout
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert saved["step"] == 2
+    assert bits(PissaModel.from_pretrained(llama(), tmp_path / "last").state_dict()) == saved["bits"]

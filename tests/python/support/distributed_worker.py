@@ -1,0 +1,248 @@
+"""What runs in several processes (torchrun), and writes what it finds as JSON for the test that has launched it.
+
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py checks FOLDER
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py architectures FOLDER [NAME ...]
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py dies FOLDER
+
+Starting a process costs seconds, so that one launch does all checks of `distributed_checks`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import pissa
+from pissa.base.fingerprint import fingerprint
+from pissa.distributed import rank, world_size
+
+QUIET = (
+    ("The residual of the base is stored as", UserWarning),
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning),
+)
+
+FORMS: dict[str, dict[str, Any]] = {
+    "implicit": {},
+    "explicit": {"residual": "explicit"},
+    "nf4": {"quant": "nf4"},
+    "nf4 in bfloat16": {"quant": "nf4", "quant_storage": "bfloat16"},
+    "nf4 in float32": {"quant": "nf4", "quant_storage": "float32"},
+    "dora": {"use_dora": True},
+}
+"""Fields of PissaConfig, beside r = 4."""
+
+ROWS = 6
+"""Of a batch: as many for each of 1, 2 or 3 processes."""
+
+# Sums over the 60 tokens are taken in another order: a loss is one, and so are the gradients of the steps before it, 5
+# at most. A sum of n terms has a relative error of n units roundoff in any order.
+SAME = {"rel": 6 * 60 * 2**-24}
+
+
+# ---- Models and training, the same in one process --------------------------------------------------------------------
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 34,  # sizes that no number of processes divides, and codes that do not fill the last float32
+    "intermediate_size": 55,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+def llama(seed: int = 0) -> nn.Module:
+    """A random model of two blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), seed)
+
+
+def mixtral(seed: int = 0) -> nn.Module:
+    """One with 8 experts a block, of which a token goes to one: with a few tokens some are at rest."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 1}
+    return _seeded(lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **experts)), seed)
+
+
+def tokens(columns: int = 11) -> Tensor:
+    """A batch of token ids [ROWS, columns]."""
+    return torch.randint(0, 97, (ROWS, columns), generator=torch.Generator().manual_seed(1))
+
+
+def share(batch: Tensor) -> Tensor:
+    """The rows of this process."""
+    return batch.chunk(world_size())[rank()]
+
+
+def mean(loss: Tensor) -> float:
+    """Of all processes."""
+    loss = loss.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(loss)
+    return loss.item() / world_size()
+
+
+def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
+    """An optimizer that does not enlarge small differences of gradients, as Adam does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=0.2, momentum=momentum)
+
+
+def train(
+    model: nn.Module, batch: Tensor, steps: int = 3, optimizer: torch.optim.Optimizer | None = None
+) -> list[float]:
+    """Losses of a few steps on the whole batch, of which each process computes its share."""
+    optimizer = optimizer or sgd(model)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=share(batch), labels=share(batch)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(mean(loss))
+    return losses
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """FSDP2 as its documentation has it: each block, then the rest."""
+    for module in list(model.modules()):
+        if type(module).__name__.endswith("DecoderLayer"):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def bits(state: Mapping[str, Tensor]) -> str:
+    """Tells a state dict from any other, to the bit."""
+    return fingerprint(*(state[name].detach().reshape(-1).view(torch.uint8) for name in sorted(state)))
+
+
+# ---- Launched --------------------------------------------------------------------------------------------------------
+
+
+def report(path: Path, checks: dict[str, Callable[[], Any]]) -> None:
+    """Runs the checks and writes {name: {"value": ...}} or {name: {"error": ...}}. Where one process fails and leaves
+    the others waiting, they end when the process group's time is up."""
+    found: dict[str, Any] = {}
+    for name, check in checks.items():
+        try:
+            found[name] = {"value": check()}
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+        path.write_text(json.dumps(found))
+
+
+def step_of_architecture(name: str, fields: dict[str, Any], parallel: str) -> str:
+    """One step of training with a batch of its own in each process: "pass", "refused: ..." or "error: ..."."""
+    from architectures import ARCHITECTURES
+
+    architecture = ARCHITECTURES[name]
+    batches = [architecture.batch(seed) for seed in range(world_size())]
+    mine = batches[rank()]
+    try:
+        model = pissa.wrap(architecture.make(), **architecture.config(**fields))
+    except (TypeError, ValueError) as error:
+        return f"refused: {error}"
+    try:
+        # What it has to be: the step along the mean of the gradients of all processes' losses.
+        alone = pissa.wrap(architecture.make(), **architecture.config(**fields))
+        for batch in batches:
+            (alone(**batch).loss / world_size()).backward()
+        sgd(alone).step()
+        if parallel == "ddp":
+            # Models have parameters that their loss does not use, as a pooler.
+            wrapped: nn.Module = DistributedDataParallel(model, find_unused_parameters=True)
+        else:
+            blocks = tuple(getattr(model.get_base_model(), "_no_split_modules", None) or ())
+            for module in list(model.modules()):
+                if type(module).__name__ in blocks:
+                    fully_shard(module)
+            wrapped = fully_shard(model)
+        optimizer = sgd(wrapped)
+        wrapped(**mine).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            got, expected = wrapped(**mine).loss.item(), alone(**mine).loss.item()
+    except Exception as error:
+        return f"error: {type(error).__name__}: {error}"
+    # The two sum gradients in another order, over the tokens of a batch and the processes.
+    tolerance = max(value.numel() for value in mine.values()) * world_size() * 2**-24 * max(1.0, abs(expected))
+    return "pass" if abs(got - expected) <= tolerance else f"error: loss {got}, expected {expected}"
+
+
+def architectures(names: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Checks of DDP and FSDP2 for architectures, all by default, dense and in 4 bits."""
+    from architectures import ARCHITECTURES
+
+    forms: dict[str, dict[str, Any]] = {"dense": {}, "nf4": {"quant": "nf4"}}
+    return {
+        f"{name}, {form}, {parallel}": lambda case=(name, fields, parallel): step_of_architecture(*case)
+        for name in names or ARCHITECTURES
+        for form, fields in forms.items()
+        for parallel in ("ddp", "fsdp2")
+    }
+
+
+def train_and_die(folder: Path) -> None:
+    """Saves after every step; the last process is killed in the middle of the third."""
+    model = pissa.wrap(llama(), r=4)
+    parallel = DistributedDataParallel(model)
+    optimizer, batch = sgd(parallel), tokens()
+    for step in range(1, 50):
+        loss = parallel(input_ids=share(batch), labels=share(batch)).loss
+        if step == 3 and rank() == world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank() == 0:
+            model.save_pretrained(folder / "last")
+            (folder / "saved.json").write_text(json.dumps({"step": step, "bits": bits(model.state_dict())}))
+
+
+def main(mode: str, folder: Path, names: Sequence[str]) -> None:
+    for message, category in QUIET:
+        warnings.filterwarnings("ignore", message, category)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    if mode == "dies":
+        train_and_die(folder)
+        return
+    if mode == "checks":
+        import distributed_checks
+
+        checks = distributed_checks.checks(folder)
+    else:
+        checks = architectures(names)
+    report(folder / f"{mode}-{world_size()}-{rank()}.json", checks)
+    if rank() == 0 and mode == "architectures":
+        print((folder / f"{mode}-{world_size()}-{rank()}.json").read_text())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
