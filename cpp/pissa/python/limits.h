@@ -33,12 +33,20 @@ inline pybind11::dict formats() {
   return table;
 }
 
+inline pybind11::dict limits() {
+  pybind11::dict table;
+  table["nested_blocksize"] = kNestedBlocksize;
+  table["passes_per_step"] = kPassesPerStep;
+  return table;
+}
+
 inline void define_limits(pybind11::module_& m) {
   m.def("formats", formats,
         "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and\n"
         "whether scales can be quantised too (nested).");
-  m.attr("NESTED_BLOCKSIZE") = kNestedBlocksize;
-  m.attr("PASSES_PER_STEP") = kPassesPerStep;
+  m.def("limits", limits,
+        "Scales that are quantised together (nested_blocksize), and reads of a weight in a step of the SVD\n"
+        "(passes_per_step).");
 }
 
 }  // namespace pissa::python

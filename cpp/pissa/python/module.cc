@@ -1,5 +1,5 @@
-// pissa._C: what was built, what of it this machine uses, and limits. The torch ops live in the same library and register
-// themselves when it is loaded (torch/schema.cc).
+// pissa._C: what was built, what of it this machine uses, and limits. The torch ops live in the same library and
+// register themselves when it is loaded (torch/schema.cc).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Svd = Literal["krylov", "subspace", "exact"]
 Passes = Literal["auto"] | int
-PASSES_PER_STEP: int = _load._C.PASSES_PER_STEP
+PASSES_PER_STEP: int = _load._C.limits()["passes_per_step"]
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from pissa.ops._load import _C
 
-NESTED_BLOCKSIZE: int = _C.NESTED_BLOCKSIZE
+NESTED_BLOCKSIZE: int = _C.limits()["nested_blocksize"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
 // gemm: sums of products and an addend, in every orientation and format, at every edge of the blocking.
 #include <gtest/gtest.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <vector>
 
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
@@ -145,6 +149,33 @@ TEST_P(GemmTest, TheSameBits) {
       return out.bytes();
     });
   }
+}
+
+// The most terms that the concept names are computed elsewhere; one more is refused, and nothing is written.
+TEST_P(GemmTest, MoreTermsThanASumMayHaveAreRefused) {
+  Random random(6);
+  TermList list(9, 40);
+  for (std::size_t i = 0; i <= kMostTerms; ++i) {
+    list.add(random, 3, Form::f32, Op::n, Form::f32, Op::n, 1.0f);
+  }
+  const std::span<const Term> terms(list.terms());
+  const Stored weight(random.dense(9, 40), Format::f32);
+  std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 9 * 40), 0xee);
+  std::vector<float> scales(ceil_div(9 * 40, 64), -9.0f);
+  Stored out = Stored::poisoned(9, 40, Format::f32);
+  const Stored untouched = out;
+  auto tested = backend();
+  const Term& product = terms[0];
+  const auto tail = terms.last(kMostTail + 1);
+  EXPECT_THROW(tested.gemm(terms, {}, out.mutable_view()), std::invalid_argument);
+  EXPECT_THROW(tested.gemm_quantized(terms, weight.view(), {Format::nf4, 64, codes.data(), scales.data()}),
+               std::invalid_argument);
+  EXPECT_THROW(tested.weight_gemm_nt(product.a, product.b, 1.0f, Precision::f32, tail, {}, out.mutable_view()),
+               std::invalid_argument);
+  EXPECT_THROW(tested.weight_gemm_nn(product.a, product.b, 1.0f, Precision::f32, tail, out.mutable_view()),
+               std::invalid_argument);
+  EXPECT_TRUE(out.bytes() == untouched.bytes());
+  EXPECT_EQ(codes, std::vector<std::uint8_t>(codes.size(), 0xee));
 }
 
 PISSA_EVERY_BACKEND(GemmTest);

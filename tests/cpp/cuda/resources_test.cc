@@ -49,8 +49,8 @@ class DeviceLayer {
         x(at_(x_.view())),
         dy(at_(dy_.view())),
         weight(at_(weight_.view())) {
-    adapter.delta_a = at_(a_.view());
-    adapter.delta_b = at_(b_.view());
+    adapter.a = at_(a_.view());
+    adapter.b = at_(b_.view());
     adapter.a0 = at_(a_.view());
     adapter.b0 = at_(b_.view());
     at_.finish();
