@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pissa import ops
 
 
-def bnb_linear(weight: ops.Nf4Weight) -> bnb.nn.Linear4bit:
+def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
     """bitsandbytes' layer over a copy of the same codes and nested scales, computing in bfloat16.
 
     It must stay in training mode if gradients matter. One forward pass in eval mode repacks the weight for its AVX-512
@@ -66,7 +66,7 @@ def lora_layer(base: nn.Module, a: Tensor, b: Tensor, dtype: torch.dtype) -> Lor
 
 
 def lora_on_nf4(
-    model: nn.Module, layers: Mapping[str, tuple[ops.Nf4Weight, Tensor, Tensor]], dtype: torch.dtype
+    model: nn.Module, layers: Mapping[str, tuple[ops.QuantizedWeight, Tensor, Tensor]], dtype: torch.dtype
 ) -> nn.Module:
     """A model whose named layers become bitsandbytes' 4-bit layers under PEFT's LoRA with the given A and B."""
     for name, (weight, _, _) in layers.items():

@@ -85,12 +85,12 @@ def _split(size: int, r: int) -> Case:
         return a, b, *bnb.functional.quantize_4bit(rest, blocksize=64, quant_type="nf4", compress_statistics=True)
 
     passes, note = _at_equal_loss(size, r, lambda: peer()[0].mT)
-    ours = partial(ops.split, weight, r, residual="nf4", passes=passes)
+    ours = partial(ops.split, weight, r, form="nf4", passes=passes)
 
     def check() -> str:
         a0, b0, rest = ours()
         a, b, codes, state = peer()
-        mine = relative_error(ops.nf4_dequantize(rest) + b0 @ a0, weight)
+        mine = relative_error(ops.dequantize(rest) + b0 @ a0, weight)
         theirs = relative_error(bnb.functional.dequantize_4bit(codes, state).float() + b @ a, weight)
         # Two residuals of equal energy, cut into the same blocks: their 4-bit errors differ by chance only.
         require(mine <= 1.01 * theirs, f"error of Q + B A {mine:.3e}, the peer's {theirs:.3e}")

@@ -35,15 +35,15 @@ def bfloat16_weight(size: int) -> Tensor:
 
 
 @functools.cache
-def nf4_weight(rows: int, cols: int) -> ops.Nf4Weight:
+def nf4_weight(rows: int, cols: int) -> ops.QuantizedWeight:
     """A weight in NF4 with nested scales; a part of the square one if the shape is not square."""
     weight = bfloat16_weight(max(rows, cols))[:rows, :cols]
-    return ops.nf4_quantize(weight.contiguous())
+    return ops.quantize(weight.contiguous())
 
 
-def on_device(weight: ops.Nf4Weight, device: str) -> ops.Nf4Weight:
+def on_device(weight: ops.QuantizedWeight, device: str) -> ops.QuantizedWeight:
     """A copy on another device; on the CPU the weight itself."""
-    return ops.Nf4Weight(*(None if part is None else part.to(device) for part in weight[:4]), *weight[4:])
+    return ops.QuantizedWeight(*(None if part is None else part.to(device) for part in weight[:4]), *weight[4:])
 
 
 def low_rank_factors(rows: int, cols: int, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "peak.h"
-#include "pissa/core/nf4.h"
+#include "pissa/core/quantized.h"
 #include "pissa/core/types.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/isa.h"
@@ -38,14 +38,14 @@ inline cpu::CpuBackend cpu_backend() {
 /// A dense matrix with entries N(0, 1 / cols), in f32 or bf16.
 class RandomMatrix {
  public:
-  RandomMatrix(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32)
-      : view_{nullptr, rows, cols, cols, codec} {
+  RandomMatrix(std::int64_t rows, std::int64_t cols, Format format = Format::f32)
+      : view_{nullptr, rows, cols, cols, format} {
     std::mt19937 generator(static_cast<std::uint32_t>(rows * 31 + cols));
     std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(cols)));
-    bytes_.resize(static_cast<std::size_t>(rows * cols * element_size(codec)));
+    bytes_.resize(static_cast<std::size_t>(rows * cols * element_size(format)));
     for (std::int64_t i = 0; i < rows * cols; ++i) {
       const float value = normal(generator);
-      cpu::kernels().encode(&value, 1, codec, bytes_.data() + i * element_size(codec));
+      cpu::kernels().encode(&value, 1, format, bytes_.data() + i * element_size(format));
     }
     view_.data = bytes_.data();
   }
@@ -61,10 +61,10 @@ class RandomMatrix {
 class QuantizedMatrix {
  public:
   QuantizedMatrix(std::int64_t rows, std::int64_t cols)
-      : codes_(nf4_bytes(rows * cols)), absmax_(ceil_div(rows * cols, 64)) {
-    const RandomMatrix dense(rows, cols, Codec::bf16);
-    cpu_backend().gemm_nf4({}, dense.view(), {64, codes_.data(), absmax_.data()});
-    view_ = {codes_.data(), rows, cols, cols, Codec::nf4};
+      : codes_(code_bytes(Format::nf4, rows * cols)), absmax_(ceil_div(rows * cols, 64)) {
+    const RandomMatrix dense(rows, cols, Format::bf16);
+    cpu_backend().gemm_quantized({}, dense.view(), {Format::nf4, 64, codes_.data(), absmax_.data()});
+    view_ = {codes_.data(), rows, cols, cols, Format::nf4};
     view_.scales.blocksize = 64;
     view_.scales.absmax = absmax_.data();
   }

@@ -143,7 +143,7 @@ def _train(work: str, size: int, tokens: int, device: str, clock: Clock) -> Case
 
 def _dense(with_backward: bool, size: int, tokens: int, device: str) -> Case:
     layers = [Layer(size, size, tokens, R, device) for _ in range(2)]
-    dense = [ops.nf4_dequantize(layer.weight, torch.bfloat16) for layer in layers]
+    dense = [ops.dequantize(layer.weight, torch.bfloat16) for layer in layers]
     inputs = [layer.x.detach() for layer in layers]
     forward = [partial(linear, x, weight) for x, weight in zip(inputs, dense, strict=True)]
 
@@ -237,22 +237,22 @@ def _bytes_of(*tensors: Tensor | None) -> int:
 
 
 def _dequantise_bytes(shape: tuple[int, int], device: str) -> Case:
-    weights = [ops.nf4_quantize(weight) for weight in _weights(shape, device)]
-    calls = [partial(ops.nf4_dequantize, weight, torch.bfloat16) for weight in weights]
+    weights = [ops.quantize(weight) for weight in _weights(shape, device)]
+    calls = [partial(ops.dequantize, weight, torch.bfloat16) for weight in weights]
     moved = _bytes_of(*weights[0][:4], calls[0]())
 
     def check() -> str:
-        here = ops.Nf4Weight(*(None if part is None else part.cpu() for part in weights[0][:4]), *weights[0][4:])
-        require(torch.equal(calls[0]().cpu(), ops.nf4_dequantize(here, torch.bfloat16)), "differs from the CPU's")
+        here = ops.QuantizedWeight(*(None if part is None else part.cpu() for part in weights[0][:4]), *weights[0][4:])
+        require(torch.equal(calls[0]().cpu(), ops.dequantize(here, torch.bfloat16)), "differs from the CPU's")
         return f"the CPU's bits; {moved / 1e6:.1f} MB"
 
     return Case(in_turns(calls), _copies(moved, device), check)
 
 
 def _dequantise(shape: tuple[int, int], device: str) -> Case:
-    weights = [ops.nf4_quantize(weight) for weight in _weights(shape, device)]
+    weights = [ops.quantize(weight) for weight in _weights(shape, device)]
     packed = [bnb_linear(weight).weight for weight in weights]
-    ours = in_turns([partial(ops.nf4_dequantize, weight, torch.bfloat16) for weight in weights])
+    ours = in_turns([partial(ops.dequantize, weight, torch.bfloat16) for weight in weights])
     theirs = in_turns([partial(bnb.functional.dequantize_4bit, p.data, p.quant_state) for p in packed])
     return Case(ours, theirs, lambda: agree(2**-8, weight=(ours(), theirs())))
 
@@ -260,7 +260,7 @@ def _dequantise(shape: tuple[int, int], device: str) -> Case:
 def _quantise(shape: tuple[int, int], device: str) -> Case:
     weights = _weights(shape, device)
     quantize_4bit = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4", compress_statistics=True)
-    ours = in_turns([partial(ops.nf4_quantize, weight) for weight in weights])
+    ours = in_turns([partial(ops.quantize, weight) for weight in weights])
     theirs = in_turns([partial(quantize_4bit, weight) for weight in weights])
 
     def check() -> str:
@@ -275,11 +275,11 @@ def _quantise(shape: tuple[int, int], device: str) -> Case:
 
 def _quantise_bytes(shape: tuple[int, int], device: str) -> Case:
     weights = _weights(shape, device)
-    calls = [partial(torch.ops.pissa.nf4_quantize, weight, 64) for weight in weights]
+    calls = [partial(torch.ops.pissa.quantize, weight, "nf4", 64) for weight in weights]
     moved = _bytes_of(weights[0], *calls[0]())
 
     def check() -> str:
-        for got, want in zip(calls[0](), torch.ops.pissa.nf4_quantize(weights[0].cpu(), 64), strict=True):
+        for got, want in zip(calls[0](), torch.ops.pissa.quantize(weights[0].cpu(), "nf4", 64), strict=True):
             require(torch.equal(got.cpu(), want), "differs from the CPU's")
         return f"the CPU's bits; plain scales, {moved / 1e6:.1f} MB"
 
@@ -307,8 +307,7 @@ def our_start(weights: Sequence[Tensor], r: int, quantised: bool) -> list[ops.Sp
     splits = ops.split_many(weights, [r] * len(weights), [1.0] * len(weights), passes=16)
     if quantised:
         return [
-            ops.Split(s.a0, s.b0, ops.residual(w, s.a0, s.b0, residual="nf4"))
-            for w, s in zip(weights, splits, strict=True)
+            ops.Split(s.a0, s.b0, ops.residual(w, s.a0, s.b0, form="nf4")) for w, s in zip(weights, splits, strict=True)
         ]
     return splits
 
@@ -375,7 +374,7 @@ def _start_check(weights: Sequence[Tensor], r: int, quantised: bool) -> str:
         notes.append(f"{mine:.1e} / {theirs:.1e}")
         if quantised:
             product = split.b0 @ split.a0
-            own = relative_error(ops.nf4_dequantize(split.residual) + product, weight)
-            other = relative_error(ops.nf4_dequantize(ops.nf4_quantize(rest)) + b @ a, weight)
+            own = relative_error(ops.dequantize(split.residual) + product, weight)
+            other = relative_error(ops.dequantize(ops.quantize(rest)) + b @ a, weight)
             require(own <= 1.01 * other, f"error of Q + B A {own:.3e}, the peer's {other:.3e}")
     return "energy lost, ours / peer: " + ", ".join(notes)
