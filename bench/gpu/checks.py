@@ -18,7 +18,7 @@ SANITIZED = {
     "philox": "*",
     "nested_scales": "*",
     "nf4_golden": "*",
-    "gemm_nf4": "*",
+    "gemm_quantized": "*",
     "weight_gemm": "*FewRows*",
     "gemm": "*WithoutTerms*:*AddsToItsOutput*:*FewerColumns*:*InnerDimension*",
     "gram": "*EigenvaluesAre*",

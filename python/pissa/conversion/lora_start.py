@@ -25,6 +25,7 @@ from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import first_line
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices
 from pissa.notices import UncertainStartWarning
+from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum
 
 INITIAL_FOLDER = "pissa_init"
@@ -128,7 +129,7 @@ def _base(source: LoraFolder, model: nn.Module, target: str, what: str = "base")
     if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
         raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
     weight, shape = base.parameter, (len(b), a.shape[1])
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tuple(base.matrix().shape) != shape:
+    if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
         raise ValueError(
             f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
             f"{list(shape)} as a matrix, from which the adapter comes"

@@ -24,7 +24,7 @@ constexpr unsigned kAll = 0xffffffffu;
 // ---------------------------------------------------------------------------------------------------------
 
 template <class Decode, class Encode>
-void expect_format(const Format& format, Decode decode, Encode encode) {
+void expect_format(const FloatFormat& format, Decode decode, Encode encode) {
   for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
     const double exact = format.decode(bits);
     const float value = decode(static_cast<std::uint16_t>(bits));
@@ -319,7 +319,7 @@ __global__ void multiply_tile(const std::uint16_t* a, const std::uint16_t* b, fl
 TEST_F(CudaSimTest, MatrixProduct) {
   Random random(1);
   for (const bool bf16 : {true, false}) {
-    const Format& format = bf16 ? kBf16 : kF16;
+    const FloatFormat& format = bf16 ? kBf16 : kF16;
     const Dense a = random.dense(16, 16), b = random.dense(16, 8), c = random.dense(16, 8);
     std::vector<std::uint16_t> a_bits, b_bits;
     for (const double value : a.values) a_bits.push_back(static_cast<std::uint16_t>(format.encode(value)));

@@ -345,7 +345,7 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_refused() -> None:
 @pytest.mark.parametrize("blocksize", [32, 64, 128])
 def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> None:
     weight = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)))
-    ours = ops.nf4_quantize(weight, blocksize=blocksize, double_quant=nested)
+    ours = ops.quantize(weight, blocksize=blocksize, double_quant=nested)
     entries = to_bitsandbytes(ours, torch.bfloat16)
     assert entries["weight"].data_ptr() == ours.codes.data_ptr()
     scales = {name.removeprefix("weight."): value for name, value in entries.items() if name != "weight"}
@@ -353,7 +353,7 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
     assert theirs.quant_state.dtype == torch.bfloat16
     theirs.quant_state.dtype = torch.float32  # which is not rounded
     dense = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
-    assert torch.equal(dense, ops.nf4_dequantize(ours))
+    assert torch.equal(dense, ops.dequantize(ours))
 
 
 @storages
