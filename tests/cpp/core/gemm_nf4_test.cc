@@ -7,6 +7,7 @@
 
 #include "pissa/core/nf4.h"
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
 

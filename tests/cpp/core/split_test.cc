@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 #include "support/backend_test.h"
 #include "support/krylov_reference.h"
 #include "support/matrices.h"
