@@ -54,8 +54,8 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
         if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             typed(value, hints[name], f"config.{name}")
         given[name] = value
-    if given.get("residual") == _NO_RESIDUAL:
-        del given["residual"]
+    if given.get("quant") is not None or given.get("residual") == _NO_RESIDUAL:
+        given.pop("residual", None)  # pissa 0.1.0 allowed "explicit", too, beside quant, and it had no effect
     return PissaConfig(**given)
 
 
