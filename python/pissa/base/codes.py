@@ -1,7 +1,8 @@
-"""Modules that hold NF4 codes (QLoRA, arXiv 2305.14314)."""
+"""Modules that hold the codes of a quantised weight."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,12 @@ from pissa import ops
 from pissa.base.keeps_dtype import KeepsDtype
 
 
-class HoldsNf4(KeepsDtype):
-    """A module whose `weight` holds the packed codes of a matrix, frozen: two elements a byte, high nibble first. The
-    scales are buffers.
+class HoldsCodes(KeepsDtype):
+    """A module whose parameter `weight` holds the packed codes of a matrix, frozen. The scales are buffers.
 
-    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype whose elements are several
-    bytes of codes each, the last one filled up with zeros. Such elements mean nothing, and may be NaN: they are moved,
-    never computed with, and keep dtype and bits whatever the module is cast to.
+    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype. An element of a floating
+    dtype is several bytes of codes; zeros fill up the last one. Such an element means nothing and may be NaN: it is
+    moved, never computed with, and keeps its dtype and bits whatever the module is cast to.
     """
 
     weight: nn.Parameter
@@ -38,7 +38,7 @@ class HoldsNf4(KeepsDtype):
         self.register_buffer("offset", matrix.offset)
 
     @property
-    def nf4(self) -> ops.Nf4Weight:
+    def quantized(self) -> ops.Nf4Weight:
         """The matrix [out, in], as pissa.ops takes it.
 
         Raises:
@@ -54,6 +54,11 @@ class HoldsNf4(KeepsDtype):
             rows, columns = self.matrix_shape
             codes = codes.view(torch.uint8)[: (rows * columns + 1) // 2]
         return ops.Nf4Weight(codes, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the matrix."""
+        return math.prod(self.matrix_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:

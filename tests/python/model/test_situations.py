@@ -22,9 +22,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 import pissa
 from devices import on_cpu, put
 from language_models import Make, assert_same, error, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
-from pissa.base.stored import StartFactors
-from pissa.base.weights import weight_matrix
+from pissa import PissaConfig, PissaModel, notices
+from pissa.base.start import StartFactors
 from reference import EPS, assert_close
 from tiny_model import save_tiny_model
 from trainers import QUIET, logged, options
@@ -211,7 +210,7 @@ def test_situation_07_magnitudes_in_the_plain_lora(tiny_llama: Make, tokens: Ten
     assert len(magnitudes) == len([m for m in model.modules() if isinstance(m, pissa.layers.PissaLinear)])
     for name, tensor in magnitudes.items():
         layer = model.get_submodule(name.partition(".lora_magnitude")[0])
-        assert not torch.equal(tensor, weight_matrix(layer.base_layer).norm(dim=1).cpu())
+        assert not torch.equal(tensor, layer.base.matrix().norm(dim=1).cpu())
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_parameters": ["experts.gate_up_proj"], "target_modules": ["q_proj"]}])
@@ -277,7 +276,7 @@ def assert_adapts(make: Callable[[], nn.Module], dequantised: Callable[[Any], Te
 
 
 # PEFT does not know our layer over bitsandbytes' bytes, and says so.
-UNKNOWN_LAYER = pytest.mark.filterwarnings("ignore:Unsupported layer type .*Nf4Base:UserWarning")
+UNKNOWN_LAYER = pytest.mark.filterwarnings("ignore:Unsupported layer type .*BnbLinear4bit:UserWarning")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -379,7 +378,7 @@ def test_situation_16_dropout(tiny_llama: Make, tokens: Tensor) -> None:
     """PEFT 0.21 takes lora_dropout without a warning and drops parts of the principal components, too (relative error
     of the logits 0.31 at the start, in training mode); here it warns, and dropout touches the change only."""
     expected = logits(tiny_llama().train(), tokens)
-    with pytest.warns(UserWarning, match=r"lora_dropout=0\.1: the paper trains PiSSA without dropout"):
+    with pytest.warns(notices.DropoutWarning, match=r"lora_dropout=0\.1: the paper trains PiSSA without dropout"):
         model = pissa.wrap(tiny_llama(), r=4, lora_dropout=0.1)
     model.train()
     assert torch.equal(logits(model, tokens), expected)
