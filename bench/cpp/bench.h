@@ -78,8 +78,8 @@ class QuantizedMatrix {
   Matrix view_;
 };
 
-/// Counts a rate, in 1e9 a second, and the fraction of a peak, if one is known. Both are plain numbers: Google Benchmark
-/// would print "/s" after a rate that it computes itself.
+/// Counts a rate, in 1e9 a second, and the fraction of a peak, if one is known. Both are plain numbers: Google
+/// Benchmark would print "/s" after a rate that it computes itself.
 inline void report_rate(benchmark::State& state, const char* unit, double amount, double time, double peak) {
   const double rate = 1e-9 * amount / time;
   state.counters[unit] = rate;
@@ -118,8 +118,8 @@ struct Cpu {
   }
 };
 
-/// The main function: it takes `--backend=cpu` or `--backend=cuda` and Google Benchmark's own options. `on_cuda` is null
-/// in a build without CUDA.
+/// The main function: it takes `--backend=cpu` or `--backend=cuda` and Google Benchmark's own options. `on_cuda` is
+/// null in a build without CUDA.
 inline int bench_main(int argc, char** argv, void (*on_cpu)(), void (*on_cuda)()) {
   constexpr std::string_view kOption = "--backend=";
   std::string_view backend = "cpu";

@@ -260,9 +260,7 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
     assert said[0].filename == __file__
     for name, weight in weights.items():
         base = wrapped.base_model.model[name].base_layer
-        split = ops.split(
-            weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, residual="nf4", blocksize=32
-        )
+        split = ops.split(weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, form="nf4", blocksize=32)
         assert isinstance(base, QuantizedLinear)
         assert torch.equal(base.residual.codes, split.residual.codes)
         assert torch.equal(base.residual.absmax, split.residual.absmax)

@@ -281,7 +281,7 @@ QUERIES = {name for name in ATTENTION if "q_proj" in name}
             names("gate_up_proj", blocks=(1,)),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_targets(fields: dict[str, Any], expected: set[str]) -> None:
     assert adapted_names(**fields) == expected
