@@ -162,8 +162,8 @@ def _origin_as_json(origin: Origin) -> dict[str, Any]:
 
 
 def _origin_from_json(fields: dict[str, Any], form: Form) -> Origin:
-    """The way back from `_origin_as_json`. pissa 0.1.0 did not write the format that LoftQ's start depends on: it was
-    the base's own form."""
+    """The way back from `_origin_as_json`. Earlier files lack the format that LoftQ's start depends on: it was the form
+    of the base."""
     check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
     names, hints = INIT_METHODS[fields["init"]].fields, get_type_hints(PissaConfig)
     defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}

@@ -43,7 +43,7 @@ def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> Non
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_the_origin_of_a_stored_base_is_restored(init: str, tiny_llama: Make, tmp_path: Path) -> None:
-    """From files of pissa 0.1.0, too, which do not say what LoftQ quantised to: the form of the base is that."""
+    """From earlier files, too, which do not say in which format LoftQ quantised: it was the form of the base."""
     targets = {"target_modules": ["q_proj"]}
     model = pissa.wrap(tiny_llama(), r=4, init=init, quant="nf4", blocksize=32, double_quant=False, **targets)
     model.add_adapter("second", PissaConfig(r=2, **targets))
