@@ -15,8 +15,8 @@ from bench.compare.peers import bnb_linear, is_repacked, lora_layer
 from bench.compare.weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
 from pissa import ops
 
-# Each bfloat16 result below is a sum of at most three terms that a side may round on the way (weight, x A^T, low-rank
-# term) and once at the end; a rounding is at most 2^-9 relative, so two sides differ by less than 4 * 2^-9 in norm.
+# A side may round a bfloat16 result below three times on the way (weight, x A^T, low-rank term) and once at the end. A
+# rounding is at most 2^-9 relative, so two sides differ by less than 4 * 2^-9 in norm.
 BFLOAT16_BOUND = 2**-7
 # Two float32 sums of K = 2^12 terms in different orders differ by about sqrt(K) 2^-24 = 2^-18; a factor of 4 for the
 # constant, and for a weight split into two bfloat16 terms of 16 bits together.
@@ -100,7 +100,7 @@ class Layer:
         return (self.a0 + self.delta_a).detach(), (self.b0 + self.delta_b).detach()
 
     def forward(self) -> Tensor:
-        return ops.linear(self.x, self.weight, delta_a=self.delta_a, delta_b=self.delta_b, a0=self.a0, b0=self.b0)
+        return ops.linear(self.x, self.weight, a=self.delta_a, b=self.delta_b, a0=self.a0, b0=self.b0)
 
     def backward(self) -> tuple[Tensor, ...]:
         """y, dx, dA, dB from one forward and one backward."""
@@ -111,7 +111,7 @@ class Layer:
         """The same in float32, by torch, from the decoded weight."""
         x = self.x.detach().float().requires_grad_()
         a, b = (factor.requires_grad_() for factor in self.factors)
-        y = linear(x, ops.nf4_dequantize(self.weight)) + linear(linear(x, a), b)
+        y = linear(x, ops.dequantize(self.weight)) + linear(linear(x, a), b)
         return y.detach(), *torch.autograd.grad(y, (x, a, b), self.dy.float())
 
     def check(self, theirs: tuple[Tensor | None, ...]) -> str:
@@ -149,9 +149,9 @@ def _backward_against_peft(size: int, tokens: int, dtype: torch.dtype) -> Case:
 
 
 def _against_dense(size: int, tokens: int, r: int) -> Case:
-    """The peer has no adapter: it does 2 products where ours does 8, and the ratio is that of the times."""
+    """The peer has no adapter and does 2 products; ours does 8. The ratio is that of the times."""
     ours = Layer(size, size, tokens, r)
-    dense, x, dy = ops.nf4_dequantize(ours.weight, torch.bfloat16), ours.x.detach(), ours.dy
+    dense, x, dy = ops.dequantize(ours.weight, torch.bfloat16), ours.x.detach(), ours.dy
 
     def products() -> tuple[Tensor, Tensor]:
         return linear(x, dense), dy @ dense
@@ -192,7 +192,7 @@ def _inference(size: int, tokens: int) -> Case:
 
 def _float32(size: int, kind: str) -> Case:
     weight = nf4_weight(size, size) if kind == "nf4" else hard_spectrum(size)
-    dense = ops.nf4_dequantize(weight) if isinstance(weight, ops.Nf4Weight) else weight
+    dense = ops.dequantize(weight) if isinstance(weight, ops.QuantizedWeight) else weight
     x = torch.randn(512, size, generator=torch.Generator().manual_seed(0))
     ours, theirs = partial(ops.linear, x, weight), partial(linear, x, dense)
     return Case(ours, theirs, lambda: agree(FLOAT32_BOUND, y=(ours(), theirs())))
@@ -209,7 +209,7 @@ def nf4_rows(size: int) -> Iterator[Row]:
 
 def _quantize(size: int, nested: bool) -> Case:
     weight = bfloat16_weight(size)
-    ours = partial(ops.nf4_quantize, weight, double_quant=nested)
+    ours = partial(ops.quantize, weight, double_quant=nested)
     theirs = partial(bnb.functional.quantize_4bit, weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
 
     def check() -> str:
@@ -231,7 +231,7 @@ def _quantize(size: int, nested: bool) -> Case:
 def _dequantize(size: int) -> Case:
     weight = nf4_weight(size, size)
     packed = bnb_linear(weight).weight
-    ours = partial(ops.nf4_dequantize, weight, torch.bfloat16)
+    ours = partial(ops.dequantize, weight, torch.bfloat16)
     theirs = partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
     return Case(ours, theirs, lambda: agree(2**-9, weight=(ours(), theirs())))  # both round once
 
@@ -240,7 +240,7 @@ def _dequantize(size: int) -> Case:
 
 
 def shape_rows(size: int) -> Iterator[Row]:
-    """Shapes that fit no tile, against ours at the round shape next to them: no cliff, at least half of its rate."""
+    """Ours at shapes that fit no tile, against ours at the round shape next to them: at least half of its rate."""
     sides = (size, size - 1, size + 4, size + 64)
     shapes = [(rows, cols, tokens, 64) for rows in sides for cols in sides for tokens in (127, 129, 511, 513)]
     shapes += [(size - 1, size - 1, tokens, r) for r in (1, 8, 16, 128, 256) for tokens in (127, 129, 511, 513)]

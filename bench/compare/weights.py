@@ -1,4 +1,4 @@
-"""What the rows multiply, quantise, decompose and train: weights, their exact spectra, language models."""
+"""The inputs of the rows: weights, their exact spectra, language models."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def bfloat16_weight(size: int) -> Tensor:
 
 
 @functools.cache
-def nf4_weight(rows: int, cols: int) -> ops.Nf4Weight:
-    """NF4 with nested scales; cut from the hard spectrum's noise-like entries where the shape is not square."""
+def nf4_weight(rows: int, cols: int) -> ops.QuantizedWeight:
+    """A weight in NF4 with nested scales; a part of the square one if the shape is not square."""
     weight = bfloat16_weight(max(rows, cols))[:rows, :cols]
-    return ops.nf4_quantize(weight.contiguous())
+    return ops.quantize(weight.contiguous())
 
 
-def on_device(weight: ops.Nf4Weight, device: str) -> ops.Nf4Weight:
+def on_device(weight: ops.QuantizedWeight, device: str) -> ops.QuantizedWeight:
     """A copy on another device; on the CPU the weight itself."""
-    return ops.Nf4Weight(*(None if part is None else part.to(device) for part in weight[:4]), *weight[4:])
+    return ops.QuantizedWeight(*(None if part is None else part.to(device) for part in weight[:4]), *weight[4:])
 
 
 def low_rank_factors(rows: int, cols: int, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,19 +80,19 @@ def _squared_singular_values(size: int) -> Tensor:
 
 
 def energy(weight: Tensor, v: Tensor) -> float:
-    """||W V||^2 in float64, V [in, r] made orthonormal first: a basis that is not would inflate it."""
+    """||W V||^2 in float64. V [in, r] is made orthonormal first: another basis would inflate the result."""
     return (weight.double() @ torch.linalg.qr(v.double()).Q).square().sum().item()
 
 
 def energy_loss(size: int, v: Tensor) -> float:
-    """1 - ||W V||^2 / (the sum of the r largest squared singular values), at least 0 but for roundoff."""
+    """1 - ||W V||^2 / (the sum of the r largest squared singular values); at least 0, up to roundoff."""
     return 1 - energy(bfloat16_weight(size), v) / _squared_singular_values(size)[: v.shape[1]].sum().item()
 
 
 def fewest_passes(loss: Callable[[int], float], allowed: float, choices: range) -> tuple[int, float]:
     """The first number of passes whose loss is not above `allowed`, and that loss.
 
-    Where both have converged the losses differ by float32's roundoff in V: 1e-6 more is not a worse decomposition.
+    If both have converged, the losses differ by float32's roundoff in V: 1e-6 more is not a worse decomposition.
     """
     for passes in choices:
         found = loss(passes)

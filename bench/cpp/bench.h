@@ -1,4 +1,4 @@
-// What the benchmarks share: a target to run on, the CPU or a GPU, with its matrices and its way to measure; main.
+// Shared by the benchmarks: a target (the CPU or a GPU) with its matrices and its clock, and the main function.
 //
 // A target has
 //   Backend backend()           on a fixed number of threads, or on a stream
@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "peak.h"
-#include "pissa/core/nf4.h"
+#include "pissa/core/quantized.h"
 #include "pissa/core/types.h"
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/isa.h"
@@ -38,14 +38,14 @@ inline cpu::CpuBackend cpu_backend() {
 /// A dense matrix with entries N(0, 1 / cols), in f32 or bf16.
 class RandomMatrix {
  public:
-  RandomMatrix(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32)
-      : view_{nullptr, rows, cols, cols, codec} {
+  RandomMatrix(std::int64_t rows, std::int64_t cols, Format format = Format::f32)
+      : view_{nullptr, rows, cols, cols, format} {
     std::mt19937 generator(static_cast<std::uint32_t>(rows * 31 + cols));
     std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(cols)));
-    bytes_.resize(static_cast<std::size_t>(rows * cols * element_size(codec)));
+    bytes_.resize(static_cast<std::size_t>(rows * cols * element_size(format)));
     for (std::int64_t i = 0; i < rows * cols; ++i) {
       const float value = normal(generator);
-      cpu::kernels().encode(&value, 1, codec, bytes_.data() + i * element_size(codec));
+      cpu::kernels().encode(&value, 1, format, bytes_.data() + i * element_size(format));
     }
     view_.data = bytes_.data();
   }
@@ -61,10 +61,10 @@ class RandomMatrix {
 class QuantizedMatrix {
  public:
   QuantizedMatrix(std::int64_t rows, std::int64_t cols)
-      : codes_(nf4_bytes(rows * cols)), absmax_(ceil_div(rows * cols, 64)) {
-    const RandomMatrix dense(rows, cols, Codec::bf16);
-    cpu_backend().gemm_nf4({}, dense.view(), {64, codes_.data(), absmax_.data()});
-    view_ = {codes_.data(), rows, cols, cols, Codec::nf4};
+      : codes_(code_bytes(Format::nf4, rows * cols)), absmax_(ceil_div(rows * cols, 64)) {
+    const RandomMatrix dense(rows, cols, Format::bf16);
+    cpu_backend().gemm_quantized({}, dense.view(), {Format::nf4, 64, codes_.data(), absmax_.data()});
+    view_ = {codes_.data(), rows, cols, cols, Format::nf4};
     view_.scales.blocksize = 64;
     view_.scales.absmax = absmax_.data();
   }
@@ -78,8 +78,8 @@ class QuantizedMatrix {
   Matrix view_;
 };
 
-/// Counters of a rate, in 1e9 a second, and of the fraction of a peak, if one is known. Plain numbers: what Google
-/// Benchmark divides by time itself it prints as "/s".
+/// Counts a rate, in 1e9 a second, and the fraction of a peak, if one is known. Both are plain numbers: Google
+/// Benchmark would print "/s" after a rate that it computes itself.
 inline void report_rate(benchmark::State& state, const char* unit, double amount, double time, double peak) {
   const double rate = 1e-9 * amount / time;
   state.counters[unit] = rate;
@@ -105,21 +105,21 @@ struct Cpu {
     });
     return time / static_cast<double>(state.iterations());
   }
-  /// Of what the instructions used can do at most.
+  /// The peak is that of the instructions that the kernels use.
   static void report_flops(benchmark::State& state, double flops, double time, bool bf16) {
     static const std::string isa = cpu::kernels().isa;
     static const double peak[] = {peak_gflops(isa, false, kThreads), peak_gflops(isa, true, kThreads)};
     report_rate(state, "GF/s", flops, time, peak[bf16]);
   }
-  /// Of bytes that have to be read and written once, and of the speed of reading.
+  /// `bytes` are those that have to be read and written once; the peak is the speed of reading.
   static void report_bytes(benchmark::State& state, double bytes, double time) {
     static const double peak = peak_gbytes(kThreads);
     report_rate(state, "GB/s", bytes, time, peak);
   }
 };
 
-/// main: `--backend=cpu` or `--backend=cuda`, and Google Benchmark's own options. on_cuda: null in a build without
-/// CUDA.
+/// The main function: it takes `--backend=cpu` or `--backend=cuda` and Google Benchmark's own options. `on_cuda` is
+/// null in a build without CUDA.
 inline int bench_main(int argc, char** argv, void (*on_cpu)(), void (*on_cuda)()) {
   constexpr std::string_view kOption = "--backend=";
   std::string_view backend = "cpu";

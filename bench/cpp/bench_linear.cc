@@ -21,10 +21,10 @@ template <class Target>
 void linear(benchmark::State& state, bool nf4, bool with_backward) {
   using Dense = typename Target::Dense;
   const std::int64_t tokens = state.range(0);
-  const Codec codec = nf4 ? Codec::bf16 : Codec::f32;
-  const Dense x(tokens, kIn, codec);
-  const Dense y(tokens, kOut, codec);
-  const Dense dx(tokens, kIn, codec);
+  const Format format = nf4 ? Format::bf16 : Format::f32;
+  const Dense x(tokens, kIn, format);
+  const Dense y(tokens, kOut, format);
+  const Dense dx(tokens, kIn, format);
   const Dense xa(tokens, kRank);
   const Dense a(kRank, kIn);
   const Dense b(kOut, kRank);
@@ -38,8 +38,8 @@ void linear(benchmark::State& state, bool nf4, bool with_backward) {
   const double time = Target::run(state, [&](int copy) {
     const Matrix w = weight_of(copy);
     Adapter adapter;
-    adapter.delta_a = a.view(copy);
-    adapter.delta_b = b.view(copy);
+    adapter.a = a.view(copy);
+    adapter.b = b.view(copy);
     linear_forward(backend, x.view(copy), w, {}, adapter, y.view(copy), xa.view(copy));
     if (with_backward) {
       linear_backward(backend, y.view(copy), x.view(copy), w, adapter, xa.view(copy), dx.view(copy), grad_a.view(copy),

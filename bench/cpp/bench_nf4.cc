@@ -12,14 +12,15 @@ constexpr double kBytes = kRows * kCols * (2 + 0.5 + 4.0 / 64);
 
 template <class Target>
 void nf4_quantize(benchmark::State& state) {
-  const typename Target::Dense dense(kRows, kCols, Codec::bf16);
-  const typename Target::Dense codes(1, ceil_div(nf4_bytes(kRows * kCols), 4));  // memory of the right size
+  const typename Target::Dense dense(kRows, kCols, Format::bf16);
+  const typename Target::Dense codes(1,
+                                     ceil_div(code_bytes(Format::nf4, kRows * kCols), 4));  // memory of the right size
   const typename Target::Dense absmax(1, kRows * kCols / 64);
   auto backend = Target::backend();
   const double time = Target::run(state, [&](int copy) {
-    backend.gemm_nf4(
-        {}, dense.view(copy),
-        {64, static_cast<std::uint8_t*>(codes.view(copy).data), static_cast<float*>(absmax.view(copy).data)});
+    backend.gemm_quantized({}, dense.view(copy),
+                           {Format::nf4, 64, static_cast<std::uint8_t*>(codes.view(copy).data),
+                            static_cast<float*>(absmax.view(copy).data)});
   });
   Target::report_bytes(state, kBytes, time);
 }
@@ -27,7 +28,7 @@ void nf4_quantize(benchmark::State& state) {
 template <class Target>
 void nf4_dequantize(benchmark::State& state) {
   const typename Target::Quantized quantized(kRows, kCols);
-  const typename Target::Dense dense(kRows, kCols, Codec::bf16);
+  const typename Target::Dense dense(kRows, kCols, Format::bf16);
   auto backend = Target::backend();
   const double time = Target::run(state, [&](int copy) { backend.copy(quantized.view(copy), dense.view(copy)); });
   Target::report_bytes(state, kBytes, time);

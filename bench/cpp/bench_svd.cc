@@ -8,7 +8,7 @@ namespace {
 template <class Target>
 void svd(benchmark::State& state, SvdMethod method) {
   static const auto& weight =
-      *new typename Target::Dense(4096, 4096, Codec::bf16);  // never freed: the driver ends first
+      *new typename Target::Dense(4096, 4096, Format::bf16);  // never freed: the driver ends first
   const std::int64_t passes = state.range(1);
   const SvdOptions options{method, passes, 0};
   auto backend = Target::backend();

@@ -17,7 +17,7 @@
 
 namespace pissa::bench {
 
-/// Copies of each matrix: calls take turns with them, so that 4-bit weights, 8 MB each, are not found in the cache.
+/// Copies of each matrix. Calls take turns with them, so that no cache holds the 4-bit weights, 8 MB each.
 inline constexpr int kCudaCopies = 8;
 
 /// The context of all benchmarks. Its pool of memory keeps what is freed, as torch's does.
@@ -43,7 +43,7 @@ inline void upload(const void* from, void* to, std::size_t bytes) {
   wait();
 }
 
-/// Made once for all that ask for the same: drawing the numbers takes longer than measuring.
+/// Equal matrices are made once: drawing the numbers takes longer than measuring.
 template <class M, class... Arguments>
 const M& made_once(const Arguments&... arguments) {
   static auto& made = *new std::map<std::tuple<Arguments...>, M>;
@@ -52,10 +52,10 @@ const M& made_once(const Arguments&... arguments) {
 
 class CudaMatrix {
  public:
-  CudaMatrix(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32) {
-    const auto& host = made_once<RandomMatrix>(rows, cols, codec);
+  CudaMatrix(std::int64_t rows, std::int64_t cols, Format format = Format::f32) {
+    const auto& host = made_once<RandomMatrix>(rows, cols, format);
     for (int i = 0; i < kCudaCopies; ++i) {
-      copies_.emplace_back(cuda_context(), rows, cols, codec);
+      copies_.emplace_back(cuda_context(), rows, cols, format);
       upload(host.bytes().data(), copies_.back().view().data, host.bytes().size());
     }
   }
@@ -118,7 +118,7 @@ class CudaTimer {
   cudaEvent_t end_ = nullptr;
 };
 
-/// The shortest of a few times, after one that does not count.
+/// The shortest of a few times; the first call does not count.
 template <class F>
 double best_seconds(F f) {
   const CudaTimer timer;
@@ -129,14 +129,14 @@ double best_seconds(F f) {
 }
 
 /// GF/s of a square product by cuBLAS.
-inline double cuda_peak_gflops(std::int64_t side, Codec codec) {
+inline double cuda_peak_gflops(std::int64_t side, Format format) {
   const cuda::Context& context = cuda_context();
-  const cuda::Buffer a(context, side, side, codec), b(context, side, side, codec), out(context, side, side, codec);
-  const RandomMatrix some(64, side, codec);
+  const cuda::Buffer a(context, side, side, format), b(context, side, side, format), out(context, side, side, format);
+  const RandomMatrix some(64, side, format);
   for (const MutableMatrix& matrix : {a.view(), b.view()}) {
     for (std::int64_t row = 0; row < side; row += 64) {
       const std::size_t bytes =
-          std::min(some.bytes().size(), static_cast<std::size_t>((side - row) * side * element_size(codec)));
+          std::min(some.bytes().size(), static_cast<std::size_t>((side - row) * side * element_size(format)));
       upload(some.bytes().data(), rows_of(matrix, row, std::min<std::int64_t>(64, side - row)).data, bytes);
     }
   }
@@ -187,7 +187,7 @@ struct Cuda {
   }
   static void report_flops(benchmark::State& state, double flops, double time, bool bf16) {
     constexpr std::int64_t kSide = PISSA_BENCH_PEAK_SIDE;
-    static const double peak[] = {cuda_peak_gflops(kSide / 2, Codec::f32), cuda_peak_gflops(kSide, Codec::bf16)};
+    static const double peak[] = {cuda_peak_gflops(kSide / 2, Format::f32), cuda_peak_gflops(kSide, Format::bf16)};
     report_rate(state, "GF/s", flops, time, peak[bf16]);
   }
   static void report_bytes(benchmark::State& state, double bytes, double time) {

@@ -13,4 +13,4 @@ if __name__ == "__main__":
     print(pissa.build_info(), *pissa.__path__)
     weight = torch.randn(256, 128, device="cuda")
     ops.svd_lowrank(weight, 8)
-    assert torch.allclose(ops.nf4_dequantize(ops.nf4_quantize(weight)), weight, atol=0.5)
+    assert torch.allclose(ops.dequantize(ops.quantize(weight)), weight, atol=0.5)

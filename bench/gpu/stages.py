@@ -18,7 +18,7 @@ class StageError(Exception):
 
 
 class OutOfTimeError(StageError):
-    """A command was ended, since the time of its stage was over."""
+    """The time of a stage was over, and its command was ended."""
 
 
 class Stage:
@@ -36,12 +36,9 @@ class Stage:
         """Runs a command, with options of subprocess.Popen.
 
         Raises:
-            StageError: the command failed, or ran out of time.
+            StageError: the command failed, or the time of the stage is over.
         """
-        status = self.status(command, **options)
-        if status is None:
-            raise OutOfTimeError(f"{command[0]} was ended")
-        if status != 0:
+        if status := self.status(command, **options):
             raise StageError(f"{command[0]} ended with status {status}")
 
     def status(
@@ -51,10 +48,13 @@ class Stage:
 
         Args:
             log: where its output goes instead of the log of the stage.
-            seconds: a limit of its own; the stage's holds in any case.
+            seconds: a limit of its own.
 
         Returns:
-            None if the command was ended, since it ran out of time.
+            None if the command was ended at its own limit.
+
+        Raises:
+            OutOfTimeError: the time of the stage is over.
         """
         left = self.deadline - time.monotonic()
         with (log or self.log).open("a") as out:
@@ -64,6 +64,8 @@ class Stage:
             try:
                 return process.wait(left if seconds is None else min(seconds, left))
             except subprocess.TimeoutExpired:
+                if time.monotonic() >= self.deadline:
+                    raise OutOfTimeError(f"{command[0]} was ended") from None
                 return None
             finally:
                 _end(process)

@@ -4,3 +4,11 @@ from typing import Any
 
 def build_info() -> dict[str, Any]:
     """Version, compiler, oldest torch supported, instruction set in use and the available ones (best last), CUDA."""
+
+def formats() -> dict[str, dict[str, Any]]:
+    """The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and
+    whether scales can be quantised too (nested)."""
+
+def limits() -> dict[str, int]:
+    """Scales that are quantised together (nested_blocksize), and reads of a weight in a step of the SVD
+    (passes_per_step)."""

@@ -16,7 +16,8 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from pissa.ops.checks import Passes, Svd, check_blocksize, check_choice, check_passes, check_seed
+from pissa.ops.checks import Passes, Svd, check_choice, check_passes, check_seed
+from pissa.ops.formats import FORMATS
 from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
@@ -79,8 +80,7 @@ class Form(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """The form as keyword arguments of `ops.residual`."""
-        options = {"residual": self.kind, "blocksize": self.blocksize, "double_quant": self.double_quant}
-        return {name: value for name, value in options.items() if value is not None}
+        return {"form": self.kind, "blocksize": self.blocksize, "double_quant": self.double_quant}
 
 
 IMPLICIT = Form("implicit")
@@ -256,7 +256,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: 1")
         if self.quant_iters > 1:
             raise ValueError(f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1")
-        check_blocksize(self.blocksize)
+        FORMATS["nf4"].check_options(self.blocksize, self.double_quant)
         for name in ("double_quant", "use_adalora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")

@@ -9,28 +9,34 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
+#include "pissa/core/error.h"
+#include "pissa/core/quantized.h"
 #include "pissa/core/types.h"
 
 namespace pissa {
 
-/// Where a quantised matrix goes. codes: nf4_bytes(rows * cols); absmax: one f32 per block.
-struct Nf4Output {
-  std::int64_t blocksize = 64;
-  std::uint8_t* codes = nullptr;
-  float* absmax = nullptr;
-};
+/// Terms that a sum of products may have, and thin ones beside the product with a weight.
+inline constexpr std::size_t kMostTerms = 3;
+inline constexpr std::size_t kMostTail = kMostTerms - 1;
+
+/// What every backend asks before it adds up terms.
+inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTerms) {
+  PISSA_CHECK(terms.size() <= most, "terms: got ", terms.size(), "; allowed: at most ", most);
+}
 
 // clang-format off
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
-                           std::uint64_t seed, float scale, Precision precision, Codec codec) {
+                           std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
+                           std::uint8_t* codes, float* nested, QuantOutput quantized) {
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
-  { backend.alloc(count, count, codec).view() } -> std::convertible_to<MutableMatrix>;
+  { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
 
-  // out = a, converting between codecs; this is also how NF4 is dequantised.
+  // out = a, converting between formats; this is also how a quantised matrix is dequantised.
   { backend.copy(matrix, out) };
 
   // out = a + b, elementwise, computed in f32. `out` may be `a`.
@@ -45,15 +51,19 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // Largest |element|; not finite if any element is not.
   { backend.max_abs(matrix) } -> std::same_as<float>;
 
-  // out = addend + sum of the terms, f32 accumulation, one rounding; the addend may be absent, and may be `out`.
+  // out = addend + sum of at most kMostTerms terms, f32 accumulation, one rounding; the addend may be absent, and may
+  // be `out`.
   { backend.gemm(terms, matrix, out) };
 
-  // The same, quantised to NF4 without storing it. The addend is given and dense, the terms' first operands are not
-  // transposed. codes: nf4_bytes(rows * cols) bytes; absmax: one per block.
-  { backend.gemm_nf4(terms, matrix, Nf4Output{}) };
+  // The same, quantised without being stored. The addend is given and dense, the terms' first operands are not
+  // transposed.
+  { backend.gemm_quantized(terms, matrix, quantized) };
 
-  // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any codec. The tail is a
-  // sum of thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.
+  // Nested quantisation of `count` scales, less *offset: codes [count], and a scale for every 256 of them.
+  { backend.quantize_absmax(scales, count, scales, codes, nested) };
+
+  // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any format. The tail is a
+  // sum of at most kMostTail thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.
   { backend.weight_gemm_nt(matrix, matrix, scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
 

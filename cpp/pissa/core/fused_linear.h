@@ -1,14 +1,14 @@
-// A linear layer with a low-rank adapter, forward and backward, over a weight in any codec; and the adapter alone,
+// A linear layer with a low-rank adapter, forward and backward, over a weight in any format; and the adapter alone,
 // added to whatever another function returned.
 //
-//   A = A0 + dA, B = B0 + dB                   r rows / columns; A0, B0 frozen, dA, dB trained
-//   stored residual    y = x W^T + s (x A^T) B^T + bias                         W is the residual
-//   implicit residual  y = x W^T + s ((x A^T) dB^T + (x dA^T) B0^T) + bias      W is the whole weight
-//   backward           ddB = s dy^T (x A^T)    ddA = s (dy B)^T x    dx = dy W + the same tail transposed
+//   A = A0 + dA, B = B0 + dB   r rows / columns; A0, B0 frozen, dA, dB trained
+//   the whole       y = x W^T + s (x A^T) B^T + bias                         W is a residual, which lacks s B0 A0
+//   the change      y = x W^T + s ((x A^T) dB^T + (x dA^T) B0^T) + bias      W is the whole weight ("implicit")
+//   backward        ddB = s dy^T (x A^T)    ddA = s (dy B)^T x    dx = dy W + the same tail transposed
 //
-// The change is what the implicit form adds to x W^T: exactly 0 at dA = dB = 0. Both forms have the gradients of PiSSA
-// (arXiv 2404.02948, section 3); without A0 and B0 the stored form is LoRA. x, y, dy, dx: [tokens, ...] in f32, bf16 or
-// f16. Factors and their gradients: f32.
+// The change is exactly 0 at dA = dB = 0. Both have the gradients of PiSSA (arXiv 2404.02948, section 3); the whole
+// without A0 and B0, A = dA and B = dB, is LoRA. x, y, dy, dx: [tokens, ...] in f32, bf16 or f16. Factors and their
+// gradients: f32.
 #pragma once
 
 #include <array>
@@ -22,28 +22,27 @@
 
 namespace pissa {
 
-enum class Residual : std::int32_t { stored, implicit };
-
-/// The adapter of one layer. a0 and b0 are both given or both absent; all factors are f32.
+/// The adapter of one layer: what is trained, a and b, and where it started, a0 and b0, both given or both absent.
+/// Beside a0 and b0, a and b are the differences from them; without them the factors themselves. All f32.
 struct Adapter {
-  Matrix delta_a;  // [r, in]
-  Matrix delta_b;  // [out, r]
-  Matrix a0;       // [r, in]
-  Matrix b0;       // [out, r]
+  Matrix a;   // [r, in]
+  Matrix b;   // [out, r]
+  Matrix a0;  // [r, in]
+  Matrix b0;  // [out, r]
   float scaling = 1.0f;
-  Residual residual = Residual::stored;
+  bool implicit = false;  // beside a0 and b0: whether the weight is whole, so that only the change is added
 
-  explicit operator bool() const { return static_cast<bool>(delta_a); }
-  std::int64_t rank() const { return delta_a.rows; }
-  bool implicit() const { return a0 && residual == Residual::implicit; }
+  explicit operator bool() const { return static_cast<bool>(a); }
+  std::int64_t rank() const { return a.rows; }
+  bool adds_change() const { return a0 && implicit; }
 };
 
 namespace detail {
 
 /// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant.
 inline Precision precision_for(const Matrix& x) {
-  if (x.codec == Codec::bf16) return Precision::bf16;
-  return x.codec == Codec::f16 ? Precision::f16 : Precision::f32;
+  if (x.format == Format::bf16) return Precision::bf16;
+  return x.format == Format::f16 ? Precision::f16 : Precision::f32;
 }
 
 /// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read
@@ -68,7 +67,7 @@ class Factor {
   Factor(B& backend, const Matrix& start, const Matrix& delta, bool apart)
       : start_(apart ? start : Matrix{}),
         delta_(delta),
-        sum_(backend.alloc(start && !apart ? delta.rows : 0, delta.cols, Codec::f32)) {
+        sum_(backend.alloc(start && !apart ? delta.rows : 0, delta.cols, Format::f32)) {
     if (!start || apart) return;
     backend.add(start, delta, sum_.view());
     delta_ = sum_.view();
@@ -84,7 +83,7 @@ class Factor {
  private:
   Matrix start_;
   Matrix delta_;
-  decltype(std::declval<B&>().alloc(0, 0, Codec::f32)) sum_;
+  decltype(std::declval<B&>().alloc(0, 0, Format::f32)) sum_;
 };
 
 template <Backend B>
@@ -100,18 +99,18 @@ void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, cons
   const float s = adapter.scaling;
   const Precision precision = precision_for(x);
   const bool apart = x.rows <= kFewTokens;
-  const Factor a(backend, adapter.a0, adapter.delta_a, apart);
-  backend.gemm(a.times(x, Op::t, 1.0f, precision), {}, xa);
-  if (adapter.implicit()) {
-    auto x_delta_a = backend.alloc(x.rows, adapter.rank(), Codec::f32);
-    product(backend, x, Op::n, adapter.delta_a, Op::t, 1.0f, precision, x_delta_a.view());
+  const Factor factor_a(backend, adapter.a0, adapter.a, apart);
+  backend.gemm(factor_a.times(x, Op::t, 1.0f, precision), {}, xa);
+  if (adapter.adds_change()) {
+    auto x_delta_a = backend.alloc(x.rows, adapter.rank(), Format::f32);
+    product(backend, x, Op::n, adapter.a, Op::t, 1.0f, precision, x_delta_a.view());
     TermPair tail;
-    tail.add({xa, Op::n, adapter.delta_b, Op::t, s, precision});
+    tail.add({xa, Op::n, adapter.b, Op::t, s, precision});
     tail.add({x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision});
     return write(tail);
   }
-  const Factor b(backend, adapter.b0, adapter.delta_b, apart);
-  write(b.times(xa, Op::t, s, precision));
+  const Factor factor_b(backend, adapter.b0, adapter.b, apart);
+  write(factor_b.times(xa, Op::t, s, precision));
 }
 
 /// The adapter's gradients; calls write(tail) with the thin products that it adds to dx.
@@ -120,23 +119,23 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
                         const MutableMatrix& grad_a, const MutableMatrix& grad_b, F write) {
   const std::int64_t r = adapter.rank();
   const float s = adapter.scaling;
-  const bool implicit = adapter.implicit();
+  const bool change = adapter.adds_change();
   const bool apart = x.rows <= kFewTokens;
   const Precision precision = precision_for(x);
   product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
 
-  auto dy_b = backend.alloc(dy.rows, r, Codec::f32);  // dy B, or dy dB and dy B0 apart
-  auto dy_b0 = backend.alloc(implicit ? dy.rows : 0, r, Codec::f32);
-  const Factor b(backend, implicit ? Matrix{} : adapter.b0, adapter.delta_b, apart);
-  backend.gemm(b.times(dy, Op::n, 1.0f, precision), {}, dy_b.view());
-  if (implicit) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, precision, dy_b0.view());
+  auto dy_b = backend.alloc(dy.rows, r, Format::f32);  // dy B, or dy dB and dy B0 apart
+  auto dy_b0 = backend.alloc(change ? dy.rows : 0, r, Format::f32);
+  const Factor factor_b(backend, change ? Matrix{} : adapter.b0, adapter.b, apart);
+  backend.gemm(factor_b.times(dy, Op::n, 1.0f, precision), {}, dy_b.view());
+  if (change) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, precision, dy_b0.view());
 
-  const Factor a(backend, adapter.a0, adapter.delta_a, apart && !implicit);
-  TermPair tail = a.times(dy_b.view(), Op::n, s, precision);
-  if (implicit) tail.add({dy_b0.view(), Op::n, adapter.delta_a, Op::n, s, precision});
+  const Factor factor_a(backend, adapter.a0, adapter.a, apart && !change);
+  TermPair tail = factor_a.times(dy_b.view(), Op::n, s, precision);
+  if (change) tail.add({dy_b0.view(), Op::n, adapter.a, Op::n, s, precision});
   write(tail);
 
-  if (implicit) backend.add(dy_b.view(), dy_b0.view(), dy_b.view());
+  if (change) backend.add(dy_b.view(), dy_b0.view(), dy_b.view());
   product(backend, dy_b.view(), Op::t, x, Op::n, s, precision, grad_a);
 }
 
@@ -166,8 +165,8 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
   detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, write);
 }
 
-/// y = base + the adapter's part: of the implicit form the change, of the stored one s (x A^T) B^T. base [tokens, out]
-/// is what any function returned for x, f32, bf16 or f16; y has its codec and may be base.
+/// y = base + the adapter's part: the whole, s (x A^T) B^T, or the change. base [tokens, out]
+/// is what any function returned for x, f32, bf16 or f16; y has its format and may be base.
 template <Backend B>
 void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const Adapter& adapter,
                           const MutableMatrix& y, const MutableMatrix& xa) {

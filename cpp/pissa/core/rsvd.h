@@ -26,9 +26,12 @@ namespace pissa {
 
 enum class SvdMethod : std::int32_t { krylov, subspace };
 
+/// A step of the algorithm reads W twice, once in each direction.
+inline constexpr std::int64_t kPassesPerStep = 2;
+
 struct SvdOptions {
   SvdMethod method = SvdMethod::krylov;
-  std::optional<std::int64_t> passes = std::nullopt;  // over W; even, at least 2; none: passes_for
+  std::optional<std::int64_t> passes = std::nullopt;  // over W, whole steps, at least one; none: passes_for
   std::uint64_t seed = 0;
 };
 
@@ -37,7 +40,7 @@ constexpr std::int64_t oversampling(std::int64_t r) { return std::max<std::int64
 
 /// Passes over W for rank r: those asked for; if none are, enough to lose no more energy on power-law spectra
 /// sigma_i = i^-p than torch.svd_lowrank with niter = 16, which needs 34. p = 0.2 is the hardest, with about the same
-/// loss at any rank (bench/svd_quality.py has the numbers). Subspace iteration is what torch does, but for
+/// loss at any rank (bench/compare/svd_quality.py has the numbers). Subspace iteration is what torch does, but for
 /// oversampling.
 constexpr std::int64_t passes_for(std::int64_t r, const SvdOptions& options) {
   if (options.passes) return *options.passes;
@@ -72,7 +75,8 @@ inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options
   PISSA_CHECK(r >= 1 && r <= max_rank, "r: got ", r, "; allowed: 1 to min(out, in) = ", max_rank,
               " for a weight of shape [", w.rows, ", ", w.cols, "]");
   const std::int64_t passes = passes_for(r, options);
-  PISSA_CHECK(passes >= 2 && passes % 2 == 0, "passes: got ", passes, "; allowed: an even number of at least 2");
+  PISSA_CHECK(passes >= kPassesPerStep && passes % kPassesPerStep == 0, "passes: got ", passes,
+              "; allowed: an even number of at least 2");
 }
 
 namespace detail {
@@ -89,7 +93,7 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const float unit = std::ldexp(1.0f, -exponent);
   // A bf16 weight is exact in bf16 products. Units for bf16 may take denormals for zero, so that a weight at the ends
   // of the range is not for them.
-  const bool in_bf16 = w.codec == Codec::bf16 && std::abs(exponent) < 64;
+  const bool in_bf16 = w.format == Format::bf16 && std::abs(exponent) < 64;
   const Precision precision = in_bf16 ? Precision::bf16 : Precision::f32;
   const auto wide_to_basis = [&](const Matrix& wide, const MutableMatrix& basis) {
     if (rows_short) backend.weight_gemm_nt(wide, w, unit, precision, {}, {}, basis);
@@ -100,15 +104,15 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     else backend.weight_gemm_nt(basis, w, unit, precision, {}, {}, wide);
   };
 
-  const std::int64_t steps = passes_for(r, options) / 2;
+  const std::int64_t steps = passes_for(r, options) / kPassesPerStep;
   const bool keep_blocks = options.method == SvdMethod::krylov;
   const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), short_dim);
   const std::int64_t max_basis = keep_blocks ? std::min(block * steps, short_dim) : block;
 
-  auto basis_buffer = backend.alloc(max_basis, short_dim, Codec::f32);  // rows q: orthonormal
-  auto wide_buffer = backend.alloc(max_basis, wide_dim, Codec::f32);    // rows q W (or W q): the projection of W
-  auto sketch = backend.alloc(block, wide_dim, Codec::f32);
-  auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, short_dim, Codec::bf16);
+  auto basis_buffer = backend.alloc(max_basis, short_dim, Format::f32);  // rows q: orthonormal
+  auto wide_buffer = backend.alloc(max_basis, wide_dim, Format::f32);    // rows q W (or W q): the projection of W
+  auto sketch = backend.alloc(block, wide_dim, Format::f32);
+  auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, short_dim, Format::bf16);
   const MutableMatrix basis = basis_buffer.view();
   const MutableMatrix wide = wide_buffer.view();
   Matrix thin = sketch.view();
@@ -144,13 +148,13 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
 
   // W ~ Q^T (Q W): the SVD of the projection, from its small Gram matrix.
   const std::int64_t basis_rows = first + rows;
-  auto s = backend.alloc(1, r, Codec::f32);
-  auto rotation_buffer = backend.alloc(r, basis_rows, Codec::f32);
+  auto s = backend.alloc(1, r, Format::f32);
+  auto rotation_buffer = backend.alloc(r, basis_rows, Format::f32);
   backend.gram_svd(rows_of(wide, 0, basis_rows), 1 / unit, s.view(), rotation_buffer.view());
   const Matrix rotation = rotation_buffer.view();
 
-  auto short_factor = backend.alloc(r, short_dim, Codec::f32);
-  auto wide_factor = backend.alloc(r, wide_dim, Codec::f32);
+  auto short_factor = backend.alloc(r, short_dim, Format::f32);
+  auto wide_factor = backend.alloc(r, wide_dim, Format::f32);
   const Term to_short[] = {{rotation, Op::n, rows_of(basis, 0, basis_rows), Op::n, 1.0f}};
   const Term to_wide[] = {{rotation, Op::n, rows_of(wide, 0, basis_rows), Op::n, 1.0f}};
   backend.gemm(to_short, {}, short_factor.view());

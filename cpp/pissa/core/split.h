@@ -1,7 +1,7 @@
 // PiSSA's split of a weight (arXiv 2404.02948, eq. 2-4), with LoRA's scaling s and torch's orientation W [out, in]:
 //
 //   W ~ U diag(S) V^T (rank r)     B0 = U sqrt(S / s) [out, r]     A0 = sqrt(S / s) V^T [r, in]
-//   residual = W - s B0 A0         kept as it is in W's dtype (explicit), as NF4 (QPiSSA, eq. 8), or not at all
+//   residual = W - s B0 A0         kept as it is in W's dtype (explicit), quantised (QPiSSA, eq. 8), or not at all
 //   (implicit)
 #pragma once
 
@@ -11,7 +11,7 @@
 
 #include "pissa/core/backend.h"
 #include "pissa/core/error.h"
-#include "pissa/core/nf4.h"
+#include "pissa/core/quantized.h"
 #include "pissa/core/rsvd.h"
 
 namespace pissa {
@@ -39,24 +39,24 @@ struct SplitTask {
   MutableMatrix b0;
 };
 
-/// The term that turns w into its residual: gemm stores w + term in any dtype, gemm_nf4 quantises it on the way.
+/// The term that turns w into its residual: gemm stores w + term in any dtype, gemm_quantized quantises it on the way.
 inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
   return {b0, Op::n, a0, Op::n, -scaling};
 }
 
 /// QPiSSA with T = `iterations` alternations of SVD and quantisation (arXiv 2404.02948, sec. 4 and Alg. 1).
-/// Only T = 1, the split of section 4, exists: start factors of w, and its residual as NF4.
+/// Only T = 1, the split of section 4, exists: start factors of w, and its residual in q's format.
 template <Backend B>
-void split_nf4(B& backend, const Matrix& w, float scaling, const SvdOptions& options, std::int64_t iterations,
-               const MutableMatrix& a0, const MutableMatrix& b0, const Nf4Output& q) {
+void split_quantized(B& backend, const Matrix& w, float scaling, const SvdOptions& options, std::int64_t iterations,
+                     const MutableMatrix& a0, const MutableMatrix& b0, const QuantOutput& q) {
   PISSA_CHECK(iterations == 1, "quant_iters: got ", iterations,
               "; allowed: 1 (more alternations are not implemented yet)");
-  PISSA_CHECK(w.codec != Codec::nf4, "weight: got NF4; needed: f32, bf16 or f16, so dequantise it first");
-  PISSA_CHECK(is_nf4_blocksize(q.blocksize), "blocksize: got ", q.blocksize,
-              "; allowed: a power of two from 32 to 4096");
+  PISSA_CHECK(!is_quantized(w.format), "weight: got ", info(w.format).name,
+              "; needed: f32, bf16 or f16, so dequantise it first");
+  check_blocksize(q.format, q.blocksize, w.cols);
   split(backend, w, scaling, options, a0, b0);
   const std::array terms{minus_factors(a0, b0, scaling)};
-  backend.gemm_nf4(terms, w, q);
+  backend.gemm_quantized(terms, w, q);
 }
 
 }  // namespace pissa

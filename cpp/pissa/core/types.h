@@ -6,37 +6,14 @@
 
 #include <cstdint>
 
-#if defined(__GNUC__)
-// Functions used by the per-ISA kernels must be inlined: a shared out-of-line copy could be the AVX-512 one, and
-// would then run, as an illegal instruction, on a machine without it.
-#define PISSA_INLINE inline __attribute__((always_inline))
-#else
-#define PISSA_INLINE inline
-#endif
+#include "pissa/core/format.h"
 
 namespace pissa {
 
-/// How the elements of a matrix are stored. `nf4` is read-only: two codes a byte and a scale a block (see nf4.h).
-enum class Codec : std::int32_t { f32, bf16, f16, nf4 };
-
-/// Bytes per element; 0 for nf4, whose elements share bytes.
-PISSA_INLINE constexpr std::int64_t element_size(Codec codec) {
-  switch (codec) {
-    case Codec::f32:
-      return 4;
-    case Codec::bf16:
-    case Codec::f16:
-      return 2;
-    case Codec::nf4:
-      return 0;
-  }
-  return 0;
-}
-
-/// Scales of an NF4 matrix, one per block of `blocksize` elements of the flattened matrix.
+/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix.
 /// Plain: `absmax` [blocks]. Nested (double quantisation): absmax of block i is
 /// `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] + *offset`.
-struct Nf4Scales {
+struct Scales {
   std::int64_t blocksize = 0;
   const float* absmax = nullptr;
   const std::uint8_t* absmax8 = nullptr;
@@ -50,48 +27,48 @@ struct Matrix {
   const void* data = nullptr;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  std::int64_t ld = 0;  // ignored for nf4, whose blocks run over the flattened matrix
-  Codec codec = Codec::f32;
-  Nf4Scales scales = {};    // nf4 only
+  std::int64_t ld = 0;  // ignored where quantised: blocks run over the flattened matrix
+  Format format = Format::f32;
+  Scales scales = {};       // of a quantised format
   std::int64_t stride = 0;  // elements between the matrices of a stack; 0: one matrix, the same for the whole stack
 
   /// False for an optional argument that was not given.
   PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
 };
 
-/// A writable matrix [rows, cols] in f32, bf16 or f16.
+/// A writable matrix [rows, cols] in a dense format.
 struct MutableMatrix {
   void* data = nullptr;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t ld = 0;
-  Codec codec = Codec::f32;
+  Format format = Format::f32;
   std::int64_t stride = 0;
 
   PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
-  PISSA_INLINE constexpr operator Matrix() const { return {data, rows, cols, ld, codec, {}, stride}; }
+  PISSA_INLINE constexpr operator Matrix() const { return {data, rows, cols, ld, format, {}, stride}; }
 };
 
 /// Rows [first, first + count) of a dense matrix.
 inline MutableMatrix rows_of(MutableMatrix matrix, std::int64_t first, std::int64_t count) {
-  matrix.data = static_cast<char*>(matrix.data) + first * matrix.ld * element_size(matrix.codec);
+  matrix.data = static_cast<char*>(matrix.data) + first * matrix.ld * element_size(matrix.format);
   matrix.rows = count;
   return matrix;
 }
 inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
-  matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * element_size(matrix.codec);
+  matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * element_size(matrix.format);
   matrix.rows = count;
   return matrix;
 }
 
 /// Matrix number i of a stack.
 inline MutableMatrix one_of(MutableMatrix stack, std::int64_t i) {
-  stack.data = static_cast<char*>(stack.data) + i * stack.stride * element_size(stack.codec);
+  stack.data = static_cast<char*>(stack.data) + i * stack.stride * element_size(stack.format);
   stack.stride = 0;
   return stack;
 }
 inline Matrix one_of(Matrix stack, std::int64_t i) {
-  stack.data = static_cast<const char*>(stack.data) + i * stack.stride * element_size(stack.codec);
+  stack.data = static_cast<const char*>(stack.data) + i * stack.stride * element_size(stack.format);
   stack.stride = 0;
   return stack;
 }

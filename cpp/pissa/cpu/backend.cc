@@ -9,8 +9,9 @@
 #include <vector>
 
 #include "pissa/core/error.h"
-#include "pissa/core/nf4.h"
+#include "pissa/core/nested_scales.h"
 #include "pissa/core/philox.h"
+#include "pissa/core/quantized.h"
 #include "pissa/cpu/factorize.h"
 #include "pissa/cpu/kernels.h"
 
@@ -57,8 +58,8 @@ Pool& pool() {
   return pool;
 }
 
-std::int64_t allocated_bytes(std::int64_t count, Codec codec) {
-  return ceil_div(count * element_size(codec), kAlignment) * kAlignment;
+std::int64_t allocated_bytes(std::int64_t count, Format format) {
+  return ceil_div(count * element_size(format), kAlignment) * kAlignment;
 }
 
 void* allocate(std::int64_t bytes) {
@@ -84,7 +85,7 @@ const Panels& panels() {
 }
 
 char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
-  return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.codec);
+  return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.format);
 }
 
 // Elementwise work on rows, in runs of at most kRun elements that fit the stack.
@@ -119,11 +120,11 @@ void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on th
 
 }  // namespace
 
-Buffer::Buffer(std::int64_t rows, std::int64_t cols, Codec codec)
+Buffer::Buffer(std::int64_t rows, std::int64_t cols, Format format)
     : rows_(rows),
       cols_(cols),
-      codec_(codec),
-      data_(allocate(allocated_bytes(rows * cols, codec)), Free{allocated_bytes(rows * cols, codec)}) {}
+      format_(format),
+      data_(allocate(allocated_bytes(rows * cols, format)), Free{allocated_bytes(rows * cols, format)}) {}
 
 void Buffer::Free::operator()(void* data) const {
   if (!pool().keep(data, bytes)) std::free(data);
@@ -133,7 +134,7 @@ void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
   for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
     float values[kRun];
     kernels_.decode(a, row, col, count, values);
-    kernels_.encode(values, count, out.codec, element(out, row, col));
+    kernels_.encode(values, count, out.format, element(out, row, col));
   });
 }
 
@@ -144,7 +145,7 @@ void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out)
     kernels_.decode(a, row, col, count, values);
     kernels_.decode(b, row, col, count, others);
     for (std::int64_t i = 0; i < count; ++i) values[i] += others[i];
-    kernels_.encode(values, count, out.codec, element(out, row, col));
+    kernels_.encode(values, count, out.format, element(out, row, col));
   });
 }
 
@@ -215,78 +216,83 @@ void CpuBackend::run(const GemmProblem& problem) const {
 }
 
 void CpuBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
+  check_terms(terms);
   // a^T b with fewer columns than rows is computed as (b^T a)^T: what is long then runs along the panels of B.
   if (terms.size() == 1 && terms[0].op_a == Op::t && terms[0].op_b == Op::n && !addend && out.cols < out.rows) {
     const Term swapped{terms[0].b, Op::t, terms[0].a, Op::n, terms[0].scale, terms[0].precision};
-    return run({&swapped, 1, {}, {}, {out.data, out.cols, out.rows, out.ld, out.codec}, true});
+    return run({&swapped, 1, {}, {}, {out.data, out.cols, out.rows, out.ld, out.format}, true});
   }
   run({terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, out});
 }
 
-void CpuBackend::quantize(const Matrix& a, const Nf4Output& out) const {
-  constexpr std::int64_t kMaxBlocksize = 4096;  // a run is some whole blocks
-  constexpr std::int64_t kTask = 16 * kMaxBlocksize;
+void CpuBackend::quantize(const float* values, std::int64_t count, const QuantOutput& out) const {
+  kernels_.quantize(out.format, values, count, out.blocksize, out.codes, out.scales);
+}
+
+void CpuBackend::quantize(const Matrix& a, const QuantOutput& out) const {
+  constexpr std::int64_t kLeastRun = 4096;  // elements, rounded up to whole blocks
+  constexpr std::int64_t kRunsOfTask = 16;
+  const std::int64_t run = ceil_div(kLeastRun, out.blocksize) * out.blocksize;
+  const std::int64_t length = kRunsOfTask * run;
   const std::int64_t total = a.rows * a.cols;
-  parallel_for(executor_, ceil_div(total, kTask), 8 * total, [&](std::int64_t task) {
-    float values[kMaxBlocksize];
-    const std::int64_t end = std::min((task + 1) * kTask, total);
-    for (std::int64_t first = task * kTask; first < end; first += kMaxBlocksize) {
-      const std::int64_t count = std::min(kMaxBlocksize, end - first);
+  parallel_for(executor_, ceil_div(total, length), 8 * total, [&](std::int64_t task) {
+    const Buffer buffer(1, run);
+    float* values = static_cast<float*>(buffer.view().data);
+    const std::int64_t end = std::min((task + 1) * length, total);
+    for (std::int64_t first = task * length; first < end; first += run) {
+      const std::int64_t count = std::min(run, end - first);
       for (std::int64_t i = first; i < first + count;) {  // from one or more rows
         const std::int64_t in_row = std::min(a.cols - i % a.cols, first + count - i);
         kernels_.decode(a, i / a.cols, i % a.cols, in_row, values + (i - first));
         i += in_row;
       }
-      kernels_.nf4_quantize(values, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+      quantize(values, count, out.from(first));
     }
   });
 }
 
-constexpr std::int64_t kNf4TaskRows = 112;
+// Rows whose sum one task quantises. Of a run of blocks it also computes what it touches of the rows of its neighbours,
+// at most two rows, about 1 in 56. With fewer rows the panels of the second factor, packed anew for each task, would
+// take longer than the products.
+constexpr std::int64_t kQuantizedRows = 112;
 
-void CpuBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+void CpuBackend::gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const {
+  check_terms(terms);
   if (terms.empty()) return quantize(addend, out);
-  if (addend.cols % out.blocksize == 0 && kNc % out.blocksize == 0) return gemm_nf4_within_rows(terms, addend, out);
-  // Tasks are runs of whole blocks of the flattened matrix. A block may start inside a row, so a task computes every
-  // row that it touches, at most two of them for its neighbours too: about 1 in 56 at 112 rows a task. With fewer rows
-  // the panels of the second factor, packed anew for each task, would take longer than the products.
   const std::int64_t cols = addend.cols;
-  const std::int64_t total = addend.rows * cols;
-  const std::int64_t length = ceil_div(std::max(kNf4TaskRows * cols, out.blocksize), out.blocksize) * out.blocksize;
-  executor_.parallel_for(ceil_div(total, length), [&](std::int64_t task) {
-    const std::int64_t first = task * length;
-    const std::int64_t count = std::min(length, total - first);
-    const std::int64_t first_row = first / cols;
-    const std::int64_t rows = ceil_div(first + count, cols) - first_row;
-    const Buffer values(rows, cols);
-    std::array<Term, 3> shifted;
+  if (cols % out.blocksize == 0 && kNc % out.blocksize == 0) return gemm_quantized_within_rows(terms, addend, out);
+  const BlockRuns runs(addend.rows, cols, out.blocksize, kQuantizedRows);
+  executor_.parallel_for(runs.count(), [&](std::int64_t task) {
+    const BlockRuns::Run run = runs[task];
+    const Buffer values(run.rows, cols);
+    std::array<Term, kMostTerms> shifted;
     for (std::size_t i = 0; i < terms.size(); ++i) {
       shifted[i] = terms[i];
-      shifted[i].a = rows_of(terms[i].a, first_row, rows);
+      shifted[i].a = rows_of(terms[i].a, run.first_row, run.rows);
     }
-    gemm_blocks(
-        kernels_,
-        {shifted.data(), static_cast<std::int64_t>(terms.size()), rows_of(addend, first_row, rows), {}, values.view()});
-    const float* from = static_cast<const float*>(values.view().data) + (first - first_row * cols);
-    kernels_.nf4_quantize(from, count, out.blocksize, out.codes + first / 2, out.absmax + first / out.blocksize);
+    gemm_blocks(kernels_, {shifted.data(),
+                           static_cast<std::int64_t>(terms.size()),
+                           rows_of(addend, run.first_row, run.rows),
+                           {},
+                           values.view()});
+    quantize(static_cast<const float*>(values.view().data) + run.skip(), run.count, out.from(run.first));
   });
 }
 
 // Where blocks do not cross rows, nor the columns of a block of the output, codes follow from its accumulators while
 // they are in the cache: nothing else is stored.
-void CpuBackend::gemm_nf4_within_rows(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+void CpuBackend::gemm_quantized_within_rows(std::span<const Term> terms, const Matrix& addend,
+                                            const QuantOutput& out) const {
   const std::int64_t cols = addend.cols;
-  executor_.parallel_for(ceil_div(addend.rows, kNf4TaskRows), [&](std::int64_t task) {
-    const std::int64_t first = task * kNf4TaskRows;
-    const std::int64_t rows = std::min(kNf4TaskRows, addend.rows - first);
+  executor_.parallel_for(ceil_div(addend.rows, kQuantizedRows), [&](std::int64_t task) {
+    const std::int64_t first = task * kQuantizedRows;
+    const std::int64_t rows = std::min(kQuantizedRows, addend.rows - first);
     const GemmProblem problem{terms.data(), static_cast<std::int64_t>(terms.size()), addend, {}, {nullptr, rows, cols}};
     for (std::int64_t col = 0; col < cols; col += kNc) {
       const Block block{first, rows, col, std::min(kNc, cols - col)};
       kernels_.gemm_block(problem, block, panels());
       for (std::int64_t i = 0; i < rows; ++i) {
-        const std::int64_t at = (first + i) * cols + col;
-        kernels_.nf4_quantize(panels().c + i * kNc, block.cols, out.blocksize, out.codes + at / 2,
-                              out.absmax + at / out.blocksize);
+        quantize(panels().c + i * kNc, block.cols, out.from((first + i) * cols + col));
       }
     }
   });
@@ -311,18 +317,22 @@ void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const 
   });
 }
 
+void CpuBackend::weight_gemm(const Term& product, std::span<const Term> tail, const Matrix& bias,
+                             const MutableMatrix& out) const {
+  check_terms(tail, kMostTail);
+  std::array<Term, 1 + kMostTail> terms{product};
+  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
+  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, out});
+}
+
 void CpuBackend::weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                                 std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
-  std::array<Term, 3> terms{Term{x, Op::n, weight, Op::t, scale, precision}};
-  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
-  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, bias, y});
+  weight_gemm({x, Op::n, weight, Op::t, scale, precision}, tail, bias, y);
 }
 
 void CpuBackend::weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                                 std::span<const Term> tail, const MutableMatrix& dx) const {
-  std::array<Term, 3> terms{Term{dy, Op::n, weight, Op::n, scale, precision}};
-  std::copy(tail.begin(), tail.end(), terms.begin() + 1);
-  run({terms.data(), 1 + static_cast<std::int64_t>(tail.size()), {}, {}, dx});
+  weight_gemm({dy, Op::n, weight, Op::n, scale, precision}, tail, {}, dx);
 }
 
 std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {

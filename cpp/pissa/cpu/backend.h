@@ -18,8 +18,8 @@ struct Kernels;
 /// An owned, 64-byte aligned matrix. Freed memory is kept, within bounds, for the thread's next buffers.
 class Buffer {
  public:
-  Buffer(std::int64_t rows, std::int64_t cols, Codec codec = Codec::f32);
-  MutableMatrix view() const { return {data_.get(), rows_, cols_, cols_, codec_}; }
+  Buffer(std::int64_t rows, std::int64_t cols, Format format = Format::f32);
+  MutableMatrix view() const { return {data_.get(), rows_, cols_, cols_, format_}; }
 
  private:
   struct Free {
@@ -28,7 +28,7 @@ class Buffer {
   };
   std::int64_t rows_;
   std::int64_t cols_;
-  Codec codec_;
+  Format format_;
   std::unique_ptr<void, Free> data_;
 };
 
@@ -37,15 +37,17 @@ class CpuBackend {
   /// Both must outlive the backend.
   CpuBackend(const Executor& executor, const Kernels& kernels) : executor_(executor), kernels_(kernels) {}
 
-  // The Backend concept; pissa/backend.h says what each does.
-  Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) const { return {rows, cols, codec}; }
+  // The Backend concept; pissa/core/backend.h says what each does.
+  Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const { return {rows, cols, format}; }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
   float max_abs(const Matrix& a) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
-  void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const;
+  void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
+                       float* nested_absmax) const;
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
@@ -56,14 +58,12 @@ class CpuBackend {
   bool had_full_rank() const { return true; }  // rank deficiency is dealt with where it is found
   void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) const;
 
-  /// Nested quantisation of NF4's absmax, less `*offset`: codes8 [count], nested_absmax [ceil(count / 256)].
-  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                       float* nested_absmax) const;
-
  private:
   void run(const GemmProblem& problem) const;
-  void quantize(const Matrix& a, const Nf4Output& out) const;
-  void gemm_nf4_within_rows(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const;
+  void weight_gemm(const Term& product, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& out) const;
+  void quantize(const float* values, std::int64_t count, const QuantOutput& out) const;
+  void quantize(const Matrix& a, const QuantOutput& out) const;
+  void gemm_quantized_within_rows(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
   std::unique_ptr<double[]> gram(const Matrix& rows) const;
 
   const Executor& executor_;

@@ -4,7 +4,6 @@
 
 #include "pissa/cpu/kernels/decode.h"
 #include "pissa/cpu/kernels/gemm.h"
-#include "pissa/cpu/kernels/nf4_quantize.h"
 #include "pissa/cpu/kernels/reduce.h"
 
 namespace pissa::cpu::PISSA_ISA {
@@ -14,7 +13,7 @@ namespace pissa::cpu::PISSA_ISA {
 
 const Kernels& kernels() {
   static constexpr Kernels table = {
-      PISSA_NAME(PISSA_ISA), PISSA_HAS_BF16, gemm_block, decode, encode, max_abs, nf4_quantize, gram};
+      PISSA_NAME(PISSA_ISA), PISSA_HAS_BF16, gemm_block, decode, encode, max_abs, quantize, gram};
   return table;
 }
 

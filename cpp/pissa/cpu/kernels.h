@@ -14,9 +14,9 @@ inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 256;
 inline constexpr std::int64_t kMaxTileRows = 14;
-inline constexpr std::int64_t kStripRows = 16;  // of A: a tile's, rounded up to a square for transposition
-inline constexpr std::int64_t kDotRows = 16;    // up to so many rows are multiplied without a panel
-inline constexpr std::int64_t kNf4DotRows = 4;  // and up to so many by a weight's codes as they are
+inline constexpr std::int64_t kStripRows = 16;   // of A: a tile's, rounded up to a square for transposition
+inline constexpr std::int64_t kDotRows = 16;     // up to so many rows are multiplied without a panel
+inline constexpr std::int64_t kCodeDotRows = 4;  // and up to so many by a quantised weight's codes as they are
 
 /// A thread's scratch memory, 64-byte aligned, allocated once.
 struct Panels {
@@ -54,15 +54,15 @@ struct Kernels {
   /// out[0, count) = elements [col, col + count) of a row of the matrix, as f32.
   void (*decode)(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count, float* out);
 
-  /// Rounds values to a codec (not nf4), to nearest, ties to even. `to` is where the first one goes.
-  void (*encode)(const float* values, std::int64_t count, Codec codec, void* to);
+  /// Rounds values to a dense format, to nearest, ties to even. `to` is where the first one goes.
+  void (*encode)(const float* values, std::int64_t count, Format format, void* to);
 
   /// Largest |value|; not finite if any value is not.
   float (*max_abs)(const float* values, std::int64_t count);
 
-  /// NF4 codes and absmax of whole blocks; only the last may be short. codes: nf4_bytes(count).
-  void (*nf4_quantize)(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
-                       float* absmax);
+  /// Codes and scales, in a quantised format, of whole blocks; only the last may be short. codes: code_bytes(count).
+  void (*quantize)(Format format, const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+                   float* scales);
 
   /// gram[i * ld_gram + j] = <row i, row j> in f64, for i in [first, last) and j <= i.
   void (*gram)(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last,

@@ -5,10 +5,10 @@
 #include <bit>
 #include <stdexcept>
 
+#include "pissa/cuda/codes.h"
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/factorize.h"
 #include "pissa/cuda/gemm.h"
-#include "pissa/cuda/nf4.h"
 #include "pissa/cuda/products.h"
 
 namespace pissa::cuda {
@@ -18,7 +18,7 @@ namespace {
 void remove_earlier(const Context& context, const MutableMatrix& basis, const MutableMatrix& companion,
                     std::int64_t done, std::int64_t rows, std::int64_t count) {
   if (done == 0) return;
-  const Buffer overlap(context, rows, done, Codec::f32, count);
+  const Buffer overlap(context, rows, done, Format::f32, count);
   const MutableMatrix new_rows = rows_of(basis, done, rows);
   const std::array projection{Term{new_rows, Op::n, rows_of(basis, 0, done), Op::t}};
   sum_of_products(context, projection, {}, overlap.view(), count);
@@ -39,8 +39,8 @@ CudaBackend::~CudaBackend() {
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
 void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
-  if (a.codec != Codec::nf4) return cuda::add(context_, a, b, out, count());
-  const Buffer decoded(context_, a.rows, a.cols, Codec::f32);
+  if (!is_quantized(a.format)) return cuda::add(context_, a, b, out, count());
+  const Buffer decoded(context_, a.rows, a.cols, Format::f32);
   convert_any(context_, a, decoded.view());
   cuda::add(context_, decoded.view(), b, out, count());
 }
@@ -59,14 +59,14 @@ float CudaBackend::max_abs(const Matrix& a) const {
   unsigned result = 0;
   check(cudaMemsetAsync(bits.data(), 0, sizeof result, context_.stream), context_, "cudaMemsetAsync");
   for (const Matrix& matrix : weights_.empty() ? std::span(&a, 1) : weights_) {
-    if (matrix.codec != Codec::nf4) {
+    if (!is_quantized(matrix.format)) {
       max_abs_bits(context_, matrix, bits.data());
       continue;
     }
     const std::int64_t step = std::max<std::int64_t>(kChunkBytes / (4 * std::max<std::int64_t>(matrix.cols, 1)), 1);
     for (std::int64_t row = 0; row < matrix.rows; row += step) {
-      const Buffer part(context_, std::min(step, matrix.rows - row), matrix.cols, Codec::f32);
-      nf4_decode(context_, matrix, row, 0, part.view());
+      const Buffer part(context_, std::min(step, matrix.rows - row), matrix.cols, Format::f32);
+      decode_codes(context_, matrix, row, 0, part.view());
       max_abs_bits(context_, part.view(), bits.data());
     }
   }
@@ -78,7 +78,7 @@ void CudaBackend::gemm(std::span<const Term> terms, const Matrix& addend, const 
   sum_of_products(context_, terms, addend, out, count());
 }
 
-void CudaBackend::gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+void CudaBackend::gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const {
   quantized_sum(context_, terms, addend, out, kChunkBytes);
 }
 
@@ -200,7 +200,7 @@ bool CudaBackend::had_full_rank() {
 
 void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
                                   float* nested_absmax) const {
-  nf4_quantize_absmax(context_, absmax, count, offset, codes8, nested_absmax);
+  cuda::quantize_absmax(context_, absmax, count, offset, codes8, nested_absmax);
 }
 
 static_assert(Backend<CudaBackend>);

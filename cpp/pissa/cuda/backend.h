@@ -3,7 +3,7 @@
 // Everything is queued on the context's stream and allocated there; max_abs and had_full_rank wait for it, and
 // orthonormalize where rows may be dependent. So what has none of these, the linear layer, can be captured into a CUDA
 // graph. Results are bitwise the same from run to run on one device and one cuBLAS; from the CPU's they differ by
-// rounding, the sketch and NF4 excepted, which are bitwise equal.
+// rounding, the sketch and quantised codes excepted, which are bitwise equal.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 namespace pissa::cuda {
 
 /// Scratch memory of one decoded chunk of a weight: fits in the L2 of the large cards, and bounds what a product with
-/// an NF4 weight of any size allocates.
+/// a quantised weight of any size allocates.
 inline constexpr std::int64_t kChunkBytes = 32 << 20;
 
 class CudaBackend {
@@ -26,16 +26,16 @@ class CudaBackend {
   /// The context must outlive the backend.
   explicit CudaBackend(const Context& context) : context_(context) {}
 
-  /// For a stack of problems: weights of one shape and codec. Every matrix that alloc returns is weights.size() of
+  /// For a stack of problems: weights of one shape and format. Every matrix that alloc returns is weights.size() of
   /// them, and the weight that the core names stands for all. They must outlive the backend.
   CudaBackend(const Context& context, std::span<const Matrix> weights) : context_(context), weights_(weights) {}
 
   CudaBackend(const CudaBackend&) = delete;
   ~CudaBackend();
 
-  // The Backend concept; pissa/backend.h says what each does.
-  Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) const {
-    return {context_, rows, cols, codec, count()};
+  // The Backend concept; pissa/core/backend.h says what each does.
+  Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const {
+    return {context_, rows, cols, format, count()};
   }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
@@ -43,8 +43,10 @@ class CudaBackend {
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
   float max_abs(const Matrix& a) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
-  void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const;
-  /// y in half precision is rounded once more than pissa/backend.h says, after the tail, for more than 16 rows.
+  void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
+                       float* nested_absmax) const;
+  /// y in half precision is rounded once more than pissa/core/backend.h says, after the tail, for more than 16 rows.
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
@@ -54,10 +56,6 @@ class CudaBackend {
                         std::int64_t rows);
   bool had_full_rank();
   void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors);
-
-  /// Nested quantisation of NF4's absmax, less `*offset`: codes8 [count], nested_absmax [ceil(count / 256)].
-  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                       float* nested_absmax) const;
 
  private:
   std::int64_t count() const { return weights_.empty() ? 1 : static_cast<std::int64_t>(weights_.size()); }

@@ -108,11 +108,11 @@ std::string describe(cublasStatus_t status) {
 
 std::string describe(cusolverStatus_t status) { return message("cusolverStatus_t ", static_cast<int>(status)); }
 
-Buffer::Buffer(const Context& context, std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t count)
+Buffer::Buffer(const Context& context, std::int64_t rows, std::int64_t cols, Format format, std::int64_t count)
     : allocator_(context.allocator),
       stream_(context.stream),
-      view_{nullptr, rows, cols, cols, codec, count > 1 ? rows * cols : 0} {
-  const std::int64_t bytes = count * rows * cols * element_size(codec);
+      view_{nullptr, rows, cols, cols, format, count > 1 ? rows * cols : 0} {
+  const std::int64_t bytes = count * rows * cols * element_size(format);
   if (bytes > 0) view_.data = allocator_->allocate(bytes, stream_);
 }
 

@@ -81,7 +81,7 @@ void launch(const Context& context, const char* name, void (*kernel)(Params...),
 /// Device memory of one matrix, or of a stack of `count` matrices one after the other.
 class Buffer {
  public:
-  Buffer(const Context& context, std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t count = 1);
+  Buffer(const Context& context, std::int64_t rows, std::int64_t cols, Format format, std::int64_t count = 1);
   Buffer(Buffer&& other) noexcept;
   Buffer& operator=(Buffer&&) = delete;
   ~Buffer();
@@ -98,12 +98,12 @@ class Buffer {
   MutableMatrix view_;
 };
 
-/// Uninitialised device memory for `count` elements of a type that is no codec: f64, pointers, integers, bytes.
+/// Uninitialised device memory for `count` elements of a type that is no format: f64, pointers, integers, bytes.
 template <class T>
 class Array {
  public:
   Array(const Context& context, std::int64_t count)
-      : buffer_(context, 1, (count * static_cast<std::int64_t>(sizeof(T)) + 3) / 4, Codec::f32) {}
+      : buffer_(context, 1, (count * static_cast<std::int64_t>(sizeof(T)) + 3) / 4, Format::f32) {}
   T* data() const { return buffer_.data<T>(); }
 
  private:

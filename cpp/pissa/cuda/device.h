@@ -1,4 +1,4 @@
-// What the kernels share: elements of any codec, eight at a time where they lie together; warps; shared memory.
+// What the kernels share: elements of any format, eight at a time where they lie together; warps; shared memory.
 //
 // All of it also compiles as plain C++ for the simulation in tests/cpp/cuda_sim, which defines PISSA_CUDA_SIM; what
 // only a GPU has, inline PTX and `__shared__`, is behind a function with a body for each.
@@ -31,12 +31,12 @@ __device__ __forceinline__ T& shared_memory() {
 
 /// d += a b, [16, 8] += [16, 16] [16, 8], by the tensor cores of one warp; a and b in bf16 or f16, d in f32. The PTX
 /// ISA, "Matrix fragments for mma.m16n8k16", says which lane holds which elements.
-template <Codec codec>
+template <Format format>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if defined(PISSA_CUDA_SIM)
-  cuda_sim::mma_m16n8k16(d, a, b, codec == Codec::bf16);
+  cuda_sim::mma_m16n8k16(d, a, b, format == Format::bf16);
 #else
-  if constexpr (codec == Codec::bf16) {
+  if constexpr (format == Format::bf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -48,23 +48,23 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 #endif
 }
 
-__device__ __forceinline__ float load(const void* data, Codec codec, std::int64_t i) {
-  if (codec == Codec::f32) return static_cast<const float*>(data)[i];
-  if (codec == Codec::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+__device__ __forceinline__ float load(const void* data, Format format, std::int64_t i) {
+  if (format == Format::f32) return static_cast<const float*>(data)[i];
+  if (format == Format::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
   return __half2float(static_cast<const __half*>(data)[i]);
 }
 
-__device__ __forceinline__ void store(void* data, Codec codec, std::int64_t i, float value) {
-  if (codec == Codec::f32) static_cast<float*>(data)[i] = value;
-  else if (codec == Codec::bf16) static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
+__device__ __forceinline__ void store(void* data, Format format, std::int64_t i, float value) {
+  if (format == Format::f32) static_cast<float*>(data)[i] = value;
+  else if (format == Format::bf16) static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
   else static_cast<__half*>(data)[i] = __float2half_rn(value);
 }
 
 /// Two values as the halves of a register, the first in the lower one.
-template <Codec codec>
+template <Format format>
 __device__ __forceinline__ unsigned pack_halves(float first, float second) {
   unsigned bits;
-  if constexpr (codec == Codec::bf16) {
+  if constexpr (format == Format::bf16) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
     memcpy(&bits, &pair, sizeof bits);
   } else {
@@ -74,9 +74,9 @@ __device__ __forceinline__ unsigned pack_halves(float first, float second) {
   return bits;
 }
 
-template <Codec codec>
+template <Format format>
 __device__ __forceinline__ void unpack_halves(unsigned bits, float& first, float& second) {
-  if constexpr (codec == Codec::bf16) {
+  if constexpr (format == Format::bf16) {
     first = __uint_as_float(bits << 16);
     second = __uint_as_float(bits & 0xffff0000u);
   } else {
@@ -87,36 +87,39 @@ __device__ __forceinline__ void unpack_halves(unsigned bits, float& first, float
   }
 }
 
-/// Elements that a thread handles together: 16 bytes of a half-precision row, and one word of NF4 codes.
+/// Elements that a thread handles together: 16 bytes of a half-precision row, and one load of codes.
 inline constexpr int kGroup = 8;
+
+/// Codes that a thread of few_rows handles together: of one block in every format.
+inline constexpr int kLine = 32;
 
 __device__ __forceinline__ bool aligned_to_16(const void* pointer) {
   return (reinterpret_cast<std::uintptr_t>(pointer) & 15u) == 0;
 }
 
-template <Codec codec>
+template <Format format>
 __device__ __forceinline__ void load_halves(const void* from, float (&values)[kGroup]) {
   const uint4 words = *static_cast<const uint4*>(from);
-  unpack_halves<codec>(words.x, values[0], values[1]);
-  unpack_halves<codec>(words.y, values[2], values[3]);
-  unpack_halves<codec>(words.z, values[4], values[5]);
-  unpack_halves<codec>(words.w, values[6], values[7]);
+  unpack_halves<format>(words.x, values[0], values[1]);
+  unpack_halves<format>(words.y, values[2], values[3]);
+  unpack_halves<format>(words.z, values[4], values[5]);
+  unpack_halves<format>(words.w, values[6], values[7]);
 }
 
-template <Codec codec>
+template <Format format>
 __device__ __forceinline__ void store_halves(void* to, const float (&values)[kGroup]) {
   *static_cast<uint4*>(to) =
-      make_uint4(pack_halves<codec>(values[0], values[1]), pack_halves<codec>(values[2], values[3]),
-                 pack_halves<codec>(values[4], values[5]), pack_halves<codec>(values[6], values[7]));
+      make_uint4(pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3]),
+                 pack_halves<format>(values[4], values[5]), pack_halves<format>(values[6], values[7]));
 }
 
 /// values = elements [i, i + count), count <= 8; the rest are 0. 16-byte loads where the address allows them.
-__device__ __forceinline__ void load_group(const void* data, Codec codec, std::int64_t i, int count,
+__device__ __forceinline__ void load_group(const void* data, Format format, std::int64_t i, int count,
                                            float (&values)[kGroup]) {
-  const char* from = static_cast<const char*>(data) + i * element_size(codec);
+  const char* from = static_cast<const char*>(data) + i * element_size(format);
   if (count == kGroup && aligned_to_16(from)) {
-    if (codec == Codec::bf16) return load_halves<Codec::bf16>(from, values);
-    if (codec == Codec::f16) return load_halves<Codec::f16>(from, values);
+    if (format == Format::bf16) return load_halves<Format::bf16>(from, values);
+    if (format == Format::f16) return load_halves<Format::f16>(from, values);
     const float4 low = reinterpret_cast<const float4*>(from)[0];
     const float4 high = reinterpret_cast<const float4*>(from)[1];
     values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
@@ -124,22 +127,22 @@ __device__ __forceinline__ void load_group(const void* data, Codec codec, std::i
     return;
   }
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) values[j] = j < count ? load(data, codec, i + j) : 0.0f;
+  for (int j = 0; j < kGroup; ++j) values[j] = j < count ? load(data, format, i + j) : 0.0f;
 }
 
-__device__ __forceinline__ void store_group(void* data, Codec codec, std::int64_t i, int count,
+__device__ __forceinline__ void store_group(void* data, Format format, std::int64_t i, int count,
                                             const float (&values)[kGroup]) {
-  char* to = static_cast<char*>(data) + i * element_size(codec);
+  char* to = static_cast<char*>(data) + i * element_size(format);
   if (count == kGroup && aligned_to_16(to)) {
-    if (codec == Codec::bf16) return store_halves<Codec::bf16>(to, values);
-    if (codec == Codec::f16) return store_halves<Codec::f16>(to, values);
+    if (format == Format::bf16) return store_halves<Format::bf16>(to, values);
+    if (format == Format::f16) return store_halves<Format::f16>(to, values);
     reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
     reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
     return;
   }
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
-    if (j < count) store(data, codec, i + j, values[j]);
+    if (j < count) store(data, format, i + j, values[j]);
   }
 }
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "pissa/core/nf4.h"
+#include "pissa/core/format.h"
 #include "pissa/core/philox.h"
 #include "pissa/cuda/device.h"
 
@@ -42,10 +42,10 @@ __global__ void convert_kernel(Matrix a, float scale, MutableMatrix out) {
   Group group;
   if (!find_group(out.rows, out.cols, group)) return;
   float values[kGroup];
-  load_group(a.data, a.codec, place(a.ld, a.stride, group), group.count, values);
+  load_group(a.data, a.format, place(a.ld, a.stride, group), group.count, values);
 #pragma unroll
   for (float& value : values) value *= scale;
-  store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+  store_group(out.data, out.format, place(out.ld, out.stride, group), group.count, values);
 }
 
 __global__ void add_kernel(Matrix a, Matrix b, MutableMatrix out) {
@@ -53,11 +53,11 @@ __global__ void add_kernel(Matrix a, Matrix b, MutableMatrix out) {
   if (!find_group(out.rows, out.cols, group)) return;
   float values[kGroup];
   float others[kGroup];
-  load_group(a.data, a.codec, place(a.ld, a.stride, group), group.count, values);
-  load_group(b.data, b.codec, place(b.ld, b.stride, group), group.count, others);
+  load_group(a.data, a.format, place(a.ld, a.stride, group), group.count, values);
+  load_group(b.data, b.format, place(b.ld, b.stride, group), group.count, others);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) values[i] += others[i];
-  store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+  store_group(out.data, out.format, place(out.ld, out.stride, group), group.count, values);
 }
 
 __global__ void fill_signs_kernel(MutableMatrix out, std::uint64_t seed, float scale) {
@@ -70,7 +70,7 @@ __global__ void fill_signs_kernel(MutableMatrix out, std::uint64_t seed, float s
     if (i == 0 || index % 128 == 0) bits = philox_signs(index / 128, seed);
     values[i] = (bits[index % 128 / 32] >> (index % 32)) & 1u ? -scale : scale;
   }
-  store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+  store_group(out.data, out.format, place(out.ld, out.stride, group), group.count, values);
 }
 
 __global__ void scale_rows_kernel(Matrix a, Matrix s, float divisor, MutableMatrix out, Op op) {
@@ -79,12 +79,12 @@ __global__ void scale_rows_kernel(Matrix a, Matrix s, float divisor, MutableMatr
   const float singular = static_cast<const float*>(s.data)[blockIdx.y * s.stride + group.row];
   const float scale = sqrtf(singular / divisor);
   float values[kGroup];
-  load_group(a.data, a.codec, place(a.ld, a.stride, group), group.count, values);
+  load_group(a.data, a.format, place(a.ld, a.stride, group), group.count, values);
 #pragma unroll
   for (float& value : values) value *= scale;
-  if (op == Op::n) return store_group(out.data, out.codec, place(out.ld, out.stride, group), group.count, values);
+  if (op == Op::n) return store_group(out.data, out.format, place(out.ld, out.stride, group), group.count, values);
   for (int i = 0; i < group.count; ++i) {
-    store(out.data, out.codec, blockIdx.y * out.stride + (group.col + i) * out.ld + group.row, values[i]);
+    store(out.data, out.format, blockIdx.y * out.stride + (group.col + i) * out.ld + group.row, values[i]);
   }
 }
 
@@ -94,7 +94,7 @@ __global__ void max_abs_kernel(Matrix a, unsigned* bits) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t index = thread_index(); find_group(a.rows, a.cols, group, index); index += step) {
     float values[kGroup];
-    load_group(a.data, a.codec, group.row * a.ld + group.col, group.count, values);
+    load_group(a.data, a.format, group.row * a.ld + group.col, group.count, values);
 #pragma unroll
     for (const float value : values) largest = max(largest, __float_as_uint(value) & 0x7fffffffu);
   }

@@ -3,7 +3,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "pissa/core/nf4.h"
+#include "pissa/core/format.h"
 #include "pissa/cuda/device.h"
 #include "pissa/cuda/elementwise.h"
 

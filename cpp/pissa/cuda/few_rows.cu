@@ -1,9 +1,8 @@
 #include "pissa/cuda/few_rows.h"
 
 #include <algorithm>
-#include <bit>
 
-#include "pissa/cuda/nf4_device.h"
+#include "pissa/cuda/formats_device.h"
 
 namespace pissa::cuda {
 namespace {
@@ -36,15 +35,16 @@ __device__ __forceinline__ float rounded(float value, Precision precision) {
 __device__ __forceinline__ void load_rounded(const Matrix& matrix, std::int64_t row, std::int64_t col, float scale,
                                              Precision precision, float (&values)[kGroup]) {
   const std::int64_t left = matrix.cols - col;
-  load_group(matrix.data, matrix.codec, row * matrix.ld + col, left < kGroup ? static_cast<int>(left) : kGroup, values);
+  load_group(matrix.data, matrix.format, row * matrix.ld + col, left < kGroup ? static_cast<int>(left) : kGroup,
+             values);
 #pragma unroll
   for (float& value : values) value = rounded(scale * value, precision);
 }
 
 __device__ __forceinline__ void finish(const Sum& sum, int row, std::int64_t col, float value) {
-  if (sum.addend) value += load(sum.addend.data, sum.addend.codec, row * sum.addend.ld + col);
-  if (sum.bias) value += load(sum.bias.data, sum.bias.codec, col);
-  store(sum.out.data, sum.out.codec, row * sum.out.ld + col, value);
+  if (sum.addend) value += load(sum.addend.data, sum.addend.format, row * sum.addend.ld + col);
+  if (sum.bias) value += load(sum.bias.data, sum.bias.format, col);
+  store(sum.out.data, sum.out.format, row * sum.out.ld + col, value);
 }
 
 // kSplit threads, a warp or the block, share a column of the output and divide its inner dimension.
@@ -98,17 +98,15 @@ __global__ void few_rows_kernel(Sum sum) {
   }
 }
 
-// ---- A weight in NF4
-// ------------------------------------------------------------------------------------------------- A block computes 16
-// columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a lane takes 32
-// neighbours of a chunk, 16 bytes of codes and one scale: k is dealt to the tensor cores' steps four at a time, x in
-// the same order.
+// ---- A quantised weight ------------------------------------------------------------------------------------------
+// A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
+// lane takes a line of a chunk, 32 neighbours with one scale: k is dealt to the tensor cores' steps four at a time, x
+// in the same order.
 
 constexpr int kTiles = 2;
 constexpr int kTileCols = 8;
 constexpr int kBlockCols = kTiles * kTileCols;
-constexpr int kLaneK = 32;
-constexpr int kChunk = 4 * kLaneK;
+constexpr int kChunk = 4 * kLine;
 constexpr int kSteps = kChunk / 16;  // products of 16 k in a chunk
 
 __device__ __forceinline__ unsigned word_of(const uint4 (&words)[4], int i) {
@@ -123,8 +121,8 @@ __device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k,
   for (int i = 0; i < 4; ++i) words[i] = inside && row < x.rows ? from[i] : make_uint4(0, 0, 0, 0);
 }
 
-template <Codec codec>
-__global__ void few_rows_nf4_kernel(Matrix x, Matrix weight, int shift, Sum sum) {
+template <Format format, class Codes>
+__global__ void few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Sum sum) {
   struct Shared {
     float partial[kWarps][kRows][kBlockCols];
   };
@@ -134,25 +132,25 @@ __global__ void few_rows_nf4_kernel(Matrix x, Matrix weight, int shift, Sum sum)
   const int group = lane / 4;  // row of x, column of a tile
   const int quad = lane % 4;
   const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kBlockCols;
-  const float lane_level = nf4_lane_level();
+  const typename Codes::Decoder decoder;
   float totals[kTiles][4] = {};
 
   for (std::int64_t chunk = static_cast<std::int64_t>(warp) * kChunk; chunk < weight.cols; chunk += kWarps * kChunk) {
-    const std::int64_t k = chunk + quad * kLaneK;
+    const std::int64_t k = chunk + quad * kLine;
     const bool inside = k < weight.cols;
     uint4 upper[4];
     uint4 lower[4];
     load_x(x, group, k, inside, upper);
     load_x(x, group + 8, k, inside, lower);
-    uint4 codes[kTiles];
+    typename Codes::Line codes[kTiles];
     float scales[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const std::int64_t col = first_col + tile * kTileCols + group;
       const bool valid = inside && col < weight.rows;
       const std::int64_t at = col * weight.cols + k;
-      codes[tile] = valid ? static_cast<const uint4*>(weight.data)[at / kLaneK] : make_uint4(0, 0, 0, 0);
-      scales[tile] = valid ? nf4_scale(weight.scales, at >> shift) : 0.0f;
+      codes[tile] = valid ? static_cast<const typename Codes::Line*>(weight.data)[at / kLine] : typename Codes::Line{};
+      scales[tile] = valid ? scale_of(weight.scales, block_of<Codes>(shift, col, at)) : 0.0f;
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -160,16 +158,12 @@ __global__ void few_rows_nf4_kernel(Matrix x, Matrix weight, int shift, Sum sum)
                              word_of(lower, 2 * step + 1)};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const uint4& four = codes[tile];
-        const unsigned word = step / 2 == 0 ? four.x : step / 2 == 1 ? four.y : step / 2 == 2 ? four.z : four.w;
-        const unsigned pairs = word >> (step % 2 * 16);  // two bytes, four codes
-        const float scale = scales[tile];
-        const float v0 = nf4_level(lane_level, pairs >> 4) * scale;
-        const float v1 = nf4_level(lane_level, pairs) * scale;
-        const float v2 = nf4_level(lane_level, pairs >> 12) * scale;
-        const float v3 = nf4_level(lane_level, pairs >> 8) * scale;
-        const unsigned b[2] = {pack_halves<codec>(v0, v1), pack_halves<codec>(v2, v3)};
-        mma_m16n8k16<codec>(totals[tile], a, b);
+        float values[4];
+        decoder.four_levels(codes[tile], step, values);
+#pragma unroll
+        for (float& value : values) value = Codes::element(value, scales[tile]);
+        const unsigned b[2] = {pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3])};
+        mma_m16n8k16<format>(totals[tile], a, b);
       }
     }
   }
@@ -210,7 +204,8 @@ bool at_16_bytes(const void* data) { return reinterpret_cast<std::uintptr_t>(dat
 
 bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out) {
   return out.rows <= kFewRows && terms.size() <= kMostTerms && std::ranges::all_of(terms, [](const Term& term) {
-           return term.op_a == Op::n && term.op_b == Op::t && term.a.codec != Codec::nf4 && term.b.codec != Codec::nf4;
+           return term.op_a == Op::n && term.op_b == Op::t && !is_quantized(term.a.format) &&
+                  !is_quantized(term.b.format);
          });
 }
 
@@ -226,18 +221,22 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
          sum_of(terms, addend, bias, out));
 }
 
-bool few_rows_nf4_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
-  return x.rows <= kFewRows && (x.codec == Codec::bf16 || x.codec == Codec::f16) && weight.codec == Codec::nf4 &&
-         weight.cols % kLaneK == 0 && x.ld % 8 == 0 && at_16_bytes(x.data) && at_16_bytes(weight.data) &&
+bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
+  return x.rows <= kFewRows && (x.format == Format::bf16 || x.format == Format::f16) && is_quantized(weight.format) &&
+         weight.cols % kLine == 0 && x.ld % 8 == 0 && at_16_bytes(x.data) && at_16_bytes(weight.data) &&
          few_rows_fit(tail, {nullptr, x.rows});
 }
 
-void few_rows_nf4(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
-                  const Matrix& bias, const MutableMatrix& y) {
-  const auto kernel = x.codec == Codec::bf16 ? few_rows_nf4_kernel<Codec::bf16> : few_rows_nf4_kernel<Codec::f16>;
+void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
+                        const Matrix& bias, const MutableMatrix& y) {
   const dim3 grid(static_cast<unsigned>((weight.rows + kBlockCols - 1) / kBlockCols));
-  launch(context, "few_rows_nf4", kernel, grid, kThreads, x, weight,
-         std::countr_zero(static_cast<std::uint64_t>(weight.scales.blocksize)), sum_of(tail, {}, bias, y));
+  with_codes(weight.format, [&](auto codes) {
+    using Codes = decltype(codes);
+    const auto kernel = x.format == Format::bf16 ? few_rows_quantized_kernel<Format::bf16, Codes>
+                                                 : few_rows_quantized_kernel<Format::f16, Codes>;
+    launch(context, "few_rows_quantized", kernel, grid, kThreads, x, weight, shift_of(weight.scales.blocksize),
+           sum_of(tail, {}, bias, y));
+  });
 }
 
 }  // namespace pissa::cuda

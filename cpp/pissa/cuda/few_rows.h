@@ -20,11 +20,12 @@ bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out);
 void few_rows_gemm(const Context& context, std::span<const Term> terms, const Matrix& addend, const Matrix& bias,
                    const MutableMatrix& out);
 
-/// Whether few_rows_nf4 can compute x W^T: x in half precision, at 16-byte addresses, W's rows whole words of 16 bytes.
-bool few_rows_nf4_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail);
+/// Whether few_rows_quantized can compute x W^T: x in half precision, at 16-byte addresses, W quantised, its rows whole
+/// lines.
+bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail);
 
-/// y = x W^T + tail + bias, in one kernel: W is decoded in registers, to x's codec, for the tensor cores.
-void few_rows_nf4(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
-                  const Matrix& bias, const MutableMatrix& y);
+/// y = x W^T + tail + bias, in one kernel: W is decoded in registers, to x's format, for the tensor cores.
+void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,
+                        const Matrix& bias, const MutableMatrix& y);
 
 }  // namespace pissa::cuda

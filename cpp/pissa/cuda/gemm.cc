@@ -21,13 +21,13 @@ struct Operand {
   cublasOperation_t op = CUBLAS_OP_N;
 };
 
-cudaDataType_t type_of(Codec codec) {
-  return codec == Codec::f32 ? CUDA_R_32F : codec == Codec::bf16 ? CUDA_R_16BF : CUDA_R_16F;
+cudaDataType_t type_of(Format format) {
+  return format == Format::f32 ? CUDA_R_32F : format == Format::bf16 ? CUDA_R_16BF : CUDA_R_16F;
 }
 
 Operand operand(const Matrix& matrix, Op op = Op::n) {
   return {matrix.data,
-          type_of(matrix.codec),
+          type_of(matrix.format),
           matrix.cols,
           matrix.rows,
           matrix.ld,
@@ -147,7 +147,7 @@ void matmul(const Context& context, const Matmul& problem) {
   const Operand left = operand(problem.b, problem.op_b);
   const Operand right = operand(problem.a, problem.op_a);
   Product product(context, CUBLAS_COMPUTE_32F, CUDA_R_32F, left, right, operand(problem.out), problem.count);
-  if (problem.bias) product.add_bias(problem.bias.data, type_of(problem.bias.codec));
+  if (problem.bias) product.add_bias(problem.bias.data, type_of(problem.bias.format));
   const float beta = problem.accumulate ? 1.0f : 0.0f;
   product.run(&problem.alpha, &beta);
 }

@@ -8,8 +8,8 @@
 
 namespace pissa::cuda {
 
-/// out = a b + beta * out + bias for row-major matrices. a and b in one codec, out in that or in f32. bias: [1, n] in
-/// out's codec, or absent. Every element is rounded once, from f32.
+/// out = a b + beta * out + bias for row-major matrices. a and b in one format, out in that or in f32. bias: [1, n] in
+/// out's format, or absent. Every element is rounded once, from f32.
 struct Matmul {
   Matrix a;
   Op op_a = Op::n;

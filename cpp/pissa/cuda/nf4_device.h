@@ -1,57 +1,90 @@
-// NF4 inside a kernel: tables, scales, levels. Included by .cu files only.
+// NF4 inside a kernel. Included by .cu files only.
 #pragma once
 
 #include <cstdint>
 
 #include "pissa/core/nf4.h"
-#include "pissa/cuda/device.h"
+#include "pissa/cuda/scales_device.h"
 
 namespace pissa::cuda {
 namespace {
 
-struct DynamicMap {
-  float value[256];
-};
-struct Nf4Levels {
-  float value[16];
-};
-template <class Table, std::size_t n>
-constexpr Table table_of(const float (&values)[n]) {
-  Table table{};
-  for (std::size_t i = 0; i < n; ++i) table.value[i] = values[i];
-  return table;
-}
-
-// In global memory, where the caches keep them: threads of a warp read different entries, one after the other in
-// constant memory.
-__device__ const DynamicMap kDeviceDynamicMap = table_of<DynamicMap>(kDynamicMap);
-__device__ const Nf4Levels kDeviceNf4Levels = table_of<Nf4Levels>(kNf4Levels);
+__device__ const Table<16> kDeviceNf4Levels = table_of(kNf4Levels);
 __device__ const Nf4Search kDeviceNf4Search = kNf4Search;
 
-/// Scale of the block `block` of the flattened matrix.
-__device__ __forceinline__ float nf4_scale(const Nf4Scales& scales, std::int64_t block) {
-  if (scales.absmax) return scales.absmax[block];
-  const float product = kDeviceDynamicMap.value[scales.absmax8[block]] * scales.nested_absmax[block / kNestedBlocksize];
-  return product + *scales.offset;
-}
+struct Nf4 {
+  static constexpr Format kFormat = Format::nf4;
+  using Group = unsigned;  // the codes of kGroup neighbours
+  using Line = uint4;      // the codes of kLine neighbours
 
-/// A lane's entry of the table that a warp holds in registers: level i in lanes i and i + 16.
-__device__ __forceinline__ float nf4_lane_level() { return kDeviceNf4Levels.value[threadIdx.x % 16]; }
-
-/// Level of a code, from the lane that has it: one shuffle, no memory. All lanes take part. Bits above the code do not
-/// matter: the shuffle takes the lowest five, and the fifth chooses between two lanes with the same level.
-__device__ __forceinline__ float nf4_level(float lane_level, unsigned code) {
-  return __shfl_sync(kAllLanes, lane_level, static_cast<int>(code));
-}
-
-/// The eight levels of a word of codes; in each byte the high nibble comes first.
-__device__ __forceinline__ void nf4_levels(float lane_level, unsigned codes, float (&levels)[kGroup]) {
-#pragma unroll
-  for (int byte = 0; byte < 4; ++byte) {
-    levels[2 * byte] = nf4_level(lane_level, codes >> (8 * byte + 4));
-    levels[2 * byte + 1] = nf4_level(lane_level, codes >> (8 * byte));
+  /// An element from its level and its block's scale.
+  static __device__ __forceinline__ float element(float level, float scale) { return level * scale; }
+  static __device__ __forceinline__ float level_at(const void* data, std::int64_t at) {
+    const unsigned codes = static_cast<const std::uint8_t*>(data)[at / 2];
+    return kDeviceNf4Levels.value[(at % 2 == 0 ? codes >> 4 : codes) & 15u];
   }
-}
+
+  /// The levels, in the registers of a warp: level i in lanes i and i + 16. All lanes take part in every call.
+  class Decoder {
+   public:
+    __device__ __forceinline__ Decoder() : lane_level_(kDeviceNf4Levels.value[threadIdx.x % 16]) {}
+
+    /// In each byte the high nibble comes first.
+    __device__ __forceinline__ void levels(Group codes, float (&values)[kGroup]) const {
+#pragma unroll
+      for (int byte = 0; byte < 4; ++byte) {
+        values[2 * byte] = level(codes >> (8 * byte + 4));
+        values[2 * byte + 1] = level(codes >> (8 * byte));
+      }
+    }
+    /// Elements [4 * i, 4 * i + 4) of a line.
+    __device__ __forceinline__ void four_levels(const Line& codes, int i, float (&values)[4]) const {
+      const unsigned word = i / 2 == 0 ? codes.x : i / 2 == 1 ? codes.y : i / 2 == 2 ? codes.z : codes.w;
+      const unsigned pairs = word >> (i % 2 * 16);  // two bytes, four codes
+      values[0] = level(pairs >> 4);
+      values[1] = level(pairs);
+      values[2] = level(pairs >> 12);
+      values[3] = level(pairs >> 8);
+    }
+
+   private:
+    // From the lane that has it: one shuffle, no memory. Bits above the code do not matter: the shuffle takes the
+    // lowest five, and the fifth chooses between two lanes with the same level.
+    __device__ __forceinline__ float level(unsigned code) const {
+      return __shfl_sync(kAllLanes, lane_level_, static_cast<int>(code));
+    }
+    float lane_level_;
+  };
+
+  /// A warp's table for the search of codes; and what a block's elements are divided by. All lanes take part.
+  class Encoder {
+   public:
+    __device__ __forceinline__ Encoder()
+        : threshold_(kDeviceNf4Search.threshold[threadIdx.x % kWarp]),
+          base_(kDeviceNf4Search.base[threadIdx.x % kWarp]) {}
+
+    static __device__ __forceinline__ float divisor(float largest) { return fmaxf(largest, kSmallestAbsmax); }
+    static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
+
+    /// Of elements divided by their block's absmax, the first of a pair in the high nibble.
+    __device__ __forceinline__ Group codes(const float (&scaled)[kGroup]) const {
+      unsigned word = 0;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) word |= code(scaled[i]) << (4 * (i ^ 1));
+      return word;
+    }
+
+   private:
+    __device__ __forceinline__ unsigned code(float scaled) const {
+      const int cell = static_cast<int>(fmaf(scaled, Nf4Search::kFactor, Nf4Search::kShift));
+      const float threshold = __shfl_sync(kAllLanes, threshold_, cell);
+      const int base = __shfl_sync(kAllLanes, base_, cell);
+      return static_cast<unsigned>(base + (scaled > threshold));
+    }
+    float threshold_;
+    int base_;
+  };
+};
 
 }  // namespace
 }  // namespace pissa::cuda

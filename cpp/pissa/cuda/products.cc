@@ -4,39 +4,40 @@
 #include <optional>
 #include <vector>
 
-#include "pissa/core/nf4.h"
+#include "pissa/core/quantized.h"
+#include "pissa/cuda/codes.h"
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/few_rows.h"
 #include "pissa/cuda/gemm.h"
-#include "pissa/cuda/nf4.h"
 
 namespace pissa::cuda {
 namespace {
 
 // The type in which two matrices are multiplied. Halves of one kind have exact products in f32.
-Codec common_codec(const Matrix& a, const Matrix& b, Precision precision) {
-  if (precision == Precision::bf16) return Codec::bf16;
-  if (precision == Precision::f16) return Codec::f16;
-  return a.codec == b.codec && a.codec != Codec::nf4 ? a.codec : Codec::f32;
+Format common_format(const Matrix& a, const Matrix& b, Precision precision) {
+  if (precision == Precision::bf16) return Format::bf16;
+  if (precision == Precision::f16) return Format::f16;
+  return a.format == b.format && !is_quantized(a.format) ? a.format : Format::f32;
 }
 
 // out = scale * a, rounded once.
 void convert_scaled(const Context& context, const Matrix& a, float scale, const MutableMatrix& out,
                     std::int64_t count) {
-  if (a.codec != Codec::nf4) return convert(context, a, scale, out, count);
-  if (scale == 1.0f) return nf4_decode(context, a, 0, 0, out);
-  const Buffer decoded(context, a.rows, a.cols, Codec::f32);
-  nf4_decode(context, a, 0, 0, decoded.view());
+  if (!is_quantized(a.format)) return convert(context, a, scale, out, count);
+  if (scale == 1.0f) return decode_codes(context, a, 0, 0, out);
+  const Buffer decoded(context, a.rows, a.cols, Format::f32);
+  decode_codes(context, a, 0, 0, decoded.view());
   convert(context, decoded.view(), scale, out, 1);
 }
 
-// scale * matrix in the codec wanted: itself, or a copy.
+// scale * matrix in the format wanted: itself, or a copy.
 class Operand {
  public:
-  Operand(const Context& context, const Matrix& matrix, float scale, Codec codec, std::int64_t count) : view_(matrix) {
-    if (matrix.codec == codec && scale == 1.0f) return;
+  Operand(const Context& context, const Matrix& matrix, float scale, Format format, std::int64_t count)
+      : view_(matrix) {
+    if (matrix.format == format && scale == 1.0f) return;
     const std::int64_t copies = matrix.stride == 0 ? 1 : count;
-    copy_.emplace(context, matrix.rows, matrix.cols, codec, copies);
+    copy_.emplace(context, matrix.rows, matrix.cols, format, copies);
     convert_scaled(context, matrix, scale, copy_->view(), copies);
     view_ = copy_->view();
   }
@@ -51,21 +52,21 @@ class Operand {
 template <class M>
 M cols_of(M matrix, std::int64_t first, std::int64_t count) {
   using Byte = std::conditional_t<std::is_same_v<M, Matrix>, const char, char>;
-  matrix.data = static_cast<Byte*>(matrix.data) + first * element_size(matrix.codec);
+  matrix.data = static_cast<Byte*>(matrix.data) + first * element_size(matrix.format);
   matrix.cols = count;
   return matrix;
 }
 
 bool same_place(const Matrix& a, const Matrix& b) {
-  return a.data == b.data && a.codec == b.codec && a.ld == b.ld && a.stride == b.stride;
+  return a.data == b.data && a.format == b.format && a.ld == b.ld && a.stride == b.stride;
 }
 
 // Several terms as one: their first factors side by side, their second ones too. One product rounds once.
 class Concatenation {
  public:
-  Concatenation(const Context& context, std::span<const Term> terms, Codec codec, std::int64_t count)
-      : a_(room(context, terms[0].a, terms[0].op_a == Op::n, terms, codec, count)),
-        b_(room(context, terms[0].b, terms[0].op_b == Op::t, terms, codec, count)) {
+  Concatenation(const Context& context, std::span<const Term> terms, Format format, std::int64_t count)
+      : a_(room(context, terms[0].a, terms[0].op_a == Op::n, terms, format, count)),
+        b_(room(context, terms[0].b, terms[0].op_b == Op::t, terms, format, count)) {
     std::int64_t first = 0;
     for (const Term& term : terms) {
       place(context, term.a, term.scale, term.op_a == Op::n, a_.view(), first, count);
@@ -78,11 +79,11 @@ class Concatenation {
 
  private:
   // For all parts together, in columns side by side or in rows.
-  static Buffer room(const Context& context, const Matrix& part, bool beside, std::span<const Term> terms, Codec codec,
-                     std::int64_t count) {
+  static Buffer room(const Context& context, const Matrix& part, bool beside, std::span<const Term> terms,
+                     Format format, std::int64_t count) {
     std::int64_t inner = 0;
     for (const Term& term : terms) inner += term.inner();
-    return {context, beside ? part.rows : inner, beside ? inner : part.cols, codec, count};
+    return {context, beside ? part.rows : inner, beside ? inner : part.cols, format, count};
   }
   static void place(const Context& context, const Matrix& part, float scale, bool beside, const MutableMatrix& whole,
                     std::int64_t first, std::int64_t count) {
@@ -94,10 +95,10 @@ class Concatenation {
   Term term_;
 };
 
-bool can_concatenate(std::span<const Term> terms, Codec codec) {
-  return codec != Codec::f32 && terms.size() > 1 && std::ranges::all_of(terms, [&](const Term& term) {
+bool can_concatenate(std::span<const Term> terms, Format format) {
+  return format != Format::f32 && terms.size() > 1 && std::ranges::all_of(terms, [&](const Term& term) {
            return term.op_a == terms[0].op_a && term.op_b == terms[0].op_b &&
-                  common_codec(term.a, term.b, term.precision) == codec &&
+                  common_format(term.a, term.b, term.precision) == format &&
                   (term.precision != Precision::f32 || term.scale == 1.0f);
          });
 }
@@ -111,11 +112,11 @@ struct Scale {
 };
 
 // sum (+)= scale * op(a) op(b)
-void add_product(const Context& context, const Term& term, Codec codec, bool accumulate, const MutableMatrix& sum,
+void add_product(const Context& context, const Term& term, Format format, bool accumulate, const MutableMatrix& sum,
                  std::int64_t count) {
   const Scale scale(term.scale, term.precision);
-  const Operand a(context, term.a, scale.of_operand, codec, count);
-  const Operand b(context, term.b, 1.0f, codec, count);
+  const Operand a(context, term.a, scale.of_operand, format, count);
+  const Operand b(context, term.b, 1.0f, format, count);
   matmul(context, {.a = a.view(),
                    .op_a = term.op_a,
                    .b = b.view(),
@@ -127,10 +128,10 @@ void add_product(const Context& context, const Term& term, Codec codec, bool acc
 }
 
 void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t count) {
-  const Buffer zero(context, 1, out.cols, Codec::f32);
+  const Buffer zero(context, 1, out.cols, Format::f32);
   check(cudaMemsetAsync(zero.view().data, 0, static_cast<std::size_t>(out.cols) * sizeof(float), context.stream),
         context, "cudaMemsetAsync", "bytes", out.cols * 4);
-  convert(context, Matrix{zero.view().data, out.rows, out.cols, 0, Codec::f32}, 1.0f, out, count);
+  convert(context, Matrix{zero.view().data, out.rows, out.cols, 0, Format::f32}, 1.0f, out, count);
 }
 
 }  // namespace
@@ -141,6 +142,7 @@ void convert_any(const Context& context, const Matrix& a, const MutableMatrix& o
 
 void sum_of_products(const Context& context, std::span<const Term> all_terms, const Matrix& addend,
                      const MutableMatrix& out, std::int64_t count) {
+  check_terms(all_terms);
   if (out.rows == 0 || out.cols == 0) return;
   std::vector<Term> terms;
   std::ranges::copy_if(all_terms, std::back_inserter(terms), [](const Term& term) { return term.inner() > 0; });
@@ -149,26 +151,26 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
     if (!same_place(addend, out)) convert_any(context, addend, out, count);
     return;
   }
-  if (count == 1 && few_rows_fit(terms, out) && addend.codec != Codec::nf4) {
+  if (count == 1 && few_rows_fit(terms, out) && !is_quantized(addend.format)) {
     return few_rows_gemm(context, terms, addend, {}, out);
   }
 
-  const Codec codec = common_codec(terms[0].a, terms[0].b, terms[0].precision);
+  const Format format = common_format(terms[0].a, terms[0].b, terms[0].precision);
   std::optional<Concatenation> concatenation;
-  if (can_concatenate(terms, codec)) {
-    concatenation.emplace(context, terms, codec, count);
+  if (can_concatenate(terms, format)) {
+    concatenation.emplace(context, terms, format, count);
     terms.assign(1, concatenation->term());
   }
   // cuBLAS rounds what it adds to; so halves take one product, and nothing that they could not hold exactly.
   const bool in_place =
-      out.codec == Codec::f32 || (terms.size() == 1 && out.codec == codec && (!addend || addend.codec == codec));
+      out.format == Format::f32 || (terms.size() == 1 && out.format == format && (!addend || addend.format == format));
   std::optional<Buffer> f32_sum;
-  if (!in_place) f32_sum.emplace(context, out.rows, out.cols, Codec::f32, count);
+  if (!in_place) f32_sum.emplace(context, out.rows, out.cols, Format::f32, count);
   const MutableMatrix sum = in_place ? out : f32_sum->view();
   if (addend && !same_place(addend, sum)) convert_any(context, addend, sum, count);
   bool accumulate = static_cast<bool>(addend);
   for (const Term& term : terms) {
-    add_product(context, term, common_codec(term.a, term.b, term.precision), accumulate, sum, count);
+    add_product(context, term, common_format(term.a, term.b, term.precision), accumulate, sum, count);
     accumulate = true;
   }
   if (!in_place) convert(context, sum, 1.0f, out, count);
@@ -177,27 +179,28 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
 void weight_product(const Context& context, const Matrix& x, const Matrix& weight, Op op, float scale,
                     Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
                     std::int64_t chunk_bytes) {
+  check_terms(tail, kMostTail);
   if (y.rows == 0 || y.cols == 0) return;
-  const Codec codec = common_codec(x, weight, precision);
-  if (op == Op::t && scale == 1.0f && codec == x.codec && few_rows_nf4_fits(x, weight, tail)) {
-    return few_rows_nf4(context, x, weight, tail, bias, y);
+  const Format format = common_format(x, weight, precision);
+  if (op == Op::t && scale == 1.0f && format == x.format && few_rows_quantized_fits(x, weight, tail)) {
+    return few_rows_quantized(context, x, weight, tail, bias, y);
   }
 
-  const bool in_place = y.codec == Codec::f32 || y.codec == codec;
+  const bool in_place = y.format == Format::f32 || y.format == format;
   std::optional<Buffer> f32_sum;
-  if (!in_place) f32_sum.emplace(context, y.rows, y.cols, Codec::f32);
+  if (!in_place) f32_sum.emplace(context, y.rows, y.cols, Format::f32);
   const MutableMatrix sum = in_place ? y : f32_sum->view();
 
   // The thin products first: the large one then adds to them what it computes, which costs it nothing.
-  const bool bias_last = bias && bias.codec == codec && sum.codec == codec && x.cols > 0;
-  const Matrix bias_rows{bias.data, y.rows, y.cols, 0, bias.codec};  // the same row everywhere
+  const bool bias_last = bias && bias.format == format && sum.format == format && x.cols > 0;
+  const Matrix bias_rows{bias.data, y.rows, y.cols, 0, bias.format};  // the same row everywhere
   const Matrix start = bias && !bias_last ? bias_rows : Matrix{};
   const bool accumulate = start || !tail.empty() || x.cols == 0;
   if (accumulate) sum_of_products(context, tail, start, sum);
 
   if (x.cols > 0) {
     const Scale scales(scale, precision);
-    const Operand x_operand(context, x, scales.of_operand, codec, 1);
+    const Operand x_operand(context, x, scales.of_operand, format, 1);
     const auto multiply = [&](const Matrix& part, std::int64_t first) {
       const std::int64_t cols = op == Op::t ? part.rows : part.cols;
       matmul(context, {.a = x_operand.view(),
@@ -208,19 +211,19 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
                        .bias = bias_last ? cols_of(bias, first, cols) : Matrix{},
                        .out = cols_of(sum, first, cols)});
     };
-    if (weight.codec == codec) {
+    if (weight.format == format) {
       multiply(weight, 0);
     } else {
       // Columns of y at a time, whole tiles of them: nothing is added up twice.
       constexpr std::int64_t kTile = 64;
-      const std::int64_t fitting = chunk_bytes / (x.cols * element_size(codec)) / kTile * kTile;
+      const std::int64_t fitting = chunk_bytes / (x.cols * element_size(format)) / kTile * kTile;
       const std::int64_t step = std::min(std::max(fitting, kTile), y.cols);
-      const Buffer chunk(context, op == Op::t ? step : x.cols, op == Op::t ? x.cols : step, codec);
+      const Buffer chunk(context, op == Op::t ? step : x.cols, op == Op::t ? x.cols : step, format);
       for (std::int64_t first = 0; first < y.cols; first += step) {
         const std::int64_t cols = std::min(step, y.cols - first);
         const MutableMatrix part = op == Op::t ? rows_of(chunk.view(), 0, cols) : cols_of(chunk.view(), 0, cols);
-        if (weight.codec == Codec::nf4) {
-          nf4_decode(context, weight, op == Op::t ? first : 0, op == Op::t ? 0 : first, part);
+        if (is_quantized(weight.format)) {
+          decode_codes(context, weight, op == Op::t ? first : 0, op == Op::t ? 0 : first, part);
         } else {
           convert(context, op == Op::t ? rows_of(weight, first, cols) : cols_of(weight, first, cols), 1.0f, part);
         }
@@ -231,23 +234,21 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (!in_place) convert(context, sum, 1.0f, y);
 }
 
-void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const Nf4Output& out,
+void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const QuantOutput& out,
                    std::int64_t chunk_bytes) {
+  check_terms(terms);
   const std::int64_t cols = addend.cols;
   const std::int64_t total = addend.rows * cols;
-  if (terms.empty() || total == 0) return nf4_quantize(context, addend, {}, 0, total, out);
-  // Runs of whole blocks; a block may start inside a row, so a run computes every row that it touches.
-  const std::int64_t rows_at_once = std::max<std::int64_t>(chunk_bytes / (cols * element_size(Codec::f32)), 1);
-  const std::int64_t run = ceil_div(rows_at_once * cols, out.blocksize) * out.blocksize;
-  for (std::int64_t first = 0; first < total; first += run) {
-    const std::int64_t count = std::min(run, total - first);
-    const std::int64_t first_row = first / cols;
-    const std::int64_t rows = ceil_div(first + count, cols) - first_row;
-    const Buffer change(context, rows, cols, Codec::f32);
+  if (terms.empty() || total == 0) return quantize(context, addend, {}, 0, total, out);
+  const std::int64_t fitting = chunk_bytes / (cols * element_size(Format::f32));
+  const BlockRuns runs(addend.rows, cols, out.blocksize, std::max<std::int64_t>(fitting, 1));
+  for (std::int64_t i = 0; i < runs.count(); ++i) {
+    const BlockRuns::Run run = runs[i];
+    const Buffer change(context, run.rows, cols, Format::f32);
     std::vector<Term> shifted(terms.begin(), terms.end());
-    for (Term& term : shifted) term.a = rows_of(term.a, first_row, rows);
+    for (Term& term : shifted) term.a = rows_of(term.a, run.first_row, run.rows);
     sum_of_products(context, shifted, {}, change.view());
-    nf4_quantize(context, addend, change.view(), first, count, out);
+    quantize(context, addend, change.view(), run.first, run.count, out);
   }
 }
 

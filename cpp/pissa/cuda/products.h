@@ -10,7 +10,7 @@
 
 namespace pissa::cuda {
 
-/// out = a, from any codec.
+/// out = a, from any format.
 void convert_any(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count = 1);
 
 /// out = addend + sum of the terms, for each of `count` matrices.
@@ -23,8 +23,8 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
                     Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
                     std::int64_t chunk_bytes);
 
-/// NF4 of addend + sum of the terms, a piece of at most `chunk_bytes` of the sum at a time.
-void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const Nf4Output& out,
+/// addend + sum of the terms, quantised, a piece of at most `chunk_bytes` of the sum at a time.
+void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const QuantOutput& out,
                    std::int64_t chunk_bytes);
 
 }  // namespace pissa::cuda

@@ -17,12 +17,12 @@ namespace {
 
 // Weights that can share a stack: of one shape, type and rank, and, since a stack is scaled by one power of two, of
 // about one magnitude.
-using Kind = std::tuple<std::int64_t, std::int64_t, Codec, std::int64_t, int>;
+using Kind = std::tuple<std::int64_t, std::int64_t, Format, std::int64_t, int>;
 
 Kind kind_of(const SplitTask& task, float largest) {
   constexpr int kBinades = 32;
   const int magnitude = largest > 0 ? std::ilogb(largest) : 0;
-  return {task.w.rows, task.w.cols, task.w.codec, task.a0.rows, (magnitude + 1024) / kBinades};
+  return {task.w.rows, task.w.cols, task.w.format, task.a0.rows, (magnitude + 1024) / kBinades};
 }
 
 // What one weight's decomposition needs: basis and projection in f32; a block of them, the Gram matrix and a slab in

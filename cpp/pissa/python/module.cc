@@ -1,5 +1,5 @@
-// pissa._C: what was built, and what of it this machine uses. The torch ops live in the same library and register
-// themselves when it is loaded (torch/schema.cc).
+// pissa._C: what was built, what of it this machine uses, and limits. The torch ops live in the same library and
+// register themselves when it is loaded (torch/schema.cc).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 
 #include "pissa/cpu/isa.h"
 #include "pissa/cpu/kernels.h"
+#include "pissa/python/limits.h"
 
 namespace {
 
@@ -36,4 +37,5 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled core of pissa. Import torch first; use pissa and pissa.ops instead of this module.";
   m.def("build_info", build_info,
         "Version, compiler, oldest torch supported, instruction set in use and the available ones (best last), CUDA.");
+  pissa::python::define_limits(m);
 }

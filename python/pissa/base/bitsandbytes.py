@@ -28,11 +28,11 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
 
     form = IMPLICIT
     start: StartFactors | None = None
-    residual: Tensor | ops.Nf4Weight | None = None
+    residual: Tensor | ops.QuantizedWeight | None = None
     fingerprint: str | None = None
     is_quantised = True
 
-    def __init__(self, weight: ops.Nf4Weight, linear: Any) -> None:
+    def __init__(self, weight: ops.QuantizedWeight, linear: Any) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.hold(weight, linear.weight.dtype)
@@ -45,7 +45,7 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
 
     def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""
-        return ops.nf4_dequantize(self.quantized)
+        return ops.dequantize(self.quantized)
 
     def product(self, x: Tensor) -> Tensor:
         """The output without the bias."""
@@ -53,7 +53,7 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
 
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.Nf4Weight, bool] | None:
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The codes, which are the whole weight, for an input that bitsandbytes' layer would not cast."""
         return (self.quantized, True) if self.compute_dtype in (None, dtype) else None
 
@@ -153,7 +153,7 @@ def check_int8(linear: Any) -> None:
         raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
 
 
-def to_bitsandbytes(weight: ops.Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """`weight` as the entries of a state dict of bitsandbytes' `Linear4bit`, without copying its bytes: "weight" uint8
     [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map and quant_state.
 
@@ -166,7 +166,7 @@ def to_bitsandbytes(weight: ops.Nf4Weight, dtype: torch.dtype) -> dict[str, Tens
     return {"weight": weight.codes.reshape(-1, 1), **entries}
 
 
-def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.Nf4Weight:
+def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     """The NF4 matrix in the entries of a state dict of `Linear4bit`, as `to_bitsandbytes` writes them.
 
     Raises:
@@ -189,20 +189,21 @@ def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.Nf4Weight:
     return _from_quant_state(entries["weight"], state)
 
 
-def _from_quant_state(packed: Tensor, state: Any) -> ops.Nf4Weight:
+def _from_quant_state(packed: Tensor, state: Any) -> ops.QuantizedWeight:
     """`packed` holds the bytes in any dtype (bitsandbytes' `quant_storage`); state is bitsandbytes' QuantState."""
     nested = state.state2 if state.nested else None
-    return ops.Nf4Weight(
+    return ops.QuantizedWeight(
         packed.view(torch.uint8).reshape(-1),
         state.absmax,
         None if nested is None else nested.absmax,
         None if nested is None else state.offset.reshape(()),
+        "nf4",
         (state.shape[0], state.shape[1]),
         state.blocksize,
     )
 
 
-def _quant_state(weight: ops.Nf4Weight, dtype: torch.dtype) -> Any:
+def _quant_state(weight: ops.QuantizedWeight, dtype: torch.dtype) -> Any:
     from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
     nested = None

@@ -27,9 +27,10 @@ class HoldsCodes(KeepsDtype):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def hold(self, matrix: ops.Nf4Weight, quant_storage: torch.dtype) -> None:
+    def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
         """Takes the codes and scales of `matrix` as they are."""
-        self.matrix_shape, self.blocksize, self.quant_storage = matrix.shape, matrix.blocksize, quant_storage
+        self.format, self.matrix_shape, self.blocksize = matrix.format, matrix.shape, matrix.blocksize
+        self.quant_storage, self._bytes = quant_storage, len(matrix.codes)
         missing = -len(matrix.codes) % quant_storage.itemsize
         codes = functional.pad(matrix.codes, (0, missing)) if missing else matrix.codes
         self.weight = nn.Parameter(codes.view(quant_storage), requires_grad=False)
@@ -38,7 +39,7 @@ class HoldsCodes(KeepsDtype):
         self.register_buffer("offset", matrix.offset)
 
     @property
-    def quantized(self) -> ops.Nf4Weight:
+    def quantized(self) -> ops.QuantizedWeight:
         """The matrix [out, in], as pissa.ops takes it.
 
         Raises:
@@ -47,13 +48,14 @@ class HoldsCodes(KeepsDtype):
         codes: Tensor = self.weight
         if codes.dtype != self.quant_storage:
             raise TypeError(
-                f"NF4 codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
+                f"Codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
                 'where its param_dtype is another. Give PissaConfig quant_storage of that dtype, or "uint8"'
             )
         if self.quant_storage != torch.uint8:
-            rows, columns = self.matrix_shape
-            codes = codes.view(torch.uint8)[: (rows * columns + 1) // 2]
-        return ops.Nf4Weight(codes, self.absmax, self.nested_absmax, self.offset, self.matrix_shape, self.blocksize)
+            codes = codes.view(torch.uint8)[: self._bytes]
+        return ops.QuantizedWeight(
+            codes, self.absmax, self.nested_absmax, self.offset, self.format, self.matrix_shape, self.blocksize
+        )
 
     @property
     def numel(self) -> int:

@@ -192,8 +192,8 @@ def start_factors(
 
 
 def _lost_in_nf4(weight: Tensor, config: PissaConfig) -> Tensor:
-    quantised = ops.nf4_quantize(weight, blocksize=config.blocksize, double_quant=config.double_quant)
-    return weight.float() - ops.nf4_dequantize(quantised)
+    quantised = ops.quantize(weight, "nf4", blocksize=config.blocksize, double_quant=config.double_quant)
+    return weight.float() - ops.dequantize(quantised)
 
 
 def _unit(a0: Tensor, b0: Tensor) -> Factors:

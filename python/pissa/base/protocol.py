@@ -42,7 +42,7 @@ class Base(Protocol):
         """The start factors that a stored residual lacks; None if the whole weight is kept."""
 
     @property
-    def residual(self) -> Tensor | ops.Nf4Weight | None:
+    def residual(self) -> Tensor | ops.QuantizedWeight | None:
         """What a stored base keeps, as pissa.ops takes it; None if the whole weight is kept."""
 
     @property
@@ -77,7 +77,7 @@ class Base(Protocol):
 
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.Nf4Weight, bool] | None:
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input of
         `dtype`, and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
 from pissa.config import Form
 from pissa.ops.checks import FLOATS
+from pissa.ops.formats import FORMATS
 
 
 class Replaced(NamedTuple):
@@ -59,7 +59,7 @@ class StoredLinear(OwnBase, ABC):
 
     @property
     @abstractmethod
-    def residual(self) -> Tensor | ops.Nf4Weight:
+    def residual(self) -> Tensor | ops.QuantizedWeight:
         """Q, as pissa.ops takes it."""
 
     @property
@@ -83,11 +83,11 @@ class StoredLinear(OwnBase, ABC):
         return self._product(x, None)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear(x, self.residual, bias, delta_a=self.start.a0, delta_b=self.start.b0, scaling=self.scaling)
+        return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.Nf4Weight, bool] | None:
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The residual, for an adapter that starts from what it lacks. (PEFT's set_scale may change a scaling.)"""
         return (self.residual, False) if start is self.start and scaling == self.scaling else None
 
@@ -126,28 +126,28 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
     """QPiSSA's form: the residual quantised, in bitsandbytes' bytes."""
 
     def __init__(
-        self, replaced: Replaced, residual: ops.Nf4Weight, start: StartFactors, quant_storage: torch.dtype
+        self, replaced: Replaced, residual: ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
     ) -> None:
         super().__init__(replaced, start)
         self.hold(residual, quant_storage)
 
     @property
     def form(self) -> Form:
-        return Form("nf4", self.blocksize, self.double_quant)
+        return Form(self.format, self.blocksize, self.double_quant)
 
     @property
-    def residual(self) -> ops.Nf4Weight:
+    def residual(self) -> ops.QuantizedWeight:
         return self.quantized
 
     def dense_residual(self) -> Tensor:
-        return ops.nf4_dequantize(self.quantized)
+        return ops.dequantize(self.quantized)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
 def stored_linear(
-    replaced: Replaced, residual: Tensor | ops.Nf4Weight, start: StartFactors, quant_storage: torch.dtype
+    replaced: Replaced, residual: Tensor | ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
 ) -> StoredLinear:
     """The base that keeps `residual`, which lacks `start`; `quant_storage` is for codes."""
     if isinstance(residual, Tensor):
@@ -155,7 +155,7 @@ def stored_linear(
     return QuantizedLinear(replaced, residual, start, quant_storage)
 
 
-def residual_of(weight: Tensor, start: StartFactors, form: Form) -> Tensor | ops.Nf4Weight:
+def residual_of(weight: Tensor, start: StartFactors, form: Form) -> Tensor | ops.QuantizedWeight:
     """The residual of a weight [out, in] in that form: W - s B0 A0, or W if the init method takes nothing out."""
     a0 = start.a0 if INIT_METHODS[start.origin.init].is_taken_out else torch.zeros_like(start.a0)
     return ops.residual(weight, a0, start.b0, scaling=start.origin.scaling, **form.options())
@@ -167,29 +167,26 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors that a residual of that form is kept in, by name."""
-    if form.blocksize is None:
+    if form.kind not in FORMATS:
         return {"residual": (matrix_shape, FLOATS)}
-    elements = math.prod(matrix_shape)
-    blocks = -(-elements // form.blocksize)
-    shapes: dict[str, Expected] = {
-        "codes": ((-(-elements // 2),), (torch.uint8,)),
-        "absmax": ((blocks,), (torch.uint8 if form.double_quant else torch.float32,)),
-    }
-    if form.double_quant:
-        shapes |= {"nested_absmax": ((-(-blocks // 256),), (torch.float32,)), "offset": ((), (torch.float32,))}
-    return shapes
+    format = FORMATS[form.kind]
+    options = format.options(form.blocksize, form.double_quant, matrix_shape[1])
+    return {name: (shape, (dtype,)) for name, (shape, dtype) in format.tensors(matrix_shape, *options).items()}
 
 
-def residual_tensors(residual: Tensor | ops.Nf4Weight) -> dict[str, Tensor]:
+def residual_tensors(residual: Tensor | ops.QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that a residual is kept in, named as in `residual_shapes`. Its fingerprint is theirs, in order."""
     if isinstance(residual, Tensor):
         return {"residual": residual.detach()}
-    return {name: part.detach() for name, part in residual._asdict().items() if isinstance(part, Tensor)}
+    return {name: part.detach() for name, part in residual.tensors().items()}
 
 
-def residual_from(tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]) -> Tensor | ops.Nf4Weight:
+def residual_from(
+    tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]
+) -> Tensor | ops.QuantizedWeight:
     """The way back from `residual_tensors`."""
-    if form.blocksize is None:
+    if form.kind not in FORMATS:
         return tensors["residual"]
+    blocksize, _ = FORMATS[form.kind].options(form.blocksize, form.double_quant, matrix_shape[1])
     nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
-    return ops.Nf4Weight(tensors["codes"], tensors["absmax"], nested, offset, matrix_shape, form.blocksize)
+    return ops.QuantizedWeight(tensors["codes"], tensors["absmax"], nested, offset, form.kind, matrix_shape, blocksize)

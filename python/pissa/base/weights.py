@@ -99,7 +99,7 @@ class Dense:
 
     form = IMPLICIT
     start: StartFactors | None = None
-    residual: Tensor | ops.Nf4Weight | None = None
+    residual: Tensor | ops.QuantizedWeight | None = None
     fingerprint: str | None = None
     is_quantised = False
 
@@ -150,7 +150,7 @@ class Dense:
 
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.Nf4Weight, bool] | None:
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         return None
 
     def as_weight(self, matrix: Tensor) -> Tensor:

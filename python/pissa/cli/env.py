@@ -88,10 +88,10 @@ def _core_error() -> float:
 
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 96, generator=generator) for rows in (64, 8))
-    a0, b0, residual = ops.split(weight, 8, residual="nf4")
-    assert isinstance(residual, ops.Nf4Weight)
-    y = ops.linear(x, residual, delta_a=torch.zeros_like(a0), delta_b=torch.zeros_like(b0), a0=a0, b0=b0)
-    x, left, right, dense = x.double(), b0.double(), a0.double(), ops.nf4_dequantize(residual, torch.float32).double()
+    a0, b0, residual = ops.split(weight, 8, form="nf4")
+    assert isinstance(residual, ops.QuantizedWeight)
+    y = ops.linear(x, residual, a=torch.zeros_like(a0), b=torch.zeros_like(b0), a0=a0, b0=b0)
+    x, left, right, dense = x.double(), b0.double(), a0.double(), ops.dequantize(residual, torch.float32).double()
     # The sum of n products is off by at most n eps times the sum of their sizes; n counts both inner dimensions.
     bound = (96 + 2 * 8) * torch.finfo(torch.float32).eps * (x.abs() @ (dense.abs() + left.abs() @ right.abs()).mT)
     return ((y.double() - x @ (dense + left @ right).mT).abs() / bound).max().item()

@@ -18,7 +18,7 @@ from pissa.files.pissa_layout import PISSA_RECORD, start_shapes, stored_shapes
 from pissa.files.tensor_file import SAVED_FLOATS
 from pissa.files.vocabulary import VocabularyTensor
 from pissa.layers.layer import PissaLayer
-from pissa.ops import Nf4Weight
+from pissa.ops import QuantizedWeight
 
 
 def check_layers(checkpoint: Checkpoint, layers: Mapping[str, PissaLayer], adapter_name: str) -> None:
@@ -134,7 +134,7 @@ def check_base(
     name: str,
     layer: PissaLayer,
     weight: tuple[str, Tensor] | None,
-    residual: Tensor | Nf4Weight | None,
+    residual: Tensor | QuantizedWeight | None,
 ) -> None:
     """Checks that a layer's base is the one that the adapter was trained on.
 

@@ -21,7 +21,7 @@ from pissa.files.plain_lora import factors_of
 from pissa.files.vocabulary import vocabulary
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.notices import OtherRoundingWarning
-from pissa.ops import Nf4Weight
+from pissa.ops import QuantizedWeight
 
 
 def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None:
@@ -91,7 +91,7 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         )
 
 
-def _residuals(checkpoint: Checkpoint, layers: Mapping[str, PissaLayer]) -> dict[str, Tensor | Nf4Weight]:
+def _residuals(checkpoint: Checkpoint, layers: Mapping[str, PissaLayer]) -> dict[str, Tensor | QuantizedWeight]:
     """The residuals in the folder that dense bases are to be replaced by."""
     found = {}
     for name, layer in layers.items():
@@ -120,7 +120,7 @@ def _restore_layer(
     name: str,
     layer: PissaLayer,
     tensors: LayerTensors,
-    residual: Tensor | Nf4Weight | None,
+    residual: Tensor | QuantizedWeight | None,
     adapter_name: str,
 ) -> bool:
     """Puts the tensors into a layer. Returns whether its base is then, bit for bit, the one of the training."""

@@ -25,7 +25,7 @@ from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from pissa.files.record import LayerRecord
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer
-from pissa.ops import Nf4Weight
+from pissa.ops import QuantizedWeight
 
 PISSA_RECORD = "pissa.json"
 PISSA_WEIGHTS = "pissa.safetensors"
@@ -69,7 +69,7 @@ def start_shapes(
     return {f"{name}.{part}": shape for part, shape in parts.items()}
 
 
-def stored_tensors(name: str, residual: Tensor | Nf4Weight) -> dict[str, Tensor]:
+def stored_tensors(name: str, residual: Tensor | QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a layer's residual."""
     return {f"{name}.base.{part}": tensor for part, tensor in residual_tensors(residual).items()}
 
@@ -84,7 +84,7 @@ def stored_shapes(
 
 def read_stored(
     name: str, record: LayerRecord, matrix_shape: tuple[int, int], file: TensorFile, device: torch.device
-) -> Tensor | Nf4Weight | None:
+) -> Tensor | QuantizedWeight | None:
     """The residual of a layer, on a device; None if the file has none."""
     keys = stored_shapes(name, record, matrix_shape, file)
     if not keys:

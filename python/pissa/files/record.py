@@ -8,19 +8,20 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
 from pissa import ops
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
-from pissa.config import IMPLICIT, Form, PissaConfig, Quant, Residual
+from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.files.config_json import SIZE_LIMIT, config_as_json, config_from_json
 from pissa.files.json_file import blaming, read_json, typed, typed_fields
 from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops.checks import check_blocksize, check_choice, check_scaling
+from pissa.ops.checks import check_choice, check_scaling
+from pissa.ops.formats import FORMATS
 
 FORMAT = 2
 """The format that is written. Format 1, whose fingerprints are SHA-256, is read too."""
@@ -190,10 +191,11 @@ def _check_fingerprint(name: str, value: str) -> None:
 
 
 def _check_form(form: Form) -> None:
-    check_choice("form.residual", form.kind, (*get_args(Residual), *get_args(Quant)))
-    if form.kind in get_args(Quant):
-        if form.blocksize is None or form.double_quant is None:
-            raise ValueError(f"form: got no blocksize or double_quant; needed: both with {form.kind}")
-        check_blocksize(form.blocksize)
-    elif form.blocksize is not None or form.double_quant is not None:
-        raise ValueError(f"form: got {form.describe()}; needed: no blocksize and no double_quant")
+    check_choice("residual", form.kind, ("implicit", "explicit", *FORMATS))
+    if form.kind not in FORMATS:
+        if form.blocksize is not None or form.double_quant is not None:
+            raise ValueError(f"form: got {form.describe()}; needed: blocksize and double_quant with a format only")
+        return
+    if FORMATS[form.kind].blocksizes and (form.blocksize is None or form.double_quant is None):
+        raise ValueError(f"form: got no blocksize or double_quant; needed: both with {form.kind}")
+    FORMATS[form.kind].check_options(form.blocksize, form.double_quant)

@@ -95,7 +95,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         it."""
         return self.base.dtype or self.model_dtype
 
-    def store_base(self, residual: Tensor | ops.Nf4Weight, start: StartFactors, config: PissaConfig) -> None:
+    def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
         """Replaces the base by one that keeps `residual`, which lacks `start`."""
         base = self.base
         replaced = Replaced(base.dense_type, self.dense_dtype, base.bias, self.fingerprints.of_weight(base))

@@ -39,19 +39,19 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         x = self.lora_dropout[adapter_name](x)
         return ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
 
-    def _fused(self, x: Tensor, weight: Tensor | ops.Nf4Weight, implicit: bool, name: str) -> Tensor:
+    def _fused(self, x: Tensor, weight: Tensor | ops.QuantizedWeight, implicit: bool, name: str) -> Tensor:
         """The output by one product of the base's weight, which is implicit or lacks the start, and the factors."""
         (da, db), start = self.changed_factors(name), self.start_of(name)
         return ops.linear(
             x,
             weight,
             self.base_layer.bias,
-            delta_a=da,
-            delta_b=db,
+            a=da,
+            b=db,
             a0=start.a0,
             b0=start.b0,
             scaling=self.scaling[name],
-            residual="implicit" if implicit else "stored",
+            implicit=implicit,
         )
 
     def _drops_out(self, adapter_name: str) -> bool:

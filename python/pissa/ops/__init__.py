@@ -1,4 +1,5 @@
-"""The core as functions on tensors: truncated SVD, PiSSA's split, NF4, the fused linear layer.
+"""The core as functions on tensors: truncated SVD, PiSSA's split, quantised weights, the fused linear
+layer.
 
 Only torch is needed. Everything here validates its arguments and raises `ValueError` or `TypeError` that name the
 argument, then calls `torch.ops.pissa.*` (the compiled ops; see cpp/pissa/torch/schema.cc), which work under
@@ -10,19 +11,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from pissa.ops import formats
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
-from pissa.ops._quant import Nf4Weight, nf4_dequantize, nf4_quantize
+from pissa.ops._quant import QuantizedWeight, dequantize, quantize
 from pissa.ops._svd import Split, residual, split, split_many, svd_lowrank
 
 __all__ = [
-    "Nf4Weight",
+    "QuantizedWeight",
     "Split",
     "add_low_rank",
     "build_info",
+    "dequantize",
+    "formats",
     "linear",
-    "nf4_dequantize",
-    "nf4_quantize",
+    "quantize",
     "residual",
     "split",
     "split_many",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from pissa.ops._load import _C  # noqa: F401  loading it defines the ops
+from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE  # loading them defines the ops
 
 # ---- Fakes -----------------------------------------------------------------------------------------------------------
 
@@ -21,8 +22,14 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _quantized(like: Tensor, count: int, blocksize: int) -> tuple[Tensor, Tensor]:
-    return _bytes(like, (count + 1) // 2), _floats(like, (count + blocksize - 1) // blocksize)
+def _factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    return _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
+
+
+def _quantized(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    parts = FORMATS[format].tensors((weight.shape[0], weight.shape[1]), blocksize, double_quant=False)
+    codes, absmax = (weight.new_empty(shape, dtype=dtype) for shape, dtype in parts.values())
+    return codes, absmax
 
 
 @register_fake("pissa::svd_lowrank")
@@ -32,23 +39,30 @@ def _(weight: Tensor, r: int, svd: str, passes: int | None, seed: int) -> tuple[
 
 @register_fake("pissa::split")
 def _(weight: Tensor, r: int, scaling: float, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    return _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
+    return _factors(weight, r)
 
 
 @register_fake("pissa::split_many")
 def _(
     weights: list[Tensor], ranks: list[int], scalings: list[float], svd: str, passes: int | None, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = list(zip(weights, ranks, strict=True))
-    return [_floats(w, r, w.shape[1]) for w, r in pairs], [_floats(w, w.shape[0], r) for w, r in pairs]
+    a0, b0 = zip(*map(_factors, weights, ranks), strict=True)
+    return list(a0), list(b0)
 
 
-@register_fake("pissa::split_nf4")
+@register_fake("pissa::split_quantized")
 def _(
-    weight: Tensor, r: int, scaling: float, svd: str, passes: int | None, seed: int, quant_iters: int, blocksize: int
+    weight: Tensor,
+    r: int,
+    scaling: float,
+    svd: str,
+    passes: int | None,
+    seed: int,
+    quant_iters: int,
+    format: str,
+    blocksize: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factors = _floats(weight, r, weight.shape[1]), _floats(weight, weight.shape[0], r)
-    return (*factors, *_quantized(weight, weight.numel(), blocksize))
+    return (*_factors(weight, r), *_quantized(weight, format, blocksize))
 
 
 @register_fake("pissa::residual")
@@ -56,141 +70,86 @@ def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
-@register_fake("pissa::residual_nf4")
-def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, blocksize: int) -> tuple[Tensor, Tensor]:
-    return _quantized(weight, weight.numel(), blocksize)
+@register_fake("pissa::residual_quantized")
+def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    return _quantized(weight, format, blocksize)
 
 
-@register_fake("pissa::nf4_quantize")
-def _(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    return _quantized(weight, weight.numel(), blocksize)
+@register_fake("pissa::quantize")
+def _(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    return _quantized(weight, format, blocksize)
 
 
 @register_fake("pissa::quantize_absmax")
 def _(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    return _bytes(absmax, absmax.numel()), _floats(absmax, (absmax.numel() + 255) // 256)
+    return _bytes(absmax, absmax.numel()), _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE))
 
 
-@register_fake("pissa::nf4_dequantize")
+@register_fake("pissa::dequantize")
 def _(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     offset: Tensor | None,
+    format: str,
+    blocksize: int,
     rows: int,
     cols: int,
-    blocksize: int,
     dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty((rows, cols), dtype=dtype)
 
 
-def _fake_linear(x: Tensor, out_features: int, delta_a: Tensor | None) -> tuple[Tensor, Tensor]:
-    tokens, r = (x.numel() // x.shape[-1], delta_a.shape[0]) if delta_a is not None else (0, 0)
-    return x.new_empty((*x.shape[:-1], out_features)), _floats(x, tokens, r)
+# The ops that multiply have the same arguments, but for what holds the weight: the dense weight; or, of a quantised
+# one, four tensors, the format, the block size and out_features. Its last part tells the number of rows.
 
 
-def _fake_linear_backward(
-    x: Tensor, out_features: int, delta_a: Tensor | None, need_dx: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    r, rows, cols = (delta_a.shape[0], out_features, x.shape[-1]) if delta_a is not None else (0, 0, 0)
+def _out_features(weight: list[Any]) -> int:
+    rows: int = weight[-1].shape[0] if isinstance(weight[-1], Tensor) else weight[-1]
+    return rows
+
+
+def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *weight, _bias, a, _b, _a0, _b0, _scaling, _implicit = args
+    tokens, r = (x.numel() // x.shape[-1], a.shape[0]) if a is not None else (0, 0)
+    return x.new_empty((*x.shape[:-1], _out_features(weight))), _floats(x, tokens, r)
+
+
+def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
+    r, rows, cols = (a.shape[0], out_features, x.shape[-1]) if a is not None else (0, 0, 0)
     return x.new_empty(x.shape if need_dx else (0,)), _floats(x, r, cols), _floats(x, rows, r)
 
 
-@register_fake("pissa::linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    delta_a: Tensor | None,
-    delta_b: Tensor | None,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    implicit: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake_linear(x, weight.shape[0], delta_a)
+def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *weight, a, _b, _a0, _b0, _xa, _scaling, _implicit, need_dx = args
+    return _fake_gradients(x, _out_features(weight), a, need_dx)
 
 
-@register_fake("pissa::nf4_linear")
-def _(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    blocksize: int,
-    bias: Tensor | None,
-    delta_a: Tensor | None,
-    delta_b: Tensor | None,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    implicit: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake_linear(x, out_features, delta_a)
-
-
-@register_fake("pissa::linear_backward")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    delta_a: Tensor | None,
-    delta_b: Tensor | None,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    xa: Tensor,
-    scaling: float,
-    implicit: bool,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_linear_backward(x, weight.shape[0], delta_a, need_dx)
-
-
-@register_fake("pissa::nf4_linear_backward")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    blocksize: int,
-    delta_a: Tensor | None,
-    delta_b: Tensor | None,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    xa: Tensor,
-    scaling: float,
-    implicit: bool,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_linear_backward(x, out_features, delta_a, need_dx)
+for _op in ("linear", "quantized_linear"):
+    register_fake(f"pissa::{_op}", _fake_linear)
+    register_fake(f"pissa::{_op}_backward", _fake_linear_backward)
 
 
 @register_fake("pissa::add_low_rank")
 def _(
     base: Tensor,
     x: Tensor,
-    delta_a: Tensor,
-    delta_b: Tensor,
+    a: Tensor,
+    b: Tensor,
     a0: Tensor | None,
     b0: Tensor | None,
     scaling: float,
     implicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    return base.new_empty(base.shape), _floats(x, x.numel() // x.shape[-1], delta_a.shape[0])
+    return base.new_empty(base.shape), _floats(x, x.numel() // x.shape[-1], a.shape[0])
 
 
 @register_fake("pissa::add_low_rank_backward")
 def _(
     dy: Tensor,
     x: Tensor,
-    delta_a: Tensor,
-    delta_b: Tensor,
+    a: Tensor,
+    b: Tensor,
     a0: Tensor | None,
     b0: Tensor | None,
     xa: Tensor,
@@ -198,14 +157,13 @@ def _(
     implicit: bool,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_linear_backward(x, dy.shape[-1], delta_a, need_dx)
+    return _fake_gradients(x, dy.shape[-1], a, need_dx)
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Both linears have the same tail of arguments (bias, delta_a, delta_b, a0, b0, scaling, implicit) after x and what
-# holds the weight: one tensor, or NF4's four tensors and two numbers. Saved for the backward: x and x Aᵀ.
+# Saved for the backward: x and x Aᵀ.
 
-_TAIL = 7
+_TAIL = 7  # arguments behind the weight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -221,7 +179,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.has_adapter = factors[0] is not None
 
 
-def _backward(op: Any, ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     weight_slots = [None] * (ctx.weight_tensors + len(ctx.weight_numbers))
     if dy is None:
         return (None, *weight_slots, *[None] * _TAIL)
@@ -239,14 +197,6 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]
         grad_b if need_b else None,
         *[None] * (_TAIL - 3),
     )
-
-
-def _linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _backward(torch.ops.pissa.linear_backward, ctx, dy)
-
-
-def _nf4_linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _backward(torch.ops.pissa.nf4_linear_backward, ctx, dy)
 
 
 def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -273,6 +223,7 @@ def _low_rank_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[T
     )
 
 
-register_autograd("pissa::linear", _linear_backward, setup_context=_setup_context)
-register_autograd("pissa::nf4_linear", _nf4_linear_backward, setup_context=_setup_context)
+for _op in ("linear", "quantized_linear"):
+    _gradients = partial(_backward, getattr(torch.ops.pissa, f"{_op}_backward"))
+    register_autograd(f"pissa::{_op}", _gradients, setup_context=_setup_context)
 register_autograd("pissa::add_low_rank", _low_rank_backward, setup_context=_low_rank_setup_context)

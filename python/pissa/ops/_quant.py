@@ -1,4 +1,4 @@
-"""NF4: a weight in 4 bits, and back."""
+"""Quantised weights: to codes and scales, and back."""
 
 from __future__ import annotations
 
@@ -9,47 +9,62 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops.checks import (
-    FLOATS,
-    check_blocksize,
-    check_devices,
-    check_tensor,
-    check_weight,
-)
+from pissa.ops.checks import FLOATS, check_choice, check_devices, check_tensor, check_weight
+from pissa.ops.formats import FORMATS
 
 _OPS = torch.ops.pissa
 
 
-class Nf4Weight(NamedTuple):
-    """A weight [out, in] in 4-bit NormalFloat, byte for byte as bitsandbytes stores it (QLoRA, arXiv 2305.14314).
+class QuantizedWeight(NamedTuple):
+    """A weight [out, in] as codes and scales, byte for byte as bitsandbytes stores it.
 
-    Blocks of `blocksize` elements run over the flattened weight and may cross rows. `codes`: uint8
-    [ceil(out * in / 2)], the first of two elements in the high nibble. `absmax`: float32 [blocks]; or, with double
-    quantisation, uint8 [blocks] together with `nested_absmax` float32 [ceil(blocks / 256)] and `offset` float32 [].
-    At the default block size 64 that is 4.5 bits per weight, 4.127 nested.
+    "nf4", 4-bit NormalFloat (QLoRA, arXiv 2305.14314): blocks of `blocksize` elements run over the flattened weight and
+    may cross rows. `codes`: uint8 [ceil(out * in / 2)], the first of two elements in the high nibble. `absmax`: float32
+    [blocks]; or, with double quantisation, uint8 [blocks] together with `nested_absmax` float32 [ceil(blocks / 256)]
+    and `offset` float32 []. At the default block size 64 that is 4.5 bits per weight, 4.127 nested.
     """
 
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    format: str
+    """One of `formats.FORMATS`."""
     shape: tuple[int, int]
     blocksize: int
+    """Elements of a block."""
 
     @property
     def device(self) -> torch.device:
         return self.codes.device
 
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_absmax is not None
 
-def nf4_weight(codes: Tensor, absmax: Tensor, weight: Tensor, blocksize: int, double_quant: bool) -> Nf4Weight:
-    shape = (weight.shape[0], weight.shape[1])
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are tensors, by name; what `formats` says of them is in the same order."""
+        parts = {
+            "codes": self.codes,
+            "absmax": self.absmax,
+            "nested_absmax": self.nested_absmax,
+            "offset": self.offset,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def quantized_weight(
+    format: str, codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, double_quant: bool
+) -> QuantizedWeight:
+    """Of codes and float32 scales, which `double_quant` quantises."""
     if not double_quant:
-        return Nf4Weight(codes, absmax, None, None, shape, blocksize)
+        return QuantizedWeight(codes, absmax, None, None, format, shape, blocksize)
     offset = _mean(absmax)
     if not math.isfinite(offset.item()):
         raise ValueError("weight: the mean of its scales overflows float32; use double_quant=False, or smaller weights")
     codes8, nested_absmax = _OPS.quantize_absmax(absmax, offset)
-    return Nf4Weight(codes, codes8, nested_absmax, offset, shape, blocksize)
+    return QuantizedWeight(codes, codes8, nested_absmax, offset, format, shape, blocksize)
 
 
 def _mean(absmax: Tensor) -> Tensor:
@@ -62,53 +77,58 @@ def _mean(absmax: Tensor) -> Tensor:
     return (total / absmax.numel()).float()
 
 
-def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> Nf4Weight:
-    """A weight [out, in] (float32, bfloat16 or float16, finite) in NF4: the bytes of `bitsandbytes.quantize_4bit`.
+def quantize(
+    weight: Tensor, format: str = "nf4", *, blocksize: int | None = None, double_quant: bool | None = None
+) -> QuantizedWeight:
+    """A weight [out, in] (float32, bfloat16 or float16, finite) as codes and scales: bitsandbytes' bytes.
 
     Args:
-        blocksize: elements per scale: 32, 64, ..., 4096.
-        double_quant: quantise the scales too, to 8 bits in blocks of 256 (bitsandbytes' `compress_statistics`).
+        format: "nf4", as `bitsandbytes.functional.quantize_4bit`.
+        blocksize: elements per scale: 32, 64, ..., 4096. None: 64.
+        double_quant: quantise the scales too, to 8 bits in blocks of 256 (bitsandbytes' `compress_statistics`). None:
+            where the format has it.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     weight = check_weight(weight)
-    check_blocksize(blocksize)
-    codes, absmax = _OPS.nf4_quantize(weight, blocksize)
-    return nf4_weight(codes, absmax, weight, blocksize, double_quant)
+    check_choice("format", format, tuple(FORMATS))
+    shape = (weight.shape[0], weight.shape[1])
+    blocksize, double_quant = FORMATS[format].options(blocksize, double_quant, shape[1])
+    codes, absmax = _OPS.quantize(weight, format, blocksize)
+    return quantized_weight(format, codes, absmax, shape, blocksize, double_quant)
 
 
-def nf4_dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The [out, in] tensor in `dtype` (float32, bfloat16, float16): level * absmax, rounded once."""
-    check_nf4(weight)
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The [out, in] tensor in `dtype` (float32, bfloat16, float16), rounded once from float32."""
+    check_quantized(weight)
     if dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype}; allowed: float32, bfloat16, float16")
-    codes, absmax, nested_absmax, offset, (rows, cols), blocksize = weight
-    dense: Tensor = _OPS.nf4_dequantize(codes, absmax, nested_absmax, offset, rows, cols, blocksize, dtype)
+    codes, absmax, nested_absmax, offset, format, (rows, cols), blocksize = weight
+    dense: Tensor = _OPS.dequantize(codes, absmax, nested_absmax, offset, format, blocksize, rows, cols, dtype)
     return dense
 
 
-def check_nf4(weight: object) -> Nf4Weight:
-    if not isinstance(weight, Nf4Weight):
-        raise TypeError(f"weight: got {type(weight).__name__}; needed: Nf4Weight")
-    check_tensor("weight.codes", weight.codes, (torch.uint8,))
+def check_quantized(weight: object) -> QuantizedWeight:
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
+    check_choice("weight.format", weight.format, tuple(FORMATS))
+    format, columns = FORMATS[weight.format], weight.shape[1]
+    if format.blocksizes:
+        format.check_options(weight.blocksize, weight.nested)
+    elif weight.blocksize != columns:
+        raise ValueError(f"weight.blocksize: got {weight.blocksize}; needed: {columns}, a row")
     check_tensor("weight.absmax", weight.absmax, (torch.float32, torch.uint8))
-    check_blocksize(weight.blocksize)
-    rows, cols = weight.shape
-    blocks = -(-rows * cols // weight.blocksize)
-    if weight.codes.numel() != (rows * cols + 1) // 2 or weight.absmax.numel() != blocks:
-        raise ValueError(
-            f"weight: codes has {weight.codes.numel()} bytes and absmax {weight.absmax.numel()} elements; needed for "
-            f"shape [{rows}, {cols}] and blocksize {weight.blocksize}: {(rows * cols + 1) // 2} and {blocks}"
-        )
-    nested = (weight.nested_absmax is not None, weight.offset is not None, weight.absmax.dtype == torch.uint8)
+    nested = (weight.nested, weight.offset is not None, weight.absmax.dtype == torch.uint8)
     if any(nested) != all(nested):
         raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
-    parts = {
-        "codes": weight.codes,
-        "absmax": weight.absmax,
-        "nested_absmax": weight.nested_absmax,
-        "offset": weight.offset,
-    }
+    parts = weight.tensors()
+    for name, (shape, dtype) in format.tensors(weight.shape, weight.blocksize, weight.nested).items():
+        part = check_tensor(f"weight.{name}", parts[name], (dtype,))
+        if part.numel() != math.prod(shape):
+            raise ValueError(
+                f"weight.{name}: got {part.numel()} elements; needed: {math.prod(shape)} for shape "
+                f"{list(weight.shape)} and blocksize {weight.blocksize}"
+            )
     check_devices({f"weight.{name}": part for name, part in parts.items()})
     return weight

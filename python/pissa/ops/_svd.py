@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._quant import Nf4Weight, nf4_weight
+from pissa.ops._quant import QuantizedWeight, quantized_weight
 from pissa.ops.checks import (
-    check_blocksize,
+    check_choice,
     check_devices,
     check_factors,
     check_product,
     check_rank,
-    check_residual,
     check_scaling,
     check_svd,
     check_weight,
     check_weight_and_bound,
 )
+from pissa.ops.formats import FORMATS
 
 _OPS = torch.ops.pissa
 
@@ -30,12 +30,12 @@ class Split(NamedTuple):
     """PiSSA's split of a weight: `weight ~ residual + scaling * b0 @ a0`.
 
     `a0`: float32 [r, in], √(S/scaling) Vᵀ. `b0`: float32 [out, r], U √(S/scaling). `residual`: None (implicit: keep the
-    weight itself), a tensor in the weight's dtype (explicit), or `Nf4Weight` (QPiSSA).
+    weight itself), a tensor in the weight's dtype (explicit), or `QuantizedWeight` (QPiSSA).
     """
 
     a0: Tensor
     b0: Tensor
-    residual: Tensor | Nf4Weight | None
+    residual: Tensor | QuantizedWeight | None
 
 
 def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,9 +90,9 @@ def split(
     svd: str = "krylov",
     passes: int | Literal["auto"] = "auto",
     seed: int = 0,
-    residual: str = "implicit",
-    blocksize: int = 64,
-    double_quant: bool = True,
+    form: str = "implicit",
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
     quant_iters: int = 1,
 ) -> Split:
     """PiSSA's start factors of a weight and, if asked, its residual (arXiv 2404.02948, eq. 2-4 and 8).
@@ -100,9 +100,9 @@ def split(
     Args:
         weight, r, svd, passes, seed: see `svd_lowrank`.
         scaling: the adapter's scale s, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
-        residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), "nf4" (the same,
-            quantised without being stored).
-        blocksize, double_quant: of NF4; see `nf4_quantize`.
+        form: of the residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), or a
+            quantised format, "nf4" (the same, quantised without being stored).
+        blocksize, double_quant: of a quantised format; see `quantize`.
         quant_iters: T, alternations of SVD and quantisation. Only 1 is implemented.
 
     Raises:
@@ -112,21 +112,20 @@ def split(
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
     check_scaling(scaling)
-    check_residual(residual, ("implicit", "explicit", "nf4"))
-    check_blocksize(blocksize)
+    options = _quant_options(form, ("implicit", "explicit"), blocksize, double_quant, weight)
     if quant_iters != 1:
         raise ValueError(f"quant_iters: got {quant_iters!r}; allowed: 1 (more alternations are not implemented yet)")
     if svd == "exact":
         a0, b0 = _exact_split(weight, r, scaling)
-    elif residual == "nf4":
-        a0, b0, codes, absmax = _OPS.split_nf4(weight, r, scaling, svd, number, seed, quant_iters, blocksize)
-        return Split(a0, b0, nf4_weight(codes, absmax, weight, blocksize, double_quant))
+    elif options is not None:
+        size, nested = options
+        a0, b0, *parts = _OPS.split_quantized(weight, r, scaling, svd, number, seed, quant_iters, form, size)
+        return Split(a0, b0, _quantized(form, parts, weight, size, nested))
     else:
         a0, b0 = _OPS.split(weight, r, scaling, svd, number, seed)
-    if residual == "implicit":
+    if form == "implicit":
         return Split(a0, b0, None)
-    rest = _residual(weight, a0, b0, scaling, residual, blocksize, double_quant)
-    return Split(a0, b0, rest)
+    return Split(a0, b0, _residual(weight, a0, b0, scaling, form, options))
 
 
 def split_many(
@@ -179,15 +178,17 @@ def residual(
     b0: Tensor,
     *,
     scaling: float = 1.0,
-    residual: str = "explicit",
-    blocksize: int = 64,
-    double_quant: bool = True,
-) -> Tensor | Nf4Weight:
-    """`weight - scaling * b0 @ a0` for given factors, "explicit" (in the weight's dtype) or "nf4"; bits as in `split`.
+    form: str = "explicit",
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+) -> Tensor | QuantizedWeight:
+    """`weight - scaling * b0 @ a0` for given factors, with the bits that `split` gives.
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
         a0, b0: float32 [r, in] and [out, r].
+        form: "explicit" (in the weight's dtype) or a quantised format, "nf4".
+        blocksize, double_quant: of a quantised format; see `quantize`.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -197,16 +198,36 @@ def residual(
     check_devices({"weight": weight, "a0": a0, "b0": b0})
     check_scaling(scaling)
     check_product(largest, a0, b0, scaling)
-    check_residual(residual, ("explicit", "nf4"))
-    check_blocksize(blocksize)
-    return _residual(weight, a0.detach().float(), b0.detach().float(), scaling, residual, blocksize, double_quant)
+    options = _quant_options(form, ("explicit",), blocksize, double_quant, weight)
+    return _residual(weight, a0.detach().float(), b0.detach().float(), scaling, form, options)
 
 
 def _residual(
-    weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, kind: str, blocksize: int, double_quant: bool
-) -> Tensor | Nf4Weight:
-    if kind == "explicit":
+    weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, form: str, options: tuple[int, bool] | None
+) -> Tensor | QuantizedWeight:
+    if options is None:
         rest: Tensor = _OPS.residual(weight, a0, b0, scaling)
         return rest
-    codes, absmax = _OPS.residual_nf4(weight, a0, b0, scaling, blocksize)
-    return nf4_weight(codes, absmax, weight, blocksize, double_quant)
+    blocksize, double_quant = options
+    parts = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
+    return _quantized(form, parts, weight, blocksize, double_quant)
+
+
+def _quantized(
+    form: str, parts: Sequence[Tensor], weight: Tensor, blocksize: int, double_quant: bool
+) -> QuantizedWeight:
+    codes, absmax = parts
+    return quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
+
+
+def _quant_options(
+    form: str, others: tuple[str, ...], blocksize: int | None, double_quant: bool | None, weight: Tensor
+) -> tuple[int, bool] | None:
+    """Block size and double quantisation of a quantised form; None of the others, which have neither."""
+    check_choice("form", form, (*others, *FORMATS))
+    if form in FORMATS:
+        return FORMATS[form].options(blocksize, double_quant, weight.shape[1])
+    for name, value in {"blocksize": blocksize, "double_quant": double_quant}.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r} with form={form!r}; allowed with {', '.join(map(repr, FORMATS))}")
+    return None

@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Svd = Literal["krylov", "subspace", "exact"]
 Passes = Literal["auto"] | int
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+PASSES_PER_STEP: int = _load._C.limits()["passes_per_step"]
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -107,18 +107,14 @@ def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
 def check_passes(passes: int | str, name: str = "passes") -> int | None:
     """The passes as the compiled ops take them: None for "auto"."""
     number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
-    if passes != "auto" and (number is None or number < 2 or number % 2):
-        raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least 2")
+    if passes != "auto" and (number is None or number < PASSES_PER_STEP or number % PASSES_PER_STEP):
+        raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
     return number
 
 
 def check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
-
-
-def check_blocksize(blocksize: int) -> None:
-    check_choice("blocksize", blocksize, BLOCKSIZES)
 
 
 def check_scaling(scaling: float, name: str = "scaling") -> None:
@@ -131,10 +127,6 @@ def check_change_scaling(scaling: float) -> None:
     """The scaling that a change is multiplied by: 0 switches it off, a negative one takes it away."""
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
-
-
-def check_residual(residual: str, allowed: tuple[str, ...]) -> None:
-    check_choice("residual", residual, allowed)
 
 
 def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:

@@ -22,12 +22,12 @@ TEST_P(ElementwiseTest, CopyConvertsExactlyOrRounds) {
   Random random(1);
   for (const auto& [rows, cols] : kShapes) {
     for (const Form form : kForms) {
-      for (const Codec codec : kCodecs) {
+      for (const Format format : kFloatFormats) {
         const Operand a(random, rows, cols, form);
-        Stored out = Stored::poisoned(rows, cols, codec);
+        Stored out = Stored::poisoned(rows, cols, format);
         backend().copy(a.view(), out.mutable_view());
-        EXPECT_EQ(out.values().values, Stored(a.values(), codec).values().values)
-            << name(form) << " to " << name(codec);
+        EXPECT_EQ(out.values().values, Stored(a.values(), format).values().values)
+            << name(form) << " to " << name(format);
         EXPECT_TRUE(out.padding_intact());
       }
     }
@@ -38,10 +38,10 @@ TEST_P(ElementwiseTest, AddRoundsOnce) {
   Random random(2);
   for (const auto& [rows, cols] : kShapes) {
     for (const Form form : kForms) {
-      for (const Codec codec : kCodecs) {
+      for (const Format format : kFloatFormats) {
         const Operand a(random, rows, cols, form);
         const Operand b(random, rows, cols, Form::f32);
-        Stored out = Stored::poisoned(rows, cols, codec);
+        Stored out = Stored::poisoned(rows, cols, format);
         backend().add(a.view(), b.view(), out.mutable_view());
         expect_close(out, {a.values() + b.values(), absolute(a.values()) + absolute(b.values())}, 1);
       }
@@ -51,8 +51,8 @@ TEST_P(ElementwiseTest, AddRoundsOnce) {
 
 TEST_P(ElementwiseTest, AddWorksInPlace) {
   Random random(3);
-  Stored a(random.dense(5, 1100), Codec::f32);
-  const Stored b(random.dense(5, 1100), Codec::bf16);
+  Stored a(random.dense(5, 1100), Format::f32);
+  const Stored b(random.dense(5, 1100), Format::bf16);
   const Bounded expected{a.values() + b.values(), absolute(a.values()) + absolute(b.values())};
   backend().add(a.view(), b.view(), a.mutable_view());
   expect_close(a, expected, 1);
@@ -61,16 +61,16 @@ TEST_P(ElementwiseTest, AddWorksInPlace) {
 TEST_P(ElementwiseTest, ScaleRowsAlsoTransposed) {
   Random random(4);
   for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 70}, {9, 4}}) {
-    const Stored a(random.dense(rows, cols), Codec::f32);
-    const Stored s(absolute(random.dense(1, rows)), Codec::f32);
+    const Stored a(random.dense(rows, cols), Format::f32);
+    const Stored s(absolute(random.dense(1, rows)), Format::f32);
     Dense expected = a.values();
     for (std::int64_t i = 0; i < rows; ++i) {
       for (std::int64_t j = 0; j < cols; ++j) expected(i, j) *= std::sqrt(s.values()(0, i) / 1.7f);
     }
-    Stored straight = Stored::poisoned(rows, cols, Codec::f32);
+    Stored straight = Stored::poisoned(rows, cols, Format::f32);
     backend().scale_rows(a.view(), s.view(), 1.7f, straight.mutable_view(), Op::n);
     expect_close(straight, bounded(expected), 3);
-    Stored turned = Stored::poisoned(cols, rows, Codec::f32);
+    Stored turned = Stored::poisoned(cols, rows, Format::f32);
     backend().scale_rows(a.view(), s.view(), 1.7f, turned.mutable_view(), Op::t);
     expect_close(turned, bounded(transposed(expected)), 3);
   }
@@ -82,7 +82,7 @@ TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
       Dense values(2, cols);
       for (double& value : values.values) value = 0.5;
       values(1, at) = at % 2 == 0 ? -3.25 : 3.25;
-      EXPECT_EQ(backend().max_abs(Stored(values, Codec::f32).view()), 3.25f) << at << " of " << cols;
+      EXPECT_EQ(backend().max_abs(Stored(values, Format::f32).view()), 3.25f) << at << " of " << cols;
     }
   }
   Random random(5);
@@ -95,8 +95,8 @@ TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
 }
 
 TEST_P(ElementwiseTest, MaxAbsOfNothingAndOfZerosIsZero) {
-  EXPECT_EQ(backend().max_abs(Matrix{nullptr, 0, 7, 7, Codec::f32}), 0.0f);
-  EXPECT_EQ(backend().max_abs(Stored(Dense(3, 20), Codec::bf16).view()), 0.0f);
+  EXPECT_EQ(backend().max_abs(Matrix{nullptr, 0, 7, 7, Format::f32}), 0.0f);
+  EXPECT_EQ(backend().max_abs(Stored(Dense(3, 20), Format::bf16).view()), 0.0f);
 }
 
 // Any one element that is not finite, before or after larger ones, makes the result not finite.
@@ -108,8 +108,8 @@ TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
         Dense values(3, cols);
         for (double& value : values.values) value = 2;
         values.values[at] = special;
-        for (const Codec codec : kCodecs) {
-          EXPECT_FALSE(std::isfinite(backend().max_abs(Stored(values, codec).view())))
+        for (const Format format : kFloatFormats) {
+          EXPECT_FALSE(std::isfinite(backend().max_abs(Stored(values, format).view())))
               << special << " at " << at << " of " << cols;
         }
       }
@@ -119,12 +119,12 @@ TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
 
 TEST_P(ElementwiseTest, TheSameBits) {
   Random random(6);
-  const Stored a(random.dense(1030, 1024), Codec::bf16);
-  const Stored b(random.dense(300, 1024), Codec::f32);
-  const Stored s(absolute(random.dense(1, 300)), Codec::f32);
+  const Stored a(random.dense(1030, 1024), Format::bf16);
+  const Stored b(random.dense(300, 1024), Format::f32);
+  const Stored s(absolute(random.dense(1, 300)), Format::f32);
   const auto expect_same = [&](auto run) {
     expect_same_bits([&](auto& cpu) {
-      Stored out = Stored::poisoned(1024, 1024, Codec::f32);
+      Stored out = Stored::poisoned(1024, 1024, Format::f32);
       run(cpu, out.mutable_view());
       return out.bytes();
     });

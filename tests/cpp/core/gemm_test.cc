@@ -1,7 +1,11 @@
-// gemm: sums of products and an addend, in every orientation and codec, at every edge of the blocking.
+// gemm: sums of products and an addend, in every orientation and format, at every edge of the blocking.
 #include <gtest/gtest.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <vector>
 
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
@@ -18,19 +22,19 @@ class GemmTest : public BackendTest {
   }
 };
 
-TEST_P(GemmTest, EveryOrientationCodecAndPrecision) {
+TEST_P(GemmTest, EveryOrientationFormatAndPrecision) {
   Random random(1);
   for (const Op op_a : {Op::n, Op::t}) {
     for (const Op op_b : {Op::n, Op::t}) {
       for (const Form form_a : kForms) {
         for (const Form form_b : kForms) {
           for (const Precision precision : kPrecisions) {
-            const Codec out_codec = random.pick(kCodecs);
+            const Format out_format = random.pick(kFloatFormats);
             SCOPED_TRACE(::testing::Message() << name(form_a) << (op_a == Op::n ? " n, " : " t, ") << name(form_b)
                                               << (op_b == Op::n ? " n, " : " t, ") << static_cast<int>(precision));
             TermList list = terms(17, 37, precision);
             list.add(random, 23, form_a, op_a, form_b, op_b, random_scale(random));
-            Stored out = Stored::poisoned(17, 37, out_codec);
+            Stored out = Stored::poisoned(17, 37, out_format);
             backend().gemm(list.terms(), {}, out.mutable_view());
             expect_close(out, list.expected(), list.roundings());
           }
@@ -54,7 +58,7 @@ TEST_P(GemmTest, EverySize) {
     const Operand addend(random, m, n, random.pick(kForms));
     const bool adds = random.coin();
     if (adds) list.add_expected(bounded(addend.values()));
-    Stored out = Stored::poisoned(m, n, random.pick(kCodecs), random.below(4));
+    Stored out = Stored::poisoned(m, n, random.pick(kFloatFormats), random.below(4));
     backend().gemm(list.terms(), adds ? addend.view() : Matrix{}, out.mutable_view());
     expect_close(out, list.expected(), list.roundings(), list.bf16_roundings());
   }
@@ -62,9 +66,9 @@ TEST_P(GemmTest, EverySize) {
 
 TEST_P(GemmTest, AddsToItsOutputInPlace) {
   Random random(3);
-  for (const Codec codec : kCodecs) {
+  for (const Format format : kFloatFormats) {
     for (const auto& [m, n, k] : {Size{15, 33, 17}, Size{5, 300, 3}, Size{340, 9, 4}}) {
-      Stored out(random.dense(m, n), codec);
+      Stored out(random.dense(m, n), format);
       TermList list(m, n);
       list.add(random, k, Form::f32, Op::n, Form::bf16, Op::t, -0.3f);
       list.add_expected(bounded(out.values()));
@@ -76,8 +80,8 @@ TEST_P(GemmTest, AddsToItsOutputInPlace) {
 
 TEST_P(GemmTest, WithoutTermsItIsTheAddend) {
   Random random(4);
-  const Stored addend(random.dense(7, 70), Codec::bf16);
-  Stored out = Stored::poisoned(7, 70, Codec::f32);
+  const Stored addend(random.dense(7, 70), Format::bf16);
+  Stored out = Stored::poisoned(7, 70, Format::f32);
   backend().gemm({}, addend.view(), out.mutable_view());
   EXPECT_EQ(out.values().values, addend.values().values);
   EXPECT_TRUE(out.padding_intact());
@@ -91,7 +95,7 @@ TEST_P(GemmTest, FewerColumnsThanRowsOfATransposedProduct) {
     SCOPED_TRACE(::testing::Message() << "m, n = " << m << ", " << n);
     TermList list = terms(m, n, random.pick(kPrecisions));
     list.add(random, 5, Form::bf16, Op::t, Form::f32, Op::n, random_scale(random));
-    Stored out = Stored::poisoned(m, n, random.pick(kCodecs), random.below(4));
+    Stored out = Stored::poisoned(m, n, random.pick(kFloatFormats), random.below(4));
     backend().gemm(list.terms(), {}, out.mutable_view());
     // The scale multiplies the other operand here, so bf16 may round another product than the reference does.
     expect_close(out, list.expected(), list.roundings(), 2);
@@ -102,7 +106,7 @@ TEST_P(GemmTest, InnerDimensionZeroGivesZero) {
   Random random(5);
   TermList list(9, 40);
   list.add(random, 0, Form::f32, Op::n, Form::f32, Op::t, 1.0f);
-  Stored out = Stored::poisoned(9, 40, Codec::f32);
+  Stored out = Stored::poisoned(9, 40, Format::f32);
   backend().gemm(list.terms(), {}, out.mutable_view());
   for (const double value : out.values().values) EXPECT_EQ(value, 0.0);
 }
@@ -113,9 +117,9 @@ TEST_P(GemmTest, PassesNanAndInfinityOn) {
     a(1, 13) = special;
     Dense b(20, 5);
     for (double& value : b.values) value = 1;
-    const Stored a_stored(a, Codec::f32);
-    const Stored b_stored(b, Codec::f32);
-    Stored out = Stored::poisoned(3, 5, Codec::bf16);
+    const Stored a_stored(a, Format::f32);
+    const Stored b_stored(b, Format::f32);
+    Stored out = Stored::poisoned(3, 5, Format::bf16);
     const Term terms[] = {{a_stored.view(), Op::n, b_stored.view(), Op::n, 1.0f}};
     backend().gemm(terms, {}, out.mutable_view());
     const Dense values = out.values();
@@ -140,11 +144,38 @@ TEST_P(GemmTest, TheSameBits) {
     const Operand addend(random, m, n, Form::f32);
     const Term terms[] = {{a.view(), Op::n, b.view(), Op::t, 0.3f}, {c.view(), Op::t, d.view(), Op::n, 1.0f}};
     expect_same_bits([&, m = m, n = n](auto& cpu) {
-      Stored out = Stored::poisoned(m, n, Codec::f32);
+      Stored out = Stored::poisoned(m, n, Format::f32);
       cpu.gemm(terms, addend.view(), out.mutable_view());
       return out.bytes();
     });
   }
+}
+
+// The most terms that the concept names are computed elsewhere; one more is refused, and nothing is written.
+TEST_P(GemmTest, MoreTermsThanASumMayHaveAreRefused) {
+  Random random(6);
+  TermList list(9, 40);
+  for (std::size_t i = 0; i <= kMostTerms; ++i) {
+    list.add(random, 3, Form::f32, Op::n, Form::f32, Op::n, 1.0f);
+  }
+  const std::span<const Term> terms(list.terms());
+  const Stored weight(random.dense(9, 40), Format::f32);
+  std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 9 * 40), 0xee);
+  std::vector<float> scales(ceil_div(9 * 40, 64), -9.0f);
+  Stored out = Stored::poisoned(9, 40, Format::f32);
+  const Stored untouched = out;
+  auto tested = backend();
+  const Term& product = terms[0];
+  const auto tail = terms.last(kMostTail + 1);
+  EXPECT_THROW(tested.gemm(terms, {}, out.mutable_view()), std::invalid_argument);
+  EXPECT_THROW(tested.gemm_quantized(terms, weight.view(), {Format::nf4, 64, codes.data(), scales.data()}),
+               std::invalid_argument);
+  EXPECT_THROW(tested.weight_gemm_nt(product.a, product.b, 1.0f, Precision::f32, tail, {}, out.mutable_view()),
+               std::invalid_argument);
+  EXPECT_THROW(tested.weight_gemm_nn(product.a, product.b, 1.0f, Precision::f32, tail, out.mutable_view()),
+               std::invalid_argument);
+  EXPECT_TRUE(out.bytes() == untouched.bytes());
+  EXPECT_EQ(codes, std::vector<std::uint8_t>(codes.size(), 0xee));
 }
 
 PISSA_EVERY_BACKEND(GemmTest);

@@ -21,9 +21,9 @@ TEST_P(GramTest, EigenvaluesAreSquaredSingularValues) {
   for (const auto& [count, cols, wanted] :
        {std::tuple{1, 1, 1}, {6, 40, 6}, {21, 300, 5}, {30, 12, 30}, {17, 2100, 4}, {260, 3, 2}}) {
     SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", " << wanted << " wanted");
-    const Stored rows(random.dense(count, cols), Codec::f32);
-    Stored s = Stored::poisoned(1, wanted, Codec::f32);
-    Stored vectors = Stored::poisoned(wanted, count, Codec::f32);
+    const Stored rows(random.dense(count, cols), Format::f32);
+    Stored s = Stored::poisoned(1, wanted, Format::f32);
+    Stored vectors = Stored::poisoned(wanted, count, Format::f32);
     backend().gram_svd(rows.view(), 0.25f, s.mutable_view(), vectors.mutable_view());
     EXPECT_TRUE(s.padding_intact() && vectors.padding_intact());
     const Dense values = 4.0 * s.values();
@@ -63,10 +63,10 @@ TEST_P(GramTest, LeadingEigenvectorsOfALargeMatrix) {
       Dense values(count, 200);
       for (std::int64_t i = 0; i < count; ++i) values(i, (7 * i) % 200) = spectrum(i);
       if (!diagonal) values = random_orthonormal(random, count, count) * values;
-      const Stored rows(values, Codec::f32);
+      const Stored rows(values, Format::f32);
       const std::int64_t wanted = 17;
-      Stored s = Stored::poisoned(1, wanted, Codec::f32);
-      Stored vectors = Stored::poisoned(wanted, count, Codec::f32);
+      Stored s = Stored::poisoned(1, wanted, Format::f32);
+      Stored vectors = Stored::poisoned(wanted, count, Format::f32);
       backend().gram_svd(rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
       const Dense found = s.values();
       EXPECT_LE(orthonormality_error(vectors.values()), 4 * kEps32);
@@ -83,10 +83,10 @@ TEST_P(GramTest, LeadingEigenvectorsOfALargeMatrix) {
 
 TEST_P(GramTest, TheSameBits) {
   Random random(3);
-  const Stored rows(random.dense(37, 2100), Codec::f32);
+  const Stored rows(random.dense(37, 2100), Format::f32);
   expect_same_bits([&](auto& cpu) {
-    Stored s = Stored::poisoned(1, 37, Codec::f32);
-    Stored vectors = Stored::poisoned(37, 37, Codec::f32);
+    Stored s = Stored::poisoned(1, 37, Format::f32);
+    Stored vectors = Stored::poisoned(37, 37, Format::f32);
     cpu.gram_svd(rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
     return std::pair(s.bytes(), vectors.bytes());
   });

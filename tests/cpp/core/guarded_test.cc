@@ -25,20 +25,20 @@ class GuardedTest : public ::testing::Test {
   GuardedBackend guarded{device, cpu};
 
   // Where a matrix lies for each of the two backends.
-  MutableMatrix on_device(std::int64_t rows, std::int64_t cols, Codec codec) {
-    return {device.allocate(rows * cols * element_size(codec)), rows, cols, cols, codec};
+  MutableMatrix on_device(std::int64_t rows, std::int64_t cols, Format format) {
+    return {device.allocate(rows * cols * element_size(format)), rows, cols, cols, format};
   }
-  MutableMatrix on_host(std::int64_t rows, std::int64_t cols, Codec codec) {
-    auto& bytes = host_.emplace_back(rows * cols * element_size(codec) + 1);
-    return {bytes.data(), rows, cols, cols, codec};
+  MutableMatrix on_host(std::int64_t rows, std::int64_t cols, Format format) {
+    auto& bytes = host_.emplace_back(rows * cols * element_size(format) + 1);
+    return {bytes.data(), rows, cols, cols, format};
   }
   Matrix upload(const Matrix& matrix, std::int64_t bytes) {
     Matrix result = matrix;
     result.data =
         device.upload(std::span(static_cast<const std::uint8_t*>(matrix.data), static_cast<std::size_t>(bytes)));
-    if (matrix.codec == Codec::nf4) {
+    if (matrix.format == Format::nf4) {
       const std::size_t blocks = static_cast<std::size_t>(ceil_div(matrix.rows * matrix.cols, matrix.scales.blocksize));
-      Nf4Scales& scales = result.scales;
+      Scales& scales = result.scales;
       if (scales.absmax) scales.absmax = device.upload(std::span(scales.absmax, blocks));
       if (scales.absmax8) {
         scales.absmax8 = device.upload(std::span(scales.absmax8, blocks));
@@ -49,10 +49,10 @@ class GuardedTest : public ::testing::Test {
     return result;
   }
   Matrix upload(const Stored& stored) {
-    return upload(stored.view(), static_cast<std::int64_t>(stored.bytes().size()) - element_size(stored.codec()));
+    return upload(stored.view(), static_cast<std::int64_t>(stored.bytes().size()) - element_size(stored.format()));
   }
   void expect_same(const MutableMatrix& guarded_result, const MutableMatrix& cpu_result) const {
-    const std::int64_t bytes = cpu_result.rows * cpu_result.cols * element_size(cpu_result.codec);
+    const std::int64_t bytes = cpu_result.rows * cpu_result.cols * element_size(cpu_result.format);
     EXPECT_EQ(std::memcmp(device.download(guarded_result.data, bytes).data(), cpu_result.data,
                           static_cast<std::size_t>(bytes)),
               0);
@@ -67,7 +67,7 @@ TEST_F(GuardedTest, SvdLowrank) {
   for (const auto& [rows, cols] : {std::pair{60, 90}, {90, 60}}) {
     for (const std::int64_t rank : {3, 60}) {  // full rank, and a basis that is the whole space
       for (const SvdMethod method : {SvdMethod::krylov, SvdMethod::subspace}) {
-        const Stored weight(random.dense(rows, rank) * random.dense(rank, cols), Codec::bf16);
+        const Stored weight(random.dense(rows, rank) * random.dense(rank, cols), Format::bf16);
         const auto there = svd_lowrank(guarded, upload(weight), 5, {method, 8, 3});
         const auto here = svd_lowrank(cpu, weight.view(), 5, {method, 8, 3});
         expect_same(there.s.view(), here.s.view());
@@ -78,13 +78,13 @@ TEST_F(GuardedTest, SvdLowrank) {
   }
 }
 
-TEST_F(GuardedTest, SplitAndSplitNf4) {
+TEST_F(GuardedTest, SplitAndSplitQuantized) {
   Random random(2);
-  const Stored weight(random.dense(45, 61), Codec::f32);
+  const Stored weight(random.dense(45, 61), Format::f32);
   const Matrix device_weight = upload(weight);
   const auto split_both = [&](auto run) {
-    const MutableMatrix a_there = on_device(4, 61, Codec::f32), b_there = on_device(45, 4, Codec::f32);
-    const MutableMatrix a_here = on_host(4, 61, Codec::f32), b_here = on_host(45, 4, Codec::f32);
+    const MutableMatrix a_there = on_device(4, 61, Format::f32), b_there = on_device(45, 4, Format::f32);
+    const MutableMatrix a_here = on_host(4, 61, Format::f32), b_here = on_host(45, 4, Format::f32);
     run(guarded, device_weight, a_there, b_there);
     run(cpu, weight.view(), a_here, b_here);
     expect_same(a_there, a_here);
@@ -94,17 +94,17 @@ TEST_F(GuardedTest, SplitAndSplitNf4) {
     split(backend, w, 2.0f, {}, a0, b0);
   });
 
-  const std::int64_t bytes = nf4_bytes(45 * 61), blocks = ceil_div(45 * 61, 64);
+  const std::int64_t bytes = code_bytes(Format::nf4, 45 * 61), blocks = ceil_div(45 * 61, 64);
   std::vector<std::uint8_t> codes(bytes);
   std::vector<float> absmax(blocks);
-  const Nf4Output here{64, codes.data(), absmax.data()};
-  const Nf4Output there{64, static_cast<std::uint8_t*>(device.allocate(bytes)),
-                        static_cast<float*>(device.allocate(4 * blocks))};
+  const QuantOutput here{Format::nf4, 64, codes.data(), absmax.data()};
+  const QuantOutput there{Format::nf4, 64, static_cast<std::uint8_t*>(device.allocate(bytes)),
+                          static_cast<float*>(device.allocate(4 * blocks))};
   split_both([&](auto& backend, const Matrix& w, const MutableMatrix& a0, const MutableMatrix& b0) {
-    split_nf4(backend, w, 2.0f, {}, 1, a0, b0, w.data == device_weight.data ? there : here);
+    split_quantized(backend, w, 2.0f, {}, 1, a0, b0, w.data == device_weight.data ? there : here);
   });
   EXPECT_EQ(device.download(there.codes, bytes), codes);
-  EXPECT_EQ(std::memcmp(device.download(there.absmax, 4 * blocks).data(), absmax.data(),
+  EXPECT_EQ(std::memcmp(device.download(there.scales, 4 * blocks).data(), absmax.data(),
                         static_cast<std::size_t>(4 * blocks)),
             0);
 }
@@ -112,46 +112,45 @@ TEST_F(GuardedTest, SplitAndSplitNf4) {
 TEST_F(GuardedTest, LinearAndAddLowRank) {
   Random random(3);
   const std::int64_t tokens = 7, in = 45, out = 38, r = 3;
-  const Stored x(random.dense(tokens, in), Codec::bf16), dy(random.dense(tokens, out), Codec::bf16);
-  const Stored bias(random.dense(1, out), Codec::bf16), dense_weight(random.dense(out, in), Codec::f16);
-  const Stored delta_a(random.dense(r, in), Codec::f32), delta_b(random.dense(out, r), Codec::f32);
-  const Stored a0(random.dense(r, in), Codec::f32), b0(random.dense(out, r), Codec::f32);
+  const Stored x(random.dense(tokens, in), Format::bf16), dy(random.dense(tokens, out), Format::bf16);
+  const Stored bias(random.dense(1, out), Format::bf16), dense_weight(random.dense(out, in), Format::f16);
+  const Stored delta_a(random.dense(r, in), Format::f32), delta_b(random.dense(out, r), Format::f32);
+  const Stored a0(random.dense(r, in), Format::f32), b0(random.dense(out, r), Format::f32);
   const StoredNf4 plain(random, out, in, 64, false), nested(random, out, in, 64, true);
 
   struct Weight {
     Matrix here, there;
   };
   for (const Weight& weight : {Weight{dense_weight.view(), upload(dense_weight)},
-                               Weight{plain.view(), upload(plain.view(), nf4_bytes(out * in))},
-                               Weight{nested.view(), upload(nested.view(), nf4_bytes(out * in))}}) {
+                               Weight{plain.view(), upload(plain.view(), code_bytes(Format::nf4, out * in))},
+                               Weight{nested.view(), upload(nested.view(), code_bytes(Format::nf4, out * in))}}) {
     for (const int kind : {0, 1, 2, 3}) {  // no adapter, LoRA, stored, implicit
       SCOPED_TRACE(kind);
       std::vector<MutableMatrix> results[2];
       for (const bool on_guarded : {false, true}) {
         const auto place = [&](const Stored& stored) { return on_guarded ? upload(stored) : stored.view(); };
-        const auto result = [&](std::int64_t rows, std::int64_t cols, Codec codec) {
-          return results[on_guarded].emplace_back(on_guarded ? on_device(rows, cols, codec)
-                                                             : on_host(rows, cols, codec));
+        const auto result = [&](std::int64_t rows, std::int64_t cols, Format format) {
+          return results[on_guarded].emplace_back(on_guarded ? on_device(rows, cols, format)
+                                                             : on_host(rows, cols, format));
         };
         Adapter adapter;
-        if (kind > 0)
-          adapter = {place(delta_a), place(delta_b), {}, {}, 0.5f, kind == 3 ? Residual::implicit : Residual::stored};
+        if (kind > 0) adapter = {place(delta_a), place(delta_b), {}, {}, 0.5f, kind == 3};
         if (kind > 1) {
           adapter.a0 = place(a0);
           adapter.b0 = place(b0);
         }
         const auto run = [&](auto& backend) {
           const Matrix x_here = place(x), w = on_guarded ? weight.there : weight.here;
-          const MutableMatrix xa = kind > 0 ? result(tokens, r, Codec::f32) : MutableMatrix{};
-          const MutableMatrix grad_a = kind > 0 ? result(r, in, Codec::f32) : MutableMatrix{};
-          const MutableMatrix grad_b = kind > 0 ? result(out, r, Codec::f32) : MutableMatrix{};
-          linear_forward(backend, x_here, w, place(bias), adapter, result(tokens, out, Codec::bf16), xa);
-          linear_backward(backend, place(dy), x_here, w, adapter, xa, result(tokens, in, Codec::bf16), grad_a, grad_b);
+          const MutableMatrix xa = kind > 0 ? result(tokens, r, Format::f32) : MutableMatrix{};
+          const MutableMatrix grad_a = kind > 0 ? result(r, in, Format::f32) : MutableMatrix{};
+          const MutableMatrix grad_b = kind > 0 ? result(out, r, Format::f32) : MutableMatrix{};
+          linear_forward(backend, x_here, w, place(bias), adapter, result(tokens, out, Format::bf16), xa);
+          linear_backward(backend, place(dy), x_here, w, adapter, xa, result(tokens, in, Format::bf16), grad_a, grad_b);
           if (kind == 0) return;
-          const MutableMatrix change = result(tokens, out, Codec::bf16);
+          const MutableMatrix change = result(tokens, out, Format::bf16);
           add_low_rank_forward(backend, place(dy), x_here, adapter, change, xa);
-          add_low_rank_backward(backend, place(dy), x_here, adapter, xa, result(tokens, in, Codec::f32),
-                                result(r, in, Codec::f32), result(out, r, Codec::f32));
+          add_low_rank_backward(backend, place(dy), x_here, adapter, xa, result(tokens, in, Format::f32),
+                                result(r, in, Format::f32), result(out, r, Format::f32));
         };
         if (on_guarded) run(guarded);
         else run(cpu);
@@ -169,7 +168,7 @@ TEST(GuardedDeathTest, AHostReadDies) {
   const cpu::CpuBackend cpu(executor, cpu::kernels());
   Device device;
   GuardedBackend guarded(device, cpu);
-  const MutableMatrix matrix = guarded.alloc(2, 3, Codec::f32).view();
+  const MutableMatrix matrix = guarded.alloc(2, 3, Format::f32).view();
   guarded.fill_signs(matrix, 0, 1.0f);
   EXPECT_EQ(guarded.max_abs(matrix), 1.0f);
   EXPECT_DEATH(static_cast<void>(*static_cast<const volatile float*>(matrix.data)), "");

@@ -19,12 +19,12 @@ struct Outputs {
   Stored y, xa, dx, grad_a, grad_b;
 
   template <class B>
-  Outputs(B&& backend, const Layer& layer, Codec codec)
-      : y(Stored::poisoned(layer.tokens, layer.out, codec)),
-        xa(Stored::poisoned(layer.tokens, layer.r, Codec::f32)),
-        dx(Stored::poisoned(layer.tokens, layer.in, codec)),
-        grad_a(Stored::poisoned(layer.r, layer.in, Codec::f32)),
-        grad_b(Stored::poisoned(layer.out, layer.r, Codec::f32)) {
+  Outputs(B&& backend, const Layer& layer, Format format)
+      : y(Stored::poisoned(layer.tokens, layer.out, format)),
+        xa(Stored::poisoned(layer.tokens, layer.r, Format::f32)),
+        dx(Stored::poisoned(layer.tokens, layer.in, format)),
+        grad_a(Stored::poisoned(layer.r, layer.in, Format::f32)),
+        grad_b(Stored::poisoned(layer.out, layer.r, Format::f32)) {
     linear_forward(backend, layer.x.view(), layer.weight.view(), layer.with_bias ? layer.bias.view() : Matrix{},
                    layer.adapter(), y.mutable_view(), xa.mutable_view());
     linear_backward(backend, layer.dy.view(), layer.x.view(), layer.weight.view(), layer.adapter(), xa.view(),
@@ -35,7 +35,7 @@ struct Outputs {
 void expect_gradients_close(const Outputs& outputs, const Layer& layer, const Dense& dx, const Dense& grad_a,
                             const Dense& grad_b) {
   const Magnitude magnitude(Exact(layer), layer.dy.values());
-  const std::int64_t halves = bf16_roundings(layer.x.view().codec);
+  const std::int64_t halves = bf16_roundings(layer.x.view().format);
   expect_close(outputs.dx, {dx, magnitude.dx()}, 2 * layer.out + 2 * layer.r + kFew, halves);
   if (layer.kind == Kind::none) return;
   expect_close(outputs.grad_a, {grad_a, magnitude.grad_a()}, layer.out + layer.tokens + kFew, halves);
@@ -44,28 +44,28 @@ void expect_gradients_close(const Outputs& outputs, const Layer& layer, const De
 
 class LinearTest : public BackendTest {
  protected:
-  void check(const Layer& layer, Codec codec) const {
-    const Outputs outputs(backend(), layer, codec);
+  void check(const Layer& layer, Format format) const {
+    const Outputs outputs(backend(), layer, format);
     const Exact exact(layer);
     const Dense dy = layer.dy.values();
     const Magnitude magnitude(exact, dy);
-    expect_close(outputs.y, {exact.y(), magnitude.y()}, 2 * layer.in + 2 * layer.r + kFew, bf16_roundings(codec));
+    expect_close(outputs.y, {exact.y(), magnitude.y()}, 2 * layer.in + 2 * layer.r + kFew, bf16_roundings(format));
     if (layer.kind != Kind::none) {
       expect_close(outputs.xa, {exact.x * transposed(exact.a()), magnitude.xa()}, layer.in + kFew,
-                   bf16_roundings(codec));
+                   bf16_roundings(format));
     }
     expect_gradients_close(outputs, layer, exact.dx(dy), exact.grad_a(dy), exact.grad_b(dy));
   }
 };
 
-TEST_P(LinearTest, EveryKindAndCodec) {
+TEST_P(LinearTest, EveryKindAndFormat) {
   Random random(1);
   for (const Kind kind : kKinds) {
-    for (const Codec codec : kCodecs) {
+    for (const Format format : kFloatFormats) {
       for (const Form weight : kForms) {
         SCOPED_TRACE(::testing::Message()
-                     << "kind " << static_cast<int>(kind) << ", x " << name(codec) << ", weight " << name(weight));
-        check(Layer(random, 5, 43, 37, 3, kind, codec, weight), codec);
+                     << "kind " << static_cast<int>(kind) << ", x " << name(format) << ", weight " << name(weight));
+        check(Layer(random, 5, 43, 37, 3, kind, format, weight), format);
       }
     }
   }
@@ -82,8 +82,8 @@ TEST_P(LinearTest, EverySize) {
     for (const Kind kind : kKinds) {
       SCOPED_TRACE(::testing::Message() << tokens << ", " << in << ", " << out << ", " << r << ", kind "
                                         << static_cast<int>(kind));
-      const Codec codec = random.pick(kCodecs);
-      check(Layer(random, tokens, in, out, r, kind, codec, random.pick(kForms)), codec);
+      const Format format = random.pick(kFloatFormats);
+      check(Layer(random, tokens, in, out, r, kind, format, random.pick(kForms)), format);
     }
   }
 }
@@ -92,8 +92,8 @@ TEST_P(LinearTest, EverySize) {
 TEST_P(LinearTest, ZeroTokensGiveZeroGradients) {
   Random random(3);
   for (const Kind kind : {Kind::lora, Kind::stored, Kind::implicit}) {
-    const Layer layer(random, 0, 13, 11, 3, kind, Codec::f32, Form::bf16);
-    const Outputs outputs(backend(), layer, Codec::f32);
+    const Layer layer(random, 0, 13, 11, 3, kind, Format::f32, Form::bf16);
+    const Outputs outputs(backend(), layer, Format::f32);
     EXPECT_EQ(outputs.grad_a.values().values, std::vector<double>(3 * 13, 0.0));
     EXPECT_EQ(outputs.grad_b.values().values, std::vector<double>(11 * 3, 0.0));
   }
@@ -124,8 +124,8 @@ TEST_P(LinearTest, GradientsAreCentralDifferencesOfTheLayer) {
   Random random(4);
   for (const Kind kind : kKinds) {
     SCOPED_TRACE(static_cast<int>(kind));
-    const Layer layer(random, 4, 9, 7, 2, kind, Codec::f32, Form::nf4);
-    const Outputs outputs(backend(), layer, Codec::f32);
+    const Layer layer(random, 4, 9, 7, 2, kind, Format::f32, Form::nf4);
+    const Outputs outputs(backend(), layer, Format::f32);
     Exact exact(layer);
     const Dense dy = layer.dy.values();
     expect_gradients_close(outputs, layer, central_differences(exact, &Exact::x, dy),
@@ -136,13 +136,13 @@ TEST_P(LinearTest, GradientsAreCentralDifferencesOfTheLayer) {
 
 TEST_P(LinearTest, ZeroDeltasOnAnImplicitResidualAreTheBaseBitForBit) {
   Random random(5);
-  for (const Codec codec : kCodecs) {
-    Layer layer(random, 6, 70, 40, 4, Kind::implicit, codec, static_cast<Form>(codec));
-    layer.delta_a = Stored(Dense(4, 70), Codec::f32);
-    layer.delta_b = Stored(Dense(40, 4), Codec::f32);
-    const Outputs with(backend(), layer, codec);
+  for (const Format format : kFloatFormats) {
+    Layer layer(random, 6, 70, 40, 4, Kind::implicit, format, static_cast<Form>(format));
+    layer.delta_a = Stored(Dense(4, 70), Format::f32);
+    layer.delta_b = Stored(Dense(40, 4), Format::f32);
+    const Outputs with(backend(), layer, format);
     layer.kind = Kind::none;
-    const Outputs without(backend(), layer, codec);
+    const Outputs without(backend(), layer, format);
     EXPECT_TRUE(with.y.bytes() == without.y.bytes());
     EXPECT_TRUE(with.dx.bytes() == without.dx.bytes());
   }
@@ -151,10 +151,10 @@ TEST_P(LinearTest, ZeroDeltasOnAnImplicitResidualAreTheBaseBitForBit) {
 TEST_P(LinearTest, WithoutDxTheOtherGradientsAreTheSame) {
   Random random(6);
   for (const Kind kind : {Kind::lora, Kind::stored, Kind::implicit}) {
-    const Layer layer(random, 6, 20, 40, 4, kind, Codec::bf16, Form::f16);
-    const Outputs outputs(backend(), layer, Codec::bf16);
-    Stored grad_a = Stored::poisoned(4, 20, Codec::f32);
-    Stored grad_b = Stored::poisoned(40, 4, Codec::f32);
+    const Layer layer(random, 6, 20, 40, 4, kind, Format::bf16, Form::f16);
+    const Outputs outputs(backend(), layer, Format::bf16);
+    Stored grad_a = Stored::poisoned(4, 20, Format::f32);
+    Stored grad_b = Stored::poisoned(40, 4, Format::f32);
     auto cpu = backend();
     linear_backward(cpu, layer.dy.view(), layer.x.view(), layer.weight.view(), layer.adapter(), outputs.xa.view(), {},
                     grad_a.mutable_view(), grad_b.mutable_view());
@@ -166,9 +166,9 @@ TEST_P(LinearTest, WithoutDxTheOtherGradientsAreTheSame) {
 TEST_P(LinearTest, TheSameBits) {
   Random random(7);
   for (const Kind kind : kKinds) {
-    const Layer layer(random, 50, 300, 150, 9, kind, Codec::bf16, Form::nf4_nested);
+    const Layer layer(random, 50, 300, 150, 9, kind, Format::bf16, Form::nf4_nested);
     expect_same_bits([&](auto& cpu) {
-      const Outputs outputs(cpu, layer, Codec::bf16);
+      const Outputs outputs(cpu, layer, Format::bf16);
       return std::array{outputs.y.bytes(), outputs.xa.bytes(), outputs.dx.bytes(), outputs.grad_a.bytes(),
                         outputs.grad_b.bytes()};
     });

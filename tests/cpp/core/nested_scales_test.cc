@@ -1,4 +1,6 @@
 // quantize_absmax: the scales of NF4 blocks in 8 bits.
+#include "pissa/core/nested_scales.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,7 +9,6 @@
 #include <utility>
 #include <vector>
 
-#include "pissa/core/nf4.h"
 #include "support/backend_test.h"
 #include "support/matrices.h"
 

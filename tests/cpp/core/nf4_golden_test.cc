@@ -18,7 +18,7 @@ namespace {
 enum Fill : std::int32_t { kNoise, kZeros, kZeroBlocks, kTiny, kOneSize };
 
 struct Golden {
-  std::int32_t rows, cols, blocksize, codec, fill, nested, seed;
+  std::int32_t rows, cols, blocksize, format, fill, nested, seed;
   std::vector<std::uint8_t> codes;
   std::vector<float> absmax;          // not nested
   std::vector<std::uint8_t> absmax8;  // nested
@@ -46,7 +46,7 @@ std::vector<Golden> read_golden() {
   while (at < bytes.size() && !::testing::Test::HasFailure()) {
     Golden& golden = cases.emplace_back();
     read(&golden, 7 * sizeof(std::int32_t));
-    read_vector(golden.codes, nf4_bytes(golden.elements()));
+    read_vector(golden.codes, code_bytes(Format::nf4, golden.elements()));
     if (!golden.nested) {
       read_vector(golden.absmax, golden.blocks());
     } else {
@@ -74,7 +74,7 @@ Stored source_of(const Golden& golden) {
     if (golden.fill == kOneSize) value = u < 0 ? -0.75f : 0.75f;
     values.values[i] = value;
   }
-  return Stored(values, static_cast<Codec>(golden.codec));
+  return Stored(values, static_cast<Format>(golden.format));
 }
 
 class Nf4GoldenTest : public BackendTest {
@@ -87,7 +87,7 @@ class Nf4GoldenTest : public BackendTest {
   void each(F check) const {
     for (const Golden& golden : cases_) {
       SCOPED_TRACE(::testing::Message() << "[" << golden.rows << ", " << golden.cols << "] blocksize "
-                                        << golden.blocksize << ", " << name(static_cast<Codec>(golden.codec))
+                                        << golden.blocksize << ", " << name(static_cast<Format>(golden.format))
                                         << ", fill " << golden.fill << ", nested " << golden.nested);
       check(golden);
     }
@@ -103,7 +103,7 @@ TEST_P(Nf4GoldenTest, QuantizesAsBitsandbytes) {
     const Stored weight = source_of(golden);
     std::vector<std::uint8_t> codes(golden.codes.size(), 0xee);
     std::vector<float> absmax(golden.blocks(), std::nanf(""));
-    backend().gemm_nf4({}, weight.view(), {golden.blocksize, codes.data(), absmax.data()});
+    backend().gemm_quantized({}, weight.view(), {Format::nf4, golden.blocksize, codes.data(), absmax.data()});
     EXPECT_TRUE(codes == golden.codes);
     if (!golden.nested) {
       EXPECT_TRUE(absmax == golden.absmax);
@@ -120,13 +120,13 @@ TEST_P(Nf4GoldenTest, QuantizesAsBitsandbytes) {
 // level * absmax in f32. bitsandbytes' own CPU kernel is no reference: it is wrong where a block crosses rows.
 TEST_P(Nf4GoldenTest, DequantizesBitsandbytesBytes) {
   each([&](const Golden& golden) {
-    Matrix weight{golden.codes.data(), golden.rows, golden.cols, 0, Codec::nf4};
+    Matrix weight{golden.codes.data(), golden.rows, golden.cols, 0, Format::nf4};
     if (golden.nested) {
       weight.scales = {golden.blocksize, nullptr, golden.absmax8.data(), golden.nested_absmax.data(), &golden.offset};
     } else {
       weight.scales = {golden.blocksize, golden.absmax.data()};
     }
-    Stored out = Stored::poisoned(golden.rows, golden.cols, Codec::f32);
+    Stored out = Stored::poisoned(golden.rows, golden.cols, Format::f32);
     backend().copy(weight, out.mutable_view());
     const Dense values = out.values();
     for (std::int64_t i = 0; i < golden.elements(); ++i) {

@@ -97,7 +97,7 @@ Stored stacked(const Dense& earlier, const Dense& rows) {
   Dense all(earlier.rows + rows.rows, rows.cols);
   std::copy(earlier.values.begin(), earlier.values.end(), all.values.begin());
   std::copy(rows.values.begin(), rows.values.end(), all.values.begin() + earlier.rows * rows.cols);
-  return Stored(all, Codec::f32);
+  return Stored(all, Format::f32);
 }
 
 class OrthonormalizeTest : public BackendTest {
@@ -156,7 +156,7 @@ TEST_P(OrthonormalizeTest, TheLastDirectionsOfTheSpace) {
 TEST_P(OrthonormalizeTest, LeavesOrthonormalRowsWhereTheyAre) {
   Random random(3);
   const Dense rows = random_orthonormal(random, 12, 60);
-  Stored basis(rows, Codec::f32);
+  Stored basis(rows, Format::f32);
   backend().orthonormalize(basis.mutable_view(), 0, 12, Rank::any);
   EXPECT_LE(norm(basis.values() - rows), orthonormality_bound(60) * std::sqrt(12.0))
       << "no signs turned, no rows exchanged";
@@ -206,7 +206,7 @@ TEST_P(OrthonormalizeTest, AgainAfterRoundingWithACompanion) {
     const Dense function = random.dense(dim, other);
     const Dense rounded = rounded_to(kBf16, rows_of(orthonormal, done, count));
     Stored basis = stacked(rows_of(orthonormal, 0, done), rounded);
-    Stored companion(basis.values() * function, Codec::f32);
+    Stored companion(basis.values() * function, Format::f32);
     const Dense earlier = rows_of(companion.values(), 0, done);
     backend().reorthonormalize(basis.mutable_view(), companion.mutable_view(), done, count);
     EXPECT_LE(orthonormality_error(basis.values()), orthonormality_bound(dim));

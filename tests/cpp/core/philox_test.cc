@@ -37,7 +37,7 @@ class FillSignsTest : public BackendTest {};
 TEST_P(FillSignsTest, EveryElementIsItsOwnBitForAnyShape) {
   for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 127}, {5, 128}, {4, 129}, {7, 200}, {2, 1000}, {300, 1}}) {
     for (const std::uint64_t seed : {std::uint64_t{0}, std::uint64_t{0xfedcba9876543210}}) {
-      Stored signs = Stored::poisoned(rows, cols, Codec::f32);
+      Stored signs = Stored::poisoned(rows, cols, Format::f32);
       backend().fill_signs(signs.mutable_view(), seed, 0.25f);
       const Dense values = signs.values();
       for (std::int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(values.values[i], 0.25 * expected_sign(i, seed)) << i;
@@ -48,14 +48,14 @@ TEST_P(FillSignsTest, EveryElementIsItsOwnBitForAnyShape) {
 
 TEST_P(FillSignsTest, TheSameBits) {
   expect_same_bits([](auto& cpu) {
-    Stored signs = Stored::poisoned(1100, 1000, Codec::f32);
+    Stored signs = Stored::poisoned(1100, 1000, Format::f32);
     cpu.fill_signs(signs.mutable_view(), 5, 1.0f);
     return signs.bytes();
   });
 }
 
 TEST_P(FillSignsTest, AreBalanced) {
-  Stored signs = Stored::poisoned(100, 1000, Codec::f32);
+  Stored signs = Stored::poisoned(100, 1000, Format::f32);
   backend().fill_signs(signs.mutable_view(), 1, 1.0f);
   double sum = 0;
   for (const double value : signs.values().values) sum += value;

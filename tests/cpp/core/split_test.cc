@@ -1,4 +1,4 @@
-// split and split_nf4: start factors, residuals, and what is refused.
+// split and split_quantized: start factors, residuals, and what is refused.
 #include "pissa/core/split.h"
 
 #include <gtest/gtest.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 #include "support/backend_test.h"
 #include "support/krylov_reference.h"
 #include "support/matrices.h"
@@ -27,7 +28,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct StartFactors {
   Stored a0, b0;
   StartFactors(const Matrix& w, std::int64_t r)
-      : a0(Stored::poisoned(r, w.cols, Codec::f32)), b0(Stored::poisoned(w.rows, r, Codec::f32)) {}
+      : a0(Stored::poisoned(r, w.cols, Format::f32)), b0(Stored::poisoned(w.rows, r, Format::f32)) {}
 };
 
 class SplitTest : public BackendTest {};
@@ -40,15 +41,15 @@ TEST_P(SplitTest, FactorsAreTheBestApproximation) {
   const auto gap = [](std::int64_t i) {
     return i < r ? 8.0 - static_cast<double>(i) : std::pow(0.9, static_cast<double>(i)) / 100;
   };
-  for (const Codec codec : kCodecs) {
+  for (const Format format : kFloatFormats) {
     for (const auto& [rows, cols] : {std::pair{50, 70}, {70, 50}}) {
-      const Stored weight(with_spectrum(random, rows, cols, gap), codec);
+      const Stored weight(with_spectrum(random, rows, cols, gap), format);
       const Dense w = weight.values();
       const Svd exact = jacobi_svd(w);
       const Dense vectors = rows_of(exact.v, 0, r);
       const Dense best = (w * transposed(vectors)) * vectors;
       for (const float s : {1.0f, 0.5f, 2.0f, 16 / std::sqrt(4.0f)}) {  // the last one is rsLoRA's
-        SCOPED_TRACE(::testing::Message() << name(codec) << " [" << rows << ", " << cols << "], scaling " << s);
+        SCOPED_TRACE(::testing::Message() << name(format) << " [" << rows << ", " << cols << "], scaling " << s);
         StartFactors factors(weight.view(), r);
         auto cpu = backend();
         split(cpu, weight.view(), s, {}, factors.a0.mutable_view(), factors.b0.mutable_view());
@@ -77,7 +78,7 @@ TEST_P(SplitTest, FactorsAreTheBestApproximation) {
 TEST_P(SplitTest, EveryClass) {
   for (const WeightClass& weight_class : weight_classes(40, 60)) {
     SCOPED_TRACE(weight_class.name);
-    const Stored weight(weight_class.values, Codec::f32);
+    const Stored weight(weight_class.values, Format::f32);
     const Dense w = weight.values();
     const std::int64_t r = std::min<std::int64_t>({5, w.rows, w.cols});
     StartFactors factors(weight.view(), r);
@@ -95,8 +96,8 @@ TEST_P(SplitTest, EveryClass) {
 // The explicit residual is W - s B0 A0 in W's dtype, rounded once, also when it takes W's place.
 TEST_P(SplitTest, ExplicitResidual) {
   Random random(2);
-  for (const Codec codec : kCodecs) {
-    Stored weight(random.dense(37, 53), codec);
+  for (const Format format : kFloatFormats) {
+    Stored weight(random.dense(37, 53), format);
     StartFactors factors(weight.view(), 6);
     auto cpu = backend();
     split(cpu, weight.view(), 0.5f, {}, factors.a0.mutable_view(), factors.b0.mutable_view());
@@ -104,7 +105,7 @@ TEST_P(SplitTest, ExplicitResidual) {
     const Bounded expected{weight.values() - 0.5 * (b0 * a0),
                            absolute(weight.values()) + 0.5 * (absolute(b0) * absolute(a0))};
     const Term terms[] = {minus_factors(factors.a0.view(), factors.b0.view(), 0.5f)};
-    Stored residual = Stored::poisoned(37, 53, codec);
+    Stored residual = Stored::poisoned(37, 53, format);
     cpu.gemm(terms, weight.view(), residual.mutable_view());
     expect_close(residual, expected, 6 + 4);
     cpu.gemm(terms, weight.view(), weight.mutable_view());
@@ -116,23 +117,23 @@ TEST_P(SplitTest, ExplicitResidual) {
 TEST_P(SplitTest, Nf4Residual) {
   Random random(3);
   for (const std::int64_t blocksize : {64, 256}) {
-    for (const Codec codec : kCodecs) {
-      const Stored weight(random.dense(41, 67), codec);
+    for (const Format format : kFloatFormats) {
+      const Stored weight(random.dense(41, 67), format);
       StartFactors plain(weight.view(), 5), factors(weight.view(), 5);
-      std::vector<std::uint8_t> codes(nf4_bytes(41 * 67)), expected_codes(codes.size());
+      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 41 * 67)), expected_codes(codes.size());
       std::vector<float> absmax(ceil_div(41 * 67, blocksize), kNan), expected_absmax(absmax.size());
       auto tested = backend();
       split(tested, weight.view(), 2.0f, {}, plain.a0.mutable_view(), plain.b0.mutable_view());
-      split_nf4(tested, weight.view(), 2.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
-                {blocksize, codes.data(), absmax.data()});
+      split_quantized(tested, weight.view(), 2.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+                      {Format::nf4, blocksize, codes.data(), absmax.data()});
       EXPECT_TRUE(factors.a0.bytes() == plain.a0.bytes());
       EXPECT_TRUE(factors.b0.bytes() == plain.b0.bytes());
 
       std::vector<float> residual(41 * 67);
       const Term terms[] = {minus_factors(plain.a0.view(), plain.b0.view(), 2.0f)};
-      residual_sum(terms, weight.view(), {residual.data(), 41, 67, 67, Codec::f32});
+      residual_sum(terms, weight.view(), {residual.data(), 41, 67, 67, Format::f32});
       cpu::kernels("baseline")
-          .nf4_quantize(residual.data(), 41 * 67, blocksize, expected_codes.data(), expected_absmax.data());
+          .quantize(Format::nf4, residual.data(), 41 * 67, blocksize, expected_codes.data(), expected_absmax.data());
       EXPECT_TRUE(codes == expected_codes);
       EXPECT_TRUE(absmax == expected_absmax);
     }
@@ -146,9 +147,9 @@ class SplitErrors : public BackendTest {
   // Refused with a message that starts with the argument's name, and nothing written.
   void expect_refused(const std::string& argument, const Dense& values, std::int64_t r, float scaling,
                       const SvdOptions& options = {}, std::int64_t iterations = 1, std::int64_t blocksize = 64) {
-    const Stored weight(values, Codec::f32);
+    const Stored weight(values, Format::f32);
     auto cpu = backend();
-    std::vector<std::uint8_t> codes(nf4_bytes(values.rows * values.cols), 0xee);
+    std::vector<std::uint8_t> codes(code_bytes(Format::nf4, values.rows * values.cols), 0xee);
     std::vector<float> absmax(values.rows * values.cols, -9.0f);
     for (const bool quantize : {false, true}) {
       if (!quantize && (iterations != 1 || blocksize != 64)) continue;
@@ -156,8 +157,8 @@ class SplitErrors : public BackendTest {
       const StartFactors untouched = factors;
       try {
         if (quantize) {
-          split_nf4(cpu, weight.view(), scaling, options, iterations, factors.a0.mutable_view(),
-                    factors.b0.mutable_view(), {blocksize, codes.data(), absmax.data()});
+          split_quantized(cpu, weight.view(), scaling, options, iterations, factors.a0.mutable_view(),
+                          factors.b0.mutable_view(), {Format::nf4, blocksize, codes.data(), absmax.data()});
         } else {
           split(cpu, weight.view(), scaling, options, factors.a0.mutable_view(), factors.b0.mutable_view());
         }
@@ -195,8 +196,8 @@ TEST_P(SplitErrors, AnNf4WeightHasNoNf4Residual) {
   StartFactors factors(weight.view(), 2);
   std::vector<std::uint8_t> codes(1000);
   std::vector<float> absmax(32);
-  EXPECT_THROW(split_nf4(cpu, weight.view(), 1.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
-                         {64, codes.data(), absmax.data()}),
+  EXPECT_THROW(split_quantized(cpu, weight.view(), 1.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+                               {Format::nf4, 64, codes.data(), absmax.data()}),
                std::invalid_argument);
 }
 

@@ -24,7 +24,7 @@ std::int64_t passes_over(const Stored& weight, std::int64_t r, const SvdOptions&
 TEST(SvdCost, TakesExactlyThePassesAskedFor) {
   Random random(6);
   for (const auto& [rows, cols] : {std::pair{150, 170}, {170, 150}}) {
-    const Stored weight(random.dense(rows, cols), Codec::f32);
+    const Stored weight(random.dense(rows, cols), Format::f32);
     for (const SvdMethod method : kMethods) {
       for (const std::int64_t passes : {2, 4, 8, 12}) EXPECT_EQ(passes_over(weight, 4, {method, passes, 0}), passes);
     }
@@ -33,7 +33,7 @@ TEST(SvdCost, TakesExactlyThePassesAskedFor) {
 
 TEST(SvdCost, AutomaticPassesFollowTheRank) {
   Random random(8);
-  const Stored weight(random.dense(520, 500), Codec::f32);
+  const Stored weight(random.dense(520, 500), Format::f32);
   for (const auto& [r, passes] : {std::pair{1, 10}, {64, 10}, {65, 12}, {96, 12}, {97, 14}}) {
     EXPECT_EQ(passes_over(weight, r, {}), passes) << "r = " << r;
     EXPECT_EQ(passes_over(weight, r, {.method = SvdMethod::subspace}), 28) << "r = " << r;
@@ -52,7 +52,7 @@ TEST(SvdCost, AutomaticPassesOfSmallRanksTakeLittleMoreThanEight) {
 // Blocks of r + 8, or 7/8 of it: 40 are the whole space after 4 blocks, 8 passes.
 TEST(SvdCost, StopsWhenTheBasisIsTheWholeSpace) {
   Random random(7);
-  const Stored weight(random.dense(40, 60), Codec::f32);
+  const Stored weight(random.dense(40, 60), Format::f32);
   EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 6, 0}), 6);
   EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 8, 0}), 8);
   EXPECT_EQ(passes_over(weight, 4, {SvdMethod::krylov, 10, 0}), 8);

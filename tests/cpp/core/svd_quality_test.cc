@@ -35,7 +35,7 @@ TEST_P(SvdQualityTest, PowerLawSpectrum) {
   const double exponent = GetParam();
   for (const auto& [rows, cols] : {std::pair{130, 150}, {150, 130}}) {
     const Stored weight(with_spectrum(random, rows, cols, [&](std::int64_t i) { return std::pow(i + 1.0, -exponent); }),
-                        Codec::f32);
+                        Format::f32);
     const Dense w = weight.values();
     const double best = best_norm(jacobi_svd(w), r);
     for (const auto& [passes, niter] : {std::pair{8, 8}, {12, 16}}) {
@@ -51,7 +51,7 @@ TEST_P(SvdQualityTest, PowerLawSpectrum) {
 TEST_P(SvdQualityTest, AutomaticPassesMatchSixteenIterations) {
   Random random(2);
   const auto spectrum = [](std::int64_t i) { return std::pow(i + 1.0, -GetParam()); };
-  const Stored weight(with_spectrum(random, 400, 384, spectrum), Codec::f32);
+  const Stored weight(with_spectrum(random, 400, 384, spectrum), Format::f32);
   const Dense w = weight.values();
   for (const std::int64_t r : {2, 48, 128}) {
     double best = 0;

@@ -15,31 +15,31 @@ class WeightGemmTest : public BackendTest {
  protected:
   // y [m, n] = scale x W^T + tail + bias, W [n, k].
   void check_nt(Random& random, const Size& size, Form x, Form weight, std::int64_t tail, bool with_bias,
-                Codec out_codec) const {
+                Format out_format) const {
     const auto& [m, n, k] = size;
     SCOPED_TRACE(::testing::Message() << "nt " << m << ", " << n << ", " << k << ", x " << name(x) << ", weight "
                                       << name(weight) << ", tail " << tail << ", bias " << with_bias << ", out "
-                                      << name(out_codec));
+                                      << name(out_format));
     const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
     TermList list(m, n, precision, rounds(precision));
     list.add(random, k, x, Op::n, weight, Op::t, random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
       list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, random_scale(random));
     }
-    const Operand bias(random, 1, n, static_cast<Form>(random.pick(kCodecs)));
+    const Operand bias(random, 1, n, static_cast<Form>(random.pick(kFloatFormats)));
     if (with_bias) list.add_expected(bounded(bias.values()));
     const Term& product = list.terms().front();
-    Stored y = Stored::poisoned(m, n, out_codec, random.below(4));
+    Stored y = Stored::poisoned(m, n, out_format, random.below(4));
     backend().weight_gemm_nt(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
                              with_bias ? bias.view() : Matrix{}, y.mutable_view());
-    expect_close(y, list.expected(), list.roundings(), list.bf16_roundings() + intermediate_roundings(out_codec));
+    expect_close(y, list.expected(), list.roundings(), list.bf16_roundings() + intermediate_roundings(out_format));
   }
 
   // dx [m, n] = scale dy W + tail, W [k, n].
-  void check_nn(Random& random, const Size& size, Form dy, Form weight, std::int64_t tail, Codec out_codec) const {
+  void check_nn(Random& random, const Size& size, Form dy, Form weight, std::int64_t tail, Format out_format) const {
     const auto& [m, n, k] = size;
     SCOPED_TRACE(::testing::Message() << "nn " << m << ", " << n << ", " << k << ", dy " << name(dy) << ", weight "
-                                      << name(weight) << ", tail " << tail << ", out " << name(out_codec));
+                                      << name(weight) << ", tail " << tail << ", out " << name(out_format));
     const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
     TermList list(m, n, precision, rounds(precision));
     list.add(random, k, dy, Op::n, weight, Op::n, random_scale(random));
@@ -47,21 +47,21 @@ class WeightGemmTest : public BackendTest {
       list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, random_scale(random));
     }
     const Term& product = list.terms().front();
-    Stored dx = Stored::poisoned(m, n, out_codec, random.below(4));
+    Stored dx = Stored::poisoned(m, n, out_format, random.below(4));
     backend().weight_gemm_nn(product.a, product.b, product.scale, product.precision, std::span(list.terms()).subspan(1),
                              dx.mutable_view());
-    expect_close(dx, list.expected(), list.roundings(), intermediate_roundings(out_codec));
+    expect_close(dx, list.expected(), list.roundings(), intermediate_roundings(out_format));
   }
 };
 
-TEST_P(WeightGemmTest, EveryCodecTailAndBias) {
+TEST_P(WeightGemmTest, EveryFormatTailAndBias) {
   Random random(1);
   for (const Form x : {Form::f32, Form::bf16, Form::f16}) {
     for (const Form weight : kForms) {
       for (std::int64_t tail = 0; tail <= 2; ++tail) {
         for (const bool bias : {false, true})
-          check_nt(random, {9, 37, 45}, x, weight, tail, bias, static_cast<Codec>(x));
-        check_nn(random, {9, 37, 45}, x, weight, tail, static_cast<Codec>(x));
+          check_nt(random, {9, 37, 45}, x, weight, tail, bias, static_cast<Format>(x));
+        check_nn(random, {9, 37, 45}, x, weight, tail, static_cast<Format>(x));
       }
     }
   }
@@ -70,9 +70,9 @@ TEST_P(WeightGemmTest, EveryCodecTailAndBias) {
 TEST_P(WeightGemmTest, EverySize) {
   Random random(2);
   for (const Size& size : edge_sizes()) {
-    const Form x = static_cast<Form>(random.pick(kCodecs));
-    check_nt(random, size, x, random.pick(kForms), random.below(3), random.coin(), random.pick(kCodecs));
-    check_nn(random, size, x, random.pick(kForms), random.below(3), random.pick(kCodecs));
+    const Form x = static_cast<Form>(random.pick(kFloatFormats));
+    check_nt(random, size, x, random.pick(kForms), random.below(3), random.coin(), random.pick(kFloatFormats));
+    check_nn(random, size, x, random.pick(kForms), random.below(3), random.pick(kFloatFormats));
   }
 }
 
@@ -82,9 +82,9 @@ TEST_P(WeightGemmTest, FewRowsOfAWeightInNf4) {
   Random random(4);
   for (const std::int64_t k : {1, 21, 31, 32, 63, 64, 65, 127, 128, 129, 200, 1000, 15001}) {
     for (std::int64_t m = 1; m <= 17; m += k > 1000 ? 8 : 1) {
-      const Form x = static_cast<Form>(random.pick(kCodecs));
+      const Form x = static_cast<Form>(random.pick(kFloatFormats));
       check_nt(random, {m, 5, k}, x, random.pick({Form::nf4, Form::nf4_nested}), random.below(3), random.coin(),
-               random.pick(kCodecs));
+               random.pick(kFloatFormats));
     }
   }
 }
@@ -102,12 +102,12 @@ TEST_P(WeightGemmTest, TheSameBits) {
   const Term tail_nt[] = {{xa.view(), Op::n, b.view(), Op::t, 2.0f}};
   const Term tail_nn[] = {{xa.view(), Op::n, a.view(), Op::n, 2.0f}};
   expect_same_bits([&](auto& cpu) {
-    Stored y = Stored::poisoned(m, out, Codec::bf16);
+    Stored y = Stored::poisoned(m, out, Format::bf16);
     cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, tail_nt, bias.view(), y.mutable_view());
     return y.bytes();
   });
   expect_same_bits([&](auto& cpu) {
-    Stored dx = Stored::poisoned(m, in, Codec::f32);
+    Stored dx = Stored::poisoned(m, in, Format::f32);
     cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, Precision::f32, tail_nn, dx.mutable_view());
     return dx.bytes();
   });

@@ -23,7 +23,7 @@ TEST_P(GramKernelTest, IsAccurateToFloat64) {
        {Range{1, 1, 0, 1}, Range{9, 0, 0, 9}, Range{13, 37, 0, 13}, Range{13, 37, 5, 9}, Range{8, 2047, 0, 8},
         Range{7, 2049, 3, 7}, Range{5, 5000, 0, 5}}) {
     SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", rows " << first << " to " << last);
-    const Stored rows(random.dense(count, cols), Codec::f32);
+    const Stored rows(random.dense(count, cols), Format::f32);
     const Dense values = rows.values();
     const Dense expected = values * transposed(values);
     const Dense magnitude = absolute(values) * transposed(absolute(values));

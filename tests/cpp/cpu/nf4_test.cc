@@ -7,9 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
+#include "pissa/core/nested_scales.h"
 #include "support/isa_test.h"
 #include "support/matrices.h"
 
@@ -64,39 +64,16 @@ TEST(Nf4Format, TheDynamicCodeIsThatOfTheNearestLevel) {
 TEST(Nf4Format, BlockSizesArePowersOfTwoFrom32To4096) {
   std::vector<std::int64_t> allowed;
   for (std::int64_t size = -64; size <= 10000; ++size) {
-    if (is_nf4_blocksize(size)) allowed.push_back(size);
+    if (is_blocksize(Format::nf4, size, 100)) allowed.push_back(size);
   }
   EXPECT_EQ(allowed, (std::vector<std::int64_t>{32, 64, 128, 256, 512, 1024, 2048, 4096}));
 }
 
 TEST(Nf4Format, AnOddNumberOfElementsTakesHalfAByteMore) {
-  EXPECT_EQ(nf4_bytes(0), 0);
-  EXPECT_EQ(nf4_bytes(1), 1);
-  EXPECT_EQ(nf4_bytes(2), 1);
-  EXPECT_EQ(nf4_bytes(65), 33);
-}
-
-TEST(Nf4Format, IncompleteMatricesAreRefused) {
-  Random random(1);
-  const StoredNf4 plain(random, 4, 40, 64, false);
-  const StoredNf4 nested(random, 4, 40, 64, true);
-  EXPECT_NO_THROW(check_nf4(plain.view()));
-  EXPECT_NO_THROW(check_nf4(nested.view()));
-  for (const std::int64_t blocksize : {0, 16, 48, 63, 8192, -64}) {
-    Matrix bad = plain.view();
-    bad.scales.blocksize = blocksize;
-    EXPECT_THROW(check_nf4(bad), std::invalid_argument) << blocksize;
-  }
-  Matrix bad = plain.view();
-  bad.scales.absmax = nullptr;
-  EXPECT_THROW(check_nf4(bad), std::invalid_argument);
-  for (const int part : {0, 1, 2}) {
-    bad = nested.view();
-    if (part == 0) bad.scales.absmax8 = nullptr;
-    if (part == 1) bad.scales.nested_absmax = nullptr;
-    if (part == 2) bad.scales.offset = nullptr;
-    EXPECT_THROW(check_nf4(bad), std::invalid_argument) << part;
-  }
+  EXPECT_EQ(code_bytes(Format::nf4, 0), 0);
+  EXPECT_EQ(code_bytes(Format::nf4, 1), 1);
+  EXPECT_EQ(code_bytes(Format::nf4, 2), 1);
+  EXPECT_EQ(code_bytes(Format::nf4, 65), 33);
 }
 
 class Nf4Test : public IsaTest {};
@@ -129,7 +106,7 @@ TEST_P(Nf4Test, DecodesAnyPartOfARow) {
 TEST_P(Nf4Test, DecodesManyNestedBlocks) {
   Random random(3);
   const StoredNf4 weight(random, 129, 200, 32, true);  // 807 blocks
-  Stored out = Stored::poisoned(129, 200, Codec::f32);
+  Stored out = Stored::poisoned(129, 200, Format::f32);
   backend().copy(weight.view(), out.mutable_view());
   EXPECT_EQ(out.values().values, weight.values().values);
 }
@@ -153,7 +130,7 @@ TEST_P(Nf4Test, QuantizesTheNeighboursOfEveryThreshold) {
   values.back() = 1.0f;
   std::vector<std::uint8_t> codes(values.size() / 2);
   std::vector<float> absmax(values.size() / 64);
-  kernels().nf4_quantize(values.data(), values.size(), 64, codes.data(), absmax.data());
+  kernels().quantize(Format::nf4, values.data(), values.size(), 64, codes.data(), absmax.data());
   for (const float largest : absmax) ASSERT_EQ(largest, 1.0f);
   for (std::size_t i = 0; i < values.size(); ++i) {
     ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, nf4_code(values[i])) << values[i];
@@ -168,9 +145,9 @@ TEST_P(Nf4Test, QuantizesAsTheScalarFormula) {
                                      blocksize + 1, 2 * blocksize + 17}) {
       std::vector<float> values(count);
       for (float& value : values) value = static_cast<float>(random.normal());
-      std::vector<std::uint8_t> codes(nf4_bytes(count) + 1, 0xee);
+      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, count) + 1, 0xee);
       std::vector<float> absmax(ceil_div(count, blocksize) + 1, -9.0f);
-      kernels().nf4_quantize(values.data(), count, blocksize, codes.data(), absmax.data());
+      kernels().quantize(Format::nf4, values.data(), count, blocksize, codes.data(), absmax.data());
       for (std::int64_t first = 0; first < count; first += blocksize) {
         const std::int64_t last = std::min(first + blocksize, count);
         float largest = 0.0f;
@@ -197,7 +174,7 @@ TEST_P(Nf4Test, ThresholdsRoundDownInEveryLane) {
     for (int i = 0; i < 64; ++i) values[i] = i == 63 ? 1.0f : kNf4Thresholds.value[(i + shift) % 15];
     std::vector<std::uint8_t> codes(32);
     float absmax = 0;
-    kernels().nf4_quantize(values.data(), 64, 64, codes.data(), &absmax);
+    kernels().quantize(Format::nf4, values.data(), 64, 64, codes.data(), &absmax);
     for (int i = 0; i < 63; ++i) ASSERT_EQ((codes[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, (i + shift) % 15) << i;
   }
 }

@@ -24,10 +24,10 @@ std::vector<SplitLayer> layers(bool dominated) {
   Random random(1);
   std::vector<SplitLayer> result;
   for (std::int64_t i = 0; i < 15; ++i) {
-    result.emplace_back(random.dense(20 + 7 * i % 31, 90 - 11 * i % 60), kCodecs.begin()[i % 3], 1 + i % 9,
+    result.emplace_back(random.dense(20 + 7 * i % 31, 90 - 11 * i % 60), kFloatFormats.begin()[i % 3], 1 + i % 9,
                         0.5f + static_cast<float>(i));
   }
-  if (dominated) result.emplace(result.begin() + 4, random.dense(260, 330), Codec::bf16, 8, 2.0f);
+  if (dominated) result.emplace(result.begin() + 4, random.dense(260, 330), Format::bf16, 8, 2.0f);
   return result;
 }
 
@@ -80,7 +80,7 @@ TEST(SplitManyErrors, NameTheFirstBadWeight) {
     for (const std::size_t i : {4, 11}) {
       Dense values = bad[i].weight.values();
       values(1, 2) = std::numeric_limits<double>::quiet_NaN();
-      bad[i].weight = Stored(values, Codec::f32);
+      bad[i].weight = Stored(values, Format::f32);
     }
     EXPECT_EQ(refusal(bad).find("weights[4]: weight: contains NaN or Inf"), 0u) << refusal(bad);
   }
@@ -100,7 +100,7 @@ TEST(SplitManyErrors, BadArgumentsWriteNothing) {
   std::vector<SplitLayer> bad = layers(false);
   bad[14].scaling = 0;
   expect_refused(bad, {}, "weights[14]: scaling: got 0");
-  bad[9] = SplitLayer(Dense(6, 8), Codec::f32, 7, 1.0f);
+  bad[9] = SplitLayer(Dense(6, 8), Format::f32, 7, 1.0f);
   expect_refused(bad, {}, "weights[9]: r: got 7");
   expect_refused(layers(false), {SvdMethod::krylov, 3, 0}, "weights[0]: passes: got 3");
 }

@@ -16,23 +16,23 @@
 namespace pissa::test {
 namespace {
 
-Stored aligned(const Dense& values, Codec codec) {
-  return Stored(values, codec, Stored::kAligned - values.cols % Stored::kAligned, Stored::kAligned);
+Stored aligned(const Dense& values, Format format) {
+  return Stored(values, format, Stored::kAligned - values.cols % Stored::kAligned, Stored::kAligned);
 }
 
 class FewRowsTest : public BackendTest {
  protected:
   // y [m, n] = x W^T + tail + bias, W [n, k] in NF4; x in half precision, which the tail's factors are rounded to.
-  void check_nf4(Random& random, const Size& size, Codec codec, int blocksize, bool nested, std::int64_t tail_terms,
+  void check_nf4(Random& random, const Size& size, Format format, int blocksize, bool nested, std::int64_t tail_terms,
                  bool with_bias) const {
     const auto& [m, n, k] = size;
-    SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", x " << name(codec) << ", blocksize "
+    SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", x " << name(format) << ", blocksize "
                                       << blocksize << ", nested " << nested << ", tail " << tail_terms);
-    const Precision precision = codec == Codec::bf16 ? Precision::bf16 : Precision::f16;
-    const Format half = format(codec);
-    const Stored x = aligned(random.dense(m, k), codec);
+    const Precision precision = format == Format::bf16 ? Precision::bf16 : Precision::f16;
+    const FloatFormat half = float_format(format);
+    const Stored x = aligned(random.dense(m, k), format);
     const StoredNf4 weight(random, n, k, blocksize, nested);
-    ASSERT_TRUE(cuda::few_rows_nf4_fits(x.view(), weight.view(), {})) << "this is not about another kernel";
+    ASSERT_TRUE(cuda::few_rows_quantized_fits(x.view(), weight.view(), {})) << "this is not about another kernel";
     const Dense w = rounded_to(half, weight.values());
     Bounded expected{x.values() * transposed(w), absolute(x.values()) * absolute(transposed(w))};
     std::int64_t roundings = k + 4;
@@ -48,9 +48,9 @@ class FewRowsTest : public BackendTest {
       expected = {expected.value + product.value, expected.magnitude + product.magnitude};
       roundings += r + 1;
     }
-    const Operand bias(random, 1, n, static_cast<Form>(codec));
+    const Operand bias(random, 1, n, static_cast<Form>(format));
     if (with_bias) expected = {expected.value + bias.values(), expected.magnitude + absolute(bias.values())};
-    for (const Codec out : {codec, Codec::f32}) {
+    for (const Format out : {format, Format::f32}) {
       Stored y = Stored::poisoned(m, n, out, random.below(4));
       backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, precision, tail, with_bias ? bias.view() : Matrix{},
                                y.mutable_view());
@@ -62,8 +62,9 @@ class FewRowsTest : public BackendTest {
 TEST_P(FewRowsTest, EveryNumberOfRows) {
   Random random(1);
   for (std::int64_t m = 1; m <= 16; ++m) {
-    for (const Codec codec : {Codec::bf16, Codec::f16}) {
-      check_nf4(random, {m, 21, 160}, codec, random.pick({32, 64, 128}), random.coin(), random.below(3), random.coin());
+    for (const Format format : {Format::bf16, Format::f16}) {
+      check_nf4(random, {m, 21, 160}, format, random.pick({32, 64, 128}), random.coin(), random.below(3),
+                random.coin());
     }
   }
 }
@@ -72,12 +73,12 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
 TEST_P(FewRowsTest, EveryEdge) {
   Random random(2);
   for (const std::int64_t k : {32, 64, 96, 128, 160, 992, 1024, 1056, 2144}) {
-    check_nf4(random, {3, 17, k}, Codec::bf16, random.pick({32, 64, 256}), random.coin(), 1, true);
+    check_nf4(random, {3, 17, k}, Format::bf16, random.pick({32, 64, 256}), random.coin(), 1, true);
   }
   for (const std::int64_t n : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33}) {
-    check_nf4(random, {16, n, 96}, Codec::f16, 64, random.coin(), 2, false);
+    check_nf4(random, {16, n, 96}, Format::f16, 64, random.coin(), 2, false);
   }
-  check_nf4(random, {5, 40, 288}, Codec::bf16, 4096, true, 1, true);
+  check_nf4(random, {5, 40, 288}, Format::bf16, 4096, true, 1, true);
 }
 
 TEST_P(FewRowsTest, DenseOperandsOfEveryLengthAndAlignment) {
@@ -85,14 +86,15 @@ TEST_P(FewRowsTest, DenseOperandsOfEveryLengthAndAlignment) {
   for (const std::int64_t k : {1, 7, 8, 9, 255, 256, 257, 1023, 1024, 1025, 2048, 3001}) {
     for (const std::int64_t m : {1, 5, 16}) {
       const std::int64_t n = 1 + random.below(20);
-      const Codec a_codec = random.pick(kCodecs), b_codec = random.pick(kCodecs), out_codec = random.pick(kCodecs);
-      SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", " << name(a_codec) << ", " << name(b_codec)
-                                        << " to " << name(out_codec));
-      const Stored a = random.coin() ? aligned(random.dense(m, k), a_codec) : Stored(random.dense(m, k), a_codec);
-      const Stored b = random.coin() ? aligned(random.dense(n, k), b_codec) : Stored(random.dense(n, k), b_codec);
-      const Stored addend(random.dense(m, n), random.pick(kCodecs));
+      const Format a_format = random.pick(kFloatFormats), b_format = random.pick(kFloatFormats),
+                   out_format = random.pick(kFloatFormats);
+      SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", " << name(a_format) << ", "
+                                        << name(b_format) << " to " << name(out_format));
+      const Stored a = random.coin() ? aligned(random.dense(m, k), a_format) : Stored(random.dense(m, k), a_format);
+      const Stored b = random.coin() ? aligned(random.dense(n, k), b_format) : Stored(random.dense(n, k), b_format);
+      const Stored addend(random.dense(m, n), random.pick(kFloatFormats));
       const Term terms[] = {{a.view(), Op::n, b.view(), Op::t, -0.75f}};
-      Stored out = Stored::poisoned(m, n, out_codec);
+      Stored out = Stored::poisoned(m, n, out_format);
       ASSERT_TRUE(cuda::few_rows_fit(terms, out.mutable_view()));
       backend().gemm(terms, addend.view(), out.mutable_view());
       const Dense b_t = transposed(b.values());
@@ -109,17 +111,17 @@ TEST_P(FewRowsTest, WhatTheyCannotTake) {
   alignas(16) static const char memory[32] = {};
   const Term thin{{memory, 16, 3, 3}, Op::n, {memory, 9, 3, 3}, Op::t};
   const auto fits = [&](auto change) {
-    Matrix x{memory, 16, 64, 64, Codec::f16}, weight{memory, 9, 64, 64, Codec::nf4};
+    Matrix x{memory, 16, 64, 64, Format::f16}, weight{memory, 9, 64, 64, Format::nf4};
     std::vector<Term> tail{thin, thin};
     change(x, weight, tail);
-    return cuda::few_rows_nf4_fits(x, weight, tail);
+    return cuda::few_rows_quantized_fits(x, weight, tail);
   };
   EXPECT_TRUE(fits([](auto&...) {}));
   EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.rows = 17; }));
-  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.codec = Codec::f32; }));
+  EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.format = Format::f32; }));
   EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.ld = 68; }));
   EXPECT_FALSE(fits([](Matrix& x, auto&...) { x.data = memory + 8; }));
-  EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.codec = Codec::bf16; }));
+  EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.format = Format::bf16; }));
   EXPECT_FALSE(fits([](Matrix& x, Matrix& weight, auto&) { x.cols = weight.cols = 48; }));
   EXPECT_FALSE(fits([](Matrix&, Matrix& weight, auto&) { weight.data = memory + 8; }));
   EXPECT_FALSE(fits([](Matrix&, Matrix&, std::vector<Term>& tail) { tail[1].op_b = Op::n; }));
@@ -134,18 +136,18 @@ TEST_P(FewRowsTest, WhatTheyCannotTake) {
   EXPECT_FALSE(fit(16, [&](std::vector<Term>& terms) { terms.push_back(thin); }));
   EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].op_a = Op::t; }));
   EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].op_b = Op::n; }));
-  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].a.codec = Codec::nf4; }));
-  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].b.codec = Codec::nf4; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].a.format = Format::nf4; }));
+  EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].b.format = Format::nf4; }));
 }
 
 // What fits the kernel for NF4, but asks for what it does not compute.
 TEST_P(FewRowsTest, AnotherScaleDirectionOrPrecision) {
   Random random(5);
-  const Stored x = aligned(random.dense(5, 64), Codec::bf16);
+  const Stored x = aligned(random.dense(5, 64), Format::bf16);
   const StoredNf4 weight(random, 64, 64, 64, false);
-  ASSERT_TRUE(cuda::few_rows_nf4_fits(x.view(), weight.view(), {}));
+  ASSERT_TRUE(cuda::few_rows_quantized_fits(x.view(), weight.view(), {}));
   const Dense exact = weight.values(), rounded = rounded_to(kBf16, exact);
-  Stored y = Stored::poisoned(5, 64, Codec::f32);
+  Stored y = Stored::poisoned(5, 64, Format::f32);
   const auto expect = [&](double scale, const Dense& w) {
     expect_close(y, {scale * (x.values() * w), absolute(x.values()) * absolute(w)}, 64);
   };
@@ -161,7 +163,7 @@ TEST_P(FewRowsTest, AnAddendInNf4) {
   Random random(4);
   const Operand a(random, 5, 3, Form::f32), b(random, 40, 3, Form::f32), addend(random, 5, 40, Form::nf4);
   const Term terms[] = {{a.view(), Op::n, b.view(), Op::t}};
-  Stored out = Stored::poisoned(5, 40, Codec::f32);
+  Stored out = Stored::poisoned(5, 40, Format::f32);
   backend().gemm(terms, addend.view(), out.mutable_view());
   const Dense b_t = transposed(b.values());
   expect_close(

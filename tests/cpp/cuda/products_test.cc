@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "pissa/cuda/backend.h"
+#include "pissa/cuda/codes.h"
 #include "pissa/cuda/context.h"
-#include "pissa/cuda/nf4.h"
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
 #include "support/matrices.h"
@@ -19,9 +19,11 @@
 namespace pissa::test {
 namespace {
 
-Stored aligned(const Dense& values, Codec codec) { return Stored(values, codec, Stored::kAligned, Stored::kAligned); }
-Stored aligned_poisoned(std::int64_t rows, std::int64_t cols, Codec codec) {
-  return Stored::poisoned(rows, cols, codec, Stored::kAligned, Stored::kAligned);
+Stored aligned(const Dense& values, Format format) {
+  return Stored(values, format, Stored::kAligned, Stored::kAligned);
+}
+Stored aligned_poisoned(std::int64_t rows, std::int64_t cols, Format format) {
+  return Stored::poisoned(rows, cols, format, Stored::kAligned, Stored::kAligned);
 }
 
 Dense all(std::int64_t rows, std::int64_t cols, double value) {
@@ -36,8 +38,8 @@ class ProductsTest : public BackendTest {};
 TEST_P(ProductsTest, ConvertsAlignedRows) {
   Random random(1);
   for (const std::int64_t cols : {8, 16, 24, 64, 72, 2048, 4096, 4104, 9000}) {
-    for (const Codec from : kCodecs) {
-      for (const Codec to : kCodecs) {
+    for (const Format from : kFloatFormats) {
+      for (const Format to : kFloatFormats) {
         const Stored a = aligned(random.dense(3, cols), from);
         Stored out = aligned_poisoned(3, cols, to);
         backend().copy(a.view(), out.mutable_view());
@@ -52,7 +54,7 @@ TEST_P(ProductsTest, DecodesNf4ByWords) {
   Random random(2);
   for (const std::int64_t cols : {8, 40, 64, 136, 4096, 4104, 8200}) {
     for (const bool nested : {false, true}) {
-      for (const Codec to : kCodecs) {
+      for (const Format to : kFloatFormats) {
         const StoredNf4 weight(random, 5, cols, random.pick({32, 64, 4096}), nested);
         Stored out = random.coin() ? aligned_poisoned(5, cols, to) : Stored::poisoned(5, cols, to);
         backend().copy(weight.view(), out.mutable_view());
@@ -69,9 +71,9 @@ TEST_P(ProductsTest, DecodesAnyPartOfAWeight) {
   Random random(5);
   const StoredNf4 weight(random, 7, 72, 32, false);
   for (const auto& [row, col, cols] : {std::tuple{1, 8, 64}, {2, 3, 64}, {3, 16, 37}, {0, 1, 5}}) {
-    Stored out = Stored::poisoned(4, cols, Codec::f32);
+    Stored out = Stored::poisoned(4, cols, Format::f32);
     Staging at(context);
-    cuda::nf4_decode(context, at(weight.view()), row, col, at(out.mutable_view()));
+    cuda::decode_codes(context, at(weight.view()), row, col, at(out.mutable_view()));
     at.finish();
     const Dense values = weight.values(), part = out.values();
     for (std::int64_t i = 0; i < 4; ++i) {
@@ -84,9 +86,9 @@ TEST_P(ProductsTest, DecodesAnyPartOfAWeight) {
 // Its largest element beyond what all threads look at first, and beyond what is decoded at a time.
 TEST_P(ProductsTest, MaxAbsOfALargeWeightInNf4) {
   const std::int64_t cols = 4096, rows = cuda::kChunkBytes / (4 * cols) + 1;
-  std::vector<std::uint8_t> codes(nf4_bytes(rows * cols), 0x87);  // levels 0.08 and 0
+  std::vector<std::uint8_t> codes(code_bytes(Format::nf4, rows * cols), 0x87);  // levels 0.08 and 0
   const std::vector<float> absmax(ceil_div(rows * cols, std::int64_t{4096}), 1.0f);
-  Matrix weight{codes.data(), rows, cols, 0, Codec::nf4};
+  Matrix weight{codes.data(), rows, cols, 0, Format::nf4};
   weight.scales = {4096, absmax.data()};
   for (const std::int64_t row : {rows / 3, rows - 1}) {
     std::uint8_t& last = codes[(row + 1) * cols / 2 - 1];
@@ -104,11 +106,11 @@ TEST_P(ProductsTest, DecodesNf4AtOddAddresses) {
   const auto* codes = static_cast<const std::uint8_t*>(view.data);
   for (const int skip : {1, 2, 3}) {
     std::vector<std::uint8_t> shifted(skip, 0xee);
-    shifted.insert(shifted.end(), codes, codes + nf4_bytes(5 * 64));
+    shifted.insert(shifted.end(), codes, codes + code_bytes(Format::nf4, 5 * 64));
     view.data = shifted.data() + skip;
-    Stored out = aligned_poisoned(5, 64, Codec::bf16);
+    Stored out = aligned_poisoned(5, 64, Format::bf16);
     backend().copy(view, out.mutable_view());
-    EXPECT_EQ(out.values().values, Stored(weight.values(), Codec::bf16).values().values) << skip;
+    EXPECT_EQ(out.values().values, Stored(weight.values(), Format::bf16).values().values) << skip;
   }
 }
 
@@ -120,16 +122,16 @@ TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
   for (const Op op : {Op::t, Op::n}) {
     for (const auto& [out, in] : {std::pair{200, 136}, {136, 200}, {130, 70}}) {
       const StoredNf4 weight(random, out, in, 64, true);
-      const Stored dense(random.dense(out, in), Codec::f16);
+      const Stored dense(random.dense(out, in), Format::f16);
       const std::int64_t k = op == Op::t ? in : out, n = op == Op::t ? out : in;
-      const Stored x(random.dense(m, k), Codec::bf16), a(random.dense(m, 3), Codec::f32);
-      const Stored b(op == Op::t ? random.dense(n, 3) : random.dense(3, n), Codec::f32);
-      const Stored bias(random.dense(1, n), Codec::bf16);
+      const Stored x(random.dense(m, k), Format::bf16), a(random.dense(m, 3), Format::f32);
+      const Stored b(op == Op::t ? random.dense(n, 3) : random.dense(3, n), Format::f32);
+      const Stored bias(random.dense(1, n), Format::bf16);
       for (const Matrix& w : {weight.view(), dense.view()}) {
-        const Codec codec = w.codec == Codec::nf4 ? Codec::bf16 : Codec::f32;
+        const Format format = w.format == Format::nf4 ? Format::bf16 : Format::f32;
         std::vector<std::vector<std::uint8_t>> results;
         for (const std::int64_t chunk : {1 << 30, 3 * 64 * 136 * 2, 1}) {
-          Stored y = Stored::poisoned(m, n, codec);
+          Stored y = Stored::poisoned(m, n, format);
           Staging at(context);
           const std::vector<Term> tail{{at(a.view()), Op::n, at(b.view()), op, 2.0f, Precision::bf16}};
           cuda::weight_product(context, at(x.view()), at(w), op, 1.0f, Precision::bf16, tail,
@@ -149,18 +151,19 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(4);
   for (const auto& [rows, cols, blocksize] : {std::tuple{37, 64, 64}, {41, 67, 32}, {9, 1000, 256}, {70, 3, 64}}) {
-    const Stored w(random.dense(rows, cols), Codec::bf16), b(random.dense(rows, 4), Codec::f32),
-        a(random.dense(4, cols), Codec::f32);
+    const Stored w(random.dense(rows, cols), Format::bf16), b(random.dense(rows, 4), Format::f32),
+        a(random.dense(4, cols), Format::f32);
     std::vector<std::vector<std::uint8_t>> results;
     for (const std::int64_t bytes : {std::int64_t{1} << 30, std::int64_t{10} * cols * 4, std::int64_t{1}}) {
-      std::vector<std::uint8_t> codes(nf4_bytes(rows * cols), 0xee);
+      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, rows * cols), 0xee);
       std::vector<float> absmax(ceil_div(rows * cols, blocksize), -9.0f);
       Staging at(context);
       const std::vector<Term> terms{{at(b.view()), Op::n, at(a.view()), Op::n, -0.5f}};
-      cuda::quantized_sum(context, terms, at(w.view()),
-                          {blocksize, at.upload(codes.data(), static_cast<std::int64_t>(codes.size()), true),
-                           at.upload(absmax.data(), static_cast<std::int64_t>(absmax.size()), true)},
-                          bytes);
+      cuda::quantized_sum(
+          context, terms, at(w.view()),
+          {Format::nf4, blocksize, at.upload(codes.data(), static_cast<std::int64_t>(codes.size()), true),
+           at.upload(absmax.data(), static_cast<std::int64_t>(absmax.size()), true)},
+          bytes);
       at.finish();
       for (const float value : absmax) ASSERT_GE(value, 0.0f);
       results.push_back(codes);
@@ -172,13 +175,13 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
 
 // Thin products in half precision and what they are added to take one rounding: 1 + 2^-9 - 2 * 2^-9 + 2^-9 is 1.
 TEST_P(ProductsTest, ThinProductsAreRoundedOnce) {
-  const Stored one(all(20, 1, 1), Codec::f32), two(all(20, 2, 1), Codec::f32);
-  const Stored small(all(1, 30, 0x1p-9), Codec::f32), minus(all(2, 30, -0x1p-9), Codec::f32);
-  const Stored addend(all(20, 30, 1), Codec::bf16);
+  const Stored one(all(20, 1, 1), Format::f32), two(all(20, 2, 1), Format::f32);
+  const Stored small(all(1, 30, 0x1p-9), Format::f32), minus(all(2, 30, -0x1p-9), Format::f32);
+  const Stored addend(all(20, 30, 1), Format::bf16);
   const Term terms[] = {{one.view(), Op::n, small.view(), Op::n, 1.0f, Precision::bf16},
                         {two.view(), Op::n, minus.view(), Op::n, 1.0f, Precision::bf16},
                         {one.view(), Op::n, small.view(), Op::n, 1.0f, Precision::bf16}};
-  Stored out = Stored::poisoned(20, 30, Codec::bf16);
+  Stored out = Stored::poisoned(20, 30, Format::bf16);
   backend().gemm(terms, addend.view(), out.mutable_view());
   EXPECT_EQ(out.values().values, addend.values().values);
 }
@@ -190,7 +193,7 @@ TEST_P(ProductsTest, ThinProductsThatCannotBeOne) {
     TermList list(20, 30);
     list.add(random, 5, Form::bf16, Op::n, Form::bf16, Op::n, second == Form::bf16 ? -0.3f : 1.0f);
     list.add(random, 4, second, Op::n, second, Op::n, 1.0f);
-    Stored out = Stored::poisoned(20, 30, Codec::f32);
+    Stored out = Stored::poisoned(20, 30, Format::f32);
     backend().gemm(list.terms(), {}, out.mutable_view());
     expect_close(out, list.expected(), list.roundings());
   }
@@ -198,30 +201,31 @@ TEST_P(ProductsTest, ThinProductsThatCannotBeOne) {
 
 // Below half a unit, both, and together above it.
 TEST_P(ProductsTest, AnAddendInF32IsNotRoundedFirst) {
-  const Stored a(all(20, 1, 1), Codec::bf16), b(all(1, 30, 3 * 0x1p-10), Codec::bf16);
-  const Stored addend(all(20, 30, 1 + 3 * 0x1p-10), Codec::f32);
+  const Stored a(all(20, 1, 1), Format::bf16), b(all(1, 30, 3 * 0x1p-10), Format::bf16);
+  const Stored addend(all(20, 30, 1 + 3 * 0x1p-10), Format::f32);
   const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
-  Stored out = Stored::poisoned(20, 30, Codec::bf16);
+  Stored out = Stored::poisoned(20, 30, Format::bf16);
   backend().gemm(terms, addend.view(), out.mutable_view());
   EXPECT_EQ(out.values().values, all(20, 30, 1 + 0x1p-7).values);
 }
 
 TEST_P(ProductsTest, ABiasAndNothingToMultiply) {
   Random random(7);
-  const Stored x(Dense(20, 0), Codec::bf16), weight(Dense(30, 0), Codec::bf16), bias(random.dense(1, 30), Codec::bf16);
-  Stored y = Stored::poisoned(20, 30, Codec::bf16);
+  const Stored x(Dense(20, 0), Format::bf16), weight(Dense(30, 0), Format::bf16),
+      bias(random.dense(1, 30), Format::bf16);
+  Stored y = Stored::poisoned(20, 30, Format::bf16);
   backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, {}, bias.view(), y.mutable_view());
   EXPECT_EQ(y.values().values, (all(20, 1, 1) * bias.values()).values);
 }
 
 // Where cuBLAS divides a sum among blocks, its parts are not rounded: (1 + 2^-9) - 1 is 2^-9.
 TEST_P(ProductsTest, PartsOfASumAreNotRounded) {
-  for (const Codec codec : {Codec::bf16, Codec::f16}) {
-    const double small = codec == Codec::bf16 ? 0x1p-9 : 0x1p-12;
+  for (const Format format : {Format::bf16, Format::f16}) {
+    const double small = format == Format::bf16 ? 0x1p-9 : 0x1p-12;
     Dense a_values(20, 4);
     for (std::int64_t i = 0; i < 20; ++i) a_values(i, 0) = 1, a_values(i, 1) = small, a_values(i, 2) = -1;
-    const Stored a(a_values, codec), b(all(4, 30, 1), codec);
-    Stored out = Stored::poisoned(20, 30, codec);
+    const Stored a(a_values, format), b(all(4, 30, 1), format);
+    Stored out = Stored::poisoned(20, 30, format);
     const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
     backend().gemm(terms, {}, out.mutable_view());
     EXPECT_EQ(out.values().values, all(20, 30, small).values);

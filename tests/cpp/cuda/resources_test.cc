@@ -27,28 +27,30 @@
 namespace pissa::test {
 namespace {
 
-Stored aligned(const Dense& values, Codec codec) { return Stored(values, codec, Stored::kAligned, Stored::kAligned); }
+Stored aligned(const Dense& values, Format format) {
+  return Stored(values, format, Stored::kAligned, Stored::kAligned);
+}
 
 /// A QPiSSA layer on the device, and room for what it computes.
 class DeviceLayer {
  public:
   DeviceLayer(std::int64_t tokens, std::int64_t out, std::int64_t in, std::int64_t r)
       : at_(context_),
-        x_(aligned(random_.dense(tokens, in), Codec::bf16)),
-        dy_(aligned(random_.dense(tokens, out), Codec::bf16)),
+        x_(aligned(random_.dense(tokens, in), Format::bf16)),
+        dy_(aligned(random_.dense(tokens, out), Format::bf16)),
         weight_(random_, out, in, 64, true),
-        a_(random_.dense(r, in), Codec::f32),
-        b_(random_.dense(out, r), Codec::f32),
-        y_(context_, tokens, out, Codec::bf16),
-        xa_(context_, tokens, r, Codec::f32),
-        dx_(context_, tokens, in, Codec::bf16),
-        grad_a_(context_, r, in, Codec::f32),
-        grad_b_(context_, out, r, Codec::f32),
+        a_(random_.dense(r, in), Format::f32),
+        b_(random_.dense(out, r), Format::f32),
+        y_(context_, tokens, out, Format::bf16),
+        xa_(context_, tokens, r, Format::f32),
+        dx_(context_, tokens, in, Format::bf16),
+        grad_a_(context_, r, in, Format::f32),
+        grad_b_(context_, out, r, Format::f32),
         x(at_(x_.view())),
         dy(at_(dy_.view())),
         weight(at_(weight_.view())) {
-    adapter.delta_a = at_(a_.view());
-    adapter.delta_b = at_(b_.view());
+    adapter.a = at_(a_.view());
+    adapter.b = at_(b_.view());
     adapter.a0 = at_(a_.view());
     adapter.b0 = at_(b_.view());
     at_.finish();
@@ -108,10 +110,10 @@ TEST(CudaResources, NothingAssumedIsNothingToWaitFor) {
 TEST(CudaResources, ADecompositionWaitsTwice) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(2);
-  const Stored weight(random.dense(40, 60), Codec::bf16);
+  const Stored weight(random.dense(40, 60), Format::bf16);
   Staging at(context);
   const Matrix w = at(weight.view());
-  const cuda::Buffer a0(context, 4, 60, Codec::f32), b0(context, 40, 4, Codec::f32);
+  const cuda::Buffer a0(context, 4, 60, Format::f32), b0(context, 40, 4, Format::f32);
   at.finish();
   cuda::CudaBackend cuda(context);
   cuda_sim::reset_synchronizations();
@@ -123,14 +125,14 @@ TEST(CudaResources, ADecompositionWaitsTwice) {
 TEST(CudaResources, AStackWaitsOnceForAll) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(3);
-  const Stored weight(random.dense(40, 60), Codec::bf16);
+  const Stored weight(random.dense(40, 60), Format::bf16);
   Staging at(context);
   const Matrix w = at(weight.view());
   std::vector<cuda::Buffer> factors;
   std::vector<SplitTask> tasks;
   for (int i = 0; i < 10; ++i) {
-    factors.emplace_back(context, 4, 60, Codec::f32);
-    factors.emplace_back(context, 40, 4, Codec::f32);
+    factors.emplace_back(context, 4, 60, Format::f32);
+    factors.emplace_back(context, 40, 4, Format::f32);
     tasks.push_back({w, 1.0f, (factors.end() - 2)->view(), factors.back().view()});
   }
   at.finish();
@@ -151,9 +153,9 @@ TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   Staging at(context);
   const StoredNf4 weight(random, 2048, 2048, 64, false);
   const Matrix w = at(weight.view());
-  const Stored x_host(random.dense(17, 2048), Codec::bf16);
+  const Stored x_host(random.dense(17, 2048), Format::bf16);
   const Matrix x = at(x_host.view());
-  const cuda::Buffer y(context, 17, 2048, Codec::bf16);
+  const cuda::Buffer y(context, 17, 2048, Format::bf16);
   at.finish();
   const std::size_t before = cuda_sim::bytes_in_use();
   cuda_sim::reset_peak_bytes();
@@ -184,8 +186,7 @@ TEST(CudaDivide, AnySize) {
   }
 }
 
-// ---- Failures
-// --------------------------------------------------------------------------------------------------------
+// ---- Failures -------------------------------------------------------------------------------------------------------
 
 class CudaFailures : public ::testing::Test {
  protected:
@@ -235,10 +236,10 @@ TEST_F(CudaFailures, EveryCallOfADecomposition) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(6);
   for (const std::int64_t rank : {2, 20}) {  // with and without the careful way
-    const Stored weight(random.dense(20, rank) * random.dense(rank, 30), Codec::f32);
+    const Stored weight(random.dense(20, rank) * random.dense(rank, 30), Format::f32);
     Staging at(context);
     const Matrix w = at(weight.view());
-    const cuda::Buffer a0(context, 4, 30, Codec::f32), b0(context, 20, 4, Codec::f32);
+    const cuda::Buffer a0(context, 4, 30, Format::f32), b0(context, 20, 4, Format::f32);
     at.finish();
     const auto run = [&] {
       cuda::CudaBackend cuda(context);
@@ -261,7 +262,7 @@ TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
       Dense basis_values = random.dense(count * rows, cols), values = basis_values;
       for (std::int64_t j = 0; dependent < 2 && j < cols; ++j) basis_values(dependent * rows, j) = 0;
       if (not_finite < 2) values(not_finite * rows + 1, 3) = std::nan("");
-      Stored basis_host(basis_values, Codec::f32), rows_host(values, Codec::f32);
+      Stored basis_host(basis_values, Format::f32), rows_host(values, Format::f32);
       Staging at(context);
       const auto each = [&](MutableMatrix matrix) {
         matrix.rows /= count;
@@ -271,7 +272,7 @@ TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
       const MutableMatrix basis = each(at(basis_host.mutable_view())), gram_of = each(at(rows_host.mutable_view()));
       const std::vector<Matrix> weights(count, gram_of);
       cuda::CudaBackend cuda(context, weights);
-      const cuda::Buffer s = cuda.alloc(1, rows, Codec::f32), vectors = cuda.alloc(rows, rows, Codec::f32);
+      const cuda::Buffer s = cuda.alloc(1, rows, Format::f32), vectors = cuda.alloc(rows, rows, Format::f32);
       cuda.orthonormalize(basis, 0, rows, Rank::assumed_full);
       cuda.gram_svd(gram_of, 1.0f, s.view(), vectors.view());
       if (not_finite < 2 && not_finite != dependent) {
@@ -290,11 +291,11 @@ TEST_F(CudaFailures, RowsOfAnyRankHideNone) {
   Random random(8);
   Dense values = random.dense(3, 20);
   values(1, 3) = std::nan("");
-  const Stored not_finite(values, Codec::f32);
-  Stored zeros(Dense(3, 20), Codec::f32), rows(random.dense(3, 20), Codec::f32);
+  const Stored not_finite(values, Format::f32);
+  Stored zeros(Dense(3, 20), Format::f32), rows(random.dense(3, 20), Format::f32);
   Staging at(context);
   cuda::CudaBackend cuda(context);
-  const cuda::Buffer s = cuda.alloc(1, 3, Codec::f32), vectors = cuda.alloc(3, 3, Codec::f32);
+  const cuda::Buffer s = cuda.alloc(1, 3, Format::f32), vectors = cuda.alloc(3, 3, Format::f32);
   cuda.orthonormalize(at(zeros.mutable_view()), 0, 3, Rank::assumed_full);
   cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
   EXPECT_FALSE(cuda.had_full_rank());

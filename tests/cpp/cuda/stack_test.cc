@@ -61,7 +61,7 @@ TEST_P(StackTest, MixedShapesRanksAndTypes) {
   for (int i = 0; i < 12; ++i) {
     const auto spectrum = [](std::int64_t j) { return std::pow(j + 1.0, -1.0); };
     const bool wide = i % 2 == 0;
-    layers.emplace_back(with_spectrum(random, wide ? 40 : 60, wide ? 60 : 40, spectrum), kCodecs.begin()[i % 3],
+    layers.emplace_back(with_spectrum(random, wide ? 40 : 60, wide ? 60 : 40, spectrum), kFloatFormats.begin()[i % 3],
                         1 + i / 6, 0.5f + static_cast<float>(i));
   }
   split_stack(layers);
@@ -72,14 +72,14 @@ TEST_P(StackTest, MixedShapesRanksAndTypes) {
 }
 
 TEST_P(StackTest, TheSameOneByOneOrTogether) {
-  for (const auto& [codec, rows, cols] :
-       {std::tuple{Codec::bf16, 50, 70}, {Codec::f32, 50, 70}, {Codec::f32, 70, 50}}) {
+  for (const auto& [format, rows, cols] :
+       {std::tuple{Format::bf16, 50, 70}, {Format::f32, 50, 70}, {Format::f32, 70, 50}}) {
     std::vector<std::vector<Dense>> products(3);
     for (std::size_t run = 0; run < 3; ++run) {
       Random random(2);
       std::deque<SplitLayer> layers;
       for (int i = 0; i < 6; ++i) {
-        layers.emplace_back(random.dense(rows, cols), i == 3 ? Codec::f32 : codec, 4, 2.0f + static_cast<float>(i));
+        layers.emplace_back(random.dense(rows, cols), i == 3 ? Format::f32 : format, 4, 2.0f + static_cast<float>(i));
       }
       split_stack(layers, std::int64_t{run == 0 ? 1 << 30 : run == 1 ? 1 : 2000000});
       for (const SplitLayer& layer : layers) products[run].push_back(product_of(layer));
@@ -96,10 +96,10 @@ TEST_P(StackTest, TheSameOneByOneOrTogether) {
 TEST_P(StackTest, WeightsWithoutFullRankAmongOthers) {
   Random random(3);
   std::deque<SplitLayer> layers;
-  layers.emplace_back(random.dense(30, 44), Codec::f32, 5, 1.0f);
-  layers.emplace_back(Dense(30, 44), Codec::f32, 5, 1.0f);
-  layers.emplace_back(random.dense(30, 2) * random.dense(2, 44), Codec::f32, 5, 1.0f);
-  layers.emplace_back(random.dense(30, 44), Codec::f32, 5, 1.0f);
+  layers.emplace_back(random.dense(30, 44), Format::f32, 5, 1.0f);
+  layers.emplace_back(Dense(30, 44), Format::f32, 5, 1.0f);
+  layers.emplace_back(random.dense(30, 2) * random.dense(2, 44), Format::f32, 5, 1.0f);
+  layers.emplace_back(random.dense(30, 44), Format::f32, 5, 1.0f);
   split_stack(layers);
   for (std::size_t i = 0; i < layers.size(); ++i) {
     SCOPED_TRACE(i);
@@ -113,7 +113,7 @@ TEST_P(StackTest, WeightsOfVeryDifferentMagnitude) {
   const Dense w = with_spectrum(random, 30, 44, [](std::int64_t i) { return std::pow(i + 1.0, -1.0); });
   std::deque<SplitLayer> layers;
   for (const double magnitude : {1.0, 1e-30, 1e30, 1e-3, 1e-37, 300.0}) {
-    layers.emplace_back(magnitude * w, Codec::f32, 3, 1.0f);
+    layers.emplace_back(magnitude * w, Format::f32, 3, 1.0f);
   }
   split_stack(layers);
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -126,10 +126,10 @@ TEST_P(StackTest, ErrorsNameTheWeightAndNothingIsWritten) {
   Random random(5);
   for (const bool infinite : {false, true}) {
     std::deque<SplitLayer> layers;
-    for (int i = 0; i < 3; ++i) layers.emplace_back(random.dense(20, 30), Codec::f32, 2, 1.0f);
+    for (int i = 0; i < 3; ++i) layers.emplace_back(random.dense(20, 30), Format::f32, 2, 1.0f);
     Dense bad = random.dense(20, 30);
     if (infinite) bad(7, 9) = std::numeric_limits<double>::infinity();
-    layers.emplace_back(bad, Codec::f32, 2, infinite ? 1.0f : -1.0f);
+    layers.emplace_back(bad, Format::f32, 2, infinite ? 1.0f : -1.0f);
     try {
       split_stack(layers);
       ADD_FAILURE() << "accepted";
@@ -151,7 +151,7 @@ TEST_P(StackTest, NearlyDependentRowsAreFound) {
   for (const std::int64_t row : {0, 1, 31, 32, 39}) {
     Dense values = random.dense(40, 60);
     for (std::int64_t j = 0; row > 0 && j < 60; ++j) values(row, j) = values(0, j) + 1e-6 * values(row, j);
-    Stored rows(values, Codec::f32);
+    Stored rows(values, Format::f32);
     Staging at(context);
     cuda.orthonormalize(at(rows.mutable_view()), 0, 40, Rank::assumed_full);
     EXPECT_EQ(cuda.had_full_rank(), row == 0) << row;
@@ -160,7 +160,7 @@ TEST_P(StackTest, NearlyDependentRowsAreFound) {
 
 TEST_P(StackTest, MaxAbsIsThatOfAll) {
   const cuda::Context& context = cuda::standalone_context();
-  const Stored first(Dense(4, 9), Codec::f32), last(Random(8).dense(4, 9), Codec::f32);
+  const Stored first(Dense(4, 9), Format::f32), last(Random(8).dense(4, 9), Format::f32);
   Staging at(context);
   const std::vector<Matrix> weights{at(first.view()), at(last.view())};
   const cuda::CudaBackend stack(context, weights);
@@ -180,11 +180,11 @@ TEST_P(StackTest, ScalesTheRowsOfEachMatrix) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(6);
   const std::int64_t count = 3, rows = 5, cols = 11;
-  const Stored a(random.dense(count * rows, cols), Codec::f32);
-  const Stored s(absolute(random.dense(count, rows)), Codec::f32);
+  const Stored a(random.dense(count * rows, cols), Format::f32);
+  const Stored s(absolute(random.dense(count, rows)), Format::f32);
   for (const Op op : {Op::n, Op::t}) {
     const std::int64_t height = op == Op::n ? rows : cols;
-    Stored out = Stored::poisoned(count * height, rows + cols - height, Codec::f32);
+    Stored out = Stored::poisoned(count * height, rows + cols - height, Format::f32);
     Stored expected = out;
     Staging at(context);
     cuda::scale_rows(context, stacked(at(a.view()), count), stacked(at(s.view()), count), 0.7f,
@@ -203,11 +203,11 @@ TEST_P(StackTest, MultipliesEachMatrix) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(7);
   const std::int64_t count = 3, m = 20, n = 30, k = 6;
-  const Stored a(random.dense(count * m, k), Codec::f32), b(random.dense(k, n), Codec::f32);
-  const Stored c(random.dense(m, k), Codec::f32), d(random.dense(count * k, n), Codec::f32);
-  const Stored addend(random.dense(count * m, n), Codec::bf16);
+  const Stored a(random.dense(count * m, k), Format::f32), b(random.dense(k, n), Format::f32);
+  const Stored c(random.dense(m, k), Format::f32), d(random.dense(count * k, n), Format::f32);
+  const Stored addend(random.dense(count * m, n), Format::bf16);
   for (const std::size_t terms : {1, 2}) {
-    Stored out = Stored::poisoned(count * m, n, Codec::f32);
+    Stored out = Stored::poisoned(count * m, n, Format::f32);
     Stored expected = out;
     Staging at(context);
     const std::vector<Term> all{{stacked(at(a.view()), count), Op::n, at(b.view()), Op::n, -0.3f, Precision::bf16},

@@ -28,11 +28,11 @@ class BackendTest : public ::testing::TestWithParam<std::string> {
   /// Whether operands of this precision are rounded to it.
   bool rounds(Precision precision) const { return precision != Precision::f32; }
 
-  /// Roundings to half precision on the way to an output of a codec, beyond the last one: of what a product is added
+  /// Roundings to half precision on the way to an output of a format, beyond the last one: of what a product is added
   /// to.
-  static constexpr std::int64_t intermediate_roundings(Codec out) { return out == Codec::f32 ? 0 : 2; }
+  static constexpr std::int64_t intermediate_roundings(Format out) { return out == Format::f32 ? 0 : 2; }
 
-  /// The sum as gemm_nf4 adds it up before it quantises.
+  /// The sum as gemm_quantized adds it up before it quantises.
   void residual_sum(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
     backend().gemm(terms, {}, out);
     backend().add(addend, out, out);
@@ -58,7 +58,7 @@ class BackendTest : public ::testing::TestWithParam<std::string> {
 class BackendTest : public IsaTest {
  protected:
   bool rounds(Precision precision) const { return precision == Precision::bf16 && kernels().bf16; }
-  static constexpr std::int64_t intermediate_roundings(Codec) { return 0; }
+  static constexpr std::int64_t intermediate_roundings(Format) { return 0; }
 
   void residual_sum(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
     backend().gemm(terms, addend, out);

@@ -12,7 +12,7 @@
 namespace pissa::test {
 
 /// A binary format: `precision` significant bits with the hidden one, `exponent_bits` bits of exponent.
-struct Format {
+struct FloatFormat {
   int precision;
   int exponent_bits;
 
@@ -50,22 +50,24 @@ struct Format {
   }
 };
 
-inline constexpr Format kBf16{8, 8};
-inline constexpr Format kF16{11, 5};
-inline constexpr Format kF32{24, 8};
+inline constexpr FloatFormat kBf16{8, 8};
+inline constexpr FloatFormat kF16{11, 5};
+inline constexpr FloatFormat kF32{24, 8};
 
-inline Format format(Codec codec) { return codec == Codec::bf16 ? kBf16 : codec == Codec::f16 ? kF16 : kF32; }
-
-inline void write_element(Codec codec, std::uint8_t* to, double value) {
-  const std::uint32_t bits =
-      codec == Codec::f32 ? std::bit_cast<std::uint32_t>(static_cast<float>(value)) : format(codec).encode(value);
-  std::memcpy(to, &bits, element_size(codec));  // little endian
+inline FloatFormat float_format(Format format) {
+  return format == Format::bf16 ? kBf16 : format == Format::f16 ? kF16 : kF32;
 }
 
-inline double read_element(Codec codec, const std::uint8_t* from) {
+inline void write_element(Format format, std::uint8_t* to, double value) {
+  const std::uint32_t bits = format == Format::f32 ? std::bit_cast<std::uint32_t>(static_cast<float>(value))
+                                                   : float_format(format).encode(value);
+  std::memcpy(to, &bits, element_size(format));  // little endian
+}
+
+inline double read_element(Format format, const std::uint8_t* from) {
   std::uint32_t bits = 0;
-  std::memcpy(&bits, from, element_size(codec));
-  return codec == Codec::f32 ? std::bit_cast<float>(bits) : format(codec).decode(bits);
+  std::memcpy(&bits, from, element_size(format));
+  return format == Format::f32 ? std::bit_cast<float>(bits) : float_format(format).decode(bits);
 }
 
 }  // namespace pissa::test

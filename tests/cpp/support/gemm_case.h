@@ -30,9 +30,9 @@ class TermList {
     Dense b_values = oriented(b.values(), op_b);
     if (rounds_) {
       for (double& value : a_values.values) value = static_cast<float>(value);  // scaled in f32, then rounded
-      const Format format = precision_ == Precision::bf16 ? kBf16 : kF16;
-      a_values = rounded_to(format, a_values);
-      b_values = rounded_to(format, b_values);
+      const FloatFormat rounding = precision_ == Precision::bf16 ? kBf16 : kF16;
+      a_values = rounded_to(rounding, a_values);
+      b_values = rounded_to(rounding, b_values);
     }
     add_expected({a_values * b_values, absolute(a_values) * absolute(b_values)});
     roundings_ += k + 1;  // the additions, and the scaling of a

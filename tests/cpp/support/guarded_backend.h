@@ -81,8 +81,8 @@ class GuardedBackend {
     MutableMatrix matrix;
     MutableMatrix view() const { return matrix; }
   };
-  Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) {
-    return {{device_.allocate(rows * cols * element_size(codec)), rows, cols, cols, codec}};
+  Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) {
+    return {{device_.allocate(rows * cols * element_size(format)), rows, cols, cols, format}};
   }
 
   void copy(const Matrix& a, const MutableMatrix& out) {
@@ -103,8 +103,12 @@ class GuardedBackend {
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) {
     inside([&] { cpu_.gemm(terms, addend, out); });
   }
-  void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) {
-    inside([&] { cpu_.gemm_nf4(terms, addend, out); });
+  void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) {
+    inside([&] { cpu_.gemm_quantized(terms, addend, out); });
+  }
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
+                       float* nested_absmax) {
+    inside([&] { cpu_.quantize_absmax(absmax, count, offset, codes8, nested_absmax); });
   }
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) {

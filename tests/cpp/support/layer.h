@@ -21,17 +21,17 @@ struct Layer {
   bool with_bias;
 
   Layer(Random& random, std::int64_t tokens_, std::int64_t in_, std::int64_t out_, std::int64_t r_, Kind kind_,
-        Codec codec, Form weight_form)
+        Format format, Form weight_form)
       : tokens(tokens_),
         in(in_),
         out(out_),
         r(r_),
         kind(kind_),
         s(random.pick({1.0f, 0.5f, 2.0f, 5.65685f})),
-        x(random, tokens, in, static_cast<Form>(codec)),
-        dy(random, tokens, out, static_cast<Form>(codec)),
+        x(random, tokens, in, static_cast<Form>(format)),
+        dy(random, tokens, out, static_cast<Form>(format)),
         weight(random, out, in, weight_form),
-        bias(random, 1, out, static_cast<Form>(codec)),
+        bias(random, 1, out, static_cast<Form>(format)),
         delta_a(random, r, in, Form::f32),
         delta_b(random, out, r, Form::f32),
         a0(random, r, in, Form::f32),
@@ -40,8 +40,7 @@ struct Layer {
 
   Adapter adapter() const {
     if (kind == Kind::none) return {};
-    Adapter result{
-        delta_a.view(), delta_b.view(), {}, {}, s, kind == Kind::implicit ? Residual::implicit : Residual::stored};
+    Adapter result{delta_a.view(), delta_b.view(), {}, {}, s, kind == Kind::implicit};
     if (kind != Kind::lora) {
       result.a0 = a0.view();
       result.b0 = b0.view();
@@ -127,11 +126,11 @@ inline constexpr std::int64_t kFew = 10;
 
 /// Roundings to bf16, or better, along it: in a tail, of both factors and of what is between them; on CUDA also of
 /// f16's, of an NF4 weight and of what the large product is added to. Activations in half precision are exact.
-inline std::int64_t bf16_roundings(Codec x) {
+inline std::int64_t bf16_roundings(Format x) {
 #if defined(PISSA_TEST_CUDA)
-  return x == Codec::f32 ? 0 : 6;
+  return x == Format::f32 ? 0 : 6;
 #else
-  return x == Codec::bf16 ? 3 : 0;
+  return x == Format::bf16 ? 3 : 0;
 #endif
 }
 

@@ -14,6 +14,7 @@
 #include <variant>
 #include <vector>
 
+#include "pissa/core/nested_scales.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
 #include "support/formats.h"
@@ -60,33 +61,33 @@ class Random {
 };
 
 /// A dense matrix in memory: the first element is not at an aligned address, unless asked for, rows are padded, and
-/// everything that is not an element is 0xff, NaN in every codec: read it and the result is NaN, write it and
+/// everything that is not an element is 0xff, NaN in every format: read it and the result is NaN, write it and
 /// `padding_intact` tells.
 class Stored {
  public:
   static constexpr std::int64_t kAligned = 8;  // as lead and, for every row, padding of a multiple: by 16 bytes
 
-  Stored(const Dense& values, Codec codec, std::int64_t padding = 3, std::int64_t lead = 1)
-      : Stored(poisoned(values.rows, values.cols, codec, padding, lead)) {
+  Stored(const Dense& values, Format format, std::int64_t padding = 3, std::int64_t lead = 1)
+      : Stored(poisoned(values.rows, values.cols, format, padding, lead)) {
     for (std::int64_t i = 0; i < rows_; ++i) {
-      for (std::int64_t j = 0; j < cols_; ++j) write_element(codec_, at(i, j), values(i, j));
+      for (std::int64_t j = 0; j < cols_; ++j) write_element(format_, at(i, j), values(i, j));
     }
   }
   /// Every element is NaN.
-  static Stored poisoned(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding = 3,
+  static Stored poisoned(std::int64_t rows, std::int64_t cols, Format format, std::int64_t padding = 3,
                          std::int64_t lead = 1) {
-    return {rows, cols, codec, padding, lead};
+    return {rows, cols, format, padding, lead};
   }
 
-  Matrix view() const { return {at(0, 0), rows_, cols_, ld_, codec_}; }
-  MutableMatrix mutable_view() { return {at(0, 0), rows_, cols_, ld_, codec_}; }
-  Codec codec() const { return codec_; }
+  Matrix view() const { return {at(0, 0), rows_, cols_, ld_, format_}; }
+  MutableMatrix mutable_view() { return {at(0, 0), rows_, cols_, ld_, format_}; }
+  Format format() const { return format_; }
   const std::vector<std::uint8_t>& bytes() const { return bytes_; }
 
   Dense values() const {
     Dense result(rows_, cols_);
     for (std::int64_t i = 0; i < rows_; ++i) {
-      for (std::int64_t j = 0; j < cols_; ++j) result(i, j) = read_element(codec_, at(i, j));
+      for (std::int64_t j = 0; j < cols_; ++j) result(i, j) = read_element(format_, at(i, j));
     }
     return result;
   }
@@ -98,30 +99,30 @@ class Stored {
     for (std::int64_t i = 0; i < rows_; ++i) {
       const auto row = bytes_.begin() + (at(i, 0) - bytes_.data());
       if (!intact(rest, row)) return false;
-      rest = row + cols_ * element_size(codec_);
+      rest = row + cols_ * element_size(format_);
     }
     return intact(rest, bytes_.end());
   }
 
  private:
-  Stored(std::int64_t rows, std::int64_t cols, Codec codec, std::int64_t padding, std::int64_t lead)
+  Stored(std::int64_t rows, std::int64_t cols, Format format, std::int64_t padding, std::int64_t lead)
       : rows_(rows),
         cols_(cols),
         ld_(cols + padding),
         lead_(lead),
-        codec_(codec),
+        format_(format),
         // After the last row nothing, so that AddressSanitizer sees a read beyond it.
-        bytes_((lead + (rows > 0 ? (rows - 1) * ld_ + cols : 0)) * element_size(codec), 0xff) {}
+        bytes_((lead + (rows > 0 ? (rows - 1) * ld_ + cols : 0)) * element_size(format), 0xff) {}
 
   const std::uint8_t* at(std::int64_t i, std::int64_t j) const {
-    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
+    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(format_);
   }
   std::uint8_t* at(std::int64_t i, std::int64_t j) {
-    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(codec_);
+    return bytes_.data() + (lead_ + i * ld_ + j) * element_size(format_);
   }
 
   std::int64_t rows_, cols_, ld_, lead_;
-  Codec codec_;
+  Format format_;
   std::vector<std::uint8_t> bytes_;
 };
 
@@ -129,7 +130,7 @@ class Stored {
 class StoredNf4 {
  public:
   StoredNf4(Random& random, std::int64_t rows, std::int64_t cols, int blocksize, bool nested)
-      : rows_(rows), cols_(cols), blocksize_(blocksize), nested_(nested), codes_(nf4_bytes(rows * cols)) {
+      : rows_(rows), cols_(cols), blocksize_(blocksize), nested_(nested), codes_(code_bytes(Format::nf4, rows * cols)) {
     const std::int64_t blocks = ceil_div(rows * cols, blocksize);
     for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(256));
     for (std::int64_t i = 0; i < blocks; ++i) {
@@ -141,7 +142,7 @@ class StoredNf4 {
   }
 
   Matrix view() const {
-    Matrix matrix{codes_.data(), rows_, cols_, 0, Codec::nf4};  // ld is ignored
+    Matrix matrix{codes_.data(), rows_, cols_, 0, Format::nf4};  // ld is ignored
     matrix.scales.blocksize = blocksize_;
     if (!nested_) matrix.scales.absmax = absmax_.data();
     else matrix.scales = {blocksize_, nullptr, absmax8_.data(), nested_absmax_.data(), &offset_};
@@ -177,12 +178,12 @@ class StoredNf4 {
 /// The forms in which a GEMM reads an operand, and a random normal matrix in one of them.
 enum class Form { f32, bf16, f16, nf4, nf4_nested };
 inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16, Form::f16, Form::nf4, Form::nf4_nested};
-inline constexpr std::initializer_list<Codec> kCodecs = {Codec::f32, Codec::bf16, Codec::f16};
+inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Form form) {
   return std::vector<const char*>{"f32", "bf16", "f16", "nf4", "nf4_nested"}[static_cast<std::size_t>(form)];
 }
-inline const char* name(Codec codec) { return name(static_cast<Form>(codec)); }
+inline const char* name(Format format) { return name(static_cast<Form>(format)); }
 
 class Operand {
  public:
@@ -190,7 +191,7 @@ class Operand {
       : stored_(
             form == Form::nf4 || form == Form::nf4_nested
                 ? decltype(stored_)(StoredNf4(random, rows, cols, random.pick({32, 64, 128}), form == Form::nf4_nested))
-                : Stored(random.dense(rows, cols), static_cast<Codec>(form), random.below(5))) {}
+                : Stored(random.dense(rows, cols), static_cast<Format>(form), random.below(5))) {}
   Operand(Stored stored) : stored_(std::move(stored)) {}
 
   Matrix view() const {

@@ -87,17 +87,17 @@ struct Bounded {
 inline Bounded bounded(const Dense& values) { return {values, absolute(values)}; }
 
 /// What a Precision may do to an operand. bf16 takes denormals for zero, which the tests' numbers never are.
-inline Dense rounded_to(const Format& format, Dense a) {
+inline Dense rounded_to(const FloatFormat& format, Dense a) {
   for (double& value : a.values) value = format.decode(format.encode(value));
   return a;
 }
 
 /// Every element is finite and within the error of `roundings` roundings in f32, `bf16_roundings` to bf16 and a last
-/// one to `codec`; nothing else was written. Reports the worst element.
+/// one to `format`; nothing else was written. Reports the worst element.
 inline void expect_close(const Stored& actual, const Bounded& expected, std::int64_t roundings,
                          std::int64_t bf16_roundings = 0) {
-  const Format out = format(actual.codec());
-  const bool rounds = actual.codec() != Codec::f32;  // otherwise `roundings` has it
+  const FloatFormat out = float_format(actual.format());
+  const bool rounds = actual.format() != Format::f32;  // otherwise `roundings` has it
   const Dense values = actual.values();
   ASSERT_EQ(values.rows, expected.value.rows);
   ASSERT_EQ(values.cols, expected.value.cols);
@@ -118,7 +118,7 @@ inline void expect_close(const Stored& actual, const Bounded& expected, std::int
   }
   if (!(worst <= 1)) {
     ADD_FAILURE() << "element [" << where / values.cols << ", " << where % values.cols << "] of [" << values.rows
-                  << ", " << values.cols << "] " << name(actual.codec()) << ": got " << values.values[where]
+                  << ", " << values.cols << "] " << name(actual.format()) << ": got " << values.values[where]
                   << ", expected " << expected.value.values[where] << ", " << worst << " times the error bound";
   }
   EXPECT_TRUE(actual.padding_intact()) << "wrote outside the output";

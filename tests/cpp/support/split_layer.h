@@ -11,10 +11,10 @@ namespace pissa::test {
 struct SplitLayer {
   Stored weight, a0, b0;
   float scaling;
-  SplitLayer(const Dense& values, Codec codec, std::int64_t r, float scaling_)
-      : weight(values, codec),
-        a0(Stored::poisoned(r, values.cols, Codec::f32)),
-        b0(Stored::poisoned(values.rows, r, Codec::f32)),
+  SplitLayer(const Dense& values, Format format, std::int64_t r, float scaling_)
+      : weight(values, format),
+        a0(Stored::poisoned(r, values.cols, Format::f32)),
+        b0(Stored::poisoned(values.rows, r, Format::f32)),
         scaling(scaling_) {}
   SplitTask task() { return {weight.view(), scaling, a0.mutable_view(), b0.mutable_view()}; }
 };

@@ -13,7 +13,8 @@
 #include <vector>
 
 #include "pissa/core/backend.h"
-#include "pissa/core/nf4.h"
+#include "pissa/core/nested_scales.h"
+#include "pissa/core/quantized.h"
 #include "pissa/cuda/backend.h"
 #include "pissa/cuda/context.h"
 
@@ -32,14 +33,14 @@ class Staging {
   }
   Matrix operator()(Matrix matrix) {
     if (!matrix.data || on_device(matrix.data)) return matrix;
-    if (matrix.codec != Codec::nf4) {
+    if (!is_quantized(matrix.format)) {
       matrix.data = upload(static_cast<const char*>(matrix.data), bytes_of(matrix));
       return matrix;
     }
     const std::int64_t count = matrix.rows * matrix.cols;
-    Nf4Scales& scales = matrix.scales;
+    Scales& scales = matrix.scales;
     const std::int64_t blocks = ceil_div(count, scales.blocksize);
-    matrix.data = upload(static_cast<const std::uint8_t*>(matrix.data), nf4_bytes(count));
+    matrix.data = upload(static_cast<const std::uint8_t*>(matrix.data), code_bytes(matrix.format, count));
     if (scales.absmax) scales.absmax = upload(scales.absmax, blocks);
     if (scales.absmax8) {
       scales.absmax8 = upload(scales.absmax8, blocks);
@@ -88,7 +89,7 @@ class Staging {
   }
   static std::int64_t bytes_of(const Matrix& matrix) {  // from the first element to the last
     if (matrix.rows == 0 || matrix.cols == 0) return 0;
-    return ((matrix.rows - 1) * matrix.ld + matrix.cols) * element_size(matrix.codec);
+    return ((matrix.rows - 1) * matrix.ld + matrix.cols) * element_size(matrix.format);
   }
 
   // What is uploaded already, as an output or in place, stays where it is. The address keeps its remainder by 16, so
@@ -121,7 +122,9 @@ class TransferringBackend {
  public:
   TransferringBackend() : context_(cuda::standalone_context()), cuda_(context_) {}
 
-  cuda::Buffer alloc(std::int64_t rows, std::int64_t cols, Codec codec) const { return cuda_.alloc(rows, cols, codec); }
+  cuda::Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const {
+    return cuda_.alloc(rows, cols, format);
+  }
   void copy(const Matrix& a, const MutableMatrix& out) const {
     call([&](Staging& at) { cuda_.copy(at(a), at(out)); });
   }
@@ -148,12 +151,12 @@ class TransferringBackend {
       cuda_.gemm(at(terms), at(addend), target);
     });
   }
-  void gemm_nf4(std::span<const Term> terms, const Matrix& addend, const Nf4Output& out) const {
+  void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const {
     const std::int64_t count = addend.rows * addend.cols;
     call([&](Staging& at) {
-      cuda_.gemm_nf4(at(terms), at(addend),
-                     {out.blocksize, at.upload(out.codes, nf4_bytes(count), true),
-                      at.upload(out.absmax, ceil_div(count, out.blocksize), true)});
+      cuda_.gemm_quantized(at(terms), at(addend),
+                           {out.format, out.blocksize, at.upload(out.codes, code_bytes(out.format, count), true),
+                            at.upload(out.scales, ceil_div(count, out.blocksize), true)});
     });
   }
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,

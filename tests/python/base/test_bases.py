@@ -320,7 +320,7 @@ def test_conv1d_at_step_0_is_the_base_to_the_bit(dtype: torch.dtype) -> None:
 def test_conv1d_starts_from_the_split_of_the_transposed_weight(form: str) -> None:
     model = wrap(conv1d(), r=R, lora_alpha=2, seed=5, **FORMS[form])
     split = ops.split(
-        conv1d().weight.detach().mT, R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5, residual=form
+        conv1d().weight.detach().mT, R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5, form=form
     )
     assert torch.equal(adapted(model).start_of("default").a0, split.a0)
     assert torch.equal(adapted(model).start_of("default").b0, split.b0)

@@ -260,9 +260,7 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
     assert said[0].filename == __file__
     for name, weight in weights.items():
         base = wrapped.base_model.model[name].base_layer
-        split = ops.split(
-            weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, residual="nf4", blocksize=32
-        )
+        split = ops.split(weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, form="nf4", blocksize=32)
         assert isinstance(base, QuantizedLinear)
         assert torch.equal(base.residual.codes, split.residual.codes)
         assert torch.equal(base.residual.absmax, split.residual.absmax)
@@ -345,7 +343,7 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_refused() -> None:
 @pytest.mark.parametrize("blocksize", [32, 64, 128])
 def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> None:
     weight = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)))
-    ours = ops.nf4_quantize(weight, blocksize=blocksize, double_quant=nested)
+    ours = ops.quantize(weight, blocksize=blocksize, double_quant=nested)
     entries = to_bitsandbytes(ours, torch.bfloat16)
     assert entries["weight"].data_ptr() == ours.codes.data_ptr()
     scales = {name.removeprefix("weight."): value for name, value in entries.items() if name != "weight"}
@@ -353,7 +351,7 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
     assert theirs.quant_state.dtype == torch.bfloat16
     theirs.quant_state.dtype = torch.float32  # which is not rounded
     dense = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
-    assert torch.equal(dense, ops.nf4_dequantize(ours))
+    assert torch.equal(dense, ops.dequantize(ours))
 
 
 @storages

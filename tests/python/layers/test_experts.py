@@ -117,7 +117,7 @@ def test_every_expert_has_its_own_split(kind: str, form: str) -> None:
         for index, weight in enumerate(stacked):
             layer = model.base_model.model.get_submodule(f"{path}.{index}.{leaf}")
             matrix = weight.mT if kind == "gpt_oss" else weight
-            split = ops.split(matrix, R, passes=pissa.PissaConfig().svd_passes, seed=5, residual=form)
+            split = ops.split(matrix, R, passes=pissa.PissaConfig().svd_passes, seed=5, form=form)
             assert torch.equal(layer.start_of("default").a0, split.a0), layer
             assert torch.equal(layer.start_of("default").b0, split.b0)
             if form == "explicit":
@@ -233,13 +233,13 @@ def test_only_experts_with_tokens_are_decoded(kind: str, monkeypatch: pytest.Mon
 
     def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            read.extend(owner[arg.codes.data_ptr()] for arg in args if isinstance(arg, ops.Nf4Weight))
+            read.extend(owner[arg.codes.data_ptr()] for arg in args if isinstance(arg, ops.QuantizedWeight))
             return original(*args, **kwargs)
 
         return call
 
     monkeypatch.setattr(ops, "linear", watched(ops.linear))
-    monkeypatch.setattr(ops, "nf4_dequantize", watched(ops.nf4_dequantize))
+    monkeypatch.setattr(ops, "dequantize", watched(ops.dequantize))
     for chosen in ([0, 2], [3], [EXPERTS]):  # the last stands for none
         read.clear()
         y = model(*sent_to(*chosen))
@@ -281,7 +281,7 @@ QUERIES = {name for name in ATTENTION if "q_proj" in name}
             names("gate_up_proj", blocks=(1,)),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_targets(fields: dict[str, Any], expected: set[str]) -> None:
     assert adapted_names(**fields) == expected

@@ -302,7 +302,7 @@ def test_olora_starts_from_an_orthonormal_basis() -> None:
 def test_loftq_starts_from_what_four_bits_lose() -> None:
     weight = power_law(64, 96, 0.3).float()
     a0, b0, model = start_of(weight, init="loftq", quant="nf4", double_quant=False, svd="exact")
-    lost = weight.double() - ops.nf4_dequantize(ops.nf4_quantize(weight, double_quant=False)).double()
+    lost = weight.double() - ops.dequantize(ops.quantize(weight, double_quant=False)).double()
     u, s, vh = torch.linalg.svd(lost, full_matrices=False)
     assert error(b0 @ a0, (u[:, :4] * s[:4]) @ vh[:4]) < 1e-3
     now = weight.double() - base_weight(model)

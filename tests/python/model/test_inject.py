@@ -30,7 +30,7 @@ def test_layers_start_from_their_own_split_in_groups_of_any_size(
     for name, layer in adapted.items():
         r, scaling = layer.r["default"], layer.scaling["default"]
         split = pissa.ops.split(
-            weights[name], r, scaling=scaling, passes=model.peft_config["default"].svd_passes, seed=5, residual=form
+            weights[name], r, scaling=scaling, passes=model.peft_config["default"].svd_passes, seed=5, form=form
         )
         assert torch.equal(layer.start_of("default").a0, split.a0)
         assert torch.equal(layer.start_of("default").b0, split.b0)

@@ -48,7 +48,7 @@ def test_step_0_is_the_base(form: str, dtype: torch.dtype, tiny_llama: Make, tok
         plain = tiny_llama(dtype=dtype)
         for module in plain.model.modules():
             if isinstance(module, nn.Linear):
-                module.weight.data = pissa.ops.nf4_dequantize(pissa.ops.nf4_quantize(module.weight)).to(dtype)
+                module.weight.data = pissa.ops.dequantize(pissa.ops.quantize(module.weight)).to(dtype)
         assert error(enabled, base) < error(logits(plain, tokens), base)
 
 

@@ -17,6 +17,7 @@ import language_models
 import mixtures
 import pissa
 from language_models import Make, assert_same, logits, snapshot, train
+from oracle import change_all
 from pissa import PissaConfig
 from tiny_model import save_tiny_model
 
@@ -61,7 +62,7 @@ def test_the_state_dict_is_the_plain_lora(form: str, tiny_llama: Make, tokens: T
 
 def test_the_state_dict_of_fused_experts_has_pefts_layout(tmp_path: Path) -> None:
     model = pissa.wrap(mixtures.make("mixtral"), r=2)
-    mixtures.change_all(model)
+    change_all(model)
     model.save_pretrained(tmp_path)
     assert_equal(peft.get_peft_model_state_dict(model), in_file(tmp_path))
 
@@ -188,7 +189,7 @@ def test_a_plain_lora_changes_the_function_that_a_stored_base_has(tiny_llama: Ma
 
 def test_a_plain_lora_of_fused_experts_is_taken() -> None:
     first, second = (pissa.wrap(mixtures.make("mixtral"), r=2) for _ in range(2))
-    mixtures.change_all(first)
+    change_all(first)
     state = peft.get_peft_model_state_dict(first)
     peft.set_peft_model_state_dict(second, state)
     assert_equal(peft.get_peft_model_state_dict(second), state)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pissa import build_info, ops
-from pissa.ops import _check, _load
+from pissa.ops import _load, checks
 
 LIBRARY = "libpissa_cuda13.so"
 
@@ -109,7 +109,7 @@ def test_a_tensor_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ValueError, match=r"^x: is on cuda:0; torch is built for CUDA 12\.8: install another; or move it"
     ):
-        _check.check_tensor("x", on("cuda"))
+        checks.check_tensor("x", on("cuda"))
     with pytest.raises(ValueError, match=r"^weight: is on cuda:0; torch is built for CUDA 12\.8"):
         ops.split(on("cuda"), 2)
 
@@ -117,38 +117,38 @@ def test_a_tensor_on_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyP
 def test_a_tensor_on_cuda_is_accepted_where_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_load, "cuda_problem", None)
     tensor = on("cuda")
-    assert _check.check_tensor("x", tensor) is tensor
+    assert checks.check_tensor("x", tensor) is tensor
 
 
 @pytest.mark.parametrize("problem", [None, "no CUDA library"])
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
     monkeypatch.setattr(_load, "cuda_problem", problem)
     with pytest.raises(ValueError, match=r"^x: is on xpu:0; pissa computes on the CPU and with CUDA: move it"):
-        _check.check_tensor("x", on("xpu"))
+        checks.check_tensor("x", on("xpu"))
 
 
 def test_devices_are_named_with_their_tensors() -> None:
     here, there = torch.empty(2), torch.empty(2, device="meta")
-    _check.check_devices({})
-    _check.check_devices({"x": None})
-    _check.check_devices({"x": there, "bias": None, "y": there})
+    checks.check_devices({})
+    checks.check_devices({"x": None})
+    checks.check_devices({"x": there, "bias": None, "y": there})
     message = r"^weight on meta; x, a0 on cpu; needed: all tensors on one device; move them with \.to\('cpu'\)$"
     with pytest.raises(ValueError, match=message):
-        _check.check_devices({"x": here, "weight": there, "bias": None, "a0": here})
+        checks.check_devices({"x": here, "weight": there, "bias": None, "a0": here})
 
 
 LINEAR = {
     "x": torch.ones(3, 32),
     "weight": torch.ones(16, 32),
     "bias": torch.ones(16),
-    "delta_a": torch.ones(2, 32),
-    "delta_b": torch.ones(16, 2),
+    "a": torch.ones(2, 32),
+    "b": torch.ones(16, 2),
     "a0": torch.ones(2, 32),
     "b0": torch.ones(16, 2),
 }
-NF4 = ops.nf4_quantize(torch.ones(16, 32))
+NF4 = ops.quantize(torch.ones(16, 32))
 LOW_RANK = {name: tensor for name, tensor in LINEAR.items() if name not in ("weight", "bias")} | {
-    "base": torch.ones(3, 16)
+    "y": torch.ones(3, 16)
 }
 RESIDUAL = {name: LINEAR[name] for name in ("weight", "a0", "b0")}
 
@@ -177,7 +177,7 @@ def test_the_meta_device_alone_is_one_device() -> None:
 @pytest.mark.parametrize("part", ["codes", "absmax", "nested_absmax", "offset"])
 def test_a_4_bit_weight_in_pieces_on_two_devices_is_refused(part: str) -> None:
     weight = NF4._replace(**{part: getattr(NF4, part).to("meta")})
-    for function in (ops.nf4_dequantize, lambda weight: ops.linear(LINEAR["x"], weight)):
+    for function in (ops.dequantize, lambda weight: ops.linear(LINEAR["x"], weight)):
         with pytest.raises(ValueError, match=rf"weight\.{part} on meta; .*one device"):
             function(weight)
 

@@ -51,9 +51,9 @@ class Layer:
         weight = randn(side, side, seed=1, dtype=dtype) / side**0.5
         self.x = randn(tokens, side, seed=2, dtype=dtype)
         self.dy = randn(tokens, side, seed=3, dtype=dtype)
-        self.weight = ops.nf4_quantize(weight) if nf4 else weight
+        self.weight = ops.quantize(weight) if nf4 else weight
         a, b = randn(r, side, seed=4) / side**0.5, randn(side, r, seed=5) / r**0.5
-        self.factors = {"delta_a": 0.1 * a, "delta_b": 0.1 * b, "a0": a, "b0": b}
+        self.factors = {"a": 0.1 * a, "b": 0.1 * b, "a0": a, "b0": b}
 
     def on_gpu(self) -> Layer:
         twin = object.__new__(Layer)
@@ -66,7 +66,7 @@ class Layer:
     def backward(self) -> tuple[Tensor, ...]:
         """y, dx, dA, dB"""
         x = self.x.detach().requires_grad_()
-        trained = {name: self.factors[name].detach().requires_grad_() for name in ("delta_a", "delta_b")}
+        trained = {name: self.factors[name].detach().requires_grad_() for name in ("a", "b")}
         y = ops.linear(x, self.weight, **(self.factors | trained))
         return y.detach(), *torch.autograd.grad(y, (x, *trained.values()), self.dy)
 
@@ -91,12 +91,12 @@ def test_a_layer_computes_what_it_does_on_the_cpu(tokens: int, nf4: bool, dtype:
 def test_nf4_has_the_cpus_bytes(blocksize: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = randn(*shape, dtype=dtype)
     weight[0, :16] = 0
-    here = ops.nf4_quantize(weight, blocksize=blocksize, double_quant=False)
-    there = ops.nf4_quantize(put(weight), blocksize=blocksize, double_quant=False)
+    here = ops.quantize(weight, blocksize=blocksize, double_quant=False)
+    there = ops.quantize(put(weight), blocksize=blocksize, double_quant=False)
     assert torch.equal(there.codes.cpu(), here.codes)
     assert torch.equal(there.absmax.cpu(), here.absmax)
     for out in DTYPES:
-        assert torch.equal(ops.nf4_dequantize(there, out).cpu(), ops.nf4_dequantize(here, out))
+        assert torch.equal(ops.dequantize(there, out).cpu(), ops.dequantize(here, out))
 
 
 def test_nested_scales_have_the_cpus_bytes() -> None:
@@ -108,10 +108,10 @@ def test_nested_scales_have_the_cpus_bytes() -> None:
         strict=True,
     ):
         assert torch.equal(got.cpu(), want)
-    nested = ops.nf4_quantize(randn(300, 700))
+    nested = ops.quantize(randn(300, 700))
     for dtype in DTYPES:
-        assert torch.equal(ops.nf4_dequantize(put(nested), dtype).cpu(), ops.nf4_dequantize(nested, dtype))
-    torch.testing.assert_close(ops.nf4_quantize(put(randn(300, 700))).offset.cpu(), nested.offset, rtol=1e-5, atol=0)
+        assert torch.equal(ops.dequantize(put(nested), dtype).cpu(), ops.dequantize(nested, dtype))
+    torch.testing.assert_close(ops.quantize(put(randn(300, 700))).offset.cpu(), nested.offset, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,9 +144,9 @@ def test_qpissas_split_is_as_close_to_the_weight_as_on_the_cpu() -> None:
     weight = power_law(300, 500, 0.6).bfloat16()
 
     def distance(split: ops.Split) -> float:
-        return error(ops.nf4_dequantize(split.residual) + split.b0 @ split.a0, weight)
+        return error(ops.dequantize(split.residual) + split.b0 @ split.a0, weight)
 
-    here, there = (distance(fetch(ops.split(w, 16, residual="nf4"))) for w in (weight, put(weight)))
+    here, there = (distance(fetch(ops.split(w, 16, form="nf4"))) for w in (weight, put(weight)))
     assert abs(there - here) < 0.01 * here
 
 
@@ -167,7 +167,7 @@ def test_a_decomposition_has_the_same_bits_every_time() -> None:
 
     def run() -> list[Tensor]:
         splits = ops.split_many(weights, [16] * 4, [1.0] * 4)
-        rest = ops.residual(weights[0], splits[0].a0, splits[0].b0, residual="nf4")
+        rest = ops.residual(weights[0], splits[0].a0, splits[0].b0, form="nf4")
         return [*(t for split in splits for t in (split.a0, split.b0)), *rest[:4]]
 
     first = run()
@@ -204,14 +204,14 @@ def test_work_is_ordered_by_the_current_stream(tokens: int) -> None:
 
 def test_a_decomposition_on_a_stream_of_its_own() -> None:
     weight = put(power_law(256, 384, 0.5))
-    expected = ops.split(weight.float(), 8, residual="nf4")
+    expected = ops.split(weight.float(), 8, form="nf4")
     late = torch.zeros_like(weight)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(weight)
-        got = ops.split(late.float(), 8, residual="nf4")
+        got = ops.split(late.float(), 8, form="nf4")
     stream.synchronize()
     for mine, other in zip((*got[:2], *got.residual[:4]), (*expected[:2], *expected.residual[:4]), strict=True):
         assert torch.equal(mine, other)
@@ -258,7 +258,7 @@ def test_forward_and_backward_in_a_graph(tokens: int) -> None:
 
 def tensors_of_linear() -> dict[str, Any]:
     side = {"x": randn(3, 64), "weight": randn(32, 64), "bias": randn(32)}
-    return side | {"delta_a": randn(2, 64), "delta_b": randn(32, 2), "a0": randn(2, 64), "b0": randn(32, 2)}
+    return side | {"a": randn(2, 64), "b": randn(32, 2), "a0": randn(2, 64), "b0": randn(32, 2)}
 
 
 @pytest.mark.parametrize("left", list(tensors_of_linear()))
@@ -271,11 +271,11 @@ def test_mixed_devices_are_refused_by_name(left: str) -> None:
 
 
 def test_a_4_bit_weight_on_the_cpu_is_refused() -> None:
-    weight = ops.nf4_quantize(randn(32, 64))
+    weight = ops.quantize(randn(32, 64))
     with pytest.raises(ValueError, match=r"weight on cpu; x on cuda:0; .*one device"):
         ops.linear(put(randn(3, 64)), weight)
     with pytest.raises(ValueError, match=r"weight\.absmax on cpu"):
-        ops.nf4_dequantize(put(weight)._replace(absmax=weight.absmax))
+        ops.dequantize(put(weight)._replace(absmax=weight.absmax))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,7 +291,9 @@ def test_strided_and_misaligned_inputs(nf4: bool, tokens: int, dtype: torch.dtyp
         return room[1:].view(tensor.shape).copy_(tensor)
 
     shifted = {name: misaligned(tensor) for name, tensor in layer.factors.items()}
-    parts = ops.Nf4Weight(*map(misaligned, layer.weight[:4]), *layer.weight[4:]) if nf4 else misaligned(layer.weight)
+    parts = (
+        ops.QuantizedWeight(*map(misaligned, layer.weight[:4]), *layer.weight[4:]) if nf4 else misaligned(layer.weight)
+    )
     y = ops.linear(misaligned(layer.x), parts, **shifted)
     assert error(y, expected) < CLOSE[dtype]
     turned = {name: tensor.mT.contiguous().mT for name, tensor in layer.factors.items()}
@@ -310,10 +312,10 @@ def test_empty_batches() -> None:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_opcheck(nf4: bool) -> None:
     layer = Layer(6, torch.float32, nf4, side=64, r=3).on_gpu()
-    head = [*layer.weight[:4], 64, 64] if nf4 else [layer.weight]
+    head = [*layer.weight[:5], 64, 64] if nf4 else [layer.weight]
     factors = list(layer.factors.values())
-    op = torch.ops.pissa.nf4_linear if nf4 else torch.ops.pissa.linear
-    backward = torch.ops.pissa.nf4_linear_backward if nf4 else torch.ops.pissa.linear_backward
+    op = torch.ops.pissa.quantized_linear if nf4 else torch.ops.pissa.linear
+    backward = torch.ops.pissa.quantized_linear_backward if nf4 else torch.ops.pissa.linear_backward
     torch.library.opcheck(op.default, (layer.x.requires_grad_(), *head, None, *factors, 0.5, False))
     _, xa = op(layer.x.detach(), *head, None, *factors, 0.5, False)
     torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, xa, 0.5, False, True))
@@ -330,14 +332,14 @@ def test_a_weight_of_more_than_2_to_the_31_elements() -> None:
     weight = torch.empty(side, side, dtype=torch.bfloat16, device=devices.current)
     for first in range(0, side, 10_000):
         weight[first : first + 10_000].normal_()
-    quantized = ops.nf4_quantize(weight, double_quant=False)
-    dense = ops.nf4_dequantize(quantized, torch.bfloat16)
+    quantized = ops.quantize(weight, double_quant=False)
+    dense = ops.dequantize(quantized, torch.bfloat16)
     for row in (0, 1, 21_474, 42_949, 42_950, side - 1):  # 2^30 and 2^31 lie in three of these
         rows = weight[row].float().view(1, -1)
         # Blocks start inside a row: compare with those that lie in it, quantised by themselves.
         skip = -row * side % 64
         inside = rows[:, skip : skip + (side - skip) // 64 * 64]
-        alone = ops.nf4_dequantize(ops.nf4_quantize(inside, double_quant=False), torch.bfloat16)
+        alone = ops.dequantize(ops.quantize(inside, double_quant=False), torch.bfloat16)
         assert torch.equal(dense[row, skip : skip + inside.shape[1]], alone[0]), row
     x = torch.zeros(2, side, dtype=torch.bfloat16, device=devices.current)
     x[0, 0] = x[1, -1] = 1  # y is the first and the last column

@@ -41,26 +41,26 @@ class Case:
         self.form = form
         self.x = randn(tokens, n_in).to(dtype).requires_grad_()
         dense = (randn(n_out, n_in) / n_in**0.5).to(dtype)
-        self.weight = dense if weight == "dense" else ops.nf4_quantize(dense, double_quant=weight == "nf4-nested")
-        self.dense = dense if weight == "dense" else ops.nf4_dequantize(self.weight)
+        self.weight = dense if weight == "dense" else ops.quantize(dense, double_quant=weight == "nf4-nested")
+        self.dense = dense if weight == "dense" else ops.dequantize(self.weight)
         self.bias = randn(n_out).requires_grad_()
         self.dy = randn(tokens, n_out).to(dtype)
         self.options: dict[str, object] = {}
         if form != "none":
             self.options |= {
-                "delta_a": randn(r, n_in).requires_grad_(),
-                "delta_b": randn(n_out, r).requires_grad_(),
+                "a": randn(r, n_in).requires_grad_(),
+                "b": randn(n_out, r).requires_grad_(),
             }
             self.options |= {"scaling": 0.5}
         if form in ("stored", "implicit"):
-            self.options |= {"a0": randn(r, n_in), "b0": randn(n_out, r), "residual": form}
+            self.options |= {"a0": randn(r, n_in), "b0": randn(n_out, r), "implicit": form == "implicit"}
 
     def run(self) -> Tensor:
         return ops.linear(self.x, self.weight, self.bias, **self.options)
 
     def trainable(self) -> dict[str, Tensor]:
         tensors = {"x": self.x, "bias": self.bias}
-        return tensors | {name: self.options[name] for name in ("delta_a", "delta_b") if name in self.options}
+        return tensors | {name: self.options[name] for name in ("a", "b") if name in self.options}
 
     def double(self) -> tuple[list[Tensor], dict[str, object]]:
         def up(t: object) -> object:
@@ -150,17 +150,17 @@ def test_layouts_and_leading_dimensions_do_not_matter(weight: str) -> None:
 
 def test_at_step_zero_the_change_is_exactly_zero() -> None:
     case = Case("implicit", "dense", torch.bfloat16, tokens=16, n_in=64, n_out=64, r=4)
-    zero = put({"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(64, 4)})
+    zero = put({"a": torch.zeros(4, 64), "b": torch.zeros(64, 4)})
     assert torch.equal(ops.linear(case.x, case.weight, **(case.options | zero)), ops.linear(case.x, case.weight))
 
 
 def test_only_wanted_gradients_are_returned() -> None:
     case = Case("lora", "dense", torch.float32, tokens=8, n_in=32, n_out=16, r=2)
     x = case.x.detach()
-    y = ops.linear(x, case.weight, delta_a=case.options["delta_a"], delta_b=case.options["delta_b"].detach())
+    y = ops.linear(x, case.weight, a=case.options["a"], b=case.options["b"].detach())
     y.sum().backward()
-    assert case.options["delta_a"].grad is not None
-    assert case.options["delta_b"].grad is None
+    assert case.options["a"].grad is not None
+    assert case.options["b"].grad is None
     assert x.grad is None
 
 
@@ -168,11 +168,11 @@ def test_only_wanted_gradients_are_returned() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str, weight: str) -> None:
     case = Case(form, weight, torch.float32, tokens=6, n_in=64, n_out=32, r=3)
-    factors = [case.options.get(name) for name in ("delta_a", "delta_b", "a0", "b0")]
+    factors = [case.options.get(name) for name in ("a", "b", "a0", "b0")]
     scaling, implicit = 0.5, form == "implicit"
-    head = [case.weight] if weight == "dense" else [*case.weight[:4], 32, 64]
-    op = torch.ops.pissa.linear if weight == "dense" else torch.ops.pissa.nf4_linear
-    backward = torch.ops.pissa.linear_backward if weight == "dense" else torch.ops.pissa.nf4_linear_backward
+    head = [case.weight] if weight == "dense" else [*case.weight[:5], 64, 32]
+    op = torch.ops.pissa.linear if weight == "dense" else torch.ops.pissa.quantized_linear
+    backward = torch.ops.pissa.linear_backward if weight == "dense" else torch.ops.pissa.quantized_linear_backward
     forward_args = (case.x, *head, case.bias, *factors, scaling, implicit)
     torch.library.opcheck(op.default, forward_args)
     _, xa = op(*forward_args)
@@ -188,7 +188,7 @@ def test_compiles_without_a_graph_break(weight: str) -> None:
     factors = {k: v for k, v in case.options.items() if isinstance(v, Tensor)}
 
     def layer(x: Tensor, bias: Tensor, factors: dict[str, Tensor]) -> Tensor:
-        return ops.linear(x, case.weight, bias, **factors, scaling=0.5, residual="implicit").relu()
+        return ops.linear(x, case.weight, bias, **factors, scaling=0.5, implicit=True).relu()
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (8, 5):
@@ -212,7 +212,7 @@ def test_autocast_computes_in_its_dtype() -> None:
     y.float().sum().backward()
     assert case.x.grad is not None
     assert case.x.grad.dtype == torch.float32
-    assert case.options["delta_a"].grad.dtype == torch.float32
+    assert case.options["a"].grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -233,12 +233,12 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 def test_low_precision_factors_are_computed_with_in_float32() -> None:
     case = Case("stored", "dense", torch.bfloat16, tokens=8, n_in=64, n_out=32, r=3)
     low = {k: v.detach().bfloat16() if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    low |= {k: low[k].requires_grad_() for k in ("delta_a", "delta_b")}
+    low |= {k: low[k].requires_grad_() for k in ("a", "b")}
     high = {k: v.detach().float() if isinstance(v, Tensor) else v for k, v in low.items()}
     y = ops.linear(case.x, case.weight, **low)
     assert torch.equal(y, ops.linear(case.x, case.weight, **high))
     y.sum().backward()
-    assert low["delta_a"].grad.dtype == torch.bfloat16
+    assert low["a"].grad.dtype == torch.bfloat16
 
 
 @pytest.mark.cpu_only
@@ -275,16 +275,15 @@ BAD = [
     ("weight", torch.ones(32, 64, device="meta"), ValueError),
     ("bias", torch.ones(31), ValueError),
     ("bias", torch.ones(32, 1), ValueError),
-    ("delta_a", torch.ones(0, 64), ValueError),
-    ("delta_a", torch.ones(3, 63), ValueError),
-    ("delta_b", torch.ones(32, 4), ValueError),
-    ("delta_b", torch.ones(32, 3, dtype=torch.complex64), TypeError),
+    ("a", torch.ones(0, 64), ValueError),
+    ("a", torch.ones(3, 63), ValueError),
+    ("b", torch.ones(32, 4), ValueError),
+    ("b", torch.ones(32, 3, dtype=torch.complex64), TypeError),
     ("a0", torch.ones(4, 64), ValueError),
     ("a0", torch.ones(3, 64, requires_grad=True), ValueError),
     ("b0", torch.ones(31, 3), ValueError),
     ("scaling", float("inf"), ValueError),
     ("scaling", float("nan"), ValueError),
-    ("residual", "explicit", ValueError),
 ]
 
 
@@ -296,7 +295,7 @@ def test_bad_arguments_are_refused_by_name(name: str, value: object, error: type
         ops.linear(x, weight, bias, **arguments)
 
 
-@pytest.mark.parametrize("missing", ["delta_a", "delta_b", "a0", "b0"])
+@pytest.mark.parametrize("missing", ["a", "b", "a0", "b0"])
 def test_half_a_pair_of_factors_is_refused(missing: str) -> None:
     arguments = _arguments() | {missing: None}
     x, weight, bias = (arguments.pop(key) for key in ("x", "weight", "bias"))
@@ -316,14 +315,15 @@ def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
         lambda: call(x, w, None, a, b[:31], None, None, 1.0, False),
         lambda: call(x, w, None, a.double(), b, None, None, 1.0, False),
         lambda: call(x, w, None, a, None, None, None, 1.0, False),
-        lambda: torch.ops.pissa.nf4_linear(
+        lambda: torch.ops.pissa.quantized_linear(
             x,
             put(torch.zeros(3, dtype=torch.uint8)),
             ones(1),
             None,
             None,
-            32,
+            "nf4",
             64,
+            32,
             None,
             None,
             None,
@@ -355,8 +355,8 @@ def test_magnitude_bounds_the_formula() -> None:
 def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> None:
     case = Case(form, "dense", dtype, tokens=37, n_in=96, n_out=130, r=5)
     base = put(torch.randn(37, 130).to(dtype).requires_grad_())
-    options = {k: v for k, v in case.options.items() if k != "residual"}
-    leaves = [base, case.x, options["delta_a"], options["delta_b"]]
+    options = {k: v for k, v in case.options.items() if k != "implicit"}
+    leaves = [base, case.x, options["a"], options["b"]]
     y = ops.add_low_rank(base, case.x, **options)
     assert y.dtype == dtype
     grads = torch.autograd.grad(y, leaves, case.dy)
@@ -370,7 +370,7 @@ def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> Non
         }
         zero = torch.zeros(130, 96, dtype=torch.float64)
         wanted = reference.linear(x, zero, **named)
-        inner = torch.autograd.grad(wanted, [x, named["delta_a"], named["delta_b"]], dy)
+        inner = torch.autograd.grad(wanted, [x, named["a"], named["b"]], dy)
         return wanted.detach() + sign(fetch(base.detach()).double()), [dy, *inner]
 
     expected, expected_grads = formula(lambda t: t)
@@ -378,14 +378,14 @@ def test_add_low_rank_values_and_gradients(form: str, dtype: torch.dtype) -> Non
     k = 130 + 16  # the longest sum; see Case.check
     errors = unit_errors(k, dtype)
     assert_close(y.detach(), expected, errors * bound, "y")
-    for name, got, want, limit in zip(("base", "x", "a", "b"), grads, expected_grads, bound_grads, strict=True):
+    for name, got, want, limit in zip(("y", "x", "a", "b"), grads, expected_grads, bound_grads, strict=True):
         assert_close(got, want, errors * limit, f"gradient of {name}")
 
 
 def test_add_low_rank_of_nothing_keeps_every_bit() -> None:
     case = Case("implicit", "dense", torch.bfloat16, tokens=9, n_in=64, n_out=33, r=4)
     base = put(torch.randn(9, 33).bfloat16())
-    zero = put({"delta_a": torch.zeros(4, 64), "delta_b": torch.zeros(33, 4)})
+    zero = put({"a": torch.zeros(4, 64), "b": torch.zeros(33, 4)})
     y = ops.add_low_rank(base, case.x, **zero, a0=case.options["a0"], b0=case.options["b0"])
     assert torch.equal(y, base)
 
@@ -394,14 +394,14 @@ def test_add_low_rank_of_nothing_keeps_every_bit() -> None:
 def test_add_low_rank_opcheck_and_compile(form: str) -> None:
     case = Case(form, "dense", torch.float32, tokens=6, n_in=64, n_out=32, r=3)
     base = put(torch.randn(6, 32, requires_grad=True))
-    factors = [case.options.get(name) for name in ("delta_a", "delta_b", "a0", "b0")]
+    factors = [case.options.get(name) for name in ("a", "b", "a0", "b0")]
     args = (base, case.x, *factors, 0.5, form == "implicit")
     torch.library.opcheck(torch.ops.pissa.add_low_rank.default, args)
     _, xa = torch.ops.pissa.add_low_rank(*args)
     frozen = [None if f is None else f.detach() for f in factors]
     backward = torch.ops.pissa.add_low_rank_backward.default
     torch.library.opcheck(backward, (case.dy, case.x.detach(), *frozen, xa.detach(), 0.5, form == "implicit", True))
-    options = {k: v for k, v in case.options.items() if k != "residual"}
+    options = {k: v for k, v in case.options.items() if k != "implicit"}
     compiled = torch.compile(lambda b, x: ops.add_low_rank(b, x, **options), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(base, case.x), ops.add_low_rank(base, case.x, **options))
 
@@ -409,21 +409,21 @@ def test_add_low_rank_opcheck_and_compile(form: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
-        ("base", torch.ones(4, 31), ValueError),
-        ("base", torch.ones(5, 32), ValueError),
-        ("base", [1.0], TypeError),
+        ("y", torch.ones(4, 31), ValueError),
+        ("y", torch.ones(5, 32), ValueError),
+        ("y", [1.0], TypeError),
         ("x", torch.ones(4, 64, dtype=torch.int8), TypeError),
-        ("delta_a", torch.ones(3, 63), ValueError),
-        ("delta_b", torch.ones(32, 2), ValueError),
+        ("a", torch.ones(3, 63), ValueError),
+        ("b", torch.ones(32, 2), ValueError),
         ("a0", torch.ones(2, 64), ValueError),
         ("b0", None, ValueError),
         ("scaling", float("nan"), ValueError),
     ],
 )
 def test_add_low_rank_refuses_by_name(name: str, value: object, error: type[Exception]) -> None:
-    arguments = _arguments() | {"base": put(torch.ones(4, 32))}
-    for other in ("weight", "bias", "residual"):
+    arguments = _arguments() | {"y": put(torch.ones(4, 32))}
+    for other in ("weight", "bias", "implicit"):
         arguments.pop(other)
-    names = {"base": "base|delta_b", "b0": "factors"}.get(name, name)
+    names = {"y": "y|b", "b0": "factors"}.get(name, name)
     with pytest.raises(error, match=rf"^({names})\b"):
         ops.add_low_rank(**(arguments | {name: put(value)}))

@@ -1,4 +1,4 @@
-"""ops.nf4_quantize and nf4_dequantize against the format's definition, and the numpy entry points of the compiled core.
+"""ops.quantize and ops.dequantize against the format's definition, and the numpy entry points of the compiled core.
 
 Bytes made by bitsandbytes itself are compared in tests/cpp (golden vectors).
 """
@@ -25,13 +25,13 @@ def unpack(codes: Tensor, count: int) -> Tensor:
     return torch.stack([codes >> 4, codes & 15], dim=1).flatten()[:count].long()
 
 
-def quantize(weight: Tensor, **options: object) -> ops.Nf4Weight:
+def quantize(weight: Tensor, **options: object) -> ops.QuantizedWeight:
     """By the device that is tested; back on the CPU."""
-    return fetch(ops.nf4_quantize(put(weight), **options))
+    return fetch(ops.quantize(put(weight), **options))
 
 
-def dequantize(weight: ops.Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    return fetch(ops.nf4_dequantize(put(weight), dtype))
+def dequantize(weight: ops.QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    return fetch(ops.dequantize(put(weight), dtype))
 
 
 def reference_codes(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -107,13 +107,13 @@ def test_threads_do_not_matter() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = ops.nf4_quantize(weight, blocksize=32)
+        one = ops.quantize(weight, blocksize=32)
         torch.set_num_threads(3)
-        three = ops.nf4_quantize(weight, blocksize=32)
+        three = ops.quantize(weight, blocksize=32)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one[:4], three[:4], strict=True))
-    assert one.offset == ops.nf4_quantize(weight, blocksize=32, double_quant=False).absmax.double().mean().float()
+    assert one.offset == ops.quantize(weight, blocksize=32, double_quant=False).absmax.double().mean().float()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_threads_do_not_matter() -> None:
 )
 def test_quantize_refuses_by_name(weight: Tensor, options: dict[str, int], error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=rf"^{name}\b"):
-        ops.nf4_quantize(put(weight), **options)
+        ops.quantize(put(weight), **options)
 
 
 @pytest.mark.parametrize(
@@ -146,27 +146,27 @@ def test_quantize_refuses_by_name(weight: Tensor, options: dict[str, int], error
 def test_dequantize_refuses_inconsistent_parts(change: dict[str, object], error: type[Exception]) -> None:
     weight = put(quantize(torch.ones(4, 4), double_quant=False)._replace(**change))
     with pytest.raises(error, match=r"^(weight|blocksize)\b"):
-        ops.nf4_dequantize(weight)
+        ops.dequantize(weight)
     with pytest.raises(error, match=r"^(weight|blocksize)\b"):
         ops.linear(put(torch.ones(2, 4)), weight)
 
 
 def test_dequantize_refuses_other_dtypes() -> None:
     with pytest.raises(TypeError, match=r"dtype: got torch.int8"):
-        ops.nf4_dequantize(put(quantize(torch.ones(4, 4))), torch.int8)
-    with pytest.raises(TypeError, match="weight: got Tensor; needed: Nf4Weight"):
-        ops.nf4_dequantize(torch.ones(4, 4))
+        ops.dequantize(put(quantize(torch.ones(4, 4))), torch.int8)
+    with pytest.raises(TypeError, match="weight: got Tensor; needed: QuantizedWeight"):
+        ops.dequantize(torch.ones(4, 4))
 
 
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        ("nf4_quantize", (torch.randn(20, 33), 64)),
+        ("quantize", (torch.randn(20, 33), "nf4", 64)),
         ("quantize_absmax", (torch.rand(300), torch.tensor(0.5))),
-        ("nf4_dequantize", (*ops.nf4_quantize(torch.ones(20, 33))[:4], 20, 33, 64, torch.bfloat16)),
+        ("dequantize", (*ops.quantize(torch.ones(20, 33))[:5], 64, 20, 33, torch.bfloat16)),
         (
-            "nf4_dequantize",
-            (*ops.nf4_quantize(torch.ones(20, 33), double_quant=False)[:4], 20, 33, 64, torch.float32),
+            "dequantize",
+            (*ops.quantize(torch.ones(20, 33), double_quant=False)[:5], 64, 20, 33, torch.float32),
         ),
     ],
 )
@@ -174,17 +174,17 @@ def test_opcheck(op: str, args: tuple[object, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
 
 
-@pytest.mark.parametrize("residual", ["explicit", "nf4"])
+@pytest.mark.parametrize("form", ["explicit", "nf4"])
 @pytest.mark.parametrize("value", [1e38, float("nan"), float("inf")])
-def test_a_residual_that_overflows_is_refused(residual: str, value: float) -> None:
+def test_a_residual_that_overflows_is_refused(form: str, value: float) -> None:
     weight, a0, b0 = put((torch.randn(64, 64), torch.full((4, 64), value), torch.randn(64, 4)))
     with pytest.raises(ValueError, match=r"^a0, b0: contain NaN or Inf, or their product overflows"):
-        ops.residual(weight, a0, b0, residual=residual)
+        ops.residual(weight, a0, b0, form=form)
 
 
 def test_scales_whose_mean_overflows_are_refused() -> None:
     weight = put(torch.full((64, 64), 3e38))
     with pytest.raises(ValueError, match=r"^weight: the mean of its scales overflows"):
-        ops.nf4_quantize(weight)
-    quantised = ops.nf4_quantize(weight, double_quant=False)
-    assert torch.equal(ops.nf4_dequantize(quantised), weight)
+        ops.quantize(weight)
+    quantised = ops.quantize(weight, double_quant=False)
+    assert torch.equal(ops.dequantize(quantised), weight)

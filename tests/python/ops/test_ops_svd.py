@@ -101,7 +101,7 @@ def test_quality_is_not_below_torch_svd_lowrank(passes: int, niter: int, r: int,
 
 @pytest.mark.parametrize("r", [1, 8, 32, 128])
 def test_auto_is_not_below_sixteen_iterations_of_torch(r: int) -> None:
-    """At r = 128 eight passes lose half as much again. bench/svd_quality.py has the whole grid."""
+    """At r = 128 eight passes lose half as much again. bench/compare/svd_quality.py has the whole grid."""
     weight = power_law(384, 512, 0.2).float()
     torch.manual_seed(0)
     peer = energy_loss(weight, torch.svd_lowrank(weight, q=r, niter=16)[2])
@@ -145,7 +145,7 @@ def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
     """PISSA_ISA is read once, when the library is first used: each one needs its own process."""
     code = (
         "import torch; from pissa import ops; torch.manual_seed(0);"
-        "w = torch.randn(70, 50); s = ops.split(w, 6, residual='nf4');"
+        "w = torch.randn(70, 50); s = ops.split(w, 6, form='nf4');"
         "print(ops.build_info()['isa'], s.residual.codes.sum().item());"
         "u, sv, v = ops.svd_lowrank(w, 6, passes=12);"
         "torch.testing.assert_close(sv.double(), torch.linalg.svdvals(w.double())[:6], rtol=1e-4, atol=0)"
@@ -197,7 +197,7 @@ def test_residual_plus_factors_is_the_weight(
 ) -> None:
     r = data.draw(st.integers(1, min(rows, cols)))
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed % 1000)).to(dtype)
-    a0, b0, residual = fetch(ops.split(put(weight), r, scaling=2.0, seed=seed, residual="explicit"))
+    a0, b0, residual = fetch(ops.split(put(weight), r, scaling=2.0, seed=seed, form="explicit"))
     assert residual.dtype == dtype
     product = 2.0 * b0.double() @ a0.double()
     exact = weight.double() - product
@@ -218,10 +218,10 @@ def test_nf4_residual_in_one_pass_is_the_quantised_residual(
     weight = put(torch.randn(shape))
     r = min(5, *shape)
     options = {"blocksize": blocksize, "double_quant": double_quant}
-    split = ops.split(weight, r, residual="nf4", **options)
+    split = ops.split(weight, r, form="nf4", **options)
     explicit = ops.residual(weight, split.a0, split.b0)
-    again = ops.nf4_quantize(explicit, **options)
-    given_factors = ops.residual(weight, split.a0, split.b0, residual="nf4", **options)
+    again = ops.quantize(explicit, **options)
+    given_factors = ops.residual(weight, split.a0, split.b0, form="nf4", **options)
     for fused in (split.residual, given_factors):
         assert fused.shape == shape
         for got, want in zip(fused, again, strict=True):
@@ -231,9 +231,9 @@ def test_nf4_residual_in_one_pass_is_the_quantised_residual(
 def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down() -> None:
     """Eq. 8 of the paper: where the spectrum decays, quantising the residual costs less than quantising the weight."""
     weight = put(power_law(256, 256, 0.7).float())
-    split = ops.split(weight, 32, residual="nf4")
-    qpissa = weight - ops.nf4_dequantize(split.residual) - split.b0 @ split.a0
-    qlora = weight - ops.nf4_dequantize(ops.nf4_quantize(weight))
+    split = ops.split(weight, 32, form="nf4")
+    qpissa = weight - ops.dequantize(split.residual) - split.b0 @ split.a0
+    qlora = weight - ops.dequantize(ops.quantize(weight))
     assert torch.linalg.svdvals(qpissa).sum() < 0.9 * torch.linalg.svdvals(qlora).sum()
 
 
@@ -379,7 +379,7 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
 
 @pytest.mark.parametrize(
     "change",
-    [{"scaling": 0}, {"scaling": float("inf")}, {"residual": "int8"}, {"blocksize": 48}, {"quant_iters": 2}],
+    [{"scaling": 0}, {"scaling": float("inf")}, {"form": "int4"}, {"blocksize": 48}, {"quant_iters": 2}],
 )
 def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(change))}\b"):
@@ -397,9 +397,9 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
         ("svd_lowrank", (torch.randn(20, 30), 4, "krylov", 4, 0)),
         ("split", (torch.randn(20, 30), 4, 0.5, "krylov", 4, 0)),
         ("split_many", ([torch.randn(20, 30), torch.randn(9, 8).half()], [4, 2], [0.5, 1.0], "krylov", 4, 0)),
-        ("split_nf4", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, 64)),
+        ("split_quantized", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, "nf4", 64)),
         ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
-        ("residual_nf4", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, 64)),
+        ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "nf4", 64)),
     ],
 )
 def test_opcheck(op: str, args: tuple[object, ...]) -> None:

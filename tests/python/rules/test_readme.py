@@ -60,4 +60,4 @@ def test_the_ops_example_runs() -> None:
     assert names["y"].shape == (5, 48)
     assert torch.equal(names["y"], names["base"](x))
     assert names["w"].shape == weight.shape
-    assert isinstance(names["q"], ops.Nf4Weight)
+    assert isinstance(names["q"], ops.QuantizedWeight)

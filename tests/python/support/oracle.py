@@ -31,7 +31,7 @@ def base64(layer: PissaLayer) -> Tensor:
     base = layer.base.module
     if not isinstance(base, StoredLinear):
         return fetch(base.weight.detach()).double()
-    kept = ops.nf4_dequantize(base.residual) if isinstance(base, QuantizedLinear) else base.weight.detach()
+    kept = ops.dequantize(base.residual) if isinstance(base, QuantizedLinear) else base.weight.detach()
     a0, b0 = (fetch(factor).double() for factor in (base.start.a0, base.start.b0))
     return fetch(kept).double() + base.scaling * b0 @ a0
 

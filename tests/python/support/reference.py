@@ -23,24 +23,24 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    delta_a: Tensor | None = None,
-    delta_b: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
     a0: Tensor | None = None,
     b0: Tensor | None = None,
     scaling: float = 1.0,
-    residual: str = "stored",
+    implicit: bool = False,
 ) -> Tensor:
     """`pissa.ops.linear`, term by term, on float64 tensors."""
     y = x @ weight.T
     if bias is not None:
         y = y + bias
-    if delta_a is None or delta_b is None:
+    if a is None or b is None:
         return y
     if a0 is None or b0 is None:
-        return y + scaling * (x @ delta_a.T) @ delta_b.T
-    if residual == "implicit":
-        return y + scaling * ((x @ (a0 + delta_a).T) @ delta_b.T + (x @ delta_a.T) @ b0.T)
-    return y + scaling * (x @ (a0 + delta_a).T) @ (b0 + delta_b).T
+        return y + scaling * (x @ a.T) @ b.T
+    if implicit:
+        return y + scaling * ((x @ (a0 + a).T) @ b.T + (x @ a.T) @ b0.T)
+    return y + scaling * (x @ (a0 + a).T) @ (b0 + b).T
 
 
 def magnitude(formula, *tensors, **kwargs):  # type: ignore[no-untyped-def]

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "pissa/cpu/kernels/few_rows.h"
-#include "pissa/cpu/kernels/nf4_dot.h"
 #include "pissa/cpu/kernels/pack.h"
 
 namespace pissa::cpu::PISSA_ISA {
@@ -114,14 +113,20 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
 
 template <class Product>
 void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate, std::int64_t rows) {
-  if (is_nf4_dot<Product>(term, rows)) nf4_dot<Product>(term, block, panels, accumulate);
-  else if (is_few_rows(term, rows)) multiply_few_rows<Product>(term, block, panels, accumulate);
+  if (is_quantized(term.b.format) && with_codes(term.b.format, [&](auto codes) {
+        const bool dots = codes.template dots<Product>(term, rows);
+        if (dots) codes.template dot<Product>(term, block, panels, accumulate);
+        return dots;
+      })) {
+    return;
+  }
+  if (is_few_rows(term, rows)) multiply_few_rows<Product>(term, block, panels, accumulate);
   else if (block.cols <= kWidth) multiply<Product, 1>(term, block, panels, accumulate);
   else multiply<Product, 2>(term, block, panels, accumulate);
 }
 
 char* element(const MutableMatrix& out, std::int64_t offset) {
-  return static_cast<char*>(out.data) + offset * element_size(out.codec);
+  return static_cast<char*>(out.data) + offset * element_size(out.format);
 }
 
 // Rounds the block's accumulators and stores them at [j, i].
@@ -135,7 +140,7 @@ void store_transposed(const GemmProblem& problem, const Block& block, const Pane
     }
     for (std::int64_t k = 0; k < smaller(kWidth, block.cols - j); ++k) {
       const std::int64_t offset = (block.col + j + k) * problem.out.ld + block.row;
-      encode(columns + k * kLd, block.rows, problem.out.codec, element(problem.out, offset));
+      encode(columns + k * kLd, block.rows, problem.out.format, element(problem.out, offset));
     }
   }
 }
@@ -167,7 +172,7 @@ void gemm_block(const GemmProblem& problem, const Block& block, const Panels& pa
   for (std::int64_t i = 0; i < block.rows; ++i) {
     float* c = panels.c + i * kNc;
     for (std::int64_t j = 0; problem.bias && j < block.cols; ++j) c[j] += bias[j];
-    encode(c, block.cols, problem.out.codec, element(problem.out, (block.row + i) * problem.out.ld + block.col));
+    encode(c, block.cols, problem.out.format, element(problem.out, (block.row + i) * problem.out.ld + block.col));
   }
 }
 

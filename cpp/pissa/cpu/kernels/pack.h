@@ -31,18 +31,21 @@ struct Slice {
 // next strip that is asked for, to wait in L2 and not push what is in use out of L1.
 PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count) {
   const auto* data = static_cast<const char*>(matrix.data);
-  if (matrix.codec == Codec::nf4) {
+  if (is_quantized(matrix.format)) {
     row += 8;
     if (row >= matrix.rows) return;
     const std::int64_t first = row * matrix.cols + col;
-    for (std::int64_t i = first / 2; i < (first + count) / 2; i += 64) __builtin_prefetch(data + i);
-    const std::int64_t block = first >> log2_blocksize(matrix.scales);
-    if (matrix.scales.absmax) __builtin_prefetch(matrix.scales.absmax + block);
-    else __builtin_prefetch(matrix.scales.absmax8 + block);
+    with_codes(matrix.format, [&](auto codes) {
+      constexpr int kBits = info(codes.kFormat).bits;
+      for (std::int64_t i = first * kBits / 8; i < (first + count) * kBits / 8; i += 64) __builtin_prefetch(data + i);
+      const std::int64_t block = codes.block(matrix.scales, row, first);
+      if (matrix.scales.absmax) __builtin_prefetch(matrix.scales.absmax + block);
+      else __builtin_prefetch(matrix.scales.absmax8 + block);
+    });
   } else {
     row += 14;
     if (row >= matrix.rows) return;
-    const std::int64_t size = element_size(matrix.codec);
+    const std::int64_t size = element_size(matrix.format);
     const char* from = data + (row * matrix.ld + col) * size;
     for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
@@ -51,8 +54,8 @@ PISSA_INLINE void prefetch(const Matrix& matrix, std::int64_t row, std::int64_t 
 // Whether the matrix stores the product's elements as they are wanted, so that panels can be made straight from it.
 template <class Product>
 PISSA_INLINE bool is_plain(const Slice& slice) {
-  const Codec codec = Product::kPerWord == 1 ? Codec::f32 : Codec::bf16;
-  return slice.matrix.codec == codec && slice.scale == 1.0f;
+  const Format format = Product::kPerWord == 1 ? Format::f32 : Format::bf16;
+  return slice.matrix.format == format && slice.scale == 1.0f;
 }
 
 template <class Product>

@@ -1,7 +1,7 @@
 // Reductions: the largest absolute value, the Gram matrix. Included by kernels.cc only.
 #pragma once
 
-#include "pissa/cpu/kernels/decode.h"
+#include "pissa/cpu/kernels/dense.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {

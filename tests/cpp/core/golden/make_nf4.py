@@ -3,7 +3,7 @@
     python tests/cpp/golden/make_nf4.py        (needs torch and bitsandbytes; the tests need neither)
 
 Inputs are not stored: both sides compute them from the case's numbers (`source` here, `source_of` in the
-test). Little endian; for each case seven int32 (rows, cols, blocksize, codec 0 f32 / 1 bf16 / 2 f16, fill,
+test). Little endian; for each case seven int32 (rows, cols, blocksize, dtype 0 f32 / 1 bf16 / 2 f16, fill,
 nested, seed), then the codes, then absmax as float32, or, nested, as uint8 followed by nested_absmax float32
 and offset float32.
 """
@@ -40,7 +40,7 @@ def source(rows: int, cols: int, fill: int, blocksize: int, seed: int) -> torch.
 
 
 def cases() -> list[tuple[int, int, int, int, int, int]]:
-    """rows, cols, blocksize, codec, fill, nested"""
+    """rows, cols, blocksize, dtype, fill, nested"""
     found = [
         (3, 5, 64, 0, NOISE, 0),
         (1, 1, 64, 0, NOISE, 0),
@@ -49,7 +49,7 @@ def cases() -> list[tuple[int, int, int, int, int, int]]:
     ]
     for blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         rows = 2 * blocksize // 61 + 3  # two whole blocks and a short one, all crossing rows of 61
-        found += [(rows, 61, blocksize, codec, NOISE, 0) for codec in (0, 1, 2)]
+        found += [(rows, 61, blocksize, dtype, NOISE, 0) for dtype in (0, 1, 2)]
     found += [(64, 64, 256, 0, NOISE, 0), (20, 64, 64, 0, ZERO_BLOCKS, 0), (9, 37, 32, 1, ZERO_BLOCKS, 0)]
     found += [(5, 33, 64, 0, ZEROS, 0), (5, 33, 64, 0, TINY, 0), (8, 32, 64, 0, TINY, 0)]
     found += [
@@ -65,12 +65,12 @@ def cases() -> list[tuple[int, int, int, int, int, int]]:
 
 def main() -> None:
     out = bytearray()
-    for seed, (rows, cols, blocksize, codec, fill, nested) in enumerate(cases()):
-        weight = source(rows, cols, fill, blocksize, seed).to(DTYPES[codec])
+    for seed, (rows, cols, blocksize, dtype, fill, nested) in enumerate(cases()):
+        weight = source(rows, cols, fill, blocksize, seed).to(DTYPES[dtype])
         codes, state = bnb.quantize_4bit(
             weight, blocksize=blocksize, quant_type="nf4", compress_statistics=bool(nested)
         )
-        out += struct.pack("<7i", rows, cols, blocksize, codec, fill, nested, seed)
+        out += struct.pack("<7i", rows, cols, blocksize, dtype, fill, nested, seed)
         out += codes.numpy().tobytes() + state.absmax.numpy().tobytes()
         if nested:
             out += state.state2.absmax.numpy().tobytes() + state.offset.numpy().tobytes()

@@ -1,4 +1,4 @@
-// gemm_nf4: subtracting the factors and quantising in one pass gives the codes of doing one after the other.
+// gemm_quantized: subtracting the factors and quantising in one pass gives the codes of doing one after the other.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,15 +7,16 @@
 
 #include "pissa/core/nf4.h"
 #include "pissa/cpu/isa.h"
+#include "pissa/cpu/kernels.h"
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
 
 namespace pissa::test {
 namespace {
 
-class GemmNf4Test : public BackendTest {};
+class GemmQuantizedTest : public BackendTest {};
 
-TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
+TEST_P(GemmQuantizedTest, EqualsQuantizingTheStoredResidual) {
   Random random(1);
   struct Shape {
     std::int64_t rows, cols, blocksize;
@@ -24,7 +25,7 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
        {Shape{1, 1, 64}, Shape{1, 1000, 64}, Shape{1000, 1, 64}, Shape{129, 1, 4096}, Shape{5, 7, 32},
         Shape{33, 61, 32}, Shape{64, 64, 256}, Shape{100, 259, 64}, Shape{70, 513, 128}, Shape{37, 299, 4096},
         Shape{3, 2, 4096}, Shape{115, 1088, 64}, Shape{9, 512, 512}, Shape{2, 1024, 1024}}) {
-    const Form form = static_cast<Form>(random.pick(kCodecs));
+    const Form form = static_cast<Form>(random.pick(kFloatFormats));
     SCOPED_TRACE(::testing::Message() << "[" << rows << ", " << cols << "] " << name(form) << ", blocksize "
                                       << blocksize);
     const Operand weight(random, rows, cols, form);
@@ -33,15 +34,15 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
     if (random.coin()) list.add(random, 3, Form::bf16, Op::n, Form::f32, Op::t, 2.0f);
 
     std::vector<float> residual(rows * cols, std::nanf(""));
-    residual_sum(list.terms(), weight.view(), {residual.data(), rows, cols, cols, Codec::f32});
-    std::vector<std::uint8_t> expected_codes(nf4_bytes(rows * cols));
+    residual_sum(list.terms(), weight.view(), {residual.data(), rows, cols, cols, Format::f32});
+    std::vector<std::uint8_t> expected_codes(code_bytes(Format::nf4, rows * cols));
     std::vector<float> expected_absmax(ceil_div(rows * cols, blocksize));
     cpu::kernels("baseline")
-        .nf4_quantize(residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
+        .quantize(Format::nf4, residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
 
     std::vector<std::uint8_t> codes(expected_codes.size() + 1, 0xee);
     std::vector<float> absmax(expected_absmax.size() + 1, std::nanf(""));
-    backend().gemm_nf4(list.terms(), weight.view(), {blocksize, codes.data(), absmax.data()});
+    backend().gemm_quantized(list.terms(), weight.view(), {Format::nf4, blocksize, codes.data(), absmax.data()});
     EXPECT_EQ(codes.back(), 0xee);
     EXPECT_TRUE(std::isnan(absmax.back()));
     codes.pop_back();
@@ -53,7 +54,7 @@ TEST_P(GemmNf4Test, EqualsQuantizingTheStoredResidual) {
 
 // A whole block is multiplied by 1 / absmax, a short last one divided by absmax: elements beside a threshold, where
 // that makes different codes. The codes start at an odd address.
-TEST_P(GemmNf4Test, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
+TEST_P(GemmQuantizedTest, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
   Random random(3);
   constexpr std::int64_t kBlock = 64, kCount = 3 * kBlock - 2;
   for (int trial = 0; trial < 20; ++trial) {
@@ -71,9 +72,10 @@ TEST_P(GemmNf4Test, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
     }
     std::vector<float> values;
     for (std::size_t i = 0; i < kCount; ++i) values.push_back(i % kBlock == 0 ? absmax : close[i % close.size()]);
-    std::vector<std::uint8_t> codes(1 + nf4_bytes(kCount));
+    std::vector<std::uint8_t> codes(1 + code_bytes(Format::nf4, kCount));
     std::vector<float> scales(3);
-    backend().gemm_nf4({}, {values.data(), 1, kCount, kCount, Codec::f32}, {kBlock, codes.data() + 1, scales.data()});
+    backend().gemm_quantized({}, {values.data(), 1, kCount, kCount, Format::f32},
+                             {Format::nf4, kBlock, codes.data() + 1, scales.data()});
     EXPECT_EQ(scales, std::vector<float>(3, absmax));
     for (std::int64_t i = 0; i < kCount; ++i) {
       const int expected = nf4_code(i < 2 * kBlock ? values[i] * factor : values[i] / absmax);
@@ -82,22 +84,22 @@ TEST_P(GemmNf4Test, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
   }
 }
 
-TEST_P(GemmNf4Test, TheSameBits) {
+TEST_P(GemmQuantizedTest, TheSameBits) {
   Random random(2);
   for (const std::int64_t blocksize : {32, 4096}) {
-    const Stored weight(random.dense(230, 61), Codec::bf16);
+    const Stored weight(random.dense(230, 61), Format::bf16);
     TermList list(230, 61);
     list.add(random, 5, Form::f32, Op::n, Form::f32, Op::n, -0.3f);
     expect_same_bits([&](auto& cpu) {
-      std::vector<std::uint8_t> codes(nf4_bytes(230 * 61));
+      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 230 * 61));
       std::vector<float> absmax(ceil_div(230 * 61, blocksize));
-      cpu.gemm_nf4(list.terms(), weight.view(), {blocksize, codes.data(), absmax.data()});
+      cpu.gemm_quantized(list.terms(), weight.view(), {Format::nf4, blocksize, codes.data(), absmax.data()});
       return std::pair(codes, absmax);
     });
   }
 }
 
-PISSA_EVERY_BACKEND(GemmNf4Test);
+PISSA_EVERY_BACKEND(GemmQuantizedTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -1,23 +1,118 @@
-// x W^T for one to four rows of x and a weight in NF4: dot products straight from the packed bytes. Included by
-// kernels.cc only.
-//
-// A chunk of codes becomes two registers, its even and its odd elements, which meet x sorted the same way. Chunks lie
-// where the flattened weight's blocks lie; x is padded with zeros, so that what a chunk holds of the neighbouring rows
-// of W does not count.
+// NF4 codes. Included by kernels.cc only.
 #pragma once
 
-#include "pissa/cpu/kernels/pack.h"
+#include "pissa/core/nf4.h"
+#include "pissa/cpu/kernels/reduce.h"
+#include "pissa/cpu/kernels/scales.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {
+
+// Of decode.h: the numbers of a matrix in any format.
+PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                                  float scale, F32, float* to);
+#if PISSA_HAS_BF16
+PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                                  float scale, Bf16, Half* to);
+#endif
+
+struct Nf4 {
+  static constexpr Format kFormat = Format::nf4;
+
+  static PISSA_INLINE std::int64_t block(const Scales& scales, std::int64_t row, std::int64_t element);
+  template <class Product>
+  static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                     typename Product::Element* to);
+  static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+                       float* absmax);
+  template <class Product>
+  static bool dots(const Term& term, std::int64_t rows);
+  template <class Product>
+  static void dot(const Term& term, const Block& block, const Panels& panels, bool accumulate);
+};
+
+PISSA_INLINE int nf4_code_at(const std::uint8_t* codes, std::int64_t i) {
+  return i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15;
+}
+
+// log2 of the block size, a power of two: a division by a variable takes as long as decoding a block.
+PISSA_INLINE int log2_blocksize(const Scales& scales) { return __builtin_ctzll(scales.blocksize); }
+
+PISSA_INLINE std::int64_t Nf4::block(const Scales& scales, std::int64_t, std::int64_t element) {
+  return element >> log2_blocksize(scales);
+}
+
+// Both ends may lie inside a block or a byte. Each element is level * absmax, rounded once to the product's elements.
+// Scales are decoded some blocks ahead, out of the way.
+template <class Product>
+void Nf4::decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                 typename Product::Element* to) {
+  constexpr int kStep = 2 * Product::kDecodeBytes;
+  constexpr std::int64_t kBlocks = 16;
+  float absmax[kBlocks];
+  const auto* codes = static_cast<const std::uint8_t*>(matrix.data);
+  const int log2 = log2_blocksize(matrix.scales);
+  const std::int64_t first = row * matrix.cols + col;
+  const std::int64_t end = first + count;
+  const std::int64_t blocks = (end + matrix.scales.blocksize - 1) >> log2;
+  std::int64_t i = first;
+  for (std::int64_t group = first >> log2; group < blocks; group += kBlocks) {
+    const std::int64_t in_group = smaller(kBlocks, blocks - group);
+    decode_absmax(matrix.scales, group, in_group, absmax);
+    for (std::int64_t j = 0; j < in_group; ++j) {
+      const std::int64_t block_end = smaller((group + j + 1) << log2, end);
+      const typename Product::Table table = Product::table(kNf4Levels, absmax[j]);
+      if (i % 2 != 0 && i < block_end) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i++)] * absmax[j]);
+      for (; i + kStep <= block_end; i += kStep, to += kStep) Product::decode(table, codes + i / 2, to);
+      for (; i < block_end; ++i) *to++ = Product::round(kNf4Levels[nf4_code_at(codes, i)] * absmax[j]);
+    }
+  }
+}
+
+PISSA_INLINE float nf4_divisor(float largest) { return largest > kSmallestAbsmax ? largest : kSmallestAbsmax; }
+
+void Nf4::quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
+                   float* absmax) {
+  // The maxima of some blocks before their codes: none waits for a division.
+  constexpr std::int64_t kBlocks = 16;
+  float factors[kBlocks];
+  const std::int64_t whole = count / blocksize;
+  for (std::int64_t first = 0; first < whole; first += kBlocks) {
+    const std::int64_t blocks = smaller(kBlocks, whole - first);
+    const float* from = values + first * blocksize;
+    for (std::int64_t j = 0; j < blocks; ++j) absmax[first + j] = max_abs(from + j * blocksize, blocksize);
+    for (std::int64_t j = 0; j < blocks; ++j) factors[j] = 1.0f / nf4_divisor(absmax[first + j]);
+    for (std::int64_t j = 0; j < blocks; ++j, from += blocksize) {
+      const Vec::Reg factor = Vec::broadcast(factors[j]);
+      for (std::int64_t i = 0; i < blocksize; i += kWidth, codes += kWidth / 2) {
+        Vec::store_codes(codes, Vec::mul(Vec::load(from + i), factor), kNf4Search);
+      }
+    }
+  }
+  // bitsandbytes multiplies whole blocks by 1 / absmax and divides the short last one; the codes can differ.
+  const float* rest = values + whole * blocksize;
+  const std::int64_t length = count - whole * blocksize;
+  if (length == 0) return;
+  const float divisor = nf4_divisor(max_abs(rest, length));
+  absmax[whole] = divisor;
+  for (std::int64_t i = 0; i < length; i += 2) {  // the partner of an odd last element is 0
+    const float partner = i + 1 < length ? rest[i + 1] : 0.0f;
+    *codes++ = static_cast<std::uint8_t>(nf4_code(rest[i] / divisor) << 4 | nf4_code(partner / divisor));
+  }
+}
+
+// ---- x W^T for one to four rows of x -----------------------------------------------------------------------------
+// Dot products straight from the packed bytes. A chunk of codes becomes two registers, its even and its odd elements,
+// which meet x sorted the same way. Chunks lie where the flattened weight's blocks lie; x is padded with zeros, so that
+// what a chunk holds of the neighbouring rows of W does not count.
 
 // For so few rows the scale multiplies the sums of a chunk, in f32, and the levels, rounded to the product's elements,
 // stay in a register; for more it is cheaper to scale the levels, block by block.
 constexpr int kPostScaledRows = 2;
 
 template <class Product>
-bool is_nf4_dot(const Term& term, std::int64_t rows) {
-  return rows <= kNf4DotRows && term.b.codec == Codec::nf4 && term.op_b == Op::t && term.op_a == Op::n &&
+bool Nf4::dots(const Term& term, std::int64_t rows) {
+  return rows <= kCodeDotRows && term.op_b == Op::t && term.op_a == Op::n &&
          term.b.scales.blocksize % (2 * Product::kDecodeBytes) == 0;
 }
 
@@ -151,7 +246,7 @@ void dot_rows(const Matrix& weight, const Block& block, std::int64_t k0, std::in
   }
 }
 
-template <class Product, int rows = kNf4DotRows>
+template <class Product, int rows = kCodeDotRows>
 PISSA_INLINE void dispatch_dot(std::int64_t wanted, const Matrix& weight, const Block& block, std::int64_t k0,
                                std::int64_t count, const SplitRows<Product>& x, float* absmax, float* c,
                                bool accumulate) {
@@ -161,10 +256,10 @@ PISSA_INLINE void dispatch_dot(std::int64_t wanted, const Matrix& weight, const 
 
 // c = or += the term
 template <class Product>
-void nf4_dot(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
+void Nf4::dot(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
   using Element = typename Product::Element;
   constexpr std::int64_t kStep = 16384;  // elements of a row at a time: 4 rows of x, in f32, fill half of B's panel
-  static_assert(kNf4DotRows * (kStep + 6 * SplitRows<Product>::kPad) <= kNc * kKc);
+  static_assert(kCodeDotRows * (kStep + 6 * SplitRows<Product>::kPad) <= kNc * kKc);
   static_assert(4 * (kStep / 32 + 2) <= 32 * kKc);
   const std::int64_t inner = term.inner();
   for (std::int64_t k0 = 0; k0 < inner; k0 += kStep) {

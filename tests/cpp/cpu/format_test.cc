@@ -13,29 +13,30 @@
 namespace pissa::test {
 namespace {
 
-class CodecTest : public IsaTest {
+class FormatTest : public IsaTest {
  protected:
-  std::vector<float> decode(Codec codec, const std::vector<std::uint16_t>& bits) const {
+  std::vector<float> decode(Format format, const std::vector<std::uint16_t>& bits) const {
     std::vector<float> values(bits.size(), std::numeric_limits<float>::quiet_NaN());
     const std::int64_t count = static_cast<std::int64_t>(bits.size());
-    kernels().decode({bits.data(), 1, count, count, codec}, 0, 0, count, values.data());
+    kernels().decode({bits.data(), 1, count, count, format}, 0, 0, count, values.data());
     return values;
   }
-  std::vector<std::uint16_t> encode(Codec codec, const std::vector<float>& values) const {
+  std::vector<std::uint16_t> encode(Format format, const std::vector<float>& values) const {
     std::vector<std::uint16_t> bits(values.size(), 0xffff);
-    kernels().encode(values.data(), static_cast<std::int64_t>(values.size()), codec, bits.data());
+    kernels().encode(values.data(), static_cast<std::int64_t>(values.size()), format, bits.data());
     return bits;
   }
-  void expect_encoded(Codec codec, const std::vector<float>& values) const {
-    const std::vector<std::uint16_t> bits = encode(codec, values);
+  void expect_encoded(Format format, const std::vector<float>& values) const {
+    const std::vector<std::uint16_t> bits = encode(format, values);
     for (std::size_t i = 0; i < values.size(); ++i) {
-      if (std::isnan(values[i])) EXPECT_TRUE(std::isnan(format(codec).decode(bits[i]))) << "a NaN became a number";
-      else ASSERT_EQ(bits[i], format(codec).encode(values[i])) << std::hexfloat << values[i];
+      if (std::isnan(values[i]))
+        EXPECT_TRUE(std::isnan(float_format(format).decode(bits[i]))) << "a NaN became a number";
+      else ASSERT_EQ(bits[i], float_format(format).encode(values[i])) << std::hexfloat << values[i];
     }
   }
 };
 
-constexpr Codec kHalves[] = {Codec::bf16, Codec::f16};
+constexpr Format kHalves[] = {Format::bf16, Format::f16};
 
 std::vector<std::uint16_t> all_patterns() {
   std::vector<std::uint16_t> bits(1 << 16);
@@ -43,11 +44,11 @@ std::vector<std::uint16_t> all_patterns() {
   return bits;
 }
 
-TEST_P(CodecTest, DecodesEveryBitPattern) {
-  for (const Codec codec : kHalves) {
-    const std::vector<float> values = decode(codec, all_patterns());
+TEST_P(FormatTest, DecodesEveryBitPattern) {
+  for (const Format format : kHalves) {
+    const std::vector<float> values = decode(format, all_patterns());
     for (std::size_t i = 0; i < values.size(); ++i) {
-      const double expected = format(codec).decode(static_cast<std::uint32_t>(i));
+      const double expected = float_format(format).decode(static_cast<std::uint32_t>(i));
       if (std::isnan(expected)) ASSERT_TRUE(std::isnan(values[i])) << i;
       else
         ASSERT_EQ(std::bit_cast<std::uint32_t>(values[i]), std::bit_cast<std::uint32_t>(static_cast<float>(expected)))
@@ -56,26 +57,27 @@ TEST_P(CodecTest, DecodesEveryBitPattern) {
   }
 }
 
-TEST_P(CodecTest, EncodingUndoesDecoding) {
-  for (const Codec codec : kHalves) {
+TEST_P(FormatTest, EncodingUndoesDecoding) {
+  for (const Format format : kHalves) {
     const std::vector<std::uint16_t> bits = all_patterns();
-    const std::vector<std::uint16_t> again = encode(codec, decode(codec, bits));
+    const std::vector<std::uint16_t> again = encode(format, decode(format, bits));
     for (std::size_t i = 0; i < bits.size(); ++i) {
-      if (std::isnan(format(codec).decode(bits[i]))) ASSERT_TRUE(std::isnan(format(codec).decode(again[i]))) << i;
+      if (std::isnan(float_format(format).decode(bits[i])))
+        ASSERT_TRUE(std::isnan(float_format(format).decode(again[i]))) << i;
       else ASSERT_EQ(again[i], bits[i]);
     }
   }
 }
 
 // Between each pair of neighbours: the middle, the f32 numbers next to it, and those next to the neighbours.
-TEST_P(CodecTest, RoundsToNearestEven) {
-  for (const Codec codec : kHalves) {
-    const std::uint32_t infinity = format(codec).encode(std::numeric_limits<double>::infinity());
+TEST_P(FormatTest, RoundsToNearestEven) {
+  for (const Format format : kHalves) {
+    const std::uint32_t infinity = float_format(format).encode(std::numeric_limits<double>::infinity());
     std::vector<float> values;
     for (std::uint32_t bits = 0; bits < infinity; ++bits) {
-      const double low = format(codec).decode(bits);
+      const double low = float_format(format).decode(bits);
       const double high =
-          bits + 1 < infinity ? format(codec).decode(bits + 1) : 2 * low - format(codec).decode(bits - 1);
+          bits + 1 < infinity ? float_format(format).decode(bits + 1) : 2 * low - float_format(format).decode(bits - 1);
       const float middle =
           static_cast<float>((low + high) / 2);  // exact, except beyond the largest bf16: Inf, as it should
       for (const float sign : {1.0f, -1.0f}) {
@@ -86,38 +88,40 @@ TEST_P(CodecTest, RoundsToNearestEven) {
         }
       }
     }
-    expect_encoded(codec, values);
+    expect_encoded(format, values);
   }
 }
 
-TEST_P(CodecTest, RoundsSpecialValues) {
+TEST_P(FormatTest, RoundsSpecialValues) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr float kMax = std::numeric_limits<float>::max();
-  for (const Codec codec : kHalves) {
-    expect_encoded(codec,
+  for (const Format format : kHalves) {
+    expect_encoded(format,
                    {0.0f, -0.0f, kInf, -kInf, kMax, -kMax, 65504.0f, 65519.99f, 65520.0f, 65536.0f, 1e30f, 0x1p-24f,
                     0x1p-25f, 0x1.000002p-25f, 0x1p-26f, 0x1p-133f, 0x1p-134f, 0x1p-149f, 0x1.fffffep-15f});
     const std::uint32_t nans[] = {0x7fc00000, 0xffc00000, 0x7f800001, 0xff800001, 0x7fffffff, 0xffffffff, 0x7f80ffff};
-    for (const std::uint32_t bits : nans) expect_encoded(codec, std::vector<float>(19, std::bit_cast<float>(bits)));
+    for (const std::uint32_t bits : nans) expect_encoded(format, std::vector<float>(19, std::bit_cast<float>(bits)));
   }
 }
 
 // Every length up to several vectors, from every misalignment: right values, and nothing beyond them.
-TEST_P(CodecTest, EveryLengthAndAlignment) {
+TEST_P(FormatTest, EveryLengthAndAlignment) {
   constexpr std::int64_t kMost = 70;
   constexpr std::uint16_t kUntouched = 0x5a5a;
-  for (const Codec codec : kHalves) {
+  for (const Format format : kHalves) {
     for (std::int64_t start = 0; start < 5; ++start) {
       for (std::int64_t count = 0; count <= kMost; ++count) {
         std::vector<std::uint16_t> bits(start + count);  // ends with the run, for AddressSanitizer
         for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<std::uint16_t>(0x3000 + 37 * i);
         std::vector<float> values(start + count + 1, -1.0f);
-        kernels().decode({bits.data(), 1, start + count, start + count, codec}, 0, start, count, values.data() + start);
-        for (std::int64_t i = 0; i < count; ++i) ASSERT_EQ(values[start + i], format(codec).decode(bits[start + i]));
+        kernels().decode({bits.data(), 1, start + count, start + count, format}, 0, start, count,
+                         values.data() + start);
+        for (std::int64_t i = 0; i < count; ++i)
+          ASSERT_EQ(values[start + i], float_format(format).decode(bits[start + i]));
         ASSERT_EQ(values.back(), -1.0f);
 
         std::vector<std::uint16_t> again(start + count + 1, kUntouched);
-        kernels().encode(values.data() + start, count, codec, again.data() + start);
+        kernels().encode(values.data() + start, count, format, again.data() + start);
         for (std::int64_t i = 0; i < count; ++i) ASSERT_EQ(again[start + i], bits[start + i]);
         for (std::int64_t i = 0; i < start; ++i) ASSERT_EQ(again[i], kUntouched);
         ASSERT_EQ(again.back(), kUntouched);
@@ -126,17 +130,17 @@ TEST_P(CodecTest, EveryLengthAndAlignment) {
   }
 }
 
-TEST_P(CodecTest, FindsTheRowByItsLeadingDimension) {
-  for (const Codec codec : kHalves) {
+TEST_P(FormatTest, FindsTheRowByItsLeadingDimension) {
+  for (const Format format : kHalves) {
     std::vector<std::uint16_t> bits(5 * 23);
     for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<std::uint16_t>(0x3000 + i);
     float values[7];
-    kernels().decode({bits.data(), 5, 20, 23, codec}, 4, 13, 7, values);
-    for (int i = 0; i < 7; ++i) EXPECT_EQ(values[i], format(codec).decode(bits[4 * 23 + 13 + i]));
+    kernels().decode({bits.data(), 5, 20, 23, format}, 4, 13, 7, values);
+    for (int i = 0; i < 7; ++i) EXPECT_EQ(values[i], float_format(format).decode(bits[4 * 23 + 13 + i]));
   }
 }
 
-PISSA_EVERY_ISA(CodecTest);
+PISSA_EVERY_ISA(FormatTest);
 
 }  // namespace
 }  // namespace pissa::test

@@ -1,0 +1,64 @@
+// Quantised matrices as outputs: where their parts go, the runs of blocks in which they are computed, and the
+// check of their block size.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "pissa/core/error.h"
+#include "pissa/core/format.h"
+#include "pissa/core/types.h"
+
+namespace pissa {
+
+/// Where a quantised matrix goes. codes: code_bytes(format, rows * cols); scales: one per block.
+struct QuantOutput {
+  Format format;
+  std::int64_t blocksize;
+  std::uint8_t* codes = nullptr;
+  float* scales = nullptr;
+
+  /// The output from an element of the flattened matrix on, with which a block starts.
+  PISSA_INLINE QuantOutput from(std::int64_t element) const {
+    return {format, blocksize, codes + code_bytes(format, element), scales + element / blocksize};
+  }
+};
+
+/// Throws unless blocks of that size exist in the format, for matrices with `cols` columns.
+inline void check_blocksize(Format format, std::int64_t blocksize, std::int64_t cols) {
+  if (is_blocksize(format, blocksize, cols)) return;
+  const BlockRule rule = info(format).blocks;
+  PISSA_CHECK(!rule.by_row(), "blocksize: got ", blocksize, "; allowed for ", info(format).name, ": ", cols,
+              ", a row, of at least one element");
+  PISSA_CHECK(false, "blocksize: got ", blocksize, "; allowed: a power of two from ", rule.least, " to ", rule.most);
+}
+
+/// Runs of whole blocks of a flattened matrix, of at least `least_rows` rows each. A block may start inside a row, so
+/// whoever computes a run computes every row that it touches, the first and the last of them for its neighbours too.
+class BlockRuns {
+ public:
+  /// Elements [first, first + count), inside rows [first_row, first_row + rows).
+  struct Run {
+    std::int64_t first, count, first_row, rows;
+    std::int64_t cols;
+
+    /// Where in these rows the run starts.
+    std::int64_t skip() const { return first - first_row * cols; }
+  };
+
+  BlockRuns(std::int64_t rows, std::int64_t cols, std::int64_t blocksize, std::int64_t least_rows)
+      : cols_(cols), total_(rows * cols), length_(ceil_div(least_rows * cols, blocksize) * blocksize) {}
+
+  std::int64_t count() const { return total_ == 0 ? 0 : ceil_div(total_, length_); }
+  Run operator[](std::int64_t i) const {
+    const std::int64_t first = i * length_;
+    const std::int64_t count = std::min(length_, total_ - first);
+    const std::int64_t first_row = first / cols_;
+    return {first, count, first_row, ceil_div(first + count, cols_) - first_row, cols_};
+  }
+
+ private:
+  std::int64_t cols_, total_, length_;
+};
+
+}  // namespace pissa

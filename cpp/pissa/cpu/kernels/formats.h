@@ -1,0 +1,28 @@
+// The quantised formats by name: a header each, with what a kernel has to know of its codes. Included by kernels.cc
+// only.
+//
+//   decode<Product>     part of a row as elements of the product, each rounded once
+//   quantize            whole blocks, the last of which may be short
+//   block               the block of an element
+//   dots<Product>       whether `dot` is the way to multiply a term with that many rows
+//   dot<Product>        c = or += the term, straight from the codes
+#pragma once
+
+#include "pissa/cpu/kernels/nf4.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+// f of the codes of a quantised format.
+template <class F>
+PISSA_INLINE auto with_codes(Format format, F f) {
+  switch (format) {
+    case Format::nf4:
+      return f(Nf4{});
+    default:
+      __builtin_unreachable();
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,30 @@
+// Scales of quantised blocks, which may be quantised too. Included by kernels.cc only.
+#pragma once
+
+#include "pissa/core/nested_scales.h"
+#include "pissa/cpu/kernels/dense.h"
+
+namespace pissa::cpu::PISSA_ISA {
+namespace {
+
+// Scales of blocks [first, first + count).
+void decode_absmax(const Scales& scales, std::int64_t first, std::int64_t count, float* to) {
+  if (scales.absmax) {
+    __builtin_memcpy(to, scales.absmax + first, count * sizeof *to);
+    return;
+  }
+  const float offset = *scales.offset;
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t nested_block = (first + i) / kNestedBlocksize;
+    const std::int64_t run_end = smaller(count, (nested_block + 1) * kNestedBlocksize - first);
+    const float nested_absmax = scales.nested_absmax[nested_block];
+    for (; i + kWidth <= run_end; i += kWidth) {
+      const Vec::Reg levels = Vec::gather(kDynamicMap, scales.absmax8 + first + i);
+      Vec::store(to + i, Vec::add(Vec::mul(levels, Vec::broadcast(nested_absmax)), Vec::broadcast(offset)));
+    }
+    for (; i < run_end; ++i) to[i] = kDynamicMap[scales.absmax8[first + i]] * nested_absmax + offset;
+  }
+}
+
+}  // namespace
+}  // namespace pissa::cpu::PISSA_ISA

@@ -1,0 +1,25 @@
+// Quantised matrices on the device: decoding, quantisation, nested scales.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/quantized.h"
+#include "pissa/core/types.h"
+#include "pissa/cuda/context.h"
+
+namespace pissa::cuda {
+
+/// out [rows, cols] = the same rows and columns of the quantised weight, starting at (row, col).
+void decode_codes(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
+                  const MutableMatrix& out);
+
+/// Elements [first, first + count) of the flattened `values` (+ `change`, f32, where given), quantised: `first` is the
+/// start of a block and of a byte; `out` is for all of the matrix; `change` begins with the row of element `first`.
+void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,
+              std::int64_t count, const QuantOutput& out);
+
+/// Nested quantisation of absmax, less *offset (in device memory): codes8 [count], nested_absmax [ceil(count / 256)].
+void quantize_absmax(const Context& context, const float* absmax, std::int64_t count, const float* offset,
+                     std::uint8_t* codes8, float* nested_absmax);
+
+}  // namespace pissa::cuda

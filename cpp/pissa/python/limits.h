@@ -1,0 +1,52 @@
+// The core's tables and limits, so that Python checks arguments by the same ones.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "pissa/core/format.h"
+#include "pissa/core/nested_scales.h"
+#include "pissa/core/rsvd.h"
+
+namespace pissa::python {
+
+// Of the quantised formats. blocksizes is empty where a block is a row.
+inline pybind11::dict formats() {
+  pybind11::dict table;
+  for (const Format format : kFormats) {
+    const FormatInfo row = info(format);
+    if (!row.quantized) continue;
+    std::vector<std::int64_t> blocksizes;
+    for (std::int64_t size = row.blocks.least; size <= row.blocks.most && !row.blocks.by_row(); size *= 2) {
+      blocksizes.push_back(size);
+    }
+    pybind11::dict entry;
+    entry["bits"] = row.bits;
+    entry["blocksizes"] = blocksizes;
+    entry["usual_blocksize"] = row.blocks.usual;
+    entry["nested"] = row.nested;
+    table[row.name] = entry;
+  }
+  return table;
+}
+
+inline pybind11::dict limits() {
+  pybind11::dict table;
+  table["nested_blocksize"] = kNestedBlocksize;
+  table["passes_per_step"] = kPassesPerStep;
+  return table;
+}
+
+inline void define_limits(pybind11::module_& m) {
+  m.def("formats", formats,
+        "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and\n"
+        "whether scales can be quantised too (nested).");
+  m.def("limits", limits,
+        "Scales that are quantised together (nested_blocksize), and reads of a weight in a step of the SVD\n"
+        "(passes_per_step).");
+}
+
+}  // namespace pissa::python

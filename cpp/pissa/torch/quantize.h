@@ -1,0 +1,156 @@
+// The ops that quantise and dequantise.
+#pragma once
+
+#include <array>
+#include <string>
+#include <tuple>
+
+#include "pissa/core/nested_scales.h"
+#include "pissa/core/quantized.h"
+#include "pissa/torch/svd.h"
+
+namespace pissa::ops {
+
+inline Format quantized_format(const std::string& name) {
+  for (const Format format : kFormats) {
+    if (is_quantized(format) && name == info(format).name) return format;
+  }
+  PISSA_CHECK(false, "format: got '", name, "'; allowed: the quantised formats");
+  return Format::nf4;
+}
+
+// A quantised weight as it crosses the op boundary.
+struct QuantizedTensors {
+  Tensor codes;
+  Tensor absmax;  // float32, or uint8 when nested
+  OptionalTensor nested_absmax;
+  OptionalTensor offset;
+  Format format;
+  std::int64_t blocksize;
+
+  QuantizedTensors(const Tensor& codes_, const Tensor& absmax_, const OptionalTensor& nested,
+                   const OptionalTensor& offset_, const std::string& format_, std::int64_t blocksize_)
+      : codes(torch::stable::contiguous(codes_)),
+        absmax(torch::stable::contiguous(absmax_)),
+        nested_absmax(contiguous(nested)),
+        offset(contiguous(offset_)),
+        format(quantized_format(format_)),
+        blocksize(blocksize_) {}
+
+  Matrix view(std::int64_t rows, std::int64_t cols) const {
+    check_blocksize(format, blocksize, cols);
+    const std::int64_t blocks = ceil_div(rows * cols, blocksize);
+    const std::int64_t bytes = code_bytes(format, rows * cols);
+    PISSA_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == bytes, "codes: got ", codes.numel(),
+                " elements; needed: ", bytes, " bytes of uint8 for [", rows, ", ", cols, "] in ", info(format).name);
+    PISSA_CHECK(absmax.numel() == blocks, "absmax: got ", absmax.numel(), " elements; needed: ", blocks);
+    Matrix result{codes.const_data_ptr(), rows, cols, cols, format};
+    result.scales.blocksize = blocksize;
+    if (!nested_absmax) {
+      PISSA_CHECK(absmax.scalar_type() == ScalarType::Float,
+                  "absmax: needed float32, or uint8 with nested_absmax and offset");
+      result.scales.absmax = absmax.const_data_ptr<float>();
+    } else {
+      const std::int64_t nested_blocks = ceil_div(blocks, kNestedBlocksize);
+      PISSA_CHECK(info(format).nested, info(format).name, ": has no nested scales; got nested_absmax");
+      PISSA_CHECK(absmax.scalar_type() == ScalarType::Byte && nested_absmax->scalar_type() == ScalarType::Float &&
+                      nested_absmax->numel() == nested_blocks && offset && offset->scalar_type() == ScalarType::Float &&
+                      offset->numel() == 1,
+                  "nested scales: needed absmax uint8 [", blocks, "], nested_absmax float32 [", nested_blocks,
+                  "], offset float32 []");
+      result.scales.absmax8 = absmax.const_data_ptr<std::uint8_t>();
+      result.scales.nested_absmax = nested_absmax->const_data_ptr<float>();
+      result.scales.offset = offset->const_data_ptr<float>();
+    }
+    return result;
+  }
+};
+
+// Room for a quantised matrix [rows, cols], and where the core writes it.
+struct NewQuantized {
+  Tensor codes, absmax;
+  QuantOutput output;
+
+  NewQuantized(const Tensor& like, const Matrix& shape, const std::string& format, std::int64_t blocksize)
+      : NewQuantized(like, shape, quantized_format(format), blocksize) {}
+
+ private:
+  NewQuantized(const Tensor& like, const Matrix& shape, Format format, std::int64_t blocksize)
+      : codes(new_tensor(like, {code_bytes(format, shape.rows * shape.cols)}, ScalarType::Byte)),
+        absmax(new_tensor(like, {blocks(format, shape, blocksize)}, ScalarType::Float)),
+        output{format, blocksize, codes.mutable_data_ptr<std::uint8_t>(), absmax.mutable_data_ptr<float>()} {}
+
+  static std::int64_t blocks(Format format, const Matrix& shape, std::int64_t blocksize) {
+    check_blocksize(format, blocksize, shape.cols);
+    return ceil_div(shape.rows * shape.cols, blocksize);
+  }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const std::string& format, std::int64_t blocksize) {
+  Device device(weight);
+  const Tensor w_tensor = torch::stable::contiguous(weight);
+  const Matrix w = matrix(w_tensor);
+  const NewQuantized q(weight, w, format, blocksize);
+  device.backend().gemm_quantized({}, w, q.output);
+  return {q.codes, q.absmax};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& offset) {
+  Device device(absmax, offset);
+  auto& backend = device.backend();
+  PISSA_CHECK(
+      absmax.scalar_type() == ScalarType::Float && offset.scalar_type() == ScalarType::Float && offset.numel() == 1,
+      "absmax, offset: needed float32 [blocks] and float32 []");
+  const Tensor from = torch::stable::contiguous(absmax);
+  const std::int64_t count = from.numel();
+  const Tensor codes8 = new_tensor(absmax, {count}, ScalarType::Byte);
+  const Tensor nested = new_tensor(absmax, {ceil_div(count, kNestedBlocksize)}, ScalarType::Float);
+  backend.quantize_absmax(from.const_data_ptr<float>(), count, offset.const_data_ptr<float>(),
+                          codes8.mutable_data_ptr<std::uint8_t>(), nested.mutable_data_ptr<float>());
+  return {codes8, nested};
+}
+
+template <class Device>
+Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                  const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, std::int64_t rows,
+                  std::int64_t cols, ScalarType dtype) {
+  Device device(codes, absmax, nested_absmax, offset);
+  const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
+  const Tensor out = new_tensor(codes, {rows, cols}, dtype);
+  device.backend().copy(weight.view(rows, cols), mutable_matrix(out));
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight, std::int64_t r, double scaling,
+                                                           const std::string& svd, std::optional<std::int64_t> passes,
+                                                           std::int64_t seed, std::int64_t quant_iters,
+                                                           const std::string& format, std::int64_t blocksize) {
+  Device device(weight);
+  const Tensor w_tensor = torch::stable::contiguous(weight);
+  const Matrix w = matrix(w_tensor);
+  const SvdOptions options = svd_options(svd, passes, seed);
+  check_svd(w, r, options);  // before r becomes a size
+  const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
+  const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
+  const NewQuantized q(weight, w, format, blocksize);
+  pissa::split_quantized(device.backend(), w, static_cast<float>(scaling), options, quant_iters, mutable_matrix(a0),
+                         mutable_matrix(b0), q.output);
+  return {a0, b0, q.codes, q.absmax};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> residual_quantized(const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling,
+                                              const std::string& format, std::int64_t blocksize) {
+  Device device(weight, a0, b0);
+  const FactoredTensors tensors(weight, a0, b0);
+  const Matrix w = matrix(tensors.weight);
+  const NewQuantized q(weight, w, format, blocksize);
+  const std::array terms{tensors.minus_factors(scaling)};
+  device.backend().gemm_quantized(terms, w, q.output);
+  return {q.codes, q.absmax};
+}
+
+}  // namespace pissa::ops

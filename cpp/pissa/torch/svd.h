@@ -1,0 +1,109 @@
+// The ops that decompose: SVD, split, and the dense residual.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "pissa/core/rsvd.h"
+#include "pissa/core/split.h"
+#include "pissa/torch/tensors.h"
+
+namespace pissa::ops {
+
+// passes: none, as many as the rank needs.
+inline SvdOptions svd_options(const std::string& svd, std::optional<std::int64_t> passes, std::int64_t seed) {
+  PISSA_CHECK(svd == "krylov" || svd == "subspace", "svd: got '", svd, "'; allowed: 'krylov', 'subspace'");
+  return {svd == "krylov" ? SvdMethod::krylov : SvdMethod::subspace, passes, static_cast<std::uint64_t>(seed)};
+}
+
+// (u [r, out], s [r], v [r, in]), one singular vector per row.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, std::int64_t r, const std::string& svd,
+                                               std::optional<std::int64_t> passes, std::int64_t seed) {
+  Device device(weight);
+  auto& backend = device.backend();
+  const Tensor w_tensor = torch::stable::contiguous(weight);
+  const Matrix w = matrix(w_tensor);
+  const auto factors = pissa::svd_lowrank(backend, w, r, svd_options(svd, passes, seed));
+  const Tensor u = new_tensor(weight, {r, w.rows}, ScalarType::Float);
+  const Tensor s = new_tensor(weight, {r}, ScalarType::Float);
+  const Tensor v = new_tensor(weight, {r, w.cols}, ScalarType::Float);
+  backend.copy(factors.u.view(), mutable_matrix(u));
+  backend.copy(factors.s.view(), mutable_matrix(s));
+  backend.copy(factors.v.view(), mutable_matrix(v));
+  return {u, s, v};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> split(const Tensor& weight, std::int64_t r, double scaling, const std::string& svd,
+                                 std::optional<std::int64_t> passes, std::int64_t seed) {
+  Device device(weight);
+  auto& backend = device.backend();
+  const Tensor w_tensor = torch::stable::contiguous(weight);
+  const Matrix w = matrix(w_tensor);
+  const SvdOptions options = svd_options(svd, passes, seed);
+  check_svd(w, r, options);  // before r becomes a size
+  const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
+  const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
+  pissa::split(backend, w, static_cast<float>(scaling), options, mutable_matrix(a0), mutable_matrix(b0));
+  return {a0, b0};
+}
+
+template <class Device>
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vector<Tensor>& weights,
+                                                                const std::vector<std::int64_t>& ranks,
+                                                                const std::vector<double>& scalings,
+                                                                const std::string& svd,
+                                                                std::optional<std::int64_t> passes, std::int64_t seed) {
+  PISSA_CHECK(!weights.empty() && ranks.size() == weights.size() && scalings.size() == weights.size(),
+              "ranks, scalings: got ", ranks.size(), " and ", scalings.size(), "; needed: one for each of the ",
+              weights.size(), " weights, of which there must be one");
+  Device device(weights[0], weights);
+  const SvdOptions options = svd_options(svd, passes, seed);
+  std::vector<Tensor> contiguous_weights, a0, b0;
+  std::vector<SplitTask> tasks;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    contiguous_weights.push_back(torch::stable::contiguous(weights[i]));
+    const Matrix w = matrix(contiguous_weights.back());
+    check_svd(w, ranks[i], options);  // before the rank becomes a size
+    a0.push_back(new_tensor(weights[i], {ranks[i], w.cols}, ScalarType::Float));
+    b0.push_back(new_tensor(weights[i], {w.rows, ranks[i]}, ScalarType::Float));
+    tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back())});
+  }
+  device.split_many(tasks, options);
+  return {a0, b0};
+}
+
+// A weight and its factors as they cross the op boundary.
+struct FactoredTensors {
+  Tensor weight, a0, b0;
+
+  FactoredTensors(const Tensor& weight_, const Tensor& a0_, const Tensor& b0_)
+      : weight(torch::stable::contiguous(weight_)),
+        a0(torch::stable::contiguous(a0_)),
+        b0(torch::stable::contiguous(b0_)) {
+    const Matrix w = matrix(weight);
+    const Matrix a = matrix(a0);
+    check_shape("a0", a, a.rows, w.cols);
+    check_shape("b0", matrix(b0), w.rows, a.rows);
+  }
+  Term minus_factors(double scaling) const {
+    return pissa::minus_factors(matrix(a0), matrix(b0), static_cast<float>(scaling));
+  }
+};
+
+template <class Device>
+Tensor residual(const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling) {
+  Device device(weight, a0, b0);
+  const FactoredTensors tensors(weight, a0, b0);
+  const Matrix w = matrix(tensors.weight);
+  const Tensor out = new_tensor(weight, {w.rows, w.cols}, weight.scalar_type());
+  const std::array terms{tensors.minus_factors(scaling)};
+  device.backend().gemm(terms, w, mutable_matrix(out));
+  return out;
+}
+
+}  // namespace pissa::ops
