@@ -1,6 +1,10 @@
-"""The warnings of this package, one class each, so that a filter names the class:
+"""The warnings of this package, one class each. A filter names the class:
 
-warnings.simplefilter("ignore", pissa.notices.InexactLoraWarning)
+    from pissa import notices
+
+    warnings.simplefilter("ignore", notices.InexactLoraWarning)
+
+All of them are UserWarnings.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from pissa.files.json_file import blaming, read_json, typed
 from pissa.files.messages import shown
 
 SIZE_LIMIT = 100_000_000
-"""Bytes of a JSON file of ours: what safetensors allows a header. 100,000 layers take half of it."""
+"""Bytes that a JSON file of ours may have, as many as a header of safetensors. 100,000 layers take half of them."""
 
 _ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
-"""pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
+"""pissa 0.1.0 wrote all fields of PEFT 0.21. These it has no use for, and their defaults are not empty."""
 
 _NO_RESIDUAL = "implicit"
-"""What the file has for a `residual` that is not given, with `quant` too, so that pissa 0.1.0 reads it."""
+"""Written for a `residual` that is not given, also beside `quant`, so that pissa 0.1.0 reads the file."""
 
 
 def config_as_json(config: PissaConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether the adapter in a folder fits a model: layer for layer, tensor for tensor, down to the values of the base."""
+"""Checks that the adapter in a folder fits a model: layer for layer, tensor for tensor, down to the base's values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_headers(
             file.expect(key, shape, (torch.float32,), demand)
         unknown[file] -= shapes.keys()
     for key, value in modules.items():
-        weights.expect(key, value.shape, _dtypes(value), "what is trained beside the layers")
+        weights.expect(key, value.shape, _dtypes(value), "a module that is trained beside the layers")
     for name, layer in layers.items():
         for key, (shape, dtypes) in stored_shapes(name, records[name], layer.matrix_shape, starts).items():
             starts.expect(key, shape, dtypes, f"the residual of layer {name}")

@@ -123,7 +123,7 @@ def _restore_layer(
     residual: Tensor | QuantizedWeight | None,
     adapter_name: str,
 ) -> bool:
-    """Whether the base is then, bit for bit, the one that the adapter was trained on."""
+    """Puts the tensors into a layer. Returns whether its base is then, bit for bit, the one of the training."""
     record = checkpoint.records[name]
     device = layer.device_of(adapter_name)
     exact = True

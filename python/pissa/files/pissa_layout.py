@@ -1,4 +1,4 @@
-"""The folder of an adapter of ours, and what pissa.safetensors in it holds of each layer.
+"""The files of an adapter of ours, and the tensors of each layer in pissa.safetensors.
 
 adapter_config.json         PEFT's, for a plain LoRA of rank 2r on the unmodified base
 adapter_model.safetensors   PEFT's: lora_A = [A ; dA], lora_B = [dB | B0]

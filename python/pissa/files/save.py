@@ -1,5 +1,5 @@
-"""Writing adapters: a plain LoRA for every other runtime, and a second pair of files with what an exact resume needs;
-loading never repeats the SVD. See `pissa_layout`.
+"""Writing adapters: a plain LoRA for every other runtime, and a second pair of files that an exact resume needs.
+Loading never repeats the SVD. `pissa_layout` describes the files.
 
 Start factors are frozen, so the files of two saves of one run fit each other: the upper half of lora_A must be A0 + dA,
 bit for bit. Checksums in each file show that it is as it was written.
@@ -103,7 +103,7 @@ def save_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
 
 
 def warn_of_plain_lora(model: PeftModel) -> None:
-    """Warns, once for each PissaModel, if the plain LoRA is elsewhere not the function that was trained."""
+    """Warns, once for each PissaModel, if other runtimes do not compute the function that was trained."""
     if model.warned_of_plain_lora:
         return
     layers = pissa_layers(model.base_model.model)
