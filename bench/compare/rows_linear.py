@@ -15,8 +15,8 @@ from bench.compare.peers import bnb_linear, is_repacked, lora_layer
 from bench.compare.weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
 from pissa import ops
 
-# Each bfloat16 result below is a sum of at most three terms that a side may round on the way (weight, x A^T, low-rank
-# term) and once at the end; a rounding is at most 2^-9 relative, so two sides differ by less than 4 * 2^-9 in norm.
+# A side may round a bfloat16 result below three times on the way (weight, x A^T, low-rank term) and once at the end. A
+# rounding is at most 2^-9 relative, so two sides differ by less than 4 * 2^-9 in norm.
 BFLOAT16_BOUND = 2**-7
 # Two float32 sums of K = 2^12 terms in different orders differ by about sqrt(K) 2^-24 = 2^-18; a factor of 4 for the
 # constant, and for a weight split into two bfloat16 terms of 16 bits together.
@@ -149,7 +149,7 @@ def _backward_against_peft(size: int, tokens: int, dtype: torch.dtype) -> Case:
 
 
 def _against_dense(size: int, tokens: int, r: int) -> Case:
-    """The peer has no adapter: it does 2 products where ours does 8, and the ratio is that of the times."""
+    """The peer has no adapter and does 2 products; ours does 8. The ratio is that of the times."""
     ours = Layer(size, size, tokens, r)
     dense, x, dy = ops.dequantize(ours.weight, torch.bfloat16), ours.x.detach(), ours.dy
 
@@ -240,7 +240,7 @@ def _dequantize(size: int) -> Case:
 
 
 def shape_rows(size: int) -> Iterator[Row]:
-    """Shapes that fit no tile, against ours at the round shape next to them: no cliff, at least half of its rate."""
+    """Ours at shapes that fit no tile, against ours at the round shape next to them: at least half of its rate."""
     sides = (size, size - 1, size + 4, size + 64)
     shapes = [(rows, cols, tokens, 64) for rows in sides for cols in sides for tokens in (127, 129, 511, 513)]
     shapes += [(size - 1, size - 1, tokens, r) for r in (1, 8, 16, 128, 256) for tokens in (127, 129, 511, 513)]

@@ -117,7 +117,7 @@ def _nf4_step(tiny: bool, dtype: torch.dtype) -> Case:
 
 
 def _dense_step(tiny: bool, dtype: torch.dtype) -> Case:
-    """Both compute the base before the first step: ours at zero change, LoRA with B = 0. Their gradients differ."""
+    """Both sides start as the base: ours changes nothing yet, LoRA has B = 0. Their gradients differ."""
     base = language_model(tiny, torch.bfloat16)
     model = pissa.wrap(copy.deepcopy(base), r=R, task_type="CAUSAL_LM").train()
     peer = lora_on_dense(base, R, dtype)
@@ -166,7 +166,7 @@ def _wrapping(tiny: bool) -> Case:
 
 
 def _wrapping_in_nf4(tiny: bool) -> Case:
-    """What the residual in 4 bits costs beside the decomposition, which both sides do."""
+    """The cost of the residual in 4 bits. Both sides do the decomposition."""
     shapes = [(256, 256), (704, 256)] if tiny else [(4096, 4096), (11008, 4096)]
     base = nn.Sequential(*(nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16) for rows, columns in shapes))
     generator = torch.Generator().manual_seed(0)
@@ -177,6 +177,6 @@ def _wrapping_in_nf4(tiny: bool) -> Case:
     def check() -> str:
         model = wrap(copy.deepcopy(base), quant="nf4").base_model.model
         # Blocks of 64 normal numbers in NF4 are off by 9 % of their length.
-        return agree(0.12, **{f"layer {i}": (model[i].dense_base(), base[i].weight) for i in range(len(base))})
+        return agree(0.12, **{f"layer {i}": (model[i].base.matrix(), base[i].weight) for i in range(len(base))})
 
     return Case(partial(wrap, quant="nf4"), wrap, check, fresh=lambda: copy.deepcopy(base))

@@ -1,4 +1,4 @@
-"""Rows about the decomposition of one weight: truncated SVD, and QPiSSA's split, at equal loss of energy."""
+"""Rows about the decomposition of one weight, at equal loss of energy: truncated SVD, and QPiSSA's split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def svd_rows(size: int) -> Iterator[Row]:
 
 
 def _at_equal_loss(size: int, r: int, theirs: Callable[[], Tensor]) -> tuple[int, str]:
-    """The fewest passes that lose no more energy than the peer's V, and both losses in words."""
+    """The fewest passes that lose no more energy than the peer's V, and a note with both losses."""
     allowed = energy_loss(size, theirs())
 
     def loss(passes: int) -> float:
@@ -43,7 +43,7 @@ def _at_equal_loss(size: int, r: int, theirs: Callable[[], Tensor]) -> tuple[int
 
 
 def _seeded_lowrank(size: int, r: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As PEFT calls it: a float32 copy of the weight, no oversampling. Seeded, so that what was checked is timed."""
+    """As PEFT calls it: a float32 copy of the weight, no oversampling. By the seed, the checked result is timed."""
     torch.manual_seed(0)
     return torch.svd_lowrank(bfloat16_weight(size).float(), q=r, niter=niter)
 

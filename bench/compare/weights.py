@@ -1,4 +1,4 @@
-"""What the rows multiply, quantise, decompose and train: weights, their exact spectra, language models."""
+"""The inputs of the rows: weights, their exact spectra, language models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bfloat16_weight(size: int) -> Tensor:
 
 @functools.cache
 def nf4_weight(rows: int, cols: int) -> ops.QuantizedWeight:
-    """NF4 with nested scales; cut from the hard spectrum's noise-like entries where the shape is not square."""
+    """A weight in NF4 with nested scales; a part of the square one if the shape is not square."""
     weight = bfloat16_weight(max(rows, cols))[:rows, :cols]
     return ops.quantize(weight.contiguous())
 
@@ -80,19 +80,19 @@ def _squared_singular_values(size: int) -> Tensor:
 
 
 def energy(weight: Tensor, v: Tensor) -> float:
-    """||W V||^2 in float64, V [in, r] made orthonormal first: a basis that is not would inflate it."""
+    """||W V||^2 in float64. V [in, r] is made orthonormal first: another basis would inflate the result."""
     return (weight.double() @ torch.linalg.qr(v.double()).Q).square().sum().item()
 
 
 def energy_loss(size: int, v: Tensor) -> float:
-    """1 - ||W V||^2 / (the sum of the r largest squared singular values), at least 0 but for roundoff."""
+    """1 - ||W V||^2 / (the sum of the r largest squared singular values); at least 0, up to roundoff."""
     return 1 - energy(bfloat16_weight(size), v) / _squared_singular_values(size)[: v.shape[1]].sum().item()
 
 
 def fewest_passes(loss: Callable[[int], float], allowed: float, choices: range) -> tuple[int, float]:
     """The first number of passes whose loss is not above `allowed`, and that loss.
 
-    Where both have converged the losses differ by float32's roundoff in V: 1e-6 more is not a worse decomposition.
+    If both have converged, the losses differ by float32's roundoff in V: 1e-6 more is not a worse decomposition.
     """
     for passes in choices:
         found = loss(passes)

@@ -1,4 +1,4 @@
-// What the benchmarks share: a target to run on, the CPU or a GPU, with its matrices and its way to measure; main.
+// Shared by the benchmarks: a target (the CPU or a GPU) with its matrices and its clock, and the main function.
 //
 // A target has
 //   Backend backend()           on a fixed number of threads, or on a stream
@@ -78,8 +78,8 @@ class QuantizedMatrix {
   Matrix view_;
 };
 
-/// Counters of a rate, in 1e9 a second, and of the fraction of a peak, if one is known. Plain numbers: what Google
-/// Benchmark divides by time itself it prints as "/s".
+/// Counts a rate, in 1e9 a second, and the fraction of a peak, if one is known. Both are plain numbers: Google
+/// Benchmark would print "/s" after a rate that it computes itself.
 inline void report_rate(benchmark::State& state, const char* unit, double amount, double time, double peak) {
   const double rate = 1e-9 * amount / time;
   state.counters[unit] = rate;
@@ -105,21 +105,21 @@ struct Cpu {
     });
     return time / static_cast<double>(state.iterations());
   }
-  /// Of what the instructions used can do at most.
+  /// The peak is that of the instructions that the kernels use.
   static void report_flops(benchmark::State& state, double flops, double time, bool bf16) {
     static const std::string isa = cpu::kernels().isa;
     static const double peak[] = {peak_gflops(isa, false, kThreads), peak_gflops(isa, true, kThreads)};
     report_rate(state, "GF/s", flops, time, peak[bf16]);
   }
-  /// Of bytes that have to be read and written once, and of the speed of reading.
+  /// `bytes` are those that have to be read and written once; the peak is the speed of reading.
   static void report_bytes(benchmark::State& state, double bytes, double time) {
     static const double peak = peak_gbytes(kThreads);
     report_rate(state, "GB/s", bytes, time, peak);
   }
 };
 
-/// main: `--backend=cpu` or `--backend=cuda`, and Google Benchmark's own options. on_cuda: null in a build without
-/// CUDA.
+/// The main function: it takes `--backend=cpu` or `--backend=cuda` and Google Benchmark's own options. `on_cuda` is
+/// null in a build without CUDA.
 inline int bench_main(int argc, char** argv, void (*on_cpu)(), void (*on_cuda)()) {
   constexpr std::string_view kOption = "--backend=";
   std::string_view backend = "cpu";

@@ -17,7 +17,7 @@
 
 namespace pissa::bench {
 
-/// Copies of each matrix: calls take turns with them, so that 4-bit weights, 8 MB each, are not found in the cache.
+/// Copies of each matrix. Calls take turns with them, so that no cache holds the 4-bit weights, 8 MB each.
 inline constexpr int kCudaCopies = 8;
 
 /// The context of all benchmarks. Its pool of memory keeps what is freed, as torch's does.
@@ -43,7 +43,7 @@ inline void upload(const void* from, void* to, std::size_t bytes) {
   wait();
 }
 
-/// Made once for all that ask for the same: drawing the numbers takes longer than measuring.
+/// Equal matrices are made once: drawing the numbers takes longer than measuring.
 template <class M, class... Arguments>
 const M& made_once(const Arguments&... arguments) {
   static auto& made = *new std::map<std::tuple<Arguments...>, M>;
@@ -118,7 +118,7 @@ class CudaTimer {
   cudaEvent_t end_ = nullptr;
 };
 
-/// The shortest of a few times, after one that does not count.
+/// The shortest of a few times; the first call does not count.
 template <class F>
 double best_seconds(F f) {
   const CudaTimer timer;

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# gpu_prepare.sh OUT_DIR [PYTHON_VERSION]: collects in OUT_DIR what bench/gpu.sh needs and a machine with a GPU, but without
-# package indices, may lack (PYTHON_VERSION is that machine's, 3.12 unless given). Below 60 MB: bitsandbytes without the
-# libraries for other versions of CUDA, no torch, no transformers. Run it where pip and apt-get reach their indices.
+# prepare.sh OUT_DIR [PYTHON_VERSION]: collects in OUT_DIR what bench/gpu.sh needs on a machine with a GPU, but without
+# package indices. PYTHON_VERSION is that machine's, 3.12 unless given. The folder stays below 60 MB: bitsandbytes comes
+# without its libraries for other versions of CUDA, torch and transformers do not come. Run it where pip and apt-get
+# reach their indices.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: $0 OUT_DIR [PYTHON_VERSION]" >&2; exit 2; }
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 out=$1 version=${2:-3.12}
 python=${PYTHON:-python3}
 limit_mb=60
@@ -43,7 +44,7 @@ with zipfile.ZipFile(wheel) as archive:
 END
 
 # Sources: GoogleTest out of Debian's binary package, Google Benchmark out of its source package.
-sh "$root/tests/cpp/fetch_googletest.sh" "${GOOGLETEST_DIR:-/usr/src/googletest}" "$work/googletest"
+sh "$root/tests/cpp/support/fetch_googletest.sh" "${GOOGLETEST_DIR:-/usr/src/googletest}" "$work/googletest"
 cp -rL "$work/googletest" "$out/googletest"
 if [ -n "${BENCHMARK_DIR:-}" ]; then
   cp -rL "$BENCHMARK_DIR" "$out/benchmark"

@@ -1,6 +1,6 @@
-"""Rows about a GPU: a layer trained and decoded, NF4 and the memory's speed, PiSSA's start of a whole 7B-shaped model.
+"""Rows about a GPU: training and decoding with a layer, NF4 beside a copy, PiSSA's start of a whole 7B-shaped model.
 
-Everything also runs on the CPU, small, to see that it runs at all; the ratios mean nothing there.
+All of it also runs on the CPU, with small sizes, to see that it runs; the ratios mean nothing there.
 """
 
 from __future__ import annotations
@@ -68,15 +68,17 @@ def gpu_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
 
 
 def in_turns(calls: Sequence[Call]) -> Call:
-    """Calls each in its turn, so that none finds its inputs in the cache."""
+    """A call that makes `calls` in turns, so that none finds its inputs in the cache."""
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
 
 
 @cache
 def model_weight(rows: int, cols: int, seed: int, device: str) -> Tensor:
-    """bfloat16, of a spectrum like a language model's: noise, and 256 directions that fall off as a power law. As
-    weights.hard_spectrum, but for directions that are orthogonal by chance only, which costs nothing to make."""
+    """A bfloat16 weight with a language model's spectrum: noise, and 256 directions that fall off as a power law.
+
+    It is weights.hard_spectrum with directions that are only nearly orthogonal, which cost nothing to make.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     spikes = min(256, rows, cols)
     noise = torch.randn(rows, cols, generator=generator, device=device) / max(rows, cols) ** 0.5
@@ -159,8 +161,8 @@ def _dense(with_backward: bool, size: int, tokens: int, device: str) -> Case:
 
 
 def _in_a_graph(calls: Sequence[Call], device: str) -> tuple[Call, bool]:
-    """All the calls, one after the other, as one CUDA graph, and whether they are one: what cannot be captured, and
-    everything on the CPU, is called as it is."""
+    """One call that makes all `calls` in their order, and whether it is a CUDA graph. On the CPU, and if the capture
+    fails, it is none."""
 
     @torch.no_grad()
     def run() -> list[Tensor]:
@@ -180,7 +182,7 @@ def _in_a_graph(calls: Sequence[Call], device: str) -> tuple[Call, bool]:
         with torch.cuda.graph(graph):
             results = run()
     except RuntimeError:
-        torch.cuda.set_stream(current)  # which a capture that fails does not bring back
+        torch.cuda.set_stream(current)  # a capture that fails leaves another one
         torch.cuda.synchronize()
         return run, False
 
@@ -192,7 +194,7 @@ def _in_a_graph(calls: Sequence[Call], device: str) -> tuple[Call, bool]:
 
 
 def _decode(peer_has_adapter: bool, size: int, tokens: int, device: str) -> Case:
-    """Ours with the adapter; the peer's layer with one, or its base alone, which is less than what ours computes."""
+    """Ours has the adapter. The peer's layer has one too, or is its base alone and computes less than ours."""
     count = 2 if size < 4096 else IN_A_GRAPH
     layers = [Layer(size, size, tokens, R, device) for _ in range(count)]
     inputs = [layer.x.detach() for layer in layers]
@@ -288,8 +290,8 @@ def _quantise_bytes(shape: tuple[int, int], device: str) -> Case:
 
 
 def peft_start(weight: Tensor, r: int, quantised: bool) -> tuple[Tensor, ...]:
-    """What PEFT's LoraLayer.pissa_init does for init_lora_weights="pissa_niter_16" and scaling 1; then the residual in
-    4 bits, as QPiSSA is made with it."""
+    """The steps of PEFT's LoraLayer.pissa_init for init_lora_weights="pissa_niter_16" and scaling 1, and, if
+    `quantised`, the residual in 4 bits."""
     wide = weight.float()
     v, s, u = torch.svd_lowrank(wide, r, niter=16)
     a = torch.diag(torch.sqrt(s)) @ u.t()
@@ -301,7 +303,7 @@ def peft_start(weight: Tensor, r: int, quantised: bool) -> tuple[Tensor, ...]:
 
 
 def our_start(weights: Sequence[Tensor], r: int, quantised: bool) -> list[ops.Split]:
-    """What pissa.wrap does with the layers' weights, with two passes more than "auto": their spectra are flat."""
+    """The steps of pissa.wrap on the layers' weights, with two passes more than "auto": the spectra are flat."""
     splits = ops.split_many(weights, [r] * len(weights), [1.0] * len(weights), passes=16)
     if quantised:
         return [
@@ -318,8 +320,11 @@ def _lost(weight: Tensor, a: Tensor) -> float:
 
 
 def start_of_a_model(quantised: bool, device: str, quick: bool, pairs: int = 3, limit_s: float = 60) -> Result:
-    """All linear layers of a 7B-shaped model at once, by the clock on the wall. The peer decomposes one layer of each
-    shape, and its time is multiplied by their number: it would take a minute for all."""
+    """The start of all linear layers of a 7B-shaped model at once, by the wall clock.
+
+    The peer would take a minute for all layers. It decomposes one of each shape, and its time is multiplied by their
+    number.
+    """
     r = 16 if quick else 128
     shapes = {(256, 256): 3, (320, 256): 2} if quick else SHAPES_7B
     kind = "QPiSSA" if quantised else "PiSSA"
@@ -359,7 +364,7 @@ def start_of_a_model(quantised: bool, device: str, quick: bool, pairs: int = 3, 
 
 
 def _start_check(weights: Sequence[Tensor], r: int, quantised: bool) -> str:
-    """Energy lost by both sides on one layer of each shape; with NF4 also how far the start is from the weight."""
+    """Checks on one layer of each shape that we lose no more energy than the peer, and in NF4 no more of the weight."""
     notes = []
     for weight, split in zip(weights, our_start(weights, r, quantised), strict=True):
         a, b, rest = peft_start(weight, r, quantised)

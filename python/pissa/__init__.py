@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 __version__: str = build_info()["version"]
 
-# Where the adapter API is found. It is imported when it is first used, for `pissa.ops` needs neither peft nor
-# transformers.
+# The homes of the adapter API. Each is imported on first use, because `pissa.ops` needs neither peft nor transformers.
 _HOMES = {
-    "PissaConfig": "pissa.model.pissa_model",  # with what the rooms above it give it: its reader, its place in PEFT
+    "PissaConfig": "pissa.model.pissa_model",  # which completes it: its reader, its tuner in PEFT's table
     "PissaModel": "pissa.model.pissa_model",
     "RankError": "pissa.distributed",
     "bitsandbytes": "pissa.base",

@@ -147,7 +147,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of orthogonality, with use_adalora"})
 
     reader: ClassVar[Callable[..., PissaConfig]]
-    """What `from_pretrained` calls. `files.load` sets it: files stand on the configuration, and it cannot know them."""
+    """What `from_pretrained` calls. `files.checkpoint` sets it: files stand on the configuration, which cannot know
+    them."""
 
     def __post_init__(self) -> None:
         self._check_lora_fields()

@@ -1,6 +1,7 @@
-"""Several processes (torch.distributed): each computes its share of what all of them need, and all end alike.
+"""Several processes (torch.distributed): each computes a share of what all of them need, and all succeed or fail
+together.
 
-Nothing here communicates where torch.distributed is not initialised, or has one process.
+Nothing here communicates if torch.distributed is not initialised, or has one process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class RankError(RuntimeError):
-    """Another rank has failed in what all do together; the message says which, and with what."""
+    """Another rank has failed in a step that all take together. The message names the rank and its error."""
 
 
 def world_size() -> int:
@@ -23,12 +24,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Of this process among them."""
+    """The rank of this process among them."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process may hold a part of `tensor` only: a DTensor, or a parameter partitioned by DeepSpeed."""
+    """Whether this process may hold only a part of `tensor`: a DTensor, or a parameter partitioned by DeepSpeed."""
     return type(tensor).__name__ == "DTensor" or is_partitioned(tensor)
 
 
@@ -38,7 +39,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the first, where this process holds a part of a tensor only."""
+    """Raises ValueError, naming the first tensor of which this process holds only a part."""
     if sharded := [name for name, value in tensors.items() if is_sharded(value)]:
         raise ValueError(
             f"the model is sharded: this process holds a part of {sharded[0]} only. Gather it on all ranks by "
@@ -49,7 +50,7 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
 
 
 def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
-    """`values`, which every process holds whole, as a DTensor where `tensor` is one."""
+    """`values`, which every process holds whole; as a DTensor if `tensor` is one."""
     if not is_sharded(tensor):
         return values
     from torch.distributed.tensor import distribute_tensor
@@ -60,10 +61,10 @@ def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Makes an error in the block, on one rank, an error on all of them, which would otherwise wait for that rank.
+    """Makes an error on one rank, inside the block, an error on all ranks. They would otherwise wait for that rank.
 
-    All ranks have to enter it, and must do the same calls of `agree` and `broadcast` in it. The rank of the error
-    raises what it would raise alone.
+    All ranks have to enter the block, and call `agree` and `broadcast` in the same order in it. The failing rank raises
+    its own error.
 
     Raises:
         RankError: on the other ranks.
@@ -71,7 +72,7 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except RankError:
-        raise  # of which every rank knows
+        raise  # every rank knows of it already
     except Exception as error:
         _gather(None, f"{type(error).__name__}: {error}")
         raise
@@ -80,10 +81,10 @@ def failing_together() -> Iterator[None]:
 
 
 def agree(value: object = None) -> list[Any]:
-    """`value` of each rank, in order.
+    """Every rank's `value`, in the order of the ranks.
 
     Raises:
-        RankError: a rank has failed on its way here.
+        RankError: a rank failed before it came here.
     """
     values, errors = zip(*_gather(value, None), strict=True)
     for other, error in enumerate(errors):
@@ -100,7 +101,7 @@ def _gather(value: object, error: str | None) -> list[tuple[Any, str | None]]:
 
 
 def owners(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The rank that works on each item: the largest items first, each to the rank that has least to do so far."""
+    """The rank that works on each item. The largest are given out first, each to the rank with least to do so far."""
     loads, found = [0] * world_size(), {}
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
         found[name] = loads.index(min(loads))
@@ -109,10 +110,10 @@ def owners(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def broadcast(tensor: Tensor, source: int) -> Tensor:
-    """What `tensor` is on rank `source`; on the others it gives shape, dtype and device, and may be written into."""
+    """The `tensor` of rank `source`. On other ranks `tensor` gives shape, dtype and device, and may be overwritten."""
     if world_size() == 1:
         return tensor
-    # "cpu:gloo,cuda:nccl": each kind of device with the backend that sends its tensors. NCCL alone sends a GPU's only.
+    # "cpu:gloo,cuda:nccl": each kind of device with the backend that sends its tensors. NCCL sends only a GPU's.
     devices = [entry.split(":")[0] for entry in dist.get_backend_config().split(",")]
     carried = tensor.contiguous()
     if tensor.device.type not in devices:

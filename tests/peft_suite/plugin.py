@@ -218,9 +218,10 @@ def is_in_cache(repo_id: str, filename: str, revision: str | None = None, **kwar
 def pytest_configure(config: pytest.Config) -> None:
     for marker in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
         config.addinivalue_line("markers", f"{marker}: PEFT's")
-    cache = Path(os.environ["HF_HUB_CACHE"])
-    hub.make_models(cache)
-    hub.make_adapters(cache)
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers find what the first process has made
+        cache = Path(os.environ["HF_HUB_CACHE"])
+        hub.make_models(cache)
+        hub.make_adapters(cache)
     stand_in()
     for name in ("diffusers", "scipy"):  # big, and imported for tests that do not concern us
         sys.modules[name] = types.ModuleType(name)

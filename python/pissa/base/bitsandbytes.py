@@ -1,4 +1,4 @@
-"""bitsandbytes' layers and files, whose bytes are ours: a 4-bit layer over its codes, 8 bits decoded, state dicts."""
+"""bitsandbytes' layers as bases, and its state dicts: a 4-bit layer's bytes are ours, an 8-bit one stays what it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.codes import HoldsNf4
+from pissa.base.codes import HoldsCodes
+from pissa.base.start import StartFactors
+from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
+from pissa.config import IMPLICIT
 
 
 def is_bitsandbytes(module: nn.Module, name: str) -> bool:
@@ -19,33 +22,50 @@ def is_bitsandbytes(module: nn.Module, name: str) -> bool:
     return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
 
 
-class Nf4Base(HoldsNf4):
-    """A linear layer whose whole weight is in 4 bits, y = x Qᵀ + b: what bitsandbytes' Linear4bit computes, from the
-    same bytes, on the CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient)."""
+class BnbLinear4bit(HoldsCodes, OwnBase):
+    """The base in the place of bitsandbytes' Linear4bit, y = x Qᵀ + b: it computes the same from the same bytes, on the
+    CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient)."""
 
-    bias: nn.Parameter | None
+    form = IMPLICIT
+    start: StartFactors | None = None
+    residual: Tensor | ops.QuantizedWeight | None = None
+    fingerprint: str | None = None
+    is_quantised = True
 
     def __init__(self, weight: ops.QuantizedWeight, linear: Any) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.hold(weight, linear.weight.dtype)
         self.bias = linear.bias
-        self.dtype: torch.dtype = linear.weight.quant_state.dtype
+        self.decoded_dtype: torch.dtype = linear.weight.quant_state.dtype
         self.compute_dtype: torch.dtype | None = linear.compute_dtype
         self.training = linear.training
-        # What else the layer is. A list keeps it out of our modules: it holds no tensors, which would not follow ours.
+        # The layer without its tensors, which would not follow ours to a device. A list keeps it out of our modules.
         self._rest = [_without_tensors(linear)]
 
-    def dense(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""
-        return ops.dequantize(self.nf4)
+        return ops.dequantize(self.quantized)
 
-    def original(self) -> nn.Module:
+    def product(self, x: Tensor) -> Tensor:
+        """The output without the bias."""
+        return ops.linear(x, self.quantized)
+
+    def fused(
+        self, start: StartFactors, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        """The codes, which are the whole weight, for an input that bitsandbytes' layer would not cast."""
+        return (self.quantized, True) if self.compute_dtype in (None, dtype) else None
+
+    def shown_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.matrix().to(dtype)
+
+    def restored(self) -> nn.Module:
         """bitsandbytes' layer again, over the same bytes."""
         from bitsandbytes.nn import Params4bit
 
         linear = copy.copy(self._rest[0])
-        state = _quant_state(self.nf4, self.dtype)
+        state = _quant_state(self.quantized, self.decoded_dtype)
         weight = Params4bit(
             self.weight.data.reshape(-1, 1),
             requires_grad=False,
@@ -62,23 +82,47 @@ class Nf4Base(HoldsNf4):
         return cast(nn.Module, linear.train(self.training))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output, computed in `compute_dtype` where bitsandbytes' layer has one, and again in the dtype of x."""
+        """The output, computed in `compute_dtype` if bitsandbytes' layer has one, and in the dtype of x again."""
         if self.compute_dtype in (None, x.dtype):
-            return ops.linear(x, self.nf4, self.bias)
-        return ops.linear(x.to(self.compute_dtype), self.nf4, self.bias).to(x.dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        """The output without the bias."""
-        return ops.linear(x, self.nf4)
+            return ops.linear(x, self.quantized, self.bias)
+        return ops.linear(x.to(self.compute_dtype), self.quantized, self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"blocksize={self.blocksize}, double_quant={self.double_quant}"
-        )
+        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
-def from_bitsandbytes(linear: Any) -> Nf4Base:
+class Quantised(Dense):
+    """The base that a layer of bitsandbytes is: its weight is codes, which bitsandbytes computes with."""
+
+    is_quantised = True
+
+    @property
+    def dense_type(self) -> type[nn.Module]:
+        return nn.Linear
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return None
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def _twin(self, matrix: Tensor) -> nn.Module:
+        return dense_linear(nn.Linear, matrix, self.bias, self.module.training)
+
+
+class BnbLinear8bit(Quantised):
+    """The base that bitsandbytes' Linear8bitLt is."""
+
+    def _matrix(self) -> Tensor:
+        """The weight in float32. The layer keeps its scales in its weight until it is called, then in its state."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = self.module.weight.SCB if self.module.state.SCB is None else self.module.state.SCB
+        return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
+
+
+def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
     """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed.
 
     Raises:
@@ -91,7 +135,7 @@ def from_bitsandbytes(linear: Any) -> Nf4Base:
         raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
     if getattr(state, "packing_format_for_cpu", False):
         raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
-    return Nf4Base(_from_quant_state(linear.weight.data, state), linear)
+    return BnbLinear4bit(_from_quant_state(linear.weight.data, state), linear)
 
 
 def _without_tensors(linear: Any) -> Any:
@@ -101,29 +145,12 @@ def _without_tensors(linear: Any) -> Any:
     return rest
 
 
-def copy_without_hooks(module: Any) -> Any:
-    """A shallow copy of a module. What accelerate has hung on the original calls the original, so the copy has none."""
-    twin = copy.copy(module)
-    for name in ("forward", "_old_forward", "_hf_hook"):
-        vars(twin).pop(name, None)
-    return twin
-
-
 def check_int8(linear: Any) -> None:
-    """Raises TypeError where bitsandbytes' `Linear8bitLt` does not hold a weight in 8 bits."""
+    """Raises TypeError if bitsandbytes' `Linear8bitLt` holds no weight in 8 bits."""
     if linear.state.has_fp16_weights:
         raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
     if linear.weight.dtype != torch.int8:
         raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
-
-
-def dequantised_int8(linear: Any) -> Tensor:
-    """The weight of bitsandbytes' `Linear8bitLt` in float32 [out, in]. The layer keeps its scales in its weight until
-    it is called, then in its state."""
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    scales = linear.weight.SCB if linear.state.SCB is None else linear.state.SCB
-    return cast(Tensor, int8_vectorwise_dequant(linear.weight.detach(), scales))
 
 
 def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Modules that hold NF4 codes (QLoRA, arXiv 2305.14314)."""
+"""Modules that hold the codes of a quantised weight."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,12 @@ from pissa import ops
 from pissa.base.keeps_dtype import KeepsDtype
 
 
-class HoldsNf4(KeepsDtype):
-    """A module whose `weight` holds the packed codes of a matrix, frozen: two elements a byte, high nibble first. The
-    scales are buffers.
+class HoldsCodes(KeepsDtype):
+    """A module whose parameter `weight` holds the packed codes of a matrix, frozen. The scales are buffers.
 
-    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype whose elements are several
-    bytes of codes each, the last one filled up with zeros. Such elements mean nothing, and may be NaN: they are moved,
-    never computed with, and keep dtype and bits whatever the module is cast to.
+    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype. An element of a floating
+    dtype is several bytes of codes; zeros fill up the last one. Such an element means nothing and may be NaN: it is
+    moved, never computed with, and keeps its dtype and bits whatever the module is cast to.
     """
 
     weight: nn.Parameter
@@ -29,7 +29,8 @@ class HoldsNf4(KeepsDtype):
 
     def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
         """Takes the codes and scales of `matrix` as they are."""
-        self.matrix_shape, self.blocksize, self.quant_storage = matrix.shape, matrix.blocksize, quant_storage
+        self.format, self.matrix_shape, self.blocksize = matrix.format, matrix.shape, matrix.blocksize
+        self.quant_storage, self._bytes = quant_storage, len(matrix.codes)
         missing = -len(matrix.codes) % quant_storage.itemsize
         codes = functional.pad(matrix.codes, (0, missing)) if missing else matrix.codes
         self.weight = nn.Parameter(codes.view(quant_storage), requires_grad=False)
@@ -38,7 +39,7 @@ class HoldsNf4(KeepsDtype):
         self.register_buffer("offset", matrix.offset)
 
     @property
-    def nf4(self) -> ops.QuantizedWeight:
+    def quantized(self) -> ops.QuantizedWeight:
         """The matrix [out, in], as pissa.ops takes it.
 
         Raises:
@@ -47,15 +48,19 @@ class HoldsNf4(KeepsDtype):
         codes: Tensor = self.weight
         if codes.dtype != self.quant_storage:
             raise TypeError(
-                f"NF4 codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
+                f"Codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
                 'where its param_dtype is another. Give PissaConfig quant_storage of that dtype, or "uint8"'
             )
         if self.quant_storage != torch.uint8:
-            rows, columns = self.matrix_shape
-            codes = codes.view(torch.uint8)[: (rows * columns + 1) // 2]
+            codes = codes.view(torch.uint8)[: self._bytes]
         return ops.QuantizedWeight(
-            codes, self.absmax, self.nested_absmax, self.offset, "nf4", self.matrix_shape, self.blocksize
+            codes, self.absmax, self.nested_absmax, self.offset, self.format, self.matrix_shape, self.blocksize
         )
+
+    @property
+    def numel(self) -> int:
+        """Elements of the matrix."""
+        return math.prod(self.matrix_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pissa.base.protocol import Base, whole
+from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded
 
 _XXH3 = "xxh3:"
@@ -76,7 +78,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 class Remembered:
     """The fingerprint of a frozen weight, computed when it is first asked for: hashing a large model takes seconds, and
-    a run saves many checkpoints of one base. What `fully_shard` has distributed keeps the one from before."""
+    a run saves many checkpoints of one base. After `fully_shard`, the value from before is kept."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int, torch.dtype] | None = None
@@ -94,5 +96,69 @@ class Remembered:
 
 
 def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
-    """Differs when the values do; the version counts changes in place."""
+    """A key that changes with the values: the version counts changes in place."""
     return weight.data_ptr(), weight._version, weight.dtype
+
+
+class Fingerprints:
+    """The fingerprints of a layer's base: of its weight, a matrix, as it was given to us, and of the residual that a
+    stored base keeps. Each is computed when it is first asked for, and then remembered.
+
+    `gathered`, below, is the whole parameter of the base's module. It is read if the parameter is sharded and the
+    fingerprint is not known yet.
+
+    Raises:
+        ValueError: the parameter is sharded, the fingerprint is not known, and nothing has been gathered.
+    """
+
+    def __init__(self) -> None:
+        self._weight, self._residual = Remembered(), Remembered()
+
+    def of_weight(self, base: Base, gathered: Tensor | None = None) -> str:
+        """The fingerprint of the weight."""
+        return base.fingerprint or self._weight.of(base.parameter, lambda: fingerprint(whole(base, gathered).matrix()))
+
+    def of_residual(self, base: Base, gathered: Tensor | None = None) -> str:
+        """The fingerprint of the residual of a stored base."""
+        return self._residual.of(base.parameter, lambda: fingerprint(*_kept(whole(base, gathered))))
+
+    def learn_weight(self, base: Base, value: str) -> None:
+        """Takes the value of `of_weight` that another process, or a file, has."""
+        self._weight.learn(base.parameter, value)
+
+    def learn_residual(self, base: Base, value: str) -> None:
+        """Takes the value of `of_residual` that another process has."""
+        self._residual.learn(base.parameter, value)
+
+    def weight_is(self, base: Base, recorded: str) -> bool:
+        """Whether the weight has this fingerprint, XXH3 or SHA-256. The SHA-256 of a weight that a stored base has
+        replaced is not known: the answer is yes then, and `residual_is` decides."""
+        if not is_sha256(recorded):
+            return self.of_weight(base) == recorded
+        _check_whole(base)
+        return base.fingerprint is not None or is_fingerprint(recorded, base.matrix())
+
+    def residual_is(self, base: Base, recorded: str | None) -> bool:
+        """Whether the residual of a stored base has this fingerprint, XXH3 or SHA-256."""
+        if recorded is None or not is_sha256(recorded):
+            return self.of_residual(base) == recorded
+        _check_whole(base)
+        return is_fingerprint(recorded, *_kept(base))
+
+
+def would_be(recorded: str, base: Base, weight: Tensor) -> bool:
+    """Whether a dense base will have this fingerprint, XXH3 or SHA-256, once its module has this weight."""
+    return is_fingerprint(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
+
+
+def _kept(base: Base) -> list[Tensor]:
+    assert base.residual is not None
+    return list(residual_tensors(base.residual).values())
+
+
+def _check_whole(base: Base) -> None:
+    if is_sharded(base.parameter):
+        raise ValueError(
+            "the base weight is sharded, and the folder knows it by its SHA-256 (format 1), of all its values: "
+            "load the folder before the model is sharded; saved again, it has format 2"
+        )

@@ -1,43 +1,63 @@
-"""Where an adapter starts: factors of a weight by PiSSA, and, to compare with it, by other initialisations."""
+"""Where an adapter starts: the factors of a weight by PiSSA and, to compare with it, by other initialisations.
+
+A method is a class in `INIT_METHODS`; `PissaConfig.init` names it.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.stored import Origin
+from pissa.base.start import Origin
 from pissa.config import PissaConfig
 
 Factors = tuple[Tensor, Tensor]
 """a0 [r, in] and b0 [out, r], float32; the principal part, or what is in its place, is scaling * b0 @ a0."""
 
 
-def start_factors(
-    weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-) -> list[Factors]:
-    """The factors that adapters of these weights [out, in] start from, as `config.init` says.
+class InitMethod(ABC):
+    """A way to start an adapter."""
 
-    "pissa": the leading r singular triplets, of `ops.split_many` (arXiv 2404.02948, eq. 2-3). "pissa_medium" and
-    "pissa_minor": those in the middle and at the end of the spectrum (figure 8), by a full SVD. "lora": A as
-    nn.Linear's, B = 0 (arXiv 2106.09685). "olora": the first r columns and rows of Q R = W (arXiv 2406.01775). "loftq":
-    the principal part of what 4 bits lose, W - nf4(W) (arXiv 2310.08659, one alternation).
+    name: ClassVar[str]
+    """What `PissaConfig.init` calls it."""
 
-    Args:
-        weights: any dtype that `ops.split` takes.
-        origins: rank and scaling of each.
-        names: what messages call the layers; the random factors of "lora" depend on them and the seed only.
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What the method needs beside the weight. `model.decompose`, which has only weights, refuses a method that needs
+    more."""
 
-    Raises:
-        ValueError: NaN or Inf in a weight, naming it.
-    """
-    if config.init in ("pissa", "loftq"):
-        if config.init == "loftq":
-            weights = [_lost_in_nf4(weight, config) for weight in weights]
+    fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
+    """The fields of the configuration that are the identity of a start; see `identity`."""
+
+    is_taken_out: ClassVar[bool] = True
+    """Whether a stored residual lacks the start: it is W - s B0 A0. False: it is all of W."""
+
+    def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
+        """What of the configuration determines the start, beside rank, scaling and `use_adalora`: names and values.
+        Adapters of a layer that agree on it share their start; it is part of pissa.json."""
+        return tuple((name, getattr(config, name)) for name in self.fields)
+
+    @abstractmethod
+    def start(
+        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+    ) -> list[Factors]:
+        """The factors for each weight; the arguments and errors are those of `start_factors`."""
+
+
+class Pissa(InitMethod):
+    """The leading r singular triplets, of `ops.split_many` (arXiv 2404.02948, eq. 2-3)."""
+
+    name = "pissa"
+
+    def start(
+        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+    ) -> list[Factors]:
         splits = ops.split_many(
             weights,
             [origin.r for origin in origins],
@@ -47,31 +67,128 @@ def start_factors(
             seed=config.seed,
             names=[f"layer {name}: weight" for name in names],
         )
-        factors = [(split.a0, split.b0) for split in splits]
-    else:
-        factors = [
-            _other(weight, origin, config, name) for weight, origin, name in zip(weights, origins, names, strict=True)
+        return [(split.a0, split.b0) for split in splits]
+
+
+class LoftQ(Pissa):
+    """The principal part of what the quantisation loses, W - quantised(W) (arXiv 2310.08659, one alternation)."""
+
+    name = "loftq"
+    fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
+    is_taken_out = False
+
+    def start(
+        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+    ) -> list[Factors]:
+        return super().start([_lost_in_nf4(weight, config) for weight in weights], origins, config, names)
+
+
+class _OneByOne(InitMethod):
+    """A method that takes each finite weight by itself."""
+
+    def start(
+        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+    ) -> list[Factors]:
+        for weight, name in zip(weights, names, strict=True):
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"layer {name}: weight: contains NaN or Inf; only finite weights can be decomposed")
+        return [
+            self.factors(weight.detach(), origin, config.seed, name)
+            for weight, origin, name in zip(weights, origins, names, strict=True)
         ]
-    return [_unit(*pair) for pair in factors] if config.use_adalora else factors
+
+    @abstractmethod
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
+        """The factors of one weight."""
 
 
-def _other(weight: Tensor, origin: Origin, config: PissaConfig, name: str) -> Factors:
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"layer {name}: weight: contains NaN or Inf; only finite weights can be decomposed")
-    weight, r = weight.detach(), origin.r
-    if config.init == "lora":
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ config.seed)
+class _Triplets(_OneByOne):
+    """r singular triplets in a row, by a full SVD (figure 8)."""
+
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
+        u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+        first = self.first(len(s) - origin.r)
+        part = slice(first, first + origin.r)
+        root = (s[part] / origin.scaling).sqrt()
+        return root[:, None] * vh[part], u[:, part] * root
+
+    @abstractmethod
+    def first(self, last: int) -> int:
+        """The number of the first triplet; `last` is the greatest that leaves r of them."""
+
+
+class PissaMedium(_Triplets):
+    """The triplets in the middle of the spectrum."""
+
+    name = "pissa_medium"
+
+    def first(self, last: int) -> int:
+        return last // 2
+
+
+class PissaMinor(_Triplets):
+    """The triplets at the end of the spectrum."""
+
+    name = "pissa_minor"
+
+    def first(self, last: int) -> int:
+        return last
+
+
+class Lora(_OneByOne):
+    """A as nn.Linear's, B = 0 (arXiv 2106.09685). The random factor depends on the layer's name and the seed only."""
+
+    name = "lora"
+
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
         bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
-        a0 = (2 * torch.rand(r, weight.shape[1], generator=generator) - 1) * bound
-        return a0.to(weight.device), torch.zeros(weight.shape[0], r, device=weight.device)
-    if config.init == "olora":
+        a0 = (2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound
+        return a0.to(weight.device), torch.zeros(weight.shape[0], origin.r, device=weight.device)
+
+
+class Olora(_OneByOne):
+    """The first r columns and rows of Q R = W (arXiv 2406.01775)."""
+
+    name = "olora"
+
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
         q, upper = torch.linalg.qr(weight.float())
-        return upper[:r].contiguous(), q[:, :r].contiguous()
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    first = len(s) - r if config.init == "pissa_minor" else (len(s) - r) // 2
-    part = slice(first, first + r)
-    root = (s[part] / origin.scaling).sqrt()
-    return root[:, None] * vh[part], u[:, part] * root
+        return upper[: origin.r].contiguous(), q[:, : origin.r].contiguous()
+
+
+class Given(InitMethod):
+    """No method: the factors come from other adapters or from a plain LoRA."""
+
+    name = "given"
+    needs = ("factors",)
+
+    def start(
+        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+    ) -> list[Factors]:
+        raise NotImplementedError("an adapter whose factors are given is not started from weights")
+
+
+INIT_METHODS: Mapping[str, InitMethod] = {
+    method.name: method for method in (Pissa(), PissaMedium(), PissaMinor(), Lora(), Olora(), LoftQ(), Given())
+}
+
+
+def start_factors(
+    weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+) -> list[Factors]:
+    """The factors that adapters of these weights [out, in] start from, by the method that `config.init` names.
+
+    Args:
+        weights: any dtype that `ops.split` takes.
+        origins: rank and scaling of each.
+        names: what messages call the layers.
+
+    Raises:
+        ValueError: NaN or Inf in a weight, naming it.
+    """
+    factors = INIT_METHODS[config.init].start(weights, origins, config, names)
+    return [_unit(*pair) for pair in factors] if config.use_adalora else factors
 
 
 def _lost_in_nf4(weight: Tensor, config: PissaConfig) -> Tensor:

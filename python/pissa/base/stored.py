@@ -1,4 +1,4 @@
-"""Base layers that store a residual Q = W - s B0 A0: base(x) = x Q^T + s (x A0^T) B0^T + b."""
+"""Stored bases: a layer keeps a residual Q = W - s B0 A0 in the place of W, base(x) = x Qᵀ + s (x A0ᵀ) B0ᵀ + b."""
 
 from __future__ import annotations
 
@@ -10,76 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.codes import HoldsNf4
-from pissa.base.keeps_dtype import KeepsDtype
+from pissa.base.codes import HoldsCodes
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import StartFactors
+from pissa.base.weights import OwnBase
 from pissa.config import Form
-from pissa.ops.checks import FLOATS, Passes
-
-
-class Origin(NamedTuple):
-    """What determines start factors, given the base: adapters that agree on it share them."""
-
-    r: int
-    scaling: float
-    svd: str
-    svd_passes: Passes
-    seed: int
-    init: str
-    adalora: bool
-
-
-class Deltas(NamedTuple):
-    """What is trained: the differences from the start factors."""
-
-    a: Tensor
-    """[r, in]"""
-    b: Tensor
-    """[out, r]"""
-    e: Tensor | None = None
-    """[r, 1], of the singular values, with AdaLoRA."""
-
-
-class StartFactors(KeepsDtype):
-    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r].
-
-    With AdaLoRA (arXiv 2303.10512; PiSSA's appendix A) a0 = E0 V0 has singular values for the lengths of its rows.
-    """
-
-    a0: Tensor
-    b0: Tensor
-
-    def __init__(self, a0: Tensor, b0: Tensor, origin: Origin) -> None:
-        super().__init__()
-        self.register_buffer("a0", a0.contiguous())
-        self.register_buffer("b0", b0.contiguous())
-        self.origin = origin
-
-    def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""
-        if deltas.e is None:
-            return deltas.a, deltas.b
-        values, vectors = self.values_and_vectors()
-        return (values + deltas.e) * deltas.a + deltas.e * vectors, deltas.b
-
-    def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
-        da, db = (delta.float() for delta in self.change(deltas))
-        return torch.cat([self.a0 + da, da]), torch.cat([db, self.b0], dim=1)
-
-    def values_and_vectors(self) -> tuple[Tensor, Tensor]:
-        """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""
-        values = self.a0.norm(dim=1, keepdim=True)
-        return values, self.a0 / values.where(values > 0, 1)
-
-    def extra_repr(self) -> str:
-        return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"
+from pissa.ops.checks import FLOATS
+from pissa.ops.formats import FORMATS
 
 
 class Replaced(NamedTuple):
-    """What a stored base remembers of the layer in whose place it is."""
+    """What a stored base knows of the module whose place it takes."""
 
-    kind: type[nn.Module]
-    """nn.Linear or transformers' Conv1D: what a dense layer in its place is."""
+    dense_type: type[nn.Module]
+    """nn.Linear, a subclass that computes the same, or transformers' Conv1D."""
     dtype: torch.dtype
     """Of the dense weight."""
     bias: nn.Parameter | None
@@ -88,21 +32,23 @@ class Replaced(NamedTuple):
     """Of the dense weight."""
 
 
-class StoredLinear(KeepsDtype, ABC):
-    """A linear layer kept as a residual plus its principal part: the base of a layer without its W.
+class StoredLinear(OwnBase, ABC):
+    """A linear base that keeps a residual and the start factors that it lacks.
 
     Args:
-        replaced: what is known of the layer in whose place this one is.
-        start: the factors that the residual lacks. They belong to the base, whatever becomes of the adapter.
+        replaced: what is known of the module whose place this one takes.
+        start: the factors. They belong to the base, whatever becomes of the adapter.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    start: StartFactors
+    fingerprint: str
+    dtype: torch.dtype
+    is_quantised = False
 
     def __init__(self, replaced: Replaced, start: StartFactors) -> None:
         super().__init__()
         self.in_features, self.out_features = start.a0.shape[1], start.b0.shape[0]
-        self.kind, self.dtype, self.bias, self.fingerprint = replaced
+        self.dense_type, self.dtype, self.bias, self.fingerprint = replaced
         self.start = start
         self.scaling = start.origin.scaling
 
@@ -116,11 +62,16 @@ class StoredLinear(KeepsDtype, ABC):
     def residual(self) -> Tensor | ops.QuantizedWeight:
         """Q, as pissa.ops takes it."""
 
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """Elements of the weight."""
+
     @abstractmethod
     def dense_residual(self) -> Tensor:
         """Q in float32 [out, in]."""
 
-    def dense(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The weight of the base function, Q + s B0 A0, in float32 [out, in]."""
         return torch.addmm(self.dense_residual(), self.start.b0, self.start.a0, alpha=self.scaling)
 
@@ -134,8 +85,18 @@ class StoredLinear(KeepsDtype, ABC):
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    def fused(
+        self, start: StartFactors, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        """The residual, for an adapter that starts from what it lacks. (PEFT's set_scale may change a scaling.)"""
+        return (self.residual, False) if start is self.start and scaling == self.scaling else None
+
+    def shown_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.matrix().to(dtype)
+
+    def restored(self) -> nn.Module:
+        """A dense module of the base function."""
+        return self.twin(self.matrix().to(self.dtype))
 
 
 class ResidualLinear(StoredLinear):
@@ -153,12 +114,16 @@ class ResidualLinear(StoredLinear):
     def residual(self) -> Tensor:
         return self.weight.detach()  # FSDP's views of its flat parameter ask for a gradient where any part of it does
 
+    @property
+    def numel(self) -> int:
+        return self.weight.numel()
+
     def dense_residual(self) -> Tensor:
         return self.residual.float()
 
 
-class Nf4Linear(HoldsNf4, StoredLinear):
-    """QPiSSA's form: the residual in 4 bits, in bitsandbytes' bytes."""
+class QuantizedLinear(HoldsCodes, StoredLinear):
+    """QPiSSA's form: the residual quantised, in bitsandbytes' bytes."""
 
     def __init__(
         self, replaced: Replaced, residual: ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
@@ -168,17 +133,32 @@ class Nf4Linear(HoldsNf4, StoredLinear):
 
     @property
     def form(self) -> Form:
-        return Form("nf4", self.blocksize, self.double_quant)
+        return Form(self.format, self.blocksize, self.double_quant)
 
     @property
     def residual(self) -> ops.QuantizedWeight:
-        return self.nf4
+        return self.quantized
 
     def dense_residual(self) -> Tensor:
-        return ops.dequantize(self.nf4)
+        return ops.dequantize(self.quantized)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+
+
+def stored_linear(
+    replaced: Replaced, residual: Tensor | ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
+) -> StoredLinear:
+    """The base that keeps `residual`, which lacks `start`; `quant_storage` is for codes."""
+    if isinstance(residual, Tensor):
+        return ResidualLinear(replaced, residual, start)
+    return QuantizedLinear(replaced, residual, start, quant_storage)
+
+
+def residual_of(weight: Tensor, start: StartFactors, form: Form) -> Tensor | ops.QuantizedWeight:
+    """The residual of a weight [out, in] in that form: W - s B0 A0, or W if the init method takes nothing out."""
+    a0 = start.a0 if INIT_METHODS[start.origin.init].is_taken_out else torch.zeros_like(start.a0)
+    return ops.residual(weight, a0, start.b0, scaling=start.origin.scaling, **form.options())
 
 
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -187,9 +167,9 @@ Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 def residual_shapes(form: Form, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
     """The tensors that a residual of that form is kept in, by name."""
-    if form.kind not in ops.formats.FORMATS:
+    if form.kind not in FORMATS:
         return {"residual": (matrix_shape, FLOATS)}
-    format = ops.formats.FORMATS[form.kind]
+    format = FORMATS[form.kind]
     options = format.options(form.blocksize, form.double_quant, matrix_shape[1])
     return {name: (shape, (dtype,)) for name, (shape, dtype) in format.tensors(matrix_shape, *options).items()}
 
@@ -205,17 +185,8 @@ def residual_from(
     tensors: Mapping[str, Tensor], form: Form, matrix_shape: tuple[int, int]
 ) -> Tensor | ops.QuantizedWeight:
     """The way back from `residual_tensors`."""
-    if form.kind not in ops.formats.FORMATS:
+    if form.kind not in FORMATS:
         return tensors["residual"]
-    blocksize, _ = ops.formats.FORMATS[form.kind].options(form.blocksize, form.double_quant, matrix_shape[1])
+    blocksize, _ = FORMATS[form.kind].options(form.blocksize, form.double_quant, matrix_shape[1])
     nested, offset = tensors.get("nested_absmax"), tensors.get("offset")
     return ops.QuantizedWeight(tensors["codes"], tensors["absmax"], nested, offset, form.kind, matrix_shape, blocksize)
-
-
-def stored_linear(
-    replaced: Replaced, residual: Tensor | ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
-) -> StoredLinear:
-    """The base layer that keeps `residual`, of which `start` holds the rest; `quant_storage` is for codes."""
-    if isinstance(residual, Tensor):
-        return ResidualLinear(replaced, residual, start)
-    return Nf4Linear(replaced, residual, start, quant_storage)

@@ -1,7 +1,9 @@
-"""The modules that an adapter changes: the weight of each as the matrix [out, in] that PiSSA decomposes, and back."""
+"""Bases over a module's own weight: the matrix [out, in] that PiSSA decomposes is a view of it. Offloading is handled
+here, and nowhere else: a weight is fetched when it is read."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -13,11 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.bitsandbytes import Nf4Base, copy_without_hooks, dequantised_int8, is_bitsandbytes
-from pissa.base.stored import StoredLinear
-from pissa.distributed import is_sharded
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from pissa.base.keeps_dtype import KeepsDtype
+from pissa.base.start import StartFactors
+from pissa.config import IMPLICIT
 
 
 class _View(NamedTuple):
@@ -31,124 +31,192 @@ _AS_IT_IS = _View(lambda weight: weight, lambda matrix, shape: matrix)
 _TRANSPOSED = _View(lambda weight: weight.mT, lambda matrix, shape: matrix.mT)
 _FLATTENED = _View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
 
+_VIEWS: dict[type[nn.Module], _View] = {
+    nn.Linear: _AS_IT_IS,
+    Conv1D: _TRANSPOSED,
+    nn.Embedding: _TRANSPOSED,  # [in, out]: a linear layer of one-hot vectors
+    nn.Conv1d: _FLATTENED,
+    nn.Conv2d: _FLATTENED,
+    nn.Conv3d: _FLATTENED,
+}
 
-def _view(base: nn.Module) -> _View:
-    kind = base.kind if isinstance(base, StoredLinear) else type(base)
-    if issubclass(kind, (Conv1D, nn.Embedding)):  # [in, out]; an embedding is a linear layer of one-hot vectors
-        return _TRANSPOSED
-    return _FLATTENED if isinstance(base, CONVOLUTIONS) else _AS_IT_IS
+
+def _kind(dense_type: type[nn.Module]) -> type[nn.Module] | None:
+    return next((kind for kind in _VIEWS if issubclass(dense_type, kind)), None)
 
 
-_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+def _view(dense_type: type[nn.Module]) -> _View:
+    kind = _kind(dense_type)
+    return _AS_IT_IS if kind is None else _VIEWS[kind]
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is an nn.Linear or, of its subclasses, which may compute anything, one that computes the same:
-    Falcon's, where the bias is added in a step of its own."""
-    kind = type(module)
-    return kind is nn.Linear or f"{kind.__module__}.{kind.__name__}" == _FALCON_LINEAR
+# ---- Modules ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def in_memory(base: nn.Module) -> Iterator[None]:
+def in_memory(module: nn.Module) -> Iterator[None]:
     """Fetches, for the block, the weights of a module that accelerate has offloaded to memory or disk. Tensors that
     the block keeps stay valid."""
-    with align_module_device(base):
+    with align_module_device(module):
         yield
 
 
-def is_offloaded(base: nn.Module) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate fetches the module's weights when it is called; until then they are on the meta device."""
-    return bool(has_offloaded_params(base))
+    return bool(has_offloaded_params(module))
 
 
-def execution_device(base: nn.Module) -> torch.device:
-    """Where the module computes: where its weights are, or where accelerate fetches them to."""
-    if is_offloaded(base):
-        return torch.device(cast(Any, base)._hf_hook.execution_device)
-    return cast(Tensor, base.weight).device
-
-
-def weight_matrix(base: nn.Module) -> Tensor:
-    """The weight of `base` as a matrix [out, in], y = x Wᵀ: its own tensor or a view of it where it is dense, else
-    dequantised, in float32."""
-    if isinstance(base, (StoredLinear, Nf4Base)):
-        return base.dense()
-    with in_memory(base):
-        if is_bitsandbytes(base, "Linear8bitLt"):
-            return dequantised_int8(base)
-        return _view(base).matrix(cast(Tensor, base.weight))
-
-
-def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
-    """The matrix [out, in] in the shape that a dense weight has in the place of `base`: the way back from
-    `weight_matrix`."""
-    return _view(base).weight(matrix, cast(Tensor, base.weight).shape)
-
-
-def whole(base: nn.Module, gathered: Tensor | None) -> Any:
-    """`base`, where its weight is sharded a module like it that holds the whole weight, `gathered`.
-
-    Raises:
-        ValueError: nothing is gathered.
-    """
-    if not is_sharded(cast(Tensor, base.weight)):
-        return base
-    if gathered is None:
-        raise ValueError(
-            "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
-            "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
-        )
-    return with_weight(base, gathered)
-
-
-def with_weight(base: nn.Module, weight: Tensor) -> Any:
-    """A module like `base` that holds another weight, of the same shape."""
-    twin = copy_without_hooks(base)
-    twin._parameters = base._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
+def copy_without_hooks(module: Any) -> Any:
+    """A shallow copy of a module. What accelerate has hung on the original calls the original, so the copy has none."""
+    twin = copy.copy(module)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        vars(twin).pop(name, None)
     return twin
 
 
-def base_product(base: nn.Module, x: Tensor) -> Tensor:
-    """x Wᵀ [k, out] in float32 for the weight of a linear base and x float32 [k, in], without its bias."""
-    if isinstance(base, (StoredLinear, Nf4Base)):
-        return base.product(x)
-    return ops.linear(x, weight_matrix(base).detach())
+def with_weight(module: Any, weight: Tensor) -> Any:
+    """A copy of a module that holds another weight, frozen."""
+    twin = copy_without_hooks(module)
+    twin._parameters = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
 
 
-def dense_kind(base: nn.Module) -> type[nn.Module]:
-    """nn.Linear, another class of linear layers, or Conv1D: what a dense linear module in the place of `base` is."""
-    if isinstance(base, StoredLinear):
-        return base.kind
-    return type(base) if isinstance(base, Conv1D) or is_linear(base) else nn.Linear
+def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter | None, training: bool) -> nn.Module:
+    """A linear module of the class nn.Linear, Conv1D or the like: its weight is `matrix` [out, in], frozen."""
+    with torch.device("meta"):
+        linear: Any = dense_type(*(matrix.shape if issubclass(dense_type, Conv1D) else matrix.mT.shape))
+    weight = _view(dense_type).weight(matrix, matrix.shape).contiguous()
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
+    return cast(nn.Module, linear.train(training))
 
 
-def bias_of(base: nn.Module) -> nn.Parameter | None:
-    """The bias of `base`, fetched where it is offloaded; None where it has none."""
-    with in_memory(base):
-        return cast("nn.Parameter | None", getattr(base, "bias", None))
+# ---- Bases -----------------------------------------------------------------------------------------------------------
 
 
-def with_matrix(base: nn.Module, matrix: Tensor) -> nn.Module:
-    """A dense module of `base`'s kind in its place: the weight is `matrix` [out, in], frozen; all else, the bias too,
-    is the base's own."""
-    twin: nn.Module
-    if isinstance(base, (StoredLinear, Nf4Base)) or is_bitsandbytes(base, "Linear8bitLt"):
-        with torch.device("meta"):
-            kind = dense_kind(base)
-            twin = kind(*(matrix.shape if kind is Conv1D else matrix.mT.shape))
-        shape = torch.Size()
-    else:
-        twin = copy_without_hooks(base)
-        twin._parameters = base._parameters.copy()
-        shape = cast(Tensor, base.weight).shape
-    weight = _view(twin).weight(matrix, shape).contiguous()
-    twin.weight = nn.Parameter(weight, requires_grad=False)
-    if "bias" in twin._parameters:
-        twin.register_parameter("bias", bias_of(base))
-    if is_offloaded(base):  # and there may be no room for more weights where it computes
-        hook = cast(Any, base)._hf_hook
-        add_hook_to_module(
-            twin, AlignDevicesHook(hook.execution_device, offload=True, io_same_device=hook.io_same_device)
-        )
-    return twin.train(base.training)
+class Dense:
+    """The base that a module of torch or transformers is: its weight is dense, and stays what it is."""
+
+    form = IMPLICIT
+    start: StartFactors | None = None
+    residual: Tensor | ops.QuantizedWeight | None = None
+    fingerprint: str | None = None
+    is_quantised = False
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    def parameter(self) -> Tensor:
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def kind(self) -> type[nn.Module] | None:
+        return _kind(self.dense_type)
+
+    @property
+    def dense_type(self) -> type[nn.Module]:
+        return type(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        if is_offloaded(self.module):
+            return torch.device(self.module._hf_hook.execution_device)
+        return self.parameter.device
+
+    @property
+    def numel(self) -> int:
+        return self.parameter.numel()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        with in_memory(self.module):
+            return cast("nn.Parameter | None", getattr(self.module, "bias", None))
+
+    def matrix(self) -> Tensor:
+        with in_memory(self.module):
+            return self._matrix()
+
+    def _matrix(self) -> Tensor:
+        """The matrix, of a weight in memory."""
+        return _view(self.dense_type).matrix(self.parameter)
+
+    def product(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.matrix().detach())
+
+    def fused(
+        self, start: StartFactors, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        return None
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return _view(self.dense_type).weight(matrix, self.parameter.shape)
+
+    def shown_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.parameter
+
+    def twin(self, matrix: Tensor) -> nn.Module:
+        module = self._twin(matrix)
+        if is_offloaded(self.module):  # and there may be no room for more weights where it computes
+            hook = self.module._hf_hook
+            add_hook_to_module(
+                module, AlignDevicesHook(hook.execution_device, offload=True, io_same_device=hook.io_same_device)
+            )
+        return module
+
+    def _twin(self, matrix: Tensor) -> nn.Module:
+        """The dense module, which stays in memory."""
+        module = with_weight(self.module, self.as_weight(matrix).contiguous())
+        if "bias" in module._parameters:
+            module.register_parameter("bias", self.bias)
+        return cast(nn.Module, module)
+
+    def restored(self) -> nn.Module:
+        return cast(nn.Module, self.module)
+
+    def holding(self, weight: Tensor) -> Dense:
+        return type(self)(with_weight(self.module, weight))
+
+
+class OwnBase(KeepsDtype):
+    """A linear base that is a module of ours, in the place of the one that the model had."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+
+    dense_type: type[nn.Module] = nn.Linear
+    dtype: torch.dtype | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.weight
+
+    @property
+    def kind(self) -> type[nn.Module] | None:
+        return _kind(self.dense_type)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return _view(self.dense_type).weight(matrix, matrix.shape)
+
+    def twin(self, matrix: Tensor) -> nn.Module:
+        return dense_linear(self.dense_type, matrix, self.bias, self.training)
+
+    def holding(self, weight: Tensor) -> Any:
+        return with_weight(self, weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -13,7 +13,8 @@ from pissa.cli.data import read_chats
 from pissa.cli.run_folder import PICTURE_FILE, check_new_folder, check_resumable, record_run
 from pissa.cli.sources import GSM_SYMBOLIC
 from pissa.cli.terminal import UserError, say, silence_third_parties
-from pissa.files.json_file import first_line
+from pissa.files.messages import first_line
+from pissa.notices import InexactLoraWarning
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -135,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.resume:
         record_run(args, {"trainable_parameters": trainable, "step0_check": check._asdict()})
     with warnings.catch_warnings():
-        # Said once at the end, not across the progress bar at the first checkpoint.
-        warnings.filterwarnings("ignore", "The residual of the base is stored as", UserWarning)
+        # Printed once at the end, not across the progress bar at the first checkpoint.
+        warnings.simplefilter("ignore", InexactLoraWarning)
         train(wrapped, encoded.examples, held_out.examples if held_out else None, collate, args)
         wrapped.save_pretrained(args.out)
     _finish(args)
@@ -236,5 +237,6 @@ def _finish(args: argparse.Namespace) -> None:
     say("cost", f"{seconds:.2f} s per step (median), peak memory {steps[-1]['peak_memory_mib']:,.0f} MiB")
     say("saved", f"{args.out}: the adapter, metrics.jsonl, {PICTURE_FILE}, checkpoints")
     if args.quant:
-        say("note", "pissa.PissaModel.from_pretrained restores this model exactly. Loaded as a plain LoRA onto the")
-        say("", "dense base, the adapter lacks the error of the 4-bit residual, with which it was trained.")
+        from pissa.files.plain_lora import inexact_lora
+
+        say("note", inexact_lora([args.quant]))

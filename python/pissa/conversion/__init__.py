@@ -1,6 +1,5 @@
-"""Adapters of every PiSSA layout as plain LoRA: `adapters` what the source is and what is written, `lora_folder`
-folders of plain LoRA, `lora_start` where other tools' adapters started, `change` factors without cancellation, of a
-lower rank if wanted, and the check of what was written."""
+"""Any adapter as a plain LoRA: `source` finds out what it is, `lora_start` where it started, `delta_weight` computes
+its factors, and `adapters` writes and checks."""
 
 from pissa.conversion.adapters import Conversion, ConvertedLayer, convert, total_kept
 

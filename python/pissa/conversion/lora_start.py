@@ -1,5 +1,5 @@
-"""The start factors A0, B0 of adapters that other tools trained on a residual W - s B0 A0 of the base: from the initial
-adapter that was saved, or as PEFT computes them from the base."""
+"""The start factors A0, B0 of adapters that other tools trained on a residual W - s B0 A0 of the base. They come from
+the initial adapter, if it was saved, or are computed from the base as PEFT does."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.weights import weight_matrix
-from pissa.conversion.change import Change
-from pissa.files.json_file import first_line
+from pissa.base.kinds import base_of
+from pissa.base.protocol import Base
+from pissa.conversion.delta_weight import DeltaWeight
 from pissa.files.lora_folder import LoraFolder
-from pissa.files.plain_lora import Matrices
-from pissa.files.save import ADAPTER_CONFIG
+from pissa.files.messages import first_line
+from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices
+from pissa.notices import UncertainStartWarning
+from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum
 
 INITIAL_FOLDER = "pissa_init"
-"""What the paper's authors call the sub-folder of a residual model that holds the adapter before training."""
+"""The sub-folder of a residual model in which the paper's authors keep the adapter before training."""
 
-Start = dict[str, Matrices]
-"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. Where one is missing, B0 A0 is zero."""
+Starts = dict[str, Matrices]
+"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. For a target that is missing, B0 A0 is zero."""
 
 
 def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """The folder of an initial adapter, and that of the residual model in which it lies, if it lies in one; either
-    may be given."""
+    """The folder of an initial adapter, and that of the residual model in which it lies, if it lies in one.
+
+    Args:
+        given: either of the two.
+    """
     folder = Path(given)
     if (folder / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         folder = folder / INITIAL_FOLDER
@@ -49,7 +54,7 @@ def residual_of(adapter: LoraFolder) -> Path | None:
     return Path(name) if name and (Path(name) / INITIAL_FOLDER / ADAPTER_CONFIG).is_file() else None
 
 
-def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Start:
+def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Starts:
     """The factors of the initial adapter.
 
     Raises:
@@ -61,10 +66,11 @@ def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Start:
             where = "trained" if target in source.factors else "initial"
             raise ValueError(f"{paths}: only the {where} adapter has layer {target}")
         ours, theirs = source.factors[target], initial.factors[target]
-        if ours.shapes != theirs.shapes or ours.scaling != theirs.scaling:
+        shapes, initial_shapes = (list(found.shapes(found.rank).values()) for found in (ours, theirs))
+        if shapes != initial_shapes or ours.scaling != theirs.scaling:
             raise ValueError(
-                f"{paths}: layer {target} has factors {list(theirs.shapes)} and scaling {theirs.scaling:g} there, "
-                f"{list(ours.shapes)} and {ours.scaling:g} here"
+                f"{paths}: layer {target} has factors {initial_shapes} and scaling {theirs.scaling:g} there, {shapes} "
+                f"and {ours.scaling:g} here"
             )
     starts = {}
     for target in initial.factors:
@@ -74,24 +80,25 @@ def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Start:
     return starts
 
 
-def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Start:
+def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Starts:
     """A0 and B0 as PEFT's exact "pissa" computes them from the weights of `base`, in float32, and subtracts them.
-    (Then it rounds them to the base's dtype; the difference is in dA and dB.) Embeddings are left out: PEFT starts them
-    as a plain LoRA, and leaves their weight as it is.
+
+    PEFT then rounds them to the base's dtype; that difference is in dA and dB. Embeddings are left out: PEFT starts
+    them as a plain LoRA, and leaves their weight as it is.
 
     Raises:
-        ValueError: a layer that `base` has not, or from which the trained factors have not started.
+        ValueError: `base` lacks a layer, or the trained factors did not start from a weight of it.
     """
     if source.config.get("layer_replication"):
         raise ValueError(
             f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
         )
-    modules = {target: _module(source, base, target) for target in source.factors}
-    _check_untied(base, modules)
-    start, doubts = {}, {}
-    for target, module in tqdm(modules.items(), desc="PiSSA init") if progressbar else modules.items():
-        if not isinstance(module, nn.Embedding):
-            start[target], doubt = _aligned_start(source, target, weight_matrix(module))
+    bases = {target: _base(source, base, target) for target in source.factors}
+    _check_untied(base, bases)
+    starts, doubts = {}, {}
+    for target, found in tqdm(bases.items(), desc="PiSSA init") if progressbar else bases.items():
+        if found.kind is not nn.Embedding:
+            starts[target], doubt = _aligned_start(source, target, found.matrix())
             if doubt > _DOUBT:
                 doubts[target] = doubt
     if doubts:
@@ -101,38 +108,38 @@ def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -
             f"are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what was "
             f"learnt, by about {doubts[worst]:.0%} in {worst}. If the adapter was not trained on this machine, with "
             "this torch, give the initial adapter, initial=, with which the conversion is exact",
-            UserWarning,
-            stacklevel=4,
+            UncertainStartWarning,
+            stacklevel=5,
         )
-    return start
+    return starts
 
 
-# Of ‖B A - B0 A0‖: the error of the start from which on it is mentioned.
+# A larger error of the start, as a part of ‖B A - B0 A0‖, is mentioned.
 _DOUBT = 0.01
 
 
-def _module(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> nn.Module:
+def _base(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> Base:
     try:
         module = model.get_submodule(target)
     except AttributeError:
         raise ValueError(
             f"{source.weights.path}: the {what} has no layer {target}; is it the one that the adapter was trained on?"
         ) from None
-    if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+    base, (a, b) = base_of(module), source.matrices(target)[0]
+    if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
         raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
-    (a, b), shape = source.matrices(target)[0], tuple(weight_matrix(module).shape)
-    weight = cast(Tensor, module.weight)
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or shape != (len(b), a.shape[1]):
+    weight, shape = base.parameter, (len(b), a.shape[1])
+    if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
         raise ValueError(
             f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
-            f"{[len(b), a.shape[1]]} as a matrix, from which the adapter comes"
+            f"{list(shape)} as a matrix, from which the adapter comes"
         )
-    return module
+    return base
 
 
-def _check_untied(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    adapted = {id(module.weight): target for target, module in modules.items() if not isinstance(module, nn.Embedding)}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
+def _check_untied(model: nn.Module, bases: Mapping[str, Base]) -> None:
+    adapted = {id(base.parameter): target for target, base in bases.items() if base.kind is not nn.Embedding}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         target = adapted.get(id(parameter))
         if target is not None and name != f"{target}.weight":
             raise ValueError(
@@ -157,7 +164,7 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> tuple[Mat
             f"{source.weights.path}: the factors of layer {target} are farther from their start in this base than zero "
             "is: it is not the base that the adapter was trained on. If it is, give the initial adapter, initial="
         )
-    learnt = float(Spectrum.of(*Change(1.0, a, b, (a0.double(), b0.double())).factors()).energy[0]) ** 0.5
+    learnt = float(Spectrum.of(*DeltaWeight(1.0, a, b, (a0.double(), b0.double())).factors()).energy[0]) ** 0.5
     if rank == len(s) or not learnt:
         return (a0, b0), 0.0
     # Rounding by some units, 2^-22 s_1 in all, turns the last vectors that count by that over the gap behind them.
@@ -170,7 +177,7 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> tuple[Mat
 
 
 def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
-    """The model of a folder or a name, in the dtype of its files, on the CPU; a model as it is.
+    """The model of a folder or a name, in the dtype of its files, on the CPU. A model is returned as it is.
 
     Raises:
         ValueError: it cannot be loaded, or is a model with an adapter.
@@ -189,23 +196,25 @@ def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
         ) from error
 
 
-def check_residual(initial: LoraFolder, start: Start, residual: nn.Module, base: nn.Module) -> None:
-    """Compares W_res + s B0 A0 with W, element by element. They may differ by the rounding of W_res, A0 and B0 to
-    the residual's dtype, which PEFT gives all of them, and that of the float32 product of r terms that was subtracted.
+def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn.Module) -> None:
+    """Compares W_res + s B0 A0 with W, element by element.
+
+    They may differ by the rounding of W_res, A0 and B0 to the residual's dtype, in which PEFT keeps all three, and by
+    that of the float32 product of r terms that was subtracted.
 
     Raises:
         ValueError: naming the first layer that differs by more.
     """
-    for target, (a0, b0) in start.items():
+    for target, (a0, b0) in starts.items():
         kept, weight = (
-            weight_matrix(_module(initial, model, target, what)).detach().cpu()
+            _base(initial, model, target, what).matrix().detach().cpu()
             for model, what in ((residual, "residual model"), (base, "base"))
         )
         rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
         product = initial.factors[target].scaling * (b0.double() @ a0.double())
         size = scaling * (b0.double().abs() @ a0.double().abs())
         unit = torch.finfo(kept.dtype).eps / 2
-        # W_res and W each come from one rounding of the same number, where W was of a wider type than W_res.
+        # If W had a wider type than W_res, both come from one rounding of the same number.
         bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
             size + weight.double().abs()
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pissa.layers.experts import UnfusedExperts, unfused_experts
+from pissa.layers.experts import WEIGHTS, UnfusedExperts, unfused_experts
 
 
 def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
@@ -39,6 +39,21 @@ def places(path: str, names: Sequence[str]) -> dict[str, str]:
     """The prefix under which PEFT's files hold the factors of each adapted weight of an experts module. PEFT wraps the
     module once for each weight, in the parameters' order; the last wrapper is the outermost."""
     return {name: path + ".base_layer" * (len(names) - 1 - i) for i, name in enumerate(names)}
+
+
+def weight_at(place: str, names: Collection[str]) -> tuple[str, str] | None:
+    """The experts module and the weight whose factors are under a prefix in PEFT's files: the way back from `places`.
+
+    Args:
+        names: the weights of that module that have an adapter, in any order.
+
+    Returns:
+        The module's name and the weight's; None if no adapter of fused experts can have such a prefix.
+    """
+    path = place.split(".base_layer")[0]
+    ordered = [name for name in WEIGHTS if name in names]
+    found = {place: name for name, place in places(path, ordered).items()}
+    return (path, found[place]) if len(ordered) == len(names) and place in found else None
 
 
 def stack(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

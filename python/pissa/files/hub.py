@@ -1,5 +1,5 @@
-"""What PEFT's loading calls take besides the model: where an adapter is, in a folder or on the Hugging Face Hub, and
-options, some of which cannot be honoured here."""
+"""Where an adapter is: in a folder or on the Hugging Face Hub. Options of PEFT's loading calls that we cannot honour
+are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from torch import nn
 
-from pissa.files.json_file import shown
+from pissa.files.messages import shown
 
 _HUB_OPTIONS = (
     "revision",
@@ -27,23 +27,23 @@ _HUB_OPTIONS = (
     "etag_timeout",
     "user_agent",
 )
-"""Of the options that PEFT hands on to huggingface_hub, those that a download of several files has as well."""
+"""The options that PEFT hands on to huggingface_hub, as far as a download of several files has them."""
 
 
 def adapter_folder(
     model_id: str | os.PathLike[str], files: Iterable[str], *, subfolder: str | None = None, **kwargs: Any
 ) -> Path:
-    """The folder of an adapter: `model_id`, or where huggingface_hub has put what it fetched of that repository.
+    """The folder of an adapter: `model_id`, or the one into which huggingface_hub has fetched the files.
 
     Args:
-        model_id: a folder, which always wins; or, as a string, the id of a repository.
-        files: names of the files that are fetched if they are there; no others are.
+        model_id: a folder, or, as a string, the id of a repository; a folder of that name wins.
+        files: the names of the files to fetch. Files that the repository lacks are left out.
         subfolder: of the folder, or of the repository.
-        kwargs: options of huggingface_hub (`revision`, `token`, `cache_dir`, ...), of no use with a folder; others are
-            ignored, as PEFT does.
+        kwargs: options of huggingface_hub (`revision`, `token`, `cache_dir`, ...), without effect on a folder. Other
+            options are ignored, as in PEFT.
 
     Raises:
-        ValueError: a string that is no folder, and of which huggingface_hub gives nothing, with its reason.
+        ValueError: the string is no folder, and huggingface_hub finds no such repository; the message has its reason.
     """
     inside = subfolder or ""
     if not isinstance(model_id, str) or os.path.exists(model_id):
@@ -69,7 +69,7 @@ def refuse_unsupported(
     device_map: str | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Raises ValueError, with what to do instead, for an option of PEFT's that would be ignored otherwise."""
+    """Raises ValueError for an option of PEFT's that would be ignored; the message says what to do instead."""
     if key_mapping:
         raise ValueError(
             f"key_mapping={shown(key_mapping)} is not supported: an adapter is restored into layers of the names that "

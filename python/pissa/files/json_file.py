@@ -1,20 +1,24 @@
-"""Reading JSON that somebody else may have written: of bounded size, every name once, nothing but JSON."""
+"""JSON that somebody else may have written: of bounded size, every name once, of the expected types."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from pissa.files.messages import shown
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """What the file holds.
-
-    Args:
-        limit: bytes that it may have.
+    """Reads the file, which may have at most `limit` bytes.
 
     Raises:
-        OSError, ValueError, RecursionError: it cannot be read; the file is not named.
+        OSError, ValueError, RecursionError: it cannot be read; the message does not name the file.
     """
     with open(path, "rb") as file:
         content = file.read(limit + 1)
@@ -24,27 +28,16 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """What the bytes of a JSON text mean; a name that is there twice and NaN or Infinity are errors.
+    """Parses the bytes of a JSON text.
 
     Raises:
-        ValueError, RecursionError: it is not JSON.
+        ValueError, RecursionError: it is not JSON, holds NaN or Infinity, or has one name twice in an object.
     """
     return json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
-def shown(name: object) -> str:
-    """A name out of a file, for a message: on one line, and no longer than a line."""
-    text = repr(name)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's error, for a message on one line; the error's class if it has no text."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object that json has read, in which no name may come twice: for the last to win would be a guess."""
+    """The object of these pairs. A name may not come twice: to let the last one win would be a guess."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -54,3 +47,73 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which is not JSON")
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Names the file, one of ours, in errors about its content.
+
+    Raises:
+        ValueError: for every error in the block.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
+            "or take the file from a copy"
+        ) from error
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """Checks a parsed value, and makes the records in it.
+
+    Args:
+        kind: a type of JSON's, a Union, Literal, list or dict of such, or a record (dataclass or NamedTuple). A record
+            is made from an object that has all of its fields and no others.
+        where: what the message calls the value.
+
+    Raises:
+        ValueError: the value is of another type.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in args:
+            return None
+        alternatives = [alternative for alternative in args if alternative is not type(None)]
+        if len(alternatives) == 1:
+            return typed(value, alternatives[0], where)
+        for alternative in alternatives:
+            try:
+                return typed(value, alternative, where)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in args):
+            return value
+    elif origin is list:
+        if isinstance(value, list):
+            return [typed(item, args[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {key: typed(item, args[1], f"{where}[{shown(key)}]") for key, item in value.items()}
+    elif hasattr(kind, "_fields") or dataclasses.is_dataclass(kind):
+        return kind(**typed_fields(value, get_type_hints(kind), where))
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return value
+    elif kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+        return value
+    wanted = kind.__name__ if isinstance(kind, type) and not args else kind
+    raise ValueError(f"{where}: got {shown(value)}; needed: {wanted}")
+
+
+def typed_fields(value: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checks a parsed object, which must have just the fields of `hints`; as `typed`."""
+    typed(value, dict[str, Any], where)
+    for name in [*value, *hints]:
+        if name not in hints:
+            raise ValueError(f"{where} has an unknown field {shown(name)}; known: {', '.join(hints)}")
+        if name not in value:
+            raise ValueError(f"{where} has no field {name!r}")
+    return {name: typed(value[name], hint, name) for name, hint in hints.items()}

@@ -1,73 +1,26 @@
-"""The plain LoRA that an adapter is to every other runtime: what PEFT's files call its tensors, their shapes, and the
-configuration beside them."""
+"""The plain LoRA that an adapter is to every other runtime: its tensors, its configuration, and how exact it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.config import PissaConfig, exactly
-from pissa.files.expert_layout import adapted_names, places, stack, unstack
-from pissa.layers.experts import unfused_experts
+from pissa.files.expert_layout import adapted_names, places
+from pissa.files.peft_layout import PREFIX, FactorTensors
+from pissa.layers.experts import FORMER_NAMES, unfused_experts
 from pissa.layers.layer import PissaLayer
+from pissa.notices import InexactLoraWarning
 from pissa.peft_private import rewritten_by_peft
 
-PREFIX = "base_model.model."
 
-Matrices = tuple[Tensor, Tensor]
-"""A factor a [rank, in] and a factor b [out, rank]."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Two tensors that hold the factors of one layer, or those of a weight of all experts of a module."""
-
-    keys: tuple[str, str]
-    layers: Mapping[str, PissaLayer]
-    """By their names in the model; more than one are the experts, in order."""
-
-    def pack(self, matrices: Sequence[Matrices]) -> dict[str, Tensor]:
-        """The tensors under their names, from the matrices of each layer."""
-        (layer, *others) = self.layers.values()
-        pair = stack(matrices) if others else layer.as_parameters(*matrices[0])
-        return {key: tensor.contiguous() for key, tensor in zip(self.keys, pair, strict=True)}
-
-    def unpack(self, a: Tensor, b: Tensor) -> dict[str, Matrices]:
-        """The matrices of each layer, from the tensors."""
-        (layer, *others) = self.layers.values()
-        matrices = unstack(a, b, len(self.layers)) if others else [layer.as_matrices(a, b)]
-        return dict(zip(self.layers, matrices, strict=True))
-
-    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes for factors of that rank."""
-        sizes = [layer.matrix_shape for layer in self.layers.values()]
-        matrices = [
-            (torch.empty(rank, columns, device="meta"), torch.empty(rows, rank, device="meta"))
-            for rows, columns in sizes
-        ]
-        return {key: tuple(tensor.shape) for key, tensor in self.pack(matrices).items()}
-
-
-def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
-    """Whether a tensor in PEFT's file is a factor, or a base weight, of one of the layers, given by name: not the bias,
-    which may be trained beside the adapter (of a merged layer, that of the dense module in the base's place, which is
-    the base's own), nor what belongs to `modules_to_save`."""
-    kept = key.endswith(".bias") and ".lora_unmerged." not in key
-    return not kept and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
-
-
-def magnitude_key(layer: str) -> str:
-    """What PEFT's file calls the magnitudes [out] of a layer with DoRA, given by its name in the (unwrapped) model."""
-    return f"{PREFIX}{layer}.lora_magnitude_vector"
-
-
-def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[Factors]:
-    """The factors of all layers of an adapter, given by their names in the (unwrapped) model."""
+def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[FactorTensors]:
+    """The tensors of all layers of an adapter, given by their names in the (unwrapped) model."""
     rest, found = dict(layers), []
     for path, experts in unfused_experts(model).items():
         for name, place in places(path, adapted_names(path, experts, layers)).items():
@@ -76,14 +29,17 @@ def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[Facto
     return found + [_factors(name, {name: layer}) for name, layer in rest.items()]
 
 
-def _factors(place: str, layers: dict[str, PissaLayer]) -> Factors:
-    key_a, key_b = next(iter(layers.values())).factor_keys
-    return Factors((f"{PREFIX}{place}.{key_a}", f"{PREFIX}{place}.{key_b}"), layers)
+def _factors(place: str, layers: Mapping[str, PissaLayer]) -> FactorTensors:
+    layer = next(iter(layers.values()))
+    out, columns = layer.matrix_shape
+    a, _ = layer.as_parameters(torch.empty(1, columns, device="meta"), torch.empty(out, 1, device="meta"))
+    key_a, key_b = (f"{PREFIX}{place}.{key}" for key in layer.factor_keys)
+    return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
 
 
 # Names of layers that PEFT takes for former names of fused experts' weights in a list of target modules. It finds the
-# layers all the same where their weights are listed as target parameters.
-_TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# layers all the same if their weights are listed as target parameters.
+_TAKEN_FOR_EXPERTS = {"gate"}.union(*(names for former in FORMER_NAMES.values() for names in former))
 
 
 def lora_config(
@@ -91,7 +47,7 @@ def lora_config(
 ) -> LoraConfig:
     """The configuration of the plain LoRA."""
     lora = config.as_lora()
-    lora.fan_in_fan_out = any(isinstance(layer.unmerged_base, Conv1D) for layer in layers.values())
+    lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
     if not experts and not rewritten_by_peft(lora, model):
         return lora
@@ -122,3 +78,18 @@ def lora_config(
         if layer.lora_alpha[adapter_name] != config.lora_alpha
     }
     return lora
+
+
+def inexact_lora(forms: Iterable[str]) -> str:
+    """What InexactLoraWarning says of an adapter whose base was stored in these forms."""
+    return (
+        f"The residual of the base is stored as {' and '.join(sorted(forms))}. On the unmodified base, the plain LoRA "
+        "lacks the error of that storage, so it is only approximately the function that was trained: Quant(W_res) + BA "
+        "!= W + (BA - B0 A0). PissaModel.from_pretrained, on the folder that save_pretrained wrote, restores the "
+        "trained function exactly."
+    )
+
+
+def warn_of_inexact_lora(forms: Iterable[str], stacklevel: int) -> None:
+    """Warns that the plain LoRA is inexact; `stacklevel` counts from the caller."""
+    warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=stacklevel + 1)

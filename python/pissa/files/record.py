@@ -1,4 +1,4 @@
-"""pissa.json: what it says of an adapter and of each of its layers, every field checked before it is used."""
+"""pissa.json: a record of an adapter and of each of its layers. Every field is checked before it is used."""
 
 from __future__ import annotations
 
@@ -6,32 +6,25 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
-from peft import LoraConfig
 from torch import Tensor
 
-import pissa
-from pissa.base.stored import Origin, StoredLinear
-from pissa.config import IMPLICIT, Form, Init, PissaConfig, default_of
-from pissa.files.json_file import read_json, shown
+from pissa import ops
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Origin
+from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.files.config_json import SIZE_LIMIT, config_as_json, config_from_json
+from pissa.files.json_file import blaming, read_json, typed, typed_fields
+from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
-from pissa.ops.checks import check_choice, check_scaling, check_svd
+from pissa.ops.checks import check_choice, check_scaling
 from pissa.ops.formats import FORMATS
 
 FORMAT = 2
-"""What is written. Format 1, whose fingerprints are SHA-256, is read too."""
-
-# Bytes: what safetensors allows a header. 100,000 layers take half of it.
-_SIZE_LIMIT = 100_000_000
-
-_ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
-"""pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
+"""The format that is written. Format 1, whose fingerprints are SHA-256, is read too."""
 
 
 class _SavedForm(NamedTuple):
@@ -44,7 +37,7 @@ class _SavedForm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
-    """What pissa.json says of one layer: the adapter's rank and scaling, and the base that it belongs to.
+    """The record of one layer: the adapter's rank and scaling, and the base that it belongs to.
 
     Raises:
         ValueError: naming the field, what was given and what is allowed.
@@ -58,7 +51,7 @@ class LayerRecord:
     stored: str | None = None
     """Fingerprint of the stored residual."""
     base: Origin | None = None
-    """Origin of the start factors of a stored base, where they are not the adapter's."""
+    """Origin of a stored base's start factors, if they are not the adapter's."""
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -66,40 +59,46 @@ class LayerRecord:
         _check_fingerprint("weight", self.weight)
         _check_form(self.form)
         if (self.stored is None) != (self.form == IMPLICIT):
-            raise ValueError(f"stored: got {self.stored!r}; needed: a fingerprint where form is not implicit")
+            raise ValueError(f"stored: got {self.stored!r}; needed: a fingerprint unless form is implicit")
         if self.stored is not None:
             _check_fingerprint("stored", self.stored)
         if self.base is not None:
             if self.stored is None:
-                raise ValueError("base: got an origin; needed: null where form is implicit")
+                raise ValueError("base: got an origin; needed: null if form is implicit")
             _check_rank("base.r", self.base.r)
             check_scaling(self.base.scaling, "base.scaling")
-            check_svd(self.base.svd, self.base.svd_passes, self.base.seed)
-            if self.base.init not in get_args(Init):
-                raise ValueError(f"base.init: got {shown(self.base.init)}; allowed: {', '.join(get_args(Init))}")
+            _check_identity(dict(self.base.identity))
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
-        """What is to be written of a layer. `gathered`: see `PissaLayer.base_fingerprint`."""
-        base, start = layer.unmerged_base, layer.start_of(adapter_name)
-        record = LayerRecord(start.origin.r, start.origin.scaling, layer.base_fingerprint(gathered), IMPLICIT)
-        if not isinstance(base, StoredLinear):
-            return record
-        return dataclasses.replace(
-            record,
-            form=layer.form,
-            stored=layer.residual_fingerprint(gathered),
-            base=None if base.start is start else base.start.origin,
+        """The record of a layer as it is. `gathered`: see `Fingerprints`."""
+        base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        return LayerRecord(
+            start.origin.r,
+            start.origin.scaling,
+            known.of_weight(base, gathered),
+            base.form,
+            stored=None if base.start is None else known.of_residual(base, gathered),
+            base=None if base.start in (None, start) else base.start.origin,
         )
 
     def as_json(self) -> dict[str, Any]:
+        """The record as an object of JSON."""
         record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
-        return record | {"base": None if self.base is None else self.base._asdict()}
+        return record | {"base": None if self.base is None else _origin_as_json(self.base)}
+
+    @staticmethod
+    def from_json(record: Any) -> LayerRecord:
+        """The way back from `as_json`."""
+        hints = get_type_hints(LayerRecord) | {"form": _SavedForm, "base": dict[str, Any] | None}
+        fields = typed_fields(record, hints, "the record")
+        form, base = Form(*fields["form"]), fields["base"]
+        return LayerRecord(**fields | {"form": form, "base": None if base is None else _origin_from_json(base, form)})
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterRecord:
-    """What pissa.json says of one adapter: its configuration, and its layers by their name in the base model."""
+    """The record of one adapter: its configuration, and its layers by their name in the base model."""
 
     config: PissaConfig
     layers: dict[str, LayerRecord]
@@ -108,8 +107,8 @@ class AdapterRecord:
         """The content of the file."""
         record = {
             "format": FORMAT,
-            "pissa_version": pissa.__version__,
-            "config": _config_as_json(self.config),
+            "pissa_version": ops.build_info()["version"],
+            "config": config_as_json(self.config),
             "layers": {name: layer.as_json() for name, layer in self.layers.items()},
         }
         return json.dumps(record | {"sha256": checksum(record)}, indent=2, sort_keys=True) + "\n"
@@ -121,26 +120,26 @@ class AdapterRecord:
         Raises:
             ValueError: naming the file and the field, what was found and what is allowed.
         """
-        with _naming(path):
-            return AdapterRecord._parse(read_json(path, _SIZE_LIMIT))
+        with blaming(path):
+            return AdapterRecord._parse(read_json(path, SIZE_LIMIT))
 
     @staticmethod
     def _parse(record: Any) -> AdapterRecord:
-        fields = _typed(record, dict[str, Any], "the content")
+        fields = typed(record, dict[str, Any], "the content")
         for name in ("format", "config", "layers", "sha256"):
             if name not in fields:
                 raise ValueError(f"{name!r} is missing")
-        if not 1 <= _typed(fields["format"], int, "format") <= FORMAT:
+        if not 1 <= typed(fields["format"], int, "format") <= FORMAT:
             raise ValueError(
                 f"format {fields['format']} of pissa {fields.get('pissa_version')!r} is none of 1 to {FORMAT}, which "
-                f"pissa {pissa.__version__} reads"
+                f"pissa {ops.build_info()['version']} reads"
             )
-        config = _config_from_json(_typed(fields["config"], dict[str, Any], "config"))
+        config = config_from_json(typed(fields["config"], dict[str, Any], "config"))
         layers = {}
-        for name, layer in _typed(fields["layers"], dict[str, Any], "layers").items():
+        for name, layer in typed(fields["layers"], dict[str, Any], "layers").items():
             try:
-                layers[name] = _typed(layer, LayerRecord, "the record")
-                # Implicit: the layer's weight is tied to another module's.
+                layers[name] = LayerRecord.from_json(layer)
+                # A layer whose weight is tied to another module's is implicit in any configuration.
                 if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
@@ -150,117 +149,35 @@ class AdapterRecord:
         return AdapterRecord(config, layers)
 
 
-def read_config_alone(path: Path) -> PissaConfig | None:
-    """The configuration in PEFT's adapter_config.json, as `PissaConfig.save_pretrained` wrote it; None where another
-    configuration is.
-
-    Raises:
-        ValueError: naming the file and the field, what was found and what is allowed.
-    """
-    with _naming(path):
-        fields = _typed(read_json(path, _SIZE_LIMIT), dict[str, Any], "the content")
-        return _config_from_json(fields) if {"svd", "svd_passes"} <= fields.keys() else None
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Names the file in what the block says of its content."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
-            "or take the file from a copy"
-        ) from error
-
-
 def checksum(record: Mapping[str, Any]) -> str:
-    """SHA-256 of what pissa.json says besides its checksum."""
+    """SHA-256 of the fields of pissa.json besides its checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    """`value`, which json has read, as `kind`: a type of JSON's, a Union, Literal, list or dict of such, or a record
-    (dataclass or NamedTuple), of which every field has to be there."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in args:
-            return None
-        alternatives = [alternative for alternative in args if alternative is not type(None)]
-        if len(alternatives) == 1:
-            return _typed(value, alternatives[0], where)
-        for alternative in alternatives:
-            try:
-                return _typed(value, alternative, where)
-            except ValueError:
-                continue
-    elif origin is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in args):
-            return value
-    elif origin is list:
-        if isinstance(value, list):
-            return [_typed(item, args[0], f"{where}[{index}]") for index, item in enumerate(value)]
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {key: _typed(item, args[1], f"{where}[{shown(key)}]") for key, item in value.items()}
-    elif kind is Form:
-        return Form(*_typed(value, _SavedForm, where))
-    elif hasattr(kind, "_fields") or dataclasses.is_dataclass(kind):
-        if isinstance(value, dict):
-            return kind(**_fields(value, get_type_hints(kind), where))
-    elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            return value
-    elif kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
-        return value
-    wanted = kind.__name__ if isinstance(kind, type) and not args else kind
-    raise ValueError(f"{where}: got {shown(value)}; needed: {wanted}")
+_ORIGIN = {"r": int, "scaling": float, "init": str, "adalora": bool}
 
 
-def _fields(value: dict[str, Any], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
-    for name in [*value, *hints]:
-        if name not in hints:
-            raise ValueError(f"{where} has an unknown field {shown(name)}; known: {', '.join(hints)}")
-        if name not in value:
-            raise ValueError(f"{where} has no field {name!r}")
-    return {name: _typed(value[name], hint, name) for name, hint in hints.items()}
+def _origin_as_json(origin: Origin) -> dict[str, Any]:
+    return {name: getattr(origin, name) for name in _ORIGIN} | dict(origin.identity)
 
 
-def _config_as_json(config: PissaConfig) -> dict[str, Any]:
-    """Its own fields, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
-    peft = {f.name: f for f in dataclasses.fields(LoraConfig)}
-    fields = {}
-    for f in _config_fields():
-        value = getattr(config, f.name)
-        if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
-            fields[f.name] = sorted(value) if isinstance(value, set) else value
-    return fields
+def _origin_from_json(fields: dict[str, Any], form: Form) -> Origin:
+    """The way back from `_origin_as_json`. pissa 0.1.0 did not write the format that LoftQ's start depends on: it was
+    the base's own form."""
+    check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
+    names, hints = INIT_METHODS[fields["init"]].fields, get_type_hints(PissaConfig)
+    defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}
+    fields = {name: default for name, default in defaults.items() if name in names} | fields
+    found = typed_fields(fields, _ORIGIN | {name: hints[name] for name in names}, "base")
+    return Origin(**{name: found[name] for name in _ORIGIN}, identity=tuple((name, found[name]) for name in names))
 
 
-def _config_from_json(fields: dict[str, Any]) -> PissaConfig:
-    hints = get_type_hints(PissaConfig)
-    known = {f.name: f for f in _config_fields()}
-    given = {}
-    for name, value in fields.items():
-        if name not in known:
-            if value is None or value is False or value in ("", [], {}) or (name, value) in _ONCE_WRITTEN:
-                continue
-            raise ValueError(
-                f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
-                "or peft may know it"
-            )
-        default = default_of(known[name])
-        if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
-            _typed(value, hints[name], f"config.{name}")
-        given[name] = value
-    if given.get("quant") is not None:
-        given.pop("residual", None)  # pissa 0.1.0 wrote it beside quant, where it had no effect
-    return PissaConfig(**given)
-
-
-def _config_fields() -> list[dataclasses.Field[Any]]:
-    """What a configuration is made of; `runtime_config` is of one process."""
-    return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
+def _check_identity(fields: dict[str, Any]) -> None:
+    """Raises ValueError, naming the field, if a configuration cannot have these fields."""
+    try:
+        PissaConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"base.{error}") from None
 
 
 def _check_rank(name: str, r: int) -> None:
@@ -274,10 +191,11 @@ def _check_fingerprint(name: str, value: str) -> None:
 
 
 def _check_form(form: Form) -> None:
-    check_choice("residual", form.kind, ("implicit", "explicit", "nf4"))
-    if form.kind == "nf4":
-        if form.blocksize is None or form.double_quant is None:
-            raise ValueError("form: got no blocksize or double_quant; needed: both with nf4")
-        FORMATS[form.kind].check_options(form.blocksize, form.double_quant)
-    elif form.blocksize is not None or form.double_quant is not None:
-        raise ValueError(f"form: got {form.describe()}; needed: blocksize and double_quant with nf4 only")
+    check_choice("residual", form.kind, ("implicit", "explicit", *FORMATS))
+    if form.kind not in FORMATS:
+        if form.blocksize is not None or form.double_quant is not None:
+            raise ValueError(f"form: got {form.describe()}; needed: blocksize and double_quant with a format only")
+        return
+    if FORMATS[form.kind].blocksizes and (form.blocksize is None or form.double_quant is None):
+        raise ValueError(f"form: got no blocksize or double_quant; needed: both with {form.kind}")
+    FORMATS[form.kind].check_options(form.blocksize, form.double_quant)

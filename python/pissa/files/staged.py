@@ -1,4 +1,4 @@
-"""Files that are written so that a crash leaves either the old ones or the new ones; refusal to overwrite others."""
+"""Writing into a folder: a crash leaves either the old files or the new ones, and no file of others is overwritten."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ from pathlib import Path
 from types import TracebackType
 
 
+def check_unused(folder: Path, instead: str = "") -> None:
+    """Refuses a folder in which something could be overwritten.
+
+    Args:
+        instead: another way to go on, put before "choose a new folder" in the message.
+
+    Raises:
+        ValueError: `folder` is a file, or is not empty.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; needed: a new folder")
+    if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"{folder} is not empty ({listed}) and nothing is overwritten; {instead}choose a new folder")
+
+
 class Staged:
-    """Files that are written under temporary names and get their own when the block ends without an error.
+    """Files that are written under temporary names, and renamed if the block ends without an error.
 
         with Staged(folder) as staged:
             staged.path("a.json").write_text(...)
 
-    All of them are on the disk before the first is renamed; they are renamed in the order they were named in. After an
-    error nothing is left, not the folder either if it was made here.
+    All files are on the disk before the first is renamed. They are renamed in the order in which `path` named them.
+    After an error no new file is left, and no folder that was made here.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -24,7 +40,7 @@ class Staged:
         self._made: list[Path] = []
 
     def path(self, name: str) -> Path:
-        """The temporary path, in the same folder, for the file that will be called `name`."""
+        """The temporary path, in the same folder, of the file that will be called `name`."""
         self._names.append(name)
         return self._temporary(name)
 
@@ -56,24 +72,8 @@ class Staged:
                         folder.rmdir()
 
 
-def check_unused(folder: Path, instead: str = "") -> None:
-    """Refuses a folder in which something could be overwritten.
-
-    Args:
-        instead: how else to go on, put before "choose a new folder" in the message.
-
-    Raises:
-        ValueError: `folder` is a file, or a folder that is not empty.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; needed: a new folder")
-    if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ValueError(f"{folder} is not empty ({listed}) and nothing is overwritten; {instead}choose a new folder")
-
-
 def _flush_folder(folder: Path) -> None:
-    """Makes the renames durable, where the system lets a folder be opened."""
+    """Makes the renames durable, if the system can open a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

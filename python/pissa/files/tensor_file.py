@@ -14,10 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa.base.fingerprint import sha256
-from pissa.files.json_file import parse_json, shown
+from pissa.files.json_file import parse_json
+from pissa.files.messages import shown
+from pissa.ops.checks import FLOATS
+
+SAVED_FLOATS = (*FLOATS, torch.float64)
+"""The dtypes in which a file may hold real numbers."""
 
 _CHECKSUMS = "sha256"
-"""The entry in a file's metadata that has the SHA-256 of its tensors, in the order of their names."""
+"""The entry in a file's metadata with the SHA-256 of each tensor, in the order of their names."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,7 +39,7 @@ _DTYPES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file that a TensorFile can be read from: the same bytes for the same tensors."""
+    """Writes a safetensors file with checksums: the same bytes for the same tensors."""
     checksums = " ".join(sha256(tensors[name]) for name in sorted(tensors))
     save_file(dict(tensors), path, metadata={"format": "pt", _CHECKSUMS: checksums})
     # safetensors writes the metadata in an order that differs from call to call.
@@ -48,10 +53,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class TensorFile:
-    """The tensors of a safetensors file: what they are is known at once, their values are read when asked for.
+    """The tensors of a safetensors file. Its header is read at once, a tensor's values on demand.
 
-    safetensors has seen to it that the tensors that the header declares are, end to end, the rest of the file.
-    So nothing can be asked of memory that is not on the disk.
+    safetensors guarantees that the tensors fill the file exactly, so a header cannot make us allocate more than the
+    file holds.
 
     Raises:
         ValueError: no such file, or a damaged one, or one that is not safetensors.
@@ -87,10 +92,13 @@ class TensorFile:
         return tuple(self._declared[name].get_shape())
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
-        """Checks that a tensor of that shape and of one of these dtypes is there.
+        """Checks that the file has a tensor of that shape and of one of these dtypes.
+
+        Args:
+            demand: the part of the model that needs the tensor, for the message.
 
         Raises:
-            ValueError: naming the file, the tensor, and `demand`, what in the model wants it so.
+            ValueError: naming the file, the tensor and `demand`.
         """
         if name not in self._declared:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
@@ -103,16 +111,16 @@ class TensorFile:
             )
 
     def verify(self) -> None:
-        """Checks that every tensor is, to the bit, the one that was written.
+        """Checks that every tensor is, bit for bit, the one that was written.
 
         Raises:
-            ValueError: naming the file and the first tensor that is not.
+            ValueError: naming the file and the first tensor that differs, or a file without checksums.
         """
         names = sorted(self._declared)
         if len(self._checksums) != len(names):
             raise ValueError(
-                f"{self.path} has no checksums of its {len(names)} tensors: something else than save_pretrained wrote "
-                "it; save the adapter again, or take the file from a copy"
+                f"{self.path} has no checksums of its {len(names)} tensors: save_pretrained did not write it; "
+                "save the adapter again, or take the file from a copy"
             )
         for name, checksum in zip(names, self._checksums, strict=True):
             if sha256(self.read(name)) != checksum:
@@ -122,10 +130,10 @@ class TensorFile:
                 )
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, in memory of its own: what becomes of the file later does not change it.
+        """A copy of the tensor: later changes of the file do not change it.
 
         Raises:
-            ValueError: naming file and tensor, where it holds NaN or Inf.
+            ValueError: it holds NaN or Inf; the message names file and tensor.
         """
         tensor: Tensor = self._file.get_tensor(name).clone()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -1,62 +1,62 @@
-"""The base's own weights of the vocabulary, written with an adapter: rows that `resize_token_embeddings` adds are
-random, so whoever resizes the base anew has others."""
+"""The base's own embeddings and output layer, written with an adapter. `resize_token_embeddings` adds random rows, so
+resizing the base again would not give the same ones."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pissa.base.bitsandbytes import Nf4Base, is_bitsandbytes
-from pissa.base.stored import StoredLinear
-from pissa.base.weights import in_memory, whole, with_matrix
+from pissa.base.kinds import base_of
+from pissa.base.protocol import whole
+from pissa.base.weights import in_memory
+from pissa.config import IMPLICIT
 from pissa.distributed import sharded_as
-from pissa.files.plain_lora import PREFIX
+from pissa.files.peft_layout import PREFIX
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
-
-if TYPE_CHECKING:
-    from pissa.model.pissa_model import PissaModel
+from pissa.notices import NoEmbeddingsWarning, UnknownVocabularyWarning
 
 
 @dataclass(frozen=True)
 class VocabularyTensor:
-    """A parameter of the input embeddings or of the output layer, dense or, of a weight, stored as a residual."""
+    """A parameter of the input embeddings or of the output layer. A weight may be stored as a residual."""
 
     module: nn.Module
     name: str
     """"weight" or "bias"."""
     state_key: str
-    """In the state dict of the model."""
+    """Its name in the model's state dict."""
     tokens: TrainableTokensLayer | None
-    """The layer that trains some rows of it."""
+    """The layer that trains some of its rows."""
 
     @property
     def is_stored(self) -> bool:
         """Whether the weight is kept as a residual."""
-        return self.name == "weight" and isinstance(self.module, StoredLinear)
+        return self.name == "weight" and base_of(self.module).form != IMPLICIT
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter; of a stored weight, what has its shape and dtype."""
-        if self.is_stored:
-            base = cast(StoredLinear, self.module)
-            return torch.empty(base.out_features, base.in_features, dtype=base.dtype, device="meta")
+        """The parameter; for a stored weight, a meta tensor of its shape and dtype."""
+        base = base_of(self.module)
+        if self.name == "weight" and base.start is not None:
+            return torch.empty(len(base.start.b0), base.start.a0.shape[1], dtype=base.dtype, device="meta")
         return cast(Tensor, getattr(self.module, self.name))
 
     def is_of(self, layer: PissaLayer) -> bool:
         """Whether it is the weight of the layer's base."""
-        base = layer.unmerged_base
-        return self.name == "weight" and (base is self.module or base.weight is self.module.weight)
+        base = layer.base
+        return self.name == "weight" and (base.module is self.module or base.parameter is self.module.weight)
 
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
-        """What the base has, on the CPU, adapters merged or not: from a state dict where that has been gathered.
+        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered.
 
         Raises:
             ValueError: the parameter is sharded, and not in the state dict.
@@ -65,11 +65,11 @@ class VocabularyTensor:
         if self.name == "bias" and gathered is not None:
             return gathered.detach().cpu()
         with in_memory(self.module):
-            base: Any = whole(self.module, gathered) if self.name == "weight" else self.module
-            if self.is_stored:
-                base = with_matrix(base, base.dense().to(base.dtype))
-            value: Tensor = getattr(base, self.name).detach()
-            if self.tokens is not None and self.name == "weight":
+            if self.name == "bias":
+                return cast(Tensor, self.module.bias).detach().cpu()
+            base = whole(base_of(self.module), gathered)
+            value = (base_of(base.restored()) if self.is_stored else base).parameter.detach()
+            if self.tokens is not None:
                 value = self.tokens.unmerged(value)
             return value.cpu()
 
@@ -81,7 +81,7 @@ class VocabularyTensor:
             self.tokens.learn_originals()
 
 
-def vocabulary(model: PissaModel, adapter_name: str) -> dict[str, VocabularyTensor]:
+def vocabulary(model: PeftModel, adapter_name: str) -> dict[str, VocabularyTensor]:
     """The parameters of the input embeddings and the output layer, by their names in PEFT's file of the adapter."""
     base = model.base_model.model
     names = {id(module): name for name, module in base.named_modules()}
@@ -110,11 +110,10 @@ def _embeddings(base: Any) -> Iterator[nn.Module]:
 
 
 def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, TrainableTokensLayer | None]:
-    """The base's own module in one that has adapters; what PEFT's file calls it, after the outer one's name, and the
-    layer that trains tokens."""
+    """What PEFT's file has behind the module's name, the base's own module in it, and the layer that trains tokens."""
     infix, inner, tokens, is_of_the_adapter = "", module, None, False
     if isinstance(module, PissaLayer):
-        infix, inner, is_of_the_adapter = ".base_layer", module.unmerged_base, adapter_name in module.r
+        infix, inner, is_of_the_adapter = ".base_layer", module.base.module, adapter_name in module.r
     elif isinstance(module, TrainableTokensWrapper):
         tokens = module.token_adapter
         infix, inner, is_of_the_adapter = ".token_adapter.base_layer", tokens.base_layer, module.trains(adapter_name)
@@ -126,19 +125,18 @@ def _unwrapped(module: nn.Module, adapter_name: str) -> tuple[str, nn.Module, Tr
 
 def _is_dense(module: Any) -> bool:
     """Whether the module's weight is a table of numbers, which may have been resized."""
-    if isinstance(module, StoredLinear):
+    base = base_of(module)
+    if base.form != IMPLICIT:
         return True
-    quantised = isinstance(module, Nf4Base) or any(
-        is_bitsandbytes(module, kind) for kind in ("Linear4bit", "Linear8bitLt")
-    )
     weight = getattr(module, "weight", None)
-    return not quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    return not base.is_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
 
-def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
-    """Whether the vocabulary's weights are written with the adapter: if that is asked for, or, with "auto", if the
-    vocabulary has another size than in the files that the base was loaded from, or if these are not at hand and the
-    adapter changes it.
+def is_to_be_saved(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
+    """Whether the vocabulary's weights are written with the adapter.
+
+    With "auto" they are if the vocabulary has another size than in the files that the base was loaded from. If these
+    are not at hand, they are if the adapter changes the vocabulary.
 
     Raises:
         ValueError: `save_embedding_layers` is something else.
@@ -146,7 +144,7 @@ def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: 
     if save_embedding_layers is True and not vocabulary(model, adapter_name):
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
-            UserWarning,
+            NoEmbeddingsWarning,
             stacklevel=4,
         )
     if isinstance(save_embedding_layers, bool):
@@ -168,13 +166,13 @@ def is_to_be_saved(model: PissaModel, adapter_name: str, save_embedding_layers: 
         warnings.warn(
             f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
             "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
-            UserWarning,
+            UnknownVocabularyWarning,
             stacklevel=4,
         )
     return False
 
 
-def _base_name(model: PissaModel, adapter_name: str) -> str:
+def _base_name(model: PeftModel, adapter_name: str) -> str:
     name = getattr(model.base_model.model, "name_or_path", None)
     return str(name or model.peft_config[adapter_name].base_model_name_or_path or "")
 

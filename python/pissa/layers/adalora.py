@@ -1,4 +1,5 @@
-"""AdaLoRA (arXiv 2303.10512): singular values are a vector of their own, and a loss keeps the vectors orthogonal."""
+"""AdaLoRA (arXiv 2303.10512): the singular values are trained as a vector of their own, and a loss keeps the singular
+vectors orthogonal."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ def orthogonality_loss(model: nn.Module, adapter_name: str) -> Tensor:
 
 
 def add_orthogonality_loss(model: Any, inputs: Any, outputs: Any) -> None:
-    """A forward hook of PissaModel: adds `orth_reg_weight` times the orthogonality loss of each active adapter with
-    `use_adalora` to the loss that the model computes, in training mode. As in PEFT's AdaLoraModel, a loss that is
-    computed elsewhere from the logits does not have it."""
+    """A forward hook of PissaModel: in training mode, adds the orthogonality loss of each active adapter with
+    `use_adalora`, times its `orth_reg_weight`, to the model's loss. A loss that is computed elsewhere from the logits
+    lacks it, as with PEFT's AdaLoraModel."""
     if not model.training or not isinstance(getattr(outputs, "loss", None), Tensor):
         return
     for name in model.active_adapters:

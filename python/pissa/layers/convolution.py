@@ -26,7 +26,7 @@ class PissaConvolution(PissaLayer):
     @property
     def is_peft_compatible(self) -> bool:
         """Whether PEFT's LoRA layer moves over the input as the base does: it has its kernel, stride and padding."""
-        base = self.unmerged_base
+        base = cast(nn.Conv2d, self.base.module)
         return set(base.dilation) == {1} and base.padding_mode == "zeros"
 
     def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:

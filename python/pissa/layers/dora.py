@@ -1,4 +1,4 @@
-"""DoRA's magnitudes (arXiv 2402.09353): each row of W + dW is scaled to a length that is trained."""
+"""DoRA (arXiv 2402.09353): each row of W + dW is scaled to a trained length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pissa.distributed import sharded_as
 
 
 class Magnitude(KeepsDtype):
-    """The trained lengths m of a layer's rows, and those of its base, which they start from: float32 [out].
+    """The trained lengths m of a layer's rows. They start from the lengths of the base's rows: float32 [out].
 
         y = (m / ‖W + dW‖) (W + dW) x + b
 
-    The lengths ‖W + dW‖ carry no gradient (section 4.3 there). With dW = s L R of low rank they follow from products
-    with L and R, no dense matrix of W's size is formed, and at the start m / ‖W + dW‖ is exactly 1.
+    The lengths ‖W + dW‖ carry no gradient (section 4.3 there). For dW = s L R of low rank they follow from products
+    with L and R: no dense matrix of W's size is formed. At the start m / ‖W + dW‖ is exactly 1.
     """
 
     base_lengths: Tensor
@@ -34,8 +34,8 @@ class Magnitude(KeepsDtype):
         self.weight.copy_(sharded_as(self.weight, lengths))
 
     def lengths(self, weight: Tensor) -> Tensor:
-        """m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds the length it starts
-        from: m is the base's own length plus what the parameter has moved, so that step 0 is the base."""
+        """m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds its start; so m is the
+        base's exact length plus the distance that the parameter has moved, and step 0 is the base."""
         if weight.dtype == torch.float32:
             return weight
         return self.base_lengths + (weight.float() - self._rounded_base(weight.dtype))

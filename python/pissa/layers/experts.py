@@ -1,5 +1,7 @@
-"""Fused experts: transformers 5 keeps the weights of all experts of a layer in one parameter [experts, out, in]. For
-adapting they become linear layers of their own, views of that parameter; `unload` fuses them again."""
+"""Fused experts: transformers 5 keeps the weights of all experts of a layer in one parameter [experts, out, in].
+
+To be adapted, they become linear layers, which are views of that parameter. `fuse` puts them together again.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ from torch import Tensor, nn
 from pissa.config import PissaConfig, is_all_linear
 from pissa.distributed import world_size
 
-# What the weights of an expert were called before they were fused, and still are in lists of targets.
-_FORMER_NAMES = {
-    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
-    "down_proj": ({"w2"},),
-}
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""The names of fused weights, in the order in which transformers registers them."""
 
+FORMER_NAMES = {
+    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
+    "down_proj": ({"w2"}, {"down_proj"}),
+}
+"""The names that the weights of an expert had before they were fused, and still have in lists of targets."""
 
 # Experts whose outputs transformers sums in float32, whatever the model computes in.
 _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExperts")
@@ -34,10 +38,10 @@ class Expert(nn.Module):
 class UnfusedExperts(nn.Module):
     """An experts module of transformers whose experts are linear layers, named "0", "1", ...
 
-    Computes what transformers' "eager" implementation computes, in the same order, whichever the model is set to: only
-    the experts that some token is sent to are read, or decoded from 4 bits. In training with several processes the
-    others are called too, with no token, so that every process has gradients of the same parameters. `fused` is the
-    original without its weights: biases, activation, gate, norm.
+    It computes what transformers' "eager" implementation does, in the same order, whatever implementation the model is
+    set to. An expert is read, or decoded from 4 bits, only if some token is sent to it. In multi-process training every
+    expert runs, so that every process has gradients of the same parameters; one without tokens gets an empty batch.
+    `fused` is the original without its weights: biases, activation, gate, norm.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -55,7 +59,7 @@ class UnfusedExperts(nn.Module):
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
                 linear.rows_are_tokens = True  # which a router chooses, from any row of the batch
                 self.expert(index).add_module(name, linear.train(fused.training))
-            setattr(fused, name, None)  # in whose place among the parameters it will be again
+            setattr(fused, name, None)  # keeps the parameter's slot, so fuse() restores the order
 
     def expert(self, index: int) -> Expert:
         """The expert of that number."""
@@ -71,8 +75,8 @@ class UnfusedExperts(nn.Module):
         """
         in_float32 = type(self.fused).__name__ in _SUMMED_IN_FLOAT32
         output = torch.zeros_like(hidden_states, dtype=torch.float32 if in_float32 else None)
-        # FSDP2 adds the gradients of a block as one array, which has to hold the same parameters in every process, and
-        # DDP waits for those of all parameters: an expert at rest needs one too, of zeros. (Momentum then moves it, as
+        # FSDP2 adds the gradients of a block as one array, of the same parameters in every process. DDP waits for the
+        # gradients of all parameters. So an expert at rest needs a gradient, too, of zeros. (Momentum then moves it, as
         # it moves a part of a fused weight.)
         together = world_size() > 1 and torch.is_grad_enabled()
         for index in range(len(self)) if together else torch.unique(top_k_index).tolist():
@@ -92,11 +96,11 @@ class UnfusedExperts(nn.Module):
 
     def _project(self, name: str, index: int, x: Tensor) -> Tensor:
         y: Tensor = self.expert(index).get_submodule(name)(x)
-        # As transformers adds it: a linear layer with a bias would round once less.
+        # Added as transformers does it: a linear layer with a bias would round once less.
         return y + getattr(self.fused, f"{name}_bias")[index] if self.fused.has_bias else y
 
     def fuse(self) -> nn.Module:
-        """The original module with its experts' weights, which must be dense again, in one parameter each."""
+        """The original module, with each weight of its experts in one parameter again. The weights must be dense."""
         for name in self.names:
             linears = [cast(nn.Linear, self.expert(index).get_submodule(name)) for index in range(len(self))]
             weights = torch.stack([linear.weight.detach() for linear in linears])
@@ -109,21 +113,24 @@ class UnfusedExperts(nn.Module):
 
 
 def _weight_names(fused: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if fused.has_gate else "up_proj", "down_proj")
+    gate_up, up, down = WEIGHTS
+    return (gate_up if fused.has_gate else up, down)
 
 
 # ---- Unfusing a model ------------------------------------------------------------------------------------------------
 
 
 def unfuse(model: nn.Module, config: PissaConfig) -> None:
-    """Makes linear layers of the fused experts that the configuration targets, and writes their names, which PEFT then
-    finds, into its `target_modules`. The experts may be targeted by "all-linear", by their weights' names, by the names
-    that these had before they were fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that
-    matches "...experts.0.gate_up_proj", or in `target_parameters`.
+    """Makes linear layers of the fused experts that the configuration targets, and writes their names into its
+    `target_modules`, where PEFT finds them.
+
+    The experts may be targeted by "all-linear", by the names of their weights, by the names that these had before they
+    were fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that matches
+    "...experts.0.gate_up_proj", or in `target_parameters`.
 
     Raises:
-        TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may be half changed
-            then; see `inject.restored_on_error`.
+        TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may then be half
+            changed; see `model.inject.restored_on_error`.
     """
     parameters = set(config.target_parameters or ())
     for path, fused in _fused_experts(model):
@@ -181,11 +188,11 @@ def _ends_with(key: str, target: str) -> bool:
 
 
 def _with_present_names(targets: Any) -> Any:
-    """The targets, and what they are called in fused experts; a pattern stays as it is."""
+    """The targets, and their names in fused experts; a pattern stays as it is."""
     if isinstance(targets, str):
         return targets
     present = set(targets)
-    for name, former in _FORMER_NAMES.items():
+    for name, former in FORMER_NAMES.items():
         if any(names <= present for names in former):
             present.add(name)
     return present
@@ -210,7 +217,7 @@ def _check_experts(path: str, fused: Any) -> None:
 
 
 def _target(path: str, experts: UnfusedExperts, config: PissaConfig, parameters: set[str]) -> None:
-    """Adds to config.target_modules what means the experts' linear layers, and takes it from `parameters`."""
+    """Moves the names of the experts' weights from `parameters` to config.target_modules, as names of layers."""
     names = set()
     for name in experts.names:
         named = {target for target in config.target_parameters or () if _ends_with(f"{path}.{name}", target)}
@@ -239,8 +246,8 @@ def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts the original experts modules back, with the weights that their experts' linear layers have, which must be
-    dense: after the adapters have been unloaded or merged."""
+    """Puts the original experts modules back, with the weights of the experts' linear layers. These must be dense: the
+    adapters have been unloaded or merged."""
     for path, experts in unfused_experts(model).items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, experts.fuse())

@@ -1,4 +1,4 @@
-"""What can be adapted, each module by its kind of PissaLayer, and what cannot, refused by name."""
+"""Makes the PissaLayer for a module, and refuses by name each module that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.bitsandbytes import Nf4Base, check_int8, from_bitsandbytes, is_bitsandbytes
-from pissa.base.codes import HoldsNf4
-from pissa.base.weights import CONVOLUTIONS, is_linear, is_offloaded
+from pissa.base.kinds import adopted, computing_parameters
+from pissa.base.protocol import Base
+from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
+from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft
 
 
 def choose_layers(model: nn.Module, config: PissaConfig) -> None:
-    """Writes into a configuration that targets "all-linear" the layers of `model` that this means, without those that
-    PEFT refuses, and into its patterns the ranks of layers that are too small for `r`, each with the scaling that `r`
-    would give it. Warns once of both."""
+    """Replaces "all-linear" in a configuration by the names of the layers of `model` that it means, without those that
+    PEFT refuses. A layer that is too small for `r` gets a lower rank in the configuration's patterns, with the scaling
+    that `r` would give it. One warning tells of both."""
     if not is_all_linear(config):
         return
     names: Any = all_linear(config, model)
@@ -66,7 +67,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         warnings.warn(
             f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
             "target_modules or exclude_modules.",
-            UserWarning,
+            AllLinearWarning,
             stacklevel=5,  # the caller of pissa.wrap, or of add_adapter
         )
 
@@ -82,8 +83,8 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 
 def _smaller_side(linear: Any) -> int:
-    """Of the weight of a linear layer, adapted or not. In 4 bits the parameter has another shape; Conv1D has no
-    in_features."""
+    """The smaller side of a linear layer's weight, adapted or not. A 4-bit parameter has another shape, and Conv1D has
+    no in_features."""
     sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
     return int(min(sides))
 
@@ -93,8 +94,8 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
     dtypes = (
         parameter.dtype
         for name, module in model.named_modules()
-        if not isinstance(module, HoldsNf4) and ".lora_" not in name
-        for parameter in module.parameters(recurse=False)
+        if ".lora_" not in name
+        for parameter in computing_parameters(module)
         if type(parameter) is nn.Parameter and parameter.is_floating_point()
     )
     return partial(pissa_layer, model_dtype=next(dtypes, torch.get_default_dtype()))
@@ -114,43 +115,33 @@ def pissa_layer(
             f"{name} is a parameter of {type(target).__name__}; PiSSA adapts layers and fused experts: name them in "
             "target_modules"
         )
-    base, kind = _base_and_kind(target, name)
+    base = _base_for(target, name)
     _check_weight(base, name)
+    kind = _KINDS[base.kind]
     if config.use_dora and kind is not PissaLinear:
         raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
     layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
-    layer.base_layer = base  # which PEFT would warn of, where it is not the target, as of a kind that it does not know
+    layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
     return layer
 
 
-_KINDS: tuple[tuple[type[nn.Module], type[PissaLayer]], ...] = (
-    (nn.Linear, PissaLinear),
-    (Conv1D, PissaLinear),
-    (nn.Embedding, PissaEmbedding),
-    (nn.Conv1d, PissaConv1d),
-    (nn.Conv2d, PissaConv2d),
-    (nn.Conv3d, PissaConv3d),
-)
+_KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
+    nn.Linear: PissaLinear,
+    Conv1D: PissaLinear,
+    nn.Embedding: PissaEmbedding,
+    nn.Conv1d: PissaConv1d,
+    nn.Conv2d: PissaConv2d,
+    nn.Conv3d: PissaConv3d,
+}
 
 
-def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaLayer]]:
+def _base_for(target: nn.Module, name: str) -> Base:
     try:
-        if is_bitsandbytes(target, "Linear4bit"):
-            return from_bitsandbytes(target), PissaLinear
-        if is_bitsandbytes(target, "Linear8bitLt"):
-            check_int8(target)
-            return target, PissaLinear
+        base = adopted(target)
     except TypeError as error:
-        raise TypeError(f"{name} is a {type(target).__name__} of bitsandbytes, but {error}") from None
-    for base, kind in _KINDS:
-        # A subclass may compute anything; those of embeddings multiply by a scale.
-        if (
-            type(target) is base
-            or (base is nn.Linear and is_linear(target))
-            or (base is nn.Embedding and isinstance(target, base) and hasattr(target, "embed_scale"))
-        ):
-            _check_options(target, name)
-            return target, kind
+        raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
+    if base is not None:
+        return base
     found = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, BaseTunerLayer):
         raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
@@ -160,20 +151,8 @@ def _base_and_kind(target: nn.Module, name: str) -> tuple[nn.Module, type[PissaL
 _ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and transformers' fused experts"
 
 
-def _check_options(target: nn.Module, name: str) -> None:
-    if isinstance(target, CONVOLUTIONS) and target.groups > 1:
-        raise TypeError(
-            f"{name} is a {type(target).__name__} with groups={target.groups}, whose weight is not one matrix; "
-            f"{leave_out(name)}"
-        )
-    if isinstance(target, nn.Embedding) and target.max_norm is not None:
-        raise TypeError(
-            f"{name} is an Embedding with max_norm={target.max_norm}, which changes its own weight; {leave_out(name)}"
-        )
-
-
-def _check_weight(base: nn.Module, name: str) -> None:
-    weight: Any = base.weight
+def _check_weight(base: Base, name: str) -> None:
+    weight: Any = base.parameter
     if is_partitioned(weight):
         raise TypeError(
             f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
@@ -185,12 +164,12 @@ def _check_weight(base: nn.Module, name: str) -> None:
             f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
             "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
         )
-    if weight.is_meta and not is_offloaded(base):
+    if weight.is_meta and not is_offloaded(base.module):
         raise ValueError(
             f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
             "that accelerate offloads, device_map=..., is fetched layer by layer)"
         )
-    if isinstance(base, Nf4Base) or is_bitsandbytes(base, "Linear8bitLt"):
+    if base.is_quantised:
         return
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TypeError(
@@ -201,7 +180,7 @@ def _check_weight(base: nn.Module, name: str) -> None:
 
 
 def check_parents(model: nn.Module, adapter_name: str) -> None:
-    """Raises TypeError, naming the layer, where its parent would compute without it and so without its adapter."""
+    """Raises TypeError, naming the layer, if its parent would compute without it, and so without its adapter."""
     for name in pissa_layers(model, adapter_name):
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

@@ -1,4 +1,4 @@
-"""Tokens that are trained beside the adapter (`trainable_token_indices`): PEFT's layers, mended where they fail."""
+"""Tokens that are trained beside the adapter (`trainable_token_indices`): PEFT's layers, with their faults mended."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as PeftToken
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  everybody's name for it
 
+from pissa.base.kinds import base_of
 from pissa.base.weights import is_offloaded
 from pissa.layers.layer import PissaLayer
 
 
 class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
-    """PEFT's layer, which replaces rows of an embedding, or of an output layer. Added: an output layer keeps its bias,
-    and an adapter that trains no tokens can be merged."""
+    """PEFT's layer, which replaces rows of an embedding or of an output layer. Ours keeps an output layer's bias, and
+    can merge an adapter that trains no tokens."""
 
     def forward_adapters(self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output with the rows of these adapters."""
         base = self.base_layer
-        if isinstance(base, nn.Linear) and active_adapters and not self.disable_adapters and not self.merged:
+        if base_of(base).kind is nn.Linear and active_adapters and not self.disable_adapters and not self.merged:
             return F.linear(x, self.get_merged_weights(active_adapters), base.bias)
         return cast(Tensor, super().forward_adapters(x, active_adapters, *args, **kwargs))
 
@@ -42,7 +43,7 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
         return weight
 
     def learn_originals(self) -> None:
-        """Remembers the rows that the layer's weight, which no adapter is merged into, has now."""
+        """Remembers the rows of the layer's weight as they are now. No adapter may be merged into it."""
         for name, originals in self.trainable_tokens_original.items():
             index, _ = self._rows(name, originals)
             originals.copy_(self.base_layer.weight.detach()[index])
@@ -53,8 +54,8 @@ class TrainableTokensLayer(PeftTokensLayer):  # type: ignore[misc]
 
 
 class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore[misc]
-    """PEFT's module in an embedding's place. Added: beside an adapter that trains tokens, one that trains none can be
-    saved, loaded, and named for some rows of a batch; unloading without merging gives the base."""
+    """PEFT's module in an embedding's place. Ours lets an adapter that trains no tokens be saved, loaded and named for
+    some rows of a batch beside one that trains some; unloading without merging gives the base."""
 
     def trains(self, adapter_name: str) -> bool:
         """Whether the adapter trains tokens of this module."""
@@ -71,7 +72,7 @@ class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore
         return super().adapter_state_dict(adapter_name, state_dict) if self.trains(adapter_name) else {}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """What those names are in the module."""
+        """The names of these tensors in the module, by their names in PEFT's files."""
         return super().adapter_state_dict_load_map(adapter_name) if self.trains(adapter_name) else {}
 
     def unload_and_optionally_merge_module(
@@ -87,7 +88,7 @@ class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore
 
 
 def mend_token_layers(model: nn.Module) -> None:
-    """Makes PEFT's layers in an (unwrapped) model, which have just been put there, ours.
+    """Makes PEFT's token layers, which have just been put into an (unwrapped) model, ours.
 
     Raises:
         TypeError, ValueError: naming a layer whose tokens cannot be trained, and what to do instead.
@@ -125,7 +126,7 @@ def _refuse_tied(name: str, field: str) -> None:
 
 
 def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Whether the (unwrapped) model's weights can hold the trained tokens of the adapters, all of them.
+    """Checks that the (unwrapped) model's weights can hold the trained tokens of all the adapters.
 
     Raises:
         ValueError: two adapters train one token, or a weight is shared with a layer that has other tokens or none.
@@ -158,13 +159,13 @@ def _check_disjoint(layer: TrainableTokensLayer, adapter_names: Iterable[str]) -
 
 
 def _training(layer: PeftTokensLayer, adapter_names: Iterable[str] | None) -> list[str]:
-    """Those of the adapters, by default the active ones, that train tokens of the layer."""
+    """The adapters that train tokens of the layer, among those given, or among the active ones."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [name for name in names if name in layer.trainable_tokens_delta]
 
 
 def _changes(layer: TrainableTokensLayer, adapter_names: Iterable[str]) -> bool:
-    """Whether the rows of the adapters are others than those of the layer's weight."""
+    """Whether the adapters' rows differ from those of the layer's weight."""
     weight = layer.base_layer.weight.detach()
     return any(
         not torch.equal(weight[layer.token_indices[name]], layer.trainable_tokens_delta[name].detach().to(weight))

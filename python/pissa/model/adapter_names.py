@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
-from pissa.files.json_file import shown
+from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
 
-# Parts of the names of parameters in a model with adapters, and what stands for "no adapter" in adapter_names.
+# Parts of the names of parameters in a model with adapters, and the word for "no adapter" in adapter_names.
 _PEFTS_NAMES = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "weight", "bias", "__base__"}
 _PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param_names)
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """An adapter's name is that of a folder, a key of torch's dictionaries of modules, and a part of the names of
-    parameters, by which PEFT tells the adapters of a state dict apart.
+    """Checks that `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part of the names
+    of parameters in `model`, by which PEFT tells the adapters of a state dict apart.
 
     Raises:
-        ValueError: a name that cannot be all of these in `model`.
+        ValueError: it cannot be all of these.
     """
     if (
         not isinstance(name, str)
-        or not name.isprintable()  # then it can be encoded, too
+        or not name.isprintable()  # printable names can be encoded, too
         or not 0 < len(name.encode()) <= 200
         or set(name) & set("./\\")
     ):

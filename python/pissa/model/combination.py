@@ -15,12 +15,12 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from torch import Tensor, nn
 
 from pissa import distributed
-from pissa.base.stored import StartFactors
+from pissa.base.start import StartFactors
 from pissa.config import PissaConfig, exactly
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import Spectrum
 
-# What prunes changes before it sums them; those with an election of signs take how it is done.
+# These prune changes before they sum them. "ties" and "dare_ties" also take the method that elects signs.
 _PRUNED: dict[str, Callable[..., Tensor]] = {
     "ties": ties,
     "dare_ties": dare_ties,
@@ -29,12 +29,12 @@ _PRUNED: dict[str, Callable[..., Tensor]] = {
 }
 COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
 
-# Fields of adapters that train something beside factors, which is not summed, with the value that trains nothing.
+# Fields with which an adapter trains more than factors, which cannot be summed, each with the value that does not.
 _FACTORS_ALONE = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
 
 
 class Parts(NamedTuple):
-    """The start factors and deltas of a layer, float32 matrices; the scaling is 1."""
+    """The start factors and deltas of a layer, float32 matrices, for a scaling of 1."""
 
     a0: Tensor
     b0: Tensor
@@ -44,14 +44,14 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """What `PissaModel.add_weighted_adapter` is asked for, checked."""
+    """The arguments of `PissaModel.add_weighted_adapter`, checked."""
 
     terms: Sequence[tuple[str, float]]
     """Adapters and their weights."""
     method: str
-    """"cat", "svd" or "linear", or the name of what prunes."""
+    """"cat", "svd" or "linear", or a key of `_PRUNED`."""
     ranks: Mapping[str, int]
-    """Of the new adapter's layers, by name."""
+    """The ranks of the new adapter's layers, by name."""
     density: float | None
     majority_sign_method: str
 
@@ -100,7 +100,7 @@ class Combination:
         return Combination(terms, method, ranks, density, majority_sign_method)
 
     def config(self, model: nn.Module, configs: Mapping[str, PissaConfig]) -> PissaConfig:
-        """The new adapter's: the first one's, but for what the combination determines."""
+        """The new adapter's configuration: the first adapter's, but for the fields that the combination determines."""
         ((r, _),) = Counter(self.ranks.values()).most_common(1)
         saved = [name for adapter, _ in self.terms for name in configs[adapter].modules_to_save or ()]
         fields: dict[str, Any] = {
@@ -117,7 +117,7 @@ class Combination:
             **dict.fromkeys(["quant", "residual"]),  # the base stays what it is
         }
         config = dataclasses.replace(configs[self.terms[0][0]], **fields)
-        # A name that ends with that of a layer is a target, too.
+        # PEFT also takes a name for a target if it ends with one of these.
         found = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
         config.exclude_modules = found.difference(self.ranks) or None
         return config
@@ -125,10 +125,10 @@ class Combination:
     @torch.no_grad()
     def start(self, model: nn.Module, adapter_name: str, config: PissaConfig) -> None:
         """Gives an adapter that has just been injected into the (unwrapped) model its factors. With several processes
-        all take those of the first, for what prunes at random draws other numbers in each."""
+        all take those of rank 0, because random pruning draws other numbers in each."""
         layers = pissa_layers(model, adapter_name)
         parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
-        distributed.agree()  # nothing between here and the last broadcast can fail on one rank alone
+        distributed.agree()  # from here to the last broadcast nothing can fail on one rank alone
         for name, layer in layers.items():
             a0, b0, da, db = (distributed.broadcast(part, 0) for part in parts.pop(name))
             layer.share_start(adapter_name, StartFactors(a0, b0, layer.origin(adapter_name, config)))
@@ -169,8 +169,8 @@ class Combination:
 
 
 def _split(spectrum: Spectrum, rank: int) -> Parts:
-    """The leading 2 rank parts of a change as dB A + B0 dA. A and B0 have rows and columns of length 1, so that both
-    deltas can learn, even where the change is zero."""
+    """The leading 2 rank components of a change as dB A + B0 dA. A has rows and B0 has columns of length 1, so that
+    both deltas can learn even where the change is zero."""
     left, values, right = spectrum.left[:, : 2 * rank], spectrum.values[: 2 * rank], spectrum.right[: 2 * rank]
     missing = 2 * rank - len(values)
     left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pissa.base.weights import execution_device
 from pissa.config import PissaConfig
 from pissa.layers.experts import unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import pissa_layers
 from pissa.layers.tokens import mend_token_layers
+from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
 
 
@@ -32,7 +32,7 @@ def warn_of_dropout(config: PissaConfig) -> None:
         warnings.warn(
             f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to the input "
             "of the change only, not to the principal part that the adapter starts from.",
-            UserWarning,
+            DropoutWarning,
             stacklevel=3,
         )
 
@@ -65,7 +65,7 @@ def _materialise(model: nn.Module, adapter_name: str) -> None:
     """Puts the parameters of a new adapter, which are zero, where its layers compute. PEFT puts them where the base's
     weights are; for a base that accelerate offloads that is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
-        device = execution_device(layer.unmerged_base)
+        device = layer.base.device
         parts = [getattr(layer, name) for name in layer.adapter_layer_names]
         for part in (part for part in parts if adapter_name in part):
             found = part[adapter_name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -18,14 +17,16 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from pissa.base.codes import HoldsNf4
 from pissa.config import PissaConfig
 from pissa.distributed import failing_together, is_sharded
+from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder, refuse_unsupported
-from pissa.files.load import Checkpoint
-from pissa.files.save import ADAPTER_FILES, save_adapter, save_card, warn_of_plain_lora
+from pissa.files.load import restore
+from pissa.files.pissa_layout import ADAPTER_FILES
+from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.layers.experts import fuse
+from pissa.layers.layer import pissa_layers
 from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
@@ -67,7 +68,7 @@ class PissaModel(MendedPeftModel):
         leaves a stored base as it is.
 
         Raises:
-            TypeError, ValueError: as `wrap`; the model is left as it was.
+            TypeError, ValueError: as `wrap`. The model is left as it was.
         """
         with restored_on_error(self), failing_together():
             config = own_config(peft_config)
@@ -107,29 +108,29 @@ class PissaModel(MendedPeftModel):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Adds an adapter whose change of each weight is sum of weight * s (B A - B0 A0) over `adapters`. It is an
-        adapter like others: it can be trained, saved and combined again.
+        """Adds an adapter whose change of each weight is the sum of weight * s (B A - B0 A0) over `adapters`. It is an
+        adapter like any other: it can be trained, saved and combined again.
 
-        An adapter of rank r can hold any change of rank 2r, so the rank below is half that of what is held.
+        An adapter of rank r can hold any change of rank 2r. So every rank below is half the rank of the change.
 
         Args:
-            adapters: names; they may adapt other layers, at other ranks.
-            weights: one for each, of any sign.
-            adapter_name: of the new adapter.
-            combination_type: "cat" is the whole sum, its rank that of the adapters together. "svd" is the sum's best
-                approximation of rank `svd_rank`; "linear" the same at the rank of the adapters, which must be equal.
+            adapters: names. The adapters may differ in their layers and ranks.
+            weights: a finite number for each adapter, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type: "cat" is the whole sum, at the sum of the adapters' ranks. "svd" is the best approximation
+                of the sum at rank `svd_rank`, "linear" the best one at the adapters' rank, which must be equal.
                 (PEFT's "linear" sums factors, which is no sum of changes.) "ties", "dare_ties", "dare_linear" and
-                "magnitude_prune", with or without "_svd", prune the changes as PEFT's functions of that name do, and
-                are then approximated likewise.
-            svd_rank: for those that end in "svd"; the largest rank of the adapters by default. A layer that needs less
-                has less.
-            svd_clamp: must be None; it would clip factors, of which there are many for one change.
+                "magnitude_prune" first prune the changes as PEFT's functions of these names do; the pruned sum is
+                approximated as in "linear", or with "_svd" behind the name as in "svd".
+            svd_rank: for the types that end in "svd"; by default the largest rank of the adapters. A layer that needs
+                less has less.
+            svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
             svd_full_matrices, svd_driver: accepted as in PEFT; without effect.
             density: share of the values that pruning keeps, above 0 and at most 1.
-            majority_sign_method: "total" or "frequency", with ties.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
-        A module of `modules_to_save` that one of the adapters has is copied as it is. The model is left as it was on
-        any failure.
+        A module of `modules_to_save` that one of the adapters has is copied as it is. On any failure the model is left
+        as it was.
 
         Raises:
             ValueError: naming the argument; adapters that train more than factors (DoRA, biases).
@@ -147,11 +148,11 @@ class PissaModel(MendedPeftModel):
             combination.start(base, adapter_name, config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges the adapters into dense weights that take the base's place, as in PEFT; trained tokens into the weight
-        itself.
+        """Merges the adapters into dense weights that take the base's place, as in PEFT. Trained tokens are merged into
+        the weight itself.
 
         Raises:
-            ValueError: trained tokens that one weight cannot hold; nothing is merged then.
+            ValueError: trained tokens that one weight cannot hold. Nothing is merged then.
         """
         check_tokens_can_be_merged(self.base_model.model, adapter_names)
         with fetched_by_layers():
@@ -165,7 +166,7 @@ class PissaModel(MendedPeftModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The model with the adapters merged into dense weights, as in PEFT; fused experts are fused again.
+        """The model with the adapters merged into dense weights, as in PEFT. Fused experts are fused again.
 
         Raises:
             ValueError: as `merge_adapter`.
@@ -178,23 +179,22 @@ class PissaModel(MendedPeftModel):
         return _as_given(model)
 
     def unload(self) -> nn.Module:
-        """The base without adapters, as in PEFT; fused experts are fused again."""
+        """The base without adapters, as in PEFT. Fused experts are fused again."""
         with fetched_by_layers():
             model = self.base_model.unload()
         return _as_given(model)
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
         """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
-        `adalora.orthogonality_loss`. In training mode the model adds it, times `orth_reg_weight`, to the loss that it
-        returns; a loss of your own has to."""
+        `layers.adalora.orthogonality_loss`. In training mode the model adds it, times `orth_reg_weight`, to the loss
+        that it returns. A loss of your own has to add it itself."""
         return orthogonality_loss(self.base_model.model, adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters and all parameters; a weight in 4 bits counts as one."""
+        """The numbers of trainable parameters and of all parameters. An element in 4 bits counts as a parameter."""
         trainable, total = super().get_nb_trainable_parameters()
-        for module in self.modules():
-            if isinstance(module, HoldsNf4):
-                total += math.prod(module.matrix_shape) - module.weight.numel()
+        for layer in pissa_layers(self.base_model.model).values():
+            total += layer.base.numel - layer.base.parameter.numel()
         return trainable, total
 
     def save_pretrained(
@@ -209,23 +209,24 @@ class PissaModel(MendedPeftModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the adapters: a plain LoRA that PEFT, vLLM and transformers load onto the unmodified base,
-        and beside it what `from_pretrained` needs to go on training exactly where this model is.
+        """Writes each adapter as a plain LoRA, which PEFT, vLLM and transformers load onto the unmodified base. Further
+        files beside it let `from_pretrained` go on training exactly where this model is.
 
-        An adapter that is not called "default" goes to a sub-folder of its name. Every file is written under
-        a temporary name, flushed and then renamed, so that a crash leaves an adapter that is whole. (With
-        `use_adalora` a crash between two of the renames leaves files that `from_pretrained` refuses.)
+        An adapter that is not called "default" goes to a sub-folder of its name. Every file is written under a
+        temporary name, flushed and then renamed, so that a crash leaves a complete adapter. (With `use_adalora` a crash
+        between two of the renames leaves files that `from_pretrained` refuses.)
 
         Args:
             save_directory: the folder; made if need be.
             safe_serialization: must be True; this package never writes pickle.
             selected_adapters: names of the adapters to save; all by default.
-            save_embedding_layers: whether the base's input embeddings and output layer are written too, which
-                `from_pretrained` then puts into the base. "auto": if the vocabulary was resized, for the new rows are
-                random; also if the base's files are not at hand to see that, and the adapter changes one of the two.
-            is_main_process: nothing is written where this is False.
-            path_initial_model_for_weight_conversion: not needed; what is written is converted already.
-            state_dict: the model's state dict, where the caller has gathered it.
+            save_embedding_layers: whether the base's input embeddings and output layer are written too;
+                `from_pretrained` then puts them into the base. "auto" writes them if the vocabulary was resized,
+                because the new rows are random. If the base's files are not at hand to show that, it writes them if the
+                adapter changes one of the two.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: must be None. The files are converted already.
+            state_dict: the model's state dict, if the caller has gathered it.
             kwargs: ignored, as PEFT does.
         """
         if not safe_serialization:
@@ -266,23 +267,23 @@ class PissaModel(MendedPeftModel):
         """Restores a saved adapter onto its base, bit for bit, without decomposing anything.
 
         Args:
-            model: the unmodified base, its vocabulary resized as the trained one's was; on any failure it is left as
-                it was.
-            model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub that
-                has its files; a folder of that name wins.
+            model: the unmodified base, its vocabulary resized as the trained one's was. On any failure it is left as it
+                was.
+            model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub with
+                these files. A folder of that name wins.
             adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            config: in the place of the saved configuration, and used as it is; it has to describe the same adapter.
-                See `PissaConfig.from_pretrained`.
+            config: takes the place of the saved configuration, without a copy. It has to describe the same adapter; see
+                `PissaConfig.from_pretrained`.
             ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
             key_mapping: must be empty: the layers have the names that they were saved with.
             kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
-                ones are ignored, as in PEFT. So is `torch_device`, since the adapter goes where its layer is, and so
-                are `device_map`, `max_memory` and the like, since a dispatched base stays as it is.
+                options are ignored, as in PEFT. `torch_device` is ignored because the adapter goes where its layer is;
+                `device_map`, `max_memory` and the like, because a dispatched base stays as it is.
 
         Raises:
-            ValueError: a folder without a PiSSA adapter, a file that is damaged, a base that is not the one that the
-                adapter was trained on, naming the first layer that differs, or an option that cannot be honoured.
-            TypeError: `config` is no PissaConfig.
+            ValueError: a folder without a PiSSA adapter, a damaged file, an option that cannot be honoured, or another
+                base than the adapter was trained on, naming the first layer that differs.
+            TypeError: `config` is not a PissaConfig.
         """
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
@@ -297,7 +298,7 @@ class PissaModel(MendedPeftModel):
             wrapped = model_class(checkpoint.config)(
                 model, checkpoint.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
-            checkpoint.restore(wrapped, adapter_name)
+            restore(checkpoint, wrapped, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -314,21 +315,21 @@ class PissaModel(MendedPeftModel):
         config: PissaConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Adds a saved adapter, or restores the state of one that the model has.
+        """Adds a saved adapter, or restores the saved state of an adapter that the model has.
 
         Args:
             model_id, key_mapping, kwargs: see `from_pretrained`.
-            config: see `from_pretrained`; of an adapter that the model has, only compared with the saved one.
+            config: see `from_pretrained`. For an adapter that the model has, it is only compared with the saved one.
             adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect: the adapter
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect. The adapter
                 goes where its layer is.
 
         Returns:
-            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty: an adapter of
-            which a tensor is missing, or that has one too many, is refused.
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty: an adapter with
+            a tensor missing, or one too many, is refused.
 
         Raises:
-            ValueError, TypeError: as `from_pretrained`; the model is left as it was.
+            ValueError, TypeError: as `from_pretrained`. The model is left as it was.
         """
         known = adapter_name in self.peft_config
         if not known:
@@ -336,12 +337,12 @@ class PissaModel(MendedPeftModel):
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
         checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         if known:
-            checkpoint.restore(self, adapter_name)
+            restore(checkpoint, self, adapter_name)
         else:
             checkpoint.config.inference_mode = not is_trainable
             with checkpoint.blamed(), restored_on_error(self):
                 self._inject(adapter_name, checkpoint.config, autocast_adapter_dtype)
-                checkpoint.restore(self, adapter_name)
+                restore(checkpoint, self, adapter_name)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         if not is_trainable:
@@ -389,7 +390,7 @@ def model_class(config: PissaConfig) -> type[PissaModel]:
 
 
 def _as_given(model: nn.Module) -> nn.Module:
-    """An unloaded model without what was done to it for adapters."""
+    """An unloaded model, put back into the state before it was wrapped."""
     fuse(model)
     unguard_state_dict(model)
     return model

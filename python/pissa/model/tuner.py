@@ -1,8 +1,8 @@
-"""What PEFT's functions hand out of a model with our adapters, and take in: an adapter as the plain LoRA that it is,
-and the base or nothing.
+"""What PEFT's functions take out of a model with our adapters, and put into it: an adapter as the plain LoRA that it
+is, and the base only if it is whole.
 
-PEFT asks a class for it, which it finds in its public table of tuners under the configuration's `peft_type`. Ours has a
-type of its own there; everything else about it is LoRA's.
+PEFT asks a tuner class, which it finds in its public table under the configuration's `peft_type`. Ours has a type of
+its own there. Everything else about it is LoRA's.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from pissa.base.stored import StartFactors, StoredLinear
-from pissa.config import PissaConfig, PissaType
+from pissa.base.start import StartFactors
+from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, sharded_as
-from pissa.files.plain_lora import PREFIX, Factors, Matrices, factors_of, is_of_a_layer, magnitude_key
+from pissa.files.peft_layout import PREFIX, FactorTensors, Matrices, is_of_a_layer, magnitude_key
+from pissa.files.plain_lora import factors_of
 from pissa.layers.layer import pissa_layers
+from pissa.ops.low_rank import split_difference
 from pissa.peft_private import LoraTuner
 
 
 class PissaTuner(LoraTuner):
-    """PEFT's LoraModel, from whose state dict `peft.get_peft_model_state_dict` takes an adapter as the plain LoRA of
-    rank 2r for the unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0].
+    """PEFT's LoraModel, of which `peft.get_peft_model_state_dict` gives an adapter as the plain LoRA of rank 2r for the
+    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0].
 
-    The parameters themselves hold dA and dB under the names of A and B, and would be another function elsewhere.
+    The parameters themselves hold dA and dB under the names of A and B. Loaded elsewhere, they would be another
+    function.
     """
 
     @classmethod
@@ -40,11 +43,11 @@ class PissaTuner(LoraTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: Sequence[str],
     ) -> dict[str, Tensor]:
-        """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. Layers whose parameters `state_dict`
-        lacks are left out.
+        """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. A layer is left out if `state_dict`
+        lacks its parameters.
 
         Raises:
-            ValueError: a parameter of which this process holds a part only.
+            ValueError: this process holds only a part of a parameter.
         """
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
@@ -74,8 +77,8 @@ class PissaTuner(LoraTuner):
         cls, model: Any, config: PissaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What `peft.set_peft_model_state_dict` puts into the model, under the parameters' names: dA and dB for the
-        factors in `state_dict`. Those of rank 2r are what this adapter was handed out as. Those of rank r are any plain
-        LoRA's: they become A and B of an adapter that starts at zero.
+        factors in `state_dict`. Factors of rank 2r are this adapter's own, as `adapter_state_dict` gives them. Factors
+        of rank r are any plain LoRA's: they become A and B of an adapter that starts at zero.
 
         Raises:
             ValueError: factors of other layers, shapes or start. Nothing has been changed then.
@@ -93,7 +96,7 @@ class PissaTuner(LoraTuner):
                 "the folder that save_pretrained wrote, model.load_adapter(folder, name)"
             )
         is_any_lora = _is_of_rank({name: layer.r[adapter_name] for name, layer in layers.items()}, parts, state_dict)
-        deltas: dict[str, Matrices] = {}
+        deltas: dict[str, Matrices] = {}  # the factors themselves, if they are any LoRA's
         for part in parts:
             deltas |= part.unpack(*(state_dict[key].detach() for key in part.keys))
         if not is_any_lora:
@@ -112,7 +115,7 @@ class PissaTuner(LoraTuner):
         return found
 
 
-def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[Factors], state_dict: Mapping[str, Tensor]) -> bool:
+def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the factors in a state dict have these ranks; False if they have twice these.
 
     Raises:
@@ -123,7 +126,7 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[Factors], state_dict: 
     for times in (1, 2):
         needed: dict[str, tuple[int, ...]] = {}
         for part in parts:
-            needed |= part.shapes(times * ranks[next(iter(part.layers))])
+            needed |= part.shapes(times * ranks[part.layers[0]])
         if found == needed:
             return times == 1
         misfits.append({key: shape for key, shape in needed.items() if found.get(key) != shape})
@@ -142,10 +145,9 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
     Raises:
         ValueError: the factors do not hold this start.
     """
-    r, device = len(start.a0), start.a0.device
-    a, b = a.to(device), b.to(device)
-    da, db = a[r:], b[:, :r]
-    if not (torch.equal(a[:r], start.a0 + da) and torch.equal(b[:, r:], start.b0)):
+    device = start.a0.device
+    upper, da, db, b0 = split_difference(a.to(device), b.to(device))
+    if not (torch.equal(upper, start.a0 + da) and torch.equal(b0, start.b0)):
         raise ValueError(
             f"the state dict does not fit the adapter: in layer {name} it is of twice the rank, but not [A ; dA] and "
             "[dB | B0] with this adapter's start factors, in float32. To have another adapter beside this one: "
@@ -155,16 +157,16 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
 
 
 def guard_state_dict(base: nn.Module) -> None:
-    """Makes `base.state_dict()` refuse, for as long as its layers keep residuals in the place of their weights.
+    """Makes `base.state_dict()` raise ValueError as long as layers keep residuals in the place of their weights.
 
-    `peft.get_base_model_state_dict` calls it, and would hand out the residuals under the weights' names. Within the
-    state dict of a PissaModel the parameters of `base` are what they are.
+    `peft.get_base_model_state_dict` calls it, and would give the residuals under the weights' names. The state dict of
+    a PissaModel has the parameters of `base` as they are.
     """
     base.register_state_dict_pre_hook(_refuse_residuals)  # type: ignore[no-untyped-call]
 
 
 def unguard_state_dict(base: nn.Module) -> None:
-    """Takes back what `guard_state_dict` did."""
+    """Undoes `guard_state_dict`."""
     hooks = base._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _refuse_residuals]:
         del hooks[key]
@@ -173,17 +175,18 @@ def unguard_state_dict(base: nn.Module) -> None:
 def _refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
     if prefix:
         return
-    for name, module in base.named_modules():
-        if isinstance(module, StoredLinear):
+    for name, layer in pissa_layers(base).items():
+        form = layer.base.form
+        if form != IMPLICIT:
             raise ValueError(
-                f"the base has no state dict of its own: {name} keeps a residual stored as {module.form.describe()}, "
+                f"the base has no state dict of its own: {name} keeps a residual stored as {form.describe()}, "
                 "not its weight. Take the state dict of the PissaModel, which has all of it, or the base's after "
                 "model.unload(), as dense weights"
             )
 
 
 def register() -> None:
-    """Adds what PEFT and transformers have to know of us to their public tables; what is there stays."""
+    """Adds our classes to the public tables of PEFT and transformers. Nobody else's entries change."""
     PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTuner
     PEFT_TYPE_TO_PREFIX_MAPPING[PissaType.PISSA] = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA]
     for names in SUPPORTED_PEFT_TASKS.values():

@@ -1,4 +1,4 @@
-"""The best approximation of a low-rank product b a by one of lower rank, without the product."""
+"""Products b a of low rank, handled by their factors: the difference of two, the best approximation of lower rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 _UNIT_ROUNDOFF = 2.0**-53
+
+
+def join_difference(a: Tensor, da: Tensor, db: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """[a ; da] [2r, in] and [db | b0] [out, 2r]. Their product is b a - b0 a0, without cancellation, for a = a0 + da
+    and b = b0 + db."""
+    return torch.cat([a, da]), torch.cat([db, b0], dim=1)
+
+
+def split_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The way back from `join_difference`: views a, da, db, b0."""
+    (upper, da), (db, b0) = a.chunk(2), b.chunk(2, dim=1)
+    return upper, da, db, b0
 
 
 class Spectrum(NamedTuple):

@@ -20,8 +20,7 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// ---- Numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- Numbers --------------------------------------------------------------------------------------------------------
 
 template <class Decode, class Encode>
 void expect_format(const FloatFormat& format, Decode decode, Encode encode) {
@@ -73,8 +72,7 @@ TEST_F(CudaSimTest, Intrinsics) {
   static_assert(alignof(float4) == 16 && alignof(uint2) == 8 && sizeof(int4) == 16);
 }
 
-// ---- Threads
-// ---------------------------------------------------------------------------------------------------------
+// ---- Threads --------------------------------------------------------------------------------------------------------
 
 __global__ void write_place(int* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -139,8 +137,7 @@ TEST_F(CudaSimTest, Atomics) {
   EXPECT_EQ(download(wide, 1)[0], 30);
 }
 
-// ---- Shared memory and barriers
-// --------------------------------------------------------------------------------------
+// ---- Shared memory and barriers -------------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
 struct Partial {
@@ -250,8 +247,7 @@ TEST_F(CudaSimTest, ThreadsThatExitDoNotHoldUpABarrier) {
   for (unsigned i = 0; i < blocks; ++i) EXPECT_EQ(download(out, 64 * blocks)[64 * i + 1], 32);
 }
 
-// ---- What must not be
-// ------------------------------------------------------------------------------------------------
+// ---- What must not be -----------------------------------------------------------------------------------------------
 
 __global__ void shuffle_after_some_exited(float* out) {
   if (threadIdx.x % 31 != 0) out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);  // the first and the last exit
@@ -295,8 +291,7 @@ TEST_F(CudaSimTest, DivergentCollectives) {
   EXPECT_DEATH(run(shuffle, 1, 1025, out), "more than 1024");
 }
 
-// ---- Matrix products
-// -------------------------------------------------------------------------------------------------
+// ---- Matrix products ------------------------------------------------------------------------------------------------
 
 /// d = d + a * b of one tile, row-major, each lane with its fragments as PTX lays them out.
 __global__ void multiply_tile(const std::uint16_t* a, const std::uint16_t* b, float* d, bool bf16) {

@@ -18,8 +18,7 @@
 namespace pissa::test {
 namespace {
 
-// ---- cublasLtMatmul
-// --------------------------------------------------------------------------------------------------
+// ---- cublasLtMatmul -------------------------------------------------------------------------------------------------
 
 double encoded(cudaDataType type, double value) {
   if (type == CUDA_R_16BF) return __bfloat162float(__float2bfloat16_rn(static_cast<float>(value)));
@@ -243,8 +242,7 @@ TEST_F(CudaSimTest, LibrariesFailWhenAsked) {
   EXPECT_EQ(cusolverDnDestroy(solver), CUSOLVER_STATUS_SUCCESS);
 }
 
-// ---- Triangles and factors
-// -------------------------------------------------------------------------------------------
+// ---- Triangles and factors ------------------------------------------------------------------------------------------
 
 /// Column-major, with rows between the columns that nobody may touch.
 std::vector<double> packed(const Dense& a, int ld) {

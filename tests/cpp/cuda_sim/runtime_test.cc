@@ -37,8 +37,7 @@ cudaEvent_t make_event() {
   return event;
 }
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- Memory ---------------------------------------------------------------------------------------------------------
 
 TEST_F(CudaSimTest, FreshMemoryIsNaN) {
   float* memory = device_memory<float>(5);
@@ -139,8 +138,7 @@ TEST_F(CudaSimTest, Pointers) {
   expect_success(cudaMemcpy(host, memory, 12, cudaMemcpyDefault));
 }
 
-// ---- Streams
-// ---------------------------------------------------------------------------------------------------------
+// ---- Streams --------------------------------------------------------------------------------------------------------
 
 TEST_F(CudaSimTest, WorkWaitsUntilItIsWaitedFor) {
   const cudaStream_t stream = make_stream();
@@ -276,8 +274,7 @@ TEST_F(CudaSimTest, ThreadsOfTheHostHaveTheirOwnStreams) {
   expect_success(cudaDeviceSynchronize());
 }
 
-// ---- Counts and failures
-// ---------------------------------------------------------------------------------------------
+// ---- Counts and failures --------------------------------------------------------------------------------------------
 
 TEST_F(CudaSimTest, Counts) {
   float* memory = upload(std::vector<float>{0});

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #include "pissa/cpu/backend.h"
 #include "pissa/cpu/executor.h"
@@ -30,6 +31,8 @@ class CountedThreads final : public cpu::Executor {
 /// run(backend) returns something comparable, the same for 1, 2, 3 and 7 threads.
 template <class F>
 void expect_same_on_any_threads(const cpu::Kernels& kernels, F run) {
+  const std::string test = ::testing::UnitTest::GetInstance()->current_test_info()->name();
+  EXPECT_EQ(test.rfind("TheSameBits/", 0), 0u) << "under ThreadSanitizer only cases of this name run";
   const cpu::ThreadExecutor one(1);
   cpu::CpuBackend alone(one, kernels);
   const auto expected = run(alone);

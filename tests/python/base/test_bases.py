@@ -25,12 +25,13 @@ from one_layer import (
     assert_function_and_gradients,
     assert_merges,
     assert_output,
-    change_a_little,
     filled,
     wrap,
 )
-from pissa import ops
-from pissa.base.weights import execution_device, is_offloaded, weight_matrix, with_matrix
+from oracle import change_a_little
+from pissa import notices, ops
+from pissa.base.kinds import base_of
+from pissa.base.weights import is_offloaded
 from pissa.layers import PissaLinear
 from pissa.layers.layer import pissa_layers
 from reference import EPS
@@ -113,7 +114,7 @@ def test_an_offloaded_model_is_saved_restored_merged_and_unloaded(
     train(model, tokens)
     trained = logits(model, tokens)
     if form == "nf4":
-        with pytest.warns(UserWarning, match="The residual of the base is stored as nf4"):
+        with pytest.warns(notices.InexactLoraWarning, match="stored as nf4"):
             model.save_pretrained(tmp_path / "saved")
     else:
         model.save_pretrained(tmp_path / "saved")
@@ -279,12 +280,12 @@ def test_a_model_on_the_meta_device_is_refused(form: str, tiny_llama: Make, tmp_
 
 def test_where_a_module_computes() -> None:
     layer = nn.Linear(3, 2)
-    assert execution_device(layer) == torch.device("cpu")
+    assert base_of(layer).device == torch.device("cpu")
     cpu_offload(OneLayer(layer), execution_device=torch.device("cpu"))
     assert layer.weight.is_meta
-    assert execution_device(layer) == torch.device("cpu")
-    assert not weight_matrix(layer).is_meta
-    twin = with_matrix(layer, torch.ones(2, 3))
+    assert base_of(layer).device == torch.device("cpu")
+    assert not base_of(layer).matrix().is_meta
+    twin = base_of(layer).twin(torch.ones(2, 3))
     assert is_offloaded(twin)
     assert torch.equal(twin(torch.ones(3)), 3 + layer._hf_hook.weights_map["bias"])
     assert layer.weight.is_meta
@@ -330,7 +331,7 @@ def test_conv1d_starts_from_the_split_of_the_transposed_weight(form: str) -> Non
 @forms
 def test_conv1d_function_gradients_and_merging(form: str) -> None:
     model, x = wrap(conv1d(), r=R, lora_alpha=2, **FORMS[form]), inputs(2, 5).requires_grad_()
-    base, bias = fetch(adapted(model).dense_base().detach()).double(), matrices()[1]
+    base, bias = fetch(adapted(model).base.matrix().detach()).double(), matrices()[1]
     if form == "nf4":
         assert error(base, matrices()[0]) < 0.2
     else:

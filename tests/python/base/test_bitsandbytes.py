@@ -23,16 +23,14 @@ from one_layer import (
     assert_function_and_gradients,
     assert_merges,
     assert_output,
-    change_a_little,
-    deltas64,
     filled,
     unit_error,
-    weight64,
     wrap,
 )
-from pissa import ops
-from pissa.base.bitsandbytes import Nf4Base, from_bitsandbytes, nf4_from_state, to_bitsandbytes
-from pissa.base.stored import Nf4Linear, ResidualLinear
+from oracle import change_a_little, deltas64, weight64
+from pissa import notices, ops
+from pissa.base.bitsandbytes import BnbLinear4bit, from_bitsandbytes, nf4_from_state, to_bitsandbytes
+from pissa.base.stored import QuantizedLinear, ResidualLinear
 from reference import EPS, assert_close
 
 with warnings.catch_warnings():
@@ -90,12 +88,12 @@ def test_the_bytes_are_kept(nested: bool, storage: torch.dtype) -> None:
     layer = linear4bit(nested, storage)
     before = contents(layer)
     base = adapted(wrap(layer, r=R)).base_layer
-    assert isinstance(base, Nf4Base)
+    assert isinstance(base, BnbLinear4bit)
     assert base.weight.data_ptr() == layer.weight.data_ptr()  # no copy
     assert base.weight.dtype == layer.weight.dtype
     assert not base.weight.requires_grad
     assert base.double_quant == nested
-    assert torch.equal(fetch(base.dense()).double(), decoded(layer))
+    assert torch.equal(fetch(base.matrix()).double(), decoded(layer))
     assert all(torch.equal(contents(layer)[name], value) for name, value in before.items())
 
 
@@ -229,7 +227,7 @@ def test_copies_and_moves_take_the_bytes_along() -> None:
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
     half = copy.deepcopy(model).half()
-    assert torch.equal(adapted(half).base_layer.dense(), adapted(model).base_layer.dense())
+    assert torch.equal(adapted(half).base_layer.matrix(), adapted(model).base_layer.matrix())
     assert adapted(half).base_layer.absmax.dtype == torch.uint8
     back = twin.unload().proj
     assert torch.equal(decoded(back), decoded(model.unload().proj))
@@ -254,7 +252,7 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
     model = nn.ModuleDict({name: linear4bit(nested, storage) for name in ("first", "second")})
     weights = {name: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for name, m in model.items()}
     with pytest.warns(
-        UserWarning, match=r"^bitsandbytes has quantised 2 of 2 layers already, first the first\."
+        notices.RequantizedWarning, match=r"^bitsandbytes has quantised 2 of 2 layers already, first the first\."
     ) as said:
         wrapped = pissa.wrap(model, r=R, target_modules=["first", "second"], quant="nf4", blocksize=32, seed=5)
     assert len(said) == 1
@@ -263,14 +261,14 @@ def test_quant_decodes_splits_and_quantises_again_with_one_warning(nested: bool,
     for name, weight in weights.items():
         base = wrapped.base_model.model[name].base_layer
         split = ops.split(weight.float(), R, passes=pissa.PissaConfig().svd_passes, seed=5, form="nf4", blocksize=32)
-        assert isinstance(base, Nf4Linear)
+        assert isinstance(base, QuantizedLinear)
         assert torch.equal(base.residual.codes, split.residual.codes)
         assert torch.equal(base.residual.absmax, split.residual.absmax)
         assert torch.equal(base.start.a0, split.a0)
 
 
 def test_an_explicit_residual_of_quantised_layers_warns_as_well() -> None:
-    with pytest.warns(UserWarning, match=r"^bitsandbytes has quantised 1 of .* stored as explicit, which rounds"):
+    with pytest.warns(notices.RequantizedWarning, match=r"quantised 1 of .* stored as explicit, which rounds"):
         model = wrap(linear4bit(), r=R, residual="explicit")
     assert isinstance(adapted(model).base_layer, ResidualLinear)
 
@@ -282,9 +280,9 @@ def test_without_quant_nothing_is_said() -> None:
 
 
 def test_what_was_quantised_again_comes_back(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="bitsandbytes has quantised 1 of 1 layers already"):
+    with pytest.warns(notices.RequantizedWarning, match="bitsandbytes has quantised 1 of 1 layers already"):
         model = wrap(linear4bit(), r=R, quant="nf4")
-    with pytest.warns(UserWarning, match="The residual of the base is stored as nf4"):
+    with pytest.warns(notices.InexactLoraWarning, match="stored as nf4"):
         assert_comes_back(model, linear4bit, inputs(3), tmp_path)
     unloaded = model.unload().proj
     assert type(unloaded) is nn.Linear
@@ -361,7 +359,7 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
 def test_a_state_dict_of_bitsandbytes_is_our_codes(nested: bool, storage: torch.dtype) -> None:
     layer = linear4bit(nested, storage)
     ours, base = nf4_from_state(dict(layer.state_dict())), from_bitsandbytes(layer)
-    for got, expected in zip(ours, base.nf4, strict=True):
+    for got, expected in zip(ours, base.quantized, strict=True):
         assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
     back = to_bitsandbytes(ours, torch.float32)
     state = layer.state_dict()
@@ -373,7 +371,7 @@ def test_a_state_dict_of_bitsandbytes_is_our_codes(nested: bool, storage: torch.
 
 @nesting
 def test_incomplete_state_dicts_are_refused(nested: bool) -> None:
-    entries = to_bitsandbytes(from_bitsandbytes(linear4bit(nested)).nf4, torch.float32)
+    entries = to_bitsandbytes(from_bitsandbytes(linear4bit(nested)).quantized, torch.float32)
     for name in entries:
         with pytest.raises(ValueError, match="weight"):
             nf4_from_state({key: value for key, value in entries.items() if key != name})
@@ -390,11 +388,11 @@ def test_8_bits_stay_and_step_0_is_bitsandbytes_to_the_bit() -> None:
     model = wrap(layer, r=R)
     assert adapted(model).base_layer is layer
     assert layer.weight.dtype == torch.int8
-    assert_close(adapted(model).dense_base(), weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
+    assert_close(adapted(model).base.matrix(), weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
     expected = linear8bit()(x)
     for _ in range(2):  # the layer keeps its scales elsewhere once it has been called
         assert torch.equal(model(x), expected)
-        assert_close(adapted(model).dense_base(), weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
+        assert_close(adapted(model).base.matrix(), weight, 2 * EPS[torch.float32] * weight.abs(), "decoded")
     change_a_little(adapted(model))
     assert not torch.equal(model(x), expected)
     assert model.unload().proj is layer
@@ -419,9 +417,9 @@ def test_8_bits_change_and_gradients() -> None:
 
 
 def test_8_bits_stored_anew_in_4_and_back_from_files(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"^bitsandbytes has quantised 1 of 1 layers already, proj the first\."):
+    with pytest.warns(notices.RequantizedWarning, match=r"quantised 1 of 1 layers already, proj the first\."):
         model = wrap(linear8bit(), r=R, quant="nf4")
-    assert isinstance(adapted(model).base_layer, Nf4Linear)
+    assert isinstance(adapted(model).base_layer, QuantizedLinear)
     assert_comes_back(wrap(linear8bit(), r=R), linear8bit, inputs(3), tmp_path)
 
 

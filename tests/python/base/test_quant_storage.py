@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import pissa
 from language_models import Make, logits, train
 from pissa import PissaModel
-from pissa.base.codes import HoldsNf4
+from pissa.base.codes import HoldsCodes
 
 STORAGES = ["uint8", "bfloat16", "float16", "float32"]
 storages = pytest.mark.parametrize("storage", STORAGES)
 pytestmark = [
     pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 # 578 and 595 bytes of codes: the last float32 of each weight is filled up.
 ODD = {"hidden_size": 34, "intermediate_size": 35, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -31,7 +31,7 @@ def wrapped(make: Make, storage: str) -> PissaModel:
 
 
 def codes(model: nn.Module) -> list[Tensor]:
-    return [module.nf4.codes.clone() for module in model.modules() if isinstance(module, HoldsNf4)]
+    return [module.quantized.codes.clone() for module in model.modules() if isinstance(module, HoldsCodes)]
 
 
 def same(model: nn.Module, other: list[Tensor]) -> bool:
@@ -41,7 +41,7 @@ def same(model: nn.Module, other: list[Tensor]) -> bool:
 @storages
 def test_function_and_training_have_the_bits_of_uint8(storage: str, tiny_llama: Make, tokens: Tensor) -> None:
     model, plain = wrapped(tiny_llama, storage), wrapped(tiny_llama, "uint8")
-    held = [module for module in model.modules() if isinstance(module, HoldsNf4)]
+    held = [module for module in model.modules() if isinstance(module, HoldsCodes)]
     assert {module.weight.dtype for module in held} == {getattr(torch, storage)}
     assert same(model, codes(plain))
     assert torch.equal(logits(model, tokens), logits(plain, tokens))
@@ -56,7 +56,7 @@ def test_codes_that_are_no_numbers_survive(storage: str, tiny_llama: Make) -> No
     model = wrapped(tiny_llama, storage)
     with torch.no_grad():  # every pattern of 16 bits, signalling NaN among them
         for module in model.modules():
-            if isinstance(module, HoldsNf4):
+            if isinstance(module, HoldsCodes):
                 bits = torch.arange(module.weight.view(torch.uint8).numel() // 2) * 12347 % 2**16
                 module.weight.view(torch.uint8)[: 2 * len(bits)].copy_(bits.to(torch.uint16).view(torch.uint8))
     before = codes(model)
@@ -88,7 +88,7 @@ def test_a_saved_adapter_says_how_its_codes_are_stored(
 
 def test_codes_that_were_cast_are_refused(tiny_llama: Make, tokens: Tensor) -> None:
     model = wrapped(tiny_llama, "bfloat16")
-    weight = next(module for module in model.modules() if isinstance(module, HoldsNf4)).weight
+    weight = next(module for module in model.modules() if isinstance(module, HoldsCodes)).weight
     weight.data = weight.data.float()  # as peft.prepare_model_for_kbit_training does
     with pytest.raises(TypeError, match=r"stored as torch.bfloat16 were cast to torch.float32.*quant_storage"):
         logits(model, tokens)

@@ -17,7 +17,7 @@ from pissa.cli.metrics import read_metrics
 from pissa.cli.sources import find_package, unpack_smollm2
 from tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 

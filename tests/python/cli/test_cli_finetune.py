@@ -17,7 +17,7 @@ import torch
 from pissa.cli import main
 from tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 METHODS = {
     "lora": ["--method", "lora"],

@@ -18,6 +18,7 @@ from architectures import ARCHITECTURES
 from language_models import FORMS, Make, error, logits, train
 from lora_files import CLOSE, NAMES, PATTERNS, changes, check_best, config_of, files, train_ours
 from peft_adapters import plain_logits, save_subtracted, train_on_residual, train_pissa
+from pissa import notices
 
 FIELDS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -50,8 +51,9 @@ def test_a_stored_residual_is_mentioned(form: str, tiny_llama: Make, tokens: Ten
     train(model, tokens)
     model.warned_of_plain_lora = True
     model.save_pretrained(tmp_path / "ours")
-    with pytest.warns(UserWarning, match=f"stored as {form}: on the unmodified base the LoRA lacks"):
+    with pytest.warns(notices.InexactLoraWarning, match=f"stored as {form}") as caught:
         pissa.convert(tmp_path / "ours", tmp_path / "lora")
+    assert caught[0].filename == __file__
     model.eval()
     with model.disable_adapter():
         lacking = error(logits(model, tokens), logits(tiny_llama(), tokens))
@@ -177,8 +179,9 @@ def test_a_start_that_depends_on_the_machine(tiny_llama: Make, tokens: Tensor, t
 
     trained = train_pissa(make(), tokens, tmp_path)
     layer = r"model\.layers\.1\.self_attn\.q_proj"
-    with pytest.warns(UserWarning, match=rf"in 1 layers the singular values .* by about \d+% in {layer}"):
+    with pytest.warns(notices.UncertainStartWarning, match=rf"in 1 layers .* by about \d+% in {layer}") as caught:
         pissa.convert(trained.adapter, tmp_path / "lora", base=make())
+    assert caught[0].filename == __file__
     pissa.convert(trained.adapter, tmp_path / "exact", initial=trained.initial)
 
 

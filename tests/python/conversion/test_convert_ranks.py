@@ -17,7 +17,9 @@ import pissa
 from language_models import Make, error, logits
 from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ours
 from peft_adapters import plain_logits
-from pissa.files.lora_folder import LoraFolder, with_sizes
+from pissa import notices
+from pissa.files.lora_config import with_sizes
+from pissa.files.lora_folder import LoraFolder
 
 
 @pytest.fixture
@@ -123,7 +125,8 @@ def test_a_pattern_belongs_to_one_layer(tmp_path: Path) -> None:
 def test_dora_keeps_its_magnitudes_and_says_so(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = train_ours(tiny_llama, tokens, tmp_path / "ours", use_dora=True)
     with pytest.warns(
-        UserWarning, match="DoRA's magnitudes, which were trained with the change that is now approximated"
+        notices.KeptMagnitudesWarning,
+        match="change that is now approximated",
     ):
         pissa.convert(tmp_path / "ours", tmp_path / "lora", energy=0.99)
     ours, lora = (load_file(tmp_path / name / NAMES[1]) for name in ("ours", "lora"))

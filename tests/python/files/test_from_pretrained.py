@@ -18,9 +18,9 @@ from torch import Tensor
 import pissa
 from language_models import FORMS, Make, assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
-from pissa.files.save import ADAPTER_FILES
+from pissa.files.pissa_layout import ADAPTER_FILES
 
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -195,6 +195,8 @@ def test_a_configuration_that_was_saved_alone(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     assert PissaConfig.from_pretrained(str(tmp_path)) == config
     path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"residual": "explicit"}))
+    assert PissaConfig.from_pretrained(tmp_path) == config  # as pissa 0.1.0 wrote it, without effect beside quant
     path.write_text(json.dumps(json.loads(path.read_text()) | {"svd": "fast"}))
     with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read: .*svd"):
         PissaConfig.from_pretrained(tmp_path)

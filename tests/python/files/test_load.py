@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import FORMS, Make, logits, train
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, notices
 from pissa.base.stored import StoredLinear
 from pissa.files.record import checksum
 from pissa.files.tensor_file import write_tensors
 from pissa.layers.layer import pissa_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -337,6 +337,6 @@ def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
 def test_a_residual_that_rounds_otherwise_is_said(tiny_llama: Make, tmp_path: Path) -> None:
     pissa.wrap(tiny_llama(), r=4, quant="nf4").save_pretrained(tmp_path)
     edit_json(tmp_path / "pissa.json", lambda c: c["layers"][Q].update(stored="0" * 64))
-    with pytest.warns(UserWarning, match=f"residual of 1 layers, {Q} the first, differs in some bits") as caught:
+    with pytest.warns(notices.OtherRoundingWarning, match=f"residual of 1 layers, {Q} the first,") as caught:
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
     assert caught[-1].filename == __file__

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import FORMS, Make, error, logits, train
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, notices
 from pissa.files.staged import Staged
 
 forms = pytest.mark.parametrize("form", FORMS)
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,10 @@ def test_the_passes_are_kept(passes: str | int, tiny_llama: Make, tmp_path: Path
     assert {layer["base"]["svd_passes"] for layer in record["layers"].values()} == {passes}
     again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
     assert again.peft_config["second"].svd_passes == passes
-    assert again.base_model.model.model.layers[0].self_attn.q_proj.base_layer.start.origin.svd_passes == passes
+    assert again.base_model.model.model.layers[0].self_attn.q_proj.base_layer.start.origin.identity[1] == (
+        "svd_passes",
+        passes,
+    )
 
 
 @forms
@@ -332,11 +335,11 @@ def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
 
 def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
-    with pytest.warns(UserWarning, match="stored as nf4") as caught:
+    with pytest.warns(notices.InexactLoraWarning, match="stored as nf4") as caught:
         model.save_pretrained(tmp_path)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="The residual of the base")
+        warnings.simplefilter("error", notices.InexactLoraWarning)
         model.save_pretrained(tmp_path)
         for exact in ({}, {"residual": "explicit"}):
             pissa.wrap(tiny_llama(), r=4, **exact).save_pretrained(tmp_path)
@@ -352,7 +355,7 @@ def test_a_card_that_cannot_be_updated_does_not_cost_the_adapter(
     path.mkdir() if card is None else path.write_bytes(card)
     model = pissa.wrap(tiny_llama(), r=4)
     train(model, tokens)
-    with pytest.warns(UserWarning, match=r"README\.md is left as it is, for it cannot be updated") as caught:
+    with pytest.warns(notices.ModelCardWarning, match=r"README\.md is left as it is") as caught:
         model.save_pretrained(tmp_path)
     assert caught[0].filename == __file__
     assert path.is_dir() if card is None else path.read_bytes() == card

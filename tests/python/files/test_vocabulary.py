@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import pissa
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, notices
 from pissa.files.tensor_file import write_tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 
 SIZE, GROWN = 97, 104
@@ -154,12 +154,12 @@ def test_what_is_written_when(grown: Grown, tiny_llama: Make, tmp_path: Path) ->
         assert written(tiny_llama(), "embed_tokens", "auto") == adapted  # of no files at all
         assert written(tiny_llama(), "q_proj", "auto") == set()
         assert written(nn.Sequential(nn.Linear(8, 8)), "0", "auto") == set()
-    with pytest.warns(UserWarning, match="Could not identify embedding layer"):  # PEFT's words
+    with pytest.warns(notices.NoEmbeddingsWarning, match="Could not identify embedding layer"):  # PEFT's words
         assert written(nn.Sequential(nn.Linear(8, 8)), "0", True) == set()
     bases = [grown(1), grown(1)]
     (tmp_path / "baseFalse" / "config.json").unlink()
     assert written(bases[0], "embed_tokens", "auto") == adapted
-    with pytest.warns(UserWarning, match="cannot be seen whether the vocabulary has been resized") as caught:
+    with pytest.warns(notices.UnknownVocabularyWarning, match="cannot be seen whether") as caught:
         assert written(bases[1], "q_proj", "auto") == set()
     assert caught[-1].filename == __file__
     with pytest.raises(ValueError, match="save_embedding_layers must be \"auto\", True or False, got 'all'"):

@@ -15,8 +15,9 @@ from torch import Tensor
 import pissa
 from devices import fetch, put
 from language_models import FORMS, error, logits, train
-from mixtures import EXPERTS, KINDS, R, change_all, expert_layers, fused_parameters, make
-from one_layer import change_a_little
+from mixtures import EXPERTS, KINDS, R, expert_layers, fused_parameters, make
+from oracle import change_a_little, change_all
+from pissa import notices
 from pissa.layers.layer import pissa_layers
 from reference import EPS
 
@@ -31,14 +32,14 @@ def test_a_saved_adapter_comes_back_to_the_bit(kind: str, form: str, tokens: Ten
     losses = train(model, tokens)
     assert losses[-1] < losses[0]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The residual of the base is stored as nf4")
+        warnings.simplefilter("ignore", notices.InexactLoraWarning)
         model.save_pretrained(tmp_path)
     again = pissa.PissaModel.from_pretrained(make(kind), tmp_path)
     assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
 
 
 @kinds
-@pytest.mark.filterwarnings("ignore:target_modules is 'all-linear':UserWarning")
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 # PEFT 0.21 looks for the keys of patterns among layers only, and then finds them among parameters all the same.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(

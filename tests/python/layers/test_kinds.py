@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 import pissa
 from devices import current, put
 from language_models import error
-from one_layer import OneLayer, adapted, assert_comes_back, change_a_little, filled, wrap
+from one_layer import OneLayer, adapted, assert_comes_back, filled, wrap
+from oracle import change_a_little
 from reference import EPS
 
 with warnings.catch_warnings():
@@ -66,7 +67,7 @@ def inputs(kind: str) -> Tensor:
     return put(torch.randn(*((2, IN, 4, 5) if kind == "convolution" else (3, 5, IN)), generator=generator))
 
 
-@pytest.mark.filterwarnings("ignore:lora_dropout=0.3. the paper trains PiSSA without dropout:UserWarning")
+@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_every_variant_of_every_kind(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:

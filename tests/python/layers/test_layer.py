@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import devices
+import language_models
 import pissa
-from devices import put
-from pissa import ops
-from pissa.base.stored import Nf4Linear, StoredLinear
+from devices import fetch, put
+from language_models import error
+from oracle import base64, change64, change_a_little, deltas64, weight64
+from pissa import notices, ops
+from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
 
 IN, OUT, R = 48, 40, 4
-FORMS = {
-    "implicit": {},
-    "explicit": {"residual": "explicit"},
-    "nf4": {"quant": "nf4"},
-    "nf4-single": {"quant": "nf4", "double_quant": False, "blocksize": 32},
-}
+FORMS = {**language_models.FORMS, "nf4-single": {"quant": "nf4", "double_quant": False, "blocksize": 32}}
 forms = pytest.mark.parametrize("form", FORMS)
 EPS = torch.finfo(torch.float32).eps
 
@@ -51,33 +49,6 @@ def wrapped(form: str = "implicit", seed: int = 0, dtype: torch.dtype = torch.fl
     return pissa.wrap(Toy(seed, dtype=dtype), r=R, **FORMS[form], **fields)
 
 
-def train_a_little(layer: PissaLinear, adapter: str = "default", size: float = 0.02, seed: int = 3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for part in (layer.lora_A, layer.lora_B):
-        weight = part[adapter].weight
-        weight.data.copy_(size * torch.randn(weight.shape, generator=generator))
-
-
-def dense_base(layer: PissaLinear) -> Tensor:
-    """The weight of the base function in float64, from the parts that are stored."""
-    base = layer.unmerged_base
-    if not isinstance(base, StoredLinear):
-        return base.weight.detach().double()
-    kept = ops.dequantize(base.residual) if isinstance(base, Nf4Linear) else base.weight.detach()
-    return kept.double() + base.scaling * base.start.b0.double() @ base.start.a0.double()
-
-
-def plain_change(layer: PissaLinear, adapter: str, da: Tensor, db: Tensor) -> Tensor:
-    """s (B A - B0 A0) as the paper writes it, in the dtype of da and db."""
-    start = layer.start_of(adapter)
-    a0, b0 = start.a0.to(da.dtype), start.b0.to(da.dtype)
-    return layer.scaling[adapter] * ((b0 + db) @ (a0 + da) - b0 @ a0)
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 @forms
 def test_start_is_the_base_and_zero_in_the_parameters(form: str) -> None:
     original, model, x = Toy(), wrapped(form, lora_alpha=3), inputs(5)
@@ -92,7 +63,7 @@ def test_start_is_the_base_and_zero_in_the_parameters(form: str) -> None:
         assert torch.equal(enabled, disabled)
         if form == "implicit":
             assert torch.equal(enabled, original(x))
-        expected = x.double() @ dense_base(layer).T + original.proj.bias.double()
+        expected = fetch(x).double() @ base64(layer).T + fetch(original.proj.bias).double()
         assert error(enabled, expected) < IN * EPS
 
 
@@ -102,7 +73,7 @@ def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dty
     model = wrapped(form, dtype=dtype)
     layer = model.base_model.model.proj
     assert layer.weight.dtype == dtype
-    assert torch.equal(layer.weight, layer.dense_base().to(dtype))
+    assert torch.equal(layer.weight, layer.base.matrix().to(dtype))
     model.merge_adapter()
     assert layer.weight is layer.base_layer.weight
 
@@ -113,18 +84,17 @@ def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dty
 def test_function_and_gradients_are_the_papers(form: str, rslora: bool, bias: bool) -> None:
     model = pissa.wrap(Toy(bias=bias), r=R, lora_alpha=3, use_rslora=rslora, **FORMS[form])
     layer, x = model.base_model.model.proj, inputs(2, 5).requires_grad_()
-    train_a_little(layer)
+    change_a_little(layer)
     dy = put(torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(9)))
     y = model(x)
     y.backward(dy)
 
-    x64 = x.detach().double().requires_grad_()
-    da = layer.lora_A["default"].weight.detach().double().requires_grad_()
-    db = layer.lora_B["default"].weight.detach().double().requires_grad_()
-    y64 = x64 @ (dense_base(layer) + plain_change(layer, "default", da, db)).T
+    x64 = fetch(x.detach()).double().requires_grad_()
+    da, db = deltas64(layer)
+    y64 = x64 @ weight64(layer, base64(layer), da, db).T
     if bias:
-        y64 = y64 + layer.bias.detach().double()
-    y64.backward(dy.double())
+        y64 = y64 + fetch(layer.bias.detach()).double()
+    y64.backward(fetch(dy).double())
 
     # Each is a sum of products of float32 numbers; IN terms bound the growth of the rounding error.
     assert error(y, y64) < IN * EPS
@@ -141,7 +111,7 @@ def test_one_step_of_adamw_is_the_papers_step(form: str) -> None:
     layer, x = model.base_model.model.proj, inputs(6)
     start, target = layer.start_of("default"), put(torch.ones(6, OUT))
     a, b = start.a0.clone().requires_grad_(), start.b0.clone().requires_grad_()
-    rest = (dense_base(layer) - start.b0.double() @ start.a0.double()).float()
+    rest = put(base64(layer).float()) - start.b0 @ start.a0
     ours = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0)
     papers = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0)
     for _ in range(3):
@@ -161,17 +131,14 @@ def test_active_adapters_add_up(form: str, second: dict[str, int]) -> None:
     model, x = wrapped(form, lora_alpha=3), inputs(5)
     model.add_adapter("second", pissa.PissaConfig(target_modules=["proj"], **second))
     layer = model.base_model.model.proj
-    train_a_little(layer, "default", seed=3)
-    train_a_little(layer, "second", seed=4)
-    weights = {
-        name: plain_change(layer, name, layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double())
-        for name in ("default", "second")
-    }
+    change_a_little(layer, "default", seed=3)
+    change_a_little(layer, "second", seed=4)
+    changes = {name: change64(layer, *deltas64(layer, name), name) for name in ("default", "second")}
     with torch.no_grad():
         for active in (["default"], ["second"], ["default", "second"]):
             model.base_model.set_adapter(active)
-            weight = dense_base(layer) + sum(weights[name] for name in active)
-            assert error(model(x), x.double() @ weight.T + layer.bias.double()) < IN * EPS, active
+            weight = base64(layer) + sum(changes[name] for name in active)
+            assert error(model(x), fetch(x).double() @ weight.T + fetch(layer.bias).double()) < IN * EPS, active
 
 
 @forms
@@ -179,11 +146,11 @@ def test_a_scaled_adapter_is_a_scaled_change(form: str) -> None:
     """PEFT's set_scale, which diffusers uses: the change is scaled, never the base."""
     model, x = wrapped(form, lora_alpha=3), inputs(5)
     layer = model.base_model.model.proj
-    train_a_little(layer)
+    change_a_little(layer)
     with torch.no_grad():
         layer.set_scale("default", 0.25)
-        quarter = plain_change(layer, "default", *(p["default"].weight.double() for p in (layer.lora_A, layer.lora_B)))
-        expected = x.double() @ (dense_base(layer) + quarter).T + layer.bias.double()
+        weight = weight64(layer, base64(layer), *deltas64(layer))  # of the scaling as it is now
+        expected = fetch(x).double() @ weight.T + fetch(layer.bias).double()
         assert error(model(x), expected) < IN * EPS
         layer.unscale_layer()
         assert error(model(x), expected) > 1e-3
@@ -201,7 +168,7 @@ def test_same_rank_and_scaling_share_start_factors(form: str) -> None:
     for other in ("rank", "scaled"):
         assert layer.start_of(other) is not layer.start_of("default")
     # the base function stays, so that another rank decomposes what the base computes
-    split = ops.split(dense_base(layer).float(), 2)
+    split = ops.split(base64(layer).float(), 2)
     assert error(layer.start_of("rank").b0 @ layer.start_of("rank").a0, split.b0 @ split.a0) < 1e-4
 
 
@@ -232,18 +199,17 @@ def test_the_base_survives_its_adapter(form: str) -> None:
 def test_merge_rounds_once_and_unmerge_is_exact(form: str) -> None:
     model, x = wrapped(form, dtype=torch.bfloat16, lora_alpha=3), inputs(5, dtype=torch.bfloat16)
     layer = model.base_model.model.proj
-    train_a_little(layer, size=0.1)
+    change_a_little(layer, size=0.1)
     with torch.no_grad(), model.disable_adapter():
         base = model(x)
     before = layer.base_layer
     state = {name: tensor.clone() for name, tensor in before.state_dict().items()}
 
     model.merge_adapter()
-    da, db = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
-    expected = dense_base(layer) + plain_change(layer, "default", da, db)
+    expected = weight64(layer, base64(layer), *deltas64(layer))
     assert type(layer.base_layer) is nn.Linear
     assert layer.base_layer.weight.dtype == torch.bfloat16
-    exact = layer.base_layer.weight == expected.to(torch.bfloat16)
+    exact = fetch(layer.base_layer.weight) == expected.to(torch.bfloat16)
     assert exact.float().mean() > 0.99  # all but ties that float32 decides the other way
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(x), base)
@@ -256,8 +222,8 @@ def test_merging_one_adapter_after_another_is_merging_both() -> None:
     model = wrapped()
     layer = model.base_model.model.proj
     model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
-    train_a_little(layer, "default", seed=3)
-    train_a_little(layer, "second", seed=4)
+    change_a_little(layer, "default", seed=3)
+    change_a_little(layer, "second", seed=4)
     model.merge_adapter(["default", "second"])
     both = layer.base_layer.weight.clone()
     model.unmerge_adapter()
@@ -284,14 +250,13 @@ def test_safe_merge_changes_nothing_when_it_fails() -> None:
 def test_delta_weight(form: str) -> None:
     model = wrapped(form)
     layer = model.base_model.model.proj
-    train_a_little(layer, size=1e-3)
-    da, db = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
-    assert error(layer.get_delta_weight("default"), plain_change(layer, "default", da, db)) < R * EPS * 8
+    change_a_little(layer, size=1e-3)
+    assert error(layer.get_delta_weight("default"), change64(layer, *deltas64(layer))) < R * EPS * 8
 
 
 @forms
 def test_dropout_touches_only_the_change(form: str) -> None:
-    with pytest.warns(UserWarning, match=r"lora_dropout=0.5: the paper trains PiSSA without dropout"):
+    with pytest.warns(notices.DropoutWarning, match=r"lora_dropout=0.5: the paper trains PiSSA without dropout"):
         model = wrapped(form, lora_dropout=0.5)
     layer, x = model.base_model.model.proj, inputs(64)
     model.train()
@@ -299,7 +264,7 @@ def test_dropout_touches_only_the_change(form: str) -> None:
         with model.disable_adapter():
             base = model(x)
         assert torch.equal(model(x), base)  # step 0
-        train_a_little(layer, size=0.1)
+        change_a_little(layer, size=0.1)
         torch.manual_seed(0)
         dropped = model(x) - base
         torch.manual_seed(0)
@@ -312,7 +277,7 @@ def test_dropout_touches_only_the_change(form: str) -> None:
 def test_autocast_checkpointing_strides_and_empty_batches(form: str) -> None:
     model, x = wrapped(form), inputs(6, 5)
     layer = model.base_model.model.proj
-    train_a_little(layer, size=0.1)
+    change_a_little(layer, size=0.1)
     expected = model(x)
     with torch.autocast(devices.current.type, torch.bfloat16):
         rounded = model(x)
@@ -335,8 +300,8 @@ def test_adapter_names_give_each_row_its_adapter(form: str) -> None:
     model, x = wrapped(form).eval(), inputs(4)
     layer = model.base_model.model.proj
     model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
-    train_a_little(layer, "default", seed=3)
-    train_a_little(layer, "second", seed=4)
+    change_a_little(layer, "default", seed=3)
+    change_a_little(layer, "second", seed=4)
     with torch.no_grad():
         mixed = model(x, adapter_names=["second", "__base__", "default", "second"])
         with model.disable_adapter():
@@ -370,7 +335,7 @@ def test_rounding_the_model_keeps_the_base_function(form: str) -> None:
 def test_copies_share_what_the_original_shares(form: str) -> None:
     model, x = wrapped(form), inputs(5)
     model.add_adapter("same", pissa.PissaConfig(r=R, target_modules=["proj"]))
-    train_a_little(model.base_model.model.proj)
+    change_a_little(model.base_model.model.proj)
     twin = copy.deepcopy(model)
     layer = twin.base_model.model.proj
     assert layer.start_of("same") is layer.start_of("default")
@@ -380,7 +345,7 @@ def test_copies_share_what_the_original_shares(form: str) -> None:
 
 def test_nf4_holds_four_bits() -> None:
     linear = wrapped("nf4").base_model.model.proj.base_layer
-    assert isinstance(linear, Nf4Linear)
+    assert isinstance(linear, QuantizedLinear)
     assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT // 2)
     assert not linear.weight.requires_grad
     assert "blocksize=64" in repr(linear)

@@ -20,7 +20,7 @@ from pissa.layers.layer import pissa_layers
 from reference import EPS, power_law
 
 VARIANTS = {"dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def one_layer(fields: dict[str, object], bias: bool = True, **sizes: int) -> tuple[nn.Module, nn.Linear]:
@@ -47,7 +47,7 @@ def layer_of(model: nn.Module) -> object:
 
 def base_weight(model: nn.Module) -> Tensor:
     """float64, of the base function."""
-    return devices.fetch(layer_of(model).dense_base()).double()
+    return devices.fetch(layer_of(model).base.matrix()).double()
 
 
 def factors(model: nn.Module, gradients: bool = False) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def test_the_saved_folder_is_a_plain_lora_with_the_same_function(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merging_and_unmerging(variant: str, tiny_llama: Make, tokens: Tensor) -> None:
     model = pissa.wrap(tiny_llama(), r=4, **VARIANTS[variant])
-    untrained = model.get_base_model().model.layers[0].mlp.up_proj.dense_base().clone()
+    untrained = model.get_base_model().model.layers[0].mlp.up_proj.base.matrix().clone()
     model.merge_adapter()
     assert torch.equal(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, untrained)
     model.unmerge_adapter()

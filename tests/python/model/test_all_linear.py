@@ -16,7 +16,9 @@ from torch import nn
 import architecture_checks as checks
 import pissa
 from architectures import GROUPED, TEXT, Architecture, _model, _text
-from one_layer import change_a_little
+from language_models import TWO_FORMS as FORMS
+from oracle import change_a_little
+from pissa import notices
 from pissa.layers.layer import pissa_layers
 from reference import EPS
 
@@ -45,18 +47,17 @@ FAMILIES = {
         set(),
     ),
 }
-FORMS = {"dense": {}, "nf4": {"quant": "nf4"}}
-SAID = "ignore:target_modules is 'all-linear':UserWarning"
-STORED = "ignore:The residual of the base is stored as:UserWarning"
+SAID = "ignore::pissa.notices.AllLinearWarning"
+STORED = "ignore::pissa.notices.InexactLoraWarning"
 pytestmark = pytest.mark.filterwarnings(STORED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_warning_names_what_is_chosen(family: str) -> None:
     architecture, small, left_out = FAMILIES[family]
-    with pytest.warns(UserWarning, match="target_modules is 'all-linear'") as caught:
+    with pytest.warns(notices.AllLinearWarning, match="target_modules is 'all-linear'") as caught:
         model = checks.wrapped(architecture, {})
-    (warning,) = [str(entry.message) for entry in caught if "all-linear" in str(entry.message)]
+    (warning,) = [str(entry.message) for entry in caught if entry.category is notices.AllLinearWarning]
     layers = pissa_layers(model.base_model.model, checks.ADAPTER)
     assert {name: layer.r[checks.ADAPTER] for name, layer in layers.items() if layer.r[checks.ADAPTER] != 4} == small
     assert {layer.scaling[checks.ADAPTER] for layer in layers.values()} == {1.0}
@@ -165,11 +166,11 @@ def test_nothing_is_said_of_layers_that_the_user_leaves_out() -> None:
 
 def test_a_second_adapter_is_capped_too() -> None:
     model = pissa.wrap(gates(), r=2, target_modules=["proj"])
-    with pytest.warns(UserWarning, match=r"of 1 of 3 layers, gate the first; .* 1 for the first") as caught:
+    with pytest.warns(notices.AllLinearWarning, match="of 1 of 3 layers, gate the first; .* 1 for") as caught:
         model.add_adapter("second", pissa.PissaConfig(r=4))
     assert caught[0].filename == __file__
     assert sizes(model, "second") == {"gate": (1, 1.0), "inner.gate": (4, 1.0), "inner.proj": (4, 1.0)}
-    with pytest.warns(UserWarning, match="all-linear") as caught:
+    with pytest.warns(notices.AllLinearWarning, match="all-linear") as caught:
         pissa.wrap(gates(), r=4)
     assert caught[0].filename == __file__
 

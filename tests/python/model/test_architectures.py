@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import architecture_checks as checks
 from architectures import ARCHITECTURES, FORMS, RELOADED, SUPPORTED
+from oracle import change_all
 
 supported = pytest.mark.parametrize(("name", "form"), SUPPORTED)
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 @supported
@@ -62,7 +63,7 @@ def test_it_generates_what_the_base_does(name: str) -> None:
     model = checks.wrapped(architecture, {})
     expected = architecture.make().generate(**prompt, **options)
     assert torch.equal(model.generate(**prompt, **options), expected)
-    checks.nudge(model, size=1.0)
+    change_all(model, size=0.5)
     trained = model.generate(**prompt, **options)
     assert not torch.equal(trained, expected)
     with model.disable_adapter():

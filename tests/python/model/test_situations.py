@@ -22,9 +22,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 import pissa
 from devices import on_cpu, put
 from language_models import Make, assert_same, error, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
-from pissa.base.stored import StartFactors
-from pissa.base.weights import weight_matrix
+from pissa import PissaConfig, PissaModel, notices
+from pissa.base.start import StartFactors
 from reference import EPS, assert_close
 from tiny_model import save_tiny_model
 from trainers import QUIET, logged, options
@@ -211,7 +210,7 @@ def test_situation_07_magnitudes_in_the_plain_lora(tiny_llama: Make, tokens: Ten
     assert len(magnitudes) == len([m for m in model.modules() if isinstance(m, pissa.layers.PissaLinear)])
     for name, tensor in magnitudes.items():
         layer = model.get_submodule(name.partition(".lora_magnitude")[0])
-        assert not torch.equal(tensor, weight_matrix(layer.base_layer).norm(dim=1).cpu())
+        assert not torch.equal(tensor, layer.base.matrix().norm(dim=1).cpu())
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_parameters": ["experts.gate_up_proj"], "target_modules": ["q_proj"]}])
@@ -277,7 +276,7 @@ def assert_adapts(make: Callable[[], nn.Module], dequantised: Callable[[Any], Te
 
 
 # PEFT does not know our layer over bitsandbytes' bytes, and says so.
-UNKNOWN_LAYER = pytest.mark.filterwarnings("ignore:Unsupported layer type .*Nf4Base:UserWarning")
+UNKNOWN_LAYER = pytest.mark.filterwarnings("ignore:Unsupported layer type .*BnbLinear4bit:UserWarning")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -305,15 +304,15 @@ def test_situation_12_four_bits_in_a_float_storage(storage: torch.dtype, tmp_pat
     assert_adapts(make, dequantised, tmp_path)
 
 
-class Int8(Tensor):
-    """In place of torchao's tensors, which are not installed here: a Tensor that knows few operations."""
+class FewOperations(Tensor):
+    """A tensor of a class that knows few operations, as torchao's do."""
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> Int8:
+    def __new__(cls, values: Tensor) -> FewOperations:
         return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values.to(torch.int8)
+        self.values = values
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -322,18 +321,32 @@ class Int8(Tensor):
         raise NotImplementedError(f"{cls.__name__} dispatch: attempting to run unimplemented operator {function}")
 
 
-def test_situation_13_tensors_of_torchao(tiny_llama: Make) -> None:
-    """PEFT 0.21 fails with NotImplementedError from the dispatch of torchao's tensors (here a stand-in for them); we
-    refuse the layer by name, say what can be adapted, and leave the model as it was."""
+def few_operations(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(FewOperations(layer.weight.detach()), requires_grad=False)
+
+
+def torchao_int8(layer: nn.Linear) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("quantise", [few_operations, pytest.param(torchao_int8, marks=pytest.mark.slow)])
+def test_situation_13_tensors_of_torchao(quantise: Callable[[nn.Linear], None], tiny_llama: Make) -> None:
+    """PEFT 0.21 fails with NotImplementedError from the dispatch of torchao's tensors (5 seconds to import, so in their
+    place one of ours; the real ones in `make test-slow`); we refuse the layer by name, say what can be adapted, and
+    leave the model as it was."""
     model = tiny_llama()
     layer = model.model.layers[1].mlp.up_proj
-    layer.weight = weight = nn.Parameter(Int8(layer.weight.detach() * 100), requires_grad=False)
-    modules = dict(model.named_modules())
-    words = r"weight of model\.layers\.1\.mlp\.up_proj is a Int8 .* plain float32, bfloat16 and float16 weights"
+    quantise(layer)
+    weight, modules = layer.weight, dict(model.named_modules())
+    found = type(weight).__name__
+    words = rf"weight of model\.layers\.1\.mlp\.up_proj is a {found} .* plain float32, bfloat16 and float16 weights"
     with pytest.raises(TypeError, match=words):
         pissa.wrap(model, r=4)
     assert dict(model.named_modules()) == modules
     assert layer.weight is weight
+    with pytest.raises(NotImplementedError, match=rf"{found} dispatch: attempting to run unimplemented operator"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights="pissa"))
 
 
 def test_situation_14_weights_elsewhere(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -379,7 +392,7 @@ def test_situation_16_dropout(tiny_llama: Make, tokens: Tensor) -> None:
     """PEFT 0.21 takes lora_dropout without a warning and drops parts of the principal components, too (relative error
     of the logits 0.31 at the start, in training mode); here it warns, and dropout touches the change only."""
     expected = logits(tiny_llama().train(), tokens)
-    with pytest.warns(UserWarning, match=r"lora_dropout=0\.1: the paper trains PiSSA without dropout"):
+    with pytest.warns(notices.DropoutWarning, match=r"lora_dropout=0\.1: the paper trains PiSSA without dropout"):
         model = pissa.wrap(tiny_llama(), r=4, lora_dropout=0.1)
     model.train()
     assert torch.equal(logits(model, tokens), expected)

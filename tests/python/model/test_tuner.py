@@ -13,6 +13,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from transformers import pipeline
 
+import language_models
 import mixtures
 import pissa
 from language_models import Make, assert_same, logits, snapshot, train
@@ -20,15 +21,13 @@ from pissa import PissaConfig
 from tiny_model import save_tiny_model
 
 FORMS: dict[str, dict[str, Any]] = {
-    "implicit": {},
-    "explicit": {"residual": "explicit"},
-    "nf4": {"quant": "nf4"},
+    **language_models.FORMS,
     "dora": {"use_dora": True},
     "adalora": {"use_adalora": True},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
 }
-pytestmark = pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
 def trained(make: Make, tokens: Tensor, form: str) -> pissa.PissaModel:

@@ -23,7 +23,7 @@ from reference import energy_loss, power_law
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:The residual of:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Two ways to the same number, each with at most 4 roundings to its dtype along it; float32 sums of 2^12 terms besides.

@@ -101,7 +101,7 @@ def test_quality_is_not_below_torch_svd_lowrank(passes: int, niter: int, r: int,
 
 @pytest.mark.parametrize("r", [1, 8, 32, 128])
 def test_auto_is_not_below_sixteen_iterations_of_torch(r: int) -> None:
-    """At r = 128 eight passes lose half as much again. bench/svd_quality.py has the whole grid."""
+    """At r = 128 eight passes lose half as much again. bench/compare/svd_quality.py has the whole grid."""
     weight = power_law(384, 512, 0.2).float()
     torch.manual_seed(0)
     peer = energy_loss(weight, torch.svd_lowrank(weight, q=r, niter=16)[2])

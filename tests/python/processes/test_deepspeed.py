@@ -19,7 +19,7 @@ from processes import launch
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 
 

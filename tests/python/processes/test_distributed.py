@@ -20,7 +20,7 @@ from processes import launch
 
 pytestmark = [
     pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore:The residual of the base is stored as:UserWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 
 
@@ -81,7 +81,7 @@ def test_they_meet_where_the_machine_s_own_name_does_not_resolve(tmp_path: Path)
     done = launch(2, "distributed_worker.py", "architectures", tmp_path, "resnet", under=renamed)
     assert done.returncode == 0, done.stdout[-5000:]
     found = json.loads((tmp_path / "architectures-2-0.json").read_text())
-    assert found["resnet, dense, ddp"]["value"] == "pass"
+    assert found["resnet, implicit, ddp"]["value"] == "pass"
 
 
 # ---- The start -------------------------------------------------------------------------------------------------------

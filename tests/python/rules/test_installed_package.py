@@ -11,13 +11,13 @@ import pytest
 import pissa
 
 PACKAGE = Path(pissa.__file__).parent
-PROGRAM = Path(__file__).parents[1] / "cpp/installed"
+PROGRAM = Path(__file__).parents[2] / "cpp/installed"
 MISSING = [tool for tool in ("cmake", "ninja", "c++") if not shutil.which(tool)]
 
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.skipif(
-        Path(__file__).parents[2] / "python/pissa" == PACKAGE, reason="only an installed pissa has the C++ library"
+        Path(__file__).parents[3] / "python/pissa" == PACKAGE, reason="only an installed pissa has the C++ library"
     ),
 ]
 

@@ -20,6 +20,7 @@ PEFT = {"torch", "peft", "transformers", "accelerate"}
 ROOMS: dict[str, set[str]] = {
     "ops": {"torch"},
     "distributed": {"torch"},
+    "notices": set(),
     "peft_private": PEFT,
     "config": {"torch", "peft"},
     "base": PEFT | {"xxhash"},

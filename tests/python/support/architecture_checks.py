@@ -20,6 +20,7 @@ import pissa
 import reference
 from architectures import Architecture
 from language_models import assert_same, snapshot
+from oracle import change_all
 from pissa import PissaModel
 from pissa.layers.layer import pissa_layers
 
@@ -104,12 +105,12 @@ def definition(
         stack = f"{expert[1]}.{expert[3]}" if expert else ""
         key = stack if stack in values else f"{name}.weight"
         owner = base.get_submodule(expert[1] if key == stack else name)
-        if layer.form.kind == "implicit":
+        if layer.base.form.kind == "implicit":
             old = values[key][int(expert[2])] if key == stack else values[key]
             change = scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
             weight = old + as_weight(change, owner, old.shape)
         else:
-            q = layer.unmerged_base.dense_residual().to(dtype)
+            q = layer.base.dense_residual().to(dtype)
             weight = as_weight(q + scaling * (b0 + db) @ (a0 + da), owner, q.shape)
         if key == stack:
             stacks.setdefault(stack, {})[int(expert[2])] = weight
@@ -168,17 +169,6 @@ def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**batch).logits
     return logits
-
-
-def nudge(model: PissaModel, size: float = 0.1) -> None:
-    """Moves what is trained away from its start, by so much of the start factors' size."""
-    generator = torch.Generator().manual_seed(3)
-    for layer in pissa_layers(model, ADAPTER).values():
-        start = layer.start_of(ADAPTER)
-        with torch.no_grad():
-            for delta, factor in zip(layer.deltas(ADAPTER), (start.a0, start.b0), strict=False):
-                noise = torch.randn(delta.shape, generator=generator).to(delta)
-                delta.copy_(size * factor.square().mean().sqrt() * noise)
 
 
 def training_loss(model: PissaModel, batch: dict[str, Tensor]) -> Tensor:
@@ -249,7 +239,7 @@ def check_gradients(architecture: Architecture, form: Fields) -> None:
     """Loss, logits and gradients are those of the definition."""
     batch = architecture.batch()
     model = wrapped(architecture, form)
-    nudge(model)
+    change_all(model)
     ours = evaluation(model, batch)
     plain = definition(architecture, model, batch, torch.float32)
     exact = definition(architecture, model, batch, torch.float64)
@@ -293,7 +283,7 @@ def check_merge(architecture: Architecture, form: Fields) -> None:
     """Merged into one dense weight each, the layers are the adapted function up to rounding; unmerging is exact."""
     model, batch = wrapped(architecture, form), architecture.batch()
     base = output(model, batch)
-    nudge(model)
+    change_all(model)
     adapted = output(model, batch)
     assert not torch.equal(adapted, base)
     plain, exact = (definition(architecture, model, batch, dtype).logits for dtype in (torch.float32, torch.float64))
@@ -312,7 +302,7 @@ def check_disable_and_delete(architecture: Architecture, form: Fields) -> None:
     model = wrapped(architecture, form)
     base = output(model, batch)
     step(model, batch)
-    nudge(model)
+    change_all(model)
     assert not torch.equal(output(model, batch), base)
     with model.disable_adapter():
         assert torch.equal(output(model, batch), base)

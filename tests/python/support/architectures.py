@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import devices
+from language_models import TWO_FORMS as FORMS
 
 VOCABULARY = 90
 HIDDEN = 64  # its root is exact, so a scale of sqrt(hidden) is the same number in float32 and float64
@@ -284,15 +285,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
-FORMS: dict[str, dict[str, str]] = {"dense": {}, "nf4": {"quant": "nf4"}}
 SUPPORTED = [
     (name, form)
     for name, architecture in ARCHITECTURES.items()
     for form in FORMS
-    if form == "dense" or architecture.nf4_refused is None
+    if form == "implicit" or architecture.nf4_refused is None
 ]
 """Architectures and forms that fit."""
 
 # One of each kind of layer, and of each class of model.
 RELOADED = [case for case in SUPPORTED if case[0] in ("llama3", "mixtral", "gpt2", "t5", "deberta_v3", "resnet")]
-RELOADED += [("llama, embeddings targeted", "dense")]
+RELOADED += [("llama, embeddings targeted", "implicit")]

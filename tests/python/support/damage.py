@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import assert_same, logits, snapshot, train
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, notices
 from pissa.files.record import checksum
 from pissa.files.tensor_file import write_tensors
 
@@ -131,7 +131,7 @@ def make_saved(form: str, folder: Path) -> Saved:
         model.set_adapter("second")
     train(model, tokens)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The residual of the base is stored as", UserWarning)
+        warnings.simplefilter("ignore", notices.InexactLoraWarning)
         model.save_pretrained(folder)
     if form == "second":
         folder = folder / "second"

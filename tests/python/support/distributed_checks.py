@@ -26,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 import pissa
 from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, snapshot
-from one_layer import change_a_little
+from oracle import change_a_little
 from pissa import PissaModel
-from pissa.base.codes import HoldsNf4
-from pissa.base.fingerprint import Remembered, fingerprint
+from pissa.base.codes import HoldsCodes
+from pissa.base.fingerprint import Fingerprints, fingerprint
 from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded, rank, world_size
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -102,7 +102,8 @@ def shares(folder: Path) -> dict[str, int]:
     finally:
         decomposition.start_factors = original
     for layer in pissa_layers(model.base_model.model, "default").values():
-        assert layer.residual_fingerprint() == fingerprint(*residual_tensors(layer.base_layer.residual).values())
+        kept = residual_tensors(layer.base_layer.residual).values()
+        assert layer.fingerprints.of_residual(layer.base) == fingerprint(*kept)
     return sizes
 
 
@@ -200,8 +201,8 @@ def fsdp2(folder: Path) -> dict[str, list[float]]:
     found = {}
     for form, fields in FORMS.items():
         model = pissa.wrap(llama(), r=4, **fields)
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, HoldsNf4)}
-        before = {name: module.nf4.codes.clone() for name, module in packed.items()}
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, HoldsCodes)}
+        before = {name: module.quantized.codes.clone() for name, module in packed.items()}
         dtypes = {module.weight.dtype for module in packed.values()}
         assert dtypes <= {getattr(torch, fields.get("quant_storage", "uint8"))}
         model = shard(model)
@@ -345,7 +346,7 @@ def saved_while_sharded(folder: Path) -> dict[str, Any]:
             model.save_pretrained(target / "trained_only", state_dict=trained_only)
             for module in model.modules():
                 if isinstance(module, PissaLayer):
-                    module._known_fingerprint, module._known_residual = Remembered(), Remembered()
+                    module.fingerprints = Fingerprints()
             if form == "implicit":
                 call = partial(model.save_pretrained, target / "refused", state_dict=trained_only)
                 found["of unknown weights"] = message(call)

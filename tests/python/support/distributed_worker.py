@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import language_models
 import pissa
+from pissa import notices
 from pissa.base.fingerprint import fingerprint
 from pissa.distributed import rank, world_size
 
 QUIET = (
-    ("The residual of the base is stored as", UserWarning),
+    ("", notices.InexactLoraWarning),
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),
 )
 
 FORMS: dict[str, dict[str, Any]] = {
-    "implicit": {},
-    "explicit": {"residual": "explicit"},
-    "nf4": {"quant": "nf4"},
+    **language_models.FORMS,
     "nf4 in bfloat16": {"quant": "nf4", "quant_storage": "bfloat16"},
     "nf4 in float32": {"quant": "nf4", "quant_storage": "float32"},
     "dora": {"use_dora": True},
@@ -197,12 +197,12 @@ def step_of_architecture(name: str, fields: dict[str, Any], parallel: str) -> st
 def architectures(names: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Checks of DDP and FSDP2 for architectures, all by default, dense and in 4 bits."""
     from architectures import ARCHITECTURES
+    from architectures import FORMS as FORMS_OF_ARCHITECTURES
 
-    forms: dict[str, dict[str, Any]] = {"dense": {}, "nf4": {"quant": "nf4"}}
     return {
         f"{name}, {form}, {parallel}": lambda case=(name, fields, parallel): step_of_architecture(*case)
         for name in names or ARCHITECTURES
-        for form, fields in forms.items()
+        for form, fields in FORMS_OF_ARCHITECTURES.items()
         for parallel in ("ddp", "fsdp2")
     }
 

@@ -7,11 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from devices import fetch
+
 Make = Callable[..., nn.Module]
 """The fixture `tiny_llama`."""
 
 FORMS: dict[str, dict[str, str]] = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
 """Fields of PissaConfig for each way to keep the base."""
+
+TWO_FORMS = {form: FORMS[form] for form in ("implicit", "nf4")}
+"""A base that stays as it is, and one in 4 bits: for what takes long."""
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -36,7 +41,8 @@ def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:
 
 def error(got: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to what was expected."""
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    got, expected = (fetch(tensor.detach()).double() for tensor in (got, expected))
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

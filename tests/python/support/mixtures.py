@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from devices import put
-from one_layer import change_a_little
 from pissa.layers import PissaLinear
 from pissa.layers.layer import pissa_layers
 
@@ -76,8 +75,3 @@ def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
 def expert_layers(model: nn.Module) -> dict[str, PissaLinear]:
     layers = pissa_layers(model.base_model.model, "default")
     return {name: layer for name, layer in layers.items() if ".experts." in name}
-
-
-def change_all(model: nn.Module) -> None:
-    for seed, layer in enumerate(pissa_layers(model.base_model.model, "default").values()):
-        change_a_little(layer, seed=seed)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import pissa
 from devices import fetch, put
-from pissa.base.weights import weight_matrix
+from oracle import change_a_little, deltas64, weight64
+from pissa.base.kinds import base_of
 from pissa.layers.layer import PissaLayer
 from reference import EPS, assert_close
 
@@ -50,29 +51,6 @@ def filled(layer: nn.Module, seed: int = 0) -> nn.Module:
             size = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1.0
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return layer
-
-
-def change_a_little(layer: PissaLayer, adapter: str = "default", size: float = 0.05, seed: int = 3) -> None:
-    """Gives the adapter other factors, as training does."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in layer.factor_parameters(adapter):
-        parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
-
-
-def deltas64(layer: PissaLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
-    """What is trained, as float64 matrices on the CPU that collect gradients."""
-    da, db, *_ = layer.deltas(adapter)
-    return tuple(fetch(delta.detach()).double().requires_grad_() for delta in (da, db))
-
-
-def weight64(layer: PissaLayer, base: Tensor, da: Tensor, db: Tensor, absolute: bool = False) -> Tensor:
-    """The matrix that the adapter makes of `base`: W + s (B A - B0 A0), the paper's. With `absolute` the terms that the
-    layer sums, in absolute value: of W, dB A and B0 dA."""
-    start = layer.start_of("default")
-    a0, b0, scaling = fetch(start.a0).double(), fetch(start.b0).double(), layer.scaling["default"]
-    if absolute:
-        return base.abs() + scaling * (db.abs() @ (a0.abs() + da.abs()) + b0.abs() @ da.abs())
-    return base + scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
 
 
 def unit_error(layer: PissaLayer, terms: int) -> float:
@@ -144,7 +122,8 @@ def assert_merges(model: nn.Module, base: Tensor) -> nn.Module:
     da, db = (delta.detach() for delta in deltas64(layer))
     expected, magnitude = (weight64(layer, base, da, db, absolute) for absolute in (False, True))
     model.merge_adapter()
-    assert_close(weight_matrix(layer.base_layer).detach(), expected, unit_error(layer, 1) * magnitude, "merged weight")
+    merged = base_of(layer.base_layer).matrix().detach()
+    assert_close(merged, expected, unit_error(layer, 1) * magnitude, "merged weight")
     model.unmerge_adapter()
     assert layer.base_layer is before
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())

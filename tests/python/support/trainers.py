@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-FORMS: dict[str, dict[str, str]] = {"implicit": {}, "nf4": {"quant": "nf4"}}
-"""Fields of PissaConfig: a base that stays as it is, and one in 4 bits."""
+from language_models import TWO_FORMS as FORMS
 
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -22,7 +21,7 @@ and 97 logits. In another order of summation the results differ by TERMS u, u = 
 
 QUIET = (
     # An nf4 adapter says, when it is saved, what the plain LoRA beside it lacks.
-    "ignore:The residual of the base is stored as:UserWarning",
+    "ignore::pissa.notices.InexactLoraWarning",
     # transformers 5 has renamed gradient checkpointing to activation checkpointing, and calls itself by the old names.
     "ignore:`gradient_checkpointing.*is deprecated:FutureWarning",
 )

@@ -55,6 +55,22 @@ constexpr std::size_t kStackBytes = 256 << 10;
 constexpr std::size_t kStackBytes = 64 << 10;
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+struct Stack {
+  void* from;
+  std::size_t bytes;
+};
+
+Stack stack_of_thread() {
+  Stack stack;
+  pthread_attr_t attributes;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &stack.from, &stack.bytes);
+  pthread_attr_destroy(&attributes);
+  return stack;
+}
+#endif
+
 }  // namespace
 
 void create_fiber(Fiber& fiber, void (*entry)()) {
@@ -97,10 +113,11 @@ void enter_fiber() {
 
 void adopt_host(Fiber& host) {
 #ifdef __SANITIZE_ADDRESS__
-  pthread_attr_t attributes;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &host.stack, &host.stack_bytes);
-  pthread_attr_destroy(&attributes);
+  // Once a thread: of the first one glibc reads /proc/self/maps, where each fiber has two lines; for every launch that
+  // was a third of a test's time.
+  thread_local const Stack stack = stack_of_thread();
+  host.stack = stack.from;
+  host.stack_bytes = stack.bytes;
 #endif
 #ifdef CUDA_SIM_TSAN
   host.tsan = __tsan_get_current_fiber();

@@ -1,0 +1,69 @@
+"""Which base a module is, and which modules can be adapted."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pissa.base.bitsandbytes import (
+    BnbLinear4bit,
+    BnbLinear8bit,
+    Quantised,
+    check_int8,
+    from_bitsandbytes,
+    is_bitsandbytes,
+)
+from pissa.base.codes import HoldsCodes
+from pissa.base.protocol import Base
+from pissa.base.stored import StoredLinear
+from pissa.base.weights import Dense
+
+
+def base_of(module: nn.Module) -> Base:
+    """The base that a module is: the module itself if it is one of ours."""
+    if isinstance(module, (StoredLinear, BnbLinear4bit)):
+        return module
+    if is_bitsandbytes(module, "Linear8bitLt"):
+        return BnbLinear8bit(module)
+    return Quantised(module) if is_bitsandbytes(module, "Linear4bit") else Dense(module)
+
+
+def adopted(target: nn.Module) -> Base | None:
+    """The base that takes the place of a module of a model; None if the module is of no kind that can be adapted.
+
+    Raises:
+        TypeError: it is of such a kind, but cannot be adapted. The text says what it is, to follow "layer x is".
+    """
+    what = f"a {type(target).__name__}"
+    try:
+        if is_bitsandbytes(target, "Linear4bit"):
+            return from_bitsandbytes(target)
+        if is_bitsandbytes(target, "Linear8bitLt"):
+            check_int8(target)
+            return base_of(target)
+    except TypeError as error:
+        raise TypeError(f"{what} of bitsandbytes, but {error}") from None
+    base = base_of(target)
+    if base.kind is None or not _computes_as(base.kind, target):
+        return None
+    if getattr(target, "groups", 1) != 1:
+        raise TypeError(f"{what} with groups={target.groups}, whose weight is not one matrix")
+    if getattr(target, "max_norm", None) is not None:
+        raise TypeError(f"an Embedding with max_norm={target.max_norm}, which changes its own weight")
+    return base
+
+
+_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+
+
+def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
+    """Whether the module computes what `kind` does, although a subclass may compute anything. Falcon's linear layers
+    do, which add the bias in a step of its own, and embeddings that multiply what they look up by a scale."""
+    found = type(module)
+    if kind is nn.Linear and f"{found.__module__}.{found.__qualname__}" == _FALCON_LINEAR:
+        return True
+    return found is kind or (kind is nn.Embedding and hasattr(module, "embed_scale"))
+
+
+def computing_parameters(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters without codes, whose dtype means nothing."""
+    return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))

@@ -1,0 +1,115 @@
+"""What may be asked of a base, whatever it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pissa import ops
+from pissa.base.start import StartFactors
+from pissa.config import Form
+from pissa.distributed import is_sharded
+
+
+class Base(Protocol):
+    """The frozen function of a layer, y = x Wᵀ + b on the weight W as a matrix [out, in]. `kinds.base_of` gives that
+    of a module."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that computes the function."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The module's parameter `weight`: the weight itself, a residual or codes."""
+
+    @property
+    def kind(self) -> type[nn.Module] | None:
+        """What the function is: nn.Linear, Conv1D, nn.Embedding or a convolution; None if it is none of these."""
+
+    @property
+    def dense_type(self) -> type[nn.Module]:
+        """The class of a dense module in the base's place: `kind`, or a subclass of it."""
+
+    @property
+    def form(self) -> Form:
+        """How the weight is kept."""
+
+    @property
+    def start(self) -> StartFactors | None:
+        """The start factors that a stored residual lacks; None if the whole weight is kept."""
+
+    @property
+    def residual(self) -> Tensor | ops.QuantizedWeight | None:
+        """What a stored base keeps, as pissa.ops takes it; None if the whole weight is kept."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether bitsandbytes has quantised the whole weight."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes: where its weight is, or where accelerate fetches it to."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight; codes are counted by what they stand for."""
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, fetched if it is offloaded; None if there is none."""
+
+    def matrix(self) -> Tensor:
+        """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""
+
+    def fused(
+        self, start: StartFactors, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
+        """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input of
+        `dtype`, and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix [out, in] in the shape of a dense weight of this kind."""
+
+    def shown_weight(self, dtype: torch.dtype) -> Tensor:
+        """What others may take for the weight: the module's parameter; if that is a residual or our own codes, the
+        decoded weight in `dtype`."""
+
+    def twin(self, matrix: Tensor) -> nn.Module:
+        """A dense module in the base's place: the weight is `matrix` [out, in], frozen; all else, the bias too, is the
+        base's own."""
+
+    def restored(self) -> nn.Module:
+        """The module that goes back into the model when the adapters are unloaded."""
+
+    def holding(self, weight: Tensor) -> Base:
+        """A base like this one over another parameter `weight` of the same shape."""
+
+
+def whole(base: Base, gathered: Tensor | None) -> Base:
+    """Returns `base`, or, if its weight is sharded, a base like it that holds the full weight, `gathered`.
+
+    Raises:
+        ValueError: the weight is sharded, and nothing has been gathered.
+    """
+    if not is_sharded(base.parameter):
+        return base
+    if gathered is None:
+        raise ValueError(
+            "a base weight was sharded before its fingerprint was known: call torch.distributed.init_process_group "
+            "before pissa.wrap, or give save_pretrained a state_dict that has the frozen weights too"
+        )
+    return base.holding(gathered)

@@ -1,0 +1,69 @@
+"""Where an adapter starts: the frozen factors A0 and B0, and what is trained, the differences from them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pissa.base.keeps_dtype import KeepsDtype
+from pissa.ops.low_rank import join_difference
+
+
+class Origin(NamedTuple):
+    """What determines start factors, given the base: adapters of a layer that agree on it share them."""
+
+    r: int
+    scaling: float
+    init: str
+    """The name of the init method."""
+    adalora: bool
+    identity: tuple[tuple[str, Any], ...]
+    """What else of the configuration the method depends on: names and values, see `InitMethod.identity`."""
+
+
+class Deltas(NamedTuple):
+    """What is trained: the differences from the start factors."""
+
+    a: Tensor
+    """[r, in]"""
+    b: Tensor
+    """[out, r]"""
+    e: Tensor | None = None
+    """[r, 1], of the singular values, with AdaLoRA."""
+
+
+class StartFactors(KeepsDtype):
+    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r].
+
+    With AdaLoRA (arXiv 2303.10512; PiSSA's appendix A) a0 = E0 V0: the lengths of its rows are singular values.
+    """
+
+    a0: Tensor
+    b0: Tensor
+
+    def __init__(self, a0: Tensor, b0: Tensor, origin: Origin) -> None:
+        super().__init__()
+        self.register_buffer("a0", a0.contiguous())
+        self.register_buffer("b0", b0.contiguous())
+        self.origin = origin
+
+    def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""
+        if deltas.e is None:
+            return deltas.a, deltas.b
+        values, vectors = self.values_and_vectors()
+        return (values + deltas.e) * deltas.a + deltas.e * vectors, deltas.b
+
+    def factors_of_change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
+        da, db = (delta.float() for delta in self.change(deltas))
+        return join_difference(self.a0 + da, da, db, self.b0)
+
+    def values_and_vectors(self) -> tuple[Tensor, Tensor]:
+        """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""
+        values = self.a0.norm(dim=1, keepdim=True)
+        return values, self.a0 / values.where(values > 0, 1)
+
+    def extra_repr(self) -> str:
+        return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"

@@ -1,0 +1,226 @@
+"""What an adapter's folder is: whose layout it has, and which weight its factors change."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pissa.conversion.delta_weight import DeltaWeight
+from pissa.conversion.lora_start import (
+    Starts,
+    check_sum,
+    initial_folder,
+    load_base,
+    residual_of,
+    start_from_base,
+    start_from_initial,
+)
+from pissa.files.lora_folder import LoraFolder
+from pissa.files.messages import shown
+from pissa.files.peft_layout import FACTOR_KEYS, base_weight_key
+from pissa.files.pissa_layout import PISSA_RECORD
+from pissa.files.plain_lora import warn_of_inexact_lora
+from pissa.files.record import AdapterRecord
+
+Base = nn.Module | str | os.PathLike[str] | None
+
+OURS = "an adapter of pissa"
+INITIAL = "an adapter on a residual, and its initial adapter"
+PEFT = "PEFT's PiSSA, its start computed from the base"
+SUBTRACTED = "[B, -B0]·[A ; A0]"
+PLAIN = "a plain LoRA"
+
+# Starts of PEFT's that leave the base as it is.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter that is to be converted."""
+
+    folder: LoraFolder
+    layout: str
+    """One of the constants above."""
+    starts: Starts
+    """The start factors that its factors have to be compared with."""
+
+    @staticmethod
+    def read(
+        path: Path,
+        base: Base,
+        initial: str | os.PathLike[str] | None,
+        subtracted: bool | None,
+        *,
+        progressbar: bool,
+    ) -> Source:
+        """Reads the folder; the arguments are those of `convert`.
+
+        Raises:
+            ValueError: a layout that cannot be converted, or arguments that do not fit it.
+        """
+        folder = LoraFolder.read(path)
+        return Source(folder, *_layout(path, folder, base, initial, subtracted, progressbar))
+
+    def deltas(self, target: str) -> list[DeltaWeight]:
+        """The delta weights of a target, more than one if they are experts'."""
+        scaling = self.folder.factors[target].scaling
+        make = DeltaWeight.subtracted if self.layout == SUBTRACTED else DeltaWeight
+        deltas = [make(scaling, *pair) for pair in self.folder.matrices(target)]
+        if target in self.starts:
+            a0, b0 = self.starts[target]
+            deltas = [deltas[0]._replace(start=(a0.double(), b0.double()))]
+        return deltas
+
+    def other_tensors(self) -> dict[str, Tensor]:
+        """The tensors beside the factors, for the unmodified base. The weight of an adapted layer, W - s B0 A0, becomes
+        W."""
+        folder = self.folder
+        tensors = {name: folder.weights.read(name) for name in folder.other_keys}
+        for target, (a0, b0) in self.starts.items():
+            factors = folder.factors[target]
+            if (name := base_weight_key(target)) in tensors:
+                weight = tensors[name]
+                product = factors.scaling * (b0.double() @ a0.double())
+                if factors.keys[0].endswith(FACTOR_KEYS[1][0]):  # an embedding's
+                    product = product.mT
+                if product.numel() != weight.numel():
+                    raise ValueError(
+                        f"{folder.weights.path}: tensor {shown(name)} is {list(weight.shape)}, unlike its factors"
+                    )
+                tensors[name] = (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
+        return tensors
+
+    def base_name(self, base: Base) -> str | None:
+        """The name of the unmodified base, if it is known; a residual model's is not it."""
+        if residual_of(self.folder) is None and (name := self.folder.config["base_model_name_or_path"]):
+            return str(name)
+        if base is None or isinstance(base, nn.Module):
+            return getattr(base, "name_or_path", None) or None
+        return str(base)
+
+
+def _layout(
+    source: Path,
+    folder: LoraFolder,
+    base: Base,
+    initial: str | os.PathLike[str] | None,
+    subtracted: bool | None,
+    progressbar: bool,
+) -> tuple[str, Starts]:
+    init = folder.config["init_lora_weights"]
+    if (source / PISSA_RECORD).is_file():
+        _check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
+        _check_record(source, folder)
+        return OURS, {}
+    if initial is None:
+        initial = residual_of(folder)
+    if initial is not None:
+        _check_unused(f"{source} is trained on a residual", subtracted=subtracted)
+        _check_no_parameters(folder)
+        return INITIAL, _start_from_initial(folder, initial, base)
+    if isinstance(init, str) and init.startswith("pissa"):
+        _check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
+        _check_no_parameters(folder)
+        if init != "pissa":
+            raise ValueError(
+                f"{folder.config_path}: init_lora_weights is {init!r}, a random decomposition that PEFT does not seed, "
+                "so its start cannot be computed again. Give the adapter as it was saved before training, initial=. "
+                "Without it the adapter can only be used with the residual model that it was trained on"
+            )
+        if base is None:
+            raise ValueError(
+                f"{folder.config_path}: init_lora_weights is 'pissa'; the adapter belongs to W - s B0 A0. Give the "
+                "base W, base=, or the adapter as it was saved before training, initial="
+            )
+        return PEFT, start_from_base(folder, load_base(base), progressbar=progressbar)
+    if init not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
+            "saved before training, initial="
+        )
+    _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
+    if subtracted or (subtracted is None and _is_subtracted(folder)):
+        _check_subtracted(folder)
+        return SUBTRACTED, {}
+    return PLAIN, {}
+
+
+def _check_unused(reason: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value not in (None, False):
+            raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
+
+
+def _check_no_parameters(folder: LoraFolder) -> None:
+    if names := folder.config["target_parameters"]:
+        raise ValueError(
+            f"{folder.config_path}: target_parameters are {shown(names)}; PEFT starts no PiSSA in parameters, and "
+            "stacks the factors of experts wrongly when it subtracts; such an adapter cannot be converted"
+        )
+
+
+def _check_record(source: Path, folder: LoraFolder) -> None:
+    """Checks that the plain LoRA is the one that pissa.json describes; warns if it lacks the rounding of a residual."""
+    record = AdapterRecord.read(source / PISSA_RECORD)
+    folder.weights.verify()
+    present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
+    for name, layer in record.layers.items():
+        found = present.pop(name, None)
+        if found is None:
+            raise ValueError(f"{folder.weights.path} holds no factors of layer {name}, which is in {PISSA_RECORD}")
+        if found.rank != 2 * layer.r or not math.isclose(found.scaling, layer.scaling, rel_tol=1e-12):
+            raise ValueError(
+                f"{folder.config_path}: layer {name} has rank {found.rank} and scaling {found.scaling:g}; in "
+                f"{PISSA_RECORD} it has {2 * layer.r} and {layer.scaling:g}: the files do not belong together"
+            )
+    if present:
+        raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
+    if forms := {layer.form.kind for layer in record.layers.values()} - {"implicit"}:
+        warn_of_inexact_lora(forms, stacklevel=5)
+
+
+def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base: Base) -> Starts:
+    path, residual = initial_folder(given)
+    initial = LoraFolder.read(path)
+    starts = start_from_initial(folder, initial)
+    if base is not None:
+        if residual is None:
+            raise ValueError(f"base is only compared with a residual model, and {path} lies in none: leave base out")
+        check_sum(initial, starts, load_base(residual), load_base(base))
+    return starts
+
+
+def _is_subtracted(folder: LoraFolder) -> bool:
+    """Whether the second half of every layer's factors is A0 and -B0 of a singular value decomposition."""
+    if any(factors.rank % 2 or factors.rank < 4 or len(factors.layers) > 1 for factors in folder.factors.values()):
+        return False
+    for target in folder.factors:
+        delta = DeltaWeight.subtracted(1.0, *folder.matrices(target)[0])
+        assert delta.start is not None
+        a0, b0 = delta.start
+        gram_a, gram_b = a0 @ a0.mT, b0.mT @ b0
+        lengths = gram_a.diagonal()
+        # Singular vectors are orthogonal, and factors rounded, up to float32's roundoff times their length.
+        tolerance = (a0.shape[1] + len(b0)) * 2.0**-24 * lengths.max()
+        if max((gram - lengths.diag()).abs().max() for gram in (gram_a, gram_b)) > tolerance:
+            return False
+        if (delta.a - a0).norm() >= a0.norm() or (delta.b - b0).norm() >= b0.norm():
+            return False
+    return True
+
+
+def _check_subtracted(folder: LoraFolder) -> None:
+    _check_no_parameters(folder)
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if folder.config.get(field) and not folder.other_keys:
+            raise ValueError(
+                f"{folder.weights.path} lacks {field}, which PEFT leaves out when it subtracts the initial "
+                "adapter: convert the adapter that was trained, with initial="
+            )
+    for target, factors in folder.factors.items():
+        if factors.rank % 2:
+            raise ValueError(f"{folder.weights.path}: layer {target} has rank {factors.rank}; [B, -B0] has an even one")

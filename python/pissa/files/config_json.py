@@ -1,0 +1,76 @@
+"""A PissaConfig as JSON, in pissa.json, or alone in adapter_config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from peft import LoraConfig
+
+from pissa.config import PissaConfig, default_of
+from pissa.files.json_file import blaming, read_json, typed
+from pissa.files.messages import shown
+
+SIZE_LIMIT = 100_000_000
+"""Bytes of a JSON file of ours: what safetensors allows a header. 100,000 layers take half of it."""
+
+_ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
+"""pissa 0.1.0 wrote all fields of PEFT 0.21: these, too, which it has no use for, at defaults that are not empty."""
+
+_NO_RESIDUAL = "implicit"
+"""What the file has for a `residual` that is not given, with `quant` too, so that pissa 0.1.0 reads it."""
+
+
+def config_as_json(config: PissaConfig) -> dict[str, Any]:
+    """The fields of ours, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
+    peft = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    fields = {}
+    for f in _config_fields():
+        value = getattr(config, f.name)
+        if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
+            fields[f.name] = sorted(value) if isinstance(value, set) else value
+    return fields | {"residual": config.residual or _NO_RESIDUAL}
+
+
+def config_from_json(fields: dict[str, Any]) -> PissaConfig:
+    """The way back from `config_as_json`.
+
+    Raises:
+        ValueError, TypeError: naming the field, what was found and what is allowed.
+    """
+    hints = get_type_hints(PissaConfig)
+    known = {f.name: f for f in _config_fields()}
+    given = {}
+    for name, value in fields.items():
+        if name not in known:
+            if value is None or value is False or value in ("", [], {}) or (name, value) in _ONCE_WRITTEN:
+                continue
+            raise ValueError(
+                f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
+                "or peft may know it"
+            )
+        default = default_of(known[name])
+        if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
+            typed(value, hints[name], f"config.{name}")
+        given[name] = value
+    if given.get("quant") is not None or given.get("residual") == _NO_RESIDUAL:
+        given.pop("residual", None)  # beside quant it had no effect in pissa 0.1.0, whatever it was
+    return PissaConfig(**given)
+
+
+def read_config_alone(path: Path) -> PissaConfig | None:
+    """The configuration in an adapter_config.json that `PissaConfig.save_pretrained` wrote; None if the file holds
+    another configuration.
+
+    Raises:
+        ValueError: naming the file and the field, what was found and what is allowed.
+    """
+    with blaming(path):
+        fields = typed(read_json(path, SIZE_LIMIT), dict[str, Any], "the content")
+        return config_from_json(fields) if {"svd", "svd_passes"} <= fields.keys() else None
+
+
+def _config_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of a configuration; `runtime_config` belongs to one process."""
+    return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]

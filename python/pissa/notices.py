@@ -1,0 +1,58 @@
+"""The warnings of this package, one class each, so that a filter names the class:
+
+warnings.simplefilter("ignore", pissa.notices.InexactLoraWarning)
+"""
+
+from __future__ import annotations
+
+
+class PissaWarning(UserWarning):
+    """Any warning of this package."""
+
+
+class AllLinearWarning(PissaWarning):
+    """With target_modules="all-linear", some layers got a lower rank or were left out."""
+
+
+class DropoutWarning(PissaWarning):
+    """lora_dropout is set, which the paper does not use."""
+
+
+class TiedWeightWarning(PissaWarning):
+    """A weight stays dense, because another module shares it."""
+
+
+class RequantizedWarning(PissaWarning):
+    """Weights that bitsandbytes has quantised are quantised a second time."""
+
+
+class InexactLoraWarning(PissaWarning):
+    """On the unmodified base, the plain LoRA is only approximately the function that was trained."""
+
+
+class UnmergedConvolutionWarning(PissaWarning):
+    """PEFT computes the adapter of a convolution right only after merging it."""
+
+
+class ModelCardWarning(PissaWarning):
+    """The README.md of a folder could not be updated."""
+
+
+class NoEmbeddingsWarning(PissaWarning):
+    """The embeddings were to be saved, but the model has none that are known."""
+
+
+class UnknownVocabularyWarning(PissaWarning):
+    """It is unknown whether the vocabulary was resized; the embeddings are not saved."""
+
+
+class OtherRoundingWarning(PissaWarning):
+    """The residual differs in some bits from the one that was trained with: this machine rounds differently."""
+
+
+class UncertainStartWarning(PissaWarning):
+    """The start factors that were computed from the base may differ from those of the training."""
+
+
+class KeptMagnitudesWarning(PissaWarning):
+    """DoRA's magnitudes were kept while the change that they belong to was approximated."""

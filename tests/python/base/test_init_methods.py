@@ -1,0 +1,88 @@
+"""The registry of init methods, and what of a configuration tells one start from another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+import pissa
+from language_models import Make
+from pissa import PissaConfig, PissaModel
+from pissa.base.init_methods import INIT_METHODS
+from pissa.config import Init
+from pissa.files.record import checksum
+from pissa.layers.layer import pissa_layers
+
+Q = "model.layers.0.self_attn.q_proj"
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+
+def test_the_configuration_offers_the_registry() -> None:
+    assert sorted(get_args(Init)) == sorted(INIT_METHODS)
+    for method in INIT_METHODS.values():
+        fields = {name: getattr(PissaConfig(), name) for name in method.fields}
+        assert dict(method.identity(PissaConfig())) == fields
+
+
+@pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> None:
+    """On a tied weight, which stays dense beside any form."""
+    fields = {"r": 4, "quant": "nf4", "init": "loftq", "target_modules": ["lm_head"]}
+    model = pissa.wrap(tiny_llama(tie_word_embeddings=True), blocksize=64, **fields)
+    model.add_adapter("same", PissaConfig(blocksize=64, **fields))
+    model.add_adapter("other", PissaConfig(blocksize=128, **fields))
+    head = pissa_layers(model.base_model.model)["lm_head"]
+    assert head.start_of("same") is head.start_of("default")
+    assert not torch.equal(head.start_of("other").b0, head.start_of("default").b0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_the_origin_of_a_stored_base_is_restored(init: str, tiny_llama: Make, tmp_path: Path) -> None:
+    """From files of pissa 0.1.0, too, which do not say what LoftQ quantised to: the form of the base is that."""
+    targets = {"target_modules": ["q_proj"]}
+    model = pissa.wrap(tiny_llama(), r=4, init=init, quant="nf4", blocksize=32, double_quant=False, **targets)
+    model.add_adapter("second", PissaConfig(r=2, **targets))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "second" / "pissa.json"
+    record = json.loads(path.read_text())
+    written = record["layers"][Q]["base"]
+    later = {"quant": "nf4", "blocksize": 32, "double_quant": False} if init == "loftq" else {}
+    first = {"r", "scaling", "svd", "svd_passes", "seed", "init", "adalora"}
+    assert written == {name: written[name] for name in first} | later
+    for layer in record["layers"].values():
+        layer["base"] = {name: layer["base"][name] for name in first}
+    record["sha256"] = checksum({name: value for name, value in record.items() if name != "sha256"})
+    path.write_text(json.dumps(record))
+    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
+    bases = [pissa_layers(loaded.base_model.model)[Q].base for loaded in (model, again)]
+    assert bases[0].start.origin == bases[1].start.origin
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("init", "none", "base.init: got 'none'"),
+        ("init", ["pissa"], "base.init: got"),
+        ("seed", -1, "base.seed: got -1"),
+        ("svd_passes", 3, "base.svd_passes: got 3"),
+        ("blocksize", 64, "base has an unknown field 'blocksize'"),
+    ],
+)
+def test_an_origin_that_cannot_be_is_refused(
+    field: str, value: object, words: str, tiny_llama: Make, tmp_path: Path
+) -> None:
+    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", target_modules=["q_proj"])
+    model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "second" / "pissa.json"
+    record = json.loads(path.read_text())
+    record["layers"][Q]["base"][field] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=words) as caught:
+        PissaModel.from_pretrained(tiny_llama(), tmp_path / "second")
+    assert Q in str(caught.value)

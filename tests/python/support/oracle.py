@@ -1,0 +1,57 @@
+"""An adapted layer by its definition, in float64 on the CPU: W + s ((B0 + dB) (A0 + dA) - B0 A0), with W the matrix of
+the base function. Tests of layers compare with it, whatever kind the layer is and in whatever form its base is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from devices import fetch
+from pissa import ops
+from pissa.base.stored import QuantizedLinear, StoredLinear
+from pissa.layers.layer import PissaLayer, pissa_layers
+
+
+def change_a_little(layer: PissaLayer, adapter: str = "default", size: float = 0.05, seed: int = 3) -> None:
+    """Gives the adapter other factors, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.factor_parameters(adapter):
+        parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def change_all(model: nn.Module, size: float = 0.05) -> None:
+    """The same for every layer of a wrapped model."""
+    for seed, layer in enumerate(pissa_layers(model.base_model.model, "default").values()):
+        change_a_little(layer, size=size, seed=seed)
+
+
+def base64(layer: PissaLayer) -> Tensor:
+    """The matrix [out, in] of a linear layer's base function, from the parts that are kept."""
+    base = layer.base.module
+    if not isinstance(base, StoredLinear):
+        return fetch(base.weight.detach()).double()
+    kept = ops.dequantize(base.residual) if isinstance(base, QuantizedLinear) else base.weight.detach()
+    a0, b0 = (fetch(factor).double() for factor in (base.start.a0, base.start.b0))
+    return fetch(kept).double() + base.scaling * b0 @ a0
+
+
+def deltas64(layer: PissaLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """What is trained, as matrices that collect gradients."""
+    da, db, *_ = layer.deltas(adapter)
+    return tuple(fetch(delta.detach()).double().requires_grad_() for delta in (da, db))
+
+
+def change64(layer: PissaLayer, da: Tensor, db: Tensor, adapter: str = "default", absolute: bool = False) -> Tensor:
+    """s (B A - B0 A0), as the paper writes it. With `absolute` the terms that the layer sums, in absolute value: of
+    dB A and B0 dA."""
+    start = layer.start_of(adapter)
+    a0, b0, scaling = fetch(start.a0).double(), fetch(start.b0).double(), layer.scaling[adapter]
+    if absolute:
+        return scaling * (db.abs() @ (a0.abs() + da.abs()) + b0.abs() @ da.abs())
+    return scaling * ((b0 + db) @ (a0 + da) - b0 @ a0)
+
+
+def weight64(layer: PissaLayer, base: Tensor, da: Tensor, db: Tensor, absolute: bool = False) -> Tensor:
+    """The matrix that the adapter makes of `base`; `absolute` as for `change64`."""
+    return (base.abs() if absolute else base) + change64(layer, da, db, absolute=absolute)
