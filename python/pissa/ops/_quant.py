@@ -92,7 +92,7 @@ def quantize(
         TypeError, ValueError: naming the argument.
     """
     weight = check_weight(weight)
-    check_choice("format", format, tuple(FORMATS))
+    check_choice("format", format, FORMATS)
     shape = (weight.shape[0], weight.shape[1])
     blocksize, double_quant = FORMATS[format].options(blocksize, double_quant, shape[1])
     codes, absmax = _OPS.quantize(weight, format, blocksize)
@@ -110,25 +110,35 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
 
 
 def check_quantized(weight: object) -> QuantizedWeight:
+    """Before each product, so that it has to be quick: what the compiled ops check too is left to them."""
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
-    check_choice("weight.format", weight.format, tuple(FORMATS))
-    format, columns = FORMATS[weight.format], weight.shape[1]
+    codes, absmax, nested_absmax, offset, name, shape, blocksize = weight
+    check_choice("weight.format", name, FORMATS)
+    format = FORMATS[name]
     if format.blocksizes:
-        format.check_options(weight.blocksize, weight.nested)
-    elif weight.blocksize != columns:
-        raise ValueError(f"weight.blocksize: got {weight.blocksize}; needed: {columns}, a row")
-    check_tensor("weight.absmax", weight.absmax, (torch.float32, torch.uint8))
-    nested = (weight.nested, weight.offset is not None, weight.absmax.dtype == torch.uint8)
-    if any(nested) != all(nested):
+        format.check_options(blocksize, weight.nested)
+    elif blocksize != shape[1]:
+        raise ValueError(f"weight.blocksize: got {blocksize}; needed: {shape[1]}, a row")
+    check_tensor("weight.absmax", absmax, (torch.float32, torch.uint8))
+    nested = absmax.dtype == torch.uint8
+    if nested != (nested_absmax is not None) or nested != (offset is not None):
         raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
-    parts = weight.tensors()
-    for name, (shape, dtype) in format.tensors(weight.shape, weight.blocksize, weight.nested).items():
-        part = check_tensor(f"weight.{name}", parts[name], (dtype,))
-        if part.numel() != math.prod(shape):
+    expected = format.tensors(shape, blocksize, nested)
+    check_tensor("weight.codes", codes, (expected["codes"][1],))
+    for part, tensor in (("codes", codes), ("absmax", absmax)):
+        size = math.prod(expected[part][0])
+        if tensor.numel() != size:
             raise ValueError(
-                f"weight.{name}: got {part.numel()} elements; needed: {math.prod(shape)} for shape "
-                f"{list(weight.shape)} and blocksize {weight.blocksize}"
+                f"weight.{part}: got {tensor.numel()} elements; needed: {size} for shape {list(shape)} and "
+                f"blocksize {blocksize}"
             )
-    check_devices({f"weight.{name}": part for name, part in parts.items()})
+    check_devices(
+        {
+            "weight.codes": codes,
+            "weight.absmax": absmax,
+            "weight.nested_absmax": nested_absmax,
+            "weight.offset": offset,
+        }
+    )
     return weight

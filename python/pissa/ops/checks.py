@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ Passes = Literal["auto"] | int
 PASSES_PER_STEP: int = _load._C.limits()["passes_per_step"]
 
 
-def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
