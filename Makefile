@@ -110,13 +110,14 @@ $(BUILD)/torch-headers.stamp: tests/torch_headers.sh $(BUILD)/venv-build.stamp $
 	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON)
 	touch $@
 
-# A process for each core, with one thread: tests that are about threads ask for them. A file stays in one process, which
-# makes its models once.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $(JOBS) --dist loadfile
+# A process for each core, with one thread: tests that are about threads ask for them.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $(JOBS)
+# Ours: a file stays in one process, which makes its models once.
+OUR_PYTEST := $(PYTEST) --dist loadfile
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
-	$(PYTEST)
+	$(OUR_PYTEST)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes.
 QUICK := $(addprefix rules/test_,style.py rooms.py cpp_layers.py built_module.py) \
@@ -128,7 +129,7 @@ quick: quick-cpp quick-python
 
 quick-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
-	$(PYTEST) $(QUICK:%=tests/python/%)
+	$(OUR_PYTEST) $(QUICK:%=tests/python/%)
 
 versions: $(BUILD)/venv-test.stamp
 	@$(TEST_PYTHON) tests/python/support/versions.py "$(PASSED)"
@@ -156,7 +157,7 @@ $(PEFT_SUITE).stamp: $(BUILD)/venv-test.stamp
 
 test-peft: $(PEFT_SUITE).stamp
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath $(PEFT_SUITE)/hub) PYTHONPATH=tests/peft_suite:$(PEFT_SUITE)/packages \
-	  $(PYTEST) -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
+	  $(PYTEST) --dist worksteal -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
