@@ -7,7 +7,9 @@
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 #include "pissa/core/backend.h"
 #include "pissa/core/error.h"
@@ -38,6 +40,16 @@ struct SplitTask {
   MutableMatrix a0;
   MutableMatrix b0;
 };
+
+/// What f() returns. The message of a std::invalid_argument that it throws begins with "weights[index]: ".
+template <class F>
+auto naming_weight(std::size_t index, F f) {
+  try {
+    return f();
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(message("weights[", index, "]: ", error.what()));
+  }
+}
 
 /// The term that turns w into its residual: gemm stores w + term in any dtype, gemm_quantized quantises it on the way.
 inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {

@@ -6,10 +6,8 @@
 #include <cstdint>
 #include <exception>
 #include <numeric>
-#include <stdexcept>
 #include <vector>
 
-#include "pissa/core/error.h"
 #include "pissa/core/split.h"
 #include "pissa/cpu/backend.h"
 
@@ -23,22 +21,13 @@ constexpr std::int64_t kLarge = std::int64_t{1} << 22;
 
 std::int64_t size_of(const SplitTask& task) { return task.w.rows * task.w.cols; }
 
-template <class F>
-void naming(std::size_t index, F f) {
-  try {
-    f();
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(message("weights[", index, "]: ", error.what()));
-  }
-}
-
 }  // namespace
 
 void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, const Executor& executor,
                 const Kernels& kernels) {
   std::int64_t rest = 0;  // elements of the weights that are not split yet
   for (std::size_t i = 0; i < tasks.size(); ++i) {
-    naming(i, [&] { check_split(tasks[i].w, tasks[i].a0.rows, tasks[i].scaling, options); });
+    naming_weight(i, [&] { check_split(tasks[i].w, tasks[i].a0.rows, tasks[i].scaling, options); });
     rest += size_of(tasks[i]);
   }
   std::vector<std::size_t> order(tasks.size());  // largest first, so that the threads finish together
@@ -76,7 +65,7 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
   });
 
   for (std::size_t i = 0; i < errors.size(); ++i) {
-    if (errors[i]) naming(i, [&] { std::rethrow_exception(errors[i]); });
+    if (errors[i]) naming_weight(i, [&] { std::rethrow_exception(errors[i]); });
   }
 }
 

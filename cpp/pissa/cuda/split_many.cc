@@ -5,11 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include "pissa/core/error.h"
 #include "pissa/cuda/backend.h"
 
 namespace pissa::cuda {
@@ -36,15 +34,6 @@ std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   return 4 * (basis + block + r) * sides + 8 * (2 * block * sides + basis * (basis + 1024));
 }
 
-template <class F>
-auto naming(std::size_t index, F f) {
-  try {
-    return f();
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(message("weights[", index, "]: ", error.what()));
-  }
-}
-
 void split_stack(std::span<const SplitTask* const> tasks, const SvdOptions& options, const Context& context) {
   std::vector<Matrix> weights;
   for (const SplitTask* task : tasks) weights.push_back(task->w);
@@ -67,8 +56,8 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
   std::map<Kind, std::vector<const SplitTask*>> kinds;
   for (std::size_t i = 0; i < tasks.size(); ++i) {
     const SplitTask& task = tasks[i];
-    naming(i, [&] { check_split(task.w, task.a0.rows, task.scaling, options); });
-    const float largest = naming(i, [&] { return detail::largest_of(backend, task.w); });
+    naming_weight(i, [&] { check_split(task.w, task.a0.rows, task.scaling, options); });
+    const float largest = naming_weight(i, [&] { return detail::largest_of(backend, task.w); });
     kinds[kind_of(task, largest)].push_back(&task);
   }
   for (const auto& [kind, same] : kinds) {
