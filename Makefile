@@ -120,7 +120,7 @@ test-python: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes.
-QUICK := $(addprefix rules/test_,style.py rooms.py cpp_layers.py built_module.py) \
+QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \
   $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix files/test_,save.py format_1.py) \
   conversion/test_convert_ranks.py cli/test_cli_convert.py \
   processes/test_distributed.py::test_a_process_that_dies_ends_the_others

@@ -22,8 +22,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 import pissa
 from devices import on_cpu, put
 from language_models import Make, assert_same, error, logits, snapshot, train
+from oracle import assert_principal
 from pissa import PissaConfig, PissaModel, notices
-from pissa.base.start import StartFactors
 from reference import EPS, assert_close
 from tiny_model import save_tiny_model
 from trainers import QUIET, logged, options
@@ -70,13 +70,6 @@ def lives(make: Callable[[], nn.Module], x: Tensor, folder: Path, **fields: Any)
     if not fields.get("modules_to_save"):  # PEFT leaves the trained module there
         assert torch.equal(value(copy.deepcopy(model).unload(), x), start)
     return model
-
-
-def assert_principal(start: StartFactors, scaling: float, weight: Tensor) -> None:
-    """The start factors are the principal part of a float64 weight: no other of their rank leaves less of it."""
-    left = weight - scaling * start.b0.double() @ start.a0.double()
-    least = torch.linalg.svdvals(weight)[len(start.a0) :].norm()
-    assert left.norm() <= (1 + max(weight.shape) * EPS[torch.float32]) * least
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:

@@ -20,7 +20,7 @@ import pissa
 import reference
 from architectures import Architecture
 from language_models import assert_same, snapshot
-from oracle import change_all
+from oracle import assert_principal, change_all
 from pissa import PissaModel
 from pissa.layers.layer import pissa_layers
 
@@ -202,12 +202,7 @@ def check_start(architecture: Architecture, form: Fields) -> None:
     assert layers
     for name, layer in layers.items():
         weight = base_matrix(fresh, name).double()
-        start, scaling = layer.start_of(ADAPTER), layer.scaling[ADAPTER]
-        left = torch.linalg.matrix_norm(weight - scaling * start.b0.double() @ start.a0.double())
-        best = torch.linalg.vector_norm(torch.linalg.svdvals(weight)[layer.r[ADAPTER] :])
-        # A float32 SVD is that of a matrix which differs by about its size in roundings.
-        rounding = max(weight.shape) * reference.EPS[torch.float32] * torch.linalg.matrix_norm(weight)
-        assert left <= best + rounding, f"{name}: {left} is left of the weight, {best} with the exact SVD"
+        assert_principal(layer.start_of(ADAPTER), layer.scaling[ADAPTER], weight, name)
 
 
 def base_matrix(base: nn.Module, name: str) -> Tensor:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from devices import fetch
 from pissa import ops
+from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear, StoredLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
+from reference import EPS
 
 
 def change_a_little(layer: PissaLayer, adapter: str = "default", size: float = 0.05, seed: int = 3) -> None:
@@ -55,3 +57,19 @@ def change64(layer: PissaLayer, da: Tensor, db: Tensor, adapter: str = "default"
 def weight64(layer: PissaLayer, base: Tensor, da: Tensor, db: Tensor, absolute: bool = False) -> Tensor:
     """The matrix that the adapter makes of `base`; `absolute` as for `change64`."""
     return (base.abs() if absolute else base) + change64(layer, da, db, absolute=absolute)
+
+
+def assert_principal(start: StartFactors, scaling: float, weight: Tensor, what: str = "the layer") -> None:
+    """The start factors are the principal part of a float64 matrix: no other of their rank leaves less of it."""
+    weight = fetch(weight)
+    a0, b0 = fetch(start.a0).double(), fetch(start.b0).double()
+    rest = weight - scaling * b0 @ a0
+    left = torch.linalg.matrix_norm(rest)
+    best = torch.linalg.vector_norm(torch.linalg.svdvals(weight)[len(a0) :])
+    # A float32 SVD is that of a matrix which differs by about its size in roundings.
+    rounding = max(weight.shape) * EPS[torch.float32] * torch.linalg.matrix_norm(weight)
+    assert left <= best + rounding, f"{what}: {left} is left of the weight, {best} with the exact SVD"
+    # That hardly sees factors of a wrong length: their error is at right angles to what is left. In the directions of
+    # a0's rows nothing is left but roundings, also those of the two factors.
+    along = torch.linalg.matrix_norm(rest @ torch.linalg.qr(a0.mT).Q)
+    assert along <= 4 * rounding, f"{what}: {along} is left in the directions of a0, allowed {4 * rounding}"
