@@ -24,7 +24,8 @@ TEST_P(GemmQuantizedTest, EqualsQuantizingTheStoredResidual) {
   for (const auto& [rows, cols, blocksize] :
        {Shape{1, 1, 64}, Shape{1, 1000, 64}, Shape{1000, 1, 64}, Shape{129, 1, 4096}, Shape{5, 7, 32},
         Shape{33, 61, 32}, Shape{64, 64, 256}, Shape{100, 259, 64}, Shape{70, 513, 128}, Shape{37, 299, 4096},
-        Shape{3, 2, 4096}, Shape{115, 1088, 64}, Shape{9, 512, 512}, Shape{2, 1024, 1024}}) {
+        Shape{3, 2, 4096}, Shape{115, 1088, 64}, Shape{9, 512, 512}, Shape{2, 1024, 1024},
+        Shape{230, 61, 4096}}) {  // enough rows for a second task, which starts inside one
     const Form form = static_cast<Form>(random.pick(kFloatFormats));
     SCOPED_TRACE(::testing::Message() << "[" << rows << ", " << cols << "] " << name(form) << ", blocksize "
                                       << blocksize);

@@ -17,6 +17,7 @@ from devices import fetch, put
 from one_layer import OneLayer, adapted, filled, wrap
 from pissa.base.kinds import adopted, base_of
 from pissa.base.protocol import Base
+from pissa.base.stored import residual_from, residual_shapes, residual_tensors
 from pissa.config import IMPLICIT
 from reference import EPS
 
@@ -55,6 +56,7 @@ BASES: dict[str, Callable[[], Base]] = {
     "convolution": taken(lambda: nn.Conv2d(10, OUT, (2, 2), padding=1)),
     "explicit": stored(residual="explicit"),
     "nf4": stored(quant="nf4"),
+    "nf4 with float32 scales": stored(quant="nf4", double_quant=False),
     "nf4 in bfloat16": stored(quant="nf4", quant_storage="bfloat16"),
     "conv1d in nf4": lambda: adapted(wrap(put(filled(Conv1D(OUT, IN))), r=3, quant="nf4")).base,
     "4 bits of bitsandbytes": taken(lambda: bnb.nn.Linear4bit(IN, OUT, quant_type="nf4")),
@@ -127,6 +129,18 @@ def test_the_form_agrees_with_what_is_kept(name: str) -> None:
         other = base.holding(base.parameter.detach().clone())
         assert torch.equal(other.matrix(), base.matrix())
         assert other.parameter is not base.parameter
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if name == "explicit" or "nf4" in name])
+def test_a_residual_is_kept_in_the_tensors_that_its_form_needs(name: str) -> None:
+    base: Any = BASES[name]()
+    tensors, needed = residual_tensors(base.residual), residual_shapes(base.form, (OUT, IN))
+    assert list(tensors) == list(needed)
+    for part, (shape, dtypes) in needed.items():
+        assert tensors[part].shape == shape
+        assert tensors[part].dtype in dtypes
+    again = residual_tensors(residual_from(tensors, base.form, (OUT, IN)))
+    assert all(torch.equal(again[part], tensor) for part, tensor in tensors.items())
 
 
 @bases

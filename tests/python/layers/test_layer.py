@@ -16,6 +16,7 @@ from devices import fetch, put
 from language_models import error
 from oracle import base64, change64, change_a_little, deltas64, weight64
 from pissa import notices, ops
+from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
 
@@ -170,6 +171,31 @@ def test_same_rank_and_scaling_share_start_factors(form: str) -> None:
     # the base function stays, so that another rank decomposes what the base computes
     split = ops.split(base64(layer).float(), 2)
     assert error(layer.start_of("rank").b0 @ layer.start_of("rank").a0, split.b0 @ split.a0) < 1e-4
+
+
+def test_a_start_is_shared_with_an_equal_one_only() -> None:
+    """Files from another machine have the same origin, and may have other bits."""
+    model = wrapped()
+    layer = model.base_model.model.proj
+    own = layer.start_of("default")
+    for a0, b0, same in (
+        (own.a0.clone(), own.b0.clone(), True),
+        (own.a0.clone(), 2 * own.b0, False),
+        (2 * own.a0, own.b0.clone(), False),
+    ):
+        start = StartFactors(a0, b0, own.origin)
+        layer.share_start("other", start)
+        assert layer.start_of("other") is (own if same else start)
+        del layer.lora_start["other"]
+
+
+@pytest.mark.parametrize("form", ["explicit", "nf4"])
+def test_unloading_a_stored_base_rounds_it_to_its_dtype(form: str) -> None:
+    model = wrapped(form, dtype=torch.bfloat16)
+    expected = model.base_model.model.proj.base.matrix().bfloat16()
+    weight = model.unload().proj.weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("form", ["explicit", "nf4"])

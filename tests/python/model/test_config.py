@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import math
 import pickle
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -62,6 +64,7 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"svd_passes": 0}, "svd_passes: got 0"),
         ({"svd_passes": "8"}, "svd_passes: got '8'"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"seed": 0.5}, "seed"),
         ({"quant": "int4"}, "quant: got 'int4'; allowed: None, 'nf4'"),
         ({"quant_iters": 0}, "quant_iters: got 0"),
@@ -118,6 +121,19 @@ def test_copies_and_pickles() -> None:
 def test_get_peft_model_refuses_it_with_a_hint() -> None:
     with pytest.raises(TypeError, match=r"pissa\.wrap"):
         peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), PissaConfig(r=2, target_modules=["0"]))
+
+
+def test_the_hint_needs_nothing_but_the_configuration() -> None:
+    """In a process that has imported no more of this package than its name."""
+    code = """
+import peft, pissa, torch
+try:
+    peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), pissa.PissaConfig(r=2, target_modules=["0"]))
+except TypeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "a PissaConfig needs pissa.wrap(model, config)" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -282,6 +282,7 @@ BAD = [
     ("a0", torch.ones(4, 64), ValueError),
     ("a0", torch.ones(3, 64, requires_grad=True), ValueError),
     ("b0", torch.ones(31, 3), ValueError),
+    ("b0", torch.ones(32, 3, requires_grad=True), ValueError),
     ("scaling", float("inf"), ValueError),
     ("scaling", float("nan"), ValueError),
 ]
@@ -388,6 +389,18 @@ def test_add_low_rank_of_nothing_keeps_every_bit() -> None:
     zero = put({"a": torch.zeros(4, 64), "b": torch.zeros(33, 4)})
     y = ops.add_low_rank(base, case.x, **zero, a0=case.options["a0"], b0=case.options["b0"])
     assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_low_rank_keeps_the_dtype_of_y(dtype: torch.dtype) -> None:
+    case = Case("implicit", "dense", dtype, tokens=9, n_in=64, n_out=33, r=4)
+    factors = {name: case.options[name] for name in ("a", "b", "a0", "b0", "scaling")}
+    exact = ops.add_low_rank(put(torch.zeros(9, 33)), case.x.float(), **factors)
+    for other in DTYPES:
+        y = ops.add_low_rank(put(torch.zeros(9, 33, dtype=other)), case.x, **factors)
+        assert y.dtype == other
+        # x's dtype may round the factors, y's rounds the sum.
+        torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("form", ["lora", "implicit"])

@@ -101,6 +101,12 @@ def test_what_is_on_the_grid_comes_back_exactly() -> None:
     assert torch.equal(dequantize(quantized), weight)
 
 
+def test_layout_does_not_matter() -> None:
+    weight = put(torch.randn(40, 70))
+    for got, want in zip(ops.quantize(weight.mT), ops.quantize(weight.mT.contiguous()), strict=True):
+        assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
+
+
 @pytest.mark.cpu_only
 def test_threads_do_not_matter() -> None:
     weight = torch.randn(1500, 1500)  # 70314 scales: torch divides sums of more than 32768 among threads
@@ -161,7 +167,7 @@ def test_dequantize_refuses_other_dtypes() -> None:
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        ("quantize", (torch.randn(20, 33), "nf4", 64)),
+        ("quantize", (torch.randn(21, 33), "nf4", 64)),  # an odd number of codes
         ("quantize_absmax", (torch.rand(300), torch.tensor(0.5))),
         ("dequantize", (*ops.quantize(torch.ones(20, 33))[:5], 64, 20, 33, torch.bfloat16)),
         (
@@ -175,9 +181,12 @@ def test_opcheck(op: str, args: tuple[object, ...]) -> None:
 
 
 @pytest.mark.parametrize("form", ["explicit", "nf4"])
-@pytest.mark.parametrize("value", [1e38, float("nan"), float("inf")])
-def test_a_residual_that_overflows_is_refused(form: str, value: float) -> None:
-    weight, a0, b0 = put((torch.randn(64, 64), torch.full((4, 64), value), torch.randn(64, 4)))
+@pytest.mark.parametrize(
+    ("element", "value"),
+    [(1.0, 1e38), (1.0, float("nan")), (1.0, float("inf")), (3e38, 3e35)],  # the last by the sum, not the product
+)
+def test_a_residual_that_overflows_is_refused(form: str, element: float, value: float) -> None:
+    weight, a0, b0 = put((torch.full((64, 64), element), torch.full((4, 64), value), torch.randn(64, 4)))
     with pytest.raises(ValueError, match=r"^a0, b0: contain NaN or Inf, or their product overflows"):
         ops.residual(weight, a0, b0, form=form)
 

@@ -122,6 +122,16 @@ def test_auto_follows_the_rank_of_each_weight() -> None:
     assert all(torch.equal(a, b) for a, b in zip(auto, given, strict=True))
 
 
+@pytest.mark.parametrize("svd", ["krylov", "subspace"])
+def test_fewer_passes_lose_more(svd: str) -> None:
+    weight = power_law(384, 512, 0.2).float()
+    two = ops.svd_lowrank(put(weight), 8, svd=svd, passes=2)[2]
+    assert energy_loss(weight, two) > 10 * energy_loss(weight, ops.svd_lowrank(put(weight), 8, svd=svd)[2])
+    split = ops.split(put(weight), 8, svd=svd, passes=2, form="nf4")
+    for a0 in (split.a0, ops.split(put(weight), 8, svd=svd, passes=2).a0):
+        torch.testing.assert_close(fetch(a0) / fetch(a0).norm(dim=1, keepdim=True), fetch(two).T)
+
+
 @pytest.mark.cpu_only
 def test_seed_decides_and_threads_do_not() -> None:
     weight = power_law(200, 300, 0.3).bfloat16()
@@ -354,11 +364,13 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
         ({"weight": torch.ones(8, 6).index_fill(0, torch.tensor(3), float("nan"))}, ValueError),
         ({"weight": torch.ones(8, 6).bfloat16().index_fill(1, torch.tensor(3), float("-inf"))}, ValueError),
         ({"r": 0}, ValueError),
+        ({"r": 0, "svd": "exact"}, ValueError),
         ({"r": -1}, ValueError),
         ({"r": 7}, ValueError),
         ({"r": 2.0}, TypeError),
         ({"r": True}, TypeError),
         ({"passes": 7}, ValueError),
+        ({"passes": 7, "svd": "exact"}, ValueError),
         ({"passes": "7"}, ValueError),
         ({"passes": None}, ValueError),
         ({"passes": 0}, ValueError),
