@@ -235,6 +235,22 @@ def test_an_output_layer_s_own_weight_becomes_the_base_s(tiny_llama: Make, token
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
 
 
+def test_an_embedding_s_own_weight_becomes_the_base_s(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """PEFT starts embeddings as a LoRA; an initial adapter may all the same say that their weight lacks s B0 A0."""
+    trained = train_pissa(tiny_llama(), tokens, tmp_path, target_modules=["embed_tokens"], lora_alpha=4)
+    place = "base_model.model.model.embed_tokens"
+    initial, adapter = (load_file(folder / NAMES[1]) for folder in (trained.initial, trained.adapter))
+    a0 = 0.1 * torch.randn_like(initial[f"{place}.lora_embedding_A"])
+    initial[f"{place}.lora_embedding_A"] = a0
+    residual, b0 = adapter[f"{place}.base_layer.weight"], initial[f"{place}.lora_embedding_B"]
+    adapter[f"{place}.base_layer.weight"] = residual - (b0 @ a0).mT
+    save_file(initial, trained.initial / NAMES[1], {"format": "pt"})
+    save_file(adapter, trained.adapter / NAMES[1], {"format": "pt"})
+    pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
+    weight = load_file(tmp_path / "lora" / NAMES[1])[f"{place}.base_layer.weight"]
+    assert torch.allclose(weight, devices.fetch(tiny_llama().model.embed_tokens.weight), rtol=0, atol=8 * 2**-24)
+
+
 def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
     tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:

@@ -259,6 +259,10 @@ def test_a_wrong_file_is_not_left_behind(
                 ):
                     pissa.convert(source, tmp_path / "new" / "lora", **fields)
                 assert not (tmp_path / "new").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters.Converted, "error", lambda *_: math.nan)
+        with pytest.raises(ValueError, match=r"has not been written: in layer .* by nan times what rounding allows"):
+            pissa.convert(ours, tmp_path / "new" / "lora")
     saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
     monkeypatch.setattr(adapters, "write_tensors", one_bias)
     with pytest.raises(ValueError, match=r"tensor 'base_model\.model\..*norm\.weight' was read back with other values"):

@@ -276,6 +276,15 @@ def test_loads_into_an_adapter_that_is_there(form: str, tiny_llama: Make, tokens
         model.load_adapter(tmp_path, "default")
 
 
+def test_an_adapter_that_is_there_takes_over_the_init(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    pissa.wrap(tiny_llama(), r=4, init="pissa_minor").save_pretrained(tmp_path / "a")
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.load_adapter(tmp_path / "a", "default")
+    assert model.peft_config["default"].init == "pissa_minor"
+    model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "pissa.json").read_bytes() == (tmp_path / "a" / "pissa.json").read_bytes()
+
+
 def test_saves_a_merged_model(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
     train(model, tokens)

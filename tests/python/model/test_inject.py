@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from torch import nn
+from peft.utils import transformers_weight_conversion
+from torch import Tensor, nn
 
+import devices
 import pissa
 from language_models import FORMS, Make, assert_same, snapshot
 from pissa.layers.layer import pissa_layers
+from pissa.peft_private import targets_as_given
 
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -20,13 +24,24 @@ forms = pytest.mark.parametrize("form", FORMS)
 def test_layers_start_from_their_own_split_in_groups_of_any_size(
     form: str, elements: int, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pissa.model.decompose._GROUP", elements)
+    for name in ("_GROUP", "_GPU_GROUP"):
+        monkeypatch.setattr(f"pissa.model.decompose.{name}", elements)
+    split_many, groups = pissa.ops.split_many, []
+
+    def watched(weights: list[Tensor], *args: object, **kwargs: object) -> object:
+        groups.append([weight.numel() for weight in weights])
+        return split_many(weights, *args, **kwargs)
+
+    monkeypatch.setattr(pissa.ops, "split_many", watched)
     base = tiny_llama()
     weights = {name: module.weight for name, module in base.named_modules() if type(module) is nn.Linear}
     fields = {"rank_pattern": {"q_proj": 7, "up_proj": 2}, "alpha_pattern": {"down_proj": 8}, "seed": 5}
     model = pissa.wrap(base, r=4, **fields, **FORMS[form])
     adapted = pissa_layers(base, "default")
     assert len(adapted) == 14
+    limit = elements * (torch.get_num_threads() if devices.on_cpu() else 1)
+    assert all(len(group) == 1 or sum(group) <= limit for group in groups)  # what is in memory at once
+    assert all(sum(group) + after[0] > limit for group, after in itertools.pairwise(groups))
     for name, layer in adapted.items():
         r, scaling = layer.r["default"], layer.scaling["default"]
         split = pissa.ops.split(
@@ -67,3 +82,14 @@ def test_interrupted_decomposition_restores_the_model(tiny_llama: Make, monkeypa
     with pytest.raises(KeyboardInterrupt):
         pissa.wrap(base, r=4, quant="nf4")
     assert_same(base, before)
+
+
+def test_pefts_conversion_of_targets_is_put_back() -> None:
+    """Plain LoRAs in the same process need it, after a failure too."""
+    before = transformers_weight_conversion.convert_peft_config_for_transformers
+    with targets_as_given():
+        assert transformers_weight_conversion.convert_peft_config_for_transformers is not before
+    assert transformers_weight_conversion.convert_peft_config_for_transformers is before
+    with pytest.raises(KeyError), targets_as_given():
+        raise KeyError
+    assert transformers_weight_conversion.convert_peft_config_for_transformers is before

@@ -15,7 +15,7 @@ from torch import nn
 import pissa
 from distributed_checks import logged, started, trainer_of
 from distributed_worker import FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
-from pissa import PissaModel
+from pissa import PissaModel, distributed
 from processes import launch
 
 pytestmark = [
@@ -109,6 +109,12 @@ def test_each_process_decomposes_a_share(some: Run) -> None:
     assert sorted(names) == sorted(set(linear) - {"lm_head"})
     loads = [sum(share.values()) for share in shares]
     assert max(loads) - min(loads) <= max(size for share in shares for size in share.values())
+
+
+def test_work_is_divided_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    sizes = {"small": 1, "large": 9, "middle": 3, "other": 2}
+    assert distributed.owners(sizes) == {"large": 0, "middle": 1, "other": 1, "small": 1}
 
 
 def test_an_error_in_one_process_is_one_in_all(some: Run) -> None:
