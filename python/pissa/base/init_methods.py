@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pissa import ops
 from pissa.base.start import Origin
-from pissa.config import PissaConfig
+from pissa.config import Form, PissaConfig
 
 Factors = tuple[Tensor, Tensor]
 """a0 [r, in] and b0 [out, r], float32; the principal part, or what is in its place, is scaling * b0 @ a0."""
@@ -80,7 +80,7 @@ class LoftQ(Pissa):
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
     ) -> list[Factors]:
-        return super().start([_lost_in_nf4(weight, config) for weight in weights], origins, config, names)
+        return super().start([_lost(weight, config.form) for weight in weights], origins, config, names)
 
 
 class _OneByOne(InitMethod):
@@ -191,8 +191,9 @@ def start_factors(
     return [_unit(*pair) for pair in factors] if config.use_adalora else factors
 
 
-def _lost_in_nf4(weight: Tensor, config: PissaConfig) -> Tensor:
-    quantised = ops.quantize(weight, "nf4", blocksize=config.blocksize, double_quant=config.double_quant)
+def _lost(weight: Tensor, form: Form) -> Tensor:
+    """W - quantised(W)."""
+    quantised = ops.quantize(weight, form.kind, blocksize=form.blocksize, double_quant=form.double_quant)
     return weight.float() - ops.dequantize(quantised)
 
 
