@@ -114,9 +114,8 @@ def check_quantized(weight: object) -> QuantizedWeight:
         raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
     check_choice("weight.format", weight.format, tuple(FORMATS))
     format, columns = FORMATS[weight.format], weight.shape[1]
-    if format.blocksizes:
-        format.check_options(weight.blocksize, weight.nested)
-    elif weight.blocksize != columns:
+    format.check_options(weight.blocksize if format.blocksizes else None, weight.nested)
+    if not format.blocksizes and weight.blocksize != columns:
         raise ValueError(f"weight.blocksize: got {weight.blocksize}; needed: {columns}, a row")
     check_tensor("weight.absmax", weight.absmax, (torch.float32, torch.uint8))
     nested = (weight.nested, weight.offset is not None, weight.absmax.dtype == torch.uint8)
