@@ -115,10 +115,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
         seed: seed of the random sketch. The result does not depend on torch's generator.
-        quant: "nf4" keeps the residual in 4 bits (QPiSSA). None keeps the base as `residual` says.
+        quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row. None keeps the base
+            as `residual` says.
         quant_iters: alternations of decomposition and quantisation. Only 1 for now.
         blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
-        double_quant: quantise the NF4 scales as well.
+        double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may want all parameters in one dtype, or cast them to one: give that one.
             Layers that bitsandbytes has quantised keep theirs.
