@@ -1,4 +1,4 @@
-"""Rows about one layer: products with a 4-bit or dense weight, forward and backward, and NF4 itself."""
+"""Rows about one layer: products with a quantised or dense weight, forward and backward, and the formats themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch.nn.functional import linear
 
 from bench.compare.interleave import Case, Row, agree, require
 from bench.compare.peers import bnb_linear, is_repacked, lora_layer
-from bench.compare.weights import bfloat16_weight, hard_spectrum, low_rank_factors, nf4_weight, on_device
+from bench.compare.weights import (
+    bfloat16_weight,
+    hard_spectrum,
+    low_rank_factors,
+    nf4_weight,
+    on_device,
+    quantised_weight,
+)
 from pissa import ops
 
 # A side may round a bfloat16 result below three times on the way (weight, x A^T, low-rank term) and once at the end. A
@@ -83,11 +90,11 @@ def _against_peft(work: str, build: Callable[..., Case], size: int, tokens: int,
 
 
 class Layer:
-    """Our 4-bit layer with an adapter [rows, cols] of rank r, an input and an output gradient for it."""
+    """Our quantised layer with an adapter [rows, cols] of rank r, an input and an output gradient for it."""
 
-    def __init__(self, rows: int, cols: int, tokens: int, r: int, device: str = "cpu") -> None:
+    def __init__(self, rows: int, cols: int, tokens: int, r: int, device: str = "cpu", *, format: str = "nf4") -> None:
         generator = torch.Generator().manual_seed(tokens)
-        self.weight = on_device(nf4_weight(rows, cols), device)
+        self.weight = on_device(quantised_weight(rows, cols, format), device)
         self.x = torch.randn(tokens, cols, generator=generator).bfloat16().to(device).requires_grad_()
         self.dy = torch.randn(tokens, rows, generator=generator).bfloat16().to(device)
         self.delta_a, self.delta_b, self.a0, self.b0 = (t.to(device) for t in low_rank_factors(rows, cols, r))
@@ -234,6 +241,47 @@ def _dequantize(size: int) -> Case:
     ours = partial(ops.dequantize, weight, torch.bfloat16)
     theirs = partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
     return Case(ours, theirs, lambda: agree(2**-9, weight=(ours(), theirs())))  # both round once
+
+
+# ---- INT8 ------------------------------------------------------------------------------------------------------------
+
+
+def int8_rows(size: int) -> Iterator[Row]:
+    """Ours in int8 against ours in nf4, which reads half as many bytes and decodes them from a table."""
+    for work, few, backward in (("forward", (1, 4), False), ("forward + backward", (), True)):
+        for tokens in (*few, 16, 128, 512, 2048):
+            case = partial(_against_nf4, size, tokens, backward)
+            yield Row(f"{work}, int8, r = 64, M = {tokens}", "pissa, nf4", case, malloc="tuned")
+    yield Row("quantise to int8", "bitsandbytes", partial(_quantize_int8, size))
+    yield Row("dequantise int8 to float32", "bitsandbytes", partial(_dequantize_int8, size))
+
+
+def _against_nf4(size: int, tokens: int, backward: bool) -> Case:
+    ours, peer = (Layer(size, size, tokens, 64, format=format) for format in ("int8", "nf4"))
+    if backward:
+        return Case(ours.backward, peer.backward, lambda: ours.check(ours.formula()))
+    return Case(ours.forward, peer.forward, lambda: ours.check(ours.formula()))
+
+
+def _quantize_int8(size: int) -> Case:
+    weight = bfloat16_weight(size)
+    ours, theirs = partial(ops.quantize, weight, "int8"), partial(bnb.functional.int8_vectorwise_quant, weight)
+
+    def check() -> str:
+        mine, (codes, scales, _) = ours(), theirs()
+        require(torch.equal(mine.codes, codes.view(torch.uint8).flatten()), "the codes differ")
+        require(torch.equal(mine.absmax, scales), "the scales differ")
+        return "equal bits"
+
+    return Case(ours, theirs, check)
+
+
+def _dequantize_int8(size: int) -> Case:
+    weight = quantised_weight(size, size, "int8")
+    codes = weight.codes.view(torch.int8).view(size, size)
+    ours = partial(ops.dequantize, weight)
+    theirs = partial(bnb.functional.int8_vectorwise_dequant, codes, weight.absmax)
+    return Case(ours, theirs, lambda: agree(2**-22, weight=(ours(), theirs())))  # two products each
 
 
 # ---- Shapes ----------------------------------------------------------------------------------------------------------

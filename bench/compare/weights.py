@@ -35,10 +35,15 @@ def bfloat16_weight(size: int) -> Tensor:
 
 
 @functools.cache
-def nf4_weight(rows: int, cols: int) -> ops.QuantizedWeight:
-    """A weight in NF4 with nested scales; a part of the square one if the shape is not square."""
+def quantised_weight(rows: int, cols: int, format: str) -> ops.QuantizedWeight:
+    """A weight in a format, nf4 with nested scales; a part of the square one if the shape is not square."""
     weight = bfloat16_weight(max(rows, cols))[:rows, :cols]
-    return ops.quantize(weight.contiguous())
+    return ops.quantize(weight.contiguous(), format)
+
+
+def nf4_weight(rows: int, cols: int) -> ops.QuantizedWeight:
+    """The one in nf4."""
+    return quantised_weight(rows, cols, "nf4")
 
 
 def on_device(weight: ops.QuantizedWeight, device: str) -> ops.QuantizedWeight:

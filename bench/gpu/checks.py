@@ -30,7 +30,7 @@ SANITIZED = {
 SANITIZER_S = 20  # of each tool on each test
 
 # Python tests that take --device.
-PYTHON_TESTS = ("ops_linear", "ops_nf4", "ops_svd", "layer", "model")
+PYTHON_TESTS = ("ops_linear", "ops_nf4", "ops_int8", "ops_svd", "layer", "model")
 # Warnings are no errors here: the versions of torch and transformers are this machine's.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 

@@ -21,7 +21,6 @@ from pissa.ops.formats import FORMATS
 from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
-Quant = Literal["nf4"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
 
@@ -68,15 +67,22 @@ class Form(NamedTuple):
 
     kind: str
     """"implicit": the weight as it was given. "explicit": the dense residual W - s B0 A0. Else the format of the
-    quantised residual, "nf4"."""
+    quantised residual, one of `ops.formats.FORMATS`."""
     blocksize: int | None = None
-    """Of "nf4" only, like `double_quant`."""
+    """None where there is no choice, like `double_quant`."""
     double_quant: bool | None = None
+
+    @staticmethod
+    def quantised(format: str, blocksize: int, double_quant: bool) -> Form:
+        """A quantised form: the options that its format has."""
+        has = FORMATS[format]
+        return Form(format, blocksize if has.blocksizes else None, double_quant if has.has_double_quant else None)
 
     def describe(self) -> str:
         """The form in words, for messages."""
-        details = "" if self.blocksize is None else f" (blocksize {self.blocksize}, double_quant {self.double_quant})"
-        return self.kind + details
+        options = {"blocksize": self.blocksize, "double_quant": self.double_quant}
+        details = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+        return f"{self.kind} ({details})" if details else self.kind
 
     def options(self) -> dict[str, Any]:
         """The form as keyword arguments of `ops.residual`."""
@@ -102,18 +108,19 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
             "pissa_minor" from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from
-            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of 4 bits. "given" marks an
-            adapter whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain
+            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format. "given" marks
+            an adapter whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain
             LoRA (`peft.set_peft_model_state_dict`). It cannot be asked for.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
         seed: seed of the random sketch. The result does not depend on torch's generator.
-        quant: "nf4" keeps the residual in 4 bits (QPiSSA). None keeps the base as `residual` says.
+        quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row. None keeps the base
+            as `residual` says.
         quant_iters: alternations of decomposition and quantisation. Only 1 for now.
         blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
-        double_quant: quantise the NF4 scales as well.
-        quant_storage: dtype of the parameters that hold the 4-bit codes, as in bitsandbytes: "uint8", "bfloat16",
+        double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
+        quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
             "float16" or "float32". FSDP may want all parameters in one dtype, or cast them to one: give that one.
             Layers that bitsandbytes has quantised keep theirs.
         residual: None or "implicit" leaves the dense weight untouched. "explicit" replaces it by W - s B0 A0, as the
@@ -137,11 +144,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
-    quant: Quant | None = field(default=None, metadata={"help": "Store the residual in 4 bits"})
+    quant: str | None = field(default=None, metadata={"help": "Format that the residual is quantised to"})
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
-    quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold 4-bit codes"})
+    quant_storage: Storage = field(default="uint8", metadata={"help": "dtype of the parameters that hold codes"})
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
     use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a vector of their own"})
     orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of orthogonality, with use_adalora"})
@@ -186,7 +193,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def form(self) -> Form:
         """How the adapted layers keep their base."""
         if self.quant is not None:
-            return Form(self.quant, self.blocksize, self.double_quant)
+            return Form.quantised(self.quant, self.blocksize, self.double_quant)
         return Form(self.residual or "implicit")
 
     def as_lora(self) -> LoraConfig:
@@ -244,7 +251,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         check_choice("svd", self.svd, get_args(Svd))
         check_passes(self.svd_passes, "svd_passes")
         check_seed(self.seed)
-        check_choice("quant", self.quant, (None, *get_args(Quant)))
+        check_choice("quant", self.quant, (None, *FORMATS))
         check_choice("quant_storage", self.quant_storage, get_args(Storage))
         check_choice("residual", self.residual, (None, *get_args(Residual)))
         if self.quant is not None and self.residual is not None:
@@ -256,7 +263,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: 1")
         if self.quant_iters > 1:
             raise ValueError(f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1")
-        FORMATS["nf4"].check_options(self.blocksize, self.double_quant)
+        self._check_blocks()
         for name in ("double_quant", "use_adalora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
@@ -267,11 +274,22 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if not _is_int(index) or index < 0:
                 raise ValueError(f"trainable_token_indices: got {index!r}; allowed: integers of at least 0")
         if self.init == "loftq" and self.quant is None:
-            raise ValueError('init="loftq" starts from the error of 4 bits: give quant="nf4" with it')
+            formats = " or ".join(f'quant="{name}"' for name in FORMATS)
+            raise ValueError(f'init="loftq" starts from the error of a quantised format: give {formats} with it')
         if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):
             raise ValueError(
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
                 "it are pissa, pissa_medium and pissa_minor, without use_dora"
+            )
+
+    def _check_blocks(self) -> None:
+        """Checks `blocksize` and `double_quant`, whose defaults go with any format."""
+        format = FORMATS[self.quant or "nf4"]
+        if format.blocksizes:
+            format.check_options(self.blocksize, self.double_quant and format.has_double_quant)
+        elif self.blocksize != PissaConfig.blocksize:
+            raise ValueError(
+                f"blocksize: got {self.blocksize!r}; with quant={self.quant!r} a block is a row: leave blocksize out"
             )
 
 

@@ -1,6 +1,6 @@
 // The formats of numbers: a table of what is to be known of each, and what follows from it. How the codes of a
-// quantised format become numbers is no part of it: the format's own header (nf4.h) and one decode function a backend
-// know that.
+// quantised format become numbers is no part of it: the format's own header (nf4.h, int8.h) and one decode function a
+// backend know that.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace pissa {
 
-enum class Format : std::int32_t { f32, bf16, f16, nf4 };
+enum class Format : std::int32_t { f32, bf16, f16, nf4, int8 };
 
 /// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`; or, where these are 0,
 /// the elements of a row.
@@ -46,12 +46,14 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
       return {"f16", 16};
     case Format::nf4:
       return {"nf4", 4, true, {32, 4096, 64}, true};
+    case Format::int8:
+      return {"int8", 8, true};
   }
   return {};
 }
 
 /// Its rows.
-inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16, Format::nf4};
+inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16, Format::nf4, Format::int8};
 
 PISSA_INLINE constexpr bool is_quantized(Format format) { return info(format).quantized; }
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "pissa/cuda/int8_device.h"
 #include "pissa/cuda/nf4_device.h"
 
 namespace pissa::cuda {
@@ -16,6 +17,8 @@ auto with_codes(Format format, F f) {
   switch (format) {
     case Format::nf4:
       return f(Nf4{});
+    case Format::int8:
+      return f(Int8{});
     default:
       __builtin_unreachable();
   }

@@ -1,4 +1,5 @@
-"""bitsandbytes' layers as bases, and its state dicts: a 4-bit layer's bytes are ours, an 8-bit one stays what it is."""
+"""bitsandbytes' layers as bases: a 4-bit one's bytes are ours, an 8-bit one stays what it is. And the state dicts of
+both."""
 
 from __future__ import annotations
 
@@ -154,24 +155,58 @@ def check_int8(linear: Any) -> None:
 
 
 def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`weight` as the entries of a state dict of bitsandbytes' `Linear4bit`, without copying its bytes: "weight" uint8
-    [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map and quant_state.
+    """`weight` as the entries of a state dict of bitsandbytes' layer of that format, without copying its bytes.
+
+    nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax,
+    nested_quant_map and quant_state. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and
+    "weight_format" uint8 [], 0 for rows.
 
     Args:
-        weight: NF4 codes of a matrix [out, in].
-        dtype: of the dense weight, which bitsandbytes dequantises to.
+        weight: codes of a matrix [out, in].
+        dtype: of the dense weight, which bitsandbytes dequantises NF4 to.
     """
+    if weight.format == "int8":
+        codes = weight.codes.view(torch.int8).reshape(weight.shape)
+        return {"weight": codes, "SCB": weight.absmax, "weight_format": torch.tensor(_ROWS, dtype=torch.uint8)}
     state = _quant_state(weight, dtype)
     entries = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
     return {"weight": weight.codes.reshape(-1, 1), **entries}
 
 
-def nf4_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    """The NF4 matrix in the entries of a state dict of `Linear4bit`, as `to_bitsandbytes` writes them.
+def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+    """The way back from `to_bitsandbytes`, without copying bytes. "bias" is not read.
 
     Raises:
-        ValueError: an entry is missing, or they do not describe an NF4 matrix.
+        ValueError: an entry is missing, or they describe a matrix in neither format.
     """
+    if "SCB" in entries or ("weight" in entries and entries["weight"].dtype == torch.int8):
+        return _int8_from_state(entries)
+    return _nf4_from_state(entries)
+
+
+_ROWS = 0
+"""The `weight_format` of codes that lie row by row, the only one that bitsandbytes still has."""
+
+
+def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+    if not {"weight", "SCB"} <= entries.keys():
+        raise ValueError(
+            f"no 8-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight and its scales SCB"
+        )
+    codes, scales = entries["weight"], entries["SCB"]
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ValueError(f"weight: got {codes.dtype} {list(codes.shape)}; needed: torch.int8 [out, in]")
+    if scales.dtype != torch.float32 or scales.numel() != len(codes):
+        raise ValueError(f"SCB: got {scales.dtype} {list(scales.shape)}; needed: torch.float32 [{len(codes)}]")
+    # As bitsandbytes reads it: what is missing is rows.
+    if (order := entries.get("weight_format")) is not None and order.flatten().tolist() != [_ROWS]:
+        raise ValueError(f"weight_format: got {order.tolist()}; allowed: {_ROWS}, for codes row by row")
+    shape = (codes.shape[0], codes.shape[1])
+    packed = codes.contiguous().view(torch.uint8).reshape(-1)
+    return ops.QuantizedWeight(packed, scales.reshape(-1), None, None, "int8", shape, shape[1])
+
+
+def _nf4_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     from bitsandbytes.functional import QuantState
 
     scales = {name.removeprefix("weight."): value for name, value in entries.items() if name.startswith("weight.")}

@@ -133,7 +133,7 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
 
     @property
     def form(self) -> Form:
-        return Form(self.format, self.blocksize, self.double_quant)
+        return Form.quantised(self.format, self.blocksize, self.double_quant)
 
     @property
     def residual(self) -> ops.QuantizedWeight:
@@ -143,7 +143,8 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
         return ops.dequantize(self.quantized)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        options = (f"{name}={value}" for name, value in self.form.options().items() if value is not None)
+        return ", ".join((super().extra_repr(), *options))
 
 
 def stored_linear(

@@ -15,6 +15,7 @@ from pissa.cli.sources import GSM_SYMBOLIC
 from pissa.cli.terminal import UserError, say, silence_third_parties
 from pissa.files.messages import first_line
 from pissa.notices import InexactLoraWarning
+from pissa.ops.formats import FORMATS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=("pissa", "lora"), default="pissa", help="pissa, or plain LoRA to compare")
-    method.add_argument("--quant", choices=("nf4",), help="keep the residual in 4 bits (QPiSSA)")
+    method.add_argument("--quant", choices=tuple(FORMATS), help="format of the residual (QPiSSA)")
     method.add_argument(
         "--rank", type=positive_int, metavar="N", default=16, help="rank of the adapters; alpha equals it"
     )
@@ -149,11 +150,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out (or --demo)")
     if args.method == "lora" and args.quant:
-        raise UserError("--quant nf4 needs --method pissa; plain LoRA is trained on the base as it is")
+        raise UserError(f"--quant {args.quant} needs --method pissa; plain LoRA is trained on the base as it is")
 
 
 def _method_name(args: argparse.Namespace) -> str:
-    return {"lora": "LoRA", "pissa": "QPiSSA (nf4)" if args.quant else "PiSSA"}[args.method]
+    return {"lora": "LoRA", "pissa": f"QPiSSA ({args.quant})" if args.quant else "PiSSA"}[args.method]
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -199,7 +200,7 @@ def _wrap(model: Any, args: argparse.Namespace) -> PeftModel:
         raise UserError(f"--model {args.model}: {error}") from error
     if args.quant:
         # The weights are views of the mapped model file, which stays in memory as long as one view lives. Copies of
-        # the remaining weights let it go, and with it the dense weights that 4-bit ones have replaced.
+        # the remaining weights let it go, and with it the dense weights that quantised ones have replaced.
         for parameter in wrapped.parameters():
             parameter.data = parameter.data.clone()
     return wrapped

@@ -39,7 +39,7 @@ class UnfusedExperts(nn.Module):
     """An experts module of transformers whose experts are linear layers, named "0", "1", ...
 
     It computes what transformers' "eager" implementation does, in the same order, whatever implementation the model is
-    set to. An expert is read, or decoded from 4 bits, only if some token is sent to it. In multi-process training every
+    set to. An expert is read, or decoded from codes, only if some token is sent to it. In multi-process training every
     expert runs, so that every process has gradients of the same parameters; one without tokens gets an empty batch.
     `fused` is the original without its weights: biases, activation, gate, norm.
     """

@@ -83,8 +83,8 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
 
 
 def _smaller_side(linear: Any) -> int:
-    """The smaller side of a linear layer's weight, adapted or not. A 4-bit parameter has another shape, and Conv1D has
-    no in_features."""
+    """The smaller side of a linear layer's weight, adapted or not. Packed codes have another shape, and Conv1D has no
+    in_features."""
     sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
     return int(min(sides))
 
@@ -175,7 +175,7 @@ def _check_weight(base: Base, name: str) -> None:
         raise TypeError(
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
-            '(quant="nf4" then stores it in 4 bits)'
+            "(quant then stores it in a quantised format)"
         )
 
 

@@ -191,7 +191,7 @@ class PissaModel(MendedPeftModel):
         return orthogonality_loss(self.base_model.model, adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The numbers of trainable parameters and of all parameters. An element in 4 bits counts as a parameter."""
+        """The numbers of trainable parameters and of all parameters. A quantised element counts as a parameter."""
         trainable, total = super().get_nb_trainable_parameters()
         for layer in pissa_layers(self.base_model.model).values():
             total += layer.base.numel - layer.base.parameter.numel()

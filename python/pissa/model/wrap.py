@@ -30,7 +30,7 @@ def wrap(
         model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
         model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
 
-    The wrapped model computes what the base does until the first step of training. With `quant="nf4"` the base is the
+    The wrapped model computes what the base does until the first step of training. With `quant` the base is the
     quantised residual plus its principal part.
 
     With several processes (torch.distributed) all of them have to call this, with the same model and configuration.

@@ -22,6 +22,10 @@ class QuantizedWeight(NamedTuple):
     may cross rows. `codes`: uint8 [ceil(out * in / 2)], the first of two elements in the high nibble. `absmax`: float32
     [blocks]; or, with double quantisation, uint8 [blocks] together with `nested_absmax` float32 [ceil(blocks / 256)]
     and `offset` float32 []. At the default block size 64 that is 4.5 bits per weight, 4.127 nested.
+
+    "int8" (LLM.int8(), arXiv 2208.07339): a block is a row. `codes`: uint8 [out * in], the bytes of bitsandbytes' int8
+    `CB`; `absmax`: float32 [out], its `SCB`, the largest absolute value of each row. An element is
+    code * absmax / 127. That is 8 bits per weight, and 32 per row.
     """
 
     codes: Tensor
@@ -83,10 +87,10 @@ def quantize(
     """A weight [out, in] (float32, bfloat16 or float16, finite) as codes and scales: bitsandbytes' bytes.
 
     Args:
-        format: "nf4", as `bitsandbytes.functional.quantize_4bit`.
-        blocksize: elements per scale: 32, 64, ..., 4096. None: 64.
-        double_quant: quantise the scales too, to 8 bits in blocks of 256 (bitsandbytes' `compress_statistics`). None:
-            where the format has it.
+        format: "nf4", as `bitsandbytes.functional.quantize_4bit`, or "int8", as its `int8_vectorwise_quant`.
+        blocksize: elements per scale, of "nf4" only: 32, 64, ..., 4096. None: 64; in "int8" always a row.
+        double_quant: quantise the scales too, of "nf4" only, to 8 bits in blocks of 256 (bitsandbytes'
+            `compress_statistics`). None: where the format has it.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -116,9 +120,8 @@ def check_quantized(weight: object) -> QuantizedWeight:
     codes, absmax, nested_absmax, offset, name, shape, blocksize = weight
     check_choice("weight.format", name, FORMATS)
     format = FORMATS[name]
-    if format.blocksizes:
-        format.check_options(blocksize, weight.nested)
-    elif blocksize != shape[1]:
+    format.check_options(blocksize if format.blocksizes else None, weight.nested)
+    if not format.blocksizes and blocksize != shape[1]:
         raise ValueError(f"weight.blocksize: got {blocksize}; needed: {shape[1]}, a row")
     check_tensor("weight.absmax", absmax, (torch.float32, torch.uint8))
     nested = absmax.dtype == torch.uint8

@@ -100,8 +100,8 @@ def split(
     Args:
         weight, r, svd, passes, seed: see `svd_lowrank`.
         scaling: the adapter's scale s, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
-        form: of the residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), or a
-            quantised format, "nf4" (the same, quantised without being stored).
+        form: of the residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), or one of
+            `formats.FORMATS` (the same, quantised without being stored).
         blocksize, double_quant: of a quantised format; see `quantize`.
         quant_iters: T, alternations of SVD and quantisation. Only 1 is implemented.
 
@@ -187,7 +187,7 @@ def residual(
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
         a0, b0: float32 [r, in] and [out, r].
-        form: "explicit" (in the weight's dtype) or a quantised format, "nf4".
+        form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
         blocksize, double_quant: of a quantised format; see `quantize`.
 
     Raises:

@@ -1,6 +1,7 @@
 // gemm_quantized: subtracting the factors and quantising in one pass gives the codes of doing one after the other.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "pissa/cpu/kernels.h"
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
+#include "support/quantized_result.h"
 
 namespace pissa::test {
 namespace {
@@ -36,20 +38,49 @@ TEST_P(GemmQuantizedTest, EqualsQuantizingTheStoredResidual) {
 
     std::vector<float> residual(rows * cols, std::nanf(""));
     residual_sum(list.terms(), weight.view(), {residual.data(), rows, cols, cols, Format::f32});
-    std::vector<std::uint8_t> expected_codes(code_bytes(Format::nf4, rows * cols));
-    std::vector<float> expected_absmax(ceil_div(rows * cols, blocksize));
-    cpu::kernels("baseline")
-        .quantize(Format::nf4, residual.data(), rows * cols, blocksize, expected_codes.data(), expected_absmax.data());
+    for (const Format format : kQuantizedFormats) {
+      QuantizedResult expected(format, rows, cols, blocksize), result = expected;
+      const QuantOutput out = expected.output();
+      cpu::kernels("baseline").quantize(format, residual.data(), rows * cols, out.blocksize, out.codes, out.scales);
+      backend().gemm_quantized(list.terms(), weight.view(), result.output());
+      EXPECT_TRUE(result == expected) << info(format).name;
+      EXPECT_TRUE(result.padding_intact()) << info(format).name;
+    }
+  }
+}
 
-    std::vector<std::uint8_t> codes(expected_codes.size() + 1, 0xee);
-    std::vector<float> absmax(expected_absmax.size() + 1, std::nanf(""));
-    backend().gemm_quantized(list.terms(), weight.view(), {Format::nf4, blocksize, codes.data(), absmax.data()});
-    EXPECT_EQ(codes.back(), 0xee);
-    EXPECT_TRUE(std::isnan(absmax.back()));
-    codes.pop_back();
-    absmax.pop_back();
-    EXPECT_TRUE(codes == expected_codes);
-    EXPECT_TRUE(absmax == expected_absmax);
+// INT8 by its definition: ties between codes, a row whose largest element is negative, rows of zeros and of what is so
+// small that its factor overflows, very small and very large ones; rows of codes that start anywhere in a word.
+TEST_P(GemmQuantizedTest, AnInt8CodeIsTheRoundedElement) {
+  Random random(4);
+  for (const std::int64_t cols : {1, 5, 8, 127, 300, 1024}) {
+    Dense values(8, cols);
+    for (std::int64_t j = 0; j < cols; ++j) {
+      const double normal = random.normal();
+      values(0, j) = normal;
+      values(1, j) = j == 0 ? -127 : static_cast<double>(random.below(254)) - 126.5;
+      values(2, j) = j == cols / 2 ? -9 : normal;
+      values(3, j) = j % 2 == 0 ? 0.0 : -0.0;
+      values(4, j) = 1e-38 * normal;
+      values(5, j) = 0x1p-120 * (1 + random.uniform());
+      values(6, j) = 1e37 * normal;
+      values(7, j) = normal;
+    }
+    const Stored weight(values, Format::f32);
+    const Dense stored = weight.values();
+    QuantizedResult result(Format::int8, 8, cols);
+    backend().gemm_quantized({}, weight.view(), result.output());
+    EXPECT_TRUE(result.padding_intact());
+    for (std::int64_t i = 0; i < 8; ++i) {
+      float largest = 0;
+      for (std::int64_t j = 0; j < cols; ++j) largest = std::max(largest, static_cast<float>(std::fabs(stored(i, j))));
+      ASSERT_EQ(result.scales[i], largest) << i;
+      const float factor = i == 3 || i == 4 ? 0 : 1 / largest * 127;
+      for (std::int64_t j = 0; j < cols; ++j) {
+        const float expected = std::nearbyint(static_cast<float>(stored(i, j)) * factor);
+        ASSERT_EQ(static_cast<std::int8_t>(result.codes[i * cols + j]), expected) << i << ", " << j << " of " << cols;
+      }
+    }
   }
 }
 
@@ -87,15 +118,14 @@ TEST_P(GemmQuantizedTest, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
 
 TEST_P(GemmQuantizedTest, TheSameBits) {
   Random random(2);
-  for (const std::int64_t blocksize : {32, 4096}) {
+  for (const auto& [format, blocksize] : {std::pair{Format::nf4, 32}, {Format::nf4, 4096}, {Format::int8, 61}}) {
     const Stored weight(random.dense(230, 61), Format::bf16);
     TermList list(230, 61);
     list.add(random, 5, Form::f32, Op::n, Form::f32, Op::n, -0.3f);
-    expect_same_bits([&](auto& cpu) {
-      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 230 * 61));
-      std::vector<float> absmax(ceil_div(230 * 61, blocksize));
-      cpu.gemm_quantized(list.terms(), weight.view(), {Format::nf4, blocksize, codes.data(), absmax.data()});
-      return std::pair(codes, absmax);
+    expect_same_bits([&, format = format, blocksize = blocksize](auto& cpu) {
+      QuantizedResult result(format, 230, 61, blocksize);
+      cpu.gemm_quantized(list.terms(), weight.view(), result.output());
+      return result;
     });
   }
 }

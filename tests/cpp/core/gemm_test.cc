@@ -9,6 +9,7 @@
 
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
+#include "support/quantized_result.h"
 
 namespace pissa::test {
 namespace {
@@ -164,22 +165,20 @@ TEST_P(GemmTest, MoreTermsThanASumMayHaveAreRefused) {
   }
   const std::span<const Term> terms(list.terms());
   const Stored weight(random.dense(9, 40), Format::f32);
-  std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 9 * 40), 0xee);
-  std::vector<float> scales(ceil_div(9 * 40, 64), -9.0f);
+  QuantizedResult result(Format::nf4, 9, 40);
   Stored out = Stored::poisoned(9, 40, Format::f32);
   const Stored untouched = out;
   auto tested = backend();
   const Term& product = terms[0];
   const auto tail = terms.last(kMostTail + 1);
   EXPECT_THROW(tested.gemm(terms, {}, out.mutable_view()), std::invalid_argument);
-  EXPECT_THROW(tested.gemm_quantized(terms, weight.view(), {Format::nf4, 64, codes.data(), scales.data()}),
-               std::invalid_argument);
+  EXPECT_THROW(tested.gemm_quantized(terms, weight.view(), result.output()), std::invalid_argument);
   EXPECT_THROW(tested.weight_gemm_nt(product.a, product.b, 1.0f, Precision::f32, tail, {}, out.mutable_view()),
                std::invalid_argument);
   EXPECT_THROW(tested.weight_gemm_nn(product.a, product.b, 1.0f, Precision::f32, tail, out.mutable_view()),
                std::invalid_argument);
   EXPECT_TRUE(out.bytes() == untouched.bytes());
-  EXPECT_EQ(codes, std::vector<std::uint8_t>(codes.size(), 0xee));
+  EXPECT_TRUE(result.untouched());
 }
 
 PISSA_EVERY_BACKEND(GemmTest);

@@ -12,6 +12,7 @@
 #include "pissa/cpu/isa.h"
 #include "support/guarded_backend.h"
 #include "support/matrices.h"
+#include "support/quantized_result.h"
 #include "support/reference.h"
 
 namespace pissa::test {
@@ -32,11 +33,12 @@ class GuardedTest : public ::testing::Test {
     auto& bytes = host_.emplace_back(rows * cols * element_size(format) + 1);
     return {bytes.data(), rows, cols, cols, format};
   }
+  Matrix upload(const Matrix& matrix) { return upload(matrix, code_bytes(matrix.format, matrix.rows * matrix.cols)); }
   Matrix upload(const Matrix& matrix, std::int64_t bytes) {
     Matrix result = matrix;
     result.data =
         device.upload(std::span(static_cast<const std::uint8_t*>(matrix.data), static_cast<std::size_t>(bytes)));
-    if (matrix.format == Format::nf4) {
+    if (is_quantized(matrix.format)) {
       const std::size_t blocks = static_cast<std::size_t>(ceil_div(matrix.rows * matrix.cols, matrix.scales.blocksize));
       Scales& scales = result.scales;
       if (scales.absmax) scales.absmax = device.upload(std::span(scales.absmax, blocks));
@@ -94,19 +96,20 @@ TEST_F(GuardedTest, SplitAndSplitQuantized) {
     split(backend, w, 2.0f, {}, a0, b0);
   });
 
-  const std::int64_t bytes = code_bytes(Format::nf4, 45 * 61), blocks = ceil_div(45 * 61, 64);
-  std::vector<std::uint8_t> codes(bytes);
-  std::vector<float> absmax(blocks);
-  const QuantOutput here{Format::nf4, 64, codes.data(), absmax.data()};
-  const QuantOutput there{Format::nf4, 64, static_cast<std::uint8_t*>(device.allocate(bytes)),
-                          static_cast<float*>(device.allocate(4 * blocks))};
-  split_both([&](auto& backend, const Matrix& w, const MutableMatrix& a0, const MutableMatrix& b0) {
-    split_quantized(backend, w, 2.0f, {}, 1, a0, b0, w.data == device_weight.data ? there : here);
-  });
-  EXPECT_EQ(device.download(there.codes, bytes), codes);
-  EXPECT_EQ(std::memcmp(device.download(there.scales, 4 * blocks).data(), absmax.data(),
-                        static_cast<std::size_t>(4 * blocks)),
-            0);
+  for (const Format format : kQuantizedFormats) {
+    QuantizedResult result(format, 45, 61);
+    const QuantOutput here = result.output();
+    QuantOutput there = here;
+    there.codes = device.upload(std::span(result.codes));
+    there.scales = device.upload(std::span(result.scales));
+    split_both([&](auto& backend, const Matrix& w, const MutableMatrix& a0, const MutableMatrix& b0) {
+      split_quantized(backend, w, 2.0f, {}, 1, a0, b0, w.data == device_weight.data ? there : here);
+    });
+    EXPECT_EQ(device.download(there.codes, static_cast<std::int64_t>(result.codes.size())), result.codes);
+    const std::size_t bytes = result.scales.size() * sizeof(float);
+    EXPECT_EQ(std::memcmp(device.download(there.scales, static_cast<std::int64_t>(bytes)).data(), here.scales, bytes),
+              0);
+  }
 }
 
 TEST_F(GuardedTest, LinearAndAddLowRank) {
@@ -117,13 +120,14 @@ TEST_F(GuardedTest, LinearAndAddLowRank) {
   const Stored delta_a(random.dense(r, in), Format::f32), delta_b(random.dense(out, r), Format::f32);
   const Stored a0(random.dense(r, in), Format::f32), b0(random.dense(out, r), Format::f32);
   const StoredNf4 plain(random, out, in, 64, false), nested(random, out, in, 64, true);
+  const StoredInt8 int8(random, out, in);
 
   struct Weight {
     Matrix here, there;
   };
-  for (const Weight& weight : {Weight{dense_weight.view(), upload(dense_weight)},
-                               Weight{plain.view(), upload(plain.view(), code_bytes(Format::nf4, out * in))},
-                               Weight{nested.view(), upload(nested.view(), code_bytes(Format::nf4, out * in))}}) {
+  for (const Weight& weight :
+       {Weight{dense_weight.view(), upload(dense_weight)}, Weight{plain.view(), upload(plain.view())},
+        Weight{nested.view(), upload(nested.view())}, Weight{int8.view(), upload(int8.view())}}) {
     for (const int kind : {0, 1, 2, 3}) {  // no adapter, LoRA, stored, implicit
       SCOPED_TRACE(kind);
       std::vector<MutableMatrix> results[2];

@@ -16,6 +16,7 @@
 #include "support/krylov_reference.h"
 #include "support/matrices.h"
 #include "support/orthogonal.h"
+#include "support/quantized_result.h"
 #include "support/reference.h"
 #include "support/weight_classes.h"
 
@@ -114,28 +115,26 @@ TEST_P(SplitTest, ExplicitResidual) {
 }
 
 // QPiSSA: the factors of W, and codes that are, one by one, those of the residual.
-TEST_P(SplitTest, Nf4Residual) {
+TEST_P(SplitTest, QuantizedResidual) {
   Random random(3);
-  for (const std::int64_t blocksize : {64, 256}) {
+  for (const auto& [quantized, blocksize] : {std::pair{Format::nf4, 64}, {Format::nf4, 256}, {Format::int8, 67}}) {
     for (const Format format : kFloatFormats) {
       const Stored weight(random.dense(41, 67), format);
       StartFactors plain(weight.view(), 5), factors(weight.view(), 5);
-      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, 41 * 67)), expected_codes(codes.size());
-      std::vector<float> absmax(ceil_div(41 * 67, blocksize), kNan), expected_absmax(absmax.size());
+      QuantizedResult result(quantized, 41, 67, blocksize), expected = result;
       auto tested = backend();
       split(tested, weight.view(), 2.0f, {}, plain.a0.mutable_view(), plain.b0.mutable_view());
       split_quantized(tested, weight.view(), 2.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
-                      {Format::nf4, blocksize, codes.data(), absmax.data()});
+                      result.output());
       EXPECT_TRUE(factors.a0.bytes() == plain.a0.bytes());
       EXPECT_TRUE(factors.b0.bytes() == plain.b0.bytes());
 
       std::vector<float> residual(41 * 67);
       const Term terms[] = {minus_factors(plain.a0.view(), plain.b0.view(), 2.0f)};
       residual_sum(terms, weight.view(), {residual.data(), 41, 67, 67, Format::f32});
-      cpu::kernels("baseline")
-          .quantize(Format::nf4, residual.data(), 41 * 67, blocksize, expected_codes.data(), expected_absmax.data());
-      EXPECT_TRUE(codes == expected_codes);
-      EXPECT_TRUE(absmax == expected_absmax);
+      const QuantOutput out = expected.output();
+      cpu::kernels("baseline").quantize(quantized, residual.data(), 41 * 67, blocksize, out.codes, out.scales);
+      EXPECT_TRUE(result == expected);
     }
   }
 }
@@ -146,11 +145,12 @@ class SplitErrors : public BackendTest {
  protected:
   // Refused with a message that starts with the argument's name, and nothing written.
   void expect_refused(const std::string& argument, const Dense& values, std::int64_t r, float scaling,
-                      const SvdOptions& options = {}, std::int64_t iterations = 1, std::int64_t blocksize = 64) {
+                      const SvdOptions& options = {}, std::int64_t iterations = 1, std::int64_t blocksize = 64,
+                      Format format = Format::nf4) {
     const Stored weight(values, Format::f32);
     auto cpu = backend();
-    std::vector<std::uint8_t> codes(code_bytes(Format::nf4, values.rows * values.cols), 0xee);
-    std::vector<float> absmax(values.rows * values.cols, -9.0f);
+    QuantizedResult result(format, values.rows, values.cols);
+    result.blocksize = blocksize;
     for (const bool quantize : {false, true}) {
       if (!quantize && (iterations != 1 || blocksize != 64)) continue;
       StartFactors factors(weight.view(), r);
@@ -158,7 +158,7 @@ class SplitErrors : public BackendTest {
       try {
         if (quantize) {
           split_quantized(cpu, weight.view(), scaling, options, iterations, factors.a0.mutable_view(),
-                          factors.b0.mutable_view(), {Format::nf4, blocksize, codes.data(), absmax.data()});
+                          factors.b0.mutable_view(), result.output());
         } else {
           split(cpu, weight.view(), scaling, options, factors.a0.mutable_view(), factors.b0.mutable_view());
         }
@@ -168,8 +168,7 @@ class SplitErrors : public BackendTest {
       }
       EXPECT_TRUE(factors.a0.bytes() == untouched.a0.bytes());
       EXPECT_TRUE(factors.b0.bytes() == untouched.b0.bytes());
-      EXPECT_EQ(codes, std::vector<std::uint8_t>(codes.size(), 0xee));
-      EXPECT_EQ(absmax, std::vector<float>(absmax.size(), -9.0f));
+      EXPECT_TRUE(result.untouched());
     }
   }
 };
@@ -182,6 +181,9 @@ TEST_P(SplitErrors, NameTheArgumentAndWriteNothing) {
   for (const std::int64_t passes : {0, 3}) expect_refused("passes", w, 2, 1.0f, {SvdMethod::krylov, passes, 0});
   for (const std::int64_t iterations : {0, 2, -1}) expect_refused("quant_iters", w, 2, 1.0f, {}, iterations);
   for (const std::int64_t blocksize : {0, 16, 63, 8192}) expect_refused("blocksize", w, 2, 1.0f, {}, 1, blocksize);
+  for (const std::int64_t blocksize : {0, 7, 16, 48}) {  // rows have 8
+    expect_refused("blocksize", w, 2, 1.0f, {}, 1, blocksize, Format::int8);
+  }
   for (const float special : {kNan, kInf, -kInf}) {
     Dense bad = w;
     bad(3, 5) = special;
@@ -189,16 +191,17 @@ TEST_P(SplitErrors, NameTheArgumentAndWriteNothing) {
   }
 }
 
-TEST_P(SplitErrors, AnNf4WeightHasNoNf4Residual) {
+TEST_P(SplitErrors, AQuantizedWeightHasNoQuantizedResidual) {
   Random random(5);
-  const StoredNf4 weight(random, 50, 40, 64, false);
-  auto cpu = backend();
-  StartFactors factors(weight.view(), 2);
-  std::vector<std::uint8_t> codes(1000);
-  std::vector<float> absmax(32);
-  EXPECT_THROW(split_quantized(cpu, weight.view(), 1.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
-                               {Format::nf4, 64, codes.data(), absmax.data()}),
-               std::invalid_argument);
+  for (const Form form : {Form::nf4, Form::int8}) {
+    const Operand weight(random, 50, 40, form);
+    auto cpu = backend();
+    StartFactors factors(weight.view(), 2);
+    QuantizedResult result(Format::nf4, 50, 40);
+    EXPECT_THROW(split_quantized(cpu, weight.view(), 1.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+                                 result.output()),
+                 std::invalid_argument);
+  }
 }
 
 PISSA_EVERY_BACKEND(SplitErrors);

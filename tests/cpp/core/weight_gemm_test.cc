@@ -76,15 +76,16 @@ TEST_P(WeightGemmTest, EverySize) {
   }
 }
 
-// Few rows meet a weight in NF4 without a panel: every number of them, rows of the weight that start anywhere in a
+// Few rows meet a quantised weight without a panel: every number of them, rows of the weight that start anywhere in a
 // block or a byte, a weight that ends inside a chunk, more columns than x has room for at once.
-TEST_P(WeightGemmTest, FewRowsOfAWeightInNf4) {
+TEST_P(WeightGemmTest, FewRowsOfAQuantizedWeight) {
   Random random(4);
-  for (const std::int64_t k : {1, 21, 31, 32, 63, 64, 65, 127, 128, 129, 200, 1000, 15001}) {
+  for (const std::int64_t k : {1, 21, 31, 32, 63, 64, 65, 127, 128, 129, 200, 1000, 17001}) {
     for (std::int64_t m = 1; m <= 17; m += k > 1000 ? 8 : 1) {
       const Form x = static_cast<Form>(random.pick(kFloatFormats));
-      check_nt(random, {m, 5, k}, x, random.pick({Form::nf4, Form::nf4_nested}), random.below(3), random.coin(),
-               random.pick(kFloatFormats));
+      for (const Form weight : {random.pick({Form::nf4, Form::nf4_nested}), Form::int8}) {
+        check_nt(random, {m, 5, k}, x, weight, random.below(3), random.coin(), random.pick(kFloatFormats));
+      }
     }
   }
 }

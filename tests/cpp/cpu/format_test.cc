@@ -1,6 +1,7 @@
 // Decoding and encoding of rows, by every instruction set, against the definitions of the formats.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -9,6 +10,7 @@
 
 #include "support/formats.h"
 #include "support/isa_test.h"
+#include "support/matrices.h"
 
 namespace pissa::test {
 namespace {
@@ -137,6 +139,30 @@ TEST_P(FormatTest, FindsTheRowByItsLeadingDimension) {
     float values[7];
     kernels().decode({bits.data(), 5, 20, 23, format}, 4, 13, 7, values);
     for (int i = 0; i < 7; ++i) EXPECT_EQ(values[i], float_format(format).decode(bits[4 * 23 + 13 + i]));
+  }
+}
+
+// Packing reads parts of rows: any start, odd ones and ones inside a block too, any length, at any row.
+TEST_P(FormatTest, DecodesAnyPartOfAQuantizedRow) {
+  Random random(2);
+  const auto check = [&](const auto& weight) {
+    const Dense expected = weight.values();
+    for (std::int64_t row = 0; row < expected.rows; ++row) {
+      for (std::int64_t col = 0; col < expected.cols; ++col) {
+        const std::int64_t most = expected.cols - col;
+        for (const std::int64_t count :
+             {std::int64_t{0}, std::int64_t{1}, std::min<std::int64_t>(most, 33), most / 2, most}) {
+          std::vector<float> out(count + 1, -9.0f);
+          kernels().decode(weight.view(), row, col, count, out.data());
+          for (std::int64_t i = 0; i < count; ++i) ASSERT_EQ(out[i], expected(row, col + i)) << row << ", " << col + i;
+          ASSERT_EQ(out[count], -9.0f);
+        }
+      }
+    }
+  };
+  for (const std::int64_t cols : {1, 37, 150}) {
+    for (const bool nested : {false, true}) check(StoredNf4(random, 5, cols, 32, nested));
+    check(StoredInt8(random, 5, cols));
   }
 }
 

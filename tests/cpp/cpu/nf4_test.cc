@@ -78,30 +78,6 @@ TEST(Nf4Format, AnOddNumberOfElementsTakesHalfAByteMore) {
 
 class Nf4Test : public IsaTest {};
 
-// Packing reads parts of rows: any start, odd ones and ones inside a block too, any length, at any row.
-TEST_P(Nf4Test, DecodesAnyPartOfARow) {
-  Random random(2);
-  for (const bool nested : {false, true}) {
-    for (const std::int64_t cols : {1, 37, 150}) {
-      const StoredNf4 weight(random, 5, cols, 32, nested);
-      const Dense expected = weight.values();
-      for (std::int64_t row = 0; row < 5; ++row) {
-        for (std::int64_t col = 0; col < cols; ++col) {
-          const std::int64_t most = cols - col;
-          for (const std::int64_t count :
-               {std::int64_t{0}, std::int64_t{1}, std::min<std::int64_t>(most, 33), most / 2, most}) {
-            std::vector<float> out(count + 1, -9.0f);
-            kernels().decode(weight.view(), row, col, count, out.data());
-            for (std::int64_t i = 0; i < count; ++i)
-              ASSERT_EQ(out[i], expected(row, col + i)) << row << ", " << col + i;
-            ASSERT_EQ(out[count], -9.0f);
-          }
-        }
-      }
-    }
-  }
-}
-
 // 256 scales share a nested absmax: a matrix with more of them.
 TEST_P(Nf4Test, DecodesManyNestedBlocks) {
   Random random(3);

@@ -1,4 +1,4 @@
-// The CUDA kernels for few rows, on operands as aligned as they need: the fused one for a weight in NF4, and the one
+// The CUDA kernels for few rows, on operands as aligned as they need: the fused one for a quantised weight, and the one
 // for dense matrices, which share columns among a warp or a block.
 #include "pissa/cuda/few_rows.h"
 
@@ -22,16 +22,17 @@ Stored aligned(const Dense& values, Format format) {
 
 class FewRowsTest : public BackendTest {
  protected:
-  // y [m, n] = x W^T + tail + bias, W [n, k] in NF4; x in half precision, which the tail's factors are rounded to.
-  void check_nf4(Random& random, const Size& size, Format format, int blocksize, bool nested, std::int64_t tail_terms,
-                 bool with_bias) const {
-    const auto& [m, n, k] = size;
-    SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", x " << name(format) << ", blocksize "
-                                      << blocksize << ", nested " << nested << ", tail " << tail_terms);
+  // y [m, n] = x W^T + tail + bias, W [n, k] quantised; x in half precision, which the tail's factors are rounded to.
+  template <class Weight>
+  void check(Random& random, std::int64_t m, const Weight& weight, Format format, std::int64_t tail_terms,
+             bool with_bias) const {
+    const std::int64_t n = weight.view().rows, k = weight.view().cols;
+    SCOPED_TRACE(::testing::Message() << m << ", " << n << ", " << k << ", x " << name(format) << ", weight "
+                                      << name(weight.view().format) << ", blocksize " << weight.view().scales.blocksize
+                                      << ", tail " << tail_terms);
     const Precision precision = format == Format::bf16 ? Precision::bf16 : Precision::f16;
     const FloatFormat half = float_format(format);
     const Stored x = aligned(random.dense(m, k), format);
-    const StoredNf4 weight(random, n, k, blocksize, nested);
     ASSERT_TRUE(cuda::few_rows_quantized_fits(x.view(), weight.view(), {})) << "this is not about another kernel";
     const Dense w = rounded_to(half, weight.values());
     Bounded expected{x.values() * transposed(w), absolute(x.values()) * absolute(transposed(w))};
@@ -63,8 +64,9 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
   Random random(1);
   for (std::int64_t m = 1; m <= 16; ++m) {
     for (const Format format : {Format::bf16, Format::f16}) {
-      check_nf4(random, {m, 21, 160}, format, random.pick({32, 64, 128}), random.coin(), random.below(3),
-                random.coin());
+      const StoredNf4 nf4(random, 21, 160, random.pick({32, 64, 128}), random.coin());
+      check(random, m, nf4, format, random.below(3), random.coin());
+      check(random, m, StoredInt8(random, 21, 160), format, random.below(3), random.coin());
     }
   }
 }
@@ -73,12 +75,14 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
 TEST_P(FewRowsTest, EveryEdge) {
   Random random(2);
   for (const std::int64_t k : {32, 64, 96, 128, 160, 992, 1024, 1056, 2144}) {
-    check_nf4(random, {3, 17, k}, Format::bf16, random.pick({32, 64, 256}), random.coin(), 1, true);
+    check(random, 3, StoredNf4(random, 17, k, random.pick({32, 64, 256}), random.coin()), Format::bf16, 1, true);
+    check(random, 3, StoredInt8(random, 17, k), Format::bf16, 1, true);
   }
   for (const std::int64_t n : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33}) {
-    check_nf4(random, {16, n, 96}, Format::f16, 64, random.coin(), 2, false);
+    check(random, 16, StoredNf4(random, n, 96, 64, random.coin()), Format::f16, 2, false);
+    check(random, 16, StoredInt8(random, n, 96), Format::f16, 2, false);
   }
-  check_nf4(random, {5, 40, 288}, Format::bf16, 4096, true, 1, true);
+  check(random, 5, StoredNf4(random, 40, 288, 4096, true), Format::bf16, 1, true);
 }
 
 TEST_P(FewRowsTest, DenseOperandsOfEveryLengthAndAlignment) {
@@ -140,7 +144,7 @@ TEST_P(FewRowsTest, WhatTheyCannotTake) {
   EXPECT_FALSE(fit(16, [](std::vector<Term>& terms) { terms[1].b.format = Format::nf4; }));
 }
 
-// What fits the kernel for NF4, but asks for what it does not compute.
+// What fits the kernel for quantised weights, but asks for what it does not compute.
 TEST_P(FewRowsTest, AnotherScaleDirectionOrPrecision) {
   Random random(5);
   const Stored x = aligned(random.dense(5, 64), Format::bf16);

@@ -14,6 +14,7 @@
 #include "support/backend_test.h"
 #include "support/gemm_case.h"
 #include "support/matrices.h"
+#include "support/quantized_result.h"
 #include "support/reference.h"
 
 namespace pissa::test {
@@ -50,17 +51,21 @@ TEST_P(ProductsTest, ConvertsAlignedRows) {
   }
 }
 
-TEST_P(ProductsTest, DecodesNf4ByWords) {
+TEST_P(ProductsTest, DecodesByWords) {
   Random random(2);
   for (const std::int64_t cols : {8, 40, 64, 136, 4096, 4104, 8200}) {
-    for (const bool nested : {false, true}) {
-      for (const Format to : kFloatFormats) {
-        const StoredNf4 weight(random, 5, cols, random.pick({32, 64, 4096}), nested);
+    for (const Format to : kFloatFormats) {
+      const auto check = [&](const auto& weight) {
         Stored out = random.coin() ? aligned_poisoned(5, cols, to) : Stored::poisoned(5, cols, to);
         backend().copy(weight.view(), out.mutable_view());
-        EXPECT_EQ(out.values().values, Stored(weight.values(), to).values().values) << cols << ", nested " << nested;
+        EXPECT_EQ(out.values().values, Stored(weight.values(), to).values().values)
+            << cols << ", " << name(weight.view().format);
         EXPECT_TRUE(out.padding_intact());
+      };
+      for (const bool nested : {false, true}) {
+        check(StoredNf4(random, 5, cols, random.pick({32, 64, 4096}), nested));
       }
+      check(StoredInt8(random, 5, cols));
     }
   }
 }
@@ -69,17 +74,19 @@ TEST_P(ProductsTest, DecodesNf4ByWords) {
 TEST_P(ProductsTest, DecodesAnyPartOfAWeight) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(5);
-  const StoredNf4 weight(random, 7, 72, 32, false);
-  for (const auto& [row, col, cols] : {std::tuple{1, 8, 64}, {2, 3, 64}, {3, 16, 37}, {0, 1, 5}}) {
-    Stored out = Stored::poisoned(4, cols, Format::f32);
-    Staging at(context);
-    cuda::decode_codes(context, at(weight.view()), row, col, at(out.mutable_view()));
-    at.finish();
-    const Dense values = weight.values(), part = out.values();
-    for (std::int64_t i = 0; i < 4; ++i) {
-      for (std::int64_t j = 0; j < cols; ++j) ASSERT_EQ(part(i, j), values(row + i, col + j)) << i << ", " << j;
+  for (const Form form : {Form::nf4, Form::int8}) {
+    const Operand weight(random, 7, 72, form);
+    for (const auto& [row, col, cols] : {std::tuple{1, 8, 64}, {2, 3, 64}, {3, 16, 37}, {0, 1, 5}}) {
+      Stored out = Stored::poisoned(4, cols, Format::f32);
+      Staging at(context);
+      cuda::decode_codes(context, at(weight.view()), row, col, at(out.mutable_view()));
+      at.finish();
+      const Dense values = weight.values(), part = out.values();
+      for (std::int64_t i = 0; i < 4; ++i) {
+        for (std::int64_t j = 0; j < cols; ++j) ASSERT_EQ(part(i, j), values(row + i, col + j)) << i << ", " << j;
+      }
+      EXPECT_TRUE(out.padding_intact());
     }
-    EXPECT_TRUE(out.padding_intact());
   }
 }
 
@@ -99,18 +106,20 @@ TEST_P(ProductsTest, MaxAbsOfALargeWeightInNf4) {
 }
 
 // Codes that no word starts at.
-TEST_P(ProductsTest, DecodesNf4AtOddAddresses) {
+TEST_P(ProductsTest, DecodesAtOddAddresses) {
   Random random(12);
-  const StoredNf4 weight(random, 5, 64, 64, true);
-  Matrix view = weight.view();
-  const auto* codes = static_cast<const std::uint8_t*>(view.data);
-  for (const int skip : {1, 2, 3}) {
-    std::vector<std::uint8_t> shifted(skip, 0xee);
-    shifted.insert(shifted.end(), codes, codes + code_bytes(Format::nf4, 5 * 64));
-    view.data = shifted.data() + skip;
-    Stored out = aligned_poisoned(5, 64, Format::bf16);
-    backend().copy(view, out.mutable_view());
-    EXPECT_EQ(out.values().values, Stored(weight.values(), Format::bf16).values().values) << skip;
+  for (const Form form : {Form::nf4_nested, Form::int8}) {
+    const Operand weight(random, 5, 64, form);
+    Matrix view = weight.view();
+    const auto* codes = static_cast<const std::uint8_t*>(view.data);
+    for (const int skip : {1, 2, 3, 4}) {
+      std::vector<std::uint8_t> shifted(skip, 0xee);
+      shifted.insert(shifted.end(), codes, codes + code_bytes(view.format, 5 * 64));
+      view.data = shifted.data() + skip;
+      Stored out = aligned_poisoned(5, 64, Format::bf16);
+      backend().copy(view, out.mutable_view());
+      EXPECT_EQ(out.values().values, Stored(weight.values(), Format::bf16).values().values) << skip;
+    }
   }
 }
 
@@ -121,14 +130,14 @@ TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
   const std::int64_t m = 23;
   for (const Op op : {Op::t, Op::n}) {
     for (const auto& [out, in] : {std::pair{200, 136}, {136, 200}, {130, 70}}) {
-      const StoredNf4 weight(random, out, in, 64, true);
+      const Operand nf4(random, out, in, Form::nf4_nested), int8(random, out, in, Form::int8);
       const Stored dense(random.dense(out, in), Format::f16);
       const std::int64_t k = op == Op::t ? in : out, n = op == Op::t ? out : in;
       const Stored x(random.dense(m, k), Format::bf16), a(random.dense(m, 3), Format::f32);
       const Stored b(op == Op::t ? random.dense(n, 3) : random.dense(3, n), Format::f32);
       const Stored bias(random.dense(1, n), Format::bf16);
-      for (const Matrix& w : {weight.view(), dense.view()}) {
-        const Format format = w.format == Format::nf4 ? Format::bf16 : Format::f32;
+      for (const Matrix& w : {nf4.view(), int8.view(), dense.view()}) {
+        const Format format = is_quantized(w.format) ? Format::bf16 : Format::f32;
         std::vector<std::vector<std::uint8_t>> results;
         for (const std::int64_t chunk : {1 << 30, 3 * 64 * 136 * 2, 1}) {
           Stored y = Stored::poisoned(m, n, format);
@@ -150,23 +159,28 @@ TEST_P(ProductsTest, ChunksOfAWeightGiveTheSame) {
 TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(4);
-  for (const auto& [rows, cols, blocksize] : {std::tuple{37, 64, 64}, {41, 67, 32}, {9, 1000, 256}, {70, 3, 64}}) {
+  for (const auto& [quantized, rows, cols, blocksize] : {std::tuple{Format::nf4, 37, 64, 64},
+                                                         {Format::nf4, 41, 67, 32},
+                                                         {Format::nf4, 9, 1000, 256},
+                                                         {Format::nf4, 70, 3, 64},
+                                                         {Format::int8, 41, 67, 67},
+                                                         {Format::int8, 37, 64, 64}}) {
     const Stored w(random.dense(rows, cols), Format::bf16), b(random.dense(rows, 4), Format::f32),
         a(random.dense(4, cols), Format::f32);
-    std::vector<std::vector<std::uint8_t>> results;
+    std::vector<QuantizedResult> results;
     for (const std::int64_t bytes : {std::int64_t{1} << 30, std::int64_t{10} * cols * 4, std::int64_t{1}}) {
-      std::vector<std::uint8_t> codes(code_bytes(Format::nf4, rows * cols), 0xee);
-      std::vector<float> absmax(ceil_div(rows * cols, blocksize), -9.0f);
+      QuantizedResult result(quantized, rows, cols, blocksize);
       Staging at(context);
       const std::vector<Term> terms{{at(b.view()), Op::n, at(a.view()), Op::n, -0.5f}};
-      cuda::quantized_sum(
-          context, terms, at(w.view()),
-          {Format::nf4, blocksize, at.upload(codes.data(), static_cast<std::int64_t>(codes.size()), true),
-           at.upload(absmax.data(), static_cast<std::int64_t>(absmax.size()), true)},
-          bytes);
+      QuantOutput out = result.output();
+      out.codes = at.upload(out.codes, static_cast<std::int64_t>(result.codes.size()), true);
+      out.scales = at.upload(out.scales, static_cast<std::int64_t>(result.scales.size()), true);
+      cuda::quantized_sum(context, terms, at(w.view()), out, bytes);
       at.finish();
-      for (const float value : absmax) ASSERT_GE(value, 0.0f);
-      results.push_back(codes);
+      EXPECT_TRUE(result.padding_intact());
+      result.scales.pop_back();
+      for (const float scale : result.scales) ASSERT_GE(scale, 0.0f);
+      results.push_back(result);
     }
     EXPECT_TRUE(results[1] == results[0]);
     EXPECT_TRUE(results[2] == results[0]);

@@ -44,7 +44,8 @@ class TermList {
 
   const std::vector<Term>& terms() const { return terms_; }
   const Bounded& expected() const { return expected_; }
-  /// For up to four rows bf16 rounds an NF4 weight's level, not level * absmax as the reference does.
+  /// For up to four rows bf16 rounds an NF4 weight's level, not level * absmax as the reference does, and neither
+  /// operand beside an INT8 weight.
   std::int64_t bf16_roundings() const { return rounds_ && expected_.value.rows <= 4 ? 2 : 0; }
   std::int64_t roundings() const { return roundings_ + 1; }  // and the multiplication, where it is not fused
 

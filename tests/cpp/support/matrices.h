@@ -14,6 +14,7 @@
 #include <variant>
 #include <vector>
 
+#include "pissa/core/int8.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/nf4.h"
 #include "pissa/core/types.h"
@@ -175,23 +176,49 @@ class StoredNf4 {
   float offset_ = 1.25f;
 };
 
+/// An INT8 matrix with random codes and scales.
+class StoredInt8 {
+ public:
+  StoredInt8(Random& random, std::int64_t rows, std::int64_t cols) : rows_(rows), cols_(cols), codes_(rows * cols) {
+    for (std::int8_t& code : codes_) code = static_cast<std::int8_t>(random.below(255) - 127);
+    for (std::int64_t i = 0; i < rows; ++i) scales_.push_back(static_cast<float>(0.5 + random.uniform()));
+  }
+
+  Matrix view() const {
+    Matrix matrix{codes_.data(), rows_, cols_, 0, Format::int8};  // ld is ignored
+    matrix.scales.blocksize = cols_;
+    matrix.scales.absmax = scales_.data();
+    return matrix;
+  }
+  Dense values() const {
+    Dense result(rows_, cols_);
+    for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
+      const float product = codes_[i] * scales_[i / cols_];
+      result.values[i] = product * kInt8Step;  // two roundings to f32: the format's definition
+    }
+    return result;
+  }
+
+ private:
+  std::int64_t rows_, cols_;
+  std::vector<std::int8_t> codes_;
+  std::vector<float> scales_;
+};
+
 /// The forms in which a GEMM reads an operand, and a random normal matrix in one of them.
-enum class Form { f32, bf16, f16, nf4, nf4_nested };
-inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16, Form::f16, Form::nf4, Form::nf4_nested};
+enum class Form { f32, bf16, f16, nf4, int8, nf4_nested };
+inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16, Form::f16,
+                                                       Form::nf4, Form::int8, Form::nf4_nested};
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Form form) {
-  return std::vector<const char*>{"f32", "bf16", "f16", "nf4", "nf4_nested"}[static_cast<std::size_t>(form)];
+  return std::vector<const char*>{"f32", "bf16", "f16", "nf4", "int8", "nf4_nested"}[static_cast<std::size_t>(form)];
 }
 inline const char* name(Format format) { return name(static_cast<Form>(format)); }
 
 class Operand {
  public:
-  Operand(Random& random, std::int64_t rows, std::int64_t cols, Form form)
-      : stored_(
-            form == Form::nf4 || form == Form::nf4_nested
-                ? decltype(stored_)(StoredNf4(random, rows, cols, random.pick({32, 64, 128}), form == Form::nf4_nested))
-                : Stored(random.dense(rows, cols), static_cast<Format>(form), random.below(5))) {}
+  Operand(Random& random, std::int64_t rows, std::int64_t cols, Form form) : stored_(make(random, rows, cols, form)) {}
   Operand(Stored stored) : stored_(std::move(stored)) {}
 
   Matrix view() const {
@@ -202,7 +229,17 @@ class Operand {
   }
 
  private:
-  std::variant<Stored, StoredNf4> stored_;
+  using Any = std::variant<Stored, StoredNf4, StoredInt8>;
+
+  static Any make(Random& random, std::int64_t rows, std::int64_t cols, Form form) {
+    if (form == Form::int8) return StoredInt8(random, rows, cols);
+    if (form == Form::nf4 || form == Form::nf4_nested) {
+      return StoredNf4(random, rows, cols, random.pick({32, 64, 128}), form == Form::nf4_nested);
+    }
+    return Stored(random.dense(rows, cols), static_cast<Format>(form), random.below(5));
+  }
+
+  Any stored_;
 };
 
 }  // namespace pissa::test

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import pissa
+from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, linear8bit, nesting, storages
 from devices import fetch, put
 from language_models import Make, assert_same, error, logits, snapshot, train
 from one_layer import (
@@ -29,55 +30,9 @@ from one_layer import (
 )
 from oracle import change_a_little, deltas64, weight64
 from pissa import notices, ops
-from pissa.base.bitsandbytes import BnbLinear4bit, from_bitsandbytes, nf4_from_state, to_bitsandbytes
+from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.base.stored import QuantizedLinear, ResidualLinear
 from reference import EPS, assert_close
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of kernels that it could download
-    import bitsandbytes as bnb
-
-# Blocks of 64 in whole rows: on a CPU bitsandbytes 0.50.2 decodes nothing else rightly.
-IN, OUT, R = 128, 64, 4
-STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-storages = pytest.mark.parametrize("storage", STORAGES, ids=str)
-nesting = pytest.mark.parametrize("nested", [False, True])
-
-
-def linear4bit(
-    nested: bool = True,
-    storage: torch.dtype = torch.uint8,
-    dtype: torch.dtype = torch.float32,
-    bias: bool = True,
-    quant_type: str = "nf4",
-) -> Any:
-    """Quantised from a weight of that dtype; in training mode, in which bitsandbytes does not repack it."""
-    layer = bnb.nn.Linear4bit(
-        IN, OUT, bias=bias, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
-    )
-    return filled(layer).to(dtype).to(put(torch.empty(0)).device)
-
-
-def linear8bit(bias: bool = True) -> Any:
-    return filled(bnb.nn.Linear8bitLt(IN, OUT, bias=bias, has_fp16_weights=False)).to(put(torch.empty(0)).device)
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return put(torch.randn(*shape, IN, generator=torch.Generator().manual_seed(7)).to(dtype))
-
-
-def decoded(layer: Any) -> Tensor:
-    """By bitsandbytes, float64."""
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-        return fetch(layer.weight.data).double() * fetch(scales).double()[:, None] / 127
-    return fetch(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)).double()
-
-
-def contents(layer: Any) -> dict[str, Tensor]:
-    """The bytes of all that the layer saves."""
-    return {name: fetch(value).reshape(-1).view(torch.uint8).clone() for name, value in layer.state_dict().items()}
-
 
 # ---- 4 bits, taken as they are ---------------------------------------------------------------------------------------
 
@@ -334,49 +289,6 @@ def test_a_layer_that_bitsandbytes_has_repacked_is_refused() -> None:
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(TypeError, match="bitsandbytes has repacked its weight for evaluation: load the model anew"):
         wrap(layer, r=R)
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-@nesting
-@pytest.mark.parametrize("blocksize", [32, 64, 128])
-def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> None:
-    weight = put(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)))
-    ours = ops.quantize(weight, blocksize=blocksize, double_quant=nested)
-    entries = to_bitsandbytes(ours, torch.bfloat16)
-    assert entries["weight"].data_ptr() == ours.codes.data_ptr()
-    scales = {name.removeprefix("weight."): value for name, value in entries.items() if name != "weight"}
-    theirs = bnb.nn.Params4bit.from_prequantized(entries["weight"], scales, device=weight.device)
-    assert theirs.quant_state.dtype == torch.bfloat16
-    theirs.quant_state.dtype = torch.float32  # which is not rounded
-    dense = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
-    assert torch.equal(dense, ops.dequantize(ours))
-
-
-@storages
-@nesting
-def test_a_state_dict_of_bitsandbytes_is_our_codes(nested: bool, storage: torch.dtype) -> None:
-    layer = linear4bit(nested, storage)
-    ours, base = nf4_from_state(dict(layer.state_dict())), from_bitsandbytes(layer)
-    for got, expected in zip(ours, base.quantized, strict=True):
-        assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
-    back = to_bitsandbytes(ours, torch.float32)
-    state = layer.state_dict()
-    assert {*back, "bias"} == set(state)
-    for name, value in back.items():
-        if not name.startswith("weight.quant_state."):  # JSON, whose offset bitsandbytes writes as it likes
-            assert torch.equal(fetch(value).reshape(-1).view(torch.uint8), contents(layer)[name]), name
-
-
-@nesting
-def test_incomplete_state_dicts_are_refused(nested: bool) -> None:
-    entries = to_bitsandbytes(from_bitsandbytes(linear4bit(nested)).quantized, torch.float32)
-    for name in entries:
-        with pytest.raises(ValueError, match="weight"):
-            nf4_from_state({key: value for key, value in entries.items() if key != name})
-    with pytest.raises(ValueError, match=r"quantised as fp4; allowed: nf4"):
-        nf4_from_state(dict(linear4bit(quant_type="fp4").state_dict()))
 
 
 # ---- 8 bits ----------------------------------------------------------------------------------------------------------

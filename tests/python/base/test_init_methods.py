@@ -11,7 +11,7 @@ import torch
 
 import pissa
 from language_models import Make
-from pissa import PissaConfig, PissaModel
+from pissa import PissaConfig, PissaModel, ops
 from pissa.base.init_methods import INIT_METHODS
 from pissa.config import Init
 from pissa.files.record import checksum
@@ -39,6 +39,18 @@ def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> Non
     head = pissa_layers(model.base_model.model)["lm_head"]
     assert head.start_of("same") is head.start_of("default")
     assert not torch.equal(head.start_of("other").b0, head.start_of("default").b0)
+
+
+def test_loftq_starts_from_what_the_format_loses(tiny_llama: Make) -> None:
+    """Of INT8, beside the weight in that format."""
+    weight = tiny_llama().model.layers[0].self_attn.q_proj.weight.detach()
+    model = pissa.wrap(tiny_llama(), r=4, quant="int8", init="loftq", target_modules=["q_proj"], svd="exact")
+    base = pissa_layers(model.base_model.model)[Q].base
+    quantised = ops.quantize(weight, "int8")
+    assert torch.equal(base.residual.codes, quantised.codes)
+    assert torch.equal(base.residual.absmax, quantised.absmax)
+    split = ops.split(weight - ops.dequantize(quantised), 4, svd="exact")
+    assert torch.equal(base.start.b0 @ base.start.a0, split.b0 @ split.a0)
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])

@@ -1,4 +1,4 @@
-"""`quant_storage`: the dtype of the parameters that hold 4-bit codes says nothing about the function, and nothing that
+"""`quant_storage`: the dtype of the parameters that hold codes says nothing about the function, and nothing that
 is done to a model computes with such a parameter."""
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
-# 578 and 595 bytes of codes: the last float32 of each weight is filled up.
+formats = pytest.mark.parametrize("quant", ["nf4", "int8"])
+# 578 and 595 bytes of codes, 1156 and 1190 of int8: the last float32 of a weight is filled up.
 ODD = {"hidden_size": 34, "intermediate_size": 35, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
-def wrapped(make: Make, storage: str) -> PissaModel:
-    return pissa.wrap(make(**ODD), r=4, quant="nf4", quant_storage=storage)
+def wrapped(make: Make, storage: str, quant: str = "nf4") -> PissaModel:
+    return pissa.wrap(make(**ODD), r=4, quant=quant, quant_storage=storage)
 
 
 def codes(model: nn.Module) -> list[Tensor]:
@@ -39,8 +40,11 @@ def same(model: nn.Module, other: list[Tensor]) -> bool:
 
 
 @storages
-def test_function_and_training_have_the_bits_of_uint8(storage: str, tiny_llama: Make, tokens: Tensor) -> None:
-    model, plain = wrapped(tiny_llama, storage), wrapped(tiny_llama, "uint8")
+@formats
+def test_function_and_training_have_the_bits_of_uint8(
+    quant: str, storage: str, tiny_llama: Make, tokens: Tensor
+) -> None:
+    model, plain = wrapped(tiny_llama, storage, quant), wrapped(tiny_llama, "uint8", quant)
     held = [module for module in model.modules() if isinstance(module, HoldsCodes)]
     assert {module.weight.dtype for module in held} == {getattr(torch, storage)}
     assert same(model, codes(plain))
@@ -73,10 +77,11 @@ def test_codes_that_are_no_numbers_survive(storage: str, tiny_llama: Make) -> No
 
 
 @storages
+@formats
 def test_a_saved_adapter_says_how_its_codes_are_stored(
-    storage: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    quant: str, storage: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = wrapped(tiny_llama, storage)
+    model = wrapped(tiny_llama, storage, quant)
     train(model, tokens)
     model.save_pretrained(tmp_path)
     again = PissaModel.from_pretrained(tiny_llama(**ODD), tmp_path)
@@ -96,6 +101,7 @@ def test_codes_that_were_cast_are_refused(tiny_llama: Make, tokens: Tensor) -> N
 
 def test_parameters_count_the_same(tiny_llama: Make) -> None:
     counts = {wrapped(tiny_llama, storage).get_nb_trainable_parameters() for storage in STORAGES}
+    counts.add(wrapped(tiny_llama, "uint8", "int8").get_nb_trainable_parameters())
     assert len(counts) == 1
 
 

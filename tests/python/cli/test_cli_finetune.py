@@ -23,6 +23,7 @@ METHODS = {
     "lora": ["--method", "lora"],
     "pissa": [],
     "qpissa": ["--quant", "nf4"],
+    "qpissa int8": ["--quant", "int8"],
 }
 
 
@@ -79,9 +80,8 @@ def test_a_run_leaves_adapter_metrics_and_picture(
     assert (out / "adapter_model.safetensors").is_file()
     run = json.loads((out / "run.json").read_text())
     if method != "lora":
-        assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == (
-            "nf4" if method == "qpissa" else None
-        )
+        quant = {"qpissa": "nf4", "qpissa int8": "int8"}.get(method)
+        assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == quant
     # Two layers of q, k, v, o, gate, up, down: 4 (in + out) of each
     assert run["trainable_parameters"] == 2 * 4 * (64 + 48 + 48 + 64 + 88 + 88 + 88)
     assert 0 <= run["step0_check"]["difference"] <= run["step0_check"]["bound"]
@@ -249,7 +249,7 @@ def test_wrong_arguments_are_refused(
         (["--svd-passes", "3"], "got '3'; allowed: auto, or an even number of at least 2"),
         (["--svd-passes", "many"], "got 'many'; allowed: auto, or an even number of at least 2"),
         (["--steps", "5", "--epochs", "2"], "not allowed with argument"),
-        (["--quant", "int8"], "invalid choice: 'int8'"),
+        (["--quant", "int4"], "invalid choice: 'int4' (choose from"),
     ],
 )
 def test_wrong_values_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown task": ({"task_type": "NOPE"}, "NOPE"),
     "a module more": ({"modules_to_save": ["lm_head"]}, "tensor 'base_model.model.lm_head.weight' is missing"),
     "another residual": ({"double_quant": False}, "form: got nf4 (blocksize 64, double_quant True); config has nf4"),
+    "another format": ({"quant": "int8"}, "form: got nf4 (blocksize 64, double_quant True); config has int8"),
 }
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pissa
-from language_models import FORMS, Make, error, logits, train
+from language_models import EVERY_FORM, FORMS, Make, error, logits, train
 from pissa import PissaConfig, PissaModel, notices
 from pissa.files.staged import Staged
 
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", EVERY_FORM)
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
@@ -49,7 +49,7 @@ def test_restores_to_the_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = pissa.wrap(tiny_llama(dtype=dtype), r=4, lora_alpha=6, **FORMS[form])
+    model = pissa.wrap(tiny_llama(dtype=dtype), r=4, lora_alpha=6, **EVERY_FORM[form])
     train(model, tokens)
     model.save_pretrained(tmp_path)
     expected = logits(model, tokens)
@@ -79,7 +79,7 @@ def test_plain_peft_loads_it_onto_the_unmodified_base(
         use_rslora=rslora,
         rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7},
         alpha_pattern={"v_proj": 3, "layers.1.mlp.up_proj": 5},
-        **FORMS[form],
+        **EVERY_FORM[form],
     )
     train(model, tokens)
     model.save_pretrained(tmp_path)
@@ -87,7 +87,7 @@ def test_plain_peft_loads_it_onto_the_unmodified_base(
     assert config.keys() == peft.LoraConfig().to_dict().keys()
     assert (config["peft_type"], config["r"], config["init_lora_weights"]) == ("LORA", 8, True)
     plain = logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), tokens)
-    if form == "nf4":  # the error of the quantisation is what is missing
+    if "quant" in EVERY_FORM[form]:  # the error of the quantisation is what is missing
         with model.disable_adapter():
             base = logits(model, tokens)
         lacking = error(base, logits(tiny_llama(), tokens))
@@ -210,7 +210,7 @@ def test_the_passes_are_kept(passes: str | int, tiny_llama: Make, tmp_path: Path
 
 @forms
 def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    model = pissa.wrap(tiny_llama(), r=4, **EVERY_FORM[form])
     model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj"]))
     model.add_adapter("same", PissaConfig(r=4))
     expected = {}
@@ -261,7 +261,7 @@ def test_saved_again_it_is_the_same(tiny_llama: Make, tokens: Tensor, tmp_path: 
 
 @forms
 def test_loads_into_an_adapter_that_is_there(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, **FORMS[form])
+    model = pissa.wrap(tiny_llama(), r=4, **EVERY_FORM[form])
     train(model, tokens)
     model.save_pretrained(tmp_path)
     expected = logits(model, tokens)

@@ -21,7 +21,7 @@ from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
 
 IN, OUT, R = 48, 40, 4
-FORMS = {**language_models.FORMS, "nf4-single": {"quant": "nf4", "double_quant": False, "blocksize": 32}}
+FORMS = {**language_models.EVERY_FORM, "nf4-single": {"quant": "nf4", "double_quant": False, "blocksize": 32}}
 forms = pytest.mark.parametrize("form", FORMS)
 EPS = torch.finfo(torch.float32).eps
 
@@ -374,7 +374,18 @@ def test_nf4_holds_four_bits() -> None:
     assert isinstance(linear, QuantizedLinear)
     assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT // 2)
     assert not linear.weight.requires_grad
-    assert "blocksize=64" in repr(linear)
+    assert "form=nf4, blocksize=64, double_quant=True" in repr(linear)
+
+
+def test_int8_holds_eight_bits_and_a_scale_for_each_row() -> None:
+    layer = wrapped("int8").base_model.model.proj
+    linear = layer.base_layer
+    assert isinstance(linear, QuantizedLinear)
+    assert (linear.weight.dtype, linear.weight.numel()) == (torch.uint8, IN * OUT)
+    assert (linear.absmax.dtype, linear.absmax.shape, linear.nested_absmax) == (torch.float32, (OUT,), None)
+    assert (linear.form, linear.numel) == (pissa.PissaConfig(quant="int8").form, IN * OUT)
+    assert linear.extra_repr().endswith("bias=True, form=int8")
+    assert error(layer.base.matrix(), Toy().proj.weight) < 0.01
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])

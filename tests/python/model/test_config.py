@@ -42,6 +42,8 @@ def test_alpha_follows_every_rank_unless_given() -> None:
         ({"residual": "explicit"}, ("explicit", None, None)),
         ({"quant": "nf4", "blocksize": 128, "double_quant": False}, ("nf4", 128, False)),
         ({"quant": "nf4"}, ("nf4", 64, True)),
+        ({"quant": "int8"}, ("int8", None, None)),
+        ({"quant": "int8", "double_quant": False}, ("int8", None, None)),
     ],
 )
 def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
@@ -66,9 +68,11 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 0.5}, "seed"),
-        ({"quant": "int4"}, "quant: got 'int4'; allowed: None, 'nf4'"),
+        ({"quant": "int4"}, "quant: got 'int4'; allowed: None, 'nf4', 'int8'"),
         ({"quant_iters": 0}, "quant_iters: got 0"),
         ({"quant": "nf4", "quant_iters": 5}, "quant_iters=5 is planned"),
+        ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
+        ({"init": "loftq"}, 'init="loftq" starts from .*: give quant="nf4" or quant="int8" with it'),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
         ({"blocksize": 8192}, "blocksize: got 8192"),
         ({"residual": "dense"}, "residual: got 'dense'; allowed: None, 'implicit', 'explicit'"),

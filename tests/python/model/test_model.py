@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import pissa
 from devices import put
-from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
+from language_models import EVERY_FORM as FORMS
+from language_models import Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
 from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
@@ -44,11 +45,11 @@ def test_step_0_is_the_base(form: str, dtype: torch.dtype, tiny_llama: Make, tok
         assert torch.equal(enabled, base)
     elif form == "explicit":
         assert error(enabled, base) <= (2e-6 if dtype == torch.float32 else 2e-2)
-    else:  # smaller than what nf4 alone does to these weights
+    else:  # smaller than what the format alone does to these weights
         plain = tiny_llama(dtype=dtype)
         for module in plain.model.modules():
             if isinstance(module, nn.Linear):
-                module.weight.data = pissa.ops.dequantize(pissa.ops.quantize(module.weight)).to(dtype)
+                module.weight.data = pissa.ops.dequantize(pissa.ops.quantize(module.weight, form)).to(dtype)
         assert error(enabled, base) < error(logits(plain, tokens), base)
 
 
@@ -403,6 +404,7 @@ def test_failures_leave_the_model_as_it_was(
         ({"r": 33, "target_modules": ["q_proj", "v_proj"]}, "rank 33 is too large for layer .*v_proj"),
         ({"r": 2, "residual": "explicit"}, "is nf4 .* and cannot become explicit"),
         ({"r": 2, "quant": "nf4", "blocksize": 128}, "cannot become nf4"),
+        ({"r": 2, "quant": "int8"}, "is nf4 .* and cannot become int8"),
         ({"r": 2, "quant": "nf4", "target_modules": ["q_proj", "lm_head"]}, "lm_head is implicit and cannot"),
         ({"r": 2, "target_modules": ["nope"]}, "not found in the base model"),
     ],
@@ -441,7 +443,7 @@ def test_tied_head_is_adapted_without_touching_the_embeddings(tiny_llama: Make, 
     assert torch.equal(merged.model.embed_tokens.weight, embeddings)
 
 
-@pytest.mark.parametrize("form", ["explicit", "nf4"])
+@pytest.mark.parametrize("form", ["explicit", "nf4", "int8"])
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
 @pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")

@@ -102,6 +102,7 @@ REFUSED: dict[str, Refused] = {
     "rank of a convolution": one(lambda: nn.Conv2d(1, 8, (1, 3)), "rank 4 is too large for layer it: .* 8 x 3", r=4),
     "rank of an embedding": one(lambda: nn.Embedding(8, 3), "rank 4 is too large for layer it: .* 3 x 8", r=4),
     "embedding in 4 bits": one(lambda: nn.Embedding(8, 8), "layer it is a Embedding.* cannot become nf4", quant="nf4"),
+    "embedding in 8 bits": one(lambda: nn.Embedding(8, 8), "layer it is a Embedding.* become int8", quant="int8"),
     "convolution in 4 bits": one(lambda: nn.Conv2d(8, 8, 3), "layer it is a Conv2d.* cannot become nf4", quant="nf4"),
     "DoRA of a convolution": one(lambda: nn.Conv2d(8, 8, 3), "it is a Conv2d, and use_dora", use_dora=True),
     "DoRA of an embedding": one(lambda: nn.Embedding(8, 8), "it is a Embedding, and use_dora", use_dora=True),

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WEIGHTS = ["dense", *ops.formats.FORMATS]
 # Two ways to the same number, each with at most 4 roundings to its dtype along it; float32 sums of 2^12 terms besides.
 CLOSE = {torch.float32: 2**-16, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
@@ -45,13 +46,13 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 class Layer:
-    """A layer on the CPU and its twin on the GPU: inputs, 4-bit or dense weight, start factors and deltas."""
+    """A layer on the CPU and its twin on the GPU: inputs, a weight in a format or dense, start factors and deltas."""
 
-    def __init__(self, tokens: int, dtype: torch.dtype, nf4: bool = True, side: int = 512, r: int = 16) -> None:
+    def __init__(self, tokens: int, dtype: torch.dtype, form: str = "nf4", side: int = 512, r: int = 16) -> None:
         weight = randn(side, side, seed=1, dtype=dtype) / side**0.5
         self.x = randn(tokens, side, seed=2, dtype=dtype)
         self.dy = randn(tokens, side, seed=3, dtype=dtype)
-        self.weight = ops.quantize(weight) if nf4 else weight
+        self.weight = weight if form == "dense" else ops.quantize(weight, form)
         a, b = randn(r, side, seed=4) / side**0.5, randn(side, r, seed=5) / r**0.5
         self.factors = {"a": 0.1 * a, "b": 0.1 * b, "a0": a, "b0": b}
 
@@ -75,10 +76,10 @@ class Layer:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("form", WEIGHTS)
 @pytest.mark.parametrize("tokens", [1, 4, 16, 17, 300])
-def test_a_layer_computes_what_it_does_on_the_cpu(tokens: int, nf4: bool, dtype: torch.dtype) -> None:
-    here = Layer(tokens, dtype, nf4)
+def test_a_layer_computes_what_it_does_on_the_cpu(tokens: int, form: str, dtype: torch.dtype) -> None:
+    here = Layer(tokens, dtype, form)
     for name, got, want in zip(("y", "dx", "dA", "dB"), here.on_gpu().backward(), here.backward(), strict=True):
         assert got.is_cuda
         assert got.dtype == want.dtype
@@ -87,12 +88,12 @@ def test_a_layer_computes_what_it_does_on_the_cpu(tokens: int, nf4: bool, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(256, 512), (33, 65), (1, 1), (7, 4097)])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
-def test_nf4_has_the_cpus_bytes(blocksize: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("form", "blocksize"), [("nf4", 32), ("nf4", 64), ("nf4", 4096), ("int8", None)])
+def test_codes_are_the_cpus(form: str, blocksize: int | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = randn(*shape, dtype=dtype)
     weight[0, :16] = 0
-    here = ops.quantize(weight, blocksize=blocksize, double_quant=False)
-    there = ops.quantize(put(weight), blocksize=blocksize, double_quant=False)
+    here = ops.quantize(weight, form, blocksize=blocksize, double_quant=False)
+    there = ops.quantize(put(weight), form, blocksize=blocksize, double_quant=False)
     assert torch.equal(there.codes.cpu(), here.codes)
     assert torch.equal(there.absmax.cpu(), here.absmax)
     for out in DTYPES:
@@ -230,10 +231,10 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("form", WEIGHTS)
 @pytest.mark.parametrize("tokens", [1, 4, 16, 300])
-def test_decoding_in_a_graph(tokens: int, nf4: bool) -> None:
-    layer = Layer(tokens, torch.bfloat16, nf4).on_gpu()
+def test_decoding_in_a_graph(tokens: int, form: str) -> None:
+    layer = Layer(tokens, torch.bfloat16, form).on_gpu()
     graph, y = captured(layer.forward)
     for seed in (11, 12):
         layer.x.copy_(randn(*layer.x.shape, seed=seed))
@@ -280,42 +281,45 @@ def test_a_4_bit_weight_on_the_cpu_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [4, 40])
-@pytest.mark.parametrize("nf4", [False, True])
-def test_strided_and_misaligned_inputs(nf4: bool, tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_strided_and_misaligned_inputs(form: str, tokens: int, dtype: torch.dtype) -> None:
     """Every tensor begins one element behind an aligned address, or is transposed in memory."""
-    layer = Layer(tokens, dtype, nf4, side=128, r=5).on_gpu()
+    layer = Layer(tokens, dtype, form, side=128, r=5).on_gpu()
     expected = layer.forward()
 
-    def misaligned(tensor: Tensor) -> Tensor:
+    def misaligned(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
         room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
         return room[1:].view(tensor.shape).copy_(tensor)
 
     shifted = {name: misaligned(tensor) for name, tensor in layer.factors.items()}
-    parts = (
-        ops.QuantizedWeight(*map(misaligned, layer.weight[:4]), *layer.weight[4:]) if nf4 else misaligned(layer.weight)
-    )
+    if form == "dense":
+        parts = misaligned(layer.weight)
+    else:
+        parts = ops.QuantizedWeight(*map(misaligned, layer.weight[:4]), *layer.weight[4:])
     y = ops.linear(misaligned(layer.x), parts, **shifted)
     assert error(y, expected) < CLOSE[dtype]
     turned = {name: tensor.mT.contiguous().mT for name, tensor in layer.factors.items()}
-    weight = layer.weight if nf4 else layer.weight.mT.contiguous().mT
+    weight = layer.weight.mT.contiguous().mT if form == "dense" else layer.weight
     assert torch.equal(ops.linear(layer.x.mT.contiguous().mT, weight, **turned), expected)
 
 
 def test_empty_batches() -> None:
-    for nf4 in (False, True):
-        y, dx, grad_a, grad_b = Layer(0, torch.bfloat16, nf4).on_gpu().backward()
+    for form in WEIGHTS:
+        y, dx, grad_a, grad_b = Layer(0, torch.bfloat16, form).on_gpu().backward()
         assert y.shape == dx.shape == (0, 512)
         assert not grad_a.any()
         assert not grad_b.any()
 
 
-@pytest.mark.parametrize("nf4", [False, True])
-def test_opcheck(nf4: bool) -> None:
-    layer = Layer(6, torch.float32, nf4, side=64, r=3).on_gpu()
-    head = [*layer.weight[:5], 64, 64] if nf4 else [layer.weight]
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_opcheck(form: str) -> None:
+    layer = Layer(6, torch.float32, form, side=64, r=3).on_gpu()
+    head = [layer.weight] if form == "dense" else [*layer.weight[:5], 64, 64]
     factors = list(layer.factors.values())
-    op = torch.ops.pissa.quantized_linear if nf4 else torch.ops.pissa.linear
-    backward = torch.ops.pissa.quantized_linear_backward if nf4 else torch.ops.pissa.linear_backward
+    op = torch.ops.pissa.linear if form == "dense" else torch.ops.pissa.quantized_linear
+    backward = torch.ops.pissa.linear_backward if form == "dense" else torch.ops.pissa.quantized_linear_backward
     torch.library.opcheck(op.default, (layer.x.requires_grad_(), *head, None, *factors, 0.5, False))
     _, xa = op(layer.x.detach(), *head, None, *factors, 0.5, False)
     torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, xa, 0.5, False, True))

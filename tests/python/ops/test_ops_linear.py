@@ -16,7 +16,8 @@ from reference import EPS, assert_close, magnitude, unit_errors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["none", "lora", "stored", "implicit"]
-WEIGHTS = ["dense", "nf4", "nf4-nested"]
+QUANTIZED: dict[str, dict[str, object]] = {"nf4": {"double_quant": False}, "nf4-nested": {}, "int8": {"format": "int8"}}
+WEIGHTS = ["dense", *QUANTIZED]
 
 
 class Case:
@@ -41,7 +42,7 @@ class Case:
         self.form = form
         self.x = randn(tokens, n_in).to(dtype).requires_grad_()
         dense = (randn(n_out, n_in) / n_in**0.5).to(dtype)
-        self.weight = dense if weight == "dense" else ops.quantize(dense, double_quant=weight == "nf4-nested")
+        self.weight = dense if weight == "dense" else ops.quantize(dense, **QUANTIZED[weight])
         self.dense = dense if weight == "dense" else ops.dequantize(self.weight)
         self.bias = randn(n_out).requires_grad_()
         self.dy = randn(tokens, n_out).to(dtype)
@@ -103,7 +104,15 @@ def test_values_and_gradients(form: str, weight: str, dtype: torch.dtype) -> Non
     Case(form, weight, dtype, tokens=37, n_in=96, n_out=130, r=5).check()
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["nf4-nested", "int8"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17])
+def test_few_tokens_of_a_quantised_weight(tokens: int, weight: str, dtype: torch.dtype) -> None:
+    for n_in in (96, 259):
+        Case("stored", weight, dtype, tokens, n_in, n_out=70, r=5).check()
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     form=st.sampled_from(FORMS),
     weight=st.sampled_from(WEIGHTS),
@@ -131,7 +140,7 @@ def test_no_tokens(form: str, weight: str) -> None:
     assert [g.shape for g in grads] == [t.shape for t in case.trainable().values()]
 
 
-@pytest.mark.parametrize("weight", ["dense", "nf4"])
+@pytest.mark.parametrize("weight", ["dense", "nf4", "int8"])
 def test_layouts_and_leading_dimensions_do_not_matter(weight: str) -> None:
     case = Case("implicit", weight, torch.float32, tokens=24, n_in=64, n_out=48, r=4)
     expected = case.run()
@@ -182,7 +191,7 @@ def test_opcheck(form: str, weight: str) -> None:
         torch.library.opcheck(backward.default, args)
 
 
-@pytest.mark.parametrize("weight", ["dense", "nf4-nested"])
+@pytest.mark.parametrize("weight", ["dense", "nf4-nested", "int8"])
 def test_compiles_without_a_graph_break(weight: str) -> None:
     case = Case("implicit", weight, torch.float32, tokens=8, n_in=64, n_out=32, r=3)
     factors = {k: v for k, v in case.options.items() if isinstance(v, Tensor)}

@@ -130,9 +130,12 @@ def test_threads_do_not_matter() -> None:
         (torch.full((4, 4), float("nan")), {}, ValueError, "weight"),
         (torch.ones(4, 4), {"blocksize": 63}, ValueError, "blocksize"),
         (torch.ones(4, 4), {"blocksize": 8192}, ValueError, "blocksize"),
+        (torch.ones(4, 4), {"format": "int4"}, ValueError, "format"),
     ],
 )
-def test_quantize_refuses_by_name(weight: Tensor, options: dict[str, int], error: type[Exception], name: str) -> None:
+def test_quantize_refuses_by_name(
+    weight: Tensor, options: dict[str, object], error: type[Exception], name: str
+) -> None:
     with pytest.raises(error, match=rf"^{name}\b"):
         ops.quantize(put(weight), **options)
 
@@ -180,7 +183,7 @@ def test_opcheck(op: str, args: tuple[object, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
 
 
-@pytest.mark.parametrize("form", ["explicit", "nf4"])
+@pytest.mark.parametrize("form", ["explicit", "nf4", "int8"])
 @pytest.mark.parametrize(
     ("element", "value"),
     [(1.0, 1e38), (1.0, float("nan")), (1.0, float("inf")), (3e38, 3e35)],  # the last by the sum, not the product

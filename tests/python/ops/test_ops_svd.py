@@ -219,31 +219,32 @@ def test_residual_plus_factors_is_the_weight(
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (65, 33), (1, 100), (100, 1), (40, 300)])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_nf4_residual_in_one_pass_is_the_quantised_residual(
-    shape: tuple[int, int], blocksize: int, double_quant: bool
+@pytest.mark.parametrize(("form", "blocksize"), [("nf4", 32), ("nf4", 64), ("nf4", 4096), ("int8", None)])
+@pytest.mark.parametrize("double_quant", [None, False])
+def test_quantised_residual_in_one_pass_is_the_quantised_residual(
+    shape: tuple[int, int], form: str, blocksize: int | None, double_quant: bool | None
 ) -> None:
     torch.manual_seed(0)
     weight = put(torch.randn(shape))
     r = min(5, *shape)
     options = {"blocksize": blocksize, "double_quant": double_quant}
-    split = ops.split(weight, r, form="nf4", **options)
+    split = ops.split(weight, r, form=form, **options)
     explicit = ops.residual(weight, split.a0, split.b0)
-    again = ops.quantize(explicit, **options)
-    given_factors = ops.residual(weight, split.a0, split.b0, form="nf4", **options)
+    again = ops.quantize(explicit, form, **options)
+    given_factors = ops.residual(weight, split.a0, split.b0, form=form, **options)
     for fused in (split.residual, given_factors):
         assert fused.shape == shape
         for got, want in zip(fused, again, strict=True):
             assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
 
 
-def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down() -> None:
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down(form: str) -> None:
     """Eq. 8 of the paper: where the spectrum decays, quantising the residual costs less than quantising the weight."""
     weight = put(power_law(256, 256, 0.7).float())
-    split = ops.split(weight, 32, form="nf4")
+    split = ops.split(weight, 32, form=form)
     qpissa = weight - ops.dequantize(split.residual) - split.b0 @ split.a0
-    qlora = weight - ops.dequantize(ops.quantize(weight))
+    qlora = weight - ops.dequantize(ops.quantize(weight, form))
     assert torch.linalg.svdvals(qpissa).sum() < 0.9 * torch.linalg.svdvals(qlora).sum()
 
 
@@ -391,7 +392,15 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
 
 @pytest.mark.parametrize(
     "change",
-    [{"scaling": 0}, {"scaling": float("inf")}, {"form": "int4"}, {"blocksize": 48}, {"quant_iters": 2}],
+    [
+        {"scaling": 0},
+        {"scaling": float("inf")},
+        {"form": "int4"},
+        {"blocksize": 48},
+        {"blocksize": 64, "form": "int8"},
+        {"double_quant": True, "form": "int8"},
+        {"quant_iters": 2},
+    ],
 )
 def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(change))}\b"):
@@ -410,8 +419,10 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
         ("split", (torch.randn(20, 30), 4, 0.5, "krylov", 4, 0)),
         ("split_many", ([torch.randn(20, 30), torch.randn(9, 8).half()], [4, 2], [0.5, 1.0], "krylov", 4, 0)),
         ("split_quantized", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, "nf4", 64)),
+        ("split_quantized", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, "int8", 30)),
         ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "nf4", 64)),
+        ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "int8", 30)),
     ],
 )
 def test_opcheck(op: str, args: tuple[object, ...]) -> None:

@@ -15,6 +15,9 @@ Make = Callable[..., nn.Module]
 FORMS: dict[str, dict[str, str]] = {"implicit": {}, "explicit": {"residual": "explicit"}, "nf4": {"quant": "nf4"}}
 """Fields of PissaConfig for each way to keep the base."""
 
+EVERY_FORM = {**FORMS, "int8": {"quant": "int8"}}
+"""With the other quantised format: for what takes no time, and could depend on the format."""
+
 TWO_FORMS = {form: FORMS[form] for form in ("implicit", "nf4")}
 """A base that stays as it is, and one in 4 bits: for what takes long."""
 

@@ -45,7 +45,6 @@ void quantize(Format format, const float* values, std::int64_t count, std::int64
   with_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, codes, scales); });
 }
 
-// Elements [col, col + count) of a row times scale, as elements of the product.
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                                   float scale, F32, float* to) {
   decode(matrix, row, col, count, to);

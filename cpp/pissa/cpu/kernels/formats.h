@@ -8,6 +8,7 @@
 //   dot<Product>        c = or += the term, straight from the codes
 #pragma once
 
+#include "pissa/cpu/kernels/int8.h"
 #include "pissa/cpu/kernels/nf4.h"
 
 namespace pissa::cpu::PISSA_ISA {
@@ -19,6 +20,8 @@ PISSA_INLINE auto with_codes(Format format, F f) {
   switch (format) {
     case Format::nf4:
       return f(Nf4{});
+    case Format::int8:
+      return f(Int8{});
     default:
       __builtin_unreachable();
   }

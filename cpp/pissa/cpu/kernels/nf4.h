@@ -2,19 +2,12 @@
 #pragma once
 
 #include "pissa/core/nf4.h"
+#include "pissa/cpu/kernels/any_format.h"
 #include "pissa/cpu/kernels/reduce.h"
 #include "pissa/cpu/kernels/scales.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {
-
-// Of decode.h: the numbers of a matrix in any format.
-PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
-                                  float scale, F32, float* to);
-#if PISSA_HAS_BF16
-PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
-                                  float scale, Bf16, Half* to);
-#endif
 
 struct Nf4 {
   static constexpr Format kFormat = Format::nf4;

@@ -50,6 +50,9 @@ struct Vec {
     const __m128i bytes = _mm_packus_epi16(_mm_packus_epi32(pairs, pairs), pairs);
     _mm_storeu_si32(to, bytes);
   }
+  static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }

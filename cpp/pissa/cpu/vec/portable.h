@@ -63,6 +63,9 @@ struct Vec {
   }
   static PISSA_INLINE void store64(double* to, Reg64 value) { __builtin_memcpy(to, value.lane, sizeof value.lane); }
 
+  static PISSA_INLINE Reg load_i8(const std::int8_t* from) {
+    return each([&](int i) { return static_cast<float>(from[i]); });
+  }
   static PISSA_INLINE Reg load_f16(const std::uint16_t* from) {
     return each([&](int i) { return widen_f16(from[i]); });
   }

@@ -1,0 +1,66 @@
+// INT8 inside a kernel. Included by .cu files only.
+#pragma once
+
+#include <cstdint>
+
+#include "pissa/core/int8.h"
+#include "pissa/cuda/scales_device.h"
+
+namespace pissa::cuda {
+namespace {
+
+struct Int8 {
+  static constexpr Format kFormat = Format::int8;
+  using Group = uint2;  // the codes of kGroup neighbours
+  struct Line {         // the codes of kLine neighbours
+    uint4 half[2];
+  };
+
+  /// An element from its code and its row's scale.
+  static __device__ __forceinline__ float element(float code, float scale) { return int8_element(code, scale); }
+  static __device__ __forceinline__ float level_at(const void* data, std::int64_t at) {
+    return static_cast<const std::int8_t*>(data)[at];
+  }
+
+  class Decoder {
+   public:
+    __device__ __forceinline__ void levels(const Group& codes, float (&values)[kGroup]) const {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) values[i] = code(i < 4 ? codes.x : codes.y, i % 4);
+    }
+    /// Elements [4 * i, 4 * i + 4) of a line.
+    __device__ __forceinline__ void four_levels(const Line& codes, int i, float (&values)[4]) const {
+      const uint4& half = codes.half[i / 4];
+      const unsigned word = i % 4 == 0 ? half.x : i % 4 == 1 ? half.y : i % 4 == 2 ? half.z : half.w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[j] = code(word, j);
+    }
+
+   private:
+    static __device__ __forceinline__ float code(unsigned word, int byte) {
+      return static_cast<std::int8_t>(word >> (8 * byte));
+    }
+  };
+
+  class Encoder {
+   public:
+    static __device__ __forceinline__ float divisor(float largest) { return largest; }
+    static __device__ __forceinline__ float factor(float divisor) { return int8_factor(divisor); }
+
+    /// Of elements times their row's factor.
+    __device__ __forceinline__ Group codes(const float (&scaled)[kGroup]) const {
+      return make_uint2(word(scaled), word(scaled + 4));
+    }
+
+   private:
+    static __device__ __forceinline__ unsigned word(const float* scaled) {
+      unsigned bytes = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bytes |= (static_cast<unsigned>(__float2int_rn(scaled[i])) & 255u) << (8 * i);
+      return bytes;
+    }
+  };
+};
+
+}  // namespace
+}  // namespace pissa::cuda
