@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 try:
-    from pissa import _C
+    import pissa._C as _C
 except ImportError as error:
     raise ImportError(
         f"pissa's compiled core could not be loaded: {error}. It is built by `pip install .` from a clone or comes "
