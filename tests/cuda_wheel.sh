@@ -42,7 +42,8 @@ from pathlib import Path
 
 import pissa
 import torch
-from pissa import _load, ops
+from pissa import ops
+from pissa.ops import _load
 
 assert not torch.cuda.is_initialized()
 fits = torch.version.cuda is not None and torch.version.cuda.startswith("13.")
