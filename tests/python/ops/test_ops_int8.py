@@ -23,7 +23,7 @@ def codes_of(weight: ops.QuantizedWeight) -> Tensor:
     rows=st.integers(1, 70),
     cols=st.integers(1, 300),
     dtype=st.sampled_from(FLOATS),
-    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    scale=st.sampled_from([1e-3, 1.0, 1e2]),
     grid=st.booleans(),
     seed=st.integers(0, 1000),
 )
