@@ -8,8 +8,6 @@
 // This header fixes the format: factors and the order of the products. Backends vectorise it.
 #pragma once
 
-#include <limits>
-
 #include "pissa/core/format.h"
 
 namespace pissa {
@@ -22,7 +20,7 @@ inline constexpr float kInt8Step = 7.874015718698502e-3f;
 /// What the elements of a row are multiplied by, given their largest absolute value.
 PISSA_INLINE constexpr float int8_factor(float largest) {
   const float factor = 1.0f / largest * kInt8Largest;
-  return factor <= std::numeric_limits<float>::max() ? factor : 0.0f;  // a row of zeros, or so small that it overflows
+  return factor <= 0x1.fffffep127f ? factor : 0.0f;  // a row of zeros, or so small that it overflows
 }
 
 /// The element of a code, which may be given as a float.
