@@ -9,7 +9,7 @@ adapter, the rest is frozen, and kept in 4 bits if asked (QPiSSA).
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pissa import ops
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 __version__: str = build_info()["version"]
 
-# The homes of the adapter API. Each is imported on first use, because `pissa.ops` needs neither peft nor transformers.
+# The homes of the adapter API, module:name, or a module. Each is imported on first use, because `pissa.ops` needs neither peft nor transformers.
 _HOMES = {
-    "PissaConfig": "pissa.model.pissa_model",  # which completes it: its reader, its tuner in PEFT's table
-    "PissaModel": "pissa.model.pissa_model",
-    "RankError": "pissa.distributed",
-    "bitsandbytes": "pissa.base",
-    "convert": "pissa.conversion",
-    "layers": "pissa",
-    "wrap": "pissa.model.wrap",
+    "PissaConfig": "pissa.model.pissa_model:PissaConfig",  # completes it: reader, tuner
+    "PissaModel": "pissa.model.pissa_model:PissaModel",
+    "RankError": "pissa.distributed:RankError",
+    "bitsandbytes": "pissa.base.bitsandbytes:",
+    "convert": "pissa.conversion:convert",
+    "layers": "pissa.layers:",
+    "wrap": "pissa.model.wrap:wrap",
 }
 
 __all__ = ["__version__", "build_info", "ops", *_HOMES]
@@ -43,11 +43,8 @@ __all__ = ["__version__", "build_info", "ops", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'pissa' has no attribute {name!r}")
-    home = _HOMES[name]
     try:
-        if name in ("bitsandbytes", "layers"):
-            return import_module(f"{home}.{name}")
-        return getattr(import_module(home), name)
+        return resolve_name(_HOMES[name])
     except ModuleNotFoundError as error:
         if error.name in ("peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm", "xxhash"):
             raise ModuleNotFoundError(
