@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __version__: str = build_info()["version"]
 
-# The homes of the adapter API, module:name, or a module. Each is imported on first use, because `pissa.ops` needs neither peft nor transformers.
+# The homes of the adapter API: module:name, or a module. Each is imported on first use, because `pissa.ops` needs
+# neither peft nor transformers.
 _HOMES = {
     "PissaConfig": "pissa.model.pissa_model:PissaConfig",  # completes it: reader, tuner
     "PissaModel": "pissa.model.pissa_model:PissaModel",

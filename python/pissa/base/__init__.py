@@ -7,7 +7,7 @@ form        how the base keeps its weight: "implicit", the weight as it was give
 dense       a base whose module holds the weight as it was given (`weights.Dense`).
 stored      a base of any form but implicit: it keeps a residual Q = W - s B0 A0 and the start factors that Q lacks
             (`stored.StoredLinear`).
-quantised   a base whose whole weight bitsandbytes has quantised (in `bitsandbytes`). Its form is implicit.
+bnb         a base whose whole weight bitsandbytes has quantised (in `bitsandbytes`). Its form is implicit.
 start       the frozen factors A0 and B0 that an adapter starts from (`start.StartFactors`). An init method computes
             them; their `Origin` determines them.
 

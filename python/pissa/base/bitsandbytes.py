@@ -31,7 +31,7 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
     start: StartFactors | None = None
     residual: Tensor | ops.QuantizedWeight | None = None
     fingerprint: str | None = None
-    is_quantised = True
+    is_bnb_quantised = True
 
     def __init__(self, weight: ops.QuantizedWeight, linear: Any) -> None:
         super().__init__()
@@ -92,10 +92,10 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
 
-class Quantised(Dense):
+class BnbLinear(Dense):
     """The base that a layer of bitsandbytes is: its weight is codes, which bitsandbytes computes with."""
 
-    is_quantised = True
+    is_bnb_quantised = True
 
     @property
     def dense_type(self) -> type[nn.Module]:
@@ -112,7 +112,7 @@ class Quantised(Dense):
         return dense_linear(nn.Linear, matrix, self.bias, self.module.training)
 
 
-class BnbLinear8bit(Quantised):
+class BnbLinear8bit(BnbLinear):
     """The base that bitsandbytes' Linear8bitLt is."""
 
     def _matrix(self) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pissa.base.bitsandbytes import (
+    BnbLinear,
     BnbLinear4bit,
     BnbLinear8bit,
-    Quantised,
     check_int8,
     from_bitsandbytes,
     is_bitsandbytes,
@@ -24,7 +24,7 @@ def base_of(module: nn.Module) -> Base:
         return module
     if is_bitsandbytes(module, "Linear8bitLt"):
         return BnbLinear8bit(module)
-    return Quantised(module) if is_bitsandbytes(module, "Linear4bit") else Dense(module)
+    return BnbLinear(module) if is_bitsandbytes(module, "Linear4bit") else Dense(module)
 
 
 def adopted(target: nn.Module) -> Base | None:

@@ -50,7 +50,7 @@ class Base(Protocol):
         """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
 
     @property
-    def is_quantised(self) -> bool:
+    def is_bnb_quantised(self) -> bool:
         """Whether bitsandbytes has quantised the whole weight."""
 
     @property

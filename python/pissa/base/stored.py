@@ -43,7 +43,7 @@ class StoredLinear(OwnBase, ABC):
     start: StartFactors
     fingerprint: str
     dtype: torch.dtype
-    is_quantised = False
+    is_bnb_quantised = False
 
     def __init__(self, replaced: Replaced, start: StartFactors) -> None:
         super().__init__()

@@ -101,7 +101,7 @@ class Dense:
     start: StartFactors | None = None
     residual: Tensor | ops.QuantizedWeight | None = None
     fingerprint: str | None = None
-    is_quantised = False
+    is_bnb_quantised = False
 
     def __init__(self, module: Any) -> None:
         self.module = module

@@ -129,7 +129,7 @@ def _is_dense(module: Any) -> bool:
     if base.form != IMPLICIT:
         return True
     weight = getattr(module, "weight", None)
-    return not base.is_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    return not base.is_bnb_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
 
 def is_to_be_saved(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:

@@ -169,7 +169,7 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
             "that accelerate offloads, device_map=..., is fetched layer by layer)"
         )
-    if base.is_quantised:
+    if base.is_bnb_quantised:
         return
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TypeError(

@@ -193,7 +193,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
 
 
 def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) -> None:
-    quantised = [name for name, layer in layers.items() if layer.base.is_quantised]
+    quantised = [name for name, layer in layers.items() if layer.base.is_bnb_quantised]
     if config.form != IMPLICIT and quantised:
         warnings.warn(
             f"bitsandbytes has quantised {len(quantised)} of {len(layers)} layers already, {quantised[0]} the first. "
