@@ -16,7 +16,6 @@ from bench.compare.weights import (
     bfloat16_weight,
     hard_spectrum,
     low_rank_factors,
-    nf4_weight,
     on_device,
     quantised_weight,
 )
@@ -177,7 +176,7 @@ def _against_dense(size: int, tokens: int, r: int) -> Case:
 
 
 def _inference(size: int, tokens: int) -> Case:
-    weight = nf4_weight(size, size)
+    weight = quantised_weight(size, size, "nf4")
     x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
     peer = bnb_linear(weight).eval()
 
@@ -198,7 +197,7 @@ def _inference(size: int, tokens: int) -> Case:
 
 
 def _float32(size: int, kind: str) -> Case:
-    weight = nf4_weight(size, size) if kind == "nf4" else hard_spectrum(size)
+    weight = quantised_weight(size, size, "nf4") if kind == "nf4" else hard_spectrum(size)
     dense = ops.dequantize(weight) if isinstance(weight, ops.QuantizedWeight) else weight
     x = torch.randn(512, size, generator=torch.Generator().manual_seed(0))
     ours, theirs = partial(ops.linear, x, weight), partial(linear, x, dense)
@@ -236,7 +235,7 @@ def _quantize(size: int, nested: bool) -> Case:
 
 
 def _dequantize(size: int) -> Case:
-    weight = nf4_weight(size, size)
+    weight = quantised_weight(size, size, "nf4")
     packed = bnb_linear(weight).weight
     ours = partial(ops.dequantize, weight, torch.bfloat16)
     theirs = partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)

@@ -41,11 +41,6 @@ def quantised_weight(rows: int, cols: int, format: str) -> ops.QuantizedWeight:
     return ops.quantize(weight.contiguous(), format)
 
 
-def nf4_weight(rows: int, cols: int) -> ops.QuantizedWeight:
-    """The one in nf4."""
-    return quantised_weight(rows, cols, "nf4")
-
-
 def on_device(weight: ops.QuantizedWeight, device: str) -> ops.QuantizedWeight:
     """A copy on another device; on the CPU the weight itself."""
     return ops.QuantizedWeight(*(None if part is None else part.to(device) for part in weight[:4]), *weight[4:])
