@@ -236,6 +236,12 @@ void require_allocated(const void* pointer, std::size_t bytes, const char* what)
   std::abort();
 }
 
+void require_aligned(const void* pointer, std::uint32_t bytes, const char* what) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0) return;
+  std::fprintf(stderr, "cuda_sim: %s at %p, a misaligned address: it is loaded by %u bytes\n", what, pointer, bytes);
+  std::abort();
+}
+
 void check_redzones() {
   const DeviceOpen open;
   for (const auto& [offset, allocation] : arena().allocations) arena().check(offset, allocation);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace cuda_sim::detail {
 
@@ -33,6 +34,9 @@ bool is_allocated(const void* pointer, std::size_t bytes);
 
 /// Aborts unless all bytes lie in one allocation, when the work of `what` runs.
 void require_allocated(const void* pointer, std::size_t bytes, const char* what);
+
+/// Aborts unless the address is a multiple of `bytes`, by which `what` is loaded.
+void require_aligned(const void* pointer, std::uint32_t bytes, const char* what);
 
 /// Aborts if something was written near an allocation.
 void check_redzones();
