@@ -220,5 +220,159 @@ TEST_F(SolverTest, QrAndItsQ) {
   }
 }
 
+// ---- NaN ------------------------------------------------------------------------------------------------------------
+
+/// Each solver on a matrix of 5 rows and columns of which it reads the lower triangle, as the second of a batch if it
+/// takes one.
+class SolverOnNaN : public SolverTest {
+ protected:
+  static constexpr int kSize = 5, kElements = kSize * kSize;
+  struct Outcome {
+    cusolverStatus_t status;
+    int info;       // of the matrix
+    double last;    // what was computed last of it
+    bool computed;  // anything, of the first of the batch
+  };
+  struct Solver {
+    const char* name;
+    Outcome (SolverOnNaN::*solve)(const Dense&);
+    int info;        // LAPACK's where an element is NaN
+    bool reads_all;  // of the matrix
+    bool stops_early;
+  };
+
+  Dense positive() {
+    const Dense root = random.dense(kSize, kSize);
+    return root * transposed(root) + identity(kSize);
+  }
+
+  Outcome potrf(const Dense& matrix) {
+    const std::vector<double> first = packed(positive(), kSize);
+    const std::vector<double*> pointers{upload(first), upload(packed(matrix, kSize))};
+    int* info = device_memory<int>(2);
+    const auto status =
+        cusolverDnDpotrfBatched(handle, CUBLAS_FILL_MODE_LOWER, kSize, upload(pointers), kSize, info, 2);
+    return {status, download(info, 2)[1], download(pointers[1], kElements).back(),
+            download(pointers[0], kElements) != first};
+  }
+
+  Outcome syev(const Dense& matrix) {
+    const std::vector<double> first = packed(positive(), kSize), second = packed(matrix, kSize);
+    std::vector<double> both = first;
+    both.insert(both.end(), second.begin(), second.end());
+    double *a = upload(both), *w = device_memory<double>(2 * kSize);
+    int* info = device_memory<int>(2);
+    std::size_t device_bytes, host_bytes;
+    EXPECT_EQ(cusolverDnXsyevBatched_bufferSize(handle, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, kSize,
+                                                CUDA_R_64F, a, kSize, CUDA_R_64F, w, CUDA_R_64F, &device_bytes,
+                                                &host_bytes, 2),
+              CUSOLVER_STATUS_SUCCESS);
+    std::vector<char> host_buffer(host_bytes);
+    const auto status = cusolverDnXsyevBatched(
+        handle, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, kSize, CUDA_R_64F, a, kSize, CUDA_R_64F, w,
+        CUDA_R_64F, device_memory<char>(device_bytes), device_bytes, host_buffer.data(), host_bytes, info, 2);
+    return {status, download(info, 2)[1], download(w, 2 * kSize).back(), download(a, kElements) != first};
+  }
+
+  Outcome geqrf(const Dense& matrix) {
+    const std::vector<double> values = packed(matrix, kSize);
+    double* a = upload(values);
+    int* info = device_memory<int>(1);
+    int lwork;
+    EXPECT_EQ(cusolverDnDgeqrf_bufferSize(handle, kSize, kSize, a, kSize, &lwork), CUSOLVER_STATUS_SUCCESS);
+    const auto status = cusolverDnDgeqrf(handle, kSize, kSize, a, kSize, device_memory<double>(kSize),
+                                         device_memory<double>(lwork), lwork, info);
+    return {status, download(info, 1)[0], download(a, kElements).back(),
+            download(a, kElements).back() != values.back()};
+  }
+
+  Outcome orgqr(const Dense& matrix) {
+    const std::vector<double> values = packed(matrix, kSize);
+    double *a = upload(values), *tau = upload(std::vector<double>(kSize, 0.5));
+    int* info = device_memory<int>(1);
+    int lwork;
+    EXPECT_EQ(cusolverDnDorgqr_bufferSize(handle, kSize, kSize, kSize, a, kSize, tau, &lwork), CUSOLVER_STATUS_SUCCESS);
+    const auto status =
+        cusolverDnDorgqr(handle, kSize, kSize, kSize, a, kSize, tau, device_memory<double>(lwork), lwork, info);
+    return {status, download(info, 1)[0], download(a, kElements).back(),
+            download(a, kElements).back() != values.back()};
+  }
+
+  const Solver kSolvers[4] = {{"potrf", &SolverOnNaN::potrf, 4, false, true},
+                              {"syev", &SolverOnNaN::syev, 1, false, false},
+                              {"geqrf", &SolverOnNaN::geqrf, 0, true, false},
+                              {"orgqr", &SolverOnNaN::orgqr, 0, false, false}};
+  Outcome solve(const Solver& solver, const Dense& matrix, cuda_sim::OnNaN mode) {
+    cuda_sim::set_solver_on_nan(mode);
+    return (this->*solver.solve)(matrix);
+  }
+};
+
+using cuda_sim::OnNaN;
+
+TEST_F(SolverOnNaN, IsWhatWasAskedFor) {
+  Dense bad = positive();
+  bad(3, 1) = NAN;
+  for (const Solver& solver : kSolvers) {
+    SCOPED_TRACE(solver.name);
+    Outcome outcome = solve(solver, bad, OnNaN::info);
+    EXPECT_EQ(outcome.status, CUSOLVER_STATUS_SUCCESS);
+    EXPECT_EQ(outcome.info, solver.info);
+    EXPECT_EQ(std::isnan(outcome.last), !solver.stops_early);
+    EXPECT_TRUE(outcome.computed);
+
+    outcome = solve(solver, bad, OnNaN::info_zero);
+    EXPECT_EQ(outcome.status, CUSOLVER_STATUS_SUCCESS);
+    EXPECT_EQ(outcome.info, 0);
+    EXPECT_TRUE(std::isnan(outcome.last));
+    EXPECT_TRUE(outcome.computed);
+
+    for (const auto& [mode, status] : {std::pair{OnNaN::status_invalid_value, CUSOLVER_STATUS_INVALID_VALUE},
+                                       {OnNaN::status_execution_failed, CUSOLVER_STATUS_EXECUTION_FAILED}}) {
+      outcome = solve(solver, bad, mode);
+      EXPECT_EQ(outcome.status, status);
+      EXPECT_FALSE(outcome.computed);
+    }
+  }
+}
+
+// Also where the data is still on its way, and fresh memory is NaN, when the solver is called.
+TEST_F(SolverOnNaN, NothingHappensWithoutIt) {
+  const Dense good = positive();
+  Dense unread = good;
+  unread(1, 3) = NAN;
+  for (const Solver& solver : kSolvers) {
+    for (const OnNaN mode :
+         {OnNaN::info, OnNaN::info_zero, OnNaN::status_invalid_value, OnNaN::status_execution_failed}) {
+      SCOPED_TRACE(::testing::Message() << solver.name << ", mode " << static_cast<int>(mode));
+      for (const Dense& matrix : {good, solver.reads_all ? good : unread}) {
+        const Outcome outcome = solve(solver, matrix, mode);
+        EXPECT_EQ(outcome.status, CUSOLVER_STATUS_SUCCESS);
+        EXPECT_EQ(outcome.info, 0);
+        EXPECT_TRUE(std::isfinite(outcome.last));
+        EXPECT_TRUE(outcome.computed);
+      }
+    }
+  }
+}
+
+TEST_F(SolverOnNaN, TheHostDoesNotWaitForIt) {
+  const std::vector<double*> pointers{upload(packed(positive(), kSize))};
+  cuda_sim::set_solver_on_nan(OnNaN::status_invalid_value);
+  const auto before = cuda_sim::synchronizations();
+  EXPECT_EQ(
+      cusolverDnDpotrfBatched(handle, CUBLAS_FILL_MODE_LOWER, kSize, upload(pointers), kSize, device_memory<int>(1), 1),
+      CUSOLVER_STATUS_SUCCESS);
+  EXPECT_EQ(cuda_sim::synchronizations(), before);
+}
+
+TEST_F(SolverOnNaN, IsInfoAfterReset) {
+  cuda_sim::set_solver_on_nan(OnNaN::status_invalid_value);
+  cuda_sim::reset_libraries();
+  Dense bad = positive();
+  bad(3, 1) = NAN;
+  EXPECT_EQ(potrf(bad).info, 4);
+}
+
 }  // namespace
 }  // namespace pissa::test

@@ -112,14 +112,18 @@ void enqueue(cudaStream_t handle, std::function<void()> work) {
   push(*stream, std::move(work));
 }
 
+void run_queued(cudaStream_t stream) {
+  enqueue(stream, [] {});  // behind what the null stream owes
+  find(stream)->run();
+}
+
 void run_everything() {
   const std::vector<StreamPtr> streams = runtime().streams;
   visit_shuffled(streams.size(), [&](std::uint64_t i) { streams[i]->run(); });
 }
 
 void synchronize(cudaStream_t stream) {
-  enqueue(stream, [] {});  // behind what the null stream owes
-  find(stream)->run();
+  run_queued(stream);
   after_wait();
 }
 

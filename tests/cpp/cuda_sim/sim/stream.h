@@ -18,6 +18,9 @@ bool is_stream(cudaStream_t stream);
 /// Queues work, which must be valid by then. The memory of the device is accessible to it.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 
+/// Runs what the stream has queued, as a library does that looks at its results; the program does not wait.
+void run_queued(cudaStream_t stream);
+
 /// Runs all work of all streams.
 void run_everything();
 
