@@ -334,13 +334,12 @@ TEST_F(CudaSimTest, MatmulLosesWhatASumCannotHold) {
 
 TEST_F(CudaSimTest, MatmulFlushesDenormalsWhereAsked) {
   const Matmul f32{.in = CUDA_R_32F};
-  Matmul read = f32, written = f32, summed = f32, added = f32, of_halves{};
+  Matmul read = f32, written = f32, summed = f32, of_halves{};
   read.a_scale = 0x1p-140;
   read.b_scale = 0x1p100;
-  written.a_scale = 0x1p-70;
-  written.b_scale = 0x1p-70;
-  written.alpha = 0x1p-6;
-  summed = written;
+  written.a_scale = written.b_scale = 0x1p-60;
+  written.alpha = 0x1p-20;
+  summed.a_scale = summed.b_scale = 0x1p-70;
   summed.alpha = 0x1p60;
   of_halves.a_scale = 0x1p-132;  // denormal in bf16 as in f32
   of_halves.b_scale = 0x1p100;
