@@ -10,6 +10,7 @@
 
 #include "cuda_runtime_api.h"
 #include "sim/control.h"
+#include "sim/ledger.h"
 #include "sim/memory.h"
 
 namespace cuda_sim::detail {
@@ -56,7 +57,7 @@ const ErrorText& text_of(cudaError_t error) {
   return kOther;
 }
 
-cudaError_t allocate_or_fail(const Call& call, void** pointer, std::size_t bytes) {
+cudaError_t allocate_or_fail(const Call& call, const char* name, void** pointer, std::size_t bytes) {
   if (!pointer) return call.fail(cudaErrorInvalidValue);
   *pointer = nullptr;
   if (bytes == 0) return cudaSuccess;
@@ -65,7 +66,9 @@ cudaError_t allocate_or_fail(const Call& call, void** pointer, std::size_t bytes
     run_everything();
     *pointer = allocate(bytes);
   }
-  return *pointer ? cudaSuccess : call.fail(cudaErrorMemoryAllocation);
+  if (!*pointer) return call.fail(cudaErrorMemoryAllocation);
+  record({.kind = Kind::allocation, .name = name, .bytes = static_cast<double>(bytes)});
+  return cudaSuccess;
 }
 
 bool matches(cudaMemcpyKind kind, const void* to, const void* from) {
@@ -88,15 +91,25 @@ bool is_valid(const void* pointer, std::size_t bytes) {
   return pointer && (!is_device(pointer) || is_allocated(pointer, bytes));
 }
 
-cudaError_t copy(const Call& call, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
+cudaError_t copy(const Call& call, const char* name, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                  cudaStream_t stream) {
   if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
   if (bytes == 0) return cudaSuccess;
   if (!is_valid(to, bytes) || !is_valid(from, bytes)) return call.fail(cudaErrorInvalidValue);
   if (!matches(kind, to, from)) return call.fail(cudaErrorInvalidMemcpyDirection);
+  const bool reads_device = is_device(from);
+  if (is_device(to) != reads_device) {
+    record({.kind = reads_device ? Kind::copy_to_host : Kind::copy_to_device,
+            .name = name,
+            .bytes = static_cast<double>(bytes)});
+  }
+  if (is_dry()) {
+    if (!is_device(to)) enqueue_always(stream, [=] { std::memset(to, 0, bytes); });
+    return cudaSuccess;
+  }
   // The bytes of the host are taken now: it may change them. On a device it may not, where they are pinned.
   std::vector<unsigned char> taken;
-  if (!is_device(from)) {
+  if (!reads_device) {
     const auto* first = static_cast<const unsigned char*>(from);
     taken.assign(first, first + bytes);
   }
@@ -211,14 +224,14 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) {
 cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
   const Call call;
   if (call.failed()) return call.error();
-  return allocate_or_fail(call, pointer, bytes);
+  return allocate_or_fail(call, "cudaMalloc", pointer, bytes);
 }
 
 cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
   if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  return allocate_or_fail(call, pointer, bytes);
+  return allocate_or_fail(call, "cudaMallocAsync", pointer, bytes);
 }
 
 cudaError_t cudaFree(void* pointer) {
@@ -235,7 +248,7 @@ cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
   if (!pointer) return cudaSuccess;
   if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
   if (!retire(pointer)) return call.fail(cudaErrorInvalidValue);
-  enqueue(stream, [pointer] { release(pointer); });
+  enqueue_always(stream, [pointer] { release(pointer); });
   return cudaSuccess;
 }
 
@@ -272,14 +285,14 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  return copy(call, to, from, bytes, kind, stream);
+  return copy(call, "cudaMemcpyAsync", to, from, bytes, kind, stream);
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = copy(call, to, from, bytes, kind, nullptr)) return error;
-  synchronize(nullptr);
+  if (const cudaError_t error = copy(call, "cudaMemcpy", to, from, bytes, kind, nullptr)) return error;
+  synchronize(nullptr, "cudaMemcpy");
   return cudaSuccess;
 }
 

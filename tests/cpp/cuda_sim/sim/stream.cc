@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cuda_runtime.h"
 #include "sim/block.h"
 #include "sim/control.h"
+#include "sim/ledger.h"
 #include "sim/memory.h"
 #include "sim/order.h"
 #include "sim/runtime.h"
@@ -25,7 +27,8 @@ struct Stream {
   bool destroyed = false;
 
   void run_until(std::uint64_t position) {
-    const DeviceOpen open;
+    std::optional<DeviceOpen> open;
+    if (!is_dry()) open.emplace();
     while (done < position) {
       // Taken out first: work that waits for an event may come back to this stream.
       const std::function<void()> work = std::move(queue.front());
@@ -52,8 +55,7 @@ struct Runtime {
   StreamPtr null_stream = std::make_shared<Stream>();
   std::vector<StreamPtr> streams{null_stream};  // those that are destroyed stay until their work is done
   std::vector<EventPtr> events;
-  std::int64_t launches = 0;
-  std::int64_t synchronizations = 0;
+  bool dry = false;
 };
 
 Runtime& runtime() {
@@ -94,8 +96,8 @@ void push_legacy_waits(Stream& stream) {
   }
 }
 
-void after_wait() {
-  ++runtime().synchronizations;
+void after_wait(const char* name) {
+  record({.kind = Kind::wait, .name = name});
   check_redzones();
   std::erase_if(runtime().streams, [](const StreamPtr& stream) { return stream->destroyed && stream->queue.empty(); });
 }
@@ -106,7 +108,13 @@ std::recursive_mutex& runtime_mutex() { return runtime().mutex; }
 
 bool is_stream(cudaStream_t stream) { return find(stream) != nullptr; }
 
-void enqueue(cudaStream_t handle, std::function<void()> work) {
+bool is_dry() { return runtime().dry; }
+
+void enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (!is_dry()) enqueue_always(stream, std::move(work));
+}
+
+void enqueue_always(cudaStream_t handle, std::function<void()> work) {
   const StreamPtr stream = find(handle);
   push_legacy_waits(*stream);
   push(*stream, std::move(work));
@@ -117,13 +125,13 @@ void run_everything() {
   visit_shuffled(streams.size(), [&](std::uint64_t i) { streams[i]->run(); });
 }
 
-void synchronize(cudaStream_t stream) {
-  enqueue(stream, [] {});  // behind what the null stream owes
+void synchronize(cudaStream_t stream, const char* name) {
+  enqueue_always(stream, [] {});  // behind what the null stream owes
   find(stream)->run();
-  after_wait();
+  after_wait(name);
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> thread) {
   const Call call;
   if (call.failed()) return call.error();
   const dim3 grid = config.gridDim;
@@ -136,7 +144,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> threa
   }
   if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return call.fail(cudaErrorNotSupported);
   if (!is_stream(config.stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  ++runtime().launches;
+  record({.kind = Kind::launch,
+          .name = "cudaLaunchKernelEx",
+          .kernel = kernel,
+          .grid = {grid.x, grid.y, grid.z},
+          .block = {block.x, block.y, block.z}});
   enqueue(config.stream, [grid, block, thread = std::move(thread)] { run_grid(grid, block, thread); });
   return cudaSuccess;
 }
@@ -145,10 +157,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> threa
 
 namespace cuda_sim {
 
-std::int64_t launches() { return detail::runtime().launches; }
-void reset_launches() { detail::runtime().launches = 0; }
-std::int64_t synchronizations() { return detail::runtime().synchronizations; }
-void reset_synchronizations() { detail::runtime().synchronizations = 0; }
+void set_dry(bool dry) {
+  const std::lock_guard lock(detail::runtime_mutex());
+  detail::run_everything();
+  detail::runtime().dry = dry;
+}
 
 }  // namespace cuda_sim
 
@@ -158,7 +171,7 @@ cudaError_t cudaDeviceSynchronize() {
   const Call call;
   if (call.failed()) return call.error();
   run_everything();
-  after_wait();
+  after_wait("cudaDeviceSynchronize");
   return cudaSuccess;
 }
 
@@ -186,7 +199,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
   if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  synchronize(stream);
+  synchronize(stream, "cudaStreamSynchronize");
   return cudaSuccess;
 }
 
@@ -236,7 +249,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
   const StreamPtr stream = find(handle);
   const EventPtr event = find(event_handle);
   if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
-  enqueue(handle, [event] { event->time = std::chrono::steady_clock::now(); });
+  enqueue_always(handle, [event] { event->time = std::chrono::steady_clock::now(); });
   event->stream = stream;
   event->position = stream->queued;
   return cudaSuccess;
@@ -248,7 +261,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   const EventPtr event = find(handle);
   if (!event) return call.fail(cudaErrorInvalidResourceHandle);
   if (event->stream) event->stream->run_until(event->position);
-  after_wait();
+  after_wait("cudaEventSynchronize");
   return cudaSuccess;
 }
 

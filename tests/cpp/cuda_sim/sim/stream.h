@@ -15,8 +15,15 @@ std::recursive_mutex& runtime_mutex();
 /// False for a handle that was never made or is destroyed. The null stream is one.
 bool is_stream(cudaStream_t stream);
 
-/// Queues work, which must be valid by then. The memory of the device is accessible to it.
+/// Whether work is left out; see set_dry in sim/control.h.
+bool is_dry();
+
+/// Queues work of the device, which must be valid by then. The memory of the device is accessible to it. Dry, it is
+/// dropped.
 void enqueue(cudaStream_t stream, std::function<void()> work);
+
+/// Queues what happens dry, too: it touches no memory of the device.
+void enqueue_always(cudaStream_t stream, std::function<void()> work);
 
 /// Runs all work of all streams.
 void run_everything();
