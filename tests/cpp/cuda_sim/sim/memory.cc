@@ -245,12 +245,27 @@ bool release(void* pointer) {
   const DeviceOpen open;
   device->check(offset, allocation);
   device->allocations.erase(found);
+  unpoison(device->base + offset, allocation.bytes);  // of a graph it may be inaccessible
   std::memset(device->base + offset, kFresh, allocation.bytes);
   poison(device->base + offset, allocation.span);
   device->quarantine.emplace_back(offset, allocation.span);
   device->quarantine_bytes += allocation.span;
   device->leave_quarantine(kQuarantineBytes);
   return true;
+}
+
+void make_fresh(void* pointer) {
+  const std::size_t bytes = real_arena().around(pointer, 0)->bytes;
+  const DeviceOpen open;
+  unpoison(pointer, bytes);
+  std::memset(pointer, kFresh, bytes);
+}
+
+void make_inaccessible(void* pointer) {
+  const std::size_t bytes = real_arena().around(pointer, 0)->bytes;
+  const DeviceOpen open;
+  std::memset(pointer, kFresh, bytes);
+  poison(pointer, bytes);
 }
 
 bool is_device(const void* pointer) { return arena_of(pointer) != nullptr; }

@@ -10,6 +10,7 @@
 
 #include "cuda_runtime.h"
 #include "sim/block.h"
+#include "sim/capture.h"
 #include "sim/control.h"
 #include "sim/ledger.h"
 #include "sim/memory.h"
@@ -25,6 +26,7 @@ struct Stream {
   std::uint64_t done = 0;
   bool blocking = true;  // ordered with the null stream
   bool destroyed = false;
+  Captured captured = {};
 
   void run_until(std::uint64_t position) {
     std::optional<DeviceOpen> open;
@@ -44,6 +46,7 @@ using StreamPtr = std::shared_ptr<Stream>;
 struct Event {
   StreamPtr stream;  // null: never recorded
   std::uint64_t position = 0;
+  Captured captured = {};  // where it was last recorded, at `position`, if that was captured
   bool timed = true;
   std::chrono::steady_clock::time_point time;
   bool complete() const { return !stream || stream->done >= position; }
@@ -96,6 +99,42 @@ void push_legacy_waits(Stream& stream) {
   }
 }
 
+cudaError_t invalidate(Capture& capture, cudaError_t error) {
+  capture.valid = false;
+  return error;
+}
+
+/// What a call that waits for a stream, or asks how far it is, has to return first.
+cudaError_t check_wait(cudaStream_t stream) {
+  if (const cudaError_t error = check_stream(stream)) return error;
+  const auto& capture = captured(stream).capture;
+  return capture ? invalidate(*capture, cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+cudaError_t check_not_captured(const Event& event) {
+  const auto& capture = event.captured.capture;
+  return capture ? invalidate(*capture, cudaErrorCapturedEvent) : cudaSuccess;
+}
+
+/// cudaStreamWaitEvent where the stream or the event, or both, are captured.
+cudaError_t wait_in_capture(cudaStream_t stream, const Event& event) {
+  const auto& [from, from_lane] = event.captured;
+  if (!from) {
+    return event.stream ? invalidate(*captured(stream).capture, cudaErrorStreamCaptureIsolation) : cudaSuccess;
+  }
+  if (from->ended) return cudaErrorCapturedEvent;
+  if (!from->valid) return cudaErrorStreamCaptureInvalidated;
+  if (!stream) return invalidate(*from, cudaErrorStreamCaptureImplicit);
+  if (!captured(stream).capture) join(stream, from);
+  const auto& [into, lane] = captured(stream);
+  if (into != from) {
+    invalidate(*into, cudaErrorStreamCaptureMerge);
+    return invalidate(*from, cudaErrorStreamCaptureMerge);
+  }
+  if (lane != from_lane) into->graph->add_wait(lane, from_lane, event.position);
+  return cudaSuccess;
+}
+
 void after_wait(const char* name) {
   record({.kind = Kind::wait, .name = name});
   check_redzones();
@@ -108,6 +147,27 @@ std::recursive_mutex& runtime_mutex() { return runtime().mutex; }
 
 bool is_stream(cudaStream_t stream) { return find(stream) != nullptr; }
 
+cudaError_t check_stream(cudaStream_t stream) {
+  if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
+  if (!stream) return check_null_stream();
+  const Captured& in = captured(stream);
+  return in.capture && !in.capture->valid ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
+}
+
+const Captured& captured(cudaStream_t stream) { return find(stream)->captured; }
+
+void join(cudaStream_t handle, const std::shared_ptr<Capture>& capture) {
+  const StreamPtr stream = find(handle);
+  stream->captured = {capture, capture->graph->add_lane()};
+  capture->blocking |= stream->blocking;
+}
+
+void leave(const Capture& capture) {
+  for (const StreamPtr& stream : runtime().streams) {
+    if (stream->captured.capture.get() == &capture) stream->captured = {};
+  }
+}
+
 bool is_dry() { return runtime().dry; }
 
 void enqueue(cudaStream_t stream, std::function<void()> work) {
@@ -116,6 +176,7 @@ void enqueue(cudaStream_t stream, std::function<void()> work) {
 
 void enqueue_always(cudaStream_t handle, std::function<void()> work) {
   const StreamPtr stream = find(handle);
+  if (const auto& [capture, lane] = stream->captured; capture) return capture->graph->add(lane, std::move(work));
   push_legacy_waits(*stream);
   push(*stream, std::move(work));
 }
@@ -143,7 +204,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
     return call.fail(cudaErrorInvalidConfiguration);
   }
   if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return call.fail(cudaErrorNotSupported);
-  if (!is_stream(config.stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_stream(config.stream)) return call.fail(error);
   record({.kind = Kind::launch,
           .name = "cudaLaunchKernelEx",
           .kernel = kernel,
@@ -170,6 +231,7 @@ using namespace cuda_sim::detail;
 cudaError_t cudaDeviceSynchronize() {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_wait_for_device()) return call.fail(error);
   run_everything();
   after_wait("cudaDeviceSynchronize");
   return cudaSuccess;
@@ -198,7 +260,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_wait(stream)) return call.fail(error);
   synchronize(stream, "cudaStreamSynchronize");
   return cudaSuccess;
 }
@@ -206,17 +268,21 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   const Call call;
   if (call.failed()) return call.error();
-  const StreamPtr stream = find(handle);
-  if (!stream) return call.fail(cudaErrorInvalidResourceHandle);
-  return stream->queue.empty() ? cudaSuccess : cudaErrorNotReady;
+  if (const cudaError_t error = check_wait(handle)) return call.fail(error);
+  return find(handle)->queue.empty() ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_stream(handle)) return call.fail(error);
   const StreamPtr stream = find(handle);
   const EventPtr event = find(event_handle);
-  if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (event->captured.capture || stream->captured.capture) {
+    const cudaError_t error = wait_in_capture(handle, *event);
+    return error ? call.fail(error) : cudaSuccess;
+  }
   push_legacy_waits(*stream);
   // What the event stands for now, whatever is recorded in it later.
   if (event->stream && event->stream != stream) push_wait(*stream, event->stream, event->position);
@@ -246,9 +312,15 @@ cudaError_t cudaEventDestroy(cudaEvent_t handle) {
 cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_stream(handle)) return call.fail(error);
   const StreamPtr stream = find(handle);
   const EventPtr event = find(event_handle);
-  if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  event->captured = stream->captured;
+  if (const auto& [capture, lane] = event->captured; capture) {
+    event->position = capture->graph->position(lane);
+    return cudaSuccess;
+  }
   enqueue_always(handle, [event] { event->time = std::chrono::steady_clock::now(); });
   event->stream = stream;
   event->position = stream->queued;
@@ -260,6 +332,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (call.failed()) return call.error();
   const EventPtr event = find(handle);
   if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
   if (event->stream) event->stream->run_until(event->position);
   after_wait("cudaEventSynchronize");
   return cudaSuccess;
@@ -270,6 +343,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (call.failed()) return call.error();
   const EventPtr event = find(handle);
   if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
   return event->complete() ? cudaSuccess : cudaErrorNotReady;
 }
 
@@ -280,6 +354,9 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, 
   const EventPtr end = find(end_handle);
   if (!start || !end || !start->stream || !end->stream || !start->timed || !end->timed) {
     return call.fail(cudaErrorInvalidResourceHandle);
+  }
+  for (const EventPtr& event : {start, end}) {
+    if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
   }
   if (!start->complete() || !end->complete()) return call.fail(cudaErrorNotReady);
   *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
