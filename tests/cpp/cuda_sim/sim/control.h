@@ -1,4 +1,5 @@
-// What a test asks of the simulated device, beyond CUDA's own functions.
+// What a test asks of the simulated devices, of which there are two, beyond CUDA's own functions. Of memory: of the
+// current one.
 #pragma once
 
 #include <cstddef>

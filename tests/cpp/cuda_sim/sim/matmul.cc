@@ -382,7 +382,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
                                               cublasLtMatmulHeuristicResult_t results[], int* returned) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   const auto problem = problem_of(desc, a, b, c, d);
   if (!problem || !preference || requested < 1 || !results || !returned) return CUBLAS_STATUS_INVALID_VALUE;
   *returned = 0;
@@ -411,9 +411,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               std::size_t workspace_bytes, cudaStream_t stream) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   const auto problem = problem_of(desc, a_layout, b_layout, c_layout, d_layout);
   if (!problem || !alpha || !beta || !a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (device_of(stream) != current_device()) return CUBLAS_STATUS_EXECUTION_FAILED;
   if (const cublasStatus_t status = problem->check()) return status;
   Operands operands{a, b, c, d, load(desc->scale, alpha, 0), load(desc->scale, beta, 0), false};
   if (operands.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;

@@ -8,6 +8,7 @@
 #include "sim/library.h"
 
 struct cusolverDnContext {
+  const int device = cuda_sim::detail::current_device();
   cudaStream_t stream = nullptr;
 };
 struct cusolverDnParams {};
@@ -23,6 +24,12 @@ class SolverCall : public LibraryCall<cusolverStatus_t> {
  public:
   SolverCall() : LibraryCall(solver_failure) {}
 };
+
+/// What a function has to return first: a handle is for the device that was current when it was made.
+cusolverStatus_t check_handle(cusolverDnHandle_t handle) {
+  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  return handle->device == current_device() ? CUSOLVER_STATUS_SUCCESS : CUSOLVER_STATUS_EXECUTION_FAILED;
+}
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -187,8 +194,8 @@ cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) {
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
-  if (!is_stream(stream)) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
+  if (!is_stream(stream) || device_of(stream) != handle->device) return CUSOLVER_STATUS_INVALID_VALUE;
   handle->stream = stream;
   return CUSOLVER_STATUS_SUCCESS;
 }
@@ -209,7 +216,7 @@ cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMo
                                          int* info, int batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (n < 0 || batch_size < 0 || lda < std::max(1, n) || uplo == CUBLAS_FILL_MODE_FULL) {
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
@@ -244,7 +251,7 @@ cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t handle, cu
                                                    std::int64_t batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (!params || !device_bytes || !host_bytes || !eigen_arguments(jobz, n, lda, batch_size)) {
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
@@ -261,7 +268,7 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
                                         std::size_t host_bytes, int* info, std::int64_t batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (type_a != CUDA_R_64F || type_w != CUDA_R_64F || compute_type != CUDA_R_64F) return CUSOLVER_STATUS_NOT_SUPPORTED;
   if (!params || !eigen_arguments(jobz, n, lda, batch_size)) return CUSOLVER_STATUS_INVALID_VALUE;
   if (device_bytes < eigen_workspace(n, batch_size) || host_bytes < kEigenHostBytes || !host_buffer) {
@@ -297,7 +304,7 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
 cusolverStatus_t cusolverDnDgeqrf_bufferSize(cusolverDnHandle_t handle, int m, int n, double*, int lda, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (m < 0 || n < 0 || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
@@ -307,7 +314,7 @@ cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, doubl
                                   double* workspace, int lwork, int* info) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (m < 0 || n < 0 || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
   record({.kind = Kind::library,
           .name = "cusolverDnDgeqrf",
@@ -331,7 +338,7 @@ cusolverStatus_t cusolverDnDorgqr_bufferSize(cusolverDnHandle_t handle, int m, i
                                              const double*, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
@@ -341,7 +348,7 @@ cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k
                                   double* workspace, int lwork, int* info) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
   record({.kind = Kind::library,
           .name = "cusolverDnDorgqr",
