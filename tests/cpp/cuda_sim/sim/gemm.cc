@@ -10,7 +10,7 @@ using namespace cuda_sim::detail;
 cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   handle->math = mode;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -18,7 +18,7 @@ cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) {
 cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t* mode) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   if (!mode) return CUBLAS_STATUS_INVALID_VALUE;
   *mode = handle->math;
   return CUBLAS_STATUS_SUCCESS;
@@ -32,7 +32,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           cublasGemmAlgo_t) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   const int a_rows = transa == CUBLAS_OP_N ? m : k, a_cols = transa == CUBLAS_OP_N ? k : m;
   const int b_rows = transb == CUBLAS_OP_N ? k : n, b_cols = transb == CUBLAS_OP_N ? n : k;
   if (transa < CUBLAS_OP_N || transa > CUBLAS_OP_C || transb < CUBLAS_OP_N || transb > CUBLAS_OP_C || m < 0 || n < 0 ||
@@ -62,6 +62,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                         .bias_bytes = 1,
                         .rounds_parts = (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0,
                         .flushes = library_modes.flush_denormals};
+  record_product(product);
   enqueue(handle->stream, [=] { product.run(); });
   return CUBLAS_STATUS_SUCCESS;
 }

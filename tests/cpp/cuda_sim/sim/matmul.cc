@@ -223,7 +223,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
                                               cublasLtMatmulHeuristicResult_t results[], int* returned) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   const auto problem = problem_of(desc, a, b, c, d);
   if (!problem || !preference || requested < 1 || !results || !returned) return CUBLAS_STATUS_INVALID_VALUE;
   *returned = 0;
@@ -257,9 +257,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               std::size_t workspace_bytes, cudaStream_t stream) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   const auto problem = problem_of(desc, a_layout, b_layout, c_layout, d_layout);
   if (!problem || !alpha || !beta || !a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (device_of(stream) != current_device()) return CUBLAS_STATUS_EXECUTION_FAILED;
   if (const cublasStatus_t status = problem->check()) return status;
   Product product{.call = "cublasLtMatmul",
                   .op_a = desc->op_a,
@@ -297,6 +298,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (workspace_bytes < needed || (needed > 0 && (!workspace || !is_aligned(workspace, 16)))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
+  record_product(product);
   enqueue(stream, [=] {
     spoil(workspace, workspace ? workspace_bytes : 0, "cublasLtMatmul: workspace");
     product.run();

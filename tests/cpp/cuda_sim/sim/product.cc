@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -113,6 +114,25 @@ void multiply(const Product& product, int index) {
   }
 }
 
+Type type_of(cudaDataType_t type) {
+  switch (type) {
+    case CUDA_R_64F:
+      return Type::f64;
+    case CUDA_R_32F:
+      return Type::f32;
+    case CUDA_R_16BF:
+      return Type::bf16;
+    default:
+      return Type::f16;
+  }
+}
+
+/// Of all different matrices of the batch: one without a stride is the same each time.
+double bytes_of(const Stack& stack, int batch) {
+  const int different = stack.stride == 0 ? 1 : batch;
+  return 1.0 * different * static_cast<double>(stack.rows * stack.cols * size_of(stack.type));
+}
+
 }  // namespace
 
 bool types_supported(cublasComputeType_t compute, cudaDataType_t scale, cudaDataType_t a, cudaDataType_t b,
@@ -139,6 +159,23 @@ double load_scalar(cudaDataType_t type, const void* from) {
 
 void Product::run() const {
   for (int i = 0; i < batch; ++i) d.type == CUDA_R_64F ? multiply<double>(*this, i) : multiply<float>(*this, i);
+}
+
+void record_product(const Product& product) {
+  const auto& [a, b, c, d, batch] = std::tie(product.a, product.b, product.c, product.d, product.batch);
+  const auto m = static_cast<std::int64_t>(d.rows), n = static_cast<std::int64_t>(d.cols),
+             k = static_cast<std::int64_t>(product.inner());
+  const double read = bytes_of(a, batch) + bytes_of(b, batch) + (product.beta == 0 ? 0.0 : bytes_of(c, batch));
+  const double bias = product.bias ? static_cast<double>(d.rows * size_of(d.type)) : 0.0;
+  record({.kind = Kind::library,
+          .name = product.call,
+          .type = type_of(a.type),
+          .m = m,
+          .n = n,
+          .k = k,
+          .batch = batch,
+          .flops = batch * gemm_flops(static_cast<double>(m), static_cast<double>(n), static_cast<double>(k)),
+          .bytes = read + bytes_of(d, batch) + bias});
 }
 
 }  // namespace cuda_sim::detail

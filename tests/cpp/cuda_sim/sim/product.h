@@ -44,4 +44,7 @@ struct Product {
   void run() const;
 };
 
+/// In the ledger.
+void record_product(const Product& product);
+
 }  // namespace cuda_sim::detail

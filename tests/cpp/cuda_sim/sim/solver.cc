@@ -9,6 +9,7 @@
 #include "sim/modes.h"
 
 struct cusolverDnContext {
+  const int device = cuda_sim::detail::current_device();
   cudaStream_t stream = nullptr;
 };
 struct cusolverDnParams {};
@@ -24,6 +25,12 @@ class SolverCall : public LibraryCall<cusolverStatus_t> {
  public:
   SolverCall() : LibraryCall(solver_failure) {}
 };
+
+/// What a function has to return first: a handle is for the device that was current when it was made.
+cusolverStatus_t check_handle(cusolverDnHandle_t handle) {
+  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  return handle->device == current_device() ? CUSOLVER_STATUS_SUCCESS : CUSOLVER_STATUS_EXECUTION_FAILED;
+}
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -181,7 +188,7 @@ constexpr std::size_t kEigenHostBytes = 256;
 template <class Work>
 cusolverStatus_t submit(cudaStream_t stream, const Work& work) {
   const OnNaN on_nan = library_modes.solver_on_nan;
-  if (on_nan == OnNaN::status_invalid_value || on_nan == OnNaN::status_execution_failed) {
+  if (!is_dry() && (on_nan == OnNaN::status_invalid_value || on_nan == OnNaN::status_execution_failed)) {
     run_queued(stream);
     const DeviceOpen open;
     work.require_memory();
@@ -347,8 +354,8 @@ cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) {
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
-  if (!is_stream(stream)) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
+  if (!is_stream(stream) || device_of(stream) != handle->device) return CUSOLVER_STATUS_INVALID_VALUE;
   handle->stream = stream;
   return CUSOLVER_STATUS_SUCCESS;
 }
@@ -369,11 +376,18 @@ cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMo
                                          int* info, int batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (n < 0 || batch_size < 0 || lda < std::max(1, n) || uplo == CUBLAS_FILL_MODE_FULL) {
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
   if (n == 0 || batch_size == 0) return CUSOLVER_STATUS_SUCCESS;
+  record({.kind = Kind::library,
+          .name = "cusolverDnDpotrfBatched",
+          .type = Type::f64,
+          .n = n,
+          .batch = batch_size,
+          .flops = batch_size * potrf_flops(n),
+          .bytes = batch_size * 8.0 * 2 * triangle_elements(n)});
   return submit(handle->stream, Potrf{uplo == CUBLAS_FILL_MODE_UPPER, n, a, lda, info, batch_size, nan_passes()});
 }
 
@@ -385,7 +399,7 @@ cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t handle, cu
                                                    std::int64_t batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (!params || !device_bytes || !host_bytes || !eigen_arguments(jobz, n, lda, batch_size)) {
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
@@ -402,7 +416,7 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
                                         std::size_t host_bytes, int* info, std::int64_t batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (type_a != CUDA_R_64F || type_w != CUDA_R_64F || compute_type != CUDA_R_64F) return CUSOLVER_STATUS_NOT_SUPPORTED;
   if (!params || !eigen_arguments(jobz, n, lda, batch_size)) return CUSOLVER_STATUS_INVALID_VALUE;
   if (device_bytes < eigen_workspace(n, batch_size) || host_bytes < kEigenHostBytes || !host_buffer) {
@@ -410,15 +424,24 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
   }
   if (n == 0 || batch_size == 0) return CUSOLVER_STATUS_SUCCESS;
   std::memset(host_buffer, 0xff, host_bytes);
-  return submit(handle->stream, Syev{jobz == CUSOLVER_EIG_MODE_VECTOR, uplo == CUBLAS_FILL_MODE_UPPER, n,
-                                     static_cast<double*>(a), lda, static_cast<double*>(w), device_buffer, device_bytes,
-                                     host_buffer, host_bytes, info, batch_size, nan_passes()});
+  const auto order = static_cast<double>(n), matrices = static_cast<double>(batch_size);
+  const bool vectors = jobz == CUSOLVER_EIG_MODE_VECTOR;
+  record({.kind = Kind::library,
+          .name = "cusolverDnXsyevBatched",
+          .type = Type::f64,
+          .n = n,
+          .batch = batch_size,
+          .flops = matrices * syev_flops(order, vectors),
+          .bytes = matrices * 8.0 * (triangle_elements(order) + (vectors ? order * order : 0.0) + order)});
+  return submit(handle->stream,
+                Syev{vectors, uplo == CUBLAS_FILL_MODE_UPPER, n, static_cast<double*>(a), lda, static_cast<double*>(w),
+                     device_buffer, device_bytes, host_buffer, host_bytes, info, batch_size, nan_passes()});
 }
 
 cusolverStatus_t cusolverDnDgeqrf_bufferSize(cusolverDnHandle_t handle, int m, int n, double*, int lda, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (m < 0 || n < 0 || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
@@ -428,8 +451,15 @@ cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, doubl
                                   double* workspace, int lwork, int* info) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (m < 0 || n < 0 || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
+  record({.kind = Kind::library,
+          .name = "cusolverDnDgeqrf",
+          .type = Type::f64,
+          .m = m,
+          .n = n,
+          .flops = geqrf_flops(m, n),
+          .bytes = 8.0 * (2.0 * m * n + std::min(m, n))});
   return submit(handle->stream, Geqrf{m, n, a, lda, tau, workspace, lwork, info});
 }
 
@@ -437,7 +467,7 @@ cusolverStatus_t cusolverDnDorgqr_bufferSize(cusolverDnHandle_t handle, int m, i
                                              const double*, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
@@ -447,7 +477,15 @@ cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k
                                   double* workspace, int lwork, int* info) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
+  record({.kind = Kind::library,
+          .name = "cusolverDnDorgqr",
+          .type = Type::f64,
+          .m = m,
+          .n = n,
+          .k = k,
+          .flops = orgqr_flops(m, n, k),
+          .bytes = 8.0 * (1.0 * m * k + 1.0 * m * n + k)});
   return submit(handle->stream, Orgqr{m, n, k, a, lda, tau, workspace, lwork, info});
 }
