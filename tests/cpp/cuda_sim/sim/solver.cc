@@ -190,7 +190,7 @@ cusolverStatus_t submit(cudaStream_t stream, const Work& work) {
   const OnNaN on_nan = library_modes.solver_on_nan;
   if (!is_dry() && (on_nan == OnNaN::status_invalid_value || on_nan == OnNaN::status_execution_failed)) {
     run_queued(stream);
-    const DeviceOpen open;
+    const DeviceOpen open(device_of(stream));
     work.require_memory();
     if (work.has_nan()) {
       return on_nan == OnNaN::status_invalid_value ? CUSOLVER_STATUS_INVALID_VALUE : CUSOLVER_STATUS_EXECUTION_FAILED;
