@@ -89,37 +89,36 @@ def _residuals(
     double_quant: bool | None,
 ) -> list[Tensor | QuantizedWeight]:
     """The residuals; `names` has those of a weight, of its a0 and its b0."""
-    tensors = {}
-    weights = list(weights)
-    for i, (triple, name) in enumerate(zip(zip(weights, a0s, b0s, strict=True), names, strict=True)):
-        weights[i] = check_matrix(triple[0], name[0])
-        check_factors(name[1], triple[1], name[2], triple[2], weights[i].shape[0], weights[i].shape[1])
+    weights = [check_matrix(weight, name) for weight, (name, _, _) in zip(weights, names, strict=True)]
+    tensors: dict[str, Tensor | None] = {}
+    for triple, name in zip(zip(weights, a0s, b0s, strict=True), names, strict=True):
+        check_factors(name[1], triple[1], name[2], triple[2], triple[0].shape[0], triple[0].shape[1])
         tensors |= zip(name, triple, strict=True)
     check_devices(tensors)
     if not weights:
         return []
     options = [quant_options(form, ("explicit",), blocksize, double_quant, weight) for weight in weights]
     factors = [(a0.detach().float(), b0.detach().float()) for a0, b0 in zip(a0s, b0s, strict=True)]
-    bounds = [_bounds(weight, *pair) for weight, pair in zip(weights, factors, strict=True)]
     found = [
         unchecked_residual(weight, *pair, scaling, form, option)
         for weight, pair, scaling, option in zip(weights, factors, scalings, options, strict=True)
     ]
-    offsets = [residual.offset for residual in found if isinstance(residual, QuantizedWeight) and residual.nested]
-    # The one wait: all is queued.
-    values = torch.stack([*(bound for three in bounds for bound in three), *(o.double() for o in offsets)]).tolist()
-    for i, (name, scaling) in enumerate(zip(names, scalings, strict=True)):
-        check_product(name, *values[3 * i : 3 * i + 3], scaling)
-    for name, offset in zip(names, values[3 * len(weights) :], strict=False):
+    queued = [_to_be_checked(*item) for item in zip(weights, factors, found, strict=True)]
+    values = torch.stack(queued).tolist()  # the host waits here, once
+    for name, scaling, (largest, norm_a, norm_b, offset) in zip(names, scalings, values, strict=True):
+        check_product(name, largest, norm_a, norm_b, scaling)
         check_offset(offset, name[0])
     return found
 
 
-def _bounds(weight: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """max|weight|, which is NaN if the weight has one, and the norms of the factors, float64 []."""
+def _to_be_checked(weight: Tensor, factors: tuple[Tensor, Tensor], rest: Tensor | QuantizedWeight) -> Tensor:
+    """max|weight|, which is NaN if the weight has one, the norms of the factors, and the offset of nested scales or 0:
+    float64 [4]."""
     least, most = weight.aminmax()
-    norm_a, norm_b = (torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in (a0, b0))
-    return torch.maximum(-least, most).double(), norm_a, norm_b
+    largest = torch.maximum(-least, most).double()
+    norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors]
+    offset = rest.offset if isinstance(rest, QuantizedWeight) else None
+    return torch.stack([largest, *norms, torch.zeros_like(largest) if offset is None else offset.double()])
 
 
 def unchecked_residual(

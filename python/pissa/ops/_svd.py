@@ -109,8 +109,8 @@ def split(
         a0, b0 = _exact_split(weight, r, scaling)
     elif options is not None:
         size, nested = options
-        a0, b0, *parts = _OPS.split_quantized(weight, r, scaling, svd, number, seed, quant_iters, form, size)
-        found = quantized_weight(form, *parts, (weight.shape[0], weight.shape[1]), size, nested)
+        a0, b0, codes, absmax = _OPS.split_quantized(weight, r, scaling, svd, number, seed, quant_iters, form, size)
+        found = quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), size, nested)
         return Split(a0, b0, check_quantized_offset(found))
     else:
         a0, b0 = _OPS.split(weight, r, scaling, svd, number, seed)

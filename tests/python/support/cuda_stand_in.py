@@ -19,16 +19,15 @@ torch suspends function modes; a gradient that goes back to a leaf on the CPU sa
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +39,11 @@ DEVICE = torch.device("cuda:0")
 _CPU = torch.device("cpu")
 _HERE = Path(__file__).name
 _ATEN = torch.ops.aten
+
+
+_STORAGES: dict[int, StorageWeakRef] = {}
+"""The memory that is the GPU's, of all stand-ins, by its address. A weak reference keeps the address of a storage from
+being given to another one, but does not keep the memory."""
 
 
 class Transfer(NamedTuple):
@@ -55,16 +59,16 @@ class Transfer(NamedTuple):
 
 
 class CudaStandIn:
-    """The GPU, for the length of a `with` block. Its tensors may be used in another block of the same stand-in."""
+    """The GPU, for the length of a `with` block. What is on it stays there for the next one."""
 
     def __init__(self) -> None:
         self.reads: list[Transfer] = []
         self.sends: list[Transfer] = []
-        # A weak reference keeps the address of a storage from being given to another one, but not its memory.
-        self._storages: dict[int, StorageWeakRef] = {}
         self._active = contextlib.ExitStack()
 
     def __enter__(self) -> CudaStandIn:
+        for address in [address for address, storage in _STORAGES.items() if storage.expired()]:
+            del _STORAGES[address]
         patch = self._active.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(_load, "cuda_problem", None)
         self._active.enter_context(_Ops(self))
@@ -78,7 +82,7 @@ class CudaStandIn:
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the GPU."""
-        return _address(tensor) in self._storages
+        return _address(tensor) in _STORAGES
 
     def put(self, value: Any) -> Any:
         """A tensor or a module of the CPU on the GPU, which is not counted."""
@@ -111,12 +115,12 @@ class CudaStandIn:
 
     def adopt(self, tensor: Tensor) -> Tensor:
         """The tensor, whose memory is the GPU's from now on."""
-        self._storages[_address(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        _STORAGES[_address(tensor)] = StorageWeakRef(tensor.untyped_storage())
         return tensor
 
     def arrived(self, tensor: Tensor) -> Tensor:
         """The tensor, whose memory is the CPU's from now on."""
-        self._storages.pop(_address(tensor), None)
+        _STORAGES.pop(_address(tensor), None)
         return tensor
 
     def read(self, what: str, bytes: int, waits: bool = True) -> None:
@@ -170,7 +174,7 @@ class _Functions(TorchFunctionMode):
             return self._moved(name, tensor, *args[1:], **kwargs)
         if func is Tensor.backward:  # with this mode, for what backward passes ask
             with self:
-                return torch.autograd.backward(*args, **kwargs)
+                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         if tensor is not None and self.gpu.has(tensor):
             if func in (Tensor.numpy, Tensor.__array__):
                 raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first")
@@ -276,16 +280,9 @@ class _Ops(TorchDispatchMode):
                 self.gpu.read(str(func), 8)
             here = [tensor for tensor in here if all(tensor is not index for index in indices)]
         elif {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-            self.gpu.read(str(func), math.prod(()) * 8)
+            self.gpu.read(str(func), 8)
         if here:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {func} got some of shape "
                 f"{[list(tensor.shape) for tensor in here]} on the CPU and others on {DEVICE} ({_caller()})"
             )
-
-
-@contextlib.contextmanager
-def cuda_stand_in() -> Iterator[CudaStandIn]:
-    """A stand-in, as a block."""
-    with CudaStandIn() as gpu:
-        yield gpu
