@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <stdexcept>
 
 #include "pissa/cuda/codes.h"
@@ -53,25 +52,27 @@ void CudaBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, co
   cuda::scale_rows(context_, a, s, divisor, out, op, count());
 }
 
-// Of a stack: of all its weights.
-float CudaBackend::max_abs(const Matrix& a) const {
-  const Array<unsigned> bits(context_, 1);
-  unsigned result = 0;
-  check(cudaMemsetAsync(bits.data(), 0, sizeof result, context_.stream), context_, "cudaMemsetAsync");
-  for (const Matrix& matrix : weights_.empty() ? std::span(&a, 1) : weights_) {
-    if (!is_quantized(matrix.format)) {
-      max_abs_bits(context_, matrix, bits.data());
-      continue;
-    }
+void CudaBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
+  const std::size_t bytes = matrices.size() * sizeof(float);
+  check(cudaMemsetAsync(largest, 0, bytes, context_.stream), context_, "cudaMemsetAsync", "bytes", bytes);
+  raise_max_abs(context_, matrices, largest);
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const Matrix& matrix = matrices[i];
+    if (!is_quantized(matrix.format)) continue;
     const std::int64_t step = std::max<std::int64_t>(kChunkBytes / (4 * std::max<std::int64_t>(matrix.cols, 1)), 1);
     for (std::int64_t row = 0; row < matrix.rows; row += step) {
-      const Buffer part(context_, std::min(step, matrix.rows - row), matrix.cols, Format::f32);
-      decode_codes(context_, matrix, row, 0, part.view());
-      max_abs_bits(context_, part.view(), bits.data());
+      const Buffer decoded(context_, std::min(step, matrix.rows - row), matrix.cols, Format::f32);
+      decode_codes(context_, matrix, row, 0, decoded.view());
+      const Matrix part = decoded.view();
+      raise_max_abs(context_, std::span(&part, 1), largest + i);
     }
   }
-  read_back(context_, bits.data(), &result, sizeof result);
-  return std::bit_cast<float>(result);
+}
+
+std::vector<float> CudaBackend::read(const float* from, std::int64_t count) const {
+  std::vector<float> values(static_cast<std::size_t>(count));
+  read_back(context_, from, values.data(), count * static_cast<std::int64_t>(sizeof(float)));
+  return values;
 }
 
 void CudaBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {

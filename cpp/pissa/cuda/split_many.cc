@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -34,11 +35,31 @@ std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   return 4 * (basis + block + r) * sides + 8 * (2 * block * sides + basis * (basis + 1024));
 }
 
-void split_stack(std::span<const SplitTask* const> tasks, const SvdOptions& options, const Context& context) {
+struct Stack {
+  std::vector<const SplitTask*> tasks;
+  float largest = 0;  // element of all weights
+};
+
+// max_abs of every weight; of those that nobody has looked at, together.
+std::vector<float> largest_of(std::span<const SplitTask> tasks, const Context& context) {
+  std::vector<Matrix> unknown;
+  for (const SplitTask& task : tasks) {
+    if (!task.largest) unknown.push_back(task.w);
+  }
+  CudaBackend backend(context);
+  const std::vector<float> found = max_abs(backend, unknown);
+  auto next = found.begin();
+  std::vector<float> largest;
+  for (const SplitTask& task : tasks) largest.push_back(task.largest ? *task.largest : *next++);
+  return largest;
+}
+
+void split_stack(std::span<const SplitTask* const> tasks, const SvdOptions& options, float largest,
+                 const Context& context) {
   std::vector<Matrix> weights;
   for (const SplitTask* task : tasks) weights.push_back(task->w);
   CudaBackend stack(context, weights);
-  const auto svd = svd_lowrank(stack, weights[0], tasks[0]->a0.rows, options);
+  const auto svd = svd_lowrank(stack, weights[0], tasks[0]->a0.rows, options, largest);
   CudaBackend single(context);
   for (std::size_t i = 0; i < tasks.size(); ++i) {
     const std::int64_t place = static_cast<std::int64_t>(i);
@@ -52,19 +73,23 @@ void split_stack(std::span<const SplitTask* const> tasks, const SvdOptions& opti
 
 void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, const Context& context,
                 std::int64_t stack_bytes) {
-  CudaBackend backend(context);
-  std::map<Kind, std::vector<const SplitTask*>> kinds;
   for (std::size_t i = 0; i < tasks.size(); ++i) {
-    const SplitTask& task = tasks[i];
-    naming_weight(i, [&] { check_split(task.w, task.a0.rows, task.scaling, options); });
-    const float largest = naming_weight(i, [&] { return detail::largest_of(backend, task.w); });
-    kinds[kind_of(task, largest)].push_back(&task);
+    naming_weight(i, [&] { check_split(tasks[i].w, tasks[i].a0.rows, tasks[i].scaling, options); });
   }
-  for (const auto& [kind, same] : kinds) {
+  const std::vector<float> largest = largest_of(tasks, context);
+  std::map<Kind, Stack> stacks;
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    naming_weight(i, [&] { detail::check_finite(largest[i]); });
+    Stack& stack = stacks[kind_of(tasks[i], largest[i])];
+    stack.tasks.push_back(&tasks[i]);
+    stack.largest = std::max(stack.largest, largest[i]);
+  }
+  for (const auto& [kind, stack] : stacks) {
+    const std::span<const SplitTask* const> same = stack.tasks;
     const std::int64_t fitting = std::max<std::int64_t>(stack_bytes / workspace_bytes(*same[0], options), 1);
     for (std::size_t first = 0; first < same.size(); first += static_cast<std::size_t>(fitting)) {
       const std::size_t count = std::min(static_cast<std::size_t>(fitting), same.size() - first);
-      split_stack(std::span(same).subspan(first, count), options, context);
+      split_stack(same.subspan(first, count), options, stack.largest, context);
     }
   }
 }

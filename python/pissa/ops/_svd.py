@@ -18,8 +18,8 @@ from pissa.ops.checks import (
     check_rank,
     check_scaling,
     check_svd,
-    check_weight,
     check_weight_and_bound,
+    check_weights,
 )
 from pissa.ops.formats import FORMATS
 
@@ -72,13 +72,13 @@ def svd_lowrank(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = check_weight(weight)
+    weight, largest = check_weight_and_bound(weight)
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
     if svd == "exact":
         u, s, vh = _exact_svd(weight, r)
         return u, s, vh.mT
-    ut, s, vt = _OPS.svd_lowrank(weight, r, svd, number, seed)
+    ut, s, vt = _OPS.svd_lowrank(weight, largest, r, svd, number, seed)
     return ut.mT, s, vt.mT
 
 
@@ -108,7 +108,7 @@ def split(
     Raises:
         TypeError, ValueError: naming the argument; the weight is never changed.
     """
-    weight = check_weight(weight)
+    weight, largest = check_weight_and_bound(weight)
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
     check_scaling(scaling)
@@ -119,10 +119,10 @@ def split(
         a0, b0 = _exact_split(weight, r, scaling)
     elif options is not None:
         size, nested = options
-        a0, b0, *parts = _OPS.split_quantized(weight, r, scaling, svd, number, seed, quant_iters, form, size)
+        a0, b0, *parts = _OPS.split_quantized(weight, largest, r, scaling, svd, number, seed, quant_iters, form, size)
         return Split(a0, b0, _quantized(form, parts, weight, size, nested))
     else:
-        a0, b0 = _OPS.split(weight, r, scaling, svd, number, seed)
+        a0, b0 = _OPS.split(weight, largest, r, scaling, svd, number, seed)
     if form == "implicit":
         return Split(a0, b0, None)
     return Split(a0, b0, _residual(weight, a0, b0, scaling, form, options))
@@ -157,18 +157,17 @@ def split_many(
         if len(values) != len(weights):
             raise ValueError(f"{argument}: got {len(values)}; needed: one for each of the {len(weights)} weights")
     number = check_svd(svd, passes, seed)
-    weights = [check_weight(weight, name) for weight, name in zip(weights, names, strict=True)]
+    weights, largest = check_weights(weights, names)
     for i, (weight, r, scaling) in enumerate(zip(weights, ranks, scalings, strict=True)):
         check_rank(r, weight, f"ranks[{i}]")
         check_scaling(scaling, f"scalings[{i}]")
-    check_devices(dict(zip(names, weights, strict=True)))
     if not weights:  # no tensor, by which torch would find the op's kernel
         return []
     factors: Iterable[tuple[Tensor, Tensor]]
     if svd == "exact":
         factors = map(_exact_split, weights, ranks, scalings)
     else:
-        factors = zip(*_OPS.split_many(weights, ranks, scalings, svd, number, seed), strict=True)
+        factors = zip(*_OPS.split_many(weights, largest, ranks, scalings, svd, number, seed), strict=True)
     return [Split(a0, b0, None) for a0, b0 in factors]
 
 

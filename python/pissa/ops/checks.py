@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -74,15 +74,28 @@ def check_weight(weight: object, name: str = "weight") -> Tensor:
 
 def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
     """The same, and max|weight|, which the one reading for both finds."""
+    tensors, bounds = check_weights([weight], [name])
+    return tensors[0], bounds[0]
+
+
+def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+    """The same of many weights, on one device, which is waited for once."""
+    tensors = [_check_matrix(weight, name).detach() for weight, name in zip(weights, names, strict=True)]
+    check_devices(dict(zip(names, tensors, strict=True)))
+    bounds: list[float] = torch.ops.pissa.max_abs(tensors).tolist() if tensors else []
+    for name, bound in zip(names, bounds, strict=True):
+        if not math.isfinite(bound):
+            raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
+    return tensors, bounds
+
+
+def _check_matrix(weight: object, name: str) -> Tensor:
     tensor = check_tensor(name, weight)
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: is on the meta device and holds no values; load the weights first")
-    least, most = (bound.item() for bound in tensor.detach().aminmax())
-    if not (math.isfinite(least) and math.isfinite(most)):
-        raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
-    return tensor.detach(), max(-least, most)
+    return tensor
 
 
 def check_rank(r: object, weight: Tensor, name: str = "r") -> int:

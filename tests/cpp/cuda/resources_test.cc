@@ -151,7 +151,8 @@ TEST(CudaResources, ADecompositionWaitsTwice) {
   EXPECT_EQ(cuda_sim::synchronizations(), 2) << "for the largest element, and to know whether all went well";
 }
 
-// A stack of weights waits no more often than one of them, but for each one's largest element.
+// A stack of weights waits no more often than one of them: for their largest elements, if it is not told, and to know
+// whether all went well.
 TEST(CudaResources, AStackWaitsOnceForAll) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(3);
@@ -169,11 +170,32 @@ TEST(CudaResources, AStackWaitsOnceForAll) {
   cuda_sim::reset_synchronizations();
   cuda_sim::reset_launches();
   cuda::split_many(tasks, {}, context);
-  EXPECT_EQ(cuda_sim::synchronizations(), 10 + 2);
+  EXPECT_EQ(cuda_sim::synchronizations(), 2);
   const std::int64_t together = cuda_sim::launches();
+  for (SplitTask& task : tasks) task.largest = 5.0f;
+  cuda_sim::reset_synchronizations();
+  cuda::split_many(tasks, {}, context);
+  EXPECT_EQ(cuda_sim::synchronizations(), 1);
   cuda_sim::reset_launches();
   cuda::split_many(tasks, {}, context, 1);
   EXPECT_LT(2 * together, cuda_sim::launches()) << "one by one";
+}
+
+// All weights of a 7B model take four launches, and nothing waits for them.
+TEST(CudaResources, TheLargestElementsOfAllWeightsTakeFewLaunches) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(9);
+  const Stored weight(random.dense(8, 16), Format::bf16);
+  Staging at(context);
+  const std::vector<Matrix> weights(224, at(weight.view()));
+  const cuda::Buffer largest(context, 1, 224, Format::f32);
+  at.finish();
+  const cuda::CudaBackend cuda(context);
+  cuda_sim::reset_synchronizations();
+  cuda_sim::reset_launches();
+  cuda.max_abs(weights, largest.data<float>());
+  EXPECT_EQ(cuda_sim::launches(), 4);
+  EXPECT_EQ(cuda_sim::synchronizations(), 0);
 }
 
 // A weight of 8 MB in bf16 takes a chunk of the size allowed, not a copy of all of it, and the product's workspace.

@@ -158,15 +158,6 @@ TEST_P(StackTest, NearlyDependentRowsAreFound) {
   }
 }
 
-TEST_P(StackTest, MaxAbsIsThatOfAll) {
-  const cuda::Context& context = cuda::standalone_context();
-  const Stored first(Dense(4, 9), Format::f32), last(Random(8).dense(4, 9), Format::f32);
-  Staging at(context);
-  const std::vector<Matrix> weights{at(first.view()), at(last.view())};
-  const cuda::CudaBackend stack(context, weights);
-  EXPECT_EQ(stack.max_abs(weights[0]), backend().max_abs(last.view()));
-}
-
 // Of `count` matrices one below the other, as a stack.
 template <class M>
 M stacked(M matrix, std::int64_t count) {
