@@ -189,14 +189,20 @@ std::vector<int> CudaBackend::take(int* flags, std::int64_t count) const {
 bool CudaBackend::take_flag(int* flag) const { return take(flag, 1)[0] != 0; }
 
 bool CudaBackend::had_full_rank() {
-  if (!flags_) return true;
+  return std::ranges::all_of(had_full_ranks(), [](bool full) { return full; });
+}
+
+std::vector<bool> CudaBackend::had_full_ranks() {
+  if (!flags_) return std::vector<bool>(static_cast<std::size_t>(count()), true);
   const std::vector<int> taken = take(flags_->data(), count());
   host_work_.clear();  // the stream is done with it
   // Dependent rows end as NaN, of which there are no eigenvalues; only without them is that a failure of its own.
   if (std::ranges::any_of(taken, [](int flag) { return flag == kNotConverged; })) {
     throw std::runtime_error("the eigenvalues of a Gram matrix did not converge on the CUDA device");
   }
-  return std::ranges::all_of(taken, [](int flag) { return flag == 0; });
+  std::vector<bool> full;
+  for (const int flag : taken) full.push_back(flag == 0);
+  return full;
 }
 
 void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,

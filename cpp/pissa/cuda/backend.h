@@ -56,6 +56,7 @@ class CudaBackend {
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t rows);
   bool had_full_rank();
+  std::vector<bool> had_full_ranks();  // of each matrix of the stack
   void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors);
 
  private:

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -22,6 +24,7 @@
 #include "sim/control.h"
 #include "support/matrices.h"
 #include "support/reference.h"
+#include "support/split_layer.h"
 #include "support/transferring_backend.h"
 
 namespace pissa::test {
@@ -215,6 +218,79 @@ TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   cuda::weight_product(context, x, w, Op::t, 1.0f, Precision::bf16, {}, {}, y.view(), kChunk);
   EXPECT_LE(cuda_sim::peak_bytes() - before, kChunk + (std::size_t{1} << 17));
   EXPECT_EQ(cuda_sim::bytes_in_use(), before);
+}
+
+// Memory that runs out above so many bytes in use.
+class LimitedMemory final : public cuda::Allocator {
+ public:
+  explicit LimitedMemory(std::int64_t limit) : limit_(limit) {}
+  void* allocate(std::int64_t bytes, cudaStream_t stream) const override {
+    if (used_ + bytes > limit_) {
+      ++refusals;
+      throw cuda::OutOfMemory("none left");
+    }
+    void* data = cuda::stream_ordered_allocator().allocate(bytes, stream);
+    used_ += sizes_[data] = bytes;
+    return data;
+  }
+  void free(void* data, cudaStream_t stream) const noexcept override {
+    used_ -= sizes_.at(data);
+    cuda::stream_ordered_allocator().free(data, stream);
+  }
+  std::int64_t used() const { return used_; }
+  mutable int refusals = 0;
+
+ private:
+  std::int64_t limit_;
+  mutable std::int64_t used_ = 0;
+  mutable std::map<void*, std::int64_t> sizes_;
+};
+
+// Where memory runs out half as many weights are a stack, and again, down to one; what a stack that failed had is given
+// back. With too little for one, nothing is written.
+TEST(CudaResources, FewerWeightsAtOnceWhereMemoryRunsOut) {
+  const auto split_within = [](const LimitedMemory& memory, std::vector<SplitLayer>& layers) {
+    Staging at(cuda::standalone_context());
+    std::vector<SplitTask> tasks;
+    for (SplitLayer& layer : layers) {
+      const SplitTask task = layer.task();
+      tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0), 5.0f});
+    }
+    cuda::Context context = cuda::standalone_context();
+    context.allocator = &memory;
+    cuda::split_many(tasks, {SvdMethod::krylov, 12, 5}, context);
+    at.finish();
+  };
+  const auto make = [] {
+    Random random(10);
+    std::vector<SplitLayer> layers;
+    for (int i = 0; i < 7; ++i) layers.emplace_back(random.dense(40, 60), Format::bf16, 4, 1.0f);
+    return layers;
+  };
+  const auto product_of = [](const SplitLayer& layer) { return layer.b0.values() * layer.a0.values(); };
+  std::vector<SplitLayer> expected = make();
+  split_within(LimitedMemory(std::int64_t{1} << 40), expected);
+  std::set<int> refusals;
+  bool one_fits = true;
+  for (std::int64_t limit = 4 << 20; one_fits; limit -= limit / 5) {
+    std::vector<SplitLayer> layers = make();
+    const LimitedMemory memory(limit);
+    try {
+      split_within(memory, layers);
+      refusals.insert(memory.refusals);
+    } catch (const cuda::OutOfMemory&) {
+      one_fits = false;
+    }
+    EXPECT_EQ(memory.used(), 0);
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      if (one_fits) {
+        EXPECT_LE(norm(product_of(layers[i]) - product_of(expected[i])), 64 * kEps32 * norm(product_of(expected[i])));
+      } else {
+        EXPECT_TRUE(std::isnan(layers[i].a0.values()(0, 0)));
+      }
+    }
+  }
+  for (const int halvings : {0, 1, 2, 3}) EXPECT_TRUE(refusals.contains(halvings)) << halvings;
 }
 
 TEST(CudaResources, ManyWordsAreReadBackInPieces) {

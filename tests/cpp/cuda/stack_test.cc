@@ -92,7 +92,7 @@ TEST_P(StackTest, TheSameOneByOneOrTogether) {
   }
 }
 
-// One weight without full rank sends its whole stack the careful way; none spoils another.
+// One weight without full rank goes the careful way, alone; it spoils no other.
 TEST_P(StackTest, WeightsWithoutFullRankAmongOthers) {
   Random random(3);
   std::deque<SplitLayer> layers;
