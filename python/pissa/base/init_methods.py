@@ -17,6 +17,7 @@ from torch import Tensor
 from pissa import ops
 from pissa.base.start import Origin
 from pissa.config import Form, PissaConfig
+from pissa.ops.checks import check_weights
 
 Factors = tuple[Tensor, Tensor]
 """a0 [r, in] and b0 [out, r], float32; the principal part, or what is in its place, is scaling * b0 @ a0."""
@@ -93,7 +94,7 @@ class _OneByOne(InitMethod):
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
     ) -> list[Factors]:
-        _check_finite(weights, names)
+        check_weights(weights, [f"layer {name}: weight" for name in names])
         return [
             self.factors(weight.detach(), origin, config.seed, name)
             for weight, origin, name in zip(weights, origins, names, strict=True)
@@ -145,7 +146,7 @@ class Lora(InitMethod):
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
     ) -> list[Factors]:
-        _check_finite(weights, names)
+        check_weights(weights, [f"layer {name}: weight" for name in names])
         drawn = []
         for weight, origin, name in zip(weights, origins, names, strict=True):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ config.seed)
@@ -199,13 +200,6 @@ def start_factors(
     """
     factors = INIT_METHODS[config.init].start(weights, origins, config, names)
     return [_unit(*pair) for pair in factors] if config.use_adalora else factors
-
-
-def _check_finite(weights: Sequence[Tensor], names: Sequence[str]) -> None:
-    finite = torch.stack([torch.isfinite(weight).all() for weight in weights]).tolist() if weights else []
-    for name, is_finite in zip(names, finite, strict=True):
-        if not is_finite:
-            raise ValueError(f"layer {name}: weight: contains NaN or Inf; only finite weights can be decomposed")
 
 
 def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:

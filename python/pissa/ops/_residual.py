@@ -103,22 +103,24 @@ def _residuals(
         unchecked_residual(weight, *pair, scaling, form, option)
         for weight, pair, scaling, option in zip(weights, factors, scalings, options, strict=True)
     ]
-    queued = [_to_be_checked(*item) for item in zip(weights, factors, found, strict=True)]
-    values = torch.stack(queued).tolist()  # the host waits here, once
-    for name, scaling, (largest, norm_a, norm_b, offset) in zip(names, scalings, values, strict=True):
+    norms = [_norms([pair[which] for pair in factors]) for which in range(2)]
+    offsets = torch.stack([_offset(rest, weight) for rest, weight in zip(found, weights, strict=True)])
+    values = torch.stack([_OPS.max_abs(weights), *norms, offsets]).tolist()  # the host waits here, once
+    for name, scaling, largest, norm_a, norm_b, offset in zip(names, scalings, *values, strict=True):
         check_product(name, largest, norm_a, norm_b, scaling)
         check_offset(offset, name[0])
     return found
 
 
-def _to_be_checked(weight: Tensor, factors: tuple[Tensor, Tensor], rest: Tensor | QuantizedWeight) -> Tensor:
-    """max|weight|, which is NaN if the weight has one, the norms of the factors, and the offset of nested scales or 0:
-    float64 [4]."""
-    least, most = weight.aminmax()
-    largest = torch.maximum(-least, most).double()
-    norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors]
+def _norms(factors: Sequence[Tensor]) -> Tensor:
+    """float64 [n]: they may overflow float32."""
+    return torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors])
+
+
+def _offset(rest: Tensor | QuantizedWeight, weight: Tensor) -> Tensor:
+    """The offset of nested scales, or 0: float32 []."""
     offset = rest.offset if isinstance(rest, QuantizedWeight) else None
-    return torch.stack([largest, *norms, torch.zeros_like(largest) if offset is None else offset.double()])
+    return weight.new_zeros((), dtype=torch.float32) if offset is None else offset
 
 
 def unchecked_residual(

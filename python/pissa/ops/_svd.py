@@ -11,7 +11,14 @@ from torch import Tensor
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
 from pissa.ops._quant import QuantizedWeight, check_quantized_offset, quantized_weight
 from pissa.ops._residual import quant_options, unchecked_residual
-from pissa.ops.checks import check_devices, check_lengths, check_rank, check_scaling, check_svd, check_weight
+from pissa.ops.checks import (
+    check_lengths,
+    check_rank,
+    check_scaling,
+    check_svd,
+    check_weight_and_bound,
+    check_weights,
+)
 
 _OPS = torch.ops.pissa
 
@@ -62,13 +69,13 @@ def svd_lowrank(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = check_weight(weight)
+    weight, largest = check_weight_and_bound(weight)
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
     if svd == "exact":
         u, s, vh = _exact_svd(weight, r)
         return u, s, vh.mT
-    ut, s, vt = _OPS.svd_lowrank(weight, r, svd, number, seed)
+    ut, s, vt = _OPS.svd_lowrank(weight, largest, r, svd, number, seed)
     return ut.mT, s, vt.mT
 
 
@@ -98,7 +105,7 @@ def split(
     Raises:
         TypeError, ValueError: naming the argument; the weight is never changed.
     """
-    weight = check_weight(weight)
+    weight, largest = check_weight_and_bound(weight)
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
     check_scaling(scaling)
@@ -109,11 +116,13 @@ def split(
         a0, b0 = _exact_split(weight, r, scaling)
     elif options is not None:
         size, nested = options
-        a0, b0, codes, absmax = _OPS.split_quantized(weight, r, scaling, svd, number, seed, quant_iters, form, size)
+        a0, b0, codes, absmax = _OPS.split_quantized(
+            weight, largest, r, scaling, svd, number, seed, quant_iters, form, size
+        )
         found = quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), size, nested)
         return Split(a0, b0, check_quantized_offset(found))
     else:
-        a0, b0 = _OPS.split(weight, r, scaling, svd, number, seed)
+        a0, b0 = _OPS.split(weight, largest, r, scaling, svd, number, seed)
     if form == "implicit":
         return Split(a0, b0, None)
     rest = unchecked_residual(weight, a0, b0, scaling, form, options)
@@ -147,16 +156,15 @@ def split_many(
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     check_lengths({"ranks": ranks, "scalings": scalings, "names": names}, len(weights))
     number = check_svd(svd, passes, seed)
-    weights = [check_weight(weight, name) for weight, name in zip(weights, names, strict=True)]
+    weights, largest = check_weights(weights, names)
     for i, (weight, r, scaling) in enumerate(zip(weights, ranks, scalings, strict=True)):
         check_rank(r, weight, f"ranks[{i}]")
         check_scaling(scaling, f"scalings[{i}]")
-    check_devices(dict(zip(names, weights, strict=True)))
     if not weights:  # no tensor, by which torch would find the op's kernel
         return []
     factors: Iterable[tuple[Tensor, Tensor]]
     if svd == "exact":
         factors = map(_exact_split, weights, ranks, scalings)
     else:
-        factors = zip(*_OPS.split_many(weights, ranks, scalings, svd, number, seed), strict=True)
+        factors = zip(*_OPS.split_many(weights, largest, ranks, scalings, svd, number, seed), strict=True)
     return [Split(a0, b0, None) for a0, b0 in factors]

@@ -79,10 +79,24 @@ def check_matrix(weight: object, name: str = "weight") -> Tensor:
 
 def check_weight(weight: object, name: str = "weight") -> Tensor:
     """The same, and its values are finite."""
-    tensor = check_matrix(weight, name)
-    for bound in tensor.aminmax():
-        check_finite(bound.item(), name)
+    tensor, _ = check_weight_and_bound(weight, name)
     return tensor
+
+
+def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
+    """The same, and max|weight|, which the one reading for both finds."""
+    tensors, bounds = check_weights([weight], [name])
+    return tensors[0], bounds[0]
+
+
+def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+    """The same of many weights, on one device, which is waited for once."""
+    tensors = [check_matrix(weight, name) for weight, name in zip(weights, names, strict=True)]
+    check_devices(dict(zip(names, tensors, strict=True)))
+    bounds: list[float] = torch.ops.pissa.max_abs(tensors).tolist() if tensors else []
+    for name, bound in zip(names, bounds, strict=True):
+        check_finite(bound, name)
+    return tensors, bounds
 
 
 def check_finite(largest: float, name: str = "weight") -> None:

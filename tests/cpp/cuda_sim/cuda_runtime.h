@@ -13,9 +13,10 @@
 #include "library_types.h"
 #include "sim/control.h"
 #include "sim/device.h"
+#include "sim/ledger.h"
 
 namespace cuda_sim::detail {
-cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> thread);
 }  // namespace cuda_sim::detail
 
 template <class... ExpTypes, class... ActTypes>
@@ -23,5 +24,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (!config || !kernel) return cudaErrorInvalidValue;
   // The arguments are converted at the launch and copied for each thread, as on the device.
   return cuda_sim::detail::launch(
-      *config, [kernel, kept = std::tuple<ExpTypes...>(std::forward<ActTypes>(args)...)] { std::apply(kernel, kept); });
+      *config, reinterpret_cast<const void*>(kernel),
+      [kernel, kept = std::tuple<ExpTypes...>(std::forward<ActTypes>(args)...)] { std::apply(kernel, kept); });
 }

@@ -137,6 +137,14 @@ cublasStatus_t cublasDtrsmBatched(cublasHandle_t handle, cublasSideMode_t side, 
   // X op(A) = B is op(A)^T X^T = B^T: rows of B are solved for as columns are, with the matrix transposed once more.
   const bool transposed = (op != CUBLAS_OP_N) == left;
   const bool lower = (uplo == CUBLAS_FILL_MODE_LOWER) != transposed;
+  record({.kind = Kind::library,
+          .name = "cublasDtrsmBatched",
+          .type = Type::f64,
+          .m = m,
+          .n = n,
+          .batch = batch_count,
+          .flops = batch_count * trsm_flops(size, left ? n : m),
+          .bytes = batch_count * 8.0 * (triangle_elements(size) + 2.0 * m * n)});
   enqueue(handle->stream, [=, scale = *alpha] {
     const auto count = static_cast<std::size_t>(batch_count);
     require_allocated(a, count * sizeof(*a), "cublasDtrsmBatched: array of A");

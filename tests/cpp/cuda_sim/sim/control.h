@@ -24,8 +24,14 @@ std::size_t bytes_in_use();
 std::size_t peak_bytes();
 void reset_peak_bytes();
 
-/// How much memory the device has from now on: 1 GiB at first, which is also the most.
+/// How much memory the device has from now on: 1 GiB at first, which is also the most; dry, 80 GiB of at most 512.
 void set_memory(std::size_t bytes);
+
+/// Dry, calls are checked and written into the ledger (sim/ledger.h), and nothing is computed: no kernel runs, no
+/// library works, nothing is copied, and the host reads zeros. Memory is addresses alone, of which there may be more
+/// than this machine has. So the sizes of a real model cost no time. Waits for everything first; memory from before
+/// stays valid, and the functions above count the memory of the mode that is set.
+void set_dry(bool dry);
 
 /// Makes one call of the runtime fail with `error`, and do nothing: the next one that can fail, or a later one, when
 /// `after` others are to succeed first. What frees or destroys is not counted: it never fails. cublas_v2.h and

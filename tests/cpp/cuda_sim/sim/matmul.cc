@@ -123,6 +123,19 @@ std::size_t size_of(int type) {
   }
 }
 
+Type type_of(int type) {
+  switch (type) {
+    case CUDA_R_64F:
+      return Type::f64;
+    case CUDA_R_32F:
+      return Type::f32;
+    case CUDA_R_16BF:
+      return Type::bf16;
+    default:
+      return Type::f16;
+  }
+}
+
 double load(int type, const void* from, std::size_t index) {
   switch (type) {
     case CUDA_R_64F:
@@ -187,6 +200,28 @@ std::vector<double> decoded(const void* from, const Layout& layout, cublasOperat
     }
   }
   return result;
+}
+
+/// Of all different matrices of the batch: one without a stride is the same each time.
+double bytes_of(const Layout& layout) {
+  const int different = layout.batch_stride == 0 ? 1 : layout.batch;
+  return 1.0 * different * static_cast<double>(layout.rows * layout.cols * size_of(layout.type));
+}
+
+void record_matmul(const Problem& problem, bool reads_c) {
+  const auto& [desc, a, b, c, d] = problem;
+  const double bias = desc.epilogue == CUBLASLT_EPILOGUE_BIAS ? static_cast<double>(d.rows * size_of(d.type)) : 0;
+  const auto m = static_cast<std::int64_t>(problem.m()), n = static_cast<std::int64_t>(problem.n()),
+             k = static_cast<std::int64_t>(problem.k());
+  record({.kind = Kind::library,
+          .name = "cublasLtMatmul",
+          .type = type_of(a.type),
+          .m = m,
+          .n = n,
+          .k = k,
+          .batch = d.batch,
+          .flops = d.batch * gemm_flops(static_cast<double>(m), static_cast<double>(n), static_cast<double>(k)),
+          .bytes = bytes_of(a) + bytes_of(b) + (reads_c ? bytes_of(c) : 0.0) + bytes_of(d) + bias});
 }
 
 struct Operands {
@@ -402,6 +437,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (workspace_bytes < needed || (needed > 0 && (!workspace || !is_aligned(workspace, 16)))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
+  record_matmul(*problem, operands.beta != 0);
   enqueue(stream, [=, kept = *problem] {
     spoil(workspace, workspace ? workspace_bytes : 0, "cublasLtMatmul: workspace");
     for (int batch = 0; batch < kept.d.batch; ++batch) multiply(kept, operands, batch);

@@ -12,11 +12,14 @@
 
 #include "sim/control.h"
 #include "sim/sanitizers.h"
+#include "sim/stream.h"
 
 namespace cuda_sim::detail {
 namespace {
 
 constexpr std::size_t kArenaBytes = std::size_t{1} << 30;
+constexpr std::size_t kDryArenaBytes = std::size_t{512} << 30;
+constexpr std::size_t kDryMemory = std::size_t{80} << 30;
 // The arena grows by huge pages: opening and closing one of small pages takes a millisecond for each 10 MiB in use.
 constexpr std::size_t kPage = std::size_t{2} << 20;
 constexpr std::size_t kAlignment = 256;  // CUDA's
@@ -32,6 +35,8 @@ struct Allocation {
 };
 
 struct Arena {
+  const std::size_t capacity;
+  const bool dry;  // addresses alone: it is never accessible
   unsigned char* base;
   std::size_t reached = 0;  // beyond it nothing was ever allocated; it is never accessible
   int open = 0;
@@ -40,23 +45,23 @@ struct Arena {
   // Freed memory is not used again at once, or a late access would find another allocation there.
   std::deque<std::pair<std::size_t, std::size_t>> quarantine;
   std::size_t quarantine_bytes = 0;
-  std::size_t limit = kArenaBytes;
+  std::size_t limit;
   std::size_t held = 0;    // not yet freed by a stream
   std::size_t in_use = 0;  // not yet asked to be freed
   std::size_t peak = 0;
 
-  Arena() {
-    void* pages = mmap(nullptr, kArenaBytes + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  Arena(std::size_t capacity_, std::size_t limit_, bool dry_) : capacity(capacity_), dry(dry_), limit(limit_) {
+    void* pages = mmap(nullptr, capacity + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED) {
       std::perror("cuda_sim: no memory for the device");
       std::abort();
     }
     const std::size_t past = reinterpret_cast<std::uintptr_t>(pages) % kPage;
     base = static_cast<unsigned char*>(pages) + (past == 0 ? 0 : kPage - past);
-    madvise(base, kArenaBytes, MADV_HUGEPAGE);
+    if (!dry) madvise(base, capacity, MADV_HUGEPAGE);
     grow(kPage);
     allocations[take(kRedzone)] = {0, kRedzone, false};  // what lies before the first one
-    if (kAsan) return;
+    if (kAsan || dry) return;
     protect(reached, PROT_READ | PROT_WRITE);
     fill_redzone(0, kRedzone);
     protect(reached, PROT_NONE);
@@ -72,11 +77,11 @@ struct Arena {
   /// Adds a gap of at least `span` at the end; false where there is no room.
   bool grow(std::size_t span) {
     const std::size_t bytes = (span + kPage - 1) / kPage * kPage;
-    if (bytes > kArenaBytes - reached) return false;
+    if (bytes > capacity - reached) return false;
     const std::size_t offset = reached;
     reached += bytes;
     if (open > 0) protect(reached, PROT_READ | PROT_WRITE);
-    poison(base + offset, bytes);
+    if (!dry) poison(base + offset, bytes);
     give_back(offset, bytes);
     return true;
   }
@@ -128,9 +133,7 @@ struct Arena {
     }
   }
 
-  auto find(const void* pointer) {
-    return is_device(pointer) ? allocations.find(static_cast<std::size_t>(offset_of(pointer))) : allocations.end();
-  }
+  bool has(const void* pointer) const { return offset_of(pointer) < capacity; }
 
   std::uintptr_t offset_of(const void* pointer) const {
     return reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(base);
@@ -140,7 +143,7 @@ struct Arena {
   const Allocation* around(const void* pointer, std::size_t bytes) const {
     const std::size_t offset = offset_of(pointer);
     auto after = allocations.upper_bound(offset);
-    if (offset >= kArenaBytes || after == allocations.begin()) return nullptr;
+    if (offset >= capacity || after == allocations.begin()) return nullptr;
     const auto& [start, allocation] = *std::prev(after);
     const std::size_t within = offset - start;
     return within <= allocation.bytes && bytes <= allocation.bytes - within ? &allocation : nullptr;
@@ -148,7 +151,7 @@ struct Arena {
 
   /// The canaries behind an allocation, up to the next span.
   void check(std::size_t offset, const Allocation& allocation) const {
-    if (kAsan) return;
+    if (kAsan || dry) return;
     const unsigned char* first = base + offset;
     const auto* found = std::find_if(first + allocation.bytes, first + allocation.span,
                                      [](unsigned char byte) { return byte != kCanary; });
@@ -160,26 +163,45 @@ struct Arena {
   }
 };
 
-Arena& arena() {
-  static Arena& result = *new Arena;
+Arena& real_arena() {
+  static Arena& result = *new Arena(kArenaBytes, kArenaBytes, false);
   return result;
+}
+
+Arena& dry_arena() {
+  static Arena& result = *new Arena(kDryArenaBytes, kDryMemory, true);
+  return result;
+}
+
+/// Of the mode that is set.
+Arena& arena() { return is_dry() ? dry_arena() : real_arena(); }
+
+/// That a pointer points into, or null.
+Arena* arena_of(const void* pointer) {
+  if (real_arena().has(pointer)) return &real_arena();
+  return dry_arena().has(pointer) ? &dry_arena() : nullptr;
+}
+
+const Allocation* allocation_around(const void* pointer, std::size_t bytes) {
+  const Arena* device = arena_of(pointer);
+  return device ? device->around(pointer, bytes) : nullptr;
 }
 
 }  // namespace
 
 DeviceOpen::DeviceOpen() {
-  if (arena().open++ == 0) arena().protect(arena().reached, PROT_READ | PROT_WRITE);
+  if (real_arena().open++ == 0) real_arena().protect(real_arena().reached, PROT_READ | PROT_WRITE);
 }
 DeviceOpen::~DeviceOpen() {
-  if (--arena().open == 0) arena().protect(arena().reached, PROT_NONE);
+  if (--real_arena().open == 0) real_arena().protect(real_arena().reached, PROT_NONE);
 }
 
 std::size_t memory_of_device() { return arena().limit; }
 
 void* allocate(std::size_t bytes) {
-  if (bytes > arena().limit || arena().held > arena().limit - bytes) return nullptr;
-  const std::size_t span = (bytes + kAlignment - 1) / kAlignment * kAlignment + kRedzone;
   Arena& device = arena();
+  if (bytes > device.limit || device.held > device.limit - bytes) return nullptr;
+  const std::size_t span = (bytes + kAlignment - 1) / kAlignment * kAlignment + kRedzone;
   std::size_t offset = device.take(span);
   if (offset == Arena::kNone) {
     if (!device.grow(span)) device.leave_quarantine(0);
@@ -190,6 +212,7 @@ void* allocate(std::size_t bytes) {
   device.held += bytes;
   device.in_use += bytes;
   device.peak = std::max(device.peak, device.in_use);
+  if (device.dry) return device.base + offset;
   const DeviceOpen open;
   device.fill_redzone(offset + bytes, span - bytes);
   unpoison(device.base + offset, bytes);
@@ -198,54 +221,78 @@ void* allocate(std::size_t bytes) {
 }
 
 bool retire(void* pointer) {
-  const auto found = arena().find(pointer);
-  if (found == arena().allocations.end() || found->second.retired) return false;
+  Arena* device = arena_of(pointer);
+  if (!device) return false;
+  const auto found = device->allocations.find(device->offset_of(pointer));
+  if (found == device->allocations.end() || found->second.retired) return false;
   found->second.retired = true;
-  arena().in_use -= found->second.bytes;
+  device->in_use -= found->second.bytes;
   return true;
 }
 
 bool release(void* pointer) {
-  Arena& device = arena();
-  const auto found = device.find(pointer);
-  if (found == device.allocations.end()) return false;
+  Arena* device = arena_of(pointer);
+  if (!device) return false;
+  const auto found = device->allocations.find(device->offset_of(pointer));
+  if (found == device->allocations.end()) return false;
   const auto [offset, allocation] = *found;
+  device->held -= allocation.bytes;
+  if (device->dry) {
+    device->allocations.erase(found);
+    device->give_back(offset, allocation.span);
+    return true;
+  }
   const DeviceOpen open;
-  device.check(offset, allocation);
-  device.allocations.erase(found);
-  device.held -= allocation.bytes;
-  std::memset(device.base + offset, kFresh, allocation.bytes);
-  poison(device.base + offset, allocation.span);
-  device.quarantine.emplace_back(offset, allocation.span);
-  device.quarantine_bytes += allocation.span;
-  device.leave_quarantine(kQuarantineBytes);
+  device->check(offset, allocation);
+  device->allocations.erase(found);
+  unpoison(device->base + offset, allocation.bytes);  // of a graph it may be inaccessible
+  std::memset(device->base + offset, kFresh, allocation.bytes);
+  poison(device->base + offset, allocation.span);
+  device->quarantine.emplace_back(offset, allocation.span);
+  device->quarantine_bytes += allocation.span;
+  device->leave_quarantine(kQuarantineBytes);
   return true;
 }
 
-bool is_device(const void* pointer) { return arena().offset_of(pointer) < kArenaBytes; }
+void make_fresh(void* pointer) {
+  const std::size_t bytes = real_arena().around(pointer, 0)->bytes;
+  const DeviceOpen open;
+  unpoison(pointer, bytes);
+  std::memset(pointer, kFresh, bytes);
+}
+
+void make_inaccessible(void* pointer) {
+  const std::size_t bytes = real_arena().around(pointer, 0)->bytes;
+  const DeviceOpen open;
+  std::memset(pointer, kFresh, bytes);
+  poison(pointer, bytes);
+}
+
+bool is_device(const void* pointer) { return arena_of(pointer) != nullptr; }
 
 bool is_allocated(const void* pointer, std::size_t bytes) {
-  const Allocation* allocation = arena().around(pointer, bytes);
+  const Allocation* allocation = allocation_around(pointer, bytes);
   return allocation && !allocation->retired;
 }
 
 void require_allocated(const void* pointer, std::size_t bytes, const char* what) {
-  if (bytes == 0 || arena().around(pointer, bytes)) return;
+  if (bytes == 0 || allocation_around(pointer, bytes)) return;
   std::fprintf(stderr, "cuda_sim: %s touches %zu bytes at %p, not all of which are allocated on the device\n", what,
                bytes, pointer);
   std::abort();
 }
 
 void check_redzones() {
+  if (is_dry()) return;
   const DeviceOpen open;
-  for (const auto& [offset, allocation] : arena().allocations) arena().check(offset, allocation);
+  for (const auto& [offset, allocation] : real_arena().allocations) real_arena().check(offset, allocation);
 }
 
 }  // namespace cuda_sim::detail
 
 namespace cuda_sim {
 
-void set_memory(std::size_t bytes) { detail::arena().limit = std::min(bytes, detail::kArenaBytes); }
+void set_memory(std::size_t bytes) { detail::arena().limit = std::min(bytes, detail::arena().capacity); }
 std::size_t bytes_in_use() { return detail::arena().in_use; }
 std::size_t peak_bytes() { return detail::arena().peak; }
 void reset_peak_bytes() { detail::arena().peak = detail::arena().in_use; }

@@ -25,6 +25,10 @@ void* allocate(std::size_t bytes);
 bool retire(void* pointer);
 bool release(void* pointer);
 
+/// For memory of a graph, whose allocation stays: what an allocation and its end do to the bytes.
+void make_fresh(void* pointer);
+void make_inaccessible(void* pointer);
+
 /// Whether the address is one of the device's at all.
 bool is_device(const void* pointer);
 

@@ -5,11 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "sim/capture.h"
 #include "sim/control.h"
+#include "sim/ledger.h"
 #include "sim/memory.h"
 
 namespace cuda_sim::detail {
@@ -19,6 +22,20 @@ int compute_capability_major = 9;
 int compute_capability_minor = 0;
 
 thread_local cudaError_t last_error = cudaSuccess;
+
+/// What cudaMallocHost has given, with its size. Other memory of the host is pageable.
+std::map<const char*, std::size_t>& pinned_memory() {
+  static auto& result = *new std::map<const char*, std::size_t>;
+  return result;
+}
+
+bool is_pinned(const void* pointer, std::size_t bytes) {
+  const char* first = static_cast<const char*>(pointer);
+  const auto after = pinned_memory().upper_bound(first);
+  if (after == pinned_memory().begin()) return false;
+  const auto& [start, size] = *std::prev(after);
+  return first + bytes <= start + size;
+}
 
 struct ErrorText {
   cudaError_t error;
@@ -39,12 +56,23 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice", "no kernel image for the device"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {cudaErrorIllegalState, "cudaErrorIllegalState", "the operation cannot be performed in the present state"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
     {cudaErrorMisalignedAddress, "cudaErrorMisalignedAddress", "misaligned address"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
+     "failed due to a previous error during capture"},
+    {cudaErrorStreamCaptureMerge, "cudaErrorStreamCaptureMerge", "would result in a merge of separate captures"},
+    {cudaErrorStreamCaptureUnmatched, "cudaErrorStreamCaptureUnmatched", "capture was not ended where it began"},
+    {cudaErrorStreamCaptureUnjoined, "cudaErrorStreamCaptureUnjoined", "capturing stream has unjoined work"},
+    {cudaErrorStreamCaptureIsolation, "cudaErrorStreamCaptureIsolation", "dependency on uncaptured work"},
+    {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit", "would depend on legacy stream"},
+    {cudaErrorCapturedEvent, "cudaErrorCapturedEvent", "event last recorded in a capturing stream"},
+    {cudaErrorStreamCaptureWrongThread, "cudaErrorStreamCaptureWrongThread", "capture ended from another thread"},
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
 };
 
@@ -56,7 +84,7 @@ const ErrorText& text_of(cudaError_t error) {
   return kOther;
 }
 
-cudaError_t allocate_or_fail(const Call& call, void** pointer, std::size_t bytes) {
+cudaError_t allocate_or_fail(const Call& call, const char* name, void** pointer, std::size_t bytes) {
   if (!pointer) return call.fail(cudaErrorInvalidValue);
   *pointer = nullptr;
   if (bytes == 0) return cudaSuccess;
@@ -65,7 +93,9 @@ cudaError_t allocate_or_fail(const Call& call, void** pointer, std::size_t bytes
     run_everything();
     *pointer = allocate(bytes);
   }
-  return *pointer ? cudaSuccess : call.fail(cudaErrorMemoryAllocation);
+  if (!*pointer) return call.fail(cudaErrorMemoryAllocation);
+  record({.kind = Kind::allocation, .name = name, .bytes = static_cast<double>(bytes)});
+  return cudaSuccess;
 }
 
 bool matches(cudaMemcpyKind kind, const void* to, const void* from) {
@@ -88,15 +118,30 @@ bool is_valid(const void* pointer, std::size_t bytes) {
   return pointer && (!is_device(pointer) || is_allocated(pointer, bytes));
 }
 
-cudaError_t copy(const Call& call, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
+cudaError_t copy(const Call& call, const char* name, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                  cudaStream_t stream) {
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_stream(stream)) return call.fail(error);
   if (bytes == 0) return cudaSuccess;
   if (!is_valid(to, bytes) || !is_valid(from, bytes)) return call.fail(cudaErrorInvalidValue);
   if (!matches(kind, to, from)) return call.fail(cudaErrorInvalidMemcpyDirection);
-  // The bytes of the host are taken now: it may change them. On a device it may not, where they are pinned.
+  const auto is_pageable = [bytes](const void* pointer) { return !is_device(pointer) && !is_pinned(pointer, bytes); };
+  if (const auto& capture = captured(stream).capture; capture && (is_pageable(to) || is_pageable(from))) {
+    capture->valid = false;
+    return call.fail(cudaErrorStreamCaptureUnsupported);
+  }
+  const bool reads_device = is_device(from);
+  if (is_device(to) != reads_device) {
+    record({.kind = reads_device ? Kind::copy_to_host : Kind::copy_to_device,
+            .name = name,
+            .bytes = static_cast<double>(bytes)});
+  }
+  if (is_dry()) {
+    if (!is_device(to)) enqueue_always(stream, [=] { std::memset(to, 0, bytes); });
+    return cudaSuccess;
+  }
+  // Pageable bytes of the host are taken now: it may change them. Pinned ones are read when the copy runs.
   std::vector<unsigned char> taken;
-  if (!is_device(from)) {
+  if (is_pageable(from)) {
     const auto* first = static_cast<const unsigned char*>(from);
     taken.assign(first, first + bytes);
   }
@@ -211,19 +256,26 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) {
 cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
   const Call call;
   if (call.failed()) return call.error();
-  return allocate_or_fail(call, pointer, bytes);
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
+  return allocate_or_fail(call, "cudaMalloc", pointer, bytes);
 }
 
 cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  return allocate_or_fail(call, pointer, bytes);
+  if (const cudaError_t error = check_stream(stream)) return call.fail(error);
+  const cudaError_t error = allocate_or_fail(call, "cudaMallocAsync", pointer, bytes);
+  if (const auto& capture = captured(stream).capture; capture && !error && *pointer) {
+    capture->graph->own(*pointer);
+    enqueue(stream, [memory = *pointer] { make_fresh(memory); });
+  }
+  return error;
 }
 
 cudaError_t cudaFree(void* pointer) {
   const Call call(Call::kNeverFails);
   if (!pointer) return cudaSuccess;
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
   run_everything();  // as the real one waits for the device
   if (!retire(pointer)) return call.fail(cudaErrorInvalidValue);
   release(pointer);
@@ -233,20 +285,36 @@ cudaError_t cudaFree(void* pointer) {
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
   const Call call(Call::kNeverFails);
   if (!pointer) return cudaSuccess;
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_stream(stream)) return call.fail(error);
+  if (const auto& capture = captured(stream).capture; capture) {
+    if (capture->graph->owns(pointer) && retire(pointer)) {
+      enqueue(stream, [pointer] { make_inaccessible(pointer); });
+      return cudaSuccess;
+    }
+    capture->valid = false;
+    return call.fail(cudaErrorInvalidValue);
+  }
   if (!retire(pointer)) return call.fail(cudaErrorInvalidValue);
-  enqueue(stream, [pointer] { release(pointer); });
+  enqueue_always(stream, [pointer] { release(pointer); });
   return cudaSuccess;
 }
 
 cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
   *pointer = std::malloc(bytes);
-  return *pointer ? cudaSuccess : call.fail(cudaErrorMemoryAllocation);
+  if (!*pointer) return call.fail(cudaErrorMemoryAllocation);
+  pinned_memory()[static_cast<const char*>(*pointer)] = bytes;
+  return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void* pointer) {
+  const Call call(Call::kNeverFails);
+  if (!pointer) return cudaSuccess;
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
+  run_everything();  // as the real one waits for the device
+  if (pinned_memory().erase(static_cast<const char*>(pointer)) == 0) return call.fail(cudaErrorInvalidValue);
   std::free(pointer);
   return cudaSuccess;
 }
@@ -272,21 +340,22 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  return copy(call, to, from, bytes, kind, stream);
+  return copy(call, "cudaMemcpyAsync", to, from, bytes, kind, stream);
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = copy(call, to, from, bytes, kind, nullptr)) return error;
-  synchronize(nullptr);
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
+  if (const cudaError_t error = copy(call, "cudaMemcpy", to, from, bytes, kind, nullptr)) return error;
+  synchronize(nullptr, "cudaMemcpy");
   return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_stream(stream)) return call.fail(error);
   if (bytes == 0) return cudaSuccess;
   if (!is_allocated(to, bytes)) return call.fail(cudaErrorInvalidValue);
   enqueue(stream, [=] {

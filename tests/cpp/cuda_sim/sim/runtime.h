@@ -15,8 +15,8 @@ namespace cuda_sim::detail {
 /// Kept for cudaGetLastError of this thread.
 void set_last_error(cudaError_t error);
 
-/// Waits as the host does for a stream: runs its work, counts, checks the memory.
-void synchronize(cudaStream_t stream);
+/// Waits as the host does for a stream, in the function `name`: runs its work, checks the memory.
+void synchronize(cudaStream_t stream, const char* name);
 
 /// One call of the runtime: alone, and failing where a test wants it to.
 class Call {

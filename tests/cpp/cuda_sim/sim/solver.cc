@@ -214,6 +214,13 @@ cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMo
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
   if (n == 0 || batch_size == 0) return CUSOLVER_STATUS_SUCCESS;
+  record({.kind = Kind::library,
+          .name = "cusolverDnDpotrfBatched",
+          .type = Type::f64,
+          .n = n,
+          .batch = batch_size,
+          .flops = batch_size * potrf_flops(n),
+          .bytes = batch_size * 8.0 * 2 * triangle_elements(n)});
   enqueue(handle->stream, [=] {
     require_allocated(a, batch_size * sizeof(*a), "cusolverDnDpotrfBatched: array of A");
     require_allocated(info, batch_size * sizeof(*info), "cusolverDnDpotrfBatched: info");
@@ -262,6 +269,15 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
   }
   if (n == 0 || batch_size == 0) return CUSOLVER_STATUS_SUCCESS;
   std::memset(host_buffer, 0xff, host_bytes);
+  const auto order = static_cast<double>(n), matrices = static_cast<double>(batch_size);
+  const bool vectors = jobz == CUSOLVER_EIG_MODE_VECTOR;
+  record({.kind = Kind::library,
+          .name = "cusolverDnXsyevBatched",
+          .type = Type::f64,
+          .n = n,
+          .batch = batch_size,
+          .flops = matrices * syev_flops(order, vectors),
+          .bytes = matrices * 8.0 * (triangle_elements(order) + (vectors ? order * order : 0.0) + order)});
   enqueue(handle->stream, [=] {
     std::memset(host_buffer, 0xff, host_bytes);  // in use until the stream has come this far
     spoil(device_buffer, device_bytes, "cusolverDnXsyevBatched: workspace");
@@ -271,8 +287,8 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
     require_allocated(info, count * sizeof(*info), "cusolverDnXsyevBatched: info");
     for (std::int64_t k = 0; k < batch_size; ++k) {
       const View matrix{static_cast<double*>(a) + k * lda * n, lda};
-      info[k] = eigen(matrix, uplo == CUBLAS_FILL_MODE_UPPER, jobz == CUSOLVER_EIG_MODE_VECTOR, static_cast<int>(n),
-                      static_cast<double*>(w) + k * n);
+      info[k] =
+          eigen(matrix, uplo == CUBLAS_FILL_MODE_UPPER, vectors, static_cast<int>(n), static_cast<double*>(w) + k * n);
     }
   });
   return CUSOLVER_STATUS_SUCCESS;
@@ -293,6 +309,13 @@ cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, doubl
   if (call.failed()) return call.status();
   if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
   if (m < 0 || n < 0 || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
+  record({.kind = Kind::library,
+          .name = "cusolverDnDgeqrf",
+          .type = Type::f64,
+          .m = m,
+          .n = n,
+          .flops = geqrf_flops(m, n),
+          .bytes = 8.0 * (2.0 * m * n + std::min(m, n))});
   enqueue(handle->stream, [=] {
     spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDgeqrf: workspace");
     require_allocated(info, sizeof(*info), "cusolverDnDgeqrf: info");
@@ -320,6 +343,14 @@ cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k
   if (call.failed()) return call.status();
   if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
+  record({.kind = Kind::library,
+          .name = "cusolverDnDorgqr",
+          .type = Type::f64,
+          .m = m,
+          .n = n,
+          .k = k,
+          .flops = orgqr_flops(m, n, k),
+          .bytes = 8.0 * (1.0 * m * k + 1.0 * m * n + k)});
   enqueue(handle->stream, [=] {
     spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDorgqr: workspace");
     require_allocated(info, sizeof(*info), "cusolverDnDorgqr: info");

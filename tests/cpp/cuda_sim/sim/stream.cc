@@ -5,11 +5,14 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cuda_runtime.h"
 #include "sim/block.h"
+#include "sim/capture.h"
 #include "sim/control.h"
+#include "sim/ledger.h"
 #include "sim/memory.h"
 #include "sim/order.h"
 #include "sim/runtime.h"
@@ -23,9 +26,11 @@ struct Stream {
   std::uint64_t done = 0;
   bool blocking = true;  // ordered with the null stream
   bool destroyed = false;
+  Captured captured = {};
 
   void run_until(std::uint64_t position) {
-    const DeviceOpen open;
+    std::optional<DeviceOpen> open;
+    if (!is_dry()) open.emplace();
     while (done < position) {
       // Taken out first: work that waits for an event may come back to this stream.
       const std::function<void()> work = std::move(queue.front());
@@ -41,6 +46,7 @@ using StreamPtr = std::shared_ptr<Stream>;
 struct Event {
   StreamPtr stream;  // null: never recorded
   std::uint64_t position = 0;
+  Captured captured = {};  // where it was last recorded, at `position`, if that was captured
   bool timed = true;
   std::chrono::steady_clock::time_point time;
   bool complete() const { return !stream || stream->done >= position; }
@@ -52,8 +58,7 @@ struct Runtime {
   StreamPtr null_stream = std::make_shared<Stream>();
   std::vector<StreamPtr> streams{null_stream};  // those that are destroyed stay until their work is done
   std::vector<EventPtr> events;
-  std::int64_t launches = 0;
-  std::int64_t synchronizations = 0;
+  bool dry = false;
 };
 
 Runtime& runtime() {
@@ -94,8 +99,44 @@ void push_legacy_waits(Stream& stream) {
   }
 }
 
-void after_wait() {
-  ++runtime().synchronizations;
+cudaError_t invalidate(Capture& capture, cudaError_t error) {
+  capture.valid = false;
+  return error;
+}
+
+/// What a call that waits for a stream, or asks how far it is, has to return first.
+cudaError_t check_wait(cudaStream_t stream) {
+  if (const cudaError_t error = check_stream(stream)) return error;
+  const auto& capture = captured(stream).capture;
+  return capture ? invalidate(*capture, cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+cudaError_t check_not_captured(const Event& event) {
+  const auto& capture = event.captured.capture;
+  return capture ? invalidate(*capture, cudaErrorCapturedEvent) : cudaSuccess;
+}
+
+/// cudaStreamWaitEvent where the stream or the event, or both, are captured.
+cudaError_t wait_in_capture(cudaStream_t stream, const Event& event) {
+  const auto& [from, from_lane] = event.captured;
+  if (!from) {
+    return event.stream ? invalidate(*captured(stream).capture, cudaErrorStreamCaptureIsolation) : cudaSuccess;
+  }
+  if (from->ended) return cudaErrorCapturedEvent;
+  if (!from->valid) return cudaErrorStreamCaptureInvalidated;
+  if (!stream) return invalidate(*from, cudaErrorStreamCaptureImplicit);
+  if (!captured(stream).capture) join(stream, from);
+  const auto& [into, lane] = captured(stream);
+  if (into != from) {
+    invalidate(*into, cudaErrorStreamCaptureMerge);
+    return invalidate(*from, cudaErrorStreamCaptureMerge);
+  }
+  if (lane != from_lane) into->graph->add_wait(lane, from_lane, event.position);
+  return cudaSuccess;
+}
+
+void after_wait(const char* name) {
+  record({.kind = Kind::wait, .name = name});
   check_redzones();
   std::erase_if(runtime().streams, [](const StreamPtr& stream) { return stream->destroyed && stream->queue.empty(); });
 }
@@ -106,8 +147,36 @@ std::recursive_mutex& runtime_mutex() { return runtime().mutex; }
 
 bool is_stream(cudaStream_t stream) { return find(stream) != nullptr; }
 
-void enqueue(cudaStream_t handle, std::function<void()> work) {
+cudaError_t check_stream(cudaStream_t stream) {
+  if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
+  if (!stream) return check_null_stream();
+  const Captured& in = captured(stream);
+  return in.capture && !in.capture->valid ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
+}
+
+const Captured& captured(cudaStream_t stream) { return find(stream)->captured; }
+
+void join(cudaStream_t handle, const std::shared_ptr<Capture>& capture) {
   const StreamPtr stream = find(handle);
+  stream->captured = {capture, capture->graph->add_lane()};
+  capture->blocking |= stream->blocking;
+}
+
+void leave(const Capture& capture) {
+  for (const StreamPtr& stream : runtime().streams) {
+    if (stream->captured.capture.get() == &capture) stream->captured = {};
+  }
+}
+
+bool is_dry() { return runtime().dry; }
+
+void enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (!is_dry()) enqueue_always(stream, std::move(work));
+}
+
+void enqueue_always(cudaStream_t handle, std::function<void()> work) {
+  const StreamPtr stream = find(handle);
+  if (const auto& [capture, lane] = stream->captured; capture) return capture->graph->add(lane, std::move(work));
   push_legacy_waits(*stream);
   push(*stream, std::move(work));
 }
@@ -117,13 +186,13 @@ void run_everything() {
   visit_shuffled(streams.size(), [&](std::uint64_t i) { streams[i]->run(); });
 }
 
-void synchronize(cudaStream_t stream) {
-  enqueue(stream, [] {});  // behind what the null stream owes
+void synchronize(cudaStream_t stream, const char* name) {
+  enqueue_always(stream, [] {});  // behind what the null stream owes
   find(stream)->run();
-  after_wait();
+  after_wait(name);
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> thread) {
   const Call call;
   if (call.failed()) return call.error();
   const dim3 grid = config.gridDim;
@@ -135,8 +204,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> threa
     return call.fail(cudaErrorInvalidConfiguration);
   }
   if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return call.fail(cudaErrorNotSupported);
-  if (!is_stream(config.stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  ++runtime().launches;
+  if (const cudaError_t error = check_stream(config.stream)) return call.fail(error);
+  record({.kind = Kind::launch,
+          .name = "cudaLaunchKernelEx",
+          .kernel = kernel,
+          .grid = {grid.x, grid.y, grid.z},
+          .block = {block.x, block.y, block.z}});
   enqueue(config.stream, [grid, block, thread = std::move(thread)] { run_grid(grid, block, thread); });
   return cudaSuccess;
 }
@@ -145,10 +218,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> threa
 
 namespace cuda_sim {
 
-std::int64_t launches() { return detail::runtime().launches; }
-void reset_launches() { detail::runtime().launches = 0; }
-std::int64_t synchronizations() { return detail::runtime().synchronizations; }
-void reset_synchronizations() { detail::runtime().synchronizations = 0; }
+void set_dry(bool dry) {
+  const std::lock_guard lock(detail::runtime_mutex());
+  detail::run_everything();
+  detail::runtime().dry = dry;
+}
 
 }  // namespace cuda_sim
 
@@ -157,8 +231,9 @@ using namespace cuda_sim::detail;
 cudaError_t cudaDeviceSynchronize() {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_wait_for_device()) return call.fail(error);
   run_everything();
-  after_wait();
+  after_wait("cudaDeviceSynchronize");
   return cudaSuccess;
 }
 
@@ -185,25 +260,29 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  synchronize(stream);
+  if (const cudaError_t error = check_wait(stream)) return call.fail(error);
+  synchronize(stream, "cudaStreamSynchronize");
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   const Call call;
   if (call.failed()) return call.error();
-  const StreamPtr stream = find(handle);
-  if (!stream) return call.fail(cudaErrorInvalidResourceHandle);
-  return stream->queue.empty() ? cudaSuccess : cudaErrorNotReady;
+  if (const cudaError_t error = check_wait(handle)) return call.fail(error);
+  return find(handle)->queue.empty() ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_stream(handle)) return call.fail(error);
   const StreamPtr stream = find(handle);
   const EventPtr event = find(event_handle);
-  if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (event->captured.capture || stream->captured.capture) {
+    const cudaError_t error = wait_in_capture(handle, *event);
+    return error ? call.fail(error) : cudaSuccess;
+  }
   push_legacy_waits(*stream);
   // What the event stands for now, whatever is recorded in it later.
   if (event->stream && event->stream != stream) push_wait(*stream, event->stream, event->position);
@@ -233,10 +312,16 @@ cudaError_t cudaEventDestroy(cudaEvent_t handle) {
 cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
   const Call call;
   if (call.failed()) return call.error();
+  if (const cudaError_t error = check_stream(handle)) return call.fail(error);
   const StreamPtr stream = find(handle);
   const EventPtr event = find(event_handle);
-  if (!stream || !event) return call.fail(cudaErrorInvalidResourceHandle);
-  enqueue(handle, [event] { event->time = std::chrono::steady_clock::now(); });
+  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  event->captured = stream->captured;
+  if (const auto& [capture, lane] = event->captured; capture) {
+    event->position = capture->graph->position(lane);
+    return cudaSuccess;
+  }
+  enqueue_always(handle, [event] { event->time = std::chrono::steady_clock::now(); });
   event->stream = stream;
   event->position = stream->queued;
   return cudaSuccess;
@@ -247,8 +332,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (call.failed()) return call.error();
   const EventPtr event = find(handle);
   if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
   if (event->stream) event->stream->run_until(event->position);
-  after_wait();
+  after_wait("cudaEventSynchronize");
   return cudaSuccess;
 }
 
@@ -257,6 +343,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (call.failed()) return call.error();
   const EventPtr event = find(handle);
   if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
   return event->complete() ? cudaSuccess : cudaErrorNotReady;
 }
 
@@ -267,6 +354,9 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, 
   const EventPtr end = find(end_handle);
   if (!start || !end || !start->stream || !end->stream || !start->timed || !end->timed) {
     return call.fail(cudaErrorInvalidResourceHandle);
+  }
+  for (const EventPtr& event : {start, end}) {
+    if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
   }
   if (!start->complete() || !end->complete()) return call.fail(cudaErrorNotReady);
   *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
