@@ -1,7 +1,7 @@
 // What a device must provide: the primitives over which the core's algorithms are written, once.
 //
 // A backend owns no data of the caller's; pointers handed to it belong to its device, and the algorithms never read
-// through them. Host values cross only through `max_abs` and `had_full_rank`, which therefore synchronise; nothing else
+// through them. Host values cross only through `read` and `had_full_rank`, which therefore synchronise; nothing else
 // need do so. All thin matrices of the SVD are stored with one vector per row.
 //
 // A backend may stand for a stack of equal problems, one weight each: every matrix that it allocates is then as many
@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "pissa/core/error.h"
 #include "pissa/core/quantized.h"
@@ -32,7 +33,8 @@ inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTer
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
-                           std::uint8_t* codes, float* nested, QuantOutput quantized) {
+                           std::uint8_t* codes, float* nested, QuantOutput quantized,
+                           std::span<const Matrix> matrices, float* largest) {
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
 
@@ -48,8 +50,11 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // out[i, :] = sqrt(s[i] / divisor) * a[i, :], or, transposed, out[:, i] = the same. s: [1, a.rows] f32, not negative.
   { backend.scale_rows(matrix, matrix, scale, out, Op::n) };
 
-  // Largest |element|; not finite if any element is not.
-  { backend.max_abs(matrix) } -> std::same_as<float>;
+  // largest[i] = largest |element| of matrix i, of any format; not finite if any element is not.
+  { backend.max_abs(matrices, largest) };
+
+  // `count` numbers in the backend's memory, once everything before has been computed.
+  { backend.read(scales, count) } -> std::same_as<std::vector<float>>;
 
   // out = addend + sum of at most kMostTerms terms, f32 accumulation, one rounding; the addend may be absent, and may
   // be `out`.

@@ -20,6 +20,7 @@
 
 #include "pissa/core/backend.h"
 #include "pissa/core/error.h"
+#include "pissa/core/max_abs.h"
 #include "pissa/core/types.h"
 
 namespace pissa {
@@ -166,27 +167,32 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   return SvdFactors<Buffer>{std::move(wide_factor), std::move(s), std::move(short_factor)};
 }
 
-/// Largest |element| of a weight, to scale by. Throws unless it is finite.
-template <Backend B>
-float largest_of(B& backend, const Matrix& w) {
-  const float largest = backend.max_abs(w);
+inline void check_finite(float largest) {
   PISSA_CHECK(std::isfinite(largest),
               "weight: contains NaN or Inf; a singular value decomposition needs finite values");
-  return largest;
+}
+
+/// Of a weight that may lack full rank, or for which assuming it has failed.
+template <Backend B>
+auto careful_svd(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, float largest) {
+  auto factors = svd_lowrank(backend, w, r, options, largest, Rank::any);
+  if (!backend.had_full_rank()) throw std::runtime_error("weight: its singular value decomposition did not converge");
+  return factors;
 }
 
 }  // namespace detail
 
-/// Leading r singular triplets of w. Throws std::invalid_argument on a bad rank, pass count or non-finite weight.
+/// Leading r singular triplets of w. `largest`: max_abs of w, where it is known already. Throws std::invalid_argument
+/// on a bad rank, pass count or non-finite weight.
 template <Backend B>
-auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options) {
+auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options,
+                 std::optional<float> largest = std::nullopt) {
   check_svd(w, r, options);
-  const float largest = detail::largest_of(backend, w);
-  auto factors = detail::svd_lowrank(backend, w, r, options, largest, Rank::assumed_full);
+  if (!largest) largest = max_abs(backend, w);
+  detail::check_finite(*largest);
+  auto factors = detail::svd_lowrank(backend, w, r, options, *largest, Rank::assumed_full);
   if (backend.had_full_rank()) return factors;
-  auto careful = detail::svd_lowrank(backend, w, r, options, largest, Rank::any);
-  if (!backend.had_full_rank()) throw std::runtime_error("weight: its singular value decomposition did not converge");
-  return careful;
+  return detail::careful_svd(backend, w, r, options, *largest);
 }
 
 }  // namespace pissa

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 
 #include "pissa/core/backend.h"
@@ -23,12 +24,12 @@ inline void check_split(const Matrix& w, std::int64_t r, float scaling, const Sv
   check_svd(w, r, options);
 }
 
-/// Start factors of w: a0 [r, in] and b0 [out, r], f32. r is a0.rows. Throws as svd_lowrank does.
+/// Start factors of w: a0 [r, in] and b0 [out, r], f32. r is a0.rows. `largest` is svd_lowrank's; throws as it does.
 template <Backend B>
 void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
-           const MutableMatrix& b0) {
+           const MutableMatrix& b0, std::optional<float> largest = std::nullopt) {
   check_split(w, a0.rows, scaling, options);
-  const auto svd = svd_lowrank(backend, w, a0.rows, options);
+  const auto svd = svd_lowrank(backend, w, a0.rows, options, largest);
   backend.scale_rows(svd.v.view(), svd.s.view(), scaling, a0, Op::n);
   backend.scale_rows(svd.u.view(), svd.s.view(), scaling, b0, Op::t);
 }
@@ -39,6 +40,7 @@ struct SplitTask {
   float scaling;
   MutableMatrix a0;
   MutableMatrix b0;
+  std::optional<float> largest = std::nullopt;  // max_abs of w, where it is known already
 };
 
 /// What f() returns. The message of a std::invalid_argument that it throws begins with "weights[index]: ".
@@ -60,13 +62,14 @@ inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
 /// Only T = 1, the split of section 4, exists: start factors of w, and its residual in q's format.
 template <Backend B>
 void split_quantized(B& backend, const Matrix& w, float scaling, const SvdOptions& options, std::int64_t iterations,
-                     const MutableMatrix& a0, const MutableMatrix& b0, const QuantOutput& q) {
+                     const MutableMatrix& a0, const MutableMatrix& b0, const QuantOutput& q,
+                     std::optional<float> largest = std::nullopt) {
   PISSA_CHECK(iterations == 1, "quant_iters: got ", iterations,
               "; allowed: 1 (more alternations are not implemented yet)");
   PISSA_CHECK(!is_quantized(w.format), "weight: got ", info(w.format).name,
               "; needed: f32, bf16 or f16, so dequantise it first");
   check_blocksize(q.format, q.blocksize, w.cols);
-  split(backend, w, scaling, options, a0, b0);
+  split(backend, w, scaling, options, a0, b0, largest);
   const std::array terms{minus_factors(a0, b0, scaling)};
   backend.gemm_quantized(terms, w, q);
 }

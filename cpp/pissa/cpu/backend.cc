@@ -171,24 +171,65 @@ void CpuBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, con
   });
 }
 
-float CpuBackend::max_abs(const Matrix& a) const {
-  std::vector<float> largest(a.rows, 0.0f);
-  parallel_for(executor_, a.rows, a.rows * a.cols, [&](std::int64_t row) {
-    float values[kRun];
-    for (std::int64_t col = 0; col < a.cols; col += kRun) {
-      const std::int64_t count = std::min(kRun, a.cols - col);
-      kernels_.decode(a, row, col, count, values);
-      const float run = kernels_.max_abs(values, count);
-      if (!(run <= largest[row])) largest[row] = run;  // true for NaN
-      if (std::isnan(run)) break;
+namespace {
+
+// Once either is NaN, so is the result.
+float larger(float a, float b) { return std::isnan(a) || b <= a ? a : b; }
+
+// Of halves of either kind. Without their signs they are integers in the same order, NaN above infinity: nothing has to
+// be decoded, which takes a third longer.
+std::int16_t largest_magnitude(const std::int16_t* halves, std::int64_t count) {
+  std::int16_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    largest = std::max(largest, static_cast<std::int16_t>(halves[i] & 0x7fff));
+  }
+  return largest;
+}
+
+float max_abs_of_row(const Kernels& kernels, const Matrix& a, std::int64_t row) {
+  if (a.format == Format::f32) return kernels.max_abs(static_cast<const float*>(a.data) + row * a.ld, a.cols);
+  float values[kRun];
+  if (!is_quantized(a.format)) {
+    const std::int16_t half = largest_magnitude(static_cast<const std::int16_t*>(a.data) + row * a.ld, a.cols);
+    kernels.decode({&half, 1, 1, 1, a.format}, 0, 0, 1, values);
+    return values[0];
+  }
+  float largest = 0;
+  for (std::int64_t col = 0; col < a.cols; col += kRun) {
+    const std::int64_t count = std::min(kRun, a.cols - col);
+    kernels.decode(a, row, col, count, values);
+    largest = larger(largest, kernels.max_abs(values, count));
+  }
+  return largest;
+}
+
+}  // namespace
+
+// Pieces of all matrices are dealt out together: many small ones keep the threads as busy as a large one.
+void CpuBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
+  constexpr std::int64_t kPiece = 1 << 16;  // elements, rounded to whole rows
+  struct Piece {
+    std::size_t matrix;
+    std::int64_t first, rows;
+    float largest;
+  };
+  std::vector<Piece> pieces;
+  std::int64_t elements = 0;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const Matrix& a = matrices[i];
+    const std::int64_t rows = std::max<std::int64_t>(kPiece / std::max<std::int64_t>(a.cols, 1), 1);
+    for (std::int64_t row = 0; row < a.rows; row += rows) pieces.push_back({i, row, std::min(rows, a.rows - row), 0});
+    elements += a.rows * a.cols;
+  }
+  parallel_for(executor_, static_cast<std::int64_t>(pieces.size()), elements, [&](std::int64_t task) {
+    Piece& piece = pieces[static_cast<std::size_t>(task)];
+    const Matrix& a = matrices[piece.matrix];
+    for (std::int64_t row = piece.first; row < piece.first + piece.rows; ++row) {
+      piece.largest = larger(piece.largest, max_abs_of_row(kernels_, a, row));
     }
   });
-  float result = 0.0f;
-  for (const float value : largest) {
-    if (!(value <= result)) result = value;
-    if (std::isnan(result)) break;
-  }
-  return result;
+  std::fill_n(largest, matrices.size(), 0.0f);
+  for (const Piece& piece : pieces) largest[piece.matrix] = larger(largest[piece.matrix], piece.largest);
 }
 
 void CpuBackend::run(const GemmProblem& problem) const {

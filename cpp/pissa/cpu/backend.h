@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "pissa/core/backend.h"
 #include "pissa/core/types.h"
@@ -43,7 +44,8 @@ class CpuBackend {
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
-  float max_abs(const Matrix& a) const;
+  void max_abs(std::span<const Matrix> matrices, float* largest) const;
+  std::vector<float> read(const float* from, std::int64_t count) const { return {from, from + count}; }
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
   void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,

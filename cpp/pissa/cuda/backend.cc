@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <stdexcept>
 
 #include "pissa/cuda/codes.h"
+#include "pissa/cuda/eigh.h"
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/factorize.h"
 #include "pissa/cuda/gemm.h"
@@ -32,10 +32,6 @@ void remove_earlier(const Context& context, const MutableMatrix& basis, const Mu
 
 }  // namespace
 
-CudaBackend::~CudaBackend() {
-  if (!host_work_.empty()) cudaStreamSynchronize(context_.stream);  // after an error: the stream may still use it
-}
-
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
 void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
@@ -53,25 +49,27 @@ void CudaBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, co
   cuda::scale_rows(context_, a, s, divisor, out, op, count());
 }
 
-// Of a stack: of all its weights.
-float CudaBackend::max_abs(const Matrix& a) const {
-  const Array<unsigned> bits(context_, 1);
-  unsigned result = 0;
-  check(cudaMemsetAsync(bits.data(), 0, sizeof result, context_.stream), context_, "cudaMemsetAsync");
-  for (const Matrix& matrix : weights_.empty() ? std::span(&a, 1) : weights_) {
-    if (!is_quantized(matrix.format)) {
-      max_abs_bits(context_, matrix, bits.data());
-      continue;
-    }
+void CudaBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
+  const std::size_t bytes = matrices.size() * sizeof(float);
+  check(cudaMemsetAsync(largest, 0, bytes, context_.stream), context_, "cudaMemsetAsync", "bytes", bytes);
+  raise_max_abs(context_, matrices, largest);
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const Matrix& matrix = matrices[i];
+    if (!is_quantized(matrix.format)) continue;
     const std::int64_t step = std::max<std::int64_t>(kChunkBytes / (4 * std::max<std::int64_t>(matrix.cols, 1)), 1);
     for (std::int64_t row = 0; row < matrix.rows; row += step) {
-      const Buffer part(context_, std::min(step, matrix.rows - row), matrix.cols, Format::f32);
-      decode_codes(context_, matrix, row, 0, part.view());
-      max_abs_bits(context_, part.view(), bits.data());
+      const Buffer decoded(context_, std::min(step, matrix.rows - row), matrix.cols, Format::f32);
+      decode_codes(context_, matrix, row, 0, decoded.view());
+      const Matrix part = decoded.view();
+      raise_max_abs(context_, std::span(&part, 1), largest + i);
     }
   }
-  read_back(context_, bits.data(), &result, sizeof result);
-  return std::bit_cast<float>(result);
+}
+
+std::vector<float> CudaBackend::read(const float* from, std::int64_t count) const {
+  std::vector<float> values(static_cast<std::size_t>(count));
+  read_back(context_, from, values.data(), count * static_cast<std::int64_t>(sizeof(float)));
+  return values;
 }
 
 void CudaBackend::gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
@@ -125,7 +123,8 @@ void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t do
     remove_earlier(context_, basis, {}, done, rows, count);
     widen(context_, target, wide.data(), count);
     gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count);
-    cholesky(context_, factor.data(), rows, least_share, least_pivot, asked ? asked->data() : flags, count);
+    cholesky(context_, factor.data(), rows, least_share, least_pivot, kDependentRows, asked ? asked->data() : flags,
+             count);
     if (asked && take_flag(asked->data())) {
       return householder_rows(context_, rows_of(basis, 0, done + rows), done, flags);
     }
@@ -146,7 +145,7 @@ void CudaBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatr
     widen(context_, target, wide.data(), count());
     if (matrix.data == basis.data) {
       gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count());
-      cholesky(context_, factor.data(), rows, 0.5, 0.5, flags(), count());
+      cholesky(context_, factor.data(), rows, 0.5, 0.5, kDependentRows, flags(), count());
     }
     solve_lower(context_, factor.data(), rows, wide.data(), matrix.cols, count());
     narrow(context_, wide.data(), target, count());
@@ -157,15 +156,17 @@ void CudaBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix&
   constexpr std::int64_t kSlab = 1024;  // columns in f64 at a time
   const std::int64_t k = rows.rows;
   const Array<double> matrix(context_, count() * k * k);
-  const Array<double> slab(context_, count() * k * std::min(kSlab, rows.cols));
-  for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
-    Matrix part = rows;
-    part.data = static_cast<const float*>(rows.data) + first;
-    part.cols = std::min(kSlab, rows.cols - first);
-    widen(context_, part, slab.data(), count());
-    gram(context_, slab.data(), k, part.cols, first == 0, matrix.data(), count());
+  {
+    const Array<double> slab(context_, count() * k * std::min(kSlab, rows.cols));
+    for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
+      Matrix part = rows;
+      part.data = static_cast<const float*>(rows.data) + first;
+      part.cols = std::min(kSlab, rows.cols - first);
+      widen(context_, part, slab.data(), count());
+      gram(context_, slab.data(), k, part.cols, first == 0, matrix.data(), count());
+    }
   }
-  leading_eigh(context_, matrix.data(), k, scale, s, vectors, flags(), count(), host_work_);
+  leading_eigh(context_, matrix.data(), k, scale, s, vectors, flags(), count());
 }
 
 int* CudaBackend::flags() {
@@ -188,14 +189,19 @@ std::vector<int> CudaBackend::take(int* flags, std::int64_t count) const {
 bool CudaBackend::take_flag(int* flag) const { return take(flag, 1)[0] != 0; }
 
 bool CudaBackend::had_full_rank() {
-  if (!flags_) return true;
+  return std::ranges::all_of(had_full_ranks(), [](bool full) { return full; });
+}
+
+std::vector<bool> CudaBackend::had_full_ranks() {
+  if (!flags_) return std::vector<bool>(static_cast<std::size_t>(count()), true);
   const std::vector<int> taken = take(flags_->data(), count());
-  host_work_.clear();  // the stream is done with it
   // Dependent rows end as NaN, of which there are no eigenvalues; only without them is that a failure of its own.
   if (std::ranges::any_of(taken, [](int flag) { return flag == kNotConverged; })) {
     throw std::runtime_error("the eigenvalues of a Gram matrix did not converge on the CUDA device");
   }
-  return std::ranges::all_of(taken, [](int flag) { return flag == 0; });
+  std::vector<bool> full;
+  for (const int flag : taken) full.push_back(flag == 0);
+  return full;
 }
 
 void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,

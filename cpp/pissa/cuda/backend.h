@@ -1,6 +1,6 @@
 // The CUDA backend: the core's primitives on a GPU, for one problem or for a stack of equal ones.
 //
-// Everything is queued on the context's stream and allocated there; max_abs and had_full_rank wait for it, and
+// Everything is queued on the context's stream and allocated there; read and had_full_rank wait for it, and
 // orthonormalize where rows may be dependent. So what has none of these, the linear layer, can be captured into a CUDA
 // graph. Results are bitwise the same from run to run on one device and one cuBLAS; from the CPU's they differ by
 // rounding, the sketch and quantised codes excepted, which are bitwise equal.
@@ -31,7 +31,6 @@ class CudaBackend {
   CudaBackend(const Context& context, std::span<const Matrix> weights) : context_(context), weights_(weights) {}
 
   CudaBackend(const CudaBackend&) = delete;
-  ~CudaBackend();
 
   // The Backend concept; pissa/core/backend.h says what each does.
   Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const {
@@ -41,7 +40,8 @@ class CudaBackend {
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
-  float max_abs(const Matrix& a) const;
+  void max_abs(std::span<const Matrix> matrices, float* largest) const;
+  std::vector<float> read(const float* from, std::int64_t count) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
   void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
@@ -55,6 +55,7 @@ class CudaBackend {
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t rows);
   bool had_full_rank();
+  std::vector<bool> had_full_ranks();  // of each matrix of the stack
   void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors);
 
  private:
@@ -68,7 +69,6 @@ class CudaBackend {
   const Context& context_;
   std::span<const Matrix> weights_;
   std::optional<Array<int>> flags_;  // of factorize.h, one word for each matrix of the stack
-  std::vector<char> host_work_;
 };
 
 }  // namespace pissa::cuda

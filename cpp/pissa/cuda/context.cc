@@ -20,9 +20,10 @@ class StreamOrderedAllocator final : public Allocator {
   void* allocate(std::int64_t bytes, cudaStream_t stream) const override {
     void* data = nullptr;
     const cudaError_t status = cudaMallocAsync(&data, static_cast<std::size_t>(bytes), stream);
-    if (!succeeded(status))
-      throw std::runtime_error(message("cudaMallocAsync of ", bytes, " bytes: ", describe(status)));
-    return data;
+    if (succeeded(status)) return data;
+    const std::string text = message("cudaMallocAsync of ", bytes, " bytes: ", describe(status));
+    if (status == cudaErrorMemoryAllocation) throw OutOfMemory(text);
+    throw std::runtime_error(text);
   }
   void free(void* data, cudaStream_t stream) const noexcept override { cudaFreeAsync(data, stream); }
 };

@@ -14,11 +14,17 @@
 
 namespace pissa::cuda {
 
+/// The device has no room for an allocation.
+class OutOfMemory : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// Where device memory comes from: torch's caching allocator inside torch. Both calls are ordered by the stream: memory
 /// may be freed while work that uses it is still queued there.
 class Allocator {
  public:
   virtual ~Allocator() = default;
+  /// Throws OutOfMemory.
   virtual void* allocate(std::int64_t bytes, cudaStream_t stream) const = 0;
   virtual void free(void* data, cudaStream_t stream) const noexcept = 0;
 };

@@ -88,7 +88,24 @@ __global__ void scale_rows_kernel(Matrix a, Matrix s, float divisor, MutableMatr
   }
 }
 
-__global__ void max_abs_kernel(Matrix a, unsigned* bits) {
+// Dense matrices of one launch, as the kernel's parameter, of which there are at most 4 KB: a table in device memory
+// would have to be copied there, and the host might have to wait for it.
+constexpr int kMatricesOfLaunch = 64;
+
+struct MatrixTable {
+  struct Entry {
+    const void* data;
+    std::int64_t rows, cols, ld;
+    Format format;
+    int place;
+  };
+  Entry entries[kMatricesOfLaunch];
+};
+static_assert(sizeof(MatrixTable) + sizeof(unsigned*) <= 4096);
+
+// The bits of numbers that are not negative order as the numbers do.
+__global__ void max_abs_kernel(MatrixTable table, unsigned* bits) {
+  const MatrixTable::Entry& a = table.entries[blockIdx.y];
   Group group;
   unsigned largest = 0;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
@@ -102,7 +119,7 @@ __global__ void max_abs_kernel(Matrix a, unsigned* bits) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
   }
-  if (threadIdx.x % kWarp == 0) atomicMax(bits, largest);
+  if (threadIdx.x % kWarp == 0) atomicMax(bits + a.place, largest);
 }
 
 __global__ void widen_kernel(Matrix a, double* wide) {
@@ -149,10 +166,23 @@ void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float 
   launch_groups(context, "scale_rows", scale_rows_kernel, a.rows, a.cols, count, a, s, divisor, out, op);
 }
 
-void max_abs_bits(const Context& context, const Matrix& a, unsigned* bits) {
-  constexpr std::int64_t kMostBlocks = 1024;  // several for each multiprocessor, but few atomic operations
-  const std::int64_t blocks = std::min(ceil_div(groups_of(a.rows, a.cols), kThreads), kMostBlocks);
-  if (blocks > 0) launch(context, "max_abs", max_abs_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, a, bits);
+void raise_max_abs(const Context& context, std::span<const Matrix> matrices, float* largest) {
+  constexpr std::int64_t kBlocks = 1024;  // of a launch: several for each multiprocessor, but few atomic operations
+  MatrixTable table{};
+  std::int64_t count = 0, most_groups = 0;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const Matrix& matrix = matrices[i];
+    const std::int64_t groups = groups_of(matrix.rows, matrix.cols);
+    if (!is_quantized(matrix.format) && groups > 0) {
+      table.entries[count++] = {matrix.data, matrix.rows, matrix.cols, matrix.ld, matrix.format, static_cast<int>(i)};
+      most_groups = std::max(most_groups, groups);
+    }
+    if (count == 0 || (count < kMatricesOfLaunch && i + 1 < matrices.size())) continue;
+    const std::int64_t blocks = std::min(ceil_div(most_groups, kThreads), ceil_div(kBlocks, count));
+    launch(context, "max_abs", max_abs_kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(count)),
+           kThreads, table, reinterpret_cast<unsigned*>(largest));
+    count = most_groups = 0;
+  }
 }
 
 void widen(const Context& context, const Matrix& a, double* wide, std::int64_t count) {

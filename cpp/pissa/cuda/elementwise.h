@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
@@ -21,8 +22,8 @@ void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t 
 void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out,
                 Op op, std::int64_t count);
 
-/// *bits = max(*bits, bits of the largest |element|), which order like the numbers, NaN above infinity.
-void max_abs_bits(const Context& context, const Matrix& a, unsigned* bits);
+/// largest[i] = max(largest[i], largest |element| of matrix i), NaN above infinity; leaves out what is quantised.
+void raise_max_abs(const Context& context, std::span<const Matrix> matrices, float* largest);
 
 /// wide [rows, cols], contiguous, of each matrix = a in f64; and back.
 void widen(const Context& context, const Matrix& a, double* wide, std::int64_t count);

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -34,17 +35,69 @@ std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   return 4 * (basis + block + r) * sides + 8 * (2 * block * sides + basis * (basis + 1024));
 }
 
-void split_stack(std::span<const SplitTask* const> tasks, const SvdOptions& options, const Context& context) {
+// A weight in its stack.
+struct Member {
+  const SplitTask* task;
+  float largest;
+};
+
+// max_abs of every weight; of those that nobody has looked at, together.
+std::vector<float> largest_of(std::span<const SplitTask> tasks, const Context& context) {
+  std::vector<Matrix> unknown;
+  for (const SplitTask& task : tasks) {
+    if (!task.largest) unknown.push_back(task.w);
+  }
+  CudaBackend backend(context);
+  const std::vector<float> found = max_abs(backend, unknown);
+  auto next = found.begin();
+  std::vector<float> largest;
+  for (const SplitTask& task : tasks) largest.push_back(task.largest ? *task.largest : *next++);
+  return largest;
+}
+
+// A weight that lacks full rank, which shows at the end, is decomposed once more, the careful way and alone.
+void split_stack(std::span<const Member> members, const SvdOptions& options, const Context& context) {
   std::vector<Matrix> weights;
-  for (const SplitTask* task : tasks) weights.push_back(task->w);
+  float largest = 0;
+  for (const Member& member : members) {
+    weights.push_back(member.task->w);
+    largest = std::max(largest, member.largest);
+  }
+  const std::int64_t r = members[0].task->a0.rows;
   CudaBackend stack(context, weights);
-  const auto svd = svd_lowrank(stack, weights[0], tasks[0]->a0.rows, options);
   CudaBackend single(context);
-  for (std::size_t i = 0; i < tasks.size(); ++i) {
-    const std::int64_t place = static_cast<std::int64_t>(i);
-    const Matrix s = one_of(svd.s.view(), place);
-    single.scale_rows(one_of(svd.v.view(), place), s, tasks[i]->scaling, tasks[i]->a0, Op::n);
-    single.scale_rows(one_of(svd.u.view(), place), s, tasks[i]->scaling, tasks[i]->b0, Op::t);
+  const auto scale = [&](const SplitTask& task, const Matrix& u, const Matrix& s, const Matrix& v) {
+    single.scale_rows(v, s, task.scaling, task.a0, Op::n);
+    single.scale_rows(u, s, task.scaling, task.b0, Op::t);
+  };
+  const auto svd = detail::svd_lowrank(stack, weights[0], r, options, largest, Rank::assumed_full);
+  const std::vector<bool> full = stack.had_full_ranks();
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    const auto& [task, its_largest] = members[i];
+    if (full[i]) {
+      const auto place = static_cast<std::int64_t>(i);
+      scale(*task, one_of(svd.u.view(), place), one_of(svd.s.view(), place), one_of(svd.v.view(), place));
+    } else {
+      const auto careful = detail::careful_svd(single, task->w, r, options, its_largest);
+      scale(*task, careful.u.view(), careful.s.view(), careful.v.view());
+    }
+  }
+}
+
+// In stacks of about one size: a short one would leave multiprocessors idle.
+void split_alike(std::span<const Member> members, const SvdOptions& options, std::int64_t most_bytes,
+                 const Context& context) {
+  std::int64_t fitting = std::max<std::int64_t>(most_bytes / workspace_bytes(*members[0].task, options), 1);
+  while (!members.empty()) {
+    const auto left = static_cast<std::int64_t>(members.size());
+    const std::int64_t count = ceil_div(left, ceil_div(left, fitting));
+    try {
+      split_stack(members.first(static_cast<std::size_t>(count)), options, context);
+      members = members.subspan(static_cast<std::size_t>(count));
+    } catch (const OutOfMemory&) {
+      if (count == 1) throw;
+      fitting = ceil_div(count, 2);
+    }
   }
 }
 
@@ -52,21 +105,20 @@ void split_stack(std::span<const SplitTask* const> tasks, const SvdOptions& opti
 
 void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, const Context& context,
                 std::int64_t stack_bytes) {
-  CudaBackend backend(context);
-  std::map<Kind, std::vector<const SplitTask*>> kinds;
   for (std::size_t i = 0; i < tasks.size(); ++i) {
-    const SplitTask& task = tasks[i];
-    naming_weight(i, [&] { check_split(task.w, task.a0.rows, task.scaling, options); });
-    const float largest = naming_weight(i, [&] { return detail::largest_of(backend, task.w); });
-    kinds[kind_of(task, largest)].push_back(&task);
+    naming_weight(i, [&] { check_split(tasks[i].w, tasks[i].a0.rows, tasks[i].scaling, options); });
   }
-  for (const auto& [kind, same] : kinds) {
-    const std::int64_t fitting = std::max<std::int64_t>(stack_bytes / workspace_bytes(*same[0], options), 1);
-    for (std::size_t first = 0; first < same.size(); first += static_cast<std::size_t>(fitting)) {
-      const std::size_t count = std::min(static_cast<std::size_t>(fitting), same.size() - first);
-      split_stack(std::span(same).subspan(first, count), options, context);
-    }
+  const std::vector<float> largest = largest_of(tasks, context);
+  std::map<Kind, std::vector<Member>> kinds;
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    naming_weight(i, [&] { detail::check_finite(largest[i]); });
+    kinds[kind_of(tasks[i], largest[i])].push_back({&tasks[i], largest[i]});
   }
+  // Torch's allocator may have more, but its stable ABI does not say; what one stack has used, the next one gets.
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), context, "cudaMemGetInfo");
+  const std::int64_t most_bytes = std::min(stack_bytes, static_cast<std::int64_t>(free / 4));
+  for (const auto& [kind, members] : kinds) split_alike(members, options, most_bytes, context);
 }
 
 }  // namespace pissa::cuda

@@ -18,6 +18,7 @@ namespace pissa::ops {
 
 template <class Device, class Library>
 void implement(Library& m) {
+  m.impl("max_abs", TORCH_BOX(&max_abs<Device>));
   m.impl("svd_lowrank", TORCH_BOX(&svd_lowrank<Device>));
   m.impl("split", TORCH_BOX(&split<Device>));
   m.impl("split_many", TORCH_BOX(&split_many<Device>));

@@ -11,12 +11,14 @@
 namespace pissa::ops {
 namespace {
 
-// Blocks are bound to the stream that was current when they were taken, which is the op's.
+// Blocks are bound to the stream that was current when they were taken, which is the op's. Torch has given back what it
+// kept before it finds no room, and has said more about it on stderr than its stable ABI tells.
 class TorchAllocator final : public cuda::Allocator {
  public:
   void* allocate(std::int64_t bytes, cudaStream_t) const override {
     void* data = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_caching_allocator_raw_alloc(static_cast<std::uint64_t>(bytes), &data));
+    if (aoti_torch_cuda_caching_allocator_raw_alloc(static_cast<std::uint64_t>(bytes), &data) != AOTI_TORCH_SUCCESS)
+      throw cuda::OutOfMemory(message("torch's CUDA allocator: no memory for ", bytes, " bytes"));
     return data;
   }
   void free(void* data, cudaStream_t) const noexcept override { aoti_torch_cuda_caching_allocator_raw_delete(data); }

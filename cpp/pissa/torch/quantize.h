@@ -124,10 +124,11 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTenso
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight, std::int64_t r, double scaling,
-                                                           const std::string& svd, std::optional<std::int64_t> passes,
-                                                           std::int64_t seed, std::int64_t quant_iters,
-                                                           const std::string& format, std::int64_t blocksize) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight, double largest, std::int64_t r,
+                                                           double scaling, const std::string& svd,
+                                                           std::optional<std::int64_t> passes, std::int64_t seed,
+                                                           std::int64_t quant_iters, const std::string& format,
+                                                           std::int64_t blocksize) {
   Device device(weight);
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
@@ -137,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight,
   const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
   const NewQuantized q(weight, w, format, blocksize);
   pissa::split_quantized(device.backend(), w, static_cast<float>(scaling), options, quant_iters, mutable_matrix(a0),
-                         mutable_matrix(b0), q.output);
+                         mutable_matrix(b0), q.output, static_cast<float>(largest));
   return {a0, b0, q.codes, q.absmax};
 }
 

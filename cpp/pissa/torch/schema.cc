@@ -1,14 +1,20 @@
 // The schemas of torch.ops.pissa.*. python/pissa/ops documents, validates, and registers fakes and gradients.
 //
+// `largest` is what max_abs says of the weight: whoever has to know that it is finite has read it already.
 // A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), of core/format.h and Scales.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa, m) {
-  m.def("svd_lowrank(Tensor weight, int r, str svd, int? passes, int seed) -> (Tensor u, Tensor s, Tensor v)");
-  m.def("split(Tensor weight, int r, float scaling, str svd, int? passes, int seed) -> (Tensor a0, Tensor b0)");
+  m.def("max_abs(Tensor[] weights) -> Tensor");
   m.def(
-      "split_many(Tensor[] weights, int[] ranks, float[] scalings, str svd, int? passes, int seed) -> (Tensor[] a0, "
-      "Tensor[] b0)");
+      "svd_lowrank(Tensor weight, float largest, int r, str svd, int? passes, int seed) -> (Tensor u, Tensor s, "
+      "Tensor v)");
+  m.def(
+      "split(Tensor weight, float largest, int r, float scaling, str svd, int? passes, int seed) -> (Tensor a0, "
+      "Tensor b0)");
+  m.def(
+      "split_many(Tensor[] weights, float[] largest, int[] ranks, float[] scalings, str svd, int? passes, int seed) "
+      "-> (Tensor[] a0, Tensor[] b0)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
   m.def("quantize(Tensor weight, str format, int blocksize) -> (Tensor codes, Tensor absmax)");
   m.def("quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor codes8, Tensor nested_absmax)");
@@ -16,8 +22,8 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
       "int rows, int cols, ScalarType dtype) -> Tensor");
   m.def(
-      "split_quantized(Tensor weight, int r, float scaling, str svd, int? passes, int seed, int quant_iters, "
-      "str format, int blocksize) -> (Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
+      "split_quantized(Tensor weight, float largest, int r, float scaling, str svd, int? passes, int seed, "
+      "int quant_iters, str format, int blocksize) -> (Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
   m.def(
       "residual_quantized(Tensor weight, Tensor a0, Tensor b0, float scaling, str format, int blocksize) "
       "-> (Tensor codes, Tensor absmax)");

@@ -1,4 +1,4 @@
-// The ops that decompose: SVD, split, and the dense residual.
+// The ops that decompose: the largest element, SVD, split, and the dense residual.
 #pragma once
 
 #include <array>
@@ -19,15 +19,41 @@ inline SvdOptions svd_options(const std::string& svd, std::optional<std::int64_t
   return {svd == "krylov" ? SvdMethod::krylov : SvdMethod::subspace, passes, static_cast<std::uint64_t>(seed)};
 }
 
+// All elements of a weight, in any order, where they lie if they are the rows of a matrix or its columns.
+inline Matrix elements(const Tensor& weight, std::vector<Tensor>& copies) {
+  if (weight.dim() == 2) {
+    const std::int64_t rows = weight.size(0), cols = weight.size(1);
+    const Format format = format_of(weight.scalar_type());
+    if (weight.stride(1) == 1) return {weight.const_data_ptr(), rows, cols, weight.stride(0), format};
+    if (weight.stride(0) == 1) return {weight.const_data_ptr(), cols, rows, weight.stride(1), format};
+  }
+  copies.push_back(torch::stable::contiguous(weight));
+  return matrix(copies.back());
+}
+
+// Largest |element| of each weight, float32 [weights]; not finite if any element is not. Nothing waits for it.
+template <class Device>
+Tensor max_abs(const std::vector<Tensor>& weights) {
+  PISSA_CHECK(!weights.empty(), "weights: got none; needed: one at least, by which torch finds the device");
+  Device device(weights[0], weights);
+  std::vector<Tensor> copies;
+  std::vector<Matrix> matrices;
+  for (const Tensor& weight : weights) matrices.push_back(elements(weight, copies));
+  const Tensor largest = new_tensor(weights[0], {static_cast<std::int64_t>(weights.size())}, ScalarType::Float);
+  device.backend().max_abs(matrices, largest.mutable_data_ptr<float>());
+  return largest;
+}
+
 // (u [r, out], s [r], v [r, in]), one singular vector per row.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, std::int64_t r, const std::string& svd,
-                                               std::optional<std::int64_t> passes, std::int64_t seed) {
+std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, double largest, std::int64_t r,
+                                               const std::string& svd, std::optional<std::int64_t> passes,
+                                               std::int64_t seed) {
   Device device(weight);
   auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
-  const auto factors = pissa::svd_lowrank(backend, w, r, svd_options(svd, passes, seed));
+  const auto factors = pissa::svd_lowrank(backend, w, r, svd_options(svd, passes, seed), static_cast<float>(largest));
   const Tensor u = new_tensor(weight, {r, w.rows}, ScalarType::Float);
   const Tensor s = new_tensor(weight, {r}, ScalarType::Float);
   const Tensor v = new_tensor(weight, {r, w.cols}, ScalarType::Float);
@@ -38,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, std::int64_
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> split(const Tensor& weight, std::int64_t r, double scaling, const std::string& svd,
-                                 std::optional<std::int64_t> passes, std::int64_t seed) {
+std::tuple<Tensor, Tensor> split(const Tensor& weight, double largest, std::int64_t r, double scaling,
+                                 const std::string& svd, std::optional<std::int64_t> passes, std::int64_t seed) {
   Device device(weight);
   auto& backend = device.backend();
   const Tensor w_tensor = torch::stable::contiguous(weight);
@@ -48,19 +74,22 @@ std::tuple<Tensor, Tensor> split(const Tensor& weight, std::int64_t r, double sc
   check_svd(w, r, options);  // before r becomes a size
   const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
   const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
-  pissa::split(backend, w, static_cast<float>(scaling), options, mutable_matrix(a0), mutable_matrix(b0));
+  pissa::split(backend, w, static_cast<float>(scaling), options, mutable_matrix(a0), mutable_matrix(b0),
+               static_cast<float>(largest));
   return {a0, b0};
 }
 
 template <class Device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vector<Tensor>& weights,
+                                                                const std::vector<double>& largest,
                                                                 const std::vector<std::int64_t>& ranks,
                                                                 const std::vector<double>& scalings,
                                                                 const std::string& svd,
                                                                 std::optional<std::int64_t> passes, std::int64_t seed) {
-  PISSA_CHECK(!weights.empty() && ranks.size() == weights.size() && scalings.size() == weights.size(),
-              "ranks, scalings: got ", ranks.size(), " and ", scalings.size(), "; needed: one for each of the ",
-              weights.size(), " weights, of which there must be one");
+  const std::size_t count = weights.size();
+  PISSA_CHECK(count > 0 && largest.size() == count && ranks.size() == count && scalings.size() == count,
+              "largest, ranks, scalings: got ", largest.size(), ", ", ranks.size(), " and ", scalings.size(),
+              "; needed: one for each of the ", count, " weights, of which there must be one");
   Device device(weights[0], weights);
   const SvdOptions options = svd_options(svd, passes, seed);
   std::vector<Tensor> contiguous_weights, a0, b0;
@@ -71,7 +100,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vecto
     check_svd(w, ranks[i], options);  // before the rank becomes a size
     a0.push_back(new_tensor(weights[i], {ranks[i], w.cols}, ScalarType::Float));
     b0.push_back(new_tensor(weights[i], {w.rows, ranks[i]}, ScalarType::Float));
-    tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back())});
+    tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back()),
+                     static_cast<float>(largest[i])});
   }
   device.split_many(tasks, options);
   return {a0, b0};

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.codes import HoldsCodes
+from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
 from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
 from pissa.config import IMPLICIT
@@ -30,7 +31,7 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
     form = IMPLICIT
     start: StartFactors | None = None
     residual: Tensor | ops.QuantizedWeight | None = None
-    fingerprint: str | None = None
+    fingerprint: Fingerprint | None = None
     is_bnb_quantised = True
 
     def __init__(self, weight: ops.QuantizedWeight, linear: Any) -> None:
@@ -114,6 +115,10 @@ class BnbLinear(Dense):
 
 class BnbLinear8bit(BnbLinear):
     """The base that bitsandbytes' Linear8bitLt is."""
+
+    @property
+    def matrix_is_copy(self) -> bool:
+        return True
 
     def _matrix(self) -> Tensor:
         """The weight in float32. The layer keeps its scales in its weight until it is called, then in its state."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from pissa import ops
 from pissa.base.start import Origin
 from pissa.config import Form, PissaConfig
+from pissa.ops.checks import check_weights
 
 Factors = tuple[Tensor, Tensor]
 """a0 [r, in] and b0 [out, r], float32; the principal part, or what is in its place, is scaling * b0 @ a0."""
@@ -37,6 +38,9 @@ class InitMethod(ABC):
 
     is_taken_out: ClassVar[bool] = True
     """Whether a stored residual lacks the start: it is W - s B0 A0. False: it is all of W."""
+
+    copies: ClassVar[bool] = False
+    """Whether the method makes dense copies, in float32, of all weights that it is given."""
 
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
         """What of the configuration determines the start, beside rank, scaling and `use_adalora`: names and values.
@@ -76,22 +80,21 @@ class LoftQ(Pissa):
     name = "loftq"
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
     is_taken_out = False
+    copies = True
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
     ) -> list[Factors]:
-        return super().start([_lost(weight, config.form) for weight in weights], origins, config, names)
+        return super().start(_lost(weights, config.form, names), origins, config, names)
 
 
 class _OneByOne(InitMethod):
-    """A method that takes each finite weight by itself."""
+    """A method that takes each finite weight by itself. Where it decomposes, torch makes the host wait for a GPU."""
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
     ) -> list[Factors]:
-        for weight, name in zip(weights, names, strict=True):
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"layer {name}: weight: contains NaN or Inf; only finite weights can be decomposed")
+        check_weights(weights, [f"layer {name}: weight" for name in names])
         return [
             self.factors(weight.detach(), origin, config.seed, name)
             for weight, origin, name in zip(weights, origins, names, strict=True)
@@ -135,16 +138,24 @@ class PissaMinor(_Triplets):
         return last
 
 
-class Lora(_OneByOne):
+class Lora(InitMethod):
     """A as nn.Linear's, B = 0 (arXiv 2106.09685). The random factor depends on the layer's name and the seed only."""
 
     name = "lora"
 
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
-        bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
-        a0 = (2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound
-        return a0.to(weight.device), torch.zeros(weight.shape[0], origin.r, device=weight.device)
+    def start(
+        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
+    ) -> list[Factors]:
+        check_weights(weights, [f"layer {name}: weight" for name in names])
+        drawn = []
+        for weight, origin, name in zip(weights, origins, names, strict=True):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ config.seed)
+            bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
+            drawn.append((2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound)
+        return [
+            (a0, torch.zeros(weight.shape[0], origin.r, device=weight.device))
+            for a0, weight, origin in zip(_sent(drawn, weights), weights, origins, strict=True)
+        ]
 
 
 class Olora(_OneByOne):
@@ -191,10 +202,32 @@ def start_factors(
     return [_unit(*pair) for pair in factors] if config.use_adalora else factors
 
 
-def _lost(weight: Tensor, form: Form) -> Tensor:
-    """The error of a weight that is quantised in that form."""
-    quantised = ops.quantize(weight, form.kind, blocksize=form.blocksize, double_quant=form.double_quant)
-    return weight.float() - ops.dequantize(quantised)
+def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors of the CPU where the weights are, all on one device. They go there in one copy, since the host waits for
+    the GPU at each."""
+    if not weights or weights[0].device.type == "cpu":
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(weights[0].device)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[Tensor]:
+    """The errors of weights that are quantised in that form: as residuals of nothing, so that all are queued before
+    the host waits."""
+    quantised = ops.residual_many(
+        weights,
+        [weight.new_zeros(1, weight.shape[1], dtype=torch.float32) for weight in weights],
+        [weight.new_zeros(weight.shape[0], 1, dtype=torch.float32) for weight in weights],
+        [1.0] * len(weights),
+        names=[f"layer {name}: weight" for name in names],
+        **form.options(),
+    )
+    return [
+        weight.float() - ops.dequantize(code)
+        for weight, code in zip(weights, quantised, strict=True)
+        if isinstance(code, ops.QuantizedWeight)
+    ]
 
 
 def _unit(a0: Tensor, b0: Tensor) -> Factors:

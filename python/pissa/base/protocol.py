@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
+from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
 from pissa.config import Form
 from pissa.distributed import is_sharded
@@ -46,7 +47,7 @@ class Base(Protocol):
         """What a stored base keeps, as pissa.ops takes it; None if the whole weight is kept."""
 
     @property
-    def fingerprint(self) -> str | None:
+    def fingerprint(self) -> Fingerprint | None:
         """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
 
     @property
@@ -68,6 +69,11 @@ class Base(Protocol):
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, fetched if it is offloaded; None if there is none."""
+
+    @property
+    def matrix_is_copy(self) -> bool:
+        """Whether computing with `matrix()` takes a copy of the weight: one that is decoded or fetched, or, since the
+        matrix is transposed, is made row by row."""
 
     def matrix(self) -> Tensor:
         """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.codes import HoldsCodes
+from pissa.base.digest import Fingerprint
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
@@ -28,7 +29,7 @@ class Replaced(NamedTuple):
     """Of the dense weight."""
     bias: nn.Parameter | None
     """Used as it is."""
-    fingerprint: str
+    fingerprint: Fingerprint
     """Of the dense weight."""
 
 
@@ -41,7 +42,7 @@ class StoredLinear(OwnBase, ABC):
     """
 
     start: StartFactors
-    fingerprint: str
+    fingerprint: Fingerprint
     dtype: torch.dtype
     is_bnb_quantised = False
 
@@ -156,10 +157,23 @@ def stored_linear(
     return QuantizedLinear(replaced, residual, start, quant_storage)
 
 
-def residual_of(weight: Tensor, start: StartFactors, form: Form) -> Tensor | ops.QuantizedWeight:
-    """The residual of a weight [out, in] in that form: W - s B0 A0, or W if the init method takes nothing out."""
-    a0 = start.a0 if INIT_METHODS[start.origin.init].is_taken_out else torch.zeros_like(start.a0)
-    return ops.residual(weight, a0, start.b0, scaling=start.origin.scaling, **form.options())
+def residuals_of(
+    weights: Sequence[Tensor], starts: Sequence[StartFactors], form: Form, names: Sequence[str]
+) -> list[Tensor | ops.QuantizedWeight]:
+    """The residuals in that form of the weights [out, in] of layers of those names: W - s B0 A0, or W if the init
+    method takes nothing out. The host waits once for a GPU.
+
+    Raises:
+        ValueError: naming the layer whose weight or factors are not finite.
+    """
+    return ops.residual_many(
+        weights,
+        [start.a0 if INIT_METHODS[start.origin.init].is_taken_out else torch.zeros_like(start.a0) for start in starts],
+        [start.b0 for start in starts],
+        [start.origin.scaling for start in starts],
+        names=[f"layer {name}: weight" for name in names],
+        **form.options(),
+    )
 
 
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
+from pissa.base.digest import Fingerprint
 from pissa.base.keeps_dtype import KeepsDtype
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT
@@ -100,7 +101,7 @@ class Dense:
     form = IMPLICIT
     start: StartFactors | None = None
     residual: Tensor | ops.QuantizedWeight | None = None
-    fingerprint: str | None = None
+    fingerprint: Fingerprint | None = None
     is_bnb_quantised = False
 
     def __init__(self, module: Any) -> None:
@@ -136,6 +137,10 @@ class Dense:
     def bias(self) -> nn.Parameter | None:
         with in_memory(self.module):
             return cast("nn.Parameter | None", getattr(self.module, "bias", None))
+
+    @property
+    def matrix_is_copy(self) -> bool:
+        return is_offloaded(self.module) or not self._matrix().is_contiguous()
 
     def matrix(self) -> Tensor:
         with in_memory(self.module):
@@ -192,6 +197,7 @@ class OwnBase(KeepsDtype):
 
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
+    matrix_is_copy = True
 
     @property
     def module(self) -> nn.Module:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pissa.base.fingerprint import is_fingerprint, would_be
+from pissa.base.digest import is_fingerprint
+from pissa.base.fingerprint import would_be
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT

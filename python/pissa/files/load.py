@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.stored import residual_of
+from pissa.base.stored import residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, sharded_as
@@ -130,7 +130,7 @@ def _restore_layer(
     if record.form != layer.base.form:
         base = tensors.base.to(device)
         if residual is None:
-            residual = residual_of(layer.base.matrix(), base, record.form)
+            [residual] = residuals_of([layer.base.matrix()], [base], record.form, [name])
         else:
             layer.fingerprints.learn_weight(layer.base, record.weight)
         layer.store_base(residual, base, checkpoint.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 from pissa import ops
+from pissa.base.digest import is_well_formed
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
 from pissa.config import IMPLICIT, Form, PissaConfig
@@ -24,7 +24,7 @@ from pissa.ops.checks import check_choice, check_scaling
 from pissa.ops.formats import FORMATS
 
 FORMAT = 2
-"""The format that is written. Format 1, whose fingerprints are SHA-256, is read too."""
+"""The format that is written. Format 1, all of whose fingerprints are SHA-256, is read too."""
 
 
 class _SavedForm(NamedTuple):
@@ -76,9 +76,9 @@ class LayerRecord:
         return LayerRecord(
             start.origin.r,
             start.origin.scaling,
-            known.of_weight(base, gathered),
+            str(known.of_weight(base, gathered)),
             base.form,
-            stored=None if base.start is None else known.of_residual(base, gathered),
+            stored=None if base.start is None else str(known.of_residual(base, gathered)),
             base=None if base.start in (None, start) else base.start.origin,
         )
 
@@ -186,8 +186,10 @@ def _check_rank(name: str, r: int) -> None:
 
 
 def _check_fingerprint(name: str, value: str) -> None:
-    if not re.fullmatch("xxh3:[0-9a-f]{32}|[0-9a-f]{64}", value):
-        raise ValueError(f'{name}: got {shown(value)}; needed: "xxh3:" and 32 hexadecimal digits, or 64 (SHA-256)')
+    if not is_well_formed(value):
+        raise ValueError(
+            f'{name}: got {shown(value)}; needed: "xxh3:" or "sums:" and 32 hexadecimal digits, or 64 (SHA-256)'
+        )
 
 
 def _check_form(form: Form) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pissa.base.fingerprint import sha256
+from pissa.base.digest import sha256
 from pissa.files.json_file import parse_json
 from pissa.files.messages import shown
 from pissa.ops.checks import FLOATS

@@ -118,7 +118,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             self.lora_start = nn.ModuleDict()
             self.lora_E = nn.ModuleDict()
             self.lora_unmerged: nn.Module | None = None
-        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        with self.base.device:  # PEFT makes the factors on the CPU, and the host waits for each on its way
+            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if self.base.form != IMPLICIT:  # PEFT takes the dtype of the weight, and that of codes means nothing
             for factor in (self.lora_A, self.lora_B):
                 factor[adapter_name].to(self.dense_dtype)

@@ -6,19 +6,21 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pissa import distributed
+from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, Factors, start_factors
 from pissa.base.protocol import Base
 from pissa.base.start import Origin, StartFactors
-from pissa.base.stored import residual_of
+from pissa.base.stored import residuals_of
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import leave_out
@@ -29,7 +31,8 @@ from pissa.notices import RequantizedWarning, TiedWeightWarning
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
 # enough for the bar to move, and for the memory of the dense weights (float32, 16 MB) that stored bases give.
 _GROUP = 1 << 22
-# The same on a GPU, which decomposes weights of one shape together: about 30 layers of a 7B model.
+# The same on a GPU, of layers whose weights have to be copied first: float32 copies of 4 GiB. A GPU decomposes all
+# weights of one shape together, so that where nothing is copied a group has no limit.
 _GPU_GROUP = 1 << 30
 
 
@@ -67,10 +70,12 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
     for name, (a0, b0) in _factors(unknown, adapter_name, origins, config, progressbar):
         starts[name] = StartFactors(a0, b0, origins[name])
-    for name, layer in layers.items():
-        if name in stored:
-            residual = residual_of(layer.base.matrix(), starts[name], config.form)
+    for group in _groups({name: layer for name, layer in layers.items() if name in stored}):
+        weights = [layer.base.matrix() for layer in group.values()]
+        residuals = residuals_of(weights, [starts[name] for name in group], config.form, list(group))
+        for (name, layer), residual in zip(group.items(), residuals, strict=True):
             layer.store_base(residual, starts[name], config)
+    for name, layer in layers.items():
         layer.start_from(adapter_name, starts[name])
     if distributed.world_size() > 1:
         kept = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
@@ -90,7 +95,7 @@ def _factors(
     factors: dict[str, Factors] = {}
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=len(mine), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        for group in _groups(mine):
+        for group in _groups(mine, copied=INIT_METHODS[config.init].copies):
             weights = [layer.base.matrix() for layer in group.values()]
             found = start_factors(weights, [origins[name] for name in group], config, list(group))
             factors |= zip(group, found, strict=True)
@@ -108,7 +113,8 @@ def _factors(
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
     """Raises ValueError on every rank if any rank's model or config differs from rank 0's, or it already holds start
     factors for other layers."""
-    mine = {name: (_checksum(layer.base.parameter), name in starts) for name, layer in layers.items()}
+    checksums = _checksums([layer.base.parameter for layer in layers.values()])
+    mine = {name: (found, name in starts) for name, found in zip(layers, checksums, strict=True)}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
@@ -127,26 +133,31 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[st
                 )
 
 
-def _checksum(weight: Tensor) -> tuple[tuple[int, ...], int | None]:
-    """The shape, and a hash of the values if they are in memory. The hash ignores their order, and is as fast as memory
-    is."""
-    return tuple(weight.shape), None if weight.is_meta else int(torch.hash_tensor(weight.detach()).item())
+def _checksums(weights: Sequence[Tensor]) -> list[tuple[tuple[int, ...], int | None]]:
+    """The shape of each weight, and a hash of its values if they are in memory. The hash ignores their order, and is as
+    fast as memory is. The host waits once for each device."""
+    hashes: dict[torch.device, list[Tensor]] = {}
+    for weight in weights:
+        if not weight.is_meta:
+            hashes.setdefault(weight.device, []).append(torch.hash_tensor(weight.detach()))
+    read_back = {device: iter(torch.stack(found).tolist()) for device, found in hashes.items()}
+    return [(tuple(weight.shape), None if weight.is_meta else next(read_back[weight.device])) for weight in weights]
 
 
 def _share_fingerprints(
     layers: dict[str, PissaLayer],
-    compute: Callable[[Fingerprints, Base], str],
+    compute: Callable[[Fingerprints, Base], Fingerprint],
     learn: Callable[[Fingerprints, Base, str], None],
 ) -> None:
-    """Computes the layers' fingerprints, each on one rank, and gives all of them to every rank. Hashing takes longer
-    than decomposing on a GPU, and saving, on one rank alone, needs them when the weights may be sharded."""
+    """Computes the layers' fingerprints, each on one rank, and gives all of them to every rank. Saving, on one rank
+    alone, needs them when the weights may be sharded. The host waits once for a GPU."""
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
     mine = {
         name: compute(layers[name].fingerprints, layers[name].base)
         for name, owner in owners.items()
         if owner == distributed.rank()
     }
-    for found in distributed.agree(mine):
+    for found in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
         for name, value in found.items():
             learn(layers[name].fingerprints, layers[name].base, value)
 
@@ -205,20 +216,38 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
         )
 
 
-def _groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, PissaLayer]]:
-    """The layers, in order, in groups. A group is on one device, and has at most `_GROUP` elements a thread
-    (`_GPU_GROUP` on a GPU) or a single layer."""
+def _groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterator[dict[str, PissaLayer]]:
+    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. The groups
+    of a device have at most `_GROUP` elements a thread, or `_GPU_GROUP` where the weights are copied first, or a single
+    layer.
+
+    Args:
+        copied: whether what is done with the groups copies every weight.
+    """
+    alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
+    for name, layer in layers.items():
+        key: tuple[Any, ...] = (layer.base.device,)
+        if layer.base.device.type != "cpu":
+            key += (layer.matrix_shape, layer.base.dtype, copied or layer.base.matrix_is_copy)
+        alike.setdefault(key, {})[name] = layer
+    for (device, *rest), some in alike.items():
+        if device.type == "cpu":
+            yield from _cut(some, _GROUP * torch.get_num_threads())
+        elif rest[-1]:
+            yield from _cut(some, _GPU_GROUP)
+        else:
+            yield some
+
+
+def _cut(layers: dict[str, PissaLayer], limit: int) -> Iterator[dict[str, PissaLayer]]:
+    """The layers, in order, in groups of at most so many elements, or of a single layer."""
     group: dict[str, PissaLayer] = {}
     size = 0
-    group_device = None
     for name, layer in layers.items():
         elements = math.prod(layer.matrix_shape)
-        device = layer.base.device
-        limit = _GROUP * torch.get_num_threads() if device.type == "cpu" else _GPU_GROUP
-        if group and (size + elements > limit or device != group_device):
+        if group and size + elements > limit:
             yield group
             group, size = {}, 0
-        group_device = device
         group[name] = layer
         size += elements
     if group:

@@ -32,19 +32,32 @@ def _quantized(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Ten
     return codes, absmax
 
 
+@register_fake("pissa::max_abs")
+def _(weights: list[Tensor]) -> Tensor:
+    return _floats(weights[0], len(weights))
+
+
 @register_fake("pissa::svd_lowrank")
-def _(weight: Tensor, r: int, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(weight: Tensor, largest: float, r: int, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return _floats(weight, r, weight.shape[0]), _floats(weight, r), _floats(weight, r, weight.shape[1])
 
 
 @register_fake("pissa::split")
-def _(weight: Tensor, r: int, scaling: float, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def _(
+    weight: Tensor, largest: float, r: int, scaling: float, svd: str, passes: int | None, seed: int
+) -> tuple[Tensor, Tensor]:
     return _factors(weight, r)
 
 
 @register_fake("pissa::split_many")
 def _(
-    weights: list[Tensor], ranks: list[int], scalings: list[float], svd: str, passes: int | None, seed: int
+    weights: list[Tensor],
+    largest: list[float],
+    ranks: list[int],
+    scalings: list[float],
+    svd: str,
+    passes: int | None,
+    seed: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     a0, b0 = zip(*map(_factors, weights, ranks), strict=True)
     return list(a0), list(b0)
@@ -53,6 +66,7 @@ def _(
 @register_fake("pissa::split_quantized")
 def _(
     weight: Tensor,
+    largest: float,
     r: int,
     scaling: float,
     svd: str,

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "pissa/core/max_abs.h"
 #include "support/backend_test.h"
 #include "support/matrices.h"
 #include "support/reference.h"
@@ -13,7 +14,13 @@
 namespace pissa::test {
 namespace {
 
-class ElementwiseTest : public BackendTest {};
+class ElementwiseTest : public BackendTest {
+ protected:
+  float max_abs_of(const Matrix& matrix) const {
+    auto tested = backend();
+    return max_abs(tested, matrix);
+  }
+};
 
 const std::vector<std::pair<std::int64_t, std::int64_t>> kShapes = {{0, 5},    {5, 0},    {1, 1},    {3, 33},
                                                                     {4, 1023}, {2, 1024}, {3, 1025}, {2, 2100}};
@@ -82,7 +89,7 @@ TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
       Dense values(2, cols);
       for (double& value : values.values) value = 0.5;
       values(1, at) = at % 2 == 0 ? -3.25 : 3.25;
-      EXPECT_EQ(backend().max_abs(Stored(values, Format::f32).view()), 3.25f) << at << " of " << cols;
+      EXPECT_EQ(max_abs_of(Stored(values, Format::f32).view()), 3.25f) << at << " of " << cols;
     }
   }
   Random random(5);
@@ -90,13 +97,44 @@ TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
     const Operand a(random, 3, 2050, form);
     double largest = 0;
     for (const double value : a.values().values) largest = std::max(largest, std::fabs(value));
-    EXPECT_EQ(backend().max_abs(a.view()), largest) << name(form);
+    EXPECT_EQ(max_abs_of(a.view()), largest) << name(form);
   }
 }
 
 TEST_P(ElementwiseTest, MaxAbsOfNothingAndOfZerosIsZero) {
-  EXPECT_EQ(backend().max_abs(Matrix{nullptr, 0, 7, 7, Format::f32}), 0.0f);
-  EXPECT_EQ(backend().max_abs(Stored(Dense(3, 20), Format::bf16).view()), 0.0f);
+  EXPECT_EQ(max_abs_of(Matrix{nullptr, 0, 7, 7, Format::f32}), 0.0f);
+  EXPECT_EQ(max_abs_of(Stored(Dense(3, 20), Format::bf16).view()), 0.0f);
+}
+
+// Of 130 matrices, more than a launch takes, each gets its own: whatever its form and size, and beside NaN.
+TEST_P(ElementwiseTest, MaxAbsOfManyMatricesAtOnce) {
+  Random random(7);
+  std::vector<Operand> operands;
+  std::vector<Matrix> matrices;
+  std::vector<double> expected;
+  operands.reserve(130);
+  for (std::int64_t i = 0; i < 130; ++i) {
+    const Form form = kForms.begin()[i % static_cast<std::int64_t>(kForms.size())];
+    operands.emplace_back(random, 1 + i % 7, 32 + i * i % 301, form);
+    matrices.push_back(operands.back().view());
+    expected.push_back(0);
+    for (const double value : operands.back().values().values) {
+      expected.back() = std::max(expected.back(), std::fabs(value));
+    }
+  }
+  Dense bad = random.dense(90, 1000);
+  bad(0, 17) = std::nan("");  // 10000 elements and more before the last
+  const Stored not_finite(bad, Format::f32);
+  matrices[11] = not_finite.view();
+  matrices[77] = Matrix{nullptr, 0, 7, 7, Format::bf16};
+  expected[77] = 0;
+  auto tested = backend();
+  const std::vector<float> largest = max_abs(tested, matrices);
+  ASSERT_EQ(largest.size(), matrices.size());
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    if (i == 11) EXPECT_TRUE(std::isnan(largest[i]));
+    else EXPECT_EQ(largest[i], expected[i]) << i;
+  }
 }
 
 // Any one element that is not finite, before or after larger ones, makes the result not finite.
@@ -109,7 +147,7 @@ TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
         for (double& value : values.values) value = 2;
         values.values[at] = special;
         for (const Format format : kFloatFormats) {
-          EXPECT_FALSE(std::isfinite(backend().max_abs(Stored(values, format).view())))
+          EXPECT_FALSE(std::isfinite(max_abs_of(Stored(values, format).view())))
               << special << " at " << at << " of " << cols;
         }
       }
@@ -135,7 +173,7 @@ TEST_P(ElementwiseTest, TheSameBits) {
   expect_same(
       [&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, part(out), Op::n); });
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, out, Op::t); });
-  expect_same_bits([&](auto& cpu) { return cpu.max_abs(a.view()); });
+  expect_same_bits([&](auto& cpu) { return max_abs(cpu, a.view()); });
 }
 
 PISSA_EVERY_BACKEND(ElementwiseTest);

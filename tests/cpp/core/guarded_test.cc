@@ -174,7 +174,7 @@ TEST(GuardedDeathTest, AHostReadDies) {
   GuardedBackend guarded(device, cpu);
   const MutableMatrix matrix = guarded.alloc(2, 3, Format::f32).view();
   guarded.fill_signs(matrix, 0, 1.0f);
-  EXPECT_EQ(guarded.max_abs(matrix), 1.0f);
+  EXPECT_EQ(max_abs(guarded, matrix), 1.0f);
   EXPECT_DEATH(static_cast<void>(*static_cast<const volatile float*>(matrix.data)), "");
 }
 

@@ -92,7 +92,7 @@ TEST_P(StackTest, TheSameOneByOneOrTogether) {
   }
 }
 
-// One weight without full rank sends its whole stack the careful way; none spoils another.
+// One weight without full rank goes the careful way, alone; it spoils no other.
 TEST_P(StackTest, WeightsWithoutFullRankAmongOthers) {
   Random random(3);
   std::deque<SplitLayer> layers;
@@ -156,15 +156,6 @@ TEST_P(StackTest, NearlyDependentRowsAreFound) {
     cuda.orthonormalize(at(rows.mutable_view()), 0, 40, Rank::assumed_full);
     EXPECT_EQ(cuda.had_full_rank(), row == 0) << row;
   }
-}
-
-TEST_P(StackTest, MaxAbsIsThatOfAll) {
-  const cuda::Context& context = cuda::standalone_context();
-  const Stored first(Dense(4, 9), Format::f32), last(Random(8).dense(4, 9), Format::f32);
-  Staging at(context);
-  const std::vector<Matrix> weights{at(first.view()), at(last.view())};
-  const cuda::CudaBackend stack(context, weights);
-  EXPECT_EQ(stack.max_abs(weights[0]), backend().max_abs(last.view()));
 }
 
 // Of `count` matrices one below the other, as a stack.

@@ -97,8 +97,11 @@ class GuardedBackend {
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) {
     inside([&] { cpu_.scale_rows(a, s, divisor, out, op); });
   }
-  float max_abs(const Matrix& a) {
-    return inside([&] { return cpu_.max_abs(a); });
+  void max_abs(std::span<const Matrix> matrices, float* largest) {
+    inside([&] { cpu_.max_abs(matrices, largest); });
+  }
+  std::vector<float> read(const float* from, std::int64_t count) {
+    return inside([&] { return cpu_.read(from, count); });
   }
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) {
     inside([&] { cpu_.gemm(terms, addend, out); });

@@ -140,11 +140,14 @@ class TransferringBackend {
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
     call([&](Staging& at) { cuda_.scale_rows(at(a), at(s), divisor, at(out), op); });
   }
-  float max_abs(const Matrix& a) const {
-    float result = 0;
-    call([&](Staging& at) { result = cuda_.max_abs(at(a)); });
-    return result;
+  void max_abs(std::span<const Matrix> matrices, float* largest) const {
+    call([&](Staging& at) {
+      std::vector<Matrix> on_device;
+      for (const Matrix& matrix : matrices) on_device.push_back(at(matrix));
+      cuda_.max_abs(on_device, largest);
+    });
   }
+  std::vector<float> read(const float* from, std::int64_t count) const { return cuda_.read(from, count); }
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
     call([&](Staging& at) {
       const MutableMatrix target = at(out);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -340,11 +341,12 @@ def test_a_weight_among_many_that_is_not_finite_is_named(threads: int) -> None:
         ops.split_many(weights, ranks, scalings)
     with pytest.raises(ValueError, match=r"^layer e: contains NaN or Inf"):
         ops.split_many(weights, ranks, scalings, names=[f"layer {name}" for name in "abcdefghi"])
+    largest = torch.ops.pissa.max_abs(weights).tolist()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         with pytest.raises((RuntimeError, ValueError), match=r"weights\[4\]: weight: contains NaN or Inf"):
-            torch.ops.pissa.split_many(weights, ranks, scalings, "krylov", 4, 0)
+            torch.ops.pissa.split_many(weights, largest, ranks, scalings, "krylov", 4, 0)
     finally:
         torch.set_num_threads(before)
 
@@ -407,6 +409,19 @@ def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> Non
         ops.split(put(torch.ones(8, 6)), 2, **change)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_element_is_found_in_any_layout_and_nothing_beside_the_weight(dtype: torch.dtype) -> None:
+    whole = torch.rand(40, 50).to(dtype)
+    whole[:, 20:] = float("nan")
+    whole[30:] = float("inf")
+    inside = whole[:30, :20]
+    inside[29, 19] = -3.0
+    views = [inside, inside.mT, inside[3:, 1:], inside[::2, 1::3], inside[:1].expand(5, 20), inside.contiguous()]
+    found = torch.ops.pissa.max_abs(put(views)).tolist()
+    assert found == [view.abs().max().item() for view in views]
+    assert math.isnan(torch.ops.pissa.max_abs(put([inside, whole[:30]])).tolist()[1])
+
+
 def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"r: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of shape \[8, 6\]"):
         ops.split(put(torch.ones(8, 6)), 7)
@@ -415,11 +430,15 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        ("svd_lowrank", (torch.randn(20, 30), 4, "krylov", 4, 0)),
-        ("split", (torch.randn(20, 30), 4, 0.5, "krylov", 4, 0)),
-        ("split_many", ([torch.randn(20, 30), torch.randn(9, 8).half()], [4, 2], [0.5, 1.0], "krylov", 4, 0)),
-        ("split_quantized", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, "nf4", 64)),
-        ("split_quantized", (torch.randn(20, 30), 4, 0.5, "subspace", 4, 0, 1, "int8", 30)),
+        ("max_abs", ([torch.randn(20, 30), torch.randn(9, 8).half()],)),
+        ("svd_lowrank", (torch.randn(20, 30), 4.0, 4, "krylov", 4, 0)),
+        ("split", (torch.randn(20, 30), 4.0, 4, 0.5, "krylov", 4, 0)),
+        (
+            "split_many",
+            ([torch.randn(20, 30), torch.randn(9, 8).half()], [4.0, 4.0], [4, 2], [0.5, 1.0], "krylov", 4, 0),
+        ),
+        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, 1, "nf4", 64)),
+        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, 1, "int8", 30)),
         ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "nf4", 64)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "int8", 30)),

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import language_models
 import pissa
 from pissa import notices
-from pissa.base.fingerprint import fingerprint
+from pissa.base.digest import xxh3
 from pissa.distributed import rank, world_size
 
 QUIET = (
@@ -138,7 +138,7 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 def bits(state: Mapping[str, Tensor]) -> str:
     """Tells a state dict from any other, to the bit."""
-    return fingerprint(*(state[name].detach().reshape(-1).view(torch.uint8) for name in sorted(state)))
+    return xxh3(*(state[name].detach().reshape(-1).view(torch.uint8) for name in sorted(state)))
 
 
 # ---- Launched --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""What `pissa.wrap` makes the host wait for on a GPU: a few times, however many layers there are, and for no weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pissa
+from cuda_stand_in import CudaStandIn
+from language_models import Make, logits
+from pissa.base import digest
+from pissa.layers.layer import pissa_layers
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
+
+WAITS = 10
+"""The most of a wrap: one for each shape of weights, of which a Llama has four, to see that they are finite, and one
+to see that their residuals are."""
+
+FORMS: dict[str, dict[str, Any]] = {
+    "implicit": {},
+    "explicit": {"residual": "explicit"},
+    "nf4": {"quant": "nf4"},
+    "nf4 with float32 scales": {"quant": "nf4", "double_quant": False},
+    "int8": {"quant": "int8"},
+    "as LoRA": {"init": "lora"},
+    "DoRA": {"use_dora": True},
+    "AdaLoRA": {"use_adalora": True},
+    "exact": {"svd": "exact"},
+}
+
+
+def wrapped(gpu: CudaStandIn, model: torch.nn.Module, **fields: Any) -> pissa.PissaModel:
+    with gpu:
+        model = gpu.put(model)
+        gpu.forget()
+        return pissa.wrap(model, r=4, **fields)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llama: Make) -> None:
+    waits = []
+    for layers in (2, 9):
+        gpu = CudaStandIn()
+        wrapped(gpu, tiny_llama(num_hidden_layers=layers), **FORMS[form])
+        waits.append((len(gpu.reads), len(gpu.sends)))
+        assert gpu.waits() <= WAITS, [*gpu.reads, *gpu.sends]
+        # Per weight at most the largest element, two norms and the mean of its scales.
+        assert gpu.bytes_read() <= 5 * 8 * 7 * layers
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stand_in_computes_what_the_cpu_does(
+    form: str, dtype: torch.dtype, tiny_llama: Make, tokens: torch.Tensor
+) -> None:
+    """It takes the ways of a GPU: other groups, one reading, factors that are made there."""
+    gpu = CudaStandIn()
+    there = wrapped(gpu, tiny_llama(dtype=dtype), **FORMS[form])
+    with gpu:
+        assert all(tensor.is_cuda for tensor in (*there.parameters(), *there.buffers()))
+        found = gpu.fetch(logits(there, gpu.put(tokens)))
+    assert torch.equal(found, logits(pissa.wrap(tiny_llama(dtype=dtype), r=4, **FORMS[form]), tokens))
+
+
+@pytest.mark.parametrize("fields", [{"init": "loftq", "quant": "nf4"}, {"init": "pissa_minor"}, {"init": "olora"}])
+def test_other_starts_wait_for_no_weight_either(fields: dict[str, str], tiny_llama: Make) -> None:
+    """Apart from the factorisations of torch, which wait by themselves."""
+    gpu = CudaStandIn()
+    wrapped(gpu, tiny_llama(), **fields)
+    assert gpu.waits() <= 3 * WAITS // 2
+    more = CudaStandIn()
+    wrapped(more, tiny_llama(num_hidden_layers=4), **fields)
+    assert more.waits() == gpu.waits()
+
+
+def test_a_fingerprint_is_not_read_before_it_is_asked_for(tiny_llama: Make) -> None:
+    gpu = CudaStandIn()
+    model = wrapped(gpu, tiny_llama(), quant="nf4")
+    layers = pissa_layers(model.base_model.model, "default")
+    gpu.forget()
+    with gpu:
+        known = digest.read([layer.base.fingerprint for layer in layers.values()])
+    assert (len(gpu.reads), gpu.bytes_read()) == (1, 16 * len(layers))
+    dense = tiny_llama()
+    for name, found in zip(layers, known, strict=True):
+        assert digest.is_fingerprint(found, dense.get_submodule(name).weight)
+
+
+def test_saving_reads_no_base_weight(tiny_llama: Make, tmp_path: Path) -> None:
+    for form in ("implicit", "explicit", "nf4", "int8"):
+        gpu = CudaStandIn()
+        model = wrapped(gpu, tiny_llama(), **FORMS[form])
+        gpu.forget()
+        with gpu:
+            model.save_pretrained(tmp_path / form)
+        adapter = sum(path.stat().st_size for path in (tmp_path / form).glob("*.safetensors"))
+        assert gpu.bytes_read() < 1.5 * adapter
