@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -113,6 +112,7 @@ def measure(options: argparse.Namespace) -> int:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from bench.compare.peers import version
     from pissa import build_info
 
     models = (text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name"))
@@ -124,7 +124,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": build_info()["isa"],
         "pissa": build_info()["version"],
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: version(package) for package in packages},
         "malloc": options.malloc,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
         "size": options.size,
