@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.compare.packages import version
+
 THREADS = 2
 # mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
 # shrinks. Both tunables take any size_t.
@@ -112,7 +114,6 @@ def measure(options: argparse.Namespace) -> int:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from bench.compare.peers import version
     from pissa import build_info
 
     models = (text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name"))

@@ -5,10 +5,7 @@ They are imported where they are used: on a machine without them the rest is mea
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,24 +16,6 @@ from pissa import ops
 if TYPE_CHECKING:
     import bitsandbytes as bnb
     from peft.tuners.lora import LoraLayer
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@cache
-def missing(*packages: str) -> str | None:
-    """Why not all of these packages can be used: the first that does not import, whatever it raises. None: they can."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except Exception as error:
-            return f"{package} does not import ({type(error).__name__}: {error})"
-    return None
 
 
 def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
