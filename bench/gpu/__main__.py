@@ -38,7 +38,9 @@ def arguments() -> argparse.Namespace:
         prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--prepared", type=Path, metavar="DIR", help="what bench/gpu/prepare.sh collected")
+    parser.add_argument(
+        "--prepared", type=Path, metavar="DIR", help="what bench/gpu/prepare.sh collected, from the root"
+    )
     parser.add_argument("--rows", action="append", metavar="TEXT", help="only rows that contain this, or one of these")
     parser.add_argument("--seconds", type=float, default=520, help="for all of it (520)")
     parser.add_argument("--build", type=Path, metavar="DIR", help="the folder to build in (build/gpu)")
@@ -64,6 +66,7 @@ def main() -> int:
         return 1
     for folder in (machine.logs, machine.site):
         folder.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(machine.site))  # where it is asked whether a package is here
     state = State(machine)
     if not state.known:
         shutil.rmtree(machine.logs)
@@ -71,7 +74,7 @@ def main() -> int:
     take_up(machine)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what runs, and leaves what there is
     environment(machine)
-    libraries(machine, [str(machine.site), *filter(None, sys.path)])
+    libraries(machine, [*filter(None, sys.path)])
     return run(machine, state, options, begin)
 
 

@@ -21,7 +21,7 @@ def lacking(machine: Machine) -> list[str]:
     pip = f"{sys.executable} -m pip install"
     found = [f"no {tool}: {pip} {tool}" for tool in ("cmake", "ninja") if not shutil.which(tool)]
     wheels = [path.name for path in machine.prepared.glob("wheels/*.whl")] if machine.prepared else []
-    folders = [*(Path(path, EIGEN) for path in (machine.site, *sys.path) if path)]
+    folders = [Path(path, EIGEN) for path in sys.path if path]
     folders += [Path("/usr/include/eigen3"), Path("/usr/local/include/eigen3")]
     if not any(name.startswith("cmeel_eigen-") for name in wheels) and not any(map(Path.is_dir, folders)):
         found.append(f"no Eigen: {pip} cmeel-eigen, or apt-get install libeigen3-dev")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,16 @@ STAGES = ("build", "correctness", *MEASURED, "sanitizer", "profile")
 SECONDS = {"start": 150, "linear": 120, "nf4": 60, "decode": 90, "models": 90}
 
 
+@dataclass(frozen=True)
 class Measuring:
-    """How rows are measured: which of them, and whether again."""
+    """How rows are measured: those that contain one of `texts`, if any are given; those that a run before `run` has
+    measured with the sources `tree` only if `again`."""
 
-    def __init__(self, machine: Machine, tree: str, run: str, texts: list[str], again: bool) -> None:
-        self.machine, self.tree, self.run, self.texts, self.again = machine, tree, run, texts, again
+    machine: Machine
+    tree: str
+    run: str
+    texts: list[str]
+    again: bool
 
     def __call__(self, job: Job, stage: str) -> None:
         """Measures a stage in a process of its own, and in another one what an error of the GPU has left."""
@@ -78,7 +84,7 @@ def _profile(job: Job, machine: Machine) -> None:
 
 
 def _cpp_benchmarks(job: Job, machine: Machine) -> None:
-    options = ["--backend=cuda", "--benchmark_min_time=0.05s", "--benchmark_repetitions=3"]
+    options = [f"--backend={machine.device}", "--benchmark_min_time=0.05s", "--benchmark_repetitions=3"]
     for name in build.CPP_BENCHMARKS:
         job.run(machine.cmake / f"bench/cpp/{name}", *options, "--benchmark_report_aggregates_only=true")
     job.notes += [line[:160] for line in job.lines() if line.startswith("Benchmark") or "_median" in line]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,12 +130,17 @@ def test_a_build_that_fails_is_the_first_line(machine: Machine) -> None:
     machine.run("build", status=0)
 
 
-def test_tests_that_fail_are_counted_and_keep_nothing_from_running(machine: Machine) -> None:
-    machine.package("bitsandbytes", "raise OSError('no library for this CUDA')\n")
-    summary = machine.run(
-        "correctness", "nf4", "--rows", "copy", "--rows", "dequantise", status=1, STAND_IN_FAILS="svd"
-    )
+def test_tests_that_fail_are_counted(machine: Machine) -> None:
+    summary = machine.run("correctness", status=1, STAND_IN_FAILS="svd")
     assert summary[0] == "FAILED: correctness (cuda_sim_svd_test: 2 cases)"
+    assert "C++ tests: 1 passed, 1 failed" in summary
+    assert any(line.startswith("test_ops_int8.py: ") for line in summary)
+
+
+def test_a_row_without_its_peer_is_measured_alone(machine: Machine) -> None:
+    machine.package("bitsandbytes", "raise OSError('no library for this CUDA')\n")
+    summary = machine.run("nf4", "--rows", "copy", "--rows", "dequantise", status=0)
+    assert summary[0] == "nothing failed; passed: build, nf4"
     alone = machine.rows()["dequantise, 256 x 256 | bitsandbytes"]
     assert alone["ours_ms"]
     assert not alone["peer_ms"]
@@ -151,6 +158,21 @@ def test_a_row_that_fails_keeps_nothing_from_running(machine: Machine) -> None:
     assert summary[0] == f"FAILED: nf4 (2 of 4 rows: {first})"
     assert machine.rows()["quantise, 256 x 256, nested scales | bitsandbytes"]["note"] == note
     assert sum(bool(row["peer_ms"]) for row in machine.rows().values()) == 2
+
+
+def test_what_was_prepared_is_found_by_later_calls_too(machine: Machine) -> None:
+    shutil.rmtree(machine.folder / "packages")
+    wheels = {
+        "cmeel_eigen-3.4-py3-none-any.whl": "cmeel.prefix/include/eigen3/Eigen/Cholesky",
+        "pybind11-9.0-py3-none-any.whl": "pybind11/__init__.py",
+    }
+    (machine.folder / "prepared/wheels").mkdir(parents=True)
+    for wheel, name in wheels.items():
+        with zipfile.ZipFile(machine.folder / "prepared/wheels" / wheel, "w") as archive:
+            archive.writestr(name, "")
+    for call in (["--prepared", str(machine.folder / "prepared")], []):
+        assert machine.run("build", *call, status=0)[0] == "nothing failed; passed: build"
+    assert len([line for line in machine.asked("cmake") if line.startswith("cmake -S")]) == 2
 
 
 def test_what_is_lacking_is_said_at_once(machine: Machine) -> None:
