@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -28,6 +27,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.compare.packages import version
 
 THREADS = 2
 # mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
@@ -124,7 +125,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": build_info()["isa"],
         "pissa": build_info()["version"],
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: version(package) for package in packages},
         "malloc": options.malloc,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
         "size": options.size,

@@ -37,15 +37,16 @@ class Case:
 
     `check` raises MismatchError, or returns a note. `fresh` makes the argument of one call outside the timed region.
     `flops` are those of the two sides, if they differ: the ratio is then that of the rates, not of the times. One call
-    does the work `units` times; times are for one.
+    does the work `units` times; times are for one. Without a peer `no_peer` says why, and ours is timed alone.
     """
 
     ours: Call
-    peer: Call
+    peer: Call | None
     check: Callable[[], str]
     fresh: Callable[[], Any] | None = None
     flops: tuple[float, float] | None = None
     units: int = 1
+    no_peer: str = ""
 
 
 @dataclass
@@ -60,12 +61,12 @@ class Row:
     malloc: str = "default"
     max_pairs: int | None = None
     memory: bool = False
-    wall: bool = False  # on a GPU: the time that the caller waits, not the time that the device is busy
 
 
 @dataclass
 class Result:
-    """A measured row. Times are milliseconds of one call; a failed row has only its note."""
+    """A measured row. Times are milliseconds of one call; a failed row has only its note. A row without a peer has our
+    times alone."""
 
     work: str
     against: str
@@ -78,12 +79,14 @@ class Result:
     growth_mib: tuple[float, float] | None
     note: str
     failed: bool
+    no_peer: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        summary = {}
+        summary: dict[str, Any] = {}
+        if self.ours_ms:
+            summary["ours_median_ms"] = statistics.median(self.ours_ms)
         if self.ratios:
-            summary = {
-                "ours_median_ms": statistics.median(self.ours_ms),
+            summary |= {
                 "peer_median_ms": statistics.median(self.peer_ms),
                 "ratio_median": statistics.median(self.ratios),
                 "ratio_quartiles": quartiles(self.ratios),
@@ -164,7 +167,26 @@ class CudaClock:
         return start.elapsed_time(end) / repeats
 
 
-Clock = HostClock | CudaClock
+class WallClock:
+    """Milliseconds that the caller waits until the device is done, the mean of `repeats` calls: what launching costs on
+    the CPU counts too."""
+
+    sample_ms = 20
+
+    def __init__(self, device: str) -> None:
+        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def __call__(self, call: Call, repeats: int, fresh: Callable[[], Any] | None = None) -> float:
+        arguments = () if fresh is None else (fresh(),)
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call(*arguments)
+        self._wait()
+        return 1e3 * (time.perf_counter() - start) / repeats
+
+
+Clock = HostClock | CudaClock | WallClock
 
 
 def run(row: Row, pairs: int, clock: Clock | None = None) -> Result:
@@ -172,8 +194,8 @@ def run(row: Row, pairs: int, clock: Clock | None = None) -> Result:
     result = Result(row.work, row.against, row.malloc, row.goal, row.stretch, [], [], [], None, "", False)
     try:
         case = row.build()
-        result.note = case.check()
-        if row.memory:
+        result.note, result.no_peer = case.check(), case.no_peer
+        if row.memory and case.peer:
             result.growth_mib = (peak_growth(case.ours, case.fresh), peak_growth(case.peer, case.fresh))
         with _no_garbage_collection():
             _measure(case, min(pairs, row.max_pairs or pairs), result, clock or HostClock())
@@ -197,16 +219,20 @@ def _no_garbage_collection() -> Iterator[None]:
 def _measure(case: Case, pairs: int, result: Result, clock: Clock) -> None:
     repeats = 1
     if pairs > 1:  # a row of one pair is for a call of many seconds, whose warming up is lost in it
-        quickest = min(clock(call, 1, case.fresh) for call in (case.ours, case.peer))
+        sides = [call for call in (case.ours, case.peer) if call]
+        quickest = min(clock(call, 1, case.fresh) for call in sides)
         if case.fresh is None:
             repeats = max(1, math.ceil(clock.sample_ms / quickest))
-            quickest = min(clock(call, repeats, None) for call in (case.ours, case.peer))
+            quickest = min(clock(call, repeats, None) for call in sides)
             repeats = max(1, math.ceil(clock.sample_ms / quickest))
     work = 1.0 if case.flops is None else case.flops[0] / case.flops[1]
     start = time.monotonic()
     for pair in range(pairs):
         if pair >= MIN_PAIRS and time.monotonic() - start > ROW_SECONDS:
             break
+        if case.peer is None:
+            result.ours_ms.append(clock(case.ours, repeats, case.fresh) / case.units)
+            continue
         if pair % 2:
             theirs, mine = (clock(call, repeats, case.fresh) for call in (case.peer, case.ours))
         else:
@@ -214,7 +240,7 @@ def _measure(case: Case, pairs: int, result: Result, clock: Clock) -> None:
         result.ours_ms.append(mine / case.units)
         result.peer_ms.append(theirs / case.units)
         result.ratios.append(theirs / mine * work)
-    if case.flops is not None:
+    if case.flops is not None and case.peer:
         rates = [
             f / statistics.median(ms) / 1e6 for f, ms in zip(case.flops, (result.ours_ms, result.peer_ms), strict=True)
         ]

@@ -1,17 +1,21 @@
-"""The peers: bitsandbytes' 4-bit layer, and PEFT's LoRA on it and on dense models, with the bytes that ours holds."""
+"""The peers: bitsandbytes' 4-bit layer, and PEFT's LoRA on it and on dense models, with the bytes that ours holds.
+
+They are imported where they are used: on a machine without them the rest is measured all the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from pissa import ops
+
+if TYPE_CHECKING:
+    import bitsandbytes as bnb
+    from peft.tuners.lora import LoraLayer
 
 
 def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
@@ -20,6 +24,9 @@ def bnb_linear(weight: ops.QuantizedWeight) -> bnb.nn.Linear4bit:
     It must stay in training mode if gradients matter. One forward pass in eval mode repacks the weight for its AVX-512
     kernel, which has no gradient; later calls in training mode then use that kernel too, without a warning.
     """
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+
     rows, cols = weight.shape
     layer = bnb.nn.Linear4bit(
         cols, rows, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
@@ -77,6 +84,8 @@ def lora_on_nf4(
 
 def _with_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[LoraLayer]:
     """Puts LoRA on the named layers, in place. Returns the layers; PEFT's wrapper around the model is not needed."""
+    from peft import LoraConfig, get_peft_model
+
     model.is_loaded_in_4bit = True  # or PEFT does not choose its layer for bitsandbytes
     (r,) = {a.shape[0] for a, _ in factors.values()}
     get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=list(factors)))
@@ -90,6 +99,8 @@ def _with_lora(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], d
 
 def lora_on_dense(model: nn.Module, r: int, dtype: torch.dtype, init: bool | str = True) -> nn.Module:
     """PEFT's LoRA on all linear layers, adapters in `dtype`. B starts at zero, or as `init` (PEFT's name) says."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", init_lora_weights=init, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():
@@ -100,5 +111,7 @@ def lora_on_dense(model: nn.Module, r: int, dtype: torch.dtype, init: bool | str
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The layers that carry LoRA, by their name in the model that was wrapped."""
+    from peft.tuners.lora import LoraLayer
+
     inner = model.base_model.model
     return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -214,6 +213,8 @@ def nf4_rows(size: int) -> Iterator[Row]:
 
 
 def _quantize(size: int, nested: bool) -> Case:
+    import bitsandbytes as bnb
+
     weight = bfloat16_weight(size)
     ours = partial(ops.quantize, weight, double_quant=nested)
     theirs = partial(bnb.functional.quantize_4bit, weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
@@ -235,6 +236,8 @@ def _quantize(size: int, nested: bool) -> Case:
 
 
 def _dequantize(size: int) -> Case:
+    import bitsandbytes as bnb
+
     weight = quantised_weight(size, size, "nf4")
     packed = bnb_linear(weight).weight
     ours = partial(ops.dequantize, weight, torch.bfloat16)
@@ -263,6 +266,8 @@ def _against_nf4(size: int, tokens: int, backward: bool) -> Case:
 
 
 def _quantize_int8(size: int) -> Case:
+    import bitsandbytes as bnb
+
     weight = bfloat16_weight(size)
     ours, theirs = partial(ops.quantize, weight, "int8"), partial(bnb.functional.int8_vectorwise_quant, weight)
 
@@ -276,6 +281,8 @@ def _quantize_int8(size: int) -> Case:
 
 
 def _dequantize_int8(size: int) -> Case:
+    import bitsandbytes as bnb
+
     weight = quantised_weight(size, size, "int8")
     codes = weight.codes.view(torch.int8).view(size, size)
     ours = partial(ops.dequantize, weight)

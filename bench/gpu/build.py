@@ -1,68 +1,124 @@
-"""The stages that build: packages, CMake, the libraries and tests for this card, and `pissa` as it is imported here."""
+"""The stage build: CMake, the library, `pissa` as it is imported here, tests, benchmarks; only what has changed."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from bench.gpu.machine import CMAKE, ROOT, SITE, Machine, output, query
-from bench.gpu.stages import Stage, StageError
+from bench.gpu.machine import ROOT, Machine, output, query
+from bench.gpu.stages import Job, LeftOutError, StageError
 
 CPP_BENCHMARKS = ("bench_nf4", "bench_linear", "bench_svd")
+EIGEN = "cmeel.prefix/include/eigen3"
 
 
-def packages(stage: Stage, machine: Machine) -> None:
+def lacking(machine: Machine) -> list[str]:
+    """What this machine lacks to build anything, each with how to get it. It takes no time."""
+    pip = f"{sys.executable} -m pip install"
+    found = [f"no {tool}: {pip} {tool}" for tool in ("cmake", "ninja") if not shutil.which(tool)]
+    wheels = [path.name for path in machine.prepared.glob("wheels/*.whl")] if machine.prepared else []
+    folders = [Path(path, EIGEN) for path in sys.path if path]
+    folders += [Path("/usr/include/eigen3"), Path("/usr/local/include/eigen3")]
+    if not any(name.startswith("cmeel_eigen-") for name in wheels) and not any(map(Path.is_dir, folders)):
+        found.append(f"no Eigen: {pip} cmeel-eigen, or apt-get install libeigen3-dev")
+    if not any(name.startswith("pybind11-") for name in wheels) and not importlib.util.find_spec("pybind11"):
+        found.append(f"no pybind11: {pip} pybind11")
+    if found:
+        found.append("or bench/gpu/prepare.sh FOLDER where there is a network, and --prepared FOLDER here")
+    return found
+
+
+def configure(job: Job, machine: Machine) -> None:
+    if found := lacking(machine):
+        raise StageError("; ".join(found))
     prepared = [machine.prepared] if machine.prepared else []
-    stage.run(sys.executable, "-m", "bench.gpu.packages", SITE, *prepared, cwd=ROOT)
-
-
-def configure(stage: Stage, machine: Machine) -> None:
+    job.run(sys.executable, "-m", "bench.gpu.packages", machine.site, *prepared, cwd=ROOT)
     options = {
         "CMAKE_BUILD_TYPE": "Release",
-        "PISSA_CUDA": "ON",
+        "PISSA_CUDA": "OFF" if machine.rehearsal else "ON",
         "PISSA_CUDA_ARCHITECTURES": f"{query('compute_cap').replace('.', '')}-real",
-        "PISSA_BUILD_TESTS": "ON",
+        "PISSA_BUILD_TESTS": "ON" if _has(machine, "googletest") else "OFF",
+        "PISSA_BUILD_BENCH": "ON" if _has(machine, "benchmark") else "OFF",
+        "PISSA_GOOGLETEST_DIR": _sources(machine, "googletest") or "",
+        "PISSA_BENCHMARK_DIR": _sources(machine, "benchmark") or "",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": output(sys.executable, "-m", "pybind11", "--cmakedir").strip(),
     }
-    googletest = _source(machine, "googletest", "/usr/src/googletest")
-    benchmark = _source(machine, "benchmark")
-    if googletest:
-        options["PISSA_GOOGLETEST_DIR"] = str(googletest)
-    if benchmark or Path("/usr/include/benchmark/benchmark.h").exists():
-        options["PISSA_BUILD_BENCH"] = "ON"
-    else:
-        stage.say("no Google Benchmark: the C++ benchmarks are left out")
-    if benchmark:
-        options["PISSA_BENCHMARK_DIR"] = str(benchmark)
-    stage.run("cmake", "-S", ROOT, "-B", CMAKE, *(f"-D{name}={value}" for name, value in options.items()))
+    _cmake(job, "-S", ROOT, "-B", machine.cmake, *(f"-D{name}={value}" for name, value in options.items()))
 
 
-def _source(machine: Machine, name: str, *installed: str) -> Path | None:
-    """A folder of sources: the prepared one, else one of those that may be installed."""
-    prepared = [machine.prepared / name] if machine.prepared else []
-    return next((path for path in (*prepared, *map(Path, installed)) if path.is_dir()), None)
+def _sources(machine: Machine, name: str) -> Path | None:
+    """A folder of sources of GoogleTest or Google Benchmark: the variable's, the prepared one, Debian's."""
+    folders = [Path(os.environ[variable])] if (variable := f"{name.upper()}_DIR") in os.environ else []
+    folders += [machine.prepared / name] if machine.prepared else []
+    return next((path for path in (*folders, Path("/usr/src", name)) if (path / "CMakeLists.txt").exists()), None)
 
 
-def build(stage: Stage) -> None:
-    """Builds the libraries, the tests and the benchmarks. One that fails does not keep the others from being built."""
-    found = output("cmake", "--build", str(CMAKE), "--target", "help")
-    tests = sorted(set(re.findall(r"^(cuda_(?!sim)[a-z0-9_]*_test): ", found, re.MULTILINE)))
-    if not tests:
-        raise StageError("the build has no tests cuda_*_test")
-    benchmarks = CPP_BENCHMARKS if (CMAKE / "bench/cpp").is_dir() else ()
-    targets = ("_C", "pissa_cuda13", *tests, *benchmarks)
-    stage.run("cmake", "--build", CMAKE, "-j", os.cpu_count(), "--target", *targets, "--", "-k", "0")
+def _has(machine: Machine, name: str) -> bool:
+    header = {"googletest": "gtest/gtest.h", "benchmark": "benchmark/benchmark.h"}[name]
+    return _sources(machine, name) is not None or Path("/usr/include", header).exists()
 
 
-def module(stage: Stage) -> None:
-    """Puts the libraries and the Python files together as `pissa` in SITE, and tries them."""
-    stage.run("cmake", "--install", CMAKE, "--component", "python", "--prefix", SITE)
+def compile_library(job: Job, machine: Machine) -> None:
+    targets = ("_C",) if machine.rehearsal else ("_C", "pissa_cuda13")
+    _cmake(job, "--build", machine.cmake, "-j", os.cpu_count(), "--target", *targets)
+
+
+def module(job: Job, machine: Machine) -> None:
+    """Puts the libraries and the Python files together as `pissa` in the folder `site`, and tries them."""
+    shutil.rmtree(machine.site / "pissa", ignore_errors=True)
+    _cmake(job, "--install", machine.cmake, "--component", "python", "--prefix", machine.site)
     for path in (ROOT / "python").rglob("*.py"):
-        target = SITE / path.relative_to(ROOT / "python")
+        target = machine.site / path.relative_to(ROOT / "python")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    stage.run(sys.executable, "-m", "bench.gpu.smoke", cwd=ROOT)
+    if job.status([sys.executable, "-m", "bench.gpu.smoke", machine.device], cwd=ROOT):
+        raise StageError(job.lines()[-1])
+
+
+def tests_of(machine: Machine) -> list[str]:
+    """The targets that are tests of the CUDA backend."""
+    found = output("cmake", "--build", str(machine.cmake), "--target", "help")
+    names = set(re.findall(rf"^({machine.kind}_(?!sim)[a-z0-9_]*_test)\b", found, re.MULTILINE))
+    return sorted(names)
+
+
+def compile_tests(job: Job, machine: Machine) -> None:
+    """Builds the tests. One that fails does not keep the others from being built; of it no older one is left."""
+    if not _has(machine, "googletest"):
+        raise LeftOutError("the C++ tests: no GoogleTest (GOOGLETEST_DIR, apt-get install libgtest-dev)")
+    tests = tests_of(machine)
+    if not tests:
+        raise StageError(f"the build has no tests {machine.kind}_*_test")
+    command = ("--build", machine.cmake, "-j", os.cpu_count(), "--target", *tests, "--", "-k", "0")
+    try:
+        _cmake(job, *command)
+    except StageError:
+        for test in tests:
+            if "no work to do" not in output("cmake", "--build", str(machine.cmake), "--target", test, "--", "-n"):
+                (machine.cmake / "tests/cpp" / test).unlink(missing_ok=True)
+        raise
+
+
+def compile_benchmarks(job: Job, machine: Machine) -> None:
+    if not _has(machine, "benchmark"):
+        raise LeftOutError("the C++ benchmarks: no Google Benchmark (BENCHMARK_DIR, apt-get install libbenchmark-dev)")
+    _cmake(job, "--build", machine.cmake, "-j", os.cpu_count(), "--target", *CPP_BENCHMARKS)
+
+
+def _cmake(job: Job, *arguments: object) -> None:
+    """Runs CMake.
+
+    Raises:
+        StageError: it failed; the message is the first error in its output, with the line after.
+    """
+    begin = len(job.lines())
+    if job.status(["cmake", *arguments]):
+        lines = job.lines()[begin:]
+        first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b|CMake Error", line)), None)
+        said = lines[first : first + 2] if first is not None and "CMake Error" in lines[first] else lines[first:][:1]
+        raise StageError(" ".join(" ".join(said).replace(f"{ROOT}/", "").split())[:300] or "cmake failed")

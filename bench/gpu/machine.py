@@ -9,44 +9,66 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build/gpu"
-CMAKE = BUILD / "cmake"
-LOGS = BUILD / "logs"
-# Packages of this run, and pissa as it is built here. On PYTHONPATH, so before what is installed.
-SITE = BUILD / "site"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`card` is the GPU's name, `cuda` the toolkit's folder if there is one, `prepared` what prepare.sh collected."""
+    """What a run knows of its machine.
+
+    `card`: the GPU's name. `cuda`: the toolkit's folder, if there is one. `prepared`: what prepare.sh collected, if
+    given. `build`: holds all that is built, the logs, and how far the last run came. `results`: the folder for what a
+    run leaves. `rehearsal`: nothing runs on a GPU.
+    """
 
     card: str
     cuda: Path | None
     prepared: Path | None
+    build: Path
+    results: Path
+    rehearsal: bool
 
     @property
-    def results(self) -> Path:
-        name = re.sub(r"[^a-z0-9]+", "_", self.card.lower()).rstrip("_")
-        return ROOT / f"bench/results/{name}.json"
+    def name(self) -> str:
+        """The card's name as a part of file names."""
+        return re.sub(r"[^a-z0-9]+", "_", self.card.lower()).strip("_")
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
+
+    @property
+    def kind(self) -> str:
+        """The label of the C++ tests, which their names begin with: on the GPU, or on the simulated one."""
+        return "cuda_sim" if self.rehearsal else "cuda"
+
+    @property
+    def cmake(self) -> Path:
+        return self.build / "cmake"
+
+    @property
+    def site(self) -> Path:
+        """Packages of this run, and pissa as it is built here. On PYTHONPATH, so before what is installed."""
+        return self.build / "site"
+
+    @property
+    def logs(self) -> Path:
+        return self.build / "logs"
 
 
-def find_machine(prepared: str | None) -> Machine:
+def find_machine(prepared: Path | None, build: Path, results: Path, rehearsal: bool) -> Machine:
     """Looks for the GPU and for a toolkit, in CUDA_HOME and /usr/local/cuda.
 
-    Args:
-        prepared: the folder that prepare.sh made, relative to the root of the repository, if any.
-
     Raises:
-        OSError: there is no GPU, or no such folder.
+        OSError: there is no GPU, or no folder `prepared`.
     """
     card = query("name")
     if not card:
         raise OSError("no GPU: nvidia-smi names none on this machine")
-    folder = ROOT / prepared if prepared else None
-    if folder and not folder.is_dir():
+    if prepared and not prepared.is_dir():
         raise OSError(f"no folder {prepared}: make it with bench/gpu/prepare.sh")
     toolkits = [Path(path) for path in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if path]
-    return Machine(card, next((path for path in toolkits if os.access(path / "bin/nvcc", os.X_OK)), None), folder)
+    cuda = next((path for path in toolkits if os.access(path / "bin/nvcc", os.X_OK)), None)
+    return Machine(card, cuda, prepared, build, results, rehearsal)
 
 
 def query(fields: str) -> str:
@@ -68,9 +90,10 @@ def describe(machine: Machine) -> str:
     """Two lines: the card, and what builds for it."""
     nvcc = re.search(r"release (.*)", output("nvcc", "--version"))
     cmake = output("cmake", "--version").partition("\n")[0]
+    rehearsal = " (a rehearsal: nothing ran on it)" if machine.rehearsal else ""
     return (
-        f"card: {query('name,driver_version,memory.total,compute_cap')}\n"
-        f"nvcc: {nvcc[1] if nvcc else ''}, cmake: {cmake}, cores: {os.cpu_count()}"
+        f"card: {query('name,driver_version,memory.total,compute_cap')}{rehearsal}\n"
+        f"nvcc: {nvcc[1] if nvcc else 'none'}, {cmake or 'no cmake'}, cores: {os.cpu_count()}"
     )
 
 
@@ -78,7 +101,7 @@ def environment(machine: Machine) -> None:
     """Sets the environment of all commands: the toolkit, our packages before those that are installed, no network."""
     if machine.cuda:
         _prepend("PATH", machine.cuda / "bin")
-    _prepend("PYTHONPATH", SITE)
+    _prepend("PYTHONPATH", machine.site)
     os.environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1", "CMAKE_GENERATOR": "Ninja"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -1,19 +1,19 @@
 """Speed on a GPU beside torch, PEFT and bitsandbytes. Every row is checked, then both sides are timed in turns.
 
-    python -m bench.gpu.measure --json bench/results/card.json     # everything, minutes
-    python -m bench.gpu.measure --rows decoding                    # rows that contain one of these
-    python -m bench.gpu.measure --device cpu --quick               # does it run? The ratios mean nothing
+    python -m bench.gpu.measure                                # everything, minutes
+    python -m bench.gpu.measure decode --rows "M = 1,"         # of a stage, rows that contain this
+    python -m bench.gpu.measure --device cpu --quick           # does it run? The ratios mean nothing
 
 Times are the GPU's, between events, with cold caches. Calls are queued beforehand, so that neither side pays for its
-CPU time; the start of a model is timed by the wall clock. The file is written after every row. Exit status 1: a row
-failed, and its last column says why, or was not begun in time. A missed goal is no failure.
+CPU time; the start of a model and a model's training are timed by the wall clock. A row whose peer cannot be imported
+has our time alone. Exit status 1: a row failed, and its last column says why; 3: after it the GPU computes nothing
+more in this process. A missed goal is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -25,34 +25,35 @@ from typing import Any
 
 import torch
 
-from bench.compare.interleave import Clock, CudaClock, HostClock, Result, quartiles, run
+from bench.compare.interleave import Clock, CudaClock, HostClock, Result, Row, WallClock, run
+from bench.compare.packages import missing, version
+from bench.gpu.table import BROKEN, HEAD, STAGES, line, records
 
-COLUMNS = "work | against | goal | peer / ours (quartiles) | ours, ms | peer, ms"
+Named = tuple[str, Callable[[], Result]]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only rows that contain one of these")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all unless given")
+    parser.add_argument("--rows", action="append", metavar="TEXT", help="only rows that contain this, or one of these")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of measurements per row (15)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to see that it runs")
     parser.add_argument("--quick", action="store_true", help="weights of 256 x 256, three pairs")
     parser.add_argument("--seconds", type=float, default=600, help="begin no row after so many seconds (600)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every measurement there, after each row")
+    parser.add_argument("--log", type=Path, metavar="PATH", help="append a record of each row, a line of JSON")
+    parser.add_argument("--tree", default="", help="of the records: what was measured")
+    parser.add_argument("--run", default="", help="of the records: rows of the same run are not measured again")
+    parser.add_argument("--again", action="store_true", help="measure what another run of this tree has, too")
     options = parser.parse_args()
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"stages: got {', '.join(unknown)}; allowed: {', '.join(STAGES)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU: torch.cuda.is_available() is false")
     if options.quick:
         options.pairs = min(options.pairs, 3)
     return options
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def machine(options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
@@ -86,72 +87,103 @@ def peaks(clock: Clock) -> dict[str, float]:
     return {"copy, GB/s": 2 * (1 << 30) / copy_ms / 1e6, "bfloat16 product, TFLOP/s": 2 * 8192**3 / product_ms / 1e9}
 
 
-def work(options: argparse.Namespace, clock: Clock) -> Iterator[tuple[str, Callable[[], Result]]]:
-    """Yields the name of each row and the function that measures it."""
-    from bench.gpu.rows import gpu_rows, start_of_a_model
+def rows_of(stage: str, options: argparse.Namespace, clock: Clock) -> Iterator[Named]:
+    """Yields the name of each row of a stage and the function that measures it."""
+    from bench.gpu.rows import decode_rows, linear_rows, nf4_rows
+    from bench.gpu.rows_models import model_rows
+    from bench.gpu.rows_start import start_rows
 
-    for row in gpu_rows(256 if options.quick else 4096, options.device, clock):
-        yield f"{row.work} | {row.against}", lambda row=row: run(row, options.pairs, clock)
-    for quantised in (False, True):
-        yield (
-            ("QPiSSA" if quantised else "PiSSA") + " start of a 7B model",
-            lambda quantised=quantised: start_of_a_model(quantised, options.device, options.quick),
-        )
+    size = 256 if options.quick else 4096
+    if stage == "start":
+        yield from start_rows(options.device, options.quick)
+        return
+    wall = WallClock(options.device)
+    rows: dict[str, tuple[Iterator[Row], Clock]] = {
+        "linear": (linear_rows(size, options.device, clock), clock),
+        "nf4": (nf4_rows(size, options.device), clock),
+        "decode": (decode_rows(size, options.device), clock),
+        "models": (model_rows(options.device, options.quick), wall),
+    }
+    for row in rows[stage][0]:
+        yield f"{row.work} | {row.against}", lambda row=row: run(row, options.pairs, rows[stage][1])
 
 
-def line(result: Result) -> str:
-    """The result as a row of the table in README.md."""
-    goal = "" if result.goal is None else f"{result.goal:g}"
-    if result.failed:
-        return f"| {result.work} | {result.against} | {goal} | FAILED: {result.note.replace('|', '/')} | | |"
-    ours, theirs, ratio = (statistics.median(values) for values in (result.ours_ms, result.peer_ms, result.ratios))
-    lower, upper = quartiles(result.ratios)
-    shown = f"**{ratio:.2f}**" if result.goal is not None and ratio >= result.goal else f"{ratio:.2f}"
-    return (
-        f"| {result.work} | {result.against} | {goal} | {shown} ({lower:.2f} to {upper:.2f}) "
-        f"| {ours:.3g} | {theirs:.3g} |"
-    )
+class Log:
+    """The records of earlier and of this process. Each row has two: that it begins, and its result."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._path: Path | None = options.log
+        self._key = {"tree": options.tree, "run": options.run}
+        found = [record for record in records(self._path) if record["tree"] == options.tree] if self._path else []
+        mine = [record for record in found if record["run"] == options.run]
+        self.has_machine = any("machine" in record for record in found)
+        self.begun = {record["begun"] for record in found if "begun" in record}
+        self.done = {record["name"] for record in mine if "row" in record}
+        self.killed = {record["begun"] for record in mine if "begun" in record} - self.done
+        if not options.again:
+            self.done |= {r["name"] for r in found if "row" in r and not r["row"]["failed"]}
+
+    def write(self, **record: Any) -> None:
+        if self._path:
+            with self._path.open("a") as file:
+                print(json.dumps(self._key | record, ensure_ascii=False), file=file)
+
+
+def measured(name: str, measure: Callable[[], Result], log: Log) -> Result:
+    if name in log.killed:
+        work, _, against = name.partition(" | ")
+        note = "the process that measured it ended"
+        return Result(work, against, "default", None, None, [], [], [], None, note, True)
+    log.write(begun=name)
+    return measure()
+
+
+def is_broken(device: str) -> bool:
+    """Whether an error on the GPU keeps everything after it in this process from running."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> int:
     options = arguments()
     begin = time.monotonic()
     clock: Clock = CudaClock() if options.device == "cuda" else HostClock()
-    facts = machine(options, clock)
-    print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)
-    rows: list[dict[str, Any]] = []
-    lines: list[str] = []
-    not_begun: list[str] = []
-
-    def write() -> None:
-        if options.json:
-            found = {"machines": [facts], "rows": rows, "not begun": not_begun}
-            partial = options.json.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-            partial.rename(options.json)
-
-    write()
-    failed = False
-    for name, measure in work(options, clock):
-        if not any(text in name for text in options.rows):
+    log = Log(options)
+    if not log.has_machine:
+        facts = machine(options, clock)
+        print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)
+        log.write(machine=facts)
+    failed, lines, not_begun = False, [], []
+    for stage in options.stages or STAGES:
+        if stage == "models" and (lacking := missing("peft", "transformers")):
+            print(f"models: left out: {lacking}")
             continue
-        if time.monotonic() - begin > options.seconds:
-            not_begun.append(name)
-            continue
-        start = time.monotonic()
-        result = measure()
-        failed |= result.failed
-        rows.append({key: value for key, value in result.as_dict().items() if key not in ("malloc", "growth_mib")})
-        lines.append(line(result))
-        print(f"{lines[-1]}  [{time.monotonic() - start:.1f} s] {result.note}", flush=True)
-        write()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    write()
-    print(f"\n| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}", *lines, sep="\n", flush=True)
+        chosen = [row for row in rows_of(stage, options, clock) if any(text in row[0] for text in options.rows or [""])]
+        # Those that have begun in an earlier run, and took it to its end, come last.
+        for name, measure in sorted(chosen, key=lambda row: row[0] in log.begun):
+            if name in log.done:
+                continue
+            if time.monotonic() - begin > options.seconds:
+                not_begun.append(name)
+                continue
+            start = time.monotonic()
+            result = measured(name, measure, log)
+            failed |= result.failed
+            row = {key: value for key, value in result.as_dict().items() if key not in ("malloc", "growth_mib")}
+            log.write(name=name, stage=stage, row=row)
+            lines.append(line(row))
+            print(f"{lines[-1]}  [{time.monotonic() - start:.1f} s] {result.note}", flush=True)
+            if is_broken(options.device):
+                return BROKEN
+    print("", HEAD, *lines, sep="\n", flush=True)
     for name in not_begun:
         print(f"not begun within {options.seconds:g} s: {name}")
-    return int(failed or bool(not_begun) or not rows)
+    return int(failed or bool(not_begun))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# prepare.sh OUT_DIR [PYTHON_VERSION]: collects in OUT_DIR what bench/gpu.sh needs on a machine with a GPU, but without
-# package indices. PYTHON_VERSION is that machine's, 3.12 unless given. The folder stays below 60 MB: bitsandbytes comes
+# prepare.sh OUT_DIR [PYTHON_VERSION]: collects in OUT_DIR what bench/gpu.sh --prepared OUT_DIR needs on a machine with a
+# GPU, but without package indices. PYTHON_VERSION is that machine's, 3.12 unless given. The folder stays below 60 MB: bitsandbytes comes
 # without its libraries for other versions of CUDA, torch and transformers do not come. Run it where pip and apt-get
 # reach their indices.
 set -euo pipefail
@@ -28,7 +28,7 @@ download() {  # FOLDER PACKAGE...: wheels for the other machine, without what th
 rm -rf "$out/wheels" "$out/site" "$out/googletest" "$out/benchmark"
 download "$out/wheels" 'pybind11>=3.0' 'scikit-build-core>=1.0' pathspec packaging 'cmeel-eigen>=3.4' cmeel
 download "$out/wheels" 'pytest>=8' iniconfig pluggy pygments 'hypothesis>=6.100' sortedcontainers
-download "$out/wheels" 'peft>=0.21' tqdm psutil 'accelerate>=1.0'
+download "$out/wheels" 'peft>=0.21' tqdm psutil 'accelerate>=1.0' 'xxhash>=3.0'
 
 # bitsandbytes: its Python files and one library, as files to put on the path.
 download "$work" 'bitsandbytes>=0.48'

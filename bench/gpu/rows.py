@@ -1,4 +1,4 @@
-"""Rows about a GPU: training and decoding with a layer, NF4 beside a copy, PiSSA's start of a whole 7B-shaped model.
+"""Rows about one layer on a GPU: training and decoding with it, and NF4 beside a copy.
 
 All of it also runs on the CPU, with small sizes, to see that it runs; the ratios mean nothing there.
 """
@@ -6,30 +6,25 @@ All of it also runs on the CPU, with small sizes, to see that it runs; the ratio
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from statistics import median
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.compare.interleave import Call, Case, Clock, MismatchError, Result, Row, agree, relative_error, require
+from bench.compare.interleave import Call, Case, Clock, Row, agree, require
+from bench.compare.packages import missing
 from bench.compare.peers import bnb_linear, lora_layer
 from bench.compare.rows_linear import BFLOAT16_BOUND, Layer
-from bench.compare.weights import energy
 from pissa import ops
 
 R = 64
 IN_A_GRAPH = 16  # layers in one CUDA graph, 134 MB of NF4: no cache holds them
 
-# What a model of Llama 2's shape, 7B, consists of: (out, in) and how many.
-SHAPES_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 
-
-def gpu_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
+def linear_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
     """`size`: of the layers' weights, 4096. The others follow from it."""
     small = size < 4096
     for tokens, forward_goal, backward_goal in ((2048, 1.5, 1.4), (8192, 1.3, 1.3)):
@@ -46,6 +41,18 @@ def gpu_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
         "two dense bfloat16 products, torch",
         partial(_dense, True, size, count, device),
     )
+
+
+def nf4_rows(size: int, device: str) -> Iterator[Row]:
+    shape = (size, size) if size < 4096 else (11008, 4096)
+    name = f"{shape[0]} x {shape[1]}"
+    yield Row(f"dequantise, {name}", "a copy of as many bytes", partial(_dequantise_bytes, shape, device), 0.85)
+    yield Row(f"dequantise, {name}", "bitsandbytes", partial(_dequantise, shape, device))
+    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", partial(_quantise, shape, device), 4.0)
+    yield Row(f"quantise, {name}, the kernel", "a copy of as many bytes", partial(_quantise_bytes, shape, device), 0.7)
+
+
+def decode_rows(size: int, device: str) -> Iterator[Row]:
     for tokens in (1, 4, 16):
         yield Row(
             f"decoding, nf4, r = {R}, M = {tokens}",
@@ -59,12 +66,6 @@ def gpu_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
             partial(_decode, False, size, tokens, device),
             1.3,
         )
-    shape = (size, size) if small else (11008, 4096)
-    name = f"{shape[0]} x {shape[1]}"
-    yield Row(f"dequantise, {name}", "a copy of as many bytes", partial(_dequantise_bytes, shape, device), 0.85)
-    yield Row(f"dequantise, {name}", "bitsandbytes", partial(_dequantise, shape, device))
-    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", partial(_quantise, shape, device), 4.0)
-    yield Row(f"quantise, {name}, the kernel", "a copy of as many bytes", partial(_quantise_bytes, shape, device), 0.7)
 
 
 def in_turns(calls: Sequence[Call]) -> Call:
@@ -110,17 +111,21 @@ def _backward(y: Tensor, leaves: Sequence[Tensor], dy: Tensor) -> Call:
 
 def _train(work: str, size: int, tokens: int, device: str, clock: Clock) -> Case:
     layers = [Layer(size, size, tokens, R, device) for _ in range(4)]
+    if work == "forward":
+        ours = in_turns([layer.forward for layer in layers])
+    else:
+        ours = in_turns(
+            [_backward(layer.forward(), (layer.x, layer.delta_a, layer.delta_b), layer.dy) for layer in layers]
+        )
+    if lacking := missing("peft", "bitsandbytes"):
+        return Case(ours, None, lambda: layers[0].check(layers[0].formula()), no_peer=lacking)
     peers = {
         "bfloat16 adapters": [Peer(layer, torch.bfloat16, device) for layer in layers],
         "float32 adapters under autocast": [Peer(layer, torch.float32, device) for layer in layers],
     }
     if work == "forward":
-        ours: Call = in_turns([layer.forward for layer in layers])
         sides = {name: in_turns([peer.forward for peer in group]) for name, group in peers.items()}
     else:
-        ours = in_turns(
-            [_backward(layer.forward(), (layer.x, layer.delta_a, layer.delta_b), layer.dy) for layer in layers]
-        )
         sides = {
             name: in_turns(
                 [_backward(p.forward(), (p.x, *p.trained), layer.dy) for p, layer in zip(group, layers, strict=True)]
@@ -198,12 +203,14 @@ def _decode(peer_has_adapter: bool, size: int, tokens: int, device: str) -> Case
     count = 2 if size < 4096 else IN_A_GRAPH
     layers = [Layer(size, size, tokens, R, device) for _ in range(count)]
     inputs = [layer.x.detach() for layer in layers]
+    ours, captured = _in_a_graph([layer.forward for layer in layers], device)
+    if lacking := missing("peft", "bitsandbytes") if peer_has_adapter else missing("bitsandbytes"):
+        return _decode_alone(layers, ours, captured or device == "cpu", lacking)
     modules = [bnb_linear(layer.weight) for layer in layers]
     if peer_has_adapter:
         pairs = zip(modules, layers, strict=True)
         modules = [lora_layer(module, *layer.factors, torch.bfloat16) for module, layer in pairs]
     calls = [partial(module.eval(), x) for module, x in zip(modules, inputs, strict=True)]
-    ours, captured = _in_a_graph([layer.forward for layer in layers], device)
     theirs, peer_captured = _in_a_graph(calls, device)
 
     def check() -> str:
@@ -216,6 +223,14 @@ def _decode(peer_has_adapter: bool, size: int, tokens: int, device: str) -> Case
         return f"of one layer, {count} different ones {how}; {max(bounds)}"
 
     return Case(ours, theirs, check, units=count)
+
+
+def _decode_alone(layers: Sequence[Layer], ours: Call, captured: bool, lacking: str) -> Case:
+    def check() -> str:
+        require(captured, "ours could not be captured into a CUDA graph")
+        return max(agree(BFLOAT16_BOUND, y=(y, layer.formula()[0])) for y, layer in zip(ours(), layers, strict=True))
+
+    return Case(ours, None, check, units=len(layers), no_peer=lacking)
 
 
 # ---- NF4 -------------------------------------------------------------------------------------------------------------
@@ -251,16 +266,24 @@ def _dequantise_bytes(shape: tuple[int, int], device: str) -> Case:
 
 def _dequantise(shape: tuple[int, int], device: str) -> Case:
     weights = [ops.quantize(weight) for weight in _weights(shape, device)]
-    packed = [bnb_linear(weight).weight for weight in weights]
     ours = in_turns([partial(ops.dequantize, weight, torch.bfloat16) for weight in weights])
+    if lacking := missing("bitsandbytes"):
+        return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)
+    import bitsandbytes as bnb
+
+    packed = [bnb_linear(weight).weight for weight in weights]
     theirs = in_turns([partial(bnb.functional.dequantize_4bit, p.data, p.quant_state) for p in packed])
     return Case(ours, theirs, lambda: agree(2**-8, weight=(ours(), theirs())))
 
 
 def _quantise(shape: tuple[int, int], device: str) -> Case:
     weights = _weights(shape, device)
-    quantize_4bit = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4", compress_statistics=True)
     ours = in_turns([partial(ops.quantize, weight) for weight in weights])
+    if lacking := missing("bitsandbytes"):
+        return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)
+    import bitsandbytes as bnb
+
+    quantize_4bit = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = in_turns([partial(quantize_4bit, weight) for weight in weights])
 
     def check() -> str:
@@ -284,97 +307,3 @@ def _quantise_bytes(shape: tuple[int, int], device: str) -> Case:
         return f"the CPU's bits; plain scales, {moved / 1e6:.1f} MB"
 
     return Case(in_turns(calls), _copies(moved, device), check)
-
-
-# ---- A whole model ---------------------------------------------------------------------------------------------------
-
-
-def peft_start(weight: Tensor, r: int, quantised: bool) -> tuple[Tensor, ...]:
-    """The steps of PEFT's LoraLayer.pissa_init for init_lora_weights="pissa_niter_16" and scaling 1, and, if
-    `quantised`, the residual in 4 bits."""
-    wide = weight.float()
-    v, s, u = torch.svd_lowrank(wide, r, niter=16)
-    a = torch.diag(torch.sqrt(s)) @ u.t()
-    b = v @ torch.diag(torch.sqrt(s))
-    rest = (wide - b @ a).to(weight.dtype)
-    if quantised:
-        bnb.functional.quantize_4bit(rest, blocksize=64, quant_type="nf4", compress_statistics=True)
-    return a, b, rest
-
-
-def our_start(weights: Sequence[Tensor], r: int, quantised: bool) -> list[ops.Split]:
-    """The steps of pissa.wrap on the layers' weights, with two passes more than "auto": the spectra are flat."""
-    splits = ops.split_many(weights, [r] * len(weights), [1.0] * len(weights), passes=16)
-    if quantised:
-        return [
-            ops.Split(s.a0, s.b0, ops.residual(w, s.a0, s.b0, form="nf4")) for w, s in zip(weights, splits, strict=True)
-        ]
-    return splits
-
-
-def _lost(weight: Tensor, a: Tensor) -> float:
-    """1 - ||W V||^2 / (the sum of the r largest squared singular values)."""
-    wide = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().mT
-    squares = torch.linalg.eigvalsh(wide.mT @ wide).flip(0)[: a.shape[0]].sum().item()
-    return 1 - energy(weight, a.mT) / squares
-
-
-def start_of_a_model(quantised: bool, device: str, quick: bool, pairs: int = 3, limit_s: float = 60) -> Result:
-    """The start of all linear layers of a 7B-shaped model at once, by the wall clock.
-
-    The peer would take a minute for all layers. It decomposes one of each shape, and its time is multiplied by their
-    number.
-    """
-    r = 16 if quick else 128
-    shapes = {(256, 256): 3, (320, 256): 2} if quick else SHAPES_7B
-    kind = "QPiSSA" if quantised else "PiSSA"
-    work = f"{kind} start of a 7B model's {sum(shapes.values())} layers, r = {r}"
-    against = "PEFT, pissa_niter_16" + (" + bitsandbytes" if quantised else "") + ", by three of its layers"
-    result = Result(work, against, "default", 10.0, None, [], [], [], None, "", False)
-
-    def wall(call: Call) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
-
-    try:
-        numbered = enumerate(shape for shape, count in shapes.items() for _ in range(count))
-        weights = [model_weight.__wrapped__(*shape, seed, device) for seed, shape in numbered]
-        firsts = {shape: next(w for w in weights if tuple(w.shape) == shape) for shape in shapes}
-        ours: Callable[[], object] = partial(our_start, weights, r, quantised)
-        result.note = _start_check(list(firsts.values()), r, quantised)
-        wall(ours)  # the peer has warmed up in the check
-        begin = time.monotonic()
-        for _ in range(pairs):
-            mine = wall(ours)
-            theirs = sum(shapes[shape] * wall(partial(peft_start, firsts[shape], r, quantised)) for shape in shapes)
-            result.ours_ms.append(mine)
-            result.peer_ms.append(theirs)
-            result.ratios.append(theirs / mine)
-            if time.monotonic() - begin > limit_s:
-                break
-    except Exception as error:
-        result.failed = True
-        result.note = " ".join(f"{type(error).__name__}: {error}".split())
-    return result
-
-
-def _start_check(weights: Sequence[Tensor], r: int, quantised: bool) -> str:
-    """Checks on one layer of each shape that we lose no more energy than the peer, and in NF4 no more of the weight."""
-    notes = []
-    for weight, split in zip(weights, our_start(weights, r, quantised), strict=True):
-        a, b, rest = peft_start(weight, r, quantised)
-        mine, theirs = _lost(weight, split.a0), _lost(weight, a)
-        if mine > theirs + 1e-5:
-            raise MismatchError(f"{list(weight.shape)}: {mine:.2e} of the energy lost, by the peer {theirs:.2e}")
-        notes.append(f"{mine:.1e} / {theirs:.1e}")
-        if quantised:
-            product = split.b0 @ split.a0
-            own = relative_error(ops.dequantize(split.residual) + product, weight)
-            other = relative_error(ops.dequantize(ops.quantize(rest)) + b @ a, weight)
-            require(own <= 1.01 * other, f"error of Q + B A {own:.3e}, the peer's {other:.3e}")
-    return "energy lost, ours / peer: " + ", ".join(notes)

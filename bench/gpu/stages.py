@@ -1,4 +1,4 @@
-"""Stages, one after the other. Each has a time limit and a log, and needs some of those before it."""
+"""Parts of stages, run one after the other. Each has a time limit and a log, and needs some of those before it."""
 
 from __future__ import annotations
 
@@ -6,40 +6,60 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TOO_LATE_S = 10  # no stage begins with less time left
+TOO_LATE_S = 10  # no part begins with less time left
 
 
 class StageError(Exception):
-    """A stage failed; its log says more."""
+    """A part failed; the message is a line for the summary, its log says more."""
 
 
-class OutOfTimeError(StageError):
-    """The time of a stage was over, and its command was ended."""
+class LeftOutError(Exception):
+    """A part cannot run on this machine, which is no failure; the message says what it would need."""
 
 
-class Stage:
-    """A stage while it runs. Its commands write to its log, and end when its time is over."""
+class NotFinishedError(Exception):
+    """A part has not come to its end for lack of time; a later run goes on."""
+
+
+class OutOfTimeError(Exception):
+    """The time of a part was over, and its command was ended."""
+
+
+class Job:
+    """A part while it runs. Its commands write to its log, and end when its time is over.
+
+    `notes` are lines for the summary; `left_out` is what of the part cannot run on this machine.
+    """
 
     def __init__(self, log: Path, seconds: float) -> None:
         self.log = log
         self.deadline = time.monotonic() + seconds
+        self.notes: list[str] = []
+        self.left_out: list[str] = []
+        log.write_text("")
 
     def say(self, text: str) -> None:
         with self.log.open("a") as log:
             print(text, file=log)
 
+    def lines(self) -> list[str]:
+        """The log, so far."""
+        return self.log.read_text(errors="replace").splitlines()
+
     def run(self, *command: object, **options: Any) -> None:
         """Runs a command, with options of subprocess.Popen.
 
         Raises:
-            StageError: the command failed, or the time of the stage is over.
+            StageError: the command failed.
+            OutOfTimeError: the time of the part is over.
         """
         if status := self.status(command, **options):
-            raise StageError(f"{command[0]} ended with status {status}")
+            raise StageError(f"{Path(str(command[0])).name} ended with status {status}")
 
     def status(
         self, command: Sequence[object], log: Path | None = None, seconds: float | None = None, **options: Any
@@ -47,14 +67,14 @@ class Stage:
         """Runs a command and returns its exit status.
 
         Args:
-            log: where its output goes instead of the log of the stage.
+            log: where its output goes instead of the log of the part.
             seconds: a limit of its own.
 
         Returns:
             None if the command was ended at its own limit.
 
         Raises:
-            OutOfTimeError: the time of the stage is over.
+            OutOfTimeError: the time of the part is over.
         """
         left = self.deadline - time.monotonic()
         with (log or self.log).open("a") as out:
@@ -83,47 +103,72 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-class Stages:
-    """Runs stages and prints how each ended. `failed` and `skipped` name those that did not pass."""
+@dataclass(frozen=True)
+class Part:
+    """A part of a stage: at most `seconds` of `work`, any exception of which means that it failed. It is not run for
+    lack of one of those that it needs."""
 
-    def __init__(self, logs: Path, seconds: float, after_each: Callable[[], None]) -> None:
-        self.logs = logs
-        self.begin = time.monotonic()
-        self.seconds = seconds
-        self.after_each = after_each
-        self.failed: list[str] = []
-        self.skipped: list[str] = []
+    stage: str
+    name: str
+    seconds: float
+    work: Callable[[Job], None]
+    needs: tuple[str, ...] = ()
 
-    def run(self, name: str, seconds: float, work: Callable[[Stage], None], needs: Sequence[str] = ()) -> None:
-        """Runs a stage, unless one that it needs has not passed or no time is left.
 
-        Args:
-            seconds: of the stage, less if less is left of the whole run.
-            work: does it; any exception means that the stage failed.
-        """
-        lacking = next((need for need in needs if need in (*self.failed, *self.skipped)), None)
-        left = self.seconds - (time.monotonic() - self.begin)
-        if lacking or left < TOO_LATE_S:
-            self.skip(name, f"for lack of {lacking}" if lacking else "no time is left")
-            return
-        start = time.monotonic()
-        seconds = min(seconds, left)
-        stage = Stage(self.logs / f"{name}.log", seconds)
-        try:
-            work(stage)
-        except Exception as error:  # of any kind, for the other stages still run
-            self.failed.append(name)
-            stage.say(f"{type(error).__name__}: {error}")
-            if isinstance(error, OutOfTimeError):
-                print(f"{name}: out of its {seconds:.0f} s")
-            print(f"{name}: FAILED after {time.monotonic() - start:.0f} s; the end of {stage.log}:")
-            end = stage.log.read_text(errors="replace").splitlines()[-40:]
-            print(*(f"    {line[:300]}" for line in end), sep="\n", flush=True)
-        else:
-            print(f"{name}: passed in {time.monotonic() - start:.0f} s", flush=True)
-        finally:
-            self.after_each()
+@dataclass
+class Outcome:
+    """How a part ended: "passed", "failed", "left out" or "not run", why in a line if it did not pass, and what a Job
+    has noted."""
 
-    def skip(self, name: str, reason: str) -> None:
-        print(f"{name}: not run, {reason}", flush=True)
-        self.skipped.append(name)
+    how: str
+    why: str = ""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def run_part(part: Part, before: Mapping[str, Outcome], logs: Path, left: float) -> Outcome:
+    """Runs a part, unless one that it needs has not passed or no time is left, and prints how it ended.
+
+    Args:
+        before: the outcomes of the parts that it needs.
+        left: seconds that are left for it; it gets no more than its own.
+    """
+    for need in part.needs:
+        if before[need].how == "left out":
+            return Outcome("left out", before[need].why)
+        if before[need].how != "passed":
+            return _said(part, Outcome("not run", f"for lack of {need}"))
+    if left < TOO_LATE_S:
+        return _said(part, Outcome("not run", "no time"))
+    begin = time.monotonic()
+    job = Job(logs / f"{part.name}.log", min(part.seconds, left))
+    try:
+        part.work(job)
+        outcome = Outcome("passed")
+    except LeftOutError as error:
+        outcome = Outcome("left out", str(error))
+    except NotFinishedError as error:
+        outcome = Outcome("not run", str(error))
+    except OutOfTimeError as error:
+        job.say(str(error))
+        late = left < part.seconds
+        outcome = (
+            Outcome("not run", "cut off, no time") if late else Outcome("failed", f"out of its {part.seconds:g} s")
+        )
+    except StageError as error:
+        outcome = Outcome("failed", str(error))
+    except Exception as error:  # of any kind, for the other parts still run
+        job.say(f"{type(error).__name__}: {error}")
+        outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+    outcome.seconds = time.monotonic() - begin
+    outcome.notes, outcome.left_out = job.notes, job.left_out
+    return _said(part, outcome, job)
+
+
+def _said(part: Part, outcome: Outcome, job: Job | None = None) -> Outcome:
+    how = f"{outcome.how.upper() if outcome.how == 'failed' else outcome.how}, {outcome.seconds:.0f} s"
+    print(f"{part.stage}, {part.name}: {how}{': ' if outcome.why else ''}{outcome.why}", flush=True)
+    if outcome.how == "failed" and job:
+        print(f"    the end of {job.log}:", *(f"    {line[:300]}" for line in job.lines()[-40:]), sep="\n", flush=True)
+    return outcome

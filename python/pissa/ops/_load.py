@@ -5,6 +5,8 @@ torch first: the libraries find libtorch_cpu.so and libtorch_cuda.so because tor
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,26 @@ except ImportError as error:
 __all__ = ["_C", "cuda_problem"]
 
 _CUDA = 13  # the major version that the library is built for; torch must have the same in its process
+# What the library links of CUDA, and what that needs in turn, a library after its needs; the package that brings each.
+_CUDA_LIBRARIES = {
+    "libnvJitLink.so.13": "nvjitlink",
+    "libcublasLt.so.13": "cublas",
+    "libcublas.so.13": "cublas",
+    "libcusparse.so.12": "cusparse",
+    "libcusolver.so.12": "cusolver",
+}
+
+
+def _preload_cuda_libraries() -> None:
+    """Loads CUDA's libraries from beside torch: ours looks for them beside pissa, which may be in another folder, and
+    torch itself does not load all of them, for it starts without cuSOLVER. What needs them finds them by their names
+    in the process; their symbols stay their own."""
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    for name, package in _CUDA_LIBRARIES.items():
+        paths = (packages / folder / "lib" / name for folder in (f"cu{_CUDA}", package))
+        if path := next(filter(Path.exists, paths), None):
+            with contextlib.suppress(OSError):  # the library that needs it says so
+                ctypes.CDLL(str(path))
 
 
 def _load_cuda(library: Path) -> str | None:
@@ -44,7 +66,11 @@ def _load_cuda(library: Path) -> str | None:
         )
     load: Callable[[str], None] = torch.ops.load_library
     try:
-        load(str(library))
+        try:
+            load(str(library))
+        except OSError:
+            _preload_cuda_libraries()
+            load(str(library))
     except OSError as error:
         return (
             f"pissa's CUDA library could not be loaded: {error.__cause__ or error}; CUDA's own libraries "

@@ -65,6 +65,35 @@ def test_the_library_is_loaded_beside_a_torch_for_cuda_13(library: Path) -> None
     assert str(library) in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize("folders", [("cu13", "cu13"), ("cusparse", "cusolver")], ids=["one folder", "one a package"])
+def test_cudas_libraries_are_found_beside_torch(folders: tuple[str, str], tmp_path: Path) -> None:
+    """torch is in another folder than pissa: ours needs cuSOLVER, which needs cuSPARSE, and neither is loaded yet."""
+    made: list[Path] = []
+    for name, folder in zip(("libcusparse.so.12", "libcusolver.so.12", LIBRARY), (*folders, None), strict=True):
+        path = tmp_path / (f"packages/nvidia/{folder}/lib/{name}" if folder else f"pissa/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = f"int f{len(made)}(void) {{ return {f'f{len(made) - 1}()' if made else '1'}; }}"
+        if made:
+            source = f"int f{len(made) - 1}(void); {source}"
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", *map(str, made[-1:])]
+        subprocess.run([*command, f"-Wl,-soname,{name}", "-o", path], input=source, text=True, check=True)
+        made.append(path)
+    code = """if True:
+        import sys, torch
+        from pathlib import Path
+        from pissa.ops import _load
+        torch.version.cuda, torch.__file__ = "13.0", sys.argv[1]
+        print(_load._load_cuda(Path(sys.argv[2])))"""
+    command = [sys.executable, "-c", code, str(tmp_path / "packages/torch/__init__.py"), str(made[-1])]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout == "None\n"
+    made[0].unlink()
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "could not be loaded: libcu" in run.stdout
+    assert 'pip install "pissa[cuda]"' in run.stdout
+
+
 def test_importing_does_not_initialise_cuda() -> None:
     code = "import pissa, torch; print(torch.cuda.is_initialized())"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)

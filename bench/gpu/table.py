@@ -1,0 +1,32 @@
+"""What was measured: records, a line of JSON each, and the table of README.md. It needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STAGES = ("start", "linear", "nf4", "decode", "models")  # of rows
+BROKEN = 3  # the exit status of a process in which the GPU computes nothing more
+_COLUMNS = "work | against | goal | peer / ours (quartiles) | ours, ms | peer, ms"
+HEAD = f"| {_COLUMNS} |\n|{'---|' * (_COLUMNS.count('|') + 1)}"
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """What bench.gpu.measure has written; nothing if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A row of the table, of a result as a record has it."""
+    goal = "" if result["goal"] is None else f"{result['goal']:g}"
+    start = f"| {result['work']} | {result['against']} | {goal} |"
+    if result["failed"]:
+        return f"{start} FAILED: {result['note'].replace('|', '/')} | | |"
+    ours = result["ours_median_ms"]
+    if result["no_peer"]:
+        return f"{start} | {ours:.3g} | no peer: {result['no_peer'].replace('|', '/')} |"
+    ratio, (lower, upper) = result["ratio_median"], result["ratio_quartiles"]
+    shown = f"**{ratio:.2f}**" if result["goal"] is not None and ratio >= result["goal"] else f"{ratio:.2f}"
+    return f"{start} {shown} ({lower:.2f} to {upper:.2f}) | {ours:.3g} | {result['peer_median_ms']:.3g} |"
