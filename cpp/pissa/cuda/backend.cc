@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "pissa/cuda/codes.h"
+#include "pissa/cuda/eigh.h"
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/factorize.h"
 #include "pissa/cuda/gemm.h"
@@ -31,10 +32,6 @@ void remove_earlier(const Context& context, const MutableMatrix& basis, const Mu
 }
 
 }  // namespace
-
-CudaBackend::~CudaBackend() {
-  if (!host_work_.empty()) cudaStreamSynchronize(context_.stream);  // after an error: the stream may still use it
-}
 
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
@@ -125,7 +122,8 @@ void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t do
     remove_earlier(context_, basis, {}, done, rows, count);
     widen(context_, target, wide.data(), count);
     gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count);
-    cholesky(context_, factor.data(), rows, least_share, least_pivot, asked ? asked->data() : flags, count);
+    cholesky(context_, factor.data(), rows, least_share, least_pivot, kDependentRows, asked ? asked->data() : flags,
+             count);
     if (asked && take_flag(asked->data())) {
       return householder_rows(context_, rows_of(basis, 0, done + rows), done, flags);
     }
@@ -146,7 +144,7 @@ void CudaBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatr
     widen(context_, target, wide.data(), count());
     if (matrix.data == basis.data) {
       gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count());
-      cholesky(context_, factor.data(), rows, 0.5, 0.5, flags(), count());
+      cholesky(context_, factor.data(), rows, 0.5, 0.5, kDependentRows, flags(), count());
     }
     solve_lower(context_, factor.data(), rows, wide.data(), matrix.cols, count());
     narrow(context_, wide.data(), target, count());
@@ -157,15 +155,17 @@ void CudaBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix&
   constexpr std::int64_t kSlab = 1024;  // columns in f64 at a time
   const std::int64_t k = rows.rows;
   const Array<double> matrix(context_, count() * k * k);
-  const Array<double> slab(context_, count() * k * std::min(kSlab, rows.cols));
-  for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
-    Matrix part = rows;
-    part.data = static_cast<const float*>(rows.data) + first;
-    part.cols = std::min(kSlab, rows.cols - first);
-    widen(context_, part, slab.data(), count());
-    gram(context_, slab.data(), k, part.cols, first == 0, matrix.data(), count());
+  {
+    const Array<double> slab(context_, count() * k * std::min(kSlab, rows.cols));
+    for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
+      Matrix part = rows;
+      part.data = static_cast<const float*>(rows.data) + first;
+      part.cols = std::min(kSlab, rows.cols - first);
+      widen(context_, part, slab.data(), count());
+      gram(context_, slab.data(), k, part.cols, first == 0, matrix.data(), count());
+    }
   }
-  leading_eigh(context_, matrix.data(), k, scale, s, vectors, flags(), count(), host_work_);
+  leading_eigh(context_, matrix.data(), k, scale, s, vectors, flags(), count());
 }
 
 int* CudaBackend::flags() {
@@ -190,7 +190,6 @@ bool CudaBackend::take_flag(int* flag) const { return take(flag, 1)[0] != 0; }
 bool CudaBackend::had_full_rank() {
   if (!flags_) return true;
   const std::vector<int> taken = take(flags_->data(), count());
-  host_work_.clear();  // the stream is done with it
   // Dependent rows end as NaN, of which there are no eigenvalues; only without them is that a failure of its own.
   if (std::ranges::any_of(taken, [](int flag) { return flag == kNotConverged; })) {
     throw std::runtime_error("the eigenvalues of a Gram matrix did not converge on the CUDA device");

@@ -31,7 +31,6 @@ class CudaBackend {
   CudaBackend(const Context& context, std::span<const Matrix> weights) : context_(context), weights_(weights) {}
 
   CudaBackend(const CudaBackend&) = delete;
-  ~CudaBackend();
 
   // The Backend concept; pissa/core/backend.h says what each does.
   Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const {
@@ -68,7 +67,6 @@ class CudaBackend {
   const Context& context_;
   std::span<const Matrix> weights_;
   std::optional<Array<int>> flags_;  // of factorize.h, one word for each matrix of the stack
-  std::vector<char> host_work_;
 };
 
 }  // namespace pissa::cuda

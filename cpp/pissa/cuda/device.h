@@ -158,7 +158,8 @@ __device__ __forceinline__ std::int64_t divide(std::int64_t a, std::int64_t b, s
   return quotient;
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;

@@ -1,8 +1,5 @@
 #include "pissa/cuda/factorize.h"
 
-#include <memory>
-#include <type_traits>
-
 #include "pissa/core/format.h"
 #include "pissa/cuda/device.h"
 #include "pissa/cuda/elementwise.h"
@@ -24,10 +21,28 @@ Array<double*> pointers_to(const Context& context, double* base, std::int64_t st
   return pointers;
 }
 
+struct Seen {
+  int not_finite;
+};
+
+__global__ void identity_unless_finite_kernel(double* matrices, std::int64_t k, int flag, int* flags) {
+  Seen& seen = shared_memory<Seen>();
+  double* matrix = matrices + blockIdx.x * k * k;
+  if (threadIdx.x == 0) seen.not_finite = 0;
+  __syncthreads();
+  int not_finite = 0;
+  for (std::int64_t i = threadIdx.x; i < k * k; i += kThreads) not_finite |= matrix[i] - matrix[i] != 0.0;
+  if (not_finite) atomicOr(&seen.not_finite, 1);
+  __syncthreads();
+  if (!seen.not_finite) return;
+  for (std::int64_t i = threadIdx.x; i < k * k; i += kThreads) matrix[i] = i % (k + 1) == 0 ? 1.0 : 0.0;
+  if (threadIdx.x == 0) atomicOr(flags + blockIdx.x, flag);
+}
+
 // A warp looks at one matrix: row i of the Gram matrix had the squared length of row i of L, and L[i, i] is what of it
 // lies outside the rows before.
 __global__ void check_pivots_kernel(const double* lower, std::int64_t k, double least_share, double least_pivot,
-                                    const int* info, int* flags) {
+                                    const int* info, int flag, int* flags) {
   const double* matrix = lower + blockIdx.x * k * k;
   bool good = info[blockIdx.x] == 0;
   for (std::int64_t i = threadIdx.x; i < k && good; i += kWarp) {
@@ -36,7 +51,7 @@ __global__ void check_pivots_kernel(const double* lower, std::int64_t k, double 
     const double pivot = matrix[i * k + i];
     good = pivot > least_pivot && pivot > least_share * sqrt(squared);  // false for NaN
   }
-  if (!good) atomicOr(flags + blockIdx.x, kDependentRows);
+  if (!good) atomicOr(flags + blockIdx.x, flag);
 }
 
 __global__ void check_info_kernel(const int* info, int count, int flag, int* flags) {
@@ -58,20 +73,6 @@ __global__ void signed_rows_kernel(const double* q, const double* signs, std::in
   for (std::int64_t j = threadIdx.x; j < out.cols; j += kThreads) to[j] = static_cast<float>(sign * from[j]);
 }
 
-// One block for each eigenvector, and matrix of the stack; cuSOLVER's are in the columns of a column-major matrix,
-// ascending.
-__global__ void leading_kernel(const double* vectors, const double* values, std::int64_t k, double scale,
-                               MutableMatrix s, MutableMatrix out) {
-  const std::int64_t source = k - 1 - blockIdx.x;
-  const double* from = vectors + (blockIdx.y * k + source) * k;
-  float* to = static_cast<float*>(out.data) + blockIdx.y * out.stride + blockIdx.x * out.ld;
-  for (std::int64_t j = threadIdx.x; j < k; j += kThreads) to[j] = static_cast<float>(from[j]);
-  if (threadIdx.x != 0) return;
-  const double value = values[blockIdx.y * k + source];
-  static_cast<float*>(s.data)[blockIdx.y * s.stride + blockIdx.x] =
-      static_cast<float>(scale * sqrt(value > 0 ? value : 0.0));
-}
-
 int narrowed(std::int64_t size) {
   PISSA_CHECK(size <= 0x7fffffff, "cuSOLVER: got a dimension of ", size, "; allowed: up to 2147483647");
   return static_cast<int>(size);
@@ -79,16 +80,23 @@ int narrowed(std::int64_t size) {
 
 }  // namespace
 
+void identity_unless_finite(const Context& context, double* matrices, std::int64_t k, Flag flag, int* flags,
+                            std::int64_t count) {
+  launch(context, "identity_unless_finite", identity_unless_finite_kernel, dim3(static_cast<unsigned>(count)), kThreads,
+         matrices, k, static_cast<int>(flag), flags);
+}
+
 // Row-major lower is column-major upper.
-void cholesky(const Context& context, double* gram, std::int64_t k, double least_share, double least_pivot, int* flags,
-              std::int64_t count) {
+void cholesky(const Context& context, double* gram, std::int64_t k, double least_share, double least_pivot, Flag flag,
+              int* flags, std::int64_t count) {
+  identity_unless_finite(context, gram, k, flag, flags, count);
   const auto matrices = pointers_to(context, gram, k * k, count);
   const Array<int> info(context, count);
   check(cusolverDnDpotrfBatched(context.solver(), CUBLAS_FILL_MODE_UPPER, narrowed(k), matrices.data(), narrowed(k),
                                 info.data(), narrowed(count)),
         context, "cusolverDnDpotrfBatched", "n", k, "batch", count);
   launch(context, "check_pivots", check_pivots_kernel, dim3(static_cast<unsigned>(count)), kWarp, gram, k, least_share,
-         least_pivot, info.data(), flags);
+         least_pivot, info.data(), static_cast<int>(flag), flags);
 }
 
 // In column-major words: X = rows^T [cols, k], the factor is U = L^T, and X L^-T = X U^-1.
@@ -128,32 +136,6 @@ void householder_rows(const Context& context, const MutableMatrix& basis, std::i
     launch(context, "check_info", check_info_kernel, dim3(1), kThreads, info.data() + i, 1,
            static_cast<int>(kNotConverged), flags);
   }
-}
-
-void leading_eigh(const Context& context, double* gram, std::int64_t k, float scale, const MutableMatrix& s,
-                  const MutableMatrix& vectors, int* flags, std::int64_t count, std::vector<char>& host_work) {
-  const cusolverDnHandle_t solver = context.solver();
-  const Array<double> values(context, count * k);
-  const Array<int> info(context, count);
-  cusolverDnParams_t made = nullptr;
-  check(cusolverDnCreateParams(&made), context, "cusolverDnCreateParams");
-  const std::unique_ptr<std::remove_pointer_t<cusolverDnParams_t>, cusolverStatus_t (*)(cusolverDnParams_t)> params(
-      made, cusolverDnDestroyParams);
-  std::size_t device_bytes = 0, host_bytes = 0;
-  check(cusolverDnXsyevBatched_bufferSize(solver, params.get(), CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, k,
-                                          CUDA_R_64F, gram, k, CUDA_R_64F, values.data(), CUDA_R_64F, &device_bytes,
-                                          &host_bytes, count),
-        context, "cusolverDnXsyevBatched_bufferSize", "n", k, "batch", count);
-  const Array<char> work(context, static_cast<std::int64_t>(device_bytes));
-  host_work.resize(host_bytes);
-  check(cusolverDnXsyevBatched(solver, params.get(), CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, k, CUDA_R_64F,
-                               gram, k, CUDA_R_64F, values.data(), CUDA_R_64F, work.data(), device_bytes,
-                               host_work.data(), host_bytes, info.data(), count),
-        context, "cusolverDnXsyevBatched", "n", k, "batch", count);
-  launch(context, "leading", leading_kernel, dim3(static_cast<unsigned>(vectors.rows), static_cast<unsigned>(count)),
-         kThreads, gram, values.data(), k, static_cast<double>(scale), s, vectors);
-  launch(context, "check_info", check_info_kernel, dim3(static_cast<unsigned>(ceil_div(count, kThreads))), kThreads,
-         info.data(), static_cast<int>(count), static_cast<int>(kNotConverged), flags);
 }
 
 }  // namespace pissa::cuda

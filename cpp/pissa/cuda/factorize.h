@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
@@ -14,10 +13,16 @@ namespace pissa::cuda {
 /// What may go wrong while the host is not looking: bits of one word for each matrix of the stack, in device memory.
 enum Flag : int { kDependentRows = 1, kNotConverged = 2 };
 
-/// gram [count][k, k] = its Cholesky factor L, in the lower triangle of row-major rows. Raises kDependentRows unless
-/// every row keeps more than `least_share` of its length outside the rows before it, and more than `least_pivot`.
-void cholesky(const Context& context, double* gram, std::int64_t k, double least_share, double least_pivot, int* flags,
-              std::int64_t count);
+/// matrices [count][k, k]: one with an element that is not finite becomes the identity, and its `flag` is raised.
+/// Libraries may refuse a whole stack for one NaN.
+void identity_unless_finite(const Context& context, double* matrices, std::int64_t k, Flag flag, int* flags,
+                            std::int64_t count);
+
+/// gram [count][k, k] = its Cholesky factor L, in the lower triangle of row-major rows. Raises `flag` unless gram is
+/// finite and every row keeps more than `least_share` of its length outside the rows before it, and more than
+/// `least_pivot`.
+void cholesky(const Context& context, double* gram, std::int64_t k, double least_share, double least_pivot, Flag flag,
+              int* flags, std::int64_t count);
 
 /// rows [count][k, cols] = L^-1 rows.
 void solve_lower(const Context& context, const double* lower, std::int64_t k, double* rows, std::int64_t cols,
@@ -26,10 +31,5 @@ void solve_lower(const Context& context, const double* lower, std::int64_t k, do
 /// Makes rows [done, rows) of one f32 matrix orthonormal, and orthogonal to the rows before, whatever their rank: QR of
 /// the transpose with the diagonal of R made positive.
 void householder_rows(const Context& context, const MutableMatrix& basis, std::int64_t done, int* flags);
-
-/// The leading vectors.rows eigenpairs of gram [count][k, k], which is overwritten: s = scale * sqrt(eigenvalue),
-/// descending, eigenvectors in the rows of `vectors`. `host_work` must outlive the work on the stream.
-void leading_eigh(const Context& context, double* gram, std::int64_t k, float scale, const MutableMatrix& s,
-                  const MutableMatrix& vectors, int* flags, std::int64_t count, std::vector<char>& host_work);
 
 }  // namespace pissa::cuda

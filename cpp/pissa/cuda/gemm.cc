@@ -35,6 +35,16 @@ Operand operand(const Matrix& matrix, Op op = Op::n) {
           op == Op::n ? CUBLAS_OP_N : CUBLAS_OP_T};
 }
 
+Operand operand(const WideMatrix& matrix, Op op = Op::n) {
+  return {matrix.data,
+          CUDA_R_64F,
+          matrix.cols,
+          matrix.rows,
+          matrix.ld,
+          matrix.stride,
+          op == Op::n ? CUBLAS_OP_N : CUBLAS_OP_T};
+}
+
 // Of a pointer and of the distances between columns and matrices: what a kernel may rely on.
 std::uint32_t alignment(const Operand& operand) {
   const std::int64_t size = operand.type == CUDA_R_64F ? 8 : operand.type == CUDA_R_32F ? 4 : 2;
@@ -152,16 +162,16 @@ void matmul(const Context& context, const Matmul& problem) {
   product.run(&problem.alpha, &beta);
 }
 
-// rows is column-major [cols, k], so rows rows^T is its transpose times itself.
+void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, const WideMatrix& b, Op op_b,
+            double beta, const WideMatrix& out, std::int64_t count) {
+  Product(context, CUBLAS_COMPUTE_64F, CUDA_R_64F, operand(b, op_b), operand(a, op_a), operand(out), count)
+      .run(&alpha, &beta);
+}
+
 void gram(const Context& context, const double* rows, std::int64_t k, std::int64_t cols, bool first, double* gram,
           std::int64_t count) {
-  Operand transposed{rows, CUDA_R_64F, cols, k, cols, k * cols, CUBLAS_OP_T};
-  Operand straight = transposed;
-  straight.op = CUBLAS_OP_N;
-  const Operand out{gram, CUDA_R_64F, k, k, k, k * k};
-  const double alpha = 1.0;
-  const double beta = first ? 0.0 : 1.0;
-  Product(context, CUBLAS_COMPUTE_64F, CUDA_R_64F, transposed, straight, out, count).run(&alpha, &beta);
+  const WideMatrix factor{const_cast<double*>(rows), k, cols, cols, k * cols};
+  matmul(context, 1.0, factor, Op::n, factor, Op::t, first ? 0.0 : 1.0, {gram, k, k, k, k * k}, count);
 }
 
 }  // namespace pissa::cuda

@@ -1,4 +1,4 @@
-// Matrix products by cublasLt: one product of dense matrices, or of stacks of them, with f32 or f64 accumulation.
+// Matrix products by cublasLt: one product of dense matrices, or of stacks of them, in f32 or f64.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,16 @@ struct Matmul {
   std::int64_t count = 1;  // matrices in each stack
 };
 void matmul(const Context& context, const Matmul& problem);
+
+/// A row-major matrix in f64.
+struct WideMatrix {
+  double* data;
+  std::int64_t rows, cols, ld, stride;
+};
+
+/// out = alpha op(a) op(b) + beta out in f64; out overlaps neither.
+void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, const WideMatrix& b, Op op_b,
+            double beta, const WideMatrix& out, std::int64_t count);
 
 /// gram [count][k, k] += rows rows^T, f64; rows [count][k, cols], contiguous. `first`: the sum starts here.
 void gram(const Context& context, const double* rows, std::int64_t k, std::int64_t cols, bool first, double* gram,
