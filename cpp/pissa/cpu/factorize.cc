@@ -7,9 +7,9 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
-#include <utility>
 
 #include "pissa/core/error.h"
+#include "pissa/core/tridiagonal.h"
 
 namespace pissa::cpu {
 namespace {
@@ -20,38 +20,6 @@ using Strided = Eigen::Map<RowMajorF32, Eigen::Unaligned, Eigen::OuterStride<>>;
 
 Eigen::MatrixXd lower_triangle(const double* gram, std::int64_t k) {
   return Eigen::Map<const RowMajorF64>(gram, k, k).triangularView<Eigen::Lower>();
-}
-
-// One step of inverse iteration, x = (T - shift)^-1 x, for the symmetric tridiagonal T, by Gaussian elimination with
-// partial pivoting (LAPACK's gttrf and gttrs in one). A pivot that vanishes is replaced by `tiny`.
-void solve_tridiagonal(const Eigen::VectorXd& diagonal, const Eigen::VectorXd& subdiagonal, double shift, double tiny,
-                       Eigen::Ref<Eigen::VectorXd> x) {
-  const Eigen::Index n = diagonal.size();
-  Eigen::VectorXd pivot = diagonal.array() - shift;  // U's diagonal, and its first and second superdiagonal
-  Eigen::VectorXd first = Eigen::VectorXd::Zero(n);
-  Eigen::VectorXd second = Eigen::VectorXd::Zero(n);
-  first.head(n - 1) = subdiagonal;
-  for (Eigen::Index i = 0; i + 1 < n; ++i) {
-    double below = subdiagonal[i];
-    if (std::abs(below) > std::abs(pivot[i])) {  // exchange rows i and i + 1
-      std::swap(pivot[i], below);
-      std::swap(first[i], pivot[i + 1]);
-      std::swap(second[i], first[i + 1]);
-      std::swap(x[i], x[i + 1]);
-    }
-    if (std::abs(pivot[i]) < tiny) pivot[i] = tiny;
-    const double factor = below / pivot[i];
-    pivot[i + 1] -= factor * first[i];
-    first[i + 1] -= factor * second[i];
-    x[i + 1] -= factor * x[i];
-  }
-  if (std::abs(pivot[n - 1]) < tiny) pivot[n - 1] = tiny;
-  for (Eigen::Index i = n - 1; i >= 0; --i) {
-    if (i + 1 < n) x[i] -= first[i] * x[i + 1];
-    if (i + 2 < n) x[i] -= second[i] * x[i + 2];
-    x[i] /= pivot[i];
-  }
-  x.normalize();
 }
 
 // The leading eigenpairs only: eigenvalues of the tridiagonal form, their eigenvectors by inverse iteration from
@@ -69,7 +37,7 @@ bool leading_eigh(const Eigen::MatrixXd& matrix, std::span<double> values, Strid
   const double largest = solver.eigenvalues().cwiseAbs().maxCoeff();
   const double tiny = std::max(largest * std::numeric_limits<double>::epsilon(), std::numeric_limits<double>::min());
 
-  Eigen::MatrixXd basis(k, count);
+  Eigen::MatrixXd basis(k, count), room(k, 3);
   std::uint64_t state = 0;  // a linear congruential generator; any start that has part of the eigenvector will do
   for (Eigen::Index i = 0; i < count; ++i) {
     for (Eigen::Index j = 0; j < k; ++j) {
@@ -77,7 +45,11 @@ bool leading_eigh(const Eigen::MatrixXd& matrix, std::span<double> values, Strid
       basis(j, i) = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
     }
     const double shift = solver.eigenvalues()[k - 1 - i];
-    for (int step = 0; step < 3; ++step) solve_tridiagonal(diagonal, subdiagonal, shift, tiny, basis.col(i));
+    for (int step = 0; step < 3; ++step) {
+      solve_tridiagonal({diagonal.data(), subdiagonal.data(), k}, shift, tiny, {&basis(0, i)}, {&room(0, 0)},
+                        {&room(0, 1)}, {&room(0, 2)});
+      basis.col(i).normalize();
+    }
   }
   Eigen::MatrixXd product = diagonal.asDiagonal() * basis;
   product.topRows(k - 1) += subdiagonal.asDiagonal() * basis.bottomRows(k - 1);

@@ -22,7 +22,7 @@ constexpr int kPanel = 32;
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
-// Far below what products of f32 can be, and, squared, still a number.
+// The smallest pivot: below any rounding error of a Gram matrix of f32, and what is divided by it stays finite.
 constexpr double kLeast = 0x1p-400;
 
 // What reduces the matrices of a stack, and what is left of it; all but the tridiagonal form is dead with the panel or
@@ -36,7 +36,7 @@ struct Reduction {
   double* partial;      // [kMostWarps, k]
   std::int64_t k;
 
-  PISSA_INLINE std::int64_t panels() const { return ceil_div(k, kPanel); }
+  PISSA_INLINE constexpr std::int64_t panels() const { return ceil_div(k, kPanel); }
 };
 
 // The parts of the block's own matrix.
@@ -75,7 +75,7 @@ struct Overlaps {
 // Columns [first, first + columns) as LAPACK's latrd reduces them: each is brought up to date with the reflections of
 // the panel, H = I - v v^T with |v|^2 = 2 makes it 0 below the subdiagonal, and w = p - (p^T v / 2) v with p = A v is
 // what A - v w^T - w v^T = H A H needs.
-__global__ void reduce_panel_kernel(Reduction all, std::int64_t first, int columns) {
+__global__ void __launch_bounds__(kMostThreads) reduce_panel_kernel(Reduction all, std::int64_t first, int columns) {
   const Reduction mine = of_block(all);
   const std::int64_t k = mine.k;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -255,12 +255,10 @@ void turn_back(const Context& context, const Reduction& all, double* rows, std::
   const std::int64_t k = all.k;
   const Array<double> overlap(context, count * r * kPanel), combined(context, count * r * kPanel);
   for (std::int64_t panel = all.panels() - 1; panel >= 0; --panel) {
-    const std::int64_t first = panel * kPanel, columns = std::min<std::int64_t>(kPanel, k - first);
-    const std::int64_t rest = k - first - 1;
-    if (rest == 0) continue;
-    const WideMatrix v{all.matrix + first * k + first + 1, columns, rest, k, k * k};
+    const std::int64_t first = panel * kPanel, rest = k - first, columns = std::min<std::int64_t>(kPanel, rest);
+    const WideMatrix v{all.matrix + first * (k + 1), columns, rest, k, k * k};
     const WideMatrix t{all.triangle + first * kPanel, columns, columns, kPanel, all.panels() * kPanel * kPanel};
-    const WideMatrix x{rows + first + 1, r, rest, k, r * k};
+    const WideMatrix x{rows + first, r, rest, k, r * k};
     const WideMatrix x_v{overlap.data(), r, columns, kPanel, r * kPanel};
     const WideMatrix x_v_t{combined.data(), r, columns, kPanel, r * kPanel};
     matmul(context, 1.0, x, Op::n, v, Op::t, 0.0, x_v, count);

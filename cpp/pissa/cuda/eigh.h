@@ -15,7 +15,7 @@ namespace pissa::cuda {
 /// The leading vectors.rows eigenpairs of gram [count][k, k], symmetric with eigenvalues >= 0, which is overwritten:
 /// s [1, r] f32 = scale * sqrt(eigenvalue), descending, eigenvectors in the rows of `vectors` [r, k] f32. Elements may
 /// be as large and as small as products of two f32. Raises kNotConverged, and leaves s and vectors meaning nothing,
-/// where elements are not finite.
+/// where elements are not finite or vectors do not come out independent.
 void leading_eigh(const Context& context, double* gram, std::int64_t k, float scale, const MutableMatrix& s,
                   const MutableMatrix& vectors, int* flags, std::int64_t count);
 

@@ -13,8 +13,8 @@ namespace pissa::cuda {
 /// What may go wrong while the host is not looking: bits of one word for each matrix of the stack, in device memory.
 enum Flag : int { kDependentRows = 1, kNotConverged = 2 };
 
-/// matrices [count][k, k]: where an element is not finite the matrix becomes the identity and `flag` is raised. What
-/// libraries make of NaN is not theirs to say.
+/// matrices [count][k, k]: one with an element that is not finite becomes the identity, and its `flag` is raised.
+/// Libraries may refuse a whole stack for one NaN.
 void identity_unless_finite(const Context& context, double* matrices, std::int64_t k, Flag flag, int* flags,
                             std::int64_t count);
 

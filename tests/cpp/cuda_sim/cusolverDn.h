@@ -20,34 +20,16 @@ enum cusolverStatus_t {
   CUSOLVER_STATUS_INVALID_WORKSPACE = 31,
 };
 
-enum cusolverEigMode_t { CUSOLVER_EIG_MODE_NOVECTOR = 0, CUSOLVER_EIG_MODE_VECTOR = 1 };
-
 using cusolverDnHandle_t = struct cusolverDnContext*;
-using cusolverDnParams_t = struct cusolverDnParams*;
 
 cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t* handle);
 cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle);
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream);
-cusolverStatus_t cusolverDnCreateParams(cusolverDnParams_t* params);
-cusolverStatus_t cusolverDnDestroyParams(cusolverDnParams_t params);
 
 /// Cholesky factors in the triangle `uplo`; the other one is lost. info: 0, or the first pivot (from 1) that is not
 /// positive. The array of pointers is in device memory.
 cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMode_t uplo, int n, double* a[], int lda,
                                          int* info, int batch_size);
-
-/// Eigenvalues in ascending order, n after n, and vectors in the columns of A, the matrices lda * n apart.
-cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t handle, cusolverDnParams_t params,
-                                                   cusolverEigMode_t jobz, cublasFillMode_t uplo, std::int64_t n,
-                                                   cudaDataType type_a, const void* a, std::int64_t lda,
-                                                   cudaDataType type_w, const void* w, cudaDataType compute_type,
-                                                   std::size_t* device_bytes, std::size_t* host_bytes,
-                                                   std::int64_t batch_size);
-cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnParams_t params, cusolverEigMode_t jobz,
-                                        cublasFillMode_t uplo, std::int64_t n, cudaDataType type_a, void* a,
-                                        std::int64_t lda, cudaDataType type_w, void* w, cudaDataType compute_type,
-                                        void* device_buffer, std::size_t device_bytes, void* host_buffer,
-                                        std::size_t host_bytes, int* info, std::int64_t batch_size);
 
 /// Householder QR: R in the upper triangle, the vectors below it, their leading 1 implied; H = I - tau v v^T.
 cusolverStatus_t cusolverDnDgeqrf_bufferSize(cusolverDnHandle_t handle, int m, int n, double* a, int lda, int* lwork);

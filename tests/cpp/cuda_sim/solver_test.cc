@@ -1,7 +1,6 @@
 // The simulated cuSOLVER, and cuBLAS's triangular solve, against formulas in double; what they refuse, and NaN.
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <tuple>
@@ -108,15 +107,12 @@ class SolverTest : public CudaSimTest {
   void SetUp() override {
     CudaSimTest::SetUp();
     ASSERT_EQ(cusolverDnCreate(&handle), CUSOLVER_STATUS_SUCCESS);
-    ASSERT_EQ(cusolverDnCreateParams(&params), CUSOLVER_STATUS_SUCCESS);
   }
   void TearDown() override {
     EXPECT_EQ(cusolverDnDestroy(handle), CUSOLVER_STATUS_SUCCESS);
-    EXPECT_EQ(cusolverDnDestroyParams(params), CUSOLVER_STATUS_SUCCESS);
     CudaSimTest::TearDown();
   }
   cusolverDnHandle_t handle;
-  cusolverDnParams_t params;
   Random random{7};
 };
 
@@ -136,53 +132,6 @@ TEST_F(SolverTest, Cholesky) {
     const Dense factor = triangle_of(download_dense(pointers[0], n, n, ld), lower, false);
     expect_near(lower ? factor * transposed(factor) : transposed(factor) * factor, good, 1e-13);
     EXPECT_EQ(download_dense(pointers[1], n, n, ld)(4, 4), -1);
-  }
-}
-
-TEST_F(SolverTest, Eigenvalues) {
-  for (const int n : {1, 2, 13, 40}) {
-    for (const bool lower : {true, false}) {
-      const Dense root = random.dense(n, n > 20 ? n / 2 : n);  // the larger one is singular
-      const Dense matrices[] = {root * transposed(root), random.dense(n, n) + -0.5 * identity(n)};
-      std::vector<double> values;
-      std::vector<Dense> exact;
-      for (const Dense& matrix : matrices) {
-        const Dense stored = triangle_of(matrix, lower, false);
-        const auto numbers = packed(stored, n);
-        values.insert(values.end(), numbers.begin(), numbers.end());
-        Dense full = stored + transposed(stored);
-        for (int i = 0; i < n; ++i) full(i, i) /= 2;
-        exact.push_back(full);
-      }
-      double* a = upload(values);
-      double* w = device_memory<double>(2 * n);
-      int* info = device_memory<int>(2);
-      std::size_t device_bytes, host_bytes;
-      const auto uplo = lower ? CUBLAS_FILL_MODE_LOWER : CUBLAS_FILL_MODE_UPPER;
-      ASSERT_EQ(cusolverDnXsyevBatched_bufferSize(handle, params, CUSOLVER_EIG_MODE_VECTOR, uplo, n, CUDA_R_64F, a, n,
-                                                  CUDA_R_64F, w, CUDA_R_64F, &device_bytes, &host_bytes, 2),
-                CUSOLVER_STATUS_SUCCESS);
-      char* buffer = device_memory<char>(device_bytes);
-      std::vector<char> host_buffer(host_bytes);
-      const auto solve = [&](std::size_t bytes) {
-        return cusolverDnXsyevBatched(handle, params, CUSOLVER_EIG_MODE_VECTOR, uplo, n, CUDA_R_64F, a, n, CUDA_R_64F,
-                                      w, CUDA_R_64F, buffer, bytes, host_buffer.data(), host_bytes, info, 2);
-      };
-      EXPECT_EQ(solve(device_bytes - 1), CUSOLVER_STATUS_INVALID_VALUE);
-      ASSERT_EQ(solve(device_bytes), CUSOLVER_STATUS_SUCCESS);
-      EXPECT_EQ(download(info, 2), (std::vector<int>{0, 0}));
-      for (int i = 0; i < 2; ++i) {
-        const std::vector<double> eigenvalues = download(w + i * n, n);
-        const Dense vectors = download_dense(a + i * n * n, n, n, n);
-        EXPECT_TRUE(std::is_sorted(eigenvalues.begin(), eigenvalues.end()));
-        Dense scaled = vectors;
-        for (int j = 0; j < n; ++j) {
-          for (int k = 0; k < n; ++k) scaled(k, j) *= eigenvalues[j];
-        }
-        expect_near(scaled * transposed(vectors), exact[i], 1e-13);
-        expect_near(transposed(vectors) * vectors, identity(n), 1e-13);
-      }
-    }
   }
 }
 
@@ -256,24 +205,6 @@ class SolverOnNaN : public SolverTest {
             download(pointers[0], kElements) != first};
   }
 
-  Outcome syev(const Dense& matrix) {
-    const std::vector<double> first = packed(positive(), kSize), second = packed(matrix, kSize);
-    std::vector<double> both = first;
-    both.insert(both.end(), second.begin(), second.end());
-    double *a = upload(both), *w = device_memory<double>(2 * kSize);
-    int* info = device_memory<int>(2);
-    std::size_t device_bytes, host_bytes;
-    EXPECT_EQ(cusolverDnXsyevBatched_bufferSize(handle, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, kSize,
-                                                CUDA_R_64F, a, kSize, CUDA_R_64F, w, CUDA_R_64F, &device_bytes,
-                                                &host_bytes, 2),
-              CUSOLVER_STATUS_SUCCESS);
-    std::vector<char> host_buffer(host_bytes);
-    const auto status = cusolverDnXsyevBatched(
-        handle, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER, kSize, CUDA_R_64F, a, kSize, CUDA_R_64F, w,
-        CUDA_R_64F, device_memory<char>(device_bytes), device_bytes, host_buffer.data(), host_bytes, info, 2);
-    return {status, download(info, 2)[1], download(w, 2 * kSize).back(), download(a, kElements) != first};
-  }
-
   Outcome geqrf(const Dense& matrix) {
     const std::vector<double> values = packed(matrix, kSize);
     double* a = upload(values);
@@ -298,8 +229,7 @@ class SolverOnNaN : public SolverTest {
             download(a, kElements).back() != values.back()};
   }
 
-  const Solver kSolvers[4] = {{"potrf", &SolverOnNaN::potrf, 4, false, true},
-                              {"syev", &SolverOnNaN::syev, 1, false, false},
+  const Solver kSolvers[3] = {{"potrf", &SolverOnNaN::potrf, 4, false, true},
                               {"geqrf", &SolverOnNaN::geqrf, 0, true, false},
                               {"orgqr", &SolverOnNaN::orgqr, 0, false, false}};
   Outcome solve(const Solver& solver, const Dense& matrix, cuda_sim::OnNaN mode) {

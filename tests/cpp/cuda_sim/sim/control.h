@@ -63,7 +63,7 @@ void set_no_algorithm_below(std::uint32_t bytes, NoAlgorithm how = NoAlgorithm::
 
 /// What a solver does that is given NaN.
 enum class OnNaN {
-  info,                     // at first: as LAPACK. Cholesky stops at the pivot, there are no eigenvalues; NaN from QR
+  info,                     // at first: as LAPACK. Cholesky stops at the pivot; NaN from QR
   info_zero,                // success, info 0, and NaN in what it computes
   status_invalid_value,     // CUSOLVER_STATUS_INVALID_VALUE, and nothing is computed for any matrix of the batch
   status_execution_failed,  // the same with CUSOLVER_STATUS_EXECUTION_FAILED

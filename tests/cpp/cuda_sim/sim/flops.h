@@ -1,5 +1,4 @@
-// Floating-point operations of what the libraries compute, as textbooks count them (LAPACK working note 41; Golub, Van
-// Loan: Matrix computations, for eigenvectors).
+// Floating-point operations of what the libraries compute, as textbooks count them (LAPACK working note 41).
 #pragma once
 
 #include <algorithm>
@@ -24,8 +23,5 @@ constexpr double geqrf_flops(double m, double n) {
 constexpr double orgqr_flops(double m, double n, double k) {
   return 4 * m * n * k - 2 * (m + n) * k * k + 4 * k * k * k / 3;
 }
-
-/// Eigenvalues of a symmetric matrix, by its tridiagonal form; with the vectors, by the QR algorithm.
-constexpr double syev_flops(double n, bool vectors) { return (vectors ? 9.0 : 4.0 / 3.0) * n * n * n; }
 
 }  // namespace cuda_sim::detail
