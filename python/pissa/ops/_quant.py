@@ -61,9 +61,9 @@ class QuantizedWeight(NamedTuple):
 def quantized_weight(
     format: str, codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, double_quant: bool
 ) -> QuantizedWeight:
-    """Of codes and float32 scales, which `double_quant` quantises. Nothing waits for a GPU; the result is to be checked,
-    by `check_scales` where what was quantised may not be finite, otherwise by `check_offset`: the mean of the scales may
-    overflow."""
+    """Of codes and float32 scales, which `double_quant` quantises. Nothing waits for a GPU; the result is to be
+    checked, by `check_scales` where what was quantised may not be finite, otherwise by `check_offset`: the mean of the
+    scales may overflow."""
     if not double_quant:
         return QuantizedWeight(codes, absmax, None, None, format, shape, blocksize)
     # bitsandbytes' bytes follow from torch's own mean. Beyond that number torch divides the sum among threads, and its
@@ -74,8 +74,8 @@ def quantized_weight(
 
 
 def check_scales(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight, if what was quantised was finite, which its scales show, and the mean of nested ones is. The host waits
-    for one number."""
+    """The weight, if what was quantised was finite, which its scales show, and the mean of nested ones is. The host
+    waits for one number."""
     mark = (weight.absmax.amax() if weight.offset is None else weight.offset).item()
     if not math.isfinite(mark):
         # Scales that are finite are infinite less an infinite mean; others are NaN.
