@@ -30,15 +30,14 @@ void convert_scaled(const Context& context, const Matrix& a, float scale, const 
   convert(context, decoded.view(), scale, out, 1);
 }
 
-// scale * matrix in the format wanted: itself, or a copy.
+// A matrix in the format wanted: itself, or a copy.
 class Operand {
  public:
-  Operand(const Context& context, const Matrix& matrix, float scale, Format format, std::int64_t count)
-      : view_(matrix) {
-    if (matrix.format == format && scale == 1.0f) return;
+  Operand(const Context& context, const Matrix& matrix, Format format, std::int64_t count) : view_(matrix) {
+    if (matrix.format == format) return;
     const std::int64_t copies = matrix.stride == 0 ? 1 : count;
     copy_.emplace(context, matrix.rows, matrix.cols, format, copies);
-    convert_scaled(context, matrix, scale, copy_->view(), copies);
+    convert_any(context, matrix, copy_->view(), copies);
     view_ = copy_->view();
   }
   const Matrix& view() const { return view_; }
@@ -61,19 +60,29 @@ bool same_place(const Matrix& a, const Matrix& b) {
   return a.data == b.data && a.format == b.format && a.ld == b.ld && a.stride == b.stride;
 }
 
-// Several terms as one: their first factors side by side, their second ones too. One product rounds once.
+bool of_one_scale(std::span<const Term> terms) {
+  return std::ranges::all_of(terms, [&](const Term& term) { return term.scale == terms[0].scale; });
+}
+
+// Several terms as one: their first factors side by side, their second ones too. One product rounds once. Its scale is
+// theirs; where they differ, the smaller factor of each carries its own.
 class Concatenation {
  public:
   Concatenation(const Context& context, std::span<const Term> terms, Format format, std::int64_t count)
       : a_(room(context, terms[0].a, terms[0].op_a == Op::n, terms, format, count)),
-        b_(room(context, terms[0].b, terms[0].op_b == Op::t, terms, format, count)) {
+        b_(room(context, terms[0].b, terms[0].op_b == Op::t, terms, format, count)),
+        term_{a_.view(), terms[0].op_a, b_.view(), terms[0].op_b} {
+    const bool together = of_one_scale(terms);
+    if (together) term_.scale = terms[0].scale;
     std::int64_t first = 0;
     for (const Term& term : terms) {
-      place(context, term.a, term.scale, term.op_a == Op::n, a_.view(), first, count);
-      place(context, term.b, 1.0f, term.op_b == Op::t, b_.view(), first, count);
+      const bool a_is_smaller = term.a.rows * term.a.cols < term.b.rows * term.b.cols;
+      const float a_scale = together || !a_is_smaller ? 1.0f : term.scale;
+      const float b_scale = together || a_is_smaller ? 1.0f : term.scale;
+      place(context, term.a, a_scale, term.op_a == Op::n, a_.view(), first, count);
+      place(context, term.b, b_scale, term.op_b == Op::t, b_.view(), first, count);
       first += term.inner();
     }
-    term_ = {a_.view(), terms[0].op_a, b_.view(), terms[0].op_b};
   }
   const Term& term() const { return term_; }
 
@@ -95,33 +104,25 @@ class Concatenation {
   Term term_;
 };
 
+// Factors that keep every digit would lose some with a scale of their own.
 bool can_concatenate(std::span<const Term> terms, Format format) {
   return format != Format::f32 && terms.size() > 1 && std::ranges::all_of(terms, [&](const Term& term) {
            return term.op_a == terms[0].op_a && term.op_b == terms[0].op_b &&
                   common_format(term.a, term.b, term.precision) == format &&
-                  (term.precision != Precision::f32 || term.scale == 1.0f);
+                  (term.precision != Precision::f32 || of_one_scale(terms));
          });
 }
-
-// Where operands are rounded, their scale is applied before, as the CPU does; otherwise the product takes it.
-struct Scale {
-  Scale(float scale, Precision precision)
-      : of_operand(precision == Precision::f32 ? 1.0f : scale),
-        of_product(precision == Precision::f32 ? scale : 1.0f) {}
-  float of_operand, of_product;
-};
 
 // sum (+)= scale * op(a) op(b)
 void add_product(const Context& context, const Term& term, Format format, bool accumulate, const MutableMatrix& sum,
                  std::int64_t count) {
-  const Scale scale(term.scale, term.precision);
-  const Operand a(context, term.a, scale.of_operand, format, count);
-  const Operand b(context, term.b, 1.0f, format, count);
+  const Operand a(context, term.a, format, count);
+  const Operand b(context, term.b, format, count);
   matmul(context, {.a = a.view(),
                    .op_a = term.op_a,
                    .b = b.view(),
                    .op_b = term.op_b,
-                   .alpha = scale.of_product,
+                   .alpha = term.scale,
                    .accumulate = accumulate,
                    .out = sum,
                    .count = count});
@@ -199,14 +200,13 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (accumulate) sum_of_products(context, tail, start, sum);
 
   if (x.cols > 0) {
-    const Scale scales(scale, precision);
-    const Operand x_operand(context, x, scales.of_operand, format, 1);
+    const Operand x_operand(context, x, format, 1);
     const auto multiply = [&](const Matrix& part, std::int64_t first) {
       const std::int64_t cols = op == Op::t ? part.rows : part.cols;
       matmul(context, {.a = x_operand.view(),
                        .b = part,
                        .op_b = op,
-                       .alpha = scales.of_product,
+                       .alpha = scale,
                        .accumulate = accumulate,
                        .bias = bias_last ? cols_of(bias, first, cols) : Matrix{},
                        .out = cols_of(sum, first, cols)});

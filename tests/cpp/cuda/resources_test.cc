@@ -10,6 +10,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pissa/core/fused_linear.h"
@@ -34,7 +35,7 @@ Stored aligned(const Dense& values, Format format) {
 /// A QPiSSA layer on the device, and room for what it computes.
 class DeviceLayer {
  public:
-  DeviceLayer(std::int64_t tokens, std::int64_t out, std::int64_t in, std::int64_t r)
+  DeviceLayer(std::int64_t tokens, std::int64_t out, std::int64_t in, std::int64_t r, float scaling = 1.0f)
       : at_(context_),
         x_(aligned(random_.dense(tokens, in), Format::bf16)),
         dy_(aligned(random_.dense(tokens, out), Format::bf16)),
@@ -53,6 +54,7 @@ class DeviceLayer {
     adapter.b = at_(b_.view());
     adapter.a0 = at_(a_.view());
     adapter.b0 = at_(b_.view());
+    adapter.scaling = scaling;
     at_.finish();
   }
   void forward() {
@@ -100,6 +102,23 @@ TEST(CudaResources, AFewTokensTakeTwoLaunchesAndNoMemory) {
     EXPECT_EQ(cuda_sim::launches(), 2);
     EXPECT_EQ(cuda_sim::peak_bytes(), before);
   }
+}
+
+// No operand is copied for it: dy alone would take 300 x 64 elements.
+TEST(CudaResources, AScalingCostsNothing) {
+  std::vector<std::pair<std::size_t, std::int64_t>> costs;
+  for (const float scaling : {1.0f, 0.3f}) {
+    DeviceLayer layer(300, 64, 64, 8, scaling);
+    const std::size_t before = cuda_sim::bytes_in_use();
+    cuda_sim::reset_launches();
+    for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
+      cuda_sim::reset_peak_bytes();
+      (layer.*pass)();
+      costs.emplace_back(cuda_sim::peak_bytes() - before, cuda_sim::launches());
+    }
+  }
+  EXPECT_EQ(costs[0], costs[2]) << "forward";
+  EXPECT_EQ(costs[1], costs[3]) << "backward";
 }
 
 // A graph of it computes the same bits whenever it is launched: nothing waits, and nothing takes or gives back memory
