@@ -1,6 +1,7 @@
 #include "pissa/cuda/products.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -30,14 +31,15 @@ void convert_scaled(const Context& context, const Matrix& a, float scale, const 
   convert(context, decoded.view(), scale, out, 1);
 }
 
-// A matrix in the format wanted: itself, or a copy.
+// scale * matrix in the format wanted: itself, or a copy.
 class Operand {
  public:
-  Operand(const Context& context, const Matrix& matrix, Format format, std::int64_t count) : view_(matrix) {
-    if (matrix.format == format) return;
+  Operand(const Context& context, const Matrix& matrix, Format format, std::int64_t count, float scale = 1.0f)
+      : view_(matrix) {
+    if (matrix.format == format && scale == 1.0f) return;
     const std::int64_t copies = matrix.stride == 0 ? 1 : count;
     copy_.emplace(context, matrix.rows, matrix.cols, format, copies);
-    convert_any(context, matrix, copy_->view(), copies);
+    convert_scaled(context, matrix, scale, copy_->view(), copies);
     view_ = copy_->view();
   }
   const Matrix& view() const { return view_; }
@@ -128,6 +130,20 @@ void add_product(const Context& context, const Term& term, Format format, bool a
                    .count = count});
 }
 
+// Where the scale of a product with a weight goes: in half precision after the sum; in f32 before it, onto x, for sums
+// of elements near 1e37 overflow. Beyond 2^+-64 onto the weight, which is then so small or so large that a product
+// might take denormals for zero: those of the weight, or what the scale makes of x. A power of two loses nothing.
+struct WeightScale {
+  float x = 1.0f, weight = 1.0f, sum = 1.0f;
+
+  WeightScale(float scale, Format format, const Matrix& matrix) {
+    const float size = std::fabs(scale);
+    if (format != Format::f32) sum = scale;
+    else if (is_quantized(matrix.format) || (size >= 0x1p-64f && size <= 0x1p64f)) x = scale;
+    else weight = scale;
+  }
+};
+
 void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t count) {
   const Buffer zero(context, 1, out.cols, Format::f32);
   check(cudaMemsetAsync(zero.view().data, 0, static_cast<std::size_t>(out.cols) * sizeof(float), context.stream),
@@ -200,18 +216,19 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (accumulate) sum_of_products(context, tail, start, sum);
 
   if (x.cols > 0) {
-    const Operand x_operand(context, x, format, 1);
+    const WeightScale scales(scale, format, weight);
+    const Operand x_operand(context, x, format, 1, scales.x);
     const auto multiply = [&](const Matrix& part, std::int64_t first) {
       const std::int64_t cols = op == Op::t ? part.rows : part.cols;
       matmul(context, {.a = x_operand.view(),
                        .b = part,
                        .op_b = op,
-                       .alpha = scale,
+                       .alpha = scales.sum,
                        .accumulate = accumulate,
                        .bias = bias_last ? cols_of(bias, first, cols) : Matrix{},
                        .out = cols_of(sum, first, cols)});
     };
-    if (weight.format == format) {
+    if (weight.format == format && scales.weight == 1.0f) {
       multiply(weight, 0);
     } else {
       // Columns of y at a time, whole tiles of them: nothing is added up twice.
@@ -225,7 +242,8 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
         if (is_quantized(weight.format)) {
           decode_codes(context, weight, op == Op::t ? first : 0, op == Op::t ? 0 : first, part);
         } else {
-          convert(context, op == Op::t ? rows_of(weight, first, cols) : cols_of(weight, first, cols), 1.0f, part);
+          convert(context, op == Op::t ? rows_of(weight, first, cols) : cols_of(weight, first, cols), scales.weight,
+                  part);
         }
         multiply(part, first);
       }
