@@ -61,6 +61,18 @@ inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   return matrix;
 }
 
+/// Columns [first, first + count) of a dense matrix.
+inline MutableMatrix cols_of(MutableMatrix matrix, std::int64_t first, std::int64_t count) {
+  matrix.data = static_cast<char*>(matrix.data) + first * element_size(matrix.format);
+  matrix.cols = count;
+  return matrix;
+}
+inline Matrix cols_of(Matrix matrix, std::int64_t first, std::int64_t count) {
+  matrix.data = static_cast<const char*>(matrix.data) + first * element_size(matrix.format);
+  matrix.cols = count;
+  return matrix;
+}
+
 /// Matrix number i of a stack.
 inline MutableMatrix one_of(MutableMatrix stack, std::int64_t i) {
   stack.data = static_cast<char*>(stack.data) + i * stack.stride * element_size(stack.format);

@@ -10,6 +10,7 @@
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/few_rows.h"
 #include "pissa/cuda/gemm.h"
+#include "pissa/cuda/weight.h"
 
 namespace pissa::cuda {
 namespace {
@@ -48,15 +49,6 @@ class Operand {
   Matrix view_;
   std::optional<Buffer> copy_;
 };
-
-// Columns [first, first + count) of a dense matrix.
-template <class M>
-M cols_of(M matrix, std::int64_t first, std::int64_t count) {
-  using Byte = std::conditional_t<std::is_same_v<M, Matrix>, const char, char>;
-  matrix.data = static_cast<Byte*>(matrix.data) + first * element_size(matrix.format);
-  matrix.cols = count;
-  return matrix;
-}
 
 bool same_place(const Matrix& a, const Matrix& b) {
   return a.data == b.data && a.format == b.format && a.ld == b.ld && a.stride == b.stride;
@@ -208,46 +200,28 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (!in_place) f32_sum.emplace(context, y.rows, y.cols, Format::f32);
   const MutableMatrix sum = in_place ? y : f32_sum->view();
 
-  // The thin products first: the large one then adds to them what it computes, which costs it nothing.
-  const bool bias_last = bias && bias.format == format && sum.format == format && x.cols > 0;
-  const Matrix bias_rows{bias.data, y.rows, y.cols, 0, bias.format};  // the same row everywhere
-  const Matrix start = bias && !bias_last ? bias_rows : Matrix{};
-  const bool accumulate = start || !tail.empty() || x.cols == 0;
-  if (accumulate) sum_of_products(context, tail, start, sum);
-
-  if (x.cols > 0) {
+  const Matrix bias_rows = bias ? Matrix{bias.data, y.rows, y.cols, 0, bias.format} : Matrix{};  // the same everywhere
+  if (x.cols == 0) {
+    sum_of_products(context, tail, bias_rows, sum);
+  } else {
     const WeightScale scales(scale, format, weight);
     const Operand x_operand(context, x, format, 1, scales.x);
-    const auto multiply = [&](const Matrix& part, std::int64_t first) {
-      const std::int64_t cols = op == Op::t ? part.rows : part.cols;
-      matmul(context, {.a = x_operand.view(),
-                       .b = part,
-                       .op_b = op,
-                       .alpha = scales.sum,
-                       .accumulate = accumulate,
-                       .bias = bias_last ? cols_of(bias, first, cols) : Matrix{},
-                       .out = cols_of(sum, first, cols)});
-    };
-    if (weight.format == format && scales.weight == 1.0f) {
-      multiply(weight, 0);
-    } else {
-      // Columns of y at a time, whole tiles of them: nothing is added up twice.
-      constexpr std::int64_t kTile = 64;
-      const std::int64_t fitting = chunk_bytes / (x.cols * element_size(format)) / kTile * kTile;
-      const std::int64_t step = std::min(std::max(fitting, kTile), y.cols);
-      const Buffer chunk(context, op == Op::t ? step : x.cols, op == Op::t ? x.cols : step, format);
-      for (std::int64_t first = 0; first < y.cols; first += step) {
-        const std::int64_t cols = std::min(step, y.cols - first);
-        const MutableMatrix part = op == Op::t ? rows_of(chunk.view(), 0, cols) : cols_of(chunk.view(), 0, cols);
-        if (is_quantized(weight.format)) {
-          decode_codes(context, weight, op == Op::t ? first : 0, op == Op::t ? 0 : first, part);
-        } else {
-          convert(context, op == Op::t ? rows_of(weight, first, cols) : cols_of(weight, first, cols), scales.weight,
-                  part);
-        }
-        multiply(part, first);
-      }
-    }
+    const WeightChunks chunks(context, weight, op, scales.weight, format, chunk_bytes);
+    Matmul product{.a = x_operand.view(),
+                   .b = chunks.front(),
+                   .op_b = op,
+                   .alpha = scales.sum,
+                   .out = cols_of(sum, 0, chunks.step())};
+    // The thin products first: the large one then adds to them what it computes, which costs it nothing.
+    const bool bias_last = bias && takes_bias(context, product, bias);
+    product.accumulate = !tail.empty() || (bias && !bias_last);
+    if (product.accumulate) sum_of_products(context, tail, bias_last ? Matrix{} : bias_rows, sum);
+    chunks.for_each([&](const Matrix& chunk, std::int64_t first, std::int64_t cols) {
+      product.b = chunk;
+      product.out = cols_of(sum, first, cols);
+      if (bias_last) product.bias = cols_of(bias, first, cols);
+      matmul(context, product);
+    });
   }
   if (!in_place) convert(context, sum, 1.0f, y);
 }
