@@ -146,11 +146,12 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa) {
-  const auto write = [&](std::span<const Term> tail) {
-    backend.weight_gemm_nt(x, weight, 1.0f, detail::precision_for(x), tail, bias, y);
-  };
-  if (!adapter) return write({});
-  detail::with_forward_tail(backend, x, adapter, xa, write);
+  const Precision precision = detail::precision_for(x);
+  if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, precision, {}, bias, y);
+  const auto ahead = backend.decode_ahead(weight, precision, x.rows);
+  detail::with_forward_tail(backend, x, adapter, xa, [&](std::span<const Term> tail) {
+    backend.weight_gemm_nt(x, ahead, 1.0f, precision, tail, bias, y);
+  });
 }
 
 /// Gradients of the layer at x, given dy [tokens, out] and the forward's xa. dx [tokens, in] is skipped when absent.
@@ -158,11 +159,15 @@ template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
                      const MutableMatrix& grad_b) {
-  const auto write = [&](std::span<const Term> tail) {
-    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, detail::precision_for(dy), tail, dx);
-  };
-  if (!adapter) return write({});
-  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, write);
+  const Precision precision = detail::precision_for(dy);
+  if (!adapter) {
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
+    return;
+  }
+  const auto ahead = backend.decode_ahead(dx ? weight : Matrix{}, precision, dy.rows);
+  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, [&](std::span<const Term> tail) {
+    if (dx) backend.weight_gemm_nn(dy, ahead, 1.0f, precision, tail, dx);
+  });
 }
 
 /// y = base + the adapter's part: the whole, s (x A^T) B^T, or the change. base [tokens, out]

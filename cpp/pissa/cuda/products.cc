@@ -10,17 +10,9 @@
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/few_rows.h"
 #include "pissa/cuda/gemm.h"
-#include "pissa/cuda/weight.h"
 
 namespace pissa::cuda {
 namespace {
-
-// The type in which two matrices are multiplied. Halves of one kind have exact products in f32.
-Format common_format(const Matrix& a, const Matrix& b, Precision precision) {
-  if (precision == Precision::bf16) return Format::bf16;
-  if (precision == Precision::f16) return Format::f16;
-  return a.format == b.format && !is_quantized(a.format) ? a.format : Format::f32;
-}
 
 // out = scale * a, rounded once.
 void convert_scaled(const Context& context, const Matrix& a, float scale, const MutableMatrix& out,
@@ -145,6 +137,12 @@ void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t co
 
 }  // namespace
 
+Format common_format(const Matrix& a, const Matrix& b, Precision precision) {
+  if (precision == Precision::bf16) return Format::bf16;
+  if (precision == Precision::f16) return Format::f16;
+  return a.format == b.format && !is_quantized(a.format) ? a.format : Format::f32;
+}
+
 void convert_any(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count) {
   convert_scaled(context, a, 1.0f, out, count);
 }
@@ -185,14 +183,14 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
   if (!in_place) convert(context, sum, 1.0f, out, count);
 }
 
-void weight_product(const Context& context, const Matrix& x, const Matrix& weight, Op op, float scale,
+void weight_product(const Context& context, const Matrix& x, const Weight& weight, Op op, float scale,
                     Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
                     std::int64_t chunk_bytes) {
   check_terms(tail, kMostTail);
   if (y.rows == 0 || y.cols == 0) return;
-  const Format format = common_format(x, weight, precision);
-  if (op == Op::t && scale == 1.0f && format == x.format && few_rows_quantized_fits(x, weight, tail)) {
-    return few_rows_quantized(context, x, weight, tail, bias, y);
+  const Format format = common_format(x, weight.view(), precision);
+  if (op == Op::t && scale == 1.0f && format == x.format && few_rows_quantized_fits(x, weight.view(), tail)) {
+    return few_rows_quantized(context, x, weight.view(), tail, bias, y);
   }
 
   const bool in_place = y.format == Format::f32 || y.format == format;
@@ -204,9 +202,9 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (x.cols == 0) {
     sum_of_products(context, tail, bias_rows, sum);
   } else {
-    const WeightScale scales(scale, format, weight);
+    const WeightScale scales(scale, format, weight.view());
+    WeightChunks chunks(context, weight, op, scales.weight, format, chunk_bytes, !tail.empty());
     const Operand x_operand(context, x, format, 1, scales.x);
-    const WeightChunks chunks(context, weight, op, scales.weight, format, chunk_bytes);
     Matmul product{.a = x_operand.view(),
                    .b = chunks.front(),
                    .op_b = op,

@@ -167,6 +167,27 @@ class TransferringBackend {
                       std::span<const Term> tail, const MutableMatrix& dx) const {
     call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), at(weight), scale, precision, at(tail), at(dx)); });
   }
+
+  /// A weight being decoded, and the device's copy of what it is decoded from.
+  struct Ahead {
+    Staging staging;
+    cuda::Weight weight;
+    Ahead(const cuda::Context& context, const cuda::CudaBackend& cuda, const Matrix& from, Precision precision,
+          std::int64_t rows)
+        : staging(context), weight(cuda.decode_ahead(staging(from), precision, rows)) {}
+  };
+  Ahead decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const {
+    return {context_, cuda_, weight, precision, rows};
+  }
+  void weight_gemm_nt(const Matrix& x, const Ahead& ahead, float scale, Precision precision, std::span<const Term> tail,
+                      const Matrix& bias, const MutableMatrix& y) const {
+    call([&](Staging& at) { cuda_.weight_gemm_nt(at(x), ahead.weight, scale, precision, at(tail), at(bias), at(y)); });
+  }
+  void weight_gemm_nn(const Matrix& dy, const Ahead& ahead, float scale, Precision precision,
+                      std::span<const Term> tail, const MutableMatrix& dx) const {
+    call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), ahead.weight, scale, precision, at(tail), at(dx)); });
+  }
+
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
     call([&](Staging& at) { cuda_.orthonormalize(at(basis), done, rows, rank); });
   }
