@@ -96,6 +96,13 @@ enum class Precision : std::uint8_t { f32, bf16, f16 };
 /// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
 enum class Rank : std::uint8_t { assumed_full, any };
 
+/// out = a + b, elementwise.
+struct Sum {
+  Matrix a;
+  Matrix b;
+  MutableMatrix out;
+};
+
 /// One product of a GEMM: scale * op(a) * op(b).
 struct Term {
   Matrix a;

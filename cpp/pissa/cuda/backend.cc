@@ -40,11 +40,13 @@ CudaBackend::~CudaBackend() {
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
 void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
-  if (!is_quantized(a.format)) return cuda::add(context_, a, b, out, count());
+  if (!is_quantized(a.format)) return cuda::add(context_, {a, b, out}, {}, count());
   const Buffer decoded(context_, a.rows, a.cols, Format::f32);
   convert_any(context_, a, decoded.view());
-  cuda::add(context_, decoded.view(), b, out, count());
+  cuda::add(context_, {decoded.view(), b, out}, {}, count());
 }
+
+void CudaBackend::add_both(const Sum& first, const Sum& second) const { cuda::add(context_, first, second, count()); }
 
 void CudaBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
   cuda::fill_signs(context_, out, seed, scale, count());
@@ -215,6 +217,6 @@ void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const
   cuda::quantize_absmax(context_, absmax, count, offset, codes8, nested_absmax);
 }
 
-static_assert(Backend<CudaBackend>);
+static_assert(KeepsFactorSums<CudaBackend>);
 
 }  // namespace pissa::cuda

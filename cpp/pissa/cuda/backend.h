@@ -40,6 +40,7 @@ class CudaBackend {
   }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
+  void add_both(const Sum& first, const Sum& second) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
   float max_abs(const Matrix& a) const;

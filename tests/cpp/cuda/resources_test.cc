@@ -46,6 +46,7 @@ class DeviceLayer {
         b_(random_.dense(out, r), Format::f32),
         y_(context_, tokens, out, Format::bf16),
         xa_(context_, tokens, r, Format::f32),
+        sums_(context_, r, in + out, Format::bf16),
         dx_(context_, tokens, in, Format::bf16),
         grad_a_(context_, r, in, Format::f32),
         grad_b_(context_, out, r, Format::f32),
@@ -57,11 +58,12 @@ class DeviceLayer {
     adapter.a0 = at_(a_.view());
     adapter.b0 = at_(b_.view());
     adapter.scaling = scaling;
+    keeps_sums = FactorSums::kept<cuda::CudaBackend>(x, adapter);
     at_.finish();
   }
   void forward() {
     cuda::CudaBackend cuda(context_);
-    linear_forward(cuda, x, weight, {}, adapter, y_.view(), xa_.view());
+    linear_forward(cuda, x, weight, {}, adapter, y_.view(), xa_.view(), sums());
   }
   /// Of all that is computed.
   std::vector<std::uint8_t> bits() const {
@@ -76,7 +78,7 @@ class DeviceLayer {
   }
   void backward() {
     cuda::CudaBackend cuda(context_);
-    linear_backward(cuda, dy, x, weight, adapter, xa_.view(), dx_.view(), grad_a_.view(), grad_b_.view());
+    linear_backward(cuda, dy, x, weight, adapter, xa_.view(), dx_.view(), grad_a_.view(), grad_b_.view(), sums());
   }
   /// y, dx and the gradients of the factors, byte by byte; on the device 0xff from then on, which is NaN.
   std::vector<unsigned char> take_results() {
@@ -93,15 +95,22 @@ class DeviceLayer {
   }
 
  private:
+  FactorSums sums() const {
+    return keeps_sums ? FactorSums::at(sums_.view().data, Format::bf16, adapter) : FactorSums{};
+  }
+
   const cuda::Context& context_ = cuda::standalone_context();
   Random random_{1};
   Staging at_;
   Stored x_, dy_;
   StoredNf4 weight_;
   Stored a_, b_;
-  cuda::Buffer y_, xa_, dx_, grad_a_, grad_b_;
+  cuda::Buffer y_, xa_, sums_, dx_, grad_a_, grad_b_;
   Matrix x, dy, weight;
+
+ public:
   Adapter adapter;
+  bool keeps_sums = false;
 };
 
 // Decoding one or more tokens: x A^T, and then all the rest in one kernel.
@@ -132,6 +141,27 @@ TEST(CudaResources, AScalingCostsNothing) {
   }
   EXPECT_EQ(costs[0], costs[2]) << "forward";
   EXPECT_EQ(costs[1], costs[3]) << "backward";
+}
+
+// Without memory for them each pass has a launch for the sum of a factor, and one to round it.
+TEST(CudaResources, FactorsAreSummedOnceForBothPasses) {
+  for (const bool implicit : {false, true}) {
+    std::vector<std::int64_t> launches;
+    for (const bool keeps : {false, true}) {
+      DeviceLayer layer(40, 64, 128, 8);
+      ASSERT_TRUE(layer.keeps_sums);
+      layer.adapter.implicit = implicit;
+      layer.keeps_sums = keeps;
+      for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
+        cuda_sim::reset_launches();
+        (layer.*pass)();
+        launches.push_back(cuda_sim::launches());
+      }
+    }
+    // Of the change only A is summed; its backward puts A beside dA, which is a copy anyway.
+    EXPECT_EQ(launches[0] - launches[2], implicit ? 1 : 3) << "forward";
+    EXPECT_EQ(launches[1] - launches[3], implicit ? 1 : 4) << "backward";
+  }
 }
 
 // A graph of it computes the same bits whenever it is launched: nothing waits, and nothing takes or gives back memory

@@ -134,6 +134,12 @@ class TransferringBackend {
       cuda_.add(at(a), at(b), target);
     });
   }
+  void add_both(const Sum& first, const Sum& second) const {
+    call([&](Staging& at) {
+      const Sum there{at(first.a), at(first.b), at(first.out)};
+      cuda_.add_both(there, {at(second.a), at(second.b), at(second.out)});
+    });
+  }
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
     call([&](Staging& at) { cuda_.fill_signs(at(out), seed, scale); });
   }
