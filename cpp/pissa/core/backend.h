@@ -74,6 +74,11 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.weight_gemm_nt(matrix, matrix, scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
 
+  // A weight that products of `count` rows will take, instead of the matrix: a device may decode it beside what is
+  // computed until then. Lives no longer than the backend.
+  { backend.weight_gemm_nt(matrix, backend.decode_ahead(matrix, precision, count), scale, precision, terms, matrix, out) };
+  { backend.weight_gemm_nn(matrix, backend.decode_ahead(matrix, precision, count), scale, precision, terms, out) };
+
   // Makes rows [done, done + count) of `basis` orthonormal and orthogonal to rows [0, done), which are orthonormal
   // already and stay as they are. Rank-deficient or zero rows are completed to an orthonormal set; but where they are
   // assumed to have full rank, a backend may leave finding out that they had not for `had_full_rank`.
@@ -90,6 +95,11 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // per row of `out` [k, rows], from its Gram matrix in f64.
   { backend.gram_svd(matrix, scale, out, out) };
 };
+
+// A backend that rounds the factors of products in half precision to it, so that sums of factors may be kept in it: two
+// sums at once, computed in f32, the second perhaps of nothing.
+template <class B>
+concept KeepsFactorSums = Backend<B> && requires(B backend, Sum sum) { backend.add_both(sum, sum); };
 // clang-format on
 
 }  // namespace pissa

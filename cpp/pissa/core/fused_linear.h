@@ -37,6 +37,10 @@ struct Adapter {
   bool adds_change() const { return a0 && implicit; }
 };
 
+/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read
+/// again.
+inline constexpr std::int64_t kFewTokens = 16;
+
 namespace detail {
 
 /// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant.
@@ -45,9 +49,33 @@ inline Precision precision_for(const Matrix& x) {
   return x.format == Format::f16 ? Precision::f16 : Precision::f32;
 }
 
-/// Up to so many rows of x, two products with A0 and dA cost less than one with their sum, which is written and read
-/// again.
-inline constexpr std::int64_t kFewTokens = 16;
+}  // namespace detail
+
+/// A0 + dA and B0 + dB rounded to x's half precision, which the forward may keep for the backward.
+struct FactorSums {
+  MutableMatrix a;  // [r, in]
+  MutableMatrix b;  // [out, r]; absent where only the change is added: it takes B0 and dB apart
+
+  /// Whether a forward at x keeps them: not where the device does not round factors, or takes them apart anyway.
+  template <Backend B>
+  static bool kept(const Matrix& x, const Adapter& adapter) {
+    return KeepsFactorSums<B> && detail::precision_for(x) != Precision::f32 && x.rows > kFewTokens && adapter.a0;
+  }
+  /// Their elements, which lie one after the other.
+  static std::int64_t size(const Adapter& adapter) {
+    return adapter.rank() * (adapter.a.cols + (adapter.adds_change() ? 0 : adapter.b.rows));
+  }
+  static FactorSums at(void* data, Format format, const Adapter& adapter) {
+    const auto [r, in] = std::pair{adapter.rank(), adapter.a.cols};
+    FactorSums sums{{data, r, in, in, format}, {}};
+    if (!adapter.adds_change()) {
+      sums.b = {static_cast<char*>(data) + r * in * element_size(format), adapter.b.rows, r, r, format};
+    }
+    return sums;
+  }
+};
+
+namespace detail {
 
 /// One or two terms of a sum.
 class TermPair {
@@ -60,15 +88,15 @@ class TermPair {
   std::size_t count_ = 0;
 };
 
-/// start + delta of one factor, or delta where there is no start; summed in memory, or left apart.
+/// start + delta of one factor, or delta where there is no start; summed already, in memory of its own, or left apart.
 template <Backend B>
 class Factor {
  public:
-  Factor(B& backend, const Matrix& start, const Matrix& delta, bool apart)
-      : start_(apart ? start : Matrix{}),
-        delta_(delta),
-        sum_(backend.alloc(start && !apart ? delta.rows : 0, delta.cols, Format::f32)) {
-    if (!start || apart) return;
+  Factor(B& backend, const Matrix& start, const Matrix& delta, const Matrix& sum, bool apart)
+      : start_(apart && !sum ? start : Matrix{}),
+        delta_(sum ? sum : delta),
+        sum_(backend.alloc(start && !sum && !apart ? delta.rows : 0, delta.cols, Format::f32)) {
+    if (!start || sum || apart) return;
     backend.add(start, delta, sum_.view());
     delta_ = sum_.view();
   }
@@ -93,13 +121,18 @@ void product(B& backend, const Matrix& a, Op op_a, const Matrix& b, Op op_b, flo
   backend.gemm(terms, {}, out);
 }
 
-/// Calls write(tail) with the thin products that the adapter adds to y; xa [tokens, r] receives x A^T.
+/// Calls write(tail) with the thin products that the adapter adds to y; xa [tokens, r] receives x A^T, and `sums`,
+/// where there is memory for them, the factors.
 template <Backend B, class F>
-void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa, F write) {
+void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa,
+                       const FactorSums& sums, F write) {
   const float s = adapter.scaling;
   const Precision precision = precision_for(x);
   const bool apart = x.rows <= kFewTokens;
-  const Factor factor_a(backend, adapter.a0, adapter.a, apart);
+  if constexpr (KeepsFactorSums<B>) {
+    if (sums.a) backend.add_both({adapter.a0, adapter.a, sums.a}, {adapter.b0, adapter.b, sums.b});
+  }
+  const Factor factor_a(backend, adapter.a0, adapter.a, sums.a, apart);
   backend.gemm(factor_a.times(x, Op::t, 1.0f, precision), {}, xa);
   if (adapter.adds_change()) {
     auto x_delta_a = backend.alloc(x.rows, adapter.rank(), Format::f32);
@@ -109,14 +142,14 @@ void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, cons
     tail.add({x_delta_a.view(), Op::n, adapter.b0, Op::t, s, precision});
     return write(tail);
   }
-  const Factor factor_b(backend, adapter.b0, adapter.b, apart);
+  const Factor factor_b(backend, adapter.b0, adapter.b, sums.b, apart);
   write(factor_b.times(xa, Op::t, s, precision));
 }
 
 /// The adapter's gradients; calls write(tail) with the thin products that it adds to dx.
 template <Backend B, class F>
 void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
-                        const MutableMatrix& grad_a, const MutableMatrix& grad_b, F write) {
+                        const FactorSums& sums, const MutableMatrix& grad_a, const MutableMatrix& grad_b, F write) {
   const std::int64_t r = adapter.rank();
   const float s = adapter.scaling;
   const bool change = adapter.adds_change();
@@ -126,11 +159,11 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 
   auto dy_b = backend.alloc(dy.rows, r, Format::f32);  // dy B, or dy dB and dy B0 apart
   auto dy_b0 = backend.alloc(change ? dy.rows : 0, r, Format::f32);
-  const Factor factor_b(backend, change ? Matrix{} : adapter.b0, adapter.b, apart);
+  const Factor factor_b(backend, change ? Matrix{} : adapter.b0, adapter.b, sums.b, apart);
   backend.gemm(factor_b.times(dy, Op::n, 1.0f, precision), {}, dy_b.view());
   if (change) product(backend, dy, Op::n, adapter.b0, Op::n, 1.0f, precision, dy_b0.view());
 
-  const Factor factor_a(backend, adapter.a0, adapter.a, apart && !change);
+  const Factor factor_a(backend, adapter.a0, adapter.a, sums.a, apart && !change);
   TermPair tail = factor_a.times(dy_b.view(), Op::n, s, precision);
   if (change) tail.add({dy_b0.view(), Op::n, adapter.a, Op::n, s, precision});
   write(tail);
@@ -141,43 +174,51 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 
 }  // namespace detail
 
-/// y [tokens, out] = the layer at x [tokens, in]. With an adapter, xa [tokens, r] f32 receives x A^T for the backward.
-/// bias: [1, out], or absent.
+/// y [tokens, out] = the layer at x [tokens, in]. With an adapter, xa [tokens, r] f32 receives x A^T for the backward,
+/// and `sums`, given where FactorSums::kept says so, the factors. bias: [1, out], or absent.
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
-                    const MutableMatrix& y, const MutableMatrix& xa) {
-  const auto write = [&](std::span<const Term> tail) {
-    backend.weight_gemm_nt(x, weight, 1.0f, detail::precision_for(x), tail, bias, y);
-  };
-  if (!adapter) return write({});
-  detail::with_forward_tail(backend, x, adapter, xa, write);
+                    const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
+  const Precision precision = detail::precision_for(x);
+  if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, precision, {}, bias, y);
+  const auto ahead = backend.decode_ahead(weight, precision, x.rows);
+  detail::with_forward_tail(backend, x, adapter, xa, sums, [&](std::span<const Term> tail) {
+    backend.weight_gemm_nt(x, ahead, 1.0f, precision, tail, bias, y);
+  });
 }
 
-/// Gradients of the layer at x, given dy [tokens, out] and the forward's xa. dx [tokens, in] is skipped when absent.
+/// Gradients of the layer at x, given dy [tokens, out] and the forward's xa and sums. dx [tokens, in] is skipped when
+/// absent.
 template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
-                     const MutableMatrix& grad_b) {
-  const auto write = [&](std::span<const Term> tail) {
-    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, detail::precision_for(dy), tail, dx);
-  };
-  if (!adapter) return write({});
-  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, write);
+                     const MutableMatrix& grad_b, const FactorSums& sums = {}) {
+  const Precision precision = detail::precision_for(dy);
+  if (!adapter) {
+    if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
+    return;
+  }
+  const auto ahead = backend.decode_ahead(dx ? weight : Matrix{}, precision, dy.rows);
+  detail::with_backward_tail(backend, dy, x, adapter, xa, sums, grad_a, grad_b, [&](std::span<const Term> tail) {
+    if (dx) backend.weight_gemm_nn(dy, ahead, 1.0f, precision, tail, dx);
+  });
 }
 
 /// y = base + the adapter's part: the whole, s (x A^T) B^T, or the change. base [tokens, out]
 /// is what any function returned for x, f32, bf16 or f16; y has its format and may be base.
 template <Backend B>
 void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const Adapter& adapter,
-                          const MutableMatrix& y, const MutableMatrix& xa) {
-  detail::with_forward_tail(backend, x, adapter, xa, [&](std::span<const Term> tail) { backend.gemm(tail, base, y); });
+                          const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
+  detail::with_forward_tail(backend, x, adapter, xa, sums,
+                            [&](std::span<const Term> tail) { backend.gemm(tail, base, y); });
 }
 
 /// Gradients of the same with respect to x (skipped when dx is absent) and the factors; that of base is dy.
 template <Backend B>
 void add_low_rank_backward(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
-                           const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b) {
-  detail::with_backward_tail(backend, dy, x, adapter, xa, grad_a, grad_b, [&](std::span<const Term> tail) {
+                           const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b,
+                           const FactorSums& sums = {}) {
+  detail::with_backward_tail(backend, dy, x, adapter, xa, sums, grad_a, grad_b, [&](std::span<const Term> tail) {
     if (dx) backend.gemm(tail, {}, dx);
   });
 }

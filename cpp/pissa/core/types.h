@@ -61,6 +61,18 @@ inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   return matrix;
 }
 
+/// Columns [first, first + count) of a dense matrix.
+inline MutableMatrix cols_of(MutableMatrix matrix, std::int64_t first, std::int64_t count) {
+  matrix.data = static_cast<char*>(matrix.data) + first * element_size(matrix.format);
+  matrix.cols = count;
+  return matrix;
+}
+inline Matrix cols_of(Matrix matrix, std::int64_t first, std::int64_t count) {
+  matrix.data = static_cast<const char*>(matrix.data) + first * element_size(matrix.format);
+  matrix.cols = count;
+  return matrix;
+}
+
 /// Matrix number i of a stack.
 inline MutableMatrix one_of(MutableMatrix stack, std::int64_t i) {
   stack.data = static_cast<char*>(stack.data) + i * stack.stride * element_size(stack.format);
@@ -83,6 +95,13 @@ enum class Precision : std::uint8_t { f32, bf16, f16 };
 
 /// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
 enum class Rank : std::uint8_t { assumed_full, any };
+
+/// out = a + b, elementwise.
+struct Sum {
+  Matrix a;
+  Matrix b;
+  MutableMatrix out;
+};
 
 /// One product of a GEMM: scale * op(a) * op(b).
 struct Term {

@@ -8,6 +8,7 @@
 #include "pissa/cuda/eigh.h"
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/factorize.h"
+#include "pissa/cuda/few_rows.h"
 #include "pissa/cuda/gemm.h"
 #include "pissa/cuda/products.h"
 
@@ -35,11 +36,13 @@ void remove_earlier(const Context& context, const MutableMatrix& basis, const Mu
 void CudaBackend::copy(const Matrix& a, const MutableMatrix& out) const { convert_any(context_, a, out, count()); }
 
 void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
-  if (!is_quantized(a.format)) return cuda::add(context_, a, b, out, count());
+  if (!is_quantized(a.format)) return cuda::add(context_, {a, b, out}, {}, count());
   const Buffer decoded(context_, a.rows, a.cols, Format::f32);
   convert_any(context_, a, decoded.view());
-  cuda::add(context_, decoded.view(), b, out, count());
+  cuda::add(context_, {decoded.view(), b, out}, {}, count());
 }
+
+void CudaBackend::add_both(const Sum& first, const Sum& second) const { cuda::add(context_, first, second, count()); }
 
 void CudaBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
   cuda::fill_signs(context_, out, seed, scale, count());
@@ -80,20 +83,31 @@ void CudaBackend::gemm_quantized(std::span<const Term> terms, const Matrix& adde
   quantized_sum(context_, terms, addend, out, kChunkBytes);
 }
 
-void CudaBackend::weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+void CudaBackend::weight_gemm_nt(const Matrix& x, const Weight& weight, float scale, Precision precision,
                                  std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
-  for (std::int64_t i = 0; i < count(); ++i) {
-    weight_product(context_, one_of(x, i), weights_.empty() ? weight : weights_[i], Op::t, scale, precision, tail, bias,
-                   one_of(y, i), kChunkBytes);
-  }
+  weight_gemm(x, weight, Op::t, scale, precision, tail, bias, y);
 }
 
-void CudaBackend::weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+void CudaBackend::weight_gemm_nn(const Matrix& dy, const Weight& weight, float scale, Precision precision,
                                  std::span<const Term> tail, const MutableMatrix& dx) const {
-  for (std::int64_t i = 0; i < count(); ++i) {
-    weight_product(context_, one_of(dy, i), weights_.empty() ? weight : weights_[i], Op::n, scale, precision, tail, {},
-                   one_of(dx, i), kChunkBytes);
-  }
+  weight_gemm(dy, weight, Op::n, scale, precision, tail, {}, dx);
+}
+
+void CudaBackend::weight_gemm(const Matrix& x, const Weight& weight, Op op, float scale, Precision precision,
+                              std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
+  const auto multiply = [&](const Matrix& x_part, const Weight& of, const MutableMatrix& y_part) {
+    weight_product(context_, x_part, of, op, scale, precision, tail, bias, y_part, kChunkBytes);
+  };
+  if (weights_.empty()) return multiply(x, weight, y);
+  for (std::int64_t i = 0; i < count(); ++i) multiply(one_of(x, i), weights_[i], one_of(y, i));
+}
+
+Weight CudaBackend::decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const {
+  if (!is_quantized(weight.format) || rows <= kFewRows) return weight;
+  const Format format = common_format(weight, weight, precision);
+  const std::int64_t bytes = weight.rows * weight.cols * element_size(format);
+  if (bytes == 0 || bytes > kChunkBytes) return weight;
+  return {context_, weight, format};
 }
 
 // As the CPU's (cpu/backend.cc says why), with the triangular solve in f64, and always twice: looking whether once is
@@ -209,6 +223,6 @@ void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const
   cuda::quantize_absmax(context_, absmax, count, given, codes8, nested_absmax, offset);
 }
 
-static_assert(Backend<CudaBackend>);
+static_assert(KeepsFactorSums<CudaBackend>);
 
 }  // namespace pissa::cuda

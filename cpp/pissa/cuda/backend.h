@@ -14,11 +14,12 @@
 #include "pissa/core/backend.h"
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
+#include "pissa/cuda/weight.h"
 
 namespace pissa::cuda {
 
-/// Scratch memory of one decoded chunk of a weight: fits in the L2 of the large cards, and bounds what a product with
-/// a quantised weight of any size allocates.
+/// Scratch memory of one decoded chunk of a weight: fits in the L2 of the large cards. A product with a quantised
+/// weight of any size allocates two at most.
 inline constexpr std::int64_t kChunkBytes = 32 << 20;
 
 class CudaBackend {
@@ -38,6 +39,7 @@ class CudaBackend {
   }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
+  void add_both(const Sum& first, const Sum& second) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
   void max_abs(std::span<const Matrix> matrices, float* largest) const;
@@ -47,10 +49,12 @@ class CudaBackend {
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const;
   /// y in half precision is rounded once more than pissa/core/backend.h says, after the tail, for more than 16 rows.
-  void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
+  void weight_gemm_nt(const Matrix& x, const Weight& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
-  void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
+  void weight_gemm_nn(const Matrix& dy, const Weight& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const;
+  /// Decodes a quantised weight that fits into one chunk, for more than 16 rows.
+  Weight decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const;
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank);
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t rows);
@@ -60,6 +64,8 @@ class CudaBackend {
 
  private:
   std::int64_t count() const { return weights_.empty() ? 1 : static_cast<std::int64_t>(weights_.size()); }
+  void weight_gemm(const Matrix& x, const Weight& weight, Op op, float scale, Precision precision,
+                   std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void orthonormalize_one(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank, int* flags,
                           std::int64_t count);
   int* flags();

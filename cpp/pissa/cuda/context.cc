@@ -51,6 +51,16 @@ cusolverDnHandle_t Context::solver() const {
   return handle;
 }
 
+Context::Side Context::side() const {
+  Side& kept = handle_of_thread<Side>(device);
+  if (!kept.event)
+    check(cudaEventCreateWithFlags(&kept.event, cudaEventDisableTiming), *this, "cudaEventCreateWithFlags");
+  if (!kept.stream) {
+    check(cudaStreamCreateWithFlags(&kept.stream, cudaStreamNonBlocking), *this, "cudaStreamCreateWithFlags");
+  }
+  return kept;
+}
+
 const Context& standalone_context() {
   int device = 0;
   Context context;

@@ -18,6 +18,7 @@ struct Group {
 };
 
 std::int64_t groups_of(std::int64_t rows, std::int64_t cols) { return rows * ceil_div(cols, kGroup); }
+std::int64_t blocks_of(std::int64_t rows, std::int64_t cols) { return ceil_div(groups_of(rows, cols), kThreads); }
 
 __device__ __forceinline__ std::int64_t thread_index() {
   return static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -48,16 +49,22 @@ __global__ void convert_kernel(Matrix a, float scale, MutableMatrix out) {
   store_group(out.data, out.format, place(out.ld, out.stride, group), group.count, values);
 }
 
-__global__ void add_kernel(Matrix a, Matrix b, MutableMatrix out) {
+__device__ __forceinline__ void add_group(const Sum& sum, std::int64_t index) {
   Group group;
-  if (!find_group(out.rows, out.cols, group)) return;
+  if (!find_group(sum.out.rows, sum.out.cols, group, index)) return;
   float values[kGroup];
   float others[kGroup];
-  load_group(a.data, a.format, place(a.ld, a.stride, group), group.count, values);
-  load_group(b.data, b.format, place(b.ld, b.stride, group), group.count, others);
+  load_group(sum.a.data, sum.a.format, place(sum.a.ld, sum.a.stride, group), group.count, values);
+  load_group(sum.b.data, sum.b.format, place(sum.b.ld, sum.b.stride, group), group.count, others);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) values[i] += others[i];
-  store_group(out.data, out.format, place(out.ld, out.stride, group), group.count, values);
+  store_group(sum.out.data, sum.out.format, place(sum.out.ld, sum.out.stride, group), group.count, values);
+}
+
+// The first `blocks` are for the first sum.
+__global__ void add_kernel(Sum first, Sum second, std::int64_t blocks) {
+  if (blockIdx.x < blocks) add_group(first, thread_index());
+  else add_group(second, thread_index() - blocks * kThreads);
 }
 
 __global__ void fill_signs_kernel(MutableMatrix out, std::uint64_t seed, float scale) {
@@ -142,7 +149,7 @@ __global__ void narrow_kernel(const double* wide, MutableMatrix out) {
 template <class... Params, class... Args>
 void launch_groups(const Context& context, const char* name, void (*kernel)(Params...), std::int64_t rows,
                    std::int64_t cols, std::int64_t count, Args... args) {
-  const std::int64_t blocks = ceil_div(groups_of(rows, cols), kThreads);
+  const std::int64_t blocks = blocks_of(rows, cols);
   if (blocks == 0) return;
   launch(context, name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(count)), kThreads, args...);
 }
@@ -153,8 +160,12 @@ void convert(const Context& context, const Matrix& a, float scale, const Mutable
   launch_groups(context, "convert", convert_kernel, out.rows, out.cols, count, a, scale, out);
 }
 
-void add(const Context& context, const Matrix& a, const Matrix& b, const MutableMatrix& out, std::int64_t count) {
-  launch_groups(context, "add", add_kernel, out.rows, out.cols, count, a, b, out);
+void add(const Context& context, const Sum& first, const Sum& second, std::int64_t count) {
+  const std::int64_t blocks = blocks_of(first.out.rows, first.out.cols);
+  const std::int64_t all = blocks + blocks_of(second.out.rows, second.out.cols);
+  if (all == 0) return;
+  launch(context, "add", add_kernel, dim3(static_cast<unsigned>(all), static_cast<unsigned>(count)), kThreads, first,
+         second, blocks);
 }
 
 void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t seed, float scale, std::int64_t count) {

@@ -12,8 +12,8 @@ namespace pissa::cuda {
 /// out = scale * a, both dense. With a.ld = 0 the first row of a is every row.
 void convert(const Context& context, const Matrix& a, float scale, const MutableMatrix& out, std::int64_t count = 1);
 
-/// out = a + b in f32; out may be a.
-void add(const Context& context, const Matrix& a, const Matrix& b, const MutableMatrix& out, std::int64_t count);
+/// out = a + b in f32, of one sum or two; out may be a.
+void add(const Context& context, const Sum& first, const Sum& second, std::int64_t count);
 
 /// out[i, j] = scale * sign (i * cols + j) of philox.h; f32. The same for every matrix of the stack.
 void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t seed, float scale, std::int64_t count);

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 
 namespace pissa::cuda {
@@ -57,6 +58,23 @@ std::uint32_t alignment(const Operand& operand) {
 template <class T>
 using Owned = std::unique_ptr<std::remove_pointer_t<T>, cublasStatus_t (*)(T)>;
 
+// While it lives, the handle's own products sum in f32 from factors that keep their digits. Torch's handle may allow
+// less.
+class PreciseMath {
+ public:
+  explicit PreciseMath(const Context& context) : context_(context) {
+    check(cublasGetMathMode(context.blas, &before_), context, "cublasGetMathMode");
+    check(cublasSetMathMode(context.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION), context,
+          "cublasSetMathMode");
+  }
+  PreciseMath(const PreciseMath&) = delete;
+  ~PreciseMath() { cublasSetMathMode(context_.blas, before_); }
+
+ private:
+  const Context& context_;
+  cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
+};
+
 class Product {
  public:
   Product(const Context& context, cublasComputeType_t compute, cudaDataType_t scale_type, const Operand& left,
@@ -65,6 +83,8 @@ class Product {
         left_(left),
         right_(right),
         out_(out),
+        count_(count),
+        compute_(compute),
         description_(
             make<cublasLtMatmulDesc_t>("cublasLtMatmulDescCreate", cublasLtMatmulDescDestroy,
                                        [&](auto* to) { return cublasLtMatmulDescCreate(to, compute, scale_type); })),
@@ -81,7 +101,17 @@ class Product {
   }
 
   void run(const void* alpha, const void* beta) const {
-    const cublasLtHandle_t handle = reinterpret_cast<cublasLtHandle_t>(context_.blas);
+    const auto best = algorithm();
+    if (!best) return run_by_handle(alpha, beta);
+    const Array<char> workspace(context_, static_cast<std::int64_t>(best->workspaceSize));
+    verify(cublasLtMatmul(lt_handle(), description_.get(), alpha, left_.data, layouts_[0].get(), right_.data,
+                          layouts_[1].get(), beta, out_.data, layouts_[2].get(), const_cast<void*>(out_.data),
+                          layouts_[2].get(), &best->algo, workspace.data(), best->workspaceSize, context_.stream),
+           "cublasLtMatmul");
+  }
+
+  // None where cublasLt knows none, as it may for operands that are not at 16 bytes.
+  std::optional<cublasLtMatmulHeuristicResult_t> algorithm() const {
     const auto preference =
         make<cublasLtMatmulPreference_t>("cublasLtMatmulPreferenceCreate", cublasLtMatmulPreferenceDestroy,
                                          [](auto* to) { return cublasLtMatmulPreferenceCreate(to); });
@@ -99,18 +129,30 @@ class Product {
            static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     cublasLtMatmulHeuristicResult_t best{};
     int found = 0;
-    verify(cublasLtMatmulAlgoGetHeuristic(handle, description_.get(), layouts_[0].get(), layouts_[1].get(),
-                                          layouts_[2].get(), layouts_[2].get(), preference.get(), 1, &best, &found),
-           "cublasLtMatmulAlgoGetHeuristic");
-    if (found == 0) verify(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic");
-    const Array<char> workspace(context_, static_cast<std::int64_t>(best.workspaceSize));
-    verify(cublasLtMatmul(handle, description_.get(), alpha, left_.data, layouts_[0].get(), right_.data,
-                          layouts_[1].get(), beta, out_.data, layouts_[2].get(), const_cast<void*>(out_.data),
-                          layouts_[2].get(), &best.algo, workspace.data(), best.workspaceSize, context_.stream),
-           "cublasLtMatmul");
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(lt_handle(), description_.get(), layouts_[0].get(), layouts_[1].get(),
+                                       layouts_[2].get(), layouts_[2].get(), preference.get(), 1, &best, &found);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) verify(status, "cublasLtMatmulAlgoGetHeuristic");
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || found == 0) return {};
+    return best;
   }
 
  private:
+  cublasLtHandle_t lt_handle() const { return reinterpret_cast<cublasLtHandle_t>(context_.blas); }
+
+  // At any alignment, without a bias.
+  void run_by_handle(const void* alpha, const void* beta) const {
+    const PreciseMath precise(context_);
+    const auto number = [](std::int64_t n) { return static_cast<int>(n); };
+    verify(cublasGemmStridedBatchedEx(context_.blas, left_.op, right_.op, number(out_.rows), number(out_.cols),
+                                      number(inner()), alpha, left_.data, left_.type, number(left_.ld), left_.stride,
+                                      right_.data, right_.type, number(right_.ld), right_.stride, beta,
+                                      const_cast<void*>(out_.data), out_.type, number(out_.ld), out_.stride,
+                                      number(count_), compute_, CUBLAS_GEMM_DEFAULT),
+           "cublasGemmStridedBatchedEx");
+  }
+  std::int64_t inner() const { return left_.op == CUBLAS_OP_N ? left_.cols : left_.rows; }
+
   template <class T, class Create>
   Owned<T> make(const char* call, cublasStatus_t (*destroy)(T), Create create) const {
     T created = nullptr;
@@ -139,27 +181,38 @@ class Product {
   }
   void verify(cublasStatus_t status, const char* call) const {
     if (succeeded(status)) return;
-    const std::int64_t inner = left_.op == CUBLAS_OP_N ? left_.cols : left_.rows;
-    check(status, context_, call, "m", out_.cols, "n", out_.rows, "k", inner, "ld", out_.ld);
+    check(status, context_, call, "m", out_.cols, "n", out_.rows, "k", inner(), "ld", out_.ld);
   }
 
   const Context& context_;
   Operand left_, right_, out_;
+  std::int64_t count_;
+  cublasComputeType_t compute_;
   Owned<cublasLtMatmulDesc_t> description_;
   Owned<cublasLtMatrixLayout_t> layouts_[3];
 };
 
-}  // namespace
-
 // Row-major out = op(a) op(b) is column-major out^T = op(b)^T op(a)^T.
-void matmul(const Context& context, const Matmul& problem) {
-  if (problem.out.rows == 0 || problem.out.cols == 0) return;
+Product product_of(const Context& context, const Matmul& problem) {
   const Operand left = operand(problem.b, problem.op_b);
   const Operand right = operand(problem.a, problem.op_a);
   Product product(context, CUBLAS_COMPUTE_32F, CUDA_R_32F, left, right, operand(problem.out), problem.count);
   if (problem.bias) product.add_bias(problem.bias.data, type_of(problem.bias.format));
+  return product;
+}
+
+}  // namespace
+
+void matmul(const Context& context, const Matmul& problem) {
+  if (problem.out.rows == 0 || problem.out.cols == 0) return;
   const float beta = problem.accumulate ? 1.0f : 0.0f;
-  product.run(&problem.alpha, &beta);
+  product_of(context, problem).run(&problem.alpha, &beta);
+}
+
+bool takes_bias(const Context& context, Matmul problem, const Matrix& bias) {
+  if (bias.format != problem.out.format || reinterpret_cast<std::uintptr_t>(bias.data) % 16 != 0) return false;
+  problem.bias = bias;
+  return product_of(context, problem).algorithm().has_value();
 }
 
 void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, const WideMatrix& b, Op op_b,

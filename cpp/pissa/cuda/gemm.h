@@ -1,4 +1,5 @@
-// Matrix products by cublasLt: one product of dense matrices, or of stacks of them, in f32 or f64.
+// Matrix products by cublasLt, and by cuBLAS where cublasLt knows no way: one product of dense matrices, or of stacks
+// of them, in f32 or f64.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,8 @@
 
 namespace pissa::cuda {
 
-/// out = a b + beta * out + bias for row-major matrices. a and b in one format, out in that or in f32. bias: [1, n] in
-/// out's format, or absent. Every element is rounded once, from f32.
+/// out = alpha op(a) op(b) + beta * out + bias for row-major matrices. a and b in one format, out in that or in f32.
+/// bias: [1, n], or absent, and given only where takes_bias says so. Every element is rounded once, from f32.
 struct Matmul {
   Matrix a;
   Op op_a = Op::n;
@@ -22,6 +23,10 @@ struct Matmul {
   std::int64_t count = 1;  // matrices in each stack
 };
 void matmul(const Context& context, const Matmul& problem);
+
+/// Whether matmul can add `bias` to a problem: it has out's format, is at 16 bytes, as the kernels read it, and
+/// cublasLt has a way to do both.
+bool takes_bias(const Context& context, Matmul problem, const Matrix& bias);
 
 /// A row-major matrix in f64.
 struct WideMatrix {

@@ -1,6 +1,7 @@
 #include "pissa/cuda/products.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -12,13 +13,6 @@
 
 namespace pissa::cuda {
 namespace {
-
-// The type in which two matrices are multiplied. Halves of one kind have exact products in f32.
-Format common_format(const Matrix& a, const Matrix& b, Precision precision) {
-  if (precision == Precision::bf16) return Format::bf16;
-  if (precision == Precision::f16) return Format::f16;
-  return a.format == b.format && !is_quantized(a.format) ? a.format : Format::f32;
-}
 
 // out = scale * a, rounded once.
 void convert_scaled(const Context& context, const Matrix& a, float scale, const MutableMatrix& out,
@@ -33,7 +27,7 @@ void convert_scaled(const Context& context, const Matrix& a, float scale, const 
 // scale * matrix in the format wanted: itself, or a copy.
 class Operand {
  public:
-  Operand(const Context& context, const Matrix& matrix, float scale, Format format, std::int64_t count)
+  Operand(const Context& context, const Matrix& matrix, Format format, std::int64_t count, float scale = 1.0f)
       : view_(matrix) {
     if (matrix.format == format && scale == 1.0f) return;
     const std::int64_t copies = matrix.stride == 0 ? 1 : count;
@@ -48,32 +42,33 @@ class Operand {
   std::optional<Buffer> copy_;
 };
 
-// Columns [first, first + count) of a dense matrix.
-template <class M>
-M cols_of(M matrix, std::int64_t first, std::int64_t count) {
-  using Byte = std::conditional_t<std::is_same_v<M, Matrix>, const char, char>;
-  matrix.data = static_cast<Byte*>(matrix.data) + first * element_size(matrix.format);
-  matrix.cols = count;
-  return matrix;
-}
-
 bool same_place(const Matrix& a, const Matrix& b) {
   return a.data == b.data && a.format == b.format && a.ld == b.ld && a.stride == b.stride;
 }
 
-// Several terms as one: their first factors side by side, their second ones too. One product rounds once.
+bool of_one_scale(std::span<const Term> terms) {
+  return std::ranges::all_of(terms, [&](const Term& term) { return term.scale == terms[0].scale; });
+}
+
+// Several terms as one: their first factors side by side, their second ones too. One product rounds once. Its scale is
+// theirs; where they differ, the smaller factor of each carries its own.
 class Concatenation {
  public:
   Concatenation(const Context& context, std::span<const Term> terms, Format format, std::int64_t count)
       : a_(room(context, terms[0].a, terms[0].op_a == Op::n, terms, format, count)),
-        b_(room(context, terms[0].b, terms[0].op_b == Op::t, terms, format, count)) {
+        b_(room(context, terms[0].b, terms[0].op_b == Op::t, terms, format, count)),
+        term_{a_.view(), terms[0].op_a, b_.view(), terms[0].op_b} {
+    const bool together = of_one_scale(terms);
+    if (together) term_.scale = terms[0].scale;
     std::int64_t first = 0;
     for (const Term& term : terms) {
-      place(context, term.a, term.scale, term.op_a == Op::n, a_.view(), first, count);
-      place(context, term.b, 1.0f, term.op_b == Op::t, b_.view(), first, count);
+      const bool a_is_smaller = term.a.rows * term.a.cols < term.b.rows * term.b.cols;
+      const float a_scale = together || !a_is_smaller ? 1.0f : term.scale;
+      const float b_scale = together || a_is_smaller ? 1.0f : term.scale;
+      place(context, term.a, a_scale, term.op_a == Op::n, a_.view(), first, count);
+      place(context, term.b, b_scale, term.op_b == Op::t, b_.view(), first, count);
       first += term.inner();
     }
-    term_ = {a_.view(), terms[0].op_a, b_.view(), terms[0].op_b};
   }
   const Term& term() const { return term_; }
 
@@ -95,37 +90,43 @@ class Concatenation {
   Term term_;
 };
 
+// Factors that keep every digit would lose some with a scale of their own.
 bool can_concatenate(std::span<const Term> terms, Format format) {
   return format != Format::f32 && terms.size() > 1 && std::ranges::all_of(terms, [&](const Term& term) {
            return term.op_a == terms[0].op_a && term.op_b == terms[0].op_b &&
                   common_format(term.a, term.b, term.precision) == format &&
-                  (term.precision != Precision::f32 || term.scale == 1.0f);
+                  (term.precision != Precision::f32 || of_one_scale(terms));
          });
 }
-
-// Where operands are rounded, their scale is applied before, as the CPU does; otherwise the product takes it.
-struct Scale {
-  Scale(float scale, Precision precision)
-      : of_operand(precision == Precision::f32 ? 1.0f : scale),
-        of_product(precision == Precision::f32 ? scale : 1.0f) {}
-  float of_operand, of_product;
-};
 
 // sum (+)= scale * op(a) op(b)
 void add_product(const Context& context, const Term& term, Format format, bool accumulate, const MutableMatrix& sum,
                  std::int64_t count) {
-  const Scale scale(term.scale, term.precision);
-  const Operand a(context, term.a, scale.of_operand, format, count);
-  const Operand b(context, term.b, 1.0f, format, count);
+  const Operand a(context, term.a, format, count);
+  const Operand b(context, term.b, format, count);
   matmul(context, {.a = a.view(),
                    .op_a = term.op_a,
                    .b = b.view(),
                    .op_b = term.op_b,
-                   .alpha = scale.of_product,
+                   .alpha = term.scale,
                    .accumulate = accumulate,
                    .out = sum,
                    .count = count});
 }
+
+// Where the scale of a product with a weight goes: in half precision after the sum; in f32 before it, onto x, for sums
+// of elements near 1e37 overflow. Beyond 2^+-64 onto the weight, which is then so small or so large that a product
+// might take denormals for zero: those of the weight, or what the scale makes of x. A power of two loses nothing.
+struct WeightScale {
+  float x = 1.0f, weight = 1.0f, sum = 1.0f;
+
+  WeightScale(float scale, Format format, const Matrix& matrix) {
+    const float size = std::fabs(scale);
+    if (format != Format::f32) sum = scale;
+    else if (is_quantized(matrix.format) || (size >= 0x1p-64f && size <= 0x1p64f)) x = scale;
+    else weight = scale;
+  }
+};
 
 void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t count) {
   const Buffer zero(context, 1, out.cols, Format::f32);
@@ -135,6 +136,12 @@ void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t co
 }
 
 }  // namespace
+
+Format common_format(const Matrix& a, const Matrix& b, Precision precision) {
+  if (precision == Precision::bf16) return Format::bf16;
+  if (precision == Precision::f16) return Format::f16;
+  return a.format == b.format && !is_quantized(a.format) ? a.format : Format::f32;
+}
 
 void convert_any(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count) {
   convert_scaled(context, a, 1.0f, out, count);
@@ -176,14 +183,14 @@ void sum_of_products(const Context& context, std::span<const Term> all_terms, co
   if (!in_place) convert(context, sum, 1.0f, out, count);
 }
 
-void weight_product(const Context& context, const Matrix& x, const Matrix& weight, Op op, float scale,
+void weight_product(const Context& context, const Matrix& x, const Weight& weight, Op op, float scale,
                     Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
                     std::int64_t chunk_bytes) {
   check_terms(tail, kMostTail);
   if (y.rows == 0 || y.cols == 0) return;
-  const Format format = common_format(x, weight, precision);
-  if (op == Op::t && scale == 1.0f && format == x.format && few_rows_quantized_fits(x, weight, tail)) {
-    return few_rows_quantized(context, x, weight, tail, bias, y);
+  const Format format = common_format(x, weight.view(), precision);
+  if (op == Op::t && scale == 1.0f && format == x.format && few_rows_quantized_fits(x, weight.view(), tail)) {
+    return few_rows_quantized(context, x, weight.view(), tail, bias, y);
   }
 
   const bool in_place = y.format == Format::f32 || y.format == format;
@@ -191,45 +198,28 @@ void weight_product(const Context& context, const Matrix& x, const Matrix& weigh
   if (!in_place) f32_sum.emplace(context, y.rows, y.cols, Format::f32);
   const MutableMatrix sum = in_place ? y : f32_sum->view();
 
-  // The thin products first: the large one then adds to them what it computes, which costs it nothing.
-  const bool bias_last = bias && bias.format == format && sum.format == format && x.cols > 0;
-  const Matrix bias_rows{bias.data, y.rows, y.cols, 0, bias.format};  // the same row everywhere
-  const Matrix start = bias && !bias_last ? bias_rows : Matrix{};
-  const bool accumulate = start || !tail.empty() || x.cols == 0;
-  if (accumulate) sum_of_products(context, tail, start, sum);
-
-  if (x.cols > 0) {
-    const Scale scales(scale, precision);
-    const Operand x_operand(context, x, scales.of_operand, format, 1);
-    const auto multiply = [&](const Matrix& part, std::int64_t first) {
-      const std::int64_t cols = op == Op::t ? part.rows : part.cols;
-      matmul(context, {.a = x_operand.view(),
-                       .b = part,
-                       .op_b = op,
-                       .alpha = scales.of_product,
-                       .accumulate = accumulate,
-                       .bias = bias_last ? cols_of(bias, first, cols) : Matrix{},
-                       .out = cols_of(sum, first, cols)});
-    };
-    if (weight.format == format) {
-      multiply(weight, 0);
-    } else {
-      // Columns of y at a time, whole tiles of them: nothing is added up twice.
-      constexpr std::int64_t kTile = 64;
-      const std::int64_t fitting = chunk_bytes / (x.cols * element_size(format)) / kTile * kTile;
-      const std::int64_t step = std::min(std::max(fitting, kTile), y.cols);
-      const Buffer chunk(context, op == Op::t ? step : x.cols, op == Op::t ? x.cols : step, format);
-      for (std::int64_t first = 0; first < y.cols; first += step) {
-        const std::int64_t cols = std::min(step, y.cols - first);
-        const MutableMatrix part = op == Op::t ? rows_of(chunk.view(), 0, cols) : cols_of(chunk.view(), 0, cols);
-        if (is_quantized(weight.format)) {
-          decode_codes(context, weight, op == Op::t ? first : 0, op == Op::t ? 0 : first, part);
-        } else {
-          convert(context, op == Op::t ? rows_of(weight, first, cols) : cols_of(weight, first, cols), 1.0f, part);
-        }
-        multiply(part, first);
-      }
-    }
+  const Matrix bias_rows = bias ? Matrix{bias.data, y.rows, y.cols, 0, bias.format} : Matrix{};  // the same everywhere
+  if (x.cols == 0) {
+    sum_of_products(context, tail, bias_rows, sum);
+  } else {
+    const WeightScale scales(scale, format, weight.view());
+    WeightChunks chunks(context, weight, op, scales.weight, format, chunk_bytes, !tail.empty());
+    const Operand x_operand(context, x, format, 1, scales.x);
+    Matmul product{.a = x_operand.view(),
+                   .b = chunks.front(),
+                   .op_b = op,
+                   .alpha = scales.sum,
+                   .out = cols_of(sum, 0, chunks.step())};
+    // The thin products first: the large one then adds to them what it computes, which costs it nothing.
+    const bool bias_last = bias && takes_bias(context, product, bias);
+    product.accumulate = !tail.empty() || (bias && !bias_last);
+    if (product.accumulate) sum_of_products(context, tail, bias_last ? Matrix{} : bias_rows, sum);
+    chunks.for_each([&](const Matrix& chunk, std::int64_t first, std::int64_t cols) {
+      product.b = chunk;
+      product.out = cols_of(sum, first, cols);
+      if (bias_last) product.bias = cols_of(bias, first, cols);
+      matmul(context, product);
+    });
   }
   if (!in_place) convert(context, sum, 1.0f, y);
 }

@@ -7,8 +7,12 @@
 #include "pissa/core/backend.h"
 #include "pissa/core/types.h"
 #include "pissa/cuda/context.h"
+#include "pissa/cuda/weight.h"
 
 namespace pissa::cuda {
+
+/// The type in which two matrices are multiplied. Halves of one kind have exact products in f32.
+Format common_format(const Matrix& a, const Matrix& b, Precision precision);
 
 /// out = a, from any format.
 void convert_any(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count = 1);
@@ -18,8 +22,8 @@ void sum_of_products(const Context& context, std::span<const Term> terms, const 
                      const MutableMatrix& out, std::int64_t count = 1);
 
 /// y = scale * x op(weight) + tail + bias: a weight that has to be converted first is so in chunks of at most
-/// `chunk_bytes`.
-void weight_product(const Context& context, const Matrix& x, const Matrix& weight, Op op, float scale,
+/// `chunk_bytes`, two at a time.
+void weight_product(const Context& context, const Matrix& x, const Weight& weight, Op op, float scale,
                     Precision precision, std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y,
                     std::int64_t chunk_bytes);
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pissa/core/format.h"
+#include "pissa/core/fused_linear.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/rsvd.h"
 
@@ -35,6 +36,7 @@ inline pybind11::dict formats() {
 
 inline pybind11::dict limits() {
   pybind11::dict table;
+  table["few_tokens"] = kFewTokens;
   table["nested_blocksize"] = kNestedBlocksize;
   table["passes_per_step"] = kPassesPerStep;
   return table;
@@ -45,8 +47,8 @@ inline void define_limits(pybind11::module_& m) {
         "The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and\n"
         "whether scales can be quantised too (nested).");
   m.def("limits", limits,
-        "Scales that are quantised together (nested_blocksize), and reads of a weight in a step of the SVD\n"
-        "(passes_per_step).");
+        "Rows of x up to which factors are not summed (few_tokens), scales that are quantised together\n"
+        "(nested_blocksize), and reads of a weight in a step of the SVD (passes_per_step).");
 }
 
 }  // namespace pissa::python

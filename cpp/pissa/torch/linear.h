@@ -53,10 +53,35 @@ struct AdapterTensors {
   }
 };
 
-// (y [..., out] in x's dtype, xa [tokens, r] float32 for the backward, empty without an adapter)
+// What a forward keeps for its backward: xa [tokens, r] float32, empty without an adapter, and the sums of factors one
+// after the other in x's dtype, empty where it keeps none.
+struct Kept {
+  Tensor xa, sums;
+
+  template <Backend B>
+  static Kept by(const B&, const Tensor& x, const Matrix& x_view, const Adapter& adapter) {
+    const std::int64_t size = FactorSums::kept<B>(x_view, adapter) ? FactorSums::size(adapter) : 0;
+    return {new_tensor(x, {adapter ? x_view.rows : 0, adapter.rank()}, ScalarType::Float),
+            new_tensor(x, {size}, x.scalar_type())};
+  }
+  Kept(const Tensor& xa_, const Tensor& sums_)
+      : xa(torch::stable::contiguous(xa_)), sums(torch::stable::contiguous(sums_)) {}
+
+  void check(const Matrix& x, const Adapter& adapter) const {
+    if (adapter) check_shape("xa", matrix(xa), x.rows, adapter.rank());
+    PISSA_CHECK(sums.numel() == 0 || (adapter && sums.numel() == FactorSums::size(adapter)), "sums: got ", sums.numel(),
+                " elements; needed: what the forward returned");
+  }
+  FactorSums sums_view(const Adapter& adapter) const {
+    return sums.numel() == 0 ? FactorSums{}
+                             : FactorSums::at(sums.mutable_data_ptr(), format_of(sums.scalar_type()), adapter);
+  }
+};
+
+// (y [..., out] in x's dtype, what is kept)
 template <Backend B>
-std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
-                                          const AdapterTensors& factors) {
+std::tuple<Tensor, Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight,
+                                                  const OptionalTensor& bias, const AdapterTensors& factors) {
   const Tensor x_tensor = torch::stable::contiguous(x);
   const OptionalTensor bias_tensor = contiguous(bias);
   const Matrix bias_row = bias_tensor ? matrix(*bias_tensor) : Matrix{};
@@ -66,10 +91,10 @@ std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Mat
   std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = weight.rows;
   const Tensor y = new_tensor(x, sizes, x.scalar_type());
-  const std::int64_t tokens = matrix(x_tensor).rows;
-  const Tensor xa = new_tensor(x, {adapter ? tokens : 0, adapter ? adapter.rank() : 0}, ScalarType::Float);
-  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), mutable_matrix(xa));
-  return {y, xa};
+  const Kept kept = Kept::by(backend, x, matrix(x_tensor), adapter);
+  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y),
+                        mutable_matrix(kept.xa), kept.sums_view(adapter));
+  return {y, kept.xa, kept.sums};
 }
 
 // The gradients' tensors: dx like x, empty unless needed; those of a and b, empty without an adapter.
@@ -91,18 +116,17 @@ struct LinearGradients {
 
 template <Backend B>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(B& backend, const Tensor& dy, const Tensor& x, const Matrix& weight,
-                                                   const AdapterTensors& factors, const Tensor& xa, bool need_dx) {
+                                                   const AdapterTensors& factors, const Kept& kept, bool need_dx) {
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
-  const Tensor xa_tensor = torch::stable::contiguous(xa);
   const Adapter adapter = factors.view(weight.rows, weight.cols);
   const Matrix x_view = matrix(x_tensor);
   check_shape("x", x_view, x_view.rows, weight.cols);
   check_shape("dy", matrix(dy_tensor), x_view.rows, weight.rows);
-  if (adapter) check_shape("xa", matrix(xa_tensor), x_view.rows, adapter.rank());
+  kept.check(x_view, adapter);
   const LinearGradients gradients(x, adapter, need_dx);
-  pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, matrix(xa_tensor), gradients.dx_view(),
-                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b));
+  pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, matrix(kept.xa), gradients.dx_view(),
+                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b), kept.sums_view(adapter));
   return gradients.tensors();
 }
 
@@ -114,9 +138,9 @@ inline Matrix dense_weight(const Tensor& weight, const Tensor& x) {
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                  const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
-                                  const OptionalTensor& b0, double scaling, bool implicit) {
+std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
+                                          const OptionalTensor& b0, double scaling, bool implicit) {
   Device device(x, weight, bias, a, b, a0, b0);
   const Tensor w = torch::stable::contiguous(weight);
   return linear_forward(device.backend(), x, dense_weight(w, x), bias, {a, b, a0, b0, scaling, implicit});
@@ -126,19 +150,21 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                    const OptionalTensor& a, const OptionalTensor& b,
                                                    const OptionalTensor& a0, const OptionalTensor& b0, const Tensor& xa,
-                                                   double scaling, bool implicit, bool need_dx) {
-  Device device(dy, x, weight, a, b, a0, b0, xa);
+                                                   const Tensor& sums, double scaling, bool implicit, bool need_dx) {
+  Device device(dy, x, weight, a, b, a0, b0, xa, sums);
   const Tensor w = torch::stable::contiguous(weight);
-  return linear_backward(device.backend(), dy, x, dense_weight(w, x), {a, b, a0, b0, scaling, implicit}, xa, need_dx);
+  return linear_backward(device.backend(), dy, x, dense_weight(w, x), {a, b, a0, b0, scaling, implicit}, {xa, sums},
+                         need_dx);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
-                                            const OptionalTensor& nested_absmax, const OptionalTensor& offset,
-                                            const std::string& format, std::int64_t blocksize,
-                                            std::int64_t out_features, const OptionalTensor& bias,
-                                            const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
-                                            const OptionalTensor& b0, double scaling, bool implicit) {
+std::tuple<Tensor, Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                                    const OptionalTensor& nested_absmax, const OptionalTensor& offset,
+                                                    const std::string& format, std::int64_t blocksize,
+                                                    std::int64_t out_features, const OptionalTensor& bias,
+                                                    const OptionalTensor& a, const OptionalTensor& b,
+                                                    const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
+                                                    bool implicit) {
   Device device(x, codes, absmax, nested_absmax, offset, bias, a, b, a0, b0);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_forward(device.backend(), x, weight.view(out_features, x.size(x.dim() - 1)), bias,
@@ -150,18 +176,18 @@ std::tuple<Tensor, Tensor, Tensor> quantized_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
     const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, std::int64_t out_features,
     const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0, const OptionalTensor& b0,
-    const Tensor& xa, double scaling, bool implicit, bool need_dx) {
-  Device device(dy, x, codes, absmax, nested_absmax, offset, a, b, a0, b0, xa);
+    const Tensor& xa, const Tensor& sums, double scaling, bool implicit, bool need_dx) {
+  Device device(dy, x, codes, absmax, nested_absmax, offset, a, b, a0, b0, xa, sums);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_backward(device.backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1)),
-                         {a, b, a0, b0, scaling, implicit}, xa, need_dx);
+                         {a, b, a0, b0, scaling, implicit}, {xa, sums}, need_dx);
 }
 
-// (y like base, xa [tokens, r] float32 for the backward)
+// (y like base, what is kept)
 template <class Device>
-std::tuple<Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
-                                        const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
-                                        bool implicit) {
+std::tuple<Tensor, Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
+                                                const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
+                                                bool implicit) {
   Device device(base, x, a, b, a0, b0);
   const AdapterTensors factors(a, b, a0, b0, scaling, implicit);
   const Tensor base_tensor = torch::stable::contiguous(base);
@@ -171,29 +197,31 @@ std::tuple<Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, con
   const Adapter adapter = factors.view(base_view.cols, x_view.cols);
   check_shape("base", base_view, x_view.rows, base_view.cols);
   const Tensor y = new_tensor(base, {base.sizes().begin(), base.sizes().end()}, base.scalar_type());
-  const Tensor xa = new_tensor(x, {x_view.rows, adapter.rank()}, ScalarType::Float);
-  pissa::add_low_rank_forward(device.backend(), base_view, x_view, adapter, mutable_matrix(y), mutable_matrix(xa));
-  return {y, xa};
+  const Kept kept = Kept::by(device.backend(), x, x_view, adapter);
+  pissa::add_low_rank_forward(device.backend(), base_view, x_view, adapter, mutable_matrix(y), mutable_matrix(kept.xa),
+                              kept.sums_view(adapter));
+  return {y, kept.xa, kept.sums};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& a,
                                                          const Tensor& b, const OptionalTensor& a0,
-                                                         const OptionalTensor& b0, const Tensor& xa, double scaling,
-                                                         bool implicit, bool need_dx) {
-  Device device(dy, x, a, b, a0, b0, xa);
+                                                         const OptionalTensor& b0, const Tensor& xa, const Tensor& sums,
+                                                         double scaling, bool implicit, bool need_dx) {
+  Device device(dy, x, a, b, a0, b0, xa, sums);
+  const Kept kept(xa, sums);
   const AdapterTensors factors(a, b, a0, b0, scaling, implicit);
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
-  const Tensor xa_tensor = torch::stable::contiguous(xa);
   const Matrix dy_view = matrix(dy_tensor);
   const Matrix x_view = matrix(x_tensor);
   const Adapter adapter = factors.view(dy_view.cols, x_view.cols);
   check_shape("dy", dy_view, x_view.rows, dy_view.cols);
-  check_shape("xa", matrix(xa_tensor), x_view.rows, adapter.rank());
+  kept.check(x_view, adapter);
   const LinearGradients gradients(x, adapter, need_dx);
-  pissa::add_low_rank_backward(device.backend(), dy_view, x_view, adapter, matrix(xa_tensor), gradients.dx_view(),
-                               mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b));
+  pissa::add_low_rank_backward(device.backend(), dy_view, x_view, adapter, matrix(kept.xa), gradients.dx_view(),
+                               mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b),
+                               kept.sums_view(adapter));
   return gradients.tensors();
 }
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE  # loading them defines the ops
+from pissa.ops._load import _C  # loading it defines the ops
+from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
+
+_FEW_TOKENS: int = _C.limits()["few_tokens"]
 
 # ---- Fakes -----------------------------------------------------------------------------------------------------------
 
@@ -123,10 +126,20 @@ def _out_features(weight: list[Any]) -> int:
     return rows
 
 
-def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *weight, _bias, a, _b, _a0, _b0, _scaling, _implicit = args
-    tokens, r = (x.numel() // x.shape[-1], a.shape[0]) if a is not None else (0, 0)
-    return x.new_empty((*x.shape[:-1], _out_features(weight))), _floats(x, tokens, r)
+def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> tuple[Tensor, Tensor]:
+    """What the forward keeps for the backward: x Aᵀ, and, on CUDA, sums of factors in x's half precision."""
+    if a is None:
+        return _floats(x, 0, 0), x.new_empty(0)
+    tokens, r = x.numel() // x.shape[-1], a.shape[0]
+    has_sums = a0 is not None and x.is_cuda and x.dtype != torch.float32 and tokens > _FEW_TOKENS
+    columns = x.shape[-1] + (0 if implicit else out_features)
+    return _floats(x, tokens, r), x.new_empty(r * columns if has_sums else 0)
+
+
+def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *weight, _bias, a, _b, a0, _b0, _scaling, implicit = args
+    out_features = _out_features(weight)
+    return x.new_empty((*x.shape[:-1], out_features)), *_kept(x, out_features, a, a0, implicit)
 
 
 def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +148,7 @@ def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: boo
 
 
 def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *weight, a, _b, _a0, _b0, _xa, _scaling, _implicit, need_dx = args
+    *weight, a, _b, _a0, _b0, _xa, _sums, _scaling, _implicit, need_dx = args
     return _fake_gradients(x, _out_features(weight), a, need_dx)
 
 
@@ -154,8 +167,8 @@ def _(
     b0: Tensor | None,
     scaling: float,
     implicit: bool,
-) -> tuple[Tensor, Tensor]:
-    return base.new_empty(base.shape), _floats(x, x.numel() // x.shape[-1], a.shape[0])
+) -> tuple[Tensor, Tensor, Tensor]:
+    return base.new_empty(base.shape), *_kept(x, base.shape[-1], a, a0, implicit)
 
 
 @register_fake("pissa::add_low_rank_backward")
@@ -167,6 +180,7 @@ def _(
     a0: Tensor | None,
     b0: Tensor | None,
     xa: Tensor,
+    sums: Tensor,
     scaling: float,
     implicit: bool,
     need_dx: bool,
@@ -175,34 +189,34 @@ def _(
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Saved for the backward: x and x Aᵀ.
+# Saved for the backward: x, x Aᵀ, and sums of factors.
 
 _TAIL = 7  # arguments behind the weight
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, *weight = inputs[:-_TAIL]
     _, *factors, scaling, implicit = inputs[-_TAIL:]
-    _, xa = output
-    ctx.mark_non_differentiable(xa)
+    _, xa, sums = output
+    ctx.mark_non_differentiable(xa, sums)
     ctx.set_materialize_grads(False)
     ctx.weight_tensors = sum(value is None or isinstance(value, Tensor) for value in weight)
-    ctx.save_for_backward(x, xa, *weight[: ctx.weight_tensors], *factors)
+    ctx.save_for_backward(x, xa, sums, *weight[: ctx.weight_tensors], *factors)
     ctx.weight_numbers = weight[ctx.weight_tensors :]
     ctx.scaling, ctx.implicit = scaling, implicit
     ctx.has_adapter = factors[0] is not None
 
 
-def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     weight_slots = [None] * (ctx.weight_tensors + len(ctx.weight_numbers))
     if dy is None:
         return (None, *weight_slots, *[None] * _TAIL)
-    x, xa, *saved = ctx.saved_tensors
+    x, xa, sums, *saved = ctx.saved_tensors
     weight, factors = saved[: ctx.weight_tensors], saved[ctx.weight_tensors :]
     need_dx = ctx.needs_input_grad[0]
     need_bias, need_a, need_b = ctx.needs_input_grad[-_TAIL : -_TAIL + 3]
     bias_grad = dy.flatten(0, -2).sum(0) if need_bias else None
-    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, xa, ctx.scaling, ctx.implicit, need_dx)
+    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, xa, sums, ctx.scaling, ctx.implicit, need_dx)
     return (
         dx if need_dx else None,
         *weight_slots,
@@ -213,21 +227,23 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[T
     )
 
 
-def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, x, *factors, scaling, implicit = inputs
-    _, xa = output
-    ctx.mark_non_differentiable(xa)
+    _, xa, sums = output
+    ctx.mark_non_differentiable(xa, sums)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, xa, *factors)
+    ctx.save_for_backward(x, xa, sums, *factors)
     ctx.scaling, ctx.implicit = scaling, implicit
 
 
-def _low_rank_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _low_rank_backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
-    x, xa, *factors = ctx.saved_tensors
+    x, xa, sums, *factors = ctx.saved_tensors
     need_base, need_dx, need_a, need_b = ctx.needs_input_grad[:4]
-    dx, grad_a, grad_b = torch.ops.pissa.add_low_rank_backward(dy, x, *factors, xa, ctx.scaling, ctx.implicit, need_dx)
+    dx, grad_a, grad_b = torch.ops.pissa.add_low_rank_backward(
+        dy, x, *factors, xa, sums, ctx.scaling, ctx.implicit, need_dx
+    )
     return (
         dy if need_base else None,
         dx if need_dx else None,

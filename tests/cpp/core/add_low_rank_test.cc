@@ -26,7 +26,9 @@ class AddLowRankTest : public BackendTest {
     const Stored base(random.dense(layer.tokens, layer.out), base_format);
     Stored y = Stored::poisoned(layer.tokens, layer.out, base_format);
     Stored xa = Stored::poisoned(layer.tokens, layer.r, Format::f32);
-    add_low_rank_forward(cpu, base.view(), layer.x.view(), layer.adapter(), y.mutable_view(), xa.mutable_view());
+    KeptSums<decltype(cpu)> sums(layer.x.view(), layer.adapter());
+    add_low_rank_forward(cpu, base.view(), layer.x.view(), layer.adapter(), y.mutable_view(), xa.mutable_view(),
+                         sums.view);
     expect_close(y, {base.values() + exact.y(), absolute(base.values()) + magnitude.y()}, layer.in + 2 * layer.r + kFew,
                  halves);
     Stored in_place = base;
@@ -38,7 +40,7 @@ class AddLowRankTest : public BackendTest {
     Stored grad_a = Stored::poisoned(layer.r, layer.in, Format::f32);
     Stored grad_b = Stored::poisoned(layer.out, layer.r, Format::f32);
     add_low_rank_backward(cpu, layer.dy.view(), layer.x.view(), layer.adapter(), xa.view(), dx.mutable_view(),
-                          grad_a.mutable_view(), grad_b.mutable_view());
+                          grad_a.mutable_view(), grad_b.mutable_view(), sums.view);
     expect_close(dx, {exact.dx(dy), magnitude.dx()}, layer.out + 2 * layer.r + kFew, halves);
     expect_close(grad_a, {exact.grad_a(dy), magnitude.grad_a()}, layer.out + layer.tokens + kFew, halves);
     expect_close(grad_b, {exact.grad_b(dy), magnitude.grad_b()}, layer.in + layer.tokens + kFew, halves);

@@ -14,21 +14,27 @@
 namespace pissa::test {
 namespace {
 
-/// What the backend computes.
+/// What the backend computes, keeping sums of factors where it may.
 struct Outputs {
   Stored y, xa, dx, grad_a, grad_b;
 
   template <class B>
-  Outputs(B&& backend, const Layer& layer, Format format)
+  Outputs(B&& backend, const Layer& layer, Format format, bool may_keep_sums = true)
       : y(Stored::poisoned(layer.tokens, layer.out, format)),
         xa(Stored::poisoned(layer.tokens, layer.r, Format::f32)),
         dx(Stored::poisoned(layer.tokens, layer.in, format)),
         grad_a(Stored::poisoned(layer.r, layer.in, Format::f32)),
         grad_b(Stored::poisoned(layer.out, layer.r, Format::f32)) {
+    const Adapter adapter = layer.adapter();
+    KeptSums<B> sums(layer.x.view(), may_keep_sums ? adapter : Adapter{});
     linear_forward(backend, layer.x.view(), layer.weight.view(), layer.with_bias ? layer.bias.view() : Matrix{},
-                   layer.adapter(), y.mutable_view(), xa.mutable_view());
-    linear_backward(backend, layer.dy.view(), layer.x.view(), layer.weight.view(), layer.adapter(), xa.view(),
-                    dx.mutable_view(), grad_a.mutable_view(), grad_b.mutable_view());
+                   adapter, y.mutable_view(), xa.mutable_view(), sums.view);
+    linear_backward(backend, layer.dy.view(), layer.x.view(), layer.weight.view(), adapter, xa.view(),
+                    dx.mutable_view(), grad_a.mutable_view(), grad_b.mutable_view(), sums.view);
+  }
+
+  std::array<std::vector<std::uint8_t>, 5> bits() const {
+    return {y.bytes(), xa.bytes(), dx.bytes(), grad_a.bytes(), grad_b.bytes()};
   }
 };
 
@@ -169,9 +175,23 @@ TEST_P(LinearTest, TheSameBits) {
     const Layer layer(random, 50, 300, 150, 9, kind, Format::bf16, Form::nf4_nested);
     expect_same_bits([&](auto& cpu) {
       const Outputs outputs(cpu, layer, Format::bf16);
-      return std::array{outputs.y.bytes(), outputs.xa.bytes(), outputs.dx.bytes(), outputs.grad_a.bytes(),
-                        outputs.grad_b.bytes()};
+      return outputs.bits();
     });
+  }
+}
+
+// A factor in half precision is its sum, rounded once, whoever keeps it.
+TEST_P(LinearTest, KeptSumsChangeNoBit) {
+  Random random(8);
+  for (const Kind kind : kKinds) {
+    for (const Format format : kFloatFormats) {
+      for (const std::int64_t tokens : {16, 17, 40}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "kind " << static_cast<int>(kind) << ", x " << name(format) << ", tokens " << tokens);
+        const Layer layer(random, tokens, 67, 45, 5, kind, format, Form::nf4);
+        EXPECT_TRUE(Outputs(backend(), layer, format).bits() == Outputs(backend(), layer, format, false).bits());
+      }
+    }
   }
 }
 

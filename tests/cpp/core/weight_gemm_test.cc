@@ -22,9 +22,9 @@ class WeightGemmTest : public BackendTest {
                                       << name(out_format));
     const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
     TermList list(m, n, precision, rounds(precision));
-    list.add(random, k, x, Op::n, weight, Op::t, random_scale(random));
+    list.add(random, k, x, Op::n, weight, Op::t, list.random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
-      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, random_scale(random));
+      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::t, list.random_scale(random));
     }
     const Operand bias(random, 1, n, static_cast<Form>(random.pick(kFloatFormats)));
     if (with_bias) list.add_expected(bounded(bias.values()));
@@ -42,9 +42,9 @@ class WeightGemmTest : public BackendTest {
                                       << name(weight) << ", tail " << tail << ", out " << name(out_format));
     const Precision precision = random.pick({Precision::f32, Precision::bf16, Precision::f16});
     TermList list(m, n, precision, rounds(precision));
-    list.add(random, k, dy, Op::n, weight, Op::n, random_scale(random));
+    list.add(random, k, dy, Op::n, weight, Op::n, list.random_scale(random));
     for (std::int64_t i = 0; i < tail; ++i) {
-      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, random_scale(random));
+      list.add(random, 1 + random.below(5), Form::f32, Op::n, Form::f32, Op::n, list.random_scale(random));
     }
     const Term& product = list.terms().front();
     Stored dx = Stored::poisoned(m, n, out_format, random.below(4));

@@ -202,6 +202,40 @@ TEST_P(ProductsTest, ThinProductsAreRoundedOnce) {
   EXPECT_EQ(out.values().values, addend.values().values);
 }
 
+// Of one term, and of several that share it: factors in half precision meet in f32, and the scale after them.
+TEST_P(ProductsTest, AScaleRoundsNoFactor) {
+  Random random(13);
+  const Dense a = Stored(random.dense(40, 7), Format::bf16).values(),
+              b = Stored(random.dense(7, 30), Format::bf16).values();
+  const Stored a_stored(a, Format::bf16), b_stored(b, Format::bf16);
+  const Term term{a_stored.view(), Op::n, b_stored.view(), Op::n, 0.3f, Precision::bf16};
+  for (const std::int64_t count : {1, 2}) {
+    const std::vector<Term> terms(static_cast<std::size_t>(count), term);
+    Stored out = Stored::poisoned(40, 30, Format::f32);
+    backend().gemm(terms, {}, out.mutable_view());
+    const double scale = static_cast<double>(count) * double{0.3f};
+    expect_close(out, {scale * (a * b), scale * (absolute(a) * absolute(b))}, 7 * count + 2);
+  }
+}
+
+// Terms of several scales as one product: 0.3 times the smaller factor is rounded, the larger one stays as it is.
+TEST_P(ProductsTest, TheSmallerFactorCarriesAScaleOfItsOwn) {
+  Random random(14);
+  const double scale = kBf16.decode(kBf16.encode(0.3f));
+  const Dense large = Stored(random.dense(40, 2), Format::bf16).values();
+  for (const bool left : {true, false}) {  // where the larger factor stands
+    const Dense ones = left ? all(2, 20, 1) : all(20, 2, 1);
+    const Stored a(left ? large : ones, Format::bf16), b(left ? ones : transposed(large), Format::bf16);
+    const Term terms[] = {{a.view(), Op::n, b.view(), Op::n, 0.3f, Precision::bf16},
+                          {a.view(), Op::n, b.view(), Op::n, 1.0f, Precision::bf16}};
+    const Dense a_values = a.values(), b_values = b.values();
+    Stored out = Stored::poisoned(a_values.rows, b_values.cols, Format::f32);
+    backend().gemm(terms, {}, out.mutable_view());
+    expect_close(out, {(1 + scale) * (a_values * b_values), (1 + scale) * (absolute(a_values) * absolute(b_values))},
+                 6);
+  }
+}
+
 // One product would round a factor with its scale, or factors that keep every digit to the others' half precision.
 TEST_P(ProductsTest, ThinProductsThatCannotBeOne) {
   Random random(6);

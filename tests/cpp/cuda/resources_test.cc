@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pissa/core/fused_linear.h"
@@ -37,7 +39,7 @@ Stored aligned(const Dense& values, Format format) {
 /// A QPiSSA layer on the device, and room for what it computes.
 class DeviceLayer {
  public:
-  DeviceLayer(std::int64_t tokens, std::int64_t out, std::int64_t in, std::int64_t r)
+  DeviceLayer(std::int64_t tokens, std::int64_t out, std::int64_t in, std::int64_t r, float scaling = 1.0f)
       : at_(context_),
         x_(aligned(random_.dense(tokens, in), Format::bf16)),
         dy_(aligned(random_.dense(tokens, out), Format::bf16)),
@@ -46,6 +48,7 @@ class DeviceLayer {
         b_(random_.dense(out, r), Format::f32),
         y_(context_, tokens, out, Format::bf16),
         xa_(context_, tokens, r, Format::f32),
+        sums_(context_, r, in + out, Format::bf16),
         dx_(context_, tokens, in, Format::bf16),
         grad_a_(context_, r, in, Format::f32),
         grad_b_(context_, out, r, Format::f32),
@@ -56,15 +59,28 @@ class DeviceLayer {
     adapter.b = at_(b_.view());
     adapter.a0 = at_(a_.view());
     adapter.b0 = at_(b_.view());
+    adapter.scaling = scaling;
+    keeps_sums = FactorSums::kept<cuda::CudaBackend>(x, adapter);
     at_.finish();
   }
   void forward() {
     cuda::CudaBackend cuda(context_);
-    linear_forward(cuda, x, weight, {}, adapter, y_.view(), xa_.view());
+    linear_forward(cuda, x, weight, {}, adapter, y_.view(), xa_.view(), sums());
+  }
+  /// Of all that is computed.
+  std::vector<std::uint8_t> bits() const {
+    std::vector<std::uint8_t> result;
+    for (const cuda::Buffer* buffer : {&y_, &xa_, &dx_, &grad_a_, &grad_b_}) {
+      const MutableMatrix view = buffer->view();
+      std::vector<std::uint8_t> part(static_cast<std::size_t>(view.rows * view.cols * element_size(view.format)));
+      cuda::read_back(context_, view.data, part.data(), static_cast<std::int64_t>(part.size()));
+      result.insert(result.end(), part.begin(), part.end());
+    }
+    return result;
   }
   void backward() {
     cuda::CudaBackend cuda(context_);
-    linear_backward(cuda, dy, x, weight, adapter, xa_.view(), dx_.view(), grad_a_.view(), grad_b_.view());
+    linear_backward(cuda, dy, x, weight, adapter, xa_.view(), dx_.view(), grad_a_.view(), grad_b_.view(), sums());
   }
   /// y, dx and the gradients of the factors, byte by byte; on the device 0xff from then on, which is NaN.
   std::vector<unsigned char> take_results() {
@@ -81,15 +97,22 @@ class DeviceLayer {
   }
 
  private:
+  FactorSums sums() const {
+    return keeps_sums ? FactorSums::at(sums_.view().data, Format::bf16, adapter) : FactorSums{};
+  }
+
   const cuda::Context& context_ = cuda::standalone_context();
   Random random_{1};
   Staging at_;
   Stored x_, dy_;
   StoredNf4 weight_;
   Stored a_, b_;
-  cuda::Buffer y_, xa_, dx_, grad_a_, grad_b_;
+  cuda::Buffer y_, xa_, sums_, dx_, grad_a_, grad_b_;
   Matrix x, dy, weight;
+
+ public:
   Adapter adapter;
+  bool keeps_sums = false;
 };
 
 // Decoding one or more tokens: x A^T, and then all the rest in one kernel.
@@ -102,6 +125,44 @@ TEST(CudaResources, AFewTokensTakeTwoLaunchesAndNoMemory) {
     layer.forward();
     EXPECT_EQ(cuda_sim::launches(), 2);
     EXPECT_EQ(cuda_sim::peak_bytes(), before);
+  }
+}
+
+// No operand is copied for it: dy alone would take 300 x 64 elements.
+TEST(CudaResources, AScalingCostsNothing) {
+  std::vector<std::pair<std::size_t, std::int64_t>> costs;
+  for (const float scaling : {1.0f, 0.3f}) {
+    DeviceLayer layer(300, 64, 64, 8, scaling);
+    const std::size_t before = cuda_sim::bytes_in_use();
+    cuda_sim::reset_launches();
+    for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
+      cuda_sim::reset_peak_bytes();
+      (layer.*pass)();
+      costs.emplace_back(cuda_sim::peak_bytes() - before, cuda_sim::launches());
+    }
+  }
+  EXPECT_EQ(costs[0], costs[2]) << "forward";
+  EXPECT_EQ(costs[1], costs[3]) << "backward";
+}
+
+// Without memory for them each pass has a launch for the sum of a factor, and one to round it.
+TEST(CudaResources, FactorsAreSummedOnceForBothPasses) {
+  for (const bool implicit : {false, true}) {
+    std::vector<std::int64_t> launches;
+    for (const bool keeps : {false, true}) {
+      DeviceLayer layer(40, 64, 128, 8);
+      ASSERT_TRUE(layer.keeps_sums);
+      layer.adapter.implicit = implicit;
+      layer.keeps_sums = keeps;
+      for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
+        cuda_sim::reset_launches();
+        (layer.*pass)();
+        launches.push_back(cuda_sim::launches());
+      }
+    }
+    // Of the change only A is summed; its backward puts A beside dA, which is a copy anyway.
+    EXPECT_EQ(launches[0] - launches[2], implicit ? 1 : 3) << "forward";
+    EXPECT_EQ(launches[1] - launches[3], implicit ? 1 : 4) << "backward";
   }
 }
 
@@ -225,7 +286,7 @@ TEST(CudaResources, TheLargestElementsOfAllWeightsTakeFewLaunches) {
   EXPECT_EQ(cuda_sim::synchronizations(), 0);
 }
 
-// A weight of 8 MB in bf16 takes a chunk of the size allowed, not a copy of all of it, and the product's workspace.
+// A weight of 8 MB in bf16 takes two chunks of the size allowed, not a copy of all of it, and the product's workspace.
 TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   const cuda::Context& context = cuda::standalone_context();
   Random random(4);
@@ -240,7 +301,7 @@ TEST(CudaResources, AWeightIsDecodedInBoundedMemory) {
   cuda_sim::reset_peak_bytes();
   constexpr std::int64_t kChunk = 1 << 20;
   cuda::weight_product(context, x, w, Op::t, 1.0f, Precision::bf16, {}, {}, y.view(), kChunk);
-  EXPECT_LE(cuda_sim::peak_bytes() - before, kChunk + (std::size_t{1} << 17));
+  EXPECT_LE(cuda_sim::peak_bytes() - before, 2 * kChunk + (std::size_t{1} << 17));
   EXPECT_EQ(cuda_sim::bytes_in_use(), before);
 }
 
@@ -338,13 +399,75 @@ TEST(CudaDivide, AnySize) {
   }
 }
 
+// ---- The side stream
+// -------------------------------------------------------------------------------------------------
+
+// Decoding is queued where nothing waits for it but the product.
+TEST(CudaSideStream, AWeightIsDecodedBesideWhatIsQueuedNext) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(9);
+  const StoredNf4 host(random, 40, 64, 64, true);
+  Stored values = Stored::poisoned(40, 64, Format::bf16);
+  {
+    Staging at(context);
+    cuda::CudaBackend cuda(context);
+    const cuda::Weight ahead = cuda.decode_ahead(at(host.view()), Precision::bf16, 17);
+    cudaStreamSynchronize(context.stream);
+    EXPECT_EQ(cudaStreamQuery(context.side().stream), cudaErrorNotReady);
+    ahead.wait();
+    cuda.copy(ahead.view(), at(values.mutable_view()));
+    at.finish();
+  }
+  EXPECT_EQ(values.values().values, Stored(host.values(), Format::bf16).values().values);
+}
+
+// Though the side stream runs as early as it may: behind the weight's upload, behind the product that read its memory.
+TEST(CudaSideStream, DecodingWaitsForWhatItNeeds) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(10);
+  for (const Op op : {Op::t, Op::n}) {
+    const StoredNf4 host(random, 320, 320, 64, false);
+    const Stored x(random.dense(20, 320), Format::bf16);
+    Stored y = Stored::poisoned(20, 320, Format::f32);
+    Staging at(context);
+    const cuda::Weight weight = at(host.view());
+    constexpr std::int64_t kChunk = 64 * 320 * 2;  // five of them
+    cuda::weight_product(context, at(x.view()), weight, op, 1.0f, Precision::bf16, {}, {}, at(y.mutable_view()),
+                         kChunk);
+    cudaStreamSynchronize(context.side().stream);
+    at.finish();
+    const Dense w = oriented(Stored(host.values(), Format::bf16).values(), op);
+    expect_close(y, {x.values() * w, absolute(x.values()) * absolute(w)}, 321);
+  }
+}
+
+TEST(CudaSideStream, EveryThreadHasItsOwn) {
+  const auto streams = [] {
+    DeviceLayer layer(20, 40, 64, 3);
+    for (int i = 0; i < 3; ++i) layer.forward(), layer.backward();
+    cudaStreamSynchronize(cuda::standalone_context().stream);
+    return std::pair{cuda::standalone_context().side().stream, layer.bits()};
+  };
+  const auto expected = streams();
+  std::vector<std::future<decltype(streams())>> others;
+  for (int i = 0; i < 4; ++i) others.push_back(std::async(std::launch::async, streams));
+  std::set<cudaStream_t> different{expected.first};
+  for (auto& other : others) {
+    const auto [stream, bits] = other.get();
+    different.insert(stream);
+    EXPECT_TRUE(bits == expected.second);
+  }
+  EXPECT_EQ(different.size(), 5u);
+}
+
 // ---- Failures -------------------------------------------------------------------------------------------------------
 
 class CudaFailures : public ::testing::Test {
  protected:
   void TearDown() override { cuda_sim::clear_failures(); }
 
-  /// Makes each call of one library fail in turn: `run` throws naming it, and leaves no memory behind.
+  /// Makes each call of one library fail in turn: `run` throws naming it, leaves no memory behind, and nothing on the
+  /// side stream that would still use it.
   template <class Status>
   void fail_each(Status status, const std::string& status_name, const std::function<void()>& run) const {
     const cuda::Context& context = cuda::standalone_context();
@@ -362,11 +485,13 @@ class CudaFailures : public ::testing::Test {
         EXPECT_EQ(text.rfind("cu", 0) == 0 || text.find(" failed on CUDA device 0: ") != std::string::npos, true)
             << text;
       }
+      const bool no_more_calls = cuda_sim::failure_pending();
+      cuda_sim::clear_failures();
       cudaStreamSynchronize(context.stream);
       ASSERT_EQ(cuda_sim::bytes_in_use(), before) << "call " << calls << " left memory behind";
-      if (cuda_sim::failure_pending()) break;  // there were no more calls
+      ASSERT_EQ(cudaStreamQuery(context.side().stream), cudaSuccess) << "call " << calls << " left work on the side";
+      if (no_more_calls) break;
     }
-    cuda_sim::clear_failures();
     EXPECT_GT(calls, 0);
     run();  // works again
   }
@@ -382,6 +507,20 @@ TEST_F(CudaFailures, EveryCallOfALinearLayer) {
     fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
     fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
   }
+}
+
+TEST_F(CudaFailures, EveryCallOfAProductInChunks) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(11);
+  Staging at(context);
+  const StoredNf4 host(random, 200, 64, 64, false);
+  const Stored x_host(random.dense(20, 64), Format::bf16);
+  const Matrix weight = at(host.view()), x = at(x_host.view());
+  const cuda::Buffer y(context, 20, 200, Format::bf16);
+  at.finish();
+  const auto run = [&] { cuda::weight_product(context, x, weight, Op::t, 1.0f, Precision::bf16, {}, {}, y.view(), 1); };
+  fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
+  fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
 }
 
 TEST_F(CudaFailures, EveryCallOfADecomposition) {

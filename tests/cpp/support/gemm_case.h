@@ -19,6 +19,11 @@ class TermList {
   TermList(std::int64_t m, std::int64_t n, Precision precision = Precision::f32, bool rounds = false)
       : expected_{Dense(m, n), Dense(m, n)}, precision_(precision), rounds_(rounds) {}
 
+  /// Where operands are rounded, a power of two: what carries the scale differs, and it is the same before and after.
+  float random_scale(Random& random) const {
+    return rounds_ ? random.pick({1.0f, -1.0f, 0.25f, -2.0f}) : random.pick({1.0f, -1.0f, 0.3f, -2.75f});
+  }
+
   void add(Random& random, std::int64_t k, Form form_a, Op op_a, Form form_b, Op op_b, float scale) {
     const auto [m, n] = std::pair{expected_.value.rows, expected_.value.cols};
     operands_.emplace_back(random, op_a == Op::n ? m : k, op_a == Op::n ? k : m, form_a);
@@ -29,13 +34,12 @@ class TermList {
     Dense a_values = double{scale} * oriented(a.values(), op_a);
     Dense b_values = oriented(b.values(), op_b);
     if (rounds_) {
-      for (double& value : a_values.values) value = static_cast<float>(value);  // scaled in f32, then rounded
       const FloatFormat rounding = precision_ == Precision::bf16 ? kBf16 : kF16;
       a_values = rounded_to(rounding, a_values);
       b_values = rounded_to(rounding, b_values);
     }
     add_expected({a_values * b_values, absolute(a_values) * absolute(b_values)});
-    roundings_ += k + 1;  // the additions, and the scaling of a
+    roundings_ += k + 1;  // the additions, and the scaling
   }
   void add_expected(const Bounded& more) {
     expected_ = {expected_.value + more.value, expected_.magnitude + more.magnitude};
@@ -58,7 +62,6 @@ class TermList {
   std::int64_t roundings_ = 0;
 };
 
-inline float random_scale(Random& random) { return random.pick({1.0f, -1.0f, 0.3f, -2.75f}); }
 inline Op random_op(Random& random) { return random.coin() ? Op::t : Op::n; }
 
 /// Sizes at the edges of register tiles (rows 4, 6, 14; columns 8, 16, 32) and of blocks, others small.

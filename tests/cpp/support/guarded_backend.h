@@ -121,6 +121,7 @@ class GuardedBackend {
                       std::span<const Term> tail, const MutableMatrix& dx) {
     inside([&] { cpu_.weight_gemm_nn(dy, weight, scale, precision, tail, dx); });
   }
+  Matrix decode_ahead(const Matrix& weight, Precision, std::int64_t) { return weight; }
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank rank) {
     inside([&] { cpu_.orthonormalize(basis, done, count, rank); });
   }

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <vector>
 
 #include "pissa/core/fused_linear.h"
 #include "support/matrices.h"
@@ -46,6 +48,19 @@ struct Layer {
       result.b0 = b0.view();
     }
     return result;
+  }
+};
+
+/// Memory for the sums of factors that a forward of the backend keeps for its backward, poisoned; or none.
+template <class B>
+struct KeptSums {
+  std::vector<std::uint8_t> bytes;
+  FactorSums view;
+
+  KeptSums(const Matrix& x, const Adapter& adapter) {
+    if (!FactorSums::kept<std::remove_cvref_t<B>>(x, adapter)) return;
+    bytes.assign(static_cast<std::size_t>(FactorSums::size(adapter) * element_size(x.format)), 0xff);
+    view = FactorSums::at(bytes.data(), x.format, adapter);
   }
 };
 

@@ -134,6 +134,12 @@ class TransferringBackend {
       cuda_.add(at(a), at(b), target);
     });
   }
+  void add_both(const Sum& first, const Sum& second) const {
+    call([&](Staging& at) {
+      const Sum there{at(first.a), at(first.b), at(first.out)};
+      cuda_.add_both(there, {at(second.a), at(second.b), at(second.out)});
+    });
+  }
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
     call([&](Staging& at) { cuda_.fill_signs(at(out), seed, scale); });
   }
@@ -170,6 +176,27 @@ class TransferringBackend {
                       std::span<const Term> tail, const MutableMatrix& dx) const {
     call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), at(weight), scale, precision, at(tail), at(dx)); });
   }
+
+  /// A weight being decoded, and the device's copy of what it is decoded from.
+  struct Ahead {
+    Staging staging;
+    cuda::Weight weight;
+    Ahead(const cuda::Context& context, const cuda::CudaBackend& cuda, const Matrix& from, Precision precision,
+          std::int64_t rows)
+        : staging(context), weight(cuda.decode_ahead(staging(from), precision, rows)) {}
+  };
+  Ahead decode_ahead(const Matrix& weight, Precision precision, std::int64_t rows) const {
+    return {context_, cuda_, weight, precision, rows};
+  }
+  void weight_gemm_nt(const Matrix& x, const Ahead& ahead, float scale, Precision precision, std::span<const Term> tail,
+                      const Matrix& bias, const MutableMatrix& y) const {
+    call([&](Staging& at) { cuda_.weight_gemm_nt(at(x), ahead.weight, scale, precision, at(tail), at(bias), at(y)); });
+  }
+  void weight_gemm_nn(const Matrix& dy, const Ahead& ahead, float scale, Precision precision,
+                      std::span<const Term> tail, const MutableMatrix& dx) const {
+    call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), ahead.weight, scale, precision, at(tail), at(dx)); });
+  }
+
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
     call([&](Staging& at) { cuda_.orthonormalize(at(basis), done, rows, rank); });
   }

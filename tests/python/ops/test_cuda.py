@@ -222,3 +222,29 @@ def test_weights_on_two_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     weights = [torch.ones(8, 8), torch.ones(8, 8).as_subclass(SaysCuda)]
     with pytest.raises(ValueError, match=r"^second on cuda:0; first on cpu; needed: all tensors on one device"):
         ops.split_many(weights, [2, 2], [1.0, 1.0], names=["first", "second"])
+
+
+# What the forward keeps for the backward depends on the device: the compiled op and its fake have to agree.
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "start", "implicit", "elements"),
+    [
+        (torch.bfloat16, 17, True, False, 2 * (32 + 16)),
+        (torch.float16, 17, True, True, 2 * 32),
+        (torch.bfloat16, 16, True, False, 0),
+        (torch.float32, 17, True, False, 0),
+        (torch.bfloat16, 17, False, False, 0),
+    ],
+)
+def test_the_sums_of_factors_that_a_forward_keeps(
+    dtype: torch.dtype, tokens: int, start: bool, implicit: bool, elements: int
+) -> None:
+    for device in ("cuda", "cpu"):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x = torch.empty(tokens, 32, dtype=dtype, device=device)
+            weight, base = (torch.empty(*shape, dtype=dtype, device=device) for shape in ((16, 32), (tokens, 16)))
+            a, b = torch.empty(2, 32, device=device), torch.empty(16, 2, device=device)
+            factors = (a, b, a, b) if start else (a, b, None, None)
+            for op, first in ((torch.ops.pissa.linear, (x, weight, None)), (torch.ops.pissa.add_low_rank, (base, x))):
+                _, xa, sums = op(*first, *factors, 1.0, implicit)
+                assert (xa.shape, xa.dtype) == ((tokens, 2), torch.float32)
+                assert (sums.shape, sums.dtype) == ((elements if device == "cuda" else 0,), dtype)

@@ -313,16 +313,17 @@ def test_empty_batches() -> None:
         assert not grad_b.any()
 
 
+@pytest.mark.parametrize("tokens", [6, 20])  # with and without sums of factors, which only many tokens keep
 @pytest.mark.parametrize("form", WEIGHTS)
-def test_opcheck(form: str) -> None:
-    layer = Layer(6, torch.float32, form, side=64, r=3).on_gpu()
+def test_opcheck(form: str, tokens: int) -> None:
+    layer = Layer(tokens, torch.float32 if tokens == 6 else torch.bfloat16, form, side=64, r=3).on_gpu()
     head = [layer.weight] if form == "dense" else [*layer.weight[:5], 64, 64]
     factors = list(layer.factors.values())
     op = torch.ops.pissa.linear if form == "dense" else torch.ops.pissa.quantized_linear
     backward = torch.ops.pissa.linear_backward if form == "dense" else torch.ops.pissa.quantized_linear_backward
     torch.library.opcheck(op.default, (layer.x.requires_grad_(), *head, None, *factors, 0.5, False))
-    _, xa = op(layer.x.detach(), *head, None, *factors, 0.5, False)
-    torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, xa, 0.5, False, True))
+    _, xa, sums = op(layer.x.detach(), *head, None, *factors, 0.5, False)
+    torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, xa, sums, 0.5, False, True))
 
 
 # ---- Large weights ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,209 @@
+// The CUDA backend's products on what cuBLAS leaves open, and does on one device or in one release only: denormals
+// taken for zero, sums in f32 that overflow, kernels that need an alignment, no kernel at all.
+#include <cublas_v2.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "pissa/core/rsvd.h"
+#include "pissa/cuda/context.h"
+#include "pissa/cuda/gemm.h"
+#include "pissa/cuda/products.h"
+#include "sim/control.h"
+#include "support/matrices.h"
+#include "support/orthogonal.h"
+#include "support/reference.h"
+#include "support/transferring_backend.h"
+#include "support/weight_classes.h"
+
+namespace pissa::test {
+namespace {
+
+class LibraryModes : public ::testing::Test {
+ protected:
+  void TearDown() override { cuda_sim::reset_libraries(); }
+  TransferringBackend backend;
+  Random random{1};
+};
+
+// ---- The ends of the range ------------------------------------------------------------------------------------------
+
+struct Extreme {
+  double size;
+  float scale;
+};
+constexpr Extreme kExtremes[] = {{1e37, 0x1p-123f}, {1e-39, 0x1p120f}, {1e-37, 0x1p120f}, {1e25, 0x1p-60f}};
+
+// Rows of 300 elements of one sign: their sum overflows before a scale that comes after it.
+TEST_F(LibraryModes, ProductsWithAnExtremeWeight) {
+  cuda_sim::set_flush_denormals(true);
+  for (const auto& [size, scale] : kExtremes) {
+    for (const Format format : {Format::f32, Format::bf16}) {
+      for (const Op op : {Op::t, Op::n}) {
+        SCOPED_TRACE(::testing::Message() << size << " " << name(format) << (op == Op::t ? " nt" : " nn"));
+        const Stored x(absolute(random.dense(20, 300)), Format::f32);
+        const Stored weight(size * absolute(op == Op::t ? random.dense(70, 300) : random.dense(300, 70)), format);
+        Stored y = Stored::poisoned(20, 70, Format::f32);
+        if (op == Op::t) {
+          backend.weight_gemm_nt(x.view(), weight.view(), scale, Precision::f32, {}, {}, y.mutable_view());
+        } else {
+          backend.weight_gemm_nn(x.view(), weight.view(), scale, Precision::f32, {}, y.mutable_view());
+        }
+        const Dense exact = double{scale} * (x.values() * oriented(weight.values(), op));
+        expect_close(y, bounded(exact), 302);
+      }
+    }
+  }
+}
+
+// Two chunks of the weight are scaled at a time, not all of it.
+TEST_F(LibraryModes, AnExtremeWeightIsScaledInBoundedMemory) {
+  const cuda::Context& context = cuda::standalone_context();
+  Staging at(context);
+  const Stored weight_host(1e-39 * random.dense(1024, 256), Format::f32), x_host(random.dense(20, 256), Format::f32);
+  const Matrix weight = at(weight_host.view()), x = at(x_host.view());
+  const cuda::Buffer y(context, 20, 1024, Format::f32);
+  at.finish();
+  const std::size_t before = cuda_sim::bytes_in_use();
+  cuda_sim::reset_peak_bytes();
+  constexpr std::int64_t kChunk = 1 << 17;
+  cuda::weight_product(context, x, weight, Op::t, 0x1p120f, Precision::f32, {}, {}, y.view(), kChunk);
+  EXPECT_LE(cuda_sim::peak_bytes() - before, 2 * kChunk + (std::size_t{1} << 15));
+}
+
+TEST_F(LibraryModes, DecompositionsOfExtremeWeights) {
+  cuda_sim::set_flush_denormals(true);
+  const std::int64_t r = 4;  // with its oversampling as many as the shorter side: nothing is lost
+  for (const WeightClass& weight_class : weight_classes(12, 40)) {
+    if (weight_class.name != "huge" && weight_class.name != "tiny" && weight_class.name != "denormal") continue;
+    for (const Format format : {Format::f32, Format::bf16}) {
+      SCOPED_TRACE(weight_class.name);
+      const Stored weight(weight_class.values, format);
+      const Dense w = weight.values();
+      const Svd exact = jacobi_svd(w);
+      const auto factors = svd_lowrank(backend, weight.view(), r, {SvdMethod::krylov, 8, 0});
+      Stored s = Stored::poisoned(1, r, Format::f32);
+      backend.copy(factors.s.view(), s.mutable_view());
+      const double noise = 8 * kEps32 * std::sqrt(40.0) * norm(w) + 0x1p-149;
+      for (std::int64_t i = 0; i < r; ++i) EXPECT_NEAR(s.values()(0, i), exact.s[i], noise) << i;
+    }
+  }
+}
+
+// ---- Alignment ------------------------------------------------------------------------------------------------------
+
+// y = x W^T + tail + bias in half precision, of operands and with a bias that begin anywhere.
+struct Biased {
+  Stored x, weight, bias, a, b;
+  Term tail;
+
+  Biased(Random& random, std::int64_t lead_of_bias, std::int64_t lead)
+      : x(random.dense(20, 64), Format::bf16, Stored::kAligned, lead),
+        weight(random.dense(72, 64), Format::bf16, Stored::kAligned, lead),
+        bias(random.dense(1, 72), Format::bf16, Stored::kAligned, lead_of_bias),
+        a(random.dense(20, 3), Format::bf16),
+        b(random.dense(72, 3), Format::bf16),
+        tail{a.view(), Op::n, b.view(), Op::t, 0.5f, Precision::bf16} {}
+
+  void check(TransferringBackend& backend) const {
+    Stored y = Stored::poisoned(20, 72, Format::bf16, Stored::kAligned, Stored::kAligned);
+    backend.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::bf16, {&tail, 1}, bias.view(), y.mutable_view());
+    const Dense tail_value = 0.5 * (a.values() * transposed(b.values()));
+    const Dense value = x.values() * transposed(weight.values()) + tail_value + bias.values();
+    const Dense magnitude = absolute(x.values()) * transposed(absolute(weight.values())) +
+                            0.5 * (absolute(a.values()) * transposed(absolute(b.values()))) + absolute(bias.values());
+    expect_close(y, {value, magnitude}, 64 + 3 + 3, 1);  // the tail is rounded before
+  }
+};
+
+// A kernel that adds a bias loads 16 bytes of it.
+TEST_F(LibraryModes, ABiasAnywhere) {
+  for (const std::int64_t lead : {0, 1, 2, 4, 8}) Biased(random, lead, Stored::kAligned).check(backend);
+}
+
+TEST_F(LibraryModes, WithoutAnAlgorithm) {
+  for (const auto how : {cuda_sim::NoAlgorithm::none_returned, cuda_sim::NoAlgorithm::not_supported}) {
+    cuda_sim::set_no_algorithm_below(16, how);
+    for (const std::int64_t lead : {1, 4, 8}) {
+      Biased(random, 0, lead).check(backend);
+      Biased(random, 1, lead).check(backend);
+    }
+    for (const Op op : {Op::n, Op::t}) {
+      const Stored a(random.dense(20, 40), Format::f32),
+          b(op == Op::n ? random.dense(40, 30) : random.dense(30, 40), Format::f32);
+      const Stored addend(random.dense(20, 30), Format::f32);
+      Stored out = Stored::poisoned(20, 30, Format::f32);
+      const Term terms[] = {{a.view(), Op::n, b.view(), op, 0.3f}};
+      backend.gemm(terms, addend.view(), out.mutable_view());
+      const Dense b_values = oriented(b.values(), op);
+      expect_close(out,
+                   {double{0.3f} * (a.values() * b_values) + addend.values(),
+                    double{0.3f} * (absolute(a.values()) * absolute(b_values)) + absolute(addend.values())},
+                   43);
+    }
+  }
+}
+
+// A stack of products, each of its own matrices; and of f64.
+TEST_F(LibraryModes, StacksWithoutAnAlgorithm) {
+  cuda_sim::set_no_algorithm_below(16);
+  const cuda::Context& context = cuda::standalone_context();
+  const std::int64_t count = 3, m = 17, n = 5, k = 7;
+  const auto stacked = [&](Matrix matrix) {
+    matrix.rows /= count;
+    matrix.stride = matrix.rows * matrix.ld;
+    return matrix;
+  };
+  const Stored a(random.dense(count * m, k), Format::f32), b(random.dense(count * k, n), Format::f32);
+  Stored out = Stored::poisoned(count * m, n, Format::f32, 0, 0);
+  Staging at(context);
+  const std::vector<Term> terms{{stacked(at(a.view())), Op::n, stacked(at(b.view())), Op::n}};
+  MutableMatrix target = at(out.mutable_view());
+  target.rows = m;
+  target.stride = m * n;
+  cuda::sum_of_products(context, terms, {}, target, count);
+  at.finish();
+  Bounded expected{Dense(count * m, n), Dense(count * m, n)};
+  const Dense a_values = a.values(), b_values = b.values();
+  for (std::int64_t i = 0; i < count * m; ++i) {
+    for (std::int64_t p = 0; p < k; ++p) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        const double product = a_values(i, p) * b_values(i / m * k + p, j);
+        expected.value(i, j) += product;
+        expected.magnitude(i, j) += std::fabs(product);
+      }
+    }
+  }
+  expect_close(out, expected, k + 1);
+
+  const std::vector<double> rows{3, 4, 5};  // rows rows^T of one row of three
+  double product = 0;
+  Staging of_f64(context);
+  cuda::gram(context, of_f64.upload(rows.data(), 3), 1, 3, true, of_f64.upload(&product, 1, true), 1);
+  of_f64.finish();
+  EXPECT_EQ(product, 50);
+}
+
+// As with an algorithm: (1 + 2^-9) - 1 is 2^-9. The handle is left as it was.
+TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
+  cuda_sim::set_no_algorithm_below(16);
+  const cuda::Context& context = cuda::standalone_context();
+  cublasSetMathMode(context.blas, CUBLAS_DEFAULT_MATH);
+  Dense a_values(20, 4), ones(4, 30), expected(20, 30);
+  for (std::int64_t i = 0; i < 20; ++i) a_values(i, 0) = 1, a_values(i, 1) = 0x1p-9, a_values(i, 2) = -1;
+  for (double& value : ones.values) value = 1;
+  for (double& value : expected.values) value = 0x1p-9;
+  const Stored a(a_values, Format::bf16), b(ones, Format::bf16);
+  Stored out = Stored::poisoned(20, 30, Format::bf16);
+  const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
+  backend.gemm(terms, {}, out.mutable_view());
+  EXPECT_EQ(out.values().values, expected.values);
+  cublasMath_t mode = CUBLAS_PEDANTIC_MATH;
+  cublasGetMathMode(context.blas, &mode);
+  EXPECT_EQ(mode, CUBLAS_DEFAULT_MATH);
+}
+
+}  // namespace
+}  // namespace pissa::test
