@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.gpu import build, correctness, sanitizer
 from bench.gpu.machine import ROOT, Machine
@@ -96,17 +97,20 @@ def parts(machine: Machine, measure: Measuring) -> list[Part]:
     def part(stage: str, name: str, seconds: float, work: Callable[..., None], *needs: str, **options: str) -> Part:
         return Part(stage, name, seconds, partial(work, machine=machine, **options), needs)
 
+    def of_tests(*arguments: Any, **options: str) -> Part:
+        return replace(part(*arguments, "compile", **options), after=("compile-tests",))
+
     return [
         part("build", "configure", 60, build.configure),
         part("build", "compile", 300, build.compile_library, "configure"),
         part("build", "module", 40, build.module, "compile"),
         part("build", "compile-tests", 300, build.compile_tests, "compile"),
-        part("correctness", "cpp-tests", 120, correctness.cpp_tests, "compile-tests"),
+        of_tests("correctness", "cpp-tests", 120, correctness.cpp_tests),
         part("correctness", "gpu-tests", 90, correctness.gpu_tests, "module"),
         part("correctness", "device-tests", 120, correctness.device_tests, "module"),
         *(Part(stage, stage, SECONDS[stage], partial(measure, stage=stage), ("module",)) for stage in MEASURED),
-        part("sanitizer", "memcheck", 100, sanitizer.sanitize, "compile-tests", tool="memcheck"),
-        part("sanitizer", "racecheck", 100, sanitizer.sanitize, "compile-tests", tool="racecheck"),
+        of_tests("sanitizer", "memcheck", 100, sanitizer.sanitize, tool="memcheck"),
+        of_tests("sanitizer", "racecheck", 100, sanitizer.sanitize, tool="racecheck"),
         part("profile", "kernels", 90, _profile, "module"),
         part("profile", "compile-benchmarks", 60, build.compile_benchmarks, "compile"),
         part("profile", "cpp-benchmarks", 60, _cpp_benchmarks, "compile-benchmarks"),
@@ -118,5 +122,5 @@ def wanted(every: list[Part], stages: Collection[str], passed: Collection[str]) 
     names = {part.name for part in every if part.stage in stages}
     for part in reversed(every):
         if part.name in names:
-            names |= {need for need in part.needs if need not in passed}
+            names |= {need for need in (*part.needs, *part.after) if need not in passed}
     return [part for part in every if part.name in names]

@@ -106,13 +106,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 @dataclass(frozen=True)
 class Part:
     """A part of a stage: at most `seconds` of `work`, any exception of which means that it failed. It is not run for
-    lack of one of those that it needs."""
+    lack of one of those that it needs; of those it comes after, it makes do with what one that failed has left."""
 
     stage: str
     name: str
     seconds: float
     work: Callable[[Job], None]
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass
@@ -131,13 +132,14 @@ def run_part(part: Part, before: Mapping[str, Outcome], logs: Path, left: float)
     """Runs a part, unless one that it needs has not passed or no time is left, and prints how it ended.
 
     Args:
-        before: the outcomes of the parts that it needs.
+        before: the outcomes of the parts that it needs and comes after.
         left: seconds that are left for it; it gets no more than its own.
     """
-    for need in part.needs:
-        if before[need].how == "left out":
+    for need in (*part.needs, *part.after):
+        how = before[need].how
+        if how == "left out":
             return Outcome("left out", before[need].why)
-        if before[need].how != "passed":
+        if how == "not run" or (how == "failed" and need in part.needs):
             return _said(part, Outcome("not run", f"for lack of {need}"))
     if left < TOO_LATE_S:
         return _said(part, Outcome("not run", "no time"))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,8 +58,8 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(
     outcomes: dict[str, Outcome] = {}
     parts: list[Part] = []
 
-    def run(name: str, work: object, *needs: str, seconds: float = 30, left: float = 600) -> tuple[str, str]:
-        part = Part(f"stage of {name}", name, seconds, work, needs)  # type: ignore[arg-type]
+    def run(name: str, work: Any, *needs: str, seconds: float = 30, left: float = 600, after: str = "") -> Any:
+        part = Part(f"stage of {name}", name, seconds, work, needs, tuple(after.split()))
         parts.append(part)
         outcomes[name] = run_part(part, outcomes, tmp_path, left)
         return outcomes[name].how, outcomes[name].why
@@ -77,6 +78,8 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(
     assert run("broken", raises(KeyError("of any kind"))) == ("failed", "KeyError: 'of any kind'")
     assert run("half", raises(NotFinishedError("no time for 2 rows"))) == ("not run", "no time for 2 rows")
     assert run("lacks", raises(KeyError()), "passes", "fails") == ("not run", "for lack of fails")
+    assert run("makes do", lambda job: job.run("true"), "passes", after="fails") == ("passed", "")
+    assert run("after it", raises(KeyError()), after="lacks") == ("not run", "for lack of lacks")
     assert run("lacks too", raises(KeyError()), "lacks") == ("not run", "for lack of lacks")
     assert run("absent", raises(LeftOutError("no GoogleTest"))) == ("left out", "no GoogleTest")
     assert run("absent too", raises(KeyError()), "absent") == ("left out", "no GoogleTest")
@@ -85,7 +88,8 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(
     assert first_line(parts, outcomes) == (
         "FAILED: stage of fails (sh ended with status 3), stage of slow (out of its 1 s), stage of broken (KeyError: "
         "'of any kind'); not run: stage of late (cut off, no time), stage of too late (no time), stage of half (no "
-        "time for 2 rows), stage of lacks, stage of lacks too; left out: no GoogleTest, no peft"
+        "time for 2 rows), stage of lacks, stage of after it, stage of "
+        "lacks too; left out: no GoogleTest, no peft"
     )
 
 
@@ -141,7 +145,7 @@ def test_a_stage_brings_what_it_needs_and_no_more(tmp_path: Path) -> None:
     assert list(dict.fromkeys(part.stage for part in every)) == list(STAGES)
     before: set[str] = set()
     for part in every:
-        assert before.issuperset(part.needs)
+        assert before.issuperset(part.needs + part.after)
         before.add(part.name)
 
     def names(stages: list[str], passed: list[str]) -> list[str]:
