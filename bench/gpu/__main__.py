@@ -111,7 +111,7 @@ def run(machine: Machine, state: State, options: argparse.Namespace, begin: floa
             leave(machine, tree, description, every, state.parts)
             state.write()
     finally:
-        first = leave(machine, tree, description, every, state.parts)
+        first, outcomes = leave(machine, tree, description, every, state.parts), state.parts
         if options.rows:  # not all of these stages have been measured
             state.forget([part.name for part in todo if part.stage in MEASURED])
         state.write()
@@ -122,7 +122,7 @@ def run(machine: Machine, state: State, options: argparse.Namespace, begin: floa
     )
     print(first)
     asked = [part for part in every if part in todo or part.stage in stages]
-    return int(any(state.parts[part.name].how in ("failed", "not run") for part in asked if part.name in state.parts))
+    return int(any(outcomes[part.name].how in ("failed", "not run") for part in asked))
 
 
 if __name__ == "__main__":

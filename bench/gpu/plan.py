@@ -18,6 +18,7 @@ from bench.gpu.table import STAGES as MEASURED
 STAGES = ("build", "correctness", *MEASURED, "sanitizer", "profile")
 # Seconds of each stage of rows; nothing of it begins in the last third.
 SECONDS = {"start": 150, "linear": 120, "nf4": 60, "decode": 90, "models": 90}
+SLOWER = 5  # may everything be in the rehearsal, on a CPU that others use too
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,14 @@ class Measuring:
             "--device",
             self.machine.device,
         ]
-        command += ["--tree", self.tree, "--run", self.run, "--seconds", SECONDS[stage] * 2 / 3]
+        command += [
+            "--tree",
+            self.tree,
+            "--run",
+            self.run,
+            "--seconds",
+            SECONDS[stage] * (SLOWER if self.machine.rehearsal else 2 / 3),
+        ]
         command += [*(f"--rows={text}" for text in self.texts), *["--again"] * self.again]
         command += ["--quick", "--pairs", "1"] if self.machine.rehearsal else []
         status: int | None = BROKEN
@@ -93,9 +101,10 @@ def _cpp_benchmarks(job: Job, machine: Machine) -> None:
 
 def parts(machine: Machine, measure: Measuring) -> list[Part]:
     """All parts, each after those that it needs."""
+    slower = SLOWER if machine.rehearsal else 1
 
     def part(stage: str, name: str, seconds: float, work: Callable[..., None], *needs: str, **options: str) -> Part:
-        return Part(stage, name, seconds, partial(work, machine=machine, **options), needs)
+        return Part(stage, name, slower * seconds, partial(work, machine=machine, **options), needs)
 
     def of_tests(*arguments: Any, **options: str) -> Part:
         return replace(part(*arguments, "compile", **options), after=("compile-tests",))
@@ -108,7 +117,10 @@ def parts(machine: Machine, measure: Measuring) -> list[Part]:
         of_tests("correctness", "cpp-tests", 120, correctness.cpp_tests),
         part("correctness", "gpu-tests", 90, correctness.gpu_tests, "module"),
         part("correctness", "device-tests", 120, correctness.device_tests, "module"),
-        *(Part(stage, stage, SECONDS[stage], partial(measure, stage=stage), ("module",)) for stage in MEASURED),
+        *(
+            Part(stage, stage, slower * SECONDS[stage], partial(measure, stage=stage), ("module",))
+            for stage in MEASURED
+        ),
         of_tests("sanitizer", "memcheck", 100, sanitizer.sanitize, tool="memcheck"),
         of_tests("sanitizer", "racecheck", 100, sanitizer.sanitize, tool="racecheck"),
         part("profile", "kernels", 90, _profile, "module"),
