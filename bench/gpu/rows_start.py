@@ -44,9 +44,9 @@ def our_start(weights: Sequence[Tensor], r: int, quantised: bool) -> list[ops.Sp
     """The steps of pissa.wrap on the layers' weights, with two passes more than "auto": the spectra are flat."""
     splits = ops.split_many(weights, [r] * len(weights), [1.0] * len(weights), passes=16)
     if quantised:
-        return [
-            ops.Split(s.a0, s.b0, ops.residual(w, s.a0, s.b0, form="nf4")) for w, s in zip(weights, splits, strict=True)
-        ]
+        a0s, b0s = [s.a0 for s in splits], [s.b0 for s in splits]
+        rests = ops.residual_many(weights, a0s, b0s, [1.0] * len(weights), form="nf4")
+        return [ops.Split(a0, b0, rest) for a0, b0, rest in zip(a0s, b0s, rests, strict=True)]
     return splits
 
 

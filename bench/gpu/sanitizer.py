@@ -20,6 +20,7 @@ SANITIZED = {
     "few_rows": "*EveryEdge*",
     "gemm": "*WithoutTerms*:*AddsToItsOutput*:*FewerColumns*:*InnerDimension*",
     "gram": "*EigenvaluesAre*",
+    "eigh": "*EachMatrixOfAStack*",
     "orthonormalize": "*LeavesOrthonormal*:*AgainAfter*",
     "linear": "*ZeroTokens*:*ZeroDeltas*",
     "add_low_rank": "*",

@@ -94,7 +94,7 @@ def test_every_stage_runs_and_a_second_call_goes_on(machine: Machine) -> None:
     assert summary[0] == "FAILED: correctness (cuda_sim_svd_test: 2 cases)"
     assert summary[2] == "card: NVIDIA Stand-in 1, 580.01, 81559 MiB, 9.0 (a rehearsal: nothing ran on it)"
     assert "C++ tests: 1 passed, 1 failed" in summary
-    assert "memcheck: 13 tests clean, 0 not" in summary
+    assert "memcheck: 14 tests clean, 0 not" in summary
     assert any(line.startswith("test_ops_int8.py: ") and " passed in " in line for line in summary)
     with tarfile.open(machine.folder / f"out/{CARD}_logs.tar.gz") as logs:
         assert {f"logs/{name}.log" for name in ("compile", "cpp-tests", "start", "racecheck-svd")} <= {*logs.getnames()}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 TESTS = ("elementwise", "philox", "nested_scales", "nf4_golden", "gemm_quantized", "weight_gemm", "few_rows", "gemm")
-TESTS += ("gram", "orthonormalize", "linear", "add_low_rank", "svd")
+TESTS += ("gram", "eigh", "orthonormalize", "linear", "add_low_rank", "svd")
 SMI = {"name": "NVIDIA Stand-in 1", "driver_version": "580.01", "memory.total": "81559 MiB", "compute_cap": "9.0"}
 
 
