@@ -61,14 +61,28 @@ class QuantizedWeight(NamedTuple):
 def quantized_weight(
     format: str, codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, double_quant: bool
 ) -> QuantizedWeight:
-    """Of codes and float32 scales, which `double_quant` quantises."""
+    """Of codes and float32 scales, which `double_quant` quantises. The offset is then to be checked: it is not finite
+    if the mean of the scales overflows."""
     if not double_quant:
         return QuantizedWeight(codes, absmax, None, None, format, shape, blocksize)
     offset = _mean(absmax)
-    if not math.isfinite(offset.item()):
-        raise ValueError("weight: the mean of its scales overflows float32; use double_quant=False, or smaller weights")
     codes8, nested_absmax = _OPS.quantize_absmax(absmax, offset)
     return QuantizedWeight(codes, codes8, nested_absmax, offset, format, shape, blocksize)
+
+
+def check_offset(offset: float, name: str = "weight") -> None:
+    """Whether scales have a finite mean."""
+    if not math.isfinite(offset):
+        raise ValueError(
+            f"{name}: the mean of its scales overflows float32; use double_quant=False, or smaller weights"
+        )
+
+
+def check_quantized_offset(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight, if its scales have a finite mean or are not nested. The host waits for the mean."""
+    if weight.offset is not None:
+        check_offset(weight.offset.item())
+    return weight
 
 
 def _mean(absmax: Tensor) -> Tensor:
@@ -100,7 +114,7 @@ def quantize(
     shape = (weight.shape[0], weight.shape[1])
     blocksize, double_quant = FORMATS[format].options(blocksize, double_quant, shape[1])
     codes, absmax = _OPS.quantize(weight, format, blocksize)
-    return quantized_weight(format, codes, absmax, shape, blocksize, double_quant)
+    return check_quantized_offset(quantized_weight(format, codes, absmax, shape, blocksize, double_quant))
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decomposition: the truncated SVD of a weight, PiSSA's split of it, its residual."""
+"""Decomposition: the truncated SVD of a weight, and PiSSA's split of it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._quant import QuantizedWeight, quantized_weight
-from pissa.ops.checks import (
-    check_choice,
-    check_devices,
-    check_factors,
-    check_product,
-    check_rank,
-    check_scaling,
-    check_svd,
-    check_weight,
-    check_weight_and_bound,
-)
-from pissa.ops.formats import FORMATS
+from pissa.ops._quant import QuantizedWeight, check_quantized_offset, quantized_weight
+from pissa.ops._residual import quant_options, unchecked_residual
+from pissa.ops.checks import check_devices, check_lengths, check_rank, check_scaling, check_svd, check_weight
 
 _OPS = torch.ops.pissa
 
@@ -112,7 +102,7 @@ def split(
     check_rank(r, weight)
     number = check_svd(svd, passes, seed)
     check_scaling(scaling)
-    options = _quant_options(form, ("implicit", "explicit"), blocksize, double_quant, weight)
+    options = quant_options(form, ("implicit", "explicit"), blocksize, double_quant, weight)
     if quant_iters != 1:
         raise ValueError(f"quant_iters: got {quant_iters!r}; allowed: 1 (more alternations are not implemented yet)")
     if svd == "exact":
@@ -120,12 +110,14 @@ def split(
     elif options is not None:
         size, nested = options
         a0, b0, *parts = _OPS.split_quantized(weight, r, scaling, svd, number, seed, quant_iters, form, size)
-        return Split(a0, b0, _quantized(form, parts, weight, size, nested))
+        found = quantized_weight(form, *parts, (weight.shape[0], weight.shape[1]), size, nested)
+        return Split(a0, b0, check_quantized_offset(found))
     else:
         a0, b0 = _OPS.split(weight, r, scaling, svd, number, seed)
     if form == "implicit":
         return Split(a0, b0, None)
-    return Split(a0, b0, _residual(weight, a0, b0, scaling, form, options))
+    rest = unchecked_residual(weight, a0, b0, scaling, form, options)
+    return Split(a0, b0, check_quantized_offset(rest) if isinstance(rest, QuantizedWeight) else rest)
 
 
 def split_many(
@@ -153,9 +145,7 @@ def split_many(
         TypeError, ValueError: naming the argument, before anything is decomposed; the weights are never changed.
     """
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
-    for argument, values in {"ranks": ranks, "scalings": scalings, "names": names}.items():
-        if len(values) != len(weights):
-            raise ValueError(f"{argument}: got {len(values)}; needed: one for each of the {len(weights)} weights")
+    check_lengths({"ranks": ranks, "scalings": scalings, "names": names}, len(weights))
     number = check_svd(svd, passes, seed)
     weights = [check_weight(weight, name) for weight, name in zip(weights, names, strict=True)]
     for i, (weight, r, scaling) in enumerate(zip(weights, ranks, scalings, strict=True)):
@@ -170,64 +160,3 @@ def split_many(
     else:
         factors = zip(*_OPS.split_many(weights, ranks, scalings, svd, number, seed), strict=True)
     return [Split(a0, b0, None) for a0, b0 in factors]
-
-
-def residual(
-    weight: Tensor,
-    a0: Tensor,
-    b0: Tensor,
-    *,
-    scaling: float = 1.0,
-    form: str = "explicit",
-    blocksize: int | None = None,
-    double_quant: bool | None = None,
-) -> Tensor | QuantizedWeight:
-    """`weight - scaling * b0 @ a0` for given factors, with the bits that `split` gives.
-
-    Args:
-        weight: [out, in], float32, bfloat16 or float16, finite.
-        a0, b0: float32 [r, in] and [out, r].
-        form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
-        blocksize, double_quant: of a quantised format; see `quantize`.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    weight, largest = check_weight_and_bound(weight)
-    check_factors("a0", a0, "b0", b0, weight.shape[0], weight.shape[1])
-    check_devices({"weight": weight, "a0": a0, "b0": b0})
-    check_scaling(scaling)
-    check_product(largest, a0, b0, scaling)
-    options = _quant_options(form, ("explicit",), blocksize, double_quant, weight)
-    return _residual(weight, a0.detach().float(), b0.detach().float(), scaling, form, options)
-
-
-def _residual(
-    weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, form: str, options: tuple[int, bool] | None
-) -> Tensor | QuantizedWeight:
-    if options is None:
-        rest: Tensor = _OPS.residual(weight, a0, b0, scaling)
-        return rest
-    blocksize, double_quant = options
-    parts = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
-    return _quantized(form, parts, weight, blocksize, double_quant)
-
-
-def _quantized(
-    form: str, parts: Sequence[Tensor], weight: Tensor, blocksize: int, double_quant: bool
-) -> QuantizedWeight:
-    codes, absmax = parts
-    return quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
-
-
-def _quant_options(
-    form: str, others: tuple[str, ...], blocksize: int | None, double_quant: bool | None, weight: Tensor
-) -> tuple[int, bool] | None:
-    """Block size and double quantisation of a quantised form; None of the others, which have neither."""
-    check_choice("form", form, (*others, *FORMATS))
-    if form in FORMATS:
-        return FORMATS[form].options(blocksize, double_quant, weight.shape[1])
-    for name, value in {"blocksize": blocksize, "double_quant": double_quant}.items():
-        if value is not None:
-            raise ValueError(f"{name}: got {value!r} with form={form!r}; allowed with {', '.join(map(repr, FORMATS))}")
-    return None

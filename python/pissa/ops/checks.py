@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -66,23 +66,36 @@ def check_devices(tensors: Mapping[str, Tensor | None]) -> None:
     raise ValueError(f"{found}; needed: all tensors on one device; move them with .to('{first}')")
 
 
-def check_weight(weight: object, name: str = "weight") -> Tensor:
-    """A finite, dense [out, in] weight, detached: what is decomposed or quantised carries no gradient."""
-    tensor, _ = check_weight_and_bound(weight, name)
-    return tensor
-
-
-def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
-    """The same, and max|weight|, which the one reading for both finds."""
+def check_matrix(weight: object, name: str = "weight") -> Tensor:
+    """A dense [out, in] weight with values, whatever they are; detached: what is decomposed or quantised carries no
+    gradient."""
     tensor = check_tensor(name, weight)
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; needed: [out, in], not empty")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: is on the meta device and holds no values; load the weights first")
-    least, most = (bound.item() for bound in tensor.detach().aminmax())
-    if not (math.isfinite(least) and math.isfinite(most)):
+    return tensor.detach()
+
+
+def check_weight(weight: object, name: str = "weight") -> Tensor:
+    """The same, and its values are finite."""
+    tensor = check_matrix(weight, name)
+    for bound in tensor.aminmax():
+        check_finite(bound.item(), name)
+    return tensor
+
+
+def check_finite(largest: float, name: str = "weight") -> None:
+    """Whether a weight is finite whose largest element that is."""
+    if not math.isfinite(largest):
         raise ValueError(f"{name}: contains NaN or Inf; only finite weights can be decomposed or quantised")
-    return tensor.detach(), max(-least, most)
+
+
+def check_lengths(lists: Mapping[str, Sequence[object]], count: int) -> None:
+    """Whether arguments have one item for each weight."""
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ValueError(f"{name}: got {len(values)}; needed: one for each of the {count} weights")
 
 
 def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
@@ -137,13 +150,20 @@ def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: 
         raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
 
 
-def check_product(largest: float, a0: Tensor, b0: Tensor, scaling: float) -> None:
-    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32; `largest` is max|weight|."""
-    norm_a, norm_b = (torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item() for t in (a0, b0))
+def check_product(names: tuple[str, str, str], largest: float, norm_a: float, norm_b: float, scaling: float) -> None:
+    """Whether weight - scaling * b0 @ a0, with its partial sums, stays within float32.
+
+    Args:
+        names: of the weight, a0 and b0.
+        largest: max|weight|.
+        norm_a, norm_b: of the factors.
+    """
+    weight, a0, b0 = names
+    check_finite(largest, weight)
     if not scaling * norm_a * norm_b + largest < torch.finfo(torch.float32).max:
         raise ValueError(
-            f"a0, b0: contain NaN or Inf, or their product overflows float32: got norms {norm_a:.3g} and {norm_b:.3g}, "
-            f"scaling {scaling:g}; needed: scaling * ‖b0‖ * ‖a0‖ + max|weight| below 3.4e38"
+            f"{a0}, {b0}: contain NaN or Inf, or their product overflows float32: got norms {norm_a:.3g} and "
+            f"{norm_b:.3g}, scaling {scaling:g}; needed: scaling * ‖b0‖ * ‖a0‖ + max|weight| below 3.4e38"
         )
 
 
