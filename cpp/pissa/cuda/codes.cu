@@ -23,8 +23,9 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
   const std::int64_t row = divide(blockIdx.x, segments, segment);
   const std::int64_t first = (first_row + row) * weight.cols + first_col;
   const typename Codes::Decoder decoder;
+  const BlockScales<Codes> scales(weight.scales, shift);
   typename Codes::Group codes[kDecodeGroups] = {};
-  float scales[kDecodeGroups] = {};
+  typename BlockScales<Codes>::Part parts[kDecodeGroups];
   std::int64_t cols[kDecodeGroups];
 #pragma unroll
   for (int i = 0; i < kDecodeGroups; ++i) {
@@ -32,15 +33,18 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
     if (cols[i] >= out.cols) continue;
     const std::int64_t at = first + cols[i];
     codes[i] = static_cast<const typename Codes::Group*>(weight.data)[at / kGroup];
-    scales[i] = scale_of(weight.scales, block_of<Codes>(shift, first_row + row, at));
+    parts[i] = scales.load(first_row + row, at);
   }
+  float scale[kDecodeGroups];
+#pragma unroll
+  for (int i = 0; i < kDecodeGroups; ++i) scale[i] = scales.value(parts[i]);
 #pragma unroll
   for (int i = 0; i < kDecodeGroups; ++i) {
     float values[kGroup];
     decoder.levels(codes[i], values);  // by all lanes
     if (cols[i] >= out.cols) continue;
 #pragma unroll
-    for (float& value : values) value = Codes::element(value, scales[i]);
+    for (float& value : values) value = Codes::element(value, scale[i]);
     store_group(out.data, out.format, row * out.ld + cols[i], kGroup, values);
   }
 }
@@ -54,7 +58,8 @@ __global__ void decode_any_kernel(Matrix weight, int shift, std::int64_t first_r
   std::int64_t col;
   const std::int64_t row = divide(index, out.cols, col);
   const std::int64_t at = (first_row + row) * weight.cols + first_col + col;
-  const float scale = scale_of(weight.scales, block_of<Codes>(shift, first_row + row, at));
+  const BlockScales<Codes> scales(weight.scales, shift);
+  const float scale = scales.value(scales.load(first_row + row, at));
   store(out.data, out.format, row * out.ld + col, Codes::element(Codes::level_at(weight.data, at), scale));
 }
 
