@@ -33,7 +33,7 @@ inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTer
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
-                           std::uint8_t* codes, float* nested, QuantOutput quantized,
+                           std::uint8_t* codes, float* nested, float* offset, QuantOutput quantized,
                            std::span<const Matrix> matrices, float* largest) {
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
@@ -61,11 +61,13 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.gemm(terms, matrix, out) };
 
   // The same, quantised without being stored. The addend is given and dense, the terms' first operands are not
-  // transposed.
+  // transposed. The scale of a block that holds NaN is NaN, of one that holds Inf and no NaN Inf; its codes are any.
   { backend.gemm_quantized(terms, matrix, quantized) };
 
-  // Nested quantisation of `count` scales, less *offset: codes [count], and a scale for every 256 of them.
-  { backend.quantize_absmax(scales, count, scales, codes, nested) };
+  // Nested quantisation of `count` scales, at least one, less their offset: codes [count], and a scale for every 256 of
+  // them. The offset is *given, or, where that is null, the mean, added up in f64; either is written to *offset. The
+  // scale of what is NaN, less the offset, is NaN.
+  { backend.quantize_absmax(scales, count, scales, codes, nested, offset) };
 
   // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any format. The tail is a
   // sum of at most kMostTail thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.

@@ -17,6 +17,11 @@ namespace pissa {
 /// Divisors are never below this, so that an all-zero block needs no special case (a denormal: bitsandbytes' value).
 inline constexpr float kSmallestAbsmax = 1e-38f;
 
+/// What the elements of a block are divided by, given their largest absolute value; NaN stays NaN.
+PISSA_INLINE constexpr float nf4_divisor(float largest) {
+  return largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
+}
+
 /// The 16 levels, ascending.
 inline constexpr float kNf4Levels[16] = {-1.0f,
                                          -0.6961928009986877f,

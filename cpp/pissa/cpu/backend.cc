@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -339,21 +341,37 @@ void CpuBackend::gemm_quantized_within_rows(std::span<const Term> terms, const M
   });
 }
 
-void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                                 float* nested_absmax) const {
+// In f64, run by run: the same bits for any number of threads.
+float CpuBackend::mean(const float* values, std::int64_t count) const {
+  constexpr std::int64_t kRun = 4096;
+  std::vector<double> sums(ceil_div(count, kRun));
+  parallel_for(executor_, ceil_div(count, kRun), count, [&](std::int64_t run) {
+    const std::int64_t last = std::min((run + 1) * kRun, count);
+    for (std::int64_t i = run * kRun; i < last; ++i) sums[run] += double{values[i]};
+  });
+  return static_cast<float>(std::accumulate(sums.begin(), sums.end(), 0.0) / static_cast<double>(count));
+}
+
+void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
+                                 float* nested_absmax, float* offset) const {
   static const std::vector<std::uint8_t> code_of = [] {  // every point's: searching takes ten times as long
     std::vector<std::uint8_t> codes(1 << 16);
     for (std::int32_t point = 0; point < 1 << 16; ++point) codes[point] = dynamic_code(point);
     return codes;
   }();
+  const float center = given ? *given : mean(absmax, count);
+  *offset = center;
   executor_.parallel_for(ceil_div(count, kNestedBlocksize), [&](std::int64_t block) {
     const std::int64_t first = block * kNestedBlocksize;
     const std::int64_t last = std::min(first + kNestedBlocksize, count);
-    float largest = 0.0f;
-    for (std::int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(absmax[i] - *offset));
+    std::uint32_t bits = 0;  // of absolute values, as in max_abs: NaN is above all
+    for (std::int64_t i = first; i < last; ++i) {
+      bits = std::max(bits, std::bit_cast<std::uint32_t>(std::fabs(absmax[i] - center)));
+    }
+    const float largest = std::bit_cast<float>(bits);
     nested_absmax[block] = largest;
     for (std::int64_t i = first; i < last; ++i) {
-      codes8[i] = largest > 0 ? code_of[dynamic_point((absmax[i] - *offset) / largest)] : std::uint8_t{0};
+      codes8[i] = largest > 0 ? code_of[dynamic_point((absmax[i] - center) / largest)] : std::uint8_t{0};
     }
   });
 }

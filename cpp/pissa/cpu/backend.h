@@ -48,8 +48,8 @@ class CpuBackend {
   std::vector<float> read(const float* from, std::int64_t count) const { return {from, from + count}; }
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
-  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                       float* nested_absmax) const;
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
+                       float* nested_absmax, float* offset) const;
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
@@ -66,6 +66,7 @@ class CpuBackend {
   void quantize(const float* values, std::int64_t count, const QuantOutput& out) const;
   void quantize(const Matrix& a, const QuantOutput& out) const;
   void gemm_quantized_within_rows(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
+  float mean(const float* values, std::int64_t count) const;
   std::unique_ptr<double[]> gram(const Matrix& rows) const;
 
   const Executor& executor_;

@@ -204,9 +204,9 @@ std::vector<bool> CudaBackend::had_full_ranks() {
   return full;
 }
 
-void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                                  float* nested_absmax) const {
-  cuda::quantize_absmax(context_, absmax, count, offset, codes8, nested_absmax);
+void CudaBackend::quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
+                                  float* nested_absmax, float* offset) const {
+  cuda::quantize_absmax(context_, absmax, count, given, codes8, nested_absmax, offset);
 }
 
 static_assert(Backend<CudaBackend>);

@@ -44,8 +44,8 @@ class CudaBackend {
   std::vector<float> read(const float* from, std::int64_t count) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
-  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                       float* nested_absmax) const;
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
+                       float* nested_absmax, float* offset) const;
   /// y in half precision is rounded once more than pissa/core/backend.h says, after the tail, for more than 16 rows.
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const;

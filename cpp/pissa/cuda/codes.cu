@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "pissa/cuda/formats_device.h"
 
@@ -23,8 +24,9 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
   const std::int64_t row = divide(blockIdx.x, segments, segment);
   const std::int64_t first = (first_row + row) * weight.cols + first_col;
   const typename Codes::Decoder decoder;
+  const BlockScales<Codes> scales(weight.scales, shift);
   typename Codes::Group codes[kDecodeGroups] = {};
-  float scales[kDecodeGroups] = {};
+  typename BlockScales<Codes>::Part parts[kDecodeGroups];
   std::int64_t cols[kDecodeGroups];
 #pragma unroll
   for (int i = 0; i < kDecodeGroups; ++i) {
@@ -32,15 +34,18 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
     if (cols[i] >= out.cols) continue;
     const std::int64_t at = first + cols[i];
     codes[i] = static_cast<const typename Codes::Group*>(weight.data)[at / kGroup];
-    scales[i] = scale_of(weight.scales, block_of<Codes>(shift, first_row + row, at));
+    parts[i] = scales.load(first_row + row, at);
   }
+  float scale[kDecodeGroups];
+#pragma unroll
+  for (int i = 0; i < kDecodeGroups; ++i) scale[i] = scales.value(parts[i]);
 #pragma unroll
   for (int i = 0; i < kDecodeGroups; ++i) {
     float values[kGroup];
     decoder.levels(codes[i], values);  // by all lanes
     if (cols[i] >= out.cols) continue;
 #pragma unroll
-    for (float& value : values) value = Codes::element(value, scales[i]);
+    for (float& value : values) value = Codes::element(value, scale[i]);
     store_group(out.data, out.format, row * out.ld + cols[i], kGroup, values);
   }
 }
@@ -54,14 +59,16 @@ __global__ void decode_any_kernel(Matrix weight, int shift, std::int64_t first_r
   std::int64_t col;
   const std::int64_t row = divide(index, out.cols, col);
   const std::int64_t at = (first_row + row) * weight.cols + first_col + col;
-  const float scale = scale_of(weight.scales, block_of<Codes>(shift, first_row + row, at));
+  const BlockScales<Codes> scales(weight.scales, shift);
+  const float scale = scales.value(scales.load(first_row + row, at));
   store(out.data, out.format, row * out.ld + col, Codes::element(Codes::level_at(weight.data, at), scale));
 }
 
 // ---- Quantisation ------------------------------------------------------------------------------------------------
 
 constexpr unsigned kQuantizeThreads = 256;
-constexpr int kStep = kWarp * kGroup;  // elements that a warp reads at a time
+constexpr int kStep = kWarp * kGroup;  // elements that a warp reads at a time, of each of its units
+constexpr int kUnits = 2;
 
 struct QuantizeArgs {
   Matrix values;
@@ -70,30 +77,44 @@ struct QuantizeArgs {
   QuantOutput out;
 };
 
-__device__ __forceinline__ void load_values(const QuantizeArgs& args, std::int64_t at, std::int64_t end,
-                                            float (&values)[kGroup]) {
-  const std::int64_t left = end - at;
-  const int count = left <= 0 ? 0 : left < kGroup ? static_cast<int>(left) : kGroup;
+// A group of each unit, from `at` on; zeros beyond `end`.
+__device__ __forceinline__ void load_values(const QuantizeArgs& args, const std::int64_t (&at)[kUnits],
+                                            const std::int64_t (&end)[kUnits], float (&values)[kUnits][kGroup]) {
+  int counts[kUnits];
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const std::int64_t left = end[unit] - at[unit];
+    counts[unit] = left <= 0 ? 0 : left < kGroup ? static_cast<int>(left) : kGroup;
+  }
   const Matrix& from = args.values;
   if (from.ld == from.cols) {
-    load_group(from.data, from.format, at, count, values);
+    load_groups(from.data, from.format, at, counts, values);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      std::int64_t col = 0;
-      const std::int64_t row = i < count ? divide(at + i, from.cols, col) : 0;
-      values[i] = i < count ? load(from.data, from.format, row * from.ld + col) : 0.0f;
+    for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        std::int64_t col = 0;
+        const std::int64_t row = i < counts[unit] ? divide(at[unit] + i, from.cols, col) : 0;
+        values[unit][i] = i < counts[unit] ? load(from.data, from.format, row * from.ld + col) : 0.0f;
+      }
     }
   }
   if (!args.change) return;
-  float change[kGroup];
-  load_group(args.change, Format::f32, at - args.change_first, count, change);
+  std::int64_t change_at[kUnits];
+  float change[kUnits][kGroup];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) values[i] += change[i];
+  for (int unit = 0; unit < kUnits; ++unit) change_at[unit] = at[unit] - args.change_first;
+  load_groups(args.change, Format::f32, change_at, counts, change);
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values[unit][i] += change[unit][i];
+  }
 }
 
-// Lanes that share a block, and elements that a warp takes: blocks of less than kStep side by side, or one block, in
-// steps of kStep; the second reading hits a cache.
+// Lanes that share a block, and elements of a unit, which a warp takes together: blocks of less than kStep side by
+// side, or one block, in steps of kStep; the second reading hits a cache.
 template <class Codes>
 struct Share {
   static constexpr bool kByRow = info(Codes::kFormat).blocks.by_row();
@@ -105,81 +126,173 @@ struct Share {
         elements(lanes == kWarp ? blocksize : kStep) {}
 };
 
+// The block that a lane has of a unit.
+struct LaneBlock {
+  std::int64_t start, end;
+  bool whole;
+
+  __device__ __forceinline__ LaneBlock(std::int64_t first, std::int64_t blocksize, std::int64_t limit)
+      : start(first), end(min(first + blocksize, limit)), whole(first + blocksize <= limit) {}
+};
+
+// bitsandbytes multiplies whole blocks by a factor and divides the short last one; the codes can differ.
 template <class Codes>
-__global__ void quantize_kernel(QuantizeArgs args, int shift) {
+__device__ __forceinline__ void scale_values(const float (&values)[kGroup], bool whole, float divisor, float factor,
+                                             float (&scaled)[kGroup]) {
+  if (Share<Codes>::kByRow || whole) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) scaled[i] = values[i] * factor;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) scaled[i] = values[i] / divisor;
+  }
+}
+
+// Those of a group's codes that are before `end`.
+template <class Group>
+__device__ __forceinline__ void store_codes(std::uint8_t* codes, std::int64_t at, std::int64_t end,
+                                            const Group& group) {
+  constexpr int kBytes = sizeof group;
+  std::uint8_t* to = codes + at * kBytes / kGroup;
+  if (at + kGroup <= end && reinterpret_cast<std::uintptr_t>(to) % kBytes == 0) {
+    *reinterpret_cast<Group*>(to) = group;
+    return;
+  }
+  std::uint8_t bytes[kBytes];
+  memcpy(bytes, &group, kBytes);
+#pragma unroll
+  for (int byte = 0; byte < kBytes; ++byte) {
+    if (at + byte * kGroup / kBytes < end) to[byte] = bytes[byte];
+  }
+}
+
+template <class Codes>
+__global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeArgs args, int shift) {
   const int lane = threadIdx.x % kWarp;
   const std::int64_t blocksize = args.out.blocksize;
   const Share<Codes> share(blocksize);
   const std::int64_t warp = (static_cast<std::int64_t>(blockIdx.x) * kQuantizeThreads + threadIdx.x) / kWarp;
-  const std::int64_t start = args.first + warp * share.elements;
-  const std::int64_t block_start = start + (lane / share.lanes) * blocksize;
-  const bool whole = block_start + blocksize <= args.end;
-  const std::int64_t end = whole ? block_start + blocksize : args.end;
-  if (start >= args.end) return;  // the whole warp
+  const std::int64_t first = args.first + warp * kUnits * share.elements;
+  if (first >= args.end) return;  // the whole warp; of a unit behind the end nothing is read or written
+  const std::int64_t in_unit = lane / share.lanes * blocksize;
+  const LaneBlock blocks[kUnits] = {{first + in_unit, blocksize, args.end},
+                                    {first + share.elements + in_unit, blocksize, args.end}};
+  const std::int64_t ends[kUnits] = {blocks[0].end, blocks[1].end};
 
-  float largest = 0.0f;
-  float values[kGroup];
+  // As the bits of what is not negative: above all numbers is Inf, and NaN above that. fmaxf would lose NaN.
+  unsigned largest[kUnits] = {};
+  float values[kUnits][kGroup];
+  const std::int64_t starts[kUnits] = {first + lane * kGroup, first + share.elements + lane * kGroup};
   for (std::int64_t step = 0; step < share.elements; step += kStep) {
-    load_values(args, start + step + lane * kGroup, end, values);
+    load_values(args, {starts[0] + step, starts[1] + step}, ends, values);
 #pragma unroll
-    for (const float value : values) largest = fmaxf(largest, fabsf(value));
+    for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+      for (const float value : values[unit]) largest[unit] = max(largest[unit], __float_as_uint(fabsf(value)));
+    }
   }
   for (int distance = share.lanes / 2; distance > 0; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+#pragma unroll
+    for (unsigned& bits : largest) bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
   }
   const typename Codes::Encoder encoder;
-  const float divisor = encoder.divisor(largest);
-  // bitsandbytes multiplies whole blocks by a factor and divides the short last one; the codes can differ.
-  const float factor = encoder.factor(divisor);
-  if (lane % share.lanes == 0 && block_start < args.end) {
-    const std::int64_t block = Share<Codes>::kByRow ? block_start / blocksize : block_start >> shift;
-    args.out.scales[block] = whole ? largest : divisor;
+  float divisors[kUnits];
+  float factors[kUnits];
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const float absmax = __uint_as_float(largest[unit]);
+    divisors[unit] = encoder.divisor(absmax);
+    factors[unit] = encoder.factor(divisors[unit]);
+    if (lane % share.lanes == 0 && blocks[unit].start < args.end) {
+      const std::int64_t block = Share<Codes>::kByRow ? blocks[unit].start / blocksize : blocks[unit].start >> shift;
+      args.out.scales[block] = blocks[unit].whole ? absmax : divisors[unit];
+    }
   }
 
   for (std::int64_t step = 0; step < share.elements; step += kStep) {
-    const std::int64_t at = start + step + lane * kGroup;
-    if (share.elements > kStep) load_values(args, at, end, values);
-    float scaled[kGroup];
+    if (share.elements > kStep) load_values(args, {starts[0] + step, starts[1] + step}, ends, values);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) scaled[i] = whole ? values[i] * factor : values[i] / divisor;
-    const typename Codes::Group codes = encoder.codes(scaled);
-    constexpr int kBytes = sizeof codes;
-    std::uint8_t* to = args.out.codes + at * kBytes / kGroup;
-    if (at + kGroup <= end && reinterpret_cast<std::uintptr_t>(to) % kBytes == 0) {
-      *reinterpret_cast<typename Codes::Group*>(to) = codes;
-    } else {
-      std::uint8_t bytes[kBytes];
-      memcpy(bytes, &codes, kBytes);
-#pragma unroll
-      for (int byte = 0; byte < kBytes; ++byte) {
-        if (at + byte * kGroup / kBytes < end) to[byte] = bytes[byte];
-      }
+    for (int unit = 0; unit < kUnits; ++unit) {
+      float scaled[kGroup];
+      scale_values<Codes>(values[unit], blocks[unit].whole, divisors[unit], factors[unit], scaled);
+      store_codes(args.out.codes, starts[unit] + step, ends[unit], encoder.codes(scaled));  // codes by all lanes
     }
   }
 }
 
-// A block takes one of the nested blocks, a thread one scale.
-__global__ void quantize_absmax_kernel(const float* absmax, std::int64_t count, const float* offset,
-                                       std::uint8_t* codes8, float* nested_absmax) {
+// ---- Nested scales -----------------------------------------------------------------------------------------------
+
+constexpr unsigned kNestedThreads = kNestedBlocksize;
+constexpr std::int64_t kMostSums = kNestedThreads;  // a thread takes one of them
+
+// The sum of all threads' values, to each of them.
+__device__ __forceinline__ double block_sum(double value) {
   struct Shared {
-    float largest[kNestedBlocksize / kWarp];
+    double sums[kNestedThreads / kWarp];
+  };
+  Shared& shared = shared_memory<Shared>();
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double total = 0.0;
+#pragma unroll
+  for (const double sum : shared.sums) total += sum;
+  return total;
+}
+
+// sums[i] = the sum of values [i * share, (i + 1) * share)
+__global__ void sums_kernel(const float* values, std::int64_t count, std::int64_t share, double* sums) {
+  const std::int64_t first = blockIdx.x * share;
+  double sum = 0.0;
+  for (std::int64_t i = first + threadIdx.x; i < min(first + share, count); i += kNestedThreads) sum += values[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+struct NestedArgs {
+  const float* absmax;
+  std::int64_t count;
+  const float* given;  // the offset; or null: the mean, from `sums`
+  const double* sums;
+  unsigned sum_count;
+  std::uint8_t* codes8;
+  float* nested_absmax;
+  float* offset;
+};
+
+// A block takes one of the nested blocks, a thread one scale.
+__global__ void quantize_absmax_kernel(NestedArgs args) {
+  struct Shared {
+    unsigned largest[kNestedThreads / kWarp];
   };
   Shared& shared = shared_memory<Shared>();
   const std::int64_t at = blockIdx.x * kNestedBlocksize + threadIdx.x;
-  const float value = at < count ? absmax[at] - *offset : 0.0f;
-  float largest = fabsf(value);
+  const bool inside = at < args.count;
+  const float absmax = inside ? args.absmax[at] : 0.0f;
+  float offset;
+  if (args.given) {
+    offset = *args.given;
+  } else {
+    const double sum = block_sum(threadIdx.x < args.sum_count ? args.sums[threadIdx.x] : 0.0);
+    offset = static_cast<float>(sum / static_cast<double>(args.count));
+  }
+  const float value = inside ? absmax - offset : 0.0f;
+  unsigned bits = __float_as_uint(fabsf(value));  // as in quantize_kernel
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
   }
-  if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = largest;
+  if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = bits;
   __syncthreads();
 #pragma unroll
-  for (const float other : shared.largest) largest = fmaxf(largest, other);
-  if (threadIdx.x == 0) nested_absmax[blockIdx.x] = largest;
-  if (at >= count) return;
+  for (const unsigned other : shared.largest) bits = max(bits, other);
+  const float largest = __uint_as_float(bits);
+  if (threadIdx.x == 0) args.nested_absmax[blockIdx.x] = largest;
+  if (threadIdx.x == 0 && blockIdx.x == 0) *args.offset = offset;
+  if (!inside) return;
   if (!(largest > 0)) {
-    codes8[at] = 0;
+    args.codes8[at] = 0;
     return;
   }
   const float grid = static_cast<float>(dynamic_point(value / largest)) / 32767.5f - 1.0f;
@@ -190,7 +303,7 @@ __global__ void quantize_absmax_kernel(const float* absmax, std::int64_t count, 
     if (grid > (kDeviceDynamicMap.value[middle] + kDeviceDynamicMap.value[middle + 1]) / 2) low = middle + 1;
     else high = middle;
   }
-  codes8[at] = static_cast<std::uint8_t>(low);
+  args.codes8[at] = static_cast<std::uint8_t>(low);
 }
 
 }  // namespace
@@ -223,19 +336,27 @@ void quantize(const Context& context, const Matrix& values, const Matrix& change
       out};
   with_codes(out.format, [&](auto codes) {
     using Codes = decltype(codes);
-    const std::int64_t warps = ceil_div(count, Share<Codes>(out.blocksize).elements);
+    const std::int64_t warps = ceil_div(count, kUnits * Share<Codes>(out.blocksize).elements);
     launch(context, "quantize", quantize_kernel<Codes>,
            dim3(static_cast<unsigned>(ceil_div(warps, kQuantizeThreads / kWarp))), kQuantizeThreads, args,
            shift_of(out.blocksize));
   });
 }
 
-void quantize_absmax(const Context& context, const float* absmax, std::int64_t count, const float* offset,
-                     std::uint8_t* codes8, float* nested_absmax) {
+void quantize_absmax(const Context& context, const float* absmax, std::int64_t count, const float* given,
+                     std::uint8_t* codes8, float* nested_absmax, float* offset) {
   if (count == 0) return;
+  const std::int64_t share = ceil_div(ceil_div(count, kMostSums), kNestedThreads) * kNestedThreads;
+  const dim3 sum_count(static_cast<unsigned>(ceil_div(count, share)));
+  std::optional<Array<double>> sums;
+  if (!given) {
+    sums.emplace(context, kMostSums);
+    launch(context, "sum_absmax", sums_kernel, sum_count, kNestedThreads, absmax, count, share, sums->data());
+  }
+  const NestedArgs args{absmax,      count,  given,         sums ? sums->data() : nullptr,
+                        sum_count.x, codes8, nested_absmax, offset};
   launch(context, "quantize_absmax", quantize_absmax_kernel,
-         dim3(static_cast<unsigned>(ceil_div(count, kNestedBlocksize))), kNestedBlocksize, absmax, count, offset,
-         codes8, nested_absmax);
+         dim3(static_cast<unsigned>(ceil_div(count, kNestedBlocksize))), kNestedThreads, args);
 }
 
 }  // namespace pissa::cuda

@@ -18,8 +18,9 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
 void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,
               std::int64_t count, const QuantOutput& out);
 
-/// Nested quantisation of absmax, less *offset (in device memory): codes8 [count], nested_absmax [ceil(count / 256)].
-void quantize_absmax(const Context& context, const float* absmax, std::int64_t count, const float* offset,
-                     std::uint8_t* codes8, float* nested_absmax);
+/// Nested quantisation of absmax, less an offset: codes8 [count], nested_absmax [ceil(count / 256)]. *offset receives
+/// *given; or, where `given` is null, the mean, added up in f64 in an order of its own, by a launch more.
+void quantize_absmax(const Context& context, const float* absmax, std::int64_t count, const float* given,
+                     std::uint8_t* codes8, float* nested_absmax, float* offset);
 
 }  // namespace pissa::cuda

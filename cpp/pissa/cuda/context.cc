@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <memory>
 #include <utility>
-#include <vector>
 
 namespace pissa::cuda {
 namespace {
@@ -28,10 +28,11 @@ class StreamOrderedAllocator final : public Allocator {
   void free(void* data, cudaStream_t stream) const noexcept override { cudaFreeAsync(data, stream); }
 };
 
-// Handles are kept until the process ends: destroying them then, after the driver, would crash.
+// Handles are kept until the process ends: destroying them then, after the driver, would crash. One stays where it is
+// when those of more devices follow.
 template <class Handle>
 Handle& handle_of_thread(int device) {
-  thread_local std::vector<Handle>& handles = *new std::vector<Handle>;
+  thread_local std::deque<Handle>& handles = *new std::deque<Handle>;
   if (handles.size() <= static_cast<std::size_t>(device)) handles.resize(static_cast<std::size_t>(device) + 1);
   return handles[static_cast<std::size_t>(device)];
 }

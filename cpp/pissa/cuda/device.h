@@ -48,6 +48,19 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 #endif
 }
 
+/// Asks for the 128 bytes around an address of the device's memory, which a cache, L2, then has.
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(PISSA_CUDA_SIM)
+  static_cast<void>(
+      *static_cast<const volatile char*>(address));  // a GPU ignores an address that is none; tests do not
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+/// Bytes of an element of a dense format. element_size would look it up in memory, before what is to be loaded.
+__device__ __forceinline__ int dense_size(Format format) { return format == Format::f32 ? 4 : 2; }
+
 __device__ __forceinline__ float load(const void* data, Format format, std::int64_t i) {
   if (format == Format::f32) return static_cast<const float*>(data)[i];
   if (format == Format::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
@@ -98,41 +111,75 @@ __device__ __forceinline__ bool aligned_to_16(const void* pointer) {
 }
 
 template <Format format>
-__device__ __forceinline__ void load_halves(const void* from, float (&values)[kGroup]) {
-  const uint4 words = *static_cast<const uint4*>(from);
-  unpack_halves<format>(words.x, values[0], values[1]);
-  unpack_halves<format>(words.y, values[2], values[3]);
-  unpack_halves<format>(words.z, values[4], values[5]);
-  unpack_halves<format>(words.w, values[6], values[7]);
-}
-
-template <Format format>
 __device__ __forceinline__ void store_halves(void* to, const float (&values)[kGroup]) {
   *static_cast<uint4*>(to) =
       make_uint4(pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3]),
                  pack_halves<format>(values[4], values[5]), pack_halves<format>(values[6], values[7]));
 }
 
-/// values = elements [i, i + count), count <= 8; the rest are 0. 16-byte loads where the address allows them.
-__device__ __forceinline__ void load_group(const void* data, Format format, std::int64_t i, int count,
-                                           float (&values)[kGroup]) {
-  const char* from = static_cast<const char*>(data) + i * element_size(format);
-  if (count == kGroup && aligned_to_16(from)) {
-    if (format == Format::bf16) return load_halves<Format::bf16>(from, values);
-    if (format == Format::f16) return load_halves<Format::f16>(from, values);
-    const float4 low = reinterpret_cast<const float4*>(from)[0];
-    const float4 high = reinterpret_cast<const float4*>(from)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-    return;
+template <Format format>
+__device__ __forceinline__ void unpack_group(const uint4 (&words)[2], float (&values)[kGroup]) {
+  if constexpr (format == Format::f32) {
+    memcpy(values, words, sizeof values);
+  } else {
+    unpack_halves<format>(words[0].x, values[0], values[1]);
+    unpack_halves<format>(words[0].y, values[2], values[3]);
+    unpack_halves<format>(words[0].z, values[4], values[5]);
+    unpack_halves<format>(words[0].w, values[6], values[7]);
+  }
+}
+
+// Groups at addresses of 16 bytes, each whole or empty.
+template <Format format, int n>
+__device__ __forceinline__ void load_whole_groups(const char* const (&from)[n], const int (&counts)[n],
+                                                  float (&values)[n][kGroup]) {
+  uint4 words[n][2] = {};
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (counts[i] <= 0) continue;
+    words[i][0] = reinterpret_cast<const uint4*>(from[i])[0];
+    if constexpr (format == Format::f32) words[i][1] = reinterpret_cast<const uint4*>(from[i])[1];
   }
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) values[j] = j < count ? load(data, format, i + j) : 0.0f;
+  for (int i = 0; i < n; ++i) unpack_group<format>(words[i], values[i]);
+}
+
+/// values[i] = elements [firsts[i], firsts[i] + counts[i]), counts[i] <= 8; the rest are 0. Where the addresses allow
+/// loads of 16 bytes, those of all the groups are under way before the first is used: a wait for memory for n groups.
+template <int n>
+__device__ __forceinline__ void load_groups(const void* data, Format format, const std::int64_t (&firsts)[n],
+                                            const int (&counts)[n], float (&values)[n][kGroup]) {
+  const char* from[n];
+  bool whole = true;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    from[i] = static_cast<const char*>(data) + firsts[i] * dense_size(format);
+    whole = whole && (counts[i] <= 0 || (counts[i] == kGroup && aligned_to_16(from[i])));
+  }
+  if (whole) {
+    if (format == Format::bf16) return load_whole_groups<Format::bf16>(from, counts, values);
+    if (format == Format::f16) return load_whole_groups<Format::f16>(from, counts, values);
+    return load_whole_groups<Format::f32>(from, counts, values);
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) values[i][j] = j < counts[i] ? load(data, format, firsts[i] + j) : 0.0f;
+  }
+}
+
+/// The same of one group.
+__device__ __forceinline__ void load_group(const void* data, Format format, std::int64_t first, int count,
+                                           float (&values)[kGroup]) {
+  float groups[1][kGroup];
+  load_groups(data, format, {first}, {count}, groups);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) values[j] = groups[0][j];
 }
 
 __device__ __forceinline__ void store_group(void* data, Format format, std::int64_t i, int count,
                                             const float (&values)[kGroup]) {
-  char* to = static_cast<char*>(data) + i * element_size(format);
+  char* to = static_cast<char*>(data) + i * dense_size(format);
   if (count == kGroup && aligned_to_16(to)) {
     if (format == Format::bf16) return store_halves<Format::bf16>(to, values);
     if (format == Format::f16) return store_halves<Format::f16>(to, values);

@@ -11,6 +11,7 @@ constexpr int kRows = static_cast<int>(kFewRows);
 constexpr unsigned kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMostTerms = 2;
+constexpr int kRowsAtOnce = 4;  // of x: that many loads are under way before the first is used
 
 // The terms of a sum, and what is added to it, as a kernel's argument.
 struct Sum {
@@ -32,13 +33,30 @@ __device__ __forceinline__ float rounded(float value, Precision precision) {
   return value;
 }
 
-__device__ __forceinline__ void load_rounded(const Matrix& matrix, std::int64_t row, std::int64_t col, float scale,
-                                             Precision precision, float (&values)[kGroup]) {
+// values[i] = elements [col, col + 8) of row `row + i * step`; zeros beyond the matrix.
+template <int n>
+__device__ __forceinline__ void load_rows(const Matrix& matrix, std::int64_t row, std::int64_t step, std::int64_t col,
+                                          float (&values)[n][kGroup]) {
   const std::int64_t left = matrix.cols - col;
-  load_group(matrix.data, matrix.format, row * matrix.ld + col, left < kGroup ? static_cast<int>(left) : kGroup,
-             values);
+  std::int64_t firsts[n];
+  int counts[n];
 #pragma unroll
-  for (float& value : values) value = rounded(scale * value, precision);
+  for (int i = 0; i < n; ++i) {
+    firsts[i] = (row + i * step) * matrix.ld + col;
+    counts[i] = left <= 0 || row + i * step >= matrix.rows ? 0 : left < kGroup ? static_cast<int>(left) : kGroup;
+  }
+  load_groups(matrix.data, matrix.format, firsts, counts, values);
+}
+
+template <int n>
+__device__ __forceinline__ void load_rounded(const Matrix& matrix, std::int64_t row, std::int64_t col, float scale,
+                                             Precision precision, float (&values)[n][kGroup]) {
+  load_rows(matrix, row, 1, col, values);
+#pragma unroll
+  for (auto& group : values) {
+#pragma unroll
+    for (float& value : group) value = rounded(scale * value, precision);
+  }
 }
 
 __device__ __forceinline__ void finish(const Sum& sum, int row, std::int64_t col, float value) {
@@ -61,15 +79,18 @@ __global__ void few_rows_kernel(Sum sum) {
   for (int i = 0; i < sum.count && inside; ++i) {
     const Term& term = sum.terms[i];
     for (std::int64_t k = part * kGroup; k < term.a.cols; k += kSplit * kGroup) {
-      float b[kGroup];
+      float b[1][kGroup];
       load_rounded(term.b, col, k, 1.0f, term.precision, b);
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        if (row >= rows) break;
-        float a[kGroup];
-        load_rounded(term.a, row, k, term.scale, term.precision, a);
+      for (int first = 0; first < kRows; first += kRowsAtOnce) {
+        if (first >= rows) break;
+        float a[kRowsAtOnce][kGroup];
+        load_rounded(term.a, first, k, term.scale, term.precision, a);
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j) total[row] = fmaf(a[j], b[j], total[row]);
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) total[first + i] = fmaf(a[i][j], b[0][j], total[first + i]);
+        }
       }
     }
   }
@@ -101,13 +122,16 @@ __global__ void few_rows_kernel(Sum sum) {
 // ---- A quantised weight ------------------------------------------------------------------------------------------
 // A block computes 16 columns of y, its warps divide K in chunks of 128. The order of the inner dimension is free, so a
 // lane takes a line of a chunk, 32 neighbours with one scale: k is dealt to the tensor cores' steps four at a time, x
-// in the same order.
+// in the same order. The tail is more columns of the inner dimension, for the tensor cores too: chunks of 32, dealt to
+// the warps in turn. Its second factors are asked for at the start, and are in L2 when their turn comes.
 
 constexpr int kTiles = 2;
 constexpr int kTileCols = 8;
 constexpr int kBlockCols = kTiles * kTileCols;
 constexpr int kChunk = 4 * kLine;
 constexpr int kSteps = kChunk / 16;  // products of 16 k in a chunk
+constexpr int kTailChunk = 4 * kGroup;
+constexpr int kTailSteps = kTailChunk / 16;
 
 __device__ __forceinline__ unsigned word_of(const uint4 (&words)[4], int i) {
   const uint4& four = words[i / 4];
@@ -121,8 +145,58 @@ __device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k,
   for (int i = 0; i < 4; ++i) words[i] = inside && row < x.rows ? from[i] : make_uint4(0, 0, 0, 0);
 }
 
+// The rows of the tail's second factors that a block needs.
+__device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first_col) {
+  constexpr std::int64_t kBytes = 128;  // that one prefetch brings
+  constexpr int kThreadsOfRow = kThreads / kBlockCols;
+  const std::int64_t col = first_col + threadIdx.x / kThreadsOfRow;
+  for (int i = 0; i < sum.count; ++i) {
+    const Matrix& b = sum.terms[i].b;
+    const std::int64_t size = dense_size(b.format);
+    const char* row = static_cast<const char*>(b.data) + col * b.ld * size;
+    for (std::int64_t at = threadIdx.x % kThreadsOfRow * kBytes; at < b.cols * size && col < b.rows;
+         at += kThreadsOfRow * kBytes) {
+      prefetch(row + at);
+    }
+  }
+}
+
+// totals += the warp's share of the tail; the terms are rounded to `format`.
+template <Format format>
+__device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col, float (&totals)[kTiles][4]) {
+  const int group = threadIdx.x % kWarp / 4;
+  const int quad = threadIdx.x % 4;
+  int turn = static_cast<int>(threadIdx.x) / kWarp;
+  for (int i = 0; i < sum.count; ++i) {
+    const Term& term = sum.terms[i];
+    const int chunks = static_cast<int>((term.a.cols + kTailChunk - 1) / kTailChunk);
+    for (; turn < chunks; turn += kWarps) {
+      const std::int64_t k = turn * kTailChunk + quad * kGroup;
+      float a[2][kGroup];
+      float b[kTiles][kGroup];
+      load_rows(term.b, first_col + group, kTileCols, k, b);
+      load_rows(term.a, group, 8, k, a);
+      const auto scaled = [&](int row, int j) {
+        return pack_halves<format>(term.scale * a[row][j], term.scale * a[row][j + 1]);
+      };
+#pragma unroll
+      for (int step = 0; step < kTailSteps; ++step) {
+        const int j = 4 * step;
+        const unsigned a_words[4] = {scaled(0, j), scaled(1, j), scaled(0, j + 2), scaled(1, j + 2)};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const unsigned b_words[2] = {pack_halves<format>(b[tile][j], b[tile][j + 1]),
+                                       pack_halves<format>(b[tile][j + 2], b[tile][j + 3])};
+          mma_m16n8k16<format>(totals[tile], a_words, b_words);
+        }
+      }
+    }
+    turn -= chunks;
+  }
+}
+
 template <Format format, class Codes>
-__global__ void few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Sum sum) {
+__global__ void __launch_bounds__(kThreads, 3) few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Sum sum) {
   struct Shared {
     float partial[kWarps][kRows][kBlockCols];
   };
@@ -133,25 +207,30 @@ __global__ void few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Su
   const int quad = lane % 4;
   const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kBlockCols;
   const typename Codes::Decoder decoder;
+  const BlockScales<Codes> scales(weight.scales, shift);
   float totals[kTiles][4] = {};
+  prefetch_tail(sum, first_col);
 
   for (std::int64_t chunk = static_cast<std::int64_t>(warp) * kChunk; chunk < weight.cols; chunk += kWarps * kChunk) {
     const std::int64_t k = chunk + quad * kLine;
     const bool inside = k < weight.cols;
-    uint4 upper[4];
-    uint4 lower[4];
-    load_x(x, group, k, inside, upper);
-    load_x(x, group + 8, k, inside, lower);
     typename Codes::Line codes[kTiles];
-    float scales[kTiles];
+    typename BlockScales<Codes>::Part parts[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const std::int64_t col = first_col + tile * kTileCols + group;
       const bool valid = inside && col < weight.rows;
       const std::int64_t at = col * weight.cols + k;
       codes[tile] = valid ? static_cast<const typename Codes::Line*>(weight.data)[at / kLine] : typename Codes::Line{};
-      scales[tile] = valid ? scale_of(weight.scales, block_of<Codes>(shift, col, at)) : 0.0f;
+      if (valid) parts[tile] = scales.load(col, at);
     }
+    uint4 upper[4];
+    uint4 lower[4];
+    load_x(x, group, k, inside, upper);
+    load_x(x, group + 8, k, inside, lower);
+    float scale[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) scale[tile] = inside ? scales.value(parts[tile]) : 0.0f;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const unsigned a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step), word_of(upper, 2 * step + 1),
@@ -161,12 +240,14 @@ __global__ void few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Su
         float values[4];
         decoder.four_levels(codes[tile], step, values);
 #pragma unroll
-        for (float& value : values) value = Codes::element(value, scales[tile]);
+        for (float& value : values) value = Codes::element(value, scale[tile]);
         const unsigned b[2] = {pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3])};
         mma_m16n8k16<format>(totals[tile], a, b);
       }
     }
   }
+
+  add_tail<format>(sum, first_col, totals);
 
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -184,17 +265,6 @@ __global__ void few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Su
   float value = 0.0f;
 #pragma unroll
   for (int other = 0; other < kWarps; ++other) value += shared.partial[other][row][threadIdx.x % kBlockCols];
-  for (int i = 0; i < sum.count; ++i) {
-    const Term& term = sum.terms[i];
-    for (std::int64_t k = 0; k < term.a.cols; k += kGroup) {
-      float a[kGroup];
-      float b[kGroup];
-      load_rounded(term.a, row, k, term.scale, term.precision, a);
-      load_rounded(term.b, col, k, 1.0f, term.precision, b);
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) value = fmaf(a[j], b[j], value);
-    }
-  }
   finish(sum, row, col, value);
 }
 
@@ -224,7 +294,9 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
   return x.rows <= kFewRows && (x.format == Format::bf16 || x.format == Format::f16) && is_quantized(weight.format) &&
          weight.cols % kLine == 0 && x.ld % 8 == 0 && at_16_bytes(x.data) && at_16_bytes(weight.data) &&
-         few_rows_fit(tail, {nullptr, x.rows});
+         few_rows_fit(tail, {nullptr, x.rows}) && std::ranges::all_of(tail, [&](const Term& term) {
+           return term.precision == (x.format == Format::bf16 ? Precision::bf16 : Precision::f16);
+         });
 }
 
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,

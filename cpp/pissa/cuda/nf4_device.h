@@ -63,7 +63,7 @@ struct Nf4 {
         : threshold_(kDeviceNf4Search.threshold[threadIdx.x % kWarp]),
           base_(kDeviceNf4Search.base[threadIdx.x % kWarp]) {}
 
-    static __device__ __forceinline__ float divisor(float largest) { return fmaxf(largest, kSmallestAbsmax); }
+    static __device__ __forceinline__ float divisor(float largest) { return nf4_divisor(largest); }
     static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
 
     /// Of elements divided by their block's absmax, the first of a pair in the high nibble.

@@ -96,20 +96,22 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const std::string& for
   return {q.codes, q.absmax};
 }
 
+// Without an offset: less their mean.
 template <class Device>
-std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& offset) {
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const OptionalTensor& offset) {
   Device device(absmax, offset);
-  auto& backend = device.backend();
-  PISSA_CHECK(
-      absmax.scalar_type() == ScalarType::Float && offset.scalar_type() == ScalarType::Float && offset.numel() == 1,
-      "absmax, offset: needed float32 [blocks] and float32 []");
+  const std::int64_t count = absmax.numel();
+  PISSA_CHECK(absmax.scalar_type() == ScalarType::Float && count > 0, "absmax: needed float32 [blocks], not empty");
+  PISSA_CHECK(!offset || (offset->scalar_type() == ScalarType::Float && offset->numel() == 1),
+              "offset: needed float32 []");
   const Tensor from = torch::stable::contiguous(absmax);
-  const std::int64_t count = from.numel();
   const Tensor codes8 = new_tensor(absmax, {count}, ScalarType::Byte);
   const Tensor nested = new_tensor(absmax, {ceil_div(count, kNestedBlocksize)}, ScalarType::Float);
-  backend.quantize_absmax(from.const_data_ptr<float>(), count, offset.const_data_ptr<float>(),
-                          codes8.mutable_data_ptr<std::uint8_t>(), nested.mutable_data_ptr<float>());
-  return {codes8, nested};
+  const Tensor center = new_tensor(absmax, {}, ScalarType::Float);
+  device.backend().quantize_absmax(
+      from.const_data_ptr<float>(), count, offset ? offset->const_data_ptr<float>() : nullptr,
+      codes8.mutable_data_ptr<std::uint8_t>(), nested.mutable_data_ptr<float>(), center.mutable_data_ptr<float>());
+  return {codes8, nested, center};
 }
 
 template <class Device>

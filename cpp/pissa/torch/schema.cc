@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "-> (Tensor[] a0, Tensor[] b0)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
   m.def("quantize(Tensor weight, str format, int blocksize) -> (Tensor codes, Tensor absmax)");
-  m.def("quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor codes8, Tensor nested_absmax)");
+  m.def("quantize_absmax(Tensor absmax, Tensor? offset) -> (Tensor codes8, Tensor nested_absmax, Tensor offset)");
   m.def(
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
       "int rows, int cols, ScalarType dtype) -> Tensor");

@@ -95,8 +95,8 @@ def _(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 @register_fake("pissa::quantize_absmax")
-def _(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    return _bytes(absmax, absmax.numel()), _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE))
+def _(absmax: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _bytes(absmax, absmax.numel()), _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE)), _floats(absmax)
 
 
 @register_fake("pissa::dequantize")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops.checks import FLOATS, check_choice, check_devices, check_tensor, check_weight
+from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
 from pissa.ops.formats import FORMATS
 
 _OPS = torch.ops.pissa
@@ -61,13 +61,28 @@ class QuantizedWeight(NamedTuple):
 def quantized_weight(
     format: str, codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, double_quant: bool
 ) -> QuantizedWeight:
-    """Of codes and float32 scales, which `double_quant` quantises. The offset is then to be checked: it is not finite
-    if the mean of the scales overflows."""
+    """Of codes and float32 scales, which `double_quant` quantises. Nothing waits for a GPU; the result is to be
+    checked, by `check_scales` where what was quantised may not be finite, otherwise by `check_offset`: the mean of the
+    scales may overflow."""
     if not double_quant:
         return QuantizedWeight(codes, absmax, None, None, format, shape, blocksize)
-    offset = _mean(absmax)
-    codes8, nested_absmax = _OPS.quantize_absmax(absmax, offset)
+    # bitsandbytes' bytes follow from torch's own mean. Beyond that number torch divides the sum among threads, and its
+    # bits depend on them: the op then adds up itself.
+    mean = absmax.mean() if absmax.numel() <= 32768 else None
+    codes8, nested_absmax, offset = _OPS.quantize_absmax(absmax, mean)
     return QuantizedWeight(codes, codes8, nested_absmax, offset, format, shape, blocksize)
+
+
+def check_scales(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight, if what was quantised was finite, which its scales show, and the mean of nested ones is. The host
+    waits for one number."""
+    mark = (weight.absmax.amax() if weight.offset is None else weight.offset).item()
+    if not math.isfinite(mark):
+        # Scales that are finite are infinite less an infinite mean; others are NaN.
+        if weight.nested_absmax is None or weight.nested_absmax.isnan().any():
+            check_finite(mark)
+        check_offset(mark)
+    return weight
 
 
 def check_offset(offset: float, name: str = "weight") -> None:
@@ -85,16 +100,6 @@ def check_quantized_offset(weight: QuantizedWeight) -> QuantizedWeight:
     return weight
 
 
-def _mean(absmax: Tensor) -> Tensor:
-    """The mean to the same bits for any number of threads. Up to 32768 elements torch does not divide a sum among
-    threads, and bitsandbytes' bytes follow from torch's own mean; beyond, they vary with the threads there."""
-    if absmax.numel() <= 32768:
-        return absmax.mean()
-    head = absmax[: absmax.numel() // 1024 * 1024].view(-1, 1024)
-    total = head.double().sum(1).sum() + absmax[head.numel() :].double().sum()
-    return (total / absmax.numel()).float()
-
-
 def quantize(
     weight: Tensor, format: str = "nf4", *, blocksize: int | None = None, double_quant: bool | None = None
 ) -> QuantizedWeight:
@@ -109,12 +114,12 @@ def quantize(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    weight = check_weight(weight)
+    weight = check_matrix(weight)
     check_choice("format", format, FORMATS)
     shape = (weight.shape[0], weight.shape[1])
     blocksize, double_quant = FORMATS[format].options(blocksize, double_quant, shape[1])
     codes, absmax = _OPS.quantize(weight, format, blocksize)
-    return check_quantized_offset(quantized_weight(format, codes, absmax, shape, blocksize, double_quant))
+    return check_scales(quantized_weight(format, codes, absmax, shape, blocksize, double_quant))
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "pissa/core/nf4.h"
@@ -31,7 +34,10 @@ TEST_P(GemmQuantizedTest, EqualsQuantizingTheStoredResidual) {
     const Form form = static_cast<Form>(random.pick(kFloatFormats));
     SCOPED_TRACE(::testing::Message() << "[" << rows << ", " << cols << "] " << name(form) << ", blocksize "
                                       << blocksize);
-    const Operand weight(random, rows, cols, form);
+    // Where rows lie together at addresses of 16 bytes, a GPU reads them otherwise.
+    const Operand weight =
+        random.coin() ? Operand(random, rows, cols, form)
+                      : Operand(Stored(random.dense(rows, cols), static_cast<Format>(form), 0, Stored::kAligned));
     TermList list(rows, cols);
     list.add(random, 5, Form::f32, Op::n, Form::f32, Op::n, -0.3f);
     if (random.coin()) list.add(random, 3, Form::bf16, Op::n, Form::f32, Op::t, 2.0f);
@@ -112,6 +118,50 @@ TEST_P(GemmQuantizedTest, WholeBlocksAreMultipliedAndTheShortOneIsDivided) {
     for (std::int64_t i = 0; i < kCount; ++i) {
       const int expected = nf4_code(i < 2 * kBlock ? values[i] * factor : values[i] / absmax);
       ASSERT_EQ((codes[1 + i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15, expected) << i;
+    }
+  }
+}
+
+// In whatever place of a block, short ones too, with and without terms; the other blocks are as they would be without.
+TEST_P(GemmQuantizedTest, WhatIsNotFiniteStaysInTheScaleOfItsBlock) {
+  Random random(5);
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  constexpr std::int64_t kRows = 3, kCols = 301;
+  TermList list(kRows, kCols);
+  list.add(random, 2, Form::f32, Op::n, Form::f32, Op::n, -0.3f);
+  const std::span<const Term> all = list.terms(), none;
+  for (const auto& [format, blocksize] :
+       {std::pair{Format::nf4, 32}, {Format::nf4, 64}, {Format::nf4, 512}, {Format::int8, kCols}}) {
+    for (const std::span<const Term> terms : {none, all}) {
+      Dense values = random.dense(kRows, kCols);
+      const auto quantize = [&, format = format, blocksize = blocksize](const Dense& dense) {
+        const Stored weight(dense, Format::f32, 0, Stored::kAligned);
+        QuantizedResult result(format, kRows, kCols, blocksize);
+        backend().gemm_quantized(terms, weight.view(), result.output());
+        return result;
+      };
+      const QuantizedResult good = quantize(values);
+      for (const std::int64_t at : {0, 7, 8, 63, 64, 255, 256, 301, 511, 512, 700, 901, 902}) {
+        for (const float bad : {nan, -nan, infinity, -infinity}) {
+          SCOPED_TRACE(::testing::Message() << info(format).name << ", blocksize " << blocksize << ", " << terms.size()
+                                            << " terms, " << bad << " at " << at);
+          const double before = std::exchange(values.values[at], bad);
+          const QuantizedResult result = quantize(values);
+          values.values[at] = before;
+          EXPECT_TRUE(result.padding_intact());
+          const std::int64_t block = at / blocksize;
+          for (std::size_t i = 0; i < result.scales.size(); ++i) {
+            if (static_cast<std::int64_t>(i) != block) ASSERT_EQ(result.scales[i], good.scales[i]) << i;
+            else if (std::isnan(bad)) ASSERT_TRUE(std::isnan(result.scales[i]));
+            else ASSERT_EQ(result.scales[i], infinity);
+          }
+          const auto byte = [&, format = format](std::int64_t element) { return code_bytes(format, element); };
+          const std::int64_t end = std::min((block + 1) * blocksize, kRows * kCols);
+          for (std::int64_t i = 0; i < byte(kRows * kCols); ++i) {
+            if (i < byte(block * blocksize) || i >= byte(end)) ASSERT_EQ(result.codes[i], good.codes[i]) << i;
+          }
+        }
+      }
     }
   }
 }

@@ -111,9 +111,12 @@ TEST_P(Nf4GoldenTest, QuantizesAsBitsandbytes) {
     }
     std::vector<std::uint8_t> absmax8(golden.blocks(), 0xee);
     std::vector<float> nested_absmax(golden.nested_absmax.size(), std::nanf(""));
-    backend().quantize_absmax(absmax.data(), golden.blocks(), &golden.offset, absmax8.data(), nested_absmax.data());
+    float offset = std::nanf("");
+    backend().quantize_absmax(absmax.data(), golden.blocks(), &golden.offset, absmax8.data(), nested_absmax.data(),
+                              &offset);
     EXPECT_TRUE(absmax8 == golden.absmax8);
     EXPECT_TRUE(nested_absmax == golden.nested_absmax);
+    EXPECT_EQ(offset, golden.offset);
   });
 }
 

@@ -133,6 +133,30 @@ TEST(CudaResources, AGraphCanCaptureTheLinearLayer) {
   }
 }
 
+// The codes; the nested scales, and before them what their mean is of, where it is not given.
+TEST(CudaResources, QuantisingTakesALaunchOrThreeAndNeverWaits) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(9);
+  const Stored weight(random.dense(40, 320), Format::bf16);
+  const float given = 1.0f;
+  Staging at(context);
+  const Matrix w = at(weight.view());
+  const float* offset = at.upload(&given, 1);
+  const cuda::Array<std::uint8_t> codes(context, 20 * 320), codes8(context, 200);
+  const cuda::Array<float> absmax(context, 200), nested(context, 1), mean(context, 1);
+  at.finish();
+  cuda::CudaBackend cuda(context);
+  for (const float* known : {offset, static_cast<const float*>(nullptr)}) {
+    cuda_sim::reset_synchronizations();
+    cuda_sim::reset_launches();
+    cuda.gemm_quantized({}, w, {Format::nf4, 64, codes.data(), absmax.data()});
+    EXPECT_EQ(cuda_sim::launches(), 1);
+    cuda.quantize_absmax(absmax.data(), 200, known, codes8.data(), nested.data(), mean.data());
+    EXPECT_EQ(cuda_sim::launches(), known ? 2 : 3);
+    EXPECT_EQ(cuda_sim::synchronizations(), 0);
+  }
+}
+
 TEST(CudaResources, NothingAssumedIsNothingToWaitFor) {
   cuda::CudaBackend cuda(cuda::standalone_context());
   cuda_sim::reset_synchronizations();

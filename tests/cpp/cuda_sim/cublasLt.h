@@ -1,4 +1,5 @@
 // The part of cuBLASLt that is simulated: D = alpha op(A) op(B) + beta C, with a bias for each row of D if asked for.
+// How exactly: sim/product.h; what it may do otherwise: sim/control.h.
 #pragma once
 
 #include <cstdint>
@@ -91,7 +92,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     std::size_t bytes);
 
 /// At most one algorithm, or none where the preference excludes it. It remembers what alignment the preference claimed
-/// and what workspace it was given, and cublasLtMatmul holds its caller to both.
+/// and what workspace it was given, and cublasLtMatmul holds its caller to both. No preference has the alignment of the
+/// bias: what the algorithm needs there is 16 bytes.
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,

@@ -1,4 +1,5 @@
 // The part of cuSOLVER that is simulated, in double. Matrices are column-major; work is queued on the handle's stream.
+// What NaN leads to: sim/control.h.
 #pragma once
 
 #include <cstdint>

@@ -63,6 +63,7 @@ class CudaSimTest : public ::testing::Test {
   void SetUp() override { GTEST_FLAG_SET(death_test_style, "threadsafe"); }
   void TearDown() override {
     cuda_sim::clear_failures();
+    cuda_sim::reset_libraries();
     cudaGetLastError();
   }
 };

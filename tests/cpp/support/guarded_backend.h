@@ -109,9 +109,9 @@ class GuardedBackend {
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) {
     inside([&] { cpu_.gemm_quantized(terms, addend, out); });
   }
-  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                       float* nested_absmax) {
-    inside([&] { cpu_.quantize_absmax(absmax, count, offset, codes8, nested_absmax); });
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
+                       float* nested_absmax, float* offset) {
+    inside([&] { cpu_.quantize_absmax(absmax, count, given, codes8, nested_absmax, offset); });
   }
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) {

@@ -181,11 +181,12 @@ class TransferringBackend {
   void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
     call([&](Staging& at) { cuda_.gram_svd(at(rows), scale, at(s), at(vectors)); });
   }
-  void quantize_absmax(const float* absmax, std::int64_t count, const float* offset, std::uint8_t* codes8,
-                       float* nested_absmax) const {
+  void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
+                       float* nested_absmax, float* offset) const {
     call([&](Staging& at) {
-      cuda_.quantize_absmax(at.upload(absmax, count), count, at.upload(offset, 1), at.upload(codes8, count, true),
-                            at.upload(nested_absmax, ceil_div(count, kNestedBlocksize), true));
+      cuda_.quantize_absmax(
+          at.upload(absmax, count), count, given ? at.upload(given, 1) : nullptr, at.upload(codes8, count, true),
+          at.upload(nested_absmax, ceil_div(count, kNestedBlocksize), true), at.upload(offset, 1, true));
     });
   }
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cuda_stand_in import CudaStandIn
 from devices import fetch, put
 from pissa import ops
 
@@ -172,6 +173,7 @@ def test_dequantize_refuses_other_dtypes() -> None:
     [
         ("quantize", (torch.randn(21, 33), "nf4", 64)),  # an odd number of codes
         ("quantize_absmax", (torch.rand(300), torch.tensor(0.5))),
+        ("quantize_absmax", (torch.rand(300), None)),
         ("dequantize", (*ops.quantize(torch.ones(20, 33))[:5], 64, 20, 33, torch.bfloat16)),
         (
             "dequantize",
@@ -200,3 +202,31 @@ def test_scales_whose_mean_overflows_are_refused() -> None:
         ops.quantize(weight)
     quantised = ops.quantize(weight, double_quant=False)
     assert torch.equal(ops.dequantize(quantised), weight)
+
+
+OPTIONS = [("nf4", {}), ("nf4", {"blocksize": 4096}), ("nf4", {"double_quant": False}), ("int8", {})]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("format", "options"), OPTIONS)
+@pytest.mark.parametrize("rows", [5, 2200])  # the larger has more scales than torch takes the mean of
+def test_the_host_waits_once(format: str, options: dict[str, object], rows: int) -> None:
+    weight = torch.randn(rows, 1000)
+    with CudaStandIn() as gpu:
+        there = gpu.put(weight)
+        ops.quantize(there, format, **options)
+        assert gpu.waits() == 1, gpu.reads
+
+
+@pytest.mark.parametrize(("format", "options"), OPTIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rows", [5, 2200])
+def test_what_is_not_finite_is_refused(format: str, options: dict[str, object], value: float, rows: int) -> None:
+    """Wherever it is: in the first block, in a whole one, in the last, which may be short. Beside scales whose mean
+    overflows too."""
+    for weight in (torch.randn(rows, 1001), torch.full((rows, 1001), 3e38), torch.randn(rows, 1001).bfloat16()):
+        for at in (0, 2010, weight.numel() - 1):
+            bad = weight.clone()
+            bad.view(-1)[at] = value
+            with pytest.raises(ValueError, match=r"^weight: contains NaN or Inf; only finite weights can be"):
+                ops.quantize(put(bad), format, **options)

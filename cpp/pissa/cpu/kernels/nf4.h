@@ -62,8 +62,6 @@ void Nf4::decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::
   }
 }
 
-PISSA_INLINE float nf4_divisor(float largest) { return largest > kSmallestAbsmax ? largest : kSmallestAbsmax; }
-
 void Nf4::quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                    float* absmax) {
   // The maxima of some blocks before their codes: none waits for a division.

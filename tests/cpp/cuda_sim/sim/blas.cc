@@ -89,8 +89,8 @@ cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) {
 cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
-  if (!is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
+  if (!is_stream(stream) || device_of(stream) != handle->device) return CUBLAS_STATUS_INVALID_VALUE;
   handle->stream = stream;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -98,7 +98,7 @@ cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
 cublasStatus_t cublasGetStream_v2(cublasHandle_t handle, cudaStream_t* stream) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   if (!stream) return CUBLAS_STATUS_INVALID_VALUE;
   *stream = handle->stream;
   return CUBLAS_STATUS_SUCCESS;
@@ -108,7 +108,7 @@ cublasStatus_t cublasGetStream_v2(cublasHandle_t handle, cudaStream_t* stream) {
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, std::size_t bytes) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   const bool aligned = reinterpret_cast<std::uintptr_t>(workspace) % 256 == 0;
   return bytes == 0 || (aligned && is_allocated(workspace, bytes)) ? CUBLAS_STATUS_SUCCESS
                                                                    : CUBLAS_STATUS_INVALID_VALUE;
@@ -117,7 +117,7 @@ cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, std
 cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t handle, cublasPointerMode_t mode) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   return mode == CUBLAS_POINTER_MODE_HOST ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
@@ -126,7 +126,7 @@ cublasStatus_t cublasDtrsmBatched(cublasHandle_t handle, cublasSideMode_t side, 
                                   const double* const a[], int lda, double* const b[], int ldb, int batch_count) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(handle)) return status;
   const bool left = side == CUBLAS_SIDE_LEFT;
   const int size = left ? m : n;
   if (m < 0 || n < 0 || batch_count < 0 || lda < std::max(1, size) || ldb < std::max(1, m) || !alpha ||

@@ -1,4 +1,5 @@
-// What a test asks of the simulated device, beyond CUDA's own functions.
+// What a test asks of the simulated devices, of which there are two, beyond CUDA's own functions. Of memory: of the
+// current one.
 #pragma once
 
 #include <cstddef>
@@ -41,5 +42,34 @@ void fail_next(cudaError_t error, int after = 0);
 /// Whether a failure that was asked for, of any library, is still to come. `clear_failures` takes all of them back.
 bool failure_pending();
 void clear_failures();
+
+// What cuBLAS, cuBLASLt and cuSOLVER leave open, or do otherwise on another device or in another release: a program has
+// to be right with all of it. Calls from now on behave as set here; `reset_libraries` sets all as it was at first.
+
+/// Whether products that sum in f32 take a denormal f32 for zero: elements that they read, sums, elements that they
+/// write. Not at first.
+void set_flush_denormals(bool flush);
+
+/// By how many bytes the algorithm for a bias epilogue loads the bias: 16 at first. At any other alignment that is a
+/// misaligned address, after which a device is of no use any more: the work aborts.
+void set_bias_bytes(std::uint32_t bytes);
+
+/// How the heuristic says that it knows no algorithm: success and a count of 0, or CUBLAS_STATUS_NOT_SUPPORTED.
+enum class NoAlgorithm { none_returned, not_supported };
+
+/// The heuristic knows no algorithm where a preference claims less than `bytes` for the alignment of any matrix. At
+/// first it knows one for all.
+void set_no_algorithm_below(std::uint32_t bytes, NoAlgorithm how = NoAlgorithm::none_returned);
+
+/// What a solver does that is given NaN.
+enum class OnNaN {
+  info,                     // at first: as LAPACK. Cholesky stops at the pivot, there are no eigenvalues; NaN from QR
+  info_zero,                // success, info 0, and NaN in what it computes
+  status_invalid_value,     // CUSOLVER_STATUS_INVALID_VALUE, and nothing is computed for any matrix of the batch
+  status_execution_failed,  // the same with CUSOLVER_STATUS_EXECUTION_FAILED
+};
+void set_solver_on_nan(OnNaN mode);
+
+void reset_libraries();
 
 }  // namespace cuda_sim

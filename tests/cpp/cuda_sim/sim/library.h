@@ -9,6 +9,7 @@
 #include "sim/flops.h"
 #include "sim/ledger.h"
 #include "sim/memory.h"
+#include "sim/runtime.h"
 #include "sim/stream.h"
 
 namespace cuda_sim::detail {

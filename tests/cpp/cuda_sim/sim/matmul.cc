@@ -1,14 +1,13 @@
-// cublasLtMatmul. What it refuses is what the real one refuses or is wrong to be given; the sums are in double.
+// cublasLtMatmul. What it refuses is what the real one refuses or is wrong to be given.
+#include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <vector>
 
-#include "cuda_bf16.h"
-#include "cuda_fp16.h"
 #include "sim/blas.h"
+#include "sim/modes.h"
+#include "sim/product.h"
 
 struct cublasLtMatmulDescOpaque_t {
   cublasComputeType_t compute;
@@ -45,7 +44,8 @@ struct Algorithm {
   std::uint64_t kind;  // of product that it was asked for
   std::uint64_t workspace_bytes;
   std::uint32_t alignments[4];
-  bool rounds_parts;  // adds up parts of a sum in the output's type
+  std::uint32_t bias_bytes;  // loaded at once
+  bool rounds_parts;         // adds up parts of a sum in the output's type
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
@@ -70,23 +70,10 @@ struct Problem {
   }
 
   bool supported() const {
-    const bool f64 = desc.compute == CUBLAS_COMPUTE_64F && desc.scale == CUDA_R_64F;
-    const bool f32 = desc.compute == CUBLAS_COMPUTE_32F && desc.scale == CUDA_R_32F;
-    if (a.type != b.type || c.type != d.type) return false;
+    if (!types_supported(desc.compute, desc.scale, a.type, b.type, c.type, d.type)) return false;
     if (desc.op_a == CUBLAS_OP_C || desc.op_b == CUBLAS_OP_C) return false;
-    if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS && desc.bias_type != -1 && desc.bias_type != d.type) return false;
-    if (desc.epilogue != CUBLASLT_EPILOGUE_BIAS && desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT) return false;
-    switch (a.type) {
-      case CUDA_R_64F:
-        return f64 && d.type == CUDA_R_64F;
-      case CUDA_R_32F:
-        return f32 && d.type == CUDA_R_32F;
-      case CUDA_R_16BF:
-      case CUDA_R_16F:
-        return f32 && (d.type == a.type || d.type == CUDA_R_32F);
-      default:
-        return false;
-    }
+    if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS) return desc.bias_type == -1 || desc.bias_type == d.type;
+    return desc.epilogue == CUBLASLT_EPILOGUE_DEFAULT;
   }
 
   bool consistent() const {
@@ -112,154 +99,8 @@ std::optional<Problem> problem_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayou
   return Problem{*desc, *a, *b, *c, *d};
 }
 
-std::size_t size_of(int type) {
-  switch (type) {
-    case CUDA_R_64F:
-      return 8;
-    case CUDA_R_32F:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
-Type type_of(int type) {
-  switch (type) {
-    case CUDA_R_64F:
-      return Type::f64;
-    case CUDA_R_32F:
-      return Type::f32;
-    case CUDA_R_16BF:
-      return Type::bf16;
-    default:
-      return Type::f16;
-  }
-}
-
-double load(int type, const void* from, std::size_t index) {
-  switch (type) {
-    case CUDA_R_64F:
-      return static_cast<const double*>(from)[index];
-    case CUDA_R_32F:
-      return static_cast<const float*>(from)[index];
-    case CUDA_R_16BF:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[index]);
-    default:
-      return __half2float(static_cast<const __half*>(from)[index]);
-  }
-}
-
-/// To float with the last bit set if anything was lost: rounding that to fewer bits is rounding once.
-float to_odd(double value) {
-  const auto nearest = static_cast<float>(value);
-  if (nearest == value || std::isnan(value)) return nearest;
-  auto bits = std::bit_cast<std::uint32_t>(nearest);
-  if (std::fabs(nearest) > std::fabs(value)) --bits;
-  return std::bit_cast<float>(bits | 1);
-}
-
-void store(int type, void* to, std::size_t index, double value) {
-  switch (type) {
-    case CUDA_R_64F:
-      static_cast<double*>(to)[index] = value;
-      break;
-    case CUDA_R_32F:
-      static_cast<float*>(to)[index] = static_cast<float>(value);
-      break;
-    case CUDA_R_16BF:
-      static_cast<__nv_bfloat16*>(to)[index] = __float2bfloat16_rn(to_odd(value));
-      break;
-    default:
-      static_cast<__half*>(to)[index] = __float2half_rn(to_odd(value));
-  }
-}
-
-double rounded(int type, double value) {
-  double stored;
-  store(type, &stored, 0, value);
-  return load(type, &stored, 0);
-}
-
-/// The first element of a matrix of the batch, all of it allocated.
-template <class Pointer>
-Pointer* matrix(Pointer* first, const Layout& layout, int batch, const char* what) {
-  using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
-  const auto element = static_cast<std::int64_t>(size_of(layout.type));
-  Byte* start = static_cast<Byte*>(first) + batch * layout.batch_stride * element;
-  require_allocated(start, extent(layout.rows, layout.cols, static_cast<std::size_t>(layout.ld), element), what);
-  return start;
-}
-
-/// op(matrix) in double, its columns one after the other.
-std::vector<double> decoded(const void* from, const Layout& layout, cublasOperation_t op) {
-  std::vector<double> result(layout.rows * layout.cols);
-  for (std::uint64_t j = 0; j < layout.cols; ++j) {
-    for (std::uint64_t i = 0; i < layout.rows; ++i) {
-      const double value = load(layout.type, from, j * static_cast<std::uint64_t>(layout.ld) + i);
-      result[op == CUBLAS_OP_N ? j * layout.rows + i : i * layout.cols + j] = value;
-    }
-  }
-  return result;
-}
-
-/// Of all different matrices of the batch: one without a stride is the same each time.
-double bytes_of(const Layout& layout) {
-  const int different = layout.batch_stride == 0 ? 1 : layout.batch;
-  return 1.0 * different * static_cast<double>(layout.rows * layout.cols * size_of(layout.type));
-}
-
-void record_matmul(const Problem& problem, bool reads_c) {
-  const auto& [desc, a, b, c, d] = problem;
-  const double bias = desc.epilogue == CUBLASLT_EPILOGUE_BIAS ? static_cast<double>(d.rows * size_of(d.type)) : 0;
-  const auto m = static_cast<std::int64_t>(problem.m()), n = static_cast<std::int64_t>(problem.n()),
-             k = static_cast<std::int64_t>(problem.k());
-  record({.kind = Kind::library,
-          .name = "cublasLtMatmul",
-          .type = type_of(a.type),
-          .m = m,
-          .n = n,
-          .k = k,
-          .batch = d.batch,
-          .flops = d.batch * gemm_flops(static_cast<double>(m), static_cast<double>(n), static_cast<double>(k)),
-          .bytes = bytes_of(a) + bytes_of(b) + (reads_c ? bytes_of(c) : 0.0) + bytes_of(d) + bias});
-}
-
-struct Operands {
-  const void *a, *b, *c;
-  void* d;
-  double alpha, beta;
-  bool rounds_parts;
-};
-
-void multiply(const Problem& problem, const Operands& with, int batch) {
-  const auto [desc, a_layout, b_layout, c_layout, d_layout] = problem;
-  const std::uint64_t m = problem.m(), n = problem.n(), k = problem.k();
-  const auto a = decoded(matrix(with.a, a_layout, batch, "cublasLtMatmul: A"), a_layout, desc.op_a);
-  const auto b = decoded(matrix(with.b, b_layout, batch, "cublasLtMatmul: B"), b_layout, desc.op_b);
-  const void* c = with.beta == 0 ? nullptr : matrix(with.c, c_layout, batch, "cublasLtMatmul: C");
-  void* d = matrix(with.d, d_layout, batch, "cublasLtMatmul: D");
-  std::vector<double> sums(m), bias(m);
-  if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS) {
-    require_allocated(desc.bias, m * size_of(d_layout.type), "cublasLtMatmul: bias");
-    for (std::uint64_t i = 0; i < m; ++i) bias[i] = load(d_layout.type, desc.bias, i);
-  }
-  for (std::uint64_t j = 0; j < n; ++j) {
-    std::fill(sums.begin(), sums.end(), 0.0);
-    for (std::uint64_t p = 0; p < k; ++p) {
-      if (with.rounds_parts && p == (k + 1) / 2) {
-        for (double& sum : sums) sum = rounded(d_layout.type, sum);
-      }
-      const double factor = b[j * k + p];
-      const double* column = a.data() + p * m;
-      double* to = sums.data();
-      for (std::uint64_t i = 0; i < m; ++i) to[i] += factor * column[i];
-    }
-    for (std::uint64_t i = 0; i < m; ++i) {
-      double value = with.alpha * sums[i] + bias[i];
-      if (c) value += with.beta * load(c_layout.type, c, j * static_cast<std::uint64_t>(c_layout.ld) + i);
-      store(d_layout.type, d, j * static_cast<std::uint64_t>(d_layout.ld) + i, value);
-    }
-  }
+Stack stack(const void* data, const Layout& layout) {
+  return {const_cast<void*>(data), layout.type, layout.rows, layout.cols, layout.ld, layout.batch_stride};
 }
 
 bool is_aligned(const void* pointer, std::uint32_t alignment) {
@@ -382,7 +223,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
                                               cublasLtMatmulHeuristicResult_t results[], int* returned) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   const auto problem = problem_of(desc, a, b, c, d);
   if (!problem || !preference || requested < 1 || !results || !returned) return CUBLAS_STATUS_INVALID_VALUE;
   *returned = 0;
@@ -390,10 +231,15 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   for (const std::uint32_t alignment : preference->alignments) {
     if (!std::has_single_bit(alignment)) return CUBLAS_STATUS_INVALID_VALUE;
   }
+  if (std::ranges::min(preference->alignments) < library_modes.no_algorithm_below) {
+    const bool status = library_modes.no_algorithm == cuda_sim::NoAlgorithm::not_supported;
+    return status ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
+  }
   constexpr std::uint32_t kRounding = CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
   Algorithm algorithm{problem->kind(),
                       preference->workspace_bytes < kWorkspaceBytes ? 0 : kWorkspaceBytes,
                       {},
+                      library_modes.bias_bytes,
                       (preference->reduction_schemes & kRounding) != 0};
   std::memcpy(algorithm.alignments, preference->alignments, sizeof algorithm.alignments);
   results[0] = {};
@@ -411,13 +257,27 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               std::size_t workspace_bytes, cudaStream_t stream) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
   const auto problem = problem_of(desc, a_layout, b_layout, c_layout, d_layout);
   if (!problem || !alpha || !beta || !a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (device_of(stream) != current_device()) return CUBLAS_STATUS_EXECUTION_FAILED;
   if (const cublasStatus_t status = problem->check()) return status;
-  Operands operands{a, b, c, d, load(desc->scale, alpha, 0), load(desc->scale, beta, 0), false};
-  if (operands.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
-  const bool in_place = c == d && operands.beta != 0;
+  Product product{.call = "cublasLtMatmul",
+                  .op_a = desc->op_a,
+                  .op_b = desc->op_b,
+                  .a = stack(a, *a_layout),
+                  .b = stack(b, *b_layout),
+                  .c = stack(c, *c_layout),
+                  .d = stack(d, *d_layout),
+                  .batch = d_layout->batch,
+                  .alpha = load_scalar(desc->scale, alpha),
+                  .beta = load_scalar(desc->scale, beta),
+                  .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS ? desc->bias : nullptr,
+                  .bias_bytes = library_modes.bias_bytes,
+                  .rounds_parts = false,
+                  .flushes = library_modes.flush_denormals};
+  if (product.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
+  const bool in_place = c == d && product.beta != 0;
   if (in_place && (c_layout->ld != d_layout->ld || c_layout->batch_stride != d_layout->batch_stride)) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
@@ -427,20 +287,21 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     Algorithm algorithm;
     std::memcpy(&algorithm, algo, sizeof algorithm);
     if (algorithm.kind != problem->kind()) return CUBLAS_STATUS_INVALID_VALUE;
-    const void* pointers[] = {a, b, operands.beta == 0 ? nullptr : c, d};
+    const void* pointers[] = {a, b, product.beta == 0 ? nullptr : c, d};
     for (int i = 0; i < 4; ++i) {
       if (!is_aligned(pointers[i], algorithm.alignments[i])) return CUBLAS_STATUS_INVALID_VALUE;
     }
     needed = algorithm.workspace_bytes;
-    operands.rounds_parts = algorithm.rounds_parts;
+    product.bias_bytes = algorithm.bias_bytes;
+    product.rounds_parts = algorithm.rounds_parts;
   }
   if (workspace_bytes < needed || (needed > 0 && (!workspace || !is_aligned(workspace, 16)))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  record_matmul(*problem, operands.beta != 0);
-  enqueue(stream, [=, kept = *problem] {
+  record_product(product);
+  enqueue(stream, [=] {
     spoil(workspace, workspace ? workspace_bytes : 0, "cublasLtMatmul: workspace");
-    for (int batch = 0; batch < kept.d.batch; ++batch) multiply(kept, operands, batch);
+    product.run();
   });
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -11,6 +11,7 @@
 #include <map>
 
 #include "sim/control.h"
+#include "sim/runtime.h"
 #include "sim/sanitizers.h"
 #include "sim/stream.h"
 
@@ -163,23 +164,25 @@ struct Arena {
   }
 };
 
-Arena& real_arena() {
-  static Arena& result = *new Arena(kArenaBytes, kArenaBytes, false);
-  return result;
+Arena* arenas[kDevices][2] = {};  // of each device: in earnest, dry; made when they are needed
+
+Arena& arena(int device, bool dry = is_dry()) {
+  Arena*& result = arenas[device][dry];
+  if (!result) result = dry ? new Arena(kDryArenaBytes, kDryMemory, true) : new Arena(kArenaBytes, kArenaBytes, false);
+  return *result;
 }
 
-Arena& dry_arena() {
-  static Arena& result = *new Arena(kDryArenaBytes, kDryMemory, true);
-  return result;
-}
-
-/// Of the mode that is set.
-Arena& arena() { return is_dry() ? dry_arena() : real_arena(); }
+/// Of the current device and the mode that is set.
+Arena& arena() { return arena(current_device()); }
 
 /// That a pointer points into, or null.
 Arena* arena_of(const void* pointer) {
-  if (real_arena().has(pointer)) return &real_arena();
-  return dry_arena().has(pointer) ? &dry_arena() : nullptr;
+  for (const auto& both : arenas) {
+    for (Arena* arena : both) {
+      if (arena && arena->has(pointer)) return arena;
+    }
+  }
+  return nullptr;
 }
 
 const Allocation* allocation_around(const void* pointer, std::size_t bytes) {
@@ -189,17 +192,21 @@ const Allocation* allocation_around(const void* pointer, std::size_t bytes) {
 
 }  // namespace
 
-DeviceOpen::DeviceOpen() {
-  if (real_arena().open++ == 0) real_arena().protect(real_arena().reached, PROT_READ | PROT_WRITE);
+DeviceOpen::DeviceOpen(int device) : device_(device) {
+  if (device < 0) return;
+  Arena& opened = arena(device, false);
+  if (opened.open++ == 0) opened.protect(opened.reached, PROT_READ | PROT_WRITE);
 }
 DeviceOpen::~DeviceOpen() {
-  if (--real_arena().open == 0) real_arena().protect(real_arena().reached, PROT_NONE);
+  if (device_ < 0) return;
+  Arena& closed = arena(device_, false);
+  if (--closed.open == 0) closed.protect(closed.reached, PROT_NONE);
 }
 
 std::size_t memory_of_device() { return arena().limit; }
 
-void* allocate(std::size_t bytes) {
-  Arena& device = arena();
+void* allocate(std::size_t bytes, int on) {
+  Arena& device = arena(on);
   if (bytes > device.limit || device.held > device.limit - bytes) return nullptr;
   const std::size_t span = (bytes + kAlignment - 1) / kAlignment * kAlignment + kRedzone;
   std::size_t offset = device.take(span);
@@ -213,7 +220,7 @@ void* allocate(std::size_t bytes) {
   device.in_use += bytes;
   device.peak = std::max(device.peak, device.in_use);
   if (device.dry) return device.base + offset;
-  const DeviceOpen open;
+  const DeviceOpen open(on);
   device.fill_redzone(offset + bytes, span - bytes);
   unpoison(device.base + offset, bytes);
   std::memset(device.base + offset, kFresh, bytes);
@@ -242,7 +249,7 @@ bool release(void* pointer) {
     device->give_back(offset, allocation.span);
     return true;
   }
-  const DeviceOpen open;
+  const DeviceOpen open(device_of(pointer));
   device->check(offset, allocation);
   device->allocations.erase(found);
   unpoison(device->base + offset, allocation.bytes);  // of a graph it may be inaccessible
@@ -255,20 +262,27 @@ bool release(void* pointer) {
 }
 
 void make_fresh(void* pointer) {
-  const std::size_t bytes = real_arena().around(pointer, 0)->bytes;
-  const DeviceOpen open;
+  const std::size_t bytes = allocation_around(pointer, 0)->bytes;
+  const DeviceOpen open(device_of(pointer));
   unpoison(pointer, bytes);
   std::memset(pointer, kFresh, bytes);
 }
 
 void make_inaccessible(void* pointer) {
-  const std::size_t bytes = real_arena().around(pointer, 0)->bytes;
-  const DeviceOpen open;
+  const std::size_t bytes = allocation_around(pointer, 0)->bytes;
+  const DeviceOpen open(device_of(pointer));
   std::memset(pointer, kFresh, bytes);
   poison(pointer, bytes);
 }
 
-bool is_device(const void* pointer) { return arena_of(pointer) != nullptr; }
+int device_of(const void* pointer) {
+  for (int device = 0; device < kDevices; ++device) {
+    for (const Arena* arena : arenas[device]) {
+      if (arena && arena->has(pointer)) return device;
+    }
+  }
+  return -1;
+}
 
 bool is_allocated(const void* pointer, std::size_t bytes) {
   const Allocation* allocation = allocation_around(pointer, bytes);
@@ -276,16 +290,37 @@ bool is_allocated(const void* pointer, std::size_t bytes) {
 }
 
 void require_allocated(const void* pointer, std::size_t bytes, const char* what) {
-  if (bytes == 0 || allocation_around(pointer, bytes)) return;
-  std::fprintf(stderr, "cuda_sim: %s touches %zu bytes at %p, not all of which are allocated on the device\n", what,
-               bytes, pointer);
+  require_allocated(pointer, bytes, what, running_device());
+}
+
+void require_allocated(const void* pointer, std::size_t bytes, const char* what, int device) {
+  if (bytes == 0) return;
+  if (!allocation_around(pointer, bytes)) {
+    std::fprintf(stderr, "cuda_sim: %s touches %zu bytes at %p, not all of which are allocated on the device\n", what,
+                 bytes, pointer);
+    std::abort();
+  }
+  if (device_of(pointer) != device) {
+    std::fprintf(stderr, "cuda_sim: %s runs on device %d and touches memory of device %d\n", what, device,
+                 device_of(pointer));
+    std::abort();
+  }
+}
+
+void require_aligned(const void* pointer, std::uint32_t bytes, const char* what) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0) return;
+  std::fprintf(stderr, "cuda_sim: %s at %p, a misaligned address: it is loaded by %u bytes\n", what, pointer, bytes);
   std::abort();
 }
 
 void check_redzones() {
   if (is_dry()) return;
-  const DeviceOpen open;
-  for (const auto& [offset, allocation] : real_arena().allocations) real_arena().check(offset, allocation);
+  for (int device = 0; device < kDevices; ++device) {
+    const Arena* arena = arenas[device][false];
+    if (!arena) continue;
+    const DeviceOpen open(device);
+    for (const auto& [offset, allocation] : arena->allocations) arena->check(offset, allocation);
+  }
 }
 
 }  // namespace cuda_sim::detail

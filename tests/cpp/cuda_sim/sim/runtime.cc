@@ -22,6 +22,7 @@ int compute_capability_major = 9;
 int compute_capability_minor = 0;
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local int device_of_thread = 0;
 
 /// What cudaMallocHost has given, with its size. Other memory of the host is pageable.
 std::map<const char*, std::size_t>& pinned_memory() {
@@ -76,6 +77,8 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
 };
 
+bool is_device_number(int device) { return device >= 0 && device < kDevices; }
+
 const ErrorText& text_of(cudaError_t error) {
   for (const ErrorText& entry : kErrors) {
     if (entry.error == error) return entry;
@@ -84,14 +87,14 @@ const ErrorText& text_of(cudaError_t error) {
   return kOther;
 }
 
-cudaError_t allocate_or_fail(const Call& call, const char* name, void** pointer, std::size_t bytes) {
+cudaError_t allocate_or_fail(const Call& call, const char* name, void** pointer, std::size_t bytes, int device) {
   if (!pointer) return call.fail(cudaErrorInvalidValue);
   *pointer = nullptr;
   if (bytes == 0) return cudaSuccess;
-  *pointer = allocate(bytes);
+  *pointer = allocate(bytes, device);
   if (!*pointer) {  // what is freed in the queues makes room
     run_everything();
-    *pointer = allocate(bytes);
+    *pointer = allocate(bytes, device);
   }
   if (!*pointer) return call.fail(cudaErrorMemoryAllocation);
   record({.kind = Kind::allocation, .name = name, .bytes = static_cast<double>(bytes)});
@@ -146,8 +149,9 @@ cudaError_t copy(const Call& call, const char* name, void* to, const void* from,
     taken.assign(first, first + bytes);
   }
   enqueue(stream, [=, taken = std::move(taken)] {
-    if (is_device(to)) require_allocated(to, bytes, "cudaMemcpy");
-    if (is_device(from)) require_allocated(from, bytes, "cudaMemcpy");
+    const DeviceOpen open_to(device_of(to)), open_from(device_of(from));  // of any devices
+    if (is_device(to)) require_allocated(to, bytes, "cudaMemcpy", device_of(to));
+    if (is_device(from)) require_allocated(from, bytes, "cudaMemcpy", device_of(from));
     std::memmove(to, taken.empty() ? from : taken.data(), bytes);
   });
   return cudaSuccess;
@@ -161,6 +165,8 @@ void die(const char* what) {
   std::fprintf(stderr, "cuda_sim: %s\n", what);
   std::abort();
 }
+
+int current_device() { return device_of_thread; }
 
 void set_last_error(cudaError_t error) { last_error = error; }
 
@@ -193,27 +199,29 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetDevice(int* device) {
   const Call call;
   if (call.failed()) return call.error();
-  *device = 0;
+  *device = current_device();
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
   const Call call;
   if (call.failed()) return call.error();
-  return device == 0 ? cudaSuccess : call.fail(cudaErrorInvalidDevice);
+  if (!is_device_number(device)) return call.fail(cudaErrorInvalidDevice);
+  device_of_thread = device;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
   const Call call;
   if (call.failed()) return call.error();
-  *count = 1;
+  *count = kDevices;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const Call call;
   if (call.failed()) return call.error();
-  if (device != 0) return call.fail(cudaErrorInvalidDevice);
+  if (!is_device_number(device)) return call.fail(cudaErrorInvalidDevice);
   const std::pair<cudaDeviceAttr, int> attributes[] = {
       {cudaDevAttrMaxThreadsPerBlock, 1024},
       {cudaDevAttrMaxGridDimX, 0x7fffffff},
@@ -244,7 +252,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device) {
   const Call call;
   if (call.failed()) return call.error();
-  if (device != 0) return call.fail(cudaErrorInvalidDevice);
+  if (!is_device_number(device)) return call.fail(cudaErrorInvalidDevice);
   *pool = nullptr;
   return cudaSuccess;
 }
@@ -257,14 +265,14 @@ cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
   const Call call;
   if (call.failed()) return call.error();
   if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
-  return allocate_or_fail(call, "cudaMalloc", pointer, bytes);
+  return allocate_or_fail(call, "cudaMalloc", pointer, bytes, current_device());
 }
 
 cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
   if (const cudaError_t error = check_stream(stream)) return call.fail(error);
-  const cudaError_t error = allocate_or_fail(call, "cudaMallocAsync", pointer, bytes);
+  const cudaError_t error = allocate_or_fail(call, "cudaMallocAsync", pointer, bytes, device_of(stream));
   if (const auto& capture = captured(stream).capture; capture && !error && *pointer) {
     capture->graph->own(*pointer);
     enqueue(stream, [memory = *pointer] { make_fresh(memory); });
@@ -332,7 +340,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   if (call.failed()) return call.error();
   const bool device = is_allocated(pointer, 1);
   void* address = const_cast<void*>(pointer);
-  *attributes = {device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, device ? 0 : -2,
+  *attributes = {device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, device ? device_of(pointer) : -2,
                  device ? address : nullptr, device ? nullptr : address};
   return cudaSuccess;
 }
@@ -355,7 +363,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpy
 cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = check_stream(stream)) return call.fail(error);
+  if (const cudaError_t error = check_stream_here(stream)) return call.fail(error);
   if (bytes == 0) return cudaSuccess;
   if (!is_allocated(to, bytes)) return call.fail(cudaErrorInvalidValue);
   enqueue(stream, [=] {

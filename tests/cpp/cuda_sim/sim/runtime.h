@@ -9,6 +9,11 @@
 
 namespace cuda_sim::detail {
 
+inline constexpr int kDevices = 2;
+
+/// Of the calling thread.
+int current_device();
+
 /// For what is a mistake in the program and would be undefined on a device.
 [[noreturn]] void die(const char* what);
 

@@ -6,8 +6,10 @@
 
 #include "cusolverDn.h"
 #include "sim/library.h"
+#include "sim/modes.h"
 
 struct cusolverDnContext {
+  const int device = cuda_sim::detail::current_device();
   cudaStream_t stream = nullptr;
 };
 struct cusolverDnParams {};
@@ -23,6 +25,12 @@ class SolverCall : public LibraryCall<cusolverStatus_t> {
  public:
   SolverCall() : LibraryCall(solver_failure) {}
 };
+
+/// What a function has to return first: a handle is for the device that was current when it was made.
+cusolverStatus_t check_handle(cusolverDnHandle_t handle) {
+  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  return handle->device == current_device() ? CUSOLVER_STATUS_SUCCESS : CUSOLVER_STATUS_EXECUTION_FAILED;
+}
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -42,12 +50,25 @@ struct Symmetric {
   double& other(int i, int j) const { return upper ? a(i, j) : a(j, i); }
 };
 
-/// Returns the first pivot that is not positive, from 1, or 0.
-int cholesky(const Symmetric& a, int n) {
+bool has_nan(const double* first, int count) {
+  return std::any_of(first, first + count, [](double value) { return std::isnan(value); });
+}
+
+bool has_nan(const Symmetric& a, int n) {
+  for (int j = 0; j < n; ++j) {
+    for (int i = j; i < n; ++i) {
+      if (std::isnan(a(i, j))) return true;
+    }
+  }
+  return false;
+}
+
+/// Returns the first pivot that is not positive, from 1, or 0. NaN is such a pivot or, where it `passes`, none.
+int cholesky(const Symmetric& a, int n, bool nan_passes) {
   for (int j = 0; j < n; ++j) {
     double pivot = a(j, j);
     for (int k = 0; k < j; ++k) pivot -= a(j, k) * a(j, k);
-    if (!(pivot > 0)) return j + 1;
+    if (pivot <= 0 || (std::isnan(pivot) && !nan_passes)) return j + 1;
     const double root = std::sqrt(pivot);
     a(j, j) = root;
     for (int i = j + 1; i < n; ++i) {
@@ -161,6 +182,152 @@ std::size_t eigen_workspace(std::int64_t n, std::int64_t batch) {
 }
 constexpr std::size_t kEigenHostBytes = 256;
 
+/// Queues work on matrices, as a struct: `require_memory()` says that all it touches is allocated, `has_nan()` looks at
+/// what it reads, `solve()` does it. What a call returns is known when it returns, before its work has run; so where a
+/// status depends on the data, what makes the data has to run first.
+template <class Work>
+cusolverStatus_t submit(cudaStream_t stream, const Work& work) {
+  const OnNaN on_nan = library_modes.solver_on_nan;
+  if (!is_dry() && (on_nan == OnNaN::status_invalid_value || on_nan == OnNaN::status_execution_failed)) {
+    run_queued(stream);
+    const DeviceOpen open(device_of(stream));
+    work.require_memory();
+    if (work.has_nan()) {
+      return on_nan == OnNaN::status_invalid_value ? CUSOLVER_STATUS_INVALID_VALUE : CUSOLVER_STATUS_EXECUTION_FAILED;
+    }
+  }
+  enqueue(stream, [work] {
+    work.require_memory();
+    work.solve();
+  });
+  return CUSOLVER_STATUS_SUCCESS;
+}
+
+bool nan_passes() { return library_modes.solver_on_nan == OnNaN::info_zero; }
+
+struct Potrf {
+  bool upper;
+  int n;
+  double* const* a;
+  int lda;
+  int* info;
+  int count;
+  bool nan_passes;
+
+  Symmetric matrix(int k) const { return {{a[k], lda}, upper}; }
+  void require_memory() const {
+    require_allocated(a, count * sizeof(*a), "cusolverDnDpotrfBatched: array of A");
+    require_allocated(info, count * sizeof(*info), "cusolverDnDpotrfBatched: info");
+    for (int k = 0; k < count; ++k) require_allocated(a[k], extent(n, n, lda, 8), "cusolverDnDpotrfBatched: A");
+  }
+  bool has_nan() const {
+    for (int k = 0; k < count; ++k) {
+      if (detail::has_nan(matrix(k), n)) return true;
+    }
+    return false;
+  }
+  void solve() const {
+    for (int k = 0; k < count; ++k) {
+      info[k] = cholesky(matrix(k), n, nan_passes);
+      for (int j = 0; j < n; ++j) {
+        for (int i = j + 1; i < n; ++i) matrix(k).other(i, j) = kNaN;  // workspace to the real one
+      }
+    }
+  }
+};
+
+struct Syev {
+  bool want_vectors, upper;
+  std::int64_t n;
+  double* a;
+  std::int64_t lda;
+  double* w;
+  void* device_buffer;
+  std::size_t device_bytes;
+  void* host_buffer;
+  std::size_t host_bytes;
+  int* info;
+  std::int64_t count;
+  bool nan_passes;
+
+  View matrix(std::int64_t k) const { return {a + k * lda * n, lda}; }
+  bool has_nan(std::int64_t k) const { return detail::has_nan({matrix(k), upper}, static_cast<int>(n)); }
+  void require_memory() const {
+    require_allocated(a, (count - 1) * lda * n * 8 + extent(n, n, lda, 8), "cusolverDnXsyevBatched: A");
+    require_allocated(w, count * n * 8, "cusolverDnXsyevBatched: W");
+    require_allocated(info, count * sizeof(*info), "cusolverDnXsyevBatched: info");
+  }
+  bool has_nan() const {
+    for (std::int64_t k = 0; k < count; ++k) {
+      if (has_nan(k)) return true;
+    }
+    return false;
+  }
+  void solve() const {
+    std::memset(host_buffer, 0xff, host_bytes);  // in use until the stream has come this far
+    spoil(device_buffer, device_bytes, "cusolverDnXsyevBatched: workspace");
+    for (std::int64_t k = 0; k < count; ++k) {
+      const bool passes = nan_passes && has_nan(k);  // asked before the vectors are in its place
+      const int failed = eigen(matrix(k), upper, want_vectors, static_cast<int>(n), w + k * n);
+      info[k] = passes ? 0 : failed;
+    }
+  }
+};
+
+struct Geqrf {
+  int m, n;
+  double* a;
+  int lda;
+  double *tau, *workspace;
+  int lwork;
+  int* info;
+
+  void require_memory() const {
+    require_allocated(info, sizeof(*info), "cusolverDnDgeqrf: info");
+    require_allocated(a, extent(m, n, lda, 8), "cusolverDnDgeqrf: A");
+    require_allocated(tau, static_cast<std::size_t>(std::min(m, n)) * 8, "cusolverDnDgeqrf: tau");
+  }
+  bool has_nan() const {
+    for (int j = 0; j < n; ++j) {
+      if (detail::has_nan(View{a, lda}.column(j), m)) return true;
+    }
+    return false;
+  }
+  void solve() const {
+    spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDgeqrf: workspace");
+    householder_qr({a, lda}, m, n, tau);
+    *info = 0;
+  }
+};
+
+struct Orgqr {
+  int m, n, k;
+  double* a;
+  int lda;
+  const double* tau;
+  double* workspace;
+  int lwork;
+  int* info;
+
+  void require_memory() const {
+    require_allocated(info, sizeof(*info), "cusolverDnDorgqr: info");
+    require_allocated(a, extent(m, n, lda, 8), "cusolverDnDorgqr: A");
+    require_allocated(tau, static_cast<std::size_t>(k) * 8, "cusolverDnDorgqr: tau");
+  }
+  /// Of the vectors of the reflections: what lies above them is not read.
+  bool has_nan() const {
+    for (int j = 0; j < k; ++j) {
+      if (detail::has_nan(View{a, lda}.column(j) + j + 1, m - j - 1)) return true;
+    }
+    return detail::has_nan(tau, k);
+  }
+  void solve() const {
+    spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDorgqr: workspace");
+    form_q({a, lda}, m, n, k, tau);
+    *info = 0;
+  }
+};
+
 bool eigen_arguments(cusolverEigMode_t jobz, std::int64_t n, std::int64_t lda, std::int64_t batch) {
   return (jobz == CUSOLVER_EIG_MODE_NOVECTOR || jobz == CUSOLVER_EIG_MODE_VECTOR) && n >= 0 && batch >= 0 &&
          lda >= std::max<std::int64_t>(1, n);
@@ -187,8 +354,8 @@ cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) {
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
-  if (!is_stream(stream)) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
+  if (!is_stream(stream) || device_of(stream) != handle->device) return CUSOLVER_STATUS_INVALID_VALUE;
   handle->stream = stream;
   return CUSOLVER_STATUS_SUCCESS;
 }
@@ -209,7 +376,7 @@ cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMo
                                          int* info, int batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (n < 0 || batch_size < 0 || lda < std::max(1, n) || uplo == CUBLAS_FILL_MODE_FULL) {
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
@@ -221,19 +388,7 @@ cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMo
           .batch = batch_size,
           .flops = batch_size * potrf_flops(n),
           .bytes = batch_size * 8.0 * 2 * triangle_elements(n)});
-  enqueue(handle->stream, [=] {
-    require_allocated(a, batch_size * sizeof(*a), "cusolverDnDpotrfBatched: array of A");
-    require_allocated(info, batch_size * sizeof(*info), "cusolverDnDpotrfBatched: info");
-    for (int k = 0; k < batch_size; ++k) {
-      require_allocated(a[k], extent(n, n, lda, 8), "cusolverDnDpotrfBatched: A");
-      const Symmetric matrix{{a[k], lda}, uplo == CUBLAS_FILL_MODE_UPPER};
-      info[k] = cholesky(matrix, n);
-      for (int j = 0; j < n; ++j) {
-        for (int i = j + 1; i < n; ++i) matrix.other(i, j) = kNaN;  // workspace to the real one
-      }
-    }
-  });
-  return CUSOLVER_STATUS_SUCCESS;
+  return submit(handle->stream, Potrf{uplo == CUBLAS_FILL_MODE_UPPER, n, a, lda, info, batch_size, nan_passes()});
 }
 
 cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t handle, cusolverDnParams_t params,
@@ -244,7 +399,7 @@ cusolverStatus_t cusolverDnXsyevBatched_bufferSize(cusolverDnHandle_t handle, cu
                                                    std::int64_t batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (!params || !device_bytes || !host_bytes || !eigen_arguments(jobz, n, lda, batch_size)) {
     return CUSOLVER_STATUS_INVALID_VALUE;
   }
@@ -261,7 +416,7 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
                                         std::size_t host_bytes, int* info, std::int64_t batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (type_a != CUDA_R_64F || type_w != CUDA_R_64F || compute_type != CUDA_R_64F) return CUSOLVER_STATUS_NOT_SUPPORTED;
   if (!params || !eigen_arguments(jobz, n, lda, batch_size)) return CUSOLVER_STATUS_INVALID_VALUE;
   if (device_bytes < eigen_workspace(n, batch_size) || host_bytes < kEigenHostBytes || !host_buffer) {
@@ -278,26 +433,15 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
           .batch = batch_size,
           .flops = matrices * syev_flops(order, vectors),
           .bytes = matrices * 8.0 * (triangle_elements(order) + (vectors ? order * order : 0.0) + order)});
-  enqueue(handle->stream, [=] {
-    std::memset(host_buffer, 0xff, host_bytes);  // in use until the stream has come this far
-    spoil(device_buffer, device_bytes, "cusolverDnXsyevBatched: workspace");
-    const auto count = static_cast<std::size_t>(batch_size);
-    require_allocated(a, (count - 1) * lda * n * 8 + extent(n, n, lda, 8), "cusolverDnXsyevBatched: A");
-    require_allocated(w, count * n * 8, "cusolverDnXsyevBatched: W");
-    require_allocated(info, count * sizeof(*info), "cusolverDnXsyevBatched: info");
-    for (std::int64_t k = 0; k < batch_size; ++k) {
-      const View matrix{static_cast<double*>(a) + k * lda * n, lda};
-      info[k] =
-          eigen(matrix, uplo == CUBLAS_FILL_MODE_UPPER, vectors, static_cast<int>(n), static_cast<double*>(w) + k * n);
-    }
-  });
-  return CUSOLVER_STATUS_SUCCESS;
+  return submit(handle->stream,
+                Syev{vectors, uplo == CUBLAS_FILL_MODE_UPPER, n, static_cast<double*>(a), lda, static_cast<double*>(w),
+                     device_buffer, device_bytes, host_buffer, host_bytes, info, batch_size, nan_passes()});
 }
 
 cusolverStatus_t cusolverDnDgeqrf_bufferSize(cusolverDnHandle_t handle, int m, int n, double*, int lda, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (m < 0 || n < 0 || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
@@ -307,7 +451,7 @@ cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, doubl
                                   double* workspace, int lwork, int* info) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (m < 0 || n < 0 || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
   record({.kind = Kind::library,
           .name = "cusolverDnDgeqrf",
@@ -316,22 +460,14 @@ cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, doubl
           .n = n,
           .flops = geqrf_flops(m, n),
           .bytes = 8.0 * (2.0 * m * n + std::min(m, n))});
-  enqueue(handle->stream, [=] {
-    spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDgeqrf: workspace");
-    require_allocated(info, sizeof(*info), "cusolverDnDgeqrf: info");
-    require_allocated(a, extent(m, n, lda, 8), "cusolverDnDgeqrf: A");
-    require_allocated(tau, static_cast<std::size_t>(std::min(m, n)) * 8, "cusolverDnDgeqrf: tau");
-    householder_qr({a, lda}, m, n, tau);
-    *info = 0;
-  });
-  return CUSOLVER_STATUS_SUCCESS;
+  return submit(handle->stream, Geqrf{m, n, a, lda, tau, workspace, lwork, info});
 }
 
 cusolverStatus_t cusolverDnDorgqr_bufferSize(cusolverDnHandle_t handle, int m, int n, int k, const double*, int lda,
                                              const double*, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
@@ -341,7 +477,7 @@ cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k
                                   double* workspace, int lwork, int* info) {
   const SolverCall call;
   if (call.failed()) return call.status();
-  if (!handle) return CUSOLVER_STATUS_NOT_INITIALIZED;
+  if (const cusolverStatus_t status = check_handle(handle)) return status;
   if (k < 0 || n < k || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
   record({.kind = Kind::library,
           .name = "cusolverDnDorgqr",
@@ -351,13 +487,5 @@ cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k
           .k = k,
           .flops = orgqr_flops(m, n, k),
           .bytes = 8.0 * (1.0 * m * k + 1.0 * m * n + k)});
-  enqueue(handle->stream, [=] {
-    spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDorgqr: workspace");
-    require_allocated(info, sizeof(*info), "cusolverDnDorgqr: info");
-    require_allocated(a, extent(m, n, lda, 8), "cusolverDnDorgqr: A");
-    require_allocated(tau, static_cast<std::size_t>(k) * 8, "cusolverDnDorgqr: tau");
-    form_q({a, lda}, m, n, k, tau);
-    *info = 0;
-  });
-  return CUSOLVER_STATUS_SUCCESS;
+  return submit(handle->stream, Orgqr{m, n, k, a, lda, tau, workspace, lwork, info});
 }

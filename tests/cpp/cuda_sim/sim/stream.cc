@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -20,7 +21,10 @@
 namespace cuda_sim::detail {
 namespace {
 
+int running = 0;  // device
+
 struct Stream {
+  int device = 0;
   std::deque<std::function<void()>> queue;
   std::uint64_t queued = 0;
   std::uint64_t done = 0;
@@ -30,7 +34,8 @@ struct Stream {
 
   void run_until(std::uint64_t position) {
     std::optional<DeviceOpen> open;
-    if (!is_dry()) open.emplace();
+    if (!is_dry()) open.emplace(device);
+    const int interrupted = std::exchange(running, device);
     while (done < position) {
       // Taken out first: work that waits for an event may come back to this stream.
       const std::function<void()> work = std::move(queue.front());
@@ -38,12 +43,14 @@ struct Stream {
       ++done;
       work();
     }
+    running = interrupted;
   }
   void run() { run_until(queued); }
 };
 using StreamPtr = std::shared_ptr<Stream>;
 
 struct Event {
+  int device = 0;
   StreamPtr stream;  // null: never recorded
   std::uint64_t position = 0;
   Captured captured = {};  // where it was last recorded, at `position`, if that was captured
@@ -55,10 +62,18 @@ using EventPtr = std::shared_ptr<Event>;
 
 struct Runtime {
   std::recursive_mutex mutex;
-  StreamPtr null_stream = std::make_shared<Stream>();
-  std::vector<StreamPtr> streams{null_stream};  // those that are destroyed stay until their work is done
+  std::vector<StreamPtr> null_streams;  // of each device
+  std::vector<StreamPtr> streams;       // these, too; those that are destroyed stay until their work is done
   std::vector<EventPtr> events;
   bool dry = false;
+
+  Runtime() {
+    for (int device = 0; device < kDevices; ++device) {
+      null_streams.push_back(std::make_shared<Stream>());
+      null_streams.back()->device = device;
+    }
+    streams = null_streams;
+  }
 };
 
 Runtime& runtime() {
@@ -67,7 +82,7 @@ Runtime& runtime() {
 }
 
 StreamPtr find(cudaStream_t handle) {
-  if (!handle) return runtime().null_stream;
+  if (!handle) return runtime().null_streams[current_device()];
   for (const StreamPtr& stream : runtime().streams) {
     if (reinterpret_cast<cudaStream_t>(stream.get()) == handle && !stream->destroyed) return stream;
   }
@@ -94,8 +109,9 @@ void push_wait(Stream& stream, const StreamPtr& other, std::uint64_t position) {
 void push_legacy_waits(Stream& stream) {
   if (!stream.blocking) return;
   for (const StreamPtr& other : runtime().streams) {
-    const bool ordered = (&stream == runtime().null_stream.get()) != (other == runtime().null_stream);
-    if (ordered && other->blocking) push_wait(stream, other, other->queued);
+    const StreamPtr& null_stream = runtime().null_streams[stream.device];
+    const bool ordered = (&stream == null_stream.get()) != (other == null_stream);
+    if (ordered && other->device == stream.device && other->blocking) push_wait(stream, other, other->queued);
   }
 }
 
@@ -147,6 +163,15 @@ std::recursive_mutex& runtime_mutex() { return runtime().mutex; }
 
 bool is_stream(cudaStream_t stream) { return find(stream) != nullptr; }
 
+int device_of(cudaStream_t stream) { return find(stream)->device; }
+
+int running_device() { return running; }
+
+cudaError_t check_stream_here(cudaStream_t stream) {
+  if (const cudaError_t error = check_stream(stream)) return error;
+  return device_of(stream) == current_device() ? cudaSuccess : cudaErrorInvalidResourceHandle;
+}
+
 cudaError_t check_stream(cudaStream_t stream) {
   if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
   if (!stream) return check_null_stream();
@@ -181,14 +206,24 @@ void enqueue_always(cudaStream_t handle, std::function<void()> work) {
   push(*stream, std::move(work));
 }
 
-void run_everything() {
+void run_queued(cudaStream_t stream) {
+  enqueue_always(stream, [] {});  // behind what the null stream owes
+  find(stream)->run();
+}
+
+void run_device(int device) {
   const std::vector<StreamPtr> streams = runtime().streams;
-  visit_shuffled(streams.size(), [&](std::uint64_t i) { streams[i]->run(); });
+  visit_shuffled(streams.size(), [&](std::uint64_t i) {
+    if (streams[i]->device == device) streams[i]->run();
+  });
+}
+
+void run_everything() {
+  for (int device = 0; device < kDevices; ++device) run_device(device);
 }
 
 void synchronize(cudaStream_t stream, const char* name) {
-  enqueue_always(stream, [] {});  // behind what the null stream owes
-  find(stream)->run();
+  run_queued(stream);
   after_wait(name);
 }
 
@@ -204,7 +239,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
     return call.fail(cudaErrorInvalidConfiguration);
   }
   if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return call.fail(cudaErrorNotSupported);
-  if (const cudaError_t error = check_stream(config.stream)) return call.fail(error);
+  if (const cudaError_t error = check_stream_here(config.stream)) return call.fail(error);
   record({.kind = Kind::launch,
           .name = "cudaLaunchKernelEx",
           .kernel = kernel,
@@ -232,7 +267,7 @@ cudaError_t cudaDeviceSynchronize() {
   const Call call;
   if (call.failed()) return call.error();
   if (const cudaError_t error = check_wait_for_device()) return call.fail(error);
-  run_everything();
+  run_device(current_device());
   after_wait("cudaDeviceSynchronize");
   return cudaSuccess;
 }
@@ -244,6 +279,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   if (call.failed()) return call.error();
   if (!stream || flags > cudaStreamNonBlocking) return call.fail(cudaErrorInvalidValue);
   const StreamPtr& made = runtime().streams.emplace_back(std::make_shared<Stream>());
+  made->device = current_device();
   made->blocking = flags != cudaStreamNonBlocking;
   *stream = reinterpret_cast<cudaStream_t>(made.get());
   return cudaSuccess;
@@ -296,6 +332,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   if (call.failed()) return call.error();
   if (!event || flags > (cudaEventBlockingSync | cudaEventDisableTiming)) return call.fail(cudaErrorInvalidValue);
   const EventPtr& made = runtime().events.emplace_back(std::make_shared<Event>());
+  made->device = current_device();
   made->timed = !(flags & cudaEventDisableTiming);
   *event = reinterpret_cast<cudaEvent_t>(made.get());
   return cudaSuccess;
@@ -315,7 +352,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
   if (const cudaError_t error = check_stream(handle)) return call.fail(error);
   const StreamPtr stream = find(handle);
   const EventPtr event = find(event_handle);
-  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
+  if (!event || event->device != stream->device) return call.fail(cudaErrorInvalidResourceHandle);
   event->captured = stream->captured;
   if (const auto& [capture, lane] = event->captured; capture) {
     event->position = capture->graph->position(lane);

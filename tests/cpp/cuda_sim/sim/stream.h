@@ -19,8 +19,17 @@ std::recursive_mutex& runtime_mutex();
 /// False for a handle that was never made or is destroyed. The null stream is one.
 bool is_stream(cudaStream_t stream);
 
+/// The device that was current when the stream was made. Null is the null stream of the current device.
+int device_of(cudaStream_t stream);
+
+/// The device whose work runs.
+int running_device();
+
 /// What a call that queues work on the stream has to return first: what is no stream, and what a capture forbids.
 cudaError_t check_stream(cudaStream_t stream);
+
+/// The same for work that takes the current device: on a stream of another it is refused.
+cudaError_t check_stream_here(cudaStream_t stream);
 
 /// The capture in which a stream's work is recorded, as one of its lanes; null for most.
 struct Captured {
@@ -42,7 +51,11 @@ void enqueue(cudaStream_t stream, std::function<void()> work);
 /// Queues what happens dry, too: it touches no memory of the device.
 void enqueue_always(cudaStream_t stream, std::function<void()> work);
 
-/// Runs all work of all streams.
+/// Runs what the stream has queued, as a library does that looks at its results; the program does not wait.
+void run_queued(cudaStream_t stream);
+
+/// Runs all work of all streams, of one device or of all.
+void run_device(int device);
 void run_everything();
 
 }  // namespace cuda_sim::detail
