@@ -77,14 +77,8 @@ def check_matrix(weight: object, name: str = "weight") -> Tensor:
     return tensor.detach()
 
 
-def check_weight(weight: object, name: str = "weight") -> Tensor:
-    """The same, and its values are finite."""
-    tensor, _ = check_weight_and_bound(weight, name)
-    return tensor
-
-
 def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
-    """The same, and max|weight|, which the one reading for both finds."""
+    """The same of a finite weight, and max|weight|, which the one reading for both finds."""
     tensors, bounds = check_weights([weight], [name])
     return tensors[0], bounds[0]
 
