@@ -431,12 +431,13 @@ double least_share_kept(const std::vector<double>& pivots, const double* gram, c
 // condition * eps of orthonormal, a second time within a few eps (Yamamoto et al., CholeskyQR2, 2015): needed unless
 // every row kept a quarter of its length. Rows too dependent for that, which f32 rounding would make worse than 1e-2
 // after the first round, go to Householder; so do rows, of length 1 by then, that the second round shortens by half:
-// rounding errors inside the span of the earlier.
+// rounding errors inside the span of the earlier; and rows shorter than 1e-30, where those of a weight have elements
+// around 1: the inverse of such a length may be more than f32 holds.
 void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank) const {
   struct Round {
     double least_ratio, least_pivot;
   };
-  constexpr Round kRounds[] = {{1e-5, 0.0}, {0.5, 0.5}};
+  constexpr Round kRounds[] = {{1e-5, 1e-30}, {0.5, 0.5}};
   constexpr double kOnceIsEnough = 0.25;
   const MutableMatrix earlier = rows_of(basis, 0, done);
   const MutableMatrix rows = rows_of(basis, done, count);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <utility>
 
 #include "pissa/cuda/codes.h"
 #include "pissa/cuda/eigh.h"
@@ -15,20 +16,54 @@
 namespace pissa::cuda {
 namespace {
 
-// from = from - (from earlier^T) earlier, and the same combination of another matrix's rows: block Gram-Schmidt.
-void remove_earlier(const Context& context, const MutableMatrix& basis, const MutableMatrix& companion,
-                    std::int64_t done, std::int64_t rows, std::int64_t count) {
-  if (done == 0) return;
-  const Buffer overlap(context, rows, done, Format::f32, count);
-  const MutableMatrix new_rows = rows_of(basis, done, rows);
-  const std::array projection{Term{new_rows, Op::n, rows_of(basis, 0, done), Op::t}};
+// rows = rows - overlap earlier
+void subtract(const Context& context, const Buffer& overlap, const Matrix& earlier, const MutableMatrix& rows,
+              std::int64_t count) {
+  const std::array removal{Term{overlap.view(), Op::n, earlier, Op::n, -1.0f}};
+  sum_of_products(context, removal, rows, rows, count);
+}
+
+// Block Gram-Schmidt: takes out of the rows what lies in the span of earlier ones. Returns how much: rows earlier^T.
+Buffer remove_earlier(const Context& context, const Matrix& earlier, const MutableMatrix& rows, std::int64_t count) {
+  Buffer overlap(context, rows.rows, earlier.rows, Format::f32, count);
+  if (earlier.rows == 0) return overlap;
+  const std::array projection{Term{rows, Op::n, earlier, Op::t}};
   sum_of_products(context, projection, {}, overlap.view(), count);
-  for (const MutableMatrix& matrix : {basis, companion}) {
-    if (!matrix) continue;
-    const MutableMatrix target = rows_of(matrix, done, rows);
-    const std::array removal{Term{overlap.view(), Op::n, rows_of(matrix, 0, done), Op::n, -1.0f}};
-    sum_of_products(context, removal, target, target, count);
+  subtract(context, overlap, earlier, rows, count);
+  return overlap;
+}
+
+// [count][k, k] = rows rows^T in f64.
+Array<double> gram_of(const Context& context, const Matrix& rows, std::int64_t count) {
+  constexpr std::int64_t kSlab = 1024;  // columns in f64 at a time
+  const std::int64_t k = rows.rows;
+  Array<double> result(context, count * k * k);
+  const Array<double> slab(context, count * k * std::min(kSlab, rows.cols));
+  for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
+    Matrix part = rows;
+    part.data = static_cast<const float*>(rows.data) + first;
+    part.cols = std::min(kSlab, rows.cols - first);
+    widen(context, part, slab.data(), count);
+    gram(context, slab.data(), k, part.cols, first == 0, result.data(), count);
   }
+  return result;
+}
+
+// What makes rows orthonormal: the inverse of their Gram matrix's Cholesky factor; flags say where there is none.
+Buffer normalization_of(const Context& context, const Matrix& rows, double least_share, double least_pivot, int* flags,
+                        std::int64_t count) {
+  const Array<double> factor = gram_of(context, rows, count);
+  cholesky(context, factor.data(), rows.rows, least_share, least_pivot, kDependentRows, flags, count);
+  Buffer inverse(context, rows.rows, rows.rows, Format::f32, count);
+  invert_lower(context, factor.data(), rows.rows, flags, inverse.view(), count);
+  return inverse;
+}
+
+// out = normalization rows
+void normalize(const Context& context, const Buffer& normalization, const Matrix& rows, const MutableMatrix& out,
+               std::int64_t count) {
+  const std::array product{Term{normalization.view(), Op::n, rows, Op::n}};
+  sum_of_products(context, product, {}, out, count);
 }
 
 }  // namespace
@@ -110,8 +145,7 @@ Weight CudaBackend::decode_ahead(const Matrix& weight, Precision precision, std:
   return {context_, weight, format};
 }
 
-// As the CPU's (cpu/backend.cc says why), with the triangular solve in f64, and always twice: looking whether once is
-// enough would make the host wait.
+// As the CPU's (cpu/backend.cc says why), but always twice: looking whether once is enough would make the host wait.
 void CudaBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
   if (rank == Rank::assumed_full) return orthonormalize_one(basis, done, rows, rank, flags(), count());
   for (std::int64_t i = 0; i < count(); ++i) orthonormalize_one(one_of(basis, i), done, rows, rank, flags() + i, 1);
@@ -123,27 +157,27 @@ void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t do
   struct Round {
     double least_share, least_pivot;
   };
-  constexpr Round kRounds[] = {{1e-5, 0.0}, {0.5, 0.5}};
+  constexpr Round kRounds[] = {{1e-5, 1e-30}, {0.5, 0.5}};
   const MutableMatrix target = rows_of(basis, done, rows);
-  const Array<double> wide(context_, count * rows * basis.cols);
-  const Array<double> factor(context_, count * rows * rows);
+  const Buffer other(context_, rows, basis.cols, Format::f32, count);
   // What is asked at once has a word of its own: what is left for had_full_rank stays there.
   std::optional<Array<int>> asked;
   if (rank == Rank::any) {
     asked.emplace(context_, 1);
     check(cudaMemsetAsync(asked->data(), 0, sizeof(int), context_.stream), context_, "cudaMemsetAsync");
   }
+  MutableMatrix from = target;
+  MutableMatrix to = other.view();
   for (const auto& [least_share, least_pivot] : kRounds) {
-    remove_earlier(context_, basis, {}, done, rows, count);
-    widen(context_, target, wide.data(), count);
-    gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count);
-    cholesky(context_, factor.data(), rows, least_share, least_pivot, kDependentRows, asked ? asked->data() : flags,
-             count);
+    remove_earlier(context_, rows_of(basis, 0, done), from, count);
+    const Buffer normalization =
+        normalization_of(context_, from, least_share, least_pivot, asked ? asked->data() : flags, count);
     if (asked && take_flag(asked->data())) {
+      if (from.data != target.data) convert(context_, from, 1.0f, target, count);
       return householder_rows(context_, rows_of(basis, 0, done + rows), done, flags);
     }
-    solve_lower(context_, factor.data(), rows, wide.data(), basis.cols, count);
-    narrow(context_, wide.data(), target, count);
+    normalize(context_, normalization, from, to, count);
+    std::swap(from, to);
   }
 }
 
@@ -151,36 +185,22 @@ void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t do
 void CudaBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                                    std::int64_t rows) {
   if (rows == 0) return;
-  remove_earlier(context_, basis, companion, done, rows, count());
-  const Array<double> factor(context_, count() * rows * rows);
-  const Array<double> wide(context_, count() * rows * std::max(basis.cols, companion.cols));
+  const Buffer overlap = remove_earlier(context_, rows_of(basis, 0, done), rows_of(basis, done, rows), count());
+  if (done > 0) {
+    subtract(context_, overlap, rows_of(companion, 0, done), rows_of(companion, done, rows), count());
+  }
+  const Buffer normalization = normalization_of(context_, rows_of(basis, done, rows), 0.5, 0.5, flags(), count());
   for (const MutableMatrix& matrix : {basis, companion}) {
     const MutableMatrix target = rows_of(matrix, done, rows);
-    widen(context_, target, wide.data(), count());
-    if (matrix.data == basis.data) {
-      gram(context_, wide.data(), rows, basis.cols, true, factor.data(), count());
-      cholesky(context_, factor.data(), rows, 0.5, 0.5, kDependentRows, flags(), count());
-    }
-    solve_lower(context_, factor.data(), rows, wide.data(), matrix.cols, count());
-    narrow(context_, wide.data(), target, count());
+    const Buffer from(context_, rows, matrix.cols, Format::f32, count());
+    convert(context_, target, 1.0f, from.view(), count());
+    normalize(context_, normalization, from.view(), target, count());
   }
 }
 
 void CudaBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
-  constexpr std::int64_t kSlab = 1024;  // columns in f64 at a time
-  const std::int64_t k = rows.rows;
-  const Array<double> matrix(context_, count() * k * k);
-  {
-    const Array<double> slab(context_, count() * k * std::min(kSlab, rows.cols));
-    for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
-      Matrix part = rows;
-      part.data = static_cast<const float*>(rows.data) + first;
-      part.cols = std::min(kSlab, rows.cols - first);
-      widen(context_, part, slab.data(), count());
-      gram(context_, slab.data(), k, part.cols, first == 0, matrix.data(), count());
-    }
-  }
-  leading_eigh(context_, matrix.data(), k, scale, s, vectors, flags(), count());
+  const Array<double> matrix = gram_of(context_, rows, count());
+  leading_eigh(context_, matrix.data(), rows.rows, scale, s, vectors, flags(), count());
 }
 
 int* CudaBackend::flags() {

@@ -54,6 +54,27 @@ __global__ void check_pivots_kernel(const double* lower, std::int64_t k, double 
   if (!good) atomicOr(flags + blockIdx.x, flag);
 }
 
+// A block inverts one matrix, a thread a column at a time, by forward substitution: nobody waits for another. `work`
+// has the column in f64; what the threads of a warp read lies together there, and is the same for all in `lower`.
+__global__ void invert_lower_kernel(const double* lower, std::int64_t k, const int* flags, double* work,
+                                    MutableMatrix inverse) {
+  const double* factor = lower + blockIdx.x * k * k;
+  double* column = work + blockIdx.x * k * k;
+  float* out = static_cast<float*>(inverse.data) + blockIdx.x * inverse.stride;
+  const bool bad = flags[blockIdx.x] != 0;
+  for (std::int64_t j = threadIdx.x; j < k; j += blockDim.x) {
+    for (std::int64_t i = 0; i < k; ++i) {
+      double value = i == j ? 1.0 : 0.0;
+      if (i >= j && !bad) {
+        for (std::int64_t m = j; m < i; ++m) value -= factor[i * k + m] * column[m * k + j];
+        value /= factor[i * k + i];
+        column[i * k + j] = value;
+      }
+      out[i * inverse.ld + j] = static_cast<float>(value);
+    }
+  }
+}
+
 __global__ void check_info_kernel(const int* info, int count, int flag, int* flags) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i < count && info[i] != 0) atomicOr(flags + i, flag);
@@ -97,6 +118,14 @@ void cholesky(const Context& context, double* gram, std::int64_t k, double least
         context, "cusolverDnDpotrfBatched", "n", k, "batch", count);
   launch(context, "check_pivots", check_pivots_kernel, dim3(static_cast<unsigned>(count)), kWarp, gram, k, least_share,
          least_pivot, info.data(), static_cast<int>(flag), flags);
+}
+
+void invert_lower(const Context& context, const double* lower, std::int64_t k, const int* flags,
+                  const MutableMatrix& inverse, std::int64_t count) {
+  const Array<double> work(context, count * k * k);
+  const std::int64_t threads = ceil_div(k, kWarp) * kWarp;
+  launch(context, "invert_lower", invert_lower_kernel, dim3(static_cast<unsigned>(count)),
+         threads < kThreads ? static_cast<unsigned>(threads) : kThreads, lower, k, flags, work.data(), inverse);
 }
 
 // In column-major words: X = rows^T [cols, k], the factor is U = L^T, and X L^-T = X U^-1.

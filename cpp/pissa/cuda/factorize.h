@@ -24,6 +24,12 @@ void identity_unless_finite(const Context& context, double* matrices, std::int64
 void cholesky(const Context& context, double* gram, std::int64_t k, double least_share, double least_pivot, Flag flag,
               int* flags, std::int64_t count);
 
+/// inverse [count][k, k] = L^-1 in f32, zero above the diagonal; the identity where a flag is raised, so that rows stay
+/// finite for longer than it takes to find out. Columns of a long matrix are then multiplied by it: a triangular solve
+/// against thousands of them, which cuBLAS has in f64, takes many times as long.
+void invert_lower(const Context& context, const double* lower, std::int64_t k, const int* flags,
+                  const MutableMatrix& inverse, std::int64_t count);
+
 /// rows [count][k, cols] = L^-1 rows.
 void solve_lower(const Context& context, const double* lower, std::int64_t k, double* rows, std::int64_t cols,
                  std::int64_t count);

@@ -24,15 +24,15 @@ Kind kind_of(const SplitTask& task, float largest) {
   return {task.w.rows, task.w.cols, task.w.format, task.a0.rows, (magnitude + 1024) / kBinades};
 }
 
-// What one weight's decomposition needs: basis and projection in f32; a block of them, the Gram matrix and a slab in
-// f64.
+// What one weight's decomposition needs, at most: in f32 basis and projection, a block of each, the factors and one of
+// them once more; in f64 the Gram matrix and a slab of what it is of.
 std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   const std::int64_t r = task.a0.rows;
   const std::int64_t steps = options.method == SvdMethod::krylov ? passes_for(r, options) / 2 : 1;
   const std::int64_t block = block_size(r, steps);
   const std::int64_t basis = block * steps;
   const std::int64_t sides = task.w.rows + task.w.cols;
-  return 4 * (basis + block + r) * sides + 8 * (2 * block * sides + basis * (basis + 1024));
+  return 4 * (basis + block + 2 * r) * sides + 8 * basis * (basis + 1024);
 }
 
 // A weight in its stack.

@@ -84,6 +84,11 @@ const std::vector<Rows>& classes() {
          fill_random(random, earlier, rows);
          rows = 1e-30 * rows;
        }},
+      {"a row whose inverse length is more than f32 holds", false,
+       [](Random& random, const Dense& earlier, Dense& rows) {
+         fill_random(random, earlier, rows);
+         scale_row(rows, rows.rows / 2, 1e-40);
+       }},
       {"unit vectors", true,
        [](Random&, const Dense&, Dense& rows) {
          for (std::int64_t i = 0; i < rows.rows; ++i) rows(i, rows.cols - 1 - i) = -2;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <set>
 #include <vector>
 
 #include "pissa/cuda/backend.h"
@@ -26,7 +27,7 @@ class Weights {
     const MutableMatrix w = make(rows, cols, format);
     cuda::CudaBackend(context_).fill_signs(w, tasks_.size(), 1.0f);
     const MutableMatrix a0 = make(r, cols, Format::f32), b0 = make(rows, r, Format::f32);
-    tasks_.push_back({w, 1.0f, a0, b0});
+    tasks_.push_back({w, 1.0f, a0, b0, 1.0f});
   }
   /// Returns what it asked of the device.
   std::vector<Entry> split(const SvdOptions& options) const {
@@ -69,16 +70,82 @@ TEST(CudaDry, ASmallStartAsksForTheSameAsInEarnest) {
   }
 }
 
-TEST(CudaDry, AStartOf7BReadsEachWeightOnceAPass) {
-  const DryMode mode(true);
+/// Those of Llama-2-7B's linear layers.
+Weights weights_of_7b() {
   Weights weights;
   for (int i = 0; i < 128; ++i) weights.add(4096, 4096, Format::bf16, 128);
   for (int i = 0; i < 64; ++i) weights.add(11008, 4096, Format::bf16, 128);
   for (int i = 0; i < 32; ++i) weights.add(4096, 11008, Format::bf16, 128);
-  weights.split({});
+  return weights;
+}
+
+TEST(CudaDry, AStartOf7BReadsEachWeightOnceAPass) {
+  const DryMode mode(true);
+  weights_of_7b().split({});
   const double elements = 128 * (4096.0 * 4096) + (64 + 32) * (4096.0 * 11008);
   EXPECT_EQ(flops_in_bf16(), 14 * (2.0 * 70 * elements)) << "14 passes, blocks of 70";
   EXPECT_GE(static_cast<double>(cuda_sim::peak_bytes()), 2 * elements) << "the weights";
+}
+
+// One block of threads a matrix fills the 132 multiprocessors of an H100 only where the stacks are large. With 80 GB
+// all weights of a shape are one: of 128, 64 and 32.
+TEST(CudaDry, AStartOf7BFactorisesAtLeast64MatricesAtOnce) {
+  const DryMode mode(true);
+  const Weights weights = weights_of_7b();
+  const std::size_t before = cuda_sim::bytes_in_use();
+  cuda_sim::reset_peak_bytes();
+  std::set<std::int64_t> batches;
+  for (const Entry& entry : weights.split({})) {
+    if (entry.name == "cusolverDnDpotrfBatched" || entry.name == "cublasDtrsmBatched") batches.insert(entry.batch);
+  }
+  EXPECT_EQ(batches, (std::set<std::int64_t>{32, 64, 128}));
+  EXPECT_LE(cuda_sim::peak_bytes() - before, static_cast<std::size_t>(cuda::kStackBytes));
+}
+
+// The host hears of each stack once, whether its weights had full rank, 4 bytes each: it is told their largest
+// elements.
+TEST(CudaDry, AStartOf7BWaitsThreeTimes) {
+  const DryMode mode(true);
+  weights_of_7b().split({});
+  const auto of_kind = [](cuda_sim::Kind kind) {
+    return cuda_sim::sum_if([kind](const Entry& entry) { return entry.kind == kind; });
+  };
+  EXPECT_EQ(of_kind(cuda_sim::Kind::wait).calls, 3);
+  EXPECT_EQ(of_kind(cuda_sim::Kind::copy_to_host).bytes, 224 * 4);
+  EXPECT_EQ(of_kind(cuda_sim::Kind::copy_to_device).calls, 0);
+}
+
+// Products with a weight are a call each, all others one for a stack: 3136 and about 250.
+TEST(CudaDry, AStartOf7BTakesFewCallsBesideItsPasses) {
+  const DryMode mode(true);
+  weights_of_7b().split({});
+  const auto calls = [](bool passes) {
+    return cuda_sim::sum_if([passes](const Entry& entry) {
+             return entry.kind == cuda_sim::Kind::library && (entry.type == cuda_sim::Type::bf16) == passes;
+           })
+        .calls;
+  };
+  EXPECT_EQ(calls(true), 14 * 224);
+  EXPECT_LE(calls(false), 3 * 300);
+}
+
+// In f64, of which many cards compute 1/64 as much as in f32, are Gram matrices, of slabs of up to 1024 columns: of 70
+// rows of 4096, three a block, seven blocks; and of the long side, of 490 rows for the eigenproblem, and of 128 twice.
+// All the rest, factors and eigenproblems, is less than a tenth of it.
+TEST(CudaDry, WhatAStartOf7BComputesInF64) {
+  const DryMode mode(true);
+  weights_of_7b().split({});
+  const auto in_f64 = [](bool gram) {
+    return cuda_sim::sum_if([gram](const Entry& entry) {
+             const bool is_gram = entry.name == "cublasLtMatmul" && entry.m == entry.n && entry.k >= 11008 % 1024;
+             return entry.type == cuda_sim::Type::f64 && is_gram == gram;
+           })
+        .flops;
+  };
+  const auto gram = [](double rows, double cols) { return 2 * rows * rows * cols; };
+  const auto long_side = [&](double cols) { return gram(490, cols) + 2 * gram(128, cols); };
+  EXPECT_EQ(in_f64(true), 224 * 21 * gram(70, 4096) + 128 * long_side(4096) + (64 + 32) * long_side(11008));
+  EXPECT_LE(in_f64(false), in_f64(true) / 10);
 }
 
 }  // namespace

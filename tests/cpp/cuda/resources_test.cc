@@ -464,7 +464,10 @@ TEST(CudaSideStream, EveryThreadHasItsOwn) {
 
 class CudaFailures : public ::testing::Test {
  protected:
-  void TearDown() override { cuda_sim::clear_failures(); }
+  void TearDown() override {
+    cuda_sim::clear_failures();
+    cuda_sim::reset_libraries();
+  }
 
   /// Makes each call of one library fail in turn: `run` throws naming it, leaves no memory behind, and nothing on the
   /// side stream that would still use it.
@@ -593,6 +596,41 @@ TEST_F(CudaFailures, RowsOfAnyRankHideNone) {
   cuda.gram_svd(at(not_finite.view()), 1.0f, s.view(), vectors.view());
   cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
   EXPECT_THROW(cuda.had_full_rank(), std::runtime_error);
+}
+
+// Whatever a solver does that is given NaN, or whose answer is none, none is: weights without full rank go the careful
+// way, alone and in a stack, to the same factors.
+TEST_F(CudaFailures, NoSolverIsGivenNan) {
+  Random random(11);
+  const std::vector<Dense> values = {random.dense(40, 60), Dense(40, 60), random.dense(40, 3) * random.dense(3, 60),
+                                     random.dense(40, 60)};
+  std::vector<std::vector<unsigned char>> expected;
+  for (const cuda_sim::OnNaN mode : {cuda_sim::OnNaN::info, cuda_sim::OnNaN::info_zero,
+                                     cuda_sim::OnNaN::status_invalid_value, cuda_sim::OnNaN::status_execution_failed}) {
+    cuda_sim::set_solver_on_nan(mode);
+    for (const Format format : {Format::f32, Format::bf16}) {
+      std::vector<SplitLayer> layers;
+      for (const Dense& dense : values) layers.emplace_back(dense, format, 4, 1.0f);
+      Staging at(cuda::standalone_context());
+      std::vector<SplitTask> tasks;
+      for (SplitLayer& layer : layers) {
+        const SplitTask task = layer.task();
+        tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0)});
+      }
+      cuda::split_many(tasks, {}, cuda::standalone_context());
+      at.finish();
+      for (const SplitLayer& layer : layers) {
+        if (mode == cuda_sim::OnNaN::info) {
+          EXPECT_LE(norm(layer.a0.values()), 100.0) << "NaN";
+          expected.push_back(layer.a0.bytes());
+        } else {
+          EXPECT_TRUE(
+              layer.a0.bytes() ==
+              expected[static_cast<std::size_t>(&layer - layers.data()) + (format == Format::f32 ? 0 : values.size())]);
+        }
+      }
+    }
+  }
 }
 
 // A message says the call, the device, the status, and how large the problem was.
