@@ -53,35 +53,47 @@ struct AdapterTensors {
   }
 };
 
-// What a forward keeps for its backward: xa [tokens, r] float32, empty without an adapter, and the sums of factors one
-// after the other in x's dtype, empty where it keeps none.
+// What a forward keeps for its backward: sums of factors in x's dtype, where the backend keeps them, and xa. Together
+// in one float32 tensor, empty without an adapter: torch has work with each output of an op in every call, also on the
+// CPU, which keeps xa alone.
 struct Kept {
-  Tensor xa, sums;
+  Tensor tensor;
+  MutableMatrix xa;
+  FactorSums sums;
 
+  // By a forward at x.
   template <Backend B>
-  static Kept by(const B&, const Tensor& x, const Matrix& x_view, const Adapter& adapter) {
-    const std::int64_t size = FactorSums::kept<B>(x_view, adapter) ? FactorSums::size(adapter) : 0;
-    return {new_tensor(x, {adapter ? x_view.rows : 0, adapter.rank()}, ScalarType::Float),
-            new_tensor(x, {size}, x.scalar_type())};
-  }
-  Kept(const Tensor& xa_, const Tensor& sums_)
-      : xa(torch::stable::contiguous(xa_)), sums(torch::stable::contiguous(sums_)) {}
+  Kept(const B&, const Tensor& x, const Matrix& x_view, const Adapter& adapter)
+      : Kept(new_tensor(x, {floats<B>(x_view, adapter)}, ScalarType::Float), x_view, adapter,
+             FactorSums::kept<B>(x_view, adapter)) {}
 
-  void check(const Matrix& x, const Adapter& adapter) const {
-    if (adapter) check_shape("xa", matrix(xa), x.rows, adapter.rank());
-    PISSA_CHECK(sums.numel() == 0 || (adapter && sums.numel() == FactorSums::size(adapter)), "sums: got ", sums.numel(),
-                " elements; needed: what the forward returned");
+  // As the forward returned it.
+  template <Backend B>
+  Kept(const B&, const Matrix& x_view, const Adapter& adapter, const Tensor& kept)
+      : Kept(torch::stable::contiguous(kept), x_view, adapter, FactorSums::kept<B>(x_view, adapter)) {
+    PISSA_CHECK(kept.numel() == (floats<B>(x_view, adapter)) && kept.scalar_type() == ScalarType::Float, "kept: got ",
+                kept.numel(), " elements; needed: what the forward returned, ", floats<B>(x_view, adapter));
   }
-  FactorSums sums_view(const Adapter& adapter) const {
-    return sums.numel() == 0 ? FactorSums{}
-                             : FactorSums::at(sums.mutable_data_ptr(), format_of(sums.scalar_type()), adapter);
+
+ private:
+  Kept(const Tensor& tensor_, const Matrix& x, const Adapter& adapter, bool keeps_sums) : tensor(tensor_) {
+    float* data = static_cast<float*>(tensor.mutable_data_ptr());
+    if (keeps_sums) sums = FactorSums::at(data, x.format, adapter);
+    xa = {data + (keeps_sums ? floats_of_sums(adapter) : 0), x.rows, adapter.rank(), adapter.rank(), Format::f32};
   }
+  template <Backend B>
+  static std::int64_t floats(const Matrix& x, const Adapter& adapter) {
+    const std::int64_t of_xa = adapter ? x.rows * adapter.rank() : 0;
+    return of_xa + (FactorSums::kept<B>(x, adapter) ? floats_of_sums(adapter) : 0);
+  }
+  // Of halves; so many that xa is at 16 bytes.
+  static std::int64_t floats_of_sums(const Adapter& adapter) { return ceil_div(FactorSums::size(adapter), 8) * 4; }
 };
 
 // (y [..., out] in x's dtype, what is kept)
 template <Backend B>
-std::tuple<Tensor, Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight,
-                                                  const OptionalTensor& bias, const AdapterTensors& factors) {
+std::tuple<Tensor, Tensor> linear_forward(B& backend, const Tensor& x, const Matrix& weight, const OptionalTensor& bias,
+                                          const AdapterTensors& factors) {
   const Tensor x_tensor = torch::stable::contiguous(x);
   const OptionalTensor bias_tensor = contiguous(bias);
   const Matrix bias_row = bias_tensor ? matrix(*bias_tensor) : Matrix{};
@@ -91,10 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_forward(B& backend, const Tensor& x, c
   std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = weight.rows;
   const Tensor y = new_tensor(x, sizes, x.scalar_type());
-  const Kept kept = Kept::by(backend, x, matrix(x_tensor), adapter);
-  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y),
-                        mutable_matrix(kept.xa), kept.sums_view(adapter));
-  return {y, kept.xa, kept.sums};
+  const Kept kept(backend, x, matrix(x_tensor), adapter);
+  pissa::linear_forward(backend, matrix(x_tensor), weight, bias_row, adapter, mutable_matrix(y), kept.xa, kept.sums);
+  return {y, kept.tensor};
 }
 
 // The gradients' tensors: dx like x, empty unless needed; those of a and b, empty without an adapter.
@@ -116,17 +127,18 @@ struct LinearGradients {
 
 template <Backend B>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(B& backend, const Tensor& dy, const Tensor& x, const Matrix& weight,
-                                                   const AdapterTensors& factors, const Kept& kept, bool need_dx) {
+                                                   const AdapterTensors& factors, const Tensor& kept_tensor,
+                                                   bool need_dx) {
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
   const Adapter adapter = factors.view(weight.rows, weight.cols);
   const Matrix x_view = matrix(x_tensor);
   check_shape("x", x_view, x_view.rows, weight.cols);
   check_shape("dy", matrix(dy_tensor), x_view.rows, weight.rows);
-  kept.check(x_view, adapter);
+  const Kept kept(backend, x_view, adapter, kept_tensor);
   const LinearGradients gradients(x, adapter, need_dx);
-  pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, matrix(kept.xa), gradients.dx_view(),
-                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b), kept.sums_view(adapter));
+  pissa::linear_backward(backend, matrix(dy_tensor), x_view, weight, adapter, kept.xa, gradients.dx_view(),
+                         mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b), kept.sums);
   return gradients.tensors();
 }
 
@@ -138,9 +150,9 @@ inline Matrix dense_weight(const Tensor& weight, const Tensor& x) {
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                          const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
-                                          const OptionalTensor& b0, double scaling, bool implicit) {
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
+                                  const OptionalTensor& b0, double scaling, bool implicit) {
   Device device(x, weight, bias, a, b, a0, b0);
   const Tensor w = torch::stable::contiguous(weight);
   return linear_forward(device.backend(), x, dense_weight(w, x), bias, {a, b, a0, b0, scaling, implicit});
@@ -149,22 +161,22 @@ std::tuple<Tensor, Tensor, Tensor> linear(const Tensor& x, const Tensor& weight,
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                    const OptionalTensor& a, const OptionalTensor& b,
-                                                   const OptionalTensor& a0, const OptionalTensor& b0, const Tensor& xa,
-                                                   const Tensor& sums, double scaling, bool implicit, bool need_dx) {
-  Device device(dy, x, weight, a, b, a0, b0, xa, sums);
+                                                   const OptionalTensor& a0, const OptionalTensor& b0,
+                                                   const Tensor& kept_tensor, double scaling, bool implicit,
+                                                   bool need_dx) {
+  Device device(dy, x, weight, a, b, a0, b0, kept_tensor);
   const Tensor w = torch::stable::contiguous(weight);
-  return linear_backward(device.backend(), dy, x, dense_weight(w, x), {a, b, a0, b0, scaling, implicit}, {xa, sums},
+  return linear_backward(device.backend(), dy, x, dense_weight(w, x), {a, b, a0, b0, scaling, implicit}, kept_tensor,
                          need_dx);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
-                                                    const OptionalTensor& nested_absmax, const OptionalTensor& offset,
-                                                    const std::string& format, std::int64_t blocksize,
-                                                    std::int64_t out_features, const OptionalTensor& bias,
-                                                    const OptionalTensor& a, const OptionalTensor& b,
-                                                    const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
-                                                    bool implicit) {
+std::tuple<Tensor, Tensor> quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                            const OptionalTensor& nested_absmax, const OptionalTensor& offset,
+                                            const std::string& format, std::int64_t blocksize,
+                                            std::int64_t out_features, const OptionalTensor& bias,
+                                            const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0,
+                                            const OptionalTensor& b0, double scaling, bool implicit) {
   Device device(x, codes, absmax, nested_absmax, offset, bias, a, b, a0, b0);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_forward(device.backend(), x, weight.view(out_features, x.size(x.dim() - 1)), bias,
@@ -176,18 +188,18 @@ std::tuple<Tensor, Tensor, Tensor> quantized_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
     const OptionalTensor& offset, const std::string& format, std::int64_t blocksize, std::int64_t out_features,
     const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& a0, const OptionalTensor& b0,
-    const Tensor& xa, const Tensor& sums, double scaling, bool implicit, bool need_dx) {
-  Device device(dy, x, codes, absmax, nested_absmax, offset, a, b, a0, b0, xa, sums);
+    const Tensor& kept_tensor, double scaling, bool implicit, bool need_dx) {
+  Device device(dy, x, codes, absmax, nested_absmax, offset, a, b, a0, b0, kept_tensor);
   const QuantizedTensors weight(codes, absmax, nested_absmax, offset, format, blocksize);
   return linear_backward(device.backend(), dy, x, weight.view(out_features, x.size(x.dim() - 1)),
-                         {a, b, a0, b0, scaling, implicit}, {xa, sums}, need_dx);
+                         {a, b, a0, b0, scaling, implicit}, kept_tensor, need_dx);
 }
 
 // (y like base, what is kept)
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
-                                                const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
-                                                bool implicit) {
+std::tuple<Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
+                                        const OptionalTensor& a0, const OptionalTensor& b0, double scaling,
+                                        bool implicit) {
   Device device(base, x, a, b, a0, b0);
   const AdapterTensors factors(a, b, a0, b0, scaling, implicit);
   const Tensor base_tensor = torch::stable::contiguous(base);
@@ -197,19 +209,17 @@ std::tuple<Tensor, Tensor, Tensor> add_low_rank(const Tensor& base, const Tensor
   const Adapter adapter = factors.view(base_view.cols, x_view.cols);
   check_shape("base", base_view, x_view.rows, base_view.cols);
   const Tensor y = new_tensor(base, {base.sizes().begin(), base.sizes().end()}, base.scalar_type());
-  const Kept kept = Kept::by(device.backend(), x, x_view, adapter);
-  pissa::add_low_rank_forward(device.backend(), base_view, x_view, adapter, mutable_matrix(y), mutable_matrix(kept.xa),
-                              kept.sums_view(adapter));
-  return {y, kept.xa, kept.sums};
+  const Kept kept(device.backend(), x, x_view, adapter);
+  pissa::add_low_rank_forward(device.backend(), base_view, x_view, adapter, mutable_matrix(y), kept.xa, kept.sums);
+  return {y, kept.tensor};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& a,
                                                          const Tensor& b, const OptionalTensor& a0,
-                                                         const OptionalTensor& b0, const Tensor& xa, const Tensor& sums,
+                                                         const OptionalTensor& b0, const Tensor& kept_tensor,
                                                          double scaling, bool implicit, bool need_dx) {
-  Device device(dy, x, a, b, a0, b0, xa, sums);
-  const Kept kept(xa, sums);
+  Device device(dy, x, a, b, a0, b0, kept_tensor);
   const AdapterTensors factors(a, b, a0, b0, scaling, implicit);
   const Tensor dy_tensor = torch::stable::contiguous(dy);
   const Tensor x_tensor = torch::stable::contiguous(x);
@@ -217,11 +227,10 @@ std::tuple<Tensor, Tensor, Tensor> add_low_rank_backward(const Tensor& dy, const
   const Matrix x_view = matrix(x_tensor);
   const Adapter adapter = factors.view(dy_view.cols, x_view.cols);
   check_shape("dy", dy_view, x_view.rows, dy_view.cols);
-  kept.check(x_view, adapter);
+  const Kept kept(device.backend(), x_view, adapter, kept_tensor);
   const LinearGradients gradients(x, adapter, need_dx);
-  pissa::add_low_rank_backward(device.backend(), dy_view, x_view, adapter, matrix(kept.xa), gradients.dx_view(),
-                               mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b),
-                               kept.sums_view(adapter));
+  pissa::add_low_rank_backward(device.backend(), dy_view, x_view, adapter, kept.xa, gradients.dx_view(),
+                               mutable_matrix(gradients.grad_a), mutable_matrix(gradients.grad_b), kept.sums);
   return gradients.tensors();
 }
 

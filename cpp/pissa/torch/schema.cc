@@ -1,7 +1,7 @@
 // The schemas of torch.ops.pissa.*. python/pissa/ops documents, validates, and registers fakes and gradients.
 //
 // `largest` is what max_abs says of the weight: whoever has to know that it is finite has read it already.
-// xa is x A^T and sums those of factors, in x's dtype or empty: what a forward keeps for its backward.
+// kept is what a forward keeps for its backward, in one tensor: Kept in linear.h.
 // A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), of core/format.h and Scales.
 #include <torch/csrc/stable/library.h>
 
@@ -30,23 +30,23 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "-> (Tensor codes, Tensor absmax)");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float scaling, "
-      "bool implicit) -> (Tensor y, Tensor xa, Tensor sums)");
+      "bool implicit) -> (Tensor y, Tensor kept)");
   m.def(
-      "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, Tensor xa, "
-      "Tensor sums, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
+      "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, Tensor kept, "
+      "float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
   m.def(
       "quantized_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
       "int blocksize, int out_features, Tensor? bias, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, float scaling, "
-      "bool implicit) -> (Tensor y, Tensor xa, Tensor sums)");
+      "bool implicit) -> (Tensor y, Tensor kept)");
   m.def(
       "quantized_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, "
       "Tensor? offset, str format, int blocksize, int out_features, Tensor? a, Tensor? b, Tensor? a0, Tensor? b0, "
-      "Tensor xa, Tensor sums, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor "
+      "Tensor kept, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor "
       "grad_b)");
   m.def(
       "add_low_rank(Tensor base, Tensor x, Tensor a, Tensor b, Tensor? a0, Tensor? b0, float scaling, bool implicit) "
-      "-> (Tensor y, Tensor xa, Tensor sums)");
+      "-> (Tensor y, Tensor kept)");
   m.def(
-      "add_low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor? a0, Tensor? b0, Tensor xa, "
-      "Tensor sums, float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
+      "add_low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor? a0, Tensor? b0, Tensor kept, "
+      "float scaling, bool implicit, bool need_dx) -> (Tensor dx, Tensor grad_a, Tensor grad_b)");
 }

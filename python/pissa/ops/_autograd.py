@@ -126,20 +126,20 @@ def _out_features(weight: list[Any]) -> int:
     return rows
 
 
-def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> tuple[Tensor, Tensor]:
-    """What the forward keeps for the backward: x Aᵀ, and, on CUDA, sums of factors in x's half precision."""
+def _kept(x: Tensor, out_features: int, a: Tensor | None, a0: Tensor | None, implicit: bool) -> Tensor:
+    """What the forward keeps for the backward: x Aᵀ, behind, on CUDA, sums of factors in x's half precision."""
     if a is None:
-        return _floats(x, 0, 0), x.new_empty(0)
+        return _floats(x, 0)
     tokens, r = x.numel() // x.shape[-1], a.shape[0]
     has_sums = a0 is not None and x.is_cuda and x.dtype != torch.float32 and tokens > _FEW_TOKENS
-    columns = x.shape[-1] + (0 if implicit else out_features)
-    return _floats(x, tokens, r), x.new_empty(r * columns if has_sums else 0)
+    halves = r * (x.shape[-1] + (0 if implicit else out_features)) if has_sums else 0
+    return _floats(x, -(-halves // 8) * 4 + tokens * r)
 
 
-def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *weight, _bias, a, _b, a0, _b0, _scaling, implicit = args
     out_features = _out_features(weight)
-    return x.new_empty((*x.shape[:-1], out_features)), *_kept(x, out_features, a, a0, implicit)
+    return x.new_empty((*x.shape[:-1], out_features)), _kept(x, out_features, a, a0, implicit)
 
 
 def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _fake_gradients(x: Tensor, out_features: int, a: Tensor | None, need_dx: boo
 
 
 def _fake_linear_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *weight, a, _b, _a0, _b0, _xa, _sums, _scaling, _implicit, need_dx = args
+    *weight, a, _b, _a0, _b0, _kept, _scaling, _implicit, need_dx = args
     return _fake_gradients(x, _out_features(weight), a, need_dx)
 
 
@@ -167,8 +167,8 @@ def _(
     b0: Tensor | None,
     scaling: float,
     implicit: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return base.new_empty(base.shape), *_kept(x, base.shape[-1], a, a0, implicit)
+) -> tuple[Tensor, Tensor]:
+    return base.new_empty(base.shape), _kept(x, base.shape[-1], a, a0, implicit)
 
 
 @register_fake("pissa::add_low_rank_backward")
@@ -179,8 +179,7 @@ def _(
     b: Tensor,
     a0: Tensor | None,
     b0: Tensor | None,
-    xa: Tensor,
-    sums: Tensor,
+    kept: Tensor,
     scaling: float,
     implicit: bool,
     need_dx: bool,
@@ -189,34 +188,34 @@ def _(
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Saved for the backward: x, x Aᵀ, and sums of factors.
+# Saved for the backward: x and what the forward keeps.
 
 _TAIL = 7  # arguments behind the weight
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *weight = inputs[:-_TAIL]
     _, *factors, scaling, implicit = inputs[-_TAIL:]
-    _, xa, sums = output
-    ctx.mark_non_differentiable(xa, sums)
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
     ctx.weight_tensors = sum(value is None or isinstance(value, Tensor) for value in weight)
-    ctx.save_for_backward(x, xa, sums, *weight[: ctx.weight_tensors], *factors)
+    ctx.save_for_backward(x, kept, *weight[: ctx.weight_tensors], *factors)
     ctx.weight_numbers = weight[ctx.weight_tensors :]
     ctx.scaling, ctx.implicit = scaling, implicit
     ctx.has_adapter = factors[0] is not None
 
 
-def _backward(op: Any, ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     weight_slots = [None] * (ctx.weight_tensors + len(ctx.weight_numbers))
     if dy is None:
         return (None, *weight_slots, *[None] * _TAIL)
-    x, xa, sums, *saved = ctx.saved_tensors
+    x, kept, *saved = ctx.saved_tensors
     weight, factors = saved[: ctx.weight_tensors], saved[ctx.weight_tensors :]
     need_dx = ctx.needs_input_grad[0]
     need_bias, need_a, need_b = ctx.needs_input_grad[-_TAIL : -_TAIL + 3]
     bias_grad = dy.flatten(0, -2).sum(0) if need_bias else None
-    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, xa, sums, ctx.scaling, ctx.implicit, need_dx)
+    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, kept, ctx.scaling, ctx.implicit, need_dx)
     return (
         dx if need_dx else None,
         *weight_slots,
@@ -227,22 +226,22 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[
     )
 
 
-def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, *factors, scaling, implicit = inputs
-    _, xa, sums = output
-    ctx.mark_non_differentiable(xa, sums)
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, xa, sums, *factors)
+    ctx.save_for_backward(x, kept, *factors)
     ctx.scaling, ctx.implicit = scaling, implicit
 
 
-def _low_rank_backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _low_rank_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
-    x, xa, sums, *factors = ctx.saved_tensors
+    x, kept, *factors = ctx.saved_tensors
     need_base, need_dx, need_a, need_b = ctx.needs_input_grad[:4]
     dx, grad_a, grad_b = torch.ops.pissa.add_low_rank_backward(
-        dy, x, *factors, xa, sums, ctx.scaling, ctx.implicit, need_dx
+        dy, x, *factors, kept, ctx.scaling, ctx.implicit, need_dx
     )
     return (
         dy if need_base else None,

@@ -103,9 +103,9 @@ def linear(
     y: Tensor
     if isinstance(weight, QuantizedWeight):
         *parts, _, blocksize = weight  # the tensors and the format
-        y, *_ = _OPS.quantized_linear(x, *parts, blocksize, out_features, *factors)
+        y, _ = _OPS.quantized_linear(x, *parts, blocksize, out_features, *factors)
     else:
-        y, *_ = _OPS.linear(x, weight, *factors)
+        y, _ = _OPS.linear(x, weight, *factors)
     return y
 
 
@@ -151,5 +151,5 @@ def add_low_rank(
     factors = _checked_factors(a, b, a0, b0, y.shape[-1], x.shape[-1])
     check_devices({"y": y, "x": x, "a": a, "b": b, "a0": a0, "b0": b0})
     total: Tensor
-    total, *_ = _OPS.add_low_rank(y, x, *factors, float(scaling), a0 is not None)
+    total, _ = _OPS.add_low_rank(y, x, *factors, float(scaling), a0 is not None)
     return total

@@ -200,7 +200,7 @@ TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
   const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
   backend.gemm(terms, {}, out.mutable_view());
   EXPECT_EQ(out.values().values, expected.values);
-  cublasMath_t mode = CUBLAS_PEDANTIC_MATH;
+  cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
   cublasGetMathMode(context.blas, &mode);
   EXPECT_EQ(mode, CUBLAS_DEFAULT_MATH);
 }

@@ -322,8 +322,8 @@ def test_opcheck(form: str, tokens: int) -> None:
     op = torch.ops.pissa.linear if form == "dense" else torch.ops.pissa.quantized_linear
     backward = torch.ops.pissa.linear_backward if form == "dense" else torch.ops.pissa.quantized_linear_backward
     torch.library.opcheck(op.default, (layer.x.requires_grad_(), *head, None, *factors, 0.5, False))
-    _, xa, sums = op(layer.x.detach(), *head, None, *factors, 0.5, False)
-    torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, xa, sums, 0.5, False, True))
+    _, kept = op(layer.x.detach(), *head, None, *factors, 0.5, False)
+    torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, kept, 0.5, False, True))
 
 
 # ---- Large weights ---------------------------------------------------------------------------------------------------

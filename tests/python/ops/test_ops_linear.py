@@ -184,10 +184,10 @@ def test_opcheck(form: str, weight: str) -> None:
     backward = torch.ops.pissa.linear_backward if weight == "dense" else torch.ops.pissa.quantized_linear_backward
     forward_args = (case.x, *head, case.bias, *factors, scaling, implicit)
     torch.library.opcheck(op.default, forward_args)
-    _, xa, sums = op(*forward_args)
+    _, kept = op(*forward_args)
     frozen = [None if f is None else f.detach() for f in factors]
     for need_dx in (True, False):
-        args = (case.dy, case.x.detach(), *head, *frozen, xa.detach(), sums, scaling, implicit, need_dx)
+        args = (case.dy, case.x.detach(), *head, *frozen, kept.detach(), scaling, implicit, need_dx)
         torch.library.opcheck(backward.default, args)
 
 
@@ -342,9 +342,7 @@ def test_compiled_ops_refuse_what_would_read_out_of_bounds() -> None:
             1.0,
             False,
         ),
-        lambda: torch.ops.pissa.linear_backward(
-            ones(3, 32), x, w, None, None, None, None, ones(0, 0), ones(0), 1.0, False, True
-        ),
+        lambda: torch.ops.pissa.linear_backward(ones(3, 32), x, w, None, None, None, None, ones(0), 1.0, False, True),
     ):
         with pytest.raises(
             (RuntimeError, ValueError), match=r"needed|must be|in pairs|allowed"
@@ -419,12 +417,10 @@ def test_add_low_rank_opcheck_and_compile(form: str) -> None:
     factors = [case.options.get(name) for name in ("a", "b", "a0", "b0")]
     args = (base, case.x, *factors, 0.5, form == "implicit")
     torch.library.opcheck(torch.ops.pissa.add_low_rank.default, args)
-    _, xa, sums = torch.ops.pissa.add_low_rank(*args)
+    _, kept = torch.ops.pissa.add_low_rank(*args)
     frozen = [None if f is None else f.detach() for f in factors]
     backward = torch.ops.pissa.add_low_rank_backward.default
-    torch.library.opcheck(
-        backward, (case.dy, case.x.detach(), *frozen, xa.detach(), sums, 0.5, form == "implicit", True)
-    )
+    torch.library.opcheck(backward, (case.dy, case.x.detach(), *frozen, kept.detach(), 0.5, form == "implicit", True))
     options = {k: v for k, v in case.options.items() if k != "implicit"}
     compiled = torch.compile(lambda b, x: ops.add_low_rank(b, x, **options), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(base, case.x), ops.add_low_rank(base, case.x, **options))
