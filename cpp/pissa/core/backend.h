@@ -50,6 +50,12 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // out[i, :] = sqrt(s[i] / divisor) * a[i, :], or, transposed, out[:, i] = the same. s: [1, a.rows] f32, not negative.
   { backend.scale_rows(matrix, matrix, scale, out, Op::n) };
 
+  // out[i, :] = a[i, :] times the power of two that brings its largest |element| into [1, 2); rows of zeros stay. a: f32.
+  { backend.normalize_rows(matrix, out) };
+
+  // Whether products with a weight of that half precision, the other factor rounded to it, are faster than in f32.
+  { backend.multiplies_in(format) } -> std::same_as<bool>;
+
   // largest[i] = largest |element| of matrix i, of any format; not finite if any element is not.
   { backend.max_abs(matrices, largest) };
 
@@ -85,7 +91,7 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.orthonormalize(out, count, count, Rank::any) };
 
   // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), but for being rounded to
-  // bf16; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same combinations.
+  // half precision; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same combinations.
   { backend.reorthonormalize(out, out, count, count) };
 
   // Whether every assumption of full rank since the last call held. If not, what was computed since means nothing.

@@ -89,14 +89,29 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   const std::int64_t short_dim = std::min(w.rows, w.cols);
   const std::int64_t wide_dim = std::max(w.rows, w.cols);
 
+  const std::int64_t steps = passes_for(r, options) / kPassesPerStep;
+  const bool keep_blocks = options.method == SvdMethod::krylov;
+  const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), short_dim);
+  const std::int64_t max_basis = keep_blocks ? std::min(block * steps, short_dim) : block;
+
   // Thin operands carry 2^-exponent, so that products of huge or tiny weights stay inside f32's range.
   const int exponent = largest > 0 ? std::max(std::ilogb(largest), -120) : 0;
-  const float unit = std::ldexp(1.0f, -exponent);
-  // A bf16 weight is exact in bf16 products. Units for bf16 may take denormals for zero, so that a weight at the ends
-  // of the range is not for them.
-  const bool in_bf16 = w.format == Format::bf16 && std::abs(exponent) < 64;
-  const Precision precision = in_bf16 ? Precision::bf16 : Precision::f32;
-  const auto wide_to_basis = [&](const Matrix& wide, const MutableMatrix& basis) {
+  // A weight in half precision is exact in products of its format. Units for it may take denormals for zero, so that a
+  // weight at the ends of the range is not for them.
+  const bool in_f16 = w.format == Format::f16 && backend.multiplies_in(Format::f16) && exponent >= -14;
+  const bool in_bf16 = w.format == Format::bf16 && backend.multiplies_in(Format::bf16) && std::abs(exponent) < 64;
+  const bool in_half = in_f16 || in_bf16;
+  const Precision precision = in_f16 ? Precision::f16 : in_bf16 ? Precision::bf16 : Precision::f32;
+  // A weight in f16 is far inside f32's range; it is the thin operands that are outside that of f16, and there each row
+  // gets an exponent of its own, which changes nothing of what they span.
+  const float unit = in_f16 ? 1.0f : std::ldexp(1.0f, -exponent);
+  const auto normal_buffer = backend.alloc(in_f16 ? block : 0, wide_dim, Format::f16);
+  const auto wide_to_basis = [&](Matrix wide, const MutableMatrix& basis) {
+    if (in_f16) {
+      const MutableMatrix normal = rows_of(normal_buffer.view(), 0, wide.rows);
+      backend.normalize_rows(wide, normal);
+      wide = normal;
+    }
     if (rows_short) backend.weight_gemm_nt(wide, w, unit, precision, {}, {}, basis);
     else backend.weight_gemm_nn(wide, w, unit, precision, {}, basis);
   };
@@ -105,15 +120,10 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     else backend.weight_gemm_nt(basis, w, unit, precision, {}, {}, wide);
   };
 
-  const std::int64_t steps = passes_for(r, options) / kPassesPerStep;
-  const bool keep_blocks = options.method == SvdMethod::krylov;
-  const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), short_dim);
-  const std::int64_t max_basis = keep_blocks ? std::min(block * steps, short_dim) : block;
-
   auto basis_buffer = backend.alloc(max_basis, short_dim, Format::f32);  // rows q: orthonormal
   auto wide_buffer = backend.alloc(max_basis, wide_dim, Format::f32);    // rows q W (or W q): the projection of W
   auto sketch = backend.alloc(block, wide_dim, Format::f32);
-  auto rounded_buffer = backend.alloc(in_bf16 ? block : 0, short_dim, Format::bf16);
+  auto rounded_buffer = backend.alloc(in_half ? block : 0, short_dim, in_half ? w.format : Format::bf16);
   const MutableMatrix basis = basis_buffer.view();
   const MutableMatrix wide = wide_buffer.view();
   Matrix thin = sketch.view();
@@ -124,7 +134,7 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
   for (std::int64_t step = 0;; ++step) {
     wide_to_basis(rows_of(thin, 0, rows), rows_of(basis, first, rows));
     backend.orthonormalize(basis, first, rows, rank);
-    if (in_bf16) {
+    if (in_half) {
       // On the way to the basis `thin` may be rounded: any vectors near the leading ones will do. On the way back the
       // rows of `wide` must be those of the basis times W; so the basis itself is rounded, and what makes it
       // orthonormal again is done to both.

@@ -178,13 +178,10 @@ namespace {
 // Once either is NaN, so is the result.
 float larger(float a, float b) { return std::isnan(a) || b <= a ? a : b; }
 
-// Of halves of either kind. Without their signs they are integers in the same order, NaN above infinity: nothing has to
-// be decoded, which takes a third longer.
+// Of halves, which without their signs are in the order of integers, NaN above infinity: decoding takes a third longer.
 std::int16_t largest_magnitude(const std::int16_t* halves, std::int64_t count) {
   std::int16_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    largest = std::max(largest, static_cast<std::int16_t>(halves[i] & 0x7fff));
-  }
+  for (std::int64_t i = 0; i < count; ++i) largest = std::max<std::int16_t>(largest, halves[i] & 0x7fff);
   return largest;
 }
 
@@ -206,6 +203,20 @@ float max_abs_of_row(const Kernels& kernels, const Matrix& a, std::int64_t row) 
 }
 
 }  // namespace
+
+void CpuBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const {
+  parallel_for(executor_, out.rows, 8 * out.rows * out.cols, [&](std::int64_t row) {
+    const float largest = max_abs_of_row(kernels_, a, row);
+    const int exponent = largest > 0 ? std::ilogb(largest) : 0;
+    for (std::int64_t col = 0; col < out.cols; col += kRun) {
+      const std::int64_t count = std::min(kRun, out.cols - col);
+      float values[kRun];
+      kernels_.decode(a, row, col, count, values);
+      for (std::int64_t i = 0; i < count; ++i) values[i] = std::ldexp(values[i], -exponent);
+      kernels_.encode(values, count, out.format, element(out, row, col));
+    }
+  });
+}
 
 // Pieces of all matrices are dealt out together: many small ones keep the threads as busy as a large one.
 void CpuBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {

@@ -87,6 +87,10 @@ void CudaBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, co
   cuda::scale_rows(context_, a, s, divisor, out, op, count());
 }
 
+void CudaBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const {
+  cuda::normalize_rows(context_, a, out, count());
+}
+
 void CudaBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
   const std::size_t bytes = matrices.size() * sizeof(float);
   check(cudaMemsetAsync(largest, 0, bytes, context_.stream), context_, "cudaMemsetAsync", "bytes", bytes);

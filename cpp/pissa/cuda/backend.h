@@ -42,6 +42,8 @@ class CudaBackend {
   void add_both(const Sum& first, const Sum& second) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
+  void normalize_rows(const Matrix& a, const MutableMatrix& out) const;
+  bool multiplies_in(Format format) const { return format == Format::bf16 || format == Format::f16; }
   void max_abs(std::span<const Matrix> matrices, float* largest) const;
   std::vector<float> read(const float* from, std::int64_t count) const;
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const;

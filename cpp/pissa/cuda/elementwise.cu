@@ -95,6 +95,42 @@ __global__ void scale_rows_kernel(Matrix a, Matrix s, float divisor, MutableMatr
   }
 }
 
+__device__ __forceinline__ unsigned warp_max(unsigned value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+struct LargestOfWarps {
+  unsigned bits[kThreads / kWarp];
+};
+
+// A block takes one row of one matrix. The exponent is that of f32's bits; where those are of a denormal, as if they
+// were of the least normal number.
+__global__ void normalize_rows_kernel(Matrix a, MutableMatrix out) {
+  LargestOfWarps& warps = shared_memory<LargestOfWarps>();
+  const float* from = static_cast<const float*>(a.data) + blockIdx.y * a.stride + blockIdx.x * a.ld;
+  unsigned largest = 0;
+  for (std::int64_t i = threadIdx.x; i < a.cols; i += kThreads) {
+    largest = max(largest, __float_as_uint(from[i]) & 0x7fffffffu);
+  }
+  largest = warp_max(largest);
+  if (threadIdx.x % kWarp == 0) warps.bits[threadIdx.x / kWarp] = largest;
+  __syncthreads();
+  for (const unsigned bits : warps.bits) largest = max(largest, bits);
+  // 2^-e in two steps, for it may be more than f32 holds.
+  const int exponent = static_cast<int>(max(largest >> 23, 1u)) - 127;
+  const int half = -exponent / 2;
+  const float first = __uint_as_float(static_cast<unsigned>(half + 127) << 23);
+  const float second = __uint_as_float(static_cast<unsigned>(-exponent - half + 127) << 23);
+  const std::int64_t to = blockIdx.y * out.stride + blockIdx.x * out.ld;
+  for (std::int64_t i = threadIdx.x; i < a.cols; i += kThreads) {
+    store(out.data, out.format, to + i, from[i] * first * second);
+  }
+}
+
 // Dense matrices of one launch, as the kernel's parameter, of which there are at most 4 KB: a table in device memory
 // would have to be copied there, and the host might have to wait for it.
 constexpr int kMatricesOfLaunch = 64;
@@ -122,10 +158,7 @@ __global__ void max_abs_kernel(MatrixTable table, unsigned* bits) {
 #pragma unroll
     for (const float value : values) largest = max(largest, __float_as_uint(value) & 0x7fffffffu);
   }
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
-  }
+  largest = warp_max(largest);
   if (threadIdx.x % kWarp == 0) atomicMax(bits + a.place, largest);
 }
 
@@ -175,6 +208,12 @@ void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t 
 void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out,
                 Op op, std::int64_t count) {
   launch_groups(context, "scale_rows", scale_rows_kernel, a.rows, a.cols, count, a, s, divisor, out, op);
+}
+
+void normalize_rows(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count) {
+  if (out.rows == 0 || out.cols == 0) return;
+  launch(context, "normalize_rows", normalize_rows_kernel,
+         dim3(static_cast<unsigned>(out.rows), static_cast<unsigned>(count)), kThreads, a, out);
 }
 
 void raise_max_abs(const Context& context, std::span<const Matrix> matrices, float* largest) {

@@ -22,6 +22,9 @@ void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t 
 void scale_rows(const Context& context, const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out,
                 Op op, std::int64_t count);
 
+/// out[i, :] = a[i, :] times the power of two that brings its largest |element| into [1, 2); a: f32.
+void normalize_rows(const Context& context, const Matrix& a, const MutableMatrix& out, std::int64_t count);
+
 /// largest[i] = max(largest[i], largest |element| of matrix i), NaN above infinity; leaves out what is quantised.
 void raise_max_abs(const Context& context, std::span<const Matrix> matrices, float* largest);
 

@@ -83,6 +83,30 @@ TEST_P(ElementwiseTest, ScaleRowsAlsoTransposed) {
   }
 }
 
+// Exact but for the last rounding: each row by a power of two, however far from 1 it is.
+TEST_P(ElementwiseTest, NormalizeRowsBringsEachNearOne) {
+  Random random(8);
+  for (const std::int64_t cols : {1, 7, 300, 1500}) {
+    Dense values = random.dense(6, cols);
+    const double scales[] = {1, 0x1p120, 0x1p-120, 0, 0x1p-10, -3};
+    for (std::int64_t i = 0; i < 6 * cols; ++i) values.values[i] *= scales[i / cols];
+    const Stored a(values, Format::f32);
+    for (const Format format : kFloatFormats) {
+      Stored out = Stored::poisoned(6, cols, format);
+      backend().normalize_rows(a.view(), out.mutable_view());
+      Dense expected = a.values();
+      for (std::int64_t i = 0; i < 6; ++i) {
+        double largest = 0;
+        for (std::int64_t j = 0; j < cols; ++j) largest = std::max(largest, std::fabs(expected(i, j)));
+        const int exponent = largest > 0 ? std::ilogb(largest) : 0;
+        for (std::int64_t j = 0; j < cols; ++j) expected(i, j) = std::ldexp(expected(i, j), -exponent);
+      }
+      EXPECT_EQ(out.values().values, Stored(expected, format).values().values);
+      EXPECT_TRUE(out.padding_intact());
+    }
+  }
+}
+
 TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
   for (std::int64_t cols = 1; cols <= 70; ++cols) {
     for (std::int64_t at = 0; at < cols; ++at) {

@@ -116,6 +116,23 @@ TEST_P(SvdTest, EveryClassInHalfPrecision) {
   }
 }
 
+// Rows of a projection are as long as their singular values, which f16 alone could not tell from zero; elements near
+// 65504, near its least normal number, and below that.
+TEST_P(SvdTest, WeightsInF16FromEndToEnd) {
+  Random random(12);
+  const auto law = [](double exponent) { return [=](std::int64_t i) { return std::pow(i + 1.0, -exponent); }; };
+  const auto steep = [](std::int64_t i) { return std::pow(10.0, -static_cast<double>(i) / 3); };
+  for (const auto& [name, values] : {std::pair{"law 0.2", with_spectrum(random, 60, 90, law(0.2))},
+                                     {"law 1", with_spectrum(random, 90, 60, law(1.0))},
+                                     {"steep", with_spectrum(random, 60, 90, steep)}}) {
+    double largest = 0;
+    for (const double value : values.values) largest = std::max(largest, std::fabs(value));
+    for (const double target : {65000.0, 1.0, 1e-2, 0x1p-13, 0x1p-18}) {
+      check({name, true, (target / largest) * values}, 6, Format::f16, {4, 10});
+    }
+  }
+}
+
 TEST_P(SvdTest, FullRank) {
   for (const WeightClass& weight_class : weight_classes(24, 31)) check(weight_class, 24, Format::f32, {2, 8});
 }

@@ -97,6 +97,10 @@ class GuardedBackend {
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) {
     inside([&] { cpu_.scale_rows(a, s, divisor, out, op); });
   }
+  void normalize_rows(const Matrix& a, const MutableMatrix& out) {
+    inside([&] { cpu_.normalize_rows(a, out); });
+  }
+  bool multiplies_in(Format format) const { return cpu_.multiplies_in(format); }
   void max_abs(std::span<const Matrix> matrices, float* largest) {
     inside([&] { cpu_.max_abs(matrices, largest); });
   }

@@ -146,6 +146,10 @@ class TransferringBackend {
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
     call([&](Staging& at) { cuda_.scale_rows(at(a), at(s), divisor, at(out), op); });
   }
+  void normalize_rows(const Matrix& a, const MutableMatrix& out) const {
+    call([&](Staging& at) { cuda_.normalize_rows(at(a), at(out)); });
+  }
+  bool multiplies_in(Format format) const { return cuda_.multiplies_in(format); }
   void max_abs(std::span<const Matrix> matrices, float* largest) const {
     call([&](Staging& at) {
       std::vector<Matrix> on_device;
