@@ -151,14 +151,20 @@ TEST_P(GemmQuantizedTest, WhatIsNotFiniteStaysInTheScaleOfItsBlock) {
           EXPECT_TRUE(result.padding_intact());
           const std::int64_t block = at / blocksize;
           for (std::size_t i = 0; i < result.scales.size(); ++i) {
-            if (static_cast<std::int64_t>(i) != block) ASSERT_EQ(result.scales[i], good.scales[i]) << i;
-            else if (std::isnan(bad)) ASSERT_TRUE(std::isnan(result.scales[i]));
-            else ASSERT_EQ(result.scales[i], infinity);
+            if (static_cast<std::int64_t>(i) != block) {
+              ASSERT_EQ(result.scales[i], good.scales[i]) << i;
+            } else if (std::isnan(bad)) {
+              ASSERT_TRUE(std::isnan(result.scales[i]));
+            } else {
+              ASSERT_EQ(result.scales[i], infinity);
+            }
           }
           const auto byte = [&, format = format](std::int64_t element) { return code_bytes(format, element); };
           const std::int64_t end = std::min((block + 1) * blocksize, kRows * kCols);
           for (std::int64_t i = 0; i < byte(kRows * kCols); ++i) {
-            if (i < byte(block * blocksize) || i >= byte(end)) ASSERT_EQ(result.codes[i], good.codes[i]) << i;
+            if (i < byte(block * blocksize) || i >= byte(end)) {
+              ASSERT_EQ(result.codes[i], good.codes[i]) << i;
+            }
           }
         }
       }

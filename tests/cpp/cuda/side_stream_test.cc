@@ -1,0 +1,80 @@
+// Work beside the context's stream: that it waits for what it needs, and is waited for.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <future>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "pissa/cuda/backend.h"
+#include "pissa/cuda/context.h"
+#include "pissa/cuda/products.h"
+#include "support/device_layer.h"
+#include "support/matrices.h"
+#include "support/reference.h"
+#include "support/transferring_backend.h"
+
+namespace pissa::test {
+namespace {
+
+// Decoding is queued where nothing waits for it but the product.
+TEST(CudaSideStream, AWeightIsDecodedBesideWhatIsQueuedNext) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(9);
+  const StoredNf4 host(random, 40, 64, 64, true);
+  Stored values = Stored::poisoned(40, 64, Format::bf16);
+  {
+    Staging at(context);
+    cuda::CudaBackend cuda(context);
+    const cuda::Weight ahead = cuda.decode_ahead(at(host.view()), Precision::bf16, 17);
+    cudaStreamSynchronize(context.stream);
+    EXPECT_EQ(cudaStreamQuery(context.side().stream), cudaErrorNotReady);
+    ahead.wait();
+    cuda.copy(ahead.view(), at(values.mutable_view()));
+    at.finish();
+  }
+  EXPECT_EQ(values.values().values, Stored(host.values(), Format::bf16).values().values);
+}
+
+// Though the side stream runs as early as it may: behind the weight's upload, behind the product that read its memory.
+TEST(CudaSideStream, DecodingWaitsForWhatItNeeds) {
+  const cuda::Context& context = cuda::standalone_context();
+  Random random(10);
+  for (const Op op : {Op::t, Op::n}) {
+    const StoredNf4 host(random, 320, 320, 64, false);
+    const Stored x(random.dense(20, 320), Format::bf16);
+    Stored y = Stored::poisoned(20, 320, Format::f32);
+    Staging at(context);
+    const cuda::Weight weight = at(host.view());
+    constexpr std::int64_t kChunk = 64 * 320 * 2;  // five of them
+    cuda::weight_product(context, at(x.view()), weight, op, 1.0f, Precision::bf16, {}, {}, at(y.mutable_view()),
+                         kChunk);
+    cudaStreamSynchronize(context.side().stream);
+    at.finish();
+    const Dense w = oriented(Stored(host.values(), Format::bf16).values(), op);
+    expect_close(y, {x.values() * w, absolute(x.values()) * absolute(w)}, 321);
+  }
+}
+
+TEST(CudaSideStream, EveryThreadHasItsOwn) {
+  const auto streams = [] {
+    DeviceLayer layer(20, 40, 64, 3);
+    for (int i = 0; i < 3; ++i) layer.forward(), layer.backward();
+    return std::pair{cuda::standalone_context().side().stream, layer.take_results()};
+  };
+  const auto expected = streams();
+  std::vector<std::future<decltype(streams())>> others;
+  for (int i = 0; i < 4; ++i) others.push_back(std::async(std::launch::async, streams));
+  std::set<cudaStream_t> different{expected.first};
+  for (auto& other : others) {
+    const auto [stream, results] = other.get();
+    different.insert(stream);
+    EXPECT_TRUE(results == expected.second);
+  }
+  EXPECT_EQ(different.size(), 5u);
+}
+
+}  // namespace
+}  // namespace pissa::test
