@@ -48,23 +48,25 @@ def nf4_rows(size: int, device: str) -> Iterator[Row]:
     name = f"{shape[0]} x {shape[1]}"
     yield Row(f"dequantise, {name}", "a copy of as many bytes", partial(_dequantise_bytes, shape, device), 0.85)
     yield Row(f"dequantise, {name}", "bitsandbytes", partial(_dequantise, shape, device))
-    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", partial(_quantise, shape, device), 4.0)
+    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", partial(_quantise, shape, device), 1.0)
     yield Row(f"quantise, {name}, the kernel", "a copy of as many bytes", partial(_quantise_bytes, shape, device), 0.7)
 
 
 def decode_rows(size: int, device: str) -> Iterator[Row]:
-    for tokens in (1, 4, 16):
+    """Of 4096 x 4096 the base is 8.65 MB and the four float32 factors are 4.19: for a few tokens, bound by reading
+    them, no adapted layer is faster than 0.67 of its bare base."""
+    for tokens, peft_goal, base_goal in ((1, 1.2, 0.6), (4, 1.2, 0.6), (16, 2.0, 1.2)):
         yield Row(
             f"decoding, nf4, r = {R}, M = {tokens}",
             "PEFT + bitsandbytes, bfloat16 adapters",
             partial(_decode, True, size, tokens, device),
-            2.0,
+            peft_goal,
         )
         yield Row(
             f"decoding, nf4, r = {R}, M = {tokens}",
             "bitsandbytes, the base without an adapter",
             partial(_decode, False, size, tokens, device),
-            1.3,
+            base_goal,
         )
 
 
