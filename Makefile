@@ -20,13 +20,13 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-peft test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-torch-headers test-cpp test-cuda-build test-peft test-python
+test: test-torch-headers test-cpp test-cuda-build test-gpu-rehearsal test-peft test-python
 
 # ---- What must be there already ----
 
@@ -137,6 +137,10 @@ versions: $(BUILD)/venv-test.stamp
 test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_isolation.sh $(abspath $(CUDA_PYTHON))
 	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
+
+# bench/gpu.sh, with the simulated GPU in the place of one.
+test-gpu-rehearsal: $(BUILD)/venv-test.stamp build/googletest.stamp
+	GOOGLETEST_DIR=$(abspath build/googletest) sh tests/gpu_rehearsal.sh $(BUILD)/rehearsal $(abspath $(TEST_PYTHON)) $(abspath $(BUILD_PYTHON))
 
 # PEFT's own tests, of the version that is installed, over our classes: tests/peft_suite says how. They come with its source
 # package; parameterized is what some of them need beside our own test dependencies.

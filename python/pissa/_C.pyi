@@ -10,5 +10,5 @@ def formats() -> dict[str, dict[str, Any]]:
     whether scales can be quantised too (nested)."""
 
 def limits() -> dict[str, int]:
-    """Scales that are quantised together (nested_blocksize), and reads of a weight in a step of the SVD
-    (passes_per_step)."""
+    """Rows of x up to which factors are not summed (few_tokens), scales that are quantised together
+    (nested_blocksize), and reads of a weight in a step of the SVD (passes_per_step)."""
