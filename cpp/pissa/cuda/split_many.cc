@@ -25,14 +25,15 @@ Kind kind_of(const SplitTask& task, float largest) {
 }
 
 // What one weight's decomposition needs, at most: in f32 basis and projection, a block of each, the factors and one of
-// them once more; in f64 the Gram matrix and a slab of what it is of.
+// them once more; in f64 the Gram matrix, and beside it a slab of what it is of, or what its eigenproblem needs.
 std::int64_t workspace_bytes(const SplitTask& task, const SvdOptions& options) {
   const std::int64_t r = task.a0.rows;
   const std::int64_t steps = options.method == SvdMethod::krylov ? passes_for(r, options) / 2 : 1;
   const std::int64_t block = block_size(r, steps);
   const std::int64_t basis = block * steps;
   const std::int64_t sides = task.w.rows + task.w.cols;
-  return 4 * (basis + block + 2 * r) * sides + 8 * basis * (basis + 1024);
+  const std::int64_t beside = std::max<std::int64_t>(basis * 1024, basis * (5 * r + 40) + r * r);
+  return 4 * (basis + block + 2 * r) * sides + 8 * (basis * basis + beside);
 }
 
 // A weight in its stack.
