@@ -115,9 +115,14 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n 
 # Ours: a file stays in one process, which makes its models once.
 OUR_PYTEST := $(PYTEST) --dist loadfile
 
+# What takes --device, and the tests of a GPU, on its stand-in: tests/python/support/unrun.py lists those that need a real one.
+ON_CUDA := $(addprefix ops/test_,gpu.py ops_linear.py ops_nf4.py ops_int8.py ops_svd.py) layers/test_layer.py \
+  layers/test_kinds.py model/test_model.py base/test_bitsandbytes.py
+
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST)
+	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA:%=tests/python/%)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes.
 QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \

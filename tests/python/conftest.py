@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
@@ -13,10 +13,13 @@ import pytest
 import torch
 
 import devices
+import unrun
+
+HELP = f"where the tests of ops, layers and models compute: cpu, cuda, or {devices.STAND_IN}, which needs no GPU"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the tests of ops, layers and models compute: cpu, cuda")
+    parser.addoption("--device", default="cpu", help=HELP)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,11 +37,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning:{modules}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == devices.STAND_IN:
+        unrun.mark(items)
     if not devices.on_cpu():
         for item in items:
             if item.get_closest_marker("cpu_only"):
                 item.add_marker(pytest.mark.skip(reason="about the CPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Each test, its fixtures included, inside the stand-in if it is asked for."""
+    if item.config.getoption("--device") != devices.STAND_IN:
+        return (yield)
+    from cuda_stand_in import CudaStandIn  # imports pissa, which not every use of this file needs
+
+    with CudaStandIn():
+        return (yield)
 
 
 def changes_of_the_tree() -> set[str]:

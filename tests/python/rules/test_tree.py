@@ -52,7 +52,7 @@ def test_last():
 def test_tests_that_leave_files_in_the_tree_are_an_error(checkout: bool, tmp_path: Path) -> None:
     folder = tmp_path / "tests" / "python"
     (folder / "support").mkdir(parents=True)
-    for name in ("conftest.py", "support/devices.py"):
+    for name in ("conftest.py", "support/devices.py", "support/unrun.py"):
         shutil.copy(ROOT / "tests/python" / name, folder / name)
     (folder / "test_it.py").write_text(LEAVES)
     for name in ("there before", "changed"):

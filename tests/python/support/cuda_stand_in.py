@@ -9,8 +9,8 @@ Inside the block code that asks for a device takes the way that it takes on a GP
 is written down: `reads` by the host, each of which waits for the GPU, and `sends` to the GPU. A tensor is on the GPU if
 its memory is. The memory is the CPU's, so that types, autograd, views and the pissa ops are the real ones; to a
 function mode all questions about devices come, and all requests to move, and to a dispatch mode every op, those below
-autograd too. What an op computes from tensors of the GPU is there. As on a GPU, mixing the devices is an error, and so
-is `numpy()`.
+autograd too. What an op computes from tensors of the GPU is there. As on a GPU, mixing the devices is an error, so is
+`numpy()`, and so is a generator of the CPU. torch.save writes the device of a tensor, and torch.load follows it.
 
 What is not seen: waits inside a compiled op; `tensor.device` asked for inside an op that is written in Python, where
 torch suspends function modes; a gradient that goes back to a leaf on the CPU says that it is on the GPU.
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -46,6 +47,34 @@ _STORAGES: dict[int, StorageWeakRef] = {}
 being given to another one, but does not keep the memory."""
 
 
+def _tag(storage: Any) -> str | None:
+    """What torch.save writes of memory that is the GPU's."""
+    return str(DEVICE) if storage._cdata in _STORAGES else None
+
+
+def _restored(storage: Any, location: str) -> Any:
+    """What torch.load makes of memory that was written so, or is asked for there."""
+    if not location.startswith("cuda"):
+        return None
+    _STORAGES[storage._cdata] = StorageWeakRef(storage)
+    return storage
+
+
+_PACKAGE = (0, _tag, _restored)
+"""For torch.serialization, before the one for the CPU."""
+
+
+def _for_both(setting: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """A setting of autocast for the GPU, which is the CPU's too, as that computes."""
+
+    def set_for_both(device: str, value: Any) -> None:
+        setting(device, value)
+        if device == DEVICE.type:
+            setting(_CPU.type, value)
+
+    return set_for_both
+
+
 class Transfer(NamedTuple):
     """Data that has crossed between host and GPU."""
 
@@ -64,6 +93,9 @@ class CudaStandIn:
     def __init__(self) -> None:
         self.reads: list[Transfer] = []
         self.sends: list[Transfer] = []
+        self.compiled: Any = None
+        """For the modes: the compiled function that runs on tensors of the GPU, if one does. What it makes, it makes
+        where they are: as attention its causal mask."""
         self._active = contextlib.ExitStack()
 
     def __enter__(self) -> CudaStandIn:
@@ -71,6 +103,12 @@ class CudaStandIn:
             del _STORAGES[address]
         patch = self._active.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(_load, "cuda_problem", None)
+        registry = [_PACKAGE, *torch.serialization._package_registry]
+        patch.setattr(torch.serialization, "_package_registry", registry)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        for name in ("set_autocast_enabled", "set_autocast_dtype"):
+            patch.setattr(torch, name, _for_both(getattr(torch, name)))
         self._active.enter_context(_Ops(self))
         self._active.enter_context(_Functions(self))
         return self
@@ -82,7 +120,7 @@ class CudaStandIn:
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the GPU."""
-        return _address(tensor) in _STORAGES
+        return tensor.layout == torch.strided and _address(tensor) in _STORAGES
 
     def put(self, value: Any) -> Any:
         """A tensor or a module of the CPU on the GPU, which is not counted."""
@@ -114,13 +152,15 @@ class CudaStandIn:
     # -- for the modes
 
     def adopt(self, tensor: Tensor) -> Tensor:
-        """The tensor, whose memory is the GPU's from now on."""
-        _STORAGES[_address(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        """The tensor, whose memory is the GPU's from now on. A sparse one has none, and stays on the CPU."""
+        if tensor.layout == torch.strided:
+            _STORAGES[_address(tensor)] = StorageWeakRef(tensor.untyped_storage())
         return tensor
 
     def arrived(self, tensor: Tensor) -> Tensor:
         """The tensor, whose memory is the CPU's from now on."""
-        _STORAGES.pop(_address(tensor), None)
+        if tensor.layout == torch.strided:
+            _STORAGES.pop(_address(tensor), None)
         return tensor
 
     def read(self, what: str, bytes: int, waits: bool = True) -> None:
@@ -166,6 +206,7 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # as of any memory of the CPU, here too
         name = getattr(func, "__name__", str(func))
         tensor = args[0] if args and isinstance(args[0], Tensor) else None
         if tensor is not None and name == "__get__":
@@ -176,12 +217,21 @@ class _Functions(TorchFunctionMode):
             with self:
                 return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         if tensor is not None and self.gpu.has(tensor):
+            if func is Tensor.__deepcopy__:  # copies the memory of a tensor, not by an op
+                return self.gpu.adopt(func(*args, **kwargs))
             if func in (Tensor.numpy, Tensor.__array__):
                 raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first")
             if func is Tensor.get_device:
                 return DEVICE.index
             if func is Tensor.tolist:
                 self.gpu.read("tolist", _bytes(tensor))
+        if isinstance(func, _COMPILED) and self.gpu.compiled is None:
+            there = any(isinstance(value, Tensor) and self.gpu.has(value) for value in tree_leaves((args, kwargs)))
+            self.gpu.compiled = func if there else None
+            try:
+                return self._made(func, name, args, kwargs)
+            finally:
+                self.gpu.compiled = None
         return self._made(func, name, args, kwargs)
 
     def _attribute(self, func: Any, tensor: Tensor) -> Any:
@@ -195,9 +245,11 @@ class _Functions(TorchFunctionMode):
     def _made(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function computes that is told where."""
         device = kwargs.get("device")
-        if device is None or torch.device(device).type == "meta":
+        if device is None or torch.device(device).type not in (_CPU.type, DEVICE.type):
             return func(*args, **kwargs)
         device = torch.device(device)
+        if device.type != "cpu":
+            _check_generators(kwargs)
         found = func(*args, **kwargs | {"device": _CPU})
         if device.type == "cpu" or not isinstance(found, Tensor):
             return self.gpu.arrived(found) if isinstance(found, Tensor) else found
@@ -232,10 +284,24 @@ class _Functions(TorchFunctionMode):
         return self.gpu.adopt(tensor.to(dtype=dtype, copy=True))
 
 
+_COMPILED = (types.BuiltinFunctionType, types.MethodDescriptorType)
 _MOVES = ("to", "cpu", "cuda", "type_as")
 
 
+def _check_generators(arguments: Any) -> None:
+    """All that there are without a GPU are the CPU's."""
+    if any(isinstance(value, torch.Generator) for value in tree_leaves(arguments)):
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({_caller()})")
+
+
 # ---- Ops -------------------------------------------------------------------------------------------------------------
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an op writes to."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    writes = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [given[name] for name in writes if name in given]
 
 
 class _Ops(TorchDispatchMode):
@@ -252,18 +318,24 @@ class _Ops(TorchDispatchMode):
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         there = [tensor for tensor in tensors if self.gpu.has(tensor)]
         if not there:
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            made = self.gpu.compiled is not None and not tensors and isinstance(found, Tensor)
+            return self.gpu.adopt(found) if made else found
         self._cross(func, args, kwargs, tensors)
         found = func(*args, **kwargs)
-        here = {_address(tensor) for tensor in tensors if not self.gpu.has(tensor)}
+        here = {_address(t) for t in tensors if t.layout == torch.strided and not self.gpu.has(t)}
         for result in tree_leaves(found):
-            if isinstance(result, Tensor) and _address(result) not in here:
+            if isinstance(result, Tensor) and result.layout == torch.strided and _address(result) not in here:
                 self.gpu.adopt(result)
         return found
 
     def _cross(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
-        """Writes down what the op takes from one device to the other."""
-        here = [tensor for tensor in tensors if not self.gpu.has(tensor) and tensor.dim() > 0]
+        """Writes down what the op takes from one device to the other. Refuses what torch does not take there."""
+        here = [tensor for tensor in tensors if not self.gpu.has(tensor)]
+        if func.namespace == "aten":  # whose kernels read a number of the CPU, but write none
+            written = [id(tensor) for tensor in tree_leaves(_written(func, args, kwargs))]
+            here = [tensor for tensor in here if tensor.dim() > 0 or id(tensor) in written]
+        _check_generators((args, kwargs))
         if func is _ATEN.copy_.default:
             to, source = args[:2]
             if self.gpu.has(to) != self.gpu.has(source):

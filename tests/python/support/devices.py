@@ -1,4 +1,5 @@
-"""Where the tests of the ops and of models compute: `pytest --device cuda`; on the CPU unless asked.
+"""Where the tests of the ops and of models compute: `pytest --device cuda`; on the CPU unless asked; with
+`--device cuda-stand-in` on the stand-in of cuda_stand_in.py, which needs no GPU.
 
 Tests make their tensors on the CPU, so that they are the same ones everywhere, `put` them on the device, and `fetch`
 what comes back to compare it with float64 on the CPU.
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+STAND_IN = "cuda-stand-in"
+"""For `select`: tensors that say they are on cuda:0 and compute on the CPU."""
+
 current = torch.device("cpu")  # conftest.py sets it before test modules are imported
 
 
@@ -21,6 +25,9 @@ def on_cpu() -> bool:
 def select(name: str) -> None:
     """Chooses the device, or says at once why it cannot be."""
     global current
+    if name == STAND_IN:
+        current = torch.device("cuda:0")
+        return
     device = torch.device(name)
     if device.type == "cuda":
         from pissa.ops import _load
@@ -34,7 +41,7 @@ def select(name: str) -> None:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif device.type != "cpu":
-        raise RuntimeError(f"--device {name}: allowed are cpu and cuda")
+        raise RuntimeError(f"--device {name}: allowed are cpu, cuda and {STAND_IN}")
     current = device
 
 

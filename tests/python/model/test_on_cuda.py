@@ -1,0 +1,280 @@
+"""What an adapter does on a GPU has the bits that it has on the CPU, where the kernels are the same: on the stand-in.
+
+So a tensor that is made on the wrong device, or is left there, is an error here and not on somebody's GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import pissa
+from cuda_stand_in import CudaStandIn
+from language_models import EVERY_FORM, Make, logits
+from pissa import PissaConfig, PissaModel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of kernels that it could download
+    import bitsandbytes as bnb
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
+forms = pytest.mark.parametrize("form", EVERY_FORM)
+
+Put = Callable[[Any], Any]
+"""What moves a tensor or a module to the device."""
+
+
+@contextmanager
+def device(name: str) -> Iterator[Put]:
+    if name == "cpu":
+        yield lambda value: value
+        return
+    with CudaStandIn() as gpu:
+        yield gpu.put
+
+
+def assert_same_bits(life: Callable[[str, Put], dict[str, Tensor]]) -> None:
+    """Of what `life` finds, given a device and what moves to it. Whatever it finds has to be there."""
+    found = {}
+    for name in ("cpu", "cuda"):
+        with device(name) as put:
+            tensors = life(name, put)
+            assert {key: tensor.device.type for key, tensor in tensors.items()} == dict.fromkeys(tensors, name)
+            found[name] = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    for key, here in found["cpu"].items():
+        assert torch.equal(found["cuda"][key], here), key
+
+
+def adapted(model: nn.Module, form: str, **fields: Any) -> PissaModel:
+    return pissa.wrap(model, r=4, task_type="CAUSAL_LM", **EVERY_FORM[form], **fields)
+
+
+def train(model: nn.Module, tokens: Tensor, steps: int = 2) -> Tensor:
+    """The losses. A GPU's AdamW is the one over lists of tensors, so the CPU's is here too."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, foreach=True)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert all(parameter.grad.device == parameter.device for parameter in parameters)
+    return torch.stack(losses).detach()
+
+
+def state(model: nn.Module, begin: str) -> dict[str, Tensor]:
+    """All that it holds."""
+    return {f"{begin} {name}": value.clone() for name, value in model.state_dict().items()}
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training(form: str, dtype: torch.dtype, tiny_llama: Make, tokens: Tensor) -> None:
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = adapted(put(tiny_llama(dtype=dtype)), form), put(tokens)
+        found = {"start": logits(model, ids), "losses": train(model, ids), "trained": logits(model, ids)}
+        with model.disable_adapter():
+            found["base"] = logits(model, ids)
+        return found | state(model, "trained")
+
+    assert_same_bits(life)
+
+
+@forms
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_and_autocast(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = adapted(put(tiny_llama()), form).train(), put(tokens)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": name == "cuda"})
+        model.enable_input_require_grads()
+        found = {"losses": train(model, ids)}
+        with torch.autocast(name, torch.bfloat16):
+            found["autocast losses"] = train(model, ids)
+            found["autocast"] = logits(model, ids)
+        return found | state(model, "trained")
+
+    assert_same_bits(life)
+
+
+@forms
+def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    """One beside the other, and a frozen reference as TRL's DPO makes it."""
+
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = adapted(put(tiny_llama()), form), put(tokens)
+        train(model, ids)
+        model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        model.set_adapter("second")
+        found = {"losses": train(model, ids), "second": logits(model, ids)}
+        model.set_adapter("default")
+        model.add_adapter("ref", model.peft_config["default"])
+        parameters = dict(model.named_parameters())
+        for key, parameter in parameters.items():
+            if ".default." in key:
+                parameters[key.replace(".default.", ".ref.")].data.copy_(parameter.data)
+        train(model, ids)
+        found["policy"] = logits(model, ids)
+        model.set_adapter("ref")
+        found["reference"] = logits(model, ids)
+        model.add_weighted_adapter(["default", "ref"], [0.5, 0.5], "both", combination_type="svd", svd_rank=4)
+        model.set_adapter("both")
+        return found | {"both": logits(model, ids)}
+
+    assert_same_bits(life)
+
+
+@forms
+def test_merging(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = adapted(put(tiny_llama()), form), put(tokens)
+        train(model, ids)
+        model.merge_adapter()
+        found = {"merged": logits(model, ids)}
+        model.unmerge_adapter()
+        found["unmerged"] = logits(model, ids)
+        return found | state(model.merge_and_unload(), "unloaded")
+
+    assert_same_bits(life)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"use_dora": True},
+    {"use_adalora": True},
+    {"use_adalora": True, "quant": "nf4"},
+    {"init": "pissa_minor"},
+    {"init": "lora"},
+    {"init": "loftq", "quant": "nf4"},
+    {"svd": "exact"},
+    {"modules_to_save": ["lm_head"]},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    {"lora_dropout": 0.5},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
+def test_variants(fields: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = pissa.wrap(put(tiny_llama()), r=4, task_type="CAUSAL_LM", **fields), put(tokens)
+        torch.manual_seed(0)  # for dropout
+        found = {"losses": train(model.train(), ids), "trained": logits(model.eval(), ids)}
+        model.save_pretrained(tmp_path / name)
+        again = PissaModel.from_pretrained(put(tiny_llama()), tmp_path / name)
+        assert torch.equal(logits(again, ids), found["trained"])
+        return found | state(model.merge_and_unload(), "unloaded")
+
+    assert_same_bits(life)
+
+
+@forms
+def test_folders_cross_devices(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """Each writes the fingerprints that it computes best, and reads those of the other."""
+    expected = {}
+    for written in ("cpu", "cuda"):
+        with device(written) as put:
+            model, ids = adapted(put(tiny_llama()), form), put(tokens)
+            train(model, ids)
+            model.save_pretrained(tmp_path / written)
+            expected[written] = logits(model, ids).cpu()
+            train(model, ids)
+            expected[f"{written} later"] = logits(model, ids).cpu()
+    assert torch.equal(expected["cpu"], expected["cuda"])
+    for written in ("cpu", "cuda"):
+        for read in ("cpu", "cuda"):
+            with device(read) as put:
+                base, ids = put(tiny_llama()), put(tokens)
+                again = PissaModel.from_pretrained(base, tmp_path / written, is_trainable=True)
+                assert {tensor.device.type for tensor in (*again.parameters(), *again.buffers())} == {read}
+                assert torch.equal(logits(again, ids).cpu(), expected[written])
+                again.load_adapter(tmp_path / written, "second")
+                again.set_adapter("second")
+                assert torch.equal(logits(again, ids).cpu(), expected[written])
+                again.load_adapter(tmp_path / "cpu", "third", torch_device=read)
+
+
+@pytest.mark.parametrize("form", ["explicit", "nf4", "int8"])
+def test_a_residual_in_the_folder(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """An output layer that is asked for, and is stored, is written whole."""
+
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = adapted(put(tiny_llama()), form, target_modules=["lm_head", "q_proj"]), put(tokens)
+        train(model, ids)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+        again = PissaModel.from_pretrained(put(tiny_llama()), tmp_path / name)
+        return {"saved": logits(model, ids), "again": logits(again, ids)}
+
+    assert_same_bits(life)
+
+
+@forms
+def test_the_plain_lora_of_what_a_gpu_saves(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        model, ids = adapted(put(tiny_llama()), form), put(tokens)
+        train(model, ids)
+        model.save_pretrained(tmp_path / name)
+        pissa.convert(tmp_path / name, tmp_path / f"{name}-lora", rank=4)
+        lora = peft.PeftModel.from_pretrained(put(tiny_llama()), tmp_path / f"{name}-lora", torch_device=name)
+        return {"lora": logits(lora, ids)}
+
+    assert_same_bits(life)
+
+
+def test_pefts_pissa_is_converted_with_a_base_that_is_there(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")
+    model = peft.get_peft_model(tiny_llama(), config)
+    train(model, tokens)
+    model.save_pretrained(tmp_path / "peft")
+
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        pissa.convert(tmp_path / "peft", tmp_path / name, base=put(tiny_llama()))
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        return {key: put(tensor) for key, tensor in tensors.items()}
+
+    assert_same_bits(life)
+
+
+@forms
+def test_a_state_dict_moves(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    here = adapted(tiny_llama(), form)
+    train(here, tokens)
+    expected = logits(here, tokens)
+    with CudaStandIn() as gpu:
+        there, ids = adapted(gpu.put(tiny_llama(seed=5)), form), gpu.put(tokens)
+        there.load_state_dict(here.state_dict())
+        assert torch.equal(gpu.fetch(logits(there, ids)), expected)
+        torch.save(there.state_dict(), tmp_path / "state.pt")
+        moved = there.to("cpu")
+        assert not any(tensor.is_cuda for tensor in (*moved.parameters(), *moved.buffers()))
+        assert torch.equal(logits(moved, tokens), expected)
+        back = adapted(tiny_llama(seed=6), form)
+        back.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu"))
+        assert torch.equal(logits(back, tokens), expected)
+        assert torch.equal(gpu.fetch(logits(here.to("cuda"), ids)), expected)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_of_bitsandbytes(nested: bool) -> None:
+    """In 4 bits they are taken as they are."""
+
+    def life(name: str, put: Put) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        layer = bnb.nn.Linear4bit(128, 64, compress_statistics=nested, quant_type="nf4")
+        model = pissa.wrap(nn.Sequential(layer.to("cuda" if name == "cuda" else "cpu")), r=4)
+        x = put(torch.randn(7, 128))
+        y = model(x)
+        y.square().sum().backward()
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+        return {"y": y.detach(), **gradients}
+
+    assert_same_bits(life)
