@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <deque>
-#include <memory>
+#include <mutex>
 #include <utility>
+#include <vector>
 
 namespace pissa::cuda {
 namespace {
@@ -28,14 +29,42 @@ class StreamOrderedAllocator final : public Allocator {
   void free(void* data, cudaStream_t stream) const noexcept override { cudaFreeAsync(data, stream); }
 };
 
-// Handles are kept until the process ends: destroying them then, after the driver, would crash. One stays where it is
-// when those of more devices follow.
-template <class Handle>
-Handle& handle_of_thread(int device) {
-  thread_local std::deque<Handle>& handles = *new std::deque<Handle>;
-  if (handles.size() <= static_cast<std::size_t>(device)) handles.resize(static_cast<std::size_t>(device) + 1);
-  return handles[static_cast<std::size_t>(device)];
-}
+// What a thread keeps, one for each device, from its first use on; it stays where it is when those of more devices
+// follow. It is never destroyed, for at the end of the process the driver may be gone before; that of a thread that has
+// ended serves the next new one.
+template <class Kept>
+class OfThread {
+ public:
+  static Kept& at(int device) {
+    thread_local const OfThread mine;
+    std::deque<Kept>& kept = *mine.kept_;
+    if (kept.size() <= static_cast<std::size_t>(device)) kept.resize(static_cast<std::size_t>(device) + 1);
+    return kept[static_cast<std::size_t>(device)];
+  }
+
+ private:
+  struct Free {
+    std::mutex mutex;
+    std::vector<std::deque<Kept>*> kept;
+  };
+  static Free& free() {
+    static Free& free = *new Free;
+    return free;
+  }
+
+  OfThread() {
+    const std::lock_guard lock(free().mutex);
+    if (free().kept.empty()) free().kept.push_back(new std::deque<Kept>);
+    kept_ = free().kept.back();
+    free().kept.pop_back();
+  }
+  ~OfThread() {
+    const std::lock_guard lock(free().mutex);
+    free().kept.push_back(kept_);
+  }
+
+  std::deque<Kept>* kept_;
+};
 
 }  // namespace
 
@@ -45,14 +74,14 @@ const Allocator& stream_ordered_allocator() {
 }
 
 cusolverDnHandle_t Context::solver() const {
-  cusolverDnHandle_t& handle = handle_of_thread<cusolverDnHandle_t>(device);
+  cusolverDnHandle_t& handle = OfThread<cusolverDnHandle_t>::at(device);
   if (!handle) check(cusolverDnCreate(&handle), *this, "cusolverDnCreate");
   check(cusolverDnSetStream(handle, stream), *this, "cusolverDnSetStream");
   return handle;
 }
 
 Context::Side Context::side() const {
-  Side& kept = handle_of_thread<Side>(device);
+  Side& kept = OfThread<Side>::at(device);
   if (!kept.event)
     check(cudaEventCreateWithFlags(&kept.event, cudaEventDisableTiming), *this, "cudaEventCreateWithFlags");
   if (!kept.stream) {
@@ -66,7 +95,7 @@ const Context& standalone_context() {
   Context context;
   check(cudaGetDevice(&device), context, "cudaGetDevice");
   check_supported(device);
-  Context& kept = handle_of_thread<Context>(device);
+  Context& kept = OfThread<Context>::at(device);
   if (kept.stream) return kept;
   context.device = device;
   context.allocator = &stream_ordered_allocator();
@@ -99,7 +128,7 @@ void check_supported(int device) {
 // By way of memory that stays: if a call fails, its copy may still be on the stream when the caller's variable is gone.
 void read_back(const Context& context, const void* device, void* host, std::int64_t bytes) {
   constexpr std::int64_t kPiece = 4096;
-  thread_local std::array<char, kPiece>& piece = *new std::array<char, kPiece>;
+  std::array<char, kPiece>& piece = OfThread<std::array<char, kPiece>>::at(context.device);
   for (std::int64_t done = 0; done < bytes; done += kPiece) {
     const std::size_t size = static_cast<std::size_t>(std::min(kPiece, bytes - done));
     check(cudaMemcpyAsync(piece.data(), static_cast<const char*>(device) + done, size, cudaMemcpyDeviceToHost,

@@ -51,7 +51,8 @@ struct Context {
   Side side() const;
 };
 
-/// A context on the current device for programs without torch: its own stream and handle, kept until the thread ends.
+/// A context on the current device for programs without torch: the calling thread's own stream and handle. When the
+/// thread has ended they serve the next new one.
 const Context& standalone_context();
 
 /// Throws std::runtime_error, naming the device and what the library was built for, unless it can run there.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <future>
+#include <latch>
 #include <set>
 #include <utility>
 #include <vector>
@@ -58,22 +59,37 @@ TEST(CudaSideStream, DecodingWaitsForWhatItNeeds) {
   }
 }
 
+cudaStream_t stream_of_thread() { return cuda::standalone_context().side().stream; }
+
 TEST(CudaSideStream, EveryThreadHasItsOwn) {
-  const auto streams = [] {
+  constexpr int kThreads = 4;
+  std::latch all_have_one(kThreads);
+  const auto run = [&](bool wait) {
+    const cudaStream_t stream = stream_of_thread();
+    if (wait) all_have_one.arrive_and_wait();
     DeviceLayer layer(20, 40, 64, 3);
     for (int i = 0; i < 3; ++i) layer.forward(), layer.backward();
-    return std::pair{cuda::standalone_context().side().stream, layer.take_results()};
+    EXPECT_EQ(stream_of_thread(), stream);
+    return std::pair{stream, layer.take_results()};
   };
-  const auto expected = streams();
-  std::vector<std::future<decltype(streams())>> others;
-  for (int i = 0; i < 4; ++i) others.push_back(std::async(std::launch::async, streams));
+  const auto expected = run(false);
+  std::vector<std::future<decltype(run(true))>> others;
+  for (int i = 0; i < kThreads; ++i) others.push_back(std::async(std::launch::async, run, true));
   std::set<cudaStream_t> different{expected.first};
   for (auto& other : others) {
     const auto [stream, results] = other.get();
     different.insert(stream);
     EXPECT_TRUE(results == expected.second);
   }
-  EXPECT_EQ(different.size(), 5u);
+  EXPECT_EQ(different.size(), 1u + kThreads);
+}
+
+// A program that starts a thread for each of its tasks makes no more streams than threads that live at once.
+TEST(CudaSideStream, AThreadTakesOverFromOneThatHasEnded) {
+  const auto in_a_thread = [] { return std::async(std::launch::async, stream_of_thread).get(); };
+  const cudaStream_t first = in_a_thread();
+  EXPECT_NE(first, stream_of_thread());
+  EXPECT_EQ(in_a_thread(), first);
 }
 
 }  // namespace
