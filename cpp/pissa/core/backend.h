@@ -59,7 +59,7 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // largest[i] = largest |element| of matrix i, of any format; not finite if any element is not.
   { backend.max_abs(matrices, largest) };
 
-  // `count` numbers in the backend's memory, once everything before has been computed.
+  // Copies `count` numbers out of the backend's memory, after everything before has been computed.
   { backend.read(scales, count) } -> std::same_as<std::vector<float>>;
 
   // out = addend + sum of at most kMostTerms terms, f32 accumulation, one rounding; the addend may be absent, and may
@@ -76,7 +76,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.quantize_absmax(scales, count, scales, codes, nested, offset) };
 
   // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any format. The tail is a
-  // sum of at most kMostTail thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy. bias: [1, out] or absent.
+  // sum of at most kMostTail thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy.
+  // bias: [1, out] or absent.
   { backend.weight_gemm_nt(matrix, matrix, scale, precision, terms, matrix, out) };
   { backend.weight_gemm_nn(matrix, matrix, scale, precision, terms, out) };
 
@@ -91,7 +92,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.orthonormalize(out, count, count, Rank::any) };
 
   // Rows [done, done + count) of `basis` are orthonormal, and orthogonal to rows [0, done), but for being rounded to
-  // half precision; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same combinations.
+  // half precision; makes them so in f32. The same rows of `companion`, which depend on them linearly, get the same
+  // combinations.
   { backend.reorthonormalize(out, out, count, count) };
 
   // Whether every assumption of full rank since the last call held. If not, what was computed since means nothing.

@@ -1,4 +1,4 @@
-// Work beside the context's stream: a second stream, that starts behind the first and is joined to it again.
+// Work beside the context's stream: a second stream, which starts behind the first and joins it again.
 #pragma once
 
 #include "pissa/cuda/context.h"
@@ -9,7 +9,7 @@ namespace pissa::cuda {
 /// work on it uses is taken and freed on the context's stream, and outlives this object: declare it first.
 class SideStream {
  public:
-  /// The context must outlive it. Several of a thread share the stream, and stand in its order.
+  /// The context must outlive it. Several objects of a thread share one stream: their work runs in its order.
   explicit SideStream(const Context& main);
   SideStream(const SideStream&) = delete;
   ~SideStream();  // joins

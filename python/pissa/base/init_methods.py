@@ -223,11 +223,11 @@ def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[T
         names=[f"layer {name}: weight" for name in names],
         **form.options(),
     )
-    return [
-        weight.float() - ops.dequantize(code)
-        for weight, code in zip(weights, quantised, strict=True)
-        if isinstance(code, ops.QuantizedWeight)
-    ]
+    lost = []
+    for weight, code in zip(weights, quantised, strict=True):
+        assert isinstance(code, ops.QuantizedWeight)  # LoftQ is refused without `quant`
+        lost.append(weight.float() - ops.dequantize(code))
+    return lost
 
 
 def _unit(a0: Tensor, b0: Tensor) -> Factors:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pissa
 from devices import put
 from language_models import EVERY_FORM as FORMS
-from language_models import Make, assert_same, error, logits, snapshot, train
+from language_models import Make, add_reference, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
 from pissa.base.stored import QuantizedLinear
 from pissa.layers import PissaLinear
@@ -138,11 +138,7 @@ def test_a_frozen_reference_as_trl_makes_it(tiny_llama: Make, tokens: Tensor) ->
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
     train(model, tokens)
     reference = logits(model, tokens)
-    model.add_adapter("ref", model.peft_config["default"])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".default." in name:
-            parameters[name.replace(".default.", ".ref.")].data.copy_(parameter.data)
+    add_reference(model)
     train(model, tokens)
     assert error(logits(model, tokens), reference) > 1e-3
     model.set_adapter("ref")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pissa
 from cuda_stand_in import CudaStandIn
-from language_models import EVERY_FORM, Make, logits
+from language_models import EVERY_FORM, Make, add_reference, logits
 from pissa import PissaConfig, PissaModel
 
 with warnings.catch_warnings():
@@ -117,11 +117,7 @@ def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor) -> None:
         model.set_adapter("second")
         found = {"losses": train(model, ids), "second": logits(model, ids)}
         model.set_adapter("default")
-        model.add_adapter("ref", model.peft_config["default"])
-        parameters = dict(model.named_parameters())
-        for key, parameter in parameters.items():
-            if ".default." in key:
-                parameters[key.replace(".default.", ".ref.")].data.copy_(parameter.data)
+        add_reference(model)
         train(model, ids)
         found["policy"] = logits(model, ids)
         model.set_adapter("ref")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,15 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """Of the model as it is, without a graph."""
     with torch.no_grad():
         return model(input_ids=tokens).logits
+
+
+def add_reference(model: Any) -> None:
+    """An adapter "ref" as TRL's DPO makes it: like "default", whose parameters it copies by name."""
+    model.add_adapter("ref", model.peft_config["default"])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].data.copy_(parameter.data)
 
 
 def train(model: nn.Module, tokens: Tensor, steps: int = 3) -> list[float]:
