@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <set>
 #include <utility>
@@ -178,6 +179,32 @@ TEST(CudaResources, AStackWaitsOnceForAll) {
   cuda_sim::reset_launches();
   cuda::split_many(tasks, {}, context, 1);
   EXPECT_LT(2 * together, cuda_sim::launches()) << "one by one";
+}
+
+// The careful way waits after each step, so the number of waits tells how many weights took it.
+TEST(CudaResources, OnlyAWeightWithoutFullRankIsDecomposedAgain) {
+  const auto waits = [](int full, int deficient) {
+    Random random(11);
+    std::deque<SplitLayer> layers;
+    for (int i = 0; i < full; ++i) layers.emplace_back(random.dense(20, 30), Format::f32, 4, 1.0f);
+    const Dense of_rank_2 = random.dense(20, 2) * random.dense(2, 30);
+    for (int i = 0; i < deficient; ++i) layers.emplace_back(of_rank_2, Format::f32, 4, 1.0f);
+    Staging at(cuda::standalone_context());
+    std::vector<SplitTask> tasks;
+    for (SplitLayer& layer : layers) {
+      const SplitTask task = layer.task();
+      tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0), 5.0f});
+    }
+    at.finish();
+    cuda_sim::reset_synchronizations();
+    cuda::split_many(tasks, {}, cuda::standalone_context());
+    return cuda_sim::synchronizations();
+  };
+  EXPECT_EQ(waits(3, 0), 1);
+  const std::int64_t careful = waits(1, 1) - 1;
+  EXPECT_GT(careful, 1);
+  EXPECT_EQ(waits(3, 1), 1 + careful);
+  EXPECT_EQ(waits(3, 2), 1 + 2 * careful);
 }
 
 // All weights of a 7B model take four launches, and nothing waits for them.
