@@ -19,6 +19,7 @@ from pissa.files.peft_layout import PREFIX, FactorTensors, is_of_a_layer
 from pissa.files.pissa_layout import read_stored
 from pissa.files.plain_lora import factors_of
 from pissa.files.vocabulary import vocabulary
+from pissa.layers.factory import check_values
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.notices import OtherRoundingWarning
 from pissa.ops import QuantizedWeight
@@ -36,6 +37,7 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
             "the model is partitioned by DeepSpeed ZeRO-3: load the adapter before deepspeed.initialize, or resume "
             "with the engine's load_checkpoint"
         )
+    check_values(model.base_model.model, adapter_name)
     config, weights = checkpoint.config, checkpoint.weights
     layers = pissa_layers(model.base_model.model, adapter_name)
     alone = len(model.peft_config) == 1

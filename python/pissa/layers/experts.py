@@ -209,11 +209,6 @@ def _check_experts(path: str, fused: Any) -> None:
         if type(weights) is not nn.Parameter or weights.dim() != 3:
             found = type(weights).__name__
             raise TypeError(f"{path}.{name} is a {found}, not a dense parameter [experts, ...]; {advice}")
-        if weights.is_meta:
-            raise ValueError(
-                f"{path}.{name} is on the meta device: fused experts cannot be fetched from where accelerate has "
-                f"offloaded them; load the model without offloading, or {advice}"
-            )
 
 
 def _target(path: str, experts: UnfusedExperts, config: PissaConfig, parameters: set[str]) -> None:

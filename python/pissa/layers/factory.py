@@ -21,6 +21,7 @@ from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
+from pissa.layers.experts import unfused_experts
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
 from pissa.notices import AllLinearWarning
@@ -164,11 +165,6 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
             "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
         )
-    if weight.is_meta and not is_offloaded(base.module):
-        raise ValueError(
-            f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
-            "that accelerate offloads, device_map=..., is fetched layer by layer)"
-        )
     if base.is_bnb_quantised:
         return
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
@@ -176,6 +172,25 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
             "(quant then stores it in a quantised format)"
+        )
+
+
+def check_values(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError, naming the layer, if its weight is on the meta device, where it has no values to start from. A
+    model can be given layers there all the same, to plan with or to be filled."""
+    experts = unfused_experts(model)
+    for name, layer in pissa_layers(model, adapter_name).items():
+        if not layer.base.parameter.is_meta or is_offloaded(layer.base.module):
+            continue
+        path, _, weight = name.rpartition(".")
+        if (fused := path.rpartition(".")[0]) in experts:
+            raise ValueError(
+                f"{fused}.{weight} is on the meta device: fused experts cannot be fetched from where accelerate has "
+                f"offloaded them; load the model without offloading, or {leave_out(fused)}"
+            )
+        raise ValueError(
+            f"the weight of {name} is on the meta device and holds no values: load or materialise it first (a model "
+            "that accelerate offloads, device_map=..., is fetched layer by layer)"
         )
 
 

@@ -23,7 +23,7 @@ from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import residuals_of
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.expert_layout import check_uniform
-from pissa.layers.factory import leave_out
+from pissa.layers.factory import check_values, leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
 from pissa.notices import RequantizedWarning, TiedWeightWarning
@@ -58,6 +58,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
             "one: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
             "adapter with any other init, then call peft.set_peft_model_state_dict"
         )
+    check_values(model, adapter_name)
     layers = pissa_layers(model, adapter_name)
     stored = _to_store(model, layers, config, first)
     _warn_of_requantising(layers, config)

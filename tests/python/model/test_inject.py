@@ -15,6 +15,7 @@ import devices
 import pissa
 from language_models import FORMS, Make, assert_same, snapshot
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model.decompose import decompose
 from pissa.peft_private import targets_as_given
 
 forms = pytest.mark.parametrize("form", FORMS)
@@ -94,3 +95,16 @@ def test_pefts_conversion_of_targets_is_put_back() -> None:
     with pytest.raises(KeyError), targets_as_given():
         raise KeyError
     assert transformers_weight_conversion.convert_peft_config_for_transformers is before
+
+
+def test_layers_without_values(tiny_llama: Make) -> None:
+    """A model on the meta device is given its layers, to plan with or to be filled, but no start."""
+    with torch.device("meta"):
+        model = tiny_llama()
+    config = pissa.PissaConfig(r=4)
+    wrapped = pissa.PissaModel(model, config)
+    layers = pissa_layers(model)
+    assert {layer.r["default"] for layer in layers.values()} == {4}
+    assert all(parameter.is_meta for parameter in wrapped.parameters())
+    with pytest.raises(ValueError, match="is on the meta device and holds no values"):
+        decompose(model, "default", config, first=True, progressbar=False)
