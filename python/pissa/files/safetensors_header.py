@@ -32,6 +32,7 @@ DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 """torch's dtype for each of the format's whose elements are whole bytes."""
 
