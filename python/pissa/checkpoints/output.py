@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pissa.checkpoints import journal
 from pissa.checkpoints.planned_file import Layout, PlannedFile, create, is_finished
-from pissa.distributed import failing_together, rank
+from pissa.distributed import agree, failing_together, rank
 from pissa.files.staged import check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
 
@@ -36,8 +36,8 @@ class Output:
                     out.add(unit, result)
             out.finish()
 
-    All ranks enter the block together, and call `finish` together. Before, there is only the hidden folder, which
-    stays after an error or a kill.
+    All ranks enter the block together, and call `gather` and `finish` together. Until then there is only the hidden
+    folder, which stays after an error or a kill.
 
     Args:
         identity: of the plan, the same on all ranks: a value of JSON for each thing that decides what is written.
@@ -56,6 +56,8 @@ class Output:
         self._hidden = folder / UNFINISHED
         self._files = self._hidden / "files"  # under their own names
         self._records = self._hidden / "journal"
+        self.done: dict[str, Any] = {}
+        """The results of the finished units: of all earlier runs, and of this process."""
         self._journal: journal.Journal | None = None
         self._open: dict[str, PlannedFile] = {}
         self._opening = threading.Lock()
@@ -71,6 +73,8 @@ class Output:
                     self._lock = _locked(self._hidden, fcntl.LOCK_SH)
                     journal.check(self._records, self._identity)
                 self._journal = journal.Journal(self._records, self._flush)
+            self.done = self._journal.done
+            self.gather()  # each machine knows which of its own lines count
         except BaseException:
             self._unlock()
             raise
@@ -83,12 +87,6 @@ class Output:
             self._close()
         self._unlock()
 
-    @property
-    def done(self) -> Mapping[str, Any]:
-        """The results of the finished units: of earlier runs, and of this process."""
-        assert self._journal is not None
-        return self._journal.done
-
     def write(self, file: str, name: str, tensor: Tensor, first: int = 0) -> None:
         """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`. Any thread may."""
         with self._opening:
@@ -100,6 +98,15 @@ class Output:
         """Notes that all tensors of a unit have been written; see `Journal.add`."""
         assert self._journal is not None
         self._journal.add(unit, result)
+
+    def gather(self) -> None:
+        """Adds to `done` what the other ranks have finished.
+
+        Raises:
+            RankError: another rank failed.
+        """
+        for found in agree(self.done):
+            self.done |= found
 
     def path(self, name: str) -> Path:
         """Where one rank writes another file, whole, which `finish` will call `name`."""
