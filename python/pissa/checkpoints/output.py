@@ -76,6 +76,8 @@ class Output:
             self.done = self._journal.done
             self.gather()  # each machine knows which of its own lines count
         except BaseException:
+            with suppress(OSError):
+                self._close()
             self._unlock()
             raise
         return self
