@@ -89,7 +89,7 @@ class Output:
             self._close()
         self._unlock()
 
-    def write(self, file: str, name: str, tensor: Tensor, first: int = 0) -> None:
+    def write(self, file: str, name: str, tensor: Tensor, first: int | None = None) -> None:
         """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`. Any thread may."""
         with self._opening:
             if file not in self._open:

@@ -24,19 +24,20 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.planned_file import Layout
 
 IDENTITY = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
-FILES = {"model-1.safetensors": 3, "model-2.safetensors": 2, "adapter/adapter_model.safetensors": 1}
+FILES = {"model-1.safetensors": 4, "model-2.safetensors": 2, "adapter/adapter_model.safetensors": 1}
 SMALL = {"config.json": "{}", "tokenizer.json": "[]", "adapter/adapter_config.json": "{}"}
 
 
 def tensors(file: str) -> dict[str, Tensor]:
     """The tensors of a file: of several dtypes, one whose bytes are not in order, and one that is empty."""
-    dice = torch.Generator().manual_seed(len(file))
-    return {
+    dice = torch.Generator().manual_seed(FILES[file])
+    found = {
         "codes": torch.randint(0, 256, (37,), generator=dice).to(torch.uint8),
         "bias": torch.randn(5, generator=dice).to(torch.bfloat16),
         "weight": torch.randn(7, 5, generator=dice).T,
         "empty": torch.empty(0, 3),
     }
+    return dict([*found.items()][: FILES[file]])
 
 
 def layouts() -> dict[str, Layout]:
@@ -160,7 +161,7 @@ def refused(folder: Path) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1] == "kill":
-        journal.FLUSH_SECONDS = float(sys.argv[3])
+        journal.FLUSH_SECONDS = 0.0
         os.fsync = os.fdatasync = lambda handle: None  # a kill leaves all to the system, and disks are slow
         kill_everywhere(Path(sys.argv[2]))
     else:
