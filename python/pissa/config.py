@@ -220,14 +220,14 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             return self
         return dataclasses.replace(self, repair=None, quant_iters=1)
 
-    def as_lora(self) -> LoraConfig:
-        """The plain LoRA of twice the rank that has the same scaling in every layer."""
+    def as_lora(self, times: int = 2) -> LoraConfig:
+        """The plain LoRA of so many times the rank that has the same scaling in every layer."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
-        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, stays what it is when r doubles.
-        grow = math.sqrt(2) if self.use_rslora else 2
-        fields["r"] = 2 * self.r
+        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, stays what it is when r grows.
+        grow = math.sqrt(times) if self.use_rslora and times > 1 else times
+        fields["r"] = times * self.r
         fields["lora_alpha"] = grow * fields["lora_alpha"]
-        fields["rank_pattern"] = {key: 2 * rank for key, rank in (self.rank_pattern or {}).items()}
+        fields["rank_pattern"] = {key: times * rank for key, rank in (self.rank_pattern or {}).items()}
         fields["alpha_pattern"] = {key: grow * alpha for key, alpha in (self.alpha_pattern or {}).items()}
         fields["inference_mode"] = True
         lora = LoraConfig(**fields)

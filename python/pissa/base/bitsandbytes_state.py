@@ -1,7 +1,8 @@
 """Quantised weights as entries of a state dict of bitsandbytes, written without importing it.
 
-nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map and
-quant_state. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and "weight_format" uint8 [], 0 for rows.
+nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map
+and quant_state. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and "weight_format" uint8 [], 0 for
+rows.
 """
 
 from __future__ import annotations

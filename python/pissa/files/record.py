@@ -150,8 +150,10 @@ class AdapterRecord:
         for name, layer in typed(fields["layers"], dict[str, Any], "layers").items():
             try:
                 layers[name] = LayerRecord.from_json(layer)
-                # A layer whose weight is tied to another module's is implicit in any configuration.
-                if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
+                # A layer whose weight is tied to another module's is implicit in any configuration, and fused experts
+                # of a checkpoint are explicit in any that is stored.
+                allowed = (IMPLICIT, Form("explicit"), config.form)
+                if config.form != IMPLICIT and layers[name].form not in allowed:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
