@@ -51,7 +51,7 @@ def packed_key(layer: str, entry: str) -> str:
     return f"{layer}.{_KEY}{entry}"
 
 
-LEAVE_PACKED = {"quant_method": "pissa"}
+LEAVE_PACKED = {"quant_method": "pissa", "is_mapped": True}
 """The `quantization_config` of a model whose packed weights are to stay packed."""
 
 
@@ -75,15 +75,21 @@ _KEPT = "pissa_packed"
 """The attribute in which a module keeps its entries while the model is loaded."""
 
 
-@register_quantization_config(LEAVE_PACKED["quant_method"])
+@register_quantization_config("pissa")
 class _LeavePacked(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, **_: Any) -> None:
-        self.quant_method = LEAVE_PACKED["quant_method"]
+    def __init__(self, is_mapped: bool = False, **_: Any) -> None:
+        self.quant_method, self.is_mapped = "pissa", is_mapped
 
 
-@register_quantizer(LEAVE_PACKED["quant_method"])
+@register_quantizer("pissa")
 class _Loader(HfQuantizer):  # type: ignore[misc]
     """transformers' loader renames, casts and places all other tensors, as always. It gives the entries to `_Keep`."""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.quantization_config.is_mapped:
+            raise ValueError(
+                "the experts of this model are in 4 bits, which pissa.load(folder) reads, not from_pretrained"
+            )
 
     def is_serializable(self) -> bool:
         return False

@@ -16,18 +16,15 @@ from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import Replaced, residual_tensors, stored_linear
 from pissa.checkpoints.fill import check_shape, of_layer, put
+from pissa.checkpoints.new_files import INITIAL_WEIGHTS
 from pissa.checkpoints.packed import Entries
 from pissa.config import Form, PissaConfig
 from pissa.files.messages import shown
-from pissa.files.peft_layout import ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.plain_lora import factors_of
 from pissa.files.record import AdapterRecord, LayerRecord
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer, pissa_layers
-
-START_FOLDER = "pissa_init"
-"""The folder in it with the factors that the residuals lack, as a plain LoRA."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Residuals:
             ValueError: one of them is missing or damaged, naming the file.
         """
         record = AdapterRecord.read(folder / PISSA_RECORD)
-        factors = TensorFile(folder / START_FOLDER / ADAPTER_WEIGHTS)
+        factors = TensorFile(folder / INITIAL_WEIGHTS)
         has_taken = any(layer.taken is not None for layer in record.layers.values())
         return Residuals(folder, record, factors, TensorFile(folder / PISSA_WEIGHTS) if has_taken else None)
 
@@ -102,7 +99,9 @@ class Residuals:
         for key, shape in zip(keys, ((rank, a0.shape[1]), (b0.shape[0], rank)), strict=True):
             self.taken.expect(key, shape, (torch.float32,), f"the factors that the residual of layer {name} lacks")
         a, b = (self.taken.read(key) for key in keys)
-        return a, b
+        if torch.equal(a, a0) and torch.equal(b, b0):
+            return None
+        return (a, b) if b.any() else nothing_of(a0, b0)
 
     def _origin(self, record: LayerRecord) -> Origin:
         config = self.record.config

@@ -18,8 +18,8 @@ import pissa
 from language_models import Make, logits, train
 from pissa import ops
 from pissa.base.bitsandbytes import BnbLinear4bit
+from pissa.checkpoints.init import init
 from pissa.layers.layer import pissa_layers
-from split_folder import dense_model, split_folder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download
@@ -34,8 +34,6 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 forms = pytest.mark.parametrize("form", FORMS)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "adalora": {"use_adalora": True},
     "loftq": {"init": "loftq"},
     "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "lora_alpha": 8},
     "storage": {"quant_storage": "bfloat16"},
@@ -56,6 +54,16 @@ def packed(source: Path, tmp_path: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     model.save_pretrained(tmp_path / "packed")
     return tmp_path / "packed"
+
+
+def split_folder(source: Path, target: Path, **fields: Any) -> Path:
+    """What `pissa init` makes of a folder."""
+    init(source, target, pissa.PissaConfig(**fields))
+    return target
+
+
+def dense_model(source: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(source)
 
 
 def mapped_range(path: Path) -> list[range]:
@@ -210,6 +218,15 @@ def test_variants_of_the_adapter(variant: str, source: Path, tokens: Tensor, tmp
     folder = split_folder(source, tmp_path / "split", **({"r": R} | fields))
     expected = pissa.wrap(dense_model(source), task_type="CAUSAL_LM", **({"r": R} | fields))
     model = pissa.load(folder)
+    assert_same_model(model, expected)
+    assert_trains_alike(model, expected, tokens, tmp_path)
+
+
+def test_dora_is_asked_for_when_the_folder_is_loaded(source: Path, tokens: Tensor, tmp_path: Path) -> None:
+    folder = split_folder(source, tmp_path / "split", r=R, quant="nf4")
+    fields = {"r": R, "quant": "nf4", "use_dora": True}
+    expected = pissa.wrap(dense_model(source), task_type="CAUSAL_LM", **fields)
+    model = pissa.load(folder, **fields)
     assert_same_model(model, expected)
     assert_trains_alike(model, expected, tokens, tmp_path)
 
