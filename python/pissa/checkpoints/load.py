@@ -13,7 +13,7 @@ from pissa.checkpoints.fill import fill_packed
 from pissa.checkpoints.mapped_model import mapped_model
 from pissa.checkpoints.residuals import Residuals
 from pissa.checkpoints.source import Source
-from pissa.config import PissaConfig
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder
@@ -91,7 +91,8 @@ def load(
         materialise(model, adapter_name)
         wrapped.to(device)
         if checkpoint is None:
-            decompose(model, adapter_name, config, first=True, progressbar=progressbar)
+            keep = residuals is not None
+            decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
         else:
             with _blamed(checkpoint):
                 restore(checkpoint, wrapped, adapter_name)
@@ -117,5 +118,13 @@ def _config(
     if residuals is not None and config is None and not fields:
         return own_config(residuals.record.config)
     config = own_config(PissaConfig(**fields) if config is None else config)
-    config.base_model_name_or_path = None if residuals is None else residuals.record.config.base_model_name_or_path
+    config.base_model_name_or_path = None
+    if residuals is not None:
+        own = residuals.record.config
+        if config.form not in (IMPLICIT, own.form):
+            raise ValueError(
+                f"the residuals of {residuals.folder} are {own.form.describe()} and cannot become "
+                f"{config.form.describe()}: leave quant, blocksize, double_quant and residual out"
+            )
+        config.base_model_name_or_path = own.base_model_name_or_path
     return config

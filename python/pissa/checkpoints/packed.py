@@ -41,14 +41,20 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-_KEY = "weight.packed."
-_ENTRIES = {re.escape(_KEY + entry): entry for entry in (*_NF4, *_INT8)}
+_MARK = ".packed."
+_STACK = "stack"
+_ENTRIES = {re.escape(_MARK + entry): entry for entry in (*_NF4, *_INT8, _STACK)}
 """The entries, by the patterns of the names under which transformers' loader is given them."""
 
 
 def packed_key(layer: str, entry: str) -> str:
-    """The name under which transformers' loader is given an entry of a packed weight."""
-    return f"{layer}.{_KEY}{entry}"
+    """The name under which transformers' loader is given an entry of a layer's weight."""
+    return f"{layer}.weight{_MARK}{entry}"
+
+
+def stack_key(parameter: str) -> str:
+    """The name under which it is given any tensor, for a parameter of the model whose matrices are all packed."""
+    return f"{parameter}{_MARK}{_STACK}"
 
 
 LEAVE_PACKED = {"quant_method": "pissa", "is_mapped": True}
@@ -99,11 +105,11 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return [WeightConverter(list(_ENTRIES), "weight", [_Keep(self)])]
+        return [WeightConverter(list(_ENTRIES), "", [_Keep(self)])]
 
 
 class _Keep(ConversionOps):  # type: ignore[misc]
-    """Keeps the entries of one weight with its module, and leaves the weight where it is, on the meta device."""
+    """Keeps the entries of one weight with its module, and leaves the parameter where it is, on the meta device."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer  # transformers casts nothing that is for an operation with it
@@ -112,9 +118,11 @@ class _Keep(ConversionOps):  # type: ignore[misc]
         self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, model: nn.Module, **_: Any
     ) -> dict[str, Tensor]:
         module: Any = model.get_submodule(full_layer_name.rpartition(".")[0])
-        setattr(module, _KEPT, {_ENTRIES[pattern]: tensor for pattern, [tensor] in input_dict.items()})
         module._is_hf_initialized = True
-        return {"weight": model.get_parameter(full_layer_name)}
+        entries = {_ENTRIES[pattern]: tensor for pattern, [tensor] in input_dict.items()}
+        if _STACK not in entries:
+            setattr(module, _KEPT, entries)
+        return {full_layer_name: model.get_parameter(full_layer_name)}
 
 
 def _is_ours(conversion: Any) -> bool:
