@@ -36,7 +36,15 @@ _GROUP = 1 << 22
 _GPU_GROUP = 1 << 30
 
 
-def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first: bool, progressbar: bool) -> None:
+def decompose(
+    model: nn.Module,
+    adapter_name: str,
+    config: PissaConfig,
+    *,
+    first: bool,
+    progressbar: bool,
+    keep_bases: bool = False,
+) -> None:
     """Starts an adapter that has just been injected: gives each of its layers the start factors that `config.init`
     finds in the layer's base, and a base that keeps a residual if `config` asks for one.
 
@@ -47,6 +55,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
     Args:
         model: the (unwrapped) model.
         first: whether the model has no other adapter, so that a stored base may still replace a dense one.
+        keep_bases: whether the layers keep their bases, of whatever form. They have been given them already.
 
     Raises:
         ValueError: naming the layer: NaN or Inf in its weight, or a form that it cannot have; or a model or a
@@ -60,7 +69,7 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         )
     check_values(model, adapter_name)
     layers = pissa_layers(model, adapter_name)
-    stored = _to_store(model, layers, config, first)
+    stored = set[str]() if keep_bases else _to_store(model, layers, config, first)
     _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
