@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa.base.digest import sha256
-from pissa.files.json_file import parse_json
 from pissa.files.messages import shown
+from pissa.files.safetensors_header import DTYPES, read_header
 from pissa.ops.checks import FLOATS
 
 SAVED_FLOATS = (*FLOATS, torch.float64)
@@ -23,19 +23,6 @@ SAVED_FLOATS = (*FLOATS, torch.float64)
 
 _CHECKSUMS = "sha256"
 """The entry in a file's metadata with the SHA-256 of each tensor, in the order of their names."""
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,18 +56,13 @@ class TensorFile:
             raise ValueError(f"{path} is {found}{_pickle_beside(path)}")
         try:
             self._file = cast(Any, safe_open(path, "pt"))  # it has no types
-            self._refuse_duplicates()
+            read_header(path)  # refuses a name that is there twice
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # RuntimeError: torch cannot map it
             raise ValueError(
                 f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
             ) from error
         self._checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
         self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-
-    def _refuse_duplicates(self) -> None:
-        with open(self.path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        parse_json(header)
 
     @property
     def names(self) -> list[str]:
@@ -103,7 +85,7 @@ class TensorFile:
         if name not in self._declared:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
         declared = self._declared[name]
-        dtype, found = _DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
+        dtype, found = DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
         if dtype not in dtypes or found != list(shape):
             allowed = " or ".join(map(str, dtypes))
             raise ValueError(
