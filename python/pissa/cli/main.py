@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
+    "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
     "env": "report versions and whether everything works",
 }
 
