@@ -154,11 +154,17 @@ def report(
         )
         for checkpointing in (False, True)
     }
-    suggestion = suggest(layers, budget, math.gcd(8, ranks[0]))
+    suggestion = suggest(layers, budget, _step(ranks[0]))
     seconds = time.perf_counter() - started
     return Report(
         os.fspath(folder), quant, ranks, exact, checkpoint.sizes, layers, suggestion, batch, length, memory, seconds
     )
+
+
+def _step(rank: int) -> int:
+    """Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less."""
+    step = math.gcd(8, rank)
+    return step if step < rank else max(1, rank // 2)
 
 
 class _Checkpoint:
