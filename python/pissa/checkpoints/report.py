@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from pissa.checkpoints.kinds import kinds_of, sample
 from pissa.checkpoints.layer_report import LayerReport, Summary, by_kind, layer_reports
+from pissa.checkpoints.plan import Plan
 from pissa.checkpoints.source import Source
 from pissa.checkpoints.suggestion import Suggestion, suggest
 from pissa.checkpoints.training_memory import ModelSizes, Shape, TrainingMemory, training_memory
 from pissa.config import Form, PissaConfig
-from pissa.layers.factory import choose_layers
 
 
 @dataclass(frozen=True)
@@ -132,33 +131,34 @@ def report(
     """
     started = time.perf_counter()
     ranks = sorted(set(ranks))
-    checkpoint = _Checkpoint(Path(folder))
-    shapes = checkpoint.shapes
-    names = sample(kinds_of(shapes), sampled) if sampled else shapes
-    layers = []
-    total = sum(map(math.prod, shapes.values()))
-    with tqdm(total=total, desc="report", unit="param", unit_scale=True) if progressbar else nullcontext() as bar:
-        for layer in layer_reports(
-            checkpoint.matrices(), ranks, quant=quant, quantised=lambda name: name in names, exact=exact
-        ):
-            layers.append(layer)
-            if bar is not None:
-                bar.update(math.prod(layer.shape))
+    with Source.open(folder) as source:
+        plan = Plan.of(source, PissaConfig(r=1))
+        sizes = _sizes(source, plan)
+        chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
+        found = layer_reports(
+            _matrices(source, plan), ranks, quant=quant, quantised=lambda name: name in chosen, exact=exact
+        )
+        layers = []
+        total = sum(math.prod(layer.shape) for layer in plan.layers.values())
+        bar = tqdm(total=total, desc="report", unit="parameters", unit_scale=True) if progressbar else None
+        with bar or nullcontext():
+            for layer in found:
+                layers.append(layer)
+                if bar is not None:
+                    bar.update(math.prod(layer.shape))
+    order = [name for factors in plan.factors for name in factors.layers]  # the model's
+    layers.sort(key=lambda layer: order.index(layer.name))
     if budget is None:
         budget = sum(layer.parameters(ranks[0]) for layer in layers)
-    form = Form("implicit") if quant is None else Form.quantised(quant, 64, True)
+    form = Form("implicit") if quant is None else Form.quantised(quant, PissaConfig.blocksize, PissaConfig.double_quant)
     adapters = [Shape(layer.name, *layer.shape, layer.rank(ranks[0])) for layer in layers]
     memory = {
-        checkpointing: training_memory(
-            adapters, checkpoint.sizes, form, batch=batch, length=length, checkpointing=checkpointing
-        )
+        checkpointing: training_memory(adapters, sizes, form, batch=batch, length=length, checkpointing=checkpointing)
         for checkpointing in (False, True)
     }
     suggestion = suggest(layers, budget, _step(ranks[0]))
     seconds = time.perf_counter() - started
-    return Report(
-        os.fspath(folder), quant, ranks, exact, checkpoint.sizes, layers, suggestion, batch, length, memory, seconds
-    )
+    return Report(os.fspath(folder), quant, ranks, exact, sizes, layers, suggestion, batch, length, memory, seconds)
 
 
 def _step(rank: int) -> int:
@@ -167,28 +167,18 @@ def _step(rank: int) -> int:
     return step if step < rank else max(1, rank // 2)
 
 
-class _Checkpoint:
-    """The linear layers of a model, by its configuration; read one by one from the mapped files."""
+def _matrices(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The matrix of each layer; its pages are given back when the next one is asked for."""
+    layers = list(plan.layers.values())
+    for layer, following in itertools.zip_longest(layers, layers[1:]):
+        if following is not None:
+            source.ahead(following.tensors)
+        yield layer.name, layer.matrix(source)
+        source.release(layer.tensors)
 
-    def __init__(self, folder: Path) -> None:
-        self.source = Source.open(folder)
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        pissa = PissaConfig(r=1)
-        choose_layers(model, pissa)
-        self.shapes = {
-            name: (module.weight.shape[0], module.weight.shape[1])
-            for name, module in model.named_modules()
-            if name in (pissa.target_modules or ())
-        }
-        entries = [self.source.entry(name) for name in self.source.names]
-        adapted = [self.source.entry(f"{name}.weight") for name in self.shapes]
-        text = config.get_text_config()
-        rest = sum(entry.nbytes for entry in entries) - sum(entry.nbytes for entry in adapted)
-        self.sizes = ModelSizes(rest, adapted[0].dtype, text.hidden_size, text.vocab_size)
 
-    def matrices(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.shapes:
-            yield name, self.source.read(f"{name}.weight")
-            self.source.release([f"{name}.weight"])
+def _sizes(source: Source, plan: Plan) -> ModelSizes:
+    config = AutoConfig.from_pretrained(source.folder).get_text_config()
+    rest = sum(source.entry(name).nbytes for name in plan.copied)
+    dtype = next(iter(plan.layers.values())).dtype
+    return ModelSizes(rest, dtype, config.hidden_size, config.vocab_size)
