@@ -34,7 +34,7 @@ template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
                            std::uint8_t* codes, float* nested, float* offset, QuantOutput quantized,
-                           std::span<const Matrix> matrices, float* largest) {
+                           std::span<const Matrix> matrices, float* largest, double* squares) {
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
 
@@ -43,6 +43,10 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
 
   // out = a + b, elementwise, computed in f32. `out` may be `a`.
   { backend.add(matrix, matrix, out) };
+
+  // out = a - b, elementwise, computed in f32, of a dense a and a b in any format; *squares = the sum of the squares of
+  // what `out` then holds, in f64.
+  { backend.subtract(matrix, matrix, out, squares) };
 
   // out[i, j] = scale * (+1 or -1): the sketch of philox.h, element i * cols + j.
   { backend.fill_signs(out, seed, scale) };

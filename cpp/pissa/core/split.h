@@ -25,13 +25,15 @@ inline void check_split(const Matrix& w, std::int64_t r, float scaling, const Sv
 }
 
 /// Start factors of w: a0 [r, in] and b0 [out, r], f32. r is a0.rows. `largest` is svd_lowrank's; throws as it does.
+/// s: [1, r] f32, receives the singular values; may be absent.
 template <Backend B>
 void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
-           const MutableMatrix& b0, std::optional<float> largest = std::nullopt) {
+           const MutableMatrix& b0, std::optional<float> largest = std::nullopt, const MutableMatrix& s = {}) {
   check_split(w, a0.rows, scaling, options);
   const auto svd = svd_lowrank(backend, w, a0.rows, options, largest);
   backend.scale_rows(svd.v.view(), svd.s.view(), scaling, a0, Op::n);
   backend.scale_rows(svd.u.view(), svd.s.view(), scaling, b0, Op::t);
+  if (s) backend.copy(svd.s.view(), s);
 }
 
 /// A weight [out, in], and where its start factors go: a0 [r, in] and b0 [out, r], f32.
@@ -41,6 +43,7 @@ struct SplitTask {
   MutableMatrix a0;
   MutableMatrix b0;
   std::optional<float> largest = std::nullopt;  // max_abs of w, where it is known already
+  MutableMatrix s = {};                         // [1, r] f32: where the singular values go, if anywhere
 };
 
 /// What f() returns. The message of a std::invalid_argument that it throws begins with "weights[index]: ".
@@ -58,14 +61,11 @@ inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
   return {b0, Op::n, a0, Op::n, -scaling};
 }
 
-/// QPiSSA with T = `iterations` alternations of SVD and quantisation (arXiv 2404.02948, sec. 4 and Alg. 1).
-/// Only T = 1, the split of section 4, exists: start factors of w, and its residual in q's format.
+/// QPiSSA (arXiv 2404.02948, sec. 4): start factors of w, and its residual in q's format. More alternations of the two
+/// are pissa.ops', in Python.
 template <Backend B>
-void split_quantized(B& backend, const Matrix& w, float scaling, const SvdOptions& options, std::int64_t iterations,
-                     const MutableMatrix& a0, const MutableMatrix& b0, const QuantOutput& q,
-                     std::optional<float> largest = std::nullopt) {
-  PISSA_CHECK(iterations == 1, "quant_iters: got ", iterations,
-              "; allowed: 1 (more alternations are not implemented yet)");
+void split_quantized(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
+                     const MutableMatrix& b0, const QuantOutput& q, std::optional<float> largest = std::nullopt) {
   PISSA_CHECK(!is_quantized(w.format), "weight: got ", info(w.format).name,
               "; needed: f32, bf16 or f16, so dequantise it first");
   check_blocksize(q.format, q.blocksize, w.cols);

@@ -151,6 +151,22 @@ void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out)
   });
 }
 
+void CpuBackend::subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
+  const std::int64_t runs = ceil_div(out.cols, kRun);
+  std::vector<double> sums(static_cast<std::size_t>(out.rows * runs));  // of a run each, so that their order is fixed
+  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
+    float values[kRun];
+    float others[kRun];
+    kernels_.decode(a, row, col, count, values);
+    kernels_.decode(b, row, col, count, others);
+    for (std::int64_t i = 0; i < count; ++i) values[i] -= others[i];
+    kernels_.encode(values, count, out.format, element(out, row, col));
+    kernels_.decode(out, row, col, count, values);
+    kernels_.gram(values, count, count, 0, 1, &sums[static_cast<std::size_t>(row * runs + col / kRun)], 1);
+  });
+  *squares = std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
 void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
   parallel_for(executor_, out.rows, out.rows * out.cols, [&](std::int64_t row) {
     float* values = reinterpret_cast<float*>(element(out, row, 0));

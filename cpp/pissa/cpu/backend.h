@@ -42,6 +42,7 @@ class CpuBackend {
   Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const { return {rows, cols, format}; }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
+  void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;
   void normalize_rows(const Matrix& a, const MutableMatrix& out) const;

@@ -39,7 +39,7 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
     try {
       const SplitTask& task = tasks[i];
       CpuBackend backend(threads, kernels);
-      split(backend, task.w, task.scaling, options, task.a0, task.b0, task.largest);
+      split(backend, task.w, task.scaling, options, task.a0, task.b0, task.largest, task.s);
     } catch (...) {  // tasks do not throw through an executor
       errors[i] = std::current_exception();
     }

@@ -17,7 +17,7 @@ namespace pissa::cuda {
 namespace {
 
 // rows = rows - overlap earlier
-void subtract(const Context& context, const Buffer& overlap, const Matrix& earlier, const MutableMatrix& rows,
+void take_out(const Context& context, const Buffer& overlap, const Matrix& earlier, const MutableMatrix& rows,
               std::int64_t count) {
   const std::array removal{Term{overlap.view(), Op::n, earlier, Op::n, -1.0f}};
   sum_of_products(context, removal, rows, rows, count);
@@ -29,7 +29,7 @@ Buffer remove_earlier(const Context& context, const Matrix& earlier, const Mutab
   if (earlier.rows == 0) return overlap;
   const std::array projection{Term{rows, Op::n, earlier, Op::t}};
   sum_of_products(context, projection, {}, overlap.view(), count);
-  subtract(context, overlap, earlier, rows, count);
+  take_out(context, overlap, earlier, rows, count);
   return overlap;
 }
 
@@ -75,6 +75,22 @@ void CudaBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out
   const Buffer decoded(context_, a.rows, a.cols, Format::f32);
   convert_any(context_, a, decoded.view());
   cuda::add(context_, {decoded.view(), b, out}, {}, count());
+}
+
+void CudaBackend::subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
+  Differences differences(context_);
+  if (!is_quantized(b.format)) {
+    differences.subtract(a, b, out);
+  } else {
+    const std::int64_t step = std::max<std::int64_t>(kChunkBytes / (4 * std::max<std::int64_t>(b.cols, 1)), 1);
+    for (std::int64_t row = 0; row < b.rows; row += step) {
+      const std::int64_t rows = std::min(step, b.rows - row);
+      const Buffer decoded(context_, rows, b.cols, Format::f32);
+      decode_codes(context_, b, row, 0, decoded.view());
+      differences.subtract(rows_of(a, row, rows), decoded.view(), rows_of(out, row, rows));
+    }
+  }
+  differences.sum(squares);
 }
 
 void CudaBackend::add_both(const Sum& first, const Sum& second) const { cuda::add(context_, first, second, count()); }
@@ -191,7 +207,7 @@ void CudaBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatr
   if (rows == 0) return;
   const Buffer overlap = remove_earlier(context_, rows_of(basis, 0, done), rows_of(basis, done, rows), count());
   if (done > 0) {
-    subtract(context_, overlap, rows_of(companion, 0, done), rows_of(companion, done, rows), count());
+    take_out(context_, overlap, rows_of(companion, 0, done), rows_of(companion, done, rows), count());
   }
   const Buffer normalization = normalization_of(context_, rows_of(basis, done, rows), 0.5, 0.5, flags(), count());
   for (const MutableMatrix& matrix : {basis, companion}) {

@@ -39,6 +39,7 @@ class CudaBackend {
   }
   void copy(const Matrix& a, const MutableMatrix& out) const;
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const;
+  void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const;  // of one problem
   void add_both(const Sum& first, const Sum& second) const;
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const;
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const;

@@ -67,6 +67,58 @@ __global__ void add_kernel(Sum first, Sum second, std::int64_t blocks) {
   else add_group(second, thread_index() - blocks * kThreads);
 }
 
+// The sum of all threads' values, in thread 0.
+__device__ __forceinline__ double block_sum(double value) {
+  struct SumOfWarps {
+    double sums[kThreads / kWarp];
+  };
+  SumOfWarps& warps = shared_memory<SumOfWarps>();
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  if (threadIdx.x % kWarp == 0) warps.sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double total = 0.0;
+#pragma unroll
+  for (const double sum : warps.sums) total += sum;
+  return total;
+}
+
+__device__ __forceinline__ float rounded(float value, Format format) {
+  if (format == Format::bf16) return __bfloat162float(__float2bfloat16_rn(value));
+  if (format == Format::f16) return __half2float(__float2half_rn(value));
+  return value;
+}
+
+// sums[block] += the squares of its groups.
+__global__ void subtract_kernel(Matrix a, Matrix b, MutableMatrix out, double* sums) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  double squares = 0.0;
+  Group group;
+  for (std::int64_t index = thread_index(); find_group(out.rows, out.cols, group, index); index += step) {
+    float values[kGroup];
+    float others[kGroup];
+    load_group(a.data, a.format, group.row * a.ld + group.col, group.count, values);
+    load_group(b.data, b.format, group.row * b.ld + group.col, group.count, others);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      values[i] -= others[i];
+      const double stored = rounded(values[i], out.format);
+      squares += stored * stored;
+    }
+    store_group(out.data, out.format, group.row * out.ld + group.col, group.count, values);
+  }
+  const double total = block_sum(squares);
+  if (threadIdx.x == 0) sums[blockIdx.x] += total;
+}
+
+// One block of threads.
+__global__ void sum_kernel(const double* values, std::int64_t count, double* sum) {
+  double value = 0.0;
+  for (std::int64_t i = threadIdx.x; i < count; i += kThreads) value += values[i];
+  value = block_sum(value);
+  if (threadIdx.x == 0) *sum = value;
+}
+
 __global__ void fill_signs_kernel(MutableMatrix out, std::uint64_t seed, float scale) {
   Group group;
   if (!find_group(out.rows, out.cols, group)) return;
@@ -199,6 +251,27 @@ void add(const Context& context, const Sum& first, const Sum& second, std::int64
   if (all == 0) return;
   launch(context, "add", add_kernel, dim3(static_cast<unsigned>(all), static_cast<unsigned>(count)), kThreads, first,
          second, blocks);
+}
+
+namespace {
+
+constexpr std::int64_t kSums = 1024;  // blocks of threads: several for each multiprocessor
+
+}  // namespace
+
+Differences::Differences(const Context& context) : context_(context), sums_(context, kSums) {
+  constexpr std::size_t kBytes = kSums * sizeof(double);
+  check(cudaMemsetAsync(sums_.data(), 0, kBytes, context.stream), context, "cudaMemsetAsync", "bytes", kBytes);
+}
+
+void Differences::subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out) {
+  const std::int64_t blocks = std::min(blocks_of(out.rows, out.cols), kSums);
+  if (blocks == 0) return;
+  launch(context_, "subtract", subtract_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, a, b, out, sums_.data());
+}
+
+void Differences::sum(double* squares) const {
+  launch(context_, "sum_squares", sum_kernel, dim3(1), kThreads, sums_.data(), kSums, squares);
 }
 
 void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t seed, float scale, std::int64_t count) {

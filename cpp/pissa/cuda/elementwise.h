@@ -15,6 +15,21 @@ void convert(const Context& context, const Matrix& a, float scale, const Mutable
 /// out = a + b in f32, of one sum or two; out may be a.
 void add(const Context& context, const Sum& first, const Sum& second, std::int64_t count);
 
+/// Differences of dense matrices, and the sum of the squares of them all: of what the outputs hold, in f64, in an order
+/// of its own.
+class Differences {
+ public:
+  explicit Differences(const Context& context);
+
+  /// out = a - b, computed in f32.
+  void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out);
+  void sum(double* squares) const;
+
+ private:
+  const Context& context_;
+  Array<double> sums_;  // one for each block of threads
+};
+
 /// out[i, j] = scale * sign (i * cols + j) of philox.h; f32. The same for every matrix of the stack.
 void fill_signs(const Context& context, const MutableMatrix& out, std::uint64_t seed, float scale, std::int64_t count);
 

@@ -70,6 +70,7 @@ void split_stack(std::span<const Member> members, const SvdOptions& options, con
   const auto scale = [&](const SplitTask& task, const Matrix& u, const Matrix& s, const Matrix& v) {
     single.scale_rows(v, s, task.scaling, task.a0, Op::n);
     single.scale_rows(u, s, task.scaling, task.b0, Op::t);
+    if (task.s) single.copy(s, task.s);
   };
   const auto svd = detail::svd_lowrank(stack, weights[0], r, options, largest, Rank::assumed_full);
   const std::vector<bool> full = stack.had_full_ranks();

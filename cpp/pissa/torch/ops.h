@@ -26,6 +26,7 @@ void implement(Library& m) {
   m.impl("quantize", TORCH_BOX(&quantize<Device>));
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<Device>));
   m.impl("dequantize", TORCH_BOX(&dequantize<Device>));
+  m.impl("quantization_error", TORCH_BOX(&quantization_error<Device>));
   m.impl("split_quantized", TORCH_BOX(&split_quantized<Device>));
   m.impl("residual_quantized", TORCH_BOX(&residual_quantized<Device>));
   m.impl("linear", TORCH_BOX(&linear<Device>));

@@ -125,12 +125,27 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTenso
   return out;
 }
 
+// What quantisation loses: weight - quantised weight, bf16, and the sum of its squares, float64 [].
+template <class Device>
+std::tuple<Tensor, Tensor> quantization_error(const Tensor& weight, const Tensor& codes, const Tensor& absmax,
+                                              const OptionalTensor& nested_absmax, const OptionalTensor& offset,
+                                              const std::string& format, std::int64_t blocksize) {
+  Device device(weight, codes, absmax, nested_absmax, offset);
+  const Tensor w_tensor = torch::stable::contiguous(weight);
+  const Matrix w = matrix(w_tensor);
+  const QuantizedTensors quantized(codes, absmax, nested_absmax, offset, format, blocksize);
+  const Tensor error = new_tensor(weight, {w.rows, w.cols}, ScalarType::BFloat16);
+  const Tensor squares = new_tensor(weight, {}, ScalarType::Double);
+  device.backend().subtract(w, quantized.view(w.rows, w.cols), mutable_matrix(error),
+                            squares.mutable_data_ptr<double>());
+  return {error, squares};
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight, double largest, std::int64_t r,
                                                            double scaling, const std::string& svd,
                                                            std::optional<std::int64_t> passes, std::int64_t seed,
-                                                           std::int64_t quant_iters, const std::string& format,
-                                                           std::int64_t blocksize) {
+                                                           const std::string& format, std::int64_t blocksize) {
   Device device(weight);
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
@@ -139,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight,
   const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
   const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
   const NewQuantized q(weight, w, format, blocksize);
-  pissa::split_quantized(device.backend(), w, static_cast<float>(scaling), options, quant_iters, mutable_matrix(a0),
+  pissa::split_quantized(device.backend(), w, static_cast<float>(scaling), options, mutable_matrix(a0),
                          mutable_matrix(b0), q.output, static_cast<float>(largest));
   return {a0, b0, q.codes, q.absmax};
 }

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "Tensor b0)");
   m.def(
       "split_many(Tensor[] weights, float[] largest, int[] ranks, float[] scalings, str svd, int? passes, int seed) "
-      "-> (Tensor[] a0, Tensor[] b0)");
+      "-> (Tensor[] a0, Tensor[] b0, Tensor[] s)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
   m.def("quantize(Tensor weight, str format, int blocksize) -> (Tensor codes, Tensor absmax)");
   m.def("quantize_absmax(Tensor absmax, Tensor? offset) -> (Tensor codes8, Tensor nested_absmax, Tensor offset)");
@@ -23,8 +23,11 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "
       "int rows, int cols, ScalarType dtype) -> Tensor");
   m.def(
+      "quantization_error(Tensor weight, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
+      "str format, int blocksize) -> (Tensor error, Tensor squares)");
+  m.def(
       "split_quantized(Tensor weight, float largest, int r, float scaling, str svd, int? passes, int seed, "
-      "int quant_iters, str format, int blocksize) -> (Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
+      "str format, int blocksize) -> (Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
   m.def(
       "residual_quantized(Tensor weight, Tensor a0, Tensor b0, float scaling, str format, int blocksize) "
       "-> (Tensor codes, Tensor absmax)");

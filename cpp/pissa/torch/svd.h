@@ -79,20 +79,19 @@ std::tuple<Tensor, Tensor> split(const Tensor& weight, double largest, std::int6
   return {a0, b0};
 }
 
+// (a0 [r, in], b0 [out, r], singular values [r]) of each weight.
 template <class Device>
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vector<Tensor>& weights,
-                                                                const std::vector<double>& largest,
-                                                                const std::vector<std::int64_t>& ranks,
-                                                                const std::vector<double>& scalings,
-                                                                const std::string& svd,
-                                                                std::optional<std::int64_t> passes, std::int64_t seed) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> split_many(
+    const std::vector<Tensor>& weights, const std::vector<double>& largest, const std::vector<std::int64_t>& ranks,
+    const std::vector<double>& scalings, const std::string& svd, std::optional<std::int64_t> passes,
+    std::int64_t seed) {
   const std::size_t count = weights.size();
   PISSA_CHECK(count > 0 && largest.size() == count && ranks.size() == count && scalings.size() == count,
               "largest, ranks, scalings: got ", largest.size(), ", ", ranks.size(), " and ", scalings.size(),
               "; needed: one for each of the ", count, " weights, of which there must be one");
   Device device(weights[0], weights);
   const SvdOptions options = svd_options(svd, passes, seed);
-  std::vector<Tensor> contiguous_weights, a0, b0;
+  std::vector<Tensor> contiguous_weights, a0, b0, s;
   std::vector<SplitTask> tasks;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     contiguous_weights.push_back(torch::stable::contiguous(weights[i]));
@@ -100,11 +99,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> split_many(const std::vecto
     check_svd(w, ranks[i], options);  // before the rank becomes a size
     a0.push_back(new_tensor(weights[i], {ranks[i], w.cols}, ScalarType::Float));
     b0.push_back(new_tensor(weights[i], {w.rows, ranks[i]}, ScalarType::Float));
+    s.push_back(new_tensor(weights[i], {ranks[i]}, ScalarType::Float));
     tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back()),
-                     static_cast<float>(largest[i])});
+                     static_cast<float>(largest[i]), mutable_matrix(s.back())});
   }
   device.split_many(tasks, options);
-  return {a0, b0};
+  return {a0, b0, s};
 }
 
 // A weight and its factors as they cross the op boundary.

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
     "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
+    "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
     "env": "report versions and whether everything works",
 }
 

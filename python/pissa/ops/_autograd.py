@@ -61,9 +61,22 @@ def _(
     svd: str,
     passes: int | None,
     seed: int,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     a0, b0 = zip(*map(_factors, weights, ranks), strict=True)
-    return list(a0), list(b0)
+    return list(a0), list(b0), [_floats(weight, r) for weight, r in zip(weights, ranks, strict=True)]
+
+
+@register_fake("pissa::quantization_error")
+def _(
+    weight: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.bfloat16), weight.new_empty((), dtype=torch.float64)
 
 
 @register_fake("pissa::split_quantized")
@@ -75,7 +88,6 @@ def _(
     svd: str,
     passes: int | None,
     seed: int,
-    quant_iters: int,
     format: str,
     blocksize: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

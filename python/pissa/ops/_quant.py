@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,20 @@ def check_quantized_offset(weight: QuantizedWeight) -> QuantizedWeight:
     if weight.offset is not None:
         check_offset(weight.offset.item())
     return weight
+
+
+def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
+    """The offsets of nested scales, 0 where there are none: float32 [parts], one at least."""
+    offsets = [part.offset if isinstance(part, QuantizedWeight) else None for part in parts]
+    zero = (parts[0].codes if isinstance(parts[0], QuantizedWeight) else parts[0]).new_zeros((), dtype=torch.float32)
+    return torch.stack([zero if offset is None else offset for offset in offsets])
+
+
+def check_offsets(parts: Sequence[Tensor | QuantizedWeight], names: Sequence[str]) -> None:
+    """`check_offset` of each; the host waits once, if any scales are nested."""
+    if any(isinstance(part, QuantizedWeight) and part.nested for part in parts):
+        for offset, name in zip(offsets_of(parts).tolist(), names, strict=True):
+            check_offset(offset, name)
 
 
 def quantize(

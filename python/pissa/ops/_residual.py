@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._quant import QuantizedWeight, check_offset, quantized_weight
+from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of, quantized_weight
 from pissa.ops.checks import (
     check_choice,
     check_devices,
@@ -37,7 +37,7 @@ def residual(
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
-        a0, b0: float32 [r, in] and [out, r].
+        a0, b0: float32 [r, in] and [out, r]. With r = 0 the residual is all of the weight.
         form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
         blocksize, double_quant: of a quantised format; see `quantize`.
 
@@ -92,7 +92,7 @@ def _residuals(
     weights = [check_matrix(weight, name) for weight, (name, _, _) in zip(weights, names, strict=True)]
     tensors: dict[str, Tensor | None] = {}
     for triple, name in zip(zip(weights, a0s, b0s, strict=True), names, strict=True):
-        check_factors(name[1], triple[1], name[2], triple[2], triple[0].shape[0], triple[0].shape[1])
+        check_factors(name[1], triple[1], name[2], triple[2], triple[0].shape[0], triple[0].shape[1], least=0)
         tensors |= zip(name, triple, strict=True)
     check_devices(tensors)
     if not weights:
@@ -104,8 +104,7 @@ def _residuals(
         for weight, pair, scaling, option in zip(weights, factors, scalings, options, strict=True)
     ]
     norms = [_norms([pair[which] for pair in factors]) for which in range(2)]
-    offsets = torch.stack([_offset(rest, weight) for rest, weight in zip(found, weights, strict=True)])
-    values = torch.stack([_OPS.max_abs(weights), *norms, offsets]).tolist()  # the host waits here, once
+    values = torch.stack([_OPS.max_abs(weights), *norms, offsets_of(found)]).tolist()  # the host waits here, once
     for name, scaling, largest, norm_a, norm_b, offset in zip(names, scalings, *values, strict=True):
         check_product(name, largest, norm_a, norm_b, scaling)
         check_offset(offset, name[0])
@@ -117,22 +116,26 @@ def _norms(factors: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors])
 
 
-def _offset(rest: Tensor | QuantizedWeight, weight: Tensor) -> Tensor:
-    """The offset of nested scales, or 0: float32 []."""
-    offset = rest.offset if isinstance(rest, QuantizedWeight) else None
-    return weight.new_zeros((), dtype=torch.float32) if offset is None else offset
-
-
 def unchecked_residual(
     weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, form: str, options: tuple[int, bool] | None
 ) -> Tensor | QuantizedWeight:
     """The residual of tensors that are fit for it, `options` being `quant_options`. If the scales are nested, their
     offset has to be checked by the caller, who may wait for it."""
-    if options is None:
-        rest: Tensor = _OPS.residual(weight, a0, b0, scaling)
-        return rest
+    if options is not None:
+        return unchecked_quantized_residual(weight, a0, b0, scaling, form, options)
+    rest: Tensor = _OPS.residual(weight, a0, b0, scaling) if a0.shape[0] > 0 else weight.clone()
+    return rest
+
+
+def unchecked_quantized_residual(
+    weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, form: str, options: tuple[int, bool]
+) -> QuantizedWeight:
+    """The same of a quantised form; the factors may be of rank 0."""
     blocksize, double_quant = options
-    codes, absmax = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
+    if a0.shape[0] > 0:
+        codes, absmax = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
+    else:
+        codes, absmax = _OPS.quantize(weight, form, blocksize)
     return quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _load
+from pissa.ops.formats import FORMATS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and activations."""
@@ -138,6 +139,19 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
 
 
+def check_alternation(quant_iters: object, quantise_first: bool, tolerance: object, form: str) -> None:
+    """How a quantised residual is alternated with its factors."""
+    if isinstance(quant_iters, bool) or not isinstance(quant_iters, int) or quant_iters < 1:
+        raise ValueError(f"quant_iters: got {quant_iters!r}; allowed: a whole number of at least 1")
+    formats = ", ".join(map(repr, FORMATS))
+    if form not in FORMATS and quant_iters > 1:
+        raise ValueError(f"quant_iters: got {quant_iters} with form={form!r}; allowed: 1, or more with {formats}")
+    if form not in FORMATS and quantise_first:
+        raise ValueError(f"quantise_first: got True with form={form!r}; allowed: False, or with {formats}")
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: got {tolerance!r}; allowed: a number of at least 0, which ends none early")
+
+
 def check_scaling(scaling: float, name: str = "scaling") -> None:
     """The scaling that start factors are divided by."""
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling) or scaling <= 0:
@@ -150,10 +164,13 @@ def check_change_scaling(scaling: float) -> None:
         raise ValueError(f"scaling: got {scaling!r}; allowed: a finite number (lora_alpha / r)")
 
 
-def check_factors(name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int) -> None:
+def check_factors(
+    name_a: str, a: object, name_b: str, b: object, out_features: int, in_features: int, least: int = 1
+) -> None:
+    """Whether a and b are factors of a weight of that shape, of rank `least` or more."""
     a, b = check_tensor(name_a, a), check_tensor(name_b, b)
-    if a.dim() != 2 or a.shape[0] < 1 or a.shape[1] != in_features:
-        raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= 1, {in_features}]")
+    if a.dim() != 2 or a.shape[0] < least or a.shape[1] != in_features:
+        raise ValueError(f"{name_a}: got shape {list(a.shape)}; needed: [r, in] = [r >= {least}, {in_features}]")
     if b.dim() != 2 or tuple(b.shape) != (out_features, a.shape[0]):
         raise ValueError(f"{name_b}: got shape {list(b.shape)}; needed: [out, r] = [{out_features}, {a.shape[0]}]")
 

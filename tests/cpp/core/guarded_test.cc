@@ -103,7 +103,7 @@ TEST_F(GuardedTest, SplitAndSplitQuantized) {
     there.codes = device.upload(std::span(result.codes));
     there.scales = device.upload(std::span(result.scales));
     split_both([&](auto& backend, const Matrix& w, const MutableMatrix& a0, const MutableMatrix& b0) {
-      split_quantized(backend, w, 2.0f, {}, 1, a0, b0, w.data == device_weight.data ? there : here);
+      split_quantized(backend, w, 2.0f, {}, a0, b0, w.data == device_weight.data ? there : here);
     });
     EXPECT_EQ(device.download(there.codes, static_cast<std::int64_t>(result.codes.size())), result.codes);
     const std::size_t bytes = result.scales.size() * sizeof(float);

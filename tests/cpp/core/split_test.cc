@@ -124,7 +124,7 @@ TEST_P(SplitTest, QuantizedResidual) {
       QuantizedResult result(quantized, 41, 67, blocksize), expected = result;
       auto tested = backend();
       split(tested, weight.view(), 2.0f, {}, plain.a0.mutable_view(), plain.b0.mutable_view());
-      split_quantized(tested, weight.view(), 2.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+      split_quantized(tested, weight.view(), 2.0f, {}, factors.a0.mutable_view(), factors.b0.mutable_view(),
                       result.output());
       EXPECT_TRUE(factors.a0.bytes() == plain.a0.bytes());
       EXPECT_TRUE(factors.b0.bytes() == plain.b0.bytes());
@@ -145,20 +145,19 @@ class SplitErrors : public BackendTest {
  protected:
   // Refused with a message that starts with the argument's name, and nothing written.
   void expect_refused(const std::string& argument, const Dense& values, std::int64_t r, float scaling,
-                      const SvdOptions& options = {}, std::int64_t iterations = 1, std::int64_t blocksize = 64,
-                      Format format = Format::nf4) {
+                      const SvdOptions& options = {}, std::int64_t blocksize = 64, Format format = Format::nf4) {
     const Stored weight(values, Format::f32);
     auto cpu = backend();
     QuantizedResult result(format, values.rows, values.cols);
     result.blocksize = blocksize;
     for (const bool quantize : {false, true}) {
-      if (!quantize && (iterations != 1 || blocksize != 64)) continue;
+      if (!quantize && blocksize != 64) continue;
       StartFactors factors(weight.view(), r);
       const StartFactors untouched = factors;
       try {
         if (quantize) {
-          split_quantized(cpu, weight.view(), scaling, options, iterations, factors.a0.mutable_view(),
-                          factors.b0.mutable_view(), result.output());
+          split_quantized(cpu, weight.view(), scaling, options, factors.a0.mutable_view(), factors.b0.mutable_view(),
+                          result.output());
         } else {
           split(cpu, weight.view(), scaling, options, factors.a0.mutable_view(), factors.b0.mutable_view());
         }
@@ -179,10 +178,9 @@ TEST_P(SplitErrors, NameTheArgumentAndWriteNothing) {
   for (const float scaling : {0.0f, -1.0f, kNan, kInf}) expect_refused("scaling", w, 2, scaling);
   for (const std::int64_t r : {0, 7}) expect_refused("r", w, r, 1.0f);
   for (const std::int64_t passes : {0, 3}) expect_refused("passes", w, 2, 1.0f, {SvdMethod::krylov, passes, 0});
-  for (const std::int64_t iterations : {0, 2, -1}) expect_refused("quant_iters", w, 2, 1.0f, {}, iterations);
-  for (const std::int64_t blocksize : {0, 16, 63, 8192}) expect_refused("blocksize", w, 2, 1.0f, {}, 1, blocksize);
+  for (const std::int64_t blocksize : {0, 16, 63, 8192}) expect_refused("blocksize", w, 2, 1.0f, {}, blocksize);
   for (const std::int64_t blocksize : {0, 7, 16, 48}) {  // rows have 8
-    expect_refused("blocksize", w, 2, 1.0f, {}, 1, blocksize, Format::int8);
+    expect_refused("blocksize", w, 2, 1.0f, {}, blocksize, Format::int8);
   }
   for (const float special : {kNan, kInf, -kInf}) {
     Dense bad = w;
@@ -198,7 +196,7 @@ TEST_P(SplitErrors, AQuantizedWeightHasNoQuantizedResidual) {
     auto cpu = backend();
     StartFactors factors(weight.view(), 2);
     QuantizedResult result(Format::nf4, 50, 40);
-    EXPECT_THROW(split_quantized(cpu, weight.view(), 1.0f, {}, 1, factors.a0.mutable_view(), factors.b0.mutable_view(),
+    EXPECT_THROW(split_quantized(cpu, weight.view(), 1.0f, {}, factors.a0.mutable_view(), factors.b0.mutable_view(),
                                  result.output()),
                  std::invalid_argument);
   }

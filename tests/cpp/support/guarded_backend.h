@@ -91,6 +91,9 @@ class GuardedBackend {
   void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) {
     inside([&] { cpu_.add(a, b, out); });
   }
+  void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) {
+    inside([&] { cpu_.subtract(a, b, out, squares); });
+  }
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) {
     inside([&] { cpu_.fill_signs(out, seed, scale); });
   }

@@ -134,6 +134,12 @@ class TransferringBackend {
       cuda_.add(at(a), at(b), target);
     });
   }
+  void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
+    call([&](Staging& at) {
+      const MutableMatrix target = at(out);
+      cuda_.subtract(at(a), at(b), target, at.upload(squares, 1, true));
+    });
+  }
   void add_both(const Sum& first, const Sum& second) const {
     call([&](Staging& at) {
       const Sum there{at(first.a), at(first.b), at(first.out)};

@@ -186,7 +186,7 @@ def test_unknown_instruction_set_is_refused() -> None:
 def test_split_is_the_scaled_svd(scaling: float, svd: str) -> None:
     weight = power_law(96, 130, 0.7).float()
     u, s, v = fetch(ops.svd_lowrank(put(weight), 8, svd=svd))
-    a0, b0, residual = fetch(ops.split(put(weight), 8, scaling=scaling, svd=svd))
+    a0, b0, residual, _ = fetch(ops.split(put(weight), 8, scaling=scaling, svd=svd))
     assert residual is None
     assert a0.is_contiguous()
     assert b0.is_contiguous()
@@ -208,7 +208,7 @@ def test_residual_plus_factors_is_the_weight(
 ) -> None:
     r = data.draw(st.integers(1, min(rows, cols)))
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed % 1000)).to(dtype)
-    a0, b0, residual = fetch(ops.split(put(weight), r, scaling=2.0, seed=seed, form="explicit"))
+    a0, b0, residual, _ = fetch(ops.split(put(weight), r, scaling=2.0, seed=seed, form="explicit"))
     assert residual.dtype == dtype
     product = 2.0 * b0.double() @ a0.double()
     exact = weight.double() - product
@@ -402,6 +402,14 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
         {"blocksize": 64, "form": "int8"},
         {"double_quant": True, "form": "int8"},
         {"quant_iters": 2},
+        {"quant_iters": 2, "form": "explicit"},
+        {"quant_iters": 0, "form": "nf4"},
+        {"quant_iters": 2.0, "form": "nf4"},
+        {"quant_iters": True, "form": "nf4"},
+        {"quantise_first": True, "form": "explicit"},
+        {"tolerance": -0.1, "form": "nf4"},
+        {"tolerance": float("nan"), "form": "nf4"},
+        {"tolerance": "auto", "form": "nf4"},
     ],
 )
 def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
@@ -437,8 +445,8 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
             "split_many",
             ([torch.randn(20, 30), torch.randn(9, 8).half()], [4.0, 4.0], [4, 2], [0.5, 1.0], "krylov", 4, 0),
         ),
-        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, 1, "nf4", 64)),
-        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, 1, "int8", 30)),
+        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, "nf4", 64)),
+        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, "int8", 30)),
         ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "nf4", 64)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "int8", 30)),

@@ -1,0 +1,89 @@
+"""Ranks for a budget of parameters: as much of the weights' energy as it can hold."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pissa.checkpoints.kinds import kinds_of
+
+
+class Candidate(NamedTuple):
+    """A layer to be given a rank."""
+
+    gains: Sequence[float]
+    """What each further rank gains: not increasing. The layer's rank is at most their number, and at least a step."""
+    cost: int
+    """Parameters of each rank: in + out."""
+
+
+def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[int]:
+    """The rank of each layer: at least `step`, a multiple of `step` or all that the layer has, and at most `budget`
+    parameters in sum.
+
+    Every layer begins with one step. Then the step with the largest gain for each parameter is taken, and so on, until
+    none fits. Since a layer's gains do not increase, no ranks of these gain more with as many parameters as had been
+    spent when the first step did not fit; and none with the whole budget gain more than that step beyond what is found.
+    (Choosing better is a knapsack: the two differ by less than one step of one layer.)
+
+    Raises:
+        ValueError: the budget is less than a step for each layer.
+    """
+    ranks = [min(step, len(layer.gains)) for layer in layers]
+    spent = sum(rank * layer.cost for rank, layer in zip(ranks, layers, strict=True))
+    if spent > budget:
+        raise ValueError(f"budget: got {budget:,} parameters; needed: at least {spent:,}, rank {step} in each layer")
+    queue: list[tuple[float, int, int]] = []  # negative gain of a parameter, layer, parameters
+
+    def offer(number: int) -> None:
+        layer, rank = layers[number], ranks[number]
+        more = layer.gains[rank : rank + step]
+        if more:
+            heapq.heappush(queue, (-sum(more) / (len(more) * layer.cost), number, len(more)))
+
+    for number in range(len(layers)):
+        offer(number)
+    while queue:
+        _, number, more = heapq.heappop(queue)
+        cost = more * layers[number].cost
+        if spent + cost <= budget:
+            ranks[number] += more
+            spent += cost
+            offer(number)
+    return ranks
+
+
+def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """`r` and `rank_pattern` of a PissaConfig that gives layers of these names these ranks.
+
+    `r` is the most frequent rank. A kind of layers has a key of its own if another rank is more frequent in it, and
+    before it (PEFT takes the first key that matches) come those of its layers that differ: one key for all of a rank
+    whose names differ in one number.
+    """
+    r = _most_frequent(ranks.values())
+    kinds: dict[str, dict[str, int]] = {}
+    for name, kind in kinds_of(ranks).items():
+        kinds.setdefault(kind, {})[name] = ranks[name]
+    pattern: dict[str, int] = {}
+    for kind, members in kinds.items():
+        # A kind whose name ends the name of another kind cannot be told apart from it.
+        own = not any(other.endswith(f".{kind}") for other in kinds)
+        usual = _most_frequent(members.values()) if own else r
+        alike: dict[tuple[int, str, str], list[str]] = {}
+        for name, rank in members.items():
+            if rank != usual:
+                before, number, after = re.fullmatch(r"(.*?)((?<![^.])\d+(?![^.])|$)(.*)", name).groups()  # type: ignore[union-attr]
+                alike.setdefault((rank, before, after), []).append(number)
+        for (rank, before, after), numbers in alike.items():
+            either = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+            pattern[f"^{re.escape(before)}{either}{re.escape(after)}"] = rank
+        if usual != r:
+            pattern[re.escape(kind)] = usual
+    return r, pattern
+
+
+def _most_frequent(ranks: Iterable[int]) -> int:
+    return Counter(ranks).most_common(1)[0][0]

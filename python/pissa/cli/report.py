@@ -1,0 +1,64 @@
+"""`pissa report`: what a checkpoint holds for PiSSA: spectra, errors of quantised bases, ranks for a budget, memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pissa.cli.arguments import positive_int
+from pissa.cli.terminal import UserError, silence_third_parties
+
+RANKS = (16, 64, 128)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="the model: config.json and safetensors")
+    parser.add_argument("--quant", choices=("nf4", "int8"), help="report the errors of bases in this format too")
+    parser.add_argument("--rank", type=positive_int, nargs="+", default=RANKS, metavar="N", help="ranks of adapters")
+    parser.add_argument(
+        "--budget",
+        type=positive_int,
+        metavar="PARAMETERS",
+        help="trained parameters that the suggested ranks may have; by default what the smallest rank has",
+    )
+    parser.add_argument(
+        "--sample", type=positive_int, metavar="N", help="quantise N layers of each kind, evenly spaced, instead of all"
+    )
+    parser.add_argument("--exact", action="store_true", help="all singular values: slow for large matrices")
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="sequences of a step, for the memory"
+    )
+    parser.add_argument("--length", type=positive_int, default=512, metavar="N", help="tokens of a sequence")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reports on one checkpoint. Returns the exit code.
+
+    Raises:
+        UserError: for a folder that holds no such model, or numbers that do not fit it.
+    """
+    silence_third_parties()
+    from pissa.checkpoints.report import report
+    from pissa.cli.report_table import print_tables
+
+    try:
+        found = report(
+            args.model,
+            args.rank,
+            quant=args.quant,
+            budget=args.budget,
+            sampled=args.sample,
+            exact=args.exact,
+            batch=args.batch,
+            length=args.length,
+            progressbar=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_tables(found)
+    return 0

@@ -1,0 +1,158 @@
+"""The pictures of a report: spectra, energy against rank, errors of quantised bases; for print and for a page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pissa.checkpoints.layer_report import by_kind
+from pissa.checkpoints.quant_errors import PLAIN
+from pissa.checkpoints.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Everything that a page shows in another colour when it is dark. No other element has these.
+INK, FAINT = "#1a1a1b", "#d7d7d8"
+
+_WIDTH = 5.2  # inches: what a telephone shows in full size
+
+# The colours of Okabe and Ito differ to every kind of colour blindness; line styles and markers differ in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_MARKERS = "os^DvP"
+
+
+def pictures(report: Report) -> dict[str, Figure]:
+    """The pictures by their names."""
+    drawn: dict[str, Callable[[Report], Figure]] = {"spectra": _spectra, "energy": _energy}
+    if report.quant is not None:
+        drawn["errors"] = _errors
+    return {name: draw(report) for name, draw in drawn.items()}
+
+
+def png(figure: Figure) -> bytes:
+    """The picture for print."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=200, format="png")
+    return file.getvalue()
+
+
+def svg(figure: Figure, title: str) -> str:
+    """The picture as an element of a page: as wide as it may be, its text in the page's font, its colours `INK` and
+    `FAINT` those of the style sheet."""
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    head, _, rest = text.partition(">")
+    view = re.search(r'viewBox="[^"]*"', head)
+    assert view is not None
+    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
+    for name in set(re.findall(r'\bid="([^"]*)"', rest)):
+        if f"#{name}" not in rest:
+            rest = rest.replace(f' id="{name}"', "")
+    rest = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", rest)
+    rest = rest.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")
+    return f'<svg {view[0]} role="img" aria-label="{title}" xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
+    # The object interface: no window system, and no global state of pyplot.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for ax in axes.flat:
+        ax.tick_params(colors=INK, labelsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(INK)
+        ax.grid(color=FAINT, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _spectra(report: Report) -> Figure:
+    """Singular values of every layer over the norm of its weight, a panel for each kind, coloured by depth."""
+    from matplotlib import colormaps
+
+    kinds = by_kind(report.layers)
+    rows = math.ceil(len(kinds) / 2)
+    figure, axes = _figure(0.7 + 1.55 * rows, rows, 2, sharex=True, sharey=True)
+    colours = colormaps["viridis"]
+    for ax, (kind, some) in zip(axes.flat, kinds.items(), strict=False):
+        for number, layer in enumerate(some.layers):
+            if not layer.spectrum.total:
+                continue
+            values = layer.spectrum.values.numpy() / math.sqrt(layer.spectrum.total)
+            colour = colours(0.92 * number / max(len(some.layers) - 1, 1))
+            ax.loglog(np.arange(1, len(values) + 1), values, color=colour, linewidth=0.9)
+        ax.set_title(kind, fontsize=9.5, loc="left", color=INK, pad=3)
+        ax.minorticks_off()
+    for ax in axes.flat[len(kinds) :]:
+        ax.set_visible(False)
+    figure.supxlabel("number of the singular value", fontsize=9.5, color=INK)
+    figure.supylabel("singular value / norm of the weight", fontsize=9.5, color=INK)
+    return figure
+
+
+def _energy(report: Report) -> Figure:
+    """The energy that each rank holds, a line for each kind of layers."""
+    figure, axes = _figure(3.6)
+    ax = axes[0, 0]
+    largest = report.ranks[-1]
+    ranks = np.arange(largest + 1)
+    for number, (kind, some) in enumerate(by_kind(report.layers).items()):
+        energies = [100 * some.energy(int(rank)) for rank in ranks]
+        style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number % len(_LINES)]}
+        ax.plot(ranks, energies, linewidth=1.5, label=kind, **style)
+    ax.plot(ranks, [100 * report.whole.energy(int(rank)) for rank in ranks], color=INK, linewidth=2.4, label="all")
+    ax.set_xlim(0, largest)
+    ax.set_ylim(0, 100)
+    ax.set_xlabel("rank", fontsize=9.5, color=INK)
+    ax.set_ylabel("energy held (% of ‖W‖²)", fontsize=9.5, color=INK)
+    _legend(figure, ax)
+    return figure
+
+
+def _errors(report: Report) -> Figure:
+    """The error that is left of plain quantisation's, a point for each kind, method and rank."""
+    kinds = {kind: some for kind, some in by_kind(report.layers).items() if some.quantised} | {"all": report.whole}
+    methods = [name for name in dict.fromkeys(name for name, _ in report.whole.methods) if name != PLAIN]
+    figure, axes = _figure(0.9 + 0.3 * len(kinds), 1, len(report.ranks), sharey=True, sharex=True)
+    for ax, rank in zip(axes.flat, report.ranks, strict=True):
+        for number, method in enumerate(methods):
+            ax.plot(
+                [100 * some.removed((method, rank))[0] for some in kinds.values()],
+                range(len(kinds)),
+                linestyle="none",
+                marker=_MARKERS[number],
+                markersize=6,
+                color=_COLOURS[number],
+                label=method,
+            )
+        ax.set_title(f"rank {rank}", fontsize=9.5, loc="left", color=INK, pad=3)
+        ax.grid(axis="x", visible=False)
+        ax.set_yticks(range(len(kinds)), kinds)
+    lowest = min(0.0, axes[0, 0].get_xlim()[0])
+    axes[0, 0].set_xlim(lowest, 100)
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel("error of plain quantisation removed (%, nuclear norm)", fontsize=9.5, color=INK)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=4, fontsize=9, frameon=False, labelcolor=INK, handlelength=2.4
+    )

@@ -1,0 +1,125 @@
+"""A report in the terminal: tables by kind of layer, the layers that lose most, ranks to paste, memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from pissa.checkpoints.layer_report import Summary, by_kind
+from pissa.checkpoints.nuclear import EXACT_SIDE
+from pissa.checkpoints.quant_errors import PLAIN
+from pissa.checkpoints.report import Report
+from pissa.cli.terminal import format_table, say
+
+_WORST = 5
+
+
+def print_tables(report: Report) -> None:
+    """Prints the whole report."""
+    _print_model(report)
+    _print_energy(report)
+    if report.quant is not None:
+        _print_errors(report)
+    _print_worst(report)
+    _print_suggestion(report)
+    _print_memory(report)
+    say("time", f"{report.seconds:.0f} s")
+
+
+def _print_model(report: Report) -> None:
+    adapted = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    say("model", f"{report.model}: {len(report.layers)} layers of {count(adapted)} parameters to adapt")
+    if report.exact:
+        say("spectrum", "all singular values, from Gram matrices in float64")
+    else:
+        say(
+            "spectrum",
+            f"the first {report.ranks[-1]} singular values, as PiSSA's own decomposition finds them: never above the "
+            "true ones",
+        )
+
+
+def _print_energy(report: Report) -> None:
+    header = ("energy held by rank", "layers", "shape", "stable\nrank", *(f"\n{rank}" for rank in report.ranks))
+    rows = []
+    for kind, some in {**by_kind(report.layers), "all": report.whole}.items():
+        stable = _range([layer.spectrum.stable_rank for layer in some.layers])
+        energies = [f"{some.energy(rank):.1%}" for rank in report.ranks]
+        rows.append([kind, str(len(some.layers)), _shapes(some), stable, *energies])
+    print(f"\n{format_table(header, rows)}\n")
+
+
+def _print_errors(report: Report) -> None:
+    whole = report.whole
+    kinds = {kind: some for kind, some in by_kind(report.layers).items() if some.quantised}
+    for rank in report.ranks:
+        methods = [method for method in whole.methods if method[1] == rank]
+        header = [f"{report.quant}, rank {rank}", f"{PLAIN}\nerror"]
+        header += [cell for method, _ in methods for cell in (f"{method}\nerror", "\nremoved")]
+        rows = []
+        for kind, some in {**kinds, "all": whole}.items():
+            row = [kind, f"{some.error((PLAIN, 0)):.2%}"]
+            for method in methods:
+                row += [f"{some.error(method):.2%}", f"{some.removed(method)[0]:.1%}"]
+            rows.append(row)
+        print(f"{format_table(header, rows)}\n")
+    say("error", "|W - Q - s B A| / |W|, Frobenius norms")
+    note = "removed: the share of QLoRA's nuclear norm that is gone, 1 - |W - Q - s B A|* / |W - Q'|*"
+    worst = max(some.removed(method)[1] for some in (*kinds.values(), whole) for method in whole.methods)
+    if worst:
+        note += (
+            f"; estimated where a side is above {EXACT_SIDE}, with a standard error of at most {100 * worst:.1f} points"
+        )
+    say("", note)
+    if len(whole.quantised) < len(report.layers):
+        say("", f"of {len(whole.quantised)} of {len(report.layers)} layers, evenly spaced in each kind")
+
+
+def _print_worst(report: Report) -> None:
+    rank = report.ranks[0]
+    least = sorted(report.layers, key=lambda layer: layer.spectrum.energy(layer.rank(rank)))[:_WORST]
+    rows = [(layer.name, f"{layer.spectrum.energy(layer.rank(rank)):.1%}") for layer in least]
+    print(format_table((f"least energy held by rank {rank}", ""), rows) + "\n")
+
+
+def _print_suggestion(report: Report) -> None:
+    found = report.suggestion
+    r, pattern = found.pattern()
+    say("ranks", f"for {found.budget:,} parameters: {found.parameters:,} used, {found.lost:.2%} of the energy lost;")
+    say("", f"rank {found.uniform} everywhere: {found.uniform_parameters:,} used, {found.uniform_lost:.2%} lost")
+    say("", f"PissaConfig(r={r}, rank_pattern={json.dumps(pattern)})")
+
+
+def _print_memory(report: Report) -> None:
+    rows = [
+        (part, *(size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True)))
+        for part in ("weights", "start", "trained", "gradients", "optimizer", "activations", "total")
+    ]
+    head = f"training at rank {report.ranks[0]},\n{report.batch} x {report.length} tokens"
+    print("\n" + format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
+
+
+def _shapes(some: Summary) -> str:
+    shapes = sorted({layer.shape for layer in some.layers})
+    return " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def _range(numbers: Sequence[float]) -> str:
+    low, high = f"{min(numbers):.0f}", f"{max(numbers):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def count(number: int) -> str:
+    """A large number in three digits: "1.23 billion"."""
+    for limit, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= limit:
+            return f"{number / limit:.3g} {word}"
+    return str(number)
+
+
+def size(number: int) -> str:
+    """Bytes in three digits: "1.23 GB"."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number} B"

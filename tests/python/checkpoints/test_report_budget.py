@@ -1,0 +1,181 @@
+"""Ranks for a budget, beside every other choice of ranks; patterns, as PEFT reads them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+import pissa
+from pissa.checkpoints.budget import Candidate, allocate, as_pattern
+from pissa.checkpoints.kinds import kinds_of, sample
+from pissa.checkpoints.layer_report import LayerReport, layer_reports
+from pissa.checkpoints.suggestion import suggest
+from pissa.layers.layer import pissa_layers
+
+
+def candidates(seed: int, costs: tuple[int, ...], ranks: int) -> list[Candidate]:
+    """Layers with random gains that do not increase."""
+    drawn = torch.rand(len(costs), ranks, generator=torch.Generator().manual_seed(seed)).double() ** 2
+    gains = drawn.sort(dim=1, descending=True).values.tolist()
+    return [Candidate(row[: ranks - i % 2], cost) for i, (row, cost) in enumerate(zip(gains, costs, strict=True))]
+
+
+def best(layers: list[Candidate], budget: int, step: int) -> float:
+    """The largest gain of all ranks that are steps, or all of a layer, within the budget."""
+    choices = [
+        [rank for rank in range(1, len(layer.gains) + 1) if rank % step == 0 or rank == len(layer.gains)]
+        for layer in layers
+    ]
+    return max(gain(layers, ranks) for ranks in itertools.product(*choices) if spent(layers, ranks) <= budget)
+
+
+def gain(layers: list[Candidate], ranks: tuple[int, ...] | list[int]) -> float:
+    return sum(sum(layer.gains[:rank]) for layer, rank in zip(layers, ranks, strict=True))
+
+
+def spent(layers: list[Candidate], ranks: tuple[int, ...] | list[int]) -> int:
+    return sum(layer.cost * rank for layer, rank in zip(layers, ranks, strict=True))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_of_one_shape_get_the_best_ranks(seed: int, step: int) -> None:
+    layers = candidates(seed, (7, 7, 7), 6)
+    if step > 1:  # a last step that is shorter costs less
+        layers = [layer._replace(gains=layer.gains[:4]) for layer in layers]
+    for budget in range(7 * 3 * step, 7 * 19, 7 * step):
+        ranks = allocate(layers, budget, step)
+        assert spent(layers, ranks) <= budget
+        assert gain(layers, ranks) == pytest.approx(best(layers, budget, step), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_of_other_shapes_lose_less_than_a_step(seed: int) -> None:
+    layers = candidates(seed, (3, 8, 13), 6)
+    found_exactly = 0
+    for budget in range(24, 24 * 6):
+        ranks = allocate(layers, budget, 1)
+        assert spent(layers, ranks) <= budget
+        # Whatever does not fit at the end is one step of one layer.
+        left = [layer.gains[rank] for layer, rank in zip(layers, ranks, strict=True) if rank < len(layer.gains)]
+        lacking = best(layers, budget, 1) - gain(layers, ranks)
+        assert lacking <= max(left, default=0) + 1e-12
+        found_exactly += lacking < 1e-12
+    assert found_exactly > 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_spent_before_a_step_does_not_fit_is_spent_best(seed: int) -> None:
+    layers = candidates(seed, (3, 8, 13), 5)
+    order = sorted(
+        (
+            (layer.gains[rank] / layer.cost, number)
+            for number, layer in enumerate(layers)
+            for rank in range(1, len(layer.gains))
+        ),
+        reverse=True,
+    )
+    ranks = [1, 1, 1]
+    for _, number in order:
+        budget = spent(layers, ranks)
+        assert allocate(layers, budget, 1) == ranks
+        assert gain(layers, ranks) == pytest.approx(best(layers, budget, 1), rel=1e-12)
+        ranks[number] += 1
+
+
+def test_steps_and_sides() -> None:
+    layers = [Candidate([1.0] * 20, 10), Candidate([0.5] * 5, 10)]
+    assert allocate(layers, 10**9) == [20, 5]
+    assert allocate(layers, 130) == [8, 5]
+    assert allocate(layers, 209) == [8, 5]
+    assert allocate(layers, 210) == [16, 5]
+    with pytest.raises(ValueError, match=r"budget: got 129 parameters; needed: at least 130, rank 8 in each layer"):
+        allocate(layers, 129)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pattern_gives_every_layer_its_rank(seed: int) -> None:
+    names = [f"model.layers.{i}.{kind}" for i in range(12) for kind in ("attn.q_proj", "attn.c_proj", "mlp.c_proj")]
+    names += [f"model.layers.{i}.moe.experts.{e}.w1" for i in range(3) for e in range(4)]
+    names += ["head", "model.merge", "model.layers.0.c_proj"]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(1, 4, (len(names),), generator=generator) * 8
+    ranks = dict(zip(names, drawn.tolist(), strict=True))
+    for name in names:  # one kind wholly alike, another but for one
+        if name.endswith("w1"):
+            ranks[name] = 64
+        elif name.endswith("q_proj"):
+            ranks[name] = 40 if ".3." in name else 48
+    r, pattern = as_pattern(ranks)
+    assert {name: pattern.get(get_pattern_key(list(pattern), name), r) for name in names} == ranks
+    assert pattern["q_proj"] == 48
+    assert pattern[r"^model\.layers\.3\.attn\.q_proj"] == 40
+
+
+def test_equal_ranks_need_no_pattern() -> None:
+    assert as_pattern({f"h.{i}.{kind}": 16 for i in range(3) for kind in ("q", "k")}) == (16, {})
+    assert as_pattern({"h.0.q": 16, "h.1.q": 16, "h.0.k": 8, "h.1.k": 8}) == (16, {"k": 8})
+
+
+def test_kinds_and_samples() -> None:
+    names = [f"h.{i}.{kind}" for i in range(5) for kind in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
+    kinds = kinds_of([*names, "lm_head", "x.1.experts.0.w1"])
+    assert list(kinds.values())[:3] == ["attn.c_proj", "mlp.c_proj", "c_fc"]
+    assert list(kinds.values())[-2:] == ["lm_head", "w1"]
+    of_five = kinds_of(names)
+    assert sample(of_five, 1) == {name for name in names if ".2." in name}
+    assert sample(of_five, 3) == {name for name in names if name.split(".")[1] in "024"}
+    assert sample(of_five, 9) == set(names)
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., nn.Module]) -> nn.Module:
+    """A model whose layers differ in how fast their spectra fall."""
+    model = tiny_llama()
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "proj" in name:
+            u, s, vh = torch.linalg.svd(parameter.detach(), full_matrices=False)
+            parameter.data = (u * torch.arange(1, len(s) + 1) ** (-0.1 - number % 4 / 2)) @ vh
+    return model
+
+
+def reports(model: nn.Module, quant: str | None = None) -> list[LayerReport]:
+    matrices = [(name, m.weight.detach()) for name, m in model.named_modules() if name.endswith("_proj")]
+    return list(layer_reports(matrices, [4, 24], quant=quant))
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_a_suggestion_can_be_pasted(model: nn.Module, quant: str | None) -> None:
+    layers = reports(model, quant)
+    budget = sum(layer.parameters(4) for layer in layers)
+    found = suggest(layers, budget, step=2)
+    assert found.uniform == 4
+    assert found.uniform_parameters == budget
+    assert found.parameters <= budget
+    assert found.lost < found.uniform_lost
+    assert len(set(found.ranks.values())) > 1
+    r, pattern = found.pattern()
+    wrapped = pissa.wrap(model, r=r, rank_pattern=pattern)
+    adapters = pissa_layers(wrapped.base_model.model, "default")
+    assert {name: layer.r["default"] for name, layer in adapters.items()} == found.ranks
+    assert {layer.scaling["default"] for layer in adapters.values()} == {1.0}
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert trained == found.parameters
+
+
+def test_lost_energy_is_that_of_the_weights(model: nn.Module) -> None:
+    layers = reports(model)
+    found = suggest(layers, 20_000, step=4)
+    weights = {name: m.weight.detach().double() for name, m in model.named_modules() if name.endswith("_proj")}
+    rest = sum(float(torch.linalg.svdvals(w)[found.ranks[name] :].square().sum()) for name, w in weights.items())
+    assert found.lost == pytest.approx(rest / sum(float(w.square().sum()) for w in weights.values()), rel=1e-3)
+
+
+def test_a_budget_for_less_than_a_step(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="budget: got 10 parameters"):
+        suggest(reports(model), 10)
