@@ -130,7 +130,7 @@ def singular_values(count: int) -> Tensor:
 
 @functools.cache
 def base_weight(rows: int, cols: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """The weight [rows, cols] that all layers of this shape are made of; the mean square of its elements is 1 / cols."""
+    """The weight [rows, cols] of which all layers of this shape are made; the mean square of elements is 1 / cols."""
     generator = torch.Generator().manual_seed(seed)
     values = singular_values(min(rows, cols))
     weight = torch.zeros(rows, cols)
