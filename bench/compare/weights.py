@@ -119,12 +119,13 @@ def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
         )
         model = LlamaForCausalLM(config).to(dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(_smollm2(), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype)
     model.config.use_cache = False
     return model.train()
 
 
-def _smollm2() -> Path:
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, unpacked once."""
     from pissa.cli.sources import unpack_smollm2
 
     folder = CACHE / "smollm2"

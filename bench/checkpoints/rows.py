@@ -1,0 +1,345 @@
+"""The rows of the table: what each measures, and what is wanted of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from bench.checkpoints.generate import SHAPES, generated, tensor_shapes
+from bench.checkpoints.interruptions import divided_runs, killed_runs
+from bench.checkpoints.processes import Usage, run_module
+
+GB = 1e9
+Result = dict[str, Any]
+
+
+class Options(NamedTuple):
+    """What the rows share."""
+
+    work: Path
+    """A folder for checkpoints; what is written there is removed."""
+    rank: int = 16
+    threads: int = 2
+    pairs: int = 3
+    kills: int = 20
+    shape: str | None = None
+    """A smaller model in the place of the row's own, to see whether the row runs."""
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    what: str
+    goal: str
+    measure: Callable[[Options], Result]
+    met: Callable[[Result], bool]
+    shown: Callable[[Result], str]
+
+
+def init(options: Options, source: Path, out: Path, *more: object) -> Usage:
+    """`pissa init` in a process."""
+    arguments = ("init", source, out, "--rank", options.rank, *more)
+    return run_module("pissa", *arguments, threads=options.threads, cwd=options.work)
+
+
+# ---- Beside the authors' way -----------------------------------------------------------------------------------------
+
+
+def beside_peer(options: Options) -> Result:
+    """SmolLM2-135M (or a generated shape): ours and the authors' way, in turns, whole processes."""
+    with _small_model(options) as source:
+        pairs: list[dict[str, Result]] = []
+        for number in range(options.pairs):
+            sides: dict[str, Callable[[Path], Usage]] = {
+                "ours": lambda out: init(options, source, out, "--quant", "nf4"),
+                "peer": lambda out: run_module(
+                    "bench.checkpoints.peer", source, out, "--rank", options.rank, threads=options.threads
+                ),
+            }
+            order = list(sides.items())[:: -1 if number % 2 else 1]
+            pair = {}
+            for name, side in order:
+                out = options.work / name
+                pair[name] = side(out).as_dict()
+                pair[name]["bytes"] = _bytes(out)
+                shutil.rmtree(out)
+            pairs.append(pair)
+    ratios = [pair["ours"]["seconds"] / pair["peer"]["seconds"] for pair in pairs]
+    work = [_without_imports(pair["ours"]) / _without_imports(pair["peer"]) for pair in pairs]
+    return {"pairs": pairs, "ratio": median(ratios), "ratio_without_imports": median(work)}
+
+
+def _without_imports(usage: Result) -> float:
+    return float(usage["seconds"] - usage["report"]["imports"])
+
+
+@contextmanager
+def _small_model(options: Options) -> Iterator[Path]:
+    """SmolLM2-135M, or a generated checkpoint that is removed afterwards."""
+    if options.shape is None:
+        from bench.compare.weights import smollm2
+
+        yield smollm2()
+    else:
+        with generated(options.work / "source", options.shape) as source:
+            yield source
+
+
+# ---- Of any size -----------------------------------------------------------------------------------------------------
+
+
+def of_shape(shape: str, memory: str) -> Callable[[Options], Result]:
+    """`pissa init` of a generated checkpoint, within that memory."""
+
+    def measure(options: Options) -> Result:
+        used = options.shape or shape
+        with generated(options.work / "source", used) as source:
+            return _init(options, source, used, memory, options.work / "out")
+
+    return measure
+
+
+def _init(options: Options, source: Path, shape: str, memory: str, out: Path) -> Result:
+    usage = init(options, source, out, "--quant", "nf4", "--memory", memory)
+    linear, total = parameters(shape)
+    read, written = _bytes(source), _bytes(out)
+    shutil.rmtree(out)
+    work = _without_imports(usage.as_dict())
+    return {
+        **usage.as_dict(),
+        "shape": shape,
+        "memory": memory,
+        "parameters": total,
+        "split_parameters": linear,
+        "read": read,
+        "written": written,
+        "gb_per_second": read / work / GB,
+        "ns_per_parameter": 1e9 * work / total,
+        "ns_per_split_parameter": 1e9 * work / linear,
+    }
+
+
+def parameters(shape: str) -> tuple[int, int]:
+    """Of the layers that are split, and of the model."""
+    from transformers import LlamaConfig
+
+    sizes = tensor_shapes(LlamaConfig(**SHAPES[shape]))
+    linear = sum(math.prod(size) for name, size in sizes.items() if name.endswith("_proj.weight"))
+    return linear, sum(math.prod(size) for size in sizes.values())
+
+
+def seven_billion(options: Options) -> Result:
+    """Llama-2-7B's shapes: a copy of the files and `pissa init`, from a cold and a warm cache each; the kernels alone.
+    The result is that of the warm cache."""
+    shape, out = options.shape or "7b", options.work / "out"
+    beside: Result = {}
+    with generated(options.work / "source", shape) as source:
+        for cache in ("cold", "warm"):
+            _set_cache(source, cache)
+            beside[f"copy_{cache}"] = _copy(source, options.work / "copy")
+        for cache in ("cold", "warm"):
+            _set_cache(source, cache)
+            beside[cache] = _init(options, source, shape, "2GB", out)
+    kernels = ("bench.checkpoints.kernels", "--shape", shape, "--rank", options.rank)
+    beside["kernels"] = run_module(*kernels, threads=options.threads).report
+    return {**beside.pop("warm"), **beside}
+
+
+def step(options: Options) -> Result:
+    """A step of training over 7B's result: its memory and time alone, then in turns with its products at the dense
+    rate."""
+    out = options.work / "out"
+    with generated(options.work / "source", options.shape or "7b") as source:
+        init(options, source, out, "--quant", "nf4", "--memory", "2GB")
+    alone = run_module("bench.checkpoints.step", out, threads=options.threads)
+    timed = run_module("bench.checkpoints.step", out, "--dense", "--steps", 3, threads=options.threads).report
+    shutil.rmtree(out)
+    dense = [(before + after) / 2 for before, after in zip(timed["products"], timed["products"][1:], strict=False)]
+    ratios = [product / taken for product, taken in zip(dense, timed["steps"], strict=True)]
+    # The first step reads the pages and makes the optimizer's state.
+    return {**alone.as_dict(), "beside_dense": timed, "share_of_dense_rate": median(ratios[1:])}
+
+
+def _set_cache(folder: Path, state: str) -> None:
+    """Empties the page cache of the files in a folder, or fills it."""
+    for path in folder.iterdir():
+        if state == "warm":
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # what is not on the disk stays in the cache
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _copy(source: Path, target: Path) -> Result:
+    """Seconds until the copy is made, and until it is on the disk."""
+    begun = time.perf_counter()
+    shutil.copytree(source, target)
+    copied = time.perf_counter() - begun
+    for path in target.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    synced = time.perf_counter() - begun
+    nbytes = _bytes(target)
+    shutil.rmtree(target)
+    return {"copied": copied, "on_disk": synced, "bytes": nbytes}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---- Interruptions, runtimes -----------------------------------------------------------------------------------------
+
+
+def kills(options: Options) -> Result:
+    """kill -9 at random moments."""
+    with generated(options.work / "source", options.shape or "100m") as source:
+        return killed_runs(source, options.work / "runs", _init_options(options), options.kills)
+
+
+def processes(options: Options) -> Result:
+    """2 and 3 processes."""
+    with generated(options.work / "source", options.shape or "100m") as source:
+        return divided_runs(source, options.work / "runs", _init_options(options), (2, 3))
+
+
+def _init_options(options: Options) -> Sequence[str]:
+    return ("--rank", str(options.rank), "--quant", "nf4")
+
+
+def in_runtimes(format: str) -> Callable[[Options], Result]:
+    """Plain transformers, bitsandbytes and PEFT on the result."""
+
+    def measure(options: Options) -> Result:
+        out = options.work / "out"
+        with _small_model(options) as source:
+            init(options, source, out, "--quant", format)
+        found = run_module("bench.checkpoints.runtimes", out, threads=options.threads).report
+        shutil.rmtree(out)
+        return found
+
+    return measure
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+
+def _memory(usage: Result) -> str:
+    return f"{usage['private'] / GB:.2f} GB private, {usage['mapped'] / GB:.2f} GB mapped"
+
+
+def _init_shown(usage: Result) -> str:
+    return (
+        f"{usage['seconds']:.1f} s ({usage['report']['imports']:.1f} s imports), {usage['gb_per_second']:.2f} GB/s, "
+        f"{usage['ns_per_parameter']:.2f} ns a parameter, {_memory(usage)}"
+    )
+
+
+def _peer_shown(result: Result) -> str:
+    ours, theirs = (median(pair[side]["seconds"] for pair in result["pairs"]) for side in ("ours", "peer"))
+    ratios = f"{result['ratio']:.3f}; without imports {result['ratio_without_imports']:.3f}"
+    return f"{ours:.1f} s against {theirs:.1f} s: {ratios}"
+
+
+def _seven_shown(result: Result) -> str:
+    cold, copies = result["cold"], [result[f"copy_{cache}"] for cache in ("cold", "warm")]
+    copied = " and ".join(
+        f"{copy['copied']:.1f} s ({copy['on_disk']:.1f} s until it is on the disk)" for copy in copies
+    )
+    kernels = f"{result['kernels']['total']:.1f} s, {result['kernels']['gb_per_second']:.2f} GB/s"
+    return f"{_init_shown(result)}; from a cold cache {cold['seconds']:.1f} s; a copy {copied}; kernels alone {kernels}"
+
+
+def _step_shown(result: Result) -> str:
+    seconds = median(result["beside_dense"]["steps"][1:])
+    rate = result["beside_dense"]["flops"] / seconds / 1e9
+    return (
+        f"loaded in {result['report']['load']:.1f} s; {_memory(result)}, together {result['together'] / GB:.2f} GB; "
+        f"{seconds:.1f} s, {rate:.0f} GF/s, {result['share_of_dense_rate']:.2f} of the dense rate"
+    )
+
+
+def _runtime_shown(result: Result) -> str:
+    return f"{result['difference']:.2e} of the largest; loss {result['plain_loss']:.4f}, ours {result['loss']:.4f}"
+
+
+def _same(result: Result) -> bool:
+    return not result["different"] and result.get("kills", 20) >= 20
+
+
+ROWS = {
+    "peer": Row(
+        "SmolLM2-135M, nf4, beside transformers + PEFT pissa_niter_4 + bitsandbytes, whole processes",
+        "at most 1/5",
+        beside_peer,
+        lambda result: result["ratio"] <= 0.2,
+        _peer_shown,
+    ),
+    **{
+        shape: Row(f"{shape}, nf4, --memory {memory}", goal, of_shape(shape, memory), met, _init_shown)
+        for shape, memory, goal, met in (
+            ("100m", "1GB", "", lambda result: True),
+            ("350m", "1GB", "", lambda result: True),
+            ("1b", "1GB", "", lambda result: True),
+            ("3b", "1GB", "private at most 1.6 GB", lambda result: result["private"] <= 1.6 * GB),
+        )
+    },
+    "7b": Row(
+        "7b, nf4, --memory 2GB",
+        "private at most 2.6 GB",
+        seven_billion,
+        lambda result: max(result["private"], result["cold"]["private"]) <= 2.6 * GB,
+        _seven_shown,
+    ),
+    "step": Row(
+        "a step of 1 x 512 tokens over 7b, gradient checkpointing",
+        "at most 6 GB together, at least 0.85 of the dense rate",
+        step,
+        lambda result: result["together"] <= 6 * GB and result["share_of_dense_rate"] >= 0.85,
+        _step_shown,
+    ),
+    "kills": Row("kill -9 at 20 random moments", "the same bytes", kills, _same, json.dumps),
+    "processes": Row("2 and 3 processes", "the same bytes", processes, _same, json.dumps),
+    "nf4": Row(
+        "nf4 in plain transformers + bitsandbytes + PEFT",
+        "logits within 2^-7 of the largest",
+        in_runtimes("nf4"),
+        lambda result: result["difference"] <= 2**-7,
+        _runtime_shown,
+    ),
+    "int8": Row(
+        "int8 in plain transformers + bitsandbytes + PEFT",
+        "loss within 1 %",
+        in_runtimes("int8"),
+        lambda result: abs(result["plain_loss"] / result["loss"] - 1) <= 0.01,
+        _runtime_shown,
+    ),
+}
+
+
+def growth(results: dict[str, Result]) -> Iterator[str]:
+    """Seconds per parameter and memory of each size that was measured, in Markdown."""
+    sizes = [(name, results[name]) for name in ("100m", "350m", "1b", "3b", "7b") if name in results]
+    if not sizes:
+        return
+    yield "| size | parameters | s | ns a parameter | ns a split parameter | GB/s | private, GB | mapped, GB |"
+    yield "|---" * 8 + "|"
+    for name, usage in sizes:
+        yield (
+            f"| {name} | {usage['parameters'] / 1e6:.0f} M | {_without_imports(usage):.1f} "
+            f"| {usage['ns_per_parameter']:.2f} | {usage['ns_per_split_parameter']:.2f} "
+            f"| {usage['gb_per_second']:.2f} | {usage['private'] / GB:.2f} | {usage['mapped'] / GB:.2f} |"
+        )

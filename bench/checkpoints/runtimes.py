@@ -1,0 +1,60 @@
+"""A checkpoint of `pissa init` in plain transformers, bitsandbytes and PEFT, beside `pissa.load` of it.
+
+    python -m bench.checkpoints.runtimes OUT
+
+The report has the largest difference of logits, as a share of the largest logit, and the loss of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.checkpoints.timed import note
+
+TEXTS = (
+    "Natalia sold 48 clips in April, and half as many in May. How many did she sell in April and May together?",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
+    "def area(width, height):\n    return width * height\n\n\nprint(area(3, 4))",
+    "The committee met on Tuesday to decide which of the three proposals should be built first.",
+)
+
+
+@torch.no_grad()
+def logits_and_loss(model: Any, batches: list[Tensor]) -> tuple[list[Tensor], float]:
+    """The logits of each batch, float32, and the mean loss of all tokens."""
+    model.eval()
+    outputs = [model(input_ids=tokens, labels=tokens) for tokens in batches]
+    counts = [tokens.shape[1] - 1 for tokens in batches]
+    loss = sum(float(output.loss) * count for output, count in zip(outputs, counts, strict=True)) / sum(counts)
+    return [output.logits.float() for output in outputs], loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.checkpoints.runtimes", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="auto")
+    options = parser.parse_args()
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import pissa
+
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    batches = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
+    base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=options.dtype)
+    plain = PeftModel.from_pretrained(base, options.folder / "pissa_init")
+    theirs, their_loss = logits_and_loss(plain, batches)
+    del base, plain
+    ours, our_loss = logits_and_loss(pissa.load(options.folder), batches)
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    largest = max(float(logits.abs().max()) for logits in ours)
+    note(difference=difference / largest, loss=our_loss, plain_loss=their_loss, largest=largest)
+
+
+if __name__ == "__main__":
+    main()

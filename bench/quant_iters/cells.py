@@ -1,0 +1,122 @@
+"""One cell of the experiment: a task, a start, a rate and a seed; what training makes of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bench.quant_iters.starts import RANK, STARTS, alternate, wrap
+from bench.quant_iters.tasks import Batch, Task
+from pissa import ops
+from pissa.layers.layer import pissa_layers
+
+WARM_UP = 0.05  # of the steps
+CLIP = 1.0  # transformers' default
+
+
+class Cell(NamedTuple):
+    """What a cell is called in the results."""
+
+    task: str
+    start: str
+    rate: float
+    seed: int
+
+
+def train(task: Task, cell: Cell, before: dict[str, float] | None = None) -> dict[str, Any]:
+    """Held-out losses before and after training, and processor times.
+
+    AdamW without weight decay; the rate falls by a cosine after a warm-up. The start does not depend on the seed, the
+    data and a head do. `before` is what another rate has measured.
+    """
+    torch.manual_seed(cell.seed)
+    clock = time.process_time
+    begun = clock()
+    model = wrap(task.model(), STARTS[cell.start], cell.seed, task_type=task.task_type)
+    started = clock()
+    held_out = task.held_out()
+    before = before or evaluate(model, task, held_out)
+    evaluated = clock()
+    losses = _steps(model, task, cell)
+    trained = clock()
+    after = evaluate(model, task, held_out)
+    return {
+        **cell._asdict(),
+        "rank": RANK,
+        "steps": task.steps,
+        "batch": task.batch,
+        **task.facts,
+        "before": before,
+        "after": after,
+        "training_losses": [round(loss, 5) for loss in losses],
+        "seconds": {
+            "start": round(started - begun, 1),
+            "training": round(trained - evaluated, 1),
+            "all": round(clock() - begun, 1),
+        },
+    }
+
+
+def _steps(model: nn.Module, task: Task, cell: Cell) -> list[float]:
+    from transformers import get_cosine_schedule_with_warmup
+
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cell.rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * task.steps), task.steps)
+    losses = []
+    for _, batch in zip(range(task.steps), task.training_batches(cell.seed), strict=False):
+        loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch]) -> dict[str, float]:
+    """The means of what the task measures, over all batches."""
+    model.eval()
+    sums: dict[str, tuple[float, int]] = {}
+    for batch in batches:
+        for name, (value, count) in task.measures(model(**batch), batch).items():
+            total, number = sums.get(name, (0.0, 0))
+            sums[name] = total + value, number + count
+    return {name: round(total / number, 5) for name, (total, number) in sums.items()}
+
+
+def weight_errors(task: Task) -> dict[str, Any]:
+    """What is left of the error of nf4(W) in each start, over all adapted layers: the Frobenius norm (of all
+    together) and the nuclear norm (the sum), as shares of nf4's own."""
+    model = task.model()
+    dense = {name: module.weight.detach() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    adapted = pissa_layers(wrap(model, STARTS["QLoRA"], 0, task_type=task.task_type).get_base_model())
+    weights = [dense[name] for name in adapted]
+    own = _norms(weights, lambda weight: ops.dequantize(ops.quantize(weight, "nf4")))
+    found: dict[str, Any] = {"task": task.name, "errors_of": "weights", "rank": RANK, "layers": len(weights)}
+    for quant_iters in (1, 5):
+        norms = _norms(weights, lambda weight, t=quant_iters: _repaired(weight, t))
+        shares = {norm: round(norms[norm] / own[norm], 5) for norm in own}
+        found[f"T = {quant_iters}"] = shares
+    return found
+
+
+def _repaired(weight: torch.Tensor, quant_iters: int) -> torch.Tensor:
+    residual, a0, b0 = alternate(weight, min(RANK, *weight.shape), quant_iters)
+    return torch.addmm(ops.dequantize(residual), b0, a0)
+
+
+def _norms(weights: Iterable[torch.Tensor], approximate: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    squares, nuclear = 0.0, 0.0
+    for weight in weights:
+        values = torch.linalg.svdvals(weight.float() - approximate(weight))
+        squares += values.double().square().sum().item()
+        nuclear += values.double().sum().item()
+    return {"frobenius": squares**0.5, "nuclear": nuclear}

@@ -1,0 +1,118 @@
+"""bench.checkpoints.generate: a checkpoint that transformers loads, with the spectra that it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[3]
+SHARDS = 100_000
+"""Bytes: several files, one of them for an embedding alone."""
+
+
+@pytest.fixture(autouse=True)
+def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from bench.checkpoints.generate import generate
+
+    generate(tmp_path / "out", "tiny", "bf16", shard_bytes=SHARDS)
+    return tmp_path / "out"
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    return found
+
+
+def test_transformers_loads_every_tensor_and_nothing_is_missing(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    state, stored = model.state_dict(), tensors(folder)
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("Grüße", return_tensors="pt").input_ids
+    assert tokenizer.decode(tokens[0]) == "Grüße"
+    assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_the_index_names_the_file_of_each_tensor(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(folder / file, "pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118
+    files = list(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert set(index["weight_map"].values()) == {path.name for path in files}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors(folder).values())
+
+
+def test_weights_have_the_spectrum_and_no_two_are_equal(folder: Path) -> None:
+    from bench.checkpoints.generate import singular_values
+
+    weights = {name: tensor for name, tensor in tensors(folder).items() if name.endswith("_proj.weight")}
+    assert len(weights) == 14
+    for name, weight in weights.items():
+        values = torch.linalg.svdvals(weight.float())
+        expected = singular_values(len(values)) * (weight.shape[0] / singular_values(len(values)).square().sum()).sqrt()
+        # Rounding to bf16 moves singular values by at most the norm of the errors, 2^-9 of each element; their norm
+        # is sqrt(rows), for the mean square of elements is 1 / cols.
+        assert (values - expected).abs().max() <= 2**-9 * weight.shape[0] ** 0.5, name
+        # Elements look like noise: no share of the energy in few of them, as a diagonal has.
+        assert weight.float().abs().max() < 6 / weight.shape[1] ** 0.5, name
+    same_shape = [weight for weight in weights.values() if weight.shape == (64, 64)]
+    assert len(same_shape) == 4
+    assert not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
+
+
+def test_the_same_arguments_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    from bench.checkpoints.generate import generate
+
+    for seed in (0, 1):
+        generate(tmp_path / str(seed), "tiny", "bf16", seed, SHARDS)
+    again, other = tensors(tmp_path / "0"), tensors(tmp_path / "1")
+    first = tensors(folder)
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], other["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_what_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.checkpoints import generate as module
+
+    def fails_in_the_middle() -> None:
+        with module.generated(tmp_path / "out", "tiny") as folder:
+            assert (folder / "model.safetensors").stat().st_size > 100_000
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fails_in_the_middle()
+    monkeypatch.setattr(module, "_write_shards", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.generate(tmp_path / "out", "tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("7b", 6_738_415_616), ("3b", 3_212_749_824), ("1b", 1_235_814_400)])
+def test_shapes_are_those_of_the_published_models(shape: str, parameters: int) -> None:
+    from transformers import LlamaConfig
+
+    from bench.checkpoints.generate import SHAPES, tensor_shapes
+
+    sizes = tensor_shapes(LlamaConfig(**SHAPES[shape]))
+    assert sum(nn.Parameter(torch.empty(size, device="meta")).numel() for size in sizes.values()) == parameters
