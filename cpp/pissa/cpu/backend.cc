@@ -12,10 +12,10 @@
 
 #include "pissa/core/error.h"
 #include "pissa/core/nested_scales.h"
-#include "pissa/core/philox.h"
 #include "pissa/core/quantized.h"
 #include "pissa/cpu/factorize.h"
 #include "pissa/cpu/kernels.h"
+#include "pissa/cpu/parallel.h"
 
 namespace pissa::cpu {
 namespace {
@@ -86,31 +86,6 @@ const Panels& panels() {
   return panels;
 }
 
-char* element(const MutableMatrix& matrix, std::int64_t row, std::int64_t col) {
-  return static_cast<char*>(matrix.data) + (row * matrix.ld + col) * element_size(matrix.format);
-}
-
-// Elementwise work on rows, in runs of at most kRun elements that fit the stack.
-constexpr std::int64_t kRun = 1024;
-
-// Work below this many multiply-adds or elements, about 50 us, is not worth waking other threads for.
-constexpr std::int64_t kSerialWork = 1 << 20;
-
-template <class F>
-void parallel_for(const Executor& executor, std::int64_t count, std::int64_t work, F task) {
-  if (work >= kSerialWork) return executor.parallel_for(count, task);
-  for (std::int64_t i = 0; i < count; ++i) task(i);
-}
-
-template <class F>
-void for_each_run(const Executor& executor, const MutableMatrix& out, F f) {
-  const std::int64_t runs = ceil_div(out.cols, kRun);
-  parallel_for(executor, out.rows * runs, 8 * out.rows * out.cols, [&](std::int64_t i) {
-    const std::int64_t col = i % runs * kRun;
-    f(i / runs, col, std::min(kRun, out.cols - col));
-  });
-}
-
 void gemm_blocks(const Kernels& kernels, const GemmProblem& problem) {  // on the calling thread
   for (std::int64_t j = 0; j < problem.out.cols; j += kNc) {
     for (std::int64_t i = 0; i < problem.out.rows; i += kMc) {
@@ -130,135 +105,6 @@ Buffer::Buffer(std::int64_t rows, std::int64_t cols, Format format)
 
 void Buffer::Free::operator()(void* data) const {
   if (!pool().keep(data, bytes)) std::free(data);
-}
-
-void CpuBackend::copy(const Matrix& a, const MutableMatrix& out) const {
-  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
-    float values[kRun];
-    kernels_.decode(a, row, col, count, values);
-    kernels_.encode(values, count, out.format, element(out, row, col));
-  });
-}
-
-void CpuBackend::add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
-  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
-    float values[kRun];
-    float others[kRun];
-    kernels_.decode(a, row, col, count, values);
-    kernels_.decode(b, row, col, count, others);
-    for (std::int64_t i = 0; i < count; ++i) values[i] += others[i];
-    kernels_.encode(values, count, out.format, element(out, row, col));
-  });
-}
-
-void CpuBackend::subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
-  const std::int64_t runs = ceil_div(out.cols, kRun);
-  std::vector<double> sums(static_cast<std::size_t>(out.rows * runs));  // of a run each, so that their order is fixed
-  for_each_run(executor_, out, [&](std::int64_t row, std::int64_t col, std::int64_t count) {
-    float values[kRun];
-    float others[kRun];
-    kernels_.decode(a, row, col, count, values);
-    kernels_.decode(b, row, col, count, others);
-    for (std::int64_t i = 0; i < count; ++i) values[i] -= others[i];
-    kernels_.encode(values, count, out.format, element(out, row, col));
-    kernels_.decode(out, row, col, count, values);
-    kernels_.gram(values, count, count, 0, 1, &sums[static_cast<std::size_t>(row * runs + col / kRun)], 1);
-  });
-  *squares = std::accumulate(sums.begin(), sums.end(), 0.0);
-}
-
-void CpuBackend::fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
-  parallel_for(executor_, out.rows, out.rows * out.cols, [&](std::int64_t row) {
-    float* values = reinterpret_cast<float*>(element(out, row, 0));
-    PhiloxBlock bits{};
-    for (std::int64_t col = 0; col < out.cols; ++col) {
-      const std::uint64_t index = static_cast<std::uint64_t>(row * out.cols + col);
-      if (col == 0 || index % 128 == 0) bits = philox_signs(index / 128, seed);
-      values[col] = (bits[index % 128 / 32] >> (index % 32)) & 1u ? -scale : scale;
-    }
-  });
-}
-
-void CpuBackend::scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
-  parallel_for(executor_, a.rows, 4 * a.rows * a.cols, [&](std::int64_t row) {
-    const float scale = std::sqrt(static_cast<const float*>(s.data)[row] / divisor);
-    const float* from = static_cast<const float*>(a.data) + row * a.ld;
-    float* to = static_cast<float*>(out.data) + (op == Op::n ? row * out.ld : row);
-    const std::int64_t step = op == Op::n ? 1 : out.ld;
-    for (std::int64_t col = 0; col < a.cols; ++col) to[col * step] = scale * from[col];
-  });
-}
-
-namespace {
-
-// Once either is NaN, so is the result.
-float larger(float a, float b) { return std::isnan(a) || b <= a ? a : b; }
-
-// Of halves, which without their signs are in the order of integers, NaN above infinity: decoding takes a third longer.
-std::int16_t largest_magnitude(const std::int16_t* halves, std::int64_t count) {
-  std::int16_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) largest = std::max<std::int16_t>(largest, halves[i] & 0x7fff);
-  return largest;
-}
-
-float max_abs_of_row(const Kernels& kernels, const Matrix& a, std::int64_t row) {
-  if (a.format == Format::f32) return kernels.max_abs(static_cast<const float*>(a.data) + row * a.ld, a.cols);
-  float values[kRun];
-  if (!is_quantized(a.format)) {
-    const std::int16_t half = largest_magnitude(static_cast<const std::int16_t*>(a.data) + row * a.ld, a.cols);
-    kernels.decode({&half, 1, 1, 1, a.format}, 0, 0, 1, values);
-    return values[0];
-  }
-  float largest = 0;
-  for (std::int64_t col = 0; col < a.cols; col += kRun) {
-    const std::int64_t count = std::min(kRun, a.cols - col);
-    kernels.decode(a, row, col, count, values);
-    largest = larger(largest, kernels.max_abs(values, count));
-  }
-  return largest;
-}
-
-}  // namespace
-
-void CpuBackend::normalize_rows(const Matrix& a, const MutableMatrix& out) const {
-  parallel_for(executor_, out.rows, 8 * out.rows * out.cols, [&](std::int64_t row) {
-    const float largest = max_abs_of_row(kernels_, a, row);
-    const int exponent = largest > 0 ? std::ilogb(largest) : 0;
-    for (std::int64_t col = 0; col < out.cols; col += kRun) {
-      const std::int64_t count = std::min(kRun, out.cols - col);
-      float values[kRun];
-      kernels_.decode(a, row, col, count, values);
-      for (std::int64_t i = 0; i < count; ++i) values[i] = std::ldexp(values[i], -exponent);
-      kernels_.encode(values, count, out.format, element(out, row, col));
-    }
-  });
-}
-
-// Pieces of all matrices are dealt out together: many small ones keep the threads as busy as a large one.
-void CpuBackend::max_abs(std::span<const Matrix> matrices, float* largest) const {
-  constexpr std::int64_t kPiece = 1 << 16;  // elements, rounded to whole rows
-  struct Piece {
-    std::size_t matrix;
-    std::int64_t first, rows;
-    float largest;
-  };
-  std::vector<Piece> pieces;
-  std::int64_t elements = 0;
-  for (std::size_t i = 0; i < matrices.size(); ++i) {
-    const Matrix& a = matrices[i];
-    const std::int64_t rows = std::max<std::int64_t>(kPiece / std::max<std::int64_t>(a.cols, 1), 1);
-    for (std::int64_t row = 0; row < a.rows; row += rows) pieces.push_back({i, row, std::min(rows, a.rows - row), 0});
-    elements += a.rows * a.cols;
-  }
-  parallel_for(executor_, static_cast<std::int64_t>(pieces.size()), elements, [&](std::int64_t task) {
-    Piece& piece = pieces[static_cast<std::size_t>(task)];
-    const Matrix& a = matrices[piece.matrix];
-    for (std::int64_t row = piece.first; row < piece.first + piece.rows; ++row) {
-      piece.largest = larger(piece.largest, max_abs_of_row(kernels_, a, row));
-    }
-  });
-  std::fill_n(largest, matrices.size(), 0.0f);
-  for (const Piece& piece : pieces) largest[piece.matrix] = larger(largest[piece.matrix], piece.largest);
 }
 
 void CpuBackend::run(const GemmProblem& problem) const {

@@ -1,4 +1,4 @@
-// copy, add, scale_rows, max_abs.
+// copy, add, subtract, scale_rows, max_abs.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -63,6 +63,48 @@ TEST_P(ElementwiseTest, AddWorksInPlace) {
   const Bounded expected{a.values() + b.values(), absolute(a.values()) + absolute(b.values())};
   backend().add(a.view(), b.view(), a.mutable_view());
   expect_close(a, expected, 1);
+}
+
+// The sum of the squares of what `out` holds, not of what it was rounded from; both sums are of n terms, in any order.
+void expect_squares(double squares, const Stored& out) {
+  double expected = 0;
+  for (const double value : out.values().values) expected += value * value;
+  const auto terms = static_cast<double>(out.values().values.size());
+  EXPECT_NEAR(squares, expected, 2 * terms * 0x1p-53 * expected);
+}
+
+TEST_P(ElementwiseTest, SubtractRoundsOnceAndAddsUpTheSquares) {
+  Random random(9);
+  for (const auto& [rows, cols] : kShapes) {
+    for (const Form form : kForms) {
+      for (const Format format : kFloatFormats) {
+        SCOPED_TRACE(::testing::Message() << rows << " x " << cols << ", " << name(form) << " to " << name(format));
+        const Stored a(random.dense(rows, cols), format);
+        const Operand b(random, rows, cols, form);
+        Stored out = Stored::poisoned(rows, cols, format);
+        double squares = std::nan("");
+        backend().subtract(a.view(), b.view(), out.mutable_view(), &squares);
+        expect_close(out, {a.values() - b.values(), absolute(a.values()) + absolute(b.values())}, 1);
+        EXPECT_TRUE(out.padding_intact());
+        expect_squares(squares, out);
+      }
+    }
+  }
+}
+
+// A quantised matrix of more than a chunk is decoded in several; squares may be more than f32 holds.
+TEST_P(ElementwiseTest, SubtractOfALargeMatrix) {
+  Random random(10);
+  const std::int64_t rows = 4200, cols = 2048;
+  const Operand b(random, rows, cols, Form::nf4);
+  Dense values = b.values();
+  for (std::int64_t i = 0; i < rows * cols; ++i) values.values[i] = i % 1000 == 0 ? 0x1p100 : 0;
+  const Stored a(values, Format::bf16);
+  Stored out = Stored::poisoned(rows, cols, Format::bf16);
+  double squares = std::nan("");
+  backend().subtract(a.view(), b.view(), out.mutable_view(), &squares);
+  EXPECT_EQ(out.values().values, Stored(values - b.values(), Format::bf16).values().values);
+  expect_squares(squares, out);
 }
 
 TEST_P(ElementwiseTest, ScaleRowsAlsoTransposed) {
@@ -198,6 +240,14 @@ TEST_P(ElementwiseTest, TheSameBits) {
       [&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, part(out), Op::n); });
   expect_same([&](const auto& cpu, const MutableMatrix& out) { cpu.scale_rows(b.view(), s.view(), 2.0f, out, Op::t); });
   expect_same_bits([&](auto& cpu) { return max_abs(cpu, a.view()); });
+  const Stored c(random.dense(1030, 1100), Format::bf16);
+  const Operand d(random, 1030, 1100, Form::nf4_nested);
+  expect_same_bits([&](auto& cpu) {
+    Stored out = Stored::poisoned(1030, 1100, Format::bf16);
+    double squares = 0;
+    cpu.subtract(c.view(), d.view(), out.mutable_view(), &squares);
+    return std::pair(out.bytes(), squares);
+  });
 }
 
 PISSA_EVERY_BACKEND(ElementwiseTest);
