@@ -31,7 +31,11 @@ def asked(source: str) -> Iterator[tuple[int, str]]:
     """Lines of a source that ask for the kind of a base, and what they ask for."""
     for node in ast.walk(ast.parse(source)):
         found: set[str] = set()
-        if isinstance(node, ast.Call) and names(node.func) & {"isinstance", "issubclass"}:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("isinstance", "issubclass")
+        ):
             found = names(node.args[1])
         elif isinstance(node, ast.Compare) and any(
             isinstance(part, ast.Call) and names(part.func) == {"type"} for part in (node.left, *node.comparators)
