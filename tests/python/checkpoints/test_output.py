@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -66,8 +67,16 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         out.add(f"{file}/{name}", {"sum": 0.0})
     run = processes.launch(2, "checkpoint_writer.py", "share", tmp_path / "two")
     assert run.returncode == 0, run.stdout
-    assert sorted(line for line in run.stdout.splitlines() if "wrote" in line) == ["wrote 3", "wrote 3"]
+    assert sorted(line for line in run.stdout.splitlines() if "wrote" in line) == ["wrote 2", "wrote 2"]
     assert content(tmp_path / "two") == content(tmp_path / "one")
+    for text in (
+        "in use, 0: ValueError: .*/two is not empty",
+        "in use, 1: RankError: rank 0 failed, .* is not empty",
+        "other plans, 0: RankError: rank 1 failed, .*rank was 0, is 1",
+        r"other plans, 1: ValueError: .*/other/\.unfinished/journal is of an unfinished run.*rank was 0, is 1",
+    ):
+        assert re.search(text, run.stdout), run.stdout
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [UNFINISHED]
 
 
 def test_an_error_leaves_the_work_to_the_next_run(tmp_path: Path) -> None:
