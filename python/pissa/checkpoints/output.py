@@ -9,7 +9,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,8 +76,7 @@ class Output:
             for found in agree(self.done):  # each machine knows which of its own lines count
                 self.done |= found
         except BaseException:
-            with suppress(OSError):
-                self._close()
+            self._close()
             self._unlock()
             raise
         return self
@@ -85,9 +84,12 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError) if error is not None else nullcontext():
-            self._close()
+        self._close()
         self._unlock()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{self.folder} cannot be written: {error.strerror}; make room, and the same command goes on"
+            ) from error
 
     def write(self, file: str, name: str, tensor: Tensor, first: int | None = None) -> None:
         """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`. Any thread may."""
@@ -109,6 +111,8 @@ class Output:
 
     def finish(self) -> None:
         """Puts all files in place; raises as the class does."""
+        assert self._journal is not None
+        self._journal.flush()
         self._close()
         if rank() != 0:
             self._unlock()
@@ -170,14 +174,12 @@ class Output:
             file.flush()
 
     def _close(self) -> None:
-        try:
-            if self._journal is not None:
-                self._journal.close()
-        finally:
+        if self._journal is not None:
+            self._journal.close()
             self._journal = None
-            for file in self._open.values():
-                file.close()
-            self._open.clear()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -111,6 +111,18 @@ def test_a_folder_in_use_is_refused(hidden: bool, tmp_path: Path) -> None:
         entered(tmp_path / "mine").__enter__()
 
 
+def test_what_a_run_left_before_it_had_an_identity_is_not_used(tmp_path: Path) -> None:
+    """Killed as it began: nobody knows any more what its files were to be."""
+    left = tmp_path / "out" / UNFINISHED / "files"
+    left.mkdir(parents=True)
+    for name in (*FILES, "other.safetensors"):
+        (left / name).parent.mkdir(exist_ok=True)
+        (left / name).write_bytes(b"x" * 10_000)
+    write(tmp_path / "out")
+    write(tmp_path / "new")
+    assert content(tmp_path / "out") == content(tmp_path / "new")
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with entered(tmp_path / "out"), pytest.raises(ValueError, match=r"another run is writing to .*/out: wait"):
         entered(tmp_path / "out").__enter__()
@@ -168,3 +180,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"No space left on device\): .* GB are needed"):
         entered(tmp_path / "a" / "out").__enter__()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_disk_that_gets_full_names_the_folder(tmp_path: Path) -> None:
+    message = f"{tmp_path}/out cannot be written: {os.strerror(errno.ENOSPC)}; make room, and the same command goes on"
+    with pytest.raises(OSError, match=message), entered(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a small file
+    assert write(tmp_path / "out") == len(units())
