@@ -115,14 +115,15 @@ class Journal:
                 self._flushing = self._thread.submit(self._flush, self._added)
                 self._flushed = time.monotonic()
 
+    def flush(self) -> None:
+        """Waits until all units so far are on the disk; raises as `add`."""
+        self._wait()
+        self._flush(self._added)
+
     def close(self) -> None:
-        """Flushes what is not yet flushed, and closes the file; raises as `add`."""
-        try:
-            self._wait()
-            self._flush(self._added)
-        finally:
-            self._thread.shutdown()
-            os.close(self._handle)
+        """Closes the file. What is not flushed counts all the same, as after a kill."""
+        self._thread.shutdown()
+        os.close(self._handle)
 
     def _flush(self, count: int) -> None:
         self._flush_files()

@@ -9,7 +9,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pissa.checkpoints import journal
 from pissa.checkpoints.planned_file import Layout, PlannedFile, create, is_finished
-from pissa.distributed import agree, failing_together, rank
+from pissa.distributed import agree, rank
 from pissa.files.staged import check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
 
@@ -36,8 +36,8 @@ class Output:
                     out.add(unit, result)
             out.finish()
 
-    All ranks enter the block together, and call `gather` and `finish` together. Until then there is only the hidden
-    folder, which stays after an error or a kill.
+    All ranks enter the block together, inside `distributed.failing_together`, and call `finish` together. Until then
+    there is only the hidden folder, which stays after an error or a kill.
 
     Args:
         identity: of the plan, the same on all ranks: a value of JSON for each thing that decides what is written.
@@ -65,19 +65,18 @@ class Output:
 
     def __enter__(self) -> Output:
         try:
-            with failing_together():
-                if rank() == 0:
-                    self._begin()
-            with failing_together():
-                if rank() != 0:
-                    self._lock = _locked(self._hidden, fcntl.LOCK_SH)
-                    journal.check(self._records, self._identity)
-                self._journal = journal.Journal(self._records, self._flush)
+            if rank() == 0:
+                self._begin()
+            agree()
+            if rank() != 0:
+                self._lock = _locked(self._hidden, fcntl.LOCK_SH)
+                journal.check(self._records, self._identity)
+            self._journal = journal.Journal(self._records, self._flush)
             self.done = self._journal.done
-            self.gather()  # each machine knows which of its own lines count
+            for found in agree(self.done):  # each machine knows which of its own lines count
+                self.done |= found
         except BaseException:
-            with suppress(OSError):
-                self._close()
+            self._close()
             self._unlock()
             raise
         return self
@@ -85,9 +84,12 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError) if error is not None else nullcontext():
-            self._close()
+        self._close()
         self._unlock()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{self.folder} cannot be written: {error.strerror}; make room, and the same command goes on"
+            ) from error
 
     def write(self, file: str, name: str, tensor: Tensor, first: int | None = None) -> None:
         """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`. Any thread may."""
@@ -101,15 +103,6 @@ class Output:
         assert self._journal is not None
         self._journal.add(unit, result)
 
-    def gather(self) -> None:
-        """Adds to `done` what the other ranks have finished.
-
-        Raises:
-            RankError: another rank failed.
-        """
-        for found in agree(self.done):
-            self.done |= found
-
     def path(self, name: str) -> Path:
         """Where one rank writes another file, whole, which `finish` will call `name`."""
         path = self._files / name
@@ -118,14 +111,16 @@ class Output:
 
     def finish(self) -> None:
         """Puts all files in place; raises as the class does."""
-        with failing_together():
-            self._close()
-            if rank() != 0:
-                self._unlock()
-        with failing_together():
-            if rank() == 0:
-                self._place()
-                self._remove()
+        assert self._journal is not None
+        self._journal.flush()
+        self._close()
+        if rank() != 0:
+            self._unlock()
+        agree()
+        if rank() == 0:
+            self._place()
+            self._remove()
+        agree()
 
     def _begin(self) -> None:
         """What one rank does: it takes the folder, and makes the files or finds them."""
@@ -179,14 +174,12 @@ class Output:
             file.flush()
 
     def _close(self) -> None:
-        try:
-            if self._journal is not None:
-                self._journal.close()
-        finally:
+        if self._journal is not None:
+            self._journal.close()
             self._journal = None
-            for file in self._open.values():
-                file.close()
-            self._open.clear()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def _unlock(self) -> None:
         if self._lock is not None:

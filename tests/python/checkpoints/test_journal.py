@@ -85,7 +85,7 @@ def test_after_a_power_failure_what_was_flushed_counts(tmp_path: Path, monkeypat
     assert opened(tmp_path).done == {"a": 1, "b": 2, "c": 3, "d": 4}
     other_boot(tmp_path)
     assert opened(tmp_path).done == {"a": 1, "b": 2, "c": 3}
-    process.close()
+    process.flush()
     assert flushes == [3, 4]
     assert opened(tmp_path).done == {"a": 1, "b": 2, "c": 3, "d": 4}
 
@@ -103,7 +103,7 @@ def test_units_that_come_during_a_flush_are_not_taken_for_flushed(
     assert [line["flushed"] for line in lines(tmp_path) if "flushed" in line] == [1]
     other_boot(tmp_path)
     assert opened(tmp_path).done == {"a": 1}
-    process.close()
+    process.flush()
 
 
 def test_the_files_are_flushed_before_the_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_the_files_are_flushed_before_the_journal_says_so(tmp_path: Path, monkey
     process = opened(tmp_path, lambda: order.append(f"files, {len(lines(tmp_path))} lines"))
     monkeypatch.setattr(os, "fdatasync", lambda handle: order.append(f"journal, {len(lines(tmp_path))} lines"))
     process.add("a", 1)
-    process.close()
+    process.flush()
     assert order == ["files, 2 lines", "journal, 3 lines"]
 
 
@@ -123,9 +123,17 @@ def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(journal, "FLUSH_SECONDS", 0.0)
     process.add("a", 1)
     with pytest.raises(OSError, match="the disk fails"):
-        process.close()
+        process.flush()
     other_boot(tmp_path)
     assert opened(tmp_path).done == {}
+
+
+def test_closing_flushes_nothing(tmp_path: Path) -> None:
+    """Who interrupts a run does not wait for the disk."""
+    process = opened(tmp_path, lambda: pytest.fail("flushed"))
+    process.add("a", 1)
+    process.close()
+    assert opened(tmp_path).done == {"a": 1}
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

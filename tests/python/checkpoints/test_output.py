@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -66,8 +67,16 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         out.add(f"{file}/{name}", {"sum": 0.0})
     run = processes.launch(2, "checkpoint_writer.py", "share", tmp_path / "two")
     assert run.returncode == 0, run.stdout
-    assert sorted(line for line in run.stdout.splitlines() if "wrote" in line) == ["wrote 3", "wrote 3"]
+    assert sorted(line for line in run.stdout.splitlines() if "wrote" in line) == ["wrote 2", "wrote 2"]
     assert content(tmp_path / "two") == content(tmp_path / "one")
+    for text in (
+        "in use, 0: ValueError: .*/two is not empty",
+        "in use, 1: RankError: rank 0 failed, .* is not empty",
+        "other plans, 0: RankError: rank 1 failed, .*rank was 0, is 1",
+        r"other plans, 1: ValueError: .*/other/\.unfinished/journal is of an unfinished run.*rank was 0, is 1",
+    ):
+        assert re.search(text, run.stdout), run.stdout
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [UNFINISHED]
 
 
 def test_an_error_leaves_the_work_to_the_next_run(tmp_path: Path) -> None:
@@ -100,6 +109,18 @@ def test_a_folder_in_use_is_refused(hidden: bool, tmp_path: Path) -> None:
     assert [*content(tmp_path)] == ["mine"]
     with pytest.raises(ValueError, match="mine is a file"):
         entered(tmp_path / "mine").__enter__()
+
+
+def test_what_a_run_left_before_it_had_an_identity_is_not_used(tmp_path: Path) -> None:
+    """Killed as it began: nobody knows any more what its files were to be."""
+    left = tmp_path / "out" / UNFINISHED / "files"
+    left.mkdir(parents=True)
+    for name in (*FILES, "other.safetensors"):
+        (left / name).parent.mkdir(exist_ok=True)
+        (left / name).write_bytes(b"x" * 10_000)
+    write(tmp_path / "out")
+    write(tmp_path / "new")
+    assert content(tmp_path / "out") == content(tmp_path / "new")
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -159,3 +180,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"No space left on device\): .* GB are needed"):
         entered(tmp_path / "a" / "out").__enter__()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_disk_that_gets_full_names_the_folder(tmp_path: Path) -> None:
+    message = f"{tmp_path}/out cannot be written: {os.strerror(errno.ENOSPC)}; make room, and the same command goes on"
+    with pytest.raises(OSError, match=message), entered(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a small file
+    assert write(tmp_path / "out") == len(units())

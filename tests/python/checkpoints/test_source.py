@@ -113,16 +113,19 @@ def test_a_tensor_is_a_view_of_the_file_that_cannot_write_to_it(tmp_path: Path) 
     assert torch.equal(again, torch.zeros(6, 5))  # the mapping is there as long as a tensor of it
 
 
-def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_unaligned_tensors_are_copied(length: int, tmp_path: Path) -> None:
     header = {
-        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
-        "b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [3, 19]},
+        "a": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]},
+        "b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [length, length + 16]},
     }
-    expected = {"a": torch.tensor([1, 2, 3], dtype=torch.uint8), "b": torch.randn(2, 2)}
-    data = b"".join(tensor.numpy().tobytes() for tensor in expected.values())
-    (tmp_path / WEIGHTS).write_bytes(joined(header, data))
+    expected = {"a": torch.arange(length, dtype=torch.uint8), "b": torch.randn(2, 2)}
+    (tmp_path / WEIGHTS).write_bytes(joined(header, b"".join(tensor.numpy().tobytes() for tensor in expected.values())))
     assert_holds(tmp_path, expected)
-    assert Source.open(tmp_path).read("b").data_ptr() % 4 == 0
+    source = Source.open(tmp_path)
+    one, other = source.read("b"), source.read("b")
+    assert one.data_ptr() % 4 == 0
+    assert (one.data_ptr() == other.data_ptr()) == (source.entry("b").offset % 4 == 0)
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

@@ -22,20 +22,21 @@ from torch import Tensor
 from pissa.checkpoints import journal
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.planned_file import Layout
+from pissa.distributed import RankError, agree, failing_together
 
-IDENTITY = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
-FILES = {"model-1.safetensors": 4, "model-2.safetensors": 2, "adapter/adapter_model.safetensors": 1}
+IDENTITY: dict[str, Any] = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
+FILES = {"model-1.safetensors": 3, "model-2.safetensors": 1, "adapter/adapter_model.safetensors": 1}
+"""The number of tensors in each."""
 SMALL = {"config.json": "{}", "tokenizer.json": "[]", "adapter/adapter_config.json": "{}"}
 
 
 def tensors(file: str) -> dict[str, Tensor]:
-    """The tensors of a file: of several dtypes, one whose bytes are not in order, and one that is empty."""
+    """The tensors of a file: of several dtypes, and one whose bytes are not in order."""
     dice = torch.Generator().manual_seed(FILES[file])
     found = {
         "codes": torch.randint(0, 256, (37,), generator=dice).to(torch.uint8),
         "bias": torch.randn(5, generator=dice).to(torch.bfloat16),
         "weight": torch.randn(7, 5, generator=dice).T,
-        "empty": torch.empty(0, 3),
     }
     return dict([*found.items()][: FILES[file]])
 
@@ -54,13 +55,12 @@ def units() -> list[tuple[str, str]]:
 
 def write(folder: Path, rank: int = 0, ranks: int = 1) -> int:
     """The whole run; the number of units that it had to write."""
-    with Output(folder, IDENTITY, layouts()) as out:
+    with failing_together(), Output(folder, IDENTITY, layouts()) as out:
         mine = [unit for unit in units()[rank::ranks] if "/".join(unit) not in out.done]
         for file, name in mine:
             out.write(file, name, tensors(file)[name])
             out.add(f"{file}/{name}", {"sum": float(tensors(file)[name].sum())})
-        out.gather()
-        assert out.done.keys() == {"/".join(unit) for unit in units()}
+        assert {unit for done in agree(out.done) for unit in done} == {"/".join(unit) for unit in units()}
         if rank == 0:
             for small, text in SMALL.items():
                 out.path(small).write_text(text)
@@ -144,18 +144,19 @@ def kill_everywhere(scratch: Path) -> None:
             assert content(folder) == expected, f"kill {kills}: other bytes"
             resumed += before > 0
         else:  # all is in place; another run is refused, and removes what is left of the hidden folder
-            assert in_a_child(lambda folder=folder: refused(folder)) == 0
+            assert in_a_child(lambda folder=folder: "is not empty" in refused(folder)) == 1
             assert content(folder) == expected
         shutil.rmtree(folder)
     print(json.dumps({"kills": kills, "resumed": resumed}))
 
 
-def refused(folder: Path) -> int:
+def refused(folder: Path, rank: int = 0, ranks: int = 1) -> str:
+    """The error of a run."""
     try:
-        write(folder)
-    except ValueError as error:
-        return int("is not empty" not in str(error))
-    return 1
+        write(folder, rank, ranks)
+    except (ValueError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def main() -> None:
@@ -167,7 +168,11 @@ def main() -> None:
     else:
         torch.distributed.init_process_group("gloo")
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        print(f"wrote {write(Path(sys.argv[2]), rank, ranks)}")
+        folder = Path(sys.argv[2])
+        print(f"wrote {write(folder, rank, ranks)}")
+        print(f"in use, {rank}: {refused(folder, rank, ranks)}")
+        IDENTITY["rank"] = rank
+        print(f"other plans, {rank}: {refused(folder.with_name('other'), rank, ranks)}")
         torch.distributed.destroy_process_group()
 
 
