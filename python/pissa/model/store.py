@@ -9,7 +9,7 @@ from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
 from pissa.distributed import failing_together
 from pissa.model.decompose import Replacement, groups, share_residuals
-from pissa.model.views import own_memory, storages
+from pissa.model.views import is_view, own_memory
 
 _PARTLY_STORED = (
     "pissa was replacing the model's dense weights by residuals, and freed each when it was replaced: some are gone, "
@@ -18,8 +18,8 @@ _PARTLY_STORED = (
 
 
 def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements: dict[str, Replacement]) -> None:
-    """Does what `decompose` has left to do, and empties `replacements`. The model's other tensors then keep no memory
-    that they do not fill, so that a mapped file of the model is closed; see `own_memory`.
+    """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
+    model's other tensors get memory of their own, so that nothing keeps the file mapped.
 
     With several processes all of them have to call this; see `distributed.failing_together`.
 
@@ -33,7 +33,7 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
     if not replacements:
         return
     layers = {name: replacement.layer for name, replacement in replacements.items()}
-    emptied = storages([layer.base.parameter for layer in layers.values()])
+    are_views = any(is_view(layer.base.parameter) for layer in layers.values())
     try:
         with failing_together():
             for group in groups(layers, threads=1):
@@ -46,7 +46,8 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
                     replacement = replacements.pop(name)
                     layer.store_base(residual, replacement.lacked, config)
                     layer.start_from(adapter_name, replacement.start)
-            own_memory(model, emptied)
+            if are_views:
+                own_memory(model)
             share_residuals(layers)
     except BaseException as error:
         # What add_note does, which Python 3.10 does not have.

@@ -41,6 +41,43 @@ def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> Non
     assert not torch.equal(head.start_of("other").b0, head.start_of("default").b0)
 
 
+def test_alternations_are_part_of_a_start(tiny_llama: Make) -> None:
+    """They are a residual's: another adapter shares what they have found, or starts in the base function."""
+    fields = {"r": 4, "target_modules": ["q_proj"]}
+    model = pissa.wrap(tiny_llama(), quant="nf4", quant_iters=2, **fields)
+    model.add_adapter("same", model.peft_config["default"])
+    model.add_adapter("plain", PissaConfig(**fields))
+    model.add_adapter("rank", PissaConfig(**{**fields, "r": 2}, quant="nf4", quant_iters=2))
+    layer = pissa_layers(model.base_model.model)[Q]
+    start, matrix = layer.start_of("default"), layer.base.matrix()
+    assert layer.start_of("same") is start is layer.base.start
+    assert start.rank_taken == 4
+    for name, r in (("plain", 4), ("rank", 2)):
+        split = ops.split(matrix, r)
+        assert torch.equal(layer.start_of(name).a0, split.a0), name
+        assert layer.start_of(name).taken is None
+    quantised = ops.residual(tiny_llama().get_submodule(Q).weight, start.taken_a, start.taken_b, form="nf4")
+    assert torch.equal(layer.base.residual.codes, quantised.codes)
+
+
+@pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("fields", [{"quant_iters": 2}, {"repair": "lora"}])
+def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], tiny_llama: Make, tmp_path: Path) -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    split = ops.split(base.lm_head.weight, 4)
+    model = pissa.wrap(base, r=4, quant="nf4", target_modules=["lm_head", "q_proj"], **fields)
+    layers = pissa_layers(model.base_model.model)
+    assert torch.equal(layers["lm_head"].start_of("default").a0, split.a0)
+    assert layers["lm_head"].base.start is None
+    assert layers[Q].base.start is not None
+    model.save_pretrained(tmp_path)
+    again = pissa_layers(PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path).base_model.model)
+    for name, layer in layers.items():
+        assert torch.equal(layer.base.matrix(), again[name].base.matrix())
+        assert torch.equal(layer.start_of("default").b0, again[name].start_of("default").b0)
+
+
 def test_loftq_starts_from_what_the_format_loses(tiny_llama: Make) -> None:
     """Of INT8, beside the weight in that format."""
     weight = tiny_llama().model.layers[0].self_attn.q_proj.weight.detach()
@@ -53,19 +90,24 @@ def test_loftq_starts_from_what_the_format_loses(tiny_llama: Make) -> None:
     assert torch.equal(base.start.b0 @ base.start.a0, split.b0 @ split.a0)
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
-def test_the_origin_of_a_stored_base_is_restored(init: str, tiny_llama: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("init", "iters"), [("pissa", 1), ("loftq", 1), ("pissa", 2), ("loftq", 2)])
+def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, tiny_llama: Make, tmp_path: Path) -> None:
     """From earlier files, too, which do not say in which format LoftQ quantised: it was the form of the base."""
+    fields = {"quant": "nf4", "blocksize": 32, "double_quant": False, "quant_iters": iters}
     targets = {"target_modules": ["q_proj"]}
-    model = pissa.wrap(tiny_llama(), r=4, init=init, quant="nf4", blocksize=32, double_quant=False, **targets)
+    model = pissa.wrap(tiny_llama(), r=4, init=init, **fields, **targets)
     model.add_adapter("second", PissaConfig(r=2, **targets))
     model.save_pretrained(tmp_path)
     path = tmp_path / "second" / "pissa.json"
     record = json.loads(path.read_text())
     written = record["layers"][Q]["base"]
-    later = {"quant": "nf4", "blocksize": 32, "double_quant": False} if init == "loftq" else {}
+    if iters == 1:
+        del fields["quant_iters"]
+    later = fields if init == "loftq" or iters > 1 else {}
     first = {"r", "scaling", "svd", "svd_passes", "seed", "init", "adalora"}
     assert written == {name: written[name] for name in first} | later
+    if iters > 1:
+        return  # which earlier files have not
     for layer in record["layers"].values():
         layer["base"] = {name: layer["base"][name] for name in first}
     record["sha256"] = checksum({name: value for name, value in record.items() if name != "sha256"})

@@ -14,7 +14,7 @@ import language_models
 import pissa
 from devices import fetch, put
 from language_models import error
-from oracle import base64, change64, change_a_little, deltas64, weight64
+from oracle import assert_papers_function, base64, change64, change_a_little, deltas64, weight64
 from pissa import notices, ops
 from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear
@@ -84,25 +84,8 @@ def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dty
 @pytest.mark.parametrize("bias", [False, True])
 def test_function_and_gradients_are_the_papers(form: str, rslora: bool, bias: bool) -> None:
     model = pissa.wrap(Toy(bias=bias), r=R, lora_alpha=3, use_rslora=rslora, **FORMS[form])
-    layer, x = model.base_model.model.proj, inputs(2, 5).requires_grad_()
-    change_a_little(layer)
-    dy = put(torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(9)))
-    y = model(x)
-    y.backward(dy)
-
-    x64 = fetch(x.detach()).double().requires_grad_()
-    da, db = deltas64(layer)
-    y64 = x64 @ weight64(layer, base64(layer), da, db).T
-    if bias:
-        y64 = y64 + fetch(layer.bias.detach()).double()
-    y64.backward(fetch(dy).double())
-
-    # Each is a sum of products of float32 numbers; IN terms bound the growth of the rounding error.
-    assert error(y, y64) < IN * EPS
-    assert error(x.grad, x64.grad) < IN * EPS
-    assert error(layer.lora_A["default"].weight.grad, da.grad) < IN * EPS
-    assert error(layer.lora_B["default"].weight.grad, db.grad) < IN * EPS
-    assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
+    change_a_little(model.base_model.model.proj)
+    assert_papers_function(model, inputs(2, 5))
 
 
 @forms

@@ -20,6 +20,7 @@ from pissa.layers.layer import pissa_layers
 from reference import EPS, power_law
 
 VARIANTS = {"dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
+BASES = {**FORMS, "repaired": {"quant": "nf4", "repair": "olora"}, "alternated": {"quant": "nf4", "quant_iters": 2}}
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 
@@ -77,10 +78,10 @@ def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], scaling: float = 
     return weight
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", BASES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_and_gradients_are_those_of_the_definition(variant: str, form: str) -> None:
-    model, twin = one_layer(VARIANTS[variant] | FORMS[form], out=32, into=64)
+    model, twin = one_layer(VARIANTS[variant] | BASES[form], out=32, into=64)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
     tensors = factors(model, gradients=True)
     weight = adapted_weight(base_weight(model), tensors)
@@ -103,12 +104,12 @@ def test_output_and_gradients_are_those_of_the_definition(variant: str, form: st
             assert error(devices.fetch(owner.grad), tensors[name].grad) < bound, name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", BASES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_starts_as_the_base_learns_and_is_restored_to_the_bit(
     variant: str, form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM", **VARIANTS[variant], **FORMS[form])
+    model = pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM", **VARIANTS[variant], **BASES[form])
     start = logits(model, tokens)
     with model.disable_adapter():
         base = logits(model, tokens)

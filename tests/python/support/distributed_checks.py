@@ -71,6 +71,9 @@ def started() -> dict[str, str]:
     """The same, of the models that this process wraps, alone or not."""
     found = {form: bits(pissa.wrap(llama(), r=4, **fields).state_dict()) for form, fields in FORMS.items()}
     found["experts"] = bits(pissa.wrap(mixtral(), r=4).state_dict())
+    for repair, iters in (("pissa", 2), ("loftq", 1)):
+        model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair=repair, quant_iters=iters)
+        found[f"LoRA on {repair}"] = bits(model.state_dict())
     model = pissa.wrap(llama(), r=4)
     model.add_adapter("second", pissa.PissaConfig(r=2, init="olora"))
     return found | {"second": bits(model.state_dict())}
@@ -129,6 +132,13 @@ def failing(folder: Path) -> dict[str, list[str]]:
     finally:
         PissaLayer.start_from = original
     assert_same(model, before)
+    original = PissaLayer.store_base
+    try:
+        if last:
+            PissaLayer.store_base = fails
+        found["while bases are replaced"] = message(lambda: pissa.wrap(llama(), r=4, quant="nf4"))
+    finally:
+        PissaLayer.store_base = original
     wrapped = pissa.wrap(model, r=4)
     before = snapshot(wrapped)
     name = "default" if last else "second"

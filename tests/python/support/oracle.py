@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from devices import fetch
+from devices import fetch, put
+from language_models import error
 from pissa import ops
 from pissa.base.start import StartFactors
 from pissa.base.stored import QuantizedLinear, StoredLinear
@@ -57,6 +58,26 @@ def change64(layer: PissaLayer, da: Tensor, db: Tensor, adapter: str = "default"
 def weight64(layer: PissaLayer, base: Tensor, da: Tensor, db: Tensor, absolute: bool = False) -> Tensor:
     """The matrix that the adapter makes of `base`; `absolute` as for `change64`."""
     return (base.abs() if absolute else base) + change64(layer, da, db, absolute=absolute)
+
+
+def assert_papers_function(model: nn.Module, x: Tensor) -> None:
+    """Output and gradients of a wrapped model of one linear layer, `proj`, in float32, for an input [..., in]."""
+    layer, x = model.base_model.model.proj, x.detach().requires_grad_()
+    y = model(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    y.backward(put(dy))
+    x64 = fetch(x.detach()).double().requires_grad_()
+    da, db = deltas64(layer)
+    y64 = x64 @ weight64(layer, base64(layer), da, db).T
+    if layer.bias is not None:
+        y64 = y64 + fetch(layer.bias.detach()).double()
+    y64.backward(dy.double())
+    # Each is a sum of products of float32 numbers; `in` terms bound the growth of the rounding error.
+    pairs = [(y, y64), (x.grad, x64.grad)]
+    pairs += zip((factor.grad for factor in layer.factor_parameters("default")), (da.grad, db.grad), strict=True)
+    for got, expected in pairs:
+        assert error(got, expected) < 2 * x.shape[-1] * EPS[torch.float32]
+    assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
 
 
 def assert_principal(start: StartFactors, scaling: float, weight: Tensor, what: str = "the layer") -> None:

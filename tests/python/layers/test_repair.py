@@ -1,0 +1,114 @@
+"""Any start on any stored base: the residual lacks the start of one method, the adapter starts by another. The base
+function depends on the first alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pissa
+from devices import fetch, put
+from language_models import error
+from one_layer import OneLayer, adapted, filled
+from oracle import assert_papers_function, base64, change64, change_a_little, deltas64
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.stored import residual_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+IN, OUT, R = 48, 40, 4
+METHODS = [name for name, method in INIT_METHODS.items() if not method.needs]
+FORMS = {"nf4": {"quant": "nf4"}, "int8": {"quant": "int8"}, "explicit": {"residual": "explicit"}}
+CASES = [(form, repair, 1) for form in FORMS for repair in METHODS if (form, repair) != ("explicit", "loftq")]
+CASES += [(form, repair, 2) for form in ("nf4", "int8") for repair in ("pissa", "loftq")]
+# Each method once as the start and once as what the residual lacks; a start that alternations have found, and another.
+LIVES = [(form, one, 1, other) for form in FORMS for one, other in zip(METHODS, METHODS[1:] + METHODS[:1], strict=True)]
+LIVES = [life for life in LIVES if life[0] != "explicit" or "loftq" not in life]
+LIVES += [(form, repair, iters, init) for form, repair, iters in CASES if iters > 1 for init in (repair, "lora")]
+every_base = pytest.mark.parametrize(("form", "repair", "iters"), CASES)
+
+
+def base() -> nn.Module:
+    return put(OneLayer(filled(nn.Linear(IN, OUT))))
+
+
+def inputs() -> Tensor:
+    return put(torch.randn(5, IN, generator=torch.Generator().manual_seed(7)))
+
+
+def wrapped(form: str, repair: str, iters: int, init: str) -> nn.Module:
+    fields = {"quant_iters": iters, "lora_alpha": 3, "target_modules": ["proj"]}
+    return pissa.wrap(base(), r=R, init=init, repair=repair, **FORMS[form], **fields)
+
+
+def starts(form: str) -> list[str]:
+    return [init for init in METHODS if "quant" in FORMS[form] or init != "loftq"]
+
+
+def kept(model: nn.Module) -> list[Tensor]:
+    """Everything that determines the base function, and what its residual lacks."""
+    layer = adapted(model).base
+    return [*residual_tensors(layer.residual).values(), *layer.start.buffers()]
+
+
+@every_base
+def test_the_base_is_the_same_for_every_start(form: str, repair: str, iters: int) -> None:
+    own, x = wrapped(form, repair, iters, init=repair), inputs()
+    for init in starts(form):
+        model = wrapped(form, repair, iters, init)
+        layer = adapted(model)
+        assert all(map(torch.equal, kept(model), kept(own)))
+        with torch.no_grad():
+            at_start = model(x)
+            with model.disable_adapter():
+                assert torch.equal(model(x), at_start)
+            assert torch.equal(own(x), at_start)
+        start, alone = layer.start_of("default"), adapted(wrapped(form, init, 1, init)).start_of("default")
+        assert (start is layer.base.start) == (init == repair)
+        if init != repair:  # found in the dense weight
+            assert torch.equal(start.a0, alone.a0)
+            assert torch.equal(start.b0, alone.b0)
+        change_a_little(layer)
+        assert_papers_function(model, x)
+
+
+@pytest.mark.parametrize(("form", "repair", "iters", "init"), LIVES)
+def test_an_adapter_s_life(form: str, repair: str, iters: int, init: str, tmp_path: Path) -> None:
+    model, x = wrapped(form, repair, iters, init), inputs()
+    layer = adapted(model)
+    model.add_adapter("same", model.peft_config["default"])
+    assert layer.start_of("same") is layer.start_of("default")
+    model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
+    change_a_little(layer)
+    change_a_little(layer, "second", seed=4)
+    weight, change = base64(layer), change64(layer, *deltas64(layer)).detach()
+    dense = fetch(x).double() @ (weight + change).T + fetch(layer.bias.detach()).double()
+    with torch.no_grad():
+        assert error(layer.get_delta_weight("default"), change) < 1e-5
+        assert error(model(x), dense) < 1e-5
+        model.merge_adapter(["default"])
+        assert error(model(x), dense) < 1e-5
+        model.unmerge_adapter()
+        expected = {}
+        for name in ("default", "second"):
+            model.set_adapter(name)
+            expected[name] = model(x)
+
+        model.save_pretrained(tmp_path)
+        again = pissa.PissaModel.from_pretrained(base(), tmp_path)
+        again.load_adapter(tmp_path / "second", "second")
+        alone = pissa.PissaModel.from_pretrained(base(), tmp_path / "second", "second")
+        for found, name in ((again, "default"), (again, "second"), (alone, "second")):
+            found.set_adapter(name)
+            assert torch.equal(found(x), expected[name])
+            assert all(map(torch.equal, kept(found), kept(model)))
+            assert adapted(found).base.start.origin == layer.base.start.origin
+        plain = peft.PeftModel.from_pretrained(base(), tmp_path)
+        assert error(plain.base_model.model.proj.get_delta_weight("default"), change) < 1e-4
+
+        matrix = layer.base.matrix()
+        assert torch.equal(model.unload().proj.weight, matrix)
