@@ -125,7 +125,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTenso
   return out;
 }
 
-// What quantisation loses: weight - quantised weight, bf16, and the sum of its squares, float64 [].
+// What quantisation loses: weight - quantised weight, in the weight's dtype, and the sum of its squares, float64 [].
 template <class Device>
 std::tuple<Tensor, Tensor> quantization_error(const Tensor& weight, const Tensor& codes, const Tensor& absmax,
                                               const OptionalTensor& nested_absmax, const OptionalTensor& offset,
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> quantization_error(const Tensor& weight, const Tensor
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
   const QuantizedTensors quantized(codes, absmax, nested_absmax, offset, format, blocksize);
-  const Tensor error = new_tensor(weight, {w.rows, w.cols}, ScalarType::BFloat16);
+  const Tensor error = new_tensor(weight, {w.rows, w.cols}, weight.scalar_type());
   const Tensor squares = new_tensor(weight, {}, ScalarType::Double);
   device.backend().subtract(w, quantized.view(w.rows, w.cols), mutable_matrix(error),
                             squares.mutable_data_ptr<double>());

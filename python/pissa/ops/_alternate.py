@@ -3,8 +3,10 @@
     L_0 = the best rank-r approximation of W, or, where W is quantised first, 0
     Q_t = format(W - L_{t-1}),  L_t = the best rank-r approximation of the error W - Q_t,  for t = 1 to T
 
-and the result is the iterate (Q_t, L_t) of the least ‖W - Q_t - L_t‖. Errors are decomposed in bfloat16: half the
-memory, and the rate of its products, while rounding them changes no more than 2^-9 of what is left to approximate.
+and the result is the iterate (Q_t, L_t) of the least ‖W - Q_t - L_t‖. An error has the dtype of its weight, so that it
+is decomposed at the same rate. In half precision that rounds it, which costs nf4 less than 0.5 points of the error
+removed; int8, whose errors are 16 times smaller, 5 points of a weight of 384 x 384 at r = 128, and less the smaller
+r / size is.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def _iterates(
         check_offset(offset, task.name)
         check_finite(bound, task.name)
     factors = unchecked_factors(errors, largest, [task.r for task in tasks], [task.scaling for task in tasks], svd)
-    # By Pythagoras: the projection L of an error E leaves ‖E‖² - ‖L‖².
+    # By Pythagoras: the projection L of an error E leaves ‖E‖² - ‖L‖², up to some 2^-22 of ‖E‖².
     kept = torch.stack([found.s.double().square().sum() for found in factors])
     norms = (torch.stack(squares) - kept).clamp_min(0).sqrt().tolist()
     parts = zip(factors, residuals, taken, norms, strict=True)

@@ -76,7 +76,7 @@ def _(
     format: str,
     blocksize: int,
 ) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape, dtype=torch.bfloat16), weight.new_empty((), dtype=torch.float64)
+    return weight.new_empty(weight.shape), weight.new_empty((), dtype=torch.float64)
 
 
 @register_fake("pissa::split_quantized")
