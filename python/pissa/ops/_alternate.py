@@ -77,6 +77,7 @@ def alternate(tasks: Sequence[Task], alternation: Alternation) -> list[Iterate]:
     svd = alternation.svd
     fast = _fast(svd)
     taken = [_nothing(task.weight) for task in tasks] if alternation.quantise_first else _first_factors(tasks, fast)
+    rooms = [task.weight.new_empty(task.weight.shape) for task in tasks]
     best: dict[int, Iterate] = {}
     errors = [math.inf] * len(tasks)  # of the last iterates
     active = list(range(len(tasks)))
@@ -85,6 +86,7 @@ def alternate(tasks: Sequence[Task], alternation: Alternation) -> list[Iterate]:
             [tasks[i] for i in active],
             [_residual(tasks[i], taken[i], alternation) for i in active],
             [taken[i] for i in active],
+            [rooms[i] for i in active],
             svd if t == alternation.quant_iters else fast,
         )
         going_on = []
@@ -101,7 +103,8 @@ def alternate(tasks: Sequence[Task], alternation: Alternation) -> list[Iterate]:
     again = [i for i, iterate in best.items() if iterate.svd != svd]
     if again:
         residuals = [best[i].residual for i in again]
-        found = _iterates([tasks[i] for i in again], residuals, [best[i].taken for i in again], svd)
+        before = [best[i].taken for i in again]
+        found = _iterates([tasks[i] for i in again], residuals, before, [rooms[i] for i in again], svd)
         best |= zip(again, found, strict=True)
     return [best[i] for i in range(len(tasks))]
 
@@ -134,15 +137,15 @@ def _iterates(
     tasks: Sequence[Task],
     residuals: Sequence[QuantizedWeight],
     taken: Sequence[tuple[Tensor, Tensor]],
+    errors: Sequence[Tensor],
     svd: SvdOptions,
 ) -> list[Iterate]:
-    """The iterates with these residuals. The host waits for a GPU twice, besides the decompositions, which wait once
-    for each shape of weights."""
-    lost = [
-        _OPS.quantization_error(task.weight, *rest[:5], rest.blocksize)
-        for task, rest in zip(tasks, residuals, strict=True)
+    """The iterates with these residuals; `errors` are memory for what these lose of the weights. The host waits for a
+    GPU twice, besides the decompositions, which wait once for each shape of weights."""
+    squares = [
+        _OPS.quantization_error(task.weight, *rest[:5], rest.blocksize, error)
+        for task, rest, error in zip(tasks, residuals, errors, strict=True)
     ]
-    errors, squares = map(list, zip(*lost, strict=True))
     largest, offsets = torch.stack([_OPS.max_abs(errors), offsets_of(residuals)]).tolist()
     for task, bound, offset in zip(tasks, largest, offsets, strict=True):
         check_offset(offset, task.name)

@@ -307,18 +307,27 @@ def test_the_error_of_a_quantised_weight(form: dict[str, Any], dtype: torch.dtyp
     """Decoded in float32, subtracted there, and rounded once; and the squares of what that gives."""
     w = torch.randn(shape[::-1], generator=torch.Generator().manual_seed(1)).to(dtype).T
     q = ops.quantize(w, form["form"], **{k: v for k, v in form.items() if k != "form"})
-    found, squares = fetch(torch.ops.pissa.quantization_error(put(w), *put(list(q[:5])), q.blocksize))
+    found = put(torch.full(shape, torch.nan, dtype=dtype))
+    squares = fetch(torch.ops.pissa.quantization_error(put(w), *put(list(q[:5])), q.blocksize, found))
     expected = (w.float() - ops.dequantize(q)).to(dtype)
-    assert torch.equal(found, expected)
+    assert torch.equal(fetch(found), expected)
     assert (squares.dtype, squares.shape) == (torch.float64, ())
     # Sums of n squares, in any order.
     torch.testing.assert_close(squares, expected.double().square().sum(), rtol=2 * w.numel() * 2.0**-53, atol=0)
 
 
-def test_the_error_of_another_weight_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [
+        (97, torch.empty(40, 97), "codes: got 1920 elements; needed: 1940 bytes of uint8"),
+        (96, torch.empty(40, 97), r"error: got shape \[40, 97\]; needed: \[40, 96\]"),
+        (96, torch.empty(96, 40).mT, "error: needed a contiguous tensor"),
+    ],
+)
+def test_the_error_of_another_weight_is_refused(size: int, error: Tensor, words: str) -> None:
     q = ops.quantize(put(weight()))
-    with pytest.raises((ValueError, RuntimeError), match="codes: got 1920 elements; needed: 1940 bytes of uint8"):
-        torch.ops.pissa.quantization_error(put(weight(40, 97)), *q[:5], q.blocksize)
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        torch.ops.pissa.quantization_error(put(weight(40, size)), *q[:5], q.blocksize, put(error))
 
 
 @pytest.mark.parametrize("form", [{"form": "explicit"}, *FORMS])
