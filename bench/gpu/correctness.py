@@ -13,7 +13,7 @@ from bench.gpu.machine import ROOT, Machine
 from bench.gpu.stages import Job, LeftOutError, StageError
 
 # Python tests that take --device: of the ops, and of layers and models, which need more packages.
-OPS_TESTS = ("ops_linear", "ops_nf4", "ops_int8", "ops_svd")
+OPS_TESTS = ("ops_linear", "ops_nf4", "ops_int8", "ops_svd", "alternate")
 MODEL_TESTS = ("layer", "model")
 MODEL_PACKAGES = ("peft", "transformers", "xxhash")
 # Warnings are no errors here: the versions of torch and transformers are this machine's.

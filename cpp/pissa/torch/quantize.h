@@ -125,20 +125,22 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, const OptionalTenso
   return out;
 }
 
-// What quantisation loses: weight - quantised weight, bf16, and the sum of its squares, float64 [].
+// error = weight - quantised weight, of any dtype: memory that is used again, since touching 32 MB for the first time
+// takes longer than computing them. Returns the sum of its squares, float64 [].
 template <class Device>
-std::tuple<Tensor, Tensor> quantization_error(const Tensor& weight, const Tensor& codes, const Tensor& absmax,
-                                              const OptionalTensor& nested_absmax, const OptionalTensor& offset,
-                                              const std::string& format, std::int64_t blocksize) {
-  Device device(weight, codes, absmax, nested_absmax, offset);
+Tensor quantization_error(const Tensor& weight, const Tensor& codes, const Tensor& absmax,
+                          const OptionalTensor& nested_absmax, const OptionalTensor& offset, const std::string& format,
+                          std::int64_t blocksize, Tensor error) {
+  Device device(weight, codes, absmax, nested_absmax, offset, error);
   const Tensor w_tensor = torch::stable::contiguous(weight);
   const Matrix w = matrix(w_tensor);
   const QuantizedTensors quantized(codes, absmax, nested_absmax, offset, format, blocksize);
-  const Tensor error = new_tensor(weight, {w.rows, w.cols}, ScalarType::BFloat16);
+  PISSA_CHECK(error.is_contiguous(), "error: needed a contiguous tensor");
+  const MutableMatrix out = mutable_matrix(error);
+  check_shape("error", out, w.rows, w.cols);
   const Tensor squares = new_tensor(weight, {}, ScalarType::Double);
-  device.backend().subtract(w, quantized.view(w.rows, w.cols), mutable_matrix(error),
-                            squares.mutable_data_ptr<double>());
-  return {error, squares};
+  device.backend().subtract(w, quantized.view(w.rows, w.cols), out, squares.mutable_data_ptr<double>());
+  return squares;
 }
 
 template <class Device>

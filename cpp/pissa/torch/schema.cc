@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "int rows, int cols, ScalarType dtype) -> Tensor");
   m.def(
       "quantization_error(Tensor weight, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
-      "str format, int blocksize) -> (Tensor error, Tensor squares)");
+      "str format, int blocksize, Tensor(a!) error) -> Tensor squares");
   m.def(
       "split_quantized(Tensor weight, float largest, int r, float scaling, str svd, int? passes, int seed, "
       "str format, int blocksize) -> (Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");

@@ -75,8 +75,9 @@ def _(
     offset: Tensor | None,
     format: str,
     blocksize: int,
-) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape, dtype=torch.bfloat16), weight.new_empty((), dtype=torch.float64)
+    error: Tensor,
+) -> Tensor:
+    return weight.new_empty((), dtype=torch.float64)
 
 
 @register_fake("pissa::split_quantized")

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -53,8 +54,10 @@ TEST_P(SplitTest, FactorsAreTheBestApproximation) {
         SCOPED_TRACE(::testing::Message() << name(format) << " [" << rows << ", " << cols << "], scaling " << s);
         StartFactors factors(weight.view(), r);
         auto cpu = backend();
-        split(cpu, weight.view(), s, {}, factors.a0.mutable_view(), factors.b0.mutable_view());
-        EXPECT_TRUE(factors.a0.padding_intact() && factors.b0.padding_intact());
+        Stored singular = Stored::poisoned(1, r, Format::f32);
+        split(cpu, weight.view(), s, {}, factors.a0.mutable_view(), factors.b0.mutable_view(), std::nullopt,
+              singular.mutable_view());
+        EXPECT_TRUE(factors.a0.padding_intact() && factors.b0.padding_intact() && singular.padding_intact());
         const Dense a0 = factors.a0.values(), b0 = factors.b0.values();
         const Dense product = double{s} * (b0 * a0);
         const double noise =
@@ -62,6 +65,7 @@ TEST_P(SplitTest, FactorsAreTheBestApproximation) {
         EXPECT_LE(norm(product - best), noise);
         EXPECT_NEAR(norm(w - product), norm(w - best), noise);
         // Balanced: both Gram matrices are S / s.
+        for (std::int64_t i = 0; i < r; ++i) EXPECT_NEAR(singular.values()(0, i), exact.s[i], noise);
         const Dense gram_a = a0 * transposed(a0), gram_b = transposed(b0) * b0;
         for (std::int64_t i = 0; i < r; ++i) {
           for (std::int64_t j = 0; j < r; ++j) {

@@ -43,7 +43,9 @@ TEST_P(SplitManyTest, BitsOfSplit) {
   for (const bool dominated : {false, true}) {
     std::vector<SplitLayer> expected = layers(dominated);
     cpu::CpuBackend cpu = backend();
-    for (const SplitTask& task : tasks_of(expected)) split(cpu, task.w, task.scaling, {}, task.a0, task.b0);
+    for (const SplitTask& task : tasks_of(expected)) {
+      split(cpu, task.w, task.scaling, {}, task.a0, task.b0, std::nullopt, task.s);
+    }
     for (const int threads : {1, 2, 3, 7, 40}) {
       SCOPED_TRACE(::testing::Message() << threads << " threads, " << (dominated ? "one large" : "all small"));
       std::vector<SplitLayer> got = layers(dominated);
@@ -52,6 +54,7 @@ TEST_P(SplitManyTest, BitsOfSplit) {
       for (std::size_t i = 0; i < got.size(); ++i) {
         EXPECT_TRUE(got[i].a0.bytes() == expected[i].a0.bytes()) << i;
         EXPECT_TRUE(got[i].b0.bytes() == expected[i].b0.bytes()) << i;
+        EXPECT_TRUE(got[i].s.bytes() == expected[i].s.bytes()) << i;
       }
       // Small weights are one region; a large one alone has more.
       if (threads > 1 && threads < 15) {

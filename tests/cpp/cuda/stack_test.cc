@@ -34,7 +34,7 @@ void split_stack(std::deque<SplitLayer>& layers, std::int64_t stack_bytes = cuda
   std::vector<SplitTask> tasks;
   for (SplitLayer& layer : layers) {
     const SplitTask task = layer.task();
-    tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0)});
+    tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0), std::nullopt, at(task.s)});
   }
   cuda::split_many(tasks, {SvdMethod::krylov, 12, 5}, context, stack_bytes);
   at.finish();
@@ -50,7 +50,8 @@ void expect_split(const SplitLayer& layer) {
   std::copy(exact.s.begin() + r, exact.s.end(), tail.values.begin());
   const double noise = 16 * kEps32 * std::sqrt(static_cast<double>(std::max(w.rows, w.cols))) * norm(w);
   EXPECT_LE(norm(w - product_of(layer)), 1.001 * norm(tail) + noise + 0x1p-149 * static_cast<double>(w.rows * w.cols));
-  EXPECT_TRUE(layer.a0.padding_intact() && layer.b0.padding_intact());
+  EXPECT_TRUE(layer.a0.padding_intact() && layer.b0.padding_intact() && layer.s.padding_intact());
+  EXPECT_NEAR(norm(layer.s.values()), norm(product_of(layer)), noise);
 }
 
 class StackTest : public BackendTest {};

@@ -154,6 +154,24 @@ def test_qpissas_split_is_as_close_to_the_weight_as_on_the_cpu() -> None:
     assert abs(there - here) < 0.01 * here
 
 
+@pytest.mark.parametrize("form", ops.formats.FORMATS)
+def test_alternations_are_as_close_to_the_weight_as_on_the_cpu(form: str) -> None:
+    """Of weights in stacks of one shape, and alone."""
+    weights = [power_law(*shape, 0.6, seed=i).bfloat16() for i, shape in enumerate([(192, 320)] * 3 + [(200, 64)])]
+    options: dict[str, Any] = {"form": form, "quant_iters": 4, "tolerance": 0}
+    here = ops.split_many(weights, [16] * 4, [0.5] * 4, **options)
+    there = fetch(ops.split_many([put(w) for w in weights], [16] * 4, [0.5] * 4, **options))
+
+    def distance(split: ops.Split, weight: Tensor) -> float:
+        return error(ops.dequantize(split.residual) + 0.5 * split.b0 @ split.a0, weight)
+
+    for weight, one, other in zip(weights, here, there, strict=True):
+        assert distance(other, weight) == pytest.approx(distance(one, weight), rel=0.02)
+        residual = ops.residual(weight, *other.taken, scaling=0.5, form=form)
+        # The same residual but for codes beside which rounding may decide otherwise.
+        assert (residual.codes != other.residual.codes).double().mean() < 0.01
+
+
 # ---- Every time the same ---------------------------------------------------------------------------------------------
 
 

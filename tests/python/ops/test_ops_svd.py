@@ -401,15 +401,6 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
         {"blocksize": 48},
         {"blocksize": 64, "form": "int8"},
         {"double_quant": True, "form": "int8"},
-        {"quant_iters": 2},
-        {"quant_iters": 2, "form": "explicit"},
-        {"quant_iters": 0, "form": "nf4"},
-        {"quant_iters": 2.0, "form": "nf4"},
-        {"quant_iters": True, "form": "nf4"},
-        {"quantise_first": True, "form": "explicit"},
-        {"tolerance": -0.1, "form": "nf4"},
-        {"tolerance": float("nan"), "form": "nf4"},
-        {"tolerance": "auto", "form": "nf4"},
     ],
 )
 def test_bad_split_options_are_refused_by_name(change: dict[str, object]) -> None:
@@ -447,6 +438,10 @@ def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
         ),
         ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, "nf4", 64)),
         ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, "int8", 30)),
+        (
+            "quantization_error",
+            (torch.randn(20, 30), *ops.quantize(torch.randn(20, 30))[:5], 64, torch.empty(20, 30)),
+        ),
         ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "nf4", 64)),
         ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "int8", 30)),
