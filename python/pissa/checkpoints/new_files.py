@@ -51,8 +51,9 @@ def layouts(plan: Plan) -> dict[str, Layout]:
             files[entry.path.name][name] = (entry.dtype, tuple(entry.shape))
     found = {name: Layout(tensors, _METADATA) for name, tensors in files.items()}
     found[INITIAL_WEIGHTS] = Layout(_factor_tensors(plan), _METADATA)
-    if has_taken(plan.config):
-        shapes = {name: shape for layer in plan.layers.values() for name, shape in _taken_shapes(layer).items()}
+    alternated = [layer for layer in plan.layers.values() if has_taken(plan.config_of(layer))]
+    if alternated:
+        shapes = {name: shape for layer in alternated for name, shape in _taken_shapes(layer).items()}
         found[PISSA_WEIGHTS] = Layout({name: (torch.float32, shape) for name, shape in shapes.items()}, _METADATA)
     return found
 
@@ -135,15 +136,19 @@ def config_text(plan: Plan) -> str:
 
 
 def _quantization_config(plan: Plan, layer: PlannedLayer) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes."""
+    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. With experts in 4 bits, which transformers
+    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing."""
     in_4_bits = layer.form.kind == "nf4"
     half = layer.dtype if layer.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    return {
+    method = {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": in_4_bits,
         "_load_in_8bit": not in_4_bits,
         "load_in_4bit": in_4_bits,
         "load_in_8bit": not in_4_bits,
+    }
+    return {
+        **({"quant_method": "pissa"} if plan.has_quantised_experts else method),
         "llm_int8_threshold": 6.0,
         "llm_int8_skip_modules": plan.dense_linears,
         "llm_int8_enable_fp32_cpu_offload": False,
