@@ -91,12 +91,12 @@ def is_quantised(layer: PlannedLayer) -> bool:
 
 def residual_tensors(
     plan: Plan, layer: PlannedLayer, residual: Tensor | ops.QuantizedWeight
-) -> Iterator[tuple[str, str, Tensor, int]]:
-    """What is written of a residual: the file, the tensor's name, the values, and the row from which they go on."""
+) -> Iterator[tuple[str, str, Tensor, int | None]]:
+    """What is written of a residual: the file, the tensor's name, the values, and, of a part of a stack, its number."""
     if isinstance(residual, ops.QuantizedWeight):
         file = plan.source.entry(layer.tensors[0]).path.name
         for name, values in to_bitsandbytes(residual, layer.dtype).items():
-            yield file, f"{layer.target}.{name}", values, 0
+            yield file, f"{layer.target}.{name}", values, None
         return
     row = 0
     for part in layer.parts:
@@ -105,12 +105,7 @@ def residual_tensors(
         rows = residual[row : row + shape[1 if part.transposed else 0]]
         row += len(rows)
         values = rows.mT if part.transposed else rows
-        yield (
-            entry.path.name,
-            part.tensor,
-            values if part.member is None else values[None],
-            part.member or 0,
-        )
+        yield entry.path.name, part.tensor, values if part.member is None else values[None], part.member
 
 
 def index_text(plan: Plan, files: dict[str, Layout]) -> str | None:

@@ -164,7 +164,7 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
         for got, expected in zip(from_state(entries(found, name)), layer.base.residual, strict=True):
             assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
     assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
-    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):  # rather than experts with random weights
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|pissa\.load"):  # not experts with random weights
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
