@@ -132,8 +132,7 @@ def test_pefts_conversion_of_targets_is_put_back() -> None:
 
 def test_layers_without_values(tiny_llama: Make) -> None:
     """A model on the meta device is given its layers, to plan with or to be filled, but no start."""
-    with torch.device("meta"):
-        model = tiny_llama()
+    model = tiny_llama().to("meta")
     config = pissa.PissaConfig(r=4)
     wrapped = pissa.PissaModel(model, config)
     layers = pissa_layers(model)
