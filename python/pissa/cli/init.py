@@ -140,11 +140,15 @@ def _processes() -> Iterator[None]:
 
 def _with_options(message: str) -> str:
     """The message with this command's options in place of the fields of PissaConfig."""
-    return re.sub(r"\b(quant_iters|svd_passes|target_modules|exclude_modules|quant|init|experts)=", _option, message)
+    return re.sub(rf"\b({'|'.join(_FIELDS)})=(?:(['\"])(.*?)\2|(None))?", _option, message)
+
+
+_FIELDS = ("quant_iters", "svd_passes", "target_modules", "exclude_modules", "quant", "init", "experts")
 
 
 def _option(match: re.Match[str]) -> str:
-    return f"--{match[1].replace('_', '-')} "
+    option = f"--{match[1].replace('_', '-')}"
+    return f"no {option}" if match[4] else f"{option} {match[3] or ''}"
 
 
 def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> None:
