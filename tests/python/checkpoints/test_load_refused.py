@@ -168,7 +168,11 @@ def test_an_adapter_of_another_folder(made: Path, tmp_path: Path) -> None:
     [
         ("split", {"r": R, "quant": "int8"}, r"residuals of .* are nf4 .* and cannot become int8: leave quant"),
         ("split", {"r": R, "residual": "explicit"}, r"are nf4 .* and cannot become explicit"),
-        ("split", {"r": R, "target_modules": ["q_proj"]}, r"layer '.*down_proj' has no adapter, but .*keeps a residual"),
+        (
+            "split",
+            {"r": R, "target_modules": ["q_proj"]},
+            r"layer '.*down_proj' has no adapter, but .*keeps a residual",
+        ),
         ("split", {"r": R, "adapter_name": "a.b"}, r"adapter_name: got 'a.b'"),
         ("fp4", {"r": R}, r"quantised as fp4; allowed: nf4"),
         ("8 bits", {"r": R}, r"its weight is in 8 bits, .*: pissa.wrap\(AutoModel"),
