@@ -58,7 +58,7 @@ def mapped_model(source: Source, dtype: torch.dtype | None) -> MappedModel:
             generation_config=generation,
             output_loading_info=True,
         )
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind.__name__}, {shown(missing[0])} the first")

@@ -73,7 +73,7 @@ class Residuals:
                     f"layer {shown(name)} has no adapter, but {self.folder} keeps a residual of it, which lacks its "
                     "principal part: let target_modules have it, as it has if no configuration is given"
                 )
-        layers = {name: adapted[name] for name in records}
+        layers = {name: layer for name, layer in adapted.items() if name in records}
         starts = self._starts(model, layers)
         for name, layer in layers.items():
             with of_layer(name):

@@ -12,6 +12,7 @@ from pissa.cli.arguments import number, positive_int
 from pissa.cli.data import read_chats
 from pissa.cli.run_folder import PICTURE_FILE, check_new_folder, check_resumable, record_run
 from pissa.cli.sources import GSM_SYMBOLIC
+from pissa.cli.split_model import is_split, settle
 from pissa.cli.terminal import UserError, say, silence_third_parties
 from pissa.files.messages import first_line
 from pissa.notices import InexactLoraWarning
@@ -38,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo", action="store_true", help="the same as `pissa demo`; takes --out")
 
     source = parser.add_argument_group("model and data")
-    source.add_argument("--model", metavar="DIR_OR_NAME", help="folder of a model, or its name on the model hub")
+    source.add_argument(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="folder of a model, or its name on the model hub; or a folder that pissa init has written",
+    )
     source.add_argument(
         "--data",
         metavar="FILE_OR_NAME",
@@ -54,13 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--method", choices=("pissa", "lora"), default="pissa", help="pissa, or plain LoRA to compare")
     method.add_argument("--quant", choices=tuple(FORMATS), help="format of the residual (QPiSSA)")
     method.add_argument(
-        "--rank", type=positive_int, metavar="N", default=16, help="rank of the adapters; alpha equals it"
+        "--rank", type=positive_int, metavar="N", help="rank of the adapters; alpha equals it (default: 16)"
     )
-    method.add_argument("--svd", choices=("krylov", "subspace", "exact"), default="krylov", help="decomposition")
+    method.add_argument("--svd", choices=("krylov", "subspace", "exact"), help="decomposition (default: krylov)")
     method.add_argument(
-        "--svd-passes", type=_passes, metavar="N", default="auto", help="passes over each weight, even, or auto"
+        "--svd-passes", type=_passes, metavar="N", help="passes over each weight, even, or auto (default: auto)"
     )
-    method.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    method.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the base model (default: float32; of a model that pissa init has split, its own)",
+    )
 
     training = parser.add_argument_group("training", "AdamW without weight decay, cosine schedule, as in the paper")
     length = training.add_mutually_exclusive_group()
@@ -79,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=16,
         help="passes in one step; 8 x 16 is the paper's batch of 128",
+    )
+    training.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only the inputs of the blocks, and compute the rest again: less memory, a third more time",
     )
     training.add_argument(
         "--seed", type=_seed, metavar="N", default=0, help="of the order of the data, LoRA's start, the sketch"
@@ -101,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
         return demo.run(args)
     _check_arguments(args)
+    settle(args)
     if args.resume:
         check_resumable(args)
     else:
@@ -116,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from pissa.cli.training import train
 
     model, tokenizer = _load(args)
-    size = f"{model.num_parameters() / 1e6:,.1f} M parameters"
+    size = f"{_parameters(model, args) / 1e6:,.1f} M parameters"
     say("model", f"{args.model}, {size}, {args.dtype}, {torch.get_num_threads()} threads")
     encoded = encode(data, tokenizer, args.max_length)
     say("data", _describe(args.data, encoded, args))
@@ -165,6 +180,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
         raise UserError(f"--model {args.model}: found no config.json in it; needed: a folder of a model, or a name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if is_split(args.model):
+            import pissa
+
+            return pissa.load(args.model, dtype=getattr(torch, args.dtype)), tokenizer
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -174,7 +193,17 @@ def _load(args: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def _parameters(model: Any, args: argparse.Namespace) -> int:
+    """The parameters of the model without an adapter."""
+    if not is_split(args.model):
+        return int(model.num_parameters())
+    trainable, total = model.get_nb_trainable_parameters()
+    return int(total - trainable)
+
+
 def _wrap(model: Any, args: argparse.Namespace) -> PeftModel:
+    if is_split(args.model):
+        return model
     from transformers import set_seed
 
     set_seed(args.seed)  # LoRA's A is random

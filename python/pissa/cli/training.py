@@ -28,6 +28,11 @@ def train(
     AdamW without weight decay, cosine schedule with warm-up (arXiv 2404.02948, section 5). Writes metrics.jsonl and
     checkpoints to `args.out`.
     """
+    if args.gradient_checkpointing:
+        model.config.use_cache = False
+        # transformers 5.24 has renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     trainer = Trainer(
         model=model,
         args=_arguments(args, len(examples)),
