@@ -58,7 +58,7 @@ def test_layers_of_one_shape_get_the_best_ranks(seed: int, step: int) -> None:
 def test_layers_of_other_shapes_lose_less_than_a_step(seed: int) -> None:
     layers = candidates(seed, (3, 8, 13), 6)
     found_exactly = 0
-    for budget in range(24, 24 * 6):
+    for budget in range(24, 24 * 6, 7):
         ranks = allocate(layers, budget, 1)
         assert spent(layers, ranks) <= budget
         # Whatever does not fit at the end is one step of one layer.
@@ -66,7 +66,7 @@ def test_layers_of_other_shapes_lose_less_than_a_step(seed: int) -> None:
         lacking = best(layers, budget, 1) - gain(layers, ranks)
         assert lacking <= max(left, default=0) + 1e-12
         found_exactly += lacking < 1e-12
-    assert found_exactly > 30
+    assert found_exactly > 4
 
 
 @pytest.mark.parametrize("seed", range(6))
