@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             progressbar=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(re.sub("^budget:", "--budget:", str(error))) from error
     if args.out is not None:
         _write(found, args.out)
     if args.json:

@@ -11,7 +11,7 @@ from string import Template
 from pissa.checkpoints.layer_report import LayerReport, Summary, by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
-from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, shape_of, size
+from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of, size
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -70,15 +70,15 @@ $sections
 def page(report: Report, pictures: dict[str, str]) -> str:
     """The page. `pictures` are SVG elements, by the names that `report_pictures.pictures` gives them."""
     adapted = sum(math.prod(layer.shape) for layer in report.layers)
-    spectra = "all singular values" if report.exact else f"the first {report.ranks[-1]} singular values of each"
+    spectra = "all singular values" if report.exact else f"the first {report.known} singular values of each"
     sections = [_energy(report, pictures), _ranks(report), _memory(report), _layers(report)]
     if report.quant is not None:
         sections.insert(1, _errors(report, pictures))
     return _PAGE.substitute(
         title=escape(f"PiSSA report of {Path(report.model).resolve().name}"),
         subtitle=escape(
-            f"{report.model}: {len(report.layers)} layers with {count(adapted)} parameters to adapt; {spectra}. Made in "
-            f"{report.seconds:.0f} s."
+            f"{report.model}: {len(report.layers)} layers with {count(adapted)} parameters to adapt; {spectra}. Made "
+            f"in {report.seconds:.0f} s."
         ),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(report)),
         sections="\n".join(sections),
@@ -118,28 +118,26 @@ def _energy(report: Report, pictures: dict[str, str]) -> str:
 
 def _errors(report: Report, pictures: dict[str, str]) -> str:
     kinds = {kind: some for kind, some in by_kind(report.layers).items() if some.quantised} | {"all": report.whole}
-    tables = []
+    removed, errors = "", ""
     for rank in report.ranks:
         methods = [method for method in report.whole.methods if method[1] == rank]
-        header = ["", f"{PLAIN} error", *(f"{name} {what}" for name, _ in methods for what in ("error", "removed"))]
-        rows = []
-        for kind, some in kinds.items():
-            cells = [
-                text for method in methods for text in (f"{some.error(method):.2%}", f"{some.removed(method)[0]:.1%}")
-            ]
-            rows.append([kind, f"{some.error((PLAIN, 0)):.2%}", *cells])
-        tables.append(_table(f"{report.quant}, rank {rank}", header, rows, total=True))
+        header = ["", *(name for name, _ in methods)]
+        rows = [[kind, *(f"{some.removed(method)[0]:.1%}" for method in methods)] for kind, some in kinds.items()]
+        removed += _table(f"Error removed, rank {rank}", header, rows, total=True)
+        methods.insert(0, (PLAIN, 0))
+        header.insert(1, PLAIN)
+        rows = [[kind, *(f"{some.error(method):.2%}" for method in methods)] for kind, some in kinds.items()]
+        errors += _table(f"Error, rank {rank}", header, rows, total=True)
     picture = _figure(pictures["errors"], "Error removed, by kind of layer and method.")
-    return _section(f"Error of {report.quant}", " ".join(notes(report)), _beside("".join(tables), picture))
+    details = f"<details><summary>The errors themselves, in Frobenius norms</summary>{errors}</details>"
+    return _section(f"Error of {report.quant}", " ".join(notes(report)), _beside(removed + details, picture))
 
 
 def _ranks(report: Report) -> str:
     found = report.suggestion
     return _section(
         "Ranks",
-        f"For {found.budget:,} trained parameters, these ranks use {found.parameters:,} and lose {found.lost:.2%} of "
-        f"the energy; rank {found.uniform} in every layer uses {found.uniform_parameters:,} and loses "
-        f"{found.uniform_lost:.2%}.",
+        ranks_in_words(found),
         f"<pre>{escape(paste(found))}</pre>",
     )
 

@@ -118,7 +118,7 @@ def _energy(report: Report) -> Figure:
     """The energy that each rank holds, a line for each kind of layers."""
     figure, axes = _figure(3.3)
     ax = axes[0, 0]
-    largest = report.ranks[-1]
+    largest = report.known
     ranks = np.arange(largest + 1)
     for number, (kind, some) in enumerate(by_kind(report.layers).items()):
         energies = [100 * some.energy(int(rank)) for rank in ranks]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from pissa.checkpoints.layer_report import by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
-from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, shape_of, size
+from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of, size
 from pissa.cli.terminal import format_table, say
 
 _WORST = 5
@@ -33,7 +34,7 @@ def _print_model(report: Report) -> None:
     else:
         say(
             "spectrum",
-            f"the first {report.ranks[-1]} singular values, as PiSSA's own decomposition finds them: never above the "
+            f"the first {report.known} singular values, as PiSSA's own decomposition finds them: never above the "
             "true ones",
         )
 
@@ -75,10 +76,9 @@ def _print_worst(report: Report) -> None:
 
 
 def _print_suggestion(report: Report) -> None:
-    found = report.suggestion
-    say("ranks", f"for {found.budget:,} parameters: {found.parameters:,} used, {found.lost:.2%} of the energy lost;")
-    say("", f"rank {found.uniform} everywhere: {found.uniform_parameters:,} used, {found.uniform_lost:.2%} lost")
-    say("", paste(found))
+    for number, line in enumerate(textwrap.wrap(ranks_in_words(report.suggestion), 100)):
+        say("" if number else "ranks", line)
+    print(f"\n{paste(report.suggestion)}")
 
 
 def _print_memory(report: Report) -> None:

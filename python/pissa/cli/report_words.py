@@ -39,6 +39,22 @@ def notes(report: Report) -> list[str]:
     return found
 
 
+def ranks_in_words(suggestion: Suggestion) -> str:
+    """What the suggested ranks take and lose, beside one rank for all."""
+    text = (
+        f"For {suggestion.budget:,} trained parameters, these ranks use {suggestion.parameters:,} and lose "
+        f"{suggestion.lost:.2%} of the energy; rank {suggestion.uniform} in every layer uses "
+        f"{suggestion.uniform_parameters:,} and loses {suggestion.uniform_lost:.2%}."
+    )
+    at_most = sum(rank >= suggestion.largest for rank in suggestion.ranks.values())
+    if at_most:
+        text += (
+            f" {at_most} layers have rank {suggestion.largest}, the largest that was looked at; give --rank a larger "
+            "one to look further."
+        )
+    return text
+
+
 def paste(suggestion: Suggestion) -> str:
     """The suggested ranks as Python, to be pasted."""
     r, pattern = suggestion.pattern()

@@ -146,7 +146,7 @@ def model(tiny_llama: Callable[..., nn.Module]) -> nn.Module:
 
 def reports(model: nn.Module, quant: str | None = None) -> list[LayerReport]:
     matrices = [(name, m.weight.detach()) for name, m in model.named_modules() if name.endswith("_proj")]
-    return list(layer_reports(matrices, [4, 24], quant=quant))
+    return list(layer_reports(matrices, 24, [4], quant=quant))
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

@@ -135,7 +135,7 @@ def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_summaries_weigh_layers_by_their_squares() -> None:
     matrices = dict(layers(3))
-    found = list(layer_reports(matrices.items(), [2, 30], quant="nf4"))
+    found = list(layer_reports(matrices.items(), 30, [2, 30], quant="nf4"))
     assert [layer.name for layer in found] == list(matrices)
     kinds = by_kind(found)
     assert {kind: len(some.layers) for kind, some in kinds.items()} == {"q_proj": 3, "up_proj": 3}
@@ -152,7 +152,7 @@ def test_summaries_weigh_layers_by_their_squares() -> None:
 
 
 def test_only_chosen_layers_are_quantised() -> None:
-    found = list(layer_reports(layers(2), [2], quant="nf4", quantised=lambda name: name.endswith("0.attn.q_proj")))
+    found = list(layer_reports(layers(2), 2, [2], quant="nf4", quantised=lambda name: name.endswith("0.attn.q_proj")))
     assert [layer.name for layer in found if layer.errors] == ["model.layers.0.attn.q_proj"]
     assert len(Summary(found).quantised) == 1
     assert Summary(found).error((PLAIN, 0)) == Summary(found[:1]).error((PLAIN, 0))
@@ -170,7 +170,7 @@ def test_one_matrix_at_a_time() -> None:
             yield name, matrix
             del matrix
 
-    found = list(layer_reports(matrices(), [2], quant="nf4"))
+    found = list(layer_reports(matrices(), 2, [2], quant="nf4"))
     assert len(found) == len(alive) == 8
     assert most == 0
     assert all(ref() is None for ref in alive)
@@ -180,7 +180,7 @@ def test_nan_is_named() -> None:
     bad = power_law(8, 8, 0.5)
     bad[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"layer b: weight: .*(NaN|finite)"):
-        list(layer_reports([("a", power_law(8, 8, 0.5)), ("b", bad)], [2]))
+        list(layer_reports([("a", power_law(8, 8, 0.5)), ("b", bad)], 2))
 
 
 def test_singular_values_of_a_transposed_view() -> None:
