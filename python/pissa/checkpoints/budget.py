@@ -32,10 +32,8 @@ def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[in
     Raises:
         ValueError: the budget is less than a step for each layer.
     """
+    spent = check_budget([(len(layer.gains), layer.cost) for layer in layers], budget, step)
     ranks = [min(step, len(layer.gains)) for layer in layers]
-    spent = sum(rank * layer.cost for rank, layer in zip(ranks, layers, strict=True))
-    if spent > budget:
-        raise ValueError(f"budget: got {budget:,} parameters; needed: at least {spent:,}, rank {step} in each layer")
     queue: list[tuple[float, int, int]] = []  # negative gain of a parameter, layer, parameters
 
     def offer(number: int) -> None:
@@ -54,6 +52,18 @@ def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[in
             spent += cost
             offer(number)
     return ranks
+
+
+def check_budget(layers: Iterable[tuple[int, int]], budget: int, step: int) -> int:
+    """What a step for each layer takes, of layers that are given as their largest rank and the parameters of a rank.
+
+    Raises:
+        ValueError: the budget is less.
+    """
+    least = sum(min(step, most) * cost for most, cost in layers)
+    if least > budget:
+        raise ValueError(f"budget: got {budget:,} parameters; needed: at least {least:,}, rank {step} in each layer")
+    return least
 
 
 def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:

@@ -36,7 +36,8 @@ class LayerReport:
 
 def layer_reports(
     matrices: Iterable[tuple[str, Tensor]],
-    ranks: Sequence[int],
+    known: int,
+    ranks: Sequence[int] = (),
     *,
     quant: str | None = None,
     quantised: Callable[[str], bool] = lambda name: True,
@@ -46,7 +47,8 @@ def layer_reports(
 
     Args:
         matrices: name and matrix [out, in] of each layer.
-        ranks: ascending. The spectrum is known up to the largest; errors are of each.
+        known: how many singular values of each are wanted; of a smaller matrix, all.
+        ranks: of the factors, where something is quantised.
         quant: the format of which errors are wanted.
         quantised: of which layers; of all by default.
         exact: compute all singular values, also for the nuclear norm of errors.
@@ -56,15 +58,17 @@ def layer_reports(
     """
     for name, matrix in matrices:
         try:
-            yield _layer_report(name, matrix, ranks, quant if quantised(name) else None, exact)
+            yield _layer_report(name, matrix, known, ranks, quant if quantised(name) else None, exact)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         del matrix
 
 
-def _layer_report(name: str, matrix: Tensor, ranks: Sequence[int], quant: str | None, exact: bool) -> LayerReport:
+def _layer_report(
+    name: str, matrix: Tensor, known: int, ranks: Sequence[int], quant: str | None, exact: bool
+) -> LayerReport:
     shape = (matrix.shape[0], matrix.shape[1])
-    spectrum = spectrum_of(matrix, min(ranks[-1], *shape), exact=exact)
+    spectrum = spectrum_of(matrix, min(known, *shape), exact=exact)
     found = () if quant is None else quant_errors(matrix, quant, ranks, exact=exact)
     return LayerReport(name, shape, spectrum, {(method, rank): error for method, rank, error in found})
 

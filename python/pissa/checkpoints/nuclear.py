@@ -13,7 +13,7 @@ from pissa.checkpoints.spectrum import singular_values
 
 # Sixteen probes take no longer than eight: torch multiplies narrower blocks at a quarter of the rate.
 PROBES = 16
-STEPS = 12
+STEPS = 10
 # Matrices whose smaller side is at most this long take as long exactly as estimated.
 EXACT_SIDE = 256
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,12 @@ from pissa.checkpoints.nuclear import NuclearNorm, nuclear_norm
 from pissa.checkpoints.spectrum import norm_squared
 
 PLAIN = "QLoRA"
-QPISSA = "QPiSSA"
+METHODS: dict[str, dict[str, Any]] = {
+    "LoftQ": {"quant_iters": 5, "quantise_first": True},
+    "QPiSSA T=1": {},
+    "QPiSSA T=5": {"quant_iters": 5},
+}
+"""Those with factors, and what `ops.split` is told; plain quantisation is called `PLAIN`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ def quant_errors(
     """
     yield PLAIN, 0, _error(weight, ops.quantize(weight, format), None, exact)
     for rank in ranks:
-        found = ops.split(weight, min(rank, *weight.shape), form=format)
-        assert isinstance(found.residual, ops.QuantizedWeight)
-        yield QPISSA, rank, _error(weight, found.residual, (found.a0, found.b0), exact)
+        for name, options in METHODS.items():
+            found = ops.split(weight, min(rank, *weight.shape), form=format, **options)
+            assert isinstance(found.residual, ops.QuantizedWeight)
+            yield name, rank, _error(weight, found.residual, (found.a0, found.b0), exact)
 
 
 def _error(

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from pissa.checkpoints.budget import check_budget
 from pissa.checkpoints.kinds import kinds_of, sample
 from pissa.checkpoints.layer_report import LayerReport, Summary, by_kind, layer_reports
 from pissa.checkpoints.plan import Plan
@@ -32,6 +33,8 @@ class Report:
     quant: str | None
     ranks: Sequence[int]
     """Ascending."""
+    known: int
+    """How many singular values of each layer are known, if it has as many."""
     exact: bool
     sizes: ModelSizes
     layers: list[LayerReport]
@@ -78,6 +81,7 @@ class Report:
                 "rank_pattern": pattern,
                 "parameters": self.suggestion.parameters,
                 "lost": self.suggestion.lost,
+                "largest_rank": self.suggestion.largest,
                 "uniform": {
                     "r": self.suggestion.uniform,
                     "parameters": self.suggestion.uniform_parameters,
@@ -119,7 +123,8 @@ def report(
 
     Args:
         folder: of the model: config.json and safetensors.
-        ranks: of adapters; all spectra are known up to the largest.
+        ranks: of adapters. Spectra are known up to the largest, or up to four times the smallest if that is more, so
+            that a suggestion has a choice.
         quant: "nf4" or "int8": report the errors of bases in that format too.
         budget: trained parameters that the suggested ranks may have; by default as many as the smallest of `ranks` has.
         sampled: quantise only so many layers of each kind, evenly spaced.
@@ -131,12 +136,17 @@ def report(
     """
     started = time.perf_counter()
     ranks = sorted(set(ranks))
+    known = max(ranks[-1], 4 * ranks[0])
     with Source.open(folder) as source:
         plan = Plan.of(source, PissaConfig(r=1))
         sizes = _sizes(source, plan)
+        sides = [(min(layer.shape), sum(layer.shape)) for layer in plan.layers.values()]
+        if budget is None:
+            budget = sum(min(ranks[0], side) * cost for side, cost in sides)
+        check_budget(sides, budget, _step(ranks[0]))
         chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
         found = layer_reports(
-            _matrices(source, plan), ranks, quant=quant, quantised=lambda name: name in chosen, exact=exact
+            _matrices(source, plan), known, ranks, quant=quant, quantised=lambda name: name in chosen, exact=exact
         )
         layers = []
         total = sum(math.prod(layer.shape) for layer in plan.layers.values())
@@ -148,8 +158,6 @@ def report(
                     bar.update(math.prod(layer.shape))
     order = [name for factors in plan.factors for name in factors.layers]  # the model's
     layers.sort(key=lambda layer: order.index(layer.name))
-    if budget is None:
-        budget = sum(layer.parameters(ranks[0]) for layer in layers)
     form = Form("implicit") if quant is None else Form.quantised(quant, PissaConfig.blocksize, PissaConfig.double_quant)
     adapters = [Shape(layer.name, *layer.shape, layer.rank(ranks[0])) for layer in layers]
     memory = {
@@ -158,7 +166,9 @@ def report(
     }
     suggestion = suggest(layers, budget, _step(ranks[0]))
     seconds = time.perf_counter() - started
-    return Report(os.fspath(folder), quant, ranks, exact, sizes, layers, suggestion, batch, length, memory, seconds)
+    return Report(
+        os.fspath(folder), quant, ranks, known, exact, sizes, layers, suggestion, batch, length, memory, seconds
+    )
 
 
 def _step(rank: int) -> int:

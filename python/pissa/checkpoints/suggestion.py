@@ -19,6 +19,8 @@ class Suggestion:
     parameters: int
     lost: float
     """The share of the energy that the ranks leave, each kind's weighted by its error if something is quantised."""
+    largest: int
+    """The largest rank that was looked at. A layer that has it might want more."""
     uniform: int
     """The largest rank, a multiple of 8 if it can be, that the budget allows in all layers."""
     uniform_parameters: int
@@ -64,6 +66,7 @@ def suggest(layers: Sequence[LayerReport], budget: int, step: int = 8) -> Sugges
         {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)},
         sum(layer.parameters(rank) for layer, rank in zip(layers, ranks, strict=True)),
         lost(ranks),
+        known,
         uniform,
         sum(layer.parameters(uniform) for layer in layers),
         lost([layer.rank(uniform) for layer in layers]),

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pissa.cli.arguments import positive_int
-from pissa.cli.terminal import UserError, silence_third_parties
+from pissa.cli.run_folder import check_new_folder
+from pissa.cli.terminal import UserError, say, silence_third_parties
+from pissa.files.staged import Staged
 
+if TYPE_CHECKING:
+    from pissa.checkpoints.report import Report
+
+PAGE, NUMBERS = "report.html", "report.json"
 RANKS = (16, 64, 128)
 
 
@@ -30,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive_int, default=1, metavar="N", help="sequences of a step, for the memory"
     )
     parser.add_argument("--length", type=positive_int, default=512, metavar="N", help="tokens of a sequence")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for a page, pictures and the numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -40,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: for a folder that holds no such model, or numbers that do not fit it.
     """
     silence_third_parties()
+    if args.out is not None:
+        check_new_folder(args.out)
     from pissa.checkpoints.report import report
     from pissa.cli.report_table import print_tables
 
@@ -56,9 +67,25 @@ def run(args: argparse.Namespace) -> int:
             progressbar=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(re.sub("^budget:", "--budget:", str(error))) from error
+    if args.out is not None:
+        _write(found, args.out)
     if args.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
         print_tables(found)
+        if args.out is not None:
+            say("written", ", ".join(str(args.out / name) for name in (PAGE, NUMBERS)) + " and pictures")
     return 0
+
+
+def _write(found: Report, folder: Path) -> None:
+    from pissa.cli.report_page import page
+    from pissa.cli.report_pictures import pictures, png, svg
+
+    drawn = pictures(found)
+    with Staged(folder) as staged:
+        for name, figure in drawn.items():
+            staged.path(f"{name}.png").write_bytes(png(figure))
+        staged.path(NUMBERS).write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+        staged.path(PAGE).write_text(page(found, {name: svg(figure, name) for name, figure in drawn.items()}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +15,19 @@ from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Everything that a page shows in another colour when it is dark. No other element has these.
 INK, FAINT = "#1a1a1b", "#d7d7d8"
 
-_WIDTH = 5.2  # inches: what a telephone shows in full size
+_WIDTH = 4.4  # inches: what a telephone shows in about full size
 
 # The colours of Okabe and Ito differ to every kind of colour blindness; line styles and markers differ in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
-_MARKERS = "os^DvP"
+_MARKERS = "os^"
+# From the first block to the last.
+_DEPTH = ("#0072B2", "#7E8FA0", "#E69F00")
 
 
 def pictures(report: Report) -> dict[str, Figure]:
@@ -73,7 +74,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tu
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for ax in axes.flat:
-        ax.tick_params(colors=INK, labelsize=9)
+        ax.tick_params(colors=INK, labelsize=8.5)
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(INK)
         ax.grid(color=FAINT, linewidth=0.6)
@@ -83,33 +84,41 @@ def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tu
 
 def _spectra(report: Report) -> Figure:
     """Singular values of every layer over the norm of its weight, a panel for each kind, coloured by depth."""
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
 
     kinds = by_kind(report.layers)
     rows = math.ceil(len(kinds) / 2)
-    figure, axes = _figure(0.7 + 1.55 * rows, rows, 2, sharex=True, sharey=True)
-    colours = colormaps["viridis"]
+    figure, axes = _figure(0.9 + 1.3 * rows, rows, 2, sharex=True, sharey=True)
+    depth = LinearSegmentedColormap.from_list("depth", _DEPTH)
     for ax, (kind, some) in zip(axes.flat, kinds.items(), strict=False):
         for number, layer in enumerate(some.layers):
-            if not layer.spectrum.total:
-                continue
-            values = layer.spectrum.values.numpy() / math.sqrt(layer.spectrum.total)
-            colour = colours(0.92 * number / max(len(some.layers) - 1, 1))
-            ax.loglog(np.arange(1, len(values) + 1), values, color=colour, linewidth=0.9)
-        ax.set_title(kind, fontsize=9.5, loc="left", color=INK, pad=3)
+            if layer.spectrum.total:
+                values = layer.spectrum.values.numpy() / math.sqrt(layer.spectrum.total)
+                colour = depth(number / max(len(some.layers) - 1, 1))
+                ax.loglog(np.arange(1, len(values) + 1), values, color=colour, linewidth=0.9)
+        ax.set_title(kind, fontsize=9, loc="left", color=INK, pad=3)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
     for ax in axes.flat[len(kinds) :]:
         ax.set_visible(False)
-    figure.supxlabel("number of the singular value", fontsize=9.5, color=INK)
-    figure.supylabel("singular value / norm of the weight", fontsize=9.5, color=INK)
+    for ax in axes.flat[max(len(kinds) - 2, 0) : len(kinds)]:  # the lowest of its column
+        ax.tick_params(labelbottom=True)
+    figure.supxlabel("number of the singular value", fontsize=9, color=INK)
+    figure.supylabel("singular value / norm of the weight", fontsize=9, color=INK)
+    ends = [Line2D([], [], color=colour, linewidth=2) for colour in (_DEPTH[0], _DEPTH[-1])]
+    _legend(figure, ends, ["first block", "last block"])
     return figure
 
 
 def _energy(report: Report) -> Figure:
     """The energy that each rank holds, a line for each kind of layers."""
-    figure, axes = _figure(3.6)
+    figure, axes = _figure(3.3)
     ax = axes[0, 0]
-    largest = report.ranks[-1]
+    largest = report.known
     ranks = np.arange(largest + 1)
     for number, (kind, some) in enumerate(by_kind(report.layers).items()):
         energies = [100 * some.energy(int(rank)) for rank in ranks]
@@ -118,9 +127,9 @@ def _energy(report: Report) -> Figure:
     ax.plot(ranks, [100 * report.whole.energy(int(rank)) for rank in ranks], color=INK, linewidth=2.4, label="all")
     ax.set_xlim(0, largest)
     ax.set_ylim(0, 100)
-    ax.set_xlabel("rank", fontsize=9.5, color=INK)
-    ax.set_ylabel("energy held (% of ‖W‖²)", fontsize=9.5, color=INK)
-    _legend(figure, ax)
+    ax.set_xlabel("rank", fontsize=9, color=INK)
+    ax.set_ylabel("energy held (% of ‖W‖²)", fontsize=9, color=INK)
+    _legend(figure, *ax.get_legend_handles_labels())
     return figure
 
 
@@ -128,7 +137,7 @@ def _errors(report: Report) -> Figure:
     """The error that is left of plain quantisation's, a point for each kind, method and rank."""
     kinds = {kind: some for kind, some in by_kind(report.layers).items() if some.quantised} | {"all": report.whole}
     methods = [name for name in dict.fromkeys(name for name, _ in report.whole.methods) if name != PLAIN]
-    figure, axes = _figure(0.9 + 0.3 * len(kinds), 1, len(report.ranks), sharey=True, sharex=True)
+    figure, axes = _figure(0.95 + 0.28 * len(kinds), 1, len(report.ranks), sharey=True, sharex=True)
     for ax, rank in zip(axes.flat, report.ranks, strict=True):
         for number, method in enumerate(methods):
             ax.plot(
@@ -140,19 +149,25 @@ def _errors(report: Report) -> Figure:
                 color=_COLOURS[number],
                 label=method,
             )
-        ax.set_title(f"rank {rank}", fontsize=9.5, loc="left", color=INK, pad=3)
+        ax.set_title(f"rank {rank}", fontsize=9, loc="left", color=INK, pad=3)
         ax.grid(axis="x", visible=False)
         ax.set_yticks(range(len(kinds)), kinds)
-    lowest = min(0.0, axes[0, 0].get_xlim()[0])
-    axes[0, 0].set_xlim(lowest, 100)
+    axes[0, 0].set_xlim(min(0.0, axes[0, 0].get_xlim()[0]), 103)
     axes[0, 0].invert_yaxis()
-    figure.supxlabel("error of plain quantisation removed (%, nuclear norm)", fontsize=9.5, color=INK)
-    _legend(figure, axes[0, 0])
+    figure.supxlabel("error of plain quantisation removed (%, nuclear norm)", fontsize=9, color=INK)
+    _legend(figure, *axes[0, 0].get_legend_handles_labels())
     return figure
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=4, fontsize=9, frameon=False, labelcolor=INK, handlelength=2.4
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=4,
+        fontsize=8.5,
+        frameon=False,
+        labelcolor=INK,
+        handlelength=2,
+        columnspacing=1.2,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 from collections.abc import Sequence
 
-from pissa.checkpoints.layer_report import Summary, by_kind
-from pissa.checkpoints.nuclear import EXACT_SIDE
+from pissa.checkpoints.layer_report import by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
+from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of, size
 from pissa.cli.terminal import format_table, say
 
 _WORST = 5
@@ -34,7 +34,7 @@ def _print_model(report: Report) -> None:
     else:
         say(
             "spectrum",
-            f"the first {report.ranks[-1]} singular values, as PiSSA's own decomposition finds them: never above the "
+            f"the first {report.known} singular values, as PiSSA's own decomposition finds them: never above the "
             "true ones",
         )
 
@@ -45,7 +45,7 @@ def _print_energy(report: Report) -> None:
     for kind, some in {**by_kind(report.layers), "all": report.whole}.items():
         stable = _range([layer.spectrum.stable_rank for layer in some.layers])
         energies = [f"{some.energy(rank):.1%}" for rank in report.ranks]
-        rows.append([kind, str(len(some.layers)), _shapes(some), stable, *energies])
+        rows.append([kind, str(len(some.layers)), shape_of(some), stable, *energies])
     print(f"\n{format_table(header, rows)}\n")
 
 
@@ -63,16 +63,9 @@ def _print_errors(report: Report) -> None:
                 row += [f"{some.error(method):.2%}", f"{some.removed(method)[0]:.1%}"]
             rows.append(row)
         print(f"{format_table(header, rows)}\n")
-    say("error", "|W - Q - s B A| / |W|, Frobenius norms")
-    note = "removed: the share of QLoRA's nuclear norm that is gone, 1 - |W - Q - s B A|* / |W - Q'|*"
-    worst = max(some.removed(method)[1] for some in (*kinds.values(), whole) for method in whole.methods)
-    if worst:
-        note += (
-            f"; estimated where a side is above {EXACT_SIDE}, with a standard error of at most {100 * worst:.1f} points"
-        )
-    say("", note)
-    if len(whole.quantised) < len(report.layers):
-        say("", f"of {len(whole.quantised)} of {len(report.layers)} layers, evenly spaced in each kind")
+    for number, note in enumerate(notes(report)):
+        say("" if number else "notes", note)
+    print()
 
 
 def _print_worst(report: Report) -> None:
@@ -83,43 +76,20 @@ def _print_worst(report: Report) -> None:
 
 
 def _print_suggestion(report: Report) -> None:
-    found = report.suggestion
-    r, pattern = found.pattern()
-    say("ranks", f"for {found.budget:,} parameters: {found.parameters:,} used, {found.lost:.2%} of the energy lost;")
-    say("", f"rank {found.uniform} everywhere: {found.uniform_parameters:,} used, {found.uniform_lost:.2%} lost")
-    say("", f"PissaConfig(r={r}, rank_pattern={json.dumps(pattern)})")
+    for number, line in enumerate(textwrap.wrap(ranks_in_words(report.suggestion), 100)):
+        say("" if number else "ranks", line)
+    print(f"\n{paste(report.suggestion)}")
 
 
 def _print_memory(report: Report) -> None:
     rows = [
-        (part, *(size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True)))
-        for part in ("weights", "start", "trained", "gradients", "optimizer", "activations", "total")
+        (words, *(size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True)))
+        for part, words in MEMORY_PARTS.items()
     ]
     head = f"training at rank {report.ranks[0]},\n{report.batch} x {report.length} tokens"
     print("\n" + format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
 
 
-def _shapes(some: Summary) -> str:
-    shapes = sorted({layer.shape for layer in some.layers})
-    return " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
-
-
 def _range(numbers: Sequence[float]) -> str:
     low, high = f"{min(numbers):.0f}", f"{max(numbers):.0f}"
     return low if low == high else f"{low} to {high}"
-
-
-def count(number: int) -> str:
-    """A large number in three digits: "1.23 billion"."""
-    for limit, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if number >= limit:
-            return f"{number / limit:.3g} {word}"
-    return str(number)
-
-
-def size(number: int) -> str:
-    """Bytes in three digits: "1.23 GB"."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= limit:
-            return f"{number / limit:.3g} {unit}"
-    return f"{number} B"

@@ -58,7 +58,7 @@ def test_layers_of_one_shape_get_the_best_ranks(seed: int, step: int) -> None:
 def test_layers_of_other_shapes_lose_less_than_a_step(seed: int) -> None:
     layers = candidates(seed, (3, 8, 13), 6)
     found_exactly = 0
-    for budget in range(24, 24 * 6):
+    for budget in range(24, 24 * 6, 7):
         ranks = allocate(layers, budget, 1)
         assert spent(layers, ranks) <= budget
         # Whatever does not fit at the end is one step of one layer.
@@ -66,7 +66,7 @@ def test_layers_of_other_shapes_lose_less_than_a_step(seed: int) -> None:
         lacking = best(layers, budget, 1) - gain(layers, ranks)
         assert lacking <= max(left, default=0) + 1e-12
         found_exactly += lacking < 1e-12
-    assert found_exactly > 30
+    assert found_exactly > 4
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -146,7 +146,7 @@ def model(tiny_llama: Callable[..., nn.Module]) -> nn.Module:
 
 def reports(model: nn.Module, quant: str | None = None) -> list[LayerReport]:
     matrices = [(name, m.weight.detach()) for name, m in model.named_modules() if name.endswith("_proj")]
-    return list(layer_reports(matrices, [4, 24], quant=quant))
+    return list(layer_reports(matrices, 24, [4], quant=quant))
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

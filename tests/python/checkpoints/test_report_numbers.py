@@ -13,7 +13,7 @@ from pissa import ops
 from pissa.checkpoints import nuclear
 from pissa.checkpoints.layer_report import Summary, by_kind, layer_reports
 from pissa.checkpoints.nuclear import NuclearNorm, nuclear_norm
-from pissa.checkpoints.quant_errors import PLAIN, QPISSA, quant_errors
+from pissa.checkpoints.quant_errors import METHODS, PLAIN, quant_errors
 from pissa.checkpoints.spectrum import norm_squared, singular_values, spectrum_of
 
 
@@ -105,25 +105,26 @@ def test_quotients_of_nuclear_norms() -> None:
 def test_errors_of_quantised_bases(format: str) -> None:
     weight = power_law(48, 80, 0.5).bfloat16()
     found = {(method, rank): error for method, rank, error in quant_errors(weight, format, [4, 100])}
-    assert list(found) == [(PLAIN, 0), (QPISSA, 4), (QPISSA, 100)]
+    assert list(found) == [(PLAIN, 0), *((method, rank) for rank in (4, 100) for method in METHODS)]
+    assert list(METHODS) == ["LoftQ", "QPiSSA T=1", "QPiSSA T=5"]
 
-    plain = weight.double() - ops.dequantize(ops.quantize(weight, format)).double()
-    split = ops.split(weight, 4, form=format)
-    assert isinstance(split.residual, ops.QuantizedWeight)
-    principal = split.b0.double() @ split.a0.double()
-    pissa = weight.double() - ops.dequantize(split.residual).double() - principal
-    norms = {}
-    for key, error in {(PLAIN, 0): plain, (QPISSA, 4): pissa}.items():
+    expected = {(PLAIN, 0): weight.double() - ops.dequantize(ops.quantize(weight, format)).double()}
+    for method, options in METHODS.items():
+        split = ops.split(weight, 4, form=format, **options)
+        assert isinstance(split.residual, ops.QuantizedWeight)
+        product = split.b0.double() @ split.a0.double()
+        expected[method, 4] = weight.double() - ops.dequantize(split.residual).double() - product
+    norms = {key: float(torch.linalg.svdvals(error).sum()) for key, error in expected.items()}
+    for key, error in expected.items():
         assert found[key].squared == pytest.approx(float(error.square().sum()), rel=1e-4)
-        norms[key] = float(torch.linalg.svdvals(error).sum())
         assert found[key].nuclear.value == pytest.approx(norms[key], rel=1e-4)
-    removed, standard_error = found[QPISSA, 4].removed(found[PLAIN, 0])
-    assert removed == pytest.approx(1 - norms[QPISSA, 4] / norms[PLAIN, 0], abs=1e-4)
-    assert standard_error == 0
-    assert 0 < removed < 1
-    total = norm_squared(weight)
-    expected = float(plain.norm() / weight.double().norm())
-    assert found[PLAIN, 0].relative(total) == pytest.approx(expected, rel=1e-4)
+        removed, standard_error = found[key].removed(found[PLAIN, 0])
+        assert removed == pytest.approx(1 - norms[key] / norms[PLAIN, 0], abs=1e-4)
+        assert standard_error == 0
+        relative = found[key].relative(norm_squared(weight))
+        assert relative == pytest.approx(float(error.norm() / weight.double().norm()), rel=1e-4)
+    assert found["QPiSSA T=5", 4].squared < found["QPiSSA T=1", 4].squared < found[PLAIN, 0].squared
+    assert found["LoftQ", 4].squared < found[PLAIN, 0].squared
 
 
 def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -134,7 +135,7 @@ def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_summaries_weigh_layers_by_their_squares() -> None:
     matrices = dict(layers(3))
-    found = list(layer_reports(matrices.items(), [2, 30], quant="nf4"))
+    found = list(layer_reports(matrices.items(), 30, [2, 30], quant="nf4"))
     assert [layer.name for layer in found] == list(matrices)
     kinds = by_kind(found)
     assert {kind: len(some.layers) for kind, some in kinds.items()} == {"q_proj": 3, "up_proj": 3}
@@ -147,11 +148,11 @@ def test_summaries_weigh_layers_by_their_squares() -> None:
         squared = sum(float(e.square().sum()) for e in plain) / sum(float(w.square().sum()) for w in mine)
         assert some.error((PLAIN, 0)) == pytest.approx(math.sqrt(squared), rel=1e-4)
         assert some.removed((PLAIN, 0)) == (0.0, 0.0)
-        assert some.removed((QPISSA, 2))[0] > 0.05
+        assert some.removed(("QPiSSA T=1", 2))[0] > 0.05
 
 
 def test_only_chosen_layers_are_quantised() -> None:
-    found = list(layer_reports(layers(2), [2], quant="nf4", quantised=lambda name: name.endswith("0.attn.q_proj")))
+    found = list(layer_reports(layers(2), 2, [2], quant="nf4", quantised=lambda name: name.endswith("0.attn.q_proj")))
     assert [layer.name for layer in found if layer.errors] == ["model.layers.0.attn.q_proj"]
     assert len(Summary(found).quantised) == 1
     assert Summary(found).error((PLAIN, 0)) == Summary(found[:1]).error((PLAIN, 0))
@@ -169,7 +170,7 @@ def test_one_matrix_at_a_time() -> None:
             yield name, matrix
             del matrix
 
-    found = list(layer_reports(matrices(), [2], quant="nf4"))
+    found = list(layer_reports(matrices(), 2, [2], quant="nf4"))
     assert len(found) == len(alive) == 8
     assert most == 0
     assert all(ref() is None for ref in alive)
@@ -179,7 +180,7 @@ def test_nan_is_named() -> None:
     bad = power_law(8, 8, 0.5)
     bad[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"layer b: weight: .*(NaN|finite)"):
-        list(layer_reports([("a", power_law(8, 8, 0.5)), ("b", bad)], [2]))
+        list(layer_reports([("a", power_law(8, 8, 0.5)), ("b", bad)], 2))
 
 
 def test_singular_values_of_a_transposed_view() -> None:

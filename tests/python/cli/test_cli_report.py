@@ -1,0 +1,291 @@
+"""`pissa report`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pissa.cli import main
+from pissa.config import PissaConfig
+from tiny_model import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report with everything."""
+    folder = tmp_path_factory.mktemp("report") / "new"
+    assert main(["report", str(model), "--quant", "nf4", "--rank", "8", "4", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_tables(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(model), "--quant", "nf4", "--rank", "4", "8"]) == 0
+    captured = capsys.readouterr()
+    out = captured.out
+    assert max(map(len, (line for line in out.splitlines() if "PissaConfig(" not in line))) <= 120
+    weights = load_file(model / "model.safetensors")
+    ups = [w.double() for name, w in weights.items() if "up_proj" in name]
+    kept = sum(float(torch.linalg.svdvals(w)[:4].square().sum()) for w in ups)
+    energy = 100 * kept / sum(float(w.square().sum()) for w in ups)
+    row = re.search(r"^up_proj +2 +\d+ x \d+ +\S+(?: to \S+)? +([\d.]+)% +([\d.]+)%$", out, flags=re.MULTILINE)
+    assert row is not None
+    assert float(row[1]) == pytest.approx(energy, abs=0.2)
+    assert float(row[2]) > float(row[1])
+    assert "nf4, rank 4 " in out
+    assert "nf4, rank 8 " in out
+    assert "QPiSSA T=5" in out
+    assert re.search(r"^least energy held by rank 4", out, flags=re.MULTILINE)
+    assert re.search(r"^total, about +\d", out, flags=re.MULTILINE)
+    assert "Traceback" not in captured.err
+    assert "100%" in captured.err
+
+    pasted = re.search(r"PissaConfig\(.*\)", out)
+    assert pasted is not None
+    assert eval(pasted[0], {"PissaConfig": PissaConfig}).r > 0
+
+
+def test_without_quantisation_there_are_no_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(model), "--rank", "4", "--exact"]) == 0
+    out = capsys.readouterr().out
+    assert "all singular values" in out
+    assert "QLoRA" not in out
+    assert "removed" not in out
+
+
+EXPECTED: dict[str, Any] = {
+    "model": str,
+    "quant": str,
+    "ranks": list,
+    "exact": bool,
+    "seconds": float,
+    "total": {"energy": {"4": float, "8": float}, "errors": list},
+    "kinds": dict,
+    "layers": dict,
+    "suggestion": {
+        "budget": int,
+        "r": int,
+        "rank_pattern": dict,
+        "parameters": int,
+        "lost": float,
+        "largest_rank": int,
+        "uniform": {"r": int, "parameters": int, "lost": float},
+    },
+    "memory": {
+        "batch": int,
+        "length": int,
+        "rank": int,
+        **{
+            name: dict.fromkeys(("weights", "start", "trained", "gradients", "optimizer", "activations", "total"), int)
+            for name in ("plain", "checkpointing")
+        },
+    },
+}
+LAYER = {
+    "shape": list,
+    "norm": float,
+    "stable_rank": float,
+    "singular_values": list,
+    "energy": {"4": float, "8": float},
+    "errors": list,
+}
+ERROR = {"method": str, "rank": int, "relative_error": float, "removed": float, "removed_standard_error": float}
+
+
+def check(value: Any, expected: Any, where: str = "report") -> None:
+    if isinstance(expected, dict):
+        assert list(value) == list(expected), where
+        for key, inner in expected.items():
+            check(value[key], inner, f"{where}.{key}")
+    else:
+        assert type(value) is expected, where
+
+
+def test_json(model: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(model), "--quant", "nf4", "--rank", "4", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    check(found, EXPECTED)
+    assert (found["model"], found["quant"], found["ranks"]) == (str(model), "nf4", [4, 8])
+    weights = load_file(model / "model.safetensors")
+    assert {f"{name}.weight" for name in found["layers"]} == {name for name in weights if "_proj" in name}
+    for name, layer in found["layers"].items():
+        check(layer, LAYER, name)
+        weight = weights[f"{name}.weight"].double()
+        assert layer["shape"] == list(weight.shape)
+        assert layer["norm"] == pytest.approx(float(weight.norm()), rel=1e-6)
+        assert len(layer["singular_values"]) == 16
+        assert layer["singular_values"][0] == pytest.approx(float(torch.linalg.svdvals(weight)[0]), rel=1e-3)
+        assert [error["rank"] for error in layer["errors"]] == [0, 4, 4, 4, 8, 8, 8]
+        for error in layer["errors"]:
+            check(error, ERROR, name)
+    assert {kind: some["layers"] for kind, some in found["kinds"].items()} == dict.fromkeys(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2
+    )
+    assert found["suggestion"]["parameters"] <= found["suggestion"]["budget"]
+    of_file = json.loads((written / "report.json").read_text())
+    for report in (of_file, found):
+        del report["seconds"]
+    assert of_file == found
+
+
+class Reader(HTMLParser):
+    """Collects what a page refers to; refuses elements that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.styles = self.text = ""
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self._note(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "img")
+        for name, value in attrs:
+            assert not name.startswith("on"), f"{tag} {name}"
+            if name in ("href", "src", "xlink:href", "srcset", "action", "data"):
+                self.references.append(value or "")
+            if name == "style":
+                self.styles += f"{value};"
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.styles += data
+        else:
+            self.text += data
+
+
+def read(page: Path) -> Reader:
+    reader = Reader()
+    reader.feed(page.read_text())
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_is_whole_and_stands_alone(written: Path) -> None:
+    page = read(written / "report.html")
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert not [url for url in re.findall(r"url\(([^)]*)\)", page.styles) if not url.startswith("#")]
+    assert "@import" not in page.styles
+    report = json.loads((written / "report.json").read_text())
+    for name, layer in report["layers"].items():
+        assert name in page.text
+        assert f"{layer['energy']['4']:.1%}" in page.text
+    for kind in report["kinds"].values():
+        assert f"{kind['energy']['8']:.1%}" in page.text
+        for error in kind["errors"][1:]:
+            assert f"{error['removed']:.1%}" in page.text
+    assert "rank_pattern" in page.text or "PissaConfig(r=" in page.text
+
+
+def test_a_name_of_a_folder_is_text_in_the_page(model: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "<b>&\"'x"
+    strange.symlink_to(model)
+    assert main(["report", str(strange), "--rank", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "PiSSA report of" in read(tmp_path / "out" / "report.html").text
+    assert "<b>" not in (tmp_path / "out" / "report.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "energy.png",
+        "report.html",
+        "report.json",
+        "spectra.png",
+    ]
+
+
+def test_pictures(written: Path) -> None:
+    from matplotlib.image import imread
+
+    for name in ("spectra", "energy", "errors"):
+        picture = imread(written / f"{name}.png")
+        assert picture.shape[1] > 800
+        assert 0.02 < float((picture[..., :3].mean(-1) < 0.9).mean()) < 0.5
+
+
+def test_a_sample_of_layers(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(model), "--quant", "int8", "--rank", "4", "--sample", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum("errors" in layer for layer in found["layers"].values()) == len(found["kinds"]) == 7
+    assert main(["report", str(model), "--quant", "int8", "--rank", "4", "--sample", "1"]) == 0
+    assert "Of 7 of the 14 layers" in capsys.readouterr().out
+
+
+def test_a_budget(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(model), "--rank", "4", "8", "--budget", "9000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["suggestion"]
+    assert 8000 < found["parameters"] <= 9000 == found["budget"]
+    assert found["largest_rank"] == 16
+    assert main(["report", str(model), "--rank", "4", "--budget", "90000"]) == 0
+    assert "14 layers have rank 16, the largest that was looked at; give --rank" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def damaged(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message, one line, of a report that is refused."""
+    assert main(["report", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = [line for line in captured.err.splitlines() if line.startswith("pissa report: ")]
+    assert captured.err.endswith(f"{line}\n")
+    return line
+
+
+def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere is missing; needed: a folder" in refused([str(tmp_path / "nowhere")], capsys)
+    assert "is not empty" in refused([str(model), "--out", str(model)], capsys)
+    assert "--budget: got 10 parameters; needed: at least" in refused([str(model), "--budget", "10"], capsys)
+
+    weights = load_file(model / "model.safetensors")
+    for name, value, message in [
+        ("nan", math.nan, "layer model.layers.1.mlp.up_proj: weight: "),
+        ("inf", math.inf, "layer model.layers.1.mlp.up_proj: weight: "),
+    ]:
+        folder = damaged(model, tmp_path / name)
+        bad = {key: weight.clone() for key, weight in weights.items()}
+        bad["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+        save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
+        assert message in refused([str(folder), "--out", str(tmp_path / "out")], capsys)
+        assert not (tmp_path / "out").exists()
+
+    folder = damaged(model, tmp_path / "cut")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    assert "model.safetensors cannot be read" in refused([str(folder)], capsys)
+
+    for arguments in (["--rank", "0"], ["--quant", "int4"], ["--sample", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(model), *arguments])
+    capsys.readouterr()
