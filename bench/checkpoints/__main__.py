@@ -63,7 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.rows:
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             shared = Options(
-                Path(work).resolve(), threads=options.threads, pairs=options.pairs, kills=options.kills, shape=options.shape
+                Path(work).resolve(),
+                threads=options.threads,
+                pairs=options.pairs,
+                kills=options.kills,
+                shape=options.shape,
             )
             try:
                 measured[name] = ROWS[name].measure(shared)
