@@ -39,9 +39,10 @@ def killed_runs(source: Path, work: Path, options: Sequence[str], kills: int, se
 
     The moments are spread over the time from the first file in OUT to the end of an undisturbed run.
     """
-    begun = time.perf_counter()
-    expected = _finished(source, work / "whole", options)
-    whole = time.perf_counter() - begun
+    undisturbed, first = _begun(source, work / "whole", options)
+    undisturbed.wait()
+    working = time.perf_counter() - first
+    expected = _finished(source, work / "again", options)  # in a folder of its own: a run that failed would show
     chance = random.Random(seed)
     moments: list[float] = []
     different: list[str] = []
@@ -49,12 +50,13 @@ def killed_runs(source: Path, work: Path, options: Sequence[str], kills: int, se
     while len(moments) < kills and attempts < 3 * kills:
         attempts += 1
         folder = work / f"killed-{attempts}"
-        moment = _kill(source, folder, options, chance.random(), whole)
-        if moment is not None and digests(folder / OUT) != expected:  # equal: it had only to end
+        moment = chance.random() * working
+        if _kill(source, folder, options, moment) and digests(folder / OUT) != expected:  # equal: it had only to end
             moments.append(round(moment, 3))
             different += _differences(expected, _finished(source, folder, options))
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(work / "whole")
+    for name in ("whole", "again"):
+        shutil.rmtree(work / name)
     return {"kills": len(moments), "seconds_after_the_first_file": sorted(moments), "different": different}
 
 
@@ -83,13 +85,9 @@ def _finished(source: Path, folder: Path, options: Sequence[str], processes: int
     return digests(folder / OUT)
 
 
-def _kill(source: Path, folder: Path, options: Sequence[str], share: float, whole: float) -> float | None:
-    """Starts it and kills it at a share of its work. The seconds after its first file; None if it was faster.
-
-    The end of its work is guessed from the seconds of a whole run.
-    """
+def _begun(source: Path, folder: Path, options: Sequence[str]) -> tuple[subprocess.Popen[bytes], float]:
+    """A run in a new folder that has made its first file, and when it has."""
     folder.mkdir(parents=True)
-    begun = time.perf_counter()
     process = subprocess.Popen(
         init_command(source, options),
         env=environment(1),
@@ -99,9 +97,13 @@ def _kill(source: Path, folder: Path, options: Sequence[str], share: float, whol
     )
     while not any(folder.iterdir()) and process.poll() is None:
         time.sleep(0.002)
-    first = time.perf_counter()
-    moment = share * max(0.0, whole - (first - begun))
+    return process, time.perf_counter()
+
+
+def _kill(source: Path, folder: Path, options: Sequence[str], moment: float) -> bool:
+    """Starts it, and kills it so many seconds after its first file. Whether it was still running then."""
+    process, first = _begun(source, folder, options)
     while time.perf_counter() - first < moment and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    return moment if process.wait() == -signal.SIGKILL else None
+    return process.wait() == -signal.SIGKILL

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from bench.checkpoints.generate import SHAPES, generated, tensor_shapes
+import torch
+
+from bench.checkpoints.generate import DTYPES, SHAPES, generated, tensor_shapes
 from bench.checkpoints.interruptions import divided_runs, killed_runs
 from bench.checkpoints.processes import Usage, run_module
 
@@ -54,8 +56,8 @@ def init(options: Options, source: Path, out: Path, *more: object) -> Usage:
 
 
 def beside_peer(options: Options) -> Result:
-    """SmolLM2-135M (or a generated shape): ours and the authors' way, in turns, whole processes."""
-    with _small_model(options) as source:
+    """SmolLM2-135M in bf16: ours and the authors' way, in turns, whole processes."""
+    with _small_model(options, "bf16") as source:
         pairs: list[dict[str, Result]] = []
         for number in range(options.pairs):
             sides: dict[str, Callable[[Path], Usage]] = {
@@ -82,15 +84,25 @@ def _without_imports(usage: Result) -> float:
 
 
 @contextmanager
-def _small_model(options: Options) -> Iterator[Path]:
-    """SmolLM2-135M, or a generated checkpoint that is removed afterwards."""
+def _small_model(options: Options, dtype: str) -> Iterator[Path]:
+    """SmolLM2-135M, or a generated checkpoint, in that dtype; removed afterwards."""
+    source = options.work / "source"
     if options.shape is None:
-        from bench.compare.weights import smollm2
-
-        yield smollm2()
+        _save_smollm2(source, DTYPES[dtype])
+        yield source
+        shutil.rmtree(source)
     else:
-        with generated(options.work / "source", options.shape) as source:
+        with generated(source, options.shape, dtype=dtype):
             yield source
+
+
+def _save_smollm2(folder: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bench.compare.weights import smollm2
+
+    AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
 
 
 # ---- Of any size -----------------------------------------------------------------------------------------------------
@@ -221,11 +233,12 @@ def _init_options(options: Options) -> Sequence[str]:
 
 
 def in_runtimes(format: str) -> Callable[[Options], Result]:
-    """Plain transformers, bitsandbytes and PEFT on the result."""
+    """Plain transformers, bitsandbytes and PEFT on the result, in float32: the logits of two programs that compute the
+    same in bf16 differ by 2 % of the largest, as much as each differs from its own in float32."""
 
     def measure(options: Options) -> Result:
         out = options.work / "out"
-        with _small_model(options) as source:
+        with _small_model(options, "f32") as source:
             init(options, source, out, "--quant", format)
         found = run_module("bench.checkpoints.runtimes", out, threads=options.threads).report
         shutil.rmtree(out)

@@ -88,6 +88,10 @@ def run(task: Task, starts: list[str], results: Results) -> None:
 
     if not any(record["task"] == task.name and "errors_of" in record for record in results.records):
         results.add(weight_errors(task))
+    middle = len(task.rates) // 2
+    for rate in sorted(task.rates, key=lambda rate: abs(task.rates.index(rate) - middle)):
+        for start in starts:  # the rate that is most likely the best comes first, for all starts
+            loss(start, rate, 0)
     for start in starts:
         rate = sweep(task.rates, lambda rate, start=start: loss(start, rate, 0))
         for seed in SEEDS:
