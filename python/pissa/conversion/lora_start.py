@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,6 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -24,15 +22,24 @@ from pissa.conversion.delta_weight import DeltaWeight
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import first_line
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices
-from pissa.notices import UncertainStartWarning
 from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum
 
 INITIAL_FOLDER = "pissa_init"
 """The sub-folder of a residual model in which the paper's authors keep the adapter before training."""
 
-Starts = dict[str, Matrices]
-"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. For a target that is missing, B0 A0 is zero."""
+
+class Starts:
+    """The start factors of each target, read or computed when they are asked for. This class is that of an adapter
+    which has none to be compared with."""
+
+    def of(self, target: str) -> Matrices | None:
+        """A0 [r, in] and B0 [out, r], float32 or float64; None if B0 A0 is zero."""
+        return None
+
+    def doubt(self) -> str | None:
+        """A warning, once all have been asked for."""
+        return None
 
 
 def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
@@ -72,46 +79,60 @@ def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Starts:
                 f"{paths}: layer {target} has factors {initial_shapes} and scaling {theirs.scaling:g} there, {shapes} "
                 f"and {ours.scaling:g} here"
             )
-    starts = {}
-    for target in initial.factors:
-        a0, b0 = initial.matrices(target)[0]
-        if a0.any() and b0.any():
-            starts[target] = a0, b0
-    return starts
+    return InitialStarts(initial)
 
 
-def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Starts:
+class InitialStarts(Starts):
+    """The factors of an initial adapter."""
+
+    def __init__(self, initial: LoraFolder) -> None:
+        self._initial = initial
+
+    def of(self, target: str) -> Matrices | None:
+        a0, b0 = self._initial.matrices(target)[0]
+        return (a0, b0) if a0.any() and b0.any() else None
+
+
+class BaseStarts(Starts):
     """A0 and B0 as PEFT's exact "pissa" computes them from the weights of `base`, in float32, and subtracts them.
 
     PEFT then rounds them to the base's dtype; that difference is in dA and dB. Embeddings are left out: PEFT starts
     them as a plain LoRA, and leaves their weight as it is.
 
     Raises:
-        ValueError: `base` lacks a layer, or the trained factors did not start from a weight of it.
+        ValueError: `base` lacks a layer; later, in `of`, the trained factors did not start from a weight of it.
     """
-    if source.config.get("layer_replication"):
-        raise ValueError(
-            f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
+
+    def __init__(self, source: LoraFolder, base: nn.Module) -> None:
+        if source.config.get("layer_replication"):
+            raise ValueError(
+                f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
+            )
+        self._source, self._base = source, base
+        bases = {target: _base(source, base, target) for target in source.factors}
+        self._embeddings = {target for target, found in bases.items() if found.kind is nn.Embedding}
+        _check_untied(base, bases)
+        self._doubts: dict[str, float] = {}
+
+    def of(self, target: str) -> Matrices | None:
+        if target in self._embeddings:
+            return None
+        weight = _base(self._source, self._base, target).matrix()
+        start, doubt = _aligned_start(self._source, target, weight)
+        if doubt > _DOUBT:
+            self._doubts[target] = doubt
+        return start
+
+    def doubt(self) -> str | None:
+        if not self._doubts:
+            return None
+        worst = max(self._doubts, key=lambda target: self._doubts[target])
+        return (
+            f"{self._source.weights.path}: in {len(self._doubts)} layers the singular values at the adapter's rank and "
+            f"behind it are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what "
+            f"was learnt, by about {self._doubts[worst]:.0%} in {worst}. If the adapter was not trained on this "
+            "machine, with this torch, give the initial adapter, initial=, with which the conversion is exact"
         )
-    bases = {target: _base(source, base, target) for target in source.factors}
-    _check_untied(base, bases)
-    starts, doubts = {}, {}
-    for target, found in tqdm(bases.items(), desc="PiSSA init") if progressbar else bases.items():
-        if found.kind is not nn.Embedding:
-            starts[target], doubt = _aligned_start(source, target, found.matrix())
-            if doubt > _DOUBT:
-                doubts[target] = doubt
-    if doubts:
-        worst = max(doubts, key=lambda target: doubts[target])
-        warnings.warn(
-            f"{source.weights.path}: in {len(doubts)} layers the singular values at the adapter's rank and behind it "
-            f"are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what was "
-            f"learnt, by about {doubts[worst]:.0%} in {worst}. If the adapter was not trained on this machine, with "
-            "this torch, give the initial adapter, initial=, with which the conversion is exact",
-            UncertainStartWarning,
-            stacklevel=5,
-        )
-    return starts
 
 
 # A larger error of the start, as a part of ‖B A - B0 A0‖, is mentioned.
@@ -205,7 +226,10 @@ def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn
     Raises:
         ValueError: naming the first layer that differs by more.
     """
-    for target, (a0, b0) in starts.items():
+    for target in initial.factors:
+        if (start := starts.of(target)) is None:
+            continue
+        a0, b0 = start
         kept, weight = (
             _base(initial, model, target, what).matrix().detach().cpu()
             for model, what in ((residual, "residual model"), (base, "base"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from pissa.conversion.delta_weight import DeltaWeight
 from pissa.conversion.lora_start import (
+    BaseStarts,
     Starts,
     check_sum,
     initial_folder,
     load_base,
     residual_of,
-    start_from_base,
     start_from_initial,
 )
 from pissa.files.lora_folder import LoraFolder
@@ -54,8 +55,6 @@ class Source:
         base: Base,
         initial: str | os.PathLike[str] | None,
         subtracted: bool | None,
-        *,
-        progressbar: bool,
     ) -> Source:
         """Reads the folder; the arguments are those of `convert`.
 
@@ -63,36 +62,33 @@ class Source:
             ValueError: a layout that cannot be converted, or arguments that do not fit it.
         """
         folder = LoraFolder.read(path)
-        return Source(folder, *_layout(path, folder, base, initial, subtracted, progressbar))
+        return Source(folder, *_layout(path, folder, base, initial, subtracted))
 
     def deltas(self, target: str) -> list[DeltaWeight]:
         """The delta weights of a target, more than one if they are experts'."""
         scaling = self.folder.factors[target].scaling
         make = DeltaWeight.subtracted if self.layout == SUBTRACTED else DeltaWeight
         deltas = [make(scaling, *pair) for pair in self.folder.matrices(target)]
-        if target in self.starts:
-            a0, b0 = self.starts[target]
+        if (start := self.starts.of(target)) is not None:
+            a0, b0 = start
             deltas = [deltas[0]._replace(start=(a0.double(), b0.double()))]
         return deltas
 
-    def other_tensors(self) -> dict[str, Tensor]:
-        """The tensors beside the factors, for the unmodified base. The weight of an adapted layer, W - s B0 A0, becomes
-        W."""
-        folder = self.folder
-        tensors = {name: folder.weights.read(name) for name in folder.other_keys}
-        for target, (a0, b0) in self.starts.items():
-            factors = folder.factors[target]
-            if (name := base_weight_key(target)) in tensors:
-                weight = tensors[name]
-                product = factors.scaling * (b0.double() @ a0.double())
-                if factors.keys[0].endswith(FACTOR_KEYS[1][0]):  # an embedding's
-                    product = product.mT
-                if product.numel() != weight.numel():
-                    raise ValueError(
-                        f"{folder.weights.path}: tensor {shown(name)} is {list(weight.shape)}, unlike its factors"
-                    )
-                tensors[name] = (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
-        return tensors
+    def own_weight(self, target: str, deltas: Sequence[DeltaWeight]) -> Tensor:
+        """The own weight of an adapted layer, which is in the files, for the unmodified base: W - s B0 A0 becomes W."""
+        name = base_weight_key(target)
+        weight, start = self.folder.weights.read(name), deltas[0].start
+        if start is None or self.layout == SUBTRACTED:
+            return weight
+        a0, b0 = start
+        product = deltas[0].scaling * (b0 @ a0)
+        if self.folder.factors[target].keys[0].endswith(FACTOR_KEYS[1][0]):  # an embedding's
+            product = product.mT
+        if product.numel() != weight.numel():
+            raise ValueError(
+                f"{self.folder.weights.path}: tensor {shown(name)} is {list(weight.shape)}, unlike its factors"
+            )
+        return (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
 
     def base_name(self, base: Base) -> str | None:
         """The name of the unmodified base, if it is known; a residual model's is not it."""
@@ -109,13 +105,12 @@ def _layout(
     base: Base,
     initial: str | os.PathLike[str] | None,
     subtracted: bool | None,
-    progressbar: bool,
 ) -> tuple[str, Starts]:
     init = folder.config["init_lora_weights"]
     if (source / PISSA_RECORD).is_file():
         _check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
         _check_record(source, folder)
-        return OURS, {}
+        return OURS, Starts()
     if initial is None:
         initial = residual_of(folder)
     if initial is not None:
@@ -136,7 +131,7 @@ def _layout(
                 f"{folder.config_path}: init_lora_weights is 'pissa'; the adapter belongs to W - s B0 A0. Give the "
                 "base W, base=, or the adapter as it was saved before training, initial="
             )
-        return PEFT, start_from_base(folder, load_base(base), progressbar=progressbar)
+        return PEFT, BaseStarts(folder, load_base(base))
     if init not in _PLAIN_STARTS:
         raise ValueError(
             f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
@@ -145,8 +140,8 @@ def _layout(
     _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_subtracted(folder)
-        return SUBTRACTED, {}
-    return PLAIN, {}
+        return SUBTRACTED, Starts()
+    return PLAIN, Starts()
 
 
 def _check_unused(reason: str, **arguments: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,9 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pissa.base.digest import sha256
+from pissa.base.digest import bytes_of, sha256
 from pissa.files.json_file import parse_json
 from pissa.files.messages import shown
 from pissa.ops.checks import FLOATS
@@ -25,31 +25,51 @@ _CHECKSUMS = "sha256"
 """The entry in a file's metadata with the SHA-256 of each tensor, in the order of their names."""
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "U64": torch.uint64,
     "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
     "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""In the order in which safetensors writes them, which aligns every tensor."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file with checksums: the same bytes for the same tensors."""
-    checksums = " ".join(sha256(tensors[name]) for name in sorted(tensors))
-    save_file(dict(tensors), path, metadata={"format": "pt", _CHECKSUMS: checksums})
-    # safetensors writes the metadata in an order that differs from call to call.
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(size))
+    """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. They are
+    taken from the mapping one at a time, each twice."""
+    kinds, checksums = {}, []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        kinds[name] = tensor.dtype, tuple(tensor.shape)
+        checksums.append(sha256(tensor))
+    dtypes = {dtype: name for name, dtype in _DTYPES.items()}
+    order = sorted(kinds, key=lambda name: list(dtypes).index(kinds[name][0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: " ".join(checksums)}}
+    end = 0
+    for name in order:
+        dtype, shape = kinds[name]
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": dtypes[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
 
 class TensorFile:
