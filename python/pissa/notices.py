@@ -60,3 +60,7 @@ class UncertainStartWarning(PissaWarning):
 
 class KeptMagnitudesWarning(PissaWarning):
     """DoRA's magnitudes were kept while the change that they belong to was approximated."""
+
+
+class UnlockedFolderWarning(PissaWarning):
+    """The file system has no locks, so that a second run into the same folder would not be noticed."""

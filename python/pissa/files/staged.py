@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 
-def check_unused(folder: Path, instead: str = "") -> None:
+def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
     """Refuses a folder in which something could be overwritten.
 
     Args:
         instead: another way to go on, put before "choose a new folder" in the message.
+        besides: a name that may be there.
 
     Raises:
         ValueError: `folder` is a file, or is not empty.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; needed: a new folder")
-    if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
+    if folder.is_dir() and (names := sorted({path.name for path in folder.iterdir()} - {besides})):
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(f"{folder} is not empty ({listed}) and nothing is overwritten; {instead}choose a new folder")
 
@@ -57,12 +59,7 @@ class Staged:
     ) -> None:
         try:
             if error is None:
-                for name in self._names:
-                    with open(self._temporary(name), "rb+") as file:
-                        os.fsync(file.fileno())
-                for name in self._names:
-                    os.replace(self._temporary(name), self._folder / name)
-                _flush_folder(self._folder)
+                put_in_place({self._temporary(name): self._folder / name for name in self._names})
         finally:
             for name in self._names:
                 self._temporary(name).unlink(missing_ok=True)
@@ -70,6 +67,18 @@ class Staged:
                 with suppress(OSError):  # somebody else has put something there
                     for folder in self._made:
                         folder.rmdir()
+
+
+def put_in_place(files: Mapping[Path, Path]) -> None:
+    """Renames complete files, from temporary paths to final ones on the same disk, in that order. All are on the disk
+    before the first is renamed."""
+    for temporary in files:
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+    for temporary, final in files.items():
+        os.replace(temporary, final)
+    for folder in {final.parent for final in files.values()}:
+        _flush_folder(folder)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pissa.base.digest import bytes_of, sha256
-from pissa.files.json_file import parse_json
 from pissa.files.messages import shown
+from pissa.files.safetensors_header import DTYPES, Layout, read_header
 from pissa.ops.checks import FLOATS
 
 SAVED_FLOATS = (*FLOATS, torch.float64)
@@ -23,29 +21,6 @@ SAVED_FLOATS = (*FLOATS, torch.float64)
 
 _CHECKSUMS = "sha256"
 """The entry in a file's metadata with the SHA-256 of each tensor, in the order of their names."""
-
-_DTYPES = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""In the order in which safetensors writes them, which aligns every tensor."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -56,19 +31,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors[name]
         kinds[name] = tensor.dtype, tuple(tensor.shape)
         checksums.append(sha256(tensor))
-    dtypes = {dtype: name for name, dtype in _DTYPES.items()}
-    order = sorted(kinds, key=lambda name: list(dtypes).index(kinds[name][0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: " ".join(checksums)}}
-    end = 0
-    for name in order:
-        dtype, shape = kinds[name]
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": dtypes[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
+    layout = Layout({name: kinds[name] for name in order}, {"format": "pt", _CHECKSUMS: " ".join(checksums)})
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        file.write(layout.header)
+        for name in layout.names:
             file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
 
@@ -89,18 +56,13 @@ class TensorFile:
             raise ValueError(f"{path} is {found}{_pickle_beside(path)}")
         try:
             self._file = cast(Any, safe_open(path, "pt"))  # it has no types
-            self._refuse_duplicates()
+            read_header(path)  # refuses a name that is there twice
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # RuntimeError: torch cannot map it
             raise ValueError(
                 f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
             ) from error
         self._checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
         self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-
-    def _refuse_duplicates(self) -> None:
-        with open(self.path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        parse_json(header)
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +85,7 @@ class TensorFile:
         if name not in self._declared:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
         declared = self._declared[name]
-        dtype, found = _DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
+        dtype, found = DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
         if dtype not in dtypes or found != list(shape):
             allowed = " or ".join(map(str, dtypes))
             raise ValueError(

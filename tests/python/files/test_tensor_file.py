@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa.base.digest import sha256
+from pissa.files.safetensors_header import DTYPES
 from pissa.files.scratch import Scratch
-from pissa.files.tensor_file import _DTYPES, SAVED_FLOATS, TensorFile, write_tensors
+from pissa.files.tensor_file import SAVED_FLOATS, TensorFile, write_tensors
 
 FIXTURES = sorted((Path(__file__).parents[1] / "fixtures").glob("format_*/*/*.safetensors"))
 
@@ -21,7 +22,7 @@ FIXTURES = sorted((Path(__file__).parents[1] / "fixtures").glob("format_*/*/*.sa
 def tensors_of_all_dtypes() -> dict[str, Tensor]:
     """Of odd sizes, in an order that is neither that of the file nor that of their names."""
     bits = torch.randint(0, 2, (3 * 8,), dtype=torch.uint8)
-    found = {f"{i % 3}{name} ü": bits.view(dtype).clone() for i, (name, dtype) in enumerate(_DTYPES.items())}
+    found = {f"{i % 3}{name} ü": bits.view(dtype).clone() for i, (name, dtype) in enumerate(DTYPES.items())}
     return found | {"point": torch.tensor(1.5), "empty": torch.empty(0, 3), "z": torch.ones(5), "a": torch.ones(1, 3)}
 
 

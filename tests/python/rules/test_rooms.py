@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "files": PEFT | {"safetensors"},
     "model": PEFT | {"tqdm"},
     "conversion": PEFT | {"tqdm"},
+    "checkpoints": PEFT | {"safetensors", "tqdm"},
     "cli": PEFT | {"tqdm", "numpy", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets"},
 }
 # Libraries that one module alone uses.
