@@ -24,6 +24,9 @@ Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
 
+ALTERNATING: tuple[Init, ...] = ("pissa", "loftq")
+"""The init methods that can alternate decomposition and quantisation."""
+
 # The fields of LoraConfig that mean the same here. Every other one must keep its default: a field that a later PEFT
 # adds is refused by name until somebody has thought about it.
 _SUPPORTED = frozenset(
@@ -111,13 +114,20 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format. "given" marks
             an adapter whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain
             LoRA (`peft.set_peft_model_state_dict`). It cannot be asked for.
+        repair: the start that a stored base lacks, and adds again exactly: that of `init` (None), or that of any other
+            method. With `init="lora", repair="pissa", quant="nf4"` LoRA trains on QPiSSA's base; with
+            `init="pissa", repair="lora"` PiSSA on the plainly quantised weight, of which LoRA's start takes nothing
+            out. Only with `quant` or residual="explicit".
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
         seed: seed of the random sketch. The result does not depend on torch's generator.
         quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row. None keeps the base
             as `residual` says.
-        quant_iters: alternations of decomposition and quantisation. Only 1 for now.
+        quant_iters: T, alternations of decomposition and quantisation, with `quant` and for the start of "pissa" or
+            "loftq" that the residual lacks. With more than 1 the start factors are those of what the residual misses,
+            W - Q, and Q lacks those of the alternation before; the best alternation is kept. It costs T + 1
+            decompositions.
         blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
@@ -141,6 +151,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     # LoraConfig's default is 8 whatever the rank is.
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
     init: Init = field(default="pissa", metadata={"help": "Where the adapter starts"})
+    repair: Init | None = field(default=None, metadata={"help": "The start that a stored base lacks; init's if None"})
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
@@ -196,14 +207,27 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             return Form.quantised(self.quant, self.blocksize, self.double_quant)
         return Form(self.residual or "implicit")
 
-    def as_lora(self) -> LoraConfig:
-        """The plain LoRA of twice the rank that has the same scaling in every layer."""
+    def of_base(self) -> PissaConfig:
+        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`."""
+        if self.repair is None:
+            return self
+        fields: dict[str, Any] = {"init": self.repair, "repair": None, "use_adalora": False, "use_dora": False}
+        return dataclasses.replace(self, **fields)
+
+    def of_adapter(self) -> PissaConfig:
+        """The configuration of a start that no residual lacks: alternations are a residual's."""
+        if self.repair is None and self.quant_iters == 1:
+            return self
+        return dataclasses.replace(self, repair=None, quant_iters=1)
+
+    def as_lora(self, times: int = 2) -> LoraConfig:
+        """The plain LoRA of so many times the rank that has the same scaling in every layer."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
-        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, stays what it is when r doubles.
-        grow = math.sqrt(2) if self.use_rslora else 2
-        fields["r"] = 2 * self.r
+        # s = alpha / r, or alpha / sqrt(r) with rsLoRA, stays what it is when r grows.
+        grow = math.sqrt(times) if self.use_rslora and times > 1 else times
+        fields["r"] = times * self.r
         fields["lora_alpha"] = grow * fields["lora_alpha"]
-        fields["rank_pattern"] = {key: 2 * rank for key, rank in (self.rank_pattern or {}).items()}
+        fields["rank_pattern"] = {key: times * rank for key, rank in (self.rank_pattern or {}).items()}
         fields["alpha_pattern"] = {key: grow * alpha for key, alpha in (self.alpha_pattern or {}).items()}
         fields["inference_mode"] = True
         lora = LoraConfig(**fields)
@@ -259,10 +283,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"residual: got {self.residual!r}; with quant={self.quant!r} the residual is kept in that format: "
                 "leave residual out"
             )
-        if not _is_int(self.quant_iters) or self.quant_iters < 1:
-            raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: 1")
-        if self.quant_iters > 1:
-            raise ValueError(f"quant_iters={self.quant_iters} is planned but not available yet; use quant_iters=1")
+        self._check_repair()
         self._check_blocks()
         for name in ("double_quant", "use_adalora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
@@ -273,13 +294,41 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
             if not _is_int(index) or index < 0:
                 raise ValueError(f"trainable_token_indices: got {index!r}; allowed: integers of at least 0")
-        if self.init == "loftq" and self.quant is None:
-            formats = " or ".join(f'quant="{name}"' for name in FORMATS)
-            raise ValueError(f'init="loftq" starts from the error of a quantised format: give {formats} with it')
+        for name in ("init", "repair"):
+            if getattr(self, name) == "loftq" and self.quant is None:
+                formats = " or ".join(f'quant="{format}"' for format in FORMATS)
+                raise ValueError(f'{name}="loftq" starts from the error of a quantised format: give {formats} with it')
         if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):
             raise ValueError(
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
                 "it are pissa, pissa_medium and pissa_minor, without use_dora"
+            )
+
+    def _check_repair(self) -> None:
+        """Checks `repair` and `quant_iters`: what they ask of a stored base."""
+        methods = [name for name in get_args(Init) if name != "given"]
+        check_choice("repair", self.repair, (None, *methods))
+        if self.repair is not None and self.form == IMPLICIT:
+            raise ValueError(
+                f"repair: got {self.repair!r} without a stored base, which alone lacks a start: give quant or "
+                'residual="explicit" with it, or leave repair out'
+            )
+        if self.repair == self.init:
+            self.repair = None
+        if not _is_int(self.quant_iters) or self.quant_iters < 1:
+            raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: an integer of at least 1")
+        if self.quant_iters == 1:
+            return
+        if self.quant is None:
+            raise ValueError(
+                f"quant_iters: got {self.quant_iters} without quant; allowed: 1, since nothing is quantised. Give "
+                f"quant={' or '.join(map(repr, FORMATS))} with it"
+            )
+        start = self.repair or self.init
+        if start not in ALTERNATING and start != "given":  # which is asked only after the base has been made
+            raise ValueError(
+                f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "
+                f"1, or more with {' or '.join(map(repr, ALTERNATING))} as init or repair"
             )
 
     def _check_blocks(self) -> None:

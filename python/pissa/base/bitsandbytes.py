@@ -1,5 +1,5 @@
-"""bitsandbytes' layers as bases: a 4-bit one's bytes are ours, an 8-bit one stays what it is. And the state dicts of
-both."""
+"""bitsandbytes' layers as bases: a 4-bit one's bytes are ours, an 8-bit one stays what it is. And weights out of
+the state dicts of both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
+from pissa.base.bitsandbytes_state import ROWS
 from pissa.base.codes import HoldsCodes
 from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
@@ -159,27 +160,8 @@ def check_int8(linear: Any) -> None:
         raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
 
 
-def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`weight` as the entries of a state dict of bitsandbytes' layer of that format, without copying its bytes.
-
-    nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax,
-    nested_quant_map and quant_state. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and
-    "weight_format" uint8 [], 0 for rows.
-
-    Args:
-        weight: codes of a matrix [out, in].
-        dtype: of the dense weight, which bitsandbytes dequantises NF4 to.
-    """
-    if weight.format == "int8":
-        codes = weight.codes.view(torch.int8).reshape(weight.shape)
-        return {"weight": codes, "SCB": weight.absmax, "weight_format": torch.tensor(_ROWS, dtype=torch.uint8)}
-    state = _quant_state(weight, dtype)
-    entries = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    return {"weight": weight.codes.reshape(-1, 1), **entries}
-
-
 def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    """The way back from `to_bitsandbytes`, without copying bytes. "bias" is not read.
+    """The way back from `bitsandbytes_state.to_bitsandbytes`, without copying bytes. "bias" is not read.
 
     Raises:
         ValueError: an entry is missing, or they describe a matrix in neither format.
@@ -187,10 +169,6 @@ def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     if "SCB" in entries or ("weight" in entries and entries["weight"].dtype == torch.int8):
         return _int8_from_state(entries)
     return _nf4_from_state(entries)
-
-
-_ROWS = 0
-"""The `weight_format` of codes that lie row by row, the only one that bitsandbytes still has."""
 
 
 def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
@@ -204,8 +182,8 @@ def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     if scales.dtype != torch.float32 or scales.numel() != len(codes):
         raise ValueError(f"SCB: got {scales.dtype} {list(scales.shape)}; needed: torch.float32 [{len(codes)}]")
     # As bitsandbytes reads it: what is missing is rows.
-    if (order := entries.get("weight_format")) is not None and order.flatten().tolist() != [_ROWS]:
-        raise ValueError(f"weight_format: got {order.tolist()}; allowed: {_ROWS}, for codes row by row")
+    if (order := entries.get("weight_format")) is not None and order.flatten().tolist() != [ROWS]:
+        raise ValueError(f"weight_format: got {order.tolist()}; allowed: {ROWS}, for codes row by row")
     shape = (codes.shape[0], codes.shape[1])
     packed = codes.contiguous().view(torch.uint8).reshape(-1)
     return ops.QuantizedWeight(packed, scales.reshape(-1), None, None, "int8", shape, shape[1])

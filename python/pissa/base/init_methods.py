@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.start import Origin
-from pissa.config import Form, PissaConfig
+from pissa.base.start import Origin, Start
+from pissa.config import ALTERNATING, Form, PissaConfig
 from pissa.ops.checks import check_weights
-
-Factors = tuple[Tensor, Tensor]
-"""a0 [r, in] and b0 [out, r], float32; the principal part, or what is in its place, is scaling * b0 @ a0."""
 
 
 class InitMethod(ABC):
@@ -36,56 +33,60 @@ class InitMethod(ABC):
     fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
     """The fields of the configuration that are the identity of a start; see `identity`."""
 
-    is_taken_out: ClassVar[bool] = True
-    """Whether a stored residual lacks the start: it is W - s B0 A0. False: it is all of W."""
+    takes_nothing: ClassVar[bool] = False
+    """Whether a residual that no alternation has found lacks nothing of the start: it is format(W)."""
 
     copies: ClassVar[bool] = False
     """Whether the method makes dense copies, in float32, of all weights that it is given."""
 
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
         """What of the configuration determines the start, beside rank, scaling and `use_adalora`: names and values.
-        Adapters of a layer that agree on it share their start; it is part of pissa.json."""
-        return tuple((name, getattr(config, name)) for name in self.fields)
+        Adapters of a layer that agree on it share their start; it is part of pissa.json. Alternations are part of it
+        unless the residual lacks the start of another method, to which they then belong."""
+        alternates = config.quant_iters > 1 and config.repair is None
+        return tuple((name, getattr(config, name)) for name in self.identity_fields(alternates))
+
+    def identity_fields(self, alternates: bool) -> tuple[str, ...]:
+        """The names in `identity`; `alternates`: of a start that alternations have found."""
+        if not (alternates and self.name in ALTERNATING):
+            return self.fields
+        return tuple(dict.fromkeys((*self.fields, "quant", "blocksize", "double_quant", "quant_iters")))
 
     @abstractmethod
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Factors]:
-        """The factors for each weight; the arguments and errors are those of `start_factors`."""
+    ) -> list[Start]:
+        """The start in each weight; the arguments and errors are those of `start_factors`."""
 
 
 class Pissa(InitMethod):
-    """The leading r singular triplets, of `ops.split_many` (arXiv 2404.02948, eq. 2-3)."""
+    """The leading r singular triplets, of `ops.split_many` (arXiv 2404.02948, eq. 2-3). Of W, or, with alternations, of
+    W - Q for the residual Q that lacks those of the alternation before (section 4 there)."""
 
     name = "pissa"
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Factors]:
-        splits = ops.split_many(
-            weights,
-            [origin.r for origin in origins],
-            [origin.scaling for origin in origins],
-            svd=config.svd,
-            passes=config.svd_passes,
-            seed=config.seed,
-            names=[f"layer {name}: weight" for name in names],
-        )
-        return [(split.a0, split.b0) for split in splits]
+    ) -> list[Start]:
+        return _principal(weights, origins, config, names, **_alternations(config, quantise_first=False))
 
 
-class LoftQ(Pissa):
-    """The principal part of what the quantisation loses, W - quantised(W) (arXiv 2310.08659, one alternation)."""
+class LoftQ(InitMethod):
+    """The principal part of what the quantisation loses, W - Q: Q = format(W), or, with alternations, the residual that
+    lacks the factors of the one before (arXiv 2310.08659)."""
 
     name = "loftq"
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
-    is_taken_out = False
+    takes_nothing = True
     copies = True
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Factors]:
-        return super().start(_lost(weights, config.form, names), origins, config, names)
+    ) -> list[Start]:
+        if config.quant_iters > 1:
+            return _principal(weights, origins, config, names, **_alternations(config, quantise_first=True))
+        starts = _principal(_lost(weights, config.form, names), origins, config, names)
+        return [start._replace(taken=nothing_of(start.a0, start.b0)) for start in starts]
 
 
 class _OneByOne(InitMethod):
@@ -93,7 +94,7 @@ class _OneByOne(InitMethod):
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Factors]:
+    ) -> list[Start]:
         check_weights(weights, [f"layer {name}: weight" for name in names])
         return [
             self.factors(weight.detach(), origin, config.seed, name)
@@ -101,19 +102,19 @@ class _OneByOne(InitMethod):
         ]
 
     @abstractmethod
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Start:
         """The factors of one weight."""
 
 
 class _Triplets(_OneByOne):
     """r singular triplets in a row, by a full SVD (figure 8)."""
 
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Start:
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
         first = self.first(len(s) - origin.r)
         part = slice(first, first + origin.r)
         root = (s[part] / origin.scaling).sqrt()
-        return root[:, None] * vh[part], u[:, part] * root
+        return Start(root[:, None] * vh[part], u[:, part] * root)
 
     @abstractmethod
     def first(self, last: int) -> int:
@@ -145,7 +146,7 @@ class Lora(InitMethod):
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Factors]:
+    ) -> list[Start]:
         check_weights(weights, [f"layer {name}: weight" for name in names])
         drawn = []
         for weight, origin, name in zip(weights, origins, names, strict=True):
@@ -153,7 +154,7 @@ class Lora(InitMethod):
             bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
             drawn.append((2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound)
         return [
-            (a0, torch.zeros(weight.shape[0], origin.r, device=weight.device))
+            Start(a0, torch.zeros(weight.shape[0], origin.r, device=weight.device))
             for a0, weight, origin in zip(_sent(drawn, weights), weights, origins, strict=True)
         ]
 
@@ -163,9 +164,9 @@ class Olora(_OneByOne):
 
     name = "olora"
 
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Factors:
+    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Start:
         q, upper = torch.linalg.qr(weight.float())
-        return upper[: origin.r].contiguous(), q[:, : origin.r].contiguous()
+        return Start(upper[: origin.r].contiguous(), q[:, : origin.r].contiguous())
 
 
 class Given(InitMethod):
@@ -176,7 +177,7 @@ class Given(InitMethod):
 
     def start(
         self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Factors]:
+    ) -> list[Start]:
         raise NotImplementedError("an adapter whose factors are given is not started from weights")
 
 
@@ -187,8 +188,9 @@ INIT_METHODS: Mapping[str, InitMethod] = {
 
 def start_factors(
     weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-) -> list[Factors]:
-    """The factors that adapters of these weights [out, in] start from, by the method that `config.init` names.
+) -> list[Start]:
+    """Where adapters of these weights [out, in] start, by the method that `config.init` names, after as many
+    alternations as `config.quant_iters` says.
 
     Args:
         weights: any dtype that `ops.split` takes.
@@ -198,8 +200,41 @@ def start_factors(
     Raises:
         ValueError: NaN or Inf in a weight, naming it.
     """
-    factors = INIT_METHODS[config.init].start(weights, origins, config, names)
-    return [_unit(*pair) for pair in factors] if config.use_adalora else factors
+    starts = INIT_METHODS[config.init].start(weights, origins, config, names)
+    return [_unit(start) for start in starts] if config.use_adalora else starts
+
+
+def _principal(
+    weights: Sequence[Tensor],
+    origins: Sequence[Origin],
+    config: PissaConfig,
+    names: Sequence[str],
+    **alternations: Any,
+) -> list[Start]:
+    """The starts that `ops.split_many` finds."""
+    splits = ops.split_many(
+        weights,
+        [origin.r for origin in origins],
+        [origin.scaling for origin in origins],
+        svd=config.svd,
+        passes=config.svd_passes,
+        seed=config.seed,
+        names=[f"layer {name}: weight" for name in names],
+        **alternations,
+    )
+    return [Start(split.a0, split.b0, split.taken) for split in splits]
+
+
+def _alternations(config: PissaConfig, quantise_first: bool) -> dict[str, Any]:
+    """The arguments of `ops.split_many` that ask for alternations, if the configuration does."""
+    if config.quant_iters == 1:
+        return {}
+    return {**config.form.options(), "quant_iters": config.quant_iters, "quantise_first": quantise_first}
+
+
+def nothing_of(a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors like these of rank 0."""
+    return a0.new_empty(0, a0.shape[1]), b0.new_empty(b0.shape[0], 0)
 
 
 def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -230,7 +265,7 @@ def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[T
     return lost
 
 
-def _unit(a0: Tensor, b0: Tensor) -> Factors:
+def _unit(start: Start) -> Start:
     """The same product with columns of length 1 in b0: singular vectors there, singular values in a0's rows."""
-    length = b0.norm(dim=0)
-    return a0 * length[:, None], b0 / length.where(length > 0, 1)
+    length = start.b0.norm(dim=0)
+    return start._replace(a0=start.a0 * length[:, None], b0=start.b0 / length.where(length > 0, 1))

@@ -22,6 +22,18 @@ class Origin(NamedTuple):
     """What else of the configuration the method depends on: names and values, see `InitMethod.identity`."""
 
 
+class Start(NamedTuple):
+    """Start factors as an init method finds them: the principal part, or what is in its place, is scaling * b0 @ a0."""
+
+    a0: Tensor
+    """float32 [r, in]"""
+    b0: Tensor
+    """float32 [out, r]"""
+    taken: tuple[Tensor, Tensor] | None = None
+    """The factors a [k, in] and b [out, k], float32, that a residual stored for this start lacks,
+    Q = format(W - scaling * b @ a); k may be 0. None: a0 and b0 themselves."""
+
+
 class Deltas(NamedTuple):
     """What is trained: the differences from the start factors."""
 
@@ -37,16 +49,28 @@ class StartFactors(KeepsDtype):
     """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r].
 
     With AdaLoRA (arXiv 2303.10512; PiSSA's appendix A) a0 = E0 V0: the lengths of its rows are singular values.
+
+    A residual that is stored for this start lacks taken_a and taken_b instead, if there are any; see `Start`.
     """
 
     a0: Tensor
     b0: Tensor
+    taken_a: Tensor | None
+    taken_b: Tensor | None
 
-    def __init__(self, a0: Tensor, b0: Tensor, origin: Origin) -> None:
+    def __init__(self, a0: Tensor, b0: Tensor, origin: Origin, taken: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.register_buffer("a0", a0.contiguous())
         self.register_buffer("b0", b0.contiguous())
+        taken_a, taken_b = (None, None) if taken is None else (factor.contiguous() for factor in taken)
+        self.register_buffer("taken_a", taken_a)
+        self.register_buffer("taken_b", taken_b)
         self.origin = origin
+
+    @property
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        """The factors that a residual stored for this start lacks, if they are not a0 and b0."""
+        return None if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
 
     def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.base.codes import HoldsCodes
 from pissa.base.digest import Fingerprint
-from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
 from pissa.config import Form
@@ -160,20 +159,27 @@ def stored_linear(
 def residuals_of(
     weights: Sequence[Tensor], starts: Sequence[StartFactors], form: Form, names: Sequence[str]
 ) -> list[Tensor | ops.QuantizedWeight]:
-    """The residuals in that form of the weights [out, in] of layers of those names: W - s B0 A0, or W if the init
-    method takes nothing out. The host waits once for a GPU.
+    """The residuals in that form of the weights [out, in] of layers of those names, which lack the factors that the
+    starts have taken, s B0 A0 unless they say otherwise. The host waits once for a GPU.
 
     Raises:
         ValueError: naming the layer whose weight or factors are not finite.
     """
+    lacked = [_lacked(start) for start in starts]
     return ops.residual_many(
         weights,
-        [start.a0 if INIT_METHODS[start.origin.init].is_taken_out else torch.zeros_like(start.a0) for start in starts],
-        [start.b0 for start in starts],
+        [a for a, _ in lacked],
+        [b for _, b in lacked],
         [start.origin.scaling for start in starts],
         names=[f"layer {name}: weight" for name in names],
         **form.options(),
     )
+
+
+def _lacked(start: StartFactors) -> tuple[Tensor, Tensor]:
+    """The factors that a residual lacks, which have a rank of at least 1: zeros stand for none."""
+    a, b = (start.a0, start.b0) if start.taken is None else start.taken
+    return (a, b) if len(a) else (a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1))
 
 
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]

@@ -12,12 +12,15 @@ After that, or on another machine, those count that were flushed.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +56,21 @@ def check(folder: Path, identity: Mapping[str, Any]) -> None:
     remedy = f"remove {folder.parent}, or choose a new folder"
     try:
         found = read_json(path, _SIZE_LIMIT)
-        recorded = found if isinstance(found, dict) else {}
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}; {remedy}") from error
-    now = json.loads(json.dumps(identity))
+    recorded, now = _flat(found), _flat(json.loads(json.dumps(identity)))
     if changed := [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]:
         what = "; ".join(f"{name} was {shown(recorded.get(name))}, is {shown(now.get(name))}" for name in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(f"{folder} is of an unfinished run with another plan: {what}{more}: to start anew, {remedy}")
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The values in an object and in those that it holds, each under its path."""
+    if not isinstance(value, dict):
+        return {name: value}
+    below = [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+    return {path: leaf for key, inner in below for path, leaf in _flat(inner, key).items()}
 
 
 class Journal:
@@ -79,7 +89,7 @@ class Journal:
         for path in sorted(folder.glob("*.jsonl")):
             self.done |= _read(path)
         self._flush_files = flush
-        self._handle = _new_file(folder)
+        self._path, self._handle = _new_file(folder)
         self._append({"boot": _boot()})
         self._lock = threading.Lock()
         self._added = 0
@@ -126,17 +136,19 @@ class Journal:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         content = (json.dumps(line, allow_nan=False) + "\n").encode()
-        if os.write(self._handle, content) < len(content):
-            raise OSError("the journal cannot be written: the disk is full; make room")
-
-
-def _new_file(folder: Path) -> int:
-    number = 0
-    while True:
         try:
-            return os.open(folder / f"{number:06}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            number += 1
+            if os.write(self._handle, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written: {error.strerror}; then the same command goes on") from error
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    for number in itertools.count():
+        path = folder / f"{number:06}.jsonl"
+        with suppress(FileExistsError):
+            return path, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+    raise AssertionError("there is no last number")
 
 
 def _boot() -> str | None:

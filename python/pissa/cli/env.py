@@ -88,7 +88,7 @@ def _core_error() -> float:
 
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 96, generator=generator) for rows in (64, 8))
-    a0, b0, residual = ops.split(weight, 8, form="nf4")
+    a0, b0, residual, _ = ops.split(weight, 8, form="nf4")
     assert isinstance(residual, ops.QuantizedWeight)
     y = ops.linear(x, residual, a=torch.zeros_like(a0), b=torch.zeros_like(b0), a0=a0, b0=b0)
     x, left, right, dense = x.double(), b0.double(), a0.double(), ops.dequantize(residual, torch.float32).double()

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.config import PissaConfig
 from pissa.files.config_json import read_config_alone
 from pissa.files.hub import adapter_folder
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, magnitude_key
-from pissa.files.pissa_layout import CONFIG_FILES, PISSA_RECORD, PISSA_WEIGHTS
+from pissa.files.pissa_layout import CONFIG_FILES, PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.record import AdapterRecord, LayerRecord
 from pissa.files.tensor_file import TensorFile
 from pissa.ops.low_rank import split_difference
@@ -96,7 +97,8 @@ class Checkpoint:
         da, db, b0 = (part.contiguous() for part in rest)
         if not torch.equal(upper, a0 + da):
             raise ValueError(self._mismatch(name, "does not start with a0 + dA"))
-        start, deltas = StartFactors(a0, b0, origin), Deltas(da, db)
+        taken = self._taken(name, a0, b0, origin if record.base is None else record.base)
+        start, deltas = StartFactors(a0, b0, origin, None if record.base else taken), Deltas(da, db)
         if self.config.use_adalora:
             deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
             # Not to the bit: other machines sum norms in another order.
@@ -104,9 +106,16 @@ class Checkpoint:
                 raise ValueError(self._mismatch(name, "is not made of delta_a and delta_e"))
         base = start
         if record.base is not None:
-            base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base)
+            base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base, taken)
         magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
         return LayerTensors(start, deltas, base, magnitude)
+
+    def _taken(self, name: str, a0: Tensor, b0: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
+        """What the residual of a layer lacks instead of the start factors of its base, whose origin this is."""
+        if self.records[name].taken is not None:
+            a, b = (self.starts.read(f"{name}.{part}") for part in TAKEN)
+            return a, b
+        return nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
 
     def _mismatch(self, name: str, reason: str) -> str:
         return (
@@ -152,7 +161,8 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
             f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
             "the one in the folder"
         )
-    for name in ("init", "svd", "svd_passes", "seed", "form", "use_adalora", "use_dora"):
+    fields = ("init", "repair", "svd", "svd_passes", "seed", "form", "quant_iters", "use_adalora", "use_dora")
+    for name in fields:
         given, needed = getattr(config, name), getattr(saved, name)
         if given != needed:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def read_json(path: Path, limit: int) -> Any:
         OSError, ValueError, RecursionError: it cannot be read; the message does not name the file.
     """
     with open(path, "rb") as file:
-        content = file.read(limit + 1)
+        content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # read takes as much memory as it is told
     if len(content) > limit:
         raise ValueError(f"it is larger than {limit} bytes")
     return parse_json(content)

@@ -6,6 +6,7 @@ pissa.json                  the PissaConfig, and a fingerprint of each layer's b
 pissa.safetensors           of each layer:
     a0                      B0, dA and dB are in PEFT's file
     base.a0, base.b0        the start factors of a stored base, if they are not the adapter's own
+    base.taken_a, base.taken_b    the factors that its residual lacks, if alternations have found others than these
     norm                    with DoRA, the norms of the base's rows
     delta_a, delta_e        with AdaLoRA, the differences of singular vectors and values that dA is made of
     base.<part>             the residual of an output layer that is stored and saved
@@ -33,6 +34,9 @@ CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
 ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)
 
 
+TAKEN = ("base.taken_a", "base.taken_b")
+
+
 def start_tensors(
     name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -46,6 +50,8 @@ def start_tensors(
     parts = {"a0": start.a0}
     if kept is not None and kept is not start:
         parts |= {"base.a0": kept.a0, "base.b0": kept.b0}
+    if kept is not None and kept.taken is not None and len(kept.taken[0]):
+        parts |= zip(TAKEN, kept.taken, strict=True)
     if config.use_adalora:
         deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
         parts |= {"delta_a": deltas.a, "delta_e": cast(Tensor, deltas.e)}
@@ -62,6 +68,8 @@ def start_shapes(
     parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
     if record.base is not None:
         parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
+    if record.taken is not None:
+        parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
     if config.use_adalora:
         parts |= {"delta_a": (record.r, columns), "delta_e": (record.r, 1)}
     if config.use_dora:

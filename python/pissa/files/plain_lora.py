@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -12,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa.config import PissaConfig, exactly
 from pissa.files.expert_layout import adapted_names, places
-from pissa.files.peft_layout import PREFIX, FactorTensors
+from pissa.files.peft_layout import ADAPTER_CONFIG, PREFIX, FactorTensors
 from pissa.layers.experts import FORMER_NAMES, unfused_experts
 from pissa.layers.layer import PissaLayer
 from pissa.notices import InexactLoraWarning
@@ -43,10 +45,10 @@ _TAKEN_FOR_EXPERTS = {"gate"}.union(*(names for former in FORMER_NAMES.values() 
 
 
 def lora_config(
-    model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer]
+    model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer], times: int = 2
 ) -> LoraConfig:
-    """The configuration of the plain LoRA."""
-    lora = config.as_lora()
+    """The configuration of the plain LoRA of so many times the adapter's rank."""
+    lora = config.as_lora(times)
     lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
     experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
     if not experts and not rewritten_by_peft(lora, model):
@@ -68,7 +70,7 @@ def lora_config(
     targets = modules | parameters
     grow = lora.lora_alpha / config.lora_alpha
     lora.rank_pattern = {
-        exactly(target): 2 * layer.r[adapter_name]
+        exactly(target): times * layer.r[adapter_name]
         for target, layer in targets.items()
         if layer.r[adapter_name] != config.r
     }
@@ -78,6 +80,16 @@ def lora_config(
         if layer.lora_alpha[adapter_name] != config.lora_alpha
     }
     return lora
+
+
+def config_text(config: LoraConfig, base_class: type[nn.Module]) -> str:
+    """adapter_config.json as PEFT itself writes it for a plain LoRA on a model of that class."""
+    auto_mapping = None
+    if config.task_type is None:
+        auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch, auto_mapping_dict=auto_mapping)
+        return Path(scratch, ADAPTER_CONFIG).read_text()
 
 
 def inexact_lora(forms: Iterable[str]) -> str:

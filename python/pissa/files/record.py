@@ -52,6 +52,9 @@ class LayerRecord:
     """Fingerprint of the stored residual."""
     base: Origin | None = None
     """Origin of a stored base's start factors, if they are not the adapter's."""
+    taken: int | None = None
+    """Rank of the factors that the stored residual lacks, if they are others than the base's start factors, and some.
+    Only alternations have such factors, and earlier files no such field."""
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -68,11 +71,16 @@ class LayerRecord:
             _check_rank("base.r", self.base.r)
             check_scaling(self.base.scaling, "base.scaling")
             _check_identity(dict(self.base.identity))
+        if self.taken is not None:
+            if self.stored is None:
+                raise ValueError("taken: got a rank; needed: none if form is implicit")
+            _check_rank("taken", self.taken)
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
         """The record of a layer as it is. `gathered`: see `Fingerprints`."""
         base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        taken = None if base.start is None else base.start.taken
         return LayerRecord(
             start.origin.r,
             start.origin.scaling,
@@ -80,18 +88,21 @@ class LayerRecord:
             base.form,
             stored=None if base.start is None else str(known.of_residual(base, gathered)),
             base=None if base.start in (None, start) else base.start.origin,
+            taken=None if taken is None else len(taken[0]) or None,
         )
 
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
         record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
+        if self.taken is None:
+            del record["taken"]
         return record | {"base": None if self.base is None else _origin_as_json(self.base)}
 
     @staticmethod
     def from_json(record: Any) -> LayerRecord:
         """The way back from `as_json`."""
         hints = get_type_hints(LayerRecord) | {"form": _SavedForm, "base": dict[str, Any] | None}
-        fields = typed_fields(record, hints, "the record")
+        fields = typed_fields({"taken": None} | typed(record, dict[str, Any], "the record"), hints, "the record")
         form, base = Form(*fields["form"]), fields["base"]
         return LayerRecord(**fields | {"form": form, "base": None if base is None else _origin_from_json(base, form)})
 
@@ -139,8 +150,10 @@ class AdapterRecord:
         for name, layer in typed(fields["layers"], dict[str, Any], "layers").items():
             try:
                 layers[name] = LayerRecord.from_json(layer)
-                # A layer whose weight is tied to another module's is implicit in any configuration.
-                if IMPLICIT not in (config.form, layers[name].form) and config.form != layers[name].form:
+                # A layer whose weight is tied to another module's is implicit in any configuration, and fused experts
+                # of a checkpoint are explicit in any that is stored.
+                allowed = (IMPLICIT, Form("explicit"), config.form)
+                if config.form != IMPLICIT and layers[name].form not in allowed:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
@@ -165,7 +178,8 @@ def _origin_from_json(fields: dict[str, Any], form: Form) -> Origin:
     """The way back from `_origin_as_json`. Earlier files lack the format that LoftQ's start depends on: it was the form
     of the base."""
     check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
-    names, hints = INIT_METHODS[fields["init"]].fields, get_type_hints(PissaConfig)
+    names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
+    hints = get_type_hints(PissaConfig)
     defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}
     fields = {name: default for name, default in defaults.items() if name in names} | fields
     found = typed_fields(fields, _ORIGIN | {name: hints[name] for name in names}, "base")

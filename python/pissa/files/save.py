@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from pissa.base.protocol import whole
@@ -22,7 +22,7 @@ from pissa.config import IMPLICIT
 from pissa.distributed import check_whole
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, start_tensors, stored_tensors
-from pissa.files.plain_lora import lora_config, warn_of_inexact_lora
+from pissa.files.plain_lora import config_text, lora_config, warn_of_inexact_lora
 from pissa.files.record import AdapterRecord, LayerRecord
 from pissa.files.staged import Staged
 from pissa.files.tensor_file import write_tensors
@@ -65,7 +65,7 @@ def save_adapter(
         staged.path(PISSA_RECORD).write_text(record.text())
         write_tensors(staged.path(PISSA_WEIGHTS), _on_cpu(starts))
         plain = lora_config(model.base_model.model, config, adapter_name, layers)
-        staged.path(ADAPTER_CONFIG).write_text(_config_text(model, plain))
+        staged.path(ADAPTER_CONFIG).write_text(config_text(plain, type(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
         write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
 
@@ -128,14 +128,3 @@ def warn_of_plain_lora(model: PeftModel) -> None:
             UnmergedConvolutionWarning,
             stacklevel=3,
         )
-
-
-def _config_text(model: PeftModel, config: LoraConfig) -> str:
-    """adapter_config.json as PEFT itself writes it for the plain LoRA."""
-    auto_mapping = None
-    if config.task_type is None:
-        base_class = type(model.base_model.model)
-        auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    with tempfile.TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch, auto_mapping_dict=auto_mapping)
-        return Path(scratch, ADAPTER_CONFIG).read_text()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pissa.base.digest import xxh3
 from pissa.files.json_file import read_json, typed
 from pissa.files.messages import shown
 from pissa.files.safetensors_header import LIMIT, Entry, read_entries
@@ -66,9 +67,6 @@ class Source:
         states: dict[Path, _State] = {}
         for name, promised in sorted(files.items()):
             path = folder / name
-            if not os.path.isfile(path):
-                found = "not a regular file" if os.path.lexists(path) else "missing"
-                raise ValueError(f"{path}, which {INDEX} names, is {found}: download or copy it again")
             found_here = _checked(path, states)
             if lacking := sorted(promised - found_here.keys()):
                 raise ValueError(
@@ -146,7 +144,8 @@ class Source:
     def ahead(self, names: Sequence[str]) -> None:
         """Asks the system to read these tensors from the disk now; returns at once."""
         for path, begin, end in self._ranges(names):
-            with open(path, "rb") as file:  # madvise would do the same, but keep other threads waiting
+            # madvise would do the same, but keep Python's other threads waiting.
+            with suppress(OSError), open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -166,7 +165,8 @@ class Source:
                 with open(path, "rb") as file:
                     # Writable, as torch wants it, but private: without a reserve the system sets no memory aside.
                     flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                    self._maps[path] = mmap.mmap(file.fileno(), state.size, flags=flags, prot=access)
+                    mapped = mmap.mmap(file.fileno(), state.size, flags=flags, prot=access)
+                    self._maps.setdefault(path, mapped)  # another thread may have been faster
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read any more: {error}") from error
         if state != self._states[path]:
@@ -197,10 +197,15 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 def _fingerprint(header: list[str]) -> str:
     text = "\n".join(header).encode("utf-8", "surrogatepass")
-    return xxh3(torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8))
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 def _checked(path: Path, states: dict[Path, _State]) -> dict[str, Entry]:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        found = "not a regular file" if os.path.exists(path) else "missing"
+        if os.path.islink(path):
+            found = f"a link to {os.readlink(path)}, which is {found}"
+        raise ValueError(f"{path} is {found}: download or copy the checkpoint again")
     try:
         states[path] = _State.of(path)
         return read_entries(path)

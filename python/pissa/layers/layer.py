@@ -184,10 +184,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         scaling = float(self.scaling[adapter_name])
         return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
 
-    def empty_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Memory for the adapter's start factors a0 [r, in] and b0 [out, r], float32, where the adapter is."""
+    def empty_factors(self, adapter_name: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """Memory for factors a [r, in] and b [out, r], float32, where the adapter is; of its rank unless another is
+        given."""
         out_features, in_features = self.matrix_shape
-        r, device = self.r[adapter_name], self.device_of(adapter_name)
+        r, device = self.r[adapter_name] if rank is None else rank, self.device_of(adapter_name)
         return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
 
     def known_start(self, origin: Origin) -> StartFactors | None:

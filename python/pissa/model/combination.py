@@ -114,7 +114,8 @@ class Combination:
             "init": "given",
             "use_adalora": False,
             **dict.fromkeys(["exclude_modules", "layers_to_transform", "layers_pattern"]),
-            **dict.fromkeys(["quant", "residual"]),  # the base stays what it is
+            **dict.fromkeys(["quant", "residual", "repair"]),  # the base stays what it is
+            "quant_iters": 1,
         }
         config = dataclasses.replace(configs[self.terms[0][0]], **fields)
         # PEFT also takes a name for a target if it ends with one of these.

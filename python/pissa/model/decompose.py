@@ -17,9 +17,9 @@ from tqdm import tqdm
 from pissa import distributed
 from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
-from pissa.base.init_methods import INIT_METHODS, Factors, start_factors
+from pissa.base.init_methods import INIT_METHODS, start_factors
 from pissa.base.protocol import Base
-from pissa.base.start import Origin, StartFactors
+from pissa.base.start import Origin, Start, StartFactors
 from pissa.base.stored import residuals_of
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.expert_layout import check_uniform
@@ -69,8 +69,8 @@ def decompose(model: nn.Module, adapter_name: str, config: PissaConfig, *, first
         _check_same_on_all_ranks(layers, starts, config)
         _share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
     unknown = {name: layer for name, layer in layers.items() if name not in starts}
-    for name, (a0, b0) in _factors(unknown, adapter_name, origins, config, progressbar):
-        starts[name] = StartFactors(a0, b0, origins[name])
+    for name, found in _factors(unknown, adapter_name, origins, config, progressbar):
+        starts[name] = StartFactors(found.a0, found.b0, origins[name], found.taken)
     for group in _groups({name: layer for name, layer in layers.items() if name in stored}):
         weights = [layer.base.matrix() for layer in group.values()]
         residuals = residuals_of(weights, [starts[name] for name in group], config.form, list(group))
@@ -89,26 +89,38 @@ def _factors(
     origins: dict[str, Origin],
     config: PissaConfig,
     progressbar: bool,
-) -> Iterator[tuple[str, Factors]]:
+) -> Iterator[tuple[str, Start]]:
     """The start factors of each layer, decomposed by one rank and sent to the others. The caller takes them all."""
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
     mine = {name: layer for name, layer in layers.items() if owners[name] == distributed.rank()}
-    factors: dict[str, Factors] = {}
+    starts: dict[str, Start] = {}
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=len(mine), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
         for group in _groups(mine, copied=INIT_METHODS[config.init].copies):
             weights = [layer.base.matrix() for layer in group.values()]
             found = start_factors(weights, [origins[name] for name in group], config, list(group))
-            factors |= zip(group, found, strict=True)
+            starts |= zip(group, found, strict=True)
             if bar is not None:
                 bar.update(len(group))
+    taken = {name: None if start.taken is None else len(start.taken[0]) for name, start in starts.items()}
+    # From here to the last broadcast nothing can fail on one rank alone.
+    taken = {name: rank for some in distributed.agree(taken) for name, rank in some.items()}
     for name, layer in layers.items():
-        if name not in factors:
-            factors[name] = layer.empty_factors(adapter_name)
-    distributed.agree()  # from here to the last broadcast nothing can fail on one rank alone
-    for name in layers:
-        a0, b0 = (distributed.broadcast(factor, owners[name]) for factor in factors.pop(name))
-        yield name, (a0, b0)
+        start, rank = starts.pop(name, None), taken[name]
+        if start is None:
+            start = Start(*layer.empty_factors(adapter_name))
+            if rank is not None:
+                start = start._replace(taken=layer.empty_factors(adapter_name, rank))
+        yield name, _sent(start, owners[name])
+
+
+def _sent(start: Start, owner: int) -> Start:
+    """The start of rank `owner`; on other ranks `start` is memory for it."""
+    a0, b0 = (distributed.broadcast(factor, owner) for factor in (start.a0, start.b0))
+    if start.taken is None or not len(start.taken[0]):
+        return Start(a0, b0, start.taken)
+    a, b = (distributed.broadcast(factor, owner) for factor in start.taken)
+    return Start(a0, b0, (a, b))
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:

@@ -33,6 +33,7 @@ class Split(NamedTuple):
     a0: Tensor
     b0: Tensor
     residual: Tensor | QuantizedWeight | None
+    taken: tuple[Tensor, Tensor] | None = None
 
 
 def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

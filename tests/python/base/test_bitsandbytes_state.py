@@ -10,8 +10,10 @@ from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, l
 from devices import fetch, put
 from one_layer import adapted, filled, wrap
 from pissa import ops
-from pissa.base.bitsandbytes import from_bitsandbytes, from_state, to_bitsandbytes
+from pissa.base.bitsandbytes import from_bitsandbytes, from_state
+from pissa.base.bitsandbytes_state import entry_layout, to_bitsandbytes
 from pissa.base.stored import QuantizedLinear
+from pissa.config import Form
 from reference import EPS, assert_close
 
 
@@ -28,6 +30,8 @@ def test_our_codes_are_a_layer_of_bitsandbytes(nested: bool, blocksize: int) -> 
     theirs.quant_state.dtype = torch.float32  # which is not rounded
     dense = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
     assert torch.equal(dense, ops.dequantize(ours))
+    expected = entry_layout(Form.quantised("nf4", blocksize, nested), (OUT, IN), torch.bfloat16)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in entries.items()} == expected
 
 
 @storages
@@ -80,6 +84,8 @@ def test_our_8_bit_residual_is_a_layer_of_bitsandbytes() -> None:
     assert isinstance(base, QuantizedLinear)
     entries = to_bitsandbytes(base.residual, torch.float32)
     assert entries["weight"].data_ptr() == base.residual.codes.data_ptr()
+    layout = entry_layout(base.form, (OUT, IN), torch.float32)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in entries.items()} == layout
     layer = linear8bit()
     assert not torch.equal(layer.weight, entries["weight"])
     layer.load_state_dict(entries | {"bias": base.bias})

@@ -70,7 +70,17 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"seed": 0.5}, "seed"),
         ({"quant": "int4"}, "quant: got 'int4'; allowed: None, 'nf4', 'int8'"),
         ({"quant_iters": 0}, "quant_iters: got 0"),
-        ({"quant": "nf4", "quant_iters": 5}, "quant_iters=5 is planned"),
+        ({"quant": "nf4", "quant_iters": True}, "quant_iters: got True"),
+        ({"quant_iters": 5}, "quant_iters: got 5 without quant; .* Give quant='nf4' or 'int8'"),
+        ({"residual": "explicit", "quant_iters": 2}, "quant_iters: got 2 without quant"),
+        (
+            {"quant": "nf4", "quant_iters": 2, "init": "lora"},
+            "quant_iters: got 2, but .* start of 'lora'; .* 'pissa' or 'loftq'",
+        ),
+        ({"quant": "nf4", "quant_iters": 2, "repair": "olora"}, "quant_iters: got 2, but .* start of 'olora'"),
+        ({"repair": "lora"}, "repair: got 'lora' without a stored base.* give quant or residual=\"explicit\""),
+        ({"quant": "nf4", "repair": "given"}, "repair: got 'given'; allowed: None, 'pissa'"),
+        ({"residual": "explicit", "repair": "loftq"}, 'repair="loftq" starts from .*: give quant="nf4"'),
         ({"quant": "int8", "blocksize": 128}, "blocksize: got 128; with quant='int8' a block is a row"),
         ({"init": "loftq"}, 'init="loftq" starts from .*: give quant="nf4" or quant="int8" with it'),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
@@ -92,6 +102,17 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
 def test_refusals_name_the_field(fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         PissaConfig(**fields)
+
+
+def test_repair_names_another_start_than_the_adapters() -> None:
+    """Alternations then belong to the residual's."""
+    config = PissaConfig(r=4, init="pissa", repair="loftq", quant="nf4", quant_iters=3, use_adalora=True)
+    base, adapter = config.of_base(), config.of_adapter()
+    assert (base.init, base.repair, base.quant_iters, base.use_adalora) == ("loftq", None, 3, False)
+    assert (adapter.init, adapter.repair, adapter.quant_iters, adapter.use_adalora) == ("pissa", None, 1, True)
+    same = PissaConfig(r=4, init="pissa", repair="pissa", quant="nf4")
+    assert same == PissaConfig(r=4, quant="nf4")
+    assert same.of_base() is same.of_adapter() is same
 
 
 def test_double_quant_must_be_a_bool() -> None:

@@ -1,0 +1,379 @@
+"""Splits a checkpoint on disk, a few matrices at a time: the residuals become a checkpoint of the same files, the start
+factors a plain LoRA beside it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pissa import distributed, ops
+from pissa.base.digest import fingerprint
+from pissa.base.init_methods import INIT_METHODS, start_factors
+from pissa.base.start import StartFactors
+from pissa.base.stored import residual_tensors as tensors_of
+from pissa.base.stored import residuals_of
+from pissa.checkpoints.new_files import (
+    INITIAL_CONFIG,
+    INITIAL_WEIGHTS,
+    config_text,
+    has_taken,
+    index_text,
+    layouts,
+    residual_tensors,
+    small_files,
+    taken_tensors,
+)
+from pissa.checkpoints.output import Output
+from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
+from pissa.checkpoints.source import INDEX, Source
+from pissa.config import PissaConfig
+from pissa.files.config_json import config_as_json
+from pissa.files.peft_layout import FactorTensors
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
+from pissa.files.plain_lora import config_text as lora_config_text
+from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.ops.formats import FORMATS
+
+MEMORY = 10**9
+"""Bytes in flight, unless another number is given."""
+
+# Elements of the matrices that are split at once, for each thread: as many as `model.decompose` takes.
+_GROUP = 1 << 22
+
+_SAMPLE = 16
+"""One row of so many, the first ones of a matrix, is compared with the residual and the factors."""
+
+
+class Initialised(NamedTuple):
+    """What `init` has done."""
+
+    layers: int
+    bytes_read: int
+    """Of the checkpoint; by this run and by those that it went on with."""
+    bytes_written: int
+    bytes_done_before: int
+    """Of the checkpoint, by runs that this one went on with."""
+    seconds: float
+    """Of this run."""
+    error: float
+    """‖W - Q - s B0 A0‖ / ‖W‖ over all layers, from a sixteenth of the rows of each."""
+    memory: int
+    """Bytes in flight, at most."""
+    largest: str
+    """The layer that needs most of it by itself."""
+
+
+def init(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    config: PissaConfig,
+    *,
+    memory: int = MEMORY,
+    device: str | torch.device = "cpu",
+    experts: Experts = "dense",
+    progressbar: bool = False,
+) -> Initialised:
+    """Writes the residuals of a checkpoint as a checkpoint, and the start factors as a LoRA in its folder pissa_init:
+    the layout in which the paper's authors publish theirs, so that whatever trains a LoRA on a model trains PiSSA.
+
+    Each matrix is read from the mapped file, split, and written. A run that was killed goes on when it is called again
+    with the same arguments, and ends with the same bytes. With several processes (torch.distributed) all of them have
+    to call this; they share the work, and write into the same files.
+
+    Args:
+        source: folder of a checkpoint in safetensors, with config.json.
+        target: a new folder, or one of an unfinished run.
+        config: `quant` says how the residual is kept: None as a dense weight.
+        memory: bytes of matrices and of what is computed from them at a time. A matrix that needs more gets it.
+        device: where they are split.
+        experts: see `Plan.of`.
+        progressbar: one bar over the bytes of the checkpoint, on stderr.
+
+    Raises:
+        ValueError, TypeError: a checkpoint that cannot be read, planned or split, naming file and tensor; a folder that
+            holds something else. What an unfinished run has done stays.
+        OSError: the disk is full, or fails.
+        pissa.distributed.RankError: another process has failed.
+    """
+    begin = time.perf_counter()
+    with distributed.failing_together(), Source.open(source) as found:
+        plan = Plan.of(found, config, experts)
+        plan.config.base_model_name_or_path = str(source)
+        run = _Run(plan, Path(target), memory, torch.device(device))
+        return run.do(begin, progressbar)
+
+
+class _Unit(NamedTuple):
+    """What the journal notes as one: layers whose factors share two tensors, or a tensor that is copied."""
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+    factors: FactorTensors | None
+    copied: str | None
+    nbytes: int
+    """Of the checkpoint."""
+
+
+class _Group(NamedTuple):
+    """Layers that are split at once."""
+
+    layers: list[PlannedLayer]
+    finished: list[_Unit]
+    """The units whose last layers these are."""
+
+
+class _Run:
+    def __init__(self, plan: Plan, target: Path, memory: int, device: torch.device) -> None:
+        self.plan, self.target, self.memory, self.device = plan, target, memory, device
+        self.files = layouts(plan)
+        self.units = _units(plan)
+        self.total = sum(unit.nbytes for unit in self.units)
+
+    def do(self, begin: float, progressbar: bool) -> Initialised:
+        owners = distributed.owners({unit.name: unit.nbytes for unit in self.units})
+        mine = [unit for unit in self.units if owners[unit.name] == distributed.rank()]
+        with Output(self.target, self._identity(), self.files) as out:
+            done = {unit.name: out.done[unit.name] for unit in self.units if unit.name in out.done}
+            before = sum(unit.nbytes for unit in self.units if unit.name in done)
+            left = [unit for unit in mine if unit.name not in done]
+            with _Bar(mine, left, done, progressbar and distributed.rank() == 0) as bar:
+                results = done | self._work(out, left, bar)
+            for others in distributed.agree(results):
+                results |= others
+            if distributed.rank() == 0:
+                self._write_small_files(out, results)
+            out.finish()
+        need = {layer.name: _in_flight(layer, self.plan.config) for layer in self.plan.layers.values()}
+        largest = max(need, key=need.__getitem__)
+        return Initialised(
+            layers=len(self.plan.layers),
+            bytes_read=self.total,
+            bytes_written=sum(layout.size for layout in self.files.values()),
+            bytes_done_before=before,
+            seconds=time.perf_counter() - begin,
+            error=_error(results.values()),
+            memory=max(self.memory, need[largest]),
+            largest=largest,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What has influence on the bytes."""
+        config = config_as_json(self.plan.config)
+        config.pop("base_model_name_or_path", None)
+        return {
+            "command": "init",
+            "pissa": ops.build_info()["version"],
+            **{f"config.{name}": value for name, value in config.items()},
+            "experts": self.plan.experts,
+            "device": self.device.type,
+            "target": str(self.target),
+            **{f"source {name}": value for name, value in self.plan.source.identity().items()},
+        }
+
+    def _work(self, out: Output, units: Sequence[_Unit], bar: _Bar) -> dict[str, Any]:
+        """The results of these units, when all of them have been written."""
+        source, results = self.plan.source, {}
+        records: dict[str, list[Any]] = {}
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        groups = list(_groups(units, self.memory, self.plan.config))
+        for number, group in enumerate(groups):
+            if number + 1 < len(groups):
+                source.ahead([name for layer in groups[number + 1].layers for name in layer.tensors])
+            if group.layers:
+                starts = self._split(out, group.layers, records)
+                factors |= {layer.name: pair for layer, pair in zip(group.layers, starts, strict=True)}
+            for unit in group.finished:
+                result = {}
+                if unit.factors is not None:
+                    pairs = [factors.pop(layer.name) for layer in unit.layers]
+                    for key, tensor in unit.factors.pack(pairs).items():
+                        out.write(INITIAL_WEIGHTS, key, tensor)
+                    result = {layer.name: records.pop(layer.name) for layer in unit.layers}
+                if unit.copied is not None:
+                    out.write(source.entry(unit.copied).path.name, unit.copied, source.read(unit.copied))
+                    source.release([unit.copied])
+                out.add(unit.name, result)
+                results[unit.name] = result
+                bar.add(unit, result)
+        return results
+
+    def _split(
+        self, out: Output, layers: Sequence[PlannedLayer], records: dict[str, list[Any]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Splits these layers, writes their residuals, and returns the start factors on the CPU."""
+        config, source, names = self.plan.config, self.plan.source, [layer.name for layer in layers]
+        weights = [layer.matrix(source).to(self.device) for layer in layers]
+        try:
+            found = start_factors(weights, [layer.origin for layer in layers], config, names)
+        except ValueError as error:
+            raise ValueError(f"{_places(self.plan, layers)}: {error}") from error
+        starts = [
+            StartFactors(start.a0, start.b0, layer.origin, start.taken)
+            for start, layer in zip(found, layers, strict=True)
+        ]
+        for form in dict.fromkeys(layer.form for layer in layers):
+            these = [index for index, layer in enumerate(layers) if layer.form == form]
+            residuals = residuals_of(
+                [weights[i] for i in these], [starts[i] for i in these], form, [names[i] for i in these]
+            )
+            for i, residual in zip(these, residuals, strict=True):
+                records[names[i]] = [
+                    str(fingerprint(weights[i])),
+                    str(fingerprint(*tensors_of(residual).values())),
+                    *_sampled_error(weights[i], residual, starts[i]),
+                ]
+                for file, name, values, first in residual_tensors(self.plan, layers[i], residual):
+                    out.write(file, name, values, first)
+                if has_taken(config):
+                    for name, values in taken_tensors(layers[i], starts[i]).items():
+                        out.write(PISSA_WEIGHTS, name, values)
+        del weights
+        source.release([name for layer in layers for name in layer.tensors])
+        return [(start.a0.cpu(), start.b0.cpu()) for start in starts]
+
+    def _write_small_files(self, out: Output, results: dict[str, Any]) -> None:
+        plan, folder = self.plan, self.plan.source.folder
+        for path in small_files(folder):
+            out.path(path.name).write_bytes(path.read_bytes())
+        out.path("config.json").write_text(config_text(plan))
+        if (index := index_text(plan, self.files)) is not None:
+            out.path(INDEX).write_text(index)
+        plan.lora.base_model_name_or_path = str(self.target)
+        out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))
+        found = {name: record for result in results.values() for name, record in result.items()}
+        records = {
+            name: LayerRecord(
+                layer.origin.r,
+                layer.origin.scaling,
+                found[name][0],
+                layer.form,
+                stored=found[name][1],
+                taken=layer.origin.r if has_taken(plan.config) else None,
+            )
+            for name, layer in plan.layers.items()
+        }
+        out.path(PISSA_RECORD).write_text(AdapterRecord(plan.config, records).text())
+
+
+def _units(plan: Plan) -> list[_Unit]:
+    """All units, in the order in which their first tensors lie in the files."""
+    places = {name: number for number, name in enumerate(plan.source.names)}
+    found = []
+    for factors in plan.factors:
+        layers = tuple(plan.layers[name] for name in factors.layers)
+        found.append(_Unit(factors.keys[0], layers, factors, None, sum(map(_nbytes, layers))))
+    found += [_Unit(f"copy {name}", (), None, name, plan.source.entry(name).nbytes) for name in plan.copied]
+    return sorted(found, key=lambda unit: places[unit.copied or unit.layers[0].tensors[0]])
+
+
+def _nbytes(layer: PlannedLayer) -> int:
+    return math.prod(layer.shape) * layer.dtype.itemsize
+
+
+def _groups(units: Sequence[_Unit], memory: int, config: PissaConfig) -> Iterator[_Group]:
+    """The layers of the units, in order, in groups that stay within the memory, or of a single layer."""
+    limit = _GROUP * torch.get_num_threads()
+    group, size, elements = _Group([], []), 0, 0
+    for unit in units:
+        for layer in unit.layers:
+            need, count = _in_flight(layer, config), math.prod(layer.shape)
+            if group.layers and (size + need > memory or elements + count > limit):
+                yield group
+                group, size, elements = _Group([], []), 0, 0
+            group.layers.append(layer)
+            size += need
+            elements += count
+        group.finished.append(unit)
+    yield group
+
+
+def _in_flight(layer: PlannedLayer, config: PissaConfig) -> int:
+    """Bytes that a layer takes while it is split, beside the mapped file."""
+    elements, sides, r = math.prod(layer.shape), sum(layer.shape), layer.origin.r
+    method = INIT_METHODS[config.init]
+    size = 4 * sides * (r + _sketch(r, config))
+    is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
+    size += 0 if is_view else elements * layer.dtype.itemsize
+    size += elements * 5 // 8 if layer.form.kind == "nf4" else elements * layer.dtype.itemsize
+    if method.copies or config.quant_iters > 1:
+        size += 8 * elements
+    if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):
+        size += 16 * elements
+    return size
+
+
+def _sketch(r: int, config: PissaConfig) -> int:
+    """Columns of the bases that a decomposition keeps, about."""
+    passes = 14 if config.svd_passes == "auto" else config.svd_passes
+    return (r + 16) * (passes // 2 + 1)
+
+
+def _places(plan: Plan, layers: Sequence[PlannedLayer]) -> str:
+    """The files in which layers lie, for messages."""
+    paths = dict.fromkeys(str(plan.source.entry(name).path) for layer in layers for name in layer.tensors)
+    return ", ".join(paths)
+
+
+# ---- The error -------------------------------------------------------------------------------------------------------
+
+
+def _sampled_error(weight: Tensor, residual: Tensor | ops.QuantizedWeight, start: StartFactors) -> tuple[float, float]:
+    """‖W - Q - s B0 A0‖² and ‖W‖² of the first rows."""
+    rows = min(len(weight), max(_SAMPLE, -(-len(weight) // _SAMPLE)))
+    some = weight[:rows].float()
+    kept = residual[:rows].float() if isinstance(residual, Tensor) else ops.dequantize(_first_rows(residual, rows))
+    rest = torch.addmm(some - kept, start.b0[:rows], start.a0, alpha=-start.origin.scaling)
+    return float(rest.square().sum(dtype=torch.float64)), float(some.square().sum(dtype=torch.float64))
+
+
+def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:
+    shape = (rows, weight.shape[1])
+    tensors = FORMATS[weight.format].tensors(shape, weight.blocksize, weight.nested)
+    count = {name: size[0] for name, (size, _) in tensors.items() if size}
+    nested = None if weight.nested_absmax is None else weight.nested_absmax[: count["nested_absmax"]]
+    codes, absmax = weight.codes[: count["codes"]], weight.absmax[: count["absmax"]]
+    return weight._replace(codes=codes, absmax=absmax, nested_absmax=nested, shape=shape)
+
+
+def _error(results: Any) -> float:
+    """The relative error of the units with these results."""
+    records = [record for result in results for record in result.values()]
+    lost, whole = (sum(record[which] for record in records) for which in (2, 3))
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+class _Bar:
+    """The progress of this process: bytes of the checkpoint, and the error so far."""
+
+    def __init__(self, mine: Sequence[_Unit], left: Sequence[_Unit], done: dict[str, Any], shown: bool) -> None:
+        self._total, self._left = (sum(unit.nbytes for unit in some) for some in (mine, left))
+        self._results, self._shown = [done[unit.name] for unit in mine if unit.name in done], shown
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        if self._shown:  # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled
+            initial = self._total - self._left
+            self._bar = tqdm(
+                total=self._total, initial=initial, desc="PiSSA init", unit="B", unit_scale=True, unit_divisor=1000
+            )
+        return self
+
+    def add(self, unit: _Unit, result: dict[str, Any]) -> None:
+        """Notes that a unit is done."""
+        if self._bar is not None:
+            self._results.append(result)
+            if result:
+                self._bar.set_postfix_str(f"error {_error(self._results):.3%}", refresh=False)
+            self._bar.update(unit.nbytes)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,275 @@
+"""What is to be done with each tensor of a checkpoint: which of them are layers of an adapter, by the model's
+configuration alone. The model is built on the meta device, without values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Origin
+from pissa.checkpoints.composition import Composition, Part
+from pissa.checkpoints.source import Source
+from pissa.config import Form, PissaConfig
+from pissa.files.expert_layout import check_uniform
+from pissa.files.messages import first_line, shown
+from pissa.files.peft_layout import FactorTensors
+from pissa.files.plain_lora import factors_of, lora_config
+from pissa.layers.experts import UnfusedExperts, unfused_experts
+from pissa.layers.factory import leave_out
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.linear import PissaLinear
+from pissa.model.inject import own_config
+from pissa.model.pissa_model import model_class
+from pissa.ops.checks import FLOATS
+
+Experts = Literal["dense", "nf4"]
+
+_EXPLICIT = Form("explicit")
+
+
+class PlannedLayer(NamedTuple):
+    """A layer that gets an adapter."""
+
+    name: str
+    """In the model."""
+    parts: tuple[Part, ...]
+    """What its matrix [out, in] consists of, one below the other."""
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    origin: Origin
+    form: Form
+    """How its residual is kept."""
+    target: str
+    """What its module is called in the new checkpoint, if its residual is quantised."""
+
+    def matrix(self, source: Source) -> Tensor:
+        """The weight: a view of the mapped file, if it has one part."""
+        views = [_matrix(source.read(part.tensor), part) for part in self.parts]
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors in which its parts are."""
+        return [part.tensor for part in self.parts]
+
+
+def _matrix(tensor: Tensor, part: Part) -> Tensor:
+    matrix = tensor if part.member is None else tensor[part.member]
+    return matrix.mT if part.transposed else matrix
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a checkpoint."""
+
+    source: Source
+    config: PissaConfig
+    """As it was given, but with the names of the layers that it means, and with a stored form."""
+    experts: Experts
+    layers: dict[str, PlannedLayer]
+    """By their names, in the order in which they lie in the files."""
+    factors: list[FactorTensors]
+    """Where the plain LoRA keeps their factors."""
+    lora: LoraConfig
+    """The configuration of the plain LoRA of the same rank."""
+    model_type: type[nn.Module]
+    dense_linears: list[str]
+    """The linear layers of the model that stay dense."""
+
+    @staticmethod
+    def of(source: Source, config: PissaConfig, experts: Experts = "dense") -> Plan:
+        """The plan for a checkpoint. `config` without `quant` is taken for residual="explicit".
+
+        Args:
+            experts: how the residual of fused experts is kept if that of other layers is quantised: dense, as in the
+                checkpoint; or in nf4, each expert by itself.
+
+        Raises:
+            ValueError, TypeError: no such model; a layer that cannot be split, naming it, or whose tensor the
+                checkpoint lacks; what a plain LoRA on a residual cannot hold.
+        """
+        config = own_config(config)
+        if config.quant is None:
+            config.residual = "explicit"
+        _check_config(config)
+        model = meta_model(source)
+        composition = Composition(model, source.names)
+        linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
+            config.task_type = "CAUSAL_LM"
+        wrapped = model_class(config)(model, config, "default")
+        if config.modules_to_save:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
+                "whole, and begins with the training: leave it out here, and name it to the trainer"
+            )
+        base = wrapped.base_model.model
+        layers = pissa_layers(base)
+        check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()})
+        inside = unfused_experts(base)
+        parts = _parts(layers, inside, composition)
+        uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
+        planned = []
+        for name, layer in layers.items():
+            path = name.rpartition(".")[0].rpartition(".")[0]
+            form = _EXPLICIT if path in inside and experts == "dense" else config.form
+            _check_layer(name, layer, form, uses)
+            planned.append(_planned(name, layer, parts[name], form, config, source, path in inside))
+        places = {name: number for number, name in enumerate(source.names)}
+        planned.sort(key=lambda layer: (places[layer.parts[0].tensor], layer.parts[0].member or 0))
+        quantised = {layer.name for layer in planned if layer.form.kind != "explicit"}
+        return Plan(
+            source,
+            config,
+            experts,
+            {layer.name: layer for layer in planned},
+            factors_of(base, layers),
+            lora_config(base, config, "default", layers, times=1),
+            type(base),
+            [name for name in linears if name not in quantised],
+        )
+
+    @property
+    def copied(self) -> list[str]:
+        """The tensors that no layer has a part of."""
+        parts = {part.tensor for layer in self.layers.values() for part in layer.parts}
+        return [name for name in self.source.names if name not in parts]
+
+
+def meta_model(source: Source) -> PreTrainedModel:
+    """The model of a checkpoint's config.json, without values.
+
+    Raises:
+        ValueError: it cannot be built, or is quantised already.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+        architecture = (config.architectures or ["none"])[0]
+        kind: Any = getattr(transformers, architecture)
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{source.folder / 'config.json'} describes no model that transformers {transformers.__version__} can "
+            f"build: {first_line(error)}"
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{source.folder} is quantised already (quantization_config in config.json); needed: the checkpoint in "
+            "16 or 32 bits"
+        )
+    return model
+
+
+def _check_config(config: PissaConfig) -> None:
+    refused: Mapping[str, Any] = {
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+        "use_dora": False,
+        "use_adalora": False,
+        "repair": None,
+    }
+    for name, default in refused.items():
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not for a checkpoint, whose adapter is a plain LoRA on the "
+                "residual: leave it out, and give it to the trainer"
+            )
+    if INIT_METHODS[config.init].needs:
+        raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
+    if config.residual == "implicit":
+        raise ValueError(
+            'residual="implicit" leaves the weights as they are, so there is nothing to write: load the model and call '
+            "pissa.wrap"
+        )
+
+
+def _check_layer(name: str, layer: PissaLayer, form: Form, uses: Counter[int]) -> None:
+    """Raises ValueError if the layer's residual cannot be kept in that form in a checkpoint."""
+    module = layer.base.module
+    if not isinstance(layer, PissaLinear):
+        raise ValueError(
+            f"layer {name} is a {type(module).__name__}, whose weight stays as it is in every form; {leave_out(name)}"
+        )
+    if form.kind != "explicit" and isinstance(module, Conv1D):
+        raise ValueError(
+            f"layer {name} is a Conv1D, which transformers cannot load in {form.kind} as it would have to be kept: "
+            f"leave quant out, or {leave_out(name)}"
+        )
+    if uses[id(layer.base.parameter)] > 1:
+        raise ValueError(
+            f"the weight of layer {name} is tied to another module's, which would get the residual too; "
+            f"{leave_out(name)}"
+        )
+
+
+def _parts(
+    layers: Mapping[str, PissaLayer], inside: Mapping[str, UnfusedExperts], composition: Composition
+) -> dict[str, tuple[Part, ...]]:
+    """The parts of every layer."""
+    stacks: dict[str, list[tuple[Part, ...]]] = {}
+    found = {}
+    for name, layer in layers.items():
+        path, leaf = name.rpartition(".")[::2]
+        path, index = path.rpartition(".")[::2]
+        try:
+            if path not in inside:
+                found[name] = composition.matrix(f"{name}.weight", isinstance(layer.base.module, Conv1D))
+                continue
+            key = f"{path}.{leaf}"
+            if key not in stacks:
+                experts = inside[path]
+                stacks[key] = composition.stack(key, len(experts), experts.fused.is_transposed)
+            found[name] = stacks[key][int(index)]
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None
+    return found
+
+
+def _planned(
+    name: str,
+    layer: PissaLayer,
+    parts: tuple[Part, ...],
+    form: Form,
+    config: PissaConfig,
+    source: Source,
+    is_expert: bool,
+) -> PlannedLayer:
+    entries = [source.entry(part.tensor) for part in parts]
+    rows = 0
+    for part, entry in zip(parts, entries, strict=True):
+        where = f"{entry.path}: tensor {shown(part.tensor)}"
+        if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype:
+            raise ValueError(
+                f"{where} of layer {name} is {entry.dtype}; allowed: float32, bfloat16 or float16, one for a layer"
+            )
+        shape = list(entry.shape if part.member is None else entry.shape[1:])
+        shape = shape[::-1] if part.transposed else shape
+        if len(shape) != 2 or shape[1] != layer.matrix_shape[1] or (part.member or 0) >= entry.shape[0]:
+            shape = [0, 0]
+        rows += shape[0]
+        if shape[0] == 0 or rows > layer.matrix_shape[0]:
+            raise ValueError(
+                f"{where} is {list(entry.shape)}, which is no part of layer {name}, {list(layer.matrix_shape)}: "
+                "config.json belongs to another checkpoint"
+            )
+    if rows != layer.matrix_shape[0]:
+        raise ValueError(
+            f"{entries[0].path}: layer {name} has {rows} rows, needed are {layer.matrix_shape[0]}: config.json belongs "
+            "to another checkpoint"
+        )
+    # transformers finds the codes by the checkpoint's own names, unless they are of something that it has put together.
+    own = parts[0].tensor.removesuffix(".weight")
+    target = name if is_expert or len(parts) > 1 or own == parts[0].tensor else own
+    origin = layer.origin("default", config)
+    return PlannedLayer(name, parts, layer.matrix_shape, entries[0].dtype, origin, form, target)
