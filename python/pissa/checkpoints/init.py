@@ -33,13 +33,13 @@ from pissa.checkpoints.new_files import (
 )
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
-from pissa.checkpoints.source import INDEX, Source
 from pissa.config import PissaConfig
 from pissa.files.config_json import config_as_json
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.plain_lora import config_text as lora_config_text
 from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.source import INDEX, Source
 from pissa.ops.formats import FORMATS
 
 MEMORY = 10**9

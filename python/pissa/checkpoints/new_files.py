@@ -15,12 +15,12 @@ from pissa import ops
 from pissa.base.bitsandbytes_state import entry_layout, to_bitsandbytes
 from pissa.base.start import StartFactors
 from pissa.checkpoints.plan import Plan, PlannedLayer
-from pissa.checkpoints.planned_file import Layout
-from pissa.checkpoints.source import INDEX
 from pissa.config import PissaConfig
 from pissa.conversion.lora_start import INITIAL_FOLDER
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN
+from pissa.files.safetensors_header import Layout
+from pissa.files.source import INDEX
 
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
 INITIAL_CONFIG = f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}"

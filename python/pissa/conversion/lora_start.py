@@ -3,24 +3,21 @@ the initial adapter, if it was saved, or are computed from the base as PEFT does
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-import transformers
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.kinds import base_of
 from pissa.base.protocol import Base
+from pissa.conversion.base_model import BaseModel
 from pissa.conversion.delta_weight import DeltaWeight
 from pissa.files.lora_folder import LoraFolder
-from pissa.files.messages import first_line
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices
 from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum
@@ -103,22 +100,22 @@ class BaseStarts(Starts):
         ValueError: `base` lacks a layer; later, in `of`, the trained factors did not start from a weight of it.
     """
 
-    def __init__(self, source: LoraFolder, base: nn.Module) -> None:
+    def __init__(self, source: LoraFolder, base: BaseModel) -> None:
         if source.config.get("layer_replication"):
             raise ValueError(
                 f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
             )
         self._source, self._base = source, base
-        bases = {target: _base(source, base, target) for target in source.factors}
+        bases = {target: _base(source, target, base.model) for target in source.factors}
         self._embeddings = {target for target, found in bases.items() if found.kind is nn.Embedding}
-        _check_untied(base, bases)
+        _check_untied(base.model, bases)
         self._doubts: dict[str, float] = {}
 
     def of(self, target: str) -> Matrices | None:
         if target in self._embeddings:
             return None
-        weight = _base(self._source, self._base, target).matrix()
-        start, doubt = _aligned_start(self._source, target, weight)
+        with self._base.layer(target) as layer:
+            start, doubt = _aligned_start(self._source, target, _checked(self._source, target, layer).matrix())
         if doubt > _DOUBT:
             self._doubts[target] = doubt
         return start
@@ -139,17 +136,21 @@ class BaseStarts(Starts):
 _DOUBT = 0.01
 
 
-def _base(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> Base:
+def _base(source: LoraFolder, target: str, model: nn.Module, what: str = "base") -> Base:
+    """The base that a layer of the model is, with or without values."""
     try:
-        module = model.get_submodule(target)
+        return _checked(source, target, model.get_submodule(target), what)
     except AttributeError:
         raise ValueError(
             f"{source.weights.path}: the {what} has no layer {target}; is it the one that the adapter was trained on?"
         ) from None
-    base, (a, b) = base_of(module), source.matrices(target)[0]
+
+
+def _checked(source: LoraFolder, target: str, layer: nn.Module, what: str = "base") -> Base:
+    base, factors = base_of(layer), source.factors[target]
     if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
-        raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
-    weight, shape = base.parameter, (len(b), a.shape[1])
+        raise ValueError(f"layer {target} is a {type(layer).__name__}, which PEFT starts no PiSSA adapter in")
+    weight, shape = base.parameter, (factors.out, math.prod(factors.row))
     if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
         raise ValueError(
             f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
@@ -194,31 +195,8 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> tuple[Mat
     return (a0, b0), min(error / learnt, 1.0)
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
-
-
-def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
-    """The model of a folder or a name, in the dtype of its files, on the CPU. A model is returned as it is.
-
-    Raises:
-        ValueError: it cannot be loaded, or is a model with an adapter.
-    """
-    if isinstance(base, PeftModel):
-        raise ValueError("base is a PeftModel, in which PiSSA has replaced weights; needed: the unmodified model")
-    if isinstance(base, nn.Module):
-        return base
-    try:
-        architecture = (AutoConfig.from_pretrained(base).architectures or ["none"])[0]
-        kind: Any = getattr(transformers, architecture)
-        return cast(nn.Module, kind.from_pretrained(base, dtype="auto"))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{base} cannot be loaded as a model: {first_line(error)}; load it yourself and give the model"
-        ) from error
-
-
-def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn.Module) -> None:
-    """Compares W_res + s B0 A0 with W, element by element.
+def check_sum(initial: LoraFolder, starts: Starts, residual: BaseModel, base: BaseModel) -> None:
+    """Compares W_res + s B0 A0 with W, element by element, a layer at a time.
 
     They may differ by the rounding of W_res, A0 and B0 to the residual's dtype, in which PEFT keeps all three, and by
     that of the float32 product of r terms that was subtracted.
@@ -226,25 +204,32 @@ def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn
     Raises:
         ValueError: naming the first layer that differs by more.
     """
+    for model, what in ((residual, "residual model"), (base, "base")):
+        for target in initial.factors:
+            _base(initial, target, model.model, what)
     for target in initial.factors:
         if (start := starts.of(target)) is None:
             continue
-        a0, b0 = start
-        kept, weight = (
-            _base(initial, model, target, what).matrix().detach().cpu()
-            for model, what in ((residual, "residual model"), (base, "base"))
-        )
-        rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
-        product = initial.factors[target].scaling * (b0.double() @ a0.double())
-        size = scaling * (b0.double().abs() @ a0.double().abs())
-        unit = torch.finfo(kept.dtype).eps / 2
-        # If W had a wider type than W_res, both come from one rounding of the same number.
-        bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
-            size + weight.double().abs()
-        )
-        error = (kept.double() + product - weight.double()).abs()
-        if (worst := (error / bound.clamp(min=torch.finfo(torch.float64).tiny)).max()) > 1:
-            raise ValueError(
-                f"the residual model and {initial.weights.path} do not add up to the base: in layer {target} they "
-                f"differ by {error.max():.3g}, {worst:.3g} times what rounding explains"
+        with residual.layer(target) as of_residual, base.layer(target) as of_base:
+            kept, weight = (
+                _checked(initial, target, layer, what).matrix().detach().cpu()
+                for layer, what in ((of_residual, "residual model"), (of_base, "base"))
             )
+            _check_sum(initial, target, start, kept, weight)
+
+
+def _check_sum(initial: LoraFolder, target: str, start: Matrices, kept: Tensor, weight: Tensor) -> None:
+    (a0, b0), rank, scaling = start, initial.factors[target].rank, initial.factors[target].scaling
+    product = scaling * (b0.double() @ a0.double())
+    size = abs(scaling) * (b0.double().abs() @ a0.double().abs())
+    unit = torch.finfo(kept.dtype).eps / 2
+    # If W had a wider type than W_res, both come from one rounding of the same number.
+    bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
+        size + weight.double().abs()
+    )
+    error = (kept.double() + product - weight.double()).abs()
+    if (worst := (error / bound.clamp(min=torch.finfo(torch.float64).tiny)).max()) > 1:
+        raise ValueError(
+            f"the residual model and {initial.weights.path} do not add up to the base: in layer {target} they "
+            f"differ by {error.max():.3g}, {worst:.3g} times what rounding explains"
+        )

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from pissa.conversion.base_model import BaseModel
 from pissa.conversion.delta_weight import DeltaWeight
 from pissa.conversion.lora_start import (
     BaseStarts,
     Starts,
     check_sum,
     initial_folder,
-    load_base,
     residual_of,
     start_from_initial,
 )
@@ -131,7 +131,7 @@ def _layout(
                 f"{folder.config_path}: init_lora_weights is 'pissa'; the adapter belongs to W - s B0 A0. Give the "
                 "base W, base=, or the adapter as it was saved before training, initial="
             )
-        return PEFT, BaseStarts(folder, load_base(base))
+        return PEFT, BaseStarts(folder, BaseModel.of(base, folder.factors))
     if init not in _PLAIN_STARTS:
         raise ValueError(
             f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
@@ -185,7 +185,7 @@ def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base:
     if base is not None:
         if residual is None:
             raise ValueError(f"base is only compared with a residual model, and {path} lies in none: leave base out")
-        check_sum(initial, starts, load_base(residual), load_base(base))
+        check_sum(initial, starts, BaseModel.of(residual, initial.factors), BaseModel.of(base, initial.factors))
     return starts
 
 

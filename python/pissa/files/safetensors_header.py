@@ -35,7 +35,6 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "C64": torch.complex64,
 }
 """torch's dtype for each of the format's whose elements are whole bytes, in the order in which safetensors writes
 them."""
