@@ -4,6 +4,8 @@ the state dicts of both."""
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
 from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
 from pissa.config import IMPLICIT
+from pissa.ops.formats import FORMATS
 
 
 def is_bitsandbytes(module: nn.Module, name: str) -> bool:
@@ -35,16 +38,30 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
     fingerprint: Fingerprint | None = None
     is_bnb_quantised = True
 
-    def __init__(self, weight: ops.QuantizedWeight, linear: Any) -> None:
+    def __init__(
+        self,
+        weight: ops.QuantizedWeight,
+        bias: nn.Parameter | None,
+        *,
+        quant_storage: torch.dtype,
+        decoded_dtype: torch.dtype,
+        compute_dtype: torch.dtype | None,
+        linear: Any = None,
+    ) -> None:
+        """
+        Args:
+            quant_storage: the dtype of the parameter that holds the codes.
+            decoded_dtype: what bitsandbytes decodes the weight to.
+            compute_dtype: what it casts inputs to; None for their own.
+            linear: its layer, if there is one. `restored` makes one otherwise.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.hold(weight, linear.weight.dtype)
-        self.bias = linear.bias
-        self.decoded_dtype: torch.dtype = linear.weight.quant_state.dtype
-        self.compute_dtype: torch.dtype | None = linear.compute_dtype
-        self.training = linear.training
+        self.hold(weight, quant_storage)
+        self.bias = bias
+        self.decoded_dtype, self.compute_dtype = decoded_dtype, compute_dtype
         # The layer without its tensors, which would not follow ours to a device. A list keeps it out of our modules.
-        self._rest = [_without_tensors(linear)]
+        self._rest = [] if linear is None else [_without_tensors(linear)]
 
     def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""
@@ -65,9 +82,21 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
 
     def restored(self) -> nn.Module:
         """bitsandbytes' layer again, over the same bytes."""
-        from bitsandbytes.nn import Params4bit
+        from bitsandbytes.nn import Linear4bit, Params4bit
 
-        linear = copy.copy(self._rest[0])
+        if self._rest:
+            linear = copy.copy(self._rest[0])
+        else:
+            linear = Linear4bit(
+                self.in_features,
+                self.out_features,
+                bias=False,
+                compute_dtype=self.compute_dtype,
+                compress_statistics=self.double_quant,
+                quant_type="nf4",
+                quant_storage=self.quant_storage,
+                device="meta",
+            )
         state = _quant_state(self.quantized, self.decoded_dtype)
         weight = Params4bit(
             self.weight.data.reshape(-1, 1),
@@ -142,7 +171,49 @@ def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
         raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
     if getattr(state, "packing_format_for_cpu", False):
         raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
-    return BnbLinear4bit(_from_quant_state(linear.weight.data, state), linear)
+    nested = state.state2 if state.nested else None
+    weight = ops.QuantizedWeight(
+        _bytes(linear.weight.data),
+        state.absmax,
+        None if nested is None else nested.absmax,
+        None if nested is None else state.offset.reshape(()),
+        "nf4",
+        (state.shape[0], state.shape[1]),
+        state.blocksize,
+    )
+    base = BnbLinear4bit(
+        weight,
+        linear.bias,
+        quant_storage=linear.weight.dtype,
+        decoded_dtype=state.dtype,
+        compute_dtype=linear.compute_dtype,
+        linear=linear,
+    )
+    base.training = linear.training
+    return base
+
+
+def linear4bit(
+    entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype | None
+) -> BnbLinear4bit:
+    """The layer whose state dict has these entries of its weight, as `from_state` takes them. Needs no bitsandbytes.
+
+    Raises:
+        ValueError: as `from_state`.
+    """
+    weight, state = _nf4_from_state(entries)
+    return BnbLinear4bit(
+        weight,
+        bias,
+        quant_storage=entries["weight"].dtype,
+        decoded_dtype=getattr(torch, state["dtype"]),
+        compute_dtype=compute_dtype,
+    )
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    """The codes in a tensor of any dtype (bitsandbytes' `quant_storage`), as bytes."""
+    return packed.view(torch.uint8).reshape(-1)
 
 
 def _without_tensors(linear: Any) -> Any:
@@ -168,7 +239,7 @@ def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     """
     if "SCB" in entries or ("weight" in entries and entries["weight"].dtype == torch.int8):
         return _int8_from_state(entries)
-    return _nf4_from_state(entries)
+    return _nf4_from_state(entries)[0]
 
 
 def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
@@ -189,36 +260,52 @@ def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     return ops.QuantizedWeight(packed, scales.reshape(-1), None, None, "int8", shape, shape[1])
 
 
-def _nf4_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    from bitsandbytes.functional import QuantState
+_STATE = "weight.quant_state.bitsandbytes__"
+"""The entry, with the name of the type behind it, that holds what is no tensor: JSON as bytes."""
 
-    scales = {name.removeprefix("weight."): value for name, value in entries.items() if name.startswith("weight.")}
+
+def _nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, dict[str, Any]]:
+    """The weight, and what the entries say of it beside tensors."""
+    kinds = [name.removeprefix(_STATE) for name in entries if name.startswith(_STATE)]
+    if kinds not in ([], ["nf4"]):
+        raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
     try:
-        state = QuantState.from_dict(scales, device=entries["weight"].device)
-    except (KeyError, ValueError, AssertionError) as error:
+        state = json.loads(bytes(entries[f"{_STATE}nf4"].tolist()))
+        nested = "nested_offset" in state
+        needed = ("weight.absmax", "weight.quant_map", *(("weight.nested_quant_map",) if nested else ()))
+        absmax, *_ = (entries[name] for name in needed)
+        weight = ops.QuantizedWeight(
+            _bytes(entries["weight"]),
+            absmax,
+            entries["weight.nested_absmax"] if nested else None,
+            torch.tensor(state["nested_offset"], device=absmax.device) if nested else None,
+            "nf4",
+            (int(state["shape"][0]), int(state["shape"][1])),
+            int(state["blocksize"]),
+        )
+        if not isinstance(getattr(torch, state["dtype"]), torch.dtype):
+            raise ValueError(state["dtype"])
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
             "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
         ) from error
-    if state.quant_type != "nf4":
-        raise ValueError(f"weight: quantised as {state.quant_type}; allowed: nf4")
-    if (state.absmax.dtype == torch.uint8) != state.nested:
+    if (weight.absmax.dtype == torch.uint8) != nested or ("weight.nested_absmax" in entries) != nested:
         raise ValueError("weight.nested_absmax: needed just where weight.absmax is quantised, in uint8")
-    return _from_quant_state(entries["weight"], state)
+    _check_parts(weight)
+    return weight, state
 
 
-def _from_quant_state(packed: Tensor, state: Any) -> ops.QuantizedWeight:
-    """`packed` holds the bytes in any dtype (bitsandbytes' `quant_storage`); state is bitsandbytes' QuantState."""
-    nested = state.state2 if state.nested else None
-    return ops.QuantizedWeight(
-        packed.view(torch.uint8).reshape(-1),
-        state.absmax,
-        None if nested is None else nested.absmax,
-        None if nested is None else state.offset.reshape(()),
-        "nf4",
-        (state.shape[0], state.shape[1]),
-        state.blocksize,
-    )
+def _check_parts(weight: ops.QuantizedWeight) -> None:
+    format = FORMATS[weight.format]
+    format.check_options(weight.blocksize, weight.nested)
+    for name, (shape, dtype) in format.tensors(weight.shape, weight.blocksize, weight.nested).items():
+        part = weight.tensors()[name]
+        if (part.numel(), part.dtype) != (math.prod(shape), dtype):
+            raise ValueError(
+                f"weight: {name} of a matrix {list(weight.shape)} in blocks of {weight.blocksize}: got {part.dtype} "
+                f"{list(part.shape)}; needed: {dtype} {list(shape)}"
+            )
 
 
 def _quant_state(weight: ops.QuantizedWeight, dtype: torch.dtype) -> Any:
