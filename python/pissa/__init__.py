@@ -3,6 +3,7 @@ adapter, the rest is frozen, and kept in 4 bits if asked (QPiSSA).
 
     model = pissa.wrap(model, r=16)                  # PiSSA
     model = pissa.wrap(model, r=16, quant="nf4")     # QPiSSA
+    model = pissa.load("folder")                     # of a checkpoint that `pissa init` has split on disk
 
 `pissa.ops` has the core as functions on tensors and needs only torch; the adapter API needs `pip install "pissa[hf]"`.
 """
@@ -18,6 +19,7 @@ from pissa.ops import build_info
 if TYPE_CHECKING:
     from pissa import layers as layers
     from pissa.base import bitsandbytes as bitsandbytes
+    from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
     from pissa.conversion import convert as convert
     from pissa.distributed import RankError as RankError
@@ -35,6 +37,7 @@ _HOMES = {
     "bitsandbytes": "pissa.base.bitsandbytes:",
     "convert": "pissa.conversion:convert",
     "layers": "pissa.layers:",
+    "load": "pissa.checkpoints.load:load",
     "wrap": "pissa.model.wrap:wrap",
 }
 

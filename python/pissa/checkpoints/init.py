@@ -69,6 +69,8 @@ class Initialised(NamedTuple):
     """Bytes in flight, at most."""
     largest: str
     """The layer that needs most of it by itself."""
+    only_ours: bool
+    """Whether only `pissa.load` reads the result: fused experts in 4 bits."""
 
 
 def init(
@@ -162,6 +164,7 @@ class _Run:
             error=_error(results.values()),
             memory=max(self.memory, need[largest]),
             largest=largest,
+            only_ours=self.plan.has_quantised_experts,
         )
 
     def _identity(self) -> dict[str, Any]:

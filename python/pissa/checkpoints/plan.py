@@ -48,6 +48,8 @@ class PlannedLayer(NamedTuple):
     origin: Origin
     form: Form
     """How its residual is kept."""
+    is_expert: bool
+    """Of a fused weight."""
     target: str
     """What its module is called in the new checkpoint, if its residual is quantised."""
 
@@ -142,6 +144,11 @@ class Plan:
         """The tensors that no layer has a part of."""
         parts = {part.tensor for layer in self.layers.values() for part in layer.parts}
         return [name for name in self.source.names if name not in parts]
+
+    @property
+    def has_quantised_experts(self) -> bool:
+        """Whether the residuals of fused experts are quantised."""
+        return any(layer.is_expert and layer.form.kind != "explicit" for layer in self.layers.values())
 
 
 def _check_config(config: PissaConfig) -> None:
@@ -245,4 +252,4 @@ def _planned(
     own = parts[0].tensor.removesuffix(".weight")
     target = name if is_expert or len(parts) > 1 or own == parts[0].tensor else own
     origin = layer.origin("default", config)
-    return PlannedLayer(name, parts, layer.matrix_shape, entries[0].dtype, origin, form, target)
+    return PlannedLayer(name, parts, layer.matrix_shape, entries[0].dtype, origin, form, is_expert, target)

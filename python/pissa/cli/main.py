@@ -14,9 +14,13 @@ from pissa.cli.terminal import UserError
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
+    "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "env": "report versions and whether everything works",
 }
+
+# What an interrupted command leaves.
+_INTERRUPTED = {"convert": "nothing is written", "init": "the same command goes on with it"}
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.
 _CLI_PACKAGES = ("accelerate", "matplotlib", "peft", "safetensors", "tqdm", "transformers")
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
     except KeyboardInterrupt:
-        left = "nothing is written" if args.command == "convert" else "a run that has begun goes on with --resume"
+        left = _INTERRUPTED.get(args.command, "a run that has begun goes on with --resume")
         message, code = f"interrupted; {left}", 130
     print(f"pissa {args.command}: {message}", file=sys.stderr)
     return code

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from torch import nn
 
-from pissa.files.messages import shown
+from pissa.files.messages import first_line, shown
 
 _HUB_OPTIONS = (
     "revision",
@@ -58,6 +58,28 @@ def adapter_folder(
             f"{os.getcwd()}), and huggingface_hub, asked for a repository of that name, says: {error}"
         ) from error
     return Path(folder, inside)
+
+
+def checkpoint_folder(model_id: str | os.PathLike[str]) -> Path:
+    """The folder of a model in safetensors: `model_id`, or the one into which huggingface_hub has fetched it.
+
+    Raises:
+        ValueError: the string is no folder, and huggingface_hub finds no such repository; the message has its reason.
+    """
+    if not isinstance(model_id, str) or os.path.exists(model_id):
+        return Path(model_id)
+    try:
+        folder = huggingface_hub.snapshot_download(model_id, allow_patterns=_CHECKPOINT_FILES)
+    except Exception as error:  # as in adapter_folder
+        raise ValueError(
+            f"{shown(model_id)} is no model: there is no such folder (the working directory is {os.getcwd()}), and "
+            f"huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
+        ) from error
+    return Path(folder)
+
+
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
+"""Of a model and its tokenizer, without the same weights in other formats."""
 
 
 def refuse_unsupported(

@@ -58,12 +58,12 @@ def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
     if config.modules_to_save:  # PEFT adds the names of a task's head each time that a model is made, restored ones too
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     check_parents(model, adapter_name)
-    _materialise(model, adapter_name)
+    materialise(model, adapter_name)
 
 
-def _materialise(model: nn.Module, adapter_name: str) -> None:
+def materialise(model: nn.Module, adapter_name: str) -> None:
     """Puts the parameters of a new adapter, which are zero, where its layers compute. PEFT puts them where the base's
-    weights are; for a base that accelerate offloads that is the meta device."""
+    weights are; for a base that accelerate offloads, or that is to be filled later, that is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
         device = layer.base.device
         parts = [getattr(layer, name) for name in layer.adapter_layer_names]

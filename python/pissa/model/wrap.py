@@ -46,11 +46,15 @@ def wrap(
         progressbar: show one bar on stderr. The environment variable TQDM_DISABLE hides it.
 
     Raises:
-        TypeError: config and fields both given, or a layer that cannot be adapted.
+        TypeError: no model, config and fields both given, or a layer that cannot be adapted.
         ValueError: no layer found, a rank too large for a layer that is named, NaN or Inf in a weight, a model that is
             wrapped already.
         pissa.distributed.RankError: another process has failed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pissa.load(folder) makes a model of a folder"
+        )
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")

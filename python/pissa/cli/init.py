@@ -1,0 +1,174 @@
+"""`pissa init`: splits a checkpoint on disk into residuals and a LoRA, in the memory of a few of its matrices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pissa.cli.arguments import number, positive_int
+from pissa.cli.terminal import UserError, say, silence_third_parties
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pissa.checkpoints.init import Initialised
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _as_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if match is None:
+        raise ValueError
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_memory = number(_as_bytes, "a size above 0, e.g. 500MB or 2GB", lambda value: value > 0)
+_alpha = number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+
+
+def _passes(text: str) -> int | str:
+    return "auto" if text == "auto" else positive_int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of the model, or its name on the Hugging Face Hub")
+    parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or that of a run that was interrupted")
+    parser.add_argument(
+        "--quant",
+        choices=("nf4", "int8"),
+        help="keep the residual in 4 or 8 bits, in the format of transformers with bitsandbytes; dense unless given",
+    )
+    parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
+    parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha; the rank unless given")
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt; all linear ones but the output layer"
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
+    parser.add_argument(
+        "--init",
+        choices=("pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq"),
+        default="pissa",
+        help="where the adapter starts; lora is plain QLoRA",
+    )
+    parser.add_argument("--quant-iters", type=positive_int, metavar="T", help="alternations of SVD and quantisation")
+    parser.add_argument("--svd-passes", type=_passes, default="auto", metavar="N", help="reads of each matrix, even")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random sketch")
+    parser.add_argument(
+        "--memory", type=_memory, default="1GB", metavar="SIZE", help="matrices and results in memory at a time"
+    )
+    parser.add_argument(
+        "--experts",
+        choices=("dense", "nf4"),
+        default="dense",
+        help="with --quant, fused experts: a dense residual, which every program reads, or 4 bits, which only "
+        "pissa.load reads",
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Splits one checkpoint. Returns the exit code.
+
+    Raises:
+        UserError: for wrong arguments, folders and files. What an unfinished run has done stays.
+    """
+    silence_third_parties()
+    from pissa import distributed
+    from pissa.checkpoints.init import init
+    from pissa.config import PissaConfig
+    from pissa.files.hub import checkpoint_folder
+
+    fields: dict[str, Any] = {
+        "r": args.rank,
+        "lora_alpha": args.alpha,
+        "target_modules": args.target_modules,
+        "exclude_modules": args.exclude_modules,
+        "init": args.init,
+        "svd_passes": args.svd_passes,
+        "seed": args.seed,
+        "quant": args.quant,
+    }
+    if args.quant_iters is not None:
+        fields["quant_iters"] = args.quant_iters
+    with _processes(), warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            done = init(
+                checkpoint_folder(args.source),
+                args.target,
+                PissaConfig(**fields),
+                memory=args.memory,
+                device=args.device,
+                experts=args.experts,
+                progressbar=True,
+            )
+        except (OSError, ValueError, TypeError, distributed.RankError) as error:
+            raise UserError(_with_options(str(error))) from error
+        first = distributed.rank() == 0
+    texts = list(dict.fromkeys(str(note.message) for note in notes))
+    if first and args.json:
+        print(json.dumps({**done._asdict(), "notes": texts}, indent=2))
+    elif first:
+        _report(args, done, texts)
+    return 0
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Joins the processes that torchrun has started, for the block."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    # The last process to end may be days behind; one that dies is torchrun's to notice.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _with_options(message: str) -> str:
+    """The message with this command's options in place of the fields of PissaConfig."""
+    return re.sub(r"\b(quant_iters|svd_passes|target_modules|exclude_modules|quant|init|experts)=", _option, message)
+
+
+def _option(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')} "
+
+
+def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> None:
+    kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
+    say("split", f"{args.source}: {kept}, start {args.init}")
+    new = done.bytes_read - done.bytes_done_before
+    before = f", {_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
+    rate = new / done.seconds / 1e9
+    say("read", f"{_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {rate:.2f} GB/s")
+    if done.memory > args.memory:
+        say("memory", f"{_size(done.memory)}, which {done.largest} needs by itself; --memory is {_size(args.memory)}")
+    say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
+    say("saved", f"{args.target}: {_size(done.bytes_written)}, the adapter in pissa_init")
+    if done.only_ours:
+        say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); no other program reads experts in 4 bits")
+    else:
+        say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); or, in any trainer, the model {args.target}")
+        say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
+    for note in notes:
+        say("note", note)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
