@@ -247,7 +247,7 @@ class _Run:
         for path in small_files(folder):
             out.path(path.name).write_bytes(path.read_bytes())
         out.path("config.json").write_text(config_text(plan))
-        if (index := index_text(plan, self.files)) is not None:
+        if (index := index_text(plan.source, self.files)) is not None:
             out.path(INDEX).write_text(index)
         plan.lora.base_model_name_or_path = str(self.target)
         out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))

@@ -109,7 +109,9 @@ def _layout(
     init = folder.config["init_lora_weights"]
     if (source / PISSA_RECORD).is_file():
         _check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
-        _check_record(source, folder)
+        forms = {layer.form.kind for layer in read_record(source, folder).layers.values()} - {"implicit"}
+        if forms:
+            warn_of_inexact_lora(forms, stacklevel=4)
         return OURS, Starts()
     if initial is None:
         initial = residual_of(folder)
@@ -158,8 +160,12 @@ def _check_no_parameters(folder: LoraFolder) -> None:
         )
 
 
-def _check_record(source: Path, folder: LoraFolder) -> None:
-    """Checks that the plain LoRA is the one that pissa.json describes; warns if it lacks the rounding of a residual."""
+def read_record(source: Path, folder: LoraFolder) -> AdapterRecord:
+    """Reads pissa.json of an adapter of ours, and checks that the plain LoRA is the one that it describes.
+
+    Raises:
+        ValueError: the files are damaged, or do not belong together.
+    """
     record = AdapterRecord.read(source / PISSA_RECORD)
     folder.weights.verify()
     present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
@@ -174,8 +180,7 @@ def _check_record(source: Path, folder: LoraFolder) -> None:
             )
     if present:
         raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
-    if forms := {layer.form.kind for layer in record.layers.values()} - {"implicit"}:
-        warn_of_inexact_lora(forms, stacklevel=5)
+    return record
 
 
 def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base: Base) -> Starts:

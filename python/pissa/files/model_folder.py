@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
         matrix = tensor if part.member is None else tensor[part.member]
         views.append(matrix.mT if part.transposed else matrix)
     return views[0] if len(views) == 1 else torch.cat(views)
+
+
+def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[tuple[str, Tensor, int]]:
+    """The way back from `matrix_of`: what a new matrix puts into the tensors of the parts, each with the row (along
+    dimension 0 of the tensor) from which it is."""
+    row = 0
+    for part in parts:
+        shape = source.entry(part.tensor).shape[0 if part.member is None else 1 :]
+        rows = matrix[row : row + shape[1 if part.transposed else 0]]
+        row += len(rows)
+        values = (rows.mT if part.transposed else rows).reshape(shape)
+        yield part.tensor, values if part.member is None else values[None], part.member or 0
 
 
 class ModelFolder:
