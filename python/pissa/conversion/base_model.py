@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from pissa.base.weights import with_weight
+from pissa.files.hub import checkpoint_folder
 from pissa.files.messages import first_line
 from pissa.files.model_folder import ModelFolder
 from pissa.notices import WholeModelWarning
@@ -39,7 +40,7 @@ class BaseModel:
         if isinstance(base, nn.Module):
             return BaseModel(load_base(base))
         try:
-            folder, wanted = ModelFolder(base), set(layers)
+            folder, wanted = ModelFolder(checkpoint_folder(base)), set(layers)
             uses = Counter(id(parameter) for _, parameter in folder.model.named_parameters(remove_duplicate=False))
             for name, module in folder.model.named_modules():
                 if name in wanted and uses[id(getattr(module, "weight", None))] == 1:

@@ -35,8 +35,8 @@ PEFT = "PEFT's PiSSA, its start computed from the base"
 SUBTRACTED = "[B, -B0]·[A ; A0]"
 PLAIN = "a plain LoRA"
 
-# Starts of PEFT's that leave the base as it is.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""The values of PEFT's init_lora_weights that leave the base as it is."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _layout(
 ) -> tuple[str, Starts]:
     init = folder.config["init_lora_weights"]
     if (source / PISSA_RECORD).is_file():
-        _check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
+        check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
         forms = {layer.form.kind for layer in read_record(source, folder).layers.values()} - {"implicit"}
         if forms:
             warn_of_inexact_lora(forms, stacklevel=4)
@@ -116,11 +116,11 @@ def _layout(
     if initial is None:
         initial = residual_of(folder)
     if initial is not None:
-        _check_unused(f"{source} is trained on a residual", subtracted=subtracted)
+        check_unused(f"{source} is trained on a residual", subtracted=subtracted)
         _check_no_parameters(folder)
         return INITIAL, _start_from_initial(folder, initial, base)
     if isinstance(init, str) and init.startswith("pissa"):
-        _check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
+        check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
         _check_no_parameters(folder)
         if init != "pissa":
             raise ValueError(
@@ -134,19 +134,20 @@ def _layout(
                 "base W, base=, or the adapter as it was saved before training, initial="
             )
         return PEFT, BaseStarts(folder, BaseModel.of(base, folder.factors))
-    if init not in _PLAIN_STARTS:
+    if init not in PLAIN_STARTS:
         raise ValueError(
             f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
             "saved before training, initial="
         )
-    _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
+    check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_subtracted(folder)
         return SUBTRACTED, Starts()
     return PLAIN, Starts()
 
 
-def _check_unused(reason: str, **arguments: object) -> None:
+def check_unused(reason: str, **arguments: object) -> None:
+    """Raises ValueError for an argument that is given."""
     for name, value in arguments.items():
         if value not in (None, False):
             raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
