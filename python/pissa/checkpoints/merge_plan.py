@@ -128,11 +128,11 @@ class _Planner:
         for name, value in self.tensors.items():
             self.sharing.setdefault(id(value), []).append(name)
         linears = {name: module for name, module in self.model.named_modules() if type(module) is nn.Linear}
-        output = self.model.get_output_embeddings()
         self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
-        # As transformers does, which quantises no output layer.
-        quantised = self.linears if form != IMPLICIT else []
-        self.quantised = {name for name in quantised if linears[name] is not output}
+        self.quantised: set[str] = set()
+        if form != IMPLICIT:  # as transformers does it, which quantises no output layer
+            output = self.model.get_output_embeddings()
+            self.quantised = {name for name in self.linears if linears[name] is not output}
 
     def plan(self) -> MergePlan:
         units = [self._factored(factors) for factors in self.adapter.factors.values()]
@@ -273,8 +273,10 @@ class _Planner:
             unit = self._beside(key, place, leaf)
             assert unit.tensor is not None
             other = units.setdefault(unit.tensor, unit)
-            is_twin = other.rows is unit.rows is None and other.scaling is unit.scaling is None
-            if other.key is not None and not (is_twin and torch.equal(weights.read(other.key), weights.read(key))):
+            if other is unit:
+                continue
+            are_whole = other.rows is unit.rows is None and other.scaling is unit.scaling is None
+            if other.key is None or not (are_whole and torch.equal(weights.read(other.key), weights.read(key))):
                 raise ValueError(
                     f"{weights.path}: tensors {shown(other.key)} and {shown(key)} are both for {unit.tensor} in "
                     f"{self.source.folder}; {_IN_MEMORY}"
@@ -331,9 +333,8 @@ class _Planner:
         """Refuses what would change a tied weight although the adapter has it for one of its layers only. Tokens of the
         input embeddings are trained for all of them."""
         saved = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in self.adapter.other_keys}
-        inputs = self.model.get_input_embeddings()
         for unit in units:
-            is_for_all = unit.rows is not None and self.tensors[unit.name] is inputs.weight
+            is_for_all = unit.rows is not None and self.tensors[unit.name] is self.model.get_input_embeddings().weight
             for other in [] if is_for_all else self._sharing(unit.name):
                 if other != unit.name and other not in saved:
                     raise ValueError(
