@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,21 +122,19 @@ class _Run:
             self.results = {unit.name: out.done[unit.name] for unit in plan.units if unit.name in out.done}
             before = sum(self.sizes[name] for name in self.results)
             left = [unit for unit in plan.units if unit.name not in self.results]
-            bar = _bar(sum(self.sizes.values()), before) if progressbar else None
-            for unit, following in zip(left, [*left[1:], None], strict=True):
-                if following is not None:
-                    source.ahead(following.tensors)
-                try:
-                    self.results[unit.name] = self._write(out, unit)
-                except ValueError:
-                    out.discard()
-                    raise
-                source.release(unit.tensors)
-                out.add(unit.name, self.results[unit.name])
-                if bar is not None:
-                    bar.update(self.sizes[unit.name])
-            if bar is not None:
-                bar.close()
+            with _bar(sum(self.sizes.values()), before) if progressbar else nullcontext() as bar:
+                for unit, following in zip(left, [*left[1:], None], strict=True):
+                    if following is not None:
+                        source.ahead(following.tensors)
+                    try:
+                        self.results[unit.name] = self._write(out, unit)
+                    except ValueError:
+                        out.discard()
+                        raise
+                    source.release(unit.tensors)
+                    out.add(unit.name, self.results[unit.name])
+                    if bar is not None:
+                        bar.update(self.sizes[unit.name])
             for path in small_files(source.folder):
                 out.path(path.name).write_bytes(path.read_bytes())
             out.path("config.json").write_text(_config_text(plan))
