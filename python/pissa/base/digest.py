@@ -107,11 +107,11 @@ def _extended(digest: Any, tensor: Tensor) -> Any:
                 narrow = chunk.to(dtype)
                 if not torch.equal(narrow.to(tensor.dtype), chunk):
                     break
-                extended.update(_bytes(narrow))
+                extended.update(bytes_of(narrow))
             else:
                 return extended
     digest = _header(digest, tensor.dtype, tensor)
-    digest.update(_bytes(tensor))
+    digest.update(bytes_of(tensor))
     return digest
 
 
@@ -120,5 +120,6 @@ def _header(digest: Any, dtype: torch.dtype, tensor: Tensor) -> Any:
     return digest
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,5 +1,6 @@
 """Whole checkpoints on disk, matrix by matrix: none of them is ever in memory.
 
-- `source` a model's folder, mapped
+`files.source` maps the model's folder that is read.
+
 - `planned_file`, `journal`, `output`: a folder that several processes write, and that a killed run goes on with
 """

@@ -34,12 +34,12 @@ from pissa.checkpoints.new_files import (
 )
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
-from pissa.checkpoints.source import INDEX, Source
 from pissa.config import PissaConfig
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.plain_lora import config_text as lora_config_text
 from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.source import INDEX, Source
 from pissa.ops.formats import FORMATS
 
 MEMORY = 10**9
@@ -258,7 +258,7 @@ class _Run:
         for path in small_files(folder):
             out.path(path.name).write_bytes(path.read_bytes())
         out.path("config.json").write_text(config_text(plan))
-        if (index := index_text(plan, self.files)) is not None:
+        if (index := index_text(plan.source, self.files)) is not None:
             out.path(INDEX).write_text(index)
         plan.lora.base_model_name_or_path = str(self.target)
         out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))

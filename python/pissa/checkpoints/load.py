@@ -12,13 +12,13 @@ import torch
 from pissa.checkpoints.fill import fill_packed
 from pissa.checkpoints.mapped_model import mapped_model
 from pissa.checkpoints.residuals import Residuals
-from pissa.checkpoints.source import Source
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder
 from pissa.files.load import restore
 from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD
+from pissa.files.source import Source
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
 from pissa.model.inject import materialise, own_config, warn_of_dropout

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from pissa.checkpoints.packed import LEAVE_PACKED, Entries, packed_key, packed_layers, packed_weights, stack_key
-from pissa.checkpoints.source import Source
 from pissa.files.messages import first_line, shown
+from pissa.files.source import Source
 from pissa.layers.experts import WEIGHTS
 
 GENERATION_CONFIG = "generation_config.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from pissa import ops
 from pissa.base.bitsandbytes_state import entry_layout, to_bitsandbytes
 from pissa.base.start import StartFactors
 from pissa.checkpoints.plan import Plan, PlannedLayer
-from pissa.checkpoints.planned_file import Layout
-from pissa.checkpoints.source import INDEX
-from pissa.config import PissaConfig
+from pissa.config import Form, PissaConfig
 from pissa.conversion.lora_start import INITIAL_FOLDER
+from pissa.files.model_folder import parts_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN
+from pissa.files.safetensors_header import Layout
+from pissa.files.source import INDEX, Source
 
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
 INITIAL_CONFIG = f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}"
@@ -98,19 +99,13 @@ def residual_tensors(
         for name, values in to_bitsandbytes(residual, layer.dtype).items():
             yield file, f"{layer.target}.{name}", values, None
         return
-    row = 0
-    for part in layer.parts:
-        entry = plan.source.entry(part.tensor)
-        shape = entry.shape if part.member is None else entry.shape[1:]
-        rows = residual[row : row + shape[1 if part.transposed else 0]]
-        row += len(rows)
-        values = rows.mT if part.transposed else rows
-        yield entry.path.name, part.tensor, values if part.member is None else values[None], part.member
+    for name, values, member in parts_of(residual, layer.parts, plan.source):
+        yield plan.source.entry(name).path.name, name, values, member
 
 
-def index_text(plan: Plan, files: dict[str, Layout]) -> str | None:
+def index_text(source: Source, files: Mapping[str, Layout]) -> str | None:
     """The index of the new shards, if the checkpoint has one."""
-    if plan.source.index is None:
+    if source.index is None:
         return None
     shards = {name: layout for name, layout in files.items() if name not in (INITIAL_WEIGHTS, PISSA_WEIGHTS)}
     size = sum(layout.size - len(layout.header) for layout in shards.values())
@@ -126,15 +121,26 @@ def config_text(plan: Plan) -> str:
     if not quantised:
         return text
     config = json.loads(text)
-    config["quantization_config"] = _quantization_config(plan, quantised[0])
+    config["quantization_config"] = quantization_config(
+        quantised[0].form, quantised[0].dtype, plan.dense_linears, experts=plan.has_quantised_experts
+    )
     return json.dumps(config, indent=2) + "\n"
 
 
-def _quantization_config(plan: Plan, layer: PlannedLayer) -> dict[str, Any]:
+def quantization_config(
+    form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
+) -> dict[str, Any]:
     """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. With experts in 4 bits, which transformers
-    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing."""
-    in_4_bits = layer.form.kind == "nf4"
-    half = layer.dtype if layer.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing.
+
+    Args:
+        form: of the quantised layers.
+        dtype: of their weights before.
+        dense_linears: the linear layers that are not quantised.
+        experts: whether fused experts are.
+    """
+    in_4_bits = form.kind == "nf4"
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     method = {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": in_4_bits,
@@ -143,14 +149,14 @@ def _quantization_config(plan: Plan, layer: PlannedLayer) -> dict[str, Any]:
         "load_in_8bit": not in_4_bits,
     }
     return {
-        **({"quant_method": "pissa"} if plan.has_quantised_experts else method),
+        **({"quant_method": "pissa"} if experts else method),
         "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": plan.dense_linears,
+        "llm_int8_skip_modules": list(dense_linears),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "bnb_4bit_compute_dtype": str(half).removeprefix("torch."),
         "bnb_4bit_quant_type": "nf4" if in_4_bits else "fp4",
-        "bnb_4bit_use_double_quant": bool(layer.form.double_quant),
+        "bnb_4bit_use_double_quant": bool(form.double_quant),
         "bnb_4bit_quant_storage": "uint8",
     }
 

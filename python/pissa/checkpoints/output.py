@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from pissa.checkpoints import journal
-from pissa.checkpoints.planned_file import Layout, PlannedFile, create, is_finished
+from pissa.checkpoints.planned_file import PlannedFile, create, is_finished
 from pissa.distributed import agree, rank
+from pissa.files.safetensors_header import Layout
 from pissa.files.staged import check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
 
@@ -62,6 +63,7 @@ class Output:
         self._open: dict[str, PlannedFile] = {}
         self._opening = threading.Lock()
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> Output:
         try:
@@ -122,9 +124,16 @@ class Output:
             self._remove()
         agree()
 
+    def discard(self) -> None:
+        """Removes what has been written: no run with these arguments can finish. Of one rank, in the block."""
+        self._remove()
+        with suppress(OSError):  # the folder was there before, or somebody else has put something there
+            for path in self._made:
+                path.rmdir()
+
     def _begin(self) -> None:
         """What one rank does: it takes the folder, and makes the files or finds them."""
-        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if not self._hidden.exists():
             check_unused(self.folder)
         self._hidden.mkdir(parents=True, exist_ok=True)
@@ -141,10 +150,7 @@ class Output:
                 journal.begin(self._records, self._identity)
         except BaseException:
             if new:
-                self._remove()
-                with suppress(OSError):
-                    for path in made:
-                        path.rmdir()
+                self.discard()
             raise
         _take(self._lock, self._hidden, fcntl.LOCK_SH)
 

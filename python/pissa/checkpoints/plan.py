@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import transformers
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
-from pissa.checkpoints.composition import Composition, Part
-from pissa.checkpoints.source import Source
 from pissa.config import Form, PissaConfig
+from pissa.files.composition import Composition, Part
 from pissa.files.expert_layout import check_uniform
-from pissa.files.messages import first_line, shown
+from pissa.files.messages import shown
+from pissa.files.model_folder import matrix_of, meta_model
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.plain_lora import factors_of, lora_config
+from pissa.files.source import Source
 from pissa.layers.experts import UnfusedExperts, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -55,18 +54,12 @@ class PlannedLayer(NamedTuple):
 
     def matrix(self, source: Source) -> Tensor:
         """The weight: a view of the mapped file, if it has one part."""
-        views = [_matrix(source.read(part.tensor), part) for part in self.parts]
-        return views[0] if len(views) == 1 else torch.cat(views)
+        return matrix_of(self.parts, source)
 
     @property
     def tensors(self) -> list[str]:
         """The tensors in which its parts are."""
         return [part.tensor for part in self.parts]
-
-
-def _matrix(tensor: Tensor, part: Part) -> Tensor:
-    matrix = tensor if part.member is None else tensor[part.member]
-    return matrix.mT if part.transposed else matrix
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,12 @@ class Plan:
         if config.quant is None and config.residual is None:
             config.residual = "explicit"
         _check_config(config, experts)
-        model = meta_model(source)
+        model = meta_model(source.folder)
+        if getattr(model.config, "quantization_config", None):
+            raise ValueError(
+                f"{source.folder} is quantised already (quantization_config in config.json); needed: the checkpoint in "
+                "16 or 32 bits"
+            )
         composition = Composition(model, source.names)
         linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
@@ -160,31 +158,6 @@ class Plan:
     def has_quantised_experts(self) -> bool:
         """Whether the residuals of fused experts are quantised."""
         return any(layer.is_expert and layer.form.kind != "explicit" for layer in self.layers.values())
-
-
-def meta_model(source: Source) -> PreTrainedModel:
-    """The model of a checkpoint's config.json, without values.
-
-    Raises:
-        ValueError: it cannot be built, or is quantised already.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source.folder)
-        architecture = (config.architectures or ["none"])[0]
-        kind: Any = getattr(transformers, architecture)
-        with torch.device("meta"):
-            model: PreTrainedModel = kind(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{source.folder / 'config.json'} describes no model that transformers {transformers.__version__} can "
-            f"build: {first_line(error)}"
-        ) from error
-    if getattr(config, "quantization_config", None):
-        raise ValueError(
-            f"{source.folder} is quantised already (quantization_config in config.json); needed: the checkpoint in "
-            "16 or 32 bits"
-        )
-    return model
 
 
 def _check_config(config: PissaConfig, experts: Experts) -> None:

@@ -4,73 +4,19 @@ processes."""
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pissa.files.messages import shown
-from pissa.files.safetensors_header import DTYPES, METADATA, Entry
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from pissa.files.safetensors_header import Layout
 
 _CHUNK = 1 << 26
 """Bytes that are written by one call, or copied at once."""
-
-
-class Layout:
-    """Where the tensors of a file will lie: dtypes of large elements first, so that each tensor is aligned to its
-    elements without holes, which the format forbids; those of one size in the given order.
-
-    Args:
-        tensors: by name, the dtype and the shape.
-        metadata: of the file; transformers wants {"format": "pt"}.
-
-    Raises:
-        ValueError: a dtype that the format does not have, or a name that it reserves.
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
-        places: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
-        end = 0
-        for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
-            dtype, shape = tensors[name][0], tuple(tensors[name][1])
-            if dtype not in _NAMES or name == METADATA:
-                raise ValueError(f"tensor {shown(name)}, {dtype}, has no place in a safetensors file")
-            begin, end = end, end + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-            places[name] = (dtype, shape, begin, end - begin)
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        """The first bytes of the file."""
-        self.size = len(self.header) + end
-        """Bytes of the file."""
-        self._places = places
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors, in the order in which they lie in the file."""
-        return list(self._places)
-
-    def entry(self, path: Path, name: str) -> Entry:
-        """Where the tensor is in the file at `path`.
-
-        Raises:
-            ValueError: no such tensor.
-        """
-        if name not in self._places:
-            raise ValueError(f"{path}: no tensor {shown(name)} is planned")
-        dtype, shape, begin, nbytes = self._places[name]
-        return Entry(path, dtype, shape, len(self.header) + begin, nbytes)
 
 
 def create(files: Mapping[Path, Layout]) -> None:

@@ -19,10 +19,10 @@ from pissa.checkpoints.budget import check_budget
 from pissa.checkpoints.kinds import kinds_of, sample
 from pissa.checkpoints.layer_report import LayerReport, Summary, by_kind, layer_reports
 from pissa.checkpoints.plan import Plan
-from pissa.checkpoints.source import Source
 from pissa.checkpoints.suggestion import Suggestion, suggest
 from pissa.checkpoints.training_memory import ModelSizes, Shape, TrainingMemory, training_memory
 from pissa.config import Form, PissaConfig
+from pissa.files.source import Source
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pissa.cli.arguments import number, positive_int
-from pissa.cli.terminal import UserError, say, silence_third_parties
+from pissa.cli.terminal import UserError, as_size, say, silence_third_parties
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,13 +155,16 @@ def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> No
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
     say("split", f"{args.source}: {kept}, start {args.init}")
     new = done.bytes_read - done.bytes_done_before
-    before = f", {_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
+    before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
     rate = new / done.seconds / 1e9
-    say("read", f"{_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {rate:.2f} GB/s")
+    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {rate:.2f} GB/s")
     if done.memory > args.memory:
-        say("memory", f"{_size(done.memory)}, which {done.largest} needs by itself; --memory is {_size(args.memory)}")
+        say(
+            "memory",
+            f"{as_size(done.memory)}, which {done.largest} needs by itself; --memory is {as_size(args.memory)}",
+        )
     say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
-    say("saved", f"{args.target}: {_size(done.bytes_written)}, the adapter in pissa_init")
+    say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
         say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); no other program reads experts in 4 bits")
     else:
@@ -169,10 +172,3 @@ def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> No
         say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
     for note in notes:
         say("note", note)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

@@ -15,13 +15,18 @@ COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
     "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
+    "merge": "merge an adapter into a checkpoint on disk, in little memory",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
     "env": "report versions and whether everything works",
 }
 
 # What an interrupted command leaves.
-_INTERRUPTED = {"convert": "nothing is written", "init": "the same command goes on with it"}
+_INTERRUPTED = {
+    "convert": "nothing is written",
+    "init": "the same command goes on with it",
+    "merge": "the same command goes on with it",
+}
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.
 _CLI_PACKAGES = ("accelerate", "matplotlib", "peft", "safetensors", "tqdm", "transformers")

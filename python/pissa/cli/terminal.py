@@ -16,6 +16,14 @@ def say(label: str, text: str) -> None:
     print(f"{label:<9} {text}", flush=True)
 
 
+def as_size(count: int) -> str:
+    """A number of bytes, in words."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with aligned columns: the first to the left, the others, which hold numbers, to the right.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -12,16 +13,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pissa.conversion.delta_weight import Converted
 from pissa.conversion.source import PLAIN, Source
 from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
+from pissa.files.scratch import Scratch
 from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
-from pissa.notices import KeptMagnitudesWarning
+from pissa.notices import KeptMagnitudesWarning, UncertainStartWarning
 
 
 class ConvertedLayer(NamedTuple):
@@ -103,7 +106,7 @@ def convert(
     DoRA's magnitudes belong to W + dW in every layout and are kept. With a lower rank dW is approximated, and the
     magnitudes are still those of the old one; the energy is that of dW.
 
-    At the end the files are read back and compared with the source, on random inputs to each layer.
+    One layer at a time is read, converted, written, and compared, read back, with the source, on random inputs.
 
     Args:
         source: folder of an adapter.
@@ -114,7 +117,7 @@ def convert(
         energy: instead of `rank`, the share of ‖dW‖² that each layer keeps, above 0 and at most 1. Each layer has the
             smallest rank that keeps it; the experts of a module have one rank.
         subtracted: whether the source is [B, -B0]·[A ; A0]; None looks.
-        progressbar: show one while the base is decomposed.
+        progressbar: show one on stderr.
 
     Raises:
         ValueError: naming file and tensor or layer, and what is wrong. Nothing has been written then.
@@ -122,7 +125,7 @@ def convert(
     source, target = Path(source), Path(target)
     _check_sizes(rank, energy)
     check_unused(target)
-    found = Source.read(source, base, initial, subtracted, progressbar=progressbar)
+    found = Source.read(source, base, initial, subtracted)
     folder = found.folder
     if found.layout == PLAIN and rank is None and energy is None:
         raise ValueError(
@@ -130,16 +133,26 @@ def convert(
             "a residual; subtracted=True if it is [B, -B0]·[A ; A0]"
         )
 
-    def converted(name: str) -> Converted:  # called twice for a target, since all of them in float64 take much memory
-        return Converted.of(folder.factors[name], found.deltas(name), rank, energy)
-
-    tensors = found.other_tensors()
-    layers, sizes = {}, {}
-    for name, factors in folder.factors.items():
-        part = converted(name)
-        tensors |= factors.pack(part.written)
-        layers[name] = ConvertedLayer(factors.rank, part.rank, part.energy, part.lost)
-        sizes[name] = part.rank, factors.scaling
+    layers, sizes, others, worst = {}, {}, set(folder.other_keys), 0.0
+    with Staged(target) as staged, Scratch(target) as tensors:
+        targets = folder.factors.items()
+        for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
+            deltas = found.deltas(name)
+            part = Converted.of(factors, deltas, rank, energy)
+            for key, tensor in factors.pack(part.written).items():
+                tensors.put(key, tensor)
+            if (key := base_weight_key(name)) in others:
+                tensors.put(key, found.own_weight(name, deltas))
+            worst = max(worst, _checked_error(target, name, part, tensors))
+            layers[name] = ConvertedLayer(factors.rank, part.rank, part.energy, part.lost)
+            sizes[name] = part.rank, factors.scaling
+        for key in others - tensors.keys():
+            tensors.put(key, folder.weights.read(key))
+        paths = staged.path(ADAPTER_CONFIG), staged.path(ADAPTER_WEIGHTS)
+        config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": found.base_name(base)}
+        paths[0].write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_tensors(paths[1], tensors)
+        _check_written(target, LoraFolder.of(*paths), sizes, tensors)
     if folder.config["use_dora"] and any(layer.lost for layer in layers.values()):
         warnings.warn(
             f"{source} has DoRA's magnitudes, which were trained with the change that is now approximated: they are "
@@ -147,14 +160,8 @@ def convert(
             KeptMagnitudesWarning,
             stacklevel=2,
         )
-    config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": found.base_name(base)}
-    with Staged(target) as staged:
-        paths = staged.path(ADAPTER_CONFIG), staged.path(ADAPTER_WEIGHTS)
-        paths[0].write_text(json.dumps(config, indent=2, sort_keys=True))
-        write_tensors(paths[1], tensors)
-        written = LoraFolder.of(*paths)
-        worst = max(_check_written(target, name, converted(name), written) for name in folder.factors)
-        _check_other_tensors(target, tensors, written)
+    if doubt := found.starts.doubt():
+        warnings.warn(doubt, UncertainStartWarning, stacklevel=2)
     return Conversion(found.layout, layers, worst)
 
 
@@ -167,11 +174,10 @@ def _check_sizes(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"energy must be a number above 0 and at most 1, got {energy!r}")
 
 
-def _check_written(target: Path, name: str, part: Converted, written: LoraFolder) -> float:
-    """Compares a target in the files that are about to be those of the folder `target` with the source."""
-    if name not in written.factors:
-        raise ValueError(f"{target} has not been written: layer {name} got lost. Please report this")
-    error = part.error(written.factors[name].scaling, written.matrices(name))
+def _checked_error(target: Path, name: str, part: Converted, written: Mapping[str, Tensor]) -> float:
+    """Compares the factors of a layer, read back from those that are to be in the folder `target`, with the source."""
+    a, b = (written[key].double() for key in part.target.keys)
+    error = part.error(part.target.scaling, list(part.target.unpack(a, b).values()))
     if not error <= 1:
         raise ValueError(
             f"{target} has not been written: in layer {name} the change that was read back differs from that of the "
@@ -180,9 +186,21 @@ def _check_written(target: Path, name: str, part: Converted, written: LoraFolder
     return error
 
 
-def _check_other_tensors(target: Path, tensors: Mapping[str, Tensor], written: LoraFolder) -> None:
-    if set(written.weights.names) != tensors.keys():
-        raise ValueError(f"{target} has not been written: tensors got lost. Please report this")
-    for name in written.other_keys:
+def _check_written(
+    target: Path, written: LoraFolder, sizes: Mapping[str, tuple[int, float]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Checks that the files, which are about to be those of the folder `target`, have these ranks, scalings and
+    tensors."""
+    lost = f"{target} has not been written:"
+    if written.factors.keys() != sizes.keys() or set(written.weights.names) != tensors.keys():
+        raise ValueError(f"{lost} layers or tensors got lost. Please report this")
+    for name, (rank, scaling) in sizes.items():
+        factors = written.factors[name]
+        if factors.rank != rank or not math.isclose(factors.scaling, scaling, rel_tol=1e-12):
+            raise ValueError(
+                f"{lost} layer {name} has rank {factors.rank} and scaling {factors.scaling:g} in its configuration; "
+                f"needed: {rank} and {scaling:g}. Please report this"
+            )
+    for name in tensors:
         if not torch.equal(written.weights.read(name), tensors[name]):
-            raise ValueError(f"{target} has not been written: tensor {shown(name)} was read back with other values")
+            raise ValueError(f"{lost} tensor {shown(name)} was read back with other values. Please report this")

@@ -3,36 +3,40 @@ the initial adapter, if it was saved, or are computed from the base as PEFT does
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-import transformers
-from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.kinds import base_of
 from pissa.base.protocol import Base
+from pissa.conversion.base_model import BaseModel
 from pissa.conversion.delta_weight import DeltaWeight
 from pissa.files.lora_folder import LoraFolder
-from pissa.files.messages import first_line
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices
-from pissa.notices import UncertainStartWarning
 from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum
 
 INITIAL_FOLDER = "pissa_init"
 """The sub-folder of a residual model in which the paper's authors keep the adapter before training."""
 
-Starts = dict[str, Matrices]
-"""A0 [r, in] and B0 [out, r] of each target, float32 or float64. For a target that is missing, B0 A0 is zero."""
+
+class Starts:
+    """The start factors of each target, read or computed when they are asked for. This class is that of an adapter
+    which has none to be compared with."""
+
+    def of(self, target: str) -> Matrices | None:
+        """A0 [r, in] and B0 [out, r], float32 or float64; None if B0 A0 is zero."""
+        return None
+
+    def doubt(self) -> str | None:
+        """A warning, once all have been asked for."""
+        return None
 
 
 def initial_folder(given: str | os.PathLike[str]) -> tuple[Path, Path | None]:
@@ -72,63 +76,81 @@ def start_from_initial(source: LoraFolder, initial: LoraFolder) -> Starts:
                 f"{paths}: layer {target} has factors {initial_shapes} and scaling {theirs.scaling:g} there, {shapes} "
                 f"and {ours.scaling:g} here"
             )
-    starts = {}
-    for target in initial.factors:
-        a0, b0 = initial.matrices(target)[0]
-        if a0.any() and b0.any():
-            starts[target] = a0, b0
-    return starts
+    return InitialStarts(initial)
 
 
-def start_from_base(source: LoraFolder, base: nn.Module, *, progressbar: bool) -> Starts:
+class InitialStarts(Starts):
+    """The factors of an initial adapter."""
+
+    def __init__(self, initial: LoraFolder) -> None:
+        self._initial = initial
+
+    def of(self, target: str) -> Matrices | None:
+        a0, b0 = self._initial.matrices(target)[0]
+        return (a0, b0) if a0.any() and b0.any() else None
+
+
+class BaseStarts(Starts):
     """A0 and B0 as PEFT's exact "pissa" computes them from the weights of `base`, in float32, and subtracts them.
 
     PEFT then rounds them to the base's dtype; that difference is in dA and dB. Embeddings are left out: PEFT starts
     them as a plain LoRA, and leaves their weight as it is.
 
     Raises:
-        ValueError: `base` lacks a layer, or the trained factors did not start from a weight of it.
+        ValueError: `base` lacks a layer; later, in `of`, the trained factors did not start from a weight of it.
     """
-    if source.config.get("layer_replication"):
-        raise ValueError(
-            f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
+
+    def __init__(self, source: LoraFolder, base: BaseModel) -> None:
+        if source.config.get("layer_replication"):
+            raise ValueError(
+                f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
+            )
+        self._source, self._base = source, base
+        bases = {target: _base(source, target, base.model) for target in source.factors}
+        self._embeddings = {target for target, found in bases.items() if found.kind is nn.Embedding}
+        _check_untied(base.model, bases)
+        self._doubts: dict[str, float] = {}
+
+    def of(self, target: str) -> Matrices | None:
+        if target in self._embeddings:
+            return None
+        with self._base.layer(target) as layer:
+            start, doubt = _aligned_start(self._source, target, _checked(self._source, target, layer).matrix())
+        if doubt > _DOUBT:
+            self._doubts[target] = doubt
+        return start
+
+    def doubt(self) -> str | None:
+        if not self._doubts:
+            return None
+        worst = max(self._doubts, key=lambda target: self._doubts[target])
+        return (
+            f"{self._source.weights.path}: in {len(self._doubts)} layers the singular values at the adapter's rank and "
+            f"behind it are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what "
+            f"was learnt, by about {self._doubts[worst]:.0%} in {worst}. If the adapter was not trained on this "
+            "machine, with this torch, give the initial adapter, initial=, with which the conversion is exact"
         )
-    bases = {target: _base(source, base, target) for target in source.factors}
-    _check_untied(base, bases)
-    starts, doubts = {}, {}
-    for target, found in tqdm(bases.items(), desc="PiSSA init") if progressbar else bases.items():
-        if found.kind is not nn.Embedding:
-            starts[target], doubt = _aligned_start(source, target, found.matrix())
-            if doubt > _DOUBT:
-                doubts[target] = doubt
-    if doubts:
-        worst = max(doubts, key=lambda target: doubts[target])
-        warnings.warn(
-            f"{source.weights.path}: in {len(doubts)} layers the singular values at the adapter's rank and behind it "
-            f"are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what was "
-            f"learnt, by about {doubts[worst]:.0%} in {worst}. If the adapter was not trained on this machine, with "
-            "this torch, give the initial adapter, initial=, with which the conversion is exact",
-            UncertainStartWarning,
-            stacklevel=5,
-        )
-    return starts
 
 
 # A larger error of the start, as a part of ‖B A - B0 A0‖, is mentioned.
 _DOUBT = 0.01
 
 
-def _base(source: LoraFolder, model: nn.Module, target: str, what: str = "base") -> Base:
+def _base(source: LoraFolder, target: str, model: nn.Module, what: str = "base") -> Base:
+    """The base that a layer of the model is, with or without values."""
     try:
-        module = model.get_submodule(target)
+        return _checked(source, target, model.get_submodule(target), what)
     except AttributeError:
         raise ValueError(
             f"{source.weights.path}: the {what} has no layer {target}; is it the one that the adapter was trained on?"
         ) from None
-    base, (a, b) = base_of(module), source.matrices(target)[0]
+
+
+def _checked(source: LoraFolder, target: str, layer: nn.Module, what: str = "base") -> Base:
+    base, factors = base_of(layer), source.factors[target]
     if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
-        raise ValueError(f"layer {target} is a {type(module).__name__}, which PEFT starts no PiSSA adapter in")
-    weight, shape = base.parameter, (len(b), a.shape[1])
+        raise ValueError(f"layer {target} is a {type(layer).__name__}, which PEFT starts no PiSSA adapter in")
+    weight, shape = base.parameter, (factors.out, math.prod(factors.row))
     if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
         raise ValueError(
             f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
@@ -173,31 +195,8 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> tuple[Mat
     return (a0, b0), min(error / learnt, 1.0)
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
-
-
-def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
-    """The model of a folder or a name, in the dtype of its files, on the CPU. A model is returned as it is.
-
-    Raises:
-        ValueError: it cannot be loaded, or is a model with an adapter.
-    """
-    if isinstance(base, PeftModel):
-        raise ValueError("base is a PeftModel, in which PiSSA has replaced weights; needed: the unmodified model")
-    if isinstance(base, nn.Module):
-        return base
-    try:
-        architecture = (AutoConfig.from_pretrained(base).architectures or ["none"])[0]
-        kind: Any = getattr(transformers, architecture)
-        return cast(nn.Module, kind.from_pretrained(base, dtype="auto"))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{base} cannot be loaded as a model: {first_line(error)}; load it yourself and give the model"
-        ) from error
-
-
-def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn.Module) -> None:
-    """Compares W_res + s B0 A0 with W, element by element.
+def check_sum(initial: LoraFolder, starts: Starts, residual: BaseModel, base: BaseModel) -> None:
+    """Compares W_res + s B0 A0 with W, element by element, a layer at a time.
 
     They may differ by the rounding of W_res, A0 and B0 to the residual's dtype, in which PEFT keeps all three, and by
     that of the float32 product of r terms that was subtracted.
@@ -205,22 +204,32 @@ def check_sum(initial: LoraFolder, starts: Starts, residual: nn.Module, base: nn
     Raises:
         ValueError: naming the first layer that differs by more.
     """
-    for target, (a0, b0) in starts.items():
-        kept, weight = (
-            _base(initial, model, target, what).matrix().detach().cpu()
-            for model, what in ((residual, "residual model"), (base, "base"))
-        )
-        rank, scaling = initial.factors[target].rank, abs(initial.factors[target].scaling)
-        product = initial.factors[target].scaling * (b0.double() @ a0.double())
-        size = scaling * (b0.double().abs() @ a0.double().abs())
-        unit = torch.finfo(kept.dtype).eps / 2
-        # If W had a wider type than W_res, both come from one rounding of the same number.
-        bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
-            size + weight.double().abs()
-        )
-        error = (kept.double() + product - weight.double()).abs()
-        if (worst := (error / bound.clamp(min=torch.finfo(torch.float64).tiny)).max()) > 1:
-            raise ValueError(
-                f"the residual model and {initial.weights.path} do not add up to the base: in layer {target} they "
-                f"differ by {error.max():.3g}, {worst:.3g} times what rounding explains"
+    for model, what in ((residual, "residual model"), (base, "base")):
+        for target in initial.factors:
+            _base(initial, target, model.model, what)
+    for target in initial.factors:
+        if (start := starts.of(target)) is None:
+            continue
+        with residual.layer(target) as of_residual, base.layer(target) as of_base:
+            kept, weight = (
+                _checked(initial, target, layer, what).matrix().detach().cpu()
+                for layer, what in ((of_residual, "residual model"), (of_base, "base"))
             )
+            _check_sum(initial, target, start, kept, weight)
+
+
+def _check_sum(initial: LoraFolder, target: str, start: Matrices, kept: Tensor, weight: Tensor) -> None:
+    (a0, b0), rank, scaling = start, initial.factors[target].rank, initial.factors[target].scaling
+    product = scaling * (b0.double() @ a0.double())
+    size = abs(scaling) * (b0.double().abs() @ a0.double().abs())
+    unit = torch.finfo(kept.dtype).eps / 2
+    # If W had a wider type than W_res, both come from one rounding of the same number.
+    bound = unit * (kept.double().abs() + weight.double().abs()) + ((rank + 4) * 2.0**-24 + 2 * unit) * (
+        size + weight.double().abs()
+    )
+    error = (kept.double() + product - weight.double()).abs()
+    if (worst := (error / bound.clamp(min=torch.finfo(torch.float64).tiny)).max()) > 1:
+        raise ValueError(
+            f"the residual model and {initial.weights.path} do not add up to the base: in layer {target} they "
+            f"differ by {error.max():.3g}, {worst:.3g} times what rounding explains"
+        )

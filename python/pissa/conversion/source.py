@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from pissa.conversion.base_model import BaseModel
 from pissa.conversion.delta_weight import DeltaWeight
 from pissa.conversion.lora_start import (
+    BaseStarts,
     Starts,
     check_sum,
     initial_folder,
-    load_base,
     residual_of,
-    start_from_base,
     start_from_initial,
 )
 from pissa.files.lora_folder import LoraFolder
@@ -34,8 +35,8 @@ PEFT = "PEFT's PiSSA, its start computed from the base"
 SUBTRACTED = "[B, -B0]·[A ; A0]"
 PLAIN = "a plain LoRA"
 
-# Starts of PEFT's that leave the base as it is.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""The values of PEFT's init_lora_weights that leave the base as it is."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,6 @@ class Source:
         base: Base,
         initial: str | os.PathLike[str] | None,
         subtracted: bool | None,
-        *,
-        progressbar: bool,
     ) -> Source:
         """Reads the folder; the arguments are those of `convert`.
 
@@ -63,36 +62,33 @@ class Source:
             ValueError: a layout that cannot be converted, or arguments that do not fit it.
         """
         folder = LoraFolder.read(path)
-        return Source(folder, *_layout(path, folder, base, initial, subtracted, progressbar))
+        return Source(folder, *_layout(path, folder, base, initial, subtracted))
 
     def deltas(self, target: str) -> list[DeltaWeight]:
         """The delta weights of a target, more than one if they are experts'."""
         scaling = self.folder.factors[target].scaling
         make = DeltaWeight.subtracted if self.layout == SUBTRACTED else DeltaWeight
         deltas = [make(scaling, *pair) for pair in self.folder.matrices(target)]
-        if target in self.starts:
-            a0, b0 = self.starts[target]
+        if (start := self.starts.of(target)) is not None:
+            a0, b0 = start
             deltas = [deltas[0]._replace(start=(a0.double(), b0.double()))]
         return deltas
 
-    def other_tensors(self) -> dict[str, Tensor]:
-        """The tensors beside the factors, for the unmodified base. The weight of an adapted layer, W - s B0 A0, becomes
-        W."""
-        folder = self.folder
-        tensors = {name: folder.weights.read(name) for name in folder.other_keys}
-        for target, (a0, b0) in self.starts.items():
-            factors = folder.factors[target]
-            if (name := base_weight_key(target)) in tensors:
-                weight = tensors[name]
-                product = factors.scaling * (b0.double() @ a0.double())
-                if factors.keys[0].endswith(FACTOR_KEYS[1][0]):  # an embedding's
-                    product = product.mT
-                if product.numel() != weight.numel():
-                    raise ValueError(
-                        f"{folder.weights.path}: tensor {shown(name)} is {list(weight.shape)}, unlike its factors"
-                    )
-                tensors[name] = (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
-        return tensors
+    def own_weight(self, target: str, deltas: Sequence[DeltaWeight]) -> Tensor:
+        """The own weight of an adapted layer, which is in the files, for the unmodified base: W - s B0 A0 becomes W."""
+        name = base_weight_key(target)
+        weight, start = self.folder.weights.read(name), deltas[0].start
+        if start is None or self.layout == SUBTRACTED:
+            return weight
+        a0, b0 = start
+        product = deltas[0].scaling * (b0 @ a0)
+        if self.folder.factors[target].keys[0].endswith(FACTOR_KEYS[1][0]):  # an embedding's
+            product = product.mT
+        if product.numel() != weight.numel():
+            raise ValueError(
+                f"{self.folder.weights.path}: tensor {shown(name)} is {list(weight.shape)}, unlike its factors"
+            )
+        return (weight.double() + product.reshape(weight.shape)).to(weight.dtype).contiguous()
 
     def base_name(self, base: Base) -> str | None:
         """The name of the unmodified base, if it is known; a residual model's is not it."""
@@ -109,21 +105,22 @@ def _layout(
     base: Base,
     initial: str | os.PathLike[str] | None,
     subtracted: bool | None,
-    progressbar: bool,
 ) -> tuple[str, Starts]:
     init = folder.config["init_lora_weights"]
     if (source / PISSA_RECORD).is_file():
-        _check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
-        _check_record(source, folder)
-        return OURS, {}
+        check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
+        forms = {layer.form.kind for layer in read_record(source, folder).layers.values()} - {"implicit"}
+        if forms:
+            warn_of_inexact_lora(forms, stacklevel=4)
+        return OURS, Starts()
     if initial is None:
         initial = residual_of(folder)
     if initial is not None:
-        _check_unused(f"{source} is trained on a residual", subtracted=subtracted)
+        check_unused(f"{source} is trained on a residual", subtracted=subtracted)
         _check_no_parameters(folder)
         return INITIAL, _start_from_initial(folder, initial, base)
     if isinstance(init, str) and init.startswith("pissa"):
-        _check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
+        check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
         _check_no_parameters(folder)
         if init != "pissa":
             raise ValueError(
@@ -136,20 +133,21 @@ def _layout(
                 f"{folder.config_path}: init_lora_weights is 'pissa'; the adapter belongs to W - s B0 A0. Give the "
                 "base W, base=, or the adapter as it was saved before training, initial="
             )
-        return PEFT, start_from_base(folder, load_base(base), progressbar=progressbar)
-    if init not in _PLAIN_STARTS:
+        return PEFT, BaseStarts(folder, BaseModel.of(base, folder.factors))
+    if init not in PLAIN_STARTS:
         raise ValueError(
             f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
             "saved before training, initial="
         )
-    _check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
+    check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_subtracted(folder)
-        return SUBTRACTED, {}
-    return PLAIN, {}
+        return SUBTRACTED, Starts()
+    return PLAIN, Starts()
 
 
-def _check_unused(reason: str, **arguments: object) -> None:
+def check_unused(reason: str, **arguments: object) -> None:
+    """Raises ValueError for an argument that is given."""
     for name, value in arguments.items():
         if value not in (None, False):
             raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
@@ -163,8 +161,12 @@ def _check_no_parameters(folder: LoraFolder) -> None:
         )
 
 
-def _check_record(source: Path, folder: LoraFolder) -> None:
-    """Checks that the plain LoRA is the one that pissa.json describes; warns if it lacks the rounding of a residual."""
+def read_record(source: Path, folder: LoraFolder) -> AdapterRecord:
+    """Reads pissa.json of an adapter of ours, and checks that the plain LoRA is the one that it describes.
+
+    Raises:
+        ValueError: the files are damaged, or do not belong together.
+    """
     record = AdapterRecord.read(source / PISSA_RECORD)
     folder.weights.verify()
     present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
@@ -179,8 +181,7 @@ def _check_record(source: Path, folder: LoraFolder) -> None:
             )
     if present:
         raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
-    if forms := {layer.form.kind for layer in record.layers.values()} - {"implicit"}:
-        warn_of_inexact_lora(forms, stacklevel=5)
+    return record
 
 
 def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base: Base) -> Starts:
@@ -190,7 +191,7 @@ def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base:
     if base is not None:
         if residual is None:
             raise ValueError(f"base is only compared with a residual model, and {path} lies in none: leave base out")
-        check_sum(initial, starts, load_base(residual), load_base(base))
+        check_sum(initial, starts, BaseModel.of(residual, initial.factors), BaseModel.of(base, initial.factors))
     return starts
 
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import Concatenate, Interleave, Transpose, 
 import pissa
 from checkpoint_folders import KINDS, change_config, change_tensors, save
 from pissa.checkpoints.plan import Plan
-from pissa.checkpoints.source import Source
+from pissa.files.source import Source
 from pissa.layers.layer import pissa_layers
 from pissa.model.pissa_model import model_class
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pissa.checkpoints import planned_file
 from pissa.checkpoints.planned_file import Layout, PlannedFile, create, is_finished
-from pissa.checkpoints.source import Source
 from pissa.files.safetensors_header import DTYPES, read_entries
+from pissa.files.source import Source
 
 
 def values() -> dict[str, Tensor]:

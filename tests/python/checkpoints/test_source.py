@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from damage import BYTES, DTYPES, NUMBERS, changed, joined, split
-from pissa.checkpoints.source import INDEX, WEIGHTS, Source
 from pissa.files import safetensors_header
+from pissa.files.source import INDEX, WEIGHTS, Source
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 MB = 1 << 20

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
@@ -234,35 +234,41 @@ def test_a_wrong_file_is_not_left_behind(
     tiny_llama: Make, tokens: Tensor, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path)
-    write = adapters.write_tensors
+    put, write, with_sizes = adapters.Scratch.put, adapters.write_tensors, adapters.with_sizes
 
-    def one_element(path: Path, tensors: dict[str, Tensor]) -> None:
+    def one_element(scratch: adapters.Scratch, name: str, tensor: Tensor) -> None:
+        if name.endswith("0.self_attn.v_proj.lora_B.weight"):
+            tensor = tensor.clone()
+            tensor[1, -1] += 1e-4 * tensor.abs().max()
+        put(scratch, name, tensor)
+
+    def one_factor(path: Path, tensors: Mapping[str, Tensor]) -> None:
         name = next(name for name in tensors if "lora_B" in name)
-        spoilt = tensors[name].clone()
-        spoilt[1, -1] += 1e-4 * spoilt.abs().max()
-        write(path, tensors | {name: spoilt})
+        write(path, {**tensors, name: tensors[name] * (1 + 2.0**-20)})
 
-    def one_bias(path: Path, tensors: dict[str, Tensor]) -> None:
-        write(path, tensors | {name: tensor + 1 for name, tensor in tensors.items() if "lora_" not in name})
+    def one_bias(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        write(path, {name: tensor + ("lora_" not in name) for name, tensor in tensors.items()})
+
+    def one_missing(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        write(path, {name: tensor for name, tensor in tensors.items() if "0.self_attn.v_proj" not in name})
 
     def alpha(config: dict[str, object], sizes: dict[str, object]) -> dict[str, object]:
         found = with_sizes(config, sizes)
         return found | {"lora_alpha": found["lora_alpha"] * (1 + 1e-6)}
 
-    with_sizes = adapters.with_sizes
-    for function, planted in [("write_tensors", one_element), ("with_sizes", alpha)]:
+    for place, function, planted, message in [
+        (adapters.Scratch, "put", one_element, r"in layer .*0\.self_attn\.v_proj .* differs from that of the source"),
+        (adapters, "write_tensors", one_factor, r"tensor '.*lora_B\.weight' was read back with other values"),
+        (adapters, "write_tensors", one_missing, "layers or tensors got lost"),
+        (adapters, "with_sizes", alpha, "has rank . and scaling .* in its configuration; needed"),
+        (adapters.Converted, "error", lambda *_: math.nan, "in layer .* by nan times what rounding allows"),
+    ]:
         with monkeypatch.context() as patch:
-            patch.setattr(adapters, function, planted)
+            patch.setattr(place, function, planted)
             for source, fields in [(trained.adapter, {"initial": trained.initial}), (ours, {}), (ours, {"rank": 3})]:
-                with pytest.raises(
-                    ValueError, match=r"has not been written: in layer .* differs from that of the source"
-                ):
+                with pytest.raises(ValueError, match=f"has not been written: .*{message}"):
                     pissa.convert(source, tmp_path / "new" / "lora", **fields)
                 assert not (tmp_path / "new").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(adapters.Converted, "error", lambda *_: math.nan)
-        with pytest.raises(ValueError, match=r"has not been written: in layer .* by nan times what rounding allows"):
-            pissa.convert(ours, tmp_path / "new" / "lora")
     saved = train_pissa(tiny_llama(), tokens, tmp_path / "saved", modules_to_save=["norm"])
     monkeypatch.setattr(adapters, "write_tensors", one_bias)
     with pytest.raises(ValueError, match=r"tensor 'base_model\.model\..*norm\.weight' was read back with other values"):

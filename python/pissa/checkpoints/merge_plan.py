@@ -1,0 +1,382 @@
+"""What becomes of each tensor of a checkpoint when an adapter is merged into it, by names and shapes alone. What cannot
+be merged is refused here, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pissa.base.bitsandbytes import from_state
+from pissa.base.bitsandbytes_state import entry_layout
+from pissa.base.kinds import adopted
+from pissa.checkpoints.packed import packed_layers
+from pissa.config import IMPLICIT, Form
+from pissa.files.composition import Composition, Part
+from pissa.files.lora_folder import LoraFactors, LoraFolder
+from pissa.files.messages import shown
+from pissa.files.model_folder import meta_model
+from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key
+from pissa.files.safetensors_header import Layout
+from pissa.files.source import Source
+from pissa.ops.checks import FLOATS
+
+
+class MergedLayer(NamedTuple):
+    """A layer whose weight changes, or the form in which it is kept."""
+
+    name: str
+    """In the model. Each matrix of fused experts is a layer."""
+    parts: tuple[Part, ...]
+    """What its matrix [out, in] consists of, one below the other."""
+    entries: Mapping[str, str]
+    """If the checkpoint has its weight in codes: the tensors of bitsandbytes' entries, by the entries' names."""
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """Of the dense weight."""
+    form: Form
+    """How it is written: IMPLICIT for dense."""
+    transposed: bool = False
+    """Whether the module's own weight is [in, out]."""
+    own_key: str | None = None
+    """The adapter's tensor that the adapter was trained on in the place of the checkpoint's weight."""
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of the checkpoint that it is read from."""
+        return list(self.entries.values()) or [part.tensor for part in self.parts]
+
+    @property
+    def target(self) -> str:
+        """What its module is called in the new checkpoint, if it is written in codes."""
+        own = self.parts[0].tensor.removesuffix(".weight")
+        return own if len(self.parts) == 1 and own != self.parts[0].tensor else self.name
+
+
+class Unit(NamedTuple):
+    """What is done at once: all layers of a pair of factors, a layer without any, or one other tensor."""
+
+    name: str
+    layers: tuple[MergedLayer, ...] = ()
+    factors: LoraFactors | None = None
+    tensor: str | None = None
+    """The other tensor; it is copied, unless there is a key."""
+    key: str | None = None
+    """The adapter's tensor that takes its place."""
+    rows: tuple[int, ...] | None = None
+    """The rows whose place the adapter's tensor takes, if not all."""
+    scaling: float | None = None
+    """With it, the adapter's tensor is added."""
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of the checkpoint that it is made of."""
+        found = [tensor for layer in self.layers for tensor in layer.tensors]
+        return list(dict.fromkeys([*found, *([self.tensor] if self.tensor else [])]))
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is to be done with a checkpoint."""
+
+    source: Source
+    units: list[Unit]
+    """In the order of the files."""
+    files: dict[str, Layout]
+    """The new safetensors files, by name."""
+    form: Form
+    dense_linears: list[str]
+    """The linear layers of the model that are dense in the new checkpoint."""
+
+    @staticmethod
+    def of(source: Source, adapter: LoraFolder, form: Form) -> MergePlan:
+        """The plan for a checkpoint.
+
+        Args:
+            form: how the linear layers, without the output layer, are written: IMPLICIT for dense.
+
+        Raises:
+            ValueError: a checkpoint that cannot be read, or what cannot be merged, naming the layer or the tensor.
+        """
+        return _Planner(source, adapter, form).plan()
+
+    @property
+    def layers(self) -> dict[str, MergedLayer]:
+        """All layers, by name."""
+        return {layer.name: layer for unit in self.units for layer in unit.layers}
+
+
+class _Planner:
+    def __init__(self, source: Source, adapter: LoraFolder, form: Form) -> None:
+        self.source, self.adapter, self.form = source, adapter, form
+        self.model: Any = meta_model(source.folder)
+        self.packed = packed_layers(source.names)
+        self.codes = {tensor for entries in self.packed.values() for tensor in entries.values()}
+        beside = self.codes - {f"{name}.weight" for name in self.packed}
+        self.composition = Composition(self.model, [name for name in source.names if name not in beside])
+        self.tensors = dict(
+            [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        )
+        self.sharing: dict[int, list[str]] = {}
+        for name, value in self.tensors.items():
+            self.sharing.setdefault(id(value), []).append(name)
+        linears = {name: module for name, module in self.model.named_modules() if type(module) is nn.Linear}
+        self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
+        self.quantised: set[str] = set()
+        if form != IMPLICIT:  # as transformers does it, which quantises no output layer
+            output = self.model.get_output_embeddings()
+            self.quantised = {name for name in self.linears if linears[name] is not output}
+
+    def plan(self) -> MergePlan:
+        units = [self._factored(factors) for factors in self.adapter.factors.values()]
+        adapted = {layer.name for unit in units for layer in unit.layers}
+        for name in self.linears if self.packed else self.quantised:
+            if name not in adapted:
+                layer = self._layer(name, False, 2)
+                units += [Unit(name, (layer,))] if layer.entries or layer.form != IMPLICIT else []
+        units += self._beside_factors(adapted)
+        self._check_changed_once(units)
+        changed = {tensor for unit in units for tensor in unit.tensors}
+        if left := sorted(self.codes - changed):
+            raise ValueError(
+                f"{self.source.entry(left[0]).path}: tensor {shown(left[0])} is a part of codes of which only "
+                f"pissa.load makes a model; {_IN_MEMORY}"
+            )
+        units += [Unit(f"copy {name}", tensor=name) for name in self.source.names if name not in changed]
+        places = {name: number for number, name in enumerate(self.source.names)}
+        units.sort(key=lambda unit: min(places[tensor] for tensor in unit.tensors))
+        dense = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and name not in self.quantised
+        ]
+        return MergePlan(self.source, units, self._files(units), self.form, dense)
+
+    def _sharing(self, name: str) -> list[str]:
+        """The names of all parameters that are this one."""
+        return self.sharing[id(self.tensors[name])]
+
+    # -- layers
+
+    def _factored(self, factors: LoraFactors) -> Unit:
+        path, _, leaf = factors.target.rpartition(".")
+        is_fused = factors.layers[0] == f"{path}.0.{leaf}"
+        layers = self._experts(path, leaf, factors) if is_fused else (self._adapted(factors),)
+        needed = (factors.out, math.prod(factors.row))
+        if layers[0].shape != needed:
+            raise ValueError(
+                f"layer {layers[0].name} is {list(layers[0].shape)} in {self.source.folder}, and its factors in "
+                f"{self.adapter.weights.path} are for {list(needed)}: it is not the base of the adapter"
+            )
+        return Unit(factors.target, layers, factors)
+
+    def _adapted(self, factors: LoraFactors) -> MergedLayer:
+        """The layer of factors that are not those of fused experts."""
+        name = factors.layers[0]
+        module = self._module(name)
+        try:
+            base = adopted(module)
+        except TypeError as error:
+            raise ValueError(f"layer {name} is {error}; {_IN_MEMORY}") from None
+        if base is None and factors.target == name:
+            raise ValueError(f"layer {name} is a {type(module).__name__}, which is not known here; {_IN_MEMORY}")
+        kind = nn.Linear if base is None else base.kind
+        if others := [other for other in self._sharing(f"{name}.weight") if other != f"{name}.weight"]:
+            raise ValueError(
+                f"layer {name} shares its weight with {others[0]}, which would change too; {_IN_MEMORY}, or untie them "
+                "in the checkpoint first"
+            )
+        if self.adapter.config["use_dora"] and kind not in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"layer {name} is a {type(module).__name__}, and use_dora is for linear layers; {_IN_MEMORY}"
+            )
+        key = base_weight_key(name)
+        layer = self._layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
+        return layer._replace(own_key=key if key in self.adapter.other_keys else None)
+
+    def _experts(self, path: str, leaf: str, factors: LoraFactors) -> tuple[MergedLayer, ...]:
+        module, key = self._module(path), f"{path}.{leaf}"
+        weights = getattr(module, leaf, None)
+        if not isinstance(weights, nn.Parameter) or weights.dim() != 3 or len(weights) != len(factors.layers):
+            raise ValueError(
+                f"{self.adapter.weights.path} has factors of {len(factors.layers)} experts for {key}, which the model "
+                f"in {self.source.folder} does not have"
+            )
+        with self._blamed(key):
+            stack = self.composition.stack(key, len(weights), module.is_transposed)
+        return tuple(
+            MergedLayer(name, parts, {}, *self._shape(name, parts, 2), IMPLICIT)
+            for name, parts in zip(factors.layers, stack, strict=True)
+        )
+
+    def _layer(self, name: str, transposed: bool, dimensions: int) -> MergedLayer:
+        with self._blamed(name):
+            parts = self.composition.matrix(f"{name}.weight", transposed)
+            form = self.form if name in self.quantised else IMPLICIT
+            entries = self.packed.get(parts[0].tensor.removesuffix(".weight"), {})
+            if not entries:
+                return MergedLayer(name, parts, {}, *self._shape(name, parts, dimensions), form, transposed)
+            weight = from_state({entry: self.source.read(tensor) for entry, tensor in entries.items()})
+            return MergedLayer(name, parts, entries, weight.shape, self.model.config.dtype or torch.float32, form)
+
+    def _shape(self, name: str, parts: tuple[Part, ...], dimensions: int) -> tuple[tuple[int, int], torch.dtype]:
+        """The shape of the matrix that the tensors make, and their dtype."""
+        entries = [self.source.entry(part.tensor) for part in parts]
+        rows, columns = 0, set()
+        for part, entry in zip(parts, entries, strict=True):
+            shape = entry.shape if part.member is None else entry.shape[1:]
+            if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype or len(shape) != dimensions:
+                raise ValueError(
+                    f"{entry.path}: tensor {shown(part.tensor)} of layer {name} is {entry.dtype} {list(entry.shape)}; "
+                    f"needed: float32, bfloat16 or float16, one for a layer, and {dimensions} dimensions for a matrix"
+                )
+            out, inner = (shape[1], shape[0]) if part.transposed else (shape[0], math.prod(shape[1:]))
+            rows += out
+            columns.add(inner)
+        if len(columns) > 1:
+            raise ValueError(f"layer {name} is made of tensors with {sorted(columns)} columns; needed: one number")
+        return (rows, columns.pop()), entries[0].dtype
+
+    def _module(self, name: str) -> Any:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"the model in {self.source.folder} has no layer {name}, which {self.adapter.weights.path} adapts: it "
+                "is not the base of the adapter"
+            ) from None
+
+    @contextmanager
+    def _blamed(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.source.folder}: layer {name}: {error}") from error
+
+    # -- what the adapter holds beside factors
+
+    def _beside_factors(self, adapted: set[str]) -> list[Unit]:
+        """The units of tensors that were trained beside the factors, or that PEFT has saved with them."""
+        weights, units = self.adapter.weights, dict[str, Unit]()
+        of_layers = {base_weight_key(name) for name in adapted}
+        for key in self.adapter.other_keys:
+            place, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+            if key in of_layers or MAGNITUDE in (leaf, place.rpartition(".")[2]):
+                continue
+            unit = self._beside(key, place, leaf)
+            assert unit.tensor is not None
+            other = units.setdefault(unit.tensor, unit)
+            if other is unit:
+                continue
+            are_whole = other.rows is unit.rows is None and other.scaling is unit.scaling is None
+            if other.key is None or not (are_whole and torch.equal(weights.read(other.key), weights.read(key))):
+                raise ValueError(
+                    f"{weights.path}: tensors {shown(other.key)} and {shown(key)} are both for {unit.tensor} in "
+                    f"{self.source.folder}; {_IN_MEMORY}"
+                )
+        self._check_shared(list(units.values()))
+        return list(units.values())
+
+    def _beside(self, key: str, place: str, leaf: str) -> Unit:
+        path, shape = self.adapter.weights.path, self.adapter.weights.shape(key)
+        rows, scaling = None, None
+        if leaf == "trainable_tokens_delta":
+            place = place.removesuffix(".token_adapter")
+            name, rows = f"{place}.weight", self._rows(place)
+        elif place.endswith(".lora_B") and leaf == "bias":
+            place = place.removesuffix(".lora_B")
+            name, scaling = f"{place}.bias", self.adapter.factors[place].scaling
+        else:
+            name = f"{place.removesuffix('.base_layer').removesuffix('.token_adapter')}.{leaf}"
+        if name not in self.tensors:
+            raise ValueError(f"{path}: tensor {shown(key)} is for no tensor of the model in {self.source.folder}")
+        with self._blamed(name):
+            parts = self.composition.matrix(self._stored_name(name), transposed=False)
+        entry = self.source.entry(parts[0].tensor)
+        needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.codes:
+            raise ValueError(
+                f"{path}: tensor {shown(key)} is {list(shape)}; needed: {list(needed)}, for {parts[0].tensor} in "
+                f"{self.source.folder}. An embedding that was resized, or a weight that is not one dense tensor of the "
+                f"checkpoint, cannot be replaced there; {_IN_MEMORY}"
+            )
+        return Unit(name, tensor=parts[0].tensor, key=key, rows=rows, scaling=scaling)
+
+    def _rows(self, place: str) -> tuple[int, ...]:
+        """The rows of an embedding that are trained."""
+        indices = self.adapter.config.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            indices = next((value for name, value in indices.items() if f".{place}".endswith(f".{name}")), None)
+        if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
+            raise ValueError(
+                f"{self.adapter.config_path}: trainable_token_indices is {shown(indices)}; needed: the rows of {place} "
+                f"that {self.adapter.weights.path} has values of"
+            )
+        return tuple(indices)
+
+    def _stored_name(self, name: str) -> str:
+        """The name of a tied parameter under which the checkpoint has it."""
+        for other in [name, *self._sharing(name)]:
+            with suppress(ValueError):
+                self.composition.matrix(other, transposed=False)
+                return other
+        return name
+
+    def _check_shared(self, units: list[Unit]) -> None:
+        """Refuses what would change a tied weight although the adapter has it for one of its layers only. Tokens of the
+        input embeddings are trained for all of them."""
+        saved = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in self.adapter.other_keys}
+        for unit in units:
+            is_for_all = unit.rows is not None and self.tensors[unit.name] is self.model.get_input_embeddings().weight
+            for other in [] if is_for_all else self._sharing(unit.name):
+                if other != unit.name and other not in saved:
+                    raise ValueError(
+                        f"{self.adapter.weights.path}: tensor {shown(unit.key)} is for {unit.name}, which shares its "
+                        f"values with {other} in {self.source.folder}; {_IN_MEMORY}"
+                    )
+
+    def _check_changed_once(self, units: list[Unit]) -> None:
+        """Raises ValueError if two units write to a tensor."""
+        for tensor, count in Counter(tensor for unit in units for tensor in unit.tensors).items():
+            if count > 1:
+                names = [unit.name for unit in units if tensor in unit.tensors]
+                raise ValueError(
+                    f"{self.source.entry(tensor).path}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
+                    f"{_IN_MEMORY}"
+                )
+
+    # -- files
+
+    def _files(self, units: list[Unit]) -> dict[str, Layout]:
+        files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {path.name: {} for path in self.source.paths}
+        changed = {layer.tensors[0]: layer for unit in units for layer in unit.layers if _changes_form(layer)}
+        gone = {tensor for layer in changed.values() for tensor in layer.tensors}
+        for name in self.source.names:
+            entry = self.source.entry(name)
+            if (layer := changed.get(name)) is not None:
+                files[entry.path.name] |= _tensors(layer)
+            elif name not in gone:
+                files[entry.path.name][name] = (entry.dtype, entry.shape)
+        return {name: Layout(tensors, {"format": "pt"}) for name, tensors in files.items()}
+
+
+_IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
+
+
+def _changes_form(layer: MergedLayer) -> bool:
+    return bool(layer.entries) or layer.form != IMPLICIT
+
+
+def _tensors(layer: MergedLayer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors that a layer which changes its form is written in."""
+    if layer.form == IMPLICIT:
+        return {layer.parts[0].tensor: (layer.dtype, layer.shape)}
+    entries = entry_layout(layer.form, layer.shape, layer.dtype)
+    return {f"{layer.target}.{name}": kind for name, kind in entries.items()}

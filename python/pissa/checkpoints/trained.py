@@ -1,0 +1,277 @@
+"""The weights that an adapter was trained to: for each layer the base function of the training, and the change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pissa import ops
+from pissa.base.bitsandbytes import from_state
+from pissa.base.digest import Fingerprint, is_fingerprint
+from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Origin, StartFactors
+from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
+from pissa.checkpoints.merge_plan import MergedLayer, Unit
+from pissa.config import IMPLICIT
+from pissa.conversion.lora_start import INITIAL_FOLDER, residual_of, start_from_initial
+from pissa.conversion.source import OURS, PLAIN_STARTS, check_unused, read_record
+from pissa.conversion.source import Source as Foreign
+from pissa.files.checkpoint import Checkpoint
+from pissa.files.lora_folder import LoraFolder
+from pissa.files.model_folder import matrix_of
+from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
+from pissa.files.pissa_layout import PISSA_RECORD, read_stored
+from pissa.files.source import Source
+from pissa.layers.dora import Magnitude
+from pissa.notices import OtherRoundingWarning, PissaWarning, UncertainStartWarning
+from pissa.ops import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
+"""The matrix [out, in] of a layer, as the checkpoint has it."""
+
+
+class Trained(NamedTuple):
+    """The weight that a layer was trained to."""
+
+    layer: MergedLayer
+    weight: Tensor
+    """float32 [out, in]; it is the caller's."""
+    change: float
+    """‖change‖², Frobenius."""
+
+
+class Base(NamedTuple):
+    """The base function of a layer."""
+
+    weight: Tensor
+    """float32 [out, in]; it is the caller's."""
+    product: Callable[[Tensor], Tensor]
+    """x Wᵀ."""
+
+
+class Adapter:
+    """An adapter in a folder, for the layers of a checkpoint."""
+
+    def __init__(self, folder: LoraFolder, source: Source, what: str) -> None:
+        self.folder, self.source = folder, source
+        self.what = what
+        """What it is, in words."""
+
+    def factors(self, target: str) -> list[Matrices]:
+        """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
+        return [(a.float(), b.float()) for a, b in self.folder.matrices(target)]
+
+    def scaling(self, layer: MergedLayer, target: str) -> float:
+        """The factor of their product."""
+        return self.folder.factors[target].scaling
+
+    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Base:
+        """The base function."""
+        return _dense(weight)
+
+    def lengths(self, layer: MergedLayer, weight: Tensor) -> Tensor:
+        """With DoRA, the lengths of the base's rows."""
+        found: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        return found
+
+    def own_weight(self, layer: MergedLayer, target: str) -> Tensor:
+        """The weight that the adapter's file has in the place of the checkpoint's, in the module's shape."""
+        assert layer.own_key is not None
+        return self.folder.weights.read(layer.own_key)
+
+    def doubts(self) -> list[PissaWarning]:
+        """What is to be known of the weights, once all have been asked for."""
+        return []
+
+    def trained(self, unit: Unit) -> Iterator[Trained]:
+        """The layers of a unit, one at a time; without gradients.
+
+        Raises:
+            ValueError: the checkpoint is not the base that the adapter was trained on, naming the layer.
+        """
+        factors = None if unit.factors is None else self.factors(unit.factors.target)
+        for index, layer in enumerate(unit.layers):
+            weight = read_weight(layer, self.source)
+            if factors is None or unit.factors is None:
+                yield Trained(layer, _dense(weight).weight, 0.0)
+                continue
+            target, (a, b) = unit.factors.target, factors[index]
+            if layer.own_key is not None:
+                own = self.own_weight(layer, target).to(layer.dtype)
+                weight = own.mT if layer.transposed else own.flatten(1)
+            yield self._trained(layer, target, weight, a.contiguous(), b.contiguous())
+
+    def _trained(self, layer: MergedLayer, target: str, weight: Weight, a: Tensor, b: Tensor) -> Trained:
+        base, scaling = self.base(layer, weight, (a, b)), self.scaling(layer, target)
+        delta = (b @ a).mul_(scaling)  # as PissaLayer.delta_matrix rounds it
+        if self.folder.config["use_dora"]:
+            magnitude = self._magnitude(layer, base.weight)
+            scale = magnitude.scale(b, a, base.product(a), scaling)
+            delta = scale[:, None] * (base.weight + delta) - base.weight
+        change = float(torch.linalg.vector_norm(delta)) ** 2
+        return Trained(layer, base.weight.add_(delta), change)
+
+    def _magnitude(self, layer: MergedLayer, weight: Tensor) -> Magnitude:
+        key = magnitude_key(layer.name)
+        key = key if key in self.folder.weights.names else f"{key}.weight"
+        lengths = self.folder.weights.read(key).float()
+        magnitude = Magnitude(lengths)
+        magnitude.set(lengths, self.lengths(layer, weight))
+        return magnitude
+
+
+class Converted(Adapter):
+    """An adapter of another tool for the unmodified base, as `pissa.convert` reads it."""
+
+    def __init__(self, found: Foreign, source: Source) -> None:
+        super().__init__(found.folder, source, found.layout)
+        self._found = found
+
+    def factors(self, target: str) -> list[Matrices]:
+        pairs = (delta.factors() for delta in self._found.deltas(target))
+        return [(a.float(), b.float()) for a, b in pairs]
+
+    def own_weight(self, layer: MergedLayer, target: str) -> Tensor:
+        return self._found.own_weight(target, self._found.deltas(target))
+
+    def doubts(self) -> list[PissaWarning]:
+        text = self._found.starts.doubt()
+        return [] if text is None else [UncertainStartWarning(text)]
+
+
+class Ours(Adapter):
+    """An adapter of pissa, with the base function that it was trained on: a stored residual is computed once more, or
+    is the checkpoint's own.
+
+    Args:
+        residuals: the layers of which the checkpoint has residuals.
+
+    Raises:
+        ValueError: the files are damaged, or do not belong together, or to this checkpoint.
+    """
+
+    def __init__(self, path: Path, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
+        super().__init__(folder, source, OURS)
+        self._records = read_record(path, folder).layers
+        self._checkpoint = Checkpoint.read(path)
+        self._checkpoint.starts.verify()
+        self._residuals = residuals
+        self._rounded: list[str] = []
+        for name in residuals:
+            if name not in self._records:
+                raise ValueError(
+                    f"{path} does not adapt layer {name}, of which {source.folder} has a residual: it was not trained "
+                    "on it; give the base that it was trained on"
+                )
+            if self._records[name].form == IMPLICIT:
+                raise ValueError(
+                    f"{path} was trained on the unmodified base, and {source.folder} has a residual of layer {name}: "
+                    "give the unmodified base"
+                )
+
+    def scaling(self, layer: MergedLayer, target: str) -> float:
+        return self._records[layer.name].scaling
+
+    def lengths(self, layer: MergedLayer, weight: Tensor) -> Tensor:
+        return self._checkpoint.starts.read(f"{layer.name}.norm")
+
+    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Base:
+        name, record = layer.name, self._records[layer.name]
+        if name in self._residuals:
+            if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
+                raise ValueError(self._another(layer, "residual"))
+            return self._stored(layer, weight, factors)
+        saved = read_stored(name, record, layer.shape, self._checkpoint.starts, torch.device("cpu"))
+        if saved is not None:
+            return self._stored(layer, saved, factors)
+        dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
+        if not is_fingerprint(record.weight, dense):
+            raise ValueError(self._another(layer, "weight"))
+        if record.form == IMPLICIT:
+            return _dense(weight)
+        # The dtype in which the model was loaded is that of an explicit residual.
+        start = self._start(name, factors)
+        found = [residuals_of([one], [start], record.form, [name])[0] for one in (dense, dense.float())]
+        exact = [one for one in found if is_fingerprint(record.stored, *residual_tensors(one).values())]
+        if not exact:
+            self._rounded.append(name)
+        return self._stored(layer, [*exact, *found][0], factors)
+
+    def doubts(self) -> list[PissaWarning]:
+        if not self._rounded:
+            return []
+        return [
+            OtherRoundingWarning(
+                f"The residual of {len(self._rounded)} layers, {self._rounded[0]} the first, differs in some bits from "
+                f"the one that {self._checkpoint.folder} was trained with: this machine rounds differently. The merged "
+                "function is the same up to the rounding of a few weights."
+            )
+        ]
+
+    def _another(self, layer: MergedLayer, what: str) -> str:
+        return (
+            f"{self.source.folder} is not the base that {self._checkpoint.folder} was trained on: the {what} of layer "
+            f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
+            f"convert the adapter to a plain LoRA first"
+        )
+
+    def _start(self, name: str, factors: Matrices) -> StartFactors:
+        """The factors that the residual of a layer lacks."""
+        config, record = self._checkpoint.config, self._records[name]
+        identity = INIT_METHODS[config.init].identity(config)
+        origin = Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
+        return self._checkpoint.read_layer(name, *factors, origin).base
+
+    def _stored(self, layer: MergedLayer, residual: Weight, factors: Matrices) -> Base:
+        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(self._records[layer.name].weight))
+        stored = stored_linear(replaced, residual, self._start(layer.name, factors), torch.uint8)
+        return Base(stored.matrix(), stored.product)
+
+
+def read_adapter(path: Path, source: Source, initial: str | os.PathLike[str] | None) -> Adapter:
+    """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
+
+    Raises:
+        ValueError: it cannot be read, or does not belong to the checkpoint.
+    """
+    folder = LoraFolder.read(path)
+    is_residual = (source.folder / INITIAL_FOLDER / ADAPTER_CONFIG).is_file()
+    at_start = LoraFolder.read(source.folder / INITIAL_FOLDER) if is_residual else None
+    if (path / PISSA_RECORD).is_file():
+        check_unused(f"{path} is an adapter of pissa", initial=initial)
+        layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
+        return Ours(path, folder, source, layers)
+    init = folder.config["init_lora_weights"]
+    if at_start is not None:
+        check_unused(f"{source.folder} has the initial adapter itself", initial=initial)
+        if init not in PLAIN_STARTS:
+            raise ValueError(
+                f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base, and {source.folder} is "
+                "a residual: an adapter on it starts from its pissa_init"
+            )
+        start_from_initial(folder, at_start)  # checks that it can be the start of this one
+        return Adapter(folder, source, ON_RESIDUAL)
+    has_start = initial is not None or residual_of(folder) is not None
+    base = source.folder if isinstance(init, str) and init.startswith("pissa") and not has_start else None
+    return Converted(Foreign.read(path, base, initial, None), source)
+
+
+ON_RESIDUAL = "an adapter on a residual, which is the base"
+
+
+def read_weight(layer: MergedLayer, source: Source) -> Weight:
+    """The matrix of a layer, a view of the mapped file if it is one tensor there."""
+    if layer.entries:
+        return from_state({entry: source.read(tensor) for entry, tensor in layer.entries.items()})
+    return matrix_of(layer.parts, source).flatten(1)
+
+
+def _dense(weight: Weight) -> Base:
+    if isinstance(weight, QuantizedWeight):
+        return Base(ops.dequantize(weight), lambda x: ops.linear(x, weight))
+    return Base(weight.to(torch.float32, copy=True), lambda x: ops.linear(x, weight))

@@ -1,0 +1,113 @@
+"""`pissa merge`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pissa
+from language_models import train
+from pissa.cli import main
+from tiny_model import save_tiny_model
+
+TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(base), r=4)
+    train(model, TOKENS)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["merge", str(adapter), "--base", str(base), str(out)]) == 0
+    captured = capsys.readouterr()
+    assert f"adapter   {adapter}: an adapter of pissa, 14 layers\n" in captured.out
+    assert re.search(r"^read      \d+(\.\d)? kB; \d+\.\d s, \d\.\d\d GB/s$", captured.out, flags=re.MULTILINE)
+    assert "error     dense: 0.000% of the weights' norm, 0.000% of the change's\n" in captured.out
+    assert f"saved     {out}: " in captured.out
+    assert "PiSSA merge: 100%" in captured.err
+    AutoTokenizer.from_pretrained(out)
+    merged = pissa.PissaModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    found = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in merged.state_dict().items())
+
+
+def test_codes_and_json(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["merge", str(adapter), "--base", str(base), "--quant", "nf4"]
+    assert main([*options, str(tmp_path / "a"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["layers"] == report["quantised"] == 14
+    assert report["what"] == "an adapter of pissa"
+    assert 0.01 < report["error"] < 0.2
+    assert main([*options, str(tmp_path / "b")]) == 0
+    line = (
+        f"14 layers in nf4: {report['error']:.3%} of the weights' norm, {report['error_of_change']:.3%} of the change's"
+    )
+    assert f"error     {line}\n" in capsys.readouterr().out
+    assert "model.layers.0.self_attn.q_proj.weight.absmax" in load_file(tmp_path / "a" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter": "nowhere"}, r"nowhere is missing; needed: an adapter's folder"),
+        ({"base": "nowhere"}, r"'nowhere' is no model: there is no such folder"),
+        ({"options": ["--initial", "x"]}, r"is an adapter of pissa; initial is of no use with it: leave it out"),
+    ],
+    ids=["adapter", "base", "initial"],
+)
+def test_refusals_are_one_line(
+    change: dict[str, object],
+    message: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = change.get("options", [])
+    assert isinstance(options, list)
+    places = [str(change.get("adapter", adapter)), "--base", str(change.get("base", base)), str(tmp_path / "out")]
+    assert main(["merge", *places, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"pissa merge: .*{message}.*\n", captured.err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_is_interrupted_goes_on(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pissa.checkpoints import merge
+
+    options = ["merge", str(adapter), "--base", str(base), str(tmp_path / "out")]
+    quantise, calls = merge.parts_of, []
+
+    def interrupted(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return quantise(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "parts_of", interrupted)
+        assert main(options) == 130
+    assert capsys.readouterr().err.endswith("pissa merge: interrupted; the same command goes on with it\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
+    assert main(options) == 0
+    assert " by an earlier run; " in capsys.readouterr().out
