@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pissa.files.messages import shown
 from pissa.files.safetensors_header import DTYPES, METADATA, Entry
+from pissa.files.staged import flush_folder
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -94,6 +95,8 @@ def create(files: Mapping[Path, Layout]) -> None:
         finally:
             os.close(handle)
         missing[path] = 0
+    for folder in {path.parent for path in files}:
+        flush_folder(folder)
 
 
 def is_finished(path: Path, layout: Layout) -> bool:
