@@ -145,7 +145,10 @@ class Output:
                 check_unused(self.folder, besides=UNFINISHED)
             else:
                 journal.check(self._records, self._identity)
-            create({self._files / name: layout for name, layout in self._layouts.items() if not self._is_placed(name)})
+            files = {self._files / name: layout for name, layout in self._layouts.items() if not self._is_placed(name)}
+            if not new:
+                self._check_whole(files)
+            create(files)
             if new:
                 journal.begin(self._records, self._identity)
         except BaseException:
@@ -157,6 +160,15 @@ class Output:
     def _is_placed(self, name: str) -> bool:
         """Whether a run was killed after it had put this file in place."""
         return not (self._files / name).exists() and is_finished(self.folder / name, self._layouts[name])
+
+    def _check_whole(self, files: Mapping[Path, Layout]) -> None:
+        """Whether the files are there of which the journal says what is in them: they are older than its identity."""
+        for path, layout in files.items():
+            if not path.is_file() or path.stat().st_size != layout.size:
+                raise ValueError(
+                    f"{path} is missing or has not the {layout.size} bytes that this unfinished run gave it: remove "
+                    f"{self._hidden} to start anew"
+                )
 
     def _place(self) -> None:
         """Renames all files: config.json, which makes a model of the folder, when the others are there."""

@@ -3,6 +3,7 @@ processes."""
 
 from __future__ import annotations
 
+import math
 import errno
 import os
 import shutil
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from pissa.files.messages import shown
+<<<<<<< HEAD
 from pissa.files.safetensors_header import Layout
+=======
+from pissa.files.safetensors_header import DTYPES, METADATA, Entry
+from pissa.files.staged import flush_folder
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+>>>>>>> files
 
 _CHUNK = 1 << 26
 """Bytes that are written by one call, or copied at once."""
@@ -40,6 +48,8 @@ def create(files: Mapping[Path, Layout]) -> None:
         finally:
             os.close(handle)
         missing[path] = 0
+    for folder in {path.parent for path in files}:
+        flush_folder(folder)
 
 
 def is_finished(path: Path, layout: Layout) -> bool:

@@ -78,11 +78,11 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
     for temporary, final in files.items():
         os.replace(temporary, final)
     for folder in {final.parent for final in files.values()}:
-        _flush_folder(folder)
+        flush_folder(folder)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes the renames durable, if the system can open a folder."""
+def flush_folder(folder: Path) -> None:
+    """Makes names that are new in the folder durable, if the system can open a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

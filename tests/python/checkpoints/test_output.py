@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def test_another_plan_does_not_go_on(tmp_path: Path) -> None:
         entered(tmp_path / "out", rank=8).__enter__()
     assert content(tmp_path / "out") == before
     assert write(tmp_path / "out") == len(units())
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 100)])
+def test_a_file_that_an_unfinished_run_lacks_is_not_made_again(change: Callable[[Path], None], tmp_path: Path) -> None:
+    """The journal says that some of it is written."""
+    with entered(tmp_path / "out"):
+        pass
+    path = tmp_path / "out" / UNFINISHED / "files" / "model-1.safetensors"
+    change(path)
+    with pytest.raises(ValueError, match=rf"{path} is missing or .*: remove {tmp_path}/out/\.unfinished to start anew"):
+        entered(tmp_path / "out").__enter__()
 
 
 @pytest.mark.parametrize("hidden", [False, True])

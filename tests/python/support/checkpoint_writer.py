@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,13 @@ def in_a_child(run: Callable[[], int]) -> int:
 
 
 def noted(folder: Path) -> int:
-    """The units that a journal in the folder has."""
-    lines = b"".join(path.read_bytes() for path in folder.glob(".unfinished/journal/*.jsonl")).split(b"\n")[:-1]
-    return len({json.loads(line)["unit"] for line in lines if b'"unit"' in line})
+    """The units that a journal in the folder has: up to a torn line, behind which the other thread may have come."""
+    found = set()
+    for path in folder.glob(".unfinished/journal/*.jsonl"):
+        with suppress(ValueError):
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                found.add(json.loads(line).get("unit"))
+    return len(found - {None})
 
 
 def killed(folder: Path, last: int) -> int:
