@@ -3,8 +3,8 @@ processes."""
 
 from __future__ import annotations
 
-import math
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,14 +14,8 @@ import torch
 from torch import Tensor
 
 from pissa.files.messages import shown
-<<<<<<< HEAD
 from pissa.files.safetensors_header import Layout
-=======
-from pissa.files.safetensors_header import DTYPES, METADATA, Entry
 from pissa.files.staged import flush_folder
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
->>>>>>> files
 
 _CHUNK = 1 << 26
 """Bytes that are written by one call, or copied at once."""
