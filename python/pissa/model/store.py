@@ -19,7 +19,8 @@ _PARTLY_STORED = (
 
 def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements: dict[str, Replacement]) -> None:
     """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
-    model's other tensors get memory of their own, so that nothing keeps the file mapped.
+    model's other tensors get memory of their own, so that nothing keeps the file mapped. Until then its pages may stay,
+    which the system can take back.
 
     With several processes all of them have to call this; see `distributed.failing_together`.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
@@ -17,6 +18,7 @@ from one_layer import OneLayer, adapted, filled
 from oracle import assert_papers_function, base64, change64, change_a_little, deltas64
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.stored import residual_tensors
+from pissa.files.tensor_file import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -112,3 +114,18 @@ def test_an_adapter_s_life(form: str, repair: str, iters: int, init: str, tmp_pa
 
         matrix = layer.base.matrix()
         assert torch.equal(model.unload().proj.weight, matrix)
+
+
+def test_files_without_what_the_residual_lacks_are_refused(tmp_path: Path) -> None:
+    """Or with a part of it in another shape; the record says its rank."""
+    wrapped("nf4", "pissa", 2, "pissa").save_pretrained(tmp_path)
+    path = tmp_path / "pissa.safetensors"
+    tensors = load_file(path)
+    assert tensors.keys() == {"proj.a0", "proj.base.taken_a", "proj.base.taken_b"}
+    for value in (None, torch.zeros(R + 1, IN)):
+        damaged = {name: value if name.endswith("taken_a") else tensor for name, tensor in tensors.items()}
+        write_tensors(path, {name: tensor for name, tensor in damaged.items() if tensor is not None})
+        with pytest.raises(
+            ValueError, match=r"pissa\.safetensors: tensor 'proj\.base\.taken_a' is .*, of|for layer proj"
+        ):
+            pissa.PissaModel.from_pretrained(base(), tmp_path)
