@@ -28,7 +28,7 @@ _OPS = torch.ops.pissa
 
 _FAST_PASSES = 8
 """Of a decomposition whose factors are only there to be taken out. With T = 5 nf4 then loses at most 0.6 points of the
-error removed at r = 128, and 0.2 up to 64, against all passes; with 6 up to 2.4 (bench/compare/quant_iters.py)."""
+error removed at r = 128, and 0.2 up to 64, against all passes; with 6 up to 2.3 (bench/compare/quant_iters.py)."""
 
 
 class Task(NamedTuple):

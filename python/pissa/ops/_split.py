@@ -69,8 +69,8 @@ def split(
         blocksize, double_quant: of a quantised format; see `quantize`.
         quant_iters: T of a quantised format. 1: the residual Q = format(W - L) is of the factors of W, L = s B0 A0
             (QPiSSA, section 4). More: T times, Q = format(W - L), then L = the best approximation of W - Q (Algorithm
-            1), which starts from the factors of W and costs T + 1 decompositions. The iterate with the least
-            ‖W - Q - L‖ is the result.
+            1), which starts from the factors of W and costs T + 1 decompositions, all but the last with at most 8
+            passes. The iterate with the least ‖W - Q - L‖ is the result.
         quantise_first: such alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
         tolerance: alternations end when one makes ‖W - Q - L‖ smaller by less than this share of it; 0: never.
 
