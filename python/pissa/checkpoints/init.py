@@ -48,8 +48,9 @@ MEMORY = 10**9
 # Elements of the matrices that are split at once, for each thread: as many as `model.decompose` takes.
 _GROUP = 1 << 22
 
-_SAMPLE = 16
-"""One row of so many, the first ones of a matrix, is compared with the residual and the factors."""
+_SAMPLE = 64
+"""The part of the rows, the first ones of a matrix, that is compared with the residual and the factors; but at least
+16 rows. It takes 1 to 3 % of the time."""
 
 
 class Initialised(NamedTuple):
@@ -64,7 +65,7 @@ class Initialised(NamedTuple):
     seconds: float
     """Of this run."""
     error: float
-    """‖W - Q - s B0 A0‖ / ‖W‖ over all layers, from a sixteenth of the rows of each."""
+    """‖W - Q - s B0 A0‖ / ‖W‖ over all layers, from the first 64th of the rows of each."""
     memory: int
     """Bytes in flight, at most."""
     largest: str
@@ -341,11 +342,11 @@ def _places(plan: Plan, layers: Sequence[PlannedLayer]) -> str:
 
 def _sampled_error(weight: Tensor, residual: Tensor | ops.QuantizedWeight, start: StartFactors) -> tuple[float, float]:
     """‖W - Q - s B0 A0‖² and ‖W‖² of the first rows."""
-    rows = min(len(weight), max(_SAMPLE, -(-len(weight) // _SAMPLE)))
+    rows = min(len(weight), max(16, len(weight) // _SAMPLE))
     some = weight[:rows].float()
     kept = residual[:rows].float() if isinstance(residual, Tensor) else ops.dequantize(_first_rows(residual, rows))
     rest = torch.addmm(some - kept, start.b0[:rows], start.a0, alpha=-start.origin.scaling)
-    return float(rest.square().sum(dtype=torch.float64)), float(some.square().sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(rest)) ** 2, float(torch.linalg.vector_norm(some)) ** 2
 
 
 def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:
