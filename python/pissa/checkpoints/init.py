@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pissa import distributed, ops
-from pissa.base.digest import fingerprint
+from pissa.base.digest import fingerprint, read
 from pissa.base.init_methods import INIT_METHODS, start_factors
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
@@ -142,6 +143,8 @@ class _Group(NamedTuple):
 
 
 class _Run:
+    """One run of `init`, of this process."""
+
     def __init__(self, plan: Plan, target: Path, memory: int, device: torch.device) -> None:
         self.plan, self.target, self.memory, self.device = plan, target, memory, device
         self.files = layouts(plan)
@@ -236,10 +239,11 @@ class _Run:
                 for start, layer in zip(found, these, strict=True)
             ]
             residuals = residuals_of(some, starts, form, names)
-            for layer, weight, start, residual in zip(these, some, starts, residuals, strict=True):
+            of_weights = read([fingerprint(weight) for weight in some])
+            of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])
+            for i, (layer, weight, start, residual) in enumerate(zip(these, some, starts, residuals, strict=True)):
                 self._write(out, layer, start, residual)
-                known = fingerprint(weight), fingerprint(*tensors_of(residual).values())
-                records[layer.name] = [*map(str, known), *_sampled_error(weight, residual, start)]
+                records[layer.name] = [of_weights[i], of_residuals[i], *_sampled_error(weight, residual, start)]
                 factors[layer.name] = start.a0.cpu(), start.b0.cpu()
         weights.clear()
         source.release([name for layer in layers for name in layer.tensors])
@@ -257,7 +261,7 @@ class _Run:
     def _write_small_files(self, out: Output, results: dict[str, Any]) -> None:
         plan, folder = self.plan, self.plan.source.folder
         for path in small_files(folder):
-            out.path(path.name).write_bytes(path.read_bytes())
+            shutil.copyfile(path, out.path(path.name))
         out.path("config.json").write_text(config_text(plan))
         if (index := index_text(plan, self.files)) is not None:
             out.path(INDEX).write_text(index)
