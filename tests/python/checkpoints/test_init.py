@@ -320,9 +320,17 @@ class Killed(BaseException):
 )
 def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each write, and after each line of the journal: a run, another that is killed, and so on to the end."""
+    add, added = Output.add, [0]
+
+    def noted(*args: Any) -> None:
+        add(*args)
+        added[0] += 1
+
+    monkeypatch.setattr(Output, "add", noted)
     save(kind, tmp_path / "src")
     split(tmp_path / "src", tmp_path / "out", **fields)
-    expected = contents(tmp_path / "out")
+    expected, units = contents(tmp_path / "out"), added[0]
+    added[0] = 0
     (tmp_path / "out").rename(tmp_path / "whole")
     left = [0]
 
@@ -351,6 +359,7 @@ def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatc
         break
     assert runs > 3
     assert before[-1] > 0
+    assert added[0] == units  # none is done twice
     assert contents(tmp_path / "out") == expected
 
 
