@@ -3,4 +3,6 @@
 `files.source` maps the model's folder that is read.
 
 - `planned_file`, `journal`, `output`: a folder that several processes write, and that a killed run goes on with
+- `composition`, `plan`: which tensors make the layers of an adapter
+- `new_files`, `init`: residuals as a checkpoint, start factors as a LoRA beside it
 """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.init_methods import INIT_METHODS
+from pissa.base.kinds import base_of
 from pissa.base.start import Origin
 from pissa.config import Form, PissaConfig
 from pissa.files.composition import Composition, Part
@@ -106,7 +107,7 @@ class Plan:
                 "16 or 32 bits"
             )
         composition = Composition(model, source.names)
-        linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        linears = [name for name, module in model.named_modules() if base_of(module).kind in (nn.Linear, Conv1D)]
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         wrapped = model_class(config)(model, config, "default")
@@ -197,7 +198,7 @@ def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counte
         raise ValueError(
             f"layer {name} is a {type(module).__name__}, whose weight stays as it is in every form; {leave_out(name)}"
         )
-    if form.kind != "explicit" and isinstance(module, Conv1D):
+    if form.kind != "explicit" and layer.base.kind is Conv1D:
         raise ValueError(
             f"layer {name} is a Conv1D, which transformers cannot load in {form.kind} as it would have to be kept: "
             f"leave quant out, or {leave_out(name)}"
@@ -225,7 +226,7 @@ def _parts(
         path, index = path.rpartition(".")[::2]
         try:
             if path not in inside:
-                found[name] = composition.matrix(f"{name}.weight", isinstance(layer.base.module, Conv1D))
+                found[name] = composition.matrix(f"{name}.weight", layer.base.kind is Conv1D)
                 continue
             key = f"{path}.{leaf}"
             if key not in stacks:

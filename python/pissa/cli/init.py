@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for wrong arguments, folders and files. What an unfinished run has done stays.
     """
+    if args.is_process and "peft" not in sys.modules:
+        # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     silence_third_parties()
     from pissa import distributed
     from pissa.checkpoints.init import init

@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import devices
 import pissa
 from checkpoint_folders import change_tensors, contents, save
 from language_models import logits
 from pissa.base.bitsandbytes import from_state
+from pissa.base.digest import is_fingerprint
 from pissa.checkpoints import init as init_module
 from pissa.checkpoints.init import Initialised, init
 from pissa.checkpoints.output import UNFINISHED, Output
 from pissa.files.record import AdapterRecord
 from pissa.layers.layer import pissa_layers
+from reference import assert_close
 
 TOKENS = torch.randint(5, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -210,6 +213,24 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     assert not kept
 
 
+def test_matrices_go_through_the_device(tmp_path: Path) -> None:
+    """Within its rounding, what the CPU makes; all of it in files that say so."""
+    save("llama", tmp_path / "src", torch.bfloat16)
+    config = pissa.PissaConfig(r=4, **NF4)
+    init(tmp_path / "src", tmp_path / "out", config, device=devices.current)
+    split(tmp_path / "src", tmp_path / "cpu", **NF4)
+    record = AdapterRecord.read(tmp_path / "out" / "pissa.json")
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "cpu")
+    for name, layer in record.layers.items():
+        weight = tensors(tmp_path / "src")[f"{name}.weight"]
+        codes, expected = (from_state(entries(found, name)) for found in (ours, theirs))
+        assert is_fingerprint(layer.weight, weight)
+        assert is_fingerprint(layer.stored, *codes.tensors().values())
+        assert_close(
+            pissa.ops.dequantize(codes), pissa.ops.dequantize(expected), 0.3 * weight.float().abs().max(), name
+        )
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -299,9 +320,17 @@ class Killed(BaseException):
 )
 def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each write, and after each line of the journal: a run, another that is killed, and so on to the end."""
+    add, added = Output.add, [0]
+
+    def noted(*args: Any) -> None:
+        add(*args)
+        added[0] += 1
+
+    monkeypatch.setattr(Output, "add", noted)
     save(kind, tmp_path / "src")
     split(tmp_path / "src", tmp_path / "out", **fields)
-    expected = contents(tmp_path / "out")
+    expected, units = contents(tmp_path / "out"), added[0]
+    added[0] = 0
     (tmp_path / "out").rename(tmp_path / "whole")
     left = [0]
 
@@ -330,6 +359,7 @@ def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatc
         break
     assert runs > 3
     assert before[-1] > 0
+    assert added[0] == units  # none is done twice
     assert contents(tmp_path / "out") == expected
 
 

@@ -101,6 +101,23 @@ def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "is no model: there is no such folder" in capsys.readouterr().err
 
 
+def test_a_model_of_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched without the weights in other formats."""
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert main(["init", "some/model", str(tmp_path / "out"), "--rank", "4"]) == 0
+    [(name, patterns)] = asked
+    assert name == "some/model"
+    assert "*.safetensors" in patterns
+    assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pth"))]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("options", [["--memory", "2 apples"], ["--memory", "0"], ["--rank", "0"], ["--quant", "q4"]])
 def test_wrong_arguments(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
