@@ -233,8 +233,8 @@ def _init_options(options: Options) -> Sequence[str]:
 
 
 def in_runtimes(format: str) -> Callable[[Options], Result]:
-    """Plain transformers, bitsandbytes and PEFT on the result, in float32: the logits of two programs that compute the
-    same in bf16 differ by 2 % of the largest, as much as each differs from its own in float32."""
+    """Plain transformers, bitsandbytes and PEFT on the result, in float32: in bf16 two programs that compute the same
+    differ by 2 % of the largest logit, each as much as it differs from float32."""
 
     def measure(options: Options) -> Result:
         out = options.work / "out"
@@ -286,7 +286,10 @@ def _step_shown(result: Result) -> str:
 
 
 def _runtime_shown(result: Result) -> str:
-    return f"{result['difference']:.2e} of the largest; loss {result['plain_loss']:.4f}, ours {result['loss']:.4f}"
+    return (
+        f"{result['difference']:.2e} of the largest, {result['difference_in_evaluation']:.2e} in evaluation; "
+        f"loss {result['plain_loss']:.4f}, ours {result['loss']:.4f}"
+    )
 
 
 def _same(result: Result) -> bool:

@@ -155,8 +155,8 @@ def test_the_table_says_what_was_met(tmp_path: Path, capsys: pytest.CaptureFixtu
         "step": {**step, "share_of_dense_rate": 0.84},
         "kills": {"kills": 20, "different": []},
         "processes": {"processes": [2, 3], "different": ["model.safetensors"]},
-        "nf4": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.0, "largest": 5.0},
-        "int8": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.03, "largest": 5.0},
+        "nf4": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.0, "difference_in_evaluation": 0.1},
+        "int8": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.03, "difference_in_evaluation": 0.1},
     }
     path = tmp_path / "results.json"
     path.write_text(json.dumps({name: {"result": result} for name, result in results.items()}))
