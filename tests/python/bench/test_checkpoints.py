@@ -188,3 +188,21 @@ def test_a_row_that_fails_leaves_the_others_and_the_status_says_so(
     assert list(stored) == ["good"]
     assert stored["good"]["machine"]["threads"] == 2
     assert not Path(stored["good"]["result"]["work"]).exists()
+
+
+def test_the_rate_of_the_kernels_counts_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.checkpoints import kernels, timed
+
+    monkeypatch.setattr(timed, "REPORT", {})
+    monkeypatch.setattr(sys, "argv", ["kernels", "--shape", "tiny", "--repeats", "1"])
+    kernels.main()
+    found = timed.REPORT
+    # Of each of two layers: q and o, k and v, gate and up, down.
+    assert {shape: one["count"] for shape, one in found["weights"].items()} == {
+        "64x64": 4,
+        "32x64": 4,
+        "128x64": 4,
+        "64x128": 2,
+    }
+    assert found["elements"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    assert found["total"] == pytest.approx(sum(one["count"] * one["each"] for one in found["weights"].values()))
