@@ -44,8 +44,16 @@ def test_private_and_mapped_memory_are_told_apart(tmp_path: Path) -> None:
 def test_a_program_that_fails_or_hangs_is_named_with_its_last_words(tmp_path: Path) -> None:
     from bench.checkpoints.processes import FailedError, run
 
-    with pytest.raises(FailedError, match=r"exit status 3; the end of its output:\nlast words"):
-        run([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], os.environ, tmp_path)
+    with pytest.raises(FailedError, match=r"exit status 3; the end of its output:\nlast words\nerror"):
+        run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; print('last words'); print('error', file=sys.stderr); raise SystemExit(3)",
+            ],
+            os.environ,
+            tmp_path,
+        )
     with pytest.raises(FailedError, match=r"longer than 0\.2 s"):
         run([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, tmp_path, timeout=0.2)
 
@@ -123,6 +131,7 @@ def test_the_products_of_a_step_are_counted() -> None:
 
 USAGE = {
     "seconds": 10.0,
+    "own_seconds": 8.0,
     "private": 1e9,
     "mapped": 3e9,
     "together": 4e9,
