@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 SAMPLE_SECONDS = 0.02
@@ -37,9 +37,12 @@ class Usage:
     samples: int
     report: dict[str, Any] = field(default_factory=dict)
     """What the program says of itself; see `timed`."""
+    output: str = ""
+    """What it wrote to stdout."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the output."""
+        return {name: value for name, value in asdict(self).items() if name != "output"}
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -72,10 +75,10 @@ def run_module(
 
 def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float = 7200) -> Usage:
     """Runs a command to its end; see `run_module`."""
-    with TemporaryDirectory() as folder, (Path(folder) / "output").open("w+") as output:
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         begun = time.perf_counter()
-        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=output, stderr=errors)
         peaks, samples = [0, 0, 0], 0
         try:
             while process.poll() is None:
@@ -83,7 +86,7 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: floa
                 peaks = [max(pair) for pair in zip(peaks, (private, mapped, private + mapped), strict=True)]
                 samples += 1
                 if time.perf_counter() - begun > timeout:
-                    raise FailedError(f"{' '.join(command)}: longer than {timeout} s; {_tail(output.name)}")
+                    raise FailedError(f"{' '.join(command)}: longer than {timeout} s; {_end(output, errors)}")
                 time.sleep(SAMPLE_SECONDS)
         finally:
             if process.poll() is None:
@@ -92,10 +95,11 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: floa
         seconds = time.perf_counter() - begun
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if process.returncode:
-            raise FailedError(f"{' '.join(command)}: exit status {process.returncode}; {_tail(output.name)}")
+            raise FailedError(f"{' '.join(command)}: exit status {process.returncode}; {_end(output, errors)}")
+        written = _text(output)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     private, mapped, together = peaks
-    return Usage(seconds, processor, private, mapped, together, samples)
+    return Usage(seconds, processor, private, mapped, together, samples, output=written)
 
 
 def _resident(pid: int) -> tuple[int, int]:
@@ -110,5 +114,10 @@ def _resident(pid: int) -> tuple[int, int]:
     return values.get("RssAnon", 0), values.get("RssFile", 0) + values.get("RssShmem", 0)
 
 
-def _tail(path: str) -> str:
-    return f"the end of its output:\n{Path(path).read_text(errors='replace')[-3000:]}"
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _end(output: IO[str], errors: IO[str]) -> str:
+    return f"the end of its output:\n{_text(output)[-1000:]}{_text(errors)[-3000:]}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from bench.quant_iters.starts import RANK, STARTS, alternate, wrap
+from bench.quant_iters.starts import RANK, STARTS, dense_weights, quantised, repaired, wrap
 from bench.quant_iters.tasks import Batch, Task
-from pissa import ops
 from pissa.layers.layer import pissa_layers
 
 WARM_UP = 0.05  # of the steps
@@ -36,7 +36,7 @@ def train(task: Task, cell: Cell, before: dict[str, float] | None = None) -> dic
     torch.manual_seed(cell.seed)
     clock = time.process_time
     begun = clock()
-    model = wrap(task.model(), STARTS[cell.start], cell.seed, task_type=task.task_type)
+    model = wrap(task.model(), STARTS[cell.start], cell.seed, task.task_type)
     started = clock()
     held_out = task.held_out()
     before = before or evaluate(model, task, held_out)
@@ -96,21 +96,15 @@ def weight_errors(task: Task) -> dict[str, Any]:
     """What is left of the error of nf4(W) in each start, over all adapted layers: the Frobenius norm (of all
     together) and the nuclear norm (the sum), as shares of nf4's own."""
     model = task.model()
-    dense = {name: module.weight.detach() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    adapted = pissa_layers(wrap(model, STARTS["QLoRA"], 0, task_type=task.task_type).get_base_model())
+    dense = dense_weights(model)
+    adapted = pissa_layers(wrap(model, STARTS["QLoRA"], 0, task.task_type).get_base_model())
     weights = [dense[name] for name in adapted]
-    own = _norms(weights, lambda weight: ops.dequantize(ops.quantize(weight, "nf4")))
+    own = _norms(weights, quantised)
     found: dict[str, Any] = {"task": task.name, "errors_of": "weights", "rank": RANK, "layers": len(weights)}
     for quant_iters in (1, 5):
-        norms = _norms(weights, lambda weight, t=quant_iters: _repaired(weight, t))
-        shares = {norm: round(norms[norm] / own[norm], 5) for norm in own}
-        found[f"T = {quant_iters}"] = shares
+        norms = _norms(weights, partial(repaired, quant_iters=quant_iters))
+        found[f"T = {quant_iters}"] = {norm: round(norms[norm] / own[norm], 5) for norm in own}
     return found
-
-
-def _repaired(weight: torch.Tensor, quant_iters: int) -> torch.Tensor:
-    residual, a0, b0 = alternate(weight, min(RANK, *weight.shape), quant_iters)
-    return torch.addmm(ops.dequantize(residual), b0, a0)
 
 
 def _norms(weights: Iterable[torch.Tensor], approximate: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:

@@ -44,8 +44,16 @@ def test_private_and_mapped_memory_are_told_apart(tmp_path: Path) -> None:
 def test_a_program_that_fails_or_hangs_is_named_with_its_last_words(tmp_path: Path) -> None:
     from bench.checkpoints.processes import FailedError, run
 
-    with pytest.raises(FailedError, match=r"exit status 3; the end of its output:\nlast words"):
-        run([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], os.environ, tmp_path)
+    with pytest.raises(FailedError, match=r"exit status 3; the end of its output:\nlast words\nerror"):
+        run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; print('last words'); print('error', file=sys.stderr); raise SystemExit(3)",
+            ],
+            os.environ,
+            tmp_path,
+        )
     with pytest.raises(FailedError, match=r"longer than 0\.2 s"):
         run([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, tmp_path, timeout=0.2)
 
@@ -123,6 +131,7 @@ def test_the_products_of_a_step_are_counted() -> None:
 
 USAGE = {
     "seconds": 10.0,
+    "own_seconds": 8.0,
     "private": 1e9,
     "mapped": 3e9,
     "together": 4e9,
@@ -155,8 +164,8 @@ def test_the_table_says_what_was_met(tmp_path: Path, capsys: pytest.CaptureFixtu
         "step": {**step, "share_of_dense_rate": 0.84},
         "kills": {"kills": 20, "different": []},
         "processes": {"processes": [2, 3], "different": ["model.safetensors"]},
-        "nf4": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.0, "largest": 5.0},
-        "int8": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.03, "largest": 5.0},
+        "nf4": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.0, "difference_in_evaluation": 0.1},
+        "int8": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.03, "difference_in_evaluation": 0.1},
     }
     path = tmp_path / "results.json"
     path.write_text(json.dumps({name: {"result": result} for name, result in results.items()}))
@@ -188,3 +197,21 @@ def test_a_row_that_fails_leaves_the_others_and_the_status_says_so(
     assert list(stored) == ["good"]
     assert stored["good"]["machine"]["threads"] == 2
     assert not Path(stored["good"]["result"]["work"]).exists()
+
+
+def test_the_rate_of_the_kernels_counts_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.checkpoints import kernels, timed
+
+    monkeypatch.setattr(timed, "REPORT", {})
+    monkeypatch.setattr(sys, "argv", ["kernels", "--shape", "tiny", "--repeats", "1"])
+    kernels.main()
+    found = timed.REPORT
+    # Of each of two layers: q and o, k and v, gate and up, down.
+    assert {shape: one["count"] for shape, one in found["weights"].items()} == {
+        "64x64": 4,
+        "32x64": 4,
+        "128x64": 4,
+        "64x128": 2,
+    }
+    assert found["elements"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    assert found["total"] == pytest.approx(sum(one["count"] * one["each"] for one in found["weights"].values()))
