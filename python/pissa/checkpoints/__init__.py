@@ -2,5 +2,6 @@
 
 `files.source` maps the model's folder that is read.
 
+- `merge_plan`, `trained`, `merge`: a checkpoint with an adapter merged into it
 - `planned_file`, `journal`, `output`: a folder that several processes write, and that a killed run goes on with
 """

@@ -136,6 +136,20 @@ def test_saved_embeddings(tied: bool, tiny_llama: Make, tmp_path: Path) -> None:
     assert_equal(load(tmp_path / "out"), model.merge_and_unload())
 
 
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head", "q_proj"])
+def test_a_saved_weight_is_what_the_adapter_was_trained_on(layer: str, base32: Path, tmp_path: Path) -> None:
+    """Embeddings that were changed before the training, and are saved with it: those of the checkpoint are not used,
+    whether they are adapted or not."""
+    model = load(base32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] *= 3
+        model.lm_head.weight[6] *= -2
+    model = moved(pissa.wrap(model, r=4, target_modules=[layer]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge(tmp_path / "adapter", base32, tmp_path / "out")
+    assert_equal(load(tmp_path / "out"), model.merge_and_unload())
+
+
 def test_tokens_of_tied_embeddings(tiny_llama: Make, tmp_path: Path) -> None:
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     model = moved(pissa.wrap(load(tmp_path / "base"), r=4, trainable_token_indices=[2, 7]))
