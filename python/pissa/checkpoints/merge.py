@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pissa import ops
 from pissa.base.bitsandbytes_state import to_bitsandbytes
+from pissa.checkpoints.fill import of_layer
 from pissa.checkpoints.merge_plan import MergedLayer, MergePlan, Unit
 from pissa.checkpoints.new_files import index_text, quantization_config, small_files
 from pissa.checkpoints.output import Output
@@ -188,22 +189,21 @@ class _Run:
 
     def _write_layer(self, out: Output, trained: Trained) -> tuple[float, float, float]:
         layer, weight, change = trained
-        rounded = weight.to(layer.dtype)
-        if not rounded.isfinite().all():
-            raise ValueError(f"the merged weight of layer {layer.name} is not finite in {layer.dtype}")
-        if layer.form == IMPLICIT:
-            written = rounded
+        rounded, form, codes = weight.to(layer.dtype), layer.form, None
+        if form != IMPLICIT:
+            with of_layer(layer.name):
+                codes = ops.quantize(rounded, form.kind, blocksize=form.blocksize, double_quant=form.double_quant)
+        written = rounded if codes is None else ops.dequantize(codes)
+        whole = float(torch.linalg.vector_norm(weight))
+        lost = 0.0 if written is weight else float(torch.linalg.vector_norm(weight.sub_(written)))
+        if not math.isfinite(whole + lost):
+            raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
+        if codes is None:
             for name, values, first in self._dense_tensors(layer, rounded):
-                out.write(self._file(layer.tensors[0] if layer.entries else name), name, values, first)
+                out.write(self._file(name), name, values, first)
         else:
-            codes = ops.quantize(
-                rounded, layer.form.kind, blocksize=layer.form.blocksize, double_quant=layer.form.double_quant
-            )
             for name, values in to_bitsandbytes(codes, layer.dtype).items():
                 out.write(self._file(layer.tensors[0]), f"{layer.target}.{name}", values)
-            written = ops.dequantize(codes)
-        whole = float(torch.linalg.vector_norm(weight))
-        lost = float(torch.linalg.vector_norm(weight.sub_(written)))
         return lost**2, whole**2, change
 
     def _dense_tensors(self, layer: MergedLayer, matrix: Tensor) -> Iterable[tuple[str, Tensor, int | None]]:

@@ -30,8 +30,8 @@ class Starts:
     """The start factors of each target, read or computed when they are asked for. This class is that of an adapter
     which has none to be compared with."""
 
-    def of(self, target: str) -> Matrices | None:
-        """A0 [r, in] and B0 [out, r], float32 or float64; None if B0 A0 is zero."""
+    def of(self, target: str) -> list[Matrices] | None:
+        """A0 [r, in] and B0 [out, r], float32 or float64, of a layer, or of each expert; None if B0 A0 is zero."""
         return None
 
     def doubt(self) -> str | None:
@@ -85,9 +85,9 @@ class InitialStarts(Starts):
     def __init__(self, initial: LoraFolder) -> None:
         self._initial = initial
 
-    def of(self, target: str) -> Matrices | None:
-        a0, b0 = self._initial.matrices(target)[0]
-        return (a0, b0) if a0.any() and b0.any() else None
+    def of(self, target: str) -> list[Matrices] | None:
+        found = self._initial.matrices(target)
+        return found if any(a0.any() and b0.any() for a0, b0 in found) else None
 
 
 class BaseStarts(Starts):
@@ -111,14 +111,14 @@ class BaseStarts(Starts):
         _check_untied(base.model, bases)
         self._doubts: dict[str, float] = {}
 
-    def of(self, target: str) -> Matrices | None:
+    def of(self, target: str) -> list[Matrices] | None:
         if target in self._embeddings:
             return None
         with self._base.layer(target) as layer:
             start, doubt = _aligned_start(self._source, target, _checked(self._source, target, layer).matrix())
         if doubt > _DOUBT:
             self._doubts[target] = doubt
-        return start
+        return [start]
 
     def doubt(self) -> str | None:
         if not self._doubts:
@@ -215,7 +215,7 @@ def check_sum(initial: LoraFolder, starts: Starts, residual: BaseModel, base: Ba
                 _checked(initial, target, layer, what).matrix().detach().cpu()
                 for layer, what in ((of_residual, "residual model"), (of_base, "base"))
             )
-            _check_sum(initial, target, start, kept, weight)
+            _check_sum(initial, target, start[0], kept, weight)
 
 
 def _check_sum(initial: LoraFolder, target: str, start: Matrices, kept: Tensor, weight: Tensor) -> None:

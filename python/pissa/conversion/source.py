@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from pissa.conversion.lora_start import (
 )
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
+from pissa.files.model_folder import quantised_kind
 from pissa.files.peft_layout import FACTOR_KEYS, base_weight_key
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import warn_of_inexact_lora
 from pissa.files.record import AdapterRecord
+from pissa.notices import InexactLoraWarning
 
 Base = nn.Module | str | os.PathLike[str] | None
 
@@ -69,9 +72,9 @@ class Source:
         scaling = self.folder.factors[target].scaling
         make = DeltaWeight.subtracted if self.layout == SUBTRACTED else DeltaWeight
         deltas = [make(scaling, *pair) for pair in self.folder.matrices(target)]
-        if (start := self.starts.of(target)) is not None:
-            a0, b0 = start
-            deltas = [deltas[0]._replace(start=(a0.double(), b0.double()))]
+        if (starts := self.starts.of(target)) is not None:
+            pairs = zip(deltas, starts, strict=True)
+            deltas = [delta._replace(start=(a0.double(), b0.double())) for delta, (a0, b0) in pairs]
         return deltas
 
     def own_weight(self, target: str, deltas: Sequence[DeltaWeight]) -> Tensor:
@@ -117,7 +120,6 @@ def _layout(
         initial = residual_of(folder)
     if initial is not None:
         check_unused(f"{source} is trained on a residual", subtracted=subtracted)
-        _check_no_parameters(folder)
         return INITIAL, _start_from_initial(folder, initial, base)
     if isinstance(init, str) and init.startswith("pissa"):
         check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
@@ -157,7 +159,8 @@ def _check_no_parameters(folder: LoraFolder) -> None:
     if names := folder.config["target_parameters"]:
         raise ValueError(
             f"{folder.config_path}: target_parameters are {shown(names)}; PEFT starts no PiSSA in parameters, and "
-            "stacks the factors of experts wrongly when it subtracts; such an adapter cannot be converted"
+            "stacks the factors of experts wrongly when it subtracts; such an adapter cannot be converted. If it was "
+            "trained on a residual model, give the initial adapter, initial="
         )
 
 
@@ -192,6 +195,14 @@ def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base:
         if residual is None:
             raise ValueError(f"base is only compared with a residual model, and {path} lies in none: leave base out")
         check_sum(initial, starts, BaseModel.of(residual, initial.factors), BaseModel.of(base, initial.factors))
+    if residual is not None and (kind := quantised_kind(residual)) is not None:
+        warnings.warn(
+            f"The residual in {residual} is quantised ({kind}). On the unmodified base the change lacks its error, and "
+            f"is only approximately the function that was trained: `pissa merge {folder.config_path.parent} --base "
+            f"{residual} OUT` writes that as a model of its own, exactly.",
+            InexactLoraWarning,
+            stacklevel=5,
+        )
     return starts
 
 

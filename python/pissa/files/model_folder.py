@@ -37,6 +37,12 @@ def meta_model(folder: Path) -> PreTrainedModel:
     return model
 
 
+def quantised_kind(folder: Path) -> str | None:
+    """How the weights in a model's folder are quantised, by its config.json; None if they are dense."""
+    config = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    return None if config is None else str(config.get("quant_method", "by an unknown method"))
+
+
 def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
     """The matrix that these parts are, one below the other: a view of the mapped file, if it is one part."""
     views = []

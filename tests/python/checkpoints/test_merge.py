@@ -20,6 +20,7 @@ from architectures import ARCHITECTURES
 from language_models import Make, error, logits
 from live_bytes import LiveBytes
 from peft_adapters import save_subtracted, train_on_residual, train_pissa
+from pissa import notices
 from pissa.checkpoints import trained as trained_module
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
@@ -112,7 +113,7 @@ NAMES = ["gpt2", "mixtral", "gpt_oss", "phi3", "falcon", "t5", "roberta", "vit, 
 def test_names_and_layouts_of_other_models(name: str, tmp_path: Path) -> None:
     """Conv1D, fused experts, tied embeddings, joined tensors, convolutions, heads that are trained whole."""
     architecture = ARCHITECTURES[name]
-    architecture.make().save_pretrained(tmp_path / "base")
+    architecture.make().save_pretrained(tmp_path / "base", max_shard_size="10KB")
     kind = type(architecture.make())
     model = moved(pissa.wrap(kind.from_pretrained(tmp_path / "base"), **architecture.config()))
     model.warned_of_plain_lora = True
@@ -132,6 +133,20 @@ def test_saved_embeddings(tied: bool, tiny_llama: Make, tmp_path: Path) -> None:
     model = moved(pissa.wrap(model, r=4))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert_equal(load(tmp_path / "out"), model.merge_and_unload())
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head", "q_proj"])
+def test_a_saved_weight_is_what_the_adapter_was_trained_on(layer: str, base32: Path, tmp_path: Path) -> None:
+    """Embeddings that were changed before the training, and are saved with it: those of the checkpoint are not used,
+    whether they are adapted or not."""
+    model = load(base32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] *= 3
+        model.lm_head.weight[6] *= -2
+    model = moved(pissa.wrap(model, r=4, target_modules=[layer]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge(tmp_path / "adapter", base32, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), model.merge_and_unload())
 
 
@@ -174,6 +189,37 @@ def test_a_residual_model_is_a_base_as_well(form: str, base: Path, tmp_path: Pat
     assert merged.keys() == tensors_of(base).keys()
 
 
+def test_experts_trained_on_a_residual_model(tmp_path: Path) -> None:
+    """PEFT trains the factors in pissa_init as target_parameters; on the unmodified base they are another change."""
+    architecture = ARCHITECTURES["mixtral"]
+    base, batch = architecture.make(), architecture.batch()
+    base.save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    init(tmp_path / "base", tmp_path / "residual", pissa.PissaConfig(r=4))
+    residual = type(base).from_pretrained(tmp_path / "residual")
+    model = moved(peft.PeftModel.from_pretrained(residual, tmp_path / "residual" / "pissa_init", is_trainable=True))
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    merge(tmp_path / "adapter", tmp_path / "residual", tmp_path / "a")
+    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "b", initial=tmp_path / "residual")
+    pissa.convert(tmp_path / "adapter", tmp_path / "lora", initial=tmp_path / "residual")
+    plain = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    for found in (*(type(base).from_pretrained(tmp_path / name) for name in "ab"), plain):
+        with torch.no_grad():
+            assert error(found.eval()(**batch).logits, expected) < CLOSE
+
+
+def test_the_rounding_of_a_quantised_residual_is_mentioned(base: Path, tmp_path: Path) -> None:
+    init(base, tmp_path / "residual", pissa.PissaConfig(r=4, quant="nf4"))
+    message = r"residual is quantised \(bitsandbytes\).* `pissa merge .*pissa_init --base .*residual OUT`"
+    for call in (
+        lambda: pissa.convert(tmp_path / "residual" / "pissa_init", tmp_path / "lora", initial=tmp_path / "residual"),
+        lambda: merge(tmp_path / "residual" / "pissa_init", base, tmp_path / "out", initial=tmp_path / "residual"),
+    ):
+        with pytest.warns(notices.InexactLoraWarning, match=message):
+            call()
+
+
 def decoded(tensors: dict[str, Tensor], place: str) -> Tensor:
     entries = {name.removeprefix(f"{place}."): value for name, value in tensors.items() if name.startswith(f"{place}.")}
     if len(entries) == 1:
@@ -196,6 +242,13 @@ def test_a_base_in_4_bits(base: Path, tmp_path: Path) -> None:
     assert torch.equal(out[f"{place}.weight"], (decoded(packed, place) + 2.0 * (b @ a)).bfloat16())
     place = "model.layers.0.self_attn.k_proj"
     assert torch.equal(out[f"{place}.weight"], decoded(packed, place).bfloat16())
+
+    model = moved(pissa.load(tmp_path / "packed", is_trainable=True, r=4, target_modules=["q_proj", "up_proj"]))
+    model.save_pretrained(tmp_path / "ours")
+    merge(tmp_path / "ours", tmp_path / "packed", tmp_path / "merged")
+    merged, expected = (tensors_of(tmp_path / "merged"), model.merge_and_unload().state_dict())
+    for place in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"):
+        assert torch.equal(merged[f"{place}.weight"], expected[f"{place}.weight"])
 
 
 # ---- Adapters of PEFT ------------------------------------------------------------------------------------------------
@@ -368,6 +421,17 @@ def test_what_has_no_place_in_the_checkpoint(tiny_llama: Make, tmp_path: Path) -
     pissa.wrap(model, r=4).save_pretrained(tmp_path / "resized", save_embedding_layers=True)
     message = r"(lm_head|embed_tokens)\.weight' is \[101, 64\]; needed: \[97, 64\], .* An embedding that was resized"
     refuses(message, tmp_path / "resized", tmp_path / "base", tmp_path / "out")
+
+
+def test_a_weight_that_overflows_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    tiny_llama(dtype=torch.float16).save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(load(tmp_path / "base"), peft.LoraConfig(r=4, lora_alpha=1e9))
+    moved(model).save_pretrained(tmp_path / "adapter")
+    message = r"layer model\.layers\.0\..*: its merged weight is not finite in torch\.float16"
+    refuses(message, tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    refuses(
+        r"layer .model\.layers\.0\..*: weight", tmp_path / "adapter", tmp_path / "base", tmp_path / "out", quant="nf4"
+    )
 
 
 # ---- Memory, and runs that are interrupted ---------------------------------------------------------------------------

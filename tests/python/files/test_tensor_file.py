@@ -17,6 +17,7 @@ from pissa.files.scratch import Scratch
 from pissa.files.tensor_file import SAVED_FLOATS, TensorFile, write_tensors
 
 FIXTURES = sorted((Path(__file__).parents[1] / "fixtures").glob("format_*/*/*.safetensors"))
+OURS = [path for path in FIXTURES if b'"sha256"' in path.read_bytes()]
 
 
 def tensors_of_all_dtypes() -> dict[str, Tensor]:
@@ -26,10 +27,8 @@ def tensors_of_all_dtypes() -> dict[str, Tensor]:
     return found | {"point": torch.tensor(1.5), "empty": torch.empty(0, 3), "z": torch.ones(5), "a": torch.ones(1, 3)}
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: "-".join(path.parts[-3:]))
+@pytest.mark.parametrize("path", OURS, ids=lambda path: "-".join(path.parts[-3:]))
 def test_the_bytes_are_those_of_earlier_versions(path: Path, tmp_path: Path) -> None:
-    if "sha256" not in json.loads(path.read_bytes()[8:].split(b"}")[0] + b"}}")["__metadata__"]:
-        pytest.skip("another program wrote it")
     write_tensors(tmp_path / "again", load_file(path))
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
