@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
+from pissa.ops import (
+    _autograd,  # noqa: F401  registers fakes and gradients
+    _checkpointed,
+)
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor
 
@@ -100,12 +105,15 @@ def linear(
     dense = weight.codes if isinstance(weight, QuantizedWeight) else weight
     check_devices({"x": x, "weight": dense, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
     factors = (bias, a, b, a0, b0, float(scaling), implicit)
-    y: Tensor
+    op = "linear"
+    slots: list[Any] = [weight]
     if isinstance(weight, QuantizedWeight):
         *parts, _, blocksize = weight  # the tensors and the format
-        y, _ = _OPS.quantized_linear(x, *parts, blocksize, out_features, *factors)
-    else:
-        y, _ = _OPS.linear(x, weight, *factors)
+        op, slots = "quantized_linear", [*parts, blocksize, out_features]
+    if _checkpointed.is_possible(x, a):
+        return _checkpointed.linear(op, x, slots, factors)
+    y: Tensor
+    y, _ = getattr(_OPS, op)(x, *slots, *factors)
     return y
 
 
