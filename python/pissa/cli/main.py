@@ -44,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
     except KeyboardInterrupt:
-        left = "nothing is written" if args.command == "convert" else "a run that has begun goes on with --resume"
+        left = (
+            "nothing is written"
+            if args.command in ("convert", "report")
+            else "a run that has begun goes on with --resume"
+        )
         message, code = f"interrupted; {left}", 130
     print(f"pissa {args.command}: {message}", file=sys.stderr)
     return code

@@ -117,6 +117,32 @@ def test_a_pattern_gives_every_layer_its_rank(seed: int) -> None:
     assert pattern[r"^model\.layers\.3\.attn\.q_proj"] == 40
 
 
+def test_experts_that_agree_share_a_key() -> None:
+    ranks = {f"layers.{i}.experts.{e}.up": 8 if i in (1, 4) else 16 for i in range(6) for e in range(20)}
+    assert as_pattern(ranks) == (16, {r"^layers\.(1|4)\.experts\.\d+\.up": 8})
+    ranks["layers.2.experts.7.up"] = 24
+    r, pattern = as_pattern(ranks)
+    assert {name: pattern.get(get_pattern_key(list(pattern), name), r) for name in ranks} == ranks
+
+
+def test_experts_of_a_module_get_one_rank() -> None:
+    matrices = [
+        (f"layers.{i}.experts.{e}.up", torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) * 3.0 ** (i + e))
+        for i in range(2)
+        for e in range(2)
+    ]
+    layers = list(layer_reports(matrices, 12))
+    together = [[f"layers.{i}.experts.{e}.up" for e in range(2)] for i in range(2)]
+    found = suggest(layers, 40 * 4 * 4, 2, together)
+    ranks = [{found.ranks[name] for name in names} for names in together]
+    assert [len(some) for some in ranks] == [1, 1]
+    assert min(ranks[0]) < min(ranks[1])
+    assert found.parameters == 40 * sum(found.ranks.values()) <= 640
+    alone = suggest(layers, 40 * 4 * 4, 2)
+    assert len({alone.ranks[name] for name in together[1]}) == 2
+    assert alone.lost < found.lost
+
+
 def test_equal_ranks_need_no_pattern() -> None:
     assert as_pattern({f"h.{i}.{kind}": 16 for i in range(3) for kind in ("q", "k")}) == (16, {})
     assert as_pattern({"h.0.q": 16, "h.1.q": 16, "h.0.k": 8, "h.1.k": 8}) == (16, {"k": 8})
