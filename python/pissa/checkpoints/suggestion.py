@@ -76,13 +76,16 @@ def suggest(
         whole = sum(weights[layer.name] * layer.spectrum.total for layer in layers)
         return sum(rest) / whole if whole else 0.0
 
+    even = [layer.rank(uniform) for layer in layers]
+    if lost(even) < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
+        ranks = even
     return Suggestion(
         budget,
-        {layer.name: of_name[layer.name] for layer in layers},
+        {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)},
         sum(layer.parameters(rank) for layer, rank in zip(layers, ranks, strict=True)),
         lost(ranks),
         known,
         uniform,
         sum(layer.parameters(uniform) for layer in layers),
-        lost([layer.rank(uniform) for layer in layers]),
+        lost(even),
     )

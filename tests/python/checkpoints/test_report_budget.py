@@ -194,6 +194,17 @@ def test_a_suggestion_can_be_pasted(model: nn.Module, quant: str | None) -> None
     assert trained == found.parameters
 
 
+def test_one_rank_for_all_is_suggested_where_a_large_step_does_not_fit() -> None:
+    """A single layer with the best gain for each parameter, after which the 8 others, together, find no room."""
+    drawn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    matrices = [("alone", 1.01 * drawn), *((f"experts.{i}.up", drawn) for i in range(8))]
+    layers = list(layer_reports(matrices, 8))
+    together = [["alone"], [f"experts.{i}.up" for i in range(8)]]
+    found = suggest(layers, 16 * 2 * 9, 1, together)
+    assert (found.uniform, set(found.ranks.values())) == (2, {2})
+    assert found.lost == found.uniform_lost
+
+
 def test_lost_energy_is_that_of_the_weights(model: nn.Module) -> None:
     layers = reports(model)
     found = suggest(layers, 20_000, step=4)
