@@ -1,9 +1,9 @@
-"""Whole checkpoints on disk, matrix by matrix: none of them is ever in memory.
+"""Whole checkpoints on disk, matrix by matrix: none of them is ever in memory. `files.source` maps the folder that is
+read.
 
-`files.source` maps the model's folder that is read.
-
-- `merge_plan`, `trained`, `merge`: a checkpoint with an adapter merged into it
 - `planned_file`, `journal`, `output`: a folder that several processes write, and that a killed run goes on with
-- `composition`, `plan`: which tensors make the layers of an adapter
-- `new_files`, `init`: residuals as a checkpoint, start factors as a LoRA beside it
+- `plan`, `new_files`, `init`: residuals as a checkpoint, start factors as a LoRA beside it
+- `packed`, `mapped_model`, `fill`, `residuals`, `load`: a PissaModel over the mapped files of such a folder
+- `merge_plan`, `trained`, `merge`: a checkpoint with an adapter merged into it
+- `report`: what a checkpoint holds for PiSSA: `spectrum`, `nuclear`, `quant_errors`, `budget`, `training_memory`
 """

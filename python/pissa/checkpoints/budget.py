@@ -71,7 +71,7 @@ def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
     `r` is the most frequent rank. A kind of layers has a key of its own if another rank is more frequent in it, and
     before it (PEFT takes the first key that matches) come those of its layers that differ: one key for all of a rank
-    whose names differ in one number.
+    whose names differ in the first number. Later numbers, of experts, are any where all of them agree.
     """
     r = _most_frequent(ranks.values())
     kinds: dict[str, dict[str, int]] = {}
@@ -82,17 +82,28 @@ def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
         # A kind whose name ends the name of another kind cannot be told apart from it.
         own = not any(other.endswith(f".{kind}") for other in kinds)
         usual = _most_frequent(members.values()) if own else r
-        alike: dict[tuple[int, str, str], list[str]] = {}
+        shared: dict[tuple[str, str, str], set[int]] = {}
+        for name, rank in members.items():
+            shared.setdefault(_parts(name, any_later=True), set()).add(rank)
+        alike: dict[tuple[int, str, str], dict[str, None]] = {}
         for name, rank in members.items():
             if rank != usual:
-                before, number, after = re.fullmatch(r"(.*?)((?<![^.])\d+(?![^.])|$)(.*)", name).groups()  # type: ignore[union-attr]
-                alike.setdefault((rank, before, after), []).append(number)
+                before, number, after = _parts(name, any_later=len(shared[_parts(name, any_later=True)]) == 1)
+                alike.setdefault((rank, before, after), {})[number] = None
         for (rank, before, after), numbers in alike.items():
-            either = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
-            pattern[f"^{re.escape(before)}{either}{re.escape(after)}"] = rank
+            either = "|".join(numbers)
+            pattern[f"^{before}{f'({either})' if len(numbers) > 1 else either}{after}"] = rank
         if usual != r:
             pattern[re.escape(kind)] = usual
     return r, pattern
+
+
+def _parts(name: str, *, any_later: bool) -> tuple[str, str, str]:
+    """A name as a pattern: what is before its first number, the number, and what follows; without a number all of it
+    is before. With `any_later` further numbers may be any."""
+    before, number, after = re.fullmatch(r"(.*?)((?<![^.])\d+(?![^.])|$)(.*)", name).groups()  # type: ignore[union-attr]
+    rest = (r"\d+" if any_later and part.isdigit() else re.escape(part) for part in after.split("."))
+    return re.escape(before), number, r"\.".join(rest)
 
 
 def _most_frequent(ranks: Iterable[int]) -> int:

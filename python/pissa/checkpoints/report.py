@@ -156,15 +156,16 @@ def report(
                 layers.append(layer)
                 if bar is not None:
                     bar.update(math.prod(layer.shape))
-    order = [name for factors in plan.factors for name in factors.layers]  # the model's
-    layers.sort(key=lambda layer: order.index(layer.name))
+    groups = [factors.layers for factors in plan.factors]
+    order = {name: number for number, name in enumerate(itertools.chain(*groups))}  # the model's
+    layers.sort(key=lambda layer: order[layer.name])
     form = Form("implicit") if quant is None else Form.quantised(quant, PissaConfig.blocksize, PissaConfig.double_quant)
     adapters = [Shape(layer.name, *layer.shape, layer.rank(ranks[0])) for layer in layers]
     memory = {
         checkpointing: training_memory(adapters, sizes, form, batch=batch, length=length, checkpointing=checkpointing)
         for checkpointing in (False, True)
     }
-    suggestion = suggest(layers, budget, _step(ranks[0]))
+    suggestion = suggest(layers, budget, _step(ranks[0]), groups)
     seconds = time.perf_counter() - started
     return Report(
         os.fspath(folder), quant, ranks, known, exact, sizes, layers, suggestion, batch, length, memory, seconds

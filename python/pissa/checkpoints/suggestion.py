@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern
 from pissa.checkpoints.layer_report import LayerReport, by_kind
 from pissa.checkpoints.quant_errors import PLAIN
@@ -31,11 +33,17 @@ class Suggestion:
         return as_pattern(self.ranks)
 
 
-def suggest(layers: Sequence[LayerReport], budget: int, step: int = 8) -> Suggestion:
+def suggest(
+    layers: Sequence[LayerReport], budget: int, step: int = 8, together: Sequence[Sequence[str]] | None = None
+) -> Suggestion:
     """Ranks, multiples of `step`, at which as little as possible of the layers' energy is lost; see `allocate`.
 
     What a quantised residual loses is near its own energy times what the format loses of each unit, which differs from
     kind to kind: the energies are weighted by that, if errors are known.
+
+    Args:
+        together: the names of the layers, those together that need one rank: the experts of a module. By default each
+            is alone.
 
     Raises:
         ValueError: the budget is less than a step for each layer.
@@ -45,10 +53,17 @@ def suggest(layers: Sequence[LayerReport], budget: int, step: int = 8) -> Sugges
         for summary in by_kind(layers).values()
         for layer in summary.layers
     }
-    candidates = [
-        Candidate((weights[layer.name] * layer.spectrum.values.square()).tolist(), sum(layer.shape)) for layer in layers
-    ]
-    ranks = allocate(candidates, budget, step)
+    by_name = {layer.name: layer for layer in layers}
+    groups = together or [[name] for name in by_name]
+    candidates = []
+    for names in groups:
+        gains = [weights[name] * by_name[name].spectrum.values.square() for name in names]
+        candidates.append(
+            Candidate(torch.stack(gains).sum(0).tolist(), sum(sum(by_name[name].shape) for name in names))
+        )
+    allocated = allocate(candidates, budget, step)
+    of_name = {name: rank for names, rank in zip(groups, allocated, strict=True) for name in names}
+    ranks = [of_name[layer.name] for layer in layers]
     known = max(len(layer.spectrum.values) for layer in layers)
     uniform = max(
         rank
@@ -61,6 +76,9 @@ def suggest(layers: Sequence[LayerReport], budget: int, step: int = 8) -> Sugges
         whole = sum(weights[layer.name] * layer.spectrum.total for layer in layers)
         return sum(rest) / whole if whole else 0.0
 
+    even = [layer.rank(uniform) for layer in layers]
+    if lost(even) < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
+        ranks = even
     return Suggestion(
         budget,
         {layer.name: rank for layer, rank in zip(layers, ranks, strict=True)},
@@ -69,5 +87,5 @@ def suggest(layers: Sequence[LayerReport], budget: int, step: int = 8) -> Sugges
         known,
         uniform,
         sum(layer.parameters(uniform) for layer in layers),
-        lost([layer.rank(uniform) for layer in layers]),
+        lost(even),
     )

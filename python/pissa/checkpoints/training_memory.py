@@ -67,7 +67,8 @@ def training_memory(
     Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
     element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
     only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
-    each pair of tokens is not counted: implementations that keep it are not the usual ones.
+    each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
+    counts as if it saw every token: an upper bound.
     """
     layers = list(layers)
     parameters = sum(layer.r * (layer.out + layer.inner) for layer in layers)

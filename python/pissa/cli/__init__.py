@@ -1,4 +1,4 @@
-"""The command line: `pissa finetune`, `pissa demo`, `pissa convert`, `pissa env`."""
+"""The command line: `pissa finetune`, `pissa demo`, `pissa convert`, `pissa report`, `pissa env`."""
 
 from pissa.cli.main import main
 

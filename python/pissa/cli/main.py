@@ -26,6 +26,7 @@ _INTERRUPTED = {
     "convert": "nothing is written",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
+    "report": "nothing is written",
 }
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.

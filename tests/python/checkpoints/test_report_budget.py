@@ -117,6 +117,32 @@ def test_a_pattern_gives_every_layer_its_rank(seed: int) -> None:
     assert pattern[r"^model\.layers\.3\.attn\.q_proj"] == 40
 
 
+def test_experts_that_agree_share_a_key() -> None:
+    ranks = {f"layers.{i}.experts.{e}.up": 8 if i in (1, 4) else 16 for i in range(6) for e in range(20)}
+    assert as_pattern(ranks) == (16, {r"^layers\.(1|4)\.experts\.\d+\.up": 8})
+    ranks["layers.2.experts.7.up"] = 24
+    r, pattern = as_pattern(ranks)
+    assert {name: pattern.get(get_pattern_key(list(pattern), name), r) for name in ranks} == ranks
+
+
+def test_experts_of_a_module_get_one_rank() -> None:
+    matrices = [
+        (f"layers.{i}.experts.{e}.up", torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) * 3.0 ** (i + e))
+        for i in range(2)
+        for e in range(2)
+    ]
+    layers = list(layer_reports(matrices, 12))
+    together = [[f"layers.{i}.experts.{e}.up" for e in range(2)] for i in range(2)]
+    found = suggest(layers, 40 * 4 * 4, 2, together)
+    ranks = [{found.ranks[name] for name in names} for names in together]
+    assert [len(some) for some in ranks] == [1, 1]
+    assert min(ranks[0]) < min(ranks[1])
+    assert found.parameters == 40 * sum(found.ranks.values()) <= 640
+    alone = suggest(layers, 40 * 4 * 4, 2)
+    assert len({alone.ranks[name] for name in together[1]}) == 2
+    assert alone.lost < found.lost
+
+
 def test_equal_ranks_need_no_pattern() -> None:
     assert as_pattern({f"h.{i}.{kind}": 16 for i in range(3) for kind in ("q", "k")}) == (16, {})
     assert as_pattern({"h.0.q": 16, "h.1.q": 16, "h.0.k": 8, "h.1.k": 8}) == (16, {"k": 8})
@@ -166,6 +192,17 @@ def test_a_suggestion_can_be_pasted(model: nn.Module, quant: str | None) -> None
     assert {layer.scaling["default"] for layer in adapters.values()} == {1.0}
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert trained == found.parameters
+
+
+def test_one_rank_for_all_is_suggested_where_a_large_step_does_not_fit() -> None:
+    """A single layer with the best gain for each parameter, after which the 8 others, together, find no room."""
+    drawn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    matrices = [("alone", 1.01 * drawn), *((f"experts.{i}.up", drawn) for i in range(8))]
+    layers = list(layer_reports(matrices, 8))
+    together = [["alone"], [f"experts.{i}.up" for i in range(8)]]
+    found = suggest(layers, 16 * 2 * 9, 1, together)
+    assert (found.uniform, set(found.ranks.values())) == (2, {2})
+    assert found.lost == found.uniform_lost
 
 
 def test_lost_energy_is_that_of_the_weights(model: nn.Module) -> None:
