@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa.base.bitsandbytes import from_state
 from pissa.base.bitsandbytes_state import entry_layout
-from pissa.base.kinds import adopted
+from pissa.base.kinds import adopted, base_of
 from pissa.checkpoints.packed import packed_layers
 from pissa.config import IMPLICIT, Form
 from pissa.files.composition import Composition, Part
@@ -127,7 +127,7 @@ class _Planner:
         self.sharing: dict[int, list[str]] = {}
         for name, value in self.tensors.items():
             self.sharing.setdefault(id(value), []).append(name)
-        linears = {name: module for name, module in self.model.named_modules() if type(module) is nn.Linear}
+        linears = {name: module for name, module in self.model.named_modules() if _is_linear(module)}
         self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
         self.quantised: set[str] = set()
         if form != IMPLICIT:  # as transformers does it, which quantises no output layer
@@ -155,7 +155,7 @@ class _Planner:
         dense = [
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and name not in self.quantised
+            if base_of(module).kind in (nn.Linear, Conv1D) and name not in self.quantised
         ]
         return MergePlan(self.source, units, self._files(units), self.form, dense)
 
@@ -368,6 +368,11 @@ class _Planner:
 
 
 _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module computes what nn.Linear does."""
+    return base_of(module).kind is nn.Linear and adopted(module) is not None
 
 
 def _changes_form(layer: MergedLayer) -> bool:
