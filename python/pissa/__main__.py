@@ -4,4 +4,4 @@ import sys
 
 from pissa.cli import main
 
-sys.exit(main(sys.argv[1:] or ["env"]))
+sys.exit(main(None if sys.argv[1:] else ["env"]))

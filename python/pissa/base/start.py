@@ -72,6 +72,11 @@ class StartFactors(KeepsDtype):
         """The factors that a residual stored for this start lacks, if they are not a0 and b0."""
         return None if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
 
+    @property
+    def rank_taken(self) -> int | None:
+        """The rank of `taken`."""
+        return None if self.taken_a is None else len(self.taken_a)
+
     def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""
         if deltas.e is None:

@@ -46,7 +46,10 @@ class Composition:
     """
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        mapping = get_model_conversion_mapping(model)
+        names = set(names)
+        # A checkpoint in the model's own names needs no table, which takes transformers a second to build.
+        is_own = all(name in names for name, _ in model.named_parameters())
+        mapping = [] if is_own else get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}

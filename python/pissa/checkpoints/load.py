@@ -23,6 +23,7 @@ from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
 from pissa.model.inject import materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
+from pissa.model.store import store
 
 
 def load(
@@ -92,7 +93,8 @@ def load(
         wrapped.to(device)
         if checkpoint is None:
             keep = residuals is not None
-            decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
+            left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
+            store(model, adapter_name, config, left)
         else:
             with _blamed(checkpoint):
                 restore(checkpoint, wrapped, adapter_name)

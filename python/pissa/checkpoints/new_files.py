@@ -51,8 +51,9 @@ def layouts(plan: Plan) -> dict[str, Layout]:
             files[entry.path.name][name] = (entry.dtype, tuple(entry.shape))
     found = {name: Layout(tensors, _METADATA) for name, tensors in files.items()}
     found[INITIAL_WEIGHTS] = Layout(_factor_tensors(plan), _METADATA)
-    if has_taken(plan.config):
-        shapes = {name: shape for layer in plan.layers.values() for name, shape in _taken_shapes(layer).items()}
+    alternated = [layer for layer in plan.layers.values() if has_taken(plan.config_of(layer))]
+    if alternated:
+        shapes = {name: shape for layer in alternated for name, shape in _taken_shapes(layer).items()}
         found[PISSA_WEIGHTS] = Layout({name: (torch.float32, shape) for name, shape in shapes.items()}, _METADATA)
     return found
 
@@ -90,12 +91,12 @@ def is_quantised(layer: PlannedLayer) -> bool:
 
 def residual_tensors(
     plan: Plan, layer: PlannedLayer, residual: Tensor | ops.QuantizedWeight
-) -> Iterator[tuple[str, str, Tensor, int]]:
-    """What is written of a residual: the file, the tensor's name, the values, and the row from which they go on."""
+) -> Iterator[tuple[str, str, Tensor, int | None]]:
+    """What is written of a residual: the file, the tensor's name, the values, and, of a part of a stack, its number."""
     if isinstance(residual, ops.QuantizedWeight):
         file = plan.source.entry(layer.tensors[0]).path.name
         for name, values in to_bitsandbytes(residual, layer.dtype).items():
-            yield file, f"{layer.target}.{name}", values, 0
+            yield file, f"{layer.target}.{name}", values, None
         return
     row = 0
     for part in layer.parts:
@@ -104,12 +105,7 @@ def residual_tensors(
         rows = residual[row : row + shape[1 if part.transposed else 0]]
         row += len(rows)
         values = rows.mT if part.transposed else rows
-        yield (
-            entry.path.name,
-            part.tensor,
-            values if part.member is None else values[None],
-            part.member or 0,
-        )
+        yield entry.path.name, part.tensor, values if part.member is None else values[None], part.member
 
 
 def index_text(plan: Plan, files: dict[str, Layout]) -> str | None:
@@ -135,15 +131,19 @@ def config_text(plan: Plan) -> str:
 
 
 def _quantization_config(plan: Plan, layer: PlannedLayer) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes."""
+    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. With experts in 4 bits, which transformers
+    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing."""
     in_4_bits = layer.form.kind == "nf4"
     half = layer.dtype if layer.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    return {
+    method = {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": in_4_bits,
         "_load_in_8bit": not in_4_bits,
         "load_in_4bit": in_4_bits,
         "load_in_8bit": not in_4_bits,
+    }
+    return {
+        **({"quant_method": "pissa"} if plan.has_quantised_experts else method),
         "llm_int8_threshold": 6.0,
         "llm_int8_skip_modules": plan.dense_linears,
         "llm_int8_enable_fp32_cpu_offload": False,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pissa.checkpoints import journal
 from pissa.checkpoints.planned_file import Layout, PlannedFile, create, is_finished
-from pissa.distributed import failing_together, rank
+from pissa.distributed import agree, rank
 from pissa.files.staged import check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
 
@@ -36,8 +36,8 @@ class Output:
                     out.add(unit, result)
             out.finish()
 
-    All ranks enter the block together, and call `finish` together. Before, there is only the hidden folder, which
-    stays after an error or a kill.
+    All ranks enter the block together, inside `distributed.failing_together`, and call `finish` together. Until then
+    there is only the hidden folder, which stays after an error or a kill.
 
     Args:
         identity: of the plan, the same on all ranks: a value of JSON for each thing that decides what is written.
@@ -56,6 +56,8 @@ class Output:
         self._hidden = folder / UNFINISHED
         self._files = self._hidden / "files"  # under their own names
         self._records = self._hidden / "journal"
+        self.done: dict[str, Any] = {}
+        """The results of the finished units: of all earlier runs, and of this process."""
         self._journal: journal.Journal | None = None
         self._open: dict[str, PlannedFile] = {}
         self._opening = threading.Lock()
@@ -63,15 +65,19 @@ class Output:
 
     def __enter__(self) -> Output:
         try:
-            with failing_together():
-                if rank() == 0:
-                    self._begin()
-            with failing_together():
-                if rank() != 0:
-                    self._lock = _locked(self._hidden, fcntl.LOCK_SH)
-                    journal.check(self._records, self._identity)
-                self._journal = journal.Journal(self._records, self._flush)
+            if rank() == 0:
+                self._begin()
+            agree()
+            if rank() != 0:
+                self._lock = _locked(self._hidden, fcntl.LOCK_SH)
+                journal.check(self._records, self._identity)
+            self._journal = journal.Journal(self._records, self._flush)
+            self.done = self._journal.done
+            for found in agree(self.done):  # each machine knows which of its own lines count
+                self.done |= found
         except BaseException:
+            with suppress(OSError):
+                self._close()
             self._unlock()
             raise
         return self
@@ -83,13 +89,7 @@ class Output:
             self._close()
         self._unlock()
 
-    @property
-    def done(self) -> Mapping[str, Any]:
-        """The results of the finished units: of earlier runs, and of this process."""
-        assert self._journal is not None
-        return self._journal.done
-
-    def write(self, file: str, name: str, tensor: Tensor, first: int = 0) -> None:
+    def write(self, file: str, name: str, tensor: Tensor, first: int | None = None) -> None:
         """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`. Any thread may."""
         with self._opening:
             if file not in self._open:
@@ -109,14 +109,14 @@ class Output:
 
     def finish(self) -> None:
         """Puts all files in place; raises as the class does."""
-        with failing_together():
-            self._close()
-            if rank() != 0:
-                self._unlock()
-        with failing_together():
-            if rank() == 0:
-                self._place()
-                self._remove()
+        self._close()
+        if rank() != 0:
+            self._unlock()
+        agree()
+        if rank() == 0:
+            self._place()
+            self._remove()
+        agree()
 
     def _begin(self) -> None:
         """What one rank does: it takes the folder, and makes the files or finds them."""

@@ -3,10 +3,11 @@ configuration alone. The model is built on the meta device, without values."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
@@ -16,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.init_methods import INIT_METHODS
+from pissa.base.kinds import base_of
 from pissa.base.start import Origin
 from pissa.checkpoints.composition import Composition, Part
 from pissa.checkpoints.source import Source
@@ -30,11 +32,9 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
 from pissa.model.inject import own_config
 from pissa.model.pissa_model import model_class
-from pissa.ops.checks import FLOATS
+from pissa.ops.checks import FLOATS, check_choice
 
 Experts = Literal["dense", "nf4"]
-
-_EXPLICIT = Form("explicit")
 
 
 class PlannedLayer(NamedTuple):
@@ -77,6 +77,8 @@ class Plan:
     source: Source
     config: PissaConfig
     """As it was given, but with the names of the layers that it means, and with a stored form."""
+    dense: PissaConfig
+    """The same for layers whose residual stays dense if that of the others is quantised."""
     experts: Experts
     layers: dict[str, PlannedLayer]
     """By their names, in the order in which they lie in the files."""
@@ -90,7 +92,8 @@ class Plan:
 
     @staticmethod
     def of(source: Source, config: PissaConfig, experts: Experts = "dense") -> Plan:
-        """The plan for a checkpoint. `config` without `quant` is taken for residual="explicit".
+        """The plan for a checkpoint. `config` with neither `quant` nor `residual` stands for
+        residual="explicit".
 
         Args:
             experts: how the residual of fused experts is kept if that of other layers is quantised: dense, as in the
@@ -101,12 +104,12 @@ class Plan:
                 checkpoint lacks; what a plain LoRA on a residual cannot hold.
         """
         config = own_config(config)
-        if config.quant is None:
+        if config.quant is None and config.residual is None:
             config.residual = "explicit"
-        _check_config(config)
+        _check_config(config, experts)
         model = meta_model(source)
         composition = Composition(model, source.names)
-        linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        linears = [name for name, module in model.named_modules() if base_of(module).kind in (nn.Linear, Conv1D)]
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         wrapped = model_class(config)(model, config, "default")
@@ -119,20 +122,23 @@ class Plan:
         layers = pissa_layers(base)
         check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()})
         inside = unfused_experts(base)
-        parts = _parts(layers, inside, composition)
+        dense = _dense(config) if inside and experts == "dense" else config
         uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
-        planned = []
+        configs = {name: dense if _module_of(name) in inside else config for name in layers}
         for name, layer in layers.items():
-            path = name.rpartition(".")[0].rpartition(".")[0]
-            form = _EXPLICIT if path in inside and experts == "dense" else config.form
-            _check_layer(name, layer, form, uses)
-            planned.append(_planned(name, layer, parts[name], form, config, source, path in inside))
+            _check_layer(name, layer, configs[name], uses)
+        parts = _parts(layers, inside, composition)
+        planned = [
+            _planned(name, layer, parts[name], configs[name], source, _module_of(name) in inside)
+            for name, layer in layers.items()
+        ]
         places = {name: number for number, name in enumerate(source.names)}
         planned.sort(key=lambda layer: (places[layer.parts[0].tensor], layer.parts[0].member or 0))
         quantised = {layer.name for layer in planned if layer.form.kind != "explicit"}
         return Plan(
             source,
             config,
+            dense,
             experts,
             {layer.name: layer for layer in planned},
             factors_of(base, layers),
@@ -140,6 +146,10 @@ class Plan:
             type(base),
             [name for name in linears if name not in quantised],
         )
+
+    def config_of(self, layer: PlannedLayer) -> PissaConfig:
+        """The configuration by which a layer is split."""
+        return self.config if layer.form == self.config.form else self.dense
 
     @property
     def copied(self) -> list[str]:
@@ -178,18 +188,14 @@ def meta_model(source: Source) -> PreTrainedModel:
     return model
 
 
-def _check_config(config: PissaConfig) -> None:
-    refused: Mapping[str, Any] = {
-        "modules_to_save": None,
-        "trainable_token_indices": None,
-        "use_dora": False,
-        "use_adalora": False,
-        "repair": None,
-    }
-    for name, default in refused.items():
-        if getattr(config, name) != default:
+def _check_config(config: PissaConfig, experts: Experts) -> None:
+    check_choice("experts", experts, get_args(Experts))
+    if experts == "nf4" and config.quant != "nf4":
+        raise ValueError(f"experts='nf4' goes with quant='nf4': got quant={config.quant!r}; leave experts out")
+    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "use_adalora", "repair"):
+        if value := getattr(config, name):
             raise ValueError(
-                f"{name}={getattr(config, name)!r} is not for a checkpoint, whose adapter is a plain LoRA on the "
+                f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the "
                 "residual: leave it out, and give it to the trainer"
             )
     if INIT_METHODS[config.init].needs:
@@ -201,14 +207,25 @@ def _check_config(config: PissaConfig) -> None:
         )
 
 
-def _check_layer(name: str, layer: PissaLayer, form: Form, uses: Counter[int]) -> None:
-    """Raises ValueError if the layer's residual cannot be kept in that form in a checkpoint."""
-    module = layer.base.module
+def _dense(config: PissaConfig) -> PissaConfig:
+    """The configuration of layers whose residual stays dense, whatever that of the others is."""
+    if config.init == "loftq":
+        raise ValueError(
+            "init='loftq' starts from the error of the format, which a dense residual, as that of fused experts, has "
+            "not: give experts='nf4' or another init, or leave the experts out with exclude_modules"
+        )
+    changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "residual": "explicit"}
+    return config if config.quant is None else dataclasses.replace(config, **changed)
+
+
+def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counter[int]) -> None:
+    """Raises ValueError if the layer's residual cannot be kept as `config` says in a checkpoint."""
+    module, form = layer.base.module, config.form
     if not isinstance(layer, PissaLinear):
         raise ValueError(
             f"layer {name} is a {type(module).__name__}, whose weight stays as it is in every form; {leave_out(name)}"
         )
-    if form.kind != "explicit" and isinstance(module, Conv1D):
+    if form.kind != "explicit" and layer.base.kind is Conv1D:
         raise ValueError(
             f"layer {name} is a Conv1D, which transformers cannot load in {form.kind} as it would have to be kept: "
             f"leave quant out, or {leave_out(name)}"
@@ -218,6 +235,11 @@ def _check_layer(name: str, layer: PissaLayer, form: Form, uses: Counter[int]) -
             f"the weight of layer {name} is tied to another module's, which would get the residual too; "
             f"{leave_out(name)}"
         )
+
+
+def _module_of(name: str) -> str:
+    """The module of fused experts in which a layer of this name would be."""
+    return name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _parts(
@@ -231,7 +253,7 @@ def _parts(
         path, index = path.rpartition(".")[::2]
         try:
             if path not in inside:
-                found[name] = composition.matrix(f"{name}.weight", isinstance(layer.base.module, Conv1D))
+                found[name] = composition.matrix(f"{name}.weight", layer.base.kind is Conv1D)
                 continue
             key = f"{path}.{leaf}"
             if key not in stacks:
@@ -247,7 +269,6 @@ def _planned(
     name: str,
     layer: PissaLayer,
     parts: tuple[Part, ...],
-    form: Form,
     config: PissaConfig,
     source: Source,
     is_expert: bool,
@@ -279,4 +300,4 @@ def _planned(
     own = parts[0].tensor.removesuffix(".weight")
     target = name if is_expert or len(parts) > 1 or own == parts[0].tensor else own
     origin = layer.origin("default", config)
-    return PlannedLayer(name, parts, layer.matrix_shape, entries[0].dtype, origin, form, is_expert, target)
+    return PlannedLayer(name, parts, layer.matrix_shape, entries[0].dtype, origin, config.form, is_expert, target)

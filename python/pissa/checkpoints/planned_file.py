@@ -117,11 +117,12 @@ class PlannedFile:
         self._layout = layout
         self._handle = os.open(path, os.O_RDWR)
 
-    def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
-        """Writes a tensor, or a part of one: its rows (along dimension 0) from `first` on.
+    def write(self, name: str, tensor: Tensor, first: int | None = None) -> None:
+        """Writes a tensor, or some of its rows (along dimension 0).
 
         Args:
-            tensor: of the planned dtype; of the planned shape, or with fewer rows.
+            tensor: of the planned dtype and shape; if `first` is given, fewer rows will do.
+            first: the row of the whole tensor that the first of these is.
 
         Raises:
             ValueError: no such tensor, another dtype or another shape.
@@ -129,15 +130,16 @@ class PlannedFile:
         """
         entry = self._layout.entry(self.path, name)
         whole, given = list(entry.shape), list(tensor.shape)
-        fits = given == whole if first == 0 else len(given) == len(whole)
-        if given and not fits and given[1:] == whole[1:]:
-            fits = 0 <= first <= first + given[0] <= whole[0]
+        if first is None:
+            fits, start = given == whole, entry.offset
+        else:
+            fits = len(given) == len(whole) > 0 and given[1:] == whole[1:] and 0 <= first <= whole[0] - given[0]
+            start = entry.offset + first * entry.dtype.itemsize * math.prod(whole[1:])
         if tensor.dtype != entry.dtype or not fits:
+            rows = "" if first is None else f" from row {first} on"
             raise ValueError(
-                f"{self.path}: tensor {shown(name)}: got {tensor.dtype} {given} from row {first} on; planned: "
-                f"{entry.dtype} {whole}"
+                f"{self.path}: tensor {shown(name)}: got {tensor.dtype} {given}{rows}; planned: {entry.dtype} {whole}"
             )
-        start = entry.offset + first * (entry.nbytes // whole[0] if first else 0)
         try:
             for part in _parts(tensor.detach()):
                 start = _write(self._handle, part, start)
@@ -158,7 +160,8 @@ def _parts(tensor: Tensor) -> Iterable[memoryview]:
     if tensor.numel() == 0:
         return
     if tensor.is_contiguous() and tensor.device.type == "cpu":
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        # as_strided: a single element may have any stride
+        yield tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
     elif tensor.nbytes <= _CHUNK or tensor.dim() == 0:
         yield from _parts(tensor.cpu().contiguous())
     else:

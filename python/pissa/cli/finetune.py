@@ -215,7 +215,7 @@ def _wrap(model: Any, args: argparse.Namespace) -> PeftModel:
             return get_peft_model(model, config)
         import pissa
 
-        wrapped = pissa.wrap(
+        return pissa.wrap(
             model,
             r=args.rank,
             quant=args.quant,
@@ -227,12 +227,6 @@ def _wrap(model: Any, args: argparse.Namespace) -> PeftModel:
         )
     except ValueError as error:  # a rank above a layer's size, NaN in a weight: the message names it
         raise UserError(f"--model {args.model}: {error}") from error
-    if args.quant:
-        # The weights are views of the mapped model file, which stays in memory as long as one view lives. Copies of
-        # the remaining weights let it go, and with it the dense weights that quantised ones have replaced.
-        for parameter in wrapped.parameters():
-            parameter.data = parameter.data.clone()
-    return wrapped
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

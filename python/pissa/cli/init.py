@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for wrong arguments, folders and files. What an unfinished run has done stays.
     """
+    if args.is_process and "peft" not in sys.modules:
+        # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     silence_third_parties()
     from pissa import distributed
     from pissa.checkpoints.init import init
@@ -140,11 +144,15 @@ def _processes() -> Iterator[None]:
 
 def _with_options(message: str) -> str:
     """The message with this command's options in place of the fields of PissaConfig."""
-    return re.sub(r"\b(quant_iters|svd_passes|target_modules|exclude_modules|quant|init|experts)=", _option, message)
+    return re.sub(rf"\b({'|'.join(_FIELDS)})=(?:(['\"])(.*?)\2|(None))?", _option, message)
+
+
+_FIELDS = ("quant_iters", "svd_passes", "target_modules", "exclude_modules", "quant", "init", "experts")
 
 
 def _option(match: re.Match[str]) -> str:
-    return f"--{match[1].replace('_', '-')} "
+    option = f"--{match[1].replace('_', '-')}"
+    return f"no {option}" if match[4] else f"{option} {match[3] or ''}"
 
 
 def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> None:

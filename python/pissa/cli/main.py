@@ -30,13 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the `pissa` command.
 
     Args:
-        argv: the arguments after the command's name; those of the process by default.
+        argv: the arguments after the command's name; those of the process by default, which is then the command's
+            own (`args.is_process`).
 
     Returns:
         0 when done, 1 when the environment or a check is broken, 2 for wrong input, 130 when interrupted.
     """
+    is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
+    args = _parser(argv).parse_args(argv, argparse.Namespace(is_process=is_process))
     try:
         code: int = args.run(args)
         return code

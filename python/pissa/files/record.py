@@ -80,7 +80,6 @@ class LayerRecord:
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
         """The record of a layer as it is. `gathered`: see `Fingerprints`."""
         base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
-        taken = None if base.start is None else base.start.taken
         return LayerRecord(
             start.origin.r,
             start.origin.scaling,
@@ -88,7 +87,7 @@ class LayerRecord:
             base.form,
             stored=None if base.start is None else str(known.of_residual(base, gathered)),
             base=None if base.start in (None, start) else base.start.origin,
-            taken=None if taken is None else len(taken[0]) or None,
+            taken=None if base.start is None else base.start.rank_taken or None,
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -97,7 +97,10 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 def _entry(path: Path, name: str, fields: Any, start: int, size: int) -> Entry:
     where = f"tensor {shown(name)}"
-    found = typed_fields(fields, _FIELDS, where)
+    try:
+        found = typed_fields(fields, _FIELDS, "its entry")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"{where} has the dtype {shown(dtype)}; known: {', '.join(DTYPES)}")

@@ -184,11 +184,16 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         scaling = float(self.scaling[adapter_name])
         return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
 
-    def empty_factors(self, adapter_name: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        """Memory for factors a [r, in] and b [out, r], float32, where the adapter is; of its rank unless another is
-        given."""
+    def empty_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
+        """Memory for start factors where the adapter is; `rank_taken`: of the factors that a residual lacks, if they
+        are others."""
+        a0, b0 = self._empty_factors(adapter_name, origin.r)
+        taken = None if rank_taken is None else self._empty_factors(adapter_name, rank_taken)
+        return StartFactors(a0, b0, origin, taken)
+
+    def _empty_factors(self, adapter_name: str, r: int) -> tuple[Tensor, Tensor]:
         out_features, in_features = self.matrix_shape
-        r, device = self.r[adapter_name] if rank is None else rank, self.device_of(adapter_name)
+        device = self.device_of(adapter_name)
         return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
 
     def known_start(self, origin: Origin) -> StartFactors | None:
@@ -205,8 +210,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
         """Gives an adapter, whose `init` is "given", start factors of zero: its A and B are dA and dB, as in a plain
         LoRA."""
-        a0, b0 = (factor.zero_() for factor in self.empty_factors(adapter_name))
-        self.lora_start[adapter_name] = StartFactors(a0, b0, self.origin(adapter_name, config))
+        start = self.empty_start(adapter_name, self.origin(adapter_name, config))
+        for factor in start.buffers():
+            factor.zero_()
+        self.lora_start[adapter_name] = start
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
         """Gives an adapter these start factors, or the layer's own if it has the same already."""

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, start_factors
 from pissa.base.protocol import Base
-from pissa.base.start import Origin, Start, StartFactors
-from pissa.base.stored import residuals_of
-from pissa.config import IMPLICIT, PissaConfig
+from pissa.base.start import Origin, StartFactors
+from pissa.base.stored import ResidualCheck, residuals_of
+from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -36,6 +36,16 @@ _GROUP = 1 << 22
 _GPU_GROUP = 1 << 30
 
 
+class Replacement(NamedTuple):
+    """A layer whose dense base is to be stored."""
+
+    layer: PissaLayer
+    lacked: StartFactors
+    """The start that its residual will lack."""
+    start: StartFactors
+    """The adapter's start."""
+
+
 def decompose(
     model: nn.Module,
     adapter_name: str,
@@ -44,9 +54,9 @@ def decompose(
     first: bool,
     progressbar: bool,
     keep_bases: bool = False,
-) -> None:
-    """Starts an adapter that has just been injected: gives each of its layers the start factors that `config.init`
-    finds in the layer's base, and a base that keeps a residual if `config` asks for one.
+) -> dict[str, Replacement]:
+    """Starts an adapter that has just been injected: finds the start factors that `config` asks for in the base of each
+    of its layers, and gives them to the layers whose bases stay. `store` replaces the other bases.
 
     With several processes (torch.distributed) all of them have to call this. Each decomposes some of the layers and
     gives the others what it found, so that all have the same bits. An error on one rank does not stop the others; see
@@ -56,6 +66,9 @@ def decompose(
         model: the (unwrapped) model.
         first: whether the model has no other adapter, so that a stored base may still replace a dense one.
         keep_bases: whether the layers keep their bases, of whatever form. They have been given them already.
+
+    Returns:
+        What `store` is to do, by the layers' names. No weight can make it fail any more.
 
     Raises:
         ValueError: naming the layer: NaN or Inf in its weight, or a form that it cannot have; or a model or a
@@ -77,59 +90,73 @@ def decompose(
     if distributed.world_size() > 1:
         _check_same_on_all_ranks(layers, starts, config)
         _share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
-    unknown = {name: layer for name, layer in layers.items() if name not in starts}
-    for name, found in _factors(unknown, adapter_name, origins, config, progressbar):
-        starts[name] = StartFactors(found.a0, found.b0, origins[name], found.taken)
-    for group in _groups({name: layer for name, layer in layers.items() if name in stored}):
-        weights = [layer.base.matrix() for layer in group.values()]
-        residuals = residuals_of(weights, [starts[name] for name in group], config.form, list(group))
-        for (name, layer), residual in zip(group.items(), residuals, strict=True):
-            layer.store_base(residual, starts[name], config)
+    unknown = {name: origin for name, origin in origins.items() if name not in starts}
+    by_base, by_adapter = config.of_base(), config.of_adapter()
+    if by_base is by_adapter:
+        searches = [_Search(config, unknown, stored)]
+    else:
+        of_bases = {name: layers[name].origin(adapter_name, by_base) for name in layers if name in stored}
+        if config.repair is None:  # the adapter shares the start of its base
+            unknown = {name: origin for name, origin in unknown.items() if name not in stored}
+        searches = [_Search(by_base, of_bases, stored), _Search(by_adapter, unknown, set())]
+    found = _starts(layers, adapter_name, searches, config.form, progressbar)
+    for some in found:
+        starts |= some
     for name, layer in layers.items():
-        layer.start_from(adapter_name, starts[name])
-    if distributed.world_size() > 1:
-        kept = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
-        _share_fingerprints(kept, Fingerprints.of_residual, Fingerprints.learn_residual)
+        if name not in stored:
+            layer.start_from(adapter_name, starts[name])
+    share_residuals({name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT})
+    return {name: Replacement(layers[name], found[0][name], starts[name]) for name in layers if name in stored}
 
 
-def _factors(
-    layers: dict[str, PissaLayer],
-    adapter_name: str,
-    origins: dict[str, Origin],
-    config: PissaConfig,
-    progressbar: bool,
-) -> Iterator[tuple[str, Start]]:
-    """The start factors of each layer, decomposed by one rank and sent to the others. The caller takes them all."""
-    owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
-    mine = {name: layer for name, layer in layers.items() if owners[name] == distributed.rank()}
-    starts: dict[str, Start] = {}
+class _Search(NamedTuple):
+    """Starts to be found by one configuration."""
+
+    config: PissaConfig
+    origins: dict[str, Origin]
+    """By the names of the layers."""
+    stored: set[str]
+    """Those of them whose residuals will lack the start."""
+
+
+def _starts(
+    layers: dict[str, PissaLayer], adapter_name: str, searches: Sequence[_Search], form: Form, progressbar: bool
+) -> list[dict[str, StartFactors]]:
+    """What each search finds, decomposed by one rank and sent to the others."""
+    sizes = {name: math.prod(layers[name].matrix_shape) for search in searches for name in search.origins}
+    owners = distributed.owners(sizes)
+    shares = [
+        {name: layers[name] for name in search.origins if owners[name] == distributed.rank()} for search in searches
+    ]
+    found: list[dict[str, StartFactors]] = []
+    check = ResidualCheck(form)
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
-    with tqdm(total=len(mine), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        for group in _groups(mine, copied=INIT_METHODS[config.init].copies):
-            weights = [layer.base.matrix() for layer in group.values()]
-            found = start_factors(weights, [origins[name] for name in group], config, list(group))
-            starts |= zip(group, found, strict=True)
-            if bar is not None:
-                bar.update(len(group))
-    taken = {name: None if start.taken is None else len(start.taken[0]) for name, start in starts.items()}
-    # From here to the last broadcast nothing can fail on one rank alone.
-    taken = {name: rank for some in distributed.agree(taken) for name, rank in some.items()}
-    for name, layer in layers.items():
-        start, rank = starts.pop(name, None), taken[name]
-        if start is None:
-            start = Start(*layer.empty_factors(adapter_name))
-            if rank is not None:
-                start = start._replace(taken=layer.empty_factors(adapter_name, rank))
-        yield name, _sent(start, owners[name])
-
-
-def _sent(start: Start, owner: int) -> Start:
-    """The start of rank `owner`; on other ranks `start` is memory for it."""
-    a0, b0 = (distributed.broadcast(factor, owner) for factor in (start.a0, start.b0))
-    if start.taken is None or not len(start.taken[0]):
-        return Start(a0, b0, start.taken)
-    a, b = (distributed.broadcast(factor, owner) for factor in start.taken)
-    return Start(a0, b0, (a, b))
+    with tqdm(total=sum(map(len, shares)), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
+        for (config, origins, stored), share in zip(searches, shares, strict=True):
+            starts: dict[str, StartFactors] = {}
+            for group in groups(share, copied=INIT_METHODS[config.init].copies or config.quant_iters > 1):
+                weights = [layer.base.matrix() for layer in group.values()]
+                some = start_factors(weights, [origins[name] for name in group], config, list(group))
+                for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
+                    starts[name] = StartFactors(a0, b0, origins[name], taken)
+                    if name in stored:
+                        check.add(name, weight, starts[name])
+                if bar is not None:
+                    bar.update(len(group))
+            found.append(starts)
+    for name in check.uncertain():
+        residuals_of([layers[name].base.matrix()], [found[0][name]], form, [name])
+    ranks = [{name: start.rank_taken for name, start in starts.items()} for starts in found]
+    everywhere = distributed.agree(ranks)  # from here to the last broadcast nothing can fail on one rank alone
+    for number, search in enumerate(searches):
+        for name, origin in search.origins.items():
+            if name not in found[number]:
+                rank_taken = everywhere[owners[name]][number][name]
+                found[number][name] = layers[name].empty_start(adapter_name, origin, rank_taken)
+            for factor in found[number][name].buffers():
+                if factor.numel():
+                    factor.copy_(distributed.broadcast(factor, owners[name]))
+    return found
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
@@ -182,6 +209,12 @@ def _share_fingerprints(
     for found in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
         for name, value in found.items():
             learn(layers[name].fingerprints, layers[name].base, value)
+
+
+def share_residuals(layers: dict[str, PissaLayer]) -> None:
+    """Gives every process the fingerprints of the residuals that these layers keep."""
+    if distributed.world_size() > 1:
+        _share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
 
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
@@ -238,14 +271,18 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
         )
 
 
-def _groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterator[dict[str, PissaLayer]]:
+def groups(
+    layers: dict[str, PissaLayer], *, copied: bool = False, threads: int | None = None
+) -> Iterator[dict[str, PissaLayer]]:
     """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. The groups
     of a device have at most `_GROUP` elements a thread, or `_GPU_GROUP` where the weights are copied first, or a single
     layer.
 
     Args:
         copied: whether what is done with the groups copies every weight.
+        threads: of the CPU that have a layer each; all by default.
     """
+    count = torch.get_num_threads() if threads is None else threads
     alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
     for name, layer in layers.items():
         key: tuple[Any, ...] = (layer.base.device,)
@@ -254,7 +291,7 @@ def _groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterator[
         alike.setdefault(key, {})[name] = layer
     for (device, *rest), some in alike.items():
         if device.type == "cpu":
-            yield from _cut(some, _GROUP * torch.get_num_threads())
+            yield from _cut(some, _GROUP * count)
         elif rest[-1]:
             yield from _cut(some, _GPU_GROUP)
         else:

@@ -32,6 +32,7 @@ from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
 from pissa.model.inject import complete, own_config, prepare, restored_on_error, warn_of_dropout
+from pissa.model.store import store
 from pissa.model.tuner import guard_state_dict, register, unguard_state_dict
 from pissa.peft_private import MendedPeftModel, fetched_by_layers, targets_as_given
 
@@ -76,7 +77,9 @@ class PissaModel(MendedPeftModel):
             warn_of_dropout(config)
             self._inject(adapter_name, config, autocast_adapter_dtype)
             first = len(self.peft_config) == 1
-            decompose(self.base_model.model, adapter_name, config, first=first, progressbar=False)
+            base = self.base_model.model
+            replacements = decompose(base, adapter_name, config, first=first, progressbar=False)
+        store(base, adapter_name, config, replacements)
 
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.peft_config:

@@ -13,6 +13,7 @@ from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
 from pissa.model.inject import own_config, restored_on_error, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
+from pissa.model.store import store
 
 
 def wrap(
@@ -37,8 +38,11 @@ def wrap(
     They share the work, and an error in one is an error in all.
 
     Args:
-        model: usually transformers'; see `layers.factory` for what can be adapted. On any failure it is left as it was.
-            For this the dense weights stay in memory until the last layer is done, with `quant` as well.
+        model: usually transformers'; see `layers.factory` for what can be adapted. If anything is wrong with it or with
+            the configuration, it is left as it was. With `quant` or residual="explicit" its dense weights are replaced
+            and freed layer by layer once all start factors are there: the dense model and one layer are in memory at
+            most. If memory is short then, or the user interrupts, or another process fails, the model is left partly
+            stored, and has to be loaded again; a note on the error says so.
         config: the configuration; copied. Alternatively give its fields as keywords.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
@@ -69,5 +73,6 @@ def wrap(
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         warn_of_dropout(config)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        decompose(model, adapter_name, config, first=True, progressbar=progressbar)
+        replacements = decompose(model, adapter_name, config, first=True, progressbar=progressbar)
+    store(model, adapter_name, config, replacements)
     return wrapped

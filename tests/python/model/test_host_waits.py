@@ -17,8 +17,8 @@ from pissa.layers.layer import pissa_layers
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
 
 WAITS = 10
-"""The most of a wrap: one for each shape of weights, of which a Llama has four, to see that they are finite, and one
-to see that their residuals are."""
+"""The most of a wrap: one for each shape of weights, of which a Llama has four, to see that they are finite, one to see
+that their residuals will be, and one that they are."""
 
 FORMS: dict[str, dict[str, Any]] = {
     "implicit": {},
@@ -48,8 +48,8 @@ def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llam
         wrapped(gpu, tiny_llama(num_hidden_layers=layers), **FORMS[form])
         waits.append((len(gpu.reads), len(gpu.sends)))
         assert gpu.waits() <= WAITS, [*gpu.reads, *gpu.sends]
-        # Per weight at most the largest element, two norms and the mean of its scales.
-        assert gpu.bytes_read() <= 5 * 8 * 7 * layers
+        # Per weight at most the largest element; twice that and two norms of its residual; the mean of its scales.
+        assert gpu.bytes_read() <= 8 * 8 * 7 * layers
     assert waits[0] == waits[1]
 
 

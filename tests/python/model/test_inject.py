@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import devices
 import pissa
 from language_models import FORMS, Make, assert_same, snapshot
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.model.decompose import decompose
+from pissa.model import decompose
 from pissa.peft_private import targets_as_given
 
 forms = pytest.mark.parametrize("form", FORMS)
@@ -69,21 +70,53 @@ def test_nan_in_a_later_group_restores_the_model(form: str, tiny_llama: Make, mo
     assert_same(base, before)
 
 
+@pytest.mark.parametrize(
+    ("size", "fields", "words"),
+    [
+        (3e38, {"init": "lora"}, "layer .*down_proj: weight: the mean of its scales overflows float32"),
+        (3e36, {}, "layer .*down_proj: weight: the mean of its scales overflows float32"),
+        (1e37, {}, "layer .*down_proj: a0, b0: contain NaN or Inf, or their product overflows"),
+    ],
+)
+def test_residuals_that_cannot_be_restore_the_model(
+    size: float, fields: dict[str, Any], words: str, tiny_llama: Make
+) -> None:
+    base = tiny_llama()
+    weight = base.model.layers[1].mlp.down_proj.weight
+    weight.data.copy_(size * weight.data.sign())
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=words):
+        pissa.wrap(base, **{"r": 4, "quant": "nf4", **fields})
+    assert_same(base, before)
+
+
 def test_interrupted_decomposition_restores_the_model(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pissa.model.decompose._GROUP", 5000)
     base = tiny_llama()
     before = snapshot(base)
-    store_base, calls = PissaLayer.store_base, []
-
-    def interrupted(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        store_base(*args)
-
-    monkeypatch.setattr(PissaLayer, "store_base", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("pissa.model.decompose.start_factors", _interrupted_at(2, decompose.start_factors))
+    with pytest.raises(KeyboardInterrupt) as caught:
         pissa.wrap(base, r=4, quant="nf4")
+    assert not hasattr(caught.value, "__notes__")
     assert_same(base, before)
+
+
+def test_interrupted_storing_says_how_to_go_on(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PissaLayer, "store_base", _interrupted_at(9, PissaLayer.store_base))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pissa.wrap(tiny_llama(), r=4, quant="nf4")
+    assert caught.value.__notes__[-1].endswith("the adapter is incomplete. Load the model again, and wrap that")
+
+
+def _interrupted_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = itertools.count(1)
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return interrupted
 
 
 def test_pefts_conversion_of_targets_is_put_back() -> None:
@@ -99,12 +132,11 @@ def test_pefts_conversion_of_targets_is_put_back() -> None:
 
 def test_layers_without_values(tiny_llama: Make) -> None:
     """A model on the meta device is given its layers, to plan with or to be filled, but no start."""
-    with torch.device("meta"):
-        model = tiny_llama()
+    model = tiny_llama().to("meta")
     config = pissa.PissaConfig(r=4)
     wrapped = pissa.PissaModel(model, config)
     layers = pissa_layers(model)
     assert {layer.r["default"] for layer in layers.values()} == {4}
     assert all(parameter.is_meta for parameter in wrapped.parameters())
     with pytest.raises(ValueError, match="is on the meta device and holds no values"):
-        decompose(model, "default", config, first=True, progressbar=False)
+        decompose.decompose(model, "default", config, first=True, progressbar=False)

@@ -1,0 +1,55 @@
+"""The bases of a model replaced by residuals, layer by layer: each dense weight is let go as soon as its residual is
+there."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pissa.base.stored import residuals_of
+from pissa.config import PissaConfig
+from pissa.distributed import failing_together
+from pissa.model.decompose import Replacement, groups, share_residuals
+from pissa.model.views import is_view, own_memory
+
+_PARTLY_STORED = (
+    "pissa was replacing the model's dense weights by residuals, and freed each when it was replaced: some are gone, "
+    "others are still there, and the adapter is incomplete. Load the model again, and wrap that"
+)
+
+
+def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements: dict[str, Replacement]) -> None:
+    """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
+    model's other tensors get memory of their own, so that nothing keeps the file mapped.
+
+    With several processes all of them have to call this; see `distributed.failing_together`.
+
+    Args:
+        model: the (unwrapped) model.
+
+    Raises:
+        BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
+            The model is then partly stored; a note on the error says so.
+    """
+    if not replacements:
+        return
+    layers = {name: replacement.layer for name, replacement in replacements.items()}
+    are_views = any(is_view(layer.base.parameter) for layer in layers.values())
+    try:
+        with failing_together():
+            for group in groups(layers, threads=1):
+                weights = [layer.base.matrix() for layer in group.values()]
+                residuals = residuals_of(
+                    weights, [replacements[name].lacked for name in group], config.form, list(group)
+                )
+                del weights
+                for (name, layer), residual in zip(group.items(), residuals, strict=True):
+                    replacement = replacements.pop(name)
+                    layer.store_base(residual, replacement.lacked, config)
+                    layer.start_from(adapter_name, replacement.start)
+            if are_views:
+                own_memory(model)
+            share_residuals(layers)
+    except BaseException as error:
+        # What add_note does, which Python 3.10 does not have.
+        error.__notes__ = [*getattr(error, "__notes__", ()), _PARTLY_STORED]
+        raise

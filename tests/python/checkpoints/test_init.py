@@ -1,0 +1,405 @@
+"""A checkpoint that is split on disk: the same bytes as in memory, for every way there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import devices
+import pissa
+from checkpoint_folders import change_tensors, contents, save
+from language_models import logits
+from pissa.base.bitsandbytes import from_state
+from pissa.base.digest import is_fingerprint
+from pissa.checkpoints import init as init_module
+from pissa.checkpoints.init import Initialised, init
+from pissa.checkpoints.output import UNFINISHED, Output
+from pissa.files.record import AdapterRecord
+from pissa.layers.layer import pissa_layers
+from reference import assert_close
+
+TOKENS = torch.randint(5, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+
+NF4, INT8, DENSE = {"quant": "nf4"}, {"quant": "int8"}, {"residual": "explicit"}
+
+
+def split(source: Path, target: Path, *, memory: int = 10**9, experts: Any = "dense", **fields: Any) -> Initialised:
+    return init(source, target, pissa.PissaConfig(**({"r": 4} | fields)), memory=memory, experts=experts)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def entries(found: dict[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The entries of a quantised weight, without the bias."""
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+
+
+def wrapped_layers(model: nn.Module, **fields: Any) -> dict[str, Any]:
+    return pissa_layers(pissa.wrap(model, **({"r": 4} | fields)).base_model.model)
+
+
+def plain(folder: Path, **fields: Any) -> nn.Module:
+    """The new checkpoint and its adapter as any program loads them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return PeftModel.from_pretrained(model, folder / "pissa_init", **fields).eval()
+
+
+@pytest.mark.parametrize("fields", [NF4, INT8, DENSE, NF4 | {"double_quant": False, "blocksize": 32}], ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("qwen2", torch.float32)])
+def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = save(kind, tmp_path / "src", dtype)
+    before = contents(tmp_path / "src")
+    done = split(tmp_path / "src", tmp_path / "out", **fields)
+    assert contents(tmp_path / "src") == before
+    layers, found = wrapped_layers(model, **fields), tensors(tmp_path / "out")
+    factors = load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
+    record = AdapterRecord.read(tmp_path / "out" / "pissa.json")
+    assert record.layers.keys() == layers.keys()
+    for name, layer in layers.items():
+        base, start = layer.base, layer.start_of("default")
+        if fields is DENSE:
+            assert torch.equal(found[f"{name}.weight"], base.residual)
+        else:
+            codes = from_state(entries(found, name))
+            for got, expected in zip(codes, base.residual, strict=True):
+                assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
+        assert torch.equal(factors[f"base_model.model.{name}.lora_A.weight"], start.a0)
+        assert torch.equal(factors[f"base_model.model.{name}.lora_B.weight"], start.b0)
+        known = layer.fingerprints
+        assert record.layers[name].weight == str(known.of_weight(base))
+        assert record.layers[name].stored == str(known.of_residual(base))
+        assert (record.layers[name].form, record.layers[name].r) == (base.form, 4)
+    untouched = tensors(tmp_path / "src").keys() - {f"{name}.weight" for name in layers}
+    assert all(torch.equal(found[name], tensors(tmp_path / "src")[name]) for name in untouched)
+    assert done.layers == len(layers)
+    weights, kept = tensors(tmp_path / "src"), {name: layer.base.matrix() for name, layer in layers.items()}
+    lost = sum((weights[f"{name}.weight"] - matrix).square().sum() for name, matrix in kept.items())
+    whole = sum(matrix.square().sum() for matrix in kept.values())
+    assert done.error == pytest.approx(float((lost / whole).sqrt()), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "bound"),
+    [
+        ("llama", NF4, 2**-7),
+        ("qwen2", NF4, 2**-7),
+        ("llama", DENSE, 1e-5),
+        ("gpt2", DENSE, 1e-5),
+        ("mixtral", DENSE, 1e-5),
+        ("qwen3_moe", DENSE, 1e-5),
+        ("gpt_oss", DENSE, 1e-5),
+    ],
+    ids=str,
+)
+def test_logits_in_plain_transformers_and_peft(kind: str, fields: dict[str, Any], bound: float, tmp_path: Path) -> None:
+    """bitsandbytes computes in bfloat16 on the CPU, whatever it is asked for."""
+    model: Any = save(kind, tmp_path / "src")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    split(tmp_path / "src", tmp_path / "out", **fields)
+    ours = logits(pissa.wrap(model, r=4, **fields).eval(), TOKENS)
+    theirs = logits(plain(tmp_path / "out"), TOKENS)
+    assert (theirs - ours).abs().max() <= bound * ours.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_loss_in_8_bits(tmp_path: Path) -> None:
+    """bitsandbytes rounds activations too."""
+    model = save("llama", tmp_path / "src", torch.bfloat16)
+    split(tmp_path / "src", tmp_path / "out", **INT8)
+    ours = pissa.wrap(model, r=4, **INT8).eval()(input_ids=TOKENS, labels=TOKENS).loss
+    theirs = plain(tmp_path / "out")(input_ids=TOKENS, labels=TOKENS).loss
+    assert abs(theirs - ours) <= 0.01 * ours
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_fused_experts_stay_dense_beside_4_bits(kind: str, tmp_path: Path) -> None:
+    """The function is that of experts as they were, and of a base in 4 bits elsewhere."""
+    model: Any = save(kind, tmp_path / "src")
+    model.set_experts_implementation("eager")
+    split(tmp_path / "src", tmp_path / "out", **NF4)
+    found, source = tensors(tmp_path / "out"), tensors(tmp_path / "src")
+    assert {name for name in source if ".experts." in name} == {name for name in found if ".experts." in name}
+    config = json.loads((tmp_path / "out" / "pissa_init" / "adapter_config.json").read_text())
+    assert [name.rpartition(".")[2] for name in config["target_parameters"]] == ["down_proj", "gate_up_proj"] * 2
+    layers = wrapped_layers(model, exclude_modules=["experts"], **NF4)
+    codes = {name: from_state(entries(found, name)) for name in layers}
+    assert all(torch.equal(codes[name].codes, layer.base.residual.codes) for name, layer in layers.items())
+    # A dense residual and its factors are the experts' weights again.
+    start, a, b = (
+        load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors"),
+        "base_model.model.model.layers.1.mlp.experts.lora_A.weight",
+        "base_model.model.model.layers.1.mlp.experts.lora_B.weight",
+    )
+    if kind == "gpt_oss":
+        name = "model.layers.1.mlp.experts.down_proj"
+        kept, whole = found[name][2].mT, source[name][2].mT
+    else:
+        name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+        kept, whole = found[name], source[name]
+    down = start[b].reshape(len(start[b]), -1, 4)[..., 2] @ start[a].reshape(4, -1, start[a].shape[1])[2]
+    assert not torch.allclose(kept, whole, atol=1e-3)
+    torch.testing.assert_close(kept + down, whole, rtol=0, atol=1e-5)
+
+
+def test_experts_in_4_bits(tmp_path: Path) -> None:
+    model = save("mixtral", tmp_path / "src", torch.bfloat16)
+    done = split(tmp_path / "src", tmp_path / "out", experts="nf4", **NF4)
+    assert done.only_ours
+    found, layers = tensors(tmp_path / "out"), wrapped_layers(model, **NF4)
+    for name, layer in layers.items():
+        for got, expected in zip(from_state(entries(found, name)), layer.base.residual, strict=True):
+            assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
+    assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|pissa\.load"):  # not experts with random weights
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["pissa_medium", "pissa_minor", "lora", "olora", "loftq"])
+def test_init_methods(method: str, tmp_path: Path) -> None:
+    model = save("llama", tmp_path / "src", torch.bfloat16)
+    split(tmp_path / "src", tmp_path / "out", init=method, **NF4)
+    layers, found = wrapped_layers(model, init=method, **NF4), tensors(tmp_path / "out")
+    factors = load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
+    for name, layer in layers.items():
+        assert torch.equal(from_state(entries(found, name)).codes, layer.base.residual.codes)
+        assert torch.equal(factors[f"base_model.model.{name}.lora_B.weight"], layer.start_of("default").b0)
+
+
+def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the alternation before, and none."""
+    save("llama", tmp_path / "src")
+    given: dict[str, Any] = {}
+
+    def alternated(weights: Any, origins: Any, config: Any, names: Any) -> Any:
+        starts = start_factors(weights, origins, pissa.PissaConfig(r=4), names)
+        for name, start in zip(names, starts, strict=True):
+            taken = (start.a0[:0], start.b0[:, :0]) if "q_proj" in name else (2 * start.a0, start.b0)
+            given[name] = start._replace(taken=None if "k_proj" in name else taken)
+        return [given[name] for name in names]
+
+    start_factors = init_module.start_factors
+    monkeypatch.setattr(init_module, "start_factors", alternated)
+    split(tmp_path / "src", tmp_path / "out", quant_iters=2, **NF4)
+    kept = load_file(tmp_path / "out" / "pissa.safetensors")
+    record, found, source = (
+        AdapterRecord.read(tmp_path / "out" / "pissa.json"),
+        tensors(tmp_path / "out"),
+        tensors(tmp_path / "src"),
+    )
+    for name, start in given.items():
+        a, b = kept.pop(f"{name}.base.taken_a"), kept.pop(f"{name}.base.taken_b")
+        assert record.layers[name].taken == len(a) == 4
+        expected = {"q_proj": 0 * start.a0, "k_proj": start.a0}.get(name.rpartition(".")[2], 2 * start.a0)
+        assert torch.equal(a, expected)
+        residual = pissa.ops.residual(source[f"{name}.weight"], a, b, form="nf4")
+        assert torch.equal(from_state(entries(found, name)).codes, residual.codes), name
+    assert not kept
+
+
+def test_matrices_go_through_the_device(tmp_path: Path) -> None:
+    """Within its rounding, what the CPU makes; all of it in files that say so."""
+    save("llama", tmp_path / "src", torch.bfloat16)
+    config = pissa.PissaConfig(r=4, **NF4)
+    init(tmp_path / "src", tmp_path / "out", config, device=devices.current)
+    split(tmp_path / "src", tmp_path / "cpu", **NF4)
+    record = AdapterRecord.read(tmp_path / "out" / "pissa.json")
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "cpu")
+    for name, layer in record.layers.items():
+        weight = tensors(tmp_path / "src")[f"{name}.weight"]
+        codes, expected = (from_state(entries(found, name)) for found in (ours, theirs))
+        assert is_fingerprint(layer.weight, weight)
+        assert is_fingerprint(layer.stored, *codes.tensors().values())
+        assert_close(
+            pissa.ops.dequantize(codes), pissa.ops.dequantize(expected), 0.3 * weight.float().abs().max(), name
+        )
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_index_and_small_files(tmp_path: Path) -> None:
+    save("llama", tmp_path / "src", shards="100KB")
+    (tmp_path / "src" / "tokenizer.json").write_text("{}")
+    (tmp_path / "src" / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "src" / "original").mkdir()
+    split(tmp_path / "src", tmp_path / "out", **NF4)
+    shards = sorted(path.name for path in (tmp_path / "src").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [
+            *shards,
+            *("config.json", "generation_config.json", "model.safetensors.index.json", "pissa.json"),
+            *("pissa_init", "tokenizer.json"),
+        ]
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {name: load_file(tmp_path / "out" / name) for name in shards}
+    assert index["weight_map"] == {tensor: name for name, held in files.items() for tensor in held}
+    assert index["metadata"]["total_size"] == sum(value.nbytes for held in files.values() for value in held.values())
+    for name, held in files.items():
+        theirs = load_file(tmp_path / "src" / name)
+        assert {key.split(".weight")[0] for key in held} == {key.split(".weight")[0] for key in theirs}
+    plain(tmp_path / "out")
+
+
+def test_config_names_what_stays_dense(tmp_path: Path) -> None:
+    save("llama", tmp_path / "src", torch.bfloat16)
+    split(tmp_path / "src", tmp_path / "out", target_modules=["q_proj"], **NF4)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found["load_in_4bit"]
+    assert found["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert "model.layers.0.self_attn.k_proj" in found["llm_int8_skip_modules"]
+    assert "model.layers.0.self_attn.q_proj" not in found["llm_int8_skip_modules"]
+    model: Any = plain(tmp_path / "out", is_trainable=True)
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_the_adapter_is_a_plain_lora_of_the_rank(tmp_path: Path) -> None:
+    save("llama", tmp_path / "src")
+    split(tmp_path / "src", tmp_path / "out", lora_alpha=8, rank_pattern={"q_proj": 2}, **DENSE)
+    config = json.loads((tmp_path / "out" / "pissa_init" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
+    assert config["rank_pattern"] == {"q_proj": 2}
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["base_model_name_or_path"] == str(tmp_path / "out")
+    assert AdapterRecord.read(tmp_path / "out" / "pissa.json").config.base_model_name_or_path == str(tmp_path / "src")
+
+
+# ---- Memory, and runs that end early ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_memory_does_not_change_the_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(kind, tmp_path / "src", torch.bfloat16)
+    sizes = []
+    splitting = init_module.start_factors
+
+    def counted(weights: Any, *args: Any) -> Any:
+        sizes.append(len(weights))
+        return splitting(weights, *args)
+
+    monkeypatch.setattr(init_module, "start_factors", counted)
+    done = split(tmp_path / "src", tmp_path / "out", **NF4)
+    assert done.memory == 10**9
+    assert max(sizes) > 1
+    first = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "first")
+    sizes.clear()
+    done = split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
+    assert sizes == [1] * len(sizes)
+    assert done.memory > 1
+    assert done.largest in AdapterRecord.read(tmp_path / "out" / "pissa.json").layers
+    assert contents(tmp_path / "out") == first
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("llama", NF4), ("mixtral", NF4 | {"experts": "nf4"}), ("gpt_oss", DENSE)], ids=str
+)
+def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each write, and after each line of the journal: a run, another that is killed, and so on to the end."""
+    save(kind, tmp_path / "src")
+    split(tmp_path / "src", tmp_path / "out", **fields)
+    expected = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "whole")
+    left = [0]
+
+    def counting(method: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return method(*args, **kwargs)
+
+        return counted
+
+    for name in ("write", "add", "path", "finish"):
+        monkeypatch.setattr(Output, name, counting(getattr(Output, name)))
+    runs, allowed, before = 0, 1, []
+    while True:
+        left[0] = allowed
+        allowed += 7
+        runs += 1
+        try:
+            done = split(tmp_path / "src", tmp_path / "out", memory=1, **fields)
+        except Killed:
+            assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
+            continue
+        before.append(done.bytes_done_before)
+        break
+    assert runs > 3
+    assert before[-1] > 0
+    assert contents(tmp_path / "out") == expected
+
+
+def test_another_plan_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("llama", tmp_path / "src")
+
+    def killed(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "add", killed)
+        with pytest.raises(Killed):
+            split(tmp_path / "src", tmp_path / "out", **NF4)
+    with pytest.raises(ValueError, match=r"plan: r was 4, is 8"):
+        split(tmp_path / "src", tmp_path / "out", r=8, **NF4)
+    change_tensors(tmp_path / "src", lambda found: found)
+    with pytest.raises(ValueError, match=r"source model\.safetensors was .*to start anew, remove"):
+        split(tmp_path / "src", tmp_path / "out", **NF4)
+
+
+def test_a_finished_or_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    save("llama", tmp_path / "src")
+    split(tmp_path / "src", tmp_path / "out", **NF4)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out is not empty .* nothing is overwritten"):
+        split(tmp_path / "src", tmp_path / "out", **NF4)
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"src is not empty"):
+        split(tmp_path / "src", tmp_path / "src", **NF4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_matrix_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    save("llama", tmp_path / "src")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damaged(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        found[name][3, 5] = value
+        return found
+
+    change_tensors(tmp_path / "src", damaged)
+    with pytest.raises(ValueError, match=r"model\.safetensors.*layer model\.layers\.1\.mlp\.up_proj: weight") as error:
+        split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
+
+
+def test_nothing_is_made_of_what_cannot_be_planned(tmp_path: Path) -> None:
+    save("gpt2", tmp_path / "src")
+    with pytest.raises(ValueError, match="Conv1D"):
+        split(tmp_path / "src", tmp_path / "out", **NF4)
+    assert not (tmp_path / "out").exists()

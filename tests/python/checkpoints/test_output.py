@@ -1,0 +1,170 @@
+"""A folder is complete or not there: a run that is killed goes on to the same bytes, and one runs at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import checkpoint_writer
+import processes
+from checkpoint_writer import FILES, IDENTITY, SMALL, content, layouts, units, write
+from pissa import notices
+from pissa.checkpoints import output
+from pissa.checkpoints.output import UNFINISHED, Output
+
+
+def entered(folder: Path, **identity: object) -> Output:
+    return Output(folder, IDENTITY | identity, layouts())
+
+
+def test_nothing_is_there_before_all_is(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with entered(folder) as out:
+        assert [path.name for path in folder.iterdir()] == [UNFINISHED]
+        for file, name in units():
+            out.write(file, name, checkpoint_writer.tensors(file)[name])
+        out.path("config.json").write_text("{}")
+        assert [path.name for path in folder.iterdir()] == [UNFINISHED]
+        out.finish()
+    assert sorted(content(folder)) == sorted([*FILES, "config.json"])
+
+
+def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what makes a model of a folder."""
+    placed: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: placed.append(str(new)) or replace(old, new))
+    write(tmp_path / "out")
+    placed = [name.removeprefix(f"{tmp_path}/out/") for name in placed if UNFINISHED not in name]
+    assert placed[:3] == sorted(FILES)
+    assert placed[3:] == [*sorted(SMALL.keys() - {"config.json"}), "config.json"]
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """At every single call that changes the disk: see checkpoint_writer."""
+    command = [sys.executable, checkpoint_writer.__file__, "kill", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(run.stdout)
+    assert found["kills"] >= 60
+    assert found["resumed"] >= 30
+
+
+def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    with entered(tmp_path / "two") as out:  # and go on with the work of one
+        file, name = units()[0]
+        out.write(file, name, checkpoint_writer.tensors(file)[name])
+        out.add(f"{file}/{name}", {"sum": 0.0})
+    run = processes.launch(2, "checkpoint_writer.py", "share", tmp_path / "two")
+    assert run.returncode == 0, run.stdout
+    assert sorted(line for line in run.stdout.splitlines() if "wrote" in line) == ["wrote 2", "wrote 2"]
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    for text in (
+        "in use, 0: ValueError: .*/two is not empty",
+        "in use, 1: RankError: rank 0 failed, .* is not empty",
+        "other plans, 0: RankError: rank 1 failed, .*rank was 0, is 1",
+        r"other plans, 1: ValueError: .*/other/\.unfinished/journal is of an unfinished run.*rank was 0, is 1",
+    ):
+        assert re.search(text, run.stdout), run.stdout
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [UNFINISHED]
+
+
+def test_an_error_leaves_the_work_to_the_next_run(tmp_path: Path) -> None:
+    file, name = units()[0]
+    out = entered(tmp_path / "out").__enter__()
+    out.write(file, name, checkpoint_writer.tensors(file)[name])
+    out.add(f"{file}/{name}", {"sum": 0.0})
+    out.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
+    assert write(tmp_path / "out") == len(units()) - 1
+
+
+def test_another_plan_does_not_go_on(tmp_path: Path) -> None:
+    with entered(tmp_path / "out"):
+        pass
+    before = content(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"rank was 4, is 8: to start anew, remove .*/out/\.unfinished"):
+        entered(tmp_path / "out", rank=8).__enter__()
+    assert content(tmp_path / "out") == before
+    assert write(tmp_path / "out") == len(units())
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_folder_in_use_is_refused(hidden: bool, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    if hidden:
+        (tmp_path / UNFINISHED).mkdir()
+    with pytest.raises(ValueError, match=r"is not empty \(mine\) and nothing is overwritten"):
+        entered(tmp_path).__enter__()
+    assert [*content(tmp_path)] == ["mine"]
+    with pytest.raises(ValueError, match="mine is a file"):
+        entered(tmp_path / "mine").__enter__()
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with entered(tmp_path / "out"), pytest.raises(ValueError, match=r"another run is writing to .*/out: wait"):
+        entered(tmp_path / "out").__enter__()
+    with entered(tmp_path / "out") as out:
+        out.finish()
+    with pytest.raises(ValueError, match="is not empty"):
+        entered(tmp_path / "out").__enter__()
+
+
+def test_as_long_as_one_rank_is_alive_its_run_is(tmp_path: Path) -> None:
+    """Rank 0 has died, another holds its shared lock."""
+    with entered(tmp_path):
+        pass
+    other = output._locked(tmp_path / UNFINISHED, fcntl.LOCK_SH)
+    with pytest.raises(ValueError, match="another run is writing"):
+        entered(tmp_path).__enter__()
+    os.close(other)
+    with entered(tmp_path):
+        pass
+
+
+def test_a_lock_that_its_run_has_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def late(handle: int, mode: int) -> None:
+        (tmp_path / "lock").unlink()
+        flock(handle, mode)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="another run is writing"):
+        output._locked(tmp_path, fcntl.LOCK_EX)
+
+
+def test_without_locks_it_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int, mode: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.warns(notices.UnlockedFolderWarning, match=f"file system of {tmp_path}/out has no locks"):
+        out = entered(tmp_path / "out").__enter__()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out.finish()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(handle: int, offset: int, length: int) -> None:
+        calls.append(length)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match=r"No space left on device\): .* GB are needed"):
+        entered(tmp_path / "a" / "out").__enter__()
+    assert [*tmp_path.iterdir()] == []

@@ -1,0 +1,433 @@
+"""A checkpoint's folder is read as it is, without copies, or refused in one line that names the file and the tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from damage import BYTES, DTYPES, NUMBERS, changed, joined, split
+from pissa.checkpoints.source import INDEX, WEIGHTS, Source
+from pissa.files import safetensors_header
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+MB = 1 << 20
+
+
+def values(seed: int = 0) -> dict[str, Tensor]:
+    dice = torch.Generator().manual_seed(seed)
+    return {
+        "layers.0.weight": torch.randn(6, 5, generator=dice).bfloat16(),
+        "layers.0.bias": torch.randn(3, generator=dice),
+        "layers.1.weight": torch.randn(4, 4, generator=dice).half(),
+        "steps": torch.tensor(7),
+        "empty": torch.empty(0, 4),
+    }
+
+
+def save(folder: Path, tensors: dict[str, Tensor], shards: bool = True) -> Path:
+    """A checkpoint with these tensors: in two shards with an index, or in one file."""
+    folder.mkdir(exist_ok=True)
+    if not shards:
+        save_file(tensors, folder / WEIGHTS)
+        return folder
+    names = list(tensors)
+    files = {name: ONE if name in names[: len(names) // 2] else TWO for name in names}
+    for file in (ONE, TWO):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return folder
+
+
+def assert_holds(folder: Path, expected: dict[str, Tensor]) -> None:
+    with Source.open(folder) as source:
+        assert sorted(source.names) == sorted(expected)
+        for name, tensor in expected.items():
+            found, entry = source.read(name), source.entry(name)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
+            assert entry.nbytes == tensor.nbytes
+            assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_reads_what_was_saved(shards: bool, tmp_path: Path) -> None:
+    folder = save(tmp_path, values(), shards)
+    assert_holds(folder, values())
+    source = Source.open(folder)
+    assert [path.name for path in source.paths] == ([ONE, TWO] if shards else [WEIGHTS])
+    assert source.index == (folder / INDEX if shards else None)
+    entries = [source.entry(name) for name in source.names]
+    assert entries == sorted(entries, key=lambda entry: (entry.path, entry.offset, entry.nbytes))
+    with pytest.raises(ValueError, match=f"{folder} has no tensor 'nope'"):
+        source.read("nope")
+
+
+@pytest.mark.parametrize("dtype", safetensors_header.DTYPES.values(), ids=str)
+def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    codes = torch.randint(0, 2, (3, 8 * dtype.itemsize), generator=torch.Generator().manual_seed(0))
+    assert_holds(
+        save(tmp_path, {"x": codes.to(torch.uint8).view(dtype)}, shards=False), {"x": codes.byte().view(dtype)}
+    )
+
+
+def test_one_file_is_read_rather_than_an_index(tmp_path: Path) -> None:
+    """As transformers does."""
+    save(tmp_path, values(1))
+    assert_holds(save(tmp_path, values(0), shards=False), values(0))
+
+
+def test_links_are_followed_as_the_hub_s_cache_has_them(tmp_path: Path) -> None:
+    blobs, snapshot = save(tmp_path / "blobs", values()), tmp_path / "snapshot"
+    snapshot.mkdir()
+    for number, name in enumerate((ONE, TWO, INDEX)):
+        (blobs / name).rename(blobs / f"{number:064x}")
+        (snapshot / name).symlink_to(f"../blobs/{number:064x}")
+    assert_holds(snapshot, values())
+    (blobs / f"{1:064x}").unlink()
+    with pytest.raises(ValueError, match=rf"{TWO} is a link to \.\./blobs/0+1, which is missing"):
+        Source.open(snapshot)
+
+
+def test_a_tensor_is_a_view_of_the_file_that_cannot_write_to_it(tmp_path: Path) -> None:
+    path = save(tmp_path, values(), shards=False) / WEIGHTS
+    before = path.read_bytes()
+    source = Source.open(tmp_path)
+    first, again = source.read("layers.0.weight"), source.read("layers.0.weight")
+    assert first.data_ptr() == again.data_ptr()
+    first.zero_()
+    assert path.read_bytes() == before
+    source.close()
+    assert torch.equal(again, torch.zeros(6, 5))  # the mapping is there as long as a tensor of it
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_unaligned_tensors_are_copied(length: int, tmp_path: Path) -> None:
+    header = {
+        "a": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]},
+        "b": {"dtype": "F32", "shape": [2, 2], "data_offsets": [length, length + 16]},
+    }
+    expected = {"a": torch.arange(length, dtype=torch.uint8), "b": torch.randn(2, 2)}
+    (tmp_path / WEIGHTS).write_bytes(joined(header, b"".join(tensor.numpy().tobytes() for tensor in expected.values())))
+    assert_holds(tmp_path, expected)
+    source = Source.open(tmp_path)
+    one, other = source.read("b"), source.read("b")
+    assert one.data_ptr() % 4 == 0
+    assert (one.data_ptr() == other.data_ptr()) == (source.entry("b").offset % 4 == 0)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def mapped_bytes() -> int:
+    """The pages of files that this process has in memory."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssFile"].split()[0]) * 1024
+
+
+def test_released_pages_leave_the_memory(tmp_path: Path) -> None:
+    names = [f"layers.{number}" for number in range(16)]
+    save(tmp_path, {name: torch.randn(512, 1024) for name in names}, shards=False)  # 16 of 2 MB
+    with Source.open(tmp_path) as source:
+        source.ahead(names)
+        before = mapped_bytes()
+        sums = [float(source.read(name).sum()) for name in names]
+        used = mapped_bytes() - before
+        assert used > 30 * MB
+        source.release(names[:8])
+        assert mapped_bytes() - before < used - 15 * MB
+        kept = mapped_bytes()
+        source.release(names)
+        assert mapped_bytes() - before < 2 * MB
+        assert kept - before > 14 * MB, "what was not named stays"
+        assert [float(source.read(name).sum()) for name in names] == sums
+
+
+def test_pages_of_a_neighbour_stay(tmp_path: Path) -> None:
+    """Rounded inwards: writing shows which pages have been given back, for then the file's own come again."""
+    names = ["a", "b", "c"]
+    tensors = {name: torch.ones(3000) for name in names}  # of 12,000 bytes: not of whole pages
+    save(tmp_path, tensors, shards=False)
+    with Source.open(tmp_path) as source:
+        for name in names:
+            source.read(name).zero_()
+        source.release(["b"])
+        assert not source.read("a").any()
+        assert not source.read("c").any()
+        assert 0 < int(source.read("b").sum()) < 3000
+        source.release(["c", "a", "b"])
+        assert source.read("b").all()  # also the pages that they share
+        assert source.read("c").all()
+
+
+# ---- Refused ---------------------------------------------------------------------------------------------------------
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object], data: bytes | None = None) -> None:
+    header, old = split(path.read_bytes())
+    change(header)
+    path.write_bytes(joined(header, old if data is None else data))
+
+
+def indexed(**files: str) -> Callable[[Path], None]:
+    """The index names these files for these tensors; if there are none, it names no tensor."""
+
+    def act(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"] = index["weight_map"] | files if files else {}
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return act
+
+
+def index(text: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        (folder / INDEX).write_text(text)
+
+    return act
+
+
+def bias(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: rewritten(folder / ONE, lambda header: header["layers.0.bias"].update(fields))
+
+
+def only(*names: str) -> Callable[[Path], None]:
+    """The folder with these files only, which are empty."""
+
+    def act(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        for name in names:
+            (folder / name).touch()
+
+    return act
+
+
+def announced(length: int) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        content = (folder / TWO).read_bytes()
+        (folder / TWO).write_bytes(length.to_bytes(8, "little") + content[8:])
+
+    return act
+
+
+def gone(folder: Path) -> None:
+    only()(folder)
+    folder.rmdir()
+
+
+def pipe(folder: Path) -> None:
+    (folder / TWO).unlink()
+    os.mkfifo(folder / TWO)
+
+
+def lacking(folder: Path) -> None:
+    rewritten(folder / TWO, lambda header: header.pop("empty"))
+
+
+def longer(folder: Path) -> None:
+    rewritten(folder / ONE, lambda _: None, bytes(1000))
+
+
+def in_two(folder: Path) -> None:
+    save_file(values(), folder / TWO)
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / TWO).read_bytes()
+    (folder / TWO).write_bytes(content[:-5])
+
+
+def unreadable(folder: Path) -> None:
+    (folder / TWO).unlink()
+    (folder / TWO).symlink_to("/proc/self/mem")
+
+
+def named_twice(folder: Path) -> None:
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"steps": "x.safetensors", '))
+
+
+NEEDED = (f"needed: a folder with {WEIGHTS}, or with {INDEX}",)
+AGAIN = ("download or copy",)
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no folder": (gone, ("missing", *NEEDED)),
+    "empty folder": (only(), ("neither", *NEEDED)),
+    "pickle": (only("pytorch_model.bin"), ("pytorch_model.bin: pickles, which are never read", *NEEDED)),
+    "GGUF": (only("model.gguf"), ("model.gguf: GGUF", *NEEDED)),
+    "no index": (lambda folder: (folder / INDEX).unlink(), (ONE, "1 more", INDEX, *NEEDED)),
+    "no shard": (lambda folder: (folder / TWO).unlink(), (TWO, "missing", *AGAIN)),
+    "pipe": (pipe, (TWO, "not a regular file", *AGAIN)),
+    "unreadable": (unreadable, (TWO, "cannot be read", *AGAIN)),
+    "truncated": (truncated, (TWO, "'layers.1.weight' ends at byte", "truncated", *AGAIN)),
+    "empty file": (lambda folder: (folder / TWO).write_bytes(b""), (TWO, "it has 0 bytes", *AGAIN)),
+    "huge header": (announced(2**63 - 1), (TWO, f"a header of {2**63 - 1}", *AGAIN)),
+    "long header": (announced(10**6), (TWO, "a header of 1000000", *AGAIN)),
+    "short header": (announced(20), (TWO, *AGAIN)),
+    "larger shape": (bias(shape=[4]), (ONE, "'layers.0.bias', F32 [4]", "[0, 12]", *AGAIN)),
+    "huge shape": (bias(shape=[2**62, 4]), (ONE, "'layers.0.bias'", *AGAIN)),
+    "negative shape": (bias(shape=[-1, -3]), (ONE, "'layers.0.bias'", *AGAIN)),
+    "negative offset": (bias(data_offsets=[-12, 0]), (ONE, "'layers.0.bias'", *AGAIN)),
+    "three offsets": (bias(data_offsets=[0, 12, 12]), (ONE, "'layers.0.bias'", *AGAIN)),
+    "behind the end": (bias(data_offsets=[2**40, 2**40 + 12]), (ONE, "'layers.0.bias' ends", *AGAIN)),
+    "overlap": (bias(data_offsets=[2, 14]), (ONE, "layers.0.", *AGAIN)),
+    "unknown dtype": (bias(dtype="F4"), (ONE, "'layers.0.bias' has the dtype 'F4'; known: F64", *AGAIN)),
+    "no dtype": (bias(dtype=3), (ONE, "'layers.0.bias'", "dtype: got 3", *AGAIN)),
+    "unknown field": (bias(codec="x"), (ONE, "'layers.0.bias'", "'codec'", *AGAIN)),
+    "bytes left over": (longer, (ONE, *AGAIN)),
+    "tensor missing": (lacking, (TWO, "'empty' is missing", INDEX, *AGAIN)),
+    "tensor in two": (in_two, (ONE, TWO, "'layers.0.bias' is in", *AGAIN)),
+    "index is a list": (index("[]"), (INDEX, "the index: got []", *AGAIN)),
+    "index without map": (index("{}"), (INDEX, "weight_map", *AGAIN)),
+    "index cut off": (index('{"weight_map": {"st'), (INDEX, *AGAIN)),
+    "index, deep": (index("[" * 10**5), (INDEX, *AGAIN)),
+    "index of nothing": (indexed(), (INDEX, "names no tensor", *AGAIN)),
+    "index names twice": (named_twice, (INDEX, "'steps' is there twice", *AGAIN)),
+    "index leaves": (indexed(steps=f"../{TWO}"), (INDEX, f"'steps' is in '../{TWO}'", *AGAIN)),
+    "index, absolute": (indexed(steps="/x.safetensors"), (INDEX, "'steps' is in '/x.safetensors'", *AGAIN)),
+    "index of a pickle": (indexed(steps="a.bin"), (INDEX, "'steps' is in 'a.bin'", *AGAIN)),
+    "index with NUL": (indexed(steps="a\0.safetensors"), (INDEX, "'steps'", *AGAIN)),
+}
+
+
+@contextmanager
+def little_memory(folder: Path) -> Iterator[None]:
+    """Python's memory grows by no more than the files could explain."""
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] <= 2 * size + MB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("damage", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(damage: Callable[[Path], object], words: tuple[str, ...], tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", values())
+    damage(folder)
+    with pytest.raises(ValueError, match=str(folder)) as caught, little_memory(tmp_path):
+        Source.open(folder)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+    assert "\n" not in message
+
+
+def test_a_pickle_is_not_touched(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
+        Source.open(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def attempt(folder: Path) -> bool:
+    """Whether the folder is read, and whole. If not, it is refused in a line that names a file of it."""
+    message = None
+    try:
+        with little_memory(folder), Source.open(folder) as source:
+            for name in source.names:
+                source.read(name).clone()
+            source.release(source.names)
+    except ValueError as error:
+        message = str(error)
+    assert message is None or (str(folder) in message and "\n" not in message), message
+    return message is None
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX])
+def test_damaged_bytes(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path, values(), shards=name == INDEX) / name
+    content = path.read_bytes()
+    header = content if name == INDEX else content[: 8 + int.from_bytes(content[:8], "little")]
+    outcomes = []
+    for seed in range(300):
+        dice = random.Random(seed)
+        damaged, damage = bytearray(header), dice.choice(BYTES)
+        damage(damaged, dice)
+        path.write_bytes(bytes(damaged) + content[len(header) :])
+        try:
+            outcomes.append(attempt(tmp_path))
+        except BaseException:
+            print(f"{damage.__name__}, seed {seed}")
+            raise
+    assert 3 < sum(outcomes) < 150
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX])
+def test_changed_json(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path, values(), shards=name == INDEX) / name
+    content = path.read_bytes()
+    value, data = (json.loads(content), b"") if name == INDEX else split(content)
+
+    @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(changed(value, lambda part: st.sampled_from([*DTYPES, ONE, "../x"] if isinstance(part, str) else NUMBERS)))
+    def run(change: tuple[Any, set[Any]]) -> None:
+        path.write_bytes(json.dumps(change[0]).encode() if name == INDEX else joined(change[0], data))
+        attempt(tmp_path)
+
+    run()
+
+
+# ---- Changed later ---------------------------------------------------------------------------------------------------
+
+
+def shortened(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def replaced(path: Path) -> None:
+    """By one of the same size and time."""
+    found = path.stat()
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(found.st_atime_ns, found.st_mtime_ns))
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("change", [shortened, touched, replaced, Path.unlink])
+def test_a_file_that_changes_is_not_read_further(change: Callable[[Path], None], mapped: bool, tmp_path: Path) -> None:
+    with Source.open(save(tmp_path, values())) as source:
+        if mapped:
+            source.read("layers.0.bias")
+        change(tmp_path / ONE)
+        with pytest.raises(ValueError, match=f"{ONE} (has changed since|cannot be read any more)") as caught:
+            source.read("layers.0.bias")
+        assert "\n" not in str(caught.value)
+        source.ahead(source.names)
+        assert int(source.read("steps")) == 7
+
+
+def test_the_identity_says_which_file_is_another(tmp_path: Path) -> None:
+    first = Source.open(save(tmp_path, values())).identity()
+    assert first == Source.open(tmp_path).identity()
+    assert [*first] == [ONE, TWO]
+    touched(tmp_path / TWO)
+    second = Source.open(tmp_path).identity()
+    assert (first[ONE], first[TWO]) != (second[ONE], second[TWO])
+    assert first[ONE] == second[ONE]
+    times = (tmp_path / ONE).stat()
+    rewritten(tmp_path / ONE, lambda header: header["layers.0.bias"].update(shape=[3, 1]))
+    rewritten(tmp_path / ONE, lambda header: header.update(__metadata__={}), None)
+    os.utime(tmp_path / ONE, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert Source.open(tmp_path).identity()[ONE] != first[ONE]

@@ -1,0 +1,181 @@
+"""`pissa init`: what it prints, writes and refuses, in one process and in several."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoint_folders import contents, save
+from pissa.checkpoints.output import UNFINISHED, Output
+from pissa.cli import main
+from processes import launch
+from tiny_model import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("source"))
+
+
+def test_what_it_says_and_writes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["init", str(source), str(out), "--quant", "int8", "--rank", "4", "--alpha", "8"]) == 0
+    captured = capsys.readouterr()
+    assert f"split     {source}: 14 layers, rank 4, residual int8, start pissa\n" in captured.out
+    assert re.search(r"^read      \d+ kB; \d+\.\d s, \d\.\d\d GB/s$", captured.out, re.MULTILINE)
+    assert re.search(r"^error     0\.\d+% of the weights' norm", captured.out, re.MULTILINE)
+    assert re.search(rf"^saved     {out}: \d+ kB, the adapter in pissa_init$", captured.out, re.MULTILINE)
+    assert "pissa.load(" in captured.out
+    assert str(out / "pissa_init") in captured.out
+    assert "PiSSA init: 100%" in captured.err
+    config = json.loads((out / "pissa_init" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(source))
+
+
+def test_the_result_is_a_model_with_an_adapter(source: Path, tmp_path: Path) -> None:
+    """PEFT finds the base by the adapter's configuration."""
+    out = tmp_path / "out"
+    assert main(["init", str(source), str(out), "--rank", "4", "--target-modules", "q_proj", "down_proj"]) == 0
+    tokens = torch.arange(12)[None]
+    model = AutoPeftModelForCausalLM.from_pretrained(out / "pissa_init")
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(source), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["layers"] == 14
+    assert report["bytes_done_before"] == 0
+    assert report["memory"] > 1000
+    assert report["largest"].startswith("model.layers.")
+    assert "r=40 is more than the smaller side" in report["notes"][0]
+
+
+def test_memory_is_exceeded_only_with_a_word(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(source), str(tmp_path / "out"), "--memory", "1kB", "--rank", "4"]) == 0
+    assert re.search(r"^memory    \d.* kB, which model\.layers\.\S+ needs by itself", capsys.readouterr().out, re.M)
+
+
+def test_experts_in_4_bits_are_for_pissa_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save("mixtral", tmp_path / "src")
+    arguments = ["--quant", "nf4", "--experts", "nf4", "--rank", "2"]
+    assert main(["init", str(tmp_path / "src"), str(tmp_path / "out"), *arguments]) == 0
+    assert "no other program reads experts in 4 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "40", "--target-modules", "k_proj"], "rank 40 is too large for layer model.layers.0.self_attn.k"),
+        (["--init", "loftq"], "--init loftq"),
+        (["--svd-passes", "3"], "svd_passes: got 3; allowed"),
+        (["--experts", "nf4"], "--experts nf4"),
+        (["--target-modules", "nothing"], "nothing"),
+    ],
+)
+def test_refusals(
+    options: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(source), str(tmp_path / "out"), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pissa init: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["init", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "empty" / "none" / "such"), str(tmp_path / "out")]) == 2
+    assert "is no model: there is no such folder" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched without the weights in other formats."""
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert main(["init", "some/model", str(tmp_path / "out"), "--rank", "4"]) == 0
+    [(name, patterns)] = asked
+    assert name == "some/model"
+    assert "*.safetensors" in patterns
+    assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pth"))]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options", [["--memory", "2 apples"], ["--memory", "0"], ["--rank", "0"], ["--quant", "q4"]])
+def test_wrong_arguments(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["init", "a", "b", *options])
+    assert re.search(r"allowed|invalid choice", capsys.readouterr().err)
+
+
+def test_an_interrupted_run_goes_on(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["init", str(source), str(tmp_path / "out"), "--rank", "4"]
+    add, left = Output.add, [5]
+
+    def interrupted(*args: object) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        add(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "add", interrupted)
+        assert main(arguments) == 130
+    assert "pissa init: interrupted; the same command goes on with it\n" in capsys.readouterr().err
+    assert main([*arguments[:-1], "8"]) == 2
+    assert "r was 4, is 8" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert " by an earlier run; " in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> tuple[list[str], dict[str, bytes]]:
+    """The arguments for a mixture of experts in shards, and what one process makes of it."""
+    save("mixtral", tmp_path / "src", torch.bfloat16, shards="100KB")
+    arguments = [str(tmp_path / "src"), str(tmp_path / "out"), "--quant", "nf4", "--rank", "4"]
+    assert main(["init", *arguments]) == 0
+    found = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "alone")
+    return arguments, found
+
+
+def test_several_processes_write_the_same_bytes(alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
+    arguments, expected = alone
+    done = launch(3, "init_worker.py", "none", "0", *arguments)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("split     ") == 1
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_process_that_dies_ends_the_others(alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
+    """What both have done is not done again."""
+    arguments, expected = alone
+    done = launch(2, "init_worker.py", "1", "20", *arguments)
+    assert done.returncode != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
+    assert main(["init", *arguments, "--json"]) == 0
+    assert contents(tmp_path / "out") == expected

@@ -1,0 +1,180 @@
+"""A run that writes a small checkpoint, as a test, in several processes, and killed wherever a kill leaves something.
+
+python checkpoint_writer.py kill FOLDER SECONDS   the run, killed at its first call that changes the disk, and
+                                                  finished by another; then at its second; and so on
+torchrun checkpoint_writer.py share FOLDER        the run on all ranks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa.checkpoints import journal
+from pissa.checkpoints.output import Output
+from pissa.checkpoints.planned_file import Layout
+from pissa.distributed import RankError, agree, failing_together
+
+IDENTITY: dict[str, Any] = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
+FILES = {"model-1.safetensors": 3, "model-2.safetensors": 1, "adapter/adapter_model.safetensors": 1}
+"""The number of tensors in each."""
+SMALL = {"config.json": "{}", "tokenizer.json": "[]", "adapter/adapter_config.json": "{}"}
+
+
+def tensors(file: str) -> dict[str, Tensor]:
+    """The tensors of a file: of several dtypes, and one whose bytes are not in order."""
+    dice = torch.Generator().manual_seed(FILES[file])
+    found = {
+        "codes": torch.randint(0, 256, (37,), generator=dice).to(torch.uint8),
+        "bias": torch.randn(5, generator=dice).to(torch.bfloat16),
+        "weight": torch.randn(7, 5, generator=dice).T,
+    }
+    return dict([*found.items()][: FILES[file]])
+
+
+def layouts() -> dict[str, Layout]:
+    return {
+        file: Layout({name: (tensor.dtype, tensor.shape) for name, tensor in tensors(file).items()}, {"format": "pt"})
+        for file in FILES
+    }
+
+
+def units() -> list[tuple[str, str]]:
+    """The file and the tensor of each unit."""
+    return [(file, name) for file in FILES for name in tensors(file)]
+
+
+def write(folder: Path, rank: int = 0, ranks: int = 1) -> int:
+    """The whole run; the number of units that it had to write."""
+    with failing_together(), Output(folder, IDENTITY, layouts()) as out:
+        mine = [unit for unit in units()[rank::ranks] if "/".join(unit) not in out.done]
+        for file, name in mine:
+            out.write(file, name, tensors(file)[name])
+            out.add(f"{file}/{name}", {"sum": float(tensors(file)[name].sum())})
+        assert {unit for done in agree(out.done) for unit in done} == {"/".join(unit) for unit in units()}
+        if rank == 0:
+            for small, text in SMALL.items():
+                out.path(small).write_text(text)
+        out.finish()
+    return len(mine)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files below the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+CALLS = ("open", "write", "pwrite", "posix_fallocate", "fsync", "fdatasync", "replace", "mkdir", "unlink", "rmdir")
+
+
+def kill_at(last: int) -> None:
+    """Kills this process at its call of that number; what is being written is then half written."""
+    made = 0
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == last:
+                if name in ("write", "pwrite"):
+                    call(args[0], memoryview(args[1])[: len(args[1]) // 2], *args[2:])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return run
+
+    for name in CALLS:
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def in_a_child(run: Callable[[], int]) -> int:
+    """What `run` returns in a process of its own, or minus the signal that ended it."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            code = run()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def noted(folder: Path) -> int:
+    """The units that a journal in the folder has."""
+    lines = b"".join(path.read_bytes() for path in folder.glob(".unfinished/journal/*.jsonl")).split(b"\n")[:-1]
+    return len({json.loads(line)["unit"] for line in lines if b'"unit"' in line})
+
+
+def killed(folder: Path, last: int) -> int:
+    kill_at(last)
+    return write(folder)
+
+
+def kill_everywhere(scratch: Path) -> None:
+    whole = scratch / "whole"
+    assert in_a_child(lambda: write(whole)) == len(units())
+    expected = content(whole)
+    assert sorted(expected) == sorted([*FILES, *SMALL])
+    kills = resumed = 0
+    while True:
+        folder = scratch / "killed"
+        code = in_a_child(lambda last=kills + 1, folder=folder: killed(folder, last))
+        found = {name: data for name, data in content(folder).items() if ".unfinished" not in name}
+        assert all(data == expected[name] for name, data in found.items()), f"kill {kills + 1}: half a file in place"
+        assert "config.json" not in found or found == expected, f"kill {kills + 1}: config.json too early"
+        if code >= 0:
+            assert found == expected
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        before = noted(folder)
+        if found != expected or (folder / ".unfinished/journal/identity.json").exists():
+            again = in_a_child(lambda folder=folder: write(folder))
+            assert again == len(units()) - before, f"kill {kills}: {again} units again, {before} were noted"
+            assert content(folder) == expected, f"kill {kills}: other bytes"
+            resumed += before > 0
+        else:  # all is in place; another run is refused, and removes what is left of the hidden folder
+            assert in_a_child(lambda folder=folder: "is not empty" in refused(folder)) == 1
+            assert content(folder) == expected
+        shutil.rmtree(folder)
+    print(json.dumps({"kills": kills, "resumed": resumed}))
+
+
+def refused(folder: Path, rank: int = 0, ranks: int = 1) -> str:
+    """The error of a run."""
+    try:
+        write(folder, rank, ranks)
+    except (ValueError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1] == "kill":
+        journal.FLUSH_SECONDS = 0.0
+        os.fsync = os.fdatasync = lambda handle: None  # a kill leaves all to the system, and disks are slow
+        kill_everywhere(Path(sys.argv[2]))
+    else:
+        torch.distributed.init_process_group("gloo")
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        folder = Path(sys.argv[2])
+        print(f"wrote {write(folder, rank, ranks)}")
+        print(f"in use, {rank}: {refused(folder, rank, ranks)}")
+        IDENTITY["rank"] = rank
+        print(f"other plans, {rank}: {refused(folder.with_name('other'), rank, ranks)}")
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
