@@ -93,8 +93,8 @@ def load(
         wrapped.to(device)
         if checkpoint is None:
             keep = residuals is not None
-            todo = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
-            store(model, adapter_name, config, todo)
+            left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
+            store(model, adapter_name, config, left)
         else:
             with _blamed(checkpoint):
                 restore(checkpoint, wrapped, adapter_name)

@@ -104,7 +104,7 @@ class Residuals:
         return (a, b) if b.any() else nothing_of(a0, b0)
 
     def _origin(self, record: LayerRecord) -> Origin:
-        config = self.record.config
+        config = self.record.config.of_base()
         identity = INIT_METHODS[config.init].identity(config)
         return record.base or Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
 

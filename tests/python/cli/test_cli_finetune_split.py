@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pissa
 from pissa.checkpoints.init import init
@@ -80,9 +81,16 @@ def test_it_is_resumed(split: Path, data: Path, tmp_path: Path) -> None:
     assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
-def test_gradient_checkpointing_changes_no_bit(split: Path, data: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_bit(
+    split: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(self) or forward(self, x))
     assert main(command(split, data, tmp_path / "kept")) == 0
+    once = len(calls)
     assert main(command(split, data, tmp_path / "computed again", "--gradient-checkpointing")) == 0
+    assert len(calls) == 2 * once + 2 * 4  # two layers in four steps are computed again
     assert rows(tmp_path / "computed again") == rows(tmp_path / "kept")
     assert (tmp_path / "computed again" / WEIGHTS).read_bytes() == (tmp_path / "kept" / WEIGHTS).read_bytes()
 
