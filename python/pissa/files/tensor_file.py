@@ -33,6 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         checksums.append(sha256(tensor))
     order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
     layout = Layout({name: kinds[name] for name in order}, {"format": "pt", _CHECKSUMS: " ".join(checksums)})
+    path.unlink(missing_ok=True)  # not written over: the tensors may be views of it
     with open(path, "wb") as file:
         file.write(layout.header)
         for name in layout.names:

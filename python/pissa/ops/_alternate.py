@@ -26,9 +26,11 @@ from pissa.ops.formats import FORMATS
 
 _OPS = torch.ops.pissa
 
-_FAST_PASSES = 8
-"""Of a decomposition whose factors are only there to be taken out. With T = 5 nf4 then loses at most 0.6 points of the
-error removed at r = 128, and 0.2 up to 64, against all passes; with 6 up to 2.3 (bench/compare/quant_iters.py)."""
+
+def _fast_passes(r: int) -> int:
+    """Of a decomposition whose factors are only there to be taken out. With T = 5 nf4 then loses at most 0.6 points of
+    the error removed, against all passes; with 6 at r = 128 it would lose 2.3 (bench/compare/quant_iters.py)."""
+    return 6 if r <= 64 else 8
 
 
 class Task(NamedTuple):
@@ -74,8 +76,19 @@ def alternate(tasks: Sequence[Task], alternation: Alternation) -> list[Iterate]:
     Raises:
         ValueError: the mean of scales overflows.
     """
+    groups: dict[int, list[int]] = {}
+    for i, task in enumerate(tasks):
+        groups.setdefault(_fast_passes(task.r), []).append(i)
+    found: dict[int, Iterate] = {}
+    for passes, group in groups.items():
+        found |= zip(group, _alternate([tasks[i] for i in group], alternation, passes), strict=True)
+    return [found[i] for i in range(len(tasks))]
+
+
+def _alternate(tasks: Sequence[Task], alternation: Alternation, fast_passes: int) -> list[Iterate]:
+    """The same for weights whose fast decompositions have as many passes."""
     svd = alternation.svd
-    fast = _fast(svd)
+    fast = _fast(svd, fast_passes)
     taken = [_nothing(task.weight) for task in tasks] if alternation.quantise_first else _first_factors(tasks, fast)
     rooms = [task.weight.new_empty(task.weight.shape) for task in tasks]
     best: dict[int, Iterate] = {}
@@ -109,11 +122,11 @@ def alternate(tasks: Sequence[Task], alternation: Alternation) -> list[Iterate]:
     return [best[i] for i in range(len(tasks))]
 
 
-def _fast(svd: SvdOptions) -> SvdOptions:
-    """The same with fewer passes, if there are any to leave out."""
+def _fast(svd: SvdOptions, passes: int) -> SvdOptions:
+    """The same with so many passes, if it has more."""
     if svd.svd != "krylov":
         return svd
-    return svd._replace(passes=_FAST_PASSES if svd.passes is None else min(svd.passes, _FAST_PASSES))
+    return svd._replace(passes=passes if svd.passes is None else min(svd.passes, passes))
 
 
 def _nothing(weight: Tensor) -> tuple[Tensor, Tensor]:
