@@ -60,7 +60,9 @@ def plain(folder: Path, **fields: Any) -> nn.Module:
     return PeftModel.from_pretrained(model, folder / "pissa_init", **fields).eval()
 
 
-@pytest.mark.parametrize("fields", [NF4, INT8, DENSE, NF4 | {"double_quant": False, "blocksize": 32}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [NF4, INT8, DENSE, NF4 | {"double_quant": False, "blocksize": 32}, NF4 | {"quant_iters": 3}], ids=str
+)
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("qwen2", torch.float32)])
 def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict[str, Any], tmp_path: Path) -> None:
     model = save(kind, tmp_path / "src", dtype)
@@ -81,6 +83,10 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
                 assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
         assert torch.equal(factors[f"base_model.model.{name}.lora_A.weight"], start.a0)
         assert torch.equal(factors[f"base_model.model.{name}.lora_B.weight"], start.b0)
+        if start.taken is not None:
+            assert torch.equal(found[f"{name}.base.taken_a"], start.taken[0])
+            assert torch.equal(found[f"{name}.base.taken_b"], start.taken[1])
+        assert (f"{name}.base.taken_a" in found) == (start.taken is not None) == ("quant_iters" in fields)
         known = layer.fingerprints
         assert record.layers[name].weight == str(known.of_weight(base))
         assert record.layers[name].stored == str(known.of_residual(base))

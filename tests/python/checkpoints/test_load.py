@@ -31,10 +31,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "nf4, flat scales": {"quant": "nf4", "double_quant": False, "blocksize": 32},
     "int8": {"quant": "int8"},
     "explicit": {"residual": "explicit"},
+    "alternations": {"quant": "nf4", "quant_iters": 3},
 }
 forms = pytest.mark.parametrize("form", FORMS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "loftq": {"init": "loftq"},
+    "loftq, alternations": {"init": "loftq", "quant_iters": 2},
     "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "lora_alpha": 8},
     "storage": {"quant_storage": "bfloat16"},
 }

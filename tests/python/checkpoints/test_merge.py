@@ -85,6 +85,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "nf4, dora": {"quant": "nf4", "use_dora": True},
     "adalora": {"use_adalora": True},
     "rslora, patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 3}},
+    "alternations": {"quant": "nf4", "quant_iters": 3},
     "repaired": {"quant": "nf4", "repair": "pissa", "init": "lora"},
     "more tensors": {"bias": "all", "modules_to_save": ["norm", "lm_head"], "quant": "nf4"},
     "tokens": {"trainable_token_indices": [1, 5], "target_modules": ["q_proj"]},
@@ -160,10 +161,11 @@ def test_tokens_of_tied_embeddings(tiny_llama: Make, tmp_path: Path) -> None:
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("form", ["explicit", "nf4", "int8"])
-def test_a_residual_model_is_a_base_as_well(form: str, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields", [{}, {"quant": "nf4"}, {"quant": "int8"}, {"quant": "nf4", "quant_iters": 3}], ids=str
+)
+def test_a_residual_model_is_a_base_as_well(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """What `pissa init` has written, with an adapter that pissa.load has trained on it, and one that PEFT has."""
-    fields = {} if form == "explicit" else {"quant": form}
     init(base, tmp_path / "residual", pissa.PissaConfig(r=4, **fields))
     model = moved(pissa.load(tmp_path / "residual", is_trainable=True))
     model.warned_of_plain_lora = True
