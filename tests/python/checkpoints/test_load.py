@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import Make, logits, train
-from pissa import ops
+from pissa import distributed, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.checkpoints.init import init
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import PissaLayer, pissa_layers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download
@@ -261,3 +261,22 @@ def test_another_adapter_on_the_same_residuals(source: Path, tokens: Tensor, tmp
     model.add_adapter("second", pissa.PissaConfig(r=R, quant="nf4"))
     layer = pissa_layers(model.base_model.model)["model.layers.0.self_attn.q_proj"]
     assert layer.start_of("second") is layer.base.start
+
+
+def test_an_error_is_told_to_the_other_processes_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have gone by the second time, and would be waited for."""
+    told: list[str] = []
+    gather = distributed._gather
+
+    def noted(value: object, error: str | None) -> Any:
+        told.extend([] if error is None else [error])
+        return gather(value, error)
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(distributed, "_gather", noted)
+    monkeypatch.setattr(PissaLayer, "store_base", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        pissa.load(source, r=R, quant="nf4")
+    assert told == ["RuntimeError: no memory"]
