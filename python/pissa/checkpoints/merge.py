@@ -25,7 +25,6 @@ from pissa.checkpoints.new_files import index_text, quantization_config, small_f
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.lora_folder import LoraFolder
 from pissa.files.model_folder import parts_of
 from pissa.files.source import INDEX, Source
 from pissa.ops.formats import FORMATS
@@ -172,7 +171,7 @@ class _Run:
             "command": "merge",
             "pissa": ops.build_info()["version"],
             "form": self.plan.form.describe(),
-            **{f"adapter {name}": value for name, value in _states(self.adapter.folder).items()},
+            **{what: _states(folder) for what, folder in self.adapter.folders.items()},
             **{f"source {name}": value for name, value in self.plan.source.identity().items()},
         }
 
@@ -231,9 +230,9 @@ def _nbytes(source: Source, unit: Unit) -> int:
     return sum(source.entry(tensor).nbytes for tensor in unit.tensors)
 
 
-def _states(folder: LoraFolder) -> dict[str, str]:
+def _states(folder: Path) -> dict[str, str]:
     """The files of an adapter as they are."""
-    paths = sorted(path for path in folder.config_path.parent.iterdir() if path.suffix in (".json", ".safetensors"))
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return {path.name: f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns" for path in paths}
 
 
