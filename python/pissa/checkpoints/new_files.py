@@ -77,6 +77,13 @@ def taken_tensors(layer: PlannedLayer, start: StartFactors) -> dict[str, Tensor]
     return dict(zip(_taken_shapes(layer), pair, strict=True))
 
 
+def start_tensors(start: StartFactors) -> list[Tensor]:
+    """The tensors of a start of which the record has the fingerprint: the factors, and those taken, if they are
+    others."""
+    taken = start.taken if start.rank_taken else None
+    return [start.a0, start.b0, *(taken or ())]
+
+
 def _factor_tensors(plan: Plan) -> Tensors:
     return {
         name: (torch.float32, shape)

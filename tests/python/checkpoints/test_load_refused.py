@@ -118,6 +118,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit(folder, architectures=["Unheard"]),
         r"architectures is \['Unheard'\]; needed: a class of transformers",
     ),
+    "start, a bit": (
+        lambda folder: change(
+            folder, flip(f"base_model.model.{LAYER}.lora_A.weight"), "pissa_init/adapter_model.safetensors"
+        ),
+        r"layer 'model\.layers\.1\.mlp\.up_proj': its start factors are .*adapter_model\.safetensors is damaged",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded by transformers"),
 }
 
@@ -133,6 +139,15 @@ def test_a_damaged_folder(what: str, made: Path, tmp_path: Path) -> None:
     damage, words = DAMAGE[what]
     damage(folder)
     with pytest.raises(ValueError, match=words):
+        pissa.load(folder)
+
+
+def test_damaged_factors_that_a_residual_lacks(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    init(made / "source", folder, pissa.PissaConfig(r=R, quant="nf4", quant_iters=2))
+    pissa.load(folder)
+    change(folder, flip(f"{LAYER}.base.taken_b"), "pissa.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj': its start factors .* or .*folder/pissa\.safetensors is damaged"):
         pissa.load(folder)
 
 
