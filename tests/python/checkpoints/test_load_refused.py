@@ -198,6 +198,14 @@ def test_what_the_folder_cannot_be(name: str, fields: dict[str, Any], words: str
         pissa.load(made / name, **fields)
 
 
+def test_the_dtype_to_compute_in(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, "fp4", tmp_path)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit(folder, quantization_config=quantization | {"bnb_4bit_compute_dtype": "int8"})
+    with pytest.raises(ValueError, match=r"config\.json: bnb_4bit_compute_dtype is 'int8'; needed: float32"):
+        pissa.load(folder, r=R)
+
+
 def test_one_configuration(made: Path) -> None:
     config = pissa.PissaConfig(r=R)
     for given in ({"config": config, "r": R}, {"config": config, "adapter": "run"}, {"r": R, "adapter": "run"}):
