@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pissa import distributed, ops
 from pissa.base.digest import fingerprint, read
@@ -36,6 +35,7 @@ from pissa.checkpoints.new_files import (
 )
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
+from pissa.checkpoints.progress import bar_of_bytes
 from pissa.config import PissaConfig
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
@@ -384,11 +384,8 @@ class _Bar:
         self._bar: Any = None
 
     def __enter__(self) -> _Bar:
-        if self._shown:  # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled
-            initial = self._total - self._left
-            self._bar = tqdm(
-                total=self._total, initial=initial, desc="PiSSA init", unit="B", unit_scale=True, unit_divisor=1000
-            )
+        if self._shown:
+            self._bar = bar_of_bytes("init", self._total, self._total - self._left)
         return self
 
     def add(self, unit: _Unit, result: dict[str, Any]) -> None:
