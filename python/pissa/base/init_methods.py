@@ -252,8 +252,8 @@ def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[T
     the host waits."""
     quantised = ops.residual_many(
         weights,
-        [weight.new_zeros(1, weight.shape[1], dtype=torch.float32) for weight in weights],
-        [weight.new_zeros(weight.shape[0], 1, dtype=torch.float32) for weight in weights],
+        [weight.new_empty(0, weight.shape[1], dtype=torch.float32) for weight in weights],
+        [weight.new_empty(weight.shape[0], 0, dtype=torch.float32) for weight in weights],
         [1.0] * len(weights),
         names=[f"layer {name}: weight" for name in names],
         **form.options(),

@@ -73,6 +73,11 @@ class StartFactors(KeepsDtype):
         return None if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
 
     @property
+    def lacked(self) -> tuple[Tensor, Tensor]:
+        """The factors that a residual stored for this start lacks."""
+        return (self.a0, self.b0) if self.taken is None else self.taken
+
+    @property
     def rank_taken(self) -> int | None:
         """The rank of `taken`."""
         return None if self.taken_a is None else len(self.taken_a)

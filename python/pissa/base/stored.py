@@ -166,7 +166,7 @@ def residuals_of(
     Raises:
         ValueError: naming the layer whose weight or factors are not finite.
     """
-    lacked = [_lacked(start) for start in starts]
+    lacked = [start.lacked for start in starts]
     return ops.residual_many(
         weights,
         [a for a, _ in lacked],
@@ -188,8 +188,7 @@ class ResidualCheck:
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
         """One more layer: its name, its weight [out, in] and the start that its residual will lack."""
-        a, b = _lacked(start)
-        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in (a, b)]
+        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.lacked]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
         self._sizes.setdefault(weight.device, []).append((name, torch.stack([largest, *norms])))
         self._layers.append((name, start, weight.numel()))
@@ -215,12 +214,6 @@ class ResidualCheck:
             if (largest + scaling * norm_a * norm_b) * blocks >= torch.finfo(torch.float32).max / 2:
                 found.append(name)
         return found
-
-
-def _lacked(start: StartFactors) -> tuple[Tensor, Tensor]:
-    """The factors that a residual lacks, which have a rank of at least 1: zeros stand for none."""
-    a, b = (start.a0, start.b0) if start.taken is None else start.taken
-    return (a, b) if len(a) else (a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1))
 
 
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]

@@ -61,9 +61,9 @@ def fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: M
         quantization: the folder's `quantization_config`.
 
     Raises:
-        ValueError: naming the layer whose weight is not 4-bit nf4, or of another shape.
+        ValueError: naming the layer whose weight is not 4-bit nf4, or of another shape; or no dtype is to compute in.
     """
-    compute_dtype = getattr(torch, quantization.get("bnb_4bit_compute_dtype") or "float32")
+    compute_dtype = _compute_dtype(quantization)
     for name, entries in packed.items():
         with of_layer(name):
             if "SCB" in entries:
@@ -75,3 +75,11 @@ def fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: M
             base = linear4bit(entries, dense.bias, compute_dtype)
             check_shape((base.out_features, base.in_features), dense)
         put(model, name, base)
+
+
+def _compute_dtype(quantization: Mapping[str, Any]) -> torch.dtype:
+    name = quantization.get("bnb_4bit_compute_dtype") or "float32"
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
+    return found

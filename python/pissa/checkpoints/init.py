@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pissa import distributed, ops
 from pissa.base.digest import fingerprint, read
@@ -31,10 +30,12 @@ from pissa.checkpoints.new_files import (
     layouts,
     residual_tensors,
     small_files,
+    start_tensors,
     taken_tensors,
 )
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
+from pissa.checkpoints.progress import bar_of_bytes
 from pissa.config import PissaConfig
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
@@ -96,7 +97,9 @@ def init(
         source: folder of a checkpoint in safetensors, with config.json.
         target: a new folder, or one of an unfinished run.
         config: `quant` says how the residual is kept: None as a dense weight.
-        memory: bytes of matrices and of what is computed from them at a time. A matrix that needs more gets it.
+        memory: bytes of matrices and of what is computed from them at a time. A matrix that needs more gets it. Not
+            counted are the start factors of a stack of experts, which wait for those of its last expert: float32, r
+            times its rows and columns for each.
         device: where they are split.
         experts: see `Plan.of`.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
@@ -241,9 +244,11 @@ class _Run:
             residuals = residuals_of(some, starts, form, names)
             of_weights = read([fingerprint(weight) for weight in some])
             of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])
+            of_starts = read([fingerprint(*start_tensors(start)) for start in starts])
             for i, (layer, weight, start, residual) in enumerate(zip(these, some, starts, residuals, strict=True)):
                 self._write(out, layer, start, residual)
-                records[layer.name] = [of_weights[i], of_residuals[i], *_sampled_error(weight, residual, start)]
+                found_here = of_weights[i], of_residuals[i], of_starts[i], start.rank_taken or None
+                records[layer.name] = [*found_here, *_sampled_error(weight, residual, start)]
                 factors[layer.name] = start.a0.cpu(), start.b0.cpu()
         weights.clear()
         source.release([name for layer in layers for name in layer.tensors])
@@ -275,7 +280,8 @@ class _Run:
                 found[name][0],
                 layer.form,
                 stored=found[name][1],
-                taken=layer.origin.r if has_taken(plan.config_of(layer)) else None,
+                start=found[name][2],
+                taken=found[name][3],
             )
             for name, layer in plan.layers.items()
         }
@@ -365,7 +371,7 @@ def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:
 def _error(results: Any) -> float:
     """The relative error of the units with these results."""
     records = [record for result in results for record in result.values()]
-    lost, whole = (sum(record[which] for record in records) for which in (2, 3))
+    lost, whole = (sum(record[which] for record in records) for which in (-2, -1))
     return math.sqrt(lost / whole) if whole else 0.0
 
 
@@ -378,11 +384,8 @@ class _Bar:
         self._bar: Any = None
 
     def __enter__(self) -> _Bar:
-        if self._shown:  # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled
-            initial = self._total - self._left
-            self._bar = tqdm(
-                total=self._total, initial=initial, desc="PiSSA init", unit="B", unit_scale=True, unit_divisor=1000
-            )
+        if self._shown:
+            self._bar = bar_of_bytes("init", self._total, self._total - self._left)
         return self
 
     def add(self, unit: _Unit, result: dict[str, Any]) -> None:

@@ -91,14 +91,15 @@ def load(
             residuals.fill(model, packed, config)
         materialise(model, adapter_name)
         wrapped.to(device)
+        left = {}
         if checkpoint is None:
             keep = residuals is not None
             left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
-            store(model, adapter_name, config, left)
         else:
             with _blamed(checkpoint):
                 restore(checkpoint, wrapped, adapter_name)
-        return wrapped if is_trainable else wrapped.eval()
+    store(model, adapter_name, config, left)  # which tells the other processes of its errors itself
+    return wrapped if is_trainable else wrapped.eval()
 
 
 def _blamed(checkpoint: Checkpoint | None) -> AbstractContextManager[None]:

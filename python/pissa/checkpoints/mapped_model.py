@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from pissa.checkpoints.packed import LEAVE_PACKED, Entries, packed_key, packed_layers, packed_weights, stack_key
 from pissa.files.messages import first_line, shown
+from pissa.files.model_folder import class_of
 from pissa.files.source import Source
 from pissa.layers.experts import WEIGHTS
 
@@ -43,7 +43,7 @@ def mapped_model(source: Source, dtype: torch.dtype | None) -> MappedModel:
     folder = source.folder
     try:
         config = AutoConfig.from_pretrained(folder)
-        kind = _model_class(config)
+        kind = class_of(config)
         packed = packed_layers(source.names)
         quantization = vars(config).pop("quantization_config", {})
         experts = _packed_experts(kind, config, packed)
@@ -67,17 +67,6 @@ def mapped_model(source: Source, dtype: torch.dtype | None) -> MappedModel:
         entries[layer] = {name: source.read(tensor) for name, tensor in packed[layer].items()}
     model.config._name_or_path = model.name_or_path = str(folder)
     return MappedModel(model, entries, quantization)
-
-
-def _model_class(config: Any) -> Any:
-    """transformers' class that config.json names."""
-    for name in config.architectures or ():
-        if isinstance(kind := getattr(transformers, name, None), type) and issubclass(kind, PreTrainedModel):
-            return kind
-    raise ValueError(
-        f"config.json: architectures is {shown(config.architectures)}; needed: a class of transformers "
-        f"{transformers.__version__}, such as LlamaForCausalLM"
-    )
 
 
 def _state(source: Source, packed: Mapping[str, Mapping[str, str]], experts: Mapping[str, str]) -> dict[str, Tensor]:

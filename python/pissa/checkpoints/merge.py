@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pissa import ops
 from pissa.base.bitsandbytes_state import to_bitsandbytes
@@ -23,9 +22,9 @@ from pissa.checkpoints.fill import of_layer
 from pissa.checkpoints.merge_plan import MergedLayer, MergePlan, Unit
 from pissa.checkpoints.new_files import index_text, quantization_config, small_files
 from pissa.checkpoints.output import Output
+from pissa.checkpoints.progress import bar_of_bytes
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.lora_folder import LoraFolder
 from pissa.files.model_folder import parts_of
 from pissa.files.source import INDEX, Source
 from pissa.ops.formats import FORMATS
@@ -123,7 +122,7 @@ class _Run:
             self.results = {unit.name: out.done[unit.name] for unit in plan.units if unit.name in out.done}
             before = sum(self.sizes[name] for name in self.results)
             left = [unit for unit in plan.units if unit.name not in self.results]
-            with _bar(sum(self.sizes.values()), before) if progressbar else nullcontext() as bar:
+            with bar_of_bytes("merge", sum(self.sizes.values()), before) if progressbar else nullcontext() as bar:
                 for unit, following in zip(left, [*left[1:], None], strict=True):
                     if following is not None:
                         source.ahead(following.tensors)
@@ -172,7 +171,7 @@ class _Run:
             "command": "merge",
             "pissa": ops.build_info()["version"],
             "form": self.plan.form.describe(),
-            **{f"adapter {name}": value for name, value in _states(self.adapter.folder).items()},
+            **{what: _states(folder) for what, folder in self.adapter.folders.items()},
             **{f"source {name}": value for name, value in self.plan.source.identity().items()},
         }
 
@@ -231,14 +230,10 @@ def _nbytes(source: Source, unit: Unit) -> int:
     return sum(source.entry(tensor).nbytes for tensor in unit.tensors)
 
 
-def _states(folder: LoraFolder) -> dict[str, str]:
+def _states(folder: Path) -> dict[str, str]:
     """The files of an adapter as they are."""
-    paths = sorted(path for path in folder.config_path.parent.iterdir() if path.suffix in (".json", ".safetensors"))
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return {path.name: f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns" for path in paths}
-
-
-def _bar(total: int, initial: int) -> Any:
-    return tqdm(total=total, initial=initial, desc="PiSSA merge", unit="B", unit_scale=True, unit_divisor=1000)
 
 
 def _config_text(plan: MergePlan) -> str:

@@ -71,10 +71,17 @@ def _taken_shapes(layer: PlannedLayer) -> dict[str, tuple[int, int]]:
 
 def taken_tensors(layer: PlannedLayer, start: StartFactors) -> dict[str, Tensor]:
     """The factors that the residual lacks, which have the rank of the start: zeros fill them up."""
-    a, b = (start.a0, start.b0) if start.taken is None else start.taken
+    a, b = start.lacked
     missing = layer.origin.r - len(a)
     pair = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     return dict(zip(_taken_shapes(layer), pair, strict=True))
+
+
+def start_tensors(start: StartFactors) -> list[Tensor]:
+    """The tensors of a start of which the record has the fingerprint: the factors, and those taken, if they are
+    others."""
+    taken = start.taken if start.rank_taken else None
+    return [start.a0, start.b0, *(taken or ())]
 
 
 def _factor_tensors(plan: Plan) -> Tensors:

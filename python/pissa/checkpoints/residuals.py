@@ -16,7 +16,7 @@ from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import Replaced, residual_tensors, stored_linear
 from pissa.checkpoints.fill import check_shape, of_layer, put
-from pissa.checkpoints.new_files import INITIAL_WEIGHTS
+from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries
 from pissa.config import Form, PissaConfig
 from pissa.files.messages import shown
@@ -53,7 +53,8 @@ class Residuals:
     def fill(self, model: nn.Module, packed: Mapping[str, Entries], config: PissaConfig) -> None:
         """Puts a stored base, with the start that it lacks, into every layer of the record.
 
-        Each residual is compared with its fingerprint: its pages are read once, as a first step of training would.
+        Each residual and its start are compared with their fingerprints: a residual's pages are read once, as a first
+        step of training would.
 
         Args:
             model: the (unwrapped) model, adapted. Residuals that are not packed are its weights.
@@ -62,7 +63,7 @@ class Residuals:
 
         Raises:
             ValueError: naming the layer: a residual that is not the one which was written, or has another shape or
-                form, a file that lacks its factors, or a layer that has no adapter.
+                form, factors that a file lacks or has other values of, or a layer that has no adapter.
         """
         adapted, records = pissa_layers(model), self.record.layers
         for name in [*records, *packed]:
@@ -78,6 +79,7 @@ class Residuals:
         for name, layer in layers.items():
             with of_layer(name):
                 residual = self._residual(records[name], layer, packed.get(name))
+                self._check_start(records[name], starts[name])
                 _put(model, name, layer, records[name], residual, starts[name], config)
 
     def _starts(self, model: nn.Module, layers: Mapping[str, PissaLayer]) -> dict[str, StartFactors]:
@@ -99,9 +101,15 @@ class Residuals:
         for key, shape in zip(keys, ((rank, a0.shape[1]), (b0.shape[0], rank)), strict=True):
             self.taken.expect(key, shape, (torch.float32,), f"the factors that the residual of layer {name} lacks")
         a, b = (self.taken.read(key) for key in keys)
-        if torch.equal(a, a0) and torch.equal(b, b0):
-            return None
-        return (a, b) if b.any() else nothing_of(a0, b0)
+        return a, b
+
+    def _check_start(self, record: LayerRecord, start: StartFactors) -> None:
+        if not is_fingerprint(record.start, *start_tensors(start)):
+            paths = " or ".join(str(file.path) for file in (self.factors, self.taken) if file is not None)
+            raise ValueError(
+                f"its start factors are not those of which {self.folder / PISSA_RECORD} has the fingerprint: {paths} "
+                "is damaged, or belongs to another folder; take it from a copy, or split the model again"
+            )
 
     def _origin(self, record: LayerRecord) -> Origin:
         config = self.record.config.of_base()

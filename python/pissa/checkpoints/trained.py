@@ -18,7 +18,7 @@ from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.merge_plan import MergedLayer, Unit
 from pissa.config import IMPLICIT
-from pissa.conversion.lora_start import INITIAL_FOLDER, residual_of, start_from_initial
+from pissa.conversion.lora_start import INITIAL_FOLDER, initial_folder, residual_of, start_from_initial
 from pissa.conversion.source import OURS, PLAIN_STARTS, check_unused, read_record
 from pissa.conversion.source import Source as Foreign
 from pissa.files.checkpoint import Checkpoint
@@ -61,6 +61,8 @@ class Adapter:
         self.folder, self.source = folder, source
         self.what = what
         """What it is, in words."""
+        self.folders = {"adapter": folder.config_path.parent}
+        """Where its files are, by what is in them."""
 
     def factors(self, target: str) -> list[Matrices]:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
@@ -126,11 +128,17 @@ class Adapter:
 
 
 class Converted(Adapter):
-    """An adapter of another tool for the unmodified base, as `pissa.convert` reads it."""
+    """An adapter of another tool for the unmodified base, as `pissa.convert` reads it.
 
-    def __init__(self, found: Foreign, source: Source) -> None:
+    Args:
+        initial: what has the adapter before training, if it is read.
+    """
+
+    def __init__(self, found: Foreign, source: Source, initial: str | os.PathLike[str] | None) -> None:
         super().__init__(found.folder, source, found.layout)
         self._found = found
+        if initial is not None:
+            self.folders["initial"], _ = initial_folder(initial)
 
     def factors(self, target: str) -> list[Matrices]:
         pairs = (delta.factors() for delta in self._found.deltas(target))
@@ -256,9 +264,9 @@ def read_adapter(path: Path, source: Source, initial: str | os.PathLike[str] | N
             )
         start_from_initial(folder, at_start)  # checks that it can be the start of this one
         return Adapter(folder, source, ON_RESIDUAL)
-    has_start = initial is not None or residual_of(folder) is not None
-    base = source.folder if isinstance(init, str) and init.startswith("pissa") and not has_start else None
-    return Converted(Foreign.read(path, base, initial, None), source)
+    initial = residual_of(folder) if initial is None else initial
+    base = source.folder if isinstance(init, str) and init.startswith("pissa") and initial is None else None
+    return Converted(Foreign.read(path, base, initial, None), source, initial)
 
 
 ON_RESIDUAL = "an adapter on a residual, which is the base"

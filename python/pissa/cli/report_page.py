@@ -11,7 +11,8 @@ from string import Template
 from pissa.checkpoints.layer_report import LayerReport, Summary, by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
-from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of, size
+from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of
+from pissa.cli.terminal import as_size
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -90,7 +91,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [
         (f"energy held by rank {rank}", f"{report.whole.energy(rank):.1%}"),
         (f"trained at rank {rank}", count(sum(layer.parameters(rank) for layer in report.layers))),
-        ("memory of a training step, with gradient checkpointing", size(report.memory[True].total)),
+        ("memory of a training step, with gradient checkpointing", as_size(report.memory[True].total)),
     ]
     if report.quant is not None:
         methods = [method for method in report.whole.methods if method[1] == rank]
@@ -144,7 +145,7 @@ def _ranks(report: Report) -> str:
 
 def _memory(report: Report) -> str:
     rows = [
-        [words, *(size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True))]
+        [words, *(as_size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True))]
         for part, words in MEMORY_PARTS.items()
     ]
     header = ["", "memory", "with gradient checkpointing"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pissa.checkpoints.layer_report import by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
-from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of, size
-from pissa.cli.terminal import format_table, say
+from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of
+from pissa.cli.terminal import as_size, format_table, say
 
 _WORST = 5
 
@@ -83,7 +83,7 @@ def _print_suggestion(report: Report) -> None:
 
 def _print_memory(report: Report) -> None:
     rows = [
-        (words, *(size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True)))
+        (words, *(as_size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True)))
         for part, words in MEMORY_PARTS.items()
     ]
     head = f"training at rank {report.ranks[0]},\n{report.batch} x {report.length} tokens"

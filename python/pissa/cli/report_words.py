@@ -73,11 +73,3 @@ def count(number: int) -> str:
         if number >= limit:
             return f"{number / limit:.3g} {word}"
     return str(number)
-
-
-def size(number: int) -> str:
-    """Bytes in three digits: "1.23 GB"."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= limit:
-            return f"{number / limit:.3g} {unit}"
-    return f"{number} B"

@@ -58,6 +58,9 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 
 def _dtype(folder: Path) -> str:
     """The dtype of what is not packed."""
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder}: config.json cannot be read: {error}") from error
     found: str = config.get("dtype") or config.get("torch_dtype") or "float32"
     return found

@@ -17,7 +17,7 @@ def say(label: str, text: str) -> None:
 
 
 def as_size(count: int) -> str:
-    """A number of bytes, in words."""
+    """A number of bytes, in three digits: "1.23 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

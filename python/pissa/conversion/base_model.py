@@ -7,9 +7,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
-import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
@@ -17,7 +16,7 @@ from transformers import AutoConfig
 from pissa.base.weights import with_weight
 from pissa.files.hub import checkpoint_folder
 from pissa.files.messages import first_line
-from pissa.files.model_folder import ModelFolder
+from pissa.files.model_folder import ModelFolder, class_of
 from pissa.notices import WholeModelWarning
 
 
@@ -77,9 +76,7 @@ def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
     if isinstance(base, nn.Module):
         return base
     try:
-        architecture = (AutoConfig.from_pretrained(base).architectures or ["none"])[0]
-        kind: Any = getattr(transformers, architecture)
-        return cast(nn.Module, kind.from_pretrained(base, dtype="auto"))
+        return cast(nn.Module, class_of(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype="auto"))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{base} cannot be loaded as a model: {first_line(error)}; load it yourself and give the model"

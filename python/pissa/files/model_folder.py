@@ -13,8 +13,23 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pissa.files.composition import Composition, Part
-from pissa.files.messages import first_line
+from pissa.files.messages import first_line, shown
 from pissa.files.source import Source
+
+
+def class_of(config: Any) -> Any:
+    """transformers' class that a config.json names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    for name in config.architectures or ():
+        if isinstance(kind := getattr(transformers, name, None), type) and issubclass(kind, PreTrainedModel):
+            return kind
+    raise ValueError(
+        f"architectures is {shown(config.architectures)}; needed: a class of transformers {transformers.__version__}, "
+        "such as LlamaForCausalLM"
+    )
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
@@ -25,10 +40,8 @@ def meta_model(folder: Path) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-        architecture = (config.architectures or ["none"])[0]
-        kind: Any = getattr(transformers, architecture)
         with torch.device("meta"):
-            model: PreTrainedModel = kind(config)
+            model: PreTrainedModel = class_of(config)(config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{folder / 'config.json'} describes no model that transformers {transformers.__version__} can build: "

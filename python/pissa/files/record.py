@@ -55,6 +55,9 @@ class LayerRecord:
     taken: int | None = None
     """Rank of the factors that the stored residual lacks, if they are others than the base's start factors, and some.
     Only alternations have such factors, and earlier files no such field."""
+    start: str | None = None
+    """Fingerprint of the start factors a0 and b0, and of the factors taken, if there are such, where `pissa init` has
+    written them: beside an adapter that was saved, the files have checksums."""
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -75,6 +78,8 @@ class LayerRecord:
             if self.stored is None:
                 raise ValueError("taken: got a rank; needed: none if form is implicit")
             _check_rank("taken", self.taken)
+        if self.start is not None:
+            _check_fingerprint("start", self.start)
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
@@ -93,17 +98,22 @@ class LayerRecord:
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
         record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
-        if self.taken is None:
-            del record["taken"]
+        for name in _OPTIONAL:
+            if record[name] is None:
+                del record[name]
         return record | {"base": None if self.base is None else _origin_as_json(self.base)}
 
     @staticmethod
     def from_json(record: Any) -> LayerRecord:
         """The way back from `as_json`."""
         hints = get_type_hints(LayerRecord) | {"form": _SavedForm, "base": dict[str, Any] | None}
-        fields = typed_fields({"taken": None} | typed(record, dict[str, Any], "the record"), hints, "the record")
+        fields = typed_fields(_OPTIONAL | typed(record, dict[str, Any], "the record"), hints, "the record")
         form, base = Form(*fields["form"]), fields["base"]
         return LayerRecord(**fields | {"form": form, "base": None if base is None else _origin_from_json(base, form)})
+
+
+_OPTIONAL: dict[str, Any] = {"taken": None, "start": None}
+"""The fields that are only in the file if there is something to say."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ _CHECKSUMS = "sha256"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. They are
-    taken from the mapping one at a time, each twice."""
+    taken from the mapping one at a time, each twice. A file that is there is replaced: they may be views of it."""
     kinds, checksums = {}, []
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -22,14 +22,16 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
     model's other tensors get memory of their own, so that nothing keeps the file mapped. Until then its pages may stay,
     which the system can take back.
 
-    With several processes all of them have to call this; see `distributed.failing_together`.
+    With several processes all of them have to call this, outside of `distributed.failing_together`: it has a block of
+    its own, and an error that went through two would be told twice, the second time to nobody.
 
     Args:
         model: the (unwrapped) model.
 
     Raises:
         BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
-            The model is then partly stored; a note on the error says so.
+            The model is then partly stored; a note on the error says so. (Python 3.10 keeps notes, without printing
+            them.)
     """
     if not replacements:
         return

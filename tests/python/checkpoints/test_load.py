@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from cuda_stand_in import CudaStandIn
 from language_models import Make, logits, train
-from pissa import ops
+from pissa import distributed, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.checkpoints.init import init
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import PissaLayer, pissa_layers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download
@@ -263,3 +264,42 @@ def test_another_adapter_on_the_same_residuals(source: Path, tokens: Tensor, tmp
     model.add_adapter("second", pissa.PissaConfig(r=R, quant="nf4"))
     layer = pissa_layers(model.base_model.model)["model.layers.0.self_attn.q_proj"]
     assert layer.start_of("second") is layer.base.start
+
+
+def test_an_error_is_told_to_the_other_processes_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have gone by the second time, and would be waited for."""
+    told: list[str] = []
+    gather = distributed._gather
+
+    def noted(value: object, error: str | None) -> Any:
+        told.extend([] if error is None else [error])
+        return gather(value, error)
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(distributed, "_gather", noted)
+    monkeypatch.setattr(PissaLayer, "store_base", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        pissa.load(source, r=R, quant="nf4")
+    assert told == ["RuntimeError: no memory"]
+
+
+@pytest.mark.parametrize("form", ["nf4", "explicit"])
+def test_on_a_gpu_it_is_the_model_of_the_cpu(form: str, source: Path, tokens: Tensor, tmp_path: Path) -> None:
+    """Its residuals and its start go there, and come from there into the files of an adapter."""
+    folder = split_folder(source, tmp_path / "split", r=R, **FORMS[form])
+    expected = {name: value.clone() for name, value in pissa.load(folder).state_dict().items()}
+    with CudaStandIn():
+        model = pissa.load(folder, device="cuda")
+        assert {value.device.type for value in model.state_dict().values()} == {"cuda"}
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
+        loss = model(input_ids=tokens.to("cuda"), labels=tokens.to("cuda")).loss
+        loss.backward()
+        assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+        model.warned_of_plain_lora = True
+        model.save_pretrained(tmp_path / "run")
+        again = pissa.load(folder, adapter=tmp_path / "run", device="cuda")
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())

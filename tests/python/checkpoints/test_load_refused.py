@@ -118,6 +118,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit(folder, architectures=["Unheard"]),
         r"architectures is \['Unheard'\]; needed: a class of transformers",
     ),
+    "start, a bit": (
+        lambda folder: change(
+            folder, flip(f"base_model.model.{LAYER}.lora_A.weight"), "pissa_init/adapter_model.safetensors"
+        ),
+        r"layer 'model\.layers\.1\.mlp\.up_proj': its start factors are .*adapter_model\.safetensors is damaged",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded by transformers"),
 }
 
@@ -133,6 +139,15 @@ def test_a_damaged_folder(what: str, made: Path, tmp_path: Path) -> None:
     damage, words = DAMAGE[what]
     damage(folder)
     with pytest.raises(ValueError, match=words):
+        pissa.load(folder)
+
+
+def test_damaged_factors_that_a_residual_lacks(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    init(made / "source", folder, pissa.PissaConfig(r=R, quant="nf4", quant_iters=2))
+    pissa.load(folder)
+    change(folder, flip(f"{LAYER}.base.taken_b"), "pissa.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj': its start factors .* or .*folder/pissa\.safetensors is damaged"):
         pissa.load(folder)
 
 
@@ -181,6 +196,14 @@ def test_an_adapter_of_another_folder(made: Path, tmp_path: Path) -> None:
 def test_what_the_folder_cannot_be(name: str, fields: dict[str, Any], words: str, made: Path) -> None:
     with pytest.raises(ValueError, match=words):
         pissa.load(made / name, **fields)
+
+
+def test_the_dtype_to_compute_in(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, "fp4", tmp_path)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit(folder, quantization_config=quantization | {"bnb_4bit_compute_dtype": "int8"})
+    with pytest.raises(ValueError, match=r"config\.json: bnb_4bit_compute_dtype is 'int8'; needed: float32"):
+        pissa.load(folder, r=R)
 
 
 def test_one_configuration(made: Path) -> None:

@@ -476,3 +476,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, monk
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert done[7:] == merge(tmp_path / "adapter", base, tmp_path / "again")[7:]
+
+
+def test_a_run_does_not_go_on_from_another_start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter before training decides the bytes as much as the one after it."""
+    for seed, name in enumerate(("initial", "other")):
+        init(base, tmp_path / name, pissa.PissaConfig(r=4, seed=seed))
+    adapter = tmp_path / "initial" / "pissa_init"
+
+    def killed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_module, "read_weight", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
+    with pytest.raises(ValueError, match=r"another plan: initial\.adapter_.* was"):
+        merge(adapter, base, tmp_path / "out", initial=tmp_path / "other")
+    merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")

@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "three offsets": (bias(data_offsets=[0, 12, 12]), (ONE, "'layers.0.bias'", *AGAIN)),
     "behind the end": (bias(data_offsets=[2**40, 2**40 + 12]), (ONE, "'layers.0.bias' ends", *AGAIN)),
     "overlap": (bias(data_offsets=[2, 14]), (ONE, "layers.0.", *AGAIN)),
-    "unknown dtype": (bias(dtype="F4"), (ONE, "'layers.0.bias' has the dtype 'F4'; known: F64", *AGAIN)),
+    "unknown dtype": (bias(dtype="F4"), (ONE, "'layers.0.bias' has the dtype 'F4'; known: U64", *AGAIN)),
     "no dtype": (bias(dtype=3), (ONE, "'layers.0.bias'", "dtype: got 3", *AGAIN)),
     "unknown field": (bias(codec="x"), (ONE, "'layers.0.bias'", "'codec'", *AGAIN)),
     "bytes left over": (longer, (ONE, *AGAIN)),
