@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the base model (default: float32; of a model that pissa init has split, its own)",
+        help="of the base model (default: float32); one that pissa init has split keeps its own unless given",
     )
 
     training = parser.add_argument_group("training", "AdamW without weight decay, cosine schedule, as in the paper")
