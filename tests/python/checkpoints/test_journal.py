@@ -167,9 +167,6 @@ def test_another_plan_is_refused(change: dict[str, Any], words: str, tmp_path: P
     folder = tmp_path / "out" / ".unfinished"
     begin(folder, IDENTITY)
     check(folder, IDENTITY)
-    message = (
-        f"{folder} is of an unfinished run with another plan: {words}: to start anew, remove {tmp_path / 'out'}, or"
-    )
     with pytest.raises(ValueError, match=re.escape(f"{folder} is of an unfinished run")) as caught:
         check(folder, IDENTITY | change)
     assert words in str(caught.value)
