@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="pissa",
         help="where the adapter starts; lora is plain QLoRA",
     )
-    parser.add_argument("--quant-iters", type=positive_int, metavar="T", help="alternations of SVD and quantisation")
+    parser.add_argument(
+        "--quant-iters", type=positive_int, metavar="T", help="alternations of SVD and quantisation; 1 unless given"
+    )
     parser.add_argument("--svd-passes", type=_passes, default="auto", metavar="N", help="reads of each matrix, even")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random sketch")
     parser.add_argument(
@@ -160,8 +162,7 @@ def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> No
     say("split", f"{args.source}: {kept}, start {args.init}")
     new = done.bytes_read - done.bytes_done_before
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
-    rate = new / done.seconds / 1e9
-    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {rate:.2f} GB/s")
+    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(round(new / done.seconds))}/s")
     if done.memory > args.memory:
         say(
             "memory",
@@ -170,9 +171,9 @@ def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> No
     say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
-        say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); no other program reads experts in 4 bits")
+        say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in 4 bits")
     else:
-        say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); or, in any trainer, the model {args.target}")
+        say("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
         say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
     for note in notes:
         say("note", note)
