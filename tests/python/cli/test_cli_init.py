@@ -59,6 +59,13 @@ def test_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "r=40 is more than the smaller side" in report["notes"][0]
 
 
+def test_notes_come_before_the_work(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(source), str(tmp_path / "out"), "--rank", "40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("note ")] == lines[:1]
+    assert "r=40 is more than the smaller side" in lines[0]
+
+
 def test_memory_is_exceeded_only_with_a_word(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", str(source), str(tmp_path / "out"), "--memory", "1kB", "--rank", "4"]) == 0
     assert re.search(r"^memory    \d.* kB, which model\.layers\.\S+ needs by itself", capsys.readouterr().out, re.M)
