@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--rank", type=positive_int, metavar="N", help="rank of the adapters; alpha equals it (default: 16)"
     )
+    method.add_argument(
+        "--quant-iters", type=positive_int, metavar="T", help="alternations of SVD and quantisation (default: 1)"
+    )
     method.add_argument("--svd", choices=("krylov", "subspace", "exact"), help="decomposition (default: krylov)")
     method.add_argument(
         "--svd-passes", type=_passes, metavar="N", help="passes over each weight, even, or auto (default: auto)"
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the base model (default: float32); one that pissa init has split keeps its own unless given",
+        help="of the base model; one that pissa init has split has its own (default: float32)",
     )
 
     training = parser.add_argument_group("training", "AdamW without weight decay, cosine schedule, as in the paper")
@@ -164,6 +167,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("model", "data", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out (or --demo)")
+    if args.quant_iters not in (None, 1) and not args.quant and not is_split(args.model):
+        raise UserError(f"--quant-iters {args.quant_iters} needs --quant: nothing else is quantised")
     if args.method == "lora" and args.quant:
         raise UserError(f"--quant {args.quant} needs --method pissa; plain LoRA is trained on the base as it is")
 
@@ -219,6 +224,7 @@ def _wrap(model: Any, args: argparse.Namespace) -> PeftModel:
             model,
             r=args.rank,
             quant=args.quant,
+            quant_iters=args.quant_iters,
             svd=args.svd,
             svd_passes=args.svd_passes,
             seed=args.seed,
@@ -260,6 +266,7 @@ def _finish(args: argparse.Namespace) -> None:
         say("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     say("cost", f"{seconds:.2f} s per step (median), peak memory {steps[-1]['peak_memory_mib']:,.0f} MiB")
     say("saved", f"{args.out}: the adapter, metrics.jsonl, {PICTURE_FILE}, checkpoints")
+    say("next", f"pissa merge {args.out} NEW_FOLDER --base {args.model}")
     if args.quant:
         from pissa.files.plain_lora import inexact_lora
 

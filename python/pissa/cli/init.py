@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="pissa",
         help="where the adapter starts; lora is plain QLoRA",
     )
-    parser.add_argument("--quant-iters", type=positive_int, metavar="T", help="alternations of SVD and quantisation")
+    parser.add_argument(
+        "--quant-iters", type=positive_int, metavar="T", help="alternations of SVD and quantisation; 1 unless given"
+    )
     parser.add_argument("--svd-passes", type=_passes, default="auto", metavar="N", help="reads of each matrix, even")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random sketch")
     parser.add_argument(
@@ -103,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.quant_iters is not None:
         fields["quant_iters"] = args.quant_iters
-    with _processes(), warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
+    with _processes(), _notes(shown=not args.json) as notes:
         try:
             done = init(
                 checkpoint_folder(args.source),
@@ -118,12 +119,30 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, ValueError, TypeError, distributed.RankError) as error:
             raise UserError(_with_options(str(error))) from error
         first = distributed.rank() == 0
-    texts = list(dict.fromkeys(str(note.message) for note in notes))
     if first and args.json:
-        print(json.dumps({**done._asdict(), "notes": texts}, indent=2))
+        print(json.dumps({**done._asdict(), "notes": notes}, indent=2))
     elif first:
-        _report(args, done, texts)
+        _report(args, done)
     return 0
+
+
+@contextmanager
+def _notes(shown: bool) -> Iterator[list[str]]:
+    """The warnings of the block, said as they come: before hours of work that they may call in question."""
+    from pissa import distributed
+
+    texts: list[str] = []
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := str(message)) not in texts:
+            texts.append(text)
+            if shown and distributed.rank() == 0:
+                say("note", text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
+        yield texts
 
 
 @contextmanager
@@ -155,13 +174,12 @@ def _option(match: re.Match[str]) -> str:
     return f"no {option}" if match[4] else f"{option} {match[3] or ''}"
 
 
-def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> None:
+def _report(args: argparse.Namespace, done: Initialised) -> None:
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
     say("split", f"{args.source}: {kept}, start {args.init}")
     new = done.bytes_read - done.bytes_done_before
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
-    rate = new / done.seconds / 1e9
-    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {rate:.2f} GB/s")
+    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(round(new / done.seconds))}/s")
     if done.memory > args.memory:
         say(
             "memory",
@@ -170,9 +188,7 @@ def _report(args: argparse.Namespace, done: Initialised, notes: list[str]) -> No
     say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
-        say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); no other program reads experts in 4 bits")
+        say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in 4 bits")
     else:
-        say("next", f"pissa.load({str(args.target)!r}, is_trainable=True); or, in any trainer, the model {args.target}")
+        say("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
         say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
-    for note in notes:
-        say("note", note)

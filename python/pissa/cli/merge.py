@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 progressbar=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(re.sub(r"\b(initial|quant)=", r"--\1 ", str(error))) from error
+            raise UserError(re.sub(r"\b(initial|quant)=", r"--\1", str(error))) from error
     texts = list(dict.fromkeys(str(note.message) for note in notes))
     if args.json:
         print(json.dumps({**done._asdict(), "notes": texts}, indent=2))
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace, done: Merged, notes: list[str]) -> None:
     say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
-    rate = (done.bytes_read - done.bytes_done_before) / done.seconds / 1e9
-    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {rate:.2f} GB/s")
+    rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
+    say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(rate)}/s")
     written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense"
     say("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,12 @@ RANKS = (16, 64, 128)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="FOLDER", help="the model: config.json and safetensors")
+    parser.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hugging Face Hub")
     parser.add_argument("--quant", choices=("nf4", "int8"), help="report the errors of bases in this format too")
-    parser.add_argument("--rank", type=positive_int, nargs="+", default=RANKS, metavar="N", help="ranks of adapters")
+    ranks = " ".join(map(str, RANKS))
+    parser.add_argument(
+        "--rank", type=positive_int, nargs="+", metavar="N", help=f"ranks of adapters (default: {ranks})"
+    )
     parser.add_argument(
         "--budget",
         type=positive_int,
@@ -53,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
         check_new_folder(args.out)
     from pissa.checkpoints.report import report
     from pissa.cli.report_table import print_tables
+    from pissa.files.hub import checkpoint_folder
 
     try:
         found = report(
-            args.model,
-            args.rank,
+            checkpoint_folder(args.model),
+            args.rank or RANKS,
             quant=args.quant,
             budget=args.budget,
             sampled=args.sample,
@@ -68,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except (OSError, ValueError) as error:
         raise UserError(re.sub("^budget:", "--budget:", str(error))) from error
+    found = replace(found, model=args.model)  # not the folder into which it was fetched
     if args.out is not None:
         _write(found, args.out)
     if args.json:

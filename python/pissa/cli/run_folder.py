@@ -15,7 +15,8 @@ PICTURE_FILE = "loss.png"
 
 # The arguments that decide what is trained. A resumed run must have the same.
 _IDENTITY = (
-    *("model", "data", "eval_data", "max_length", "method", "quant", "rank", "svd", "svd_passes", "dtype"),
+    *("model", "data", "eval_data", "max_length"),
+    *("method", "quant", "quant_iters", "rank", "svd", "svd_passes", "dtype"),
     *("steps", "epochs", "lr", "warmup_ratio", "batch_size", "grad_accum", "seed"),
 )
 

@@ -41,7 +41,10 @@ def settle(args: argparse.Namespace) -> None:
         setattr(args, name, value if given is None else given)
 
 
-_USUAL: dict[str, Any] = {"quant": None, "rank": 16, "svd": "krylov", "svd_passes": "auto", "dtype": "float32"}
+_USUAL: dict[str, Any] = {
+    **{"quant": None, "quant_iters": 1, "rank": 16, "svd": "krylov", "svd_passes": "auto"},
+    "dtype": "float32",
+}
 """What a run takes unless it is told otherwise."""
 
 
@@ -53,7 +56,8 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         config = AdapterRecord.read(folder / RECORD).config
     except ValueError as error:
         raise UserError(f"--model {folder}: {error}") from error
-    return {"quant": config.quant, "rank": config.r, "svd": config.svd, "svd_passes": config.svd_passes}
+    names = {"quant": "quant", "quant_iters": "quant_iters", "rank": "r", "svd": "svd", "svd_passes": "svd_passes"}
+    return {name: getattr(config, field) for name, field in names.items()}
 
 
 def _dtype(folder: Path) -> str:

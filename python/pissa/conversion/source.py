@@ -152,7 +152,7 @@ def check_unused(reason: str, **arguments: object) -> None:
     """Raises ValueError for an argument that is given."""
     for name, value in arguments.items():
         if value not in (None, False):
-            raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
+            raise ValueError(f"{reason}; {name}= is of no use with it: leave it out")
 
 
 def _check_no_parameters(folder: LoraFolder) -> None:

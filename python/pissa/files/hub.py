@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from pissa.files.messages import first_line, shown
@@ -68,12 +69,14 @@ def checkpoint_folder(model_id: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(model_id, str) or os.path.exists(model_id):
         return Path(model_id)
+    missing = f"{shown(model_id)} is no model: there is no such folder (the working directory is {os.getcwd()})"
     try:
         folder = huggingface_hub.snapshot_download(model_id, allow_patterns=_CHECKPOINT_FILES)
+    except HFValidationError as error:
+        raise ValueError(f"{missing}, and a repository's name is NAME or OWNER/NAME") from error
     except Exception as error:  # as in adapter_folder
         raise ValueError(
-            f"{shown(model_id)} is no model: there is no such folder (the working directory is {os.getcwd()}), and "
-            f"huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
+            f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
         ) from error
     return Path(folder)
 

@@ -106,7 +106,7 @@ def test_notes_are_lines_of_their_own(base: Path, tmp_path: Path, capsys: pytest
     [
         ([], "Give rank= or"),
         (["--initial", "nowhere"], "nowhere is missing; needed: an adapter's folder"),
-        (["--rank", "2", "--base", "nowhere"], "--initial has to say so; base is of no use with it"),
+        (["--rank", "2", "--base", "nowhere"], "--initial has to say so; --base is of no use with it"),
     ],
 )
 def test_refusals_name_options(

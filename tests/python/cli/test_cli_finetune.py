@@ -87,7 +87,7 @@ def test_a_run_leaves_adapter_metrics_and_picture(
     assert 0 <= run["step0_check"]["difference"] <= run["step0_check"]["bound"]
 
     captured = capfd.readouterr()
-    for label in ("model", "data", "held out", "method", "check", "loss", "cost", "saved"):
+    for label in ("model", "data", "held out", "method", "check", "loss", "cost", "saved", "next"):
         assert f"\n{label:<9} " in f"\n{captured.out}"
     assert f"loss {first['eval_loss']:.4f} before, {last['eval_loss']:.4f} after" in captured.out
     assert "{'loss'" not in captured.out
@@ -235,6 +235,8 @@ def test_wrong_arguments_are_refused(
     out = tmp_path / "run"
     assert "--model is missing" in refused(["finetune", "--data", str(data), "--out", str(out)], capsys)
     assert "needs --method pissa" in refused(command(base, data, out, "--method", "lora", "--quant", "nf4"), capsys)
+    message = "--quant-iters 2 needs --quant: nothing else is quantised"
+    assert message in refused(command(base, data, out, "--quant-iters", "2"), capsys)
     assert "no prompt of 24 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
     assert not out.exists()
 

@@ -95,11 +95,22 @@ def test_gradient_checkpointing_changes_no_bit(
     assert (tmp_path / "computed again" / WEIGHTS).read_bytes() == (tmp_path / "kept" / WEIGHTS).read_bytes()
 
 
+def test_alternations_are_those_of_the_folder(base: Path, data: Path, tmp_path: Path) -> None:
+    init(base, tmp_path / "model", pissa.PissaConfig(r=4, quant="nf4", quant_iters=2))
+    assert main(command(tmp_path / "model", data, tmp_path / "split")) == 0
+    options = ["--quant", "nf4", "--rank", "4"]
+    assert main(command(base, data, tmp_path / "dense", *options, "--quant-iters", "2")) == 0
+    assert rows(tmp_path / "split") == rows(tmp_path / "dense")
+    assert main(command(base, data, tmp_path / "once", *options)) == 0
+    assert rows(tmp_path / "split") != rows(tmp_path / "once")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--rank", "8"], "--rank 8: {model} was split with --rank 4; leave --rank out"),
         (["--quant", "int8"], "--quant int8: {model} was split with --quant nf4; leave --quant out"),
+        (["--quant-iters", "3"], "--quant-iters 3: {model} was split with --quant-iters 1; leave --quant-iters out"),
         (["--svd", "exact"], "--svd exact: {model} was split with --svd krylov; leave --svd out"),
         (["--method", "lora"], "--method lora: {model} holds residuals"),
     ],

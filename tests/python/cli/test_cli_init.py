@@ -28,7 +28,7 @@ def test_what_it_says_and_writes(source: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["init", str(source), str(out), "--quant", "int8", "--rank", "4", "--alpha", "8"]) == 0
     captured = capsys.readouterr()
     assert f"split     {source}: 14 layers, rank 4, residual int8, start pissa\n" in captured.out
-    assert re.search(r"^read      \d+ kB; \d+\.\d s, \d\.\d\d GB/s$", captured.out, re.MULTILINE)
+    assert re.search(r"^read      \d+ kB; \d+\.\d s, \d+(\.\d+)? [kM]B/s$", captured.out, re.MULTILINE)
     assert re.search(r"^error     0\.\d+% of the weights' norm", captured.out, re.MULTILINE)
     assert re.search(rf"^saved     {out}: \d+ kB, the adapter in pissa_init$", captured.out, re.MULTILINE)
     assert "pissa.load(" in captured.out
@@ -57,6 +57,13 @@ def test_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report["memory"] > 1000
     assert report["largest"].startswith("model.layers.")
     assert "r=40 is more than the smaller side" in report["notes"][0]
+
+
+def test_notes_come_before_the_work(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(source), str(tmp_path / "out"), "--rank", "40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("note ")] == lines[:1]
+    assert "r=40 is more than the smaller side" in lines[0]
 
 
 def test_memory_is_exceeded_only_with_a_word(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +105,9 @@ def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["init", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
     assert "holds neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "empty" / "none" / "such"), str(tmp_path / "out")]) == 2
-    assert "is no model: there is no such folder" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "is no model: there is no such folder" in message
+    assert message.endswith(", and a repository's name is NAME or OWNER/NAME\n")
 
 
 def test_a_model_of_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

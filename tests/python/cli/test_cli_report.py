@@ -263,8 +263,17 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+def test_a_model_of_the_hub(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(model))
+    assert main(["report", "some/model", "--rank", "4", "--json", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "some/model"
+    assert "<title>PiSSA report of model</title>" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere is missing; needed: a folder" in refused([str(tmp_path / "nowhere")], capsys)
+    assert "nowhere' is no model: there is no such folder" in refused([str(tmp_path / "nowhere")], capsys)
     assert "is not empty" in refused([str(model), "--out", str(model)], capsys)
     assert "--budget: got 10 parameters; needed: at least" in refused([str(model), "--budget", "10"], capsys)
 
