@@ -380,8 +380,16 @@ def test_another_plan_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(Output, "add", killed)
         with pytest.raises(Killed):
             split(tmp_path / "src", tmp_path / "out", **NF4)
-    with pytest.raises(ValueError, match=r"plan: r was 4, is 8"):
-        split(tmp_path / "src", tmp_path / "out", r=8, **NF4)
+    others: dict[str, dict[str, Any]] = {
+        "r was 4, is 8": {"r": 8},
+        "seed was 0, is 1": {"seed": 1},
+        "svd_passes was 'auto', is 4": {"svd_passes": 4},
+        "init was 'pissa', is 'lora'": {"init": "lora"},
+        "experts was 'dense', is 'nf4'": {"experts": "nf4"},
+    }
+    for words, fields in others.items():
+        with pytest.raises(ValueError, match=f"plan: {words}"):
+            split(tmp_path / "src", tmp_path / "out", **fields, **NF4)
     change_tensors(tmp_path / "src", lambda found: found)
     with pytest.raises(ValueError, match=r"source model\.safetensors was .*to start anew, remove"):
         split(tmp_path / "src", tmp_path / "out", **NF4)

@@ -90,6 +90,17 @@ def test_after_a_power_failure_what_was_flushed_counts(tmp_path: Path, monkeypat
     assert opened(tmp_path).done == {"a": 1, "b": 2, "c": 3, "d": 4}
 
 
+def test_on_a_system_without_a_name_for_its_start_what_was_flushed_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_boot", lambda: None)
+    process = opened(tmp_path)
+    process.add("a", 1)
+    process.flush()
+    process.add("b", 2)
+    assert opened(tmp_path).done == {"a": 1}
+
+
 def test_units_that_come_during_a_flush_are_not_taken_for_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -303,3 +304,12 @@ def test_on_a_gpu_it_is_the_model_of_the_cpu(form: str, source: Path, tokens: Te
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     assert state.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_a_packed_weight_of_another_shape(packed: Path) -> None:
+    config = json.loads((packed / "config.json").read_text()) | {"intermediate_size": 256}
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"proj': its weight is \[128, \d+\] in the folder and \[256, \d+\] in the model"
+    ):
+        pissa.load(packed, r=R)

@@ -50,6 +50,17 @@ def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert placed[3:] == [*sorted(SMALL.keys() - {"config.json"}), "config.json"]
 
 
+def test_every_process_flushes_before_the_first_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 puts the files in place, and can flush only what its own machine has."""
+    events: list[str] = []
+    flush, place = output.PlannedFile.flush, output.put_in_place
+    monkeypatch.setattr(output.PlannedFile, "flush", lambda file: events.append(file.path.name) or flush(file))
+    monkeypatch.setattr(output, "put_in_place", lambda files: events.append("place") or place(files))
+    write(tmp_path / "out")
+    assert sorted(events[:-1]) == sorted(Path(name).name for name in FILES)
+    assert events[-1] == "place"
+
+
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     """At every single call that changes the disk: see checkpoint_writer."""
     command = [sys.executable, checkpoint_writer.__file__, "kill", str(tmp_path)]
@@ -108,6 +119,18 @@ def test_a_file_that_an_unfinished_run_lacks_is_not_made_again(change: Callable[
     path = tmp_path / "out" / UNFINISHED / "files" / "model-1.safetensors"
     change(path)
     with pytest.raises(ValueError, match=rf"{path} is missing or .*: remove {tmp_path}/out/\.unfinished to start anew"):
+        entered(tmp_path / "out").__enter__()
+
+
+def test_a_file_of_others_is_not_taken_for_one_in_place(tmp_path: Path) -> None:
+    """A run that was killed between two names finds its own files in the folder: of their size, with their header."""
+    with entered(tmp_path / "out"):
+        pass
+    path = tmp_path / "out" / UNFINISHED / "files" / "model-1.safetensors"
+    size = path.stat().st_size
+    path.unlink()
+    (tmp_path / "out" / path.name).write_bytes(bytes(size))
+    with pytest.raises(ValueError, match=f"{path} is missing or"):
         entered(tmp_path / "out").__enter__()
 
 
