@@ -79,7 +79,7 @@ def _report(args: argparse.Namespace, done: Merged, notes: list[str]) -> None:
     before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
     rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
     say("read", f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(rate)}/s")
-    written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense"
+    written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
     say("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}")
     for note in notes:

@@ -39,7 +39,7 @@ def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: p
     captured = capsys.readouterr()
     assert f"adapter   {adapter}: an adapter of pissa, 14 layers\n" in captured.out
     assert re.search(r"^read      \d+(\.\d)? kB; \d+\.\d s, \d+(\.\d+)? [kM]B/s$", captured.out, flags=re.MULTILINE)
-    assert "error     dense: 0.000% of the weights' norm, 0.000% of the change's\n" in captured.out
+    assert "error     dense, rounded once: 0.000% of the weights' norm, 0.000% of the change's\n" in captured.out
     assert f"saved     {out}: " in captured.out
     assert "PiSSA merge: 100%" in captured.err
     AutoTokenizer.from_pretrained(out)
