@@ -19,8 +19,8 @@ R = 16
 BATCH = (4, 128)
 # Both sides round every operation to bfloat16, 2^-9, some 600 of them one after the other (30 layers of 20). As a
 # random walk that is 5 % of an activation or a gradient; a loss, the mean of 508 tokens' losses, moves far less. For
-# both sides, twice that, and once more for bitsandbytes on a CPU with AVX512_BF16: over a random Llama of two layers its
-# gradient is 14 % from that in float32, ours 0.8 %. A wrong gradient is off by about 1.
+# both sides, twice that, and once more for bitsandbytes on a CPU with AVX512_BF16: over a random Llama of two layers
+# its gradient is 14 % from that in float32, ours 0.8 %. A wrong gradient is off by about 1.
 GRADIENT_BOUND = 0.2
 LOSS_BOUND = 0.01
 
