@@ -25,7 +25,7 @@ def is_possible(x: Tensor, a: Tensor | None) -> bool:
 
 def linear(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...]) -> Tensor:
     """`torch.ops.pissa.<op>(x, *weight, *factors)`, without what the op keeps."""
-    y: Tensor = _Product.apply(_Operands.apply(x, *weight, *factors), op, len(weight), *weight, *factors)  # type: ignore[no-untyped-call]
+    y: Tensor = _Product.apply(_Operands.apply(x, *weight, *factors), op, len(weight), *weight, *factors)  # type: ignore[no-untyped-call, unused-ignore]
     return y
 
 
