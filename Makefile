@@ -1,5 +1,5 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
-# make test   build the wheel, install it into a clean environment, test it    (45 minutes on two cores; 15 once all is built)
+# make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
 # make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
 #
 # All need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With

@@ -44,7 +44,8 @@ def spectrum_of(weight: Tensor, rank: int, *, exact: bool = False) -> Spectrum:
 
     Args:
         rank: how many of the leading values are wanted, at most min(out, in).
-        exact: compute all values. That takes about forty times as long for a weight of 4096 x 11008.
+        exact: compute all values. For 4096 x 11008, bfloat16, one thread, a Gram matrix and its eigenvalues took 10 s in
+            float32, 16 leading values 0.25 s; in float64, as here, it is slower still.
 
     Without `exact` the values are those of `ops.svd_lowrank`: never above the true ones, and what factors of PiSSA
     really hold. The total is a sum over all elements either way.
