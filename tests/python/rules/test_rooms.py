@@ -29,7 +29,9 @@ ROOMS: dict[str, set[str]] = {
     "model": PEFT | {"tqdm"},
     "conversion": PEFT | {"tqdm"},
     "checkpoints": PEFT | {"safetensors", "tqdm"},
-    "cli": PEFT | {"tqdm", "numpy", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets"},
+    "training": PEFT | {"tqdm"},
+    "integrations": PEFT | {"safetensors", "tqdm"},
+    "cli": PEFT | {"tqdm", "numpy", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets", "trl", "yaml"},
 }
 # Libraries that one module alone uses.
 ALONE = {"base/bitsandbytes.py": {"bitsandbytes"}, "files/hub.py": {"huggingface_hub"}}
