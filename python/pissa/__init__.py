@@ -31,7 +31,7 @@ __version__: str = build_info()["version"]
 # The homes of the adapter API: module:name, or a module. Each is imported on first use, because `pissa.ops` needs
 # neither peft nor transformers.
 _HOMES = {
-    "PissaConfig": "pissa.model.pissa_model:PissaConfig",  # completes it: reader, tuner
+    "PissaConfig": "pissa.model.by_peft:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",
     "bitsandbytes": "pissa.base.bitsandbytes:",

@@ -363,8 +363,8 @@ def exactly(name: str) -> str:
 
 def _refuse(target: nn.Module, adapter_name: str, **kwargs: Any) -> NoReturn:
     raise TypeError(
-        "a PissaConfig needs pissa.wrap(model, config), got peft.get_peft_model, which cannot start the adapter; where "
-        "a trainer calls that for peft_config=, give the trainer pissa.wrap(model, config) as its model"
+        "a PissaConfig needs pissa.wrap(model, config), or peft.get_peft_model, got one of PEFT's functions below "
+        "them, which put layers into a model and cannot start an adapter"
     )
 
 

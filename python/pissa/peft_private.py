@@ -121,6 +121,22 @@ class MendedPeftModel(PeftModel):  # type: ignore[misc]
         return [*super()._get_peft_specific_model_tags(), "lora"]
 
 
+class TunerToCome(nn.Module):
+    """What `PeftModel.__init__` has in the place of its tuner until it says how to cast the adapter, which is the last
+    that it tells of its arguments.
+
+    `_cast_adapter_dtype`: the constructor calls it on the tuner that it has just made, and after that only looks at
+    the model. No public name gets to know the PeftModel that is being made.
+    """
+
+    def start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Called once, with the arguments of the constructor."""
+        raise NotImplementedError
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        self.start(adapter_name, autocast_adapter_dtype)
+
+
 class LoraTuner(LoraModel):  # type: ignore[misc]
     """PEFT's LoraModel for another `peft_type` than LoRA's. What goes out of an adapter and into it has public names
     here, for subclasses to override.

@@ -33,7 +33,7 @@ from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
 from pissa.model.inject import complete, own_config, prepare, restored_on_error, warn_of_dropout
 from pissa.model.store import store
-from pissa.model.tuner import guard_state_dict, register, unguard_state_dict
+from pissa.model.tuner import building, guard_state_dict, register, unguard_state_dict
 from pissa.peft_private import MendedPeftModel, fetched_by_layers, targets_as_given
 
 register()
@@ -48,7 +48,7 @@ class PissaModel(MendedPeftModel):
         """Injects the adapter's layers, which have no start factors yet. `wrap` and `from_pretrained` give them theirs,
         and put the model back on failure."""
         prepare(model, peft_config)
-        with targets_as_given():
+        with targets_as_given(), building():
             super().__init__(model, peft_config, adapter_name, **kwargs)
         complete(model, peft_config, adapter_name)
         guard_state_dict(model)

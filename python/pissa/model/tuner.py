@@ -7,7 +7,9 @@ its own there. Everything else about it is LoRA's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -154,6 +156,24 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
             "model.load_adapter(folder, name)"
         )
     return da, db
+
+
+_building = ContextVar("building", default=False)
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """The constructor of a PissaModel: in the block the tuner is made for one, not for a PeftModel of PEFT's own."""
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def is_building() -> bool:
+    """Whether a PissaModel is being made."""
+    return _building.get()
 
 
 def guard_state_dict(base: nn.Module) -> None:

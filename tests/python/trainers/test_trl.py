@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pissa
 from language_models import logits
-from pissa import PissaConfig, PissaModel
+from pissa import PissaModel
 from tiny_model import save_tiny_model
 from trainers import FORMS, assert_equal, forms, logged, options, quiet, state, trainable, unchanged
 
@@ -120,25 +120,6 @@ def test_tokens_that_a_chat_template_adds(base: Base, tokenizer: Any, tmp_path: 
     run.save_model(tmp_path / "end")
     again = PissaModel.from_pretrained(cloned(2)[0], tmp_path / "end", is_trainable=True)
     assert loss_of(sft(again, tmp_path, chat)) == loss_of(run)
-
-
-def test_a_config_alone_is_refused_with_the_way_to_go(base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    model = base()
-    ids = torch.tensor([[1, 2, 3]])
-    expected, before = logits(model, ids), dict(model.named_modules())
-    with pytest.raises(TypeError, match=r"give the trainer pissa\.wrap\(model, config\) as its model"):
-        SFTTrainer(
-            model,
-            SFTConfig(**options(tmp_path)),
-            train_dataset=Dataset.from_list(SUMS),
-            processing_class=tokenizer,
-            peft_config=PissaConfig(r=4, task_type="CAUSAL_LM"),
-        )
-    assert dict(model.named_modules()) == before
-    assert torch.equal(logits(wrapped(model, "implicit"), ids), expected)
 
 
 # -- preferences
