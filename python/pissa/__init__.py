@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pissa.distributed import RankError as RankError
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
+    from pissa.training.lora_state import lora_config as lora_config
+    from pissa.training.lora_state import lora_state_dict as lora_state_dict
 
 __version__: str = build_info()["version"]
 
@@ -38,6 +40,8 @@ _HOMES = {
     "convert": "pissa.conversion:convert",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
+    "lora_config": "pissa.training.lora_state:lora_config",
+    "lora_state_dict": "pissa.training.lora_state:lora_state_dict",
     "wrap": "pissa.model.wrap:wrap",
 }
 

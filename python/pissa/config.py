@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args
 
 from peft import LoraConfig
@@ -23,9 +23,13 @@ from pissa.peft_private import build_layers_with
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
+Preset = Literal["rl"]
 
 ALTERNATING: tuple[Init, ...] = ("pissa", "loftq")
 """The init methods that can alternate decomposition and quantisation."""
+
+_PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
+"""The values that each preset gives to fields which have their defaults."""
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default: a field that a later PEFT
 # adds is refused by name until somebody has thought about it.
@@ -139,6 +143,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             its pruning of ranks; the paper's appendix A).
         orth_reg_weight: with `use_adalora`, the weight of the loss that keeps the singular vectors orthogonal. The
             model adds it to its own loss in training mode.
+        preset: "rl", for GRPO, RLOO and the like: init="lora", use_rslora=True and lora_alpha=16, where PiSSA's start
+            has been seen to collapse (arXiv 2512.23165). It sets the fields that have their defaults; one with another
+            value keeps it. The scaling is then 16 / sqrt(r): rsLoRA's alpha stays the same for every rank, which is
+            what keeps the learning rate the same; alpha = r would undo that. With quant="nf4" this is QLoRA on our
+            kernels. No field of the configuration, but another way of writing the fields: neither kept nor saved.
 
     `use_dora` is LoraConfig's: magnitudes are trained beside the directions (arXiv 2402.09353); linear layers only.
     So is `trainable_token_indices`: rows of embeddings that no adapter changes are trained as they are.
@@ -163,12 +172,14 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     residual: Residual | None = field(default=None, metadata={"help": "implicit or explicit; not with quant"})
     use_adalora: bool = field(default=False, metadata={"help": "Train the singular values as a vector of their own"})
     orth_reg_weight: float = field(default=0.5, metadata={"help": "Weight of orthogonality, with use_adalora"})
+    preset: InitVar[Preset | None] = None
 
     reader: ClassVar[Callable[..., PissaConfig]]
     """What `from_pretrained` calls. `files.checkpoint` sets it: files stand on the configuration, which cannot know
     them."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, preset: Preset | None) -> None:
+        self._set_defaults(preset)
         self._check_lora_fields()
         if self.target_modules is None:  # type: ignore[has-type]
             self.target_modules = "all-linear"
@@ -235,6 +246,13 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if isinstance(getattr(lora, name), set):
                 setattr(lora, name, sorted(getattr(lora, name)))  # the same file every time
         return lora
+
+    def _set_defaults(self, preset: Preset | None) -> None:
+        check_choice("preset", preset, (None, *get_args(Preset)))
+        defaults = {f.name: default_of(f) for f in dataclasses.fields(self)}
+        for name, value in _PRESETS.get(preset or "", {}).items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
 
     def _check_lora_fields(self) -> None:
         if self.init_lora_weights is not True:

@@ -102,11 +102,14 @@ class UnfusedExperts(nn.Module):
     def fuse(self) -> nn.Module:
         """The original module, with each weight of its experts in one parameter again. The weights must be dense."""
         for name in self.names:
-            linears = [cast(nn.Linear, self.expert(index).get_submodule(name)) for index in range(len(self))]
-            weights = torch.stack([linear.weight.detach() for linear in linears])
-            fused = weights.mT.contiguous() if self.fused.is_transposed else weights
-            setattr(self.fused, name, nn.Parameter(fused, requires_grad=False))
+            setattr(self.fused, name, nn.Parameter(self.fused_weight(name), requires_grad=False))
         return cast(nn.Module, self.fused)
+
+    def fused_weight(self, name: str) -> Tensor:
+        """The weights of that name of all experts, as they compute now, in one tensor of the original's shape."""
+        linears = [cast(Any, self.expert(index).get_submodule(name)) for index in range(len(self))]
+        weights = torch.stack([linear.weight.detach() for linear in linears])
+        return weights.mT.contiguous() if self.fused.is_transposed else weights
 
     def __len__(self) -> int:
         return cast(int, self.fused.num_experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
 from pissa.model.inject import complete, own_config, prepare, restored_on_error, warn_of_dropout
+from pissa.model.merged_names import is_merged, with_unwrapped_names
+from pissa.model.rewards import starts_warned_of, warn_of_rewards
 from pissa.model.store import store
 from pissa.model.tuner import building, guard_state_dict, register, unguard_state_dict
 from pissa.peft_private import MendedPeftModel, fetched_by_layers, targets_as_given
@@ -54,6 +57,7 @@ class PissaModel(MendedPeftModel):
         guard_state_dict(model)
         self.register_forward_hook(add_orthogonality_loss)
         self.warned_of_plain_lora = False
+        self.warned_of_rewards = False
 
     def add_adapter(
         self,
@@ -165,6 +169,24 @@ class PissaModel(MendedPeftModel):
         """Puts the base back, bit for bit."""
         with fetched_by_layers():
             self.base_model.unmerge_adapter()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """As in torch. While adapters are merged, what is merged has the names of the model without adapters, but for
+        PEFT's "base_layer" in them."""
+        named = super().named_parameters(prefix, recurse, remove_duplicate)
+        base = self.base_model.model
+        return with_unwrapped_names(base, named) if recurse and not prefix and is_merged(base) else named
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tags the base, as in transformers. Trainers do so before they train; those of reinforcement learning are
+        warned of PiSSA's start, once."""
+        inits = starts_warned_of(self, [tags] if isinstance(tags, str) else tags)
+        if inits and not self.warned_of_rewards:
+            self.warned_of_rewards = True
+            warn_of_rewards(inits, stacklevel=3)
+        self.base_model.model.add_model_tags(tags)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -23,7 +23,7 @@ from pissa.config import IMPLICIT, PissaConfig, PissaType
 from pissa.distributed import check_whole, sharded_as
 from pissa.files.peft_layout import PREFIX, FactorTensors, Matrices, is_of_a_layer, magnitude_key
 from pissa.files.plain_lora import factors_of
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.ops.low_rank import split_difference
 from pissa.peft_private import LoraTuner
 
@@ -49,7 +49,7 @@ class PissaTuner(LoraTuner):
         lacks its parameters.
 
         Raises:
-            ValueError: this process holds only a part of a parameter.
+            ValueError: this process holds only a part of a parameter; factors under other names than the model's.
         """
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
@@ -57,6 +57,7 @@ class PissaTuner(LoraTuner):
         adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
         found = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
         matrices, present = {}, {}
+        _check_names(state_dict, layers, adapter_name)
         for name, layer in layers.items():
             keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]
             if not all(key in state_dict for key in keys):
@@ -115,6 +116,20 @@ class PissaTuner(LoraTuner):
             for layer in layers.values():
                 layer.start_at_zero(adapter_name, config)
         return found
+
+
+def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLayer], adapter_name: str) -> None:
+    """Raises ValueError for an adapter's factors under names that are no layer's, as in the state dict of a part of the
+    model. They would be left out, and who asks would take a plain base for what was trained."""
+    known = {f"{PREFIX}{name}.{key}" for name, layer in layers.items() for key in layer.state_keys(adapter_name)}
+    endings = tuple({f".{key}" for layer in layers.values() for key in layer.state_keys(adapter_name)})
+    for name in state_dict:
+        if f".{name}".endswith(endings) and name not in known:
+            raise ValueError(
+                f"the state dict has {name}, which is no name in the whole model's: give the state dict of the "
+                "PissaModel, or a part of that with its names. pissa.lora_state_dict(model) gathers what FSDP2 has "
+                "sharded"
+            )
 
 
 def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:

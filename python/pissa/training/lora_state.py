@@ -1,0 +1,177 @@
+"""An adapter as a plain LoRA in memory, for an engine that generates while the adapter is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  everybody's name for it
+
+from pissa.base.start import Deltas, StartFactors
+from pissa.config import IMPLICIT
+from pissa.distributed import is_partitioned, is_sharded
+from pissa.files.peft_layout import PREFIX, Matrices
+from pissa.files.plain_lora import factors_of
+from pissa.files.plain_lora import lora_config as plain_config
+from pissa.files.save import warn_of_plain_lora
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model.pissa_model import PissaModel
+from pissa.ops.checks import check_choice
+
+ServedBase = Literal["original", "residual"]
+
+
+def lora_state_dict(
+    model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original"
+) -> dict[str, Tensor]:
+    """The adapter as it is now, as a plain LoRA under PEFT's names, for an engine that takes adapters from memory.
+
+        tensors, config = pissa.lora_state_dict(model), pissa.lora_config(model)
+        request = TensorLoRARequest(..., lora_tensors=tensors, peft_config=config.to_dict())  # verl's, for vLLM
+
+    The factors are float32 copies on the layers' devices, of rank 2r, or of rank r for LoRA's start. Fused experts have
+    PEFT's layout. Modules and tokens that are trained beside the adapter are there, too. vLLM's adapters can have none
+    of these three: it needs the merged weights then, model.merge_adapter().
+
+    With several processes all of them have to call this. The parameters may be sharded by FSDP2; each has the result.
+
+    Args:
+        model: the PissaModel itself, not what a trainer has put around it.
+        adapter_name: by default the active adapter.
+        base: what the engine serves. With "original", the unmodified model, the plain LoRA is exact unless the base is
+            stored (`quant`, residual="explicit"); a warning says so then, once for each model. With "residual", the
+            stored base Q, it is exact: A and B of rank r if Q lacks this adapter's start, else rank 2r.
+
+    Raises:
+        TypeError: no PissaModel.
+        ValueError: no such adapter; a parameter that DeepSpeed has partitioned; with base="residual", a base that is
+            not stored, or one that lacks a start which does not fit into rank 2r with the adapter.
+    """
+    name, layers = _adapter(model, adapter_name, base)
+    served = _served(layers, name, base)
+    state = _whole(model, name)
+    found: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=name, save_embedding_layers=False
+    )
+    times = _times(served, layers, name)
+    factors = {}
+    for key, layer in layers.items():
+        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", name)
+        factors[key] = _padded(served[key].factors(deltas), times * layer.r[name])
+    for part in factors_of(model.base_model.model, layers):
+        found |= part.pack([factors[key] for key in part.layers])
+    if base == "original":
+        warn_of_plain_lora(model)
+    return found
+
+
+def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
+    """The configuration of what `lora_state_dict` gives for the same arguments. An engine's limit of ranks has to allow
+    its `r`.
+
+    Raises:
+        TypeError, ValueError: as `lora_state_dict`.
+    """
+    name, layers = _adapter(model, adapter_name, base)
+    times = _times(_served(layers, name, base), layers, name)
+    return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
+
+
+def _adapter(model: Any, adapter_name: str | None, base: str) -> tuple[str, dict[str, PissaLayer]]:
+    """The adapter's name, and its layers by their names in the (unwrapped) model."""
+    if not isinstance(model, PissaModel):
+        raise TypeError(
+            f"model must be a pissa.PissaModel, got {type(model).__name__}; accelerator.unwrap_model(model) takes off "
+            "what a trainer has put around one"
+        )
+    check_choice("base", base, get_args(ServedBase))
+    names = model.active_adapters if adapter_name is None else [adapter_name]
+    if len(names) != 1:
+        raise ValueError(f"adapter_name: several adapters are active; give one of {', '.join(map(repr, names))}")
+    check_choice("adapter_name", names[0], model.peft_config)
+    layers = pissa_layers(model.base_model.model, names[0])
+    if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
+        raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
+    return names[0], layers
+
+
+class _Served(NamedTuple):
+    """How a layer's adapter is a plain LoRA on the weight that an engine serves."""
+
+    start: StartFactors
+    keeps_start: bool
+    """Whether the engine's weight lacks B0 A0, or that is zero: then B A is the whole change."""
+    lacked: StartFactors | None
+    """What else the weight lacks."""
+    ratio: float
+    """Of the scaling of `lacked` to the adapter's."""
+
+    @staticmethod
+    def of(layer: PissaLayer, adapter_name: str, base: ServedBase) -> _Served:
+        start, scaling = layer.start_of(adapter_name), layer.scaling[adapter_name]
+        lacked = layer.base.start if base == "residual" else None
+        ratio = 1.0 if lacked is None else lacked.origin.scaling / scaling
+        if lacked is start and ratio == 1:
+            return _Served(start, True, None, ratio)
+        return _Served(start, not start.b0.any(), lacked, ratio)
+
+    @property
+    def rank(self) -> int:
+        """Of the factors."""
+        own = self.start.origin.r * (1 if self.keeps_start else 2)
+        return own if self.lacked is None else own + self.lacked.origin.r
+
+    def factors(self, deltas: Deltas) -> Matrices:
+        """The factors a [rank, in] and b [out, rank], float32."""
+        if self.keeps_start:
+            da, db = self.start.change(deltas)
+            a, b = self.start.a0 + da, self.start.b0 + db
+        else:
+            a, b = self.start.factors_of_change(deltas)
+        if self.lacked is None:
+            return a, b
+        return torch.cat([self.lacked.a0, a]), torch.cat([self.ratio * self.lacked.b0, b], dim=1)
+
+
+def _served(layers: Mapping[str, PissaLayer], adapter_name: str, base: ServedBase) -> dict[str, _Served]:
+    served = {name: _Served.of(layer, adapter_name, base) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        lacked, limit = served[name].lacked, 2 * layer.r[adapter_name]
+        if lacked is not None and served[name].rank > limit:
+            raise ValueError(
+                f'base: got "residual", but that of layer {name} lacks another start than that of adapter '
+                f"{adapter_name!r}, of rank {lacked.origin.r}; both together have rank {served[name].rank}, and at "
+                f'most {limit} is possible: take base="original", or give the adapter LoRA\'s start and that rank'
+            )
+    return served
+
+
+def _times(served: Mapping[str, _Served], layers: Mapping[str, PissaLayer], adapter_name: str) -> int:
+    """How many times the adapter's rank all factors have: 1 or 2."""
+    return 1 if all(served[name].rank <= layer.r[adapter_name] for name, layer in layers.items()) else 2
+
+
+def _padded(factors: Matrices, rank: int) -> Matrices:
+    """Factors of that rank, of the same product."""
+    a, b = factors
+    lacking = rank - len(a)
+    return F.pad(a, (0, 0, 0, lacking)), F.pad(b, (0, lacking))
+
+
+def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
+    """The model's state dict without what is sharded and none of the adapter's. What is the adapter's is gathered."""
+    found = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not is_sharded(value):
+            found[name] = value
+        elif f".{adapter_name}" in name or name.endswith(".bias"):
+            if is_partitioned(value):
+                raise ValueError(
+                    f"{name} is partitioned by DeepSpeed. Call this on all ranks inside `with "
+                    "deepspeed.zero.GatheredParameters(list(model.parameters())):`"
+                )
+            found[name] = cast(Any, value).full_tensor()
+    return found
