@@ -31,7 +31,12 @@ def rank() -> int:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process may hold only a part of `tensor`: a DTensor, or a parameter partitioned by DeepSpeed."""
-    return type(tensor).__name__ == "DTensor" or is_partitioned(tensor)
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is sharded by torch: by fully_shard or a tensor-parallel plan."""
+    return type(tensor).__name__ == "DTensor"  # whose module need not be imported for it
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -75,7 +80,7 @@ def is_data_parallel(tensor: Tensor) -> bool:
 
 def whole_device(tensor: Tensor) -> torch.device:
     """Where the whole of a tensor is computed with. (FSDP may keep the parts on the CPU.)"""
-    if type(tensor).__name__ != "DTensor":
+    if not is_dtensor(tensor):
         return tensor.device
     kind: str = _dtensor(tensor).device_mesh.device_type
     return tensor.device if tensor.device.type == kind else torch.empty(0, device=kind).device

@@ -258,7 +258,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
                 f"{config.form.describe()}: other adapters are changes of the function that it has. "
                 "Leave quant and residual out, and the adapter takes the base as it is"
             )
-        if type(layer.base.parameter).__name__ == "DTensor":
+        if distributed.is_dtensor(layer.base.parameter):
             raise ValueError(
                 f"the weight of layer {name} is sharded by fully_shard, which keeps it, so that its base cannot become "
                 f"{config.form.describe()}: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
