@@ -6,10 +6,11 @@ Nothing here communicates if torch.distributed is not initialised, or has one pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,7 +31,12 @@ def rank() -> int:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process may hold only a part of `tensor`: a DTensor, or a parameter partitioned by DeepSpeed."""
-    return type(tensor).__name__ == "DTensor" or is_partitioned(tensor)
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is sharded by torch: by fully_shard or a tensor-parallel plan."""
+    return type(tensor).__name__ == "DTensor"  # whose module need not be imported for it
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -57,6 +63,73 @@ def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
 
     like: Any = tensor
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def is_data_parallel(tensor: Tensor) -> bool:
+    """Whether all processes share a DTensor as fully_shard has it: sharded over one dimension of the mesh, and
+    replicated over those before it. A module that fully_shard manages computes with the whole of it. Tensor-parallel
+    plans shard over a dimension of another name, or over one more, or replicate over the last."""
+    mesh, (*others, last) = (like := _dtensor(tensor)).device_mesh, like.placements
+    return (
+        mesh.size() == world_size()
+        and last.is_shard()
+        and all(other.is_replicate() for other in others)
+        and "tp" not in (mesh.mesh_dim_names or ())
+    )
+
+
+def whole_device(tensor: Tensor) -> torch.device:
+    """Where the whole of a tensor is computed with. (FSDP may keep the parts on the CPU.)"""
+    if not is_dtensor(tensor):
+        return tensor.device
+    kind: str = _dtensor(tensor).device_mesh.device_type
+    return tensor.device if tensor.device.type == kind else torch.empty(0, device=kind).device
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole of a tensor."""
+    partitioned: Any = tensor
+    return torch.Size(partitioned.ds_shape) if is_partitioned(tensor) else tensor.shape
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. If it is sharded, all processes have to ask for it together, and each gets a copy."""
+    if is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    if is_sharded(tensor):
+        return _dtensor(tensor.detach().to(whole_device(tensor))).full_tensor()  # type: ignore[no-any-return]
+    return tensor
+
+
+def _dtensor(tensor: Tensor) -> Any:
+    return tensor
+
+
+def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Partitions new parameters, which every process holds whole, if `tensor` is a parameter that DeepSpeed has
+    partitioned."""
+    if is_partitioned(tensor):
+        partitioned: Any = tensor
+        partitioned.convert_to_zero_parameters(param_list=[new for new in parameters if not hasattr(new, "ds_id")])
+
+
+def average_gradient(parameter: Tensor) -> None:
+    """Makes the gradient of a parameter, which every process holds whole, the mean of those of all processes, in every
+    backward pass."""
+    needed = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch lets no other parameter have a hook
+    parameter.register_post_accumulate_grad_hook(_average)
+    parameter.requires_grad_(needed)
+
+
+@torch.no_grad()
+def _average(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad.div_(world_size())
 
 
 @contextmanager

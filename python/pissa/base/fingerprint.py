@@ -10,7 +10,7 @@ from torch import Tensor
 from pissa.base.digest import SHA256, Fingerprint, fingerprint, is_fingerprint, kind_of
 from pissa.base.protocol import Base, whole
 from pissa.base.stored import residual_tensors
-from pissa.distributed import is_sharded
+from pissa.distributed import is_sharded, whole_tensor
 
 
 class Remembered:
@@ -47,7 +47,7 @@ class Fingerprints:
     stored base keeps. Each is computed when it is first asked for, and then remembered.
 
     `gathered`, below, is the whole parameter of the base's module. It is read if the parameter is sharded and the
-    fingerprint is not known yet.
+    fingerprint is not known yet. A comparison gathers it itself, so that all processes have to compare together.
 
     Raises:
         ValueError: the parameter is sharded, the fingerprint is not known, and nothing has been gathered.
@@ -85,13 +85,14 @@ class Fingerprints:
 
     def residual_is(self, base: Base, recorded: str | None) -> bool:
         """Whether the residual of a stored base has this fingerprint, of any kind."""
-        return recorded is not None and self._is(self._residual, base, recorded, lambda: _kept(base))
+        return recorded is not None and self._is(
+            self._residual, base, recorded, lambda: _kept(whole(base, whole_tensor(base.parameter)))
+        )
 
     def _is(self, known: Remembered, base: Base, recorded: str, tensors: Callable[[], list[Tensor]]) -> bool:
         kind = kind_of(recorded)
         found = known.find(base.parameter, kind)
         if found is None:
-            _check_whole(base)
             found = known.learn(base.parameter, fingerprint(*tensors(), kind=kind))
         return str(found) == recorded
 
@@ -105,10 +106,3 @@ def _kept(base: Base) -> list[Tensor]:
     assert base.residual is not None
     return list(residual_tensors(base.residual).values())
 
-
-def _check_whole(base: Base) -> None:
-    if is_sharded(base.parameter):
-        raise ValueError(
-            "the base weight is sharded, and the folder knows it by a fingerprint of all its values, of a kind that "
-            "was not computed before: load the folder before the model is sharded"
-        )

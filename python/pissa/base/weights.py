@@ -1,5 +1,6 @@
 """Bases over a module's own weight: the matrix [out, in] that PiSSA decomposes is a view of it. Offloading is handled
-here, and nowhere else: a weight is fetched when it is read."""
+here, and nowhere else: a weight is fetched when it is read. So is a weight that is sharded, which all processes have to
+read together."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from pissa.base.digest import Fingerprint
 from pissa.base.keeps_dtype import KeepsDtype
 from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT
+from pissa.distributed import is_sharded, whole_device, whole_shape, whole_tensor
 
 
 class _View(NamedTuple):
@@ -127,7 +129,7 @@ class Dense:
     def device(self) -> torch.device:
         if is_offloaded(self.module):
             return torch.device(self.module._hf_hook.execution_device)
-        return self.parameter.device
+        return whole_device(self.parameter)
 
     @property
     def numel(self) -> int:
@@ -140,7 +142,7 @@ class Dense:
 
     @property
     def matrix_is_copy(self) -> bool:
-        return is_offloaded(self.module) or not self._matrix().is_contiguous()
+        return is_offloaded(self.module) or is_sharded(self.parameter) or not self._matrix().is_contiguous()
 
     def matrix(self) -> Tensor:
         with in_memory(self.module):
@@ -148,7 +150,7 @@ class Dense:
 
     def _matrix(self) -> Tensor:
         """The matrix, of a weight in memory."""
-        return _view(self.dense_type).matrix(self.parameter)
+        return _view(self.dense_type).matrix(whole_tensor(self.parameter))
 
     def product(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.matrix().detach())
@@ -159,7 +161,7 @@ class Dense:
         return None
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        return _view(self.dense_type).weight(matrix, self.parameter.shape)
+        return _view(self.dense_type).weight(matrix, whole_shape(self.parameter))
 
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
         return self.parameter

@@ -43,7 +43,7 @@ def save_adapter(
     config = model.peft_config[adapter_name]
     layers = pissa_layers(model.base_model.model, adapter_name)
     with_vocabulary = is_to_be_saved(model, adapter_name, save_embedding_layers)
-    check_whole(dict(model.named_parameters()) if state_dict is None else state_dict)
+    check_whole(_saved_parameters(model) if state_dict is None else state_dict)
     state = model.state_dict() if state_dict is None else state_dict
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     starts: dict[str, Tensor] = {}
@@ -58,6 +58,7 @@ def save_adapter(
             residual = whole(layer.base, gathered[name]).residual if id(layer.base.module) in stored else None
             if residual is not None:  # its dense weight cannot be had again
                 starts |= stored_tensors(name, residual)
+    check_whole(lora)
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     record = AdapterRecord(config, records)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
@@ -68,6 +69,16 @@ def save_adapter(
         staged.path(ADAPTER_CONFIG).write_text(config_text(plain, type(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
         write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
+
+
+def _saved_parameters(model: PeftModel) -> dict[str, Tensor]:
+    """The parameters that belong to adapters, whether they are trained now or not. A base may be sharded."""
+    parts = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or any(part in name for part in parts)
+    }
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pissa.base.kinds import base_of
 from pissa.base.protocol import whole
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
-from pissa.distributed import sharded_as
+from pissa.distributed import check_whole, sharded_as
 from pissa.files.peft_layout import PREFIX
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
@@ -66,6 +66,7 @@ class VocabularyTensor:
             return gathered.detach().cpu()
         with in_memory(self.module):
             if self.name == "bias":
+                check_whole({self.state_key: self.module.bias})
                 return cast(Tensor, self.module.bias).detach().cpu()
             base = whole(base_of(self.module), gathered)
             value = (base_of(base.restored()) if self.is_stored else base).parameter.detach()

@@ -12,13 +12,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.kinds import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
-from pissa.distributed import is_partitioned, is_sharded
+from pissa.distributed import is_data_parallel, is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.experts import unfused_experts
@@ -144,6 +145,11 @@ def _base_for(target: nn.Module, name: str) -> Base:
     if base is not None:
         return base
     found = f"{type(target).__module__}.{type(target).__qualname__}"
+    if isinstance(target, FSDPModule):
+        raise TypeError(
+            f"{name} is sharded by a fully_shard of its own ({found}), and PiSSA computes with its weight outside of "
+            f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
+        )
     if isinstance(target, BaseTunerLayer):
         raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
     raise TypeError(f"{name} is a {found}; PiSSA adapts {_ADAPTED}; {leave_out(name)}")
@@ -154,24 +160,41 @@ _ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' laye
 
 def _check_weight(base: Base, name: str) -> None:
     weight: Any = base.parameter
-    if is_partitioned(weight):
-        raise TypeError(
-            f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 (its shape is {list(weight.ds_shape)}) and holds "
-            "no values here: wrap the model inside `with deepspeed.zero.GatheredParameters(model.parameters()):`, or "
-            "load it without zero.Init and let deepspeed.initialize partition it after it is wrapped"
-        )
     if is_sharded(weight):
-        raise TypeError(
-            f"the weight of {name} is a DTensor, sharded by fully_shard or a tensor-parallel plan, and PiSSA "
-            "decomposes whole weights: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
-        )
+        _check_sharded(base, name)
     if base.is_bnb_quantised:
         return
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
+    if (type(weight) is not nn.Parameter and not is_sharded(weight)) or weight.dtype not in FLOATS:
         raise TypeError(
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
             "(quant then stores it in a quantised format)"
+        )
+
+
+def _check_sharded(base: Base, name: str) -> None:
+    """Checks that the module of a sharded weight computes with the whole of it, of which each process can be given a
+    copy, and that an adapter can still be added to it."""
+    weight: Any = base.parameter
+    if base.is_bnb_quantised:
+        raise TypeError(
+            f"{name} is a bitsandbytes layer whose codes are sharded, apart from their scales: wrap the model first "
+            "and shard it then"
+        )
+    if type(base.module._parameters).__name__ == "ZeROOrderedDict":
+        raise TypeError(
+            f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
+            "before deepspeed.initialize. It may have been loaded under zero.Init"
+        )
+    if is_partitioned(weight):
+        return
+    # fully_shard marks the modules that it manages, for torch.compile.
+    if not (getattr(base.module, "_is_fsdp_managed_module", False) and is_data_parallel(weight)):
+        placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
+        raise TypeError(
+            f"the weight of {name} is a DTensor with the placements {placements} on {mesh}: not one that fully_shard "
+            "has sharded over all processes. With a tensor-parallel plan each process computes a part of the product, "
+            "and PiSSA decomposes whole weights: load the model without tp_plan, and shard it with fully_shard"
         )
 
 

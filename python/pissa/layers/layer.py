@@ -20,6 +20,7 @@ from pissa.base.protocol import Base
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Replaced, stored_linear
 from pissa.config import IMPLICIT, PissaConfig
+from pissa.distributed import is_sharded
 from pissa.layers.dora import Magnitude
 
 
@@ -106,6 +107,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: PissaConfig, **kwargs: Any) -> None:
         """Adds an adapter whose change is zero. It cannot learn before `start_from` or `share_start`."""
+        if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
+            self.lora_start = nn.ModuleDict()
+            self.lora_E = nn.ModuleDict()
+            self.lora_unmerged: nn.Module | None = None
+            if self.base.kind is nn.Linear and is_sharded(self.base.parameter):
+                # PEFT has taken one process's part for the layer, unless the mesh has a name that it expects.
+                self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         out_features, in_features = self.matrix_shape
         limit = min(in_features, out_features)
         if r > limit:
@@ -114,10 +122,6 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
                 f"x {in_features}, so at most {limit}. Give rank_pattern={{{self._target_name!r}: {limit}}}, "
                 "lower r, or leave it out with exclude_modules"
             )
-        if not hasattr(self, "lora_start"):  # PEFT comes here while it makes the layer
-            self.lora_start = nn.ModuleDict()
-            self.lora_E = nn.ModuleDict()
-            self.lora_unmerged: nn.Module | None = None
         with self.base.device:  # PEFT makes the factors on the CPU, and the host waits for each on its way
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if self.base.form != IMPLICIT:  # PEFT takes the dtype of the weight, and that of codes means nothing

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def decompose(
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     if distributed.world_size() > 1:
         _check_same_on_all_ranks(layers, starts, config)
-        _share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
+    _share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
     unknown = {name: origin for name, origin in origins.items() if name not in starts}
     by_base, by_adapter = config.of_base(), config.of_adapter()
     if by_base is by_adapter:
@@ -125,27 +126,22 @@ def _starts(
     """What each search finds, decomposed by one rank and sent to the others."""
     sizes = {name: math.prod(layers[name].matrix_shape) for search in searches for name in search.origins}
     owners = distributed.owners(sizes)
-    shares = [
-        {name: layers[name] for name in search.origins if owners[name] == distributed.rank()} for search in searches
-    ]
+    total = sum(owners[name] == distributed.rank() for search in searches for name in search.origins)
     found: list[dict[str, StartFactors]] = []
     check = ResidualCheck(form)
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
-    with tqdm(total=sum(map(len, shares)), desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        for (config, origins, stored), share in zip(searches, shares, strict=True):
+    with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
+        for search in searches:
             starts: dict[str, StartFactors] = {}
-            for group in groups(share, copied=INIT_METHODS[config.init].copies or config.quant_iters > 1):
-                weights = [layer.base.matrix() for layer in group.values()]
-                some = start_factors(weights, [origins[name] for name in group], config, list(group))
-                for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
-                    starts[name] = StartFactors(a0, b0, origins[name], taken)
-                    if name in stored:
-                        check.add(name, weight, starts[name])
+            copied = INIT_METHODS[search.config.init].copies or search.config.quant_iters > 1
+            for group in own_groups({name: layers[name] for name in search.origins}, owners, copied=copied):
+                starts |= _decomposed(group, search, check)
                 if bar is not None:
                     bar.update(len(group))
             found.append(starts)
-    for name in check.uncertain():
-        residuals_of([layers[name].base.matrix()], [found[0][name]], form, [name])
+    uncertain = {name: layers[name] for names in distributed.agree(check.uncertain()) for name in names}
+    for group in own_groups(uncertain, owners):
+        residuals_of([base.matrix() for base in group.values()], [found[0][name] for name in group], form, list(group))
     ranks = [{name: start.rank_taken for name, start in starts.items()} for starts in found]
     everywhere = distributed.agree(ranks)  # from here to the last broadcast nothing can fail on one rank alone
     for number, search in enumerate(searches):
@@ -157,6 +153,18 @@ def _starts(
                 if factor.numel():
                     factor.copy_(distributed.broadcast(factor, owners[name]))
     return found
+
+
+def _decomposed(group: Mapping[str, Base], search: _Search, check: ResidualCheck) -> dict[str, StartFactors]:
+    """The starts of some layers. Nothing keeps their weights afterwards."""
+    starts = {}
+    weights = [base.matrix() for base in group.values()]
+    some = start_factors(weights, [search.origins[name] for name in group], search.config, list(group))
+    for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
+        starts[name] = StartFactors(a0, b0, search.origins[name], taken)
+        if name in search.stored:
+            check.add(name, weight, starts[name])
+    return starts
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
@@ -183,14 +191,18 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[st
 
 
 def _checksums(weights: Sequence[Tensor]) -> list[tuple[tuple[int, ...], int | None]]:
-    """The shape of each weight, and a hash of its values if they are in memory. The hash ignores their order, and is as
-    fast as memory is. The host waits once for each device."""
+    """The shape of each weight, and a hash of its values if they are in memory, and not sharded: the processes hold
+    other parts then, of one weight. The hash ignores their order, and is as fast as memory is. The host waits once for
+    each device."""
+    hashed = [not weight.is_meta and not distributed.is_sharded(weight) for weight in weights]
     hashes: dict[torch.device, list[Tensor]] = {}
-    for weight in weights:
-        if not weight.is_meta:
-            hashes.setdefault(weight.device, []).append(torch.hash_tensor(weight.detach()))
+    for weight in itertools.compress(weights, hashed):
+        hashes.setdefault(weight.device, []).append(torch.hash_tensor(weight.detach()))
     read_back = {device: iter(torch.stack(found).tolist()) for device, found in hashes.items()}
-    return [(tuple(weight.shape), None if weight.is_meta else next(read_back[weight.device])) for weight in weights]
+    return [
+        (tuple(distributed.whole_shape(weight)), next(read_back[weight.device]) if has_hash else None)
+        for weight, has_hash in zip(weights, hashed, strict=True)
+    ]
 
 
 def _share_fingerprints(
@@ -198,14 +210,15 @@ def _share_fingerprints(
     compute: Callable[[Fingerprints, Base], Fingerprint],
     learn: Callable[[Fingerprints, Base, str], None],
 ) -> None:
-    """Computes the layers' fingerprints, each on one rank, and gives all of them to every rank. Saving, on one rank
-    alone, needs them when the weights may be sharded. The host waits once for a GPU."""
+    """With several processes, or of sharded weights, computes the layers' fingerprints, each on one rank, and gives all
+    of them to every rank. Saving, on one rank alone, needs them when the weights may be sharded. The host waits once
+    for a GPU."""
+    if distributed.world_size() == 1 and not _any_sharded(layers):
+        return
     owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
-    mine = {
-        name: compute(layers[name].fingerprints, layers[name].base)
-        for name, owner in owners.items()
-        if owner == distributed.rank()
-    }
+    mine: dict[str, Fingerprint] = {}
+    for group in own_groups(layers, owners):
+        mine |= {name: compute(layers[name].fingerprints, base) for name, base in group.items()}
     for found in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
         for name, value in found.items():
             learn(layers[name].fingerprints, layers[name].base, value)
@@ -213,8 +226,7 @@ def _share_fingerprints(
 
 def share_residuals(layers: dict[str, PissaLayer]) -> None:
     """Gives every process the fingerprints of the residuals that these layers keep."""
-    if distributed.world_size() > 1:
-        _share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
+    _share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
 
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
@@ -245,6 +257,11 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
                 f"the base of layer {name} is {layer.base.form.describe()} and cannot become "
                 f"{config.form.describe()}: other adapters are changes of the function that it has. "
                 "Leave quant and residual out, and the adapter takes the base as it is"
+            )
+        if distributed.is_dtensor(layer.base.parameter):
+            raise ValueError(
+                f"the weight of layer {name} is sharded by fully_shard, which keeps it, so that its base cannot become "
+                f"{config.form.describe()}: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
             )
         stored.add(name)
     if tied:
@@ -296,6 +313,44 @@ def groups(
             yield from _cut(some, _GPU_GROUP)
         else:
             yield some
+
+
+def own_groups(
+    layers: dict[str, PissaLayer], owners: Mapping[str, int], *, copied: bool = False
+) -> Iterator[dict[str, Base]]:
+    """The bases of the layers that this process owns, in groups. A base whose weight is sharded is given with the whole
+    weight: all processes gather the weights that one of them needs, one after the other, and only that one keeps them,
+    until it asks for its next group. An error in one process then ends the others at their next group."""
+    mine = {name: layer for name, layer in layers.items() if owners[name] == distributed.rank()}
+    if not _any_sharded(layers):
+        for group in groups(mine, copied=copied):
+            yield {name: layer.base for name, layer in group.items()}
+        return
+    threads = min(distributed.agree(torch.get_num_threads()))
+    shares: list[dict[str, PissaLayer]] = [{} for _ in range(distributed.world_size())]
+    for name, layer in layers.items():
+        shares[owners[name]][name] = layer
+    each = (groups(share, copied=copied, threads=threads) for share in shares)
+    for together in itertools.zip_longest(*each, fillvalue=dict[str, PissaLayer]()):
+        distributed.agree()
+        whole: dict[str, Base] = {}
+        for owner, group in enumerate(together):
+            for name, layer in group.items():
+                base = _whole(layer.base)
+                if owner == distributed.rank():
+                    whole[name] = base
+                del base
+        yield whole
+        whole.clear()  # the caller's variable goes on holding it
+
+
+def _any_sharded(layers: Mapping[str, PissaLayer]) -> bool:
+    return any(distributed.is_sharded(layer.base.parameter) for layer in layers.values())
+
+
+def _whole(base: Base) -> Base:
+    weight = distributed.whole_tensor(base.parameter)
+    return base if weight is base.parameter else base.holding(weight)
 
 
 def _cut(layers: dict[str, PissaLayer], limit: int) -> Iterator[dict[str, PissaLayer]]:

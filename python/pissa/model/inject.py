@@ -15,6 +15,7 @@ from pissa.layers.experts import unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import pissa_layers
 from pissa.layers.tokens import mend_token_layers
+from pissa.model.sharded import average_gradients, check_trained, reshard
 from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
 
@@ -43,6 +44,8 @@ def prepare(model: nn.Module, config: PissaConfig) -> None:
     Raises:
         TypeError, ValueError: naming the layer that cannot be adapted.
     """
+    reshard(model)
+    check_trained(model, config)
     build_layers_with(config, layer_factory(model))
     unfuse(model, config)
     choose_layers(model, config)
@@ -58,7 +61,9 @@ def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
     if config.modules_to_save:  # PEFT adds the names of a task's head each time that a model is made, restored ones too
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     check_parents(model, adapter_name)
+    check_trained(model, config)  # a task's head is known only now
     materialise(model, adapter_name)
+    average_gradients(model, adapter_name)
 
 
 def materialise(model: nn.Module, adapter_name: str) -> None:

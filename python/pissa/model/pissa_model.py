@@ -92,10 +92,10 @@ class PissaModel(MendedPeftModel):
 
     def _inject(self, adapter_name: str, config: PissaConfig, autocast_adapter_dtype: bool) -> None:
         """Adds the layers of one more adapter, which have no start factors yet."""
-        if any(is_sharded(parameter) for parameter in self.parameters()):
+        if any(is_sharded(parameter) for name, parameter in self.named_parameters() if ".lora_" in name):
             raise ValueError(
-                "the model is sharded, and FSDP or DeepSpeed would not see a new adapter: add it before fully_shard or "
-                "deepspeed.initialize"
+                "the model's adapters are sharded, and FSDP or DeepSpeed would not see a new one: add it before "
+                "fully_shard or deepspeed.initialize"
             )
         prepare(self.base_model.model, config)
         with targets_as_given():

@@ -7,7 +7,7 @@ from torch import nn
 
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
-from pissa.distributed import failing_together
+from pissa.distributed import agree, failing_together, partition_as
 from pissa.model.decompose import Replacement, groups, share_residuals
 from pissa.model.views import is_view, own_memory
 
@@ -40,14 +40,16 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
     try:
         with failing_together():
             for group in groups(layers, threads=1):
+                agree()  # a sharded weight is gathered by all
                 weights = [layer.base.matrix() for layer in group.values()]
                 residuals = residuals_of(
                     weights, [replacements[name].lacked for name in group], config.form, list(group)
                 )
                 del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
-                    replacement = replacements.pop(name)
+                    replacement, dense = replacements.pop(name), layer.base.parameter
                     layer.store_base(residual, replacement.lacked, config)
+                    partition_as(dense, layer.base.module.parameters(recurse=False))
                     layer.start_from(adapter_name, replacement.start)
             if are_views:
                 own_memory(model)

@@ -1,0 +1,76 @@
+"""An adapter in a model that fully_shard has sharded already (FSDP2).
+
+FSDP manages the parameters that a module had when it was sharded, and no others. What an adapter trains stays whole in
+every process, therefore, and its gradients are averaged here, as DDP does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from pissa.config import PissaConfig
+from pissa.distributed import average_gradient
+from pissa.layers.layer import PissaLayer, pissa_layers
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the whole weights that FSDP keeps of the modules that it has computed with last.
+
+    Raises:
+        TypeError: the older FSDP holds the weights, in flat parameters.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise TypeError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which flattens its weights: wrap the "
+                "model with PiSSA first, FullyShardedDataParallel(pissa.wrap(model, ...), use_orig_params=True), or "
+                "shard it with fully_shard"
+            )
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP holds the parameters of a module. It marks them for torch.compile."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def check_trained(model: nn.Module, config: PissaConfig) -> None:
+    """Checks that in a model that fully_shard has sharded nothing is trained beside the adapted layers' parameters.
+
+    Raises:
+        ValueError: naming the field of the configuration.
+    """
+    if not any(is_managed(module) for module in model.modules()):
+        return
+    asked = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": config.bias != "none" and config.bias,
+    }
+    for field, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, beside parameters "
+                f"that it does not know: wrap the model first and shard it then, or leave {field} out (a task type "
+                "such as SEQ_CLS adds its head to modules_to_save)"
+            )
+
+
+def average_gradients(model: nn.Module, adapter_name: str) -> None:
+    """Has the gradients of an adapter's parameters averaged over all processes, in every backward pass, where FSDP
+    holds the base."""
+    for layer in pissa_layers(model, adapter_name).values():
+        if is_managed(layer.base.module):
+            for parameter in _parameters(layer, adapter_name):
+                average_gradient(parameter)
+
+
+def _parameters(layer: PissaLayer, adapter_name: str) -> Iterator[Tensor]:
+    for part in (getattr(layer, name) for name in layer.adapter_layer_names):
+        if adapter_name in part:
+            found = part[adapter_name]
+            yield from [found] if isinstance(found, Tensor) else found.parameters()
