@@ -210,7 +210,8 @@ class _Planner:
                 f"in {self.source.folder} does not have"
             )
         with self._blamed(key):
-            stack = self.composition.stack(key, len(weights), module.is_transposed)
+            # As PEFT takes the weights, whose factors these are: of Llama 4's it multiplies the transposed matrices.
+            stack = self.composition.stack(key, len(weights), getattr(module, "is_transposed", False))
         return tuple(
             MergedLayer(name, parts, {}, *self._shape(name, parts, 2), IMPLICIT)
             for name, parts in zip(factors.layers, stack, strict=True)

@@ -231,7 +231,7 @@ def _parts(
             key = f"{path}.{leaf}"
             if key not in stacks:
                 experts = inside[path]
-                stacks[key] = composition.stack(key, len(experts), experts.fused.is_transposed)
+                stacks[key] = composition.stack(key, len(experts), experts.is_transposed)
             found[name] = stacks[key][int(index)]
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None

@@ -35,6 +35,12 @@ def adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) ->
     return [name for name in experts.names if f"{path}.0.{name}" in layers]
 
 
+def is_mirrored(experts: UnfusedExperts) -> bool:
+    """Whether PEFT takes the experts' weights for the other way round than they are: Llama 4's are [experts, in, out]
+    and do not say so. Its factors of such a weight are those of the transposed matrix, which is b a = (aᵀ bᵀ)ᵀ."""
+    return experts.is_transposed != getattr(experts.fused, "is_transposed", False)
+
+
 def places(path: str, names: Sequence[str]) -> dict[str, str]:
     """The prefix under which PEFT's files hold the factors of each adapted weight of an experts module. PEFT wraps the
     module once for each weight, in the parameters' order; the last wrapper is the outermost."""

@@ -60,6 +60,18 @@ class FactorTensors:
         return (1,) * (len(self.row) - 1)
 
 
+@dataclass(frozen=True)
+class MirroredTensors(FactorTensors):
+    """The same of weights that PEFT takes for the other way round: their factors are bᵀ and aᵀ. `row` is [out], and
+    `out` is in."""
+
+    def pack(self, matrices: Sequence[Matrices]) -> dict[str, Tensor]:
+        return super().pack([(b.mT, a.mT) for a, b in matrices])
+
+    def unpack(self, a: Tensor, b: Tensor) -> dict[str, Matrices]:
+        return {layer: (b.mT, a.mT) for layer, (a, b) in super().unpack(a, b).items()}
+
+
 def magnitude_key(layer: str) -> str:
     """The name of the magnitudes [out] of a layer with DoRA, given by its name in the (unwrapped) model."""
     return f"{PREFIX}{layer}.{MAGNITUDE}"

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.config import PissaConfig, exactly
-from pissa.files.expert_layout import adapted_names, places
-from pissa.files.peft_layout import ADAPTER_CONFIG, PREFIX, FactorTensors
+from pissa.files.expert_layout import adapted_names, is_mirrored, places
+from pissa.files.peft_layout import ADAPTER_CONFIG, PREFIX, FactorTensors, MirroredTensors
 from pissa.layers.experts import FORMER_NAMES, unfused_experts
 from pissa.layers.layer import PissaLayer
 from pissa.notices import InexactLoraWarning
@@ -27,15 +27,17 @@ def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[Facto
     for path, experts in unfused_experts(model).items():
         for name, place in places(path, adapted_names(path, experts, layers)).items():
             members = {key: rest.pop(key) for key in (f"{path}.{index}.{name}" for index in range(len(experts)))}
-            found.append(_factors(place, members))
+            found.append(_factors(place, members, is_mirrored(experts)))
     return found + [_factors(name, {name: layer}) for name, layer in rest.items()]
 
 
-def _factors(place: str, layers: Mapping[str, PissaLayer]) -> FactorTensors:
+def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = False) -> FactorTensors:
     layer = next(iter(layers.values()))
     out, columns = layer.matrix_shape
-    a, _ = layer.as_parameters(torch.empty(1, columns, device="meta"), torch.empty(out, 1, device="meta"))
     key_a, key_b = (f"{PREFIX}{place}.{key}" for key in layer.factor_keys)
+    if mirrored:
+        return MirroredTensors((key_a, key_b), tuple(layers), (out,), columns)
+    a, _ = layer.as_parameters(torch.empty(1, columns, device="meta"), torch.empty(out, 1, device="meta"))
     return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
 
 

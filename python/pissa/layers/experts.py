@@ -53,13 +53,18 @@ class UnfusedExperts(nn.Module):
         for name in self.names:
             weights = getattr(fused, name)
             for index, weight in enumerate(weights.detach()):
-                matrix = weight.mT if fused.is_transposed else weight
+                matrix = weight.mT if self.is_transposed else weight
                 with torch.device("meta"):
                     linear: Any = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
                 linear.rows_are_tokens = True  # which a router chooses, from any row of the batch
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # keeps the parameter's slot, so fuse() restores the order
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the fused weights are [experts, in, out]."""
+        return cast(bool, self.fused.is_transposed)
 
     def expert(self, index: int) -> Expert:
         """The expert of that number."""
@@ -109,15 +114,40 @@ class UnfusedExperts(nn.Module):
         """The weights of that name of all experts, as they compute now, in one tensor of the original's shape."""
         linears = [cast(Any, self.expert(index).get_submodule(name)) for index in range(len(self))]
         weights = torch.stack([linear.weight.detach() for linear in linears])
-        return weights.mT.contiguous() if self.fused.is_transposed else weights
+        return weights.mT.contiguous() if self.is_transposed else weights
 
     def __len__(self) -> int:
         return cast(int, self.fused.num_experts)
 
 
+class UnfusedLlama4Experts(UnfusedExperts):
+    """Llama 4's experts. Each of them computes every token; those that a router has not chosen for it come as zeros."""
+
+    is_transposed = True  # which the module itself does not say
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """The experts' outputs [experts * tokens, hidden] for their inputs of the same shape, one expert after
+        another."""
+        inputs = hidden_states.view(len(self), -1, hidden_states.shape[-1])
+        return torch.cat([self._compute(index, x) for index, x in enumerate(inputs)])
+
+    def _compute(self, index: int, x: Tensor) -> Tensor:
+        expert = self.expert(index)
+        gate, up = expert.gate_up_proj(x).chunk(2, dim=-1)
+        return cast(Tensor, expert.down_proj(up * self.fused.act_fn(gate)))
+
+
+def _unfused(fused: nn.Module) -> UnfusedExperts:
+    return UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused)
+
+
+def _is_llama4(fused: nn.Module) -> bool:
+    return type(fused).__name__ == "Llama4TextExperts"
+
+
 def _weight_names(fused: Any) -> tuple[str, str]:
     gate_up, up, down = WEIGHTS
-    return (gate_up if fused.has_gate else up, down)
+    return (gate_up if hasattr(fused, gate_up) else up, down)
 
 
 # ---- Unfusing a model ------------------------------------------------------------------------------------------------
@@ -146,7 +176,7 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
                 f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
             )
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, UnfusedExperts(fused))
+        setattr(model.get_submodule(parent), name, _unfused(fused))
     for path, experts in unfused_experts(model).items():
         _target(path, experts, config, parameters)
     if parameters:
@@ -204,8 +234,9 @@ def _with_present_names(targets: Any) -> Any:
 def _check_experts(path: str, fused: Any) -> None:
     kind = type(fused).__name__
     contract = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+    is_known = _is_llama4(fused) or (kind not in _OF_THEIR_OWN and all(hasattr(fused, name) for name in contract))
     advice = f"leave the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
-    if kind in _OF_THEIR_OWN or not all(hasattr(fused, name) for name in contract):
+    if not is_known:
         raise TypeError(f"{path} is a {kind}, which computes its experts in a way of its own; {advice}")
     for name in _weight_names(fused):
         weights = fused._parameters.get(name)

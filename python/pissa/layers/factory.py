@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.kinds import adopted, computing_parameters
@@ -29,22 +31,30 @@ from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft
 
+_log = logging.getLogger(__name__)
+
 
 def choose_layers(model: nn.Module, config: PissaConfig) -> None:
-    """Replaces "all-linear" in a configuration by the names of the layers of `model` that it means, without those that
-    PEFT refuses. A layer that is too small for `r` gets a lower rank in the configuration's patterns, with the scaling
-    that `r` would give it. One warning tells of both."""
+    """Replaces "all-linear" in a configuration by the names of the layers of `model` that it means: those of the
+    language part of a model that has others, without those whose adapter the model's code would go past. A layer that
+    is too small for `r` gets a lower rank in the configuration's patterns, with the scaling that `r` would give it. One
+    warning tells of what is left out of the language part, and of both."""
     if not is_all_linear(config):
         return
     names: Any = all_linear(config, model)
+    if part := _language_part(model):
+        others = {name for name in names if not name.startswith(f"{part}.")}
+        names = names - others
+        _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(others))
     config.target_modules = names
     layers = {
         name: layer
         for name, layer in model.named_modules()
         if name in names and check_target_module_exists(config, name)
     }
-    refused = [name for name in layers if is_refused_by_peft(config, model, name)]
-    config.target_modules = names.difference(refused)
+    refused = [name for name in layers if is_refused_by_peft(config, model, name) or _is_read(model, name)]
+    own = [name for name, layer in layers.items() if _is_of_its_own(layer)]
+    config.target_modules = names.difference(refused, own)
     small = {
         name: side
         for name, layer in layers.items()
@@ -62,8 +72,13 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         )
     if refused:
         said.append(
-            f"{len(refused)} of {len(layers)} layers, {refused[0]} the first, are left out, as PEFT wants it: the "
-            "kernels of this model may read their weights past an adapter"
+            f"{len(refused)} of {len(layers)} layers, {refused[0]} the first, are left out: the code of this "
+            "model may read their weights past an adapter"
+        )
+    if own:
+        said.append(
+            f"{len(own)} of {len(layers)} layers, {own[0]} the first, are left out: a {type(layers[own[0]]).__name__} "
+            "computes in a way of its own"
         )
     if said:
         warnings.warn(
@@ -72,6 +87,33 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
             AllLinearWarning,
             stacklevel=5,  # the caller of pissa.wrap, or of add_adapter
         )
+
+
+def _language_part(model: Any) -> str | None:
+    """The name of the language part of a model that generates text from images, sound or video too; None for any other
+    model."""
+    if not isinstance(model, PreTrainedModel) or not hasattr(model.config, "text_config") or not model.can_generate():
+        return None
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder and name), None)
+
+
+# Layers of a Mamba mixer whose weights are handed to its kernels: in training, or (dt_proj) always.
+_READ_IN_MAMBA = ("out_proj", "x_proj", "dt_proj")
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Whether the layer is one of a Mamba mixer, which reads its weight and may not call it."""
+    parent, _, leaf = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    return leaf in _READ_IN_MAMBA and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+
+
+def _is_of_its_own(layer: Any) -> bool:
+    """Whether the layer is a dense linear layer by its class, which computes something else: a router's scores."""
+    if isinstance(layer, BaseTunerLayer) or type(layer.weight) is not nn.Parameter or layer.weight.dtype not in FLOATS:
+        return False
+    return adopted(layer) is None
 
 
 def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
@@ -226,6 +268,11 @@ def check_parents(model: nn.Module, adapter_name: str) -> None:
                 f"{name} is in a {type(parent).__name__}, which in evaluation computes from the weights of its layers "
                 "and would leave the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first, or "
                 f"{leave_out(name)}"
+            )
+        if name.endswith(".dt_proj") and _is_read(model, name):
+            raise TypeError(
+                f"{name} is in a {type(parent).__name__}, which multiplies by its weight and never calls it, and would "
+                f"leave the adapter out; {leave_out(name)}"
             )
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 import pissa
 from devices import fetch, put
 from language_models import FORMS, assert_same, error, logits, snapshot
-from mixtures import EXPERTS, KINDS, R, expert_layers, fused_parameters, make
+from mixtures import EXPERTS, KINDS, ROUTED, TRANSPOSED, R, expert_layers, fused_parameters, make
 from oracle import change_all, deltas64, weight64
 from pissa import ops
 from pissa.base.stored import QuantizedLinear
@@ -25,7 +25,9 @@ from pissa.layers.layer import pissa_layers
 from reference import EPS
 
 kinds = pytest.mark.parametrize("kind", KINDS)
+routed = pytest.mark.parametrize("kind", ROUTED)
 forms = pytest.mark.parametrize("form", FORMS)
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")  # Llama 4's router
 
 
 # ---- Unfusing --------------------------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def test_every_expert_has_its_own_split(kind: str, form: str) -> None:
         path, _, leaf = name.rpartition(".")
         for index, weight in enumerate(stacked):
             layer = model.base_model.model.get_submodule(f"{path}.{index}.{leaf}")
-            matrix = weight.mT if kind == "gpt_oss" else weight
+            matrix = weight.mT if kind in TRANSPOSED else weight
             split = ops.split(matrix, R, passes=pissa.PissaConfig().svd_passes, seed=5, form=form)
             assert torch.equal(layer.start_of("default").a0, split.a0), layer
             assert torch.equal(layer.start_of("default").b0, split.b0)
@@ -168,7 +170,7 @@ def sent_to(*experts: int, count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     return put(x), put(index), put(torch.rand(count, 2, generator=generator))
 
 
-@kinds
+@routed
 @forms
 def test_function_and_gradients(kind: str, form: str) -> None:
     model = block(kind, form, lora_alpha=3)
@@ -220,7 +222,7 @@ def gate64(kind: str, experts: Any, x: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * experts.fused.alpha)
 
 
-@kinds
+@routed
 def test_only_experts_with_tokens_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = block(kind, "nf4")
     experts = model.base_model.model.experts

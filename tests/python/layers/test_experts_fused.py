@@ -15,7 +15,7 @@ from torch import Tensor
 import pissa
 from devices import fetch, put
 from language_models import FORMS, error, logits, train
-from mixtures import EXPERTS, KINDS, R, expert_layers, fused_parameters, make
+from mixtures import EXPERTS, KINDS, ROUTED, TRANSPOSED, R, expert_layers, fused_parameters, make
 from oracle import change_a_little, change_all
 from pissa import notices
 from pissa.layers.layer import pissa_layers
@@ -23,6 +23,7 @@ from reference import EPS
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 forms = pytest.mark.parametrize("form", FORMS)
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")  # Llama 4's router
 
 
 @kinds
@@ -39,7 +40,6 @@ def test_a_saved_adapter_comes_back_to_the_bit(kind: str, form: str, tokens: Ten
 
 
 @kinds
-@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 # PEFT 0.21 looks for the keys of patterns among layers only, and then finds them among parameters all the same.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_plain_peft_loads_it_and_computes_the_same(
     assert config["target_parameters"]
     plain = peft.PeftModel.from_pretrained(make(kind), tmp_path)
     got, expected = logits(plain, tokens), logits(model, tokens)
-    assert error(expected, logits(make(kind), tokens)) > 1e-2
+    assert error(expected, logits(make(kind), tokens)) > 5e-3
     # PEFT adds the change to the weight and multiplies once: float32's rounding through two blocks.
     assert error(got, expected) < 100 * EPS[torch.float32]
 
@@ -105,7 +105,7 @@ def test_merging_gives_fused_weights_with_the_change(kind: str, tokens: Tensor) 
         expected = stacked[name]
         if weights.dim() == 3:
             changes = torch.stack([delta[f"{path}.{index}.{leaf}"] for index in range(EXPERTS)])
-            expected = expected + (changes.mT if kind == "gpt_oss" else changes)
+            expected = expected + (changes.mT if kind in TRANSPOSED else changes)
         assert error(fetch(weights.detach()), expected) < 4 * EPS[torch.float32]
         assert weights.is_contiguous()
     assert error(logits(merged, tokens), trained) < 100 * EPS[torch.float32]
@@ -153,7 +153,7 @@ def test_a_second_adapter_on_unfused_experts(tokens: Tensor) -> None:
     assert torch.equal(logits(model.unload(), tokens), before)
 
 
-@kinds
+@pytest.mark.parametrize("kind", ROUTED)  # Llama 4's shared expert, too, is handed no rows
 def test_rows_with_adapters_of_their_own_are_refused_where_experts_are_adapted(kind: str, tokens: Tensor) -> None:
     """By as many names as an expert has tokens, too; an adapter that leaves the experts out may be one of them."""
     model = pissa.wrap(make(kind), r=R).eval()

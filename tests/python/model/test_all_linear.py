@@ -1,9 +1,9 @@
-"""Targets that are left to us: small layers get the rank that they have room for, what PEFT refuses is left out, and
-one warning says so."""
+"""Targets that are left to us: the language part of a model that has others; small layers get the rank that they have
+room for, layers that the model's code goes past are left out, and one warning says so."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,36 +15,28 @@ from torch import nn
 
 import architecture_checks as checks
 import pissa
-from architectures import GROUPED, TEXT, Architecture, _model, _text
+from architectures import ARCHITECTURES, GROUPED, TEXT, Architecture, _model, _text
 from language_models import TWO_FORMS as FORMS
 from oracle import change_a_little
 from pissa import notices
 from pissa.layers.layer import pissa_layers
 from reference import EPS
 
-MAMBA: dict[str, Any] = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 QWEN = {**TEXT, **GROUPED, **ROUTED, "shared_expert_intermediate_size": 24, "experts_implementation": "eager"}
 # Small layers, with the rank that each has room for, and layers that are left out.
 FAMILIES = {
     "mamba": (
-        Architecture(_model("Mamba", **MAMBA, time_step_rank=2), _text, "CAUSAL_LM"),
-        {f"backbone.layers.{i}.mixer.dt_proj": 2 for i in (0, 1)},
-        {f"backbone.layers.{i}.mixer.out_proj" for i in (0, 1)},
-    ),
-    "mamba2": (
-        Architecture(
-            _model("Mamba2", **MAMBA, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=4),
-            _text,
-            "CAUSAL_LM",
-        ),
+        ARCHITECTURES["mamba"],
         {},
-        {f"backbone.layers.{i}.mixer.out_proj" for i in (0, 1)},
+        [f"backbone.layers.{i}.mixer.{leaf}" for i in (0, 1) for leaf in ("x_proj", "dt_proj", "out_proj")],
     ),
+    "mamba2": (ARCHITECTURES["mamba2"], {}, [f"backbone.layers.{i}.mixer.out_proj" for i in (0, 1)]),
+    "llama4": (ARCHITECTURES["llama4"], {}, ["model.layers.1.feed_forward.router"]),
     "qwen2_moe": (
         Architecture(_model("Qwen2Moe", **QWEN), _text, "CAUSAL_LM"),
         {f"model.layers.{i}.mlp.shared_expert_gate": 1 for i in (0, 1)},
-        set(),
+        [],
     ),
 }
 SAID = "ignore::pissa.notices.AllLinearWarning"
@@ -61,8 +53,8 @@ def test_one_warning_names_what_is_chosen(family: str) -> None:
     layers = pissa_layers(model.base_model.model, checks.ADAPTER)
     assert {name: layer.r[checks.ADAPTER] for name, layer in layers.items() if layer.r[checks.ADAPTER] != 4} == small
     assert {layer.scaling[checks.ADAPTER] for layer in layers.values()} == {1.0}
-    linear = {name for name, module in architecture.make().named_modules() if type(module) is nn.Linear}
-    missing = linear - layers.keys() - {"lm_head"}
+    linear = [name for name, module in architecture.make().named_modules() if isinstance(module, nn.Linear)]
+    missing = [name for name in linear if name not in layers and name != "lm_head"]
     assert missing == left_out
     if small:
         name, rank = next(iter(small.items()))
@@ -70,19 +62,16 @@ def test_one_warning_names_what_is_chosen(family: str) -> None:
         assert found in warning
         assert f"{rank} for the first" in warning
     if left_out:
-        assert f"{len(left_out)} of {len(layers) + len(missing)} layers, {min(left_out)} the first, are left" in warning
+        assert f"{len(left_out)} of {len(layers) + len(missing)} layers, {left_out[0]} the first, are left" in warning
 
 
 @pytest.mark.filterwarnings(SAID)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_such_a_model_works_as_others_do(family: str, form: str, tmp_path: Path) -> None:
-    architecture = FAMILIES[family][0]
+def test_a_model_with_smaller_ranks_works_as_others_do(form: str, tmp_path: Path) -> None:
+    architecture = FAMILIES["qwen2_moe"][0]
     for check in (checks.check_start, checks.check_step_0, checks.check_training_step):
         check(architecture, FORMS[form])
     checks.check_save_and_reload(architecture, FORMS[form], tmp_path)
-    if family == "mamba":  # transformers' code reads dt_proj's weight and does not call it
-        architecture = dataclasses.replace(architecture, fields={"exclude_modules": ["dt_proj"]})
     checks.check_gradients(architecture, FORMS[form])
     checks.check_merge(architecture, FORMS[form])
 
@@ -178,4 +167,64 @@ def test_a_second_adapter_is_capped_too() -> None:
 def test_a_layer_that_pefts_lora_refuses_is_an_error_when_it_is_named() -> None:
     """Mamba's kernels read the weight of out_proj without calling it: its adapter would do nothing."""
     with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
-        pissa.wrap(FAMILIES["mamba2"][0].make(), r=2, target_modules=["out_proj"])
+        pissa.wrap(ARCHITECTURES["mamba2"].make(), r=2, target_modules=["out_proj"])
+
+
+def test_a_layer_that_is_never_called_is_an_error_when_it_is_named() -> None:
+    model = ARCHITECTURES["mamba"].make()
+    with pytest.raises(TypeError, match=r"mixer\.dt_proj is in a MambaMixer, which multiplies by its weight"):
+        pissa.wrap(model, r=2, target_modules=["in_proj", "dt_proj"])
+    assert sizes(pissa.wrap(model, r=2, target_modules=["in_proj", "x_proj"]))  # transformers calls it without kernels
+
+
+# ---- Models that see ---------------------------------------------------------------------------------------------
+
+
+VISION = {"qwen2_5_vl": "model.visual", "gemma3, vision-language": "model.vision_tower"}
+vision = pytest.mark.parametrize("name", VISION)
+
+
+@vision
+def test_the_language_part_alone_is_meant(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = ARCHITECTURES[name].make()
+    linear = {n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n != "lm_head"}
+    language = {n for n in linear if n.startswith("model.language_model.")}
+    assert {n for n in linear if n.startswith(VISION[name])} <= linear - language
+    with caplog.at_level(logging.INFO, logger="pissa"):
+        assert sizes(pissa.wrap(model, r=2)).keys() == language
+    assert "model.language_model alone is adapted" in caplog.text
+    assert all(n in caplog.text for n in linear - language)
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"),
+    [
+        (["q_proj", "qkv", "mlp.0"], None),
+        (r".*\.(language_model|visual)\..*\.(q_proj|qkv|mlp\.0)", None),
+        (["q_proj", "qkv", "mlp.0", "gate_proj"], r".*gate_proj"),
+    ],
+    ids=str,
+)
+def test_the_vision_tower_is_adapted_on_request(targets: Any, excluded: str | None, tmp_path: Path) -> None:
+    """By PEFT's own words; it learns, is restored, and is the same in PEFT."""
+    architecture = ARCHITECTURES["qwen2_5_vl"]
+    model = checks.wrapped(architecture, {"target_modules": targets, "exclude_modules": excluded})
+    assert {n.rpartition(".")[2] for n in sizes(model) if ".visual." in n} == {"qkv", "0"}
+    assert {n.rpartition(".")[2] for n in sizes(model) if ".visual." not in n} == {"q_proj"}
+    batch = architecture.batch()
+    checks.step(model, batch)
+    for name, layer in pissa_layers(model.base_model.model, "default").items():
+        assert all(delta.any() for delta in layer.deltas("default")[:2]), name
+    model.save_pretrained(tmp_path)
+    expected = checks.output(model, batch)
+    assert torch.equal(checks.output(pissa.PissaModel.from_pretrained(architecture.make(), tmp_path), batch), expected)
+    plain = checks.output(peft.PeftModel.from_pretrained(architecture.make(), tmp_path), batch)
+    # A sum of at most 64 products in each of two blocks, in float32.
+    assert (plain - expected).abs().max() < 2 * 64 * EPS[torch.float32] * expected.abs().max()
+
+
+def test_every_linear_layer_by_name() -> None:
+    """As the documentation puts it."""
+    model = ARCHITECTURES["qwen2_5_vl"].make()
+    every = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
+    assert sizes(pissa.wrap(model, r=2, target_modules=every)).keys() == set(every)

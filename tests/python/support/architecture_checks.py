@@ -135,7 +135,8 @@ def definition(
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module's weight is [in, out], each expert's of several."""
-    return isinstance(module, (Conv1D, nn.Embedding)) or getattr(module, "is_transposed", False)
+    is_llama4 = type(module).__name__ == "Llama4TextExperts"  # which does not say so
+    return isinstance(module, (Conv1D, nn.Embedding)) or is_llama4 or getattr(module, "is_transposed", False)
 
 
 def as_weight(matrix: Tensor, module: nn.Module, shape: torch.Size) -> Tensor:

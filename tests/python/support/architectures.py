@@ -42,6 +42,8 @@ class Architecture:
     """Of PissaConfig, beside r."""
     paper: bool = False
     """Whether the paper trains this family."""
+    speaks: bool = False
+    """Whether it generates text without having a task type that says so."""
     nf4_refused: str | None = None
     """Words of the message by which quant="nf4" is refused; None where it works."""
 
@@ -73,6 +75,10 @@ class Architecture:
     def is_causal(self) -> bool:
         return self.task_type == "CAUSAL_LM"
 
+    @property
+    def generates(self) -> bool:
+        return self.speaks or str(self.task_type).endswith("_LM")
+
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
@@ -97,15 +103,45 @@ def _image(generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator), "labels": torch.tensor([2, 0])}
 
 
+def _text_with_images(images: Callable[[torch.Generator], dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Text of which tokens 1 to 4 of each row are an image, and the images."""
+
+    def inputs(generator: torch.Generator) -> dict[str, Tensor]:
+        batch = _text(generator)
+        batch["input_ids"] %= VISION["image_token_id"]
+        batch["input_ids"][:, 1:5] = VISION["image_token_id"]
+        is_image = batch["input_ids"] == VISION["image_token_id"]
+        batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool() & ~is_image, -100)
+        return {**batch, **images(generator)}
+
+    return inputs
+
+
+def _patches(generator: torch.Generator) -> dict[str, Tensor]:
+    """Two images of 4 x 4 patches for Qwen2.5-VL, which makes 2 x 2 of them one token."""
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    pixels = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
+    return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def _pixels(generator: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+
+
+def _speech(generator: torch.Generator) -> dict[str, Tensor]:
+    features = torch.randn(2, 8, 16, generator=generator)
+    return {"input_features": features, "labels": torch.randint(3, VOCABULARY, (2, 5), generator=generator)}
+
+
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
 
 def _model(name: str, head: str = "ForCausalLM", **fields: Any) -> Callable[[], nn.Module]:
-    """A model of transformers from a configuration of the same name."""
+    """A model of transformers from its configuration."""
 
     def build() -> nn.Module:
-        config = getattr(transformers, f"{name}Config")(**fields)
-        model: nn.Module = getattr(transformers, f"{name}{head}")(config)
+        kind = getattr(transformers, f"{name}{head}")
+        model: nn.Module = kind(kind.config_class(**fields))
         return model
 
     return build
@@ -176,6 +212,50 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+LLAMA4 = {**GROUPED, "num_local_experts": 4, "interleave_moe_layer_step": 2, "head_dim": 16, "intermediate_size_mlp": 48}
+LLAMA4 |= {"no_rope_layers": [1, 0], "attention_chunk_size": 8, "pad_token_id": 0}
+MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
+MAMBA2 = {**MAMBA, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4}
+WHISPER = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "num_mel_bins": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_source_positions": 8,
+    "max_target_positions": 16,
+    "init_std": 0.1,
+}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+VISION = {"image_token_id": 80, "vision_start_token_id": 81, "vision_end_token_id": 82, "video_token_id": 83}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "window_size": 16,
+    "fullatt_block_indexes": [0],
+    "out_hidden_size": HIDDEN,
+    "initializer_range": 0.1,
+}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+GEMMA3 = {**GROUPED, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+M_ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+
 IMAGES = "ForImageClassification"
 _VIT = _model("ViT", IMAGES, **{**TEXT, "image_size": 16, "patch_size": 4, "num_labels": 3})
 GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
@@ -208,6 +288,36 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": _causal("DeepseekV3", **DEEPSEEK, n_group=2, topk_group=1),
     # Experts' weights are [in, out], and have biases.
     "gpt_oss": _causal("GptOss", **GROUPED, **EXPERTS, head_dim=16, sliding_window=4),
+    "gemma3": _causal("Gemma3", **GEMMA3),
+    "qwen3_moe": _causal("Qwen3Moe", **GROUPED, **ROUTED, head_dim=16, moe_intermediate_size=24),
+    "olmoe": _causal("Olmoe", **GROUPED, **ROUTED),
+    "llama4": _causal("Llama4", **LLAMA4),
+    "mamba": Architecture(_model("Mamba", **MAMBA, time_step_rank=2), _text, "CAUSAL_LM"),
+    "mamba2": Architecture(_model("Mamba2", **MAMBA2), _text, "CAUSAL_LM"),
+    "qwen2_5_vl": Architecture(
+        _model(
+            "Qwen2_5_VL",
+            "ForConditionalGeneration",
+            text_config={**TEXT, **GROUPED, "rope_parameters": M_ROPE},
+            vision_config=QWEN_VISION,
+            **VISION,
+        ),
+        _text_with_images(_patches),
+        "CAUSAL_LM",
+    ),
+    "gemma3, vision-language": Architecture(
+        _model(
+            "Gemma3",
+            "ForConditionalGeneration",
+            text_config={**TEXT, **GEMMA3},
+            vision_config=SIGLIP,
+            mm_tokens_per_image=4,
+            image_token_id=VISION["image_token_id"],
+        ),
+        _text_with_images(_pixels),
+        "CAUSAL_LM",
+    ),
+    "whisper": Architecture(_model("Whisper", "ForConditionalGeneration", **WHISPER), _speech, None, speaks=True),
     # Its linear layers are a class of their own.
     "falcon": Architecture(_model("Falcon", vocab_size=VOCABULARY, **FALCON), _text, "CAUSAL_LM"),
     "gpt2": Architecture(_model("GPT2", "LMHeadModel", vocab_size=VOCABULARY, **GPT2), _text, "CAUSAL_LM"),
@@ -265,6 +375,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         position_biased_input=False,
         pooler_hidden_size=HIDDEN,
     ),
+    "modernbert": _classifier("ModernBert", ["classifier"], paper=False, pad_token_id=0, local_attention=4),
     "vit": Architecture(_VIT, _image, None, {"modules_to_save": ["classifier"]}),
     "vit, patches targeted": Architecture(
         _VIT,

@@ -48,12 +48,25 @@ def gpt_oss() -> nn.Module:
     return GptOssForCausalLM(GptOssConfig(**SIZES, **HEADS, **routed, **rope))
 
 
+def llama4() -> nn.Module:
+    """Weights [in, out]; every expert computes all tokens. The first block is dense, the second has a shared expert."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    routed = {"num_local_experts": EXPERTS, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "head_dim": 16}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES, **HEADS, **routed, intermediate_size_mlp=48, pad_token_id=0))
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
     "deepseek_v2": deepseek_v2,
     "gpt_oss": gpt_oss,
+    "llama4": llama4,
 }
+TRANSPOSED = ("gpt_oss", "llama4")
+"""Of which the experts' weights are [experts, in, out]."""
+ROUTED = tuple(kind for kind in KINDS if kind != "llama4")
+"""Of which the experts are handed what the router has chosen, and compute no other tokens."""
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
