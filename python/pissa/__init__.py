@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pissa.config import PissaConfig as PissaConfig
     from pissa.conversion import convert as convert
     from pissa.distributed import RankError as RankError
+    from pissa.integrations.export import export as export
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
 
@@ -36,6 +37,7 @@ _HOMES = {
     "RankError": "pissa.distributed:RankError",
     "bitsandbytes": "pissa.base.bitsandbytes:",
     "convert": "pissa.conversion:convert",
+    "export": "pissa.integrations.export:export",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
     "wrap": "pissa.model.wrap:wrap",
