@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pissa.config import PissaConfig as PissaConfig
     from pissa.conversion import convert as convert
     from pissa.distributed import RankError as RankError
+    from pissa.integrations.export import export as export
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
     from pissa.training.lora_state import lora_config as lora_config
@@ -38,6 +39,7 @@ _HOMES = {
     "RankError": "pissa.distributed:RankError",
     "bitsandbytes": "pissa.base.bitsandbytes:",
     "convert": "pissa.conversion:convert",
+    "export": "pissa.integrations.export:export",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
     "lora_config": "pissa.training.lora_state:lora_config",

@@ -51,6 +51,11 @@ class Merged(NamedTuple):
     written."""
     error_of_change: float
     """‖Q - W'‖ / ‖change‖ over the layers that the adapter changes."""
+    worst: str | None
+    """The layer, or the stack of experts, of the largest error; None if there is none."""
+    error_of_worst: float
+    mean_error: float
+    """Of the layers, each by itself."""
 
 
 def merge(
@@ -149,6 +154,8 @@ class _Run:
         adapted = [unit for unit in self.plan.units if unit.factors is not None]
         lost, whole, _ = self._sums(self.plan.units)
         lost_of_change, _, change = self._sums(adapted)
+        found = {name: math.sqrt(sums[0] / sums[1]) for name, sums in self.results.items() if sums and sums[1]}
+        worst = max(found, key=found.__getitem__, default=None)
         return Merged(
             what=self.adapter.what,
             layers=sum(len(unit.layers) for unit in adapted),
@@ -159,6 +166,9 @@ class _Run:
             seconds=seconds,
             error=math.sqrt(lost / whole) if whole else 0.0,
             error_of_change=math.sqrt(lost_of_change / change) if change else 0.0,
+            worst=worst,
+            error_of_worst=0.0 if worst is None else found[worst],
+            mean_error=sum(found.values()) / max(1, len(found)),
         )
 
     def _sums(self, units: Iterable[Unit]) -> list[float]:
@@ -171,7 +181,7 @@ class _Run:
             "command": "merge",
             "pissa": ops.build_info()["version"],
             "form": self.plan.form.describe(),
-            **{what: _states(folder) for what, folder in self.adapter.folders.items()},
+            **{what: states(folder) for what, folder in self.adapter.folders.items()},
             **{f"source {name}": value for name, value in self.plan.source.identity().items()},
         }
 
@@ -230,7 +240,7 @@ def _nbytes(source: Source, unit: Unit) -> int:
     return sum(source.entry(tensor).nbytes for tensor in unit.tensors)
 
 
-def _states(folder: Path) -> dict[str, str]:
+def states(folder: Path) -> dict[str, str]:
     """The files of an adapter as they are."""
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return {path.name: f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns" for path in paths}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ class MergePlan:
         Raises:
             ValueError: a checkpoint that cannot be read, or what cannot be merged, naming the layer or the tensor.
         """
-        return _Planner(source, adapter, form).plan()
+        return Planner(source, adapter, form).plan()
 
     @property
     def layers(self) -> dict[str, MergedLayer]:
@@ -113,7 +113,13 @@ class MergePlan:
         return {layer.name: layer for unit in self.units for layer in unit.layers}
 
 
-class _Planner:
+class Planner:
+    """Finds in a checkpoint what an adapter changes.
+
+    Raises:
+        ValueError: as `MergePlan.of`.
+    """
+
     def __init__(self, source: Source, adapter: LoraFolder, form: Form) -> None:
         self.source, self.adapter, self.form = source, adapter, form
         self.model: Any = meta_model(source.folder)
@@ -135,7 +141,7 @@ class _Planner:
             self.quantised = {name for name in self.linears if linears[name] is not output}
 
     def plan(self) -> MergePlan:
-        units = [self._factored(factors) for factors in self.adapter.factors.values()]
+        units = [self.unit_of(factors) for factors in self.adapter.factors.values()]
         adapted = {layer.name for unit in units for layer in unit.layers}
         for name in self.linears if self.packed else self.quantised:
             if name not in adapted:
@@ -157,7 +163,7 @@ class _Planner:
             for name, module in self.model.named_modules()
             if base_of(module).kind in (nn.Linear, Conv1D) and name not in self.quantised
         ]
-        return MergePlan(self.source, units, self._files(units), self.form, dense)
+        return MergePlan(self.source, units, self.files(units), self.form, dense)
 
     def _sharing(self, name: str) -> list[str]:
         """The names of all parameters that are this one."""
@@ -165,10 +171,9 @@ class _Planner:
 
     # -- layers
 
-    def _factored(self, factors: LoraFactors) -> Unit:
-        path, _, leaf = factors.target.rpartition(".")
-        is_fused = factors.layers[0] == f"{path}.0.{leaf}"
-        layers = self._experts(path, leaf, factors) if is_fused else (self._adapted(factors),)
+    def unit_of(self, factors: LoraFactors) -> Unit:
+        """The unit of a target of the adapter; raises as `MergePlan.of`."""
+        layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
         needed = (factors.out, math.prod(factors.row))
         if layers[0].shape != needed:
             raise ValueError(
@@ -201,8 +206,9 @@ class _Planner:
         layer = self._layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
         return layer._replace(own_key=key if key in self.adapter.other_keys else None)
 
-    def _experts(self, path: str, leaf: str, factors: LoraFactors) -> tuple[MergedLayer, ...]:
-        module, key = self._module(path), f"{path}.{leaf}"
+    def _experts(self, factors: LoraFactors) -> tuple[MergedLayer, ...]:
+        key, (path, _, leaf) = factors.target, factors.target.rpartition(".")
+        module = self._module(path)
         weights = getattr(module, leaf, None)
         if not isinstance(weights, nn.Parameter) or weights.dim() != 3 or len(weights) != len(factors.layers):
             raise ValueError(
@@ -355,7 +361,8 @@ class _Planner:
 
     # -- files
 
-    def _files(self, units: list[Unit]) -> dict[str, Layout]:
+    def files(self, units: Iterable[Unit]) -> dict[str, Layout]:
+        """The new files. A tensor of no unit stays, and so does that of a layer which keeps its form."""
         files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {path.name: {} for path in self.source.paths}
         changed = {layer.tensors[0]: layer for unit in units for layer in unit.layers if _changes_form(layer)}
         gone = {tensor for layer in changed.values() for tensor in layer.tensors}

@@ -14,14 +14,14 @@ from pissa import ops
 from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Fingerprint, is_fingerprint
 from pissa.base.init_methods import INIT_METHODS
-from pissa.base.start import Origin, StartFactors
+from pissa.base.start import Origin
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.merge_plan import MergedLayer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import INITIAL_FOLDER, initial_folder, residual_of, start_from_initial
 from pissa.conversion.source import OURS, PLAIN_STARTS, check_unused, read_record
 from pissa.conversion.source import Source as Foreign
-from pissa.files.checkpoint import Checkpoint
+from pissa.files.checkpoint import Checkpoint, LayerTensors
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
@@ -165,50 +165,78 @@ class Ours(Adapter):
 
     def __init__(self, path: Path, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
         super().__init__(folder, source, OURS)
-        self._records = read_record(path, folder).layers
+        self.records = read_record(path, folder).layers
+        """Of the layers, by name."""
         self._checkpoint = Checkpoint.read(path)
         self._checkpoint.starts.verify()
+        self.init = self._checkpoint.config.init
+        """The name of the method that the adapter starts by."""
         self._residuals = residuals
         self._rounded: list[str] = []
         for name in residuals:
-            if name not in self._records:
+            if name not in self.records:
                 raise ValueError(
                     f"{path} does not adapt layer {name}, of which {source.folder} has a residual: it was not trained "
                     "on it; give the base that it was trained on"
                 )
-            if self._records[name].form == IMPLICIT:
+            if self.records[name].form == IMPLICIT:
                 raise ValueError(
                     f"{path} was trained on the unmodified base, and {source.folder} has a residual of layer {name}: "
                     "give the unmodified base"
                 )
 
     def scaling(self, layer: MergedLayer, target: str) -> float:
-        return self._records[layer.name].scaling
+        return self.records[layer.name].scaling
 
     def lengths(self, layer: MergedLayer, weight: Tensor) -> Tensor:
         return self._checkpoint.starts.read(f"{layer.name}.norm")
 
     def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Base:
-        name, record = layer.name, self._records[layer.name]
+        residual = self.residual(layer, weight, factors)
+        if residual is None:
+            return _dense(weight)
+        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(self.records[layer.name].weight))
+        start = self.tensors(layer.name, factors).base
+        stored = stored_linear(replaced, residual, start, torch.uint8)
+        return Base(stored.matrix(), stored.product)
+
+    def residual(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Weight | None:
+        """The residual that the layer was trained on; None if its base is the weight.
+
+        Args:
+            weight: the matrix of the layer in the checkpoint.
+            factors: the pair of the layer in PEFT's file.
+
+        Raises:
+            ValueError: the checkpoint is not the base of the training.
+        """
+        name, record = layer.name, self.records[layer.name]
         if name in self._residuals:
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
                 raise ValueError(self._another(layer, "residual"))
-            return self._stored(layer, weight, factors)
+            return weight
         saved = read_stored(name, record, layer.shape, self._checkpoint.starts, torch.device("cpu"))
         if saved is not None:
-            return self._stored(layer, saved, factors)
+            return saved
         dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
         if not is_fingerprint(record.weight, dense):
             raise ValueError(self._another(layer, "weight"))
         if record.form == IMPLICIT:
-            return _dense(weight)
+            return None
         # The dtype in which the model was loaded is that of an explicit residual.
-        start = self._start(name, factors)
+        start = self.tensors(name, factors).base
         found = [residuals_of([one], [start], record.form, [name])[0] for one in (dense, dense.float())]
         exact = [one for one in found if is_fingerprint(record.stored, *residual_tensors(one).values())]
         if not exact:
             self._rounded.append(name)
-        return self._stored(layer, [*exact, *found][0], factors)
+        return [*exact, *found][0]
+
+    def tensors(self, name: str, factors: Matrices) -> LayerTensors:
+        """What the files hold of a layer, whose pair in PEFT's file is given."""
+        config, record = self._checkpoint.config, self.records[name]
+        identity = INIT_METHODS[config.init].identity(config)
+        origin = Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
+        return self._checkpoint.read_layer(name, *factors, origin)
 
     def doubts(self) -> list[PissaWarning]:
         if not self._rounded:
@@ -227,18 +255,6 @@ class Ours(Adapter):
             f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
             f"convert the adapter to a plain LoRA first"
         )
-
-    def _start(self, name: str, factors: Matrices) -> StartFactors:
-        """The factors that the residual of a layer lacks."""
-        config, record = self._checkpoint.config, self._records[name]
-        identity = INIT_METHODS[config.init].identity(config)
-        origin = Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
-        return self._checkpoint.read_layer(name, *factors, origin).base
-
-    def _stored(self, layer: MergedLayer, residual: Weight, factors: Matrices) -> Base:
-        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(self._records[layer.name].weight))
-        stored = stored_linear(replaced, residual, self._start(layer.name, factors), torch.uint8)
-        return Base(stored.matrix(), stored.product)
 
 
 def read_adapter(path: Path, source: Source, initial: str | os.PathLike[str] | None) -> Adapter:

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
     "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
     "merge": "merge an adapter into a checkpoint on disk, in little memory",
+    "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
     "env": "report versions and whether everything works",
@@ -24,6 +25,7 @@ COMMANDS = {
 # What an interrupted command leaves.
 _INTERRUPTED = {
     "convert": "nothing is written",
+    "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "report": "nothing is written",

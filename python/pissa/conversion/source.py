@@ -24,7 +24,7 @@ from pissa.conversion.lora_start import (
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import quantised_kind
-from pissa.files.peft_layout import FACTOR_KEYS, base_weight_key
+from pissa.files.peft_layout import base_weight_key
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import warn_of_inexact_lora
 from pissa.files.record import AdapterRecord
@@ -85,7 +85,7 @@ class Source:
             return weight
         a0, b0 = start
         product = deltas[0].scaling * (b0 @ a0)
-        if self.folder.factors[target].keys[0].endswith(FACTOR_KEYS[1][0]):  # an embedding's
+        if self.folder.factors[target].is_embedding:
             product = product.mT
         if product.numel() != weight.numel():
             raise ValueError(

@@ -37,6 +37,17 @@ class LoraFactors(FactorTensors):
     rank: int
     scaling: float
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether they are those of a weight of fused experts."""
+        path, _, leaf = self.target.rpartition(".")
+        return self.layers[0] == f"{path}.0.{leaf}"
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether they are an embedding's, whose weight [in, out] is a matrix transposed."""
+        return self.keys[0].endswith(FACTOR_KEYS[1][0])
+
 
 @dataclass(frozen=True)
 class LoraFolder:

@@ -74,6 +74,10 @@ class TensorFile:
         """The shape of the tensor of that name."""
         return tuple(self._declared[name].get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the tensor of that name."""
+        return DTYPES[self._declared[name].get_dtype()]
+
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
         """Checks that the file has a tensor of that shape and of one of these dtypes.
 

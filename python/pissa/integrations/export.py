@@ -1,0 +1,124 @@
+"""export: a trained adapter as what another runtime loads."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from pissa.checkpoints.packed import packed_layers
+from pissa.checkpoints.trained import Adapter, Ours, read_adapter
+from pissa.config import IMPLICIT
+from pissa.files.hub import checkpoint_folder
+from pissa.files.lora_folder import LoraFolder
+from pissa.files.source import Source
+from pissa.integrations.bnb4 import export_bnb4
+from pissa.integrations.exported import Exported
+from pissa.integrations.merged import export_merged
+from pissa.integrations.vllm import export_vllm
+from pissa.ops.checks import check_choice
+
+To = Literal["bnb4", "vllm", "gguf", "merged"]
+
+
+def export(
+    adapter: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: To,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    initial: str | os.PathLike[str] | None = None,
+    requantise: bool = False,
+    progressbar: bool = False,
+) -> Exported:
+    """Writes the adapter in folder `adapter` to `target` for another runtime.
+
+        pissa.export("run", "out", to="bnb4")      # QPiSSA, exactly: transformers, PEFT and bitsandbytes
+        pissa.export("run", "out", to="vllm")      # a LoRA on the unmodified base
+        pissa.export("run", "out.gguf", to="gguf") # the same for llama.cpp
+        pissa.export("run", "out", to="merged")    # one checkpoint, dense
+
+    "bnb4" is for an adapter with `quant="nf4"`: the residual that it was trained on, in bitsandbytes' bytes, and in the
+    folder "adapter" the LoRA of rank r on it. The residual is computed from the base once more, by the start factors in
+    the adapter's files, or it is that of a folder which `pissa init` has split. Fingerprints show that the base is the
+    one of the training.
+
+    "vllm" and "gguf" are LoRAs on the unmodified base, as exact as the plain LoRA in the adapter's folder is: one that
+    was trained on a residual in 4 bits lacks that one's error there, and a warning says so. LoRAs of other tools are
+    exported too.
+
+    Args:
+        adapter: a folder of pissa, of PEFT, or with a LoRA.
+        target: a new folder; of "gguf" a new file.
+        to: the runtime.
+        base: the model that the adapter was trained on, a folder or a name on the Hub; by default the one that the
+            adapter names.
+        initial: of an adapter that PEFT trained on a residual: the adapter before training; see `pissa.convert`.
+        requantise: "bnb4" of an adapter whose base was not in 4 bits: it is merged and quantised, with an error.
+        progressbar: one bar over the bytes of the checkpoint, on stderr.
+
+    Raises:
+        ValueError: what cannot be exported, and what to do instead. Nothing has been written then, but for "bnb4" and
+            "merged" perhaps an unfinished run, which the same call goes on with.
+        OSError: the disk is full, or fails.
+        ModuleNotFoundError: "gguf" needs the package gguf.
+    """
+    check_choice("to", to, get_args(To))
+    if requantise and to != "bnb4":
+        raise ValueError(f"requantise=True is for to='bnb4': got to={to!r}; leave it out")
+    adapter, target = Path(adapter), Path(target)
+    base = _named_base(adapter) if base is None else base
+    if to == "vllm":
+        return export_vllm(adapter, None if base is None else checkpoint_folder(base), target, initial)
+    if base is None:
+        raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it, base=")
+    if to == "gguf":
+        return _gguf(adapter, base, target, initial)
+    folder = checkpoint_folder(base)
+    quant = "nf4" if requantise else None
+    if to == "merged" or requantise:
+        return export_merged(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
+    with Source.open(folder) as source, torch.no_grad():
+        found = _trained_in_4_bits(read_adapter(adapter, source, initial), adapter)
+        done = export_bnb4(found, target, progressbar)
+        for doubt in found.doubts():
+            warnings.warn(doubt, stacklevel=2)
+        return done
+
+
+def _named_base(adapter: Path) -> str | None:
+    name = LoraFolder.read(adapter).config["base_model_name_or_path"]
+    return name or None
+
+
+def _gguf(
+    adapter: Path, base: str | os.PathLike[str], target: Path, initial: str | os.PathLike[str] | None
+) -> Exported:
+    try:
+        from pissa.integrations.gguf import export_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        text = 'to="gguf" needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
+        raise ModuleNotFoundError(text, name="gguf") from error
+    return export_gguf(adapter, base, target, initial)
+
+
+def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
+    """The adapter, if it was trained on residuals in nf4."""
+    forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
+    if isinstance(found, Ours) and "nf4" in {form.kind for form in forms}:
+        return found
+    if packed_layers(found.source.names):
+        raise ValueError(
+            f"{path} is a plain LoRA on {found.source.folder}, which transformers and PEFT load as they are: there is "
+            "nothing to export; to merged writes one dense checkpoint"
+        )
+    kinds = " and ".join(sorted(form.kind for form in forms))
+    raise ValueError(
+        f"{path} is {found.what} on a base that was not in 4 bits ({kinds}), which 4 bits cannot hold exactly: export "
+        "to merged, dense, or give requantise=True to merge and quantise it, with the error that is reported"
+    )

@@ -1,0 +1,162 @@
+"""A LoRA for llama.cpp, as its own converter writes it: a file of GGUF, with the names and the order of rows that the
+converted base has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from pissa.files.lora_folder import LoraFactors
+from pissa.files.messages import first_line
+from pissa.files.staged import Staged
+from pissa.integrations.exported import Exported
+from pissa.integrations.plain import PlainLora, padded
+
+
+class _Family(NamedTuple):
+    """What llama.cpp makes of a model."""
+
+    arch: gguf.MODEL_ARCH
+    permutes: bool = False
+    """Whether the rows of q and k are in the order that llama.cpp's rotary embedding takes."""
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family(gguf.MODEL_ARCH.LLAMA, permutes=True),
+    "MistralForCausalLM": _Family(gguf.MODEL_ARCH.LLAMA, permutes=True),
+    "Qwen2ForCausalLM": _Family(gguf.MODEL_ARCH.QWEN2),
+    "Qwen3ForCausalLM": _Family(gguf.MODEL_ARCH.QWEN3),
+    "GemmaForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA),
+    "Gemma2ForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA2),
+    "Gemma3ForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA3),
+}
+"""By the class of transformers."""
+
+_INPUT, _OUTPUT = "model.embed_tokens", "lm_head"
+
+
+def export_gguf(
+    adapter: Path, base: str | os.PathLike[str], target: Path, initial: str | os.PathLike[str] | None
+) -> Exported:
+    """Writes the adapter to the new file `target`, float32, a layer at a time.
+
+    Args:
+        base: the folder of the model, or its name on the Hub: its config.json is read, and, for an adapter that PEFT
+            started with "pissa", its weights.
+
+    Raises:
+        ValueError: what llama.cpp does not take from an adapter, by name, or a model that is not known here. Nothing is
+            written then.
+    """
+    if target.exists():
+        raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
+    lora = PlainLora.read(adapter, Path(base) if os.path.isdir(base) else None, initial, "llama.cpp")
+    names = _Names.of(base, lora)
+    rank = max(lora.rank(name) for name in lora.folder.factors)
+    alpha = rank * lora.scaling
+    with Staged(target.parent) as staged:
+        writer = gguf.GGUFWriter(staged.path(target.name), gguf.MODEL_ARCH_NAMES[names.family.arch])
+        try:
+            _write(writer, lora, names, alpha)
+        finally:
+            writer.close()
+    return Exported(
+        what=lora.what,
+        layers=lora.layers,
+        written=f"a LoRA of rank {rank} in GGUF, architecture {gguf.MODEL_ARCH_NAMES[names.family.arch]}",
+        bytes_written=target.stat().st_size,
+        load=f"llama-cli -m BASE.gguf --lora {target}",
+    )
+
+
+def _write(writer: gguf.GGUFWriter, lora: PlainLora, names: _Names, alpha: float) -> None:
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    kind = torch.empty(0).numpy().dtype
+    for target, factors in lora.folder.factors.items():
+        for name, (rows, columns) in names.shapes(factors, lora.rank(target)).items():
+            writer.add_tensor_info(name, (rows, columns), kind, 4 * rows * columns)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for target, factors in lora.folder.factors.items():
+        (pair,), rank = lora.matrices(target), lora.rank(target)
+        pair = padded(pair, rank, factors.scaling * rank / alpha)  # llama.cpp scales by alpha / rank
+        for tensor in names.arranged(factors, *pair):
+            writer.write_tensor_data(tensor.float().contiguous().numpy())
+
+
+class _Names:
+    """What llama.cpp calls the layers of a model.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, family: _Family, config: Any) -> None:
+        self.family, self._config = family, config
+        self._map = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+
+    @staticmethod
+    def of(base: str | os.PathLike[str], lora: PlainLora) -> _Names:
+        """Those of the base; refuses layers that llama.cpp has no adapter of."""
+        try:
+            config = AutoConfig.from_pretrained(base)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{base} has no config.json of a model: {first_line(error)}") from error
+        kind = next(iter(config.architectures or ()), None)
+        if kind not in _FAMILIES:
+            raise ValueError(
+                f"{base} is a {kind}; known here, of what llama.cpp has, are {', '.join(_FAMILIES)}: export to merged, "
+                "and convert that with llama.cpp's own converter"
+            )
+        names = _Names(_FAMILIES[kind], config)
+        for factors in lora.folder.factors.values():
+            names._check(factors, lora.folder.weights.path)
+        return names
+
+    def shapes(self, factors: LoraFactors, rank: int) -> dict[str, tuple[int, int]]:
+        """The tensors of a layer, with their shapes."""
+        (columns,), rows = factors.row, factors.out
+        first = (columns, rank) if factors.is_embedding else (rank, columns)
+        name = f"{self._name(factors)}.weight"
+        return {f"{name}.lora_a": first, f"{name}.lora_b": (rows, rank)}
+
+    def arranged(self, factors: LoraFactors, a: Tensor, b: Tensor) -> Iterator[Tensor]:
+        """The same tensors, from the factors a [rank, in] and b [out, rank]: a is an embedding's transposed, and the
+        rows of q and k are in llama.cpp's order."""
+        yield a.mT if factors.is_embedding else a
+        heads = self._heads(factors)
+        yield b if heads is None else b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+
+    def _heads(self, factors: LoraFactors) -> int | None:
+        """The heads in whose rows the halves that are rotated together alternate in llama.cpp; None if none do."""
+        if not self.family.permutes:
+            return None
+        heads = {
+            "q_proj": self._config.num_attention_heads,
+            "k_proj": getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads,
+        }
+        return heads.get(factors.layers[0].rpartition(".")[2])
+
+    def _name(self, factors: LoraFactors) -> str | None:
+        name: str | None = self._map.get_name(factors.layers[0])
+        return name
+
+    def _check(self, factors: LoraFactors, path: Path) -> None:
+        name, tied = factors.layers[0], self._config.tie_word_embeddings
+        if len(factors.layers) > 1 or self._name(factors) is None:
+            reason = "which llama.cpp has under no name known here"
+        elif name in (_INPUT, _OUTPUT) and tied:
+            reason = "whose weight is tied to another's, and llama.cpp has but one"
+        else:
+            return
+        raise ValueError(f"{path} has factors of layer {factors.target}, {reason}: export to merged, and convert that")

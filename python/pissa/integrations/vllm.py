@@ -1,0 +1,132 @@
+"""A LoRA that vLLM loads: one rank and scaling, and experts one by one, under the names of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pissa.checkpoints.merge_plan import MergedLayer, Planner
+from pissa.config import IMPLICIT
+from pissa.files.lora_config import with_sizes
+from pissa.files.lora_folder import LoraFactors
+from pissa.files.messages import shown
+from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
+from pissa.files.scratch import Scratch
+from pissa.files.source import Source
+from pissa.files.staged import Staged, check_unused
+from pissa.files.tensor_file import write_tensors
+from pissa.integrations.exported import Exported
+from pissa.integrations.plain import PlainLora, padded
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be."""
+
+_STACKED = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
+"""The model types whose experts vLLM keeps as a stack. It reads their factors in PEFT's own layout."""
+
+Places = list[list[tuple[str, int]]]
+"""For each layer of a target, the modules of the checkpoint that it is made of, one below the other: names and rows."""
+
+
+def export_vllm(adapter: Path, base: Path | None, target: Path, initial: str | os.PathLike[str] | None) -> Exported:
+    """Writes the adapter to the new folder `target`, a layer at a time.
+
+    vLLM calls experts as the checkpoint does, each by itself, gate and up apart: the factors of fused experts are cut
+    as the base's checkpoint is. All layers get the largest rank, filled up with zeros, and one scaling: earlier
+    versions of vLLM know no other.
+
+    Args:
+        base: the model's folder; None if it is not known. Fused experts need it.
+
+    Raises:
+        ValueError: what vLLM does not take from an adapter, by name. Nothing is written then.
+    """
+    check_unused(target)
+    lora = PlainLora.read(adapter, base, initial, "vLLM")
+    rank = max(lora.rank(name) for name in lora.folder.factors)
+    allowed = [number for number in RANKS if number >= rank]
+    if not allowed:
+        raise ValueError(
+            f"{adapter} has rank {rank} as a LoRA; vLLM allows {RANKS[-1]}: lower it with pissa convert --rank "
+            f"{RANKS[-1]}"
+        )
+    with ExitStack() as stack:
+        places = _places(lora, None if base is None else stack.enter_context(Source.open(base)))
+        staged, tensors = stack.enter_context(Staged(target)), stack.enter_context(Scratch(target))
+        for name, factors in lora.folder.factors.items():
+            pairs = [padded(pair, rank, factors.scaling / lora.scaling) for pair in lora.matrices(name)]
+            for key, tensor in _tensors(factors, pairs, places.get(name)):
+                tensors.put(key, tensor)
+        sizes = dict.fromkeys(lora.folder.factors, (rank, lora.scaling))
+        config = with_sizes({**lora.folder.config, "use_rslora": False}, sizes) | {
+            "target_modules": sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors}),
+            **dict.fromkeys(("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")),
+            "base_model_name_or_path": None if base is None else str(base),
+        }
+        staged.path(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_tensors(staged.path(ADAPTER_WEIGHTS), tensors)
+        count = len(tensors) // 2
+    model = "BASE" if base is None else base
+    return Exported(
+        what=lora.what,
+        layers=lora.layers,
+        written=f"a LoRA of rank {rank}, {count} pairs of factors",
+        bytes_written=sum(path.stat().st_size for path in target.iterdir()),
+        load=f"vllm serve {model} --enable-lora --max-lora-rank {allowed[0]} --lora-modules NAME={target}",
+    )
+
+
+def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a target, under vLLM's names; None for the names that the adapter has."""
+    if places is None:
+        yield from factors.pack(pairs).items()
+        return
+    for parts, (a, b) in zip(places, pairs, strict=True):
+        for (place, _), rows in zip(parts, torch.split(b, [count for _, count in parts]), strict=True):
+            for key, tensor in zip(FACTOR_KEYS[0], (a, rows), strict=True):
+                yield f"{PREFIX}{place}.{key}", tensor.float().contiguous()
+
+
+def _places(lora: PlainLora, source: Source | None) -> dict[str, Places]:
+    """Of the targets that vLLM may call otherwise than the adapter does, if it has fused experts."""
+    all_factors = lora.folder.factors
+    for target, factors in all_factors.items():
+        if len(factors.row) > 1:
+            raise ValueError(f"layer {target} is a convolution, which vLLM takes no adapter of: export to merged")
+    fused = {target for target, factors in all_factors.items() if factors.is_fused}
+    if not fused:
+        return {}
+    if source is None:
+        raise ValueError(
+            f"{lora.folder.weights.path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the "
+            "checkpoint of the base does: give the base, base="
+        )
+    planner = Planner(source, lora.folder, IMPLICIT)
+    is_linear = {target for target, factors in all_factors.items() if not factors.is_embedding}
+    layers = {target: planner.unit_of(all_factors[target]).layers for target in is_linear}
+    stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
+    kind = planner.model.config.model_type
+    if stacked and kind not in _STACKED:
+        raise ValueError(
+            f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
+            f"{', '.join(_STACKED)}, not for {kind}: export to merged"
+        )
+    for path in {target.rpartition(".")[0] for target in stacked}:
+        names = {target.rpartition(".")[2] for target in stacked if target.rpartition(".")[0] == path}
+        if len(names) == 1:
+            raise ValueError(
+                f"{lora.folder.weights.path} has factors of {shown(*names)} alone in {path}: of a stack of experts "
+                "vLLM takes gate_up_proj and down_proj, or neither; export to merged"
+            )
+    return {target: [_parts(one, source) for one in layers[target]] for target in is_linear - stacked}
+
+
+def _parts(layer: MergedLayer, source: Source) -> list[tuple[str, int]]:
+    rows = [source.entry(part.tensor).shape[0] for part in layer.parts] if len(layer.parts) > 1 else [layer.shape[0]]
+    return [(part.tensor.removesuffix(".weight"), count) for part, count in zip(layer.parts, rows, strict=True)]
