@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
+    "run": "run a program that trains with PEFT: its PiSSA and 4-bit LoRA are ours",
     "env": "report versions and whether everything works",
 }
 
@@ -29,6 +30,7 @@ _INTERRUPTED = {
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "report": "nothing is written",
+    "run": "what is left is the program's",
 }
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.

@@ -332,8 +332,10 @@ def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="safe_serialization=False"):
         model.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion is not needed"):
-        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
+    for name, others in (("saved", {}), ("converted", {"path_initial_model_for_weight_conversion": "x"})):
+        model.save_pretrained(tmp_path / name, **others)
+    for path in (tmp_path / "saved").iterdir():  # they are converted already
+        assert path.read_bytes() == (tmp_path / "converted" / path.name).read_bytes()
     with pytest.raises(ValueError, match=r"invalid `selected_adapters`.*\['default'\] - got \['nope'\]"):
         model.save_pretrained(tmp_path, selected_adapters=["default", "nope"])
     (tmp_path / "file").write_text("")
