@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import (
@@ -34,6 +34,7 @@ from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
 from pissa.model.inject import complete, own_config, prepare, restored_on_error, warn_of_dropout
 from pissa.model.merged_names import is_merged, with_unwrapped_names
+from pissa.model.resize import check_can_be_resized, new_size
 from pissa.model.rewards import starts_warned_of, warn_of_rewards
 from pissa.model.store import store
 from pissa.model.tuner import guard_state_dict, register, unguard_state_dict
@@ -58,6 +59,7 @@ class PissaModel(MendedPeftModel):
         self.register_forward_hook(add_orthogonality_loss)
         self.warned_of_plain_lora = False
         self.warned_of_rewards = False
+        self.vocabulary_was_resized = False
 
     def add_adapter(
         self,
@@ -187,6 +189,22 @@ class PissaModel(MendedPeftModel):
             self.warned_of_rewards = True
             warn_of_rewards(inits, stacklevel=3)
         self.base_model.model.add_model_tags(tags)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, if no adapter trains the embeddings or the output layer. `save_pretrained` then writes
+        both with the adapter.
+
+        Raises:
+            ValueError: naming the layer that is trained. Nothing is changed then.
+        """
+        base: Any = self.base_model.model
+        before = base.get_input_embeddings().weight.shape[0]
+        if new_size(before, new_num_tokens, pad_to_multiple_of) != before:
+            check_can_be_resized(base)
+            self.vocabulary_was_resized = True
+        return cast(nn.Module, base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing))
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
