@@ -37,6 +37,8 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model import decompose as decomposition
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ALL = StateDictOptions(full_state_dict=True)
+"""On every process, not on the first alone."""
 
 
 def message(call: Callable[[], Any]) -> list[str]:
@@ -54,7 +56,7 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     if world_size() == 2:
         found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
         found += [accelerate_ddp, accelerate_fsdp2]
-        found += [saved_while_sharded, loaded_while_sharded]
+        found += [saved_while_sharded, loaded_while_sharded, lora_in_memory]
     # Last what can end the process, where gradients of different parameters meet.
     return {check.__name__: partial(check, folder) for check in [*found, experts]}
 
@@ -368,6 +370,19 @@ def saved_while_sharded(folder: Path) -> dict[str, Any]:
             model.save_pretrained(target / "gathered", state_dict=state)
         found[form] = bits(state)
         dist.barrier()
+    return found
+
+
+def lora_in_memory(folder: Path) -> dict[str, bool]:
+    """Whether each process has, of a sharded model, the plain LoRA that follows from all that can be gathered."""
+    found = {}
+    for form, fields in FORMS.items():
+        model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields))
+        train(model, tokens())
+        expected = get_peft_model_state_dict(model, state_dict=get_model_state_dict(model, options=ALL))
+        lora = pissa.lora_state_dict(model)
+        found[form] = lora.keys() == expected.keys() and bits(lora) == bits(expected)
+        assert any(is_sharded(parameter) for parameter in model.parameters())
     return found
 
 
