@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +47,11 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
             "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass it as state_dict, with "
             "is_main_process"
         )
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of `tensor`, which may be a DTensor: then every process has to call this."""
+    return cast(Any, tensor).full_tensor() if type(tensor).__name__ == "DTensor" else tensor
 
 
 def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
