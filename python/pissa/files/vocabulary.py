@@ -152,6 +152,8 @@ def is_to_be_saved(model: PeftModel, adapter_name: str, save_embedding_layers: s
         return save_embedding_layers
     if save_embedding_layers != "auto":
         raise ValueError(f'save_embedding_layers must be "auto", True or False, got {save_embedding_layers!r}')
+    if model.vocabulary_was_resized:  # since it was wrapped
+        return True
     config, name = getattr(model.base_model.model, "config", None), _base_name(model, adapter_name)
     if isinstance(config, PretrainedConfig) and name:
         try:

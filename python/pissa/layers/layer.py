@@ -16,11 +16,11 @@ from pissa import ops
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.kinds import base_of
-from pissa.base.protocol import Base
+from pissa.base.protocol import Base, whole
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Replaced, stored_linear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.distributed import is_sharded
+from pissa.distributed import is_sharded, sharded_as, whole_tensor
 from pissa.layers.dora import Magnitude
 
 
@@ -284,7 +284,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def delta_matrix(self, adapter_name: str) -> Tensor:
         """The same as a matrix, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
-        a, b = self.start_of(adapter_name).factors_of_change(self.deltas(adapter_name))
+        deltas = Deltas(*(delta if delta is None else whole_tensor(delta) for delta in self.deltas(adapter_name)))
+        a, b = self.start_of(adapter_name).factors_of_change(deltas)
         scaling: float = self.scaling[adapter_name]
         return scaling * (b @ a)
 
@@ -292,7 +293,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts a dense module with the adapters' changes in the base's place. The base itself is not changed.
 
-        The sum is taken in float32, and rounded to the base's dtype once.
+        The sum is taken in float32, and rounded to the base's dtype once. If FSDP2 has sharded the base, all processes
+        have to call this, the weights are gathered, layer by layer, and the merged one is sharded like the base's.
 
         Raises:
             ValueError: with `safe_merge`, when the merged weight is not finite; nothing is changed then.
@@ -301,10 +303,12 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if not names:
             return
         base = self.base
-        weight = base.matrix().float()
+        weight = whole(base, whole_tensor(base.parameter)).matrix().float()
         for name in [*self.merged_adapters, *names]:
             weight = weight + self.delta_matrix(name)
         merged = base.twin(weight.to(self.dense_dtype))
+        if is_sharded(base.parameter):
+            merged.weight = nn.Parameter(sharded_as(base.parameter, cast(Tensor, merged.weight)), requires_grad=False)
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self.lora_unmerged, self.base_layer = base.module, merged

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import (
+    LoraConfig,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -32,8 +33,10 @@ from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.inject import complete, own_config, prepare, restored_on_error, warn_of_dropout
+from pissa.model.from_lora import as_pissa, fill, is_plain_lora, read_plain_lora
+from pissa.model.inject import complete, prepare, restored_on_error, warn_of_dropout
 from pissa.model.merged_names import is_merged, with_unwrapped_names
+from pissa.model.resize import check_can_be_resized, new_size
 from pissa.model.rewards import starts_warned_of, warn_of_rewards
 from pissa.model.store import store
 from pissa.model.tuner import building, guard_state_dict, register, unguard_state_dict
@@ -58,16 +61,17 @@ class PissaModel(MendedPeftModel):
         self.register_forward_hook(add_orthogonality_loss)
         self.warned_of_plain_lora = False
         self.warned_of_rewards = False
+        self.vocabulary_was_resized = False
 
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: PissaConfig,
+        peft_config: LoraConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Adds an adapter that changes nothing yet. It shares the start factors of one that has the same rank, scaling
-        and decomposition.
+        and decomposition. A peft.LoraConfig stands for init="lora" and its own fields.
 
         The base function stays what it is: an adapter may ask for the form that a layer's base has, or for none, which
         leaves a stored base as it is.
@@ -76,7 +80,7 @@ class PissaModel(MendedPeftModel):
             TypeError, ValueError: as `wrap`. The model is left as it was.
         """
         with restored_on_error(self), failing_together():
-            config = own_config(peft_config)
+            config = as_pissa(peft_config)
             self._check_new_name(adapter_name)
             warn_of_dropout(config)
             self._inject(adapter_name, config, autocast_adapter_dtype)
@@ -187,6 +191,23 @@ class PissaModel(MendedPeftModel):
             self.warned_of_rewards = True
             warn_of_rewards(inits, stacklevel=3)
         self.base_model.model.add_model_tags(tags)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, if no adapter trains the embeddings or the output layer. `save_pretrained` then writes
+        both with the adapter.
+
+        Raises:
+            ValueError: naming the layer that is trained. Nothing is changed then.
+        """
+        base: Any = self.base_model.model
+        found: Any = base.get_input_embeddings()
+        if new_size(len(found.weight), new_num_tokens, pad_to_multiple_of) == len(found.weight):
+            return cast(nn.Module, found)
+        check_can_be_resized(base)
+        self.vocabulary_was_resized = True
+        return cast(nn.Module, base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing))
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -336,7 +357,8 @@ class PissaModel(MendedPeftModel):
         config: PissaConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Adds a saved adapter, or restores the saved state of an adapter that the model has.
+        """Adds a saved adapter, or restores the saved state of an adapter that the model has. A plain LoRA of PEFT's
+        is added, too: as an adapter whose start is zero (`init` "given").
 
         Args:
             model_id, key_mapping, kwargs: see `from_pretrained`.
@@ -356,16 +378,24 @@ class PissaModel(MendedPeftModel):
         if not known:
             check_adapter_name(adapter_name, self.base_model.model)
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
-        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
-        if known:
-            restore(checkpoint, self, adapter_name)
+        folder = adapter_folder(model_id, ADAPTER_FILES, **kwargs)
+        if not known and config is None and is_plain_lora(folder):
+            lora_config, lora = read_plain_lora(folder)
+            lora_config.inference_mode = not is_trainable
+            with restored_on_error(self):
+                self._inject(adapter_name, lora_config, autocast_adapter_dtype)
+                fill(self, adapter_name, lora)
         else:
-            checkpoint.config.inference_mode = not is_trainable
-            with checkpoint.blamed(), restored_on_error(self):
-                self._inject(adapter_name, checkpoint.config, autocast_adapter_dtype)
+            checkpoint = Checkpoint.read(folder, config)
+            if known:
                 restore(checkpoint, self, adapter_name)
-            if is_trainable:
-                self.set_requires_grad(adapter_name)
+            else:
+                checkpoint.config.inference_mode = not is_trainable
+                with checkpoint.blamed(), restored_on_error(self):
+                    self._inject(adapter_name, checkpoint.config, autocast_adapter_dtype)
+                    restore(checkpoint, self, adapter_name)
+        if is_trainable and not known:
+            self.set_requires_grad(adapter_name)
         if not is_trainable:
             self.eval()
         return nn.Module().load_state_dict({})  # torch has no public name for the type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812  everybody's name for it
 
 from pissa.base.start import Deltas, StartFactors
 from pissa.config import IMPLICIT
-from pissa.distributed import is_partitioned, is_sharded
+from pissa.distributed import is_partitioned, is_sharded, whole_tensor
 from pissa.files.peft_layout import PREFIX, Matrices
 from pissa.files.plain_lora import factors_of
 from pissa.files.plain_lora import lora_config as plain_config
@@ -173,5 +173,5 @@ def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:
                     f"{name} is partitioned by DeepSpeed. Call this on all ranks inside `with "
                     "deepspeed.zero.GatheredParameters(list(model.parameters())):`"
                 )
-            found[name] = cast(Any, value).full_tensor()
+            found[name] = whole_tensor(value)
     return found

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from pathlib import Path
 
 import peft
 import pytest
@@ -31,6 +32,31 @@ def test_alpha_follows_every_rank_unless_given() -> None:
     assert mixed.alpha_pattern == {"q_proj": 7, "v_proj": 2}
     given = PissaConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 4})
     assert (given.lora_alpha, given.alpha_pattern) == (16, {})
+
+
+def test_the_preset_for_rewards() -> None:
+    """LoRA's start with rank-stabilised scaling: 16 / sqrt(r). It sets what has its default, and is no field itself."""
+    preset = PissaConfig(r=4, preset="rl")
+    fields = {"init": "lora", "use_rslora": True, "lora_alpha": 16}
+    assert preset == PissaConfig(r=4, **fields)
+    assert "preset" not in preset.to_dict()
+    assert preset.as_lora(times=1).use_rslora
+    given = PissaConfig(r=4, preset="rl", init="olora", lora_alpha=3, quant="nf4", rank_pattern={"q_proj": 2})
+    assert (given.init, given.lora_alpha, given.use_rslora, given.quant) == ("olora", 3, True, "nf4")
+    assert given.alpha_pattern == {}  # one alpha for every rank
+    for copied in (dataclasses.replace(preset), copy.deepcopy(preset), pickle.loads(pickle.dumps(preset))):
+        assert copied == preset
+    assert dataclasses.replace(preset, init="pissa").init == "pissa"
+    with pytest.raises(ValueError, match="preset: got 'grpo'; allowed: None, 'rl'"):
+        PissaConfig(preset="grpo")
+
+
+def test_a_preset_is_not_saved(tmp_path: Path) -> None:
+    preset = PissaConfig(r=4, preset="rl", quant="nf4")
+    preset.save_pretrained(tmp_path)
+    assert PissaConfig.from_pretrained(tmp_path) == preset
+    assert peft.PeftConfig.from_pretrained(tmp_path) == preset
+    assert "preset" not in (tmp_path / "adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize(

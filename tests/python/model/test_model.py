@@ -289,8 +289,8 @@ def test_config_and_fields_together(tiny_llama: Make) -> None:
     with pytest.raises(TypeError, match=r"pissa\.PissaConfig, got LoraConfig"):
         pissa.wrap(tiny_llama(), peft.LoraConfig())
     model = pissa.wrap(tiny_llama(), r=4)
-    with pytest.raises(TypeError, match=r"pissa\.PissaConfig, got LoraConfig"):
-        model.add_adapter("lora", peft.LoraConfig())
+    with pytest.raises(TypeError, match=r"a pissa\.PissaConfig or a peft\.LoraConfig, got LoHaConfig"):
+        model.add_adapter("loha", peft.LoHaConfig())
 
 
 def test_the_config_is_copied(tiny_llama: Make) -> None:

@@ -273,6 +273,18 @@ def test_what_accelerate_has_gathered_is_saved(form: str, two: Run, folder: Path
     assert train(model, tokens(), steps=1) == pytest.approx(train(expected, tokens(), steps=1), **SAME)
 
 
+def test_each_process_has_the_lora_of_a_sharded_model(two: Run) -> None:
+    for found in two["lora_in_memory"]:
+        assert found.keys() == FORMS.keys()
+        assert all(found.values()), found
+
+
+def test_an_engine_gets_the_trained_function_of_a_sharded_model(two: Run) -> None:
+    for found in two["merged_while_sharded"]:
+        assert found.keys() == {"implicit", "nf4", "experts"}
+        assert all(difference < 1e-5 for difference in found.values()), found  # of sums of hundreds of terms below 1
+
+
 def test_a_sharded_model_takes_saved_values(two: Run) -> None:
     for found in two["loaded_while_sharded"]:
         assert all(found.values()), found

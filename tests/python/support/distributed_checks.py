@@ -3,6 +3,7 @@ is wrong in the process itself raises."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pissa
 from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
-from language_models import assert_same, snapshot
+from language_models import assert_same, logits, snapshot
 from oracle import change_a_little
 from pissa import PissaModel
 from pissa.base.codes import HoldsCodes
@@ -37,6 +38,8 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model import decompose as decomposition
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ALL = StateDictOptions(full_state_dict=True)
+"""On every process, not on the first alone."""
 
 
 def message(call: Callable[[], Any]) -> list[str]:
@@ -54,7 +57,7 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     if world_size() == 2:
         found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
         found += [accelerate_ddp, accelerate_fsdp2]
-        found += [saved_while_sharded, loaded_while_sharded]
+        found += [saved_while_sharded, loaded_while_sharded, lora_in_memory, merged_while_sharded]
     # Last what can end the process, where gradients of different parameters meet.
     return {check.__name__: partial(check, folder) for check in [*found, experts]}
 
@@ -368,6 +371,43 @@ def saved_while_sharded(folder: Path) -> dict[str, Any]:
             model.save_pretrained(target / "gathered", state_dict=state)
         found[form] = bits(state)
         dist.barrier()
+    return found
+
+
+def lora_in_memory(folder: Path) -> dict[str, bool]:
+    """Whether each process has, of a sharded model, the plain LoRA that follows from all that can be gathered."""
+    found = {}
+    for form, fields in FORMS.items():
+        model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields))
+        train(model, tokens())
+        expected = get_peft_model_state_dict(model, state_dict=get_model_state_dict(model, options=ALL))
+        lora = pissa.lora_state_dict(model)
+        found[form] = lora.keys() == expected.keys() and bits(lora) == bits(expected)
+        assert any(is_sharded(parameter) for parameter in model.parameters())
+    return found
+
+
+def merged_while_sharded(folder: Path) -> dict[str, float]:
+    """What TRL sends to an engine from a sharded model, merged for a while: the largest difference of logits in an
+    engine that has the names of the model without adapters; infinity if the model is another one afterwards."""
+    found = {}
+    for form in ("implicit", "nf4", "experts"):
+        make = mixtral if form == "experts" else llama
+        model = shard(pissa.wrap(make(), r=4, **FORMS.get(form, {})))
+        train(model, tokens())
+        before = bits(get_model_state_dict(model, options=ALL))
+        model.merge_adapter()
+        sent = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.full_tensor()
+            for name, parameter in model.named_parameters()
+            if "lora_" not in name
+        }
+        model.unmerge_adapter()
+        engine = make(seed=1)
+        engine.set_experts_implementation("eager")  # transformers' default takes no rows of 34 float32
+        engine.load_state_dict(sent)  # all names, and no more
+        difference = (logits(engine, tokens()) - logits(model, tokens())).abs().max().item()
+        found[form] = difference if bits(get_model_state_dict(model, options=ALL)) == before else math.inf
     return found
 
 

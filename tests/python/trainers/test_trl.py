@@ -288,6 +288,7 @@ def rewarded(method: str, model: nn.Module, folder: Path, tokenizer: Any, beta: 
 
 
 @forms
+@pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")
 @pytest.mark.parametrize(("method", "beta"), [("GRPO", 0.0), ("GRPO", 0.1), ("RLOO", 0.1)])
 def test_rewards(form: str, method: str, beta: float, base: Base, tokenizer: Any, tmp_path: Path) -> None:
     run = rewarded(method, wrapped(base(), form), tmp_path / "whole", tokenizer, beta)
@@ -306,3 +307,29 @@ def test_rewards(form: str, method: str, beta: float, base: Base, tokenizer: Any
     again = PissaModel.from_pretrained(base(), tmp_path / "whole" / "checkpoint-6")
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(logits(again, ids), logits(without_autocast(run), ids))
+
+
+REWARDS_WARNING = r'Reinforcement learning with init="pissa".*2512\.23165.*pissa\.wrap\(model, preset="rl", r=16\)'
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_rewards_from_pissas_start_are_warned_of_once(method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    model = wrapped(base(), "implicit")
+    with pytest.warns(pissa.notices.RewardsWarning, match=REWARDS_WARNING) as caught:
+        rewarded(method, model, tmp_path, tokenizer, 0.0)
+    (warning,) = (found for found in caught if found.category is pissa.notices.RewardsWarning)
+    assert warning.filename == __file__  # the line that makes the trainer
+    rewarded(method, model, tmp_path, tokenizer, 0.0)  # again, it would be an error
+    assert model.base_model.model.model_tags == ["trl", method.lower()]
+
+
+@pytest.mark.parametrize("fields", [{"init": "lora"}, {"preset": "rl"}, {"preset": "rl", "repair": "pissa"}])
+def test_rewards_from_loras_start_are_not(fields: dict[str, Any], base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    form = "nf4" if "repair" in fields else "implicit"
+    rewarded("GRPO", wrapped(base(), form, **fields), tmp_path, tokenizer, 0.0)  # a warning would be an error
+    sft(wrapped(base(), form, **fields), tmp_path, tokenizer)
+
+
+def test_other_trainers_are_not_warned(base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    sft(wrapped(base(), "implicit"), tmp_path, tokenizer)
+    dpo(wrapped(base(), "implicit"), tmp_path, tokenizer)
