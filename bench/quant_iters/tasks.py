@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bench.compare.weights import smollm2
 from pissa.cli.data import read_chats
-from pissa.cli.encode import Collator, Example, encode
+from pissa.cli.encode import encode
 from pissa.cli.sources import find_package
 
 Batch = dict[str, Tensor]
@@ -74,13 +75,13 @@ class Problems(Task):
 
         self._tokenizer = AutoTokenizer.from_pretrained(smollm2())
         self._train, self._test = (self._examples(folder / f"{part}.jsonl") for part in ("train", "test"))
-        self._collate = Collator(self._tokenizer.pad_token_id)
+        self._collate = DataCollatorForLanguageModeling(self._tokenizer.pad_token_id)
         self.facts = {"longest": self.longest, "train": len(self._train), "held_out": self.tested}
 
-    def _examples(self, path: Path) -> list[Example]:
+    def _examples(self, path: Path) -> list[dict[str, list[int]]]:
         """Those that need no cut."""
-        found = encode(read_chats(str(path), 0), self._tokenizer, self.longest + 1).examples
-        return [example for example in found if len(example.input_ids) <= self.longest]
+        found, _, _ = encode(read_chats(str(path), 0), self._tokenizer, self.longest + 1)
+        return [example for example in found if len(example["input_ids"]) <= self.longest]
 
     def model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -93,7 +94,7 @@ class Problems(Task):
             yield self._collate([self._train[next(order)] for _ in range(self.batch)])
 
     def held_out(self) -> list[Batch]:
-        test = sorted(self._test[: self.tested], key=lambda example: len(example.input_ids))
+        test = sorted(self._test[: self.tested], key=lambda example: len(example["input_ids"]))
         return [self._collate(test[i : i + self.batch]) for i in range(0, len(test), self.batch)]
 
     def measures(self, outputs: Any, batch: Batch) -> dict[str, tuple[float, int]]:

@@ -1,4 +1,4 @@
-"""The command line: `pissa finetune`, `pissa demo`, `pissa convert`, `pissa report`, `pissa env`."""
+"""The command line: the commands that `pissa --help` lists."""
 
 from pissa.cli.main import main
 

@@ -23,3 +23,8 @@ def number(convert: Callable[[str], Any], allowed: str, valid: Callable[[Any], b
 
 
 positive_int = number(int, "a whole number above 0", lambda value: value > 0)
+passes = number(
+    lambda text: text if text == "auto" else int(text),
+    "auto, or an even number of at least 2",
+    lambda value: value == "auto" or (value >= 2 and value % 2 == 0),
+)

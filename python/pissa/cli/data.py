@@ -1,4 +1,4 @@
-"""Training data: each record of a file becomes a chat that ends with the assistant's answer."""
+"""Training data: each record of a file becomes a chat that ends with the assistant's answer, or two such chats."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ _ALLOWED = (
     'allowed: an object with "question" and "answer", with "prompt" and "completion", or with "messages": '
     '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 )
+_PREFERENCES = (
+    'allowed: an object with "prompt", "chosen" and "rejected", each a text or messages: '
+    '[{"role": "user", "content": "..."}]'
+)
 
 
 class Chat(NamedTuple):
@@ -23,6 +27,39 @@ class Chat(NamedTuple):
 
     where: str
     messages: list[dict[str, str]]
+
+
+def is_records(source: str) -> bool:
+    """Whether `source` is a file of records, or the built-in data; else it is a data set."""
+    return source == GSM_SYMBOLIC or Path(source).suffix in (".json", ".jsonl")
+
+
+def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
+    """Reads a file of preferences: chats that differ in their answers, the chosen one first.
+
+    Raises:
+        UserError: naming file and line, what was found and what is allowed.
+    """
+    if not Path(source).is_file():
+        raise UserError(f"{source}: no such file; allowed: a .jsonl or .json file")
+    return [_preference(where, value) for where, value in _values(Path(source), _PREFERENCES)]
+
+
+def _preference(where: str, value: Any) -> tuple[Chat, Chat]:
+    if not isinstance(value, dict) or not {"prompt", "chosen", "rejected"} <= value.keys():
+        found = f"an object with {_keys(value)}" if isinstance(value, dict) else _kind(value)
+        raise UserError(f"{where}: found {found}; {_PREFERENCES}")
+
+    def messages(name: str, role: str) -> Any:
+        given = value[name]
+        return given if isinstance(given, list) else [{"role": role, "content": _text(where, name, given)}]
+
+    prompt = messages("prompt", "user")
+    chosen, rejected = (
+        Chat(where, _checked_messages(where, [*prompt, *messages(name, "assistant")]))
+        for name in ("chosen", "rejected")
+    )
+    return chosen, rejected
 
 
 def read_chats(source: str, seed: int) -> list[Chat]:
@@ -37,14 +74,14 @@ def read_chats(source: str, seed: int) -> list[Chat]:
     """
     path = Path(source)
     if path.is_file():
-        return [Chat(where, _messages(where, value)) for where, value in _values(path)]
+        return [Chat(where, _messages(where, value)) for where, value in _values(path, _ALLOWED)]
     if source == GSM_SYMBOLIC:
         return [Chat(f"{source}:{i}", _messages(source, value)) for i, value in enumerate(gsm_symbolic(seed), 1)]
     found = "is a folder" if path.is_dir() else "no such file"
     raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file, or the built-in {GSM_SYMBOLIC}")
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
+def _values(path: Path, allowed: str) -> Iterator[tuple[str, Any]]:
     """Yields each JSON value of the file with its place."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -53,7 +90,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
     if path.suffix == ".json":
-        values = _parse(str(path), text)
+        values = _parse(str(path), text, allowed)
         if not isinstance(values, list) or not values:
             raise UserError(f"{path}: found {_kind(values)}; needed in a .json file: a list of records")
         yield from ((f"{path}: record {number}", value) for number, value in enumerate(values, 1))
@@ -61,14 +98,14 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
     # Not splitlines(): a JSON string may hold U+2028, which would end a line there.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", _parse(f"{path}:{number}", line)
+            yield f"{path}:{number}", _parse(f"{path}:{number}", line, allowed)
 
 
-def _parse(where: str, text: str) -> Any:
+def _parse(where: str, text: str, allowed: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}; found {_shortened(text)}; {_ALLOWED}") from None
+        raise UserError(f"{where}: not JSON: {error}; found {_shortened(text)}; {allowed}") from None
 
 
 def _messages(where: str, value: Any) -> list[dict[str, str]]:
@@ -82,8 +119,11 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
                 {"role": "user", "content": _text(where, asked, value[asked])},
                 {"role": "assistant", "content": _text(where, answered, value[answered])},
             ]
-    keys = ", ".join(map(repr, value)) or "none"
-    raise UserError(f"{where}: found an object with the keys {keys}; {_ALLOWED}")
+    raise UserError(f"{where}: found an object with {_keys(value)}; {_ALLOWED}")
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return "the keys " + (", ".join(map(repr, value)) or "none")
 
 
 def _checked_messages(where: str, messages: Any) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pissa.cli.data import Chat, read_chats
-from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder
+from pissa.cli.run_folder import PICTURE_FILE, check_new_folder
 from pissa.cli.sources import GSM_SYMBOLIC, unpack_smollm2
 from pissa.cli.terminal import UserError, format_table, say, silence_third_parties
 
@@ -26,7 +27,6 @@ MAX_TOKENS = 192
 HELD_OUT = 16
 COMPARED_STEP = 50
 NEW_TOKENS = 128
-_FOLDER = Path("pissa-demo")
 
 
 class Method(NamedTuple):
@@ -45,7 +45,8 @@ METHODS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", default=_FOLDER, help="new folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("pissa-demo"), help="new folder")
+    parser.add_argument("--json", action="store_true", help="report the three runs as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,8 +55,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a package is missing, or the folder is in use.
     """
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        results = _run(args.out)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    return 0
+
+
+def _run(out: Path) -> dict[str, dict[str, Any]]:
+    """What each method's run reports, by the method's name."""
     started = time.perf_counter()
-    out: Path = args.out or _FOLDER  # None after `pissa finetune --demo`
     check_new_folder(out)
     silence_third_parties()
     base = out / "base"
@@ -66,14 +75,13 @@ def run(args: argparse.Namespace) -> int:
     _write(out / "train.jsonl", train)
     _write(out / "held-out.jsonl", held_out)
     say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
-    for method in METHODS:
-        _finetune(method, out)
-    _draw(out)
-    print(f"\n{_table(out)}\n")
+    results = {method.name: _finetune(method, out) for method in METHODS}
+    _draw(results, out / PICTURE_FILE)
+    print(f"\n{_table(results)}\n")
     _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out)
     say("picture", str(out / PICTURE_FILE))
     say("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
-    return 0
+    return results
 
 
 def _split(problems: Sequence[Chat], base: Path) -> tuple[list[Chat], list[Chat]]:
@@ -82,7 +90,9 @@ def _split(problems: Sequence[Chat], base: Path) -> tuple[list[Chat], list[Chat]
     from pissa.cli.encode import encode
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    short = [problem for problem in problems if encode([problem], tokenizer, 10**6).longest <= MAX_TOKENS]
+    short = [
+        problem for problem in problems if len(encode([problem], tokenizer, 10**6)[0][0]["input_ids"]) <= MAX_TOKENS
+    ]
     return short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
 
 
@@ -90,38 +100,29 @@ def _write(path: Path, problems: Sequence[Chat]) -> None:
     path.write_text("".join(json.dumps({"messages": problem.messages}) + "\n" for problem in problems))
 
 
-def _finetune(method: Method, out: Path) -> None:
-    """Runs one method in a process of its own, so that its peak memory is its own."""
+def _finetune(method: Method, out: Path) -> dict[str, Any]:
+    """Runs one method in a process of its own, so that its peak memory is its own, and returns what it reports."""
     arguments = ["finetune", "--model", str(out / "base"), "--data", str(out / "train.jsonl")]
     arguments += ["--eval-data", str(out / "held-out.jsonl"), "--out", str(out / method.folder), *method.options]
     arguments += ["--rank", str(RANK), "--steps", str(STEPS), "--lr", str(LEARNING_RATE)]
     arguments += ["--batch-size", str(BATCH), "--grad-accum", "1", "--max-length", str(MAX_TOKENS), "--seed", str(SEED)]
     print(f"\n$ pissa {shlex.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "pissa", *arguments]).returncode
-    if code:
-        raise UserError(f"the run of {method.name} failed (exit code {code}); its message is above")
+    done = subprocess.run([sys.executable, "-m", "pissa", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"the run of {method.name} failed (exit code {done.returncode}); its message is above")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
-def _rows(out: Path, method: Method) -> tuple[list[dict[str, Any]], list[float]]:
-    """Returns the training steps of a run, and its held-out losses before and after."""
-    from pissa.cli.metrics import read_metrics
-
-    rows = read_metrics(out / method.folder)
-    return [row for row in rows if "loss" in row], [row["eval_loss"] for row in rows if "eval_loss" in row]
-
-
-def _draw(out: Path) -> None:
+def _draw(results: dict[str, dict[str, Any]], picture: Path) -> None:
     from pissa.cli.plot import Curve, plot_losses
 
-    curves = []
-    for method in METHODS:
-        steps, _ = _rows(out, method)
-        curves.append(Curve(method.name, [row["step"] for row in steps], [row["loss"] for row in steps]))
+    curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
-    plot_losses(curves, out / PICTURE_FILE, title)
+    plot_losses(curves, picture, title)
 
 
-def _table(out: Path) -> str:
+def _table(results: dict[str, dict[str, Any]]) -> str:
     header = [
         "method",
         f"loss, mean of\nsteps {COMPARED_STEP - 4}-{COMPARED_STEP}",
@@ -132,23 +133,19 @@ def _table(out: Path) -> str:
         "peak memory\n(MiB)",
         "trainable\nparameters",
     ]
-    table = []
-    for method in METHODS:
-        steps, held_out = _rows(out, method)
-        losses = [row["loss"] for row in steps]
-        trainable = json.loads((out / method.folder / RUN_FILE).read_text())["trainable_parameters"]
-        table.append(
-            [
-                method.name,
-                f"{statistics.mean(losses[COMPARED_STEP - 5 : COMPARED_STEP]):.4f}",
-                f"{statistics.mean(losses[-5:]):.4f}",
-                f"{held_out[0]:.4f}",
-                f"{held_out[-1]:.4f}",
-                f"{statistics.median(row['seconds'] for row in steps):.2f}",
-                f"{steps[-1]['peak_memory_mib']:,.0f}",
-                f"{trainable:,}",
-            ]
-        )
+    table = [
+        [
+            name,
+            f"{statistics.mean(result['losses'][COMPARED_STEP - 5 : COMPARED_STEP]):.4f}",
+            f"{statistics.mean(result['losses'][-5:]):.4f}",
+            f"{result['held_out'][0]:.4f}",
+            f"{result['held_out'][-1]:.4f}",
+            f"{result['seconds_per_step']:.2f}",
+            f"{result['peak_memory_mib']:,.0f}",
+            f"{result['trainable_parameters']:,}",
+        ]
+        for name, result in results.items()
+    ]
     return format_table(header, table)
 
 

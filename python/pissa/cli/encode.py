@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from pissa.cli.data import Chat
 from pissa.cli.terminal import UserError
@@ -25,47 +21,32 @@ _ALPACA = (
 )
 
 
-@dataclass(frozen=True)
-class Example:
-    """Tokens and labels of one chat, of equal length; the labels of the prompt are IGNORED."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The examples, the number of answers that were cut, and the number of prompts that left no room for an answer."""
-
-    examples: list[Example]
-    cut: int
-    dropped: int
-
-    @property
-    def longest(self) -> int:
-        return max(len(example.input_ids) for example in self.examples)
-
-
-def encode(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict[str, list[int]]], int, int]:
     """Tokenizes chats and cuts each after `max_length` tokens.
+
+    TRL's own tokens of a chat would have the line break that a template puts after an answer in the loss.
+
+    Returns:
+        Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
+        the number of chats that are left out, since their prompt leaves no room for an answer.
 
     Raises:
         UserError: no chat fits, or the tokenizer's template cannot express one.
     """
-    examples, cut = [], 0
+    rows, cut = [], 0
     for chat in chats:
-        prompt, answer = prompt_and_answer(chat, tokenizer)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
-        room = max_length - len(prompt_ids)
-        if room < 1:
-            continue
-        cut += len(answer_ids) > room
-        answer_ids = answer_ids[:room]
-        examples.append(Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids))
-    if not examples:
+        prompt, answer = (
+            tokenizer(text, add_special_tokens=False).input_ids for text in prompt_and_answer(chat, tokenizer)
+        )
+        room = max_length - len(prompt)
+        if room > 0:
+            cut += len(answer) > room
+            rows.append({"input_ids": prompt + answer[:room], "labels": [IGNORED] * len(prompt) + answer[:room]})
+    if not rows:
         raise UserError(f"no prompt of {len(chats)} is shorter than --max-length {max_length} tokens; raise it")
-    return Encoded(examples, cut, len(chats) - len(examples))
+    return rows, cut, len(chats) - len(rows)
 
 
 def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -104,22 +85,3 @@ def _alpaca(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     # A template writes the start token itself. Without one, we write it if the tokenizer starts texts with it.
     starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return (tokenizer.bos_token if starts else "") + _ALPACA.format(instruction=question), answer
-
-
-class Collator:
-    """Pads examples at the right to one length: int64 tensors input_ids, attention_mask and labels, [batch, length]."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        length = max(len(example.input_ids) for example in examples)
-
-        def padded(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
-        return {
-            "input_ids": padded([example.input_ids for example in examples], self.pad_token_id),
-            "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
-            "labels": padded([example.labels for example in examples], IGNORED),
-        }

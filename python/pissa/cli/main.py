@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
+from typing import Any
 
 from pissa.cli.terminal import UserError
 
-# The commands and their help. Each is a module of its name with `add_arguments(parser)` and `run(args)`, imported only
-# if its command is given.
+# The commands and their help. Each is a module of its name with `run(args)`, and with `add_arguments(parser)`, or
+# `options()` that returns a parser; it is imported only if its command is given.
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
+    "dpo": "train a causal language model on your preferences",
     "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
     "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
     "merge": "merge an adapter into a checkpoint on disk, in little memory",
@@ -21,11 +23,14 @@ COMMANDS = {
     "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
     "run": "run a program that trains with PEFT: its PiSSA and 4-bit LoRA are ours",
     "env": "report versions and whether everything works",
+    "completion": "print what a shell needs to complete these commands",
 }
 
 # What an interrupted command leaves.
 _INTERRUPTED = {
+    "completion": "nothing is written",
     "convert": "nothing is written",
+    "env": "nothing is written",
     "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
@@ -34,7 +39,7 @@ _INTERRUPTED = {
 }
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.
-_CLI_PACKAGES = ("accelerate", "matplotlib", "peft", "safetensors", "tqdm", "transformers")
+_CLI_PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "safetensors", "shtab", "tqdm", "transformers", "trl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv, argparse.Namespace(is_process=is_process))
+    command = next(iter(argv), "")
     try:
+        args = parser_for([command]).parse_args(argv, argparse.Namespace(is_process=is_process, argv=argv[1:]))
         code: int = args.run(args)
         return code
     except UserError as error:
@@ -59,25 +65,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in _CLI_PACKAGES:
             raise
         message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
-    except KeyboardInterrupt:
-        left = _INTERRUPTED.get(args.command, "a run that has begun goes on with --resume")
+    except KeyboardInterrupt as stop:
+        left = str(stop) or _INTERRUPTED.get(command, "a run that has begun goes on with --resume")
         message, code = f"interrupted; {left}", 130
-    print(f"pissa {args.command}: {message}", file=sys.stderr)
+    print(f"pissa {command}: {message}", file=sys.stderr)
     return code
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser for `argv`. Only a command that `argv` names gets its arguments."""
+def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
+    """A parser of all commands. Only those that are named get their arguments."""
     parser = argparse.ArgumentParser(
         prog="pissa", description="Fine-tune language models with PiSSA and QPiSSA (arXiv 2404.02948)."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
+        module = import_module(f"pissa.cli.{name}") if name in named else None
+        # TRL's parsers have a usage of a hundred lines.
+        own: dict[str, Any] = {}
+        if options := getattr(module, "options", None):
+            own = {"parents": [options()], "usage": f"pissa {name} [options]; --help lists them"}
         description = f"{text[0].upper()}{text[1:]}."
-        command = commands.add_parser(name, help=text, description=description, formatter_class=_ShowDefaults)
-        if name in argv:
-            module = import_module(f"pissa.cli.{name}")
-            module.add_arguments(command)
+        command = commands.add_parser(name, help=text, description=description, formatter_class=_ShowDefaults, **own)
+        if module is not None:
+            if not own:
+                module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
 

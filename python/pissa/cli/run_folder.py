@@ -1,23 +1,31 @@
-"""The folder of a run: whether it is new or can be resumed, and run.json."""
+"""The folder of a run: whether it is new or can be resumed, and run.yaml."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from pissa.cli.terminal import UserError
 from pissa.files.staged import Staged, check_unused
 
-RUN_FILE = "run.json"
+RUN_FILE = "run.yaml"
 PICTURE_FILE = "loss.png"
 
-# The arguments that decide what is trained. A resumed run must have the same.
-_IDENTITY = (
-    *("model", "data", "eval_data", "max_length"),
-    *("method", "quant", "quant_iters", "rank", "svd", "svd_passes", "dtype"),
-    *("steps", "epochs", "lr", "warmup_ratio", "batch_size", "grad_accum", "seed"),
+# Beginnings of the options that a resumed run may have otherwise: where it writes, what it reports, when it evaluates.
+_FREE = (
+    *(
+        "output_dir",
+        "resume",
+        "json",
+        "report_to",
+        "run_name",
+        "project",
+        "trackio",
+        "disable_tqdm",
+        "logging_",
+        "log_",
+    ),
+    *("save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp", "use_cpu"),
 )
 
 
@@ -33,38 +41,44 @@ def check_new_folder(out: Path) -> None:
         raise UserError(f"--out {error}") from error
 
 
-def check_resumable(args: argparse.Namespace) -> None:
-    """Refuses to resume in a folder that holds no run, or a run with other arguments.
+def recorded(out: Path) -> dict[str, Any]:
+    """The options of the run that a folder holds.
 
     Raises:
-        UserError: naming every argument that differs.
+        UserError: it holds none.
     """
-    path = args.out / RUN_FILE
-    if not path.is_file():
-        raise UserError(f"--resume: {args.out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
-    recorded, now = json.loads(path.read_text()), _identity(args)
-    changed = [name for name in _IDENTITY if recorded.get(name) != now[name]]
-    if changed:
-        what = "; ".join(f"--{name.replace('_', '-')} was {recorded.get(name)}, is {now[name]}" for name in changed)
-        raise UserError(f"--resume: {args.out} holds another run: {what}; give the same arguments or another --out")
+    import yaml
+
+    if not (out / RUN_FILE).is_file():
+        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
+    options: dict[str, Any] = yaml.safe_load((out / RUN_FILE).read_text())
+    return options
 
 
-def record_run(args: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Makes the folder and writes run.json: the arguments that decide what is trained, and `facts`."""
-    with Staged(args.out) as staged:
-        staged.path(RUN_FILE).write_text(json.dumps(_identity(args) | facts, indent=2) + "\n")
+def check_same(out: Path, options: dict[str, Any]) -> None:
+    """Refuses to go on with a run that had other options.
+
+    Raises:
+        UserError: naming every option that differs.
+    """
+    from pissa.cli.options import flag
+
+    before = recorded(out)
+    names = [name for name in options if not name.startswith(_FREE) and before.get(name) != options[name]]
+    if names:
+        what = "; ".join(f"{flag(name)} was {before.get(name)}, is {options[name]}" for name in names)
+        raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out")
+
+
+def record(out: Path, options: dict[str, Any]) -> None:
+    """Makes the folder and writes run.yaml, which --config takes."""
+    import yaml
+
+    with Staged(out) as staged:
+        staged.path(RUN_FILE).write_text(yaml.safe_dump(options, sort_keys=False))
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one has it."""
     complete = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written; its folder's name says it."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _identity(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _IDENTITY}
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

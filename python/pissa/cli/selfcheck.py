@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+_NOT_THE_MODELS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
 
 class SelfCheck(NamedTuple):
-    """The relative difference of the logits with and without the adapter, and the largest that rounding explains."""
+    """The relative difference of the logits with and without the adapter, the largest that rounding explains, and the
+    norm of the logits, over a number of `tokens`."""
 
     difference: float
     bound: float
+    norm: float
+    tokens: int
 
     @property
     def passed(self) -> bool:
         return self.difference <= self.bound  # False for NaN
 
 
-def step0_check(model: PeftModel, batch: dict[str, Tensor], dtype: torch.dtype) -> SelfCheck:
+def step0_check(model: PeftModel, batch: dict[str, Any], dtype: torch.dtype) -> SelfCheck:
     """Compares the logits before training with the adapter enabled (the model) and disabled (the base).
 
     Both passes compute the same function and may round differently. With k the inner dimension of an adapted layer, a
@@ -34,24 +40,26 @@ def step0_check(model: PeftModel, batch: dict[str, Tensor], dtype: torch.dtype) 
 
     Args:
         model: with one active adapter.
-        batch: input_ids and attention_mask, [batch, length]; padding is left out of the comparison.
+        batch: as a trainer of TRL collates it; tokens that attention_mask leaves out are not compared.
         dtype: of the base model.
     """
     was_training = model.training
     model.eval()
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    inputs = send_to_device({key: batch[key] for key in batch if key not in _NOT_THE_MODELS}, model.device)
     with torch.no_grad():
         enabled = _logits(model, inputs)
         with model.disable_adapter():
             disabled = _logits(model, inputs)
     model.train(was_training)
-    difference = torch.linalg.vector_norm(enabled - disabled) / torch.linalg.vector_norm(disabled)
+    norm = torch.linalg.vector_norm(disabled).item()
+    difference = torch.linalg.vector_norm(enabled - disabled).item() / norm
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     summation = math.sqrt(sum(2 * layer.in_features for layer in layers)) * torch.finfo(torch.float32).eps / 2
     bound = summation + math.sqrt(len(layers)) * torch.finfo(dtype).eps
-    return SelfCheck(difference.item(), bound)
+    return SelfCheck(difference, bound, norm, len(disabled))
 
 
-def _logits(model: PeftModel, inputs: dict[str, Tensor]) -> Tensor:
+def _logits(model: PeftModel, inputs: dict[str, Any]) -> Tensor:
     logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits[inputs["attention_mask"].bool()].float()
+    mask = inputs.get("attention_mask")
+    return (logits.flatten(0, 1) if mask is None else logits[mask.bool()]).float()

@@ -49,8 +49,12 @@ def silence_third_parties() -> None:
     """Silences messages of other packages that would litter the screen. Call it before peft and transformers load."""
     # peft asks transformers for an attribute that transformers has renamed; nothing can be done about it here.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # TRL's own defaults have what transformers calls by another name now.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     # peft imports an installed bitsandbytes, which reports an optional kernel package at every start.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The Trainer says which special tokens of the model it sets to those of the tokenizer.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     # These bars last a tenth of a second ("Loading weights", "Writing model shards") between our own lines.

@@ -1,80 +1,268 @@
-"""The training loop: transformers' Trainer with the paper's settings."""
+"""What `pissa finetune` and `pissa dpo` do: wrap a model, check it, have TRL train it, save the adapter."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
+import contextlib
+import json
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from peft import PeftModel
-from transformers import Trainer, TrainingArguments
+import datasets
+import torch
+import trl
+from accelerate import DistributedType
+from peft import get_peft_model
+from transformers import AutoProcessor, set_seed
 from transformers.trainer_callback import ProgressCallback
+from trl.trainer.utils import create_model_from_path
 
-from pissa.cli.encode import Collator, Example
-from pissa.cli.metrics import LossBar, MetricsCallback, truncate_metrics
-from pissa.cli.run_folder import checkpoint_step, last_checkpoint
-from pissa.cli.terminal import say
+import pissa
+from pissa.cli.callbacks import Costs, LossBar, SaveAndStop
+from pissa.cli.data import is_records
+from pissa.cli.options import AUTO, adapter_config, as_dict, lora_config, parse, settle
+from pissa.cli.plot import Curve, plot_losses
+from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, check_same, last_checkpoint, record, recorded
+from pissa.cli.selfcheck import SelfCheck, step0_check
+from pissa.cli.terminal import UserError, say
+from pissa.files.messages import first_line
+from pissa.files.pissa_layout import PISSA_RECORD
+from pissa.files.plain_lora import inexact_lora
+from pissa.files.record import AdapterRecord
+from pissa.notices import InexactLoraWarning
+
+Rows = Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
+"""Reads a file of records, or the built-in data, for the trainer, with a note on what was cut: (source, seed,
+tokenizer, most tokens)."""
+Check = Callable[[Any, SelfCheck], tuple[str, bool]]
+"""Checks a trainer before its first step, beside the logits: what it found, and whether that is right."""
 
 
-def train(
-    model: PeftModel,
-    examples: Sequence[Example],
-    held_out: Sequence[Example] | None,
-    collate: Collator,
-    args: argparse.Namespace,
-) -> None:
-    """Trains the adapter, with --resume from the last checkpoint on, and evaluates it before and after.
+def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda trainer, found: ("", True)) -> int:
+    """Runs one training by TRL's trainer of a kind. Returns the exit code.
 
-    AdamW without weight decay, cosine schedule with warm-up (arXiv 2404.02948, section 5). Writes metrics.jsonl and
-    checkpoints to `args.out`.
+    Raises:
+        UserError: for wrong options, files and models.
     """
-    if args.gradient_checkpointing:
-        model.config.use_cache = False
-        # transformers 5.24 has renamed it.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    trainer = Trainer(
-        model=model,
-        args=_arguments(args, len(examples)),
-        train_dataset=examples,
-        eval_dataset=held_out,
-        data_collator=collate,
-        callbacks=[MetricsCallback(args.out)],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar)
-    checkpoint = last_checkpoint(args.out) if args.resume else None
-    done = checkpoint_step(checkpoint) if checkpoint else -1
-    truncate_metrics(args.out, done)
+    ours, training, mixture = parse(args.argv, kind)
+    with contextlib.ExitStack() as stack:
+        if training.process_index or ours.json:
+            screen = stack.enter_context(open(os.devnull, "w")) if training.process_index else sys.stderr
+            stack.enter_context(contextlib.redirect_stdout(screen))
+        split = _settle(ours, training, mixture)
+        processor = _loaded(ours, training, AutoProcessor.from_pretrained)
+        train, held_out = _data(ours, training, mixture, rows, getattr(processor, "tokenizer", processor))
+        model = _model(ours, training, split)
+        datasets.disable_progress_bars()
+        training.dataloader_pin_memory &= training.device.type != "cpu"
+        stop = SaveAndStop()
+        trainer: Any = getattr(trl, f"{kind}Trainer")(
+            model,
+            args=training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processor,
+            callbacks=[Costs(), stop],
+        )
+        if not training.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(LossBar)
+        result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
+        result["check"] = _check(trainer, check, getattr(torch, ours.dtype))
+        if passed := result["check"]["passed"]:
+            if training.learning_rate == AUTO:
+                found = pissa.suggest_lr(model, [_batch(trainer)])
+                training.learning_rate = found.rate
+                say("rate", found.sentence)
+            if trainer.is_world_process_zero() and not ours.resume:
+                record(Path(training.output_dir), as_dict(ours, training, mixture))
+            _train(trainer, ours, stop, f"pissa {args.command}")
+            result |= _report(trainer, ours, split)
+        trainer.accelerator.end_training()
+    if ours.json and not training.process_index:
+        print(json.dumps(result, indent=2))
+    return 0 if passed else 1
+
+
+# ---- Before ----------------------------------------------------------------------------------------------------------
+
+
+def _settle(ours: Any, training: Any, mixture: Any) -> bool:
+    """Completes and checks the options. Returns whether `pissa init` has split the model."""
+    data = ours.dataset_name or mixture.datasets
+    for name, value in {"model": ours.model_name_or_path, "data": data, "out": training.output_dir}.items():
+        if not value:
+            raise UserError(f"--{name} is missing; needed: --model, --data and --out")
+    folder, out = Path(ours.model_name_or_path), Path(training.output_dir)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: found no config.json in it; needed: a folder of a model, or a name")
+    split = (folder / PISSA_RECORD).is_file()
+    if ours.method == "lora" and split:
+        raise UserError(
+            f"--method lora: {folder} holds residuals, which lack what PiSSA starts from; give the model that was split"
+        )
+    if ours.method == "lora" and ours.quant:
+        raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
+    if ours.quant_iters not in (None, 1) and not ours.quant and not split:
+        raise UserError(f"--quant-iters {ours.quant_iters} needs --quant: nothing else is quantised")
+    try:
+        config = AdapterRecord.read(folder / PISSA_RECORD).config if split else adapter_config(ours, training.seed)
+        base = json.loads((folder / "config.json").read_text()) if split else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder}: {error}") from error
+    settle(ours, config, split)
+    ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
+    if ours.resume:
+        if training.learning_rate == AUTO:
+            training.learning_rate = recorded(out)["learning_rate"]
+        check_same(out, as_dict(ours, training, mixture))
+    elif training.process_index == 0:
+        check_new_folder(out)
+    return split
+
+
+def _data(ours: Any, training: Any, mixture: Any, rows: Rows, tokenizer: Any) -> tuple[Any, Any]:
+    """What to train on and what is held out, as TRL takes it."""
+
+    def source(label: str, name: str, split: str) -> Any:
+        if is_records(name):
+            found, note = rows(name, training.seed, tokenizer, training.max_length)
+            say(label, f"{name}, {len(found):,} examples{note}")
+            return datasets.Dataset.from_list(found)
+        say(label, f"{name}, split {split}")
+        try:
+            return datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(
+                f"{name}: cannot be loaded as a data set: {first_line(error)}; allowed: a .jsonl or .json file, the "
+                f"folder or name of a data set with the split {split}, or the built-in gsm-symbolic"
+            ) from error
+
+    if mixture.datasets:
+        both = trl.get_dataset(mixture)
+        return both["train"], both.get("test")
+    asked = training.eval_strategy != "no" and not is_records(ours.dataset_name)
+    held_out = ours.eval_data or (ours.dataset_name if asked else None)
+    train = source("data", ours.dataset_name, ours.dataset_train_split)
+    return train, source("held out", held_out, ours.dataset_test_split) if held_out else None
+
+
+def _loaded(ours: Any, training: Any, load: Callable[..., Any], **options: Any) -> Any:
+    name = ours.model_name_or_path
+    try:
+        return load(name, revision=ours.model_revision, trust_remote_code=training.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--model {name}: cannot be loaded as a causal language model with its tokenizer: {first_line(error)}; "
+            "needed: a folder that save_pretrained wrote, or a name on the model hub"
+        ) from error
+
+
+def _model(ours: Any, training: Any, split: bool) -> Any:
+    """The wrapped model."""
+    dtype = getattr(torch, ours.dtype)
+    if split:
+        try:
+            model = pissa.load(ours.model_name_or_path, dtype=dtype, device=training.device)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
+    else:
+        options = {"dtype": dtype, "attn_implementation": ours.attn_implementation}
+        if training.world_size > 1:  # a single process has the model spread over its GPUs
+            whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU
+            options["device_map"] = {"": training.device} if whole else None
+        options |= training.model_init_kwargs or {}
+        training.model_init_kwargs = None  # TRL would say that it ignores them
+        model = _wrapped(_loaded(ours, training, create_model_from_path, **options), ours, training)
+    trainable, total = model.get_nb_trainable_parameters()
+    cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
+    say("model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
+    share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
+    say("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
+    return model
+
+
+def _wrapped(model: Any, ours: Any, training: Any) -> Any:
+    config = adapter_config(ours, training.seed)
+    set_seed(training.seed)  # LoRA's A is random
+    try:
+        if ours.method == "lora":
+            return get_peft_model(model, lora_config(config))
+        return pissa.wrap(model, config, progressbar=not training.process_index)
+    except (TypeError, ValueError) as error:  # a rank above a layer's size, NaN in a weight: the message names it
+        raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
+
+
+def _method_name(ours: Any) -> str:
+    return {"lora": "LoRA", "pissa": f"QPiSSA ({ours.quant})" if ours.quant else "PiSSA"}[ours.method]
+
+
+def _batch(trainer: Any) -> Any:
+    """The first examples, as the trainer takes them."""
+    size = range(trainer.args.per_device_train_batch_size)
+    return trainer.data_collator([row for row, _ in zip(trainer.train_dataset, size, strict=False)])
+
+
+def _check(trainer: Any, more: Check, dtype: torch.dtype) -> dict[str, Any]:
+    found = step0_check(trainer.model, _batch(trainer), dtype)
+    text, right = more(trainer, found)
+    say("check", f"logits at step 0 differ by {found.difference:.1e} from the base's (bound {found.bound:.1e}){text}")
+    passed = found.passed and right
+    if not passed:
+        say("check", "FAILED: the adapter changes the model before it is trained; please report this with `pissa env`")
+    return {"difference": found.difference, "bound": found.bound, "passed": passed}
+
+
+# ---- Training, and after ---------------------------------------------------------------------------------------------
+
+
+def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
+    """Trains, from a checkpoint on if asked, evaluates before and after, and saves."""
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    checkpoint = args.resume_from_checkpoint or (last_checkpoint(out) if ours.resume else None)
     if checkpoint:
-        say("resume", f"after step {done}")
-    elif held_out:
-        trainer.evaluate()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        say("resume", f"from {checkpoint}")
+    args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
+    with warnings.catch_warnings():
+        # Said once at the end, not across the progress bar at the first checkpoint.
+        warnings.simplefilter("ignore", InexactLoraWarning)
+        # Several processes would not all hear of it in the same step.
+        with stop.listening() if args.world_size == 1 else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.requested:
+            raise KeyboardInterrupt(
+                f"saved after step {trainer.state.global_step}; go on by: {command} --config {out / RUN_FILE} --resume"
+            )
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
+
+
+def _report(trainer: Any, ours: Any, split: bool) -> dict[str, Any]:
+    """Draws the losses, says how the run went, and returns it."""
+    out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
+    steps = [row for row in history if "loss" in row]
+    losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
+    seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
+    if trainer.is_world_process_zero():
+        curve = Curve(_method_name(ours), [row["step"] for row in steps], losses)
+        title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
+        plot_losses([curve], Path(out) / PICTURE_FILE, title)
+    first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
+    say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
-        trainer.evaluate()
-
-
-def _arguments(args: argparse.Namespace, examples: int) -> TrainingArguments:
-    steps_per_epoch = math.ceil(math.ceil(examples / args.batch_size) / args.grad_accum)
-    steps = args.steps or math.ceil(args.epochs * steps_per_epoch)
-    return TrainingArguments(
-        output_dir=str(args.out),
-        max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.grad_accum,
-        learning_rate=args.lr,
-        weight_decay=0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(args.warmup_ratio * steps),
-        logging_steps=1,
-        save_steps=args.save_steps,
-        save_total_limit=2,
-        seed=args.seed,
-        data_seed=args.seed,
-        remove_unused_columns=False,  # the collator takes Examples, which have no columns
-        dataloader_pin_memory=False,
-        use_cpu=True,  # pissa.ops computes on the CPU
-        report_to="none",
-    )
+        say("held out", f"loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
+    say("cost", f"{seconds:.2f} s per step (median), peak memory {memory:,.0f} MiB")
+    say("saved", f"{out}: the adapter, {RUN_FILE}, {PICTURE_FILE}, checkpoints")
+    say("next", f"pissa merge {out} NEW_FOLDER --base {model}")
+    if ours.quant:
+        exactly = f'pissa.load("{model}", adapter="{out}") has it exactly.' if split else ""
+        say("note", f"{inexact_lora([ours.quant])} {exactly}".strip())
+    costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
+    return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
 import subprocess
@@ -13,7 +15,6 @@ import pytest
 
 from pissa.cli import demo, main
 from pissa.cli.data import Chat
-from pissa.cli.metrics import read_metrics
 from pissa.cli.sources import find_package, unpack_smollm2
 from tiny_model import save_tiny_model
 
@@ -27,13 +28,23 @@ def sums(source: str, seed: int) -> list[Chat]:
     return [Chat(f"{source}:{i}", list(turn)) for i, turn in enumerate(turns)]
 
 
+def logged(out: Path) -> tuple[list[float], list[float]]:
+    """The losses of the steps of a run, and those of the held-out data."""
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row], [
+        row["eval_loss"] for row in history if "eval_loss" in row
+    ]
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo with a random model, six steps, and the three runs in this process."""
 
-    def run(command: list[str]) -> Any:
+    def run(command: list[str], **options: Any) -> Any:
         assert command[:3] == [sys.executable, "-m", "pissa"]
-        return subprocess.CompletedProcess(command, main(command[3:]))
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            code = main(command[3:])
+        return subprocess.CompletedProcess(command, code, output.getvalue())
 
     monkeypatch.setattr(demo, "read_chats", sums)
     monkeypatch.setattr(demo, "unpack_smollm2", save_tiny_model)
@@ -43,12 +54,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("command", [["demo"], ["finetune", "--demo"]])
-def test_the_demo_compares_three_methods(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_compares_three_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    assert main([*command, "--out", str(out)]) == 0
+    assert main(["demo", "--out", str(out)]) == 0
     text = capsys.readouterr().out
 
     lines = text.split("\n")
@@ -58,9 +66,7 @@ def test_the_demo_compares_three_methods(
     cells = {line.split()[0]: line.split()[1:] for line in lines[head + 2 : head + 5]}
     assert list(cells) == ["PiSSA", "QPiSSA", "LoRA"]
     for method, folder in (("PiSSA", "pissa"), ("QPiSSA", "qpissa"), ("LoRA", "lora")):
-        rows = read_metrics(out / folder)
-        losses = [row["loss"] for row in rows if "loss" in row]
-        held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        losses, held_out = logged(out / folder)
         expected = [statistics.mean(losses[:5]), statistics.mean(losses[1:]), *held_out]
         assert cells[method][:4] == [f"{value:.4f}" for value in expected]
         assert cells[method][6] == "3,904"
@@ -74,7 +80,7 @@ def test_the_demo_compares_three_methods(
     assert len(train) == 12
     assert not train & set((out / "held-out.jsonl").read_text().split("\n"))
 
-    assert main([*command, "--out", str(out)]) == 2
+    assert main(["demo", "--out", str(out)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
@@ -82,7 +88,7 @@ def test_the_demo_compares_three_methods(
 def test_a_run_that_fails_ends_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 9))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 9))
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "the run of PiSSA failed (exit code 9)" in capsys.readouterr().err
 
@@ -99,9 +105,7 @@ def test_the_demo_shows_the_papers_result(tmp_path: Path, capfd: pytest.CaptureF
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     at_50 = {}
     for method in demo.METHODS:
-        rows = read_metrics(tmp_path / "demo" / method.folder)
-        losses = [row["loss"] for row in rows if "loss" in row]
-        held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        losses, held_out = logged(tmp_path / "demo" / method.folder)
         at_50[method.name] = statistics.mean(losses[45:50])
         assert held_out[-1] < held_out[0]
     assert at_50["PiSSA"] < at_50["LoRA"]
@@ -121,7 +125,7 @@ def test_on_gsm8k_pissa_learns_faster_than_lora(tmp_path: Path) -> None:
         arguments += ["--out", tmp_path / method.folder, *method.options, "--steps", 100, "--lr", demo.LEARNING_RATE]
         arguments += ["--batch-size", 2, "--grad-accum", 1, "--max-length", 256]
         assert main(["finetune", *map(str, arguments)]) == 0
-        losses = [row["eval_loss"] for row in read_metrics(tmp_path / method.folder) if "eval_loss" in row]
-        assert losses[-1] < losses[0]
-        after[method.name] = losses[-1]
+        _, held_out_losses = logged(tmp_path / method.folder)
+        assert held_out_losses[-1] < held_out_losses[0]
+        after[method.name] = held_out_losses[-1]
     assert after["PiSSA"] < after["LoRA"]

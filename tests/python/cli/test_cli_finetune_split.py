@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pissa
@@ -44,8 +45,8 @@ def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     exact = ("step", "loss", "learning_rate")
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{key: row[key] for key in exact} for row in map(json.loads, lines)]
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [{key: row[key] for key in exact} for row in history if "loss" in row]
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -63,18 +64,17 @@ def test_it_is_the_run_of_the_dense_model(
     assert rows(tmp_path / "split") == rows(tmp_path / "dense")
     for name in (WEIGHTS, "pissa.safetensors", "adapter_config.json"):
         assert (tmp_path / "split" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
-    run = json.loads((tmp_path / "split" / "run.json").read_text())
-    assert (run["quant"], run["rank"], run["svd"], run["dtype"]) == ("nf4", 4, "krylov", "float32")
-    assert (
-        run["trainable_parameters"] == json.loads((tmp_path / "dense" / "run.json").read_text())["trainable_parameters"]
-    )
+    run, dense = (yaml.safe_load((tmp_path / name / "run.yaml").read_text()) for name in ("split", "dense"))
+    assert (run["quant"], run["r"], run["svd"], run["dtype"]) == ("nf4", 4, "krylov", "float32")
+    assert {name for name in run if run[name] != dense[name]} <= {"model_name_or_path", "output_dir", "target_modules"}
+    assert f'pissa.load("{split}", adapter="{tmp_path / "split"}") has it exactly' in said.out
 
 
 def test_it_is_resumed(split: Path, data: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(command(split, data, whole)) == 0
     shutil.copytree(whole, cut)
-    for path in (cut / WEIGHTS, cut / "checkpoint-4" / "trainer_state.json"):
+    for path in (cut / WEIGHTS, cut / "trainer_state.json", cut / "checkpoint-4" / "trainer_state.json"):
         path.unlink()
     assert main(command(split, data, cut, "--resume")) == 0
     assert rows(cut) == rows(whole)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from pissa.cli.data import Chat, read_chats
-from pissa.cli.encode import IGNORED, Collator, Example, encode, prompt_and_answer
+from pissa.cli.data import Chat, read_chats, read_preferences
+from pissa.cli.encode import IGNORED, encode, prompt_and_answer
 from pissa.cli.terminal import UserError
 
 CHAT = (
@@ -156,26 +155,33 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 # ---- Tokens ----
 
 
+def encoded(chats: list[Chat], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens and labels of the only chat."""
+    (row,), cut, left_out = encode(chats, tokenizer, 1000)
+    assert (cut, left_out) == (0, 0)
+    return row["input_ids"], row["labels"]
+
+
 def test_the_loss_sees_the_answer_and_its_end_token_by_token(chat_tokenizer: Any) -> None:
-    (example,) = encode([Chat("", TURNS)], chat_tokenizer, 1000).examples
+    ids, labels = encoded([Chat("", TURNS)], chat_tokenizer)
     prompt = "<|user|>What is 2 + 3?<|end|>\n<|assistant|>"
     answer = "2 + 3 = 5\n#### 5<|end|>"  # without the line break that the template puts after the turn
-    assert chat_tokenizer.decode(example.input_ids) == prompt + answer
+    assert chat_tokenizer.decode(ids) == prompt + answer
     # One token for a byte, and one for each special token.
     prompt_length = len(prompt.replace("<|end|>", "*"))
-    assert len(example.input_ids) == prompt_length + len(answer.replace("<|end|>", "*"))
-    assert example.labels[:prompt_length] == [IGNORED] * prompt_length
-    assert example.labels[prompt_length:] == example.input_ids[prompt_length:]
-    assert IGNORED not in example.labels[prompt_length:]
-    assert example.labels[-1] == chat_tokenizer.convert_tokens_to_ids("<|end|>")
+    assert len(ids) == prompt_length + len(answer.replace("<|end|>", "*"))
+    assert labels[:prompt_length] == [IGNORED] * prompt_length
+    assert labels[prompt_length:] == ids[prompt_length:]
+    assert IGNORED not in labels[prompt_length:]
+    assert labels[-1] == chat_tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 def test_of_a_long_chat_the_last_answer_counts(chat_tokenizer: Any) -> None:
     chat = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And 1 + 1?"}]
-    (example,) = encode([Chat("", [*chat, {"role": "assistant", "content": "2"}])], chat_tokenizer, 1000).examples
-    learned = [token for token in example.labels if token != IGNORED]
+    ids, labels = encoded([Chat("", [*chat, {"role": "assistant", "content": "2"}])], chat_tokenizer)
+    learned = [token for token in labels if token != IGNORED]
     assert chat_tokenizer.decode(learned) == "2<|end|>"
-    assert "#### 5" in chat_tokenizer.decode(example.input_ids)
+    assert "#### 5" in chat_tokenizer.decode(ids)
 
 
 def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any) -> None:
@@ -185,9 +191,9 @@ def test_without_a_template_the_prompt_is_alpaca(tokenizer: Any) -> None:
         "\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:"
     )
     assert answer == "2 + 3 = 5\n#### 5</s>"
-    (example,) = encode([Chat("", TURNS)], tokenizer, 1000).examples
-    assert example.input_ids.count(tokenizer.bos_token_id) == 1
-    assert example.input_ids[-1] == example.labels[-1] == tokenizer.eos_token_id
+    ids, labels = encoded([Chat("", TURNS)], tokenizer)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == labels[-1] == tokenizer.eos_token_id
 
     with pytest.raises(UserError, match=r"f:9: .* no chat template.* found system, user, assistant"):
         prompt_and_answer(Chat("f:9", [{"role": "system", "content": "x"}, *TURNS]), tokenizer)
@@ -206,24 +212,60 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, monkeypa
 
 def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> None:
     records = [Chat("", TURNS), Chat("", [{"role": "user", "content": "x"}, TURNS[1]])]
-    whole = encode(records, chat_tokenizer, 1000)
-    assert (whole.cut, whole.dropped) == (0, 0)
-    prompt_length = whole.examples[0].labels.count(IGNORED)
+    whole, cut, left_out = encode(records, chat_tokenizer, 1000)
+    assert (cut, left_out) == (0, 0)
+    prompt_length = whole[0]["labels"].count(IGNORED)
 
-    cut = encode(records, chat_tokenizer, prompt_length + 1)
-    assert (cut.cut, cut.dropped, cut.longest) == (2, 0, prompt_length + 1)
-    assert cut.examples[0].input_ids == whole.examples[0].input_ids[: prompt_length + 1]
-    assert cut.examples[0].labels[-1] != IGNORED
+    rows, cut, left_out = encode(records, chat_tokenizer, prompt_length + 1)
+    assert (cut, left_out, max(len(row["input_ids"]) for row in rows)) == (2, 0, prompt_length + 1)
+    assert rows[0]["input_ids"] == whole[0]["input_ids"][: prompt_length + 1]
+    assert rows[0]["labels"][-1] != IGNORED
 
-    left_out = encode(records, chat_tokenizer, prompt_length)
-    assert (left_out.cut, left_out.dropped, len(left_out.examples)) == (1, 1, 1)
+    rows, cut, left_out = encode(records, chat_tokenizer, prompt_length)
+    assert (cut, left_out, len(rows)) == (1, 1, 1)
     with pytest.raises(UserError, match=r"no prompt of 2 is shorter than --max-length 3"):
         encode(records, chat_tokenizer, 3)
 
 
-def test_a_batch_is_padded_at_the_right_and_the_padding_masked() -> None:
-    batch = Collator(pad_token_id=9)([Example([1, 2, 3], [IGNORED, 2, 3]), Example([4], [4])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+# ---- Preferences ----
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "What is 2 + 3?", "chosen": "2 + 3 = 5\n#### 5", "rejected": "6"},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "6"}]},
+    ],
+)
+def test_preferences_are_two_chats(record: dict[str, Any], tmp_path: Path) -> None:
+    path = file(tmp_path, json.dumps(record))
+    where, other = f"{path}:1", {"role": "assistant", "content": "6"}
+    assert read_preferences(path) == [(Chat(where, TURNS), Chat(where, [TURNS[0], other]))]
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "allowed"),
+    [
+        (GOOD, "an object with the keys 'question', 'answer'", '"chosen" and "rejected"'),
+        ("[1]", "a list", "an object"),
+        ("{", "not JSON", '"rejected"'),
+        ('{"prompt": "q", "chosen": "a", "rejected": 3}', "rejected is a number", "a string"),
+        ('{"prompt": "q", "chosen": " ", "rejected": "b"}', "chosen is empty", "text"),
+        (
+            '{"prompt": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}',
+            "are: user, user",
+            "assistant",
+        ),
+    ],
+)
+def test_a_bad_preference_is_refused_by_file_and_number(line: str, found: str, allowed: str, tmp_path: Path) -> None:
+    good = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+    path = file(tmp_path, good + line.strip() + "\n")
+    with pytest.raises(UserError) as refusal:
+        read_preferences(path)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}:2: ")
+    assert found in message
+    assert allowed in message
+    with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
+        read_preferences(str(tmp_path / "no.jsonl"))

@@ -1,0 +1,21 @@
+"""`pissa completion`: what a shell needs to complete the commands and their options."""
+
+from __future__ import annotations
+
+import argparse
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="put the output where this shell looks for completions")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the script. Returns the exit code."""
+    import shtab
+
+    from pissa.cli.main import COMMANDS, parser_for
+
+    print(shtab.complete(parser_for(COMMANDS), shell=args.shell))
+    return 0

@@ -1,0 +1,165 @@
+"""The options of `pissa finetune` and `pissa dpo`: TRL's, with the paper's defaults, and PissaConfig's fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+import trl
+from peft import LoraConfig
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from yaml import YAMLError
+
+import pissa
+from pissa.cli.arguments import number, passes, positive_int
+from pissa.cli.terminal import UserError
+from pissa.config import default_of
+from pissa.files.messages import first_line
+from pissa.ops.formats import FORMATS
+
+AUTO = "auto"
+
+# Of LoraConfig's fields, those that mean the same to PiSSA and are the user's to choose.
+_STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
+_NAMES = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save")
+_VALUES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "layers_to_transform")
+_OF_LORA = _VALUES + _STRUCTURES + _NAMES
+_NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_OF_LORA) | {"seed"}  # `seed` is the run's
+_METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
+
+_ALIASES = {
+    **{"model_name_or_path": "--model", "dataset_name": "--data", "output_dir": "--out", "r": "--rank"},
+    **{"learning_rate": "--lr", "max_steps": "--steps", "num_train_epochs": "--epochs"},
+    **{"per_device_train_batch_size": "--batch-size", "gradient_accumulation_steps": "--grad-accum"},
+    "warmup_steps": "--warmup-ratio",
+}
+# The paper's schedule and batch of 8 x 16 (arXiv 2404.02948, section 5), and what suits a terminal. An option of the
+# method that is not given is None, but for switches.
+_DEFAULTS: dict[str, Any] = {
+    **{"max_length": 512, "num_train_epochs": 1.0, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "seed": 0},
+    **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": None, "gradient_accumulation_steps": 16},
+    **{"logging_steps": 1, "save_steps": 100, "save_total_limit": 2, "report_to": "none", "output_dir": ""},
+    **{"bf16": False, "gradient_checkpointing": None, "dtype": None},
+    **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
+}
+_structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
+_rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
+_TYPES: dict[str, Any] = {
+    **{"r": positive_int, "quant_iters": positive_int, "svd_passes": passes, "layers_to_transform": list[int]},
+    "learning_rate": lambda text: text if text == AUTO else _rate(text),
+    **dict.fromkeys(_STRUCTURES, _structure),
+    **dict.fromkeys(_NAMES, list[str]),
+}
+_HELP = {
+    "model_name_or_path": "folder of a model, or its name on the hub; or a folder that pissa init has written",
+    "dataset_name": "file of records (.jsonl, .json), folder or name of a data set in TRL's formats, or gsm-symbolic",
+    "learning_rate": f"learning rate at its peak, or {AUTO}: the one that pissa.suggest_lr finds",
+    "r": "rank of the adapters (default: 16)",
+}
+_OWN = (
+    ("eval_data", str, None, "held-out data: its loss before and after"),
+    ("method", str, "pissa", "pissa, or lora: plain LoRA to compare"),
+    ("resume", bool, False, "go on from the last checkpoint in the folder"),
+    ("json", bool, False, "report as one JSON object; lines for people go to stderr"),
+)
+
+
+def _fields(config: type, names: Collection[str]) -> list[tuple[str, Any, Any]]:
+    """Fields of a dataclass with our types, defaults and short names."""
+    hints, found = get_type_hints(config), []
+    for f in (f for f in fields(config) if f.name in names):
+        shown = f" (default: {_METHOD[f.name]})" if isinstance(_METHOD.get(f.name), (str, int, float)) else ""
+        text = _HELP.get(f.name, f.metadata["help"].replace("%", "%%").replace("%%%%", "%%") + shown)
+        options = {"help": text, "aliases": _ALIASES.get(f.name, [])}
+        if choices := tuple(FORMATS) if f.name == "quant" else f.metadata.get("choices"):
+            options["choices"] = choices
+        default = field(default=_DEFAULTS.get(f.name, f.default), metadata=options)
+        found.append((f.name, _TYPES.get(f.name, hints[f.name]), default))
+    return found
+
+
+def trl_parser(kind: str, **options: Any) -> TrlParser:
+    """A parser of our options and of those of one of TRL's trainers: "SFT", "DPO"."""
+    config = getattr(trl, f"{kind}Config")
+    ours = [
+        *_fields(ModelConfig, ("model_name_or_path", "model_revision", "attn_implementation", "dtype")),
+        *_fields(ScriptArguments, {f.name for f in fields(ScriptArguments)} - {"ignore_bias_buffers"}),
+        *((name, kind, field(default=default, metadata={"help": text})) for name, kind, default, text in _OWN),
+        *_fields(pissa.PissaConfig, _METHOD),
+    ]
+    first = make_dataclass("Options", ours, namespace={"_argument_group_name": "model, data and method"})
+    training = make_dataclass("Training", _fields(config, {*_ALIASES, *_DEFAULTS, *_TYPES}), bases=(config,))
+    parser = TrlParser((first, training, DatasetMixtureConfig), **options)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options by their long names; flags win")
+    return parser
+
+
+def parse(argv: Sequence[str], kind: str) -> tuple[Any, Any, Any]:
+    """Our options, the trainer's, and TRL's mixture of data sets.
+
+    Raises:
+        UserError: a YAML file, or values that do not go together.
+    """
+    try:
+        ours, training, mixture, _ = trl_parser(kind).parse_args_and_config(argv)
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        raise UserError(first_line(error)) from error
+    training.__class__ = type(
+        training
+    ).__base__  # it is pickled with each checkpoint, which a class made here cannot be
+    training.per_device_eval_batch_size = training.per_device_eval_batch_size or training.per_device_train_batch_size
+    return ours, training, mixture
+
+
+def as_dict(ours: Any, training: Any, mixture: Any) -> dict[str, Any]:
+    """All options by name, as JSON and YAML have them, without the hub's token."""
+    tokens = {f.name: getattr(training, f.name) for f in fields(training) if f.name.endswith("_token")}
+    options: dict[str, Any] = json.loads(json.dumps(vars(ours) | training.to_dict() | tokens | asdict(mixture)))
+    return {name: value for name, value in options.items() if name != "hub_token"}
+
+
+def flag(name: str) -> str:
+    """How messages spell an option."""
+    return _ALIASES.get(name, f"--{name.replace('_', '-')}")
+
+
+def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
+    """The configuration that the options ask for.
+
+    Raises:
+        UserError: naming the field, what was given and what is allowed.
+    """
+    given = {name: value for name, value in vars(ours).items() if name in _METHOD and value is not None}
+    given = {name: value for name, value in given.items() if value != _METHOD[name]} | {"r": ours.r or 16}
+    for name in ("target_modules", "exclude_modules"):
+        # PEFT takes a text as an expression for whole names, names in a list as their ends.
+        match given.get(name):
+            case [only] if only == "all-linear" or re.search(r"[^\w.]", only):
+                given[name] = only
+    try:
+        return pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
+    except (TypeError, ValueError) as error:
+        raise UserError(first_line(error)) from error
+
+
+def lora_config(config: pissa.PissaConfig) -> LoraConfig:
+    """Plain LoRA of the same rank on the same layers."""
+    return LoraConfig(task_type="CAUSAL_LM", **{name: getattr(config, name) for name in _OF_LORA})
+
+
+def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
+    """Completes the options of the method from a configuration; if it is that of a `split` model, it has the word.
+
+    Raises:
+        UserError: an option was given, and a folder of `pissa init` says otherwise.
+    """
+    for name, default in _METHOD.items():
+        given, value = getattr(ours, name), getattr(config, name)
+        value = sorted(value) if isinstance(value, set) else value
+        if split and given not in (None, value) and not (isinstance(given, bool) and given == default):
+            found = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
+            raise UserError(f"{flag(name)} {given}: {found}; leave {flag(name)} out")
+        setattr(ours, name, value)
