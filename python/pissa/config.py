@@ -108,9 +108,17 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     does.
 
     "all-linear", given or by default, leaves the choice of layers to us. A layer whose smaller side is less than `r`
-    then gets that side as its rank, with the scaling that `r` would give it. Layers that PEFT refuses in a family of
-    models (Mamba's out_proj) are left out. One warning says so. Names and patterns in `target_modules`, and ranks in
+    then gets that side as its rank, with the scaling that `r` would give it. Left out are layers whose weights the
+    model's code may read past an adapter (Mamba's out_proj, x_proj and dt_proj), and those that are linear layers by
+    their class only (Llama 4's router). One warning says so. Names and patterns in `target_modules`, and ranks in
     `rank_pattern`, are taken as given: such a layer is then an error.
+
+    In a model that generates text and sees or hears as well, "all-linear" is its language part: without vision tower,
+    audio tower and projector. (PEFT takes these too.) Nothing warns of that; the logger "pissa" tells it as INFO, and
+    `target_modules` of the wrapped model's configuration has the names. Names and patterns reach every part, as in
+    PEFT: `target_modules=["q_proj", "v_proj"]` wherever there are such layers, with
+    `exclude_modules=r".*vision_tower.*"` not there, r".*(language_model|visual)\\..*_proj" in two parts; and all of it
+    by names, `[name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]`.
 
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and

@@ -20,12 +20,14 @@ from pissa.base.kinds import adopted, base_of
 from pissa.checkpoints.packed import packed_layers
 from pissa.config import IMPLICIT, Form
 from pissa.files.composition import Composition, Part
+from pissa.files.expert_layout import is_mirrored
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import meta_model
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key
 from pissa.files.safetensors_header import Layout
 from pissa.files.source import Source
+from pissa.layers.experts import is_transposed
 from pissa.ops.checks import FLOATS
 
 
@@ -47,6 +49,8 @@ class MergedLayer(NamedTuple):
     """Whether the module's own weight is [in, out]."""
     own_key: str | None = None
     """The adapter's tensor that the adapter was trained on in the place of the checkpoint's weight."""
+    mirrored: bool = False
+    """Whether the factors in the adapter's file are those of the transposed matrix."""
 
     @property
     def tensors(self) -> list[str]:
@@ -175,7 +179,7 @@ class Planner:
         """The unit of a target of the adapter; raises as `MergePlan.of`."""
         layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
         needed = (factors.out, math.prod(factors.row))
-        if layers[0].shape != needed:
+        if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
             raise ValueError(
                 f"layer {layers[0].name} is {list(layers[0].shape)} in {self.source.folder}, and its factors in "
                 f"{self.adapter.weights.path} are for {list(needed)}: it is not the base of the adapter"
@@ -216,10 +220,10 @@ class Planner:
                 f"in {self.source.folder} does not have"
             )
         with self._blamed(key):
-            # As PEFT takes the weights, whose factors these are: of Llama 4's it multiplies the transposed matrices.
-            stack = self.composition.stack(key, len(weights), getattr(module, "is_transposed", False))
+            stack = self.composition.stack(key, len(weights), is_transposed(module))
+        mirrored = is_mirrored(module)
         return tuple(
-            MergedLayer(name, parts, {}, *self._shape(name, parts, 2), IMPLICIT)
+            MergedLayer(name, parts, {}, *self._shape(name, parts, 2), IMPLICIT, mirrored=mirrored)
             for name, parts in zip(factors.layers, stack, strict=True)
         )
 

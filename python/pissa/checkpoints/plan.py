@@ -25,7 +25,7 @@ from pissa.files.model_folder import matrix_of, meta_model
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.plain_lora import factors_of, lora_config
 from pissa.files.source import Source
-from pissa.layers.experts import UnfusedExperts, unfused_experts
+from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
@@ -231,7 +231,7 @@ def _parts(
             key = f"{path}.{leaf}"
             if key not in stacks:
                 experts = inside[path]
-                stacks[key] = composition.stack(key, len(experts), experts.is_transposed)
+                stacks[key] = composition.stack(key, len(experts), is_transposed(experts.fused))
             found[name] = stacks[key][int(index)]
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None

@@ -103,6 +103,8 @@ class Adapter:
                 yield Trained(layer, _dense(weight).weight, 0.0)
                 continue
             target, (a, b) = unit.factors.target, factors[index]
+            if layer.mirrored:
+                a, b = b.mT, a.mT
             if layer.own_key is not None:
                 own = self.own_weight(layer, target).to(layer.dtype)
                 weight = own.mT if layer.transposed else own.flatten(1)

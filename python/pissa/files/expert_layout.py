@@ -7,7 +7,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pissa.layers.experts import WEIGHTS, UnfusedExperts, unfused_experts
+from pissa.layers.experts import WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
 
 
 def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
@@ -35,10 +35,10 @@ def adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) ->
     return [name for name in experts.names if f"{path}.0.{name}" in layers]
 
 
-def is_mirrored(experts: UnfusedExperts) -> bool:
-    """Whether PEFT takes the experts' weights for the other way round than they are: Llama 4's are [experts, in, out]
-    and do not say so. Its factors of such a weight are those of the transposed matrix, which is b a = (aᵀ bᵀ)ᵀ."""
-    return experts.is_transposed != getattr(experts.fused, "is_transposed", False)
+def is_mirrored(fused: nn.Module) -> bool:
+    """Whether PEFT takes the weights of fused experts for [experts, out, in], and they are [experts, in, out]. Its
+    factors of them are those of the transposed matrices: bᵀ in the place of a, aᵀ in the place of b."""
+    return is_transposed(fused) and not getattr(fused, "is_transposed", False)
 
 
 def places(path: str, names: Sequence[str]) -> dict[str, str]:

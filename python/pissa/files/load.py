@@ -44,7 +44,9 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     check_layers(checkpoint, layers, adapter_name)
     modules, embeddings = _beside_layers(model, adapter_name)
     tables = vocabulary(model, adapter_name)
-    if partitioned := [key for key, table in tables.items() if key in weights.names and is_partitioned(table.parameter)]:
+    if partitioned := [
+        key for key, table in tables.items() if key in weights.names and is_partitioned(table.parameter)
+    ]:
         raise ValueError(
             f"{checkpoint.folder} has the base's {partitioned[0]}, which DeepSpeed ZeRO-3 has partitioned in the model: "
             "load the model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"

@@ -27,7 +27,7 @@ def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[Facto
     for path, experts in unfused_experts(model).items():
         for name, place in places(path, adapted_names(path, experts, layers)).items():
             members = {key: rest.pop(key) for key in (f"{path}.{index}.{name}" for index in range(len(experts)))}
-            found.append(_factors(place, members, is_mirrored(experts)))
+            found.append(_factors(place, members, is_mirrored(experts.fused)))
     return found + [_factors(name, {name: layer}) for name, layer in rest.items()]
 
 

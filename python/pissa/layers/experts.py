@@ -53,18 +53,13 @@ class UnfusedExperts(nn.Module):
         for name in self.names:
             weights = getattr(fused, name)
             for index, weight in enumerate(weights.detach()):
-                matrix = weight.mT if self.is_transposed else weight
+                matrix = weight.mT if is_transposed(fused) else weight
                 with torch.device("meta"):
                     linear: Any = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
                 linear.weight = nn.Parameter(matrix, requires_grad=weights.requires_grad)
                 linear.rows_are_tokens = True  # which a router chooses, from any row of the batch
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # keeps the parameter's slot, so fuse() restores the order
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the fused weights are [experts, in, out]."""
-        return cast(bool, self.fused.is_transposed)
 
     def expert(self, index: int) -> Expert:
         """The expert of that number."""
@@ -114,7 +109,7 @@ class UnfusedExperts(nn.Module):
         """The weights of that name of all experts, as they compute now, in one tensor of the original's shape."""
         linears = [cast(Any, self.expert(index).get_submodule(name)) for index in range(len(self))]
         weights = torch.stack([linear.weight.detach() for linear in linears])
-        return weights.mT.contiguous() if self.is_transposed else weights
+        return weights.mT.contiguous() if is_transposed(self.fused) else weights
 
     def __len__(self) -> int:
         return cast(int, self.fused.num_experts)
@@ -123,8 +118,6 @@ class UnfusedExperts(nn.Module):
 class UnfusedLlama4Experts(UnfusedExperts):
     """Llama 4's experts. Each of them computes every token; those that a router has not chosen for it come as zeros."""
 
-    is_transposed = True  # which the module itself does not say
-
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [experts * tokens, hidden] for their inputs of the same shape, one expert after
         another."""
@@ -132,7 +125,7 @@ class UnfusedLlama4Experts(UnfusedExperts):
         return torch.cat([self._compute(index, x) for index, x in enumerate(inputs)])
 
     def _compute(self, index: int, x: Tensor) -> Tensor:
-        expert = self.expert(index)
+        expert: Any = self.expert(index)
         gate, up = expert.gate_up_proj(x).chunk(2, dim=-1)
         return cast(Tensor, expert.down_proj(up * self.fused.act_fn(gate)))
 
@@ -143,6 +136,11 @@ def _unfused(fused: nn.Module) -> UnfusedExperts:
 
 def _is_llama4(fused: nn.Module) -> bool:
     return type(fused).__name__ == "Llama4TextExperts"
+
+
+def is_transposed(fused: Any) -> bool:
+    """Whether the weights of fused experts are [experts, in, out]. Llama 4's are, and do not say so."""
+    return _is_llama4(fused) or fused.is_transposed
 
 
 def _weight_names(fused: Any) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import pissa
+from architectures import ARCHITECTURES
 from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, linear8bit, nesting, storages
 from devices import fetch, put
 from language_models import Make, assert_same, error, logits, snapshot, train
@@ -32,6 +33,7 @@ from oracle import change_a_little, deltas64, weight64
 from pissa import notices, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.base.stored import QuantizedLinear, ResidualLinear
+from pissa.layers.layer import pissa_layers
 from reference import EPS, assert_close
 
 # ---- 4 bits, taken as they are ---------------------------------------------------------------------------------------
@@ -412,3 +414,38 @@ def test_a_model_that_transformers_has_loaded_quantised(
     unloaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map=str(tokens.device)).train()
     assert error(logits(again, tokens), before) < 4 * EPS[torch.bfloat16]
+
+
+def test_the_language_part_of_a_model_that_sees(tmp_path: Path) -> None:
+    """transformers has quantised both parts. The vision tower stays bitsandbytes'."""
+    from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+
+    architecture = ARCHITECTURES["qwen2_5_vl"].in_bfloat16()
+    sizes: Any = architecture.make().config
+    sizes.text_config.intermediate_size = 64  # on the CPU bitsandbytes decodes rows that are no whole blocks wrongly
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2_5_VLForConditionalGeneration(sizes).bfloat16().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    batch = architecture.batch()
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map=str(batch["input_ids"].device)
+    ).train()
+    with torch.no_grad():
+        before = base(**batch).logits
+    model = pissa.wrap(base, r=R, task_type="CAUSAL_LM")
+    names = pissa_layers(model.base_model.model, "default").keys()
+    assert len(names) == 14
+    assert all(name.startswith("model.language_model.") for name in names)
+    assert type(base.model.visual.blocks[0].attn.qkv) is bnb.nn.Linear4bit
+    with torch.no_grad():
+        assert error(model(**batch).logits, before) < 4 * EPS[torch.bfloat16]  # two layers
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

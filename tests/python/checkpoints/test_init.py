@@ -110,9 +110,11 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
         ("mixtral", DENSE, 1e-5),
         ("qwen3_moe", DENSE, 1e-5),
         ("gpt_oss", DENSE, 1e-5),
+        ("llama4", DENSE, 1e-5),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 def test_logits_in_plain_transformers_and_peft(kind: str, fields: dict[str, Any], bound: float, tmp_path: Path) -> None:
     """bitsandbytes computes in bfloat16 on the CPU, whatever it is asked for."""
     model: Any = save(kind, tmp_path / "src")

@@ -19,7 +19,8 @@ from pissa.checkpoints.init import init
 from pissa.layers.layer import pissa_layers
 
 R = mixtures.R
-kinds = pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # tensors of each expert, a transposed stack
+kinds = pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])  # tensors of each expert, transposed stacks
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")  # Llama 4's router
 
 
 def saved(kind: str, folder: Path) -> Path:

@@ -107,9 +107,11 @@ def test_it_is_merge_and_unload_bit_for_bit(fields: dict[str, Any], base: Path, 
     assert 0 < done.error < 2**-8  # one rounding to bfloat16
 
 
-NAMES = ["gpt2", "mixtral", "gpt_oss", "phi3", "falcon", "t5", "roberta", "vit, patches targeted", "resnet"]
+NAMES = ["gpt2", "mixtral", "gpt_oss", "llama4", "phi3", "falcon", "t5", "roberta", "vit, patches targeted", "resnet"]
+NAMES += ["qwen2_5_vl", "mamba", "whisper", "modernbert"]
 
 
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_layouts_of_other_models(name: str, tmp_path: Path) -> None:
     """Conv1D, fused experts, tied embeddings, joined tensors, convolutions, heads that are trained whole."""

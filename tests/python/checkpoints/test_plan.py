@@ -13,6 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
 
 import pissa
+from architectures import ARCHITECTURES
 from checkpoint_folders import KINDS, change_config, change_tensors, save
 from pissa.checkpoints.plan import Plan
 from pissa.files.source import Source
@@ -40,6 +41,7 @@ def assert_planned(plan: Plan, layers: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 def test_layers_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     """Names, ranks, and every value: renamed, transposed, stacked, and joined as transformers does it."""
     model = save(kind, tmp_path, torch.bfloat16)
@@ -51,6 +53,17 @@ def test_layers_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     assert parts | {*plan.copied} == {*plan.source.names}
     places = [plan.source.names.index(layer.tensors[0]) for layer in plan.layers.values()]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", "olmoe", "mamba", "mamba2", "qwen2_5_vl", "gemma3, vision-language", "whisper", "modernbert"],
+)
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
+def test_layers_of_other_architectures(name: str, tmp_path: Path) -> None:
+    model: Any = ARCHITECTURES[name].make()
+    model.save_pretrained(tmp_path)
+    assert_planned(plan_of(tmp_path), injected(type(model).from_pretrained(tmp_path, dtype="auto")))
 
 
 def test_a_single_tensor_is_not_copied(tmp_path: Path) -> None:

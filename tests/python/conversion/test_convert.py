@@ -64,6 +64,7 @@ def test_a_stored_residual_is_mentioned(form: str, tiny_llama: Make, tokens: Ten
 ARCHITECTURE = [
     "mixtral",
     "deepseek_v2",
+    "llama4",
     "gpt2",
     "llama, embeddings targeted",
     "roberta",
@@ -72,6 +73,7 @@ ARCHITECTURE = [
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 def test_experts_embeddings_convolutions_and_conv1d(name: str, tmp_path: Path) -> None:
     """Unchanged, and of a lower rank: the best approximation of each matrix."""
     architecture = ARCHITECTURES[name]

@@ -73,6 +73,24 @@ def test_it_generates_what_the_base_does(name: str) -> None:
         assert torch.equal(model.generate(**prompt, **options), expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llama4", "mamba", "whisper"])
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
+def test_recomputed_blocks_have_the_same_gradients(name: str, form: str) -> None:
+    gradients = []
+    for recomputed in (False, True):
+        model = checks.wrapped(ARCHITECTURES[name], FORMS[form])
+        change_all(model)
+        if recomputed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        checks.training_loss(model, ARCHITECTURES[name].batch()).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed_ones = gradients
+    assert plain.keys() == recomputed_ones.keys()
+    assert all(torch.equal(gradient, recomputed_ones[key]) for key, gradient in plain.items())
+
+
 def test_a_new_process_restores_them_to_the_bit(tmp_path: Path) -> None:
     expected = {}
     for index, (name, form) in enumerate(RELOADED):

@@ -213,7 +213,13 @@ LLAMA3_ROPE = {
 }
 
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-LLAMA4 = {**GROUPED, "num_local_experts": 4, "interleave_moe_layer_step": 2, "head_dim": 16, "intermediate_size_mlp": 48}
+LLAMA4 = {
+    **GROUPED,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "head_dim": 16,
+    "intermediate_size_mlp": 48,
+}
 LLAMA4 |= {"no_rope_layers": [1, 0], "attention_chunk_size": 8, "pad_token_id": 0}
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
 MAMBA2 = {**MAMBA, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4}

@@ -34,6 +34,7 @@ from pissa.distributed import rank, world_size
 
 QUIET = (
     ("", notices.InexactLoraWarning),
+    ("", notices.AllLinearWarning),
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),
 )
 
@@ -178,7 +179,7 @@ def step_of_architecture(name: str, fields: dict[str, Any], parallel: str) -> st
             wrapped: nn.Module = DistributedDataParallel(model, find_unused_parameters=True)
         else:
             blocks = tuple(getattr(model.get_base_model(), "_no_split_modules", None) or ())
-            for module in list(model.modules()):
+            for module in reversed(list(model.modules())):  # a block inside another comes first
                 if type(module).__name__ in blocks:
                     fully_shard(module)
             wrapped = fully_shard(model)

@@ -30,6 +30,15 @@ TITLES = {
     "deepseek_v2": "DeepSeek-V2, MoE",
     "deepseek_v3": "DeepSeek-V3, MoE",
     "gpt_oss": "GPT-OSS",
+    "gemma3": "Gemma 3",
+    "qwen3_moe": "Qwen3-MoE",
+    "olmoe": "OLMoE",
+    "llama4": "Llama 4, MoE",
+    "mamba": "Mamba",
+    "mamba2": "Mamba 2",
+    "qwen2_5_vl": "Qwen2.5-VL, with an image",
+    "gemma3, vision-language": "Gemma 3, with an image",
+    "whisper": "Whisper",
     "falcon": "Falcon",
     "gpt2": "GPT-2",
     "llama, embeddings targeted": "Llama, embeddings targeted",
@@ -37,12 +46,13 @@ TITLES = {
     "bart": "BART",
     "roberta": "RoBERTa, classifier",
     "deberta_v3": "DeBERTa-v3, classifier",
+    "modernbert": "ModernBERT, classifier",
     "vit": "ViT",
     "vit, patches targeted": "ViT, patch convolution targeted",
     "resnet": "ResNet",
 }
 COLUMNS = ("wrap", "nf4", "train", "save, reload", "merge", "DPO", "DDP", "FSDP2")
-NO = {("gpt_oss", "FSDP2"): "FSDP does not support non-contiguous parameters yet"}
+NO = {(name, "FSDP2"): "FSDP does not support non-contiguous parameters yet" for name in ("gpt_oss", "llama4")}
 """What does not work with a dense base, and words of the error."""
 
 

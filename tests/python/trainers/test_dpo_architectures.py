@@ -13,7 +13,7 @@ import architecture_checks as checks
 import trainers
 from architectures import ARCHITECTURES, VOCABULARY
 
-pytestmark = trainers.quiet
+pytestmark = [trainers.quiet, pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")]
 
 
 def tokenizer() -> Any:
