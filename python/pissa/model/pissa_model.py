@@ -228,17 +228,13 @@ class PissaModel(MendedPeftModel):
                 because the new rows are random. If the base's files are not at hand to show that, it writes them if the
                 adapter changes one of the two.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: must be None. The files are converted already.
+            path_initial_model_for_weight_conversion: accepted as in PEFT; without effect, since the folder that is
+                written is the conversion's result, a plain LoRA for the unmodified base.
             state_dict: the model's state dict, if the caller has gathered it.
             kwargs: ignored, as PEFT does.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickle; PiSSA adapters are safetensors only")
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion is not needed: the folder that save_pretrained "
-                "writes is a plain LoRA for the unmodified base already"
-            )
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters

@@ -332,14 +332,31 @@ def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="safe_serialization=False"):
         model.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion is not needed"):
-        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
     with pytest.raises(ValueError, match=r"invalid `selected_adapters`.*\['default'\] - got \['nope'\]"):
         model.save_pretrained(tmp_path, selected_adapters=["default", "nope"])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="should be a directory, not a file"):
         model.save_pretrained(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_the_conversion_of_peft_is_of_no_effect(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """What LLaMA-Factory does about PiSSA: it saves the initial adapter, at the end a converted one, and loads the
+    trained one again. The converted one is the trained one, which is a plain LoRA already."""
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path / "initial")
+    train(model, tokens)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path / "trained")
+    initial = str(tmp_path / "initial")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
+    saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("trained", "converted", "initial")]
+    assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+    assert not all(torch.equal(tensor, saved[2][name]) for name, tensor in saved[0].items())
+    train(model, tokens)
+    model.load_adapter(tmp_path / "trained", "default", is_trainable=True)
+    assert torch.equal(logits(model, tokens), expected)
+    assert any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None:
