@@ -68,3 +68,7 @@ class KeptMagnitudesWarning(PissaWarning):
 
 class UnlockedFolderWarning(PissaWarning):
     """The file system has no locks, so that a second run into the same folder would not be noticed."""
+
+
+class NotTakenOverWarning(PissaWarning):
+    """With `pissa.integrations.peft.enable()`, an adapter stays PEFT's own, which is slower or changes the base."""

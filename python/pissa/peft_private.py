@@ -6,11 +6,12 @@ All of them are there from peft 0.21 on. Each is here because no public name doe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, mapping_func
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraModel
 from peft.utils import PeftType, transformers_weight_conversion
@@ -97,6 +98,59 @@ def fetched_by_layers() -> Iterator[None]:
         yield
     finally:
         tuners_utils.onload_layer = fetch
+
+
+# -- what a program calls, for as long as it is asked to be ours
+
+
+@contextmanager
+def models_made_by(make: Callable[..., nn.Module]) -> Iterator[None]:
+    """Makes `peft.get_peft_model`, for the block, call `make(kind, model, config, **kwargs)` where it would call
+    `kind(model, config, **kwargs)`, kind being PEFT's class of a model.
+
+    `PeftModel` and `MODEL_TYPE_TO_PEFT_MODEL_MAPPING` in `peft.mapping_func`: programs have imported the function by
+    then, so that its own names are the only place that all of them pass. The public table is read by
+    `PeftModel.from_pretrained` as well, which restores an adapter that PEFT has written, and is left alone.
+    """
+    table, kind = mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel
+    mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING = _Made(table, make)
+    mapping_func.PeftModel = partial(make, kind)
+    try:
+        yield
+    finally:
+        mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel = table, kind
+
+
+class _Made(Mapping[str, Callable[..., nn.Module]]):
+    """A view of a table of classes, each of which is called by `make`."""
+
+    def __init__(self, table: Mapping[str, Any], make: Callable[..., nn.Module]) -> None:
+        self.table, self.make = table, make
+
+    def __getitem__(self, key: str) -> Callable[..., nn.Module]:
+        return partial(self.make, self.table[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+@contextmanager
+def adapters_loaded_by(load: Callable[..., nn.Module]) -> Iterator[None]:
+    """Makes `PeftModel.from_pretrained`, for the block, call `load(plain, *args, **kwargs)`, plain being PEFT's own."""
+    plain = PeftModel.__dict__["from_pretrained"]
+
+    @wraps(plain.__func__)
+    def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> nn.Module:
+        return load(partial(plain.__func__, cls), *args, **kwargs)
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        PeftModel.from_pretrained = plain
 
 
 # -- methods that PEFT's classes call on themselves

@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": "merge an adapter into a checkpoint on disk, in little memory",
     "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
     "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
+    "run": "run a program that trains with PEFT: its PiSSA and 4-bit LoRA are ours",
     "env": "report versions and whether everything works",
 }
 
@@ -27,6 +28,7 @@ _INTERRUPTED = {
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "report": "nothing is written",
+    "run": "what is left is the program's",
 }
 
 # What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -86,6 +86,26 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     Nothing is copied. A parameter that the block writes into is therefore not restored, and the dense weights that the
     block replaces stay in memory until it ends.
     """
+    restore = _way_back(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Leaves `model` as it was, whatever the block does, as `restored_on_error`."""
+    restore = _way_back(model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _way_back(model: nn.Module) -> Callable[[], None]:
+    """Puts the model back into the state of now."""
     modules = [(module, vars(module).copy()) for module in model.modules()]
     # PEFT shares one dictionary of configurations among several modules, and lists of adapters' names among others.
     # Their content is restored in place.
@@ -96,9 +116,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         if isinstance(value, (dict, list, set))
     ]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for module, attributes in modules:
             vars(module).clear()
             vars(module).update(attributes)
@@ -108,4 +127,5 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:  # a parameter that torch makes lazily can be asked, but not told
                 parameter.requires_grad_(flag)
-        raise
+
+    return restore

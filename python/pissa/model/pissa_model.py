@@ -228,8 +228,8 @@ class PissaModel(MendedPeftModel):
                 because the new rows are random. If the base's files are not at hand to show that, it writes them if the
                 adapter changes one of the two.
             is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: accepted as in PEFT; without effect, since the folder that is
-                written is the conversion's result, a plain LoRA for the unmodified base.
+            path_initial_model_for_weight_conversion: accepted as in PEFT; without effect. The files are converted
+                already.
             state_dict: the model's state dict, if the caller has gathered it.
             kwargs: ignored, as PEFT does.
         """

@@ -1,0 +1,82 @@
+"""Programs that build a `peft.LoraConfig` themselves: for the process, what of it PiSSA stands for becomes ours.
+
+    import pissa.integrations.peft
+
+    pissa.integrations.peft.enable()
+
+From then on `peft.get_peft_model`, from wherever a program has imported it,
+
+- makes of `LoraConfig(init_lora_weights="pissa")`, or "pissa_niter_N", what `wrap` makes of a PissaConfig with the same
+  rank, scaling, targets and so on. The base stays what it is, and `save_pretrained` writes the plain LoRA for it, so
+  that nothing has to be converted. Whatever N is, the decomposition is `PissaConfig`'s default, whose number of passes
+  follows the rank: at least as exact.
+- makes of a LoraConfig that starts as LoRA, on a model with 4-bit layers of bitsandbytes, an adapter that computes with
+  our kernels. It starts from the factors that PEFT draws, and leaves torch's generator where PEFT leaves it.
+
+`PeftModel.from_pretrained` gives a PissaModel for a folder that one has written. Everything else in PEFT is untouched:
+other inits, other methods, other layers. An option that we do not have leaves the adapter PEFT's, with one warning if
+that is slower or changes the base.
+
+This module imports little: what is needed to take an adapter over is imported when the first one is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from pissa.peft_private import adapters_loaded_by, models_made_by
+
+Notify = Callable[[str], None]
+
+_undo: ExitStack | None = None
+"""What is to be undone; None if it is off."""
+_notify: Notify | None = None
+
+
+def enable(notify: Notify | None = None) -> None:
+    """Turns it on, for all threads: call it where no other thread calls PEFT. Where it is on already, only `notify` is
+    replaced.
+
+    Args:
+        notify: is called with one sentence for each adapter that is taken over.
+    """
+    global _undo, _notify
+    _notify = notify
+    if _undo is None:
+        _undo = ExitStack()
+        _undo.enter_context(models_made_by(_made))
+        _undo.enter_context(adapters_loaded_by(_loaded))
+
+
+def disable() -> None:
+    """Turns it off: PEFT is what it was. Models that were made stay what they are. Where it is off, nothing happens."""
+    global _undo, _notify
+    if _undo is not None:
+        _undo.close()
+    _undo = _notify = None
+
+
+def is_enabled() -> bool:
+    """Whether it is on."""
+    return _undo is not None
+
+
+def _made(kind: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
+    from pissa.integrations.takeover import made
+
+    return made(kind, model, config, _tell, **kwargs)
+
+
+def _loaded(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    from pissa.integrations.takeover import loaded
+
+    return loaded(plain, *args, **kwargs)
+
+
+def _tell(sentence: str) -> None:
+    if _notify is not None:
+        _notify(sentence)
