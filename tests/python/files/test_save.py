@@ -344,6 +344,21 @@ def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_what_llamafactory_does_about_pissa(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    """It saves the initial adapter, at the end a converted one, which is the trained one, and loads that again."""
+    model = pissa.wrap(tiny_llama(), r=4)
+    model.save_pretrained(tmp_path / "initial")
+    train(model, tokens)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path / "trained")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    assert torch.equal(logits(model, tokens), expected)
+    train(model, tokens)
+    model.load_adapter(tmp_path / "trained", "default", is_trainable=True)
+    assert torch.equal(logits(model, tokens), expected)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_quantised_base_is_said_once(tiny_llama: Make, tmp_path: Path) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
     with pytest.warns(notices.InexactLoraWarning, match="stored as nf4") as caught:

@@ -1,0 +1,94 @@
+"""TRL's scripts `trl sft` and `trl dpo` under `pissa run`: from a YAML file comes the adapter that `pissa.wrap` gives in
+TRL's trainers, to the bit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pissa
+from language_models import logits
+from programs import losses, run, tensors, write_chats, write_preferences, write_yaml
+from tiny_model import save_tiny_model
+from trainers import assert_equal, logged, quiet
+
+pytestmark = quiet
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 7,
+}
+"""Those of TRL's trainers. A script has the model, the data and the adapter from the same file."""
+
+MODEL: dict[str, Any] = {"model_name_or_path": "tiny", "dtype": "float32", "use_peft": True}
+LORA: dict[str, Any] = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+
+
+def test_sft(tmp_path: Path) -> None:
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    base = save_tiny_model(tmp_path / "tiny")
+    data = write_chats(tmp_path / "chats" / "train.jsonl")
+    script(tmp_path, "sft", dataset_name="chats")
+    config = SFTConfig(output_dir=str(tmp_path / "by_wrap"), **SETTINGS)
+    dataset = load_dataset("json", data_files=str(data), split="train", cache_dir=str(tmp_path / "cache"))
+    trainer = SFTTrainer(wrapped(base), config, train_dataset=dataset)
+    check(trainer, base, tmp_path)
+
+
+def test_dpo(tmp_path: Path) -> None:
+    from datasets import load_dataset
+    from trl import DPOConfig, DPOTrainer
+
+    base = save_tiny_model(tmp_path / "tiny")
+    data = write_preferences(tmp_path / "preferences" / "train.jsonl")
+    script(tmp_path, "dpo", dataset_name="preferences")
+    config = DPOConfig(output_dir=str(tmp_path / "by_wrap"), **SETTINGS)
+    dataset = load_dataset("json", data_files=str(data), split="train", cache_dir=str(tmp_path / "cache"))
+    trainer = DPOTrainer(wrapped(base), args=config, train_dataset=dataset)
+    check(trainer, base, tmp_path)
+    assert losses(tmp_path / "by_script")[0] == pytest.approx(0.6931472, abs=1e-6)  # ln 2
+
+
+def script(folder: Path, name: str, **settings: Any) -> None:
+    """Runs TRL's script in `folder`; its adapter is then in the folder by_script."""
+    file = write_yaml(folder / f"{name}.yaml", SETTINGS | MODEL | LORA | settings | {"output_dir": "by_script"})
+    run(sys.executable, "-m", "pissa", "run", "--init", "pissa", "--", "trl", name, "--config", file, cwd=folder)
+
+
+def wrapped(base: Path) -> pissa.PissaModel:
+    return pissa.wrap(load(base), r=4, lora_alpha=8, task_type="CAUSAL_LM")
+
+
+def load(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def check(trainer: Any, base: Path, folder: Path) -> None:
+    """Trains, and compares losses and adapters; PEFT loads the script's onto the base, where it is what was trained."""
+    from peft import PeftModel
+
+    trainer.train()
+    trainer.save_model()
+    assert losses(folder / "by_script") == logged(trainer)
+    assert_equal(tensors(folder / "by_script"), tensors(folder / "by_wrap"))
+    ids = torch.arange(1, 13)[None]
+    loaded = PeftModel.from_pretrained(load(base), folder / "by_script").eval()
+    trained = logits(trainer.model.eval(), ids)
+    torch.testing.assert_close(logits(loaded, ids), trained)
+    assert not torch.equal(trained, logits(load(base).eval(), ids))
