@@ -113,12 +113,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     their class only (Llama 4's router). One warning says so. Names and patterns in `target_modules`, and ranks in
     `rank_pattern`, are taken as given: such a layer is then an error.
 
-    In a model that generates text and sees or hears as well, "all-linear" is its language part: without vision tower,
-    audio tower and projector. (PEFT takes these too.) Nothing warns of that; the logger "pissa" tells it as INFO, and
-    `target_modules` of the wrapped model's configuration has the names. Names and patterns reach every part, as in
-    PEFT: `target_modules=["q_proj", "v_proj"]` wherever there are such layers, with
-    `exclude_modules=r".*vision_tower.*"` not there, r".*(language_model|visual)\\..*_proj" in two parts; and all of it
-    by names, `[name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]`.
+    In a model of transformers that generates text and sees or hears as well (its configuration has a text_config),
+    "all-linear" is the language part, `get_decoder()`: without vision tower, audio tower and projector. (PEFT takes
+    these too.) Nothing warns of that; the logger "pissa" tells it as INFO, and `target_modules` of the wrapped model's
+    configuration has the names. Names and patterns reach every part, as in PEFT: `target_modules=["q_proj", "v_proj"]`
+    is all layers of these names, with `exclude_modules=r".*vision_tower.*"` those outside the tower. Every linear layer
+    is `[name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]`.
 
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and

@@ -65,6 +65,14 @@ def test_one_warning_names_what_is_chosen(family: str) -> None:
         assert f"{len(left_out)} of {len(layers) + len(missing)} layers, {left_out[0]} the first, are left" in warning
 
 
+def test_a_subclass_that_computes_something_else_is_left_out() -> None:
+    """Attention of torch reads the weight of its output layer, which has a class of its own."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "proj": nn.Linear(8, 8)})
+    said = r"1 of 2 layers, attention.out_proj the first, are left out: a NonDynamicallyQuantizableLinear computes"
+    with pytest.warns(notices.AllLinearWarning, match=said):
+        assert sizes(pissa.wrap(model, r=2)).keys() == {"proj"}
+
+
 @pytest.mark.filterwarnings(SAID)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_with_smaller_ranks_works_as_others_do(form: str, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ REFUSED: dict[str, Refused] = {
     "attention": one(lambda: nn.MultiheadAttention(8, 2), "it is a .*MultiheadAttention"),
     "the output of attention": Refused(
         lambda: {"it": nn.MultiheadAttention(8, 2)},
-        {},
+        {"target_modules": ["out_proj"]},
         "it.out_proj is a .*NonDynamicallyQuantizableLinear",
     ),
     "a layer that its parent passes by": Refused(
