@@ -121,7 +121,7 @@ def average_gradient(parameter: Tensor) -> None:
     backward pass."""
     needed = parameter.requires_grad
     parameter.requires_grad_(True)  # torch lets no other parameter have a hook
-    parameter.register_post_accumulate_grad_hook(_average)
+    parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
     parameter.requires_grad_(needed)
 
 

@@ -105,4 +105,3 @@ def would_be(recorded: str, base: Base, weight: Tensor) -> bool:
 def _kept(base: Base) -> list[Tensor]:
     assert base.residual is not None
     return list(residual_tensors(base.residual).values())
-

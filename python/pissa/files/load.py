@@ -44,10 +44,12 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     check_layers(checkpoint, layers, adapter_name)
     modules, embeddings = _beside_layers(model, adapter_name)
     tables = vocabulary(model, adapter_name)
-    if partitioned := [key for key, table in tables.items() if key in weights.names and is_partitioned(table.parameter)]:
+    if partitioned := [
+        key for key, table in tables.items() if key in weights.names and is_partitioned(table.parameter)
+    ]:
         raise ValueError(
-            f"{checkpoint.folder} has the base's {partitioned[0]}, which DeepSpeed ZeRO-3 has partitioned in the model: "
-            "load the model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
+            f"{checkpoint.folder} has the base's {partitioned[0]}, which DeepSpeed ZeRO-3 has partitioned here. "
+            "Load the model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
         )
     embeddings |= {key: table.parameter for key, table in tables.items()}
     factors = factors_of(model.base_model.model, layers)
@@ -67,11 +69,11 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     for name, layer in layers.items():
         weight = next(((key, others[key]) for key, table in new.items() if table.is_of(layer)), None)
         check_base(checkpoint, name, layer, weight, residuals.get(name))
-        if checkpoint.records[name].form != layer.base.form and is_dtensor(layer.base.parameter):
+        form = checkpoint.records[name].form
+        if form != layer.base.form and is_dtensor(layer.base.parameter):
             raise ValueError(
-                f"{checkpoint.folder} keeps the base of layer {name} as {checkpoint.records[name].form.describe()}, and "
-                "in the model its weight is sharded by fully_shard, which keeps it: load the folder first, and shard "
-                "the model then"
+                f"{checkpoint.folder} keeps the base of layer {name} as {form.describe()}, and in the model its weight "
+                "is sharded by fully_shard, which keeps it: load the folder first, and shard the model then"
             )
         is_fresh = alone and adapter_name not in layer.lora_start
         if not (is_fresh and layer.base.form == IMPLICIT):

@@ -34,7 +34,11 @@ ROOMS: dict[str, set[str]] = {
     "cli": PEFT | {"tqdm", "numpy", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets", "trl", "yaml"},
 }
 # Libraries that one module alone uses.
-ALONE = {"base/bitsandbytes.py": {"bitsandbytes"}, "files/hub.py": {"huggingface_hub"}}
+ALONE = {
+    "base/bitsandbytes.py": {"bitsandbytes"},
+    "distributed.py": {"deepspeed"},
+    "files/hub.py": {"huggingface_hub"},
+}
 # Modules of no room: the package's face, and what starts the command line.
 FACE = {"pissa", "pissa.__main__"}
 
