@@ -25,8 +25,10 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import pissa
+from distributed_checks import message
 from distributed_worker import FORMS, QUIET, llama, mean, sgd, share, tokens
 from pissa import PissaModel, distributed
+from pissa.base import weights
 from pissa.distributed import rank
 from pissa.model import decompose
 
@@ -107,12 +109,12 @@ def main(folder: Path) -> None:
     torch.distributed.barrier()
     decompose._GROUP = 1  # a group is a layer
     losses, most = {}, []
+    distributed.whole_tensor = weights.whole_tensor = counted(most)
     for way in WAYS:
         for form in FORMS_TRIED:
             with loading_partitioned(way):
                 model = base(way, folder / "base")
                 assert all(parameter.numel() == 0 for parameter in model.parameters()) == (way != "wrapped")
-                distributed.whole_tensor = counted(most)
                 model = pissa.wrap(model, r=4, **fields_of(form))
                 target = folder / way / form
                 losses[f"{form}, {way}"], state = train(model)
@@ -124,11 +126,15 @@ def main(folder: Path) -> None:
             if way == "partitioned" and form != "head":
                 again = PissaModel.from_pretrained(base(way, folder / "base"), target, is_trainable=True).train()
                 losses[f"{form}, again"], _ = train(again)
-    refused = {}
-    try:
-        pissa.wrap(deepspeed.initialize(model=llama(), config=CONFIG)[0].module, r=4)
-    except TypeError as error:
-        refused["initialized"] = str(error)
+    target = folder / "wrapped" / "implicit"
+    fresh, adapted = llama(), pissa.wrap(llama(), r=4)
+    for model in (fresh, adapted):
+        deepspeed.initialize(model=model, optimizer=sgd(model), config=CONFIG)
+    refused = {
+        "wrap": message(lambda: pissa.wrap(fresh, r=4)),
+        "add_adapter": message(lambda: adapted.add_adapter("second", pissa.PissaConfig(r=4))),
+        "load_adapter": message(lambda: adapted.load_adapter(target, "default")),
+    }
     if rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
         (folder / "most.json").write_text(json.dumps(max(most)))

@@ -22,6 +22,7 @@ import pissa
 from distributed_checks import logged, message, trainer_of
 from distributed_worker import FORMS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from pissa import PissaModel, distributed
+from pissa.base import weights
 from pissa.distributed import is_sharded, rank, world_size
 from pissa.layers.layer import pissa_layers
 from pissa.model import decompose as decomposition
@@ -158,17 +159,19 @@ def peak(folder: Path) -> int:
     def counted(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most
         found = original(tensor)
-        assert found is not tensor
-        alive.append(StorageWeakRef(found.untyped_storage()))
+        if found is not tensor:
+            alive.append(StorageWeakRef(found.untyped_storage()))
         most = max(most, sum(not storage.expired() for storage in alive))
         return found
 
-    distributed.whole_tensor, decomposition._GROUP = counted, 1
+    distributed.whole_tensor = weights.whole_tensor = counted
+    decomposition._GROUP = 1
     try:
-        pissa.wrap(shard(llama()), r=4)
+        pissa.wrap(shard(llama()), r=4, use_dora=True)
     finally:
-        distributed.whole_tensor, decomposition._GROUP = original, limit
-    assert len(alive) == 2 * 14  # once for its fingerprint, once for its start
+        distributed.whole_tensor = weights.whole_tensor = original
+        decomposition._GROUP = limit
+    assert len(alive) == 3 * 14  # for its fingerprint, for its start, and for the lengths of its rows
     assert all(storage.expired() for storage in alive)
     return most
 
