@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RankError(RuntimeError):
@@ -44,6 +44,12 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id") and tensor.numel() == 0
 
 
+def is_of_an_engine(module: nn.Module) -> bool:
+    """Whether deepspeed.initialize has taken over a module for ZeRO-3. Its parameters need not be partitioned: small
+    ones stay whole."""
+    return type(module._parameters).__name__ == "ZeROOrderedDict"
+
+
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, naming the first tensor of which this process holds only a part."""
     if sharded := [name for name, value in tensors.items() if is_sharded(value)]:
@@ -69,12 +75,13 @@ def is_data_parallel(tensor: Tensor) -> bool:
     """Whether all processes share a DTensor as fully_shard has it: sharded over one dimension of the mesh, and
     replicated over those before it. A module that fully_shard manages computes with the whole of it. Tensor-parallel
     plans shard over a dimension of another name, or over one more, or replicate over the last."""
-    mesh, (*others, last) = (like := _dtensor(tensor)).device_mesh, like.placements
-    return (
-        mesh.size() == world_size()
+    like: Any = tensor
+    *others, last = like.placements
+    return bool(
+        like.device_mesh.size() == world_size()
         and last.is_shard()
         and all(other.is_replicate() for other in others)
-        and "tp" not in (mesh.mesh_dim_names or ())
+        and "tp" not in (like.device_mesh.mesh_dim_names or ())
     )
 
 
@@ -82,7 +89,8 @@ def whole_device(tensor: Tensor) -> torch.device:
     """Where the whole of a tensor is computed with. (FSDP may keep the parts on the CPU.)"""
     if not is_dtensor(tensor):
         return tensor.device
-    kind: str = _dtensor(tensor).device_mesh.device_type
+    like: Any = tensor
+    kind: str = like.device_mesh.device_type
     return tensor.device if tensor.device.type == kind else torch.empty(0, device=kind).device
 
 
@@ -99,13 +107,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    if is_sharded(tensor):
-        return _dtensor(tensor.detach().to(whole_device(tensor))).full_tensor()  # type: ignore[no-any-return]
-    return tensor
-
-
-def _dtensor(tensor: Tensor) -> Any:
-    return tensor
+    if not is_dtensor(tensor):
+        return tensor
+    like: Any = tensor.detach().to(whole_device(tensor))
+    whole: Tensor = like.full_tensor()
+    return whole
 
 
 def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
@@ -121,7 +127,7 @@ def average_gradient(parameter: Tensor) -> None:
     backward pass."""
     needed = parameter.requires_grad
     parameter.requires_grad_(True)  # torch lets no other parameter have a hook
-    parameter.register_post_accumulate_grad_hook(_average)
+    parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
     parameter.requires_grad_(needed)
 
 

@@ -60,7 +60,7 @@ class Base(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes: where its weight is, or where accelerate fetches it to."""
+        """Where the module computes: where its weight is, or where accelerate or FSDP fetches it to."""
 
     @property
     def numel(self) -> int:
@@ -76,7 +76,8 @@ class Base(Protocol):
         matrix is transposed, is made row by row."""
 
     def matrix(self) -> Tensor:
-        """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32."""
+        """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32. A
+        dense weight that is sharded is gathered: all processes have to ask for it together."""
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from pissa.base.stored import residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT
-from pissa.distributed import is_dtensor, is_partitioned, partition_as, sharded_as
+from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
 from pissa.files.checkpoint import Checkpoint, LayerTensors
 from pissa.files.fit import check_base, check_form, check_headers, check_layers, check_vocabulary
 from pissa.files.peft_layout import PREFIX, FactorTensors, is_of_a_layer
@@ -32,9 +32,9 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         ValueError: the base or the adapter is not the one that was saved, naming the first layer that differs, or a
             damaged file, naming file and tensor. Nothing has been changed then.
     """
-    if any(is_partitioned(parameter) for name, parameter in model.named_parameters() if ".lora_" in name):
+    if any(map(is_of_an_engine, model.modules())):
         raise ValueError(
-            "the model is partitioned by DeepSpeed ZeRO-3: load the adapter before deepspeed.initialize, or resume "
+            "the model belongs to a DeepSpeed engine (ZeRO-3): load the adapter before deepspeed.initialize, or resume "
             "with the engine's load_checkpoint"
         )
     check_values(model.base_model.model, adapter_name)
@@ -48,8 +48,8 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         key for key, table in tables.items() if key in weights.names and is_partitioned(table.parameter)
     ]:
         raise ValueError(
-            f"{checkpoint.folder} has the base's {partitioned[0]}, which DeepSpeed ZeRO-3 has partitioned in the model: "
-            "load the model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
+            f"{checkpoint.folder} has the base's {partitioned[0]}, which DeepSpeed ZeRO-3 has partitioned here. "
+            "Load the model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
         )
     embeddings |= {key: table.parameter for key, table in tables.items()}
     factors = factors_of(model.base_model.model, layers)
@@ -69,11 +69,11 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     for name, layer in layers.items():
         weight = next(((key, others[key]) for key, table in new.items() if table.is_of(layer)), None)
         check_base(checkpoint, name, layer, weight, residuals.get(name))
-        if checkpoint.records[name].form != layer.base.form and is_dtensor(layer.base.parameter):
+        form = checkpoint.records[name].form
+        if form != layer.base.form and is_dtensor(layer.base.parameter):
             raise ValueError(
-                f"{checkpoint.folder} keeps the base of layer {name} as {checkpoint.records[name].form.describe()}, and "
-                "in the model its weight is sharded by fully_shard, which keeps it: load the folder first, and shard "
-                "the model then"
+                f"{checkpoint.folder} keeps the base of layer {name} as {form.describe()}, and in the model its weight "
+                "is sharded by fully_shard, which keeps it: load the folder first, and shard the model then"
             )
         is_fresh = alone and adapter_name not in layer.lora_start
         if not (is_fresh and layer.base.form == IMPLICIT):
@@ -148,9 +148,7 @@ def _restore_layer(
             [residual] = residuals_of([layer.base.matrix()], [base], record.form, [name])
         else:
             layer.fingerprints.learn_weight(layer.base, record.weight)
-        dense = layer.base.parameter
         layer.store_base(residual, base, checkpoint.config)
-        partition_as(dense, layer.base.module.parameters(recurse=False))
         exact = layer.fingerprints.residual_is(layer.base, record.stored)
     layer.share_start(adapter_name, tensors.start.to(device))
     for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pissa.base.protocol import whole
 from pissa.config import IMPLICIT
-from pissa.distributed import check_whole
+from pissa.distributed import check_whole, is_sharded
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, start_tensors, stored_tensors
 from pissa.files.plain_lora import config_text, lora_config, warn_of_inexact_lora
@@ -43,8 +44,8 @@ def save_adapter(
     config = model.peft_config[adapter_name]
     layers = pissa_layers(model.base_model.model, adapter_name)
     with_vocabulary = is_to_be_saved(model, adapter_name, save_embedding_layers)
-    check_whole(_saved_parameters(model) if state_dict is None else state_dict)
-    state = model.state_dict() if state_dict is None else state_dict
+    state = _own_state(model) if state_dict is None else state_dict
+    check_whole(state)
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -66,18 +67,32 @@ def save_adapter(
         staged.path(PISSA_RECORD).write_text(record.text())
         write_tensors(staged.path(PISSA_WEIGHTS), _on_cpu(starts))
         plain = lora_config(model.base_model.model, config, adapter_name, layers)
-        staged.path(ADAPTER_CONFIG).write_text(config_text(plain, type(model.base_model.model)))
+        staged.path(ADAPTER_CONFIG).write_text(config_text(plain, _class_of(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
         write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
 
 
-def _saved_parameters(model: PeftModel) -> dict[str, Tensor]:
-    """The parameters that belong to adapters, whether they are trained now or not. A base may be sharded."""
+def _class_of(model: nn.Module) -> type[nn.Module]:
+    """The class of a model. What fully_shard has sharded has one that fully_shard has made of it."""
+    found = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule))
+    return next(found)
+
+
+def _own_state(model: PeftModel) -> dict[str, Tensor]:
+    """The state dict of a model, without those frozen weights of the base that are sharded. (PEFT would gather them,
+    and the other processes may not be here.)
+
+    Raises:
+        ValueError: a parameter that belongs to an adapter is sharded.
+    """
+    parameters = dict(model.named_parameters())
     parts = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+    base = {name for name, value in parameters.items() if not value.requires_grad and not any(p in name for p in parts)}
+    check_whole({name: value for name, value in parameters.items() if name not in base})
     return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or any(part in name for part in parts)
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in base or not is_sharded(parameters[name])
     }
 
 

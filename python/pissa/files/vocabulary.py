@@ -66,9 +66,8 @@ class VocabularyTensor:
             return gathered.detach().cpu()
         with in_memory(self.module):
             if self.name == "bias":
-                bias = cast(Tensor, self.module.bias)
-                check_whole({self.state_key: bias})
-                return bias.detach().cpu()
+                check_whole({self.state_key: self.parameter})
+                return self.parameter.detach().cpu()
             base = whole(base_of(self.module), gathered)
             value = (base_of(base.restored()) if self.is_stored else base).parameter.detach()
             if self.tokens is not None:

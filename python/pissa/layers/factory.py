@@ -21,7 +21,7 @@ from pissa.base.kinds import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
-from pissa.distributed import is_data_parallel, is_partitioned, is_sharded
+from pissa.distributed import is_data_parallel, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.experts import unfused_experts
@@ -202,6 +202,11 @@ _ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' laye
 
 def _check_weight(base: Base, name: str) -> None:
     weight: Any = base.parameter
+    if is_of_an_engine(base.module):
+        raise TypeError(
+            f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
+            "before deepspeed.initialize. It may have been loaded under zero.Init"
+        )
     if is_sharded(weight):
         _check_sharded(base, name)
     if base.is_bnb_quantised:
@@ -216,17 +221,12 @@ def _check_weight(base: Base, name: str) -> None:
 
 def _check_sharded(base: Base, name: str) -> None:
     """Checks that the module of a sharded weight computes with the whole of it, of which each process can be given a
-    copy, and that an adapter can still be added to it."""
+    copy."""
     weight: Any = base.parameter
     if base.is_bnb_quantised:
         raise TypeError(
             f"{name} is a bitsandbytes layer whose codes are sharded, apart from their scales: wrap the model first "
             "and shard it then"
-        )
-    if type(base.module._parameters).__name__ == "ZeROOrderedDict":
-        raise TypeError(
-            f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
-            "before deepspeed.initialize. It may have been loaded under zero.Init"
         )
     if is_partitioned(weight):
         return

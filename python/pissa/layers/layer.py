@@ -20,7 +20,7 @@ from pissa.base.protocol import Base, whole
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Replaced, stored_linear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.distributed import is_sharded, sharded_as, whole_tensor
+from pissa.distributed import is_sharded, partition_as, sharded_as, whole_tensor
 from pissa.layers.dora import Magnitude
 
 
@@ -97,11 +97,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return self.base.dtype or self.model_dtype
 
     def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
-        """Replaces the base by one that keeps `residual`, which lacks `start`."""
+        """Replaces the base by one that keeps `residual`, which lacks `start`. If DeepSpeed has partitioned the weight,
+        the residual is partitioned, too."""
         base = self.base
         replaced = Replaced(base.dense_type, self.dense_dtype, base.bias, self.fingerprints.of_weight(base))
         storage: torch.dtype = getattr(torch, config.quant_storage)
         self.base_layer = stored_linear(replaced, residual, start, storage).train(base.module.training)
+        partition_as(base.parameter, self.base_layer.parameters(recurse=False))
 
     # -- adapters and their start factors
 
@@ -112,7 +114,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
             self.lora_E = nn.ModuleDict()
             self.lora_unmerged: nn.Module | None = None
             if self.base.kind is nn.Linear and is_sharded(self.base.parameter):
-                # PEFT has taken one process's part for the layer, unless the mesh has a name that it expects.
+                # PEFT has taken the shape of one process's part, unless the mesh has a name that it expects.
                 self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         out_features, in_features = self.matrix_shape
         limit = min(in_features, out_features)

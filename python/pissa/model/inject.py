@@ -115,7 +115,7 @@ def _way_back(model: nn.Module) -> Callable[[], None]:
     # PEFT shares one dictionary of configurations among several modules, and lists of adapters' names among others.
     # Their content is restored in place.
     containers = [
-        (value, value.copy())
+        (value, dict(value.items()) if isinstance(value, dict) else value.copy())  # DeepSpeed's dict has no copy
         for _, attributes in modules
         for value in attributes.values()
         if isinstance(value, (dict, list, set))

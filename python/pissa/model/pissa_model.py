@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pissa.config import PissaConfig
-from pissa.distributed import failing_together, is_sharded
+from pissa.distributed import failing_together, is_of_an_engine, is_sharded
 from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder, refuse_unsupported
 from pissa.files.load import restore
@@ -96,7 +96,8 @@ class PissaModel(MendedPeftModel):
 
     def _inject(self, adapter_name: str, config: PissaConfig, autocast_adapter_dtype: bool) -> None:
         """Adds the layers of one more adapter, which have no start factors yet."""
-        if any(is_sharded(parameter) for name, parameter in self.named_parameters() if ".lora_" in name):
+        adapters = (parameter for name, parameter in self.named_parameters() if ".lora_" in name)
+        if any(map(is_sharded, adapters)) or any(map(is_of_an_engine, self.modules())):
             raise ValueError(
                 "the model's adapters are sharded, and FSDP or DeepSpeed would not see a new one: add it before "
                 "fully_shard or deepspeed.initialize"

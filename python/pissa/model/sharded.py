@@ -54,9 +54,9 @@ def check_trained(model: nn.Module, config: PissaConfig) -> None:
     for field, value in asked.items():
         if value:
             raise ValueError(
-                f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, beside parameters "
-                f"that it does not know: wrap the model first and shard it then, or leave {field} out (a task type "
-                "such as SEQ_CLS adds its head to modules_to_save)"
+                f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, beside "
+                f"parameters that it does not know: wrap the model first and shard it then, or leave {field} out (a "
+                "task type such as SEQ_CLS adds its head to modules_to_save)"
             )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
-from pissa.distributed import agree, failing_together, partition_as
+from pissa.distributed import agree, failing_together
 from pissa.model.decompose import Replacement, groups, share_residuals
 from pissa.model.views import is_view, own_memory
 
@@ -21,6 +21,8 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
     """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
     model's other tensors get memory of their own, so that nothing keeps the file mapped. Until then its pages may stay,
     which the system can take back.
+
+    A weight that DeepSpeed has partitioned is gathered, and its residual partitioned in its place.
 
     With several processes all of them have to call this, outside of `distributed.failing_together`: it has a block of
     its own, and an error that went through two would be told twice, the second time to nobody.
@@ -47,9 +49,8 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
                 )
                 del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
-                    replacement, dense = replacements.pop(name), layer.base.parameter
+                    replacement = replacements.pop(name)
                     layer.store_base(residual, replacement.lacked, config)
-                    partition_as(dense, layer.base.module.parameters(recurse=False))
                     layer.start_from(adapter_name, replacement.start)
             if are_views:
                 own_memory(model)

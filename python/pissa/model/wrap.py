@@ -37,6 +37,14 @@ def wrap(
     With several processes (torch.distributed) all of them have to call this, with the same model and configuration.
     They share the work, and an error in one is an error in all.
 
+    The model may be sharded already, by fully_shard (FSDP2) over all processes, or by DeepSpeed ZeRO-3 while it was
+    loaded, before deepspeed.initialize. Each weight is then gathered by all processes, and kept by the one that
+    decomposes it: beside its parts a process holds one group of weights (a layer, or layers of a few million elements
+    together) and one weight that passes. With ZeRO-3 the adapter's parameters, and a residual, are partitioned like the
+    rest. With fully_shard, which manages what it has sharded and no more, the base stays as it is (no `quant`, no
+    residual="explicit"), and the adapter's parameters are whole in every process; in each backward pass their gradients
+    become the mean over all processes, so that they can be clipped and stepped as if there were one.
+
     Args:
         model: usually transformers'; see `layers.factory` for what can be adapted. If anything is wrong with it or with
             the configuration, it is left as it was. With `quant` or residual="explicit" its dense weights are replaced

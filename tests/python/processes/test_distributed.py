@@ -151,9 +151,6 @@ def test_processes_with_different_models_say_so(two: Run) -> None:
 
 def test_sharded_weights_are_refused(two: Run) -> None:
     for found in two["sharded_weights"]:
-        assert found["wrap"][0] == "TypeError"
-        assert "is a DTensor" in found["wrap"][1]
-        assert "wrap the model first" in found["wrap"][1]
         assert "add it before fully_shard" in found["add_adapter"][1]
         assert "Gather it on all ranks" in found["save_pretrained"][1]
 

@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
 ALONE = {
     "base/bitsandbytes.py": {"bitsandbytes"},
     "cli/completion.py": {"shtab"},
+    "distributed.py": {"deepspeed"},
     "files/hub.py": {"huggingface_hub"},
     "integrations/gguf.py": {"gguf"},
 }

@@ -178,9 +178,8 @@ def other_models(folder: Path) -> dict[str, list[str]]:
 
 def sharded_weights(folder: Path) -> dict[str, list[str]]:
     """What is refused because FSDP has come first."""
-    model, wrapped = shard(llama()), shard(pissa.wrap(llama(), r=4))
+    wrapped = shard(pissa.wrap(llama(), r=4))
     return {
-        "wrap": message(lambda: pissa.wrap(model, r=4)),
         "add_adapter": message(lambda: wrapped.add_adapter("second", pissa.PissaConfig(r=4))),
         "save_pretrained": message(lambda: wrapped.save_pretrained(folder / "sharded")),
     }
@@ -454,27 +453,28 @@ def resumed(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def trainer_of(model: nn.Module, folder: Path) -> Any:
+def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Any:
     """transformers' Trainer for six steps, with the same six rows a step whatever the number of processes is."""
     from transformers import Trainer, TrainingArguments
 
     generator = torch.Generator().manual_seed(2)
     rows = torch.randint(0, 97, (4 * ROWS, 9), generator=generator)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=ROWS // world_size(),
-        max_steps=6,
-        save_steps=3,
-        logging_steps=1,
-        learning_rate=0.2,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=11,
-    )
+    fields: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": ROWS // world_size(),
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 0.2,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 11,
+    }
+    arguments = TrainingArguments(**fields | options)
     return Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
 
 

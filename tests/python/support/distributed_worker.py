@@ -1,10 +1,11 @@
 """What runs in several processes (torchrun), and writes what it finds as JSON for the test that has launched it.
 
     torchrun --standalone --nproc-per-node=2 distributed_worker.py checks FOLDER
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py sharded FOLDER
     torchrun --standalone --nproc-per-node=2 distributed_worker.py architectures FOLDER [NAME ...]
     torchrun --standalone --nproc-per-node=2 distributed_worker.py dies FOLDER
 
-Starting a process costs seconds, so that one launch does all checks of `distributed_checks`.
+Starting a process costs seconds, so that one launch does all checks of `distributed_checks`, or of `sharded_checks`.
 """
 
 from __future__ import annotations
@@ -236,6 +237,10 @@ def main(mode: str, folder: Path, names: Sequence[str]) -> None:
         import distributed_checks
 
         checks = distributed_checks.checks(folder)
+    elif mode == "sharded":
+        import sharded_checks
+
+        checks = sharded_checks.checks(folder)
     else:
         checks = architectures(names)
     report(folder / f"{mode}-{world_size()}-{rank()}.json", checks)
