@@ -281,7 +281,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def delta_matrix(self, adapter_name: str) -> Tensor:
         """The same as a matrix, s (B A - B0 A0), float32 [out, in]: one product without cancellation."""
-        deltas = Deltas(*(delta if delta is None else gathered(delta) for delta in self.deltas(adapter_name)))
+        da, db, e = self.deltas(adapter_name)
+        deltas = Deltas(gathered(da), gathered(db), None if e is None else gathered(e))
         a, b = self.start_of(adapter_name).factors_of_change(deltas)
         scaling: float = self.scaling[adapter_name]
         return scaling * (b @ a)
