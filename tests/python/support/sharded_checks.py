@@ -196,7 +196,8 @@ def refused(folder: Path) -> dict[str, list[str]]:
     plan = {"model.layers.0.self_attn.q_proj": ColwiseParallel()}
     parallelize_module(tensor_parallel, init_device_mesh("cpu", (world_size(),)), plan)
     flat = FullyShardedDataParallel(llama(), use_orig_params=True, device_id=torch.device("cpu"))
-    adapted = shard(pissa.wrap(llama(), r=4))
+    computed = fully_shard(llama())
+    computed(input_ids=tokens())
     stored = folder / "stored"
     model = pissa.wrap(llama(), r=4, quant="nf4")
     if rank() == 0:
@@ -208,6 +209,7 @@ def refused(folder: Path) -> dict[str, list[str]]:
 
     return {
         "quant": wrapped(shard(llama()), quant="nf4"),
+        "whole weights": wrapped(computed, quant="nf4"),
         "explicit": wrapped(shard(llama()), residual="explicit"),
         "modules_to_save": wrapped(shard(llama()), modules_to_save=["lm_head"]),
         "task_type": wrapped(shard(llama()), task_type="SEQ_CLS"),
@@ -217,8 +219,6 @@ def refused(folder: Path) -> dict[str, list[str]]:
         "a layer alone": wrapped(alone),
         "FSDP1": wrapped(flat, target_modules=["q_proj"]),
         "tensor parallel": wrapped(tensor_parallel),
-        "add_adapter": message(partial(adapted.add_adapter, "second", pissa.PissaConfig(r=4))),
-        "save_pretrained": message(partial(adapted.save_pretrained, folder / "refused")),
         "load": message(partial(PissaModel.from_pretrained, shard(llama()), stored)),
     }
 
