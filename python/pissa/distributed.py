@@ -50,6 +50,11 @@ def is_of_an_engine(module: nn.Module) -> bool:
     return type(module._parameters).__name__ == "ZeROOrderedDict"
 
 
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP holds a module's parameters. It marks such modules for torch.compile."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, naming the first tensor of which this process holds only a part."""
     if sharded := [name for name, value in tensors.items() if is_sharded(value)]:

@@ -32,10 +32,11 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         ValueError: the base or the adapter is not the one that was saved, naming the first layer that differs, or a
             damaged file, naming file and tensor. Nothing has been changed then.
     """
-    if any(map(is_of_an_engine, model.modules())):
+    adapters = (parameter for name, parameter in model.named_parameters() if ".lora_" in name)
+    if any(map(is_partitioned, adapters)) or any(map(is_of_an_engine, model.modules())):
         raise ValueError(
-            "the model belongs to a DeepSpeed engine (ZeRO-3): load the adapter before deepspeed.initialize, or resume "
-            "with the engine's load_checkpoint"
+            "the model is partitioned by DeepSpeed ZeRO-3, its adapters too: load the adapter before "
+            "deepspeed.initialize, or resume with the engine's load_checkpoint"
         )
     check_values(model.base_model.model, adapter_name)
     config, weights = checkpoint.config, checkpoint.weights

@@ -85,7 +85,7 @@ def _own_state(model: PeftModel) -> dict[str, Tensor]:
     Raises:
         ValueError: a parameter that belongs to an adapter is sharded.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     parts = (".lora_", ".modules_to_save.", ".trainable_tokens_")
     base = {name for name, value in parameters.items() if not value.requires_grad and not any(p in name for p in parts)}
     check_whole({name: value for name, value in parameters.items() if name not in base})

@@ -7,21 +7,22 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pissa.base.bitsandbytes import is_bitsandbytes
 from pissa.base.kinds import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
-from pissa.distributed import is_data_parallel, is_of_an_engine, is_partitioned, is_sharded
+from pissa.distributed import is_data_parallel, is_managed, is_of_an_engine, is_partitioned, is_sharded
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.experts import unfused_experts
@@ -180,6 +181,12 @@ _KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
 
 
 def _base_for(target: nn.Module, name: str) -> Base:
+    of_bitsandbytes = any(is_bitsandbytes(target, kind) for kind in ("Linear4bit", "Linear8bitLt"))
+    if of_bitsandbytes and is_sharded(cast(Tensor, target.weight)):
+        raise TypeError(
+            f"{name} is a {type(target).__name__} of bitsandbytes whose codes are sharded, apart from their scales: "
+            "wrap the model first and shard it then"
+        )
     try:
         base = adopted(target)
     except TypeError as error:
@@ -223,15 +230,9 @@ def _check_sharded(base: Base, name: str) -> None:
     """Checks that the module of a sharded weight computes with the whole of it, of which each process can be given a
     copy."""
     weight: Any = base.parameter
-    if base.is_bnb_quantised:
-        raise TypeError(
-            f"{name} is a bitsandbytes layer whose codes are sharded, apart from their scales: wrap the model first "
-            "and shard it then"
-        )
     if is_partitioned(weight):
         return
-    # fully_shard marks the modules that it manages, for torch.compile.
-    if not (getattr(base.module, "_is_fsdp_managed_module", False) and is_data_parallel(weight)):
+    if not (is_managed(base.module) and is_data_parallel(weight)):
         placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
         raise TypeError(
             f"the weight of {name} is a DTensor with the placements {placements} on {mesh}: not one that fully_shard "

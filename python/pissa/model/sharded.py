@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
-from pissa.distributed import average_gradient
+from pissa.distributed import average_gradient, is_managed
 from pissa.layers.layer import PissaLayer, pissa_layers
 
 
@@ -31,11 +31,6 @@ def reshard(model: nn.Module) -> None:
             )
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def is_managed(module: nn.Module) -> bool:
-    """Whether FSDP holds the parameters of a module. It marks them for torch.compile."""
-    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def check_trained(model: nn.Module, config: PissaConfig) -> None:

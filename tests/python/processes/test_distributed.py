@@ -149,18 +149,10 @@ def test_processes_with_different_models_say_so(two: Run) -> None:
         assert "layer model.layers.0.self_attn.q_proj has other weights" in found["adapters"][1]
 
 
-def test_sharded_weights_are_refused(two: Run) -> None:
+def test_adapters_that_are_sharded_are_not_added_to_nor_saved_in_parts(two: Run) -> None:
     for found in two["sharded_weights"]:
         assert "add it before fully_shard" in found["add_adapter"][1]
         assert "Gather it on all ranks" in found["save_pretrained"][1]
-
-
-def test_weights_that_deepspeed_has_partitioned_are_refused() -> None:
-    model = llama()
-    weight = model.model.layers[0].self_attn.k_proj.weight
-    weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)  # as zero.Init leaves it
-    with pytest.raises(TypeError, match=r"k_proj is partitioned by DeepSpeed ZeRO-3 \(its shape is \[34, 34\]\)"):
-        pissa.wrap(model, r=4)
 
 
 def test_a_model_that_deepspeed_has_partitioned_is_saved_from_what_was_gathered(tmp_path: Path) -> None:

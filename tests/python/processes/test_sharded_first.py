@@ -104,7 +104,9 @@ def test_what_one_process_finds_ends_all(ranks: list[dict[str, Any]], losses: li
 
 
 WORDS = {
+    "bitsandbytes": "0 is a Linear4bit of bitsandbytes whose codes are sharded",
     "quant": "sharded by fully_shard, which keeps it, so that its base cannot become nf4",
+    "whole weights": "sharded by fully_shard, which keeps it",
     "explicit": "cannot become explicit: wrap the model first and shard it then",
     "modules_to_save": "modules_to_save=['lm_head'] trains a part of the model itself",
     "task_type": "adds its head to modules_to_save",
@@ -114,8 +116,6 @@ WORDS = {
     "a layer alone": "model.layers.0.self_attn.q_proj is sharded by a fully_shard of its own",
     "FSDP1": "the model is wrapped in FullyShardedDataParallel",
     "tensor parallel": "load the model without tp_plan",
-    "add_adapter": "add it before fully_shard",
-    "save_pretrained": "Gather it on all ranks",
     "load": "keeps the base of layer model.layers.0.self_attn.q_proj as nf4",
 }
 

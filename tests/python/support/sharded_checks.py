@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -66,9 +67,16 @@ def trained(folder: Path) -> dict[str, list[Any]]:
     return found
 
 
+def tied_llama() -> nn.Module:
+    """A model whose output layer has the weight of its embeddings, as many have."""
+    model = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
 def saved(folder: Path) -> None:
     """Rank 0 writes the adapter, of which it has all. The others are not asked for anything."""
-    first, model = shard(pissa.wrap(llama(), r=4)), pissa.wrap(shard(llama()), r=4)
+    first, model = shard(pissa.wrap(tied_llama(), r=4)), pissa.wrap(shard(tied_llama()), r=4)
     train(first, tokens()), train(model, tokens())
     state = get_model_state_dict(first, options=WHOLE)
     if rank() == 0:
@@ -80,9 +88,9 @@ def saved(folder: Path) -> None:
 def loaded(folder: Path) -> dict[str, list[float]]:
     """Losses of a folder that is loaded onto a whole model, a sharded one, and one that is made to be trained later."""
     target = folder / "sharded_first"
-    whole = PissaModel.from_pretrained(llama(), target, is_trainable=True).train()
-    model = PissaModel.from_pretrained(shard(llama()), target, is_trainable=True).train()
-    later = PissaModel.from_pretrained(shard(llama()), target).train()
+    whole = PissaModel.from_pretrained(tied_llama(), target, is_trainable=True).train()
+    model = PissaModel.from_pretrained(shard(tied_llama()), target, is_trainable=True).train()
+    later = PissaModel.from_pretrained(shard(tied_llama()), target).train()
     for name, parameter in later.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     found = {
@@ -196,7 +204,8 @@ def refused(folder: Path) -> dict[str, list[str]]:
     plan = {"model.layers.0.self_attn.q_proj": ColwiseParallel()}
     parallelize_module(tensor_parallel, init_device_mesh("cpu", (world_size(),)), plan)
     flat = FullyShardedDataParallel(llama(), use_orig_params=True, device_id=torch.device("cpu"))
-    adapted = shard(pissa.wrap(llama(), r=4))
+    computed = fully_shard(llama())
+    computed(input_ids=tokens())
     stored = folder / "stored"
     model = pissa.wrap(llama(), r=4, quant="nf4")
     if rank() == 0:
@@ -206,8 +215,11 @@ def refused(folder: Path) -> dict[str, list[str]]:
     def wrapped(model: nn.Module, **fields: Any) -> list[str]:
         return message(partial(pissa.wrap, model, r=4, **fields))
 
+    codes = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_storage=torch.float32)).requires_grad_(False).to("cpu")
     return {
+        "bitsandbytes": wrapped(fully_shard(codes), target_modules=["0"]),
         "quant": wrapped(shard(llama()), quant="nf4"),
+        "whole weights": wrapped(computed, quant="nf4"),
         "explicit": wrapped(shard(llama()), residual="explicit"),
         "modules_to_save": wrapped(shard(llama()), modules_to_save=["lm_head"]),
         "task_type": wrapped(shard(llama()), task_type="SEQ_CLS"),
@@ -217,8 +229,6 @@ def refused(folder: Path) -> dict[str, list[str]]:
         "a layer alone": wrapped(alone),
         "FSDP1": wrapped(flat, target_modules=["q_proj"]),
         "tensor parallel": wrapped(tensor_parallel),
-        "add_adapter": message(partial(adapted.add_adapter, "second", pissa.PissaConfig(r=4))),
-        "save_pretrained": message(partial(adapted.save_pretrained, folder / "refused")),
         "load": message(partial(PissaModel.from_pretrained, shard(llama()), stored)),
     }
 
