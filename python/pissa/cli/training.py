@@ -59,7 +59,6 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
         train, held_out = _data(ours, training, mixture, rows, getattr(processor, "tokenizer", processor))
         model = _model(ours, training, split)
         datasets.disable_progress_bars()
-        training.dataloader_pin_memory &= training.device.type != "cpu"
         stop = SaveAndStop()
         trainer: Any = getattr(trl, f"{kind}Trainer")(
             model,
@@ -174,7 +173,9 @@ def _model(ours: Any, training: Any, split: bool) -> Any:
     else:
         options = {"dtype": dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process has the model spread over its GPUs
-            whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it has
+            sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+            whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
             options["device_map"] = {"": training.device} if whole else None
         options |= training.model_init_kwargs or {}
         training.model_init_kwargs = None  # TRL would say that it ignores them
