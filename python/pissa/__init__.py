@@ -13,11 +13,9 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from pissa import ops
-from pissa.ops import build_info
-
 if TYPE_CHECKING:
     from pissa import layers as layers
+    from pissa import ops as ops
     from pissa.base import bitsandbytes as bitsandbytes
     from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
@@ -25,26 +23,31 @@ if TYPE_CHECKING:
     from pissa.distributed import RankError as RankError
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
+    from pissa.ops import build_info as build_info
 
-__version__: str = build_info()["version"]
+    __version__: str
 
-# The homes of the adapter API: module:name, or a module. Each is imported on first use, because `pissa.ops` needs
-# neither peft nor transformers.
+# module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and
+# `pissa --help` not even torch.
 _HOMES = {
     "PissaConfig": "pissa.model.pissa_model:PissaConfig",  # completes it: reader, tuner
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",
     "bitsandbytes": "pissa.base.bitsandbytes:",
+    "build_info": "pissa.ops:build_info",
     "convert": "pissa.conversion:convert",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
+    "ops": "pissa.ops:",
     "wrap": "pissa.model.wrap:wrap",
 }
 
-__all__ = ["__version__", "build_info", "ops", *_HOMES]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return resolve_name("pissa.ops:build_info")()["version"]
     if name not in _HOMES:
         raise AttributeError(f"module 'pissa' has no attribute {name!r}")
     try:
