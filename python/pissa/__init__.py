@@ -13,11 +13,9 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from pissa import ops
-from pissa.ops import build_info
-
 if TYPE_CHECKING:
     from pissa import layers as layers
+    from pissa import ops as ops
     from pissa.base import bitsandbytes as bitsandbytes
     from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
@@ -26,31 +24,36 @@ if TYPE_CHECKING:
     from pissa.integrations.export import export as export
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
+    from pissa.ops import build_info as build_info
     from pissa.training.lora_state import lora_config as lora_config
     from pissa.training.lora_state import lora_state_dict as lora_state_dict
 
-__version__: str = build_info()["version"]
+    __version__: str
 
-# The homes of the adapter API: module:name, or a module. Each is imported on first use, because `pissa.ops` needs
-# neither peft nor transformers.
+# module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and
+# `pissa --help` not even torch.
 _HOMES = {
     "PissaConfig": "pissa.model.by_peft:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",
     "bitsandbytes": "pissa.base.bitsandbytes:",
+    "build_info": "pissa.ops:build_info",
     "convert": "pissa.conversion:convert",
     "export": "pissa.integrations.export:export",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
     "lora_config": "pissa.training.lora_state:lora_config",
     "lora_state_dict": "pissa.training.lora_state:lora_state_dict",
+    "ops": "pissa.ops:",
     "wrap": "pissa.model.wrap:wrap",
 }
 
-__all__ = ["__version__", "build_info", "ops", *_HOMES]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return resolve_name("pissa.ops:build_info")()["version"]
     if name not in _HOMES:
         raise AttributeError(f"module 'pissa' has no attribute {name!r}")
     try:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
+import torch
 import trl
 from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -42,7 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     **{"max_length": 512, "num_train_epochs": 1.0, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "seed": 0},
     **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": None, "gradient_accumulation_steps": 16},
     **{"logging_steps": 1, "save_steps": 100, "save_total_limit": 2, "report_to": "none", "output_dir": ""},
-    **{"bf16": False, "gradient_checkpointing": None, "dtype": None},
+    **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not torch.accelerator.is_available()},
     **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
 }
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
@@ -115,10 +116,10 @@ def parse(argv: Sequence[str], kind: str) -> tuple[Any, Any, Any]:
 
 
 def as_dict(ours: Any, training: Any, mixture: Any) -> dict[str, Any]:
-    """All options by name, as JSON and YAML have them, without the hub's token."""
+    """All options by name, as JSON and YAML have them, but for what is of this machine alone."""
     tokens = {f.name: getattr(training, f.name) for f in fields(training) if f.name.endswith("_token")}
     options: dict[str, Any] = json.loads(json.dumps(vars(ours) | training.to_dict() | tokens | asdict(mixture)))
-    return {name: value for name, value in options.items() if name != "hub_token"}
+    return {name: value for name, value in options.items() if name not in ("hub_token", "use_cpu")}
 
 
 def flag(name: str) -> str:

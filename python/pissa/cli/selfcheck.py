@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -28,24 +27,24 @@ class SelfCheck(NamedTuple):
         return self.difference <= self.bound  # False for NaN
 
 
-def step0_check(model: PeftModel, batch: dict[str, Any], dtype: torch.dtype) -> SelfCheck:
+def step0_check(model: PeftModel, batch: dict[str, Any]) -> SelfCheck:
     """Compares the logits before training with the adapter enabled (the model) and disabled (the base).
 
     Both passes compute the same function and may round differently. With k the inner dimension of an adapted layer, a
     sum of k products in float32 (u = eps/2) is off by about √k u of its norm, once in each of the two passes; the
-    layer's output is then rounded to `dtype`, eps at most between the two. These errors are independent from layer to
-    layer and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n
+    layer's output is then rounded to the base's dtype, eps at most between the two. These errors are independent from
+    layer to layer and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n
     eps(dtype) for n layers. An adapter that starts wrong (PiSSA on a base that has lost its principal part) differs by
     about 1.
 
     Args:
         model: with one active adapter.
-        batch: as a trainer of TRL collates it; tokens that attention_mask leaves out are not compared.
-        dtype: of the base model.
+        batch: as a trainer of TRL collates it, on the model's device; tokens that attention_mask leaves out are not
+            compared.
     """
     was_training = model.training
     model.eval()
-    inputs = send_to_device({key: batch[key] for key in batch if key not in _NOT_THE_MODELS}, model.device)
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
     with torch.no_grad():
         enabled = _logits(model, inputs)
         with model.disable_adapter():
@@ -55,7 +54,7 @@ def step0_check(model: PeftModel, batch: dict[str, Any], dtype: torch.dtype) -> 
     difference = torch.linalg.vector_norm(enabled - disabled).item() / norm
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     summation = math.sqrt(sum(2 * layer.in_features for layer in layers)) * torch.finfo(torch.float32).eps / 2
-    bound = summation + math.sqrt(len(layers)) * torch.finfo(dtype).eps
+    bound = summation + math.sqrt(len(layers)) * torch.finfo(model.get_base_model().dtype).eps
     return SelfCheck(difference, bound, norm, len(disabled))
 
 

@@ -10,6 +10,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import datasets
 import torch
 import trl
 from accelerate import DistributedType
+from accelerate.utils import send_to_device
 from peft import get_peft_model
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -59,26 +61,20 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
         train, held_out = _data(ours, training, mixture, rows, getattr(processor, "tokenizer", processor))
         model = _model(ours, training, split)
         datasets.disable_progress_bars()
-        training.dataloader_pin_memory &= training.device.type != "cpu"
         stop = SaveAndStop()
-        trainer: Any = getattr(trl, f"{kind}Trainer")(
-            model,
-            args=training,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=processor,
-            callbacks=[Costs(), stop],
-        )
+        names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
+        try:
+            trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[Costs(), stop], **names)
+        except (ValueError, KeyError) as error:  # options that do not go together, or do not fit the data
+            raise UserError(first_line(error)) from error
         if not training.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
         result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
-        result["check"] = _check(trainer, check, getattr(torch, ours.dtype))
+        result["check"] = _check(trainer, check)
         if passed := result["check"]["passed"]:
             if training.learning_rate == AUTO:
-                found = pissa.suggest_lr(model, [_batch(trainer)])
-                training.learning_rate = found.rate
-                say("rate", found.sentence)
+                training.learning_rate = _rate(trainer, None if kind == "SFT" else trainer.compute_loss)
             if trainer.is_world_process_zero() and not ours.resume:
                 record(Path(training.output_dir), as_dict(ours, training, mixture))
             _train(trainer, ours, stop, f"pissa {args.command}")
@@ -165,16 +161,17 @@ def _loaded(ours: Any, training: Any, load: Callable[..., Any], **options: Any) 
 
 def _model(ours: Any, training: Any, split: bool) -> Any:
     """The wrapped model."""
-    dtype = getattr(torch, ours.dtype)
     if split:
         try:
-            model = pissa.load(ours.model_name_or_path, dtype=dtype, device=training.device)
+            model = pissa.load(ours.model_name_or_path, dtype=getattr(torch, ours.dtype), device=training.device)
         except (OSError, ValueError) as error:
             raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
     else:
-        options = {"dtype": dtype, "attn_implementation": ours.attn_implementation}
+        options = {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process has the model spread over its GPUs
-            whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it has
+            sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+            whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
             options["device_map"] = {"": training.device} if whole else None
         options |= training.model_init_kwargs or {}
         training.model_init_kwargs = None  # TRL would say that it ignores them
@@ -202,14 +199,24 @@ def _method_name(ours: Any) -> str:
     return {"lora": "LoRA", "pissa": f"QPiSSA ({ours.quant})" if ours.quant else "PiSSA"}[ours.method]
 
 
-def _batch(trainer: Any) -> Any:
-    """The first examples, as the trainer takes them."""
-    size = range(trainer.args.per_device_train_batch_size)
-    return trainer.data_collator([row for row, _ in zip(trainer.train_dataset, size, strict=False)])
+def _batches(trainer: Any, count: int) -> list[Any]:
+    """Batches of the training data, in a random order, at most so many."""
+    rows, size = iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), trainer.args.per_device_train_batch_size
+    batches = islice(iter(lambda: list(islice(rows, size)), []), count)
+    return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
 
 
-def _check(trainer: Any, more: Check, dtype: torch.dtype) -> dict[str, Any]:
-    found = step0_check(trainer.model, _batch(trainer), dtype)
+def _rate(trainer: Any, loss: Callable[..., Any] | None) -> float:
+    try:
+        rate, text, *_ = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
+    except ValueError as error:
+        raise UserError(f"--lr {AUTO}: {error}") from error
+    say("rate", text)
+    return float(rate)
+
+
+def _check(trainer: Any, more: Check) -> dict[str, Any]:
+    found = step0_check(trainer.model, _batches(trainer, 1)[0])
     text, right = more(trainer, found)
     say("check", f"logits at step 0 differ by {found.difference:.1e} from the base's (bound {found.bound:.1e}){text}")
     passed = found.passed and right

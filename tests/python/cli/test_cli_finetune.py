@@ -355,12 +355,12 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
         assert f" {name}" in text
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["env"]])
-def test_help_and_env_import_nothing_heavy(arguments: list[str]) -> None:
+@pytest.mark.parametrize(("arguments", "heavy"), [(["--help"], {"torch", "numpy"}), (["env"], set())])
+def test_help_and_env_import_nothing_heavy(arguments: list[str], heavy: set[str]) -> None:
     script = (
         "import contextlib, sys; from pissa.cli import main\n"
         f"with contextlib.suppress(SystemExit): main({arguments})\n"
-        "print(sorted({'transformers', 'peft', 'matplotlib', 'accelerate', 'trl'} & set(sys.modules)))"
+        f"print(sorted({heavy | {'transformers', 'peft', 'matplotlib', 'accelerate', 'trl'}} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,203 @@
+"""`pissa dpo` on a small random model, and what it shares with `pissa finetune`: data sets, --lr auto, completion."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+import pissa
+from pissa.cli import main
+from tiny_model import save_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
+    rows = [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": "no"} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(base: Path, data: Path, out: Path, *more: str, name: str = "dpo") -> list[str]:
+    fixed = [name, "--model", str(base), "--data", str(data), "--out", str(out), "--steps", "4", "--rank", "4"]
+    return [*fixed, "--batch-size", "4", "--grad-accum", "1", "--lr", "1e-2", "--save-steps", "2", *more]
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.mark.parametrize("options", [[], ["--quant", "nf4"], ["--quant", "int8", "--dtype", "bfloat16"]])
+def test_preferences_are_learned_from_ln_2_on(
+    options: list[str], base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(command(base, data, out, *options, "--eval-data", str(data))) == 0
+    assert "; first loss 0.69314" in capfd.readouterr().out
+    first, *_, last = losses(out)
+    assert first == pytest.approx(math.log(2), abs=1e-6 if not options else 1e-2)
+    assert last < first
+    assert not (out / "ref").exists()  # TRL's copy of the adapter as it was
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command(base, data, whole)) == 0
+    shutil.copytree(whole, cut)
+    for name in ("adapter_model.safetensors", "trainer_state.json", "checkpoint-4/trainer_state.json"):
+        (cut / name).unlink()
+    assert main(command(base, data, cut, "--resume")) == 0
+    assert losses(cut) == losses(whole)
+    name = "adapter_model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_wrong_reference_is_not_trained_against(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trl import DPOTrainer
+
+    found = DPOTrainer.compute_loss
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: found(*args, **kwargs) + 1e-3)
+    assert main(command(base, data, tmp_path / "run")) == 1
+    said = capsys.readouterr().out
+    assert "first loss 0.694147, ln 2 = 0.693147" in said
+    assert "FAILED" in said
+
+
+def test_bad_preferences_are_refused(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(data.read_text() + '{"prompt": "q", "chosen": "a"}\n')
+    assert main(command(base, bad, tmp_path / "run")) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"pissa dpo: {bad}:17: found an object with the keys 'prompt', 'chosen'; allowed: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_a_template_has_the_alpaca_prompt(base: Path, data: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from pissa.cli.dpo import _rows
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows, _ = _rows(str(data), 0, tokenizer, 100)
+    assert rows[0]["prompt"] == [{"role": "user", "content": "0+1"}]
+    tokenizer.chat_template = None
+    rows, _ = _rows(str(data), 0, tokenizer, 100)
+    assert rows[0]["prompt"].endswith("### Instruction:\n0+1\n\n### Response:")
+    assert (rows[0]["chosen"], rows[0]["rejected"]) == ("1</s>", "no</s>")
+
+
+# ---- What both commands share ----
+
+
+def test_a_data_set_of_trl_is_taken_as_it_is(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{i}+1", "completion": f"={i + 1}"} for i in range(16)]
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    options = ["--eval_strategy", "steps", "--eval_steps", "2", "--packing", "--max-length", "32"]
+    assert main(command(base, tmp_path / "set", tmp_path / "run", *options, name="finetune")) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert "held out  loss" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert main(command(base, tmp_path / "empty", tmp_path / "other", name="finetune")) == 2
+    assert "cannot be loaded as a data set" in capsys.readouterr().err
+
+
+class Suggestion(NamedTuple):
+    rate: float
+    text: str
+
+
+@pytest.mark.parametrize("name", ["finetune", "dpo"])
+def test_the_rate_is_found_and_recorded(
+    name: str,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def suggest_lr(model: Any, batches: list[Any], loss: Any) -> Suggestion:
+        assert len(batches) == 4
+        value = model(**batches[0]).loss if loss is None else loss(model, batches[0])
+        assert torch.isfinite(value)
+        return Suggestion(3e-3, "the best of two")
+
+    if name == "finetune":
+        rows = [{"question": f"{i}+1", "answer": f"{i + 1}"} for i in range(16)]
+        data = tmp_path / "sums.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(pissa, "suggest_lr", suggest_lr, raising=False)
+    out = tmp_path / "run"
+    assert main(command(base, data, out, "--lr", "auto", name=name)) == 0
+    assert "rate      the best of two" in capsys.readouterr().out
+    assert yaml.safe_load((out / "run.yaml").read_text())["learning_rate"] == 3e-3
+    found = losses(out)
+    assert main([name, "--config", str(out / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert losses(tmp_path / "again") == found
+    assert main(command(base, data, out, "--lr", "auto", "--resume", name=name)) == 0
+
+
+def test_every_field_of_the_configuration_is_an_option(base: Path, data: Path, tmp_path: Path) -> None:
+    options = [
+        "--target-modules",
+        "q_proj",
+        "v_proj",
+        "--rank_pattern",
+        '{"v_proj": 2}',
+        "--alpha_pattern",
+        '{"v_proj": 8}',
+    ]
+    options += ["--use_dora", "--use_rslora", "--init", "pissa_minor", "--svd-passes", "8"]
+    out = tmp_path / "run"
+    assert main(command(base, data, out, *options)) == 0
+    config = pissa.PissaConfig.from_pretrained(out)
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+    assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 8})
+    assert (config.use_dora, config.use_rslora, config.init, config.svd_passes) == (True, True, "pissa_minor", 8)
+    recorded = yaml.safe_load((out / "run.yaml").read_text())
+    assert recorded["target_modules"] == ["q_proj", "v_proj"]
+    assert recorded["rank_pattern"] == {"v_proj": 2}
+    assert main(["dpo", "--config", str(out / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert losses(tmp_path / "again") == losses(out)
+
+
+def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    for text, found in (
+        ("nonsense: 1", "Unknown arguments"),
+        ("[1]", "must contain a YAML mapping"),
+        ("a: [", "while"),
+    ):
+        path.write_text(text)
+        assert main(["dpo", "--config", str(path)]) == 2
+        assert found in (said := capsys.readouterr().err)
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="the package shtab is not installed")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("finetune", "dpo", "merge", "gradient-checkpointing", "target_modules"))
