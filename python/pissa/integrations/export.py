@@ -115,7 +115,7 @@ def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
     if packed_layers(found.source.names):
         raise ValueError(
             f"{path} is a plain LoRA on {found.source.folder}, which transformers and PEFT load as they are: there is "
-            "nothing to export; to merged writes one dense checkpoint"
+            "nothing to export; for one dense checkpoint export to merged"
         )
     kinds = " and ".join(sorted(form.kind for form in forms))
     raise ValueError(
