@@ -72,7 +72,7 @@ def export(
     adapter, target = Path(adapter), Path(target)
     base = _named_base(adapter) if base is None else base
     if to == "vllm":
-        return export_vllm(adapter, None if base is None else checkpoint_folder(base), target, initial)
+        return export_vllm(adapter, base, target, initial)
     if base is None:
         raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it, base=")
     if to == "gguf":
