@@ -246,7 +246,7 @@ class Ours(Adapter):
         return [
             OtherRoundingWarning(
                 f"The residual of {len(self._rounded)} layers, {self._rounded[0]} the first, differs in some bits from "
-                f"the one that {self._checkpoint.folder} was trained with: this machine rounds differently. The merged "
+                f"the one that {self._checkpoint.folder} was trained with: this machine rounds differently. The "
                 "function is the same up to the rounding of a few weights."
             )
         ]

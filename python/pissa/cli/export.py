@@ -84,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_options(message: str) -> str:
     """The message with this command's options in place of the arguments of `pissa.export`."""
-    message = re.sub(r"\b(base|initial|requantise|to)=(True)?", lambda match: f"--{match[1]} ", message)
-    message = re.sub(r"(--(?:base|initial|requantise|to)) (?=[\s,;:.]|$)", r"\1", message)
-    return re.sub(r"export to (bnb4|vllm|gguf|merged)", r"export --to \1", message, flags=re.IGNORECASE)
+    message = re.sub(r"\b(base|initial|requantise|to)=(?:True|(['\"])(\w+)\2)?", _option, message)
+    return re.sub(r"([Ee]xport) to (bnb4|vllm|gguf|merged)", r"\1 --to \2", message)
+
+
+def _option(match: re.Match[str]) -> str:
+    return f"--{match[1]} {match[3]}" if match[3] else f"--{match[1]}"
 
 
 def _report(args: argparse.Namespace, done: Exported, notes: list[str]) -> None:

@@ -72,7 +72,7 @@ def export(
     adapter, target = Path(adapter), Path(target)
     base = _named_base(adapter) if base is None else base
     if to == "vllm":
-        return export_vllm(adapter, None if base is None else checkpoint_folder(base), target, initial)
+        return export_vllm(adapter, base, target, initial)
     if base is None:
         raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it, base=")
     if to == "gguf":
@@ -115,7 +115,7 @@ def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
     if packed_layers(found.source.names):
         raise ValueError(
             f"{path} is a plain LoRA on {found.source.folder}, which transformers and PEFT load as they are: there is "
-            "nothing to export; to merged writes one dense checkpoint"
+            "nothing to export; for one dense checkpoint export to merged"
         )
     kinds = " and ".join(sorted(form.kind for form in forms))
     raise ValueError(

@@ -3,7 +3,6 @@ converted base has."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from pissa.files.lora_folder import LoraFactors
 from pissa.files.messages import first_line
 from pissa.files.staged import Staged
 from pissa.integrations.exported import Exported
-from pissa.integrations.plain import PlainLora, padded
+from pissa.integrations.plain import Name, PlainLora, padded
 
 
 class _Family(NamedTuple):
@@ -42,14 +41,12 @@ _FAMILIES = {
 _INPUT, _OUTPUT = "model.embed_tokens", "lm_head"
 
 
-def export_gguf(
-    adapter: Path, base: str | os.PathLike[str], target: Path, initial: str | os.PathLike[str] | None
-) -> Exported:
+def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new file `target`, float32, a layer at a time.
 
     Args:
-        base: the folder of the model, or its name on the Hub: its config.json is read, and, for an adapter that PEFT
-            started with "pissa", its weights.
+        base: the folder of the model, or its name on the Hub. Its config.json is read; its weights only if the adapter
+            cannot be read without them.
 
     Raises:
         ValueError: what llama.cpp does not take from an adapter, by name, or a model that is not known here. Nothing is
@@ -57,7 +54,7 @@ def export_gguf(
     """
     if target.exists():
         raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
-    lora = PlainLora.read(adapter, Path(base) if os.path.isdir(base) else None, initial, "llama.cpp")
+    lora = PlainLora.read(adapter, base, initial, "llama.cpp")
     names = _Names.of(base, lora)
     rank = max(lora.rank(name) for name in lora.folder.factors)
     alpha = rank * lora.scaling
@@ -106,7 +103,7 @@ class _Names:
         self._map = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
 
     @staticmethod
-    def of(base: str | os.PathLike[str], lora: PlainLora) -> _Names:
+    def of(base: Name, lora: PlainLora) -> _Names:
         """Those of the base; refuses layers that llama.cpp has no adapter of."""
         try:
             config = AutoConfig.from_pretrained(base)

@@ -15,11 +15,14 @@ from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import residual_of
 from pissa.conversion.source import INITIAL, PEFT
 from pissa.conversion.source import Source as Foreign
+from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import PREFIX, Matrices
 from pissa.files.source import Source
+
+Name = str | os.PathLike[str]
 
 
 class PlainLora(NamedTuple):
@@ -31,11 +34,12 @@ class PlainLora(NamedTuple):
     found: Foreign
 
     @staticmethod
-    def read(adapter: Path, base: Path | None, initial: str | os.PathLike[str] | None, runtime: str) -> PlainLora:
+    def read(adapter: Path, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
         """Reads the folder.
 
         Args:
-            base: the model's; None if it is not known.
+            base: the model, a folder or a name on the Hub; None if it is not known. It is looked at only if the adapter
+                cannot be read without it.
             initial: of an adapter on a residual; see `pissa.convert`.
             runtime: its name, for messages.
 
@@ -64,11 +68,11 @@ class PlainLora(NamedTuple):
 
     @property
     def scaling(self) -> float:
-        """The scaling of the first target, which is usually that of all."""
-        return next(iter(self.folder.factors.values())).scaling
+        """The scaling of the first target that has one, which is usually that of all."""
+        return next((factors.scaling for factors in self.folder.factors.values() if factors.scaling), 1.0)
 
 
-def _check_factors_only(folder: LoraFolder, base: Path | None, runtime: str) -> None:
+def _check_factors_only(folder: LoraFolder, base: Name | None, runtime: str) -> None:
     config, adapter = folder.config, folder.config_path.parent
     extra = {
         "use_dora": config["use_dora"],
@@ -85,7 +89,7 @@ def _check_factors_only(folder: LoraFolder, base: Path | None, runtime: str) -> 
         )
     if not folder.other_keys:
         return
-    own = set[str]() if base is None else _unchanged(folder, base)
+    own = set[str]() if base is None else _unchanged(folder, checkpoint_folder(base))
     for key in folder.other_keys:
         if key not in own:
             hint = "if it is the base's own, give that, base=; else e" if base is None else "E"

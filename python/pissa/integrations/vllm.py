@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pissa.checkpoints.merge_plan import MergedLayer, Planner
 from pissa.config import IMPLICIT
+from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
 from pissa.files.messages import shown
@@ -22,7 +22,7 @@ from pissa.files.source import Source
 from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
 from pissa.integrations.exported import Exported
-from pissa.integrations.plain import PlainLora, padded
+from pissa.integrations.plain import Name, PlainLora, padded
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -34,7 +34,7 @@ Places = list[list[tuple[str, int]]]
 """For each layer of a target, the modules of the checkpoint that it is made of, one below the other: names and rows."""
 
 
-def export_vllm(adapter: Path, base: Path | None, target: Path, initial: str | os.PathLike[str] | None) -> Exported:
+def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new folder `target`, a layer at a time.
 
     vLLM calls experts as the checkpoint does, each by itself, gate and up apart: the factors of fused experts are cut
@@ -42,7 +42,7 @@ def export_vllm(adapter: Path, base: Path | None, target: Path, initial: str | o
     versions of vLLM know no other.
 
     Args:
-        base: the model's folder; None if it is not known. Fused experts need it.
+        base: the model, a folder or a name on the Hub; None if it is not known. Fused experts need it.
 
     Raises:
         ValueError: what vLLM does not take from an adapter, by name. Nothing is written then.
@@ -57,7 +57,7 @@ def export_vllm(adapter: Path, base: Path | None, target: Path, initial: str | o
             f"{RANKS[-1]}"
         )
     with ExitStack() as stack:
-        places = _places(lora, None if base is None else stack.enter_context(Source.open(base)))
+        places = _places(lora, base)
         staged, tensors = stack.enter_context(Staged(target)), stack.enter_context(Scratch(target))
         for name, factors in lora.folder.factors.items():
             pairs = [padded(pair, rank, factors.scaling / lora.scaling) for pair in lora.matrices(name)]
@@ -93,7 +93,7 @@ def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None)
                 yield f"{PREFIX}{place}.{key}", tensor.float().contiguous()
 
 
-def _places(lora: PlainLora, source: Source | None) -> dict[str, Places]:
+def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     """Of the targets that vLLM may call otherwise than the adapter does, if it has fused experts."""
     all_factors = lora.folder.factors
     for target, factors in all_factors.items():
@@ -102,11 +102,18 @@ def _places(lora: PlainLora, source: Source | None) -> dict[str, Places]:
     fused = {target for target, factors in all_factors.items() if factors.is_fused}
     if not fused:
         return {}
-    if source is None:
+    if base is None:
         raise ValueError(
             f"{lora.folder.weights.path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the "
             "checkpoint of the base does: give the base, base="
         )
+    with Source.open(checkpoint_folder(base)) as source:
+        return _places_in(source, lora, fused)
+
+
+def _places_in(source: Source, lora: PlainLora, fused: set[str]) -> dict[str, Places]:
+    """The same, found in the checkpoint."""
+    all_factors = lora.folder.factors
     planner = Planner(source, lora.folder, IMPLICIT)
     is_linear = {target for target, factors in all_factors.items() if not factors.is_embedding}
     layers = {target: planner.unit_of(all_factors[target]).layers for target in is_linear}

@@ -1,0 +1,112 @@
+"""`pissa export`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pissa
+from language_models import train
+from pissa.cli import main
+from tiny_model import save_tiny_model
+
+TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+def adapter(base: Path, folder: Path, **fields: str) -> Path:
+    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(base), r=4, **fields)
+    train(model, TOKENS)
+    model.warned_of_plain_lora = True
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter(base, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def qpissa(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter(base, tmp_path_factory.mktemp("qpissa"), quant="nf4")
+
+
+def test_bnb4(qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is the one that the adapter names."""
+    out = tmp_path / "out"
+    assert main(["export", str(qpissa), str(out), "--to", "bnb4"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == f"adapter   {qpissa}: an adapter of pissa, 14 layers"
+    assert lines[1] == "written   14 residuals in nf4, and a LoRA on them in adapter"
+    assert re.fullmatch(rf"saved     {out}: \d+(\.\d+)? kB", lines[2])
+    model = f"LlamaForCausalLM.from_pretrained('{out}')"
+    assert lines[3:] == [f"load      PeftModel.from_pretrained({model}, '{out}/adapter')"]
+    assert "PiSSA export: 100%" in captured.err
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_the_error_of_a_requantised_one(
+    base: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["export", str(plain), "--to", "bnb4", "--base", str(base), "--requantise"]
+    assert main([*options, str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert main([*options, str(tmp_path / "b"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0 < report["mean_error"] < report["error_of_worst"] < 0.2
+    layers = f"{report['mean_error']:.3%} on average, {report['error_of_worst']:.3%} at most, in {report['worst']}"
+    assert f"error     {report['error']:.3%} of the weights' norm; of a layer {layers}\n" in shown
+    assert report["notes"] == []
+
+
+def test_vllm_and_what_it_misses(qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(qpissa), str(tmp_path / "out"), "--to", "vllm"]) == 0
+    shown = capsys.readouterr().out
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules NAME={tmp_path / 'out'}\n" in shown
+    assert "written   a LoRA of rank 8, 14 pairs of factors\n" in shown
+    assert "note      The residual of the base is stored as nf4. On the unmodified base" in shown
+
+
+def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"pissa export: .*{message}.*\n", captured.err), captured.err
+
+
+def test_refusals_are_one_line_with_the_commands_options(
+    base: Path, plain: Path, qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    refused(["nowhere", out, "--to", "vllm"], "nowhere is missing; needed: an adapter's folder", capsys)
+    message = r"\(implicit\), .*: export --to merged, dense, or give --requantise to merge and quantise it"
+    refused([str(plain), out, "--to", "bnb4"], message, capsys)
+    message = r"--requantise is for --to bnb4: got --to vllm; leave it out"
+    refused([str(plain), out, "--to", "vllm", "--requantise"], message, capsys)
+    refused([str(qpissa), out, "--to", "bnb4", "--base", "nowhere"], "'nowhere' is no model", capsys)
+    message = r"is an adapter of pissa; --initial is of no use with it"
+    refused([str(qpissa), out, "--to", "vllm", "--initial", "x"], message, capsys)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["export", str(plain), out, "--to", "onnx"])
+
+
+def test_gguf_that_is_not_installed(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "pissa.integrations.gguf", raising=False)
+    message = r'--to gguf needs the package gguf, which is not installed: run `pip install "pissa\[gguf\]"`'
+    refused([str(plain), str(tmp_path / "out"), "--to", "gguf"], message, capsys)
