@@ -1,5 +1,5 @@
-"""TRL's scripts `trl sft` and `trl dpo` under `pissa run`: from a YAML file comes the adapter that `pissa.wrap` gives in
-TRL's trainers, to the bit."""
+"""TRL's scripts `trl sft` and `trl dpo` under `pissa run --init pissa`: from a YAML file comes the adapter that
+`pissa.wrap` gives in TRL's trainers, to the bit. They start the training by `accelerate launch`."""
 
 from __future__ import annotations
 
