@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _found(program: list[str]) -> Callable[[], int]:
-    """What runs the program."""
+    """What runs the program. A command of this environment comes before those on PATH."""
     name, arguments = program[0], program[1:]
     if name == "-m":
         if not arguments:
@@ -69,18 +69,14 @@ def _found(program: list[str]) -> Callable[[], int]:
         if not os.path.isfile(name):
             raise UserError(f"{name} is no file; {_ALLOWED}")
         return partial(_run_file, program)
-    path = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+    beside = os.path.join(os.path.dirname(os.path.abspath(sys.executable)), os.path.basename(name))
     commands = metadata.entry_points(group="console_scripts", name=os.path.basename(name))
-    if commands and (path is None or _is_ours(path)):
-        return partial(_run_command, next(iter(commands)), [path or name, *arguments])
+    if commands and (os.path.dirname(name) == "" or os.path.abspath(name) == beside):
+        return partial(_run_command, next(iter(commands)), [beside, *arguments])
+    path = shutil.which(name) or shutil.which(beside)
     if path is None:
         raise UserError(f"{name} is no command of this environment, and not on PATH; {_ALLOWED}")
     return partial(_run_other, [path, *arguments])
-
-
-def _is_ours(path: str) -> bool:
-    """Whether a command lies beside this environment's Python."""
-    return os.path.dirname(os.path.abspath(path)) == os.path.dirname(os.path.abspath(sys.executable))
 
 
 def _module(arguments: list[str]) -> Callable[[], int]:
