@@ -67,3 +67,8 @@ def _computes_as(kind: type[nn.Module], module: nn.Module) -> bool:
 def computing_parameters(module: nn.Module) -> list[Tensor]:
     """A module's own parameters without codes, whose dtype means nothing."""
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
+
+
+def has_4bit_layers(model: nn.Module) -> bool:
+    """Whether bitsandbytes keeps some of a model's weights in 4 bits."""
+    return any(is_bitsandbytes(module, "Linear4bit") for module in model.modules())

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from pissa.base.bitsandbytes import is_bitsandbytes
+from pissa.base.kinds import has_4bit_layers
 from pissa.config import PissaConfig, default_of
+from pissa.distributed import RankError
 from pissa.files.hub import adapter_folder
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.integrations.fused_kernels import refuse_fused_kernels
@@ -51,7 +52,7 @@ def made(
         return _started(model, config, tell, **kwargs)
     if isinstance(init, str) and _PISSA.fullmatch(init):
         return _as_pissa(kind, model, config, tell, **kwargs)
-    if any(is_bitsandbytes(module, "Linear4bit") for module in model.modules()):
+    if has_4bit_layers(model):
         return _as_lora(kind, model, config, tell, **kwargs)
     return kind(model, config, **kwargs)
 
@@ -98,12 +99,14 @@ def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, tell: 
         state = peft.get_peft_model_state_dict(plain, adapter_name=name, save_embedding_layers=False)
         chosen = plain.peft_config[name]
     after = torch.get_rng_state()
+    # PEFT's factors are float32, whatever it is told, unless the codes are in a parameter of a float dtype.
+    in_float32 = all(value.dtype == torch.float32 for key, value in state.items() if ".lora_" in key)
     try:
         with restored_on_error(model):
             ours = _configuration(chosen, init="lora")
-            wrapped = wrap(model, ours, **{**kwargs, "autocast_adapter_dtype": True})  # PEFT's factors are float32
+            wrapped = wrap(model, ours, **{**kwargs, "autocast_adapter_dtype": in_float32})
             peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one
         torch.set_rng_state(before)
         _warn(config, f"computes 4-bit layers slower: {error}")
         return kind(model, config, **kwargs)

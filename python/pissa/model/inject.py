@@ -27,8 +27,8 @@ def own_config(config: PissaConfig) -> PissaConfig:
 
 
 def warn_of_dropout(config: PissaConfig) -> None:
-    """Warns the caller's caller of `lora_dropout`."""
-    if config.lora_dropout > 0:
+    """Warns the caller's caller of `lora_dropout`, where an adapter starts from more than zero."""
+    if config.lora_dropout > 0 and config.init != "lora":
         warnings.warn(
             f"lora_dropout={config.lora_dropout}: the paper trains PiSSA without dropout. It is applied to the input "
             "of the change only, not to the principal part that the adapter starts from.",

@@ -40,7 +40,8 @@ register()
 
 
 class PissaModel(MendedPeftModel):
-    """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap` or `PissaModel.from_pretrained`."""
+    """A peft.PeftModel with PiSSA adapters. Made by `pissa.wrap`, by `peft.get_peft_model` of a PissaConfig, or by
+    `PissaModel.from_pretrained`."""
 
     def __init__(
         self, model: nn.Module, peft_config: PissaConfig, adapter_name: str = "default", **kwargs: Any

@@ -248,17 +248,24 @@ def in_4_bits(tiny_llama: Make, quant_type: str = "nf4") -> nn.Module:
     return model.train()
 
 
+MORE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "modules": {"modules_to_save": ["lm_head"], "target_modules": "all-linear"},
+    "tokens": {"trainable_token_indices": [3], "use_rslora": True, "rank_pattern": {"v_proj": 2}},
+}
+
+
 @pytest.mark.parametrize("init", [True, "gaussian", False])
-@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"], "target_modules": "all-linear"}])
+@pytest.mark.parametrize("more", MORE)
 def test_lora_on_4_bits_computes_with_our_kernels(
-    init: str | bool, more: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    init: str | bool, more: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     """It trains what PEFT trains, from the same random numbers, to the same losses, with weight decay too."""
     models, generators = [], []
     for switch in (enable, disable):
         switch()
         torch.manual_seed(3)
-        config = LoraConfig(r=4, init_lora_weights=init, task_type="CAUSAL_LM", **more)
+        config = LoraConfig(r=4, init_lora_weights=init, task_type="CAUSAL_LM", **MORE[more])
         models.append(get_peft_model(in_4_bits(tiny_llama), config))
         generators.append(torch.get_rng_state())
     ours, theirs = models
@@ -325,6 +332,20 @@ def test_lora_on_4_bits_stays_peft_s(case: str, tiny_llama: Make, tokens: Tensor
     assert not none
     assert names == expected
     assert_equal(tensors, before)
+
+
+def test_dora_and_dropout_on_4_bits(tiny_llama: Make, tokens: Tensor) -> None:
+    """PEFT's losses, and no word about the paper's advice for PiSSA."""
+    runs = []
+    for switch in (enable, disable):
+        switch()
+        torch.manual_seed(3)
+        runs.append(get_peft_model(in_4_bits(tiny_llama), LoraConfig(r=4, use_dora=True)))
+    assert isinstance(runs[0], PissaModel)
+    losses, expected = (_train_with_decay(model, tokens) for model in runs)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    enable()
+    assert isinstance(get_peft_model(in_4_bits(tiny_llama), LoraConfig(lora_dropout=0.5)), PissaModel)
 
 
 def test_pissa_on_4_bits_is_ours(tiny_llama: Make, tokens: Tensor) -> None:
