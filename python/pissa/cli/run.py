@@ -20,7 +20,12 @@ _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "pissa run [--] PROGRAM [ARGUMENT ...]"
+    parser.usage = "pissa run [--init pissa] [--] PROGRAM [ARGUMENT ...]"
+    parser.add_argument(
+        "--init",
+        choices=["pissa"],
+        help="the start of adapters about which the program says nothing; TRL's scripts cannot say it",
+    )
     parser.add_argument(
         "program",
         nargs=argparse.REMAINDER,
@@ -43,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     if not program:
         raise UserError(f"got no program; {_ALLOWED}")
     start = _found(program)
+    if args.init is not None:
+        os.environ[sitecustomize.INIT] = args.init
     paths = [sitecustomize.FOLDER, os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     sitecustomize.install()

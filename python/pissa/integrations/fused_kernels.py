@@ -33,5 +33,5 @@ def _watch(name: str, layer: nn.Module) -> None:
             "false), or train a plain LoRA on a checkpoint that `pissa init` has split"
         )
 
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    trained: list[Any] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     handles = [layer.register_forward_pre_hook(called), *(parameter.register_hook(reached) for parameter in trained)]

@@ -13,6 +13,8 @@ From then on `peft.get_peft_model`, from wherever a program has imported it,
 - makes of a LoraConfig that starts as LoRA, on a model with 4-bit layers of bitsandbytes, an adapter that computes with
   our kernels. It starts from the factors that PEFT draws, and leaves torch's generator where PEFT leaves it.
 
+Some programs let nobody say how the adapter starts: TRL's scripts. `enable(init="pissa")` says it for them.
+
 `PeftModel.from_pretrained` gives a PissaModel for a folder that one has written. Everything else in PEFT is untouched:
 other inits, other methods, other layers. An option that we do not have leaves the adapter PEFT's, with one warning if
 that is slower or changes the base.
@@ -24,28 +26,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from pissa.ops.checks import check_choice
 from pissa.peft_private import adapters_loaded_by, models_made_by
 
 Notify = Callable[[str], None]
+Start = Literal["pissa"]
 
 _undo: ExitStack | None = None
 """What is to be undone; None if it is off."""
 _notify: Notify | None = None
+_init: Start | None = None
 
 
-def enable(notify: Notify | None = None) -> None:
-    """Turns it on, for all threads: call it where no other thread calls PEFT. Where it is on already, only `notify` is
-    replaced.
+def enable(notify: Notify | None = None, init: Start | None = None) -> None:
+    """Turns it on, for all threads: call it where no other thread calls PEFT. Where it is on already, only `notify` and
+    `init` are replaced.
 
     Args:
         notify: is called with one sentence for each adapter that is taken over.
+        init: "pissa" makes PiSSA of a LoraConfig that says nothing of its start, too (init_lora_weights=True). If it
+            cannot, `get_peft_model` raises ValueError.
     """
-    global _undo, _notify
-    _notify = notify
+    check_choice("init", init, (None, *get_args(Start)))
+    global _undo, _notify, _init
+    _notify, _init = notify, init
     if _undo is None:
         _undo = ExitStack()
         _undo.enter_context(models_made_by(_made))
@@ -54,10 +62,10 @@ def enable(notify: Notify | None = None) -> None:
 
 def disable() -> None:
     """Turns it off: PEFT is what it was. Models that were made stay what they are. Where it is off, nothing happens."""
-    global _undo, _notify
+    global _undo, _notify, _init
     if _undo is not None:
         _undo.close()
-    _undo = _notify = None
+    _undo = _notify = _init = None
 
 
 def is_enabled() -> bool:
@@ -68,7 +76,7 @@ def is_enabled() -> bool:
 def _made(kind: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
     from pissa.integrations.takeover import made
 
-    return made(kind, model, config, _tell, **kwargs)
+    return made(kind, model, config, _init, _tell, **kwargs)
 
 
 def _loaded(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

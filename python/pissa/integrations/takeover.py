@@ -20,6 +20,7 @@ from pissa.config import PissaConfig, default_of
 from pissa.distributed import RankError
 from pissa.files.hub import adapter_folder
 from pissa.files.pissa_layout import PISSA_RECORD
+from pissa.integrations.fused_kernels import refuse_fused_kernels
 from pissa.layers.layer import pissa_layers
 from pissa.model.inject import restored, restored_on_error
 from pissa.model.pissa_model import PissaModel
@@ -33,17 +34,22 @@ _DRAWN = (True, False, "gaussian")
 _PISSA = re.compile("pissa(_niter_[0-9]+)?")
 
 
-def made(kind: type[nn.Module], model: nn.Module, config: Any, tell: Tell, **kwargs: Any) -> nn.Module:
+def made(
+    kind: type[nn.Module], model: nn.Module, config: Any, start: str | None, tell: Tell, **kwargs: Any
+) -> nn.Module:
     """What `peft.get_peft_model` returns.
 
     Args:
         kind: the class of PEFT's that it has chosen.
+        start: the init of a LoraConfig that says nothing of it; None leaves it LoRA's.
         tell: is called with one sentence if the adapter is taken over.
         kwargs: other arguments of the class.
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return kind(model, config, **kwargs)
     init = config.init_lora_weights
+    if init is True and start is not None:
+        return _started(model, config, tell, **kwargs)
     if isinstance(init, str) and _PISSA.fullmatch(init):
         return _as_pissa(kind, model, config, tell, **kwargs)
     if has_4bit_layers(model):
@@ -52,14 +58,32 @@ def made(kind: type[nn.Module], model: nn.Module, config: Any, tell: Tell, **kwa
 
 
 def _as_pissa(kind: type[nn.Module], model: nn.Module, config: LoraConfig, tell: Tell, **kwargs: Any) -> nn.Module:
-    """PiSSA on a base that stays as it is."""
+    """PiSSA on a base that stays as it is; PEFT's own if the configuration cannot be ours."""
     try:
         ours = _configuration(_with_targets(config, model))
     except (TypeError, ValueError) as error:
         _warn(config, f"changes the base: {error}")
         return kind(model, config, **kwargs)
+    return _wrapped(model, config, ours, tell, **kwargs)
+
+
+def _started(model: nn.Module, config: LoraConfig, tell: Tell, **kwargs: Any) -> nn.Module:
+    """PiSSA of a configuration that says nothing of its start.
+
+    Raises:
+        ValueError: a field that is not supported, naming it.
+    """
+    try:
+        ours = _configuration(_with_targets(config, model))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a LoraConfig without a start of its own was to start as PiSSA, but {error}") from None
+    return _wrapped(model, config, ours, tell, **kwargs)
+
+
+def _wrapped(model: nn.Module, config: LoraConfig, ours: PissaConfig, tell: Tell, **kwargs: Any) -> PissaModel:
     wrapped = wrap(model, ours, **kwargs)
-    tell(_sentence(config, wrapped))
+    refuse_fused_kernels(wrapped)
+    tell(_sentence(config, "PiSSA", wrapped))
     return wrapped
 
 
@@ -87,7 +111,7 @@ def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, tell: 
         _warn(config, f"computes 4-bit layers slower: {error}")
         return kind(model, config, **kwargs)
     torch.set_rng_state(after)
-    tell(_sentence(config, wrapped))
+    tell(_sentence(config, "LoRA with our kernels", wrapped))
     return wrapped
 
 
@@ -147,9 +171,8 @@ def _is_ours(model_id: Any, **kwargs: Any) -> bool:
         return False  # PEFT says what is wrong
 
 
-def _sentence(config: LoraConfig, model: Any) -> str:
+def _sentence(config: LoraConfig, method: str, model: Any) -> str:
     init = config.init_lora_weights
-    method = "PiSSA" if _PISSA.fullmatch(str(init)) else "LoRA with our kernels"
     layers = pissa_layers(model.base_model.model).values()
     quantised = any(layer.base.is_bnb_quantised for layer in layers)
     base = "the base as bitsandbytes has quantised it" if quantised else "the base unchanged"

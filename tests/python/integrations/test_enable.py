@@ -163,6 +163,41 @@ def test_a_field_that_only_a_program_knows(tiny_llama: Make) -> None:
     assert type(model) is PeftModel
 
 
+# -- LoRA that is to start as PiSSA
+
+
+def test_a_config_without_a_start_becomes_pissa_if_that_is_asked(tiny_llama: Make, tokens: Tensor) -> None:
+    enable(said.append, init="pissa")
+    given = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model, wrapped = get_peft_model(tiny_llama(), given), pissa.wrap(tiny_llama(), r=4, lora_alpha=8)
+    assert_equal(state(model), state(wrapped))
+    assert train(model, tokens) == train(wrapped, tokens)
+    assert said == ["LoraConfig(init_lora_weights=True) became PiSSA: rank 4, 14 layers, the base unchanged"]
+    assert isinstance(get_peft_model(in_4_bits(tiny_llama), LoraConfig(r=4)), PissaModel)
+    assert said[1].startswith("LoraConfig(init_lora_weights=True) became PiSSA: ")
+    for start in ("gaussian", False, "olora"):
+        assert type(get_peft_model(tiny_llama(), LoraConfig(r=4, init_lora_weights=start))) is PeftModel
+    enable()
+    assert type(get_peft_model(tiny_llama(), LoraConfig(r=4))) is PeftModel
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
+def test_a_start_that_was_asked_is_had_or_an_error(tiny_llama: Make) -> None:
+    enable(init="pissa")
+    with pytest.raises(ValueError, match=r"was to start as PiSSA, but lora_bias=True is not supported"):
+        get_peft_model(tiny_llama(), LoraConfig(r=4, lora_bias=True))
+    with pytest.raises(ValueError, match="init: got 'olora'"):
+        enable(init="olora")  # type: ignore[arg-type]
+
+
+def test_fused_kernels_of_a_program_are_refused(tiny_llama: Make) -> None:
+    """They would take dA and dB for A and B."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, init_lora_weights="pissa", target_modules=["lm_head"]))
+    factors = (model.lm_head.lora_A["default"].weight, model.lm_head.lora_B["default"].weight)
+    with pytest.raises(TypeError, match=r"layer .*lm_head: .* lora_mlp_kernel"):
+        (factors[1] @ factors[0]).sum().backward()
+
+
 # -- what is PEFT's
 
 THEIRS: dict[str, peft.PeftConfig] = {

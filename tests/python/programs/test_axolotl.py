@@ -1,5 +1,5 @@
-"""axolotl under `pissa run`: `peft_init_lora_weights: pissa` in its YAML file gives what `pissa.wrap` gives in it, to the
-bit. It starts the training by `accelerate launch`."""
+"""axolotl under `pissa run`: `peft_init_lora_weights: pissa` in its YAML file gives what `pissa.wrap` gives in it, to
+the bit. It starts the training by `accelerate launch`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""ms-swift under `pissa run`: `init_weights: pissa` in its YAML file gives what `pissa.wrap` gives in it, to the bit. It
-starts the training in a process of its own."""
+"""ms-swift under `pissa run`: `init_weights: pissa` in its YAML file gives what `pissa.wrap` gives in it, to the bit.
+It starts the training in a process of its own."""
 
 from __future__ import annotations
 

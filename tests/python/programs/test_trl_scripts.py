@@ -1,5 +1,5 @@
-"""TRL's scripts `trl sft` and `trl dpo` under `pissa run`: from a YAML file comes the adapter that `pissa.wrap` gives in
-TRL's trainers, to the bit."""
+"""TRL's scripts `trl sft` and `trl dpo` under `pissa run --init pissa`: from a YAML file comes the adapter that
+`pissa.wrap` gives in TRL's trainers, to the bit. They start the training by `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pissa
 from language_models import logits
 from programs import losses, run, tensors, write_chats, write_preferences, write_yaml
 from tiny_model import save_tiny_model
-from trainers import assert_equal, logged, quiet
+from trainers import TERMS, assert_equal, logged, quiet
 
 pytestmark = quiet
 
@@ -61,6 +61,19 @@ def test_dpo(tmp_path: Path) -> None:
     trainer = DPOTrainer(wrapped(base), args=config, train_dataset=dataset)
     check(trainer, base, tmp_path)
     assert losses(tmp_path / "by_script")[0] == pytest.approx(0.6931472, abs=1e-6)  # ln 2
+
+
+def test_qlora(tmp_path: Path) -> None:
+    """`load_in_4bit` and a plain LoRA: our kernels train what bitsandbytes trains, within the rounding of sums."""
+    save_tiny_model(tmp_path / "tiny")
+    write_chats(tmp_path / "chats" / "train.jsonl")
+    settings = SETTINGS | MODEL | LORA | {"dataset_name": "chats", "load_in_4bit": True}
+    script = ("-m", "trl.scripts.sft", "--config")
+    file = write_yaml(tmp_path / "ours.yaml", settings | {"output_dir": "ours"})
+    said = run(sys.executable, "-m", "pissa", "run", "--", *script, file, cwd=tmp_path)
+    assert "became LoRA with our kernels: rank 4, 14 layers, the base as bitsandbytes has quantised it" in said
+    run(sys.executable, *script, write_yaml(tmp_path / "peft.yaml", settings | {"output_dir": "peft"}), cwd=tmp_path)
+    assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "peft"), rel=TERMS * 2**-24)
 
 
 def script(folder: Path, name: str, **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""Unsloth under `pissa run`: `init_lora_weights="pissa"` in a script gives what `pissa.wrap` gives in it, to the bit."""
+"""Unsloth under `pissa run`: `init_lora_weights="pissa"` in a script gives what `pissa.wrap` gives, to the bit."""
 
 from __future__ import annotations
 

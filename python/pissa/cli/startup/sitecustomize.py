@@ -13,7 +13,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
+from typing import Any
 
+INIT = "PISSA_RUN_INIT"
+"""The variable that says how adapters start about which the program says nothing; see `integrations.peft.enable`."""
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -59,7 +62,8 @@ def enable() -> None:
     """Enables ours. The first of several processes says what it takes over."""
     from pissa.integrations import peft
 
-    peft.enable(_say if os.environ.get("RANK", "0") == "0" else None)
+    init: Any = os.environ.get(INIT)
+    peft.enable(_say if os.environ.get("RANK", "0") == "0" else None, init)
 
 
 def _say(sentence: str) -> None:
