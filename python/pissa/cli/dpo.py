@@ -6,25 +6,17 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from pissa.cli.terminal import silence_third_parties
-
 if TYPE_CHECKING:
     from pissa.cli.selfcheck import SelfCheck
 
-
-def options() -> Any:
-    """The parser, by TRL."""
-    silence_third_parties()
-    from pissa.cli.options import trl_parser
-
-    return trl_parser("DPO", add_help=False)
+TRAINER = "DPO"
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs one training. Returns the exit code."""
     from pissa.cli import training
 
-    return training.run(args, "DPO", _rows, _check)
+    return training.run(args, TRAINER, _rows, _check)
 
 
 def _rows(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:

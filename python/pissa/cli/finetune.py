@@ -5,22 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pissa.cli.terminal import silence_third_parties
-
-
-def options() -> Any:
-    """The parser, by TRL."""
-    silence_third_parties()
-    from pissa.cli.options import trl_parser
-
-    return trl_parser("SFT", add_help=False)
+TRAINER = "SFT"
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs one training. Returns the exit code."""
     from pissa.cli import training
 
-    return training.run(args, "SFT", _rows)
+    return training.run(args, TRAINER, _rows)
 
 
 def _rows(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:

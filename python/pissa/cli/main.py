@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import Any
 
-from pissa.cli.terminal import UserError
+from pissa.cli.terminal import UserError, silence_third_parties
 
 # The commands and their help. Each is a module of its name with `run(args)`, and with `add_arguments(parser)`, or
-# `options()` that returns a parser; it is imported only if its command is given.
+# TRAINER, the trainer of TRL whose options it has; it is imported only if its command is given.
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
@@ -80,10 +80,14 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         module = import_module(f"pissa.cli.{name}") if name in named else None
-        # TRL's parsers have a usage of a hundred lines.
         own: dict[str, Any] = {}
-        if options := getattr(module, "options", None):
-            own = {"parents": [options()], "usage": f"pissa {name} [options]; --help lists them"}
+        if trainer := getattr(module, "TRAINER", None):
+            silence_third_parties()
+            from pissa.cli.options import trl_parser
+
+            # Left to argparse, the usage would have a hundred lines.
+            usage = f"pissa {name} [options]; --help lists them"
+            own = {"parents": [trl_parser(trainer, add_help=False)], "usage": usage}
         description = f"{text[0].upper()}{text[1:]}."
         command = commands.add_parser(name, help=text, description=description, formatter_class=_ShowDefaults, **own)
         if module is not None:

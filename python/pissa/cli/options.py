@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import asdict, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -98,14 +99,15 @@ def trl_parser(kind: str, **options: Any) -> TrlParser:
     return parser
 
 
-def parse(argv: Sequence[str], kind: str) -> tuple[Any, Any, Any]:
-    """Our options, the trainer's, and TRL's mixture of data sets.
+def parse(args: Namespace, kind: str) -> tuple[Any, Any, Any]:
+    """Our options, the trainer's, and TRL's mixture of data sets, out of `args.argv` and `args.config`.
 
     Raises:
         UserError: a YAML file, or values that do not go together.
     """
+    file = ["--config", args.config] if args.config else []  # TRL looks for these two words
     try:
-        ours, training, mixture, _ = trl_parser(kind).parse_args_and_config(argv)
+        ours, training, mixture, _ = trl_parser(kind).parse_args_and_config([*args.argv, *file])
     except (OSError, ValueError, TypeError, YAMLError) as error:
         raise UserError(first_line(error)) from error
     training.__class__ = type(

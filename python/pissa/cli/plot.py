@@ -36,8 +36,8 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
     return [float(np.mean(losses[max(0, i - half) : i + half + 1])) for i in range(len(losses))]
 
 
-def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Draws up to four curves, each step thin and the running mean thick, and writes a PNG.
+def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "answer token") -> None:
+    """Draws up to four curves, each step thin and the running mean thick, and writes a PNG. Losses are nats per `unit`.
 
     Raises:
         ValueError: no curve, or more than there are styles.
@@ -63,7 +63,7 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
     _label_ends(axes, ends)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20 if window > 1 else 6)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("training loss (nats per answer token)")
+    axes.set_ylabel(f"training loss (nats per {unit})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

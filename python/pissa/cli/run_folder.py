@@ -25,7 +25,7 @@ _FREE = (
         "logging_",
         "log_",
     ),
-    *("save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp", "use_cpu"),
+    *("save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import statistics
@@ -51,13 +52,12 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
     Raises:
         UserError: for wrong options, files and models.
     """
-    ours, training, mixture = parse(args.argv, kind)
-    with contextlib.ExitStack() as stack:
-        if training.process_index or ours.json:
-            screen = stack.enter_context(open(os.devnull, "w")) if training.process_index else sys.stderr
-            stack.enter_context(contextlib.redirect_stdout(screen))
+    ours, training, mixture = parse(args, kind)
+    screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
+    with contextlib.redirect_stdout(screen):
         split = _settle(ours, training, mixture)
-        processor = _loaded(ours, training, AutoProcessor.from_pretrained)
+        code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
+        processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
         train, held_out = _data(ours, training, mixture, rows, getattr(processor, "tokenizer", processor))
         model = _model(ours, training, split)
         datasets.disable_progress_bars()
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
             if trainer.is_world_process_zero() and not ours.resume:
                 record(Path(training.output_dir), as_dict(ours, training, mixture))
             _train(trainer, ours, stop, f"pissa {args.command}")
-            result |= _report(trainer, ours, split)
+            result |= _report(trainer, ours, split, {"SFT": "answer token", "DPO": "pair"}[kind])
         trainer.accelerator.end_training()
     if ours.json and not training.process_index:
         print(json.dumps(result, indent=2))
@@ -148,10 +148,10 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Rows, tokenizer: Any) ->
     return train, source("held out", held_out, ours.dataset_test_split) if held_out else None
 
 
-def _loaded(ours: Any, training: Any, load: Callable[..., Any], **options: Any) -> Any:
+def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     name = ours.model_name_or_path
     try:
-        return load(name, revision=ours.model_revision, trust_remote_code=training.trust_remote_code, **options)
+        return load(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--model {name}: cannot be loaded as a causal language model with its tokenizer: {first_line(error)}; "
@@ -162,12 +162,10 @@ def _loaded(ours: Any, training: Any, load: Callable[..., Any], **options: Any) 
 def _model(ours: Any, training: Any, split: bool) -> Any:
     """The wrapped model."""
     if split:
-        try:
-            model = pissa.load(ours.model_name_or_path, dtype=getattr(torch, ours.dtype), device=training.device)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
+        model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype), device=training.device)
     else:
-        options = {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
+        options = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
+        options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process has the model spread over its GPUs
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it has
             sharded = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -175,7 +173,16 @@ def _model(ours: Any, training: Any, split: bool) -> Any:
             options["device_map"] = {"": training.device} if whole else None
         options |= training.model_init_kwargs or {}
         training.model_init_kwargs = None  # TRL would say that it ignores them
-        model = _wrapped(_loaded(ours, training, create_model_from_path, **options), ours, training)
+        model = _loaded(ours, create_model_from_path, **options)
+        config = adapter_config(ours, training.seed)
+        set_seed(training.seed)  # LoRA's A is random
+        try:
+            if ours.method == "lora":
+                model = get_peft_model(model, lora_config(config))
+            else:
+                model = pissa.wrap(model, config, progressbar=not training.process_index)
+        except (TypeError, ValueError) as error:  # a rank above a layer's size, NaN in a weight: the message names it
+            raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
     say("model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
@@ -251,16 +258,18 @@ def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
         trainer.save_state()
 
 
-def _report(trainer: Any, ours: Any, split: bool) -> dict[str, Any]:
-    """Draws the losses, says how the run went, and returns it."""
+def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
+    """Draws the losses, in nats per `unit`, says how the run went, and returns it."""
     out, model, history = trainer.args.output_dir, ours.model_name_or_path, trainer.state.log_history
     steps = [row for row in history if "loss" in row]
     losses, held_out = [row["loss"] for row in steps], [row["eval_loss"] for row in history if "eval_loss" in row]
+    if not steps:  # none was logged
+        return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
     if trainer.is_world_process_zero():
         curve = Curve(_method_name(ours), [row["step"] for row in steps], losses)
         title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
-        plot_losses([curve], Path(out) / PICTURE_FILE, title)
+        plot_losses([curve], Path(out) / PICTURE_FILE, title, unit)
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
     say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
@@ -269,7 +278,8 @@ def _report(trainer: Any, ours: Any, split: bool) -> dict[str, Any]:
     say("saved", f"{out}: the adapter, {RUN_FILE}, {PICTURE_FILE}, checkpoints")
     say("next", f"pissa merge {out} NEW_FOLDER --base {model}")
     if ours.quant:
-        exactly = f'pissa.load("{model}", adapter="{out}") has it exactly.' if split else ""
-        say("note", f"{inexact_lora([ours.quant])} {exactly}".strip())
+        say("note", inexact_lora([ours.quant]))
+    if split:
+        say("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
     return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}

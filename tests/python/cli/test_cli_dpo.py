@@ -178,7 +178,7 @@ def test_every_field_of_the_configuration_is_an_option(base: Path, data: Path, t
     recorded = yaml.safe_load((out / "run.yaml").read_text())
     assert recorded["target_modules"] == ["q_proj", "v_proj"]
     assert recorded["rank_pattern"] == {"v_proj": 2}
-    assert main(["dpo", "--config", str(out / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert main(["dpo", f"--config={out / 'run.yaml'}", "--out", str(tmp_path / "again")]) == 0
     assert losses(tmp_path / "again") == losses(out)
 
 
