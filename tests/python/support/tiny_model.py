@@ -8,8 +8,8 @@ import torch
 
 
 def save_tiny_model(folder: Path, **config: int) -> Path:
-    """Writes a random Llama of two layers, or of the sizes in `config`, with a byte-level tokenizer and a chat template,
-    and returns the folder."""
+    """Writes a random Llama of two layers with a byte-level tokenizer and a chat template, and returns the folder.
+    `config` has other sizes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
