@@ -141,6 +141,8 @@ def _configuration(config: LoraConfig, **fields: Any) -> PissaConfig:
             raise ValueError(f"{field.name}={getattr(config, field.name)!r} is not a field of peft.LoraConfig")
     if config.target_modules is None:
         raise ValueError("target_modules is not given, and PEFT has no default for this model")
+    # Detected, so that the value is of no account; axolotl gives None, which no file of ours may hold.
+    given["fan_in_fan_out"] = bool(given["fan_in_fan_out"])
     return PissaConfig(**copy.deepcopy({**given, "init_lora_weights": True}), **fields)
 
 

@@ -131,6 +131,12 @@ def test_what_is_saved_is_read_with_and_without_us(tiny_llama: Make, tokens: Ten
     assert error(logits(plain, tokens), expected) < 1e-5
 
 
+def test_a_config_as_axolotl_builds_it_can_be_saved(tiny_llama: Make, tmp_path: Path) -> None:
+    given = {"fan_in_fan_out": None, "target_parameters": [], "modules_to_save": None}
+    get_peft_model(tiny_llama(), LoraConfig(r=4, init_lora_weights="pissa", **given)).save_pretrained(tmp_path)
+    assert isinstance(PeftModel.from_pretrained(tiny_llama(), tmp_path), PissaModel)
+
+
 def test_what_peft_has_saved_is_peft_s(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """A folder of PEFT's own PiSSA, too, whose adapter is one for the residual."""
     disable()

@@ -64,8 +64,10 @@ def test_dpo(tmp_path: Path) -> None:
 
 
 def test_qlora(tmp_path: Path) -> None:
-    """`load_in_4bit` and a plain LoRA: our kernels train what bitsandbytes trains, within the rounding of sums."""
-    save_tiny_model(tmp_path / "tiny")
+    """`load_in_4bit` and a plain LoRA: our kernels train what bitsandbytes trains, up to roundings: those of sums, and
+    one to bfloat16, to which TRL casts the adapter, of the fiftieth of the loss that an adapter adds at most here."""
+    # On a CPU bitsandbytes 0.50.2 decodes a block wrongly that is longer than a row: rows of 64 at least.
+    save_tiny_model(tmp_path / "tiny", hidden_size=64, intermediate_size=128)
     write_chats(tmp_path / "chats" / "train.jsonl")
     settings = SETTINGS | MODEL | LORA | {"dataset_name": "chats", "load_in_4bit": True}
     script = ("-m", "trl.scripts.sft", "--config")
@@ -73,7 +75,7 @@ def test_qlora(tmp_path: Path) -> None:
     said = run(sys.executable, "-m", "pissa", "run", "--", *script, file, cwd=tmp_path)
     assert "became LoRA with our kernels: rank 4, 14 layers, the base as bitsandbytes has quantised it" in said
     run(sys.executable, *script, write_yaml(tmp_path / "peft.yaml", settings | {"output_dir": "peft"}), cwd=tmp_path)
-    assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "peft"), rel=TERMS * 2**-24)
+    assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "peft"), rel=TERMS * 2**-24 + 2**-8 / 50)
 
 
 def script(folder: Path, name: str, **settings: Any) -> None:

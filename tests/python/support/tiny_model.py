@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """Writes a random Llama of two layers with a byte-level tokenizer and a chat template, and returns the folder."""
+def save_tiny_model(folder: Path, **config: int) -> Path:
+    """Writes a random Llama of two layers with a byte-level tokenizer and a chat template, and returns the folder.
+    `config` has other sizes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,5 +28,5 @@ def save_tiny_model(folder: Path) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config})).save_pretrained(folder)
     return folder
