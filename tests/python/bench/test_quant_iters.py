@@ -38,7 +38,7 @@ def test_a_sweep_ends_with_a_rate_between_two_others(best: float, tried: list[fl
 def tiny_task() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from bench.quant_iters.tasks import Task
+    from bench.training.tasks import Task
 
     class Tiny(Task):
         name, steps, batch = "tiny", 2, 2
@@ -74,14 +74,16 @@ def tiny_task() -> Any:
 
 
 def test_cells_are_run_once_and_every_start_is_what_its_name_says(tmp_path: Path) -> None:
-    from bench.quant_iters.__main__ import SEEDS, Results, run, table
+    from bench.quant_iters.__main__ import SEEDS, run, table
+    from bench.quant_iters.cells import Cell
     from bench.quant_iters.starts import STARTS
+    from bench.training.results import Results
 
-    task, results = tiny_task(), Results(tmp_path / "results.jsonl")
+    task, results = tiny_task(), Results(tmp_path / "results.jsonl", Cell)
     run(task, list(STARTS), results)
     models = task.started
     run(task, list(STARTS), results)
-    again = Results(tmp_path / "results.jsonl")
+    again = Results(tmp_path / "results.jsonl", Cell)
     run(task, list(STARTS), again)
     assert task.started == models
     assert again.records == results.records
