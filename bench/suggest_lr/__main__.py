@@ -1,8 +1,8 @@
 """Losses after training at seven rates, and at the rate that `pissa.suggest_lr` finds: SmolLM2-135M, PiSSA and LoRA,
 ranks 4, 16 and 64, two data sets.
 
-    python -m bench.suggest_lr --gsm8k DIR                 # an hour on one core
-    python -m bench.suggest_lr --gsm8k DIR --only-table    # prints what the file has
+    python -m bench.suggest_lr --gsm8k DIR    # an hour and a half on one core
+    python -m bench.suggest_lr                # prints what the file has
 
 A line of JSON for each cell goes to bench/results/suggest_lr.jsonl; a cell that is there is not run again.
 """
@@ -10,13 +10,17 @@ A line of JSON for each cell goes to bench/results/suggest_lr.jsonl; a cell that
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from bench.suggest_lr.cells import METHODS, RANKS, Cell, Start, rates, train
+from bench.suggest_lr.cells import METHODS, RANKS, Cell, Start, rates, suggest, train
 from bench.training.results import Results
 from bench.training.tasks import Sentences, ShortProblems, Task
+from pissa.config import Init
 
 RESULTS = Path(__file__).parents[1] / "results" / "suggest_lr.jsonl"
 SEED = 0
@@ -27,38 +31,76 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.suggest_lr", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gsm8k", type=Path, metavar="DIR", required=True, help="folder of train.jsonl and test.jsonl")
+    parser.add_argument(
+        "--gsm8k", type=Path, metavar="DIR", help="folder of train.jsonl and test.jsonl; only the table if not given"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="a language model; SmolLM2, unpacked, if not given")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to add to")
     return parser.parse_args()
 
 
-def sweep(tasks: list[Task], results: Results[Cell]) -> None:
-    """Runs the cells at all rates that are not there yet."""
+def run(tasks: list[Task], results: Results[Cell]) -> None:
+    """Runs what is not there yet: the cells of a phase, after the first one the suggestions and their cells."""
     for first, end in PHASES:
-        for method in METHODS:
-            for rank in RANKS:
-                cells = [
-                    (task, Cell(task.name, method, rank, rate, SEED))
-                    for task in tasks
-                    for rate in rates(method, rank)[first:end]
-                ]
-                cells = [(task, cell) for task, cell in cells if cell not in results.cells()]
-                if not cells:
-                    continue
-                start = Start(tasks[0].model(), method, rank, tasks[0].task_type)
-                for task, cell in cells:
-                    alike = [row for other, row in results.cells().items() if other.task == task.name]
-                    record = train(task, start, cell, alike[0]["before"] if alike else None)
-                    results.add(record)
-                    print(*cell, record["after"], record["seconds"], flush=True)
+        for method, rank in product(METHODS, RANKS):
+
+            @cache
+            def start(method: Init = method, rank: int = rank) -> Start:
+                return Start(tasks[0].model(), method, rank, tasks[0].task_type)
+
+            for task in tasks:
+                for rate in rates(method, rank)[first:end]:
+                    _cell(task, start, Cell(task.name, method, rank, rate, SEED), results)
+            if first == 0:
+                for task in tasks:
+                    rate = _suggestion(task, start, method, rank, results)
+                    _cell(task, start, Cell(task.name, method, rank, rate, SEED), results)
+
+
+def _cell(task: Task, start: Callable[[], Start], cell: Cell, results: Results[Cell]) -> None:
+    if cell in results.cells():
+        return
+    alike = [row for other, row in results.cells().items() if other.task == task.name]
+    results.add(train(task, start(), cell, alike[0]["before"] if alike else None))
+    print(*cell, results.records[-1]["after"], results.records[-1]["seconds"], flush=True)
+
+
+def _suggestion(task: Task, start: Callable[[], Start], method: Init, rank: int, results: Results[Cell]) -> float:
+    if (task.name, method, rank) not in suggestions(results):
+        results.add(suggest(task, start(), method, rank, SEED))
+        print(results.records[-1]["text"], flush=True)
+    return suggestions(results)[task.name, method, rank]
+
+
+def suggestions(results: Results[Cell]) -> dict[tuple[str, str, int], float]:
+    """The suggested rates by task, method and rank."""
+    found = (record for record in results.records if "suggested" in record)
+    return {(record["task"], record["method"], record["rank"]): record["suggested"] for record in found}
+
+
+def table(results: Results[Cell]) -> str:
+    """The losses of each group in Markdown. The last column is the loss at the suggested rate over the best of the
+    sweep."""
+    lines = ["| task | method, r | losses by rate | best | suggested | ratio |", "|---" * 6 + "|"]
+    for (task, method, rank), rate in suggestions(results).items():
+        losses = {
+            cell.rate: row["after"]["loss"] for cell, row in results.cells().items() if cell[:3] == (task, method, rank)
+        }
+        swept = {tried: losses[tried] for tried in sorted(rates(method, rank)) if tried in losses}
+        best = min(swept, key=lambda tried: swept[tried])
+        shown = ", ".join(f"{tried:g}: {loss:.4f}" for tried, loss in swept.items())
+        found = f"{losses[rate]:.4f} at {rate:g} | {losses[rate] / swept[best]:.3f}" if rate in losses else " | "
+        lines.append(f"| {task} | {method}, {rank} | {shown} | {swept[best]:.4f} at {best:g} | {found} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(1)
-    tasks: list[Task] = [Sentences(options.model), ShortProblems(options.gsm8k, options.model)]
-    sweep(tasks, Results(options.results, Cell))
+    results = Results(options.results, Cell)
+    if options.gsm8k is not None:
+        torch.set_num_threads(1)
+        run([Sentences(options.model), ShortProblems(options.gsm8k, options.model)], results)
+    print(table(results))
 
 
 if __name__ == "__main__":

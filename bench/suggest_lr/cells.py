@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from pissa.config import Init
 
 METHODS: tuple[Init, ...] = ("pissa", "lora")
 RANKS = (4, 16, 64)
+BATCHES = 18  # that a suggestion is made from
 
 _STEPS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 _CENTRES = {
@@ -86,4 +88,22 @@ def train(task: Task, start: Start, cell: Cell, before: dict[str, float] | None 
             "all": round(clock() - begun, 1),
             "wall": round(time.monotonic() - wall, 1),
         },
+    }
+
+
+def suggest(task: Task, start: Start, method: str, rank: int, seed: int) -> dict[str, Any]:
+    """The rate that is suggested for a group of cells, from batches in another order than those of training."""
+    model = start.reset()
+    clock, begun = time.process_time, time.process_time()
+    found = pissa.suggest_lr(model, islice(task.training_batches(seed + 1), BATCHES))
+    return {
+        "task": task.name,
+        "method": method,
+        "rank": rank,
+        "seed": seed,
+        "suggested": found.rate,
+        "text": found.text,
+        "batches": BATCHES,
+        "losses": {f"{rate:.3e}": round(loss, 5) for rate, loss in found.losses.items()},
+        "seconds": {"all": round(clock() - begun, 1)},
     }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pissa.distributed import RankError as RankError
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
+    from pissa.training.suggest_lr import suggest_lr as suggest_lr
 
 __version__: str = build_info()["version"]
 
@@ -38,6 +39,7 @@ _HOMES = {
     "convert": "pissa.conversion:convert",
     "layers": "pissa.layers:",
     "load": "pissa.checkpoints.load:load",
+    "suggest_lr": "pissa.training.suggest_lr:suggest_lr",
     "wrap": "pissa.model.wrap:wrap",
 }
 
