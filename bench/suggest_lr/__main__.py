@@ -24,7 +24,7 @@ from pissa.config import Init
 
 RESULTS = Path(__file__).parents[1] / "results" / "suggest_lr.jsonl"
 SEED = 0
-PHASES = ((0, 3), (3, 5), (5, 7))  # of the rates of all groups: the likely best ones of all come first
+PHASES = ((0, 3), (3, 5), (5, 7))  # of the rates of all groups: those that are likely the best come first
 
 
 def arguments() -> argparse.Namespace:
@@ -35,26 +35,32 @@ def arguments() -> argparse.Namespace:
         "--gsm8k", type=Path, metavar="DIR", help="folder of train.jsonl and test.jsonl; only the table if not given"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="a language model; SmolLM2, unpacked, if not given")
+    parser.add_argument("--only", choices=("sweep", "suggestions"), help="a part of it")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to add to")
     return parser.parse_args()
 
 
-def run(tasks: list[Task], results: Results[Cell]) -> None:
-    """Runs what is not there yet: the cells of a phase, after the first one the suggestions and their cells."""
-    for first, end in PHASES:
-        for method, rank in product(METHODS, RANKS):
+def sweep(tasks: list[Task], results: Results[Cell]) -> None:
+    """Runs the cells at all rates that are not there yet."""
+    for (first, end), method, rank in product(PHASES, METHODS, RANKS):
+        start = _start(tasks, method, rank)
+        for task in tasks:
+            for rate in rates(method, rank)[first:end]:
+                _cell(task, start, Cell(task.name, method, rank, rate, SEED), results)
 
-            @cache
-            def start(method: Init = method, rank: int = rank) -> Start:
-                return Start(tasks[0].model(), method, rank, tasks[0].task_type)
 
-            for task in tasks:
-                for rate in rates(method, rank)[first:end]:
-                    _cell(task, start, Cell(task.name, method, rank, rate, SEED), results)
-            if first == 0:
-                for task in tasks:
-                    rate = _suggestion(task, start, method, rank, results)
-                    _cell(task, start, Cell(task.name, method, rank, rate, SEED), results)
+def suggest_all(tasks: list[Task], results: Results[Cell]) -> None:
+    """Makes the suggestions that are not there yet, and runs the cells at their rates."""
+    for method, rank in product(METHODS, RANKS):
+        start = _start(tasks, method, rank)
+        for task in tasks:
+            rate = _suggestion(task, start, method, rank, results)
+            _cell(task, start, Cell(task.name, method, rank, rate, SEED), results)
+
+
+def _start(tasks: list[Task], method: Init, rank: int) -> Callable[[], Start]:
+    """Makes the start when it is first asked for; all tasks have one model."""
+    return cache(lambda: Start(tasks[0].model(), method, rank, tasks[0].task_type))
 
 
 def _cell(task: Task, start: Callable[[], Start], cell: Cell, results: Results[Cell]) -> None:
@@ -99,7 +105,11 @@ def main() -> None:
     results = Results(options.results, Cell)
     if options.gsm8k is not None:
         torch.set_num_threads(1)
-        run([Sentences(options.model), ShortProblems(options.gsm8k, options.model)], results)
+        tasks: list[Task] = [Sentences(options.model), ShortProblems(options.gsm8k, options.model)]
+        if options.only != "suggestions":
+            sweep(tasks, results)
+        if options.only != "sweep":
+            suggest_all(tasks, results)
     print(table(results))
 
 
