@@ -16,7 +16,7 @@ from pissa.config import Init
 
 METHODS: tuple[Init, ...] = ("pissa", "lora")
 RANKS = (4, 16, 64)
-BATCHES = 20  # that a suggestion is made from
+BATCHES = 30  # that a suggestion is made from
 
 _STEPS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 _CENTRES = {
