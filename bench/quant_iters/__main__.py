@@ -10,19 +10,16 @@ is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
-from bench.compare.packages import version
-from bench.compare.svd_quality import machine
 from bench.quant_iters.cells import Cell, train, weight_errors
 from bench.quant_iters.starts import STARTS
-from bench.quant_iters.tasks import Opinions, Problems, Task
+from bench.training.results import Results
+from bench.training.tasks import Opinions, Problems, Task
 
 RESULTS = Path(__file__).parents[1] / "results" / "quant_iters_loss.jsonl"
 SEEDS = (1, 2)  # beside 0
@@ -38,25 +35,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to add to")
     parser.add_argument("--only-table", action="store_true", help="print what the file has")
     return parser.parse_args()
-
-
-class Results:
-    """The lines of the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def cells(self) -> dict[Cell, dict[str, Any]]:
-        return {Cell(*(r[field] for field in Cell._fields)): r for r in self.records if "rate" in r}
-
-    def add(self, record: dict[str, Any]) -> None:
-        packages = {name: version(name) for name in ("pissa", "torch", "transformers", "peft")}
-        record |= {"machine": machine(), "packages": packages}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.records.append(record)
 
 
 def best_rate(losses: dict[float, float]) -> float:
@@ -77,7 +55,7 @@ def sweep(rates: tuple[float, ...], loss: Callable[[float], float]) -> float:
             return best
 
 
-def run(task: Task, starts: list[str], results: Results) -> None:
+def run(task: Task, starts: list[str], results: Results[Cell]) -> None:
     def loss(start: str, rate: float, seed: int) -> float:
         cell = Cell(task.name, start, rate, seed)
         if cell not in results.cells():
@@ -98,7 +76,7 @@ def run(task: Task, starts: list[str], results: Results) -> None:
             loss(start, rate, seed)
 
 
-def table(results: Results) -> str:
+def table(results: Results[Cell]) -> str:
     """All results in Markdown."""
     lines = []
     for record in results.records:
@@ -124,7 +102,7 @@ def _shown(measured: dict[str, float]) -> str:
 
 def main() -> None:
     options = arguments()
-    results = Results(options.results)
+    results = Results(options.results, Cell)
     if not options.only_table:
         torch.set_num_threads(1)
         for task, data in ((Opinions, options.snippets), (Problems, options.gsm8k)):

@@ -8,14 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from bench.quant_iters.starts import RANK, STARTS, dense_weights, quantised, repaired, wrap
-from bench.quant_iters.tasks import Batch, Task
+from bench.training.loop import evaluate, fit
+from bench.training.tasks import Task
 from pissa.layers.layer import pissa_layers
-
-WARM_UP = 0.05  # of the steps
-CLIP = 1.0  # transformers' default
 
 
 class Cell(NamedTuple):
@@ -30,8 +27,7 @@ class Cell(NamedTuple):
 def train(task: Task, cell: Cell, before: dict[str, float] | None = None) -> dict[str, Any]:
     """Held-out losses before and after training, and processor times.
 
-    AdamW without weight decay; the rate falls by a cosine after a warm-up. The start does not depend on the seed, the
-    data and a head do. `before` is what another rate has measured.
+    The start does not depend on the seed, the data and a head do. `before` is what another rate has measured.
     """
     torch.manual_seed(cell.seed)
     clock = time.process_time
@@ -41,7 +37,7 @@ def train(task: Task, cell: Cell, before: dict[str, float] | None = None) -> dic
     held_out = task.held_out()
     before = before or evaluate(model, task, held_out)
     evaluated = clock()
-    losses = _steps(model, task, cell)
+    losses = fit(model, task, cell.rate, cell.seed)
     trained = clock()
     after = evaluate(model, task, held_out)
     return {
@@ -59,37 +55,6 @@ def train(task: Task, cell: Cell, before: dict[str, float] | None = None) -> dic
             "all": round(clock() - begun, 1),
         },
     }
-
-
-def _steps(model: nn.Module, task: Task, cell: Cell) -> list[float]:
-    from transformers import get_cosine_schedule_with_warmup
-
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cell.rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * task.steps), task.steps)
-    losses = []
-    for _, batch in zip(range(task.steps), task.training_batches(cell.seed), strict=False):
-        loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, task: Task, batches: Iterable[Batch]) -> dict[str, float]:
-    """The means of what the task measures, over all batches."""
-    model.eval()
-    sums: dict[str, tuple[float, int]] = {}
-    for batch in batches:
-        for name, (value, count) in task.measures(model(**batch), batch).items():
-            total, number = sums.get(name, (0.0, 0))
-            sums[name] = total + value, number + count
-    return {name: round(total / number, 5) for name, (total, number) in sums.items()}
 
 
 def weight_errors(task: Task) -> dict[str, Any]:

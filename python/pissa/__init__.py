@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pissa.ops import build_info as build_info
     from pissa.training.lora_state import lora_config as lora_config
     from pissa.training.lora_state import lora_state_dict as lora_state_dict
+    from pissa.training.suggest_lr import suggest_lr as suggest_lr
 
     __version__: str
 
@@ -45,6 +46,7 @@ _HOMES = {
     "lora_config": "pissa.training.lora_state:lora_config",
     "lora_state_dict": "pissa.training.lora_state:lora_state_dict",
     "ops": "pissa.ops:",
+    "suggest_lr": "pissa.training.suggest_lr:suggest_lr",
     "wrap": "pissa.model.wrap:wrap",
 }
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
+
+from bench_tasks import tiny_task
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,53 +33,17 @@ def test_a_sweep_ends_with_a_rate_between_two_others(best: float, tried: list[fl
     assert sorted(asked) == tried
 
 
-def tiny_task() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from bench.quant_iters.tasks import Task
-
-    class Tiny(Task):
-        name, steps, batch = "tiny", 2, 2
-        rates = (1e-3, 2e-3, 4e-3)
-        dtype, task_type = torch.float32, "CAUSAL_LM"
-
-        def __init__(self) -> None:
-            self.facts = {"train": 100}
-            sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-            self._config = LlamaConfig(**sizes, vocab_size=64)
-            self.started = 0
-
-        def model(self) -> nn.Module:
-            self.started += 1
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                return LlamaForCausalLM(self._config)
-
-        def training_batches(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-            generator = torch.Generator().manual_seed(seed)
-            while True:
-                tokens = torch.randint(64, (self.batch, 8), generator=generator)
-                yield {"input_ids": tokens, "labels": tokens}
-
-        def held_out(self) -> list[dict[str, torch.Tensor]]:
-            batches = self.training_batches(99)
-            return [next(batches) for _ in range(2)]
-
-        def measures(self, outputs: Any, batch: dict[str, torch.Tensor]) -> dict[str, tuple[float, int]]:
-            return {"loss": (2 * outputs.loss.item(), 2)}
-
-    return Tiny()
-
-
 def test_cells_are_run_once_and_every_start_is_what_its_name_says(tmp_path: Path) -> None:
-    from bench.quant_iters.__main__ import SEEDS, Results, run, table
+    from bench.quant_iters.__main__ import SEEDS, run, table
+    from bench.quant_iters.cells import Cell
     from bench.quant_iters.starts import STARTS
+    from bench.training.results import Results
 
-    task, results = tiny_task(), Results(tmp_path / "results.jsonl")
+    task, results = tiny_task(), Results(tmp_path / "results.jsonl", Cell)
     run(task, list(STARTS), results)
     models = task.started
     run(task, list(STARTS), results)
-    again = Results(tmp_path / "results.jsonl")
+    again = Results(tmp_path / "results.jsonl", Cell)
     run(task, list(STARTS), again)
     assert task.started == models
     assert again.records == results.records

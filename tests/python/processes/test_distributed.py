@@ -303,6 +303,16 @@ def test_trainer_resumes_with_another_number_of_processes(form: str, two: Run, t
         assert found[form] == pytest.approx(logged(alone), **SAME)
 
 
+def test_all_processes_are_suggested_one_rate(some: Run) -> None:
+    *others, last = some["suggested"]
+    for found in others:
+        assert (found["rate"], found["losses"]) == (last["rate"], last["losses"])
+        assert found["error"][0] == "RankError"
+        assert last["error"][1] in found["error"][1]
+    assert last["error"] == ["ValueError", last["error"][1]]
+    assert "batches: got 0" in last["error"][1]
+
+
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     done = launch(2, "distributed_worker.py", "dies", tmp_path)
     assert done.returncode != 0

@@ -54,6 +54,7 @@ def message(call: Callable[[], Any]) -> list[str]:
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: with two processes all of them, with three those where the number could matter."""
     found: list[Callable[[Path], Any]] = [start_factors, combined, shares, failing, nan, ddp, fsdp2, resumed, trainer]
+    found += [suggested]
     if world_size() == 2:
         found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
         found += [accelerate_ddp, accelerate_fsdp2]
@@ -493,3 +494,14 @@ def trainer(folder: Path) -> dict[str, list[float]]:
         found[form] = logged(run)
         dist.barrier()
     return found
+
+
+def suggested(folder: Path) -> dict[str, Any]:
+    """The rate that is found with each process's own data, and what ends all if one has none."""
+    model = pissa.wrap(llama(), r=4)
+    rows = share(tokens())
+    batches = [{"input_ids": rows, "labels": rows}] * 4
+    rate, _, losses = pissa.suggest_lr(model, batches)
+    last = rank() == world_size() - 1
+    error = message(lambda: pissa.suggest_lr(model, [] if last else batches))
+    return {"rate": rate, "losses": list(losses.items()), "error": error}

@@ -1,4 +1,4 @@
-"""The two tasks: a small language model that learns grade-school problems, a small encoder that learns opinions."""
+"""The tasks: a small language model that learns to answer, a small encoder that learns opinions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bench.compare.weights import smollm2
-from pissa.cli.data import read_chats
+from pissa.cli.data import Chat, read_chats
 from pissa.cli.encode import encode
 from pissa.cli.sources import find_package
 
@@ -26,7 +26,7 @@ class Task(ABC):
     steps: ClassVar[int]
     batch: ClassVar[int]
     rates: ClassVar[tuple[float, ...]]
-    """Learning rates, each twice the one before. A sweep goes on beyond the end that is the best."""
+    """Rates for `bench.quant_iters`, each twice the one before. A sweep goes on beyond the end that is the best."""
     dtype: ClassVar[torch.dtype]
     task_type: ClassVar[str]
     facts: dict[str, Any]
@@ -55,38 +55,41 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-class Problems(Task):
-    """SmolLM2-135M-Instruct on grade-school problems; the loss of the tokens of the answer.
+class Chats(Task):
+    """A language model that learns to answer; the loss of the tokens of the answer.
 
-    Its linear weights lie on a 4-bit grid (Q4_1): the error of NF4 on them is not that on the authors' weights.
+    SmolLM2's linear weights, as packaged, lie on a 4-bit grid (Q4_1): the error of NF4 on them is not that on the
+    authors' weights.
     """
 
-    name = "smollm2"
-    steps, batch = 40, 4
-    rates = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
     dtype = torch.bfloat16
     task_type = "CAUSAL_LM"
-    longest = 128
+    longest: ClassVar[int]
+    """Tokens. Only examples that need no cut are used."""
     tested = 24
+    template: ClassVar[str | None] = None
+    """A chat template instead of the model's."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` has train.jsonl and test.jsonl, with "question" and "answer" in each line."""
+    def __init__(self, train: list[Chat], test: list[Chat], folder: Path | None = None) -> None:
+        """`folder` has the model and its tokenizer; by default it is SmolLM2, unpacked."""
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(smollm2())
-        self._train, self._test = (self._examples(folder / f"{part}.jsonl") for part in ("train", "test"))
+        self._folder = folder or smollm2()
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        if self.template is not None:
+            self._tokenizer.chat_template = self.template
+        self._train, self._test = self._examples(train), self._examples(test)
         self._collate = DataCollatorForLanguageModeling(self._tokenizer.pad_token_id)
         self.facts = {"longest": self.longest, "train": len(self._train), "held_out": self.tested}
 
-    def _examples(self, path: Path) -> list[dict[str, list[int]]]:
-        """Those that need no cut."""
-        found, _, _ = encode(read_chats(str(path), 0), self._tokenizer, self.longest + 1)
+    def _examples(self, chats: list[Chat]) -> list[dict[str, list[int]]]:
+        found, _, _ = encode(chats, self._tokenizer, self.longest + 1)
         return [example for example in found if len(example["input_ids"]) <= self.longest]
 
     def model(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=self.dtype, use_cache=False)
+        return AutoModelForCausalLM.from_pretrained(self._folder, dtype=self.dtype, use_cache=False)
 
     def training_batches(self, seed: int) -> Iterator[Batch]:
         order = _shuffled(len(self._train), seed)
@@ -95,11 +98,63 @@ class Problems(Task):
 
     def held_out(self) -> list[Batch]:
         test = sorted(self._test[: self.tested], key=lambda example: len(example["input_ids"]))
-        return [self._collate(test[i : i + self.batch]) for i in range(0, len(test), self.batch)]
+        return [self._collate(test[i : i + 4]) for i in range(0, len(test), 4)]
 
     def measures(self, outputs: Any, batch: Batch) -> dict[str, tuple[float, int]]:
         tokens = int((batch["labels"][:, 1:] >= 0).sum())
         return {"loss": (float(outputs.loss) * tokens, tokens)}
+
+
+class Problems(Chats):
+    """Grade-school problems with worked answers."""
+
+    name = "smollm2"
+    steps, batch = 40, 4
+    rates = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
+    longest = 128
+
+    def __init__(self, gsm8k: Path, folder: Path | None = None) -> None:
+        """`gsm8k` has train.jsonl and test.jsonl, with "question" and "answer" in each line."""
+        super().__init__(*(read_chats(str(gsm8k / f"{part}.jsonl"), 0) for part in ("train", "test")), folder=folder)
+
+
+# SmolLM2's own, without the system message that it would put before every chat.
+_PLAIN = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ShortProblems(Problems):
+    """The shortest of them, for many cells on few cores."""
+
+    name = "gsm8k"
+    steps, batch = 24, 2
+    longest = 96
+    template = _PLAIN
+
+
+class Sentences(Chats):
+    """The words of a sentence put into order, out of reasoning-gym: prose, no arithmetic, short answers."""
+
+    name = "sentences"
+    steps, batch = 24, 4
+    longest = 44
+    tested = 48
+    template = _PLAIN
+
+    def __init__(self, folder: Path | None = None) -> None:
+        import reasoning_gym
+
+        made = reasoning_gym.create_dataset("sentence_reordering", seed=1, size=1000)
+        questions = {entry["answer"]: entry["question"] for entry in made}  # each sentence once
+        chats = [
+            Chat(
+                "sentence_reordering", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            )
+            for answer, question in questions.items()
+        ]
+        super().__init__(chats[100:], chats[:100], folder)
 
 
 class Opinions(Task):

@@ -1,0 +1,246 @@
+"""suggest_lr: a learning rate for a model, found by trial trainings of a few steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from pissa.config import PissaConfig
+from pissa.distributed import agree, failing_together, is_sharded
+from pissa.ops.checks import check_choice
+
+CLIP = 1.0  # the default of transformers.Trainer, which Adam's rate depends on while gradients change
+MOST_TRIALS = 16
+
+_NAMES = {"pissa": "PiSSA", "lora": "LoRA"}
+
+
+class Suggestion(NamedTuple):
+    """What `suggest_lr` found."""
+
+    rate: float
+    """Peak of a cosine schedule of Adam, two significant digits."""
+    text: str
+    """One line: the rate, and what it stands on."""
+    losses: dict[float, float]
+    """The loss that each trial left, by its rate; inf where a trial diverged."""
+
+
+def suggest_lr(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: str | None = None,
+    *,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Suggestion:
+    """Finds the learning rate at which a training in miniature does best.
+
+        model = pissa.wrap(model, r=16)
+        found = pissa.suggest_lr(model, itertools.islice(dataloader, 30))
+        print(found.text)
+        arguments = SFTConfig(learning_rate=found.rate, lr_scheduler_type="cosine")
+
+    A trial trains on the first half of the batches: Adam, gradients clipped at norm 1, a cosine from the rate to 0. The
+    loss on the second half, which it has not seen, judges the rate. Rates are factors of two apart, from 2 L / |g|_1 on
+    (the best step along sign(g), Adam's first, if the loss is a parabola that ends at 0), until the best one lies
+    between two others. The vertex of a parabola through the three, over the logarithm of the rate, is the suggestion.
+
+    It costs a pass forward and backward, and one for each batch in each trial, half of them without backward: three
+    trials at least, four as a rule. In memory: a copy of the trained parameters beside what Adam takes.
+    Afterwards the model is what it was, bit for bit, with its gradients, modes, running statistics and torch's
+    generators. The same input gives the same rate.
+
+    With several processes all of them have to call this, each with its own batches; all get the same rate.
+
+    Args:
+        model: parameters with `requires_grad` are trained.
+        batches: as the training gets them; with the default `loss`, mappings of keyword arguments with labels, on the
+            model's device. At least 2. More of them bring the trial closer to the training and cost more; it was
+            measured with 30.
+        method: "pissa" or "lora", for the text. None reads it off the configuration of the model's active adapter.
+        loss: the loss of a batch, a scalar that has a gradient; `model(**batch).loss` by default.
+
+    Raises:
+        ValueError: fewer than two batches; nothing trained; a model that is sharded; a loss that is NaN or infinite
+            before any training, or that does not depend on what is trained; no rate that is better than half and twice
+            of it.
+        TypeError: a batch that is no mapping, without `loss`.
+        pissa.distributed.RankError: another process has failed.
+    """
+    with failing_together():
+        if method is not None:
+            check_choice("method", method, tuple(_NAMES))
+        name = _NAMES.get(method or _method_of(model), "this model")
+        trial = _Trial(model, list(batches), loss or _own_loss)
+        with _restored(model, trial):
+            losses = _bracket(trial, 2 * trial.unit_step())
+    rate = float(f"{_vertex(losses):.1e}")
+    tried = ", ".join(f"{_shown(losses[rate])} at {rate:.1e}" for rate in sorted(losses))
+    text = (
+        f"learning rate {rate:.1e} for {name}: {len(losses)} trial trainings of {len(trial.seen)} steps left losses of "
+        f"{tried} on {len(trial.unseen)} other batches"
+    )
+    return Suggestion(rate, text, losses)
+
+
+class _Trial:
+    """Trainings in miniature, each from the model as it was given."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError(
+                "nothing is trained: no parameter of the model has requires_grad; wrap it with pissa.wrap, or load the "
+                "adapter with is_trainable=True"
+            )
+        if sharded := [name for name, parameter in trained.items() if is_sharded(parameter)]:
+            raise ValueError(f"the model is sharded ({sharded[0]}): call suggest_lr before it is")
+        if len(batches) < 2:
+            raise ValueError(
+                f"batches: got {len(batches)}; needed: at least 2, for a rate is judged by batches that it was not "
+                "trained on"
+            )
+        self.parameters = list(trained.values())
+        self.devices = sorted({parameter.device.index for parameter in self.parameters if parameter.is_cuda})
+        self._start = [parameter.detach().clone() for parameter in self.parameters]
+        self._statistics = [(buffer, buffer.clone()) for buffer in _statistics(model)]
+        self._model = model
+        self._loss = loss
+        half = len(batches) // 2
+        self.seen, self.unseen = batches[:half], batches[half:]
+
+    def unit_step(self) -> float:
+        """L / |g|_1 of the first batch: the step along sign(g) in which the slope takes the loss to 0.
+
+        Raises:
+            ValueError: the loss, or its gradient, is no number to start from.
+        """
+        self.reset()
+        self._model.train()
+        loss = self._loss(self._model, self.seen[0])
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of the first batch is {loss.item()} before any training; needed: a finite one")
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on what is trained: it has no gradient")
+        torch.autograd.backward(loss)
+        slope: float = get_total_norm([p.grad for p in self.parameters if p.grad is not None], 1.0).item()
+        if not 0 < slope < math.inf:
+            raise ValueError(f"the gradient of the first batch has norm {slope}; needed: a positive, finite one")
+        return float(mean(agree((abs(loss.item()) or 1.0) / slope)))
+
+    def __call__(self, rate: float) -> float:
+        """The mean loss on the unseen batches after a training at that rate; inf if it diverged."""
+        self.reset()
+        optimizer = torch.optim.Adam(self.parameters, lr=rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(self.seen))
+        self._model.train()
+        for batch in self.seen:
+            torch.autograd.backward(self._loss(self._model, batch))
+            clip_grad_norm_(self.parameters, CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        self._model.eval()
+        with torch.no_grad():
+            left = mean(self._loss(self._model, batch).item() for batch in self.unseen)
+        left = float(mean(agree(left)))
+        return left if math.isfinite(left) else math.inf
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Puts the model to where it was, without gradients, and the generators that it uses to a fixed seed."""
+        for parameter, value in zip(self.parameters, self._start, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+        torch.default_generator.manual_seed(0)
+        for device in self.devices:
+            torch.cuda.default_generators[device].manual_seed(0)
+
+
+def _bracket(trial: Callable[[float], float], first: float) -> dict[float, float]:
+    """Losses by rate, factors of two apart; the least is not at an end.
+
+    Raises:
+        ValueError: there is none such among the trials that are allowed.
+    """
+    losses = {first: trial(first)}
+    while len(losses) < MOST_TRIALS:
+        best = min(losses, key=lambda rate: (losses[rate], rate))  # all diverged: on to smaller ones
+        if best == min(losses):
+            losses[best / 2] = trial(best / 2)
+        elif best == max(losses):
+            losses[2 * best] = trial(2 * best)
+        else:
+            return losses
+    raise ValueError(
+        f"no rate from {min(losses):.1e} to {max(losses):.1e} is better than half and twice of it: the loss is "
+        f"{_shown(losses[min(losses)])} at one end and {_shown(losses[max(losses)])} at the other; give more batches"
+    )
+
+
+def _vertex(losses: Mapping[float, float]) -> float:
+    """The least point of the parabola through the best rate and its neighbours, over the logarithm of the rate."""
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    below, above = losses[best / 2] - losses[best], losses[2 * best] - losses[best]
+    if not math.isfinite(above) or below + above == 0:
+        return best
+    return best * 2 ** ((below - above) / (2 * (below + above)))
+
+
+def _shown(loss: float) -> str:
+    return f"{loss:.3f}" if math.isfinite(loss) else "no number"
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batches: got one of type {type(batch).__name__}; allowed: mappings of keyword arguments of the model, or "
+            "give loss=, a function of model and batch"
+        )
+    found: Tensor | None = model(**batch).loss
+    if found is None:
+        raise ValueError("the model gives no loss for the first batch; give batches with labels, or loss=")
+    return found
+
+
+def _method_of(model: nn.Module) -> str:
+    """The key of the method's name, by the active adapter's configuration; "" for others."""
+    if not isinstance(model, PeftModel):
+        return ""
+    config = model.peft_config[model.active_adapter]
+    start = config.init if isinstance(config, PissaConfig) else getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith("pissa"):
+        return "pissa"
+    return "lora" if start in ("lora", True, "gaussian") else ""
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    """What a forward pass in training mode changes beside the generators: running statistics."""
+    tracking = (module for module in model.modules() if getattr(module, "track_running_stats", False))
+    return [buffer for module in tracking for buffer in module.buffers(recurse=False)]
+
+
+@contextmanager
+def _restored(model: nn.Module, trial: _Trial) -> Iterator[None]:
+    """Puts the model and the generators back to what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [parameter.grad for parameter in trial.parameters]
+    with torch.random.fork_rng(trial.devices):
+        try:
+            yield
+        finally:
+            trial.reset()
+            for parameter, gradient in zip(trial.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            for module, training in modes:
+                module.training = training
