@@ -20,7 +20,6 @@ import pissa
 from checkpoint_folders import contents
 from language_models import error, logits
 from live_bytes import LiveBytes
-from oracle import change_all
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.integrations import bnb4
@@ -49,10 +48,19 @@ def load(folder: Path) -> nn.Module:
     return getattr(transformers, kind).from_pretrained(folder).eval()
 
 
+def move(model: nn.Module) -> None:
+    """Moves whatever is trained away from its start."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
 def trained(source: Path, folder: Path, **fields: Any) -> pissa.PissaModel:
     """An adapter far from its start, saved to `folder`."""
     model = pissa.wrap(load(source), **{"r": 4, "quant": "nf4"} | fields)
-    change_all(model)
+    move(model)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -96,6 +104,18 @@ def test_it_is_the_trained_function(fields: dict[str, Any], tmp_path: Path) -> N
     assert packed(tmp_path / "out") == done.layers
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model, TOKENS)) < CLOSE
     assert done.error == 0
+
+
+def test_a_second_adapter_of_another_rank_and_scaling(tmp_path: Path) -> None:
+    """The residual lacks the start of the first one."""
+    source = base(tmp_path)
+    model = pissa.wrap(load(source), r=4, quant="nf4")
+    model.add_adapter("other", pissa.PissaConfig(r=3, lora_alpha=6, quant="nf4"))
+    model.set_adapter("other")
+    move(model)
+    model.save_pretrained(tmp_path / "run", selected_adapters=["other"])
+    pissa.export(tmp_path / "run" / "other", tmp_path / "out", "bnb4", base=source)
+    assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model.eval(), TOKENS)) < CLOSE
 
 
 def test_the_rank_is_that_of_the_training(tmp_path: Path) -> None:
@@ -145,7 +165,7 @@ def test_the_codes_of_a_folder_that_was_split_are_taken(fields: dict[str, Any], 
     source = base(tmp_path)
     init(source, tmp_path / "split", pissa.PissaConfig(r=4, quant="nf4", **fields))
     model = pissa.load(tmp_path / "split")
-    change_all(model)
+    move(model)
     model.save_pretrained(tmp_path / "run")
     for name, given in {"a": tmp_path / "split", "b": source}.items():
         pissa.export(tmp_path / "run", tmp_path / name, "bnb4", base=given)
