@@ -202,8 +202,7 @@ def test_what_bitsandbytes_cannot_keep_is_decoded(kind: str, tmp_path: Path, mon
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model, TOKENS)) < CLOSE
     assert "decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" in done.written
     assert 0 < packed(tmp_path / "out") < done.layers
-    assert done.error == 0
-    assert done.worst is not None
+    assert (done.error, done.worst) == (0, None)
 
 
 def test_decoded_experts_are_rounded_to_the_checkpoints_dtype(tmp_path: Path) -> None:
@@ -298,6 +297,18 @@ def test_an_adapter_on_4_bits_is_what_it_should_become(tmp_path: Path) -> None:
     init(source, tmp_path / "split", pissa.PissaConfig(r=4, quant="nf4"))
     message = r"pissa_init is a plain LoRA on .*split, which transformers and PEFT load as they are"
     refuses(message, tmp_path / "split" / "pissa_init", tmp_path / "split")
+
+
+def test_experts_that_only_we_read_are_refused(tmp_path: Path) -> None:
+    """The checkpoint that was split does."""
+    source = base(tmp_path, "mixtral")
+    init(source, tmp_path / "split", pissa.PissaConfig(r=4, quant="nf4"), experts="nf4")
+    pissa.load(tmp_path / "split").save_pretrained(tmp_path / "run")
+    message = (
+        r"split has the experts of .*gate_up_proj in 4 bits, which only pissa\.load reads: give the checkpoint that"
+    )
+    refuses(message, tmp_path / "run", tmp_path / "split")
+    pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
 
 
 def test_refusals_by_name(tmp_path: Path) -> None:
