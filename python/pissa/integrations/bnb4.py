@@ -62,7 +62,7 @@ def export_bnb4(adapter: Ours, target: Path, progressbar: bool) -> Exported:
 
 
 class _Errors(NamedTuple):
-    """Of the decoded residuals of a unit, ‖written - Q‖² and ‖Q‖²."""
+    """Of the residuals of a unit that are written dense, ‖written - Q‖² and ‖Q‖²."""
 
     lost: float
     whole: float
@@ -115,11 +115,14 @@ class _Run:
 
     def exported(self) -> Exported:
         """The report."""
-        decoded = {name: errors for name, errors in self.errors.items() if errors.whole}
-        each = {name: math.sqrt(errors.lost / errors.whole) for name, errors in decoded.items()}
-        lost, whole = (sum(column) for column in zip(*decoded.values(), strict=True)) if decoded else (0.0, 0.0)
+        rounded = {name: errors for name, errors in self.errors.items() if errors.lost}
+        each = {name: math.sqrt(errors.lost / errors.whole) for name, errors in rounded.items()}
+        lost, whole = (sum(column) for column in zip(*rounded.values(), strict=True)) if rounded else (0.0, 0.0)
         worst = max(each, key=each.__getitem__, default=None)
-        count = sum(layer.form == IMPLICIT for unit in self.units for layer in unit.layers)
+        in_codes = sum(
+            self.adapter.records[layer.name].form.kind == "nf4" for unit in self.units for layer in unit.layers
+        )
+        count = in_codes - len(self.packed)
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
         model = f"{type(self.planner.model).__name__}.from_pretrained({str(self.target)!r})"
         return Exported(
@@ -143,6 +146,11 @@ class _Run:
         yield from sorted([*stored, *copied], key=lambda unit: min(places[tensor] for tensor in unit.tensors))
 
     def _stored_unit(self, factors: LoraFactors) -> Unit:
+        if factors.is_fused and factors.layers[0] in self.planner.packed:
+            raise ValueError(
+                f"{self.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
+                "give the checkpoint that was split, base="
+            )
         unit = self.planner.unit_of(factors)
         layers = []
         for layer in unit.layers:
