@@ -67,7 +67,7 @@ def test_a_partitioned_model_that_is_wrapped_is_one_wrapped_first(form: str, way
         assert first.read_bytes() == other.read_bytes(), name
 
 
-@pytest.mark.parametrize("form", [form for form in TRIED if form != "head"])
+@pytest.mark.parametrize("form", TRIED)
 def test_a_folder_is_loaded_onto_a_partitioned_model(form: str, folder: Path) -> None:
     expected = train(wrapped(form), tokens(), steps=6)[3:]
     assert losses(folder)[f"{form}, again"] == pytest.approx(expected, **SAME)
