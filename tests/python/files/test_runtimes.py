@@ -21,7 +21,10 @@ from architectures import ARCHITECTURES, Architecture
 from oracle import change_all
 from pissa.layers.layer import pissa_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
+    pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning"),
+]
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
