@@ -10,7 +10,6 @@ TESTS: dict[str, str] = {
     r"pissa_olora_warns|test_load_pissa_olora_with_other_adapter": "PEFT's PiSSA changes the base; ours does not",
     r"test_modules_to_save_targets_lora_layer_raises|test_fixed_rank_lora_config": "knows LoRA's class",
     r"low_cpu_mem_usage_works": "nothing is left on the meta device: no start factors could be had there",
-    r"test_warning_(name|naming_conflict)_|revision_warning": "warnings of get_peft_model about what the user named",
     r"cache_dir": "downloads into an empty cache",
     r"missing_keys_warning|test_hotswap_missing_key": "a folder that lacks tensors is refused, not filled with zeros",
     r"TestDisableInputDtypeCasting|TestDoraCaching": "inner workings of PEFT's layers",

@@ -1,7 +1,7 @@
 """pytest plugin that runs PEFT's own test suite over our classes: `make test-peft`.
 
 Before PEFT's tests are imported, names that they import from peft are made to stand for ours: `LoraConfig` makes a
-PissaConfig, `get_peft_model` calls `pissa.wrap`, `PeftModel.from_pretrained` reads what we wrote by `PissaModel`.
+PissaConfig with ranks that fit, `PeftModel.from_pretrained` reads what we wrote by `PissaModel`.
 Everything else is PEFT's. `hub` makes the models that the tests fetch; `left_out` lists what does not apply, and why.
 
 Outcomes: a test that never reaches our classes is skipped. A test that our code refuses is skipped as well if the
@@ -62,7 +62,7 @@ class LoraConfig(pissa.PissaConfig):
     random: ClassVar[bool] = False
     """Whether the adapter has to change something from the beginning, PEFT's init_lora_weights=False."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, preset: None = None) -> None:
         reached.any = True
         if self.init_lora_weights is False:
             self.__dict__["random"] = self.init_lora_weights = True
@@ -72,7 +72,7 @@ class LoraConfig(pissa.PissaConfig):
         if no_targets:
             self.target_modules = ["PEFT's default"]  # else all linear layers, which `fitted` replaces
         try:
-            super().__post_init__()
+            super().__post_init__(preset)
         except (TypeError, ValueError) as error:
             reached.refusals[id(error)] = error, True
             raise
@@ -143,7 +143,7 @@ def stand_in() -> None:
     plain_get, plain_inject = peft.get_peft_model, peft.inject_adapter_in_model
     plain_from = peft.PeftModel.from_pretrained.__func__
     add_adapter = pissa.PissaModel.add_adapter
-    wrap, from_pretrained = watched(pissa.wrap), watched(pissa.PissaModel.from_pretrained)
+    made, from_pretrained = watched(plain_get), watched(pissa.PissaModel.from_pretrained)
 
     @functools.wraps(plain_get)
     def get_peft_model(
@@ -155,15 +155,12 @@ def stand_in() -> None:
         revision: str | None = None,
         **kwargs: Any,
     ) -> nn.Module:
+        rest = (adapter_name, mixed, autocast_adapter_dtype, revision)
         if mixed or not isinstance(peft_config, pissa.PissaConfig):
-            return plain_get(model, peft_config, adapter_name, mixed, autocast_adapter_dtype, revision, **kwargs)
-        if revision is not None:
-            peft_config.revision = revision
+            return plain_get(model, peft_config, *rest, **kwargs)
         config = fitted(peft_config, model)
         peft_config.target_modules = config.target_modules  # as PEFT does
-        wrapped = wrap(
-            model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs
-        )
+        wrapped = made(model, config, *rest, **kwargs)
         if getattr(config, "random", False):
             randomise(wrapped, adapter_name)
         return wrapped
