@@ -62,7 +62,7 @@ class LoraConfig(pissa.PissaConfig):
     random: ClassVar[bool] = False
     """Whether the adapter has to change something from the beginning, PEFT's init_lora_weights=False."""
 
-    def __post_init__(self, preset: None = None) -> None:
+    def __post_init__(self, preset: None) -> None:
         reached.any = True
         if self.init_lora_weights is False:
             self.__dict__["random"] = self.init_lora_weights = True
