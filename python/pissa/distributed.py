@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class RankError(RuntimeError):
@@ -68,7 +69,7 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
 
 def sharded_as(tensor: Tensor, values: Tensor) -> Tensor:
     """`values`, which every process holds whole; as a DTensor if `tensor` is one."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return values
     from torch.distributed.tensor import distribute_tensor
 
@@ -112,11 +113,24 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
+    return whole_with_gradient(tensor.detach()) if is_dtensor(tensor) else tensor
+
+
+def whole_with_gradient(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that fully_shard may have sharded; all processes have to ask for it together. The gradient
+    is that of this process's loss, not a mean: what is computed of the whole has to be the same in all processes."""
     if not is_dtensor(tensor):
         return tensor
-    like: Any = tensor.detach().to(whole_device(tensor))
+    like: Any = tensor.to(whole_device(tensor))
     whole: Tensor = like.full_tensor()
     return whole
+
+
+def call_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module computes that FSDP does not know, so that its frozen parameters, if they are sharded, stay so in a
+    forward pass: they are gathered for this call."""
+    whole = {name: whole_tensor(value) for name, value in module.named_parameters() if is_dtensor(value)}
+    return functional_call(module, whole, args, kwargs) if whole else module(*args, **kwargs)
 
 
 def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:

@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pissa.distributed import whole_with_gradient
 from pissa.layers.layer import pissa_layers
 
 
 def orthogonality_loss(model: nn.Module, adapter_name: str) -> Tensor:
     """‖V Vᵀ - I‖² + ‖Uᵀ U - I‖² (eq. 4 there) for V = V0 + dV [r, in] and U = B0 + dB [out, r], the mean over all such
-    matrices of an adapter with `use_adalora`, float32. It is 0 at the start, where V0 and B0 are singular vectors.
+    matrices of an adapter with `use_adalora`, float32. It is 0 at the start, where V0 and B0 are singular vectors. If
+    fully_shard has sharded the adapter, all processes have to call this.
 
     Args:
         model: the (unwrapped) model.
     """
     squares = []
     for layer in pissa_layers(model, adapter_name).values():
-        start, deltas = layer.start_of(adapter_name), layer.deltas(adapter_name)
-        for vectors in (start.values_and_vectors()[1] + deltas.a, (start.b0 + deltas.b).mT):
+        start = layer.start_of(adapter_name)
+        a, b = map(whole_with_gradient, layer.deltas(adapter_name)[:2])
+        for vectors in (start.values_and_vectors()[1] + a, (start.b0 + b).mT):
             identity = torch.eye(len(vectors), device=vectors.device)
             squares.append((vectors @ vectors.mT - identity).square().sum())
     return torch.stack(squares).mean()

@@ -20,7 +20,7 @@ from pissa.base.protocol import Base, whole
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Replaced, stored_linear
 from pissa.config import IMPLICIT, PissaConfig
-from pissa.distributed import is_sharded, partition_as, sharded_as, whole_tensor
+from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, sharded_as, whole_tensor
 from pissa.layers.dora import Magnitude
 
 
@@ -242,7 +242,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if adapter_names is not None:
             return self._row_by_row(x, adapter_names)
         if self.merged:
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+            return cast(Tensor, call_whole(self.base_layer, x, *args, **kwargs))
         return self.adapted(x, [name for name in self.active_adapters if name in self.r])
 
     def _row_by_row(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
@@ -310,7 +310,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         for name in [*self.merged_adapters, *names]:
             weight = weight + self.delta_matrix(name)
         merged = base.twin(weight.to(self.dense_dtype))
-        if is_sharded(base.parameter):
+        if is_dtensor(base.parameter):
             merged.weight = nn.Parameter(sharded_as(base.parameter, cast(Tensor, merged.weight)), requires_grad=False)
         if safe_merge and not torch.isfinite(cast(Tensor, merged.weight)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")

@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "loftq": {"init": "lora", "repair": None},
     "olora": {"init": "olora"},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
-    "adalora": {"use_adalora": True},
+    "adalora": FORMS["adalora"],
 }
 """Fields of PissaConfig, beside r = 4."""
 
@@ -51,7 +51,8 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
 
 def trained(folder: Path) -> dict[str, list[Any]]:
     """Losses, and whether all bits are the same at the end, the start factors' too: wrapped first and sharded then, or
-    sharded first. (AdaLoRA's regularisation cannot read what FSDP has sharded, so that DDP stands for the first.)"""
+    sharded first. (FSDP adds the gradient of AdaLoRA's regularisation to the mean of the others, and rounds otherwise
+    than DDP, which stands for the first then.)"""
     found = {}
     for way, fields in WAYS.items():
         first, model = pissa.wrap(llama(), r=4, **fields), pissa.wrap(shard(llama()), r=4, **fields)
@@ -149,8 +150,10 @@ def after_a_forward_pass(folder: Path) -> list[float]:
 
 
 def merged(folder: Path) -> list[float]:
-    """A loss before, while and after the adapter is merged."""
-    model, found = pissa.wrap(shard(llama()), r=4), []
+    """A loss before, while and after the adapter is merged. A layer has a bias."""
+    model = llama()
+    model.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.linspace(-1, 1, 34))
+    model, found = pissa.wrap(shard(model), r=4), []
     train(model, tokens())
     for change in (lambda: None, model.merge_adapter, model.unmerge_adapter):
         change()
