@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from pissa.base.bitsandbytes import (
@@ -16,6 +18,7 @@ from pissa.base.codes import HoldsCodes
 from pissa.base.protocol import Base
 from pissa.base.stored import StoredLinear
 from pissa.base.weights import Dense
+from pissa.distributed import is_sharded
 
 
 def base_of(module: nn.Module) -> Base:
@@ -36,8 +39,10 @@ def adopted(target: nn.Module) -> Base | None:
     what = f"a {type(target).__name__}"
     try:
         if is_bitsandbytes(target, "Linear4bit"):
+            _check_codes(target)
             return from_bitsandbytes(target)
         if is_bitsandbytes(target, "Linear8bitLt"):
+            _check_codes(target)
             check_int8(target)
             return base_of(target)
     except TypeError as error:
@@ -50,6 +55,11 @@ def adopted(target: nn.Module) -> Base | None:
     if getattr(target, "max_norm", None) is not None:
         raise TypeError(f"an Embedding with max_norm={target.max_norm}, which changes its own weight")
     return base
+
+
+def _check_codes(target: nn.Module) -> None:
+    if is_sharded(cast(Tensor, target.weight)):
+        raise TypeError("its codes are sharded, apart from their scales: wrap the model first and shard it then")
 
 
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"

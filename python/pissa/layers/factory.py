@@ -7,17 +7,16 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.bitsandbytes import is_bitsandbytes
 from pissa.base.kinds import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
@@ -181,12 +180,6 @@ _KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
 
 
 def _base_for(target: nn.Module, name: str) -> Base:
-    of_bitsandbytes = any(is_bitsandbytes(target, kind) for kind in ("Linear4bit", "Linear8bitLt"))
-    if of_bitsandbytes and is_sharded(cast(Tensor, target.weight)):
-        raise TypeError(
-            f"{name} is a {type(target).__name__} of bitsandbytes whose codes are sharded, apart from their scales: "
-            "wrap the model first and shard it then"
-        )
     try:
         base = adopted(target)
     except TypeError as error:

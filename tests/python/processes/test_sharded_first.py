@@ -104,7 +104,7 @@ def test_what_one_process_finds_ends_all(ranks: list[dict[str, Any]], losses: li
 
 
 WORDS = {
-    "bitsandbytes": "0 is a Linear4bit of bitsandbytes whose codes are sharded",
+    "bitsandbytes": "0 is a Linear4bit of bitsandbytes, but its codes are sharded",
     "quant": "sharded by fully_shard, which keeps it, so that its base cannot become nf4",
     "whole weights": "sharded by fully_shard, which keeps it",
     "explicit": "cannot become explicit: wrap the model first and shard it then",
