@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from pissa.config import PissaConfig
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.peft_layout import ADAPTER_CONFIG
-from pissa.files.pissa_layout import PISSA_RECORD
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.vocabulary import vocabulary
 
 _UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
@@ -47,7 +48,8 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
 
 def is_plain_lora(folder: Path) -> bool:
     """Whether the folder holds an adapter of PEFT's and none of ours."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / PISSA_RECORD).exists()
+    ours = (PISSA_RECORD, PISSA_WEIGHTS)  # of which damage may leave one
+    return (folder / ADAPTER_CONFIG).is_file() and not any(os.path.lexists(folder / name) for name in ours)
 
 
 def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:

@@ -361,7 +361,7 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
         (with_nan, {"quant": "nf4"}, ValueError, "layer model.layers.1.mlp.down_proj"),
         (with_meta, {}, ValueError, "model.layers.1.mlp.up_proj is on the meta device"),
         (with_double, {}, TypeError, "model.layers.1.mlp.up_proj is a Parameter of torch.float64"),
-        (with_subclass, {}, TypeError, "model.layers.1.mlp.up_proj is a .*Doubled"),
+        (with_subclass, {"target_modules": ["up_proj"]}, TypeError, "model.layers.1.mlp.up_proj is a .*Doubled"),
         (
             with_bitsandbytes,
             {},
