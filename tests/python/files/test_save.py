@@ -341,7 +341,7 @@ def test_arguments_of_save_pretrained(tiny_llama: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="should be a directory, not a file"):
         model.save_pretrained(tmp_path / "file")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "file", "saved"]
 
 
 def test_what_llamafactory_does_about_pissa(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
