@@ -63,8 +63,10 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
         datasets.disable_progress_bars()
         stop = SaveAndStop()
         names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
+        recorded, training.model_init_kwargs = training.model_init_kwargs, None  # TRL would say that it ignores them
         with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
             trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[Costs(), stop], **names)
+        training.model_init_kwargs = recorded
         if not training.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
@@ -163,7 +165,6 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, **o
             whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
             options["device_map"] = {"": training.device} if whole else None
         options |= training.model_init_kwargs or {}
-        training.model_init_kwargs = None  # TRL would say that it ignores them
         model = _loaded(ours, create_model_from_path, **options)
         set_seed(training.seed)  # LoRA's A is random
         # A rank above a layer's size, NaN in a weight: the message names it.

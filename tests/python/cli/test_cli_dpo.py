@@ -196,6 +196,14 @@ def test_a_preset_is_for_what_is_not_given(
     assert "preset: got 'grpo'; allowed: None, 'rl'" in capsys.readouterr().err
 
 
+def test_options_of_the_models_class_are_recorded(base: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--model_init_kwargs", '{"attn_implementation": "eager"}']
+    assert main(command(base, data, tmp_path / "run", *options)) == 0
+    recorded = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert recorded["model_init_kwargs"] == {"attn_implementation": "eager"}
+    assert main(command(base, data, tmp_path / "run", *options, "--resume")) == 0
+
+
 def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     for text, found in (
