@@ -24,14 +24,13 @@ def peak_memory_mib() -> float:
         # Not getrusage: its maximum survives exec, so a child would start with that of the process that made it.
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 class Costs(TrainerCallback):  # type: ignore[misc]
     """Notes `seconds` of the step and `peak_memory_mib` with each logged loss, in trainer_state.json."""
 
-    def __init__(self) -> None:
-        self.started = self.seconds = 0.0
+    started = seconds = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pissa.cli.sources import GSM_SYMBOLIC, gsm_symbolic
-from pissa.cli.terminal import UserError
+from pissa.cli.terminal import UserError, told
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _ROLES = ("system", "user", "assistant")
@@ -83,10 +83,8 @@ def read_chats(source: str, seed: int) -> list[Chat]:
 
 def _values(path: Path, allowed: str) -> Iterator[tuple[str, Any]]:
     """Yields each JSON value of the file with its place."""
-    try:
+    with told(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; allowed: a text file in UTF-8") from None
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
     if path.suffix == ".json":
@@ -102,10 +100,8 @@ def _values(path: Path, allowed: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(where: str, text: str, allowed: str) -> Any:
-    try:
+    with told(ValueError, before=f"{where}: not JSON: ", after=f"; found {_shortened(text)}; {allowed}"):
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}; found {_shortened(text)}; {allowed}") from None
 
 
 def _messages(where: str, value: Any) -> list[dict[str, str]]:

@@ -6,6 +6,9 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from pissa.cli.data import read_preferences
+from pissa.cli.encode import prompt_and_answer
+
 if TYPE_CHECKING:
     from pissa.cli.selfcheck import SelfCheck
 
@@ -22,9 +25,6 @@ def run(args: argparse.Namespace) -> int:
 def _rows(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
     """Messages, as TRL takes them; texts with the Alpaca prompt, to which TRL adds the start token, for a tokenizer
     without a chat template."""
-    from pissa.cli.data import read_preferences
-    from pissa.cli.encode import prompt_and_answer
-
     rows = []
     for chosen, rejected in read_preferences(source):
         prompt: Any = chosen.messages[:-1]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from pissa.cli.data import read_chats
+from pissa.cli.encode import encode
+
 TRAINER = "SFT"
 
 
@@ -16,9 +19,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
-    from pissa.cli.data import read_chats
-    from pissa.cli.encode import encode
-
     rows, cut, left_out = encode(read_chats(source, seed), tokenizer, max_length)
     note = f", {cut:,} answers cut at {max_length} tokens" if cut else ""
     return rows, note + (f", {left_out:,} left out (their prompt alone is longer)" if left_out else "")

@@ -6,20 +6,22 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 import trl
+import yaml
 from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from yaml import YAMLError
 
 import pissa
 from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import UserError
+from pissa.cli.run_folder import RUN_FILE
+from pissa.cli.terminal import UserError, told
 from pissa.config import default_of
-from pissa.files.messages import first_line
+from pissa.files.staged import Staged
 from pissa.ops.formats import FORMATS
 
 AUTO = "auto"
@@ -28,9 +30,8 @@ AUTO = "auto"
 _STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 _NAMES = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save")
 _VALUES = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "layers_to_transform")
-_OF_LORA = _VALUES + _STRUCTURES + _NAMES
-_NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_OF_LORA) | {"seed"}  # `seed` is the run's
-_METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS}
+_NO_OPTIONS = {f.name for f in fields(LoraConfig)}.difference(_VALUES, _STRUCTURES, _NAMES) | {"seed"}  # the run's
+_METHOD = {f.name: default_of(f) for f in fields(pissa.PissaConfig) if f.name not in _NO_OPTIONS} | {"preset": None}
 
 _ALIASES = {
     **{"model_name_or_path": "--model", "dataset_name": "--data", "output_dir": "--out", "r": "--rank"},
@@ -42,8 +43,8 @@ _ALIASES = {
 # method that is not given is None, but for switches.
 _DEFAULTS: dict[str, Any] = {
     **{"max_length": 512, "num_train_epochs": 1.0, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "seed": 0},
-    **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": None, "gradient_accumulation_steps": 16},
-    **{"logging_steps": 1, "save_steps": 100, "save_total_limit": 2, "report_to": "none", "output_dir": ""},
+    **{"per_device_eval_batch_size": None, "gradient_accumulation_steps": 16, "output_dir": ""},
+    **{"logging_steps": 1, "save_steps": 100, "save_total_limit": 2},
     **{"bf16": False, "gradient_checkpointing": None, "dtype": None, "use_cpu": not torch.accelerator.is_available()},
     **{name: default if isinstance(default, bool) else None for name, default in _METHOD.items()},
 }
@@ -64,6 +65,7 @@ _HELP = {
 _OWN = (
     ("eval_data", str, None, "held-out data: its loss before and after"),
     ("method", str, "pissa", "pissa, or lora: plain LoRA to compare"),
+    ("preset", str, None, "rl: starts as LoRA and scales by alpha / sqrt(rank), for rewards"),
     ("resume", bool, False, "go on from the last checkpoint in the folder"),
     ("json", bool, False, "report as one JSON object; lines for people go to stderr"),
 )
@@ -106,22 +108,12 @@ def parse(args: Namespace, kind: str) -> tuple[Any, Any, Any]:
         UserError: a YAML file, or values that do not go together.
     """
     file = ["--config", args.config] if args.config else []  # TRL looks for these two words
-    try:
+    with told(OSError, ValueError, TypeError, yaml.YAMLError):
         ours, training, mixture, _ = trl_parser(kind).parse_args_and_config([*args.argv, *file])
-    except (OSError, ValueError, TypeError, YAMLError) as error:
-        raise UserError(first_line(error)) from error
-    training.__class__ = type(
-        training
-    ).__base__  # it is pickled with each checkpoint, which a class made here cannot be
+    # It is pickled with each checkpoint, which an object of a class made here cannot be.
+    training.__class__ = type(training).__base__
     training.per_device_eval_batch_size = training.per_device_eval_batch_size or training.per_device_train_batch_size
     return ours, training, mixture
-
-
-def as_dict(ours: Any, training: Any, mixture: Any) -> dict[str, Any]:
-    """All options by name, as JSON and YAML have them, but for what is of this machine alone."""
-    tokens = {f.name: getattr(training, f.name) for f in fields(training) if f.name.endswith("_token")}
-    options: dict[str, Any] = json.loads(json.dumps(vars(ours) | training.to_dict() | tokens | asdict(mixture)))
-    return {name: value for name, value in options.items() if name not in ("hub_token", "use_cpu")}
 
 
 def flag(name: str) -> str:
@@ -135,22 +127,14 @@ def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
     Raises:
         UserError: naming the field, what was given and what is allowed.
     """
-    given = {name: value for name, value in vars(ours).items() if name in _METHOD and value is not None}
-    given = {name: value for name, value in given.items() if value != _METHOD[name]} | {"r": ours.r or 16}
+    given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or 16}
     for name in ("target_modules", "exclude_modules"):
         # PEFT takes a text as an expression for whole names, names in a list as their ends.
         match given.get(name):
             case [only] if only == "all-linear" or re.search(r"[^\w.]", only):
                 given[name] = only
-    try:
+    with told(TypeError, ValueError):
         return pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
-    except (TypeError, ValueError) as error:
-        raise UserError(first_line(error)) from error
-
-
-def lora_config(config: pissa.PissaConfig) -> LoraConfig:
-    """Plain LoRA of the same rank on the same layers."""
-    return LoraConfig(task_type="CAUSAL_LM", **{name: getattr(config, name) for name in _OF_LORA})
 
 
 def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
@@ -166,3 +150,42 @@ def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
             found = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
             raise UserError(f"{flag(name)} {given}: {found}; leave {flag(name)} out")
         setattr(ours, name, value)
+
+
+# ---- run.yaml --------------------------------------------------------------------------------------------------------
+
+# Beginnings of the options that a resumed run may have otherwise: where it writes, what it reports, when it evaluates.
+_FREE = (
+    *("output_dir", "resume", "json", "report_to", "run_name", "project", "trackio", "disable_tqdm", "logging_"),
+    *("log_", "save_", "eval_s", "eval_on", "per_device_eval", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp"),
+)
+
+
+def record(out: Path, *options: Any) -> None:
+    """Makes the folder and writes run.yaml, which --config takes."""
+    with Staged(out) as staged:
+        staged.path(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
+
+
+def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
+    """Checks that a folder holds a run with the same options. A rate that was to be found becomes the one that it had.
+
+    Raises:
+        UserError: the folder holds no run, or naming every option that differs.
+    """
+    if not (out / RUN_FILE).is_file():
+        raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
+    before = yaml.safe_load((out / RUN_FILE).read_text())
+    if training.learning_rate == AUTO:
+        training.learning_rate = before["learning_rate"]
+    now = _as_dict(ours, training, mixture)
+    if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
+        what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
+        raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out")
+
+
+def _as_dict(*options: Any) -> dict[str, Any]:
+    """All options by name, as JSON and YAML have them, but for what is of this machine alone."""
+    values = {f.name: getattr(part, f.name) for part in options for f in fields(part) if f.init}
+    found: dict[str, Any] = json.loads(json.dumps(values, default=vars))
+    return {name: value for name, value in found.items() if name not in ("hub_token", "use_cpu")}

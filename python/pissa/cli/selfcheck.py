@@ -38,18 +38,16 @@ def step0_check(model: PeftModel, batch: dict[str, Any]) -> SelfCheck:
     about 1.
 
     Args:
-        model: with one active adapter.
+        model: with one active adapter. Afterwards it is in evaluation mode.
         batch: as a trainer of TRL collates it, on the model's device; tokens that attention_mask leaves out are not
             compared.
     """
-    was_training = model.training
     model.eval()
     inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
     with torch.no_grad():
         enabled = _logits(model, inputs)
         with model.disable_adapter():
             disabled = _logits(model, inputs)
-    model.train(was_training)
     norm = torch.linalg.vector_norm(disabled).item()
     difference = torch.linalg.vector_norm(enabled - disabled).item() / norm
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

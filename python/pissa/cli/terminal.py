@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pissa.files.messages import first_line
 
 
 class UserError(Exception):
     """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it."""
+
+
+@contextmanager
+def told(*errors: type[Exception], before: str = "", after: str = "") -> Iterator[None]:
+    """Makes a UserError of errors of these classes in the block: the first line of their text, between two others."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{before}{first_line(error)}{after}") from error
 
 
 def say(label: str, text: str) -> None:

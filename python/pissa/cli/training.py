@@ -11,6 +11,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,11 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.cli.callbacks import Costs, LossBar, SaveAndStop
 from pissa.cli.data import is_records
-from pissa.cli.options import AUTO, adapter_config, as_dict, lora_config, parse, settle
+from pissa.cli.options import AUTO, adapter_config, go_on, parse, record, settle
 from pissa.cli.plot import Curve, plot_losses
-from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, check_same, last_checkpoint, record, recorded
+from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, last_checkpoint
 from pissa.cli.selfcheck import SelfCheck, step0_check
-from pissa.cli.terminal import UserError, say
-from pissa.files.messages import first_line
+from pissa.cli.terminal import UserError, say, told
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import inexact_lora
 from pissa.files.record import AdapterRecord
@@ -55,18 +55,18 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
     ours, training, mixture = parse(args, kind)
     screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
     with contextlib.redirect_stdout(screen):
-        split = _settle(ours, training, mixture)
+        config, split = _settle(ours, training, mixture)
         code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
         processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
         train, held_out = _data(ours, training, mixture, rows, getattr(processor, "tokenizer", processor))
-        model = _model(ours, training, split)
+        model = _model(ours, training, config, split, **code)
         datasets.disable_progress_bars()
         stop = SaveAndStop()
         names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
-        try:
+        recorded, training.model_init_kwargs = training.model_init_kwargs, None  # TRL would say that it ignores them
+        with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
             trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[Costs(), stop], **names)
-        except (ValueError, KeyError) as error:  # options that do not go together, or do not fit the data
-            raise UserError(first_line(error)) from error
+        training.model_init_kwargs = recorded
         if not training.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
             if training.learning_rate == AUTO:
                 training.learning_rate = _rate(trainer, None if kind == "SFT" else trainer.compute_loss)
             if trainer.is_world_process_zero() and not ours.resume:
-                record(Path(training.output_dir), as_dict(ours, training, mixture))
+                record(Path(training.output_dir), ours, training, mixture)
             _train(trainer, ours, stop, f"pissa {args.command}")
             result |= _report(trainer, ours, split, {"SFT": "answer token", "DPO": "pair"}[kind])
         trainer.accelerator.end_training()
@@ -88,8 +88,9 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
 # ---- Before ----------------------------------------------------------------------------------------------------------
 
 
-def _settle(ours: Any, training: Any, mixture: Any) -> bool:
-    """Completes and checks the options. Returns whether `pissa init` has split the model."""
+def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, bool]:
+    """Completes and checks the options. Returns the configuration of the method, and whether `pissa init` has split the
+    model."""
     data = ours.dataset_name or mixture.datasets
     for name, value in {"model": ours.model_name_or_path, "data": data, "out": training.output_dir}.items():
         if not value:
@@ -106,20 +107,16 @@ def _settle(ours: Any, training: Any, mixture: Any) -> bool:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
     if ours.quant_iters not in (None, 1) and not ours.quant and not split:
         raise UserError(f"--quant-iters {ours.quant_iters} needs --quant: nothing else is quantised")
-    try:
+    with told(OSError, ValueError, before=f"--model {folder}: "):
         config = AdapterRecord.read(folder / PISSA_RECORD).config if split else adapter_config(ours, training.seed)
         base = json.loads((folder / "config.json").read_text()) if split else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: {error}") from error
     settle(ours, config, split)
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:
-        if training.learning_rate == AUTO:
-            training.learning_rate = recorded(out)["learning_rate"]
-        check_same(out, as_dict(ours, training, mixture))
+        go_on(out, ours, training, mixture)
     elif training.process_index == 0:
         check_new_folder(out)
-    return split
+    return config, split
 
 
 def _data(ours: Any, training: Any, mixture: Any, rows: Rows, tokenizer: Any) -> tuple[Any, Any]:
@@ -131,13 +128,13 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Rows, tokenizer: Any) ->
             say(label, f"{name}, {len(found):,} examples{note}")
             return datasets.Dataset.from_list(found)
         say(label, f"{name}, split {split}")
-        try:
+        before = f"{name}: cannot be loaded as a data set: "
+        allowed = (
+            f"; allowed: a .jsonl or .json file, the folder or name of a data set with the split {split}, or the "
+            "built-in gsm-symbolic"
+        )
+        with told(OSError, ValueError, datasets.exceptions.DatasetsError, before=before, after=allowed):
             return datasets.load_dataset(name, ours.dataset_config, split=split, streaming=ours.dataset_streaming)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(
-                f"{name}: cannot be loaded as a data set: {first_line(error)}; allowed: a .jsonl or .json file, the "
-                f"folder or name of a data set with the split {split}, or the built-in gsm-symbolic"
-            ) from error
 
     if mixture.datasets:
         both = trl.get_dataset(mixture)
@@ -150,21 +147,17 @@ def _data(ours: Any, training: Any, mixture: Any, rows: Rows, tokenizer: Any) ->
 
 def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     name = ours.model_name_or_path
-    try:
+    before = f"--model {name}: cannot be loaded as a causal language model with its tokenizer: "
+    needed = "; needed: a folder that save_pretrained wrote, or a name on the model hub"
+    with told(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
         return load(name, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--model {name}: cannot be loaded as a causal language model with its tokenizer: {first_line(error)}; "
-            "needed: a folder that save_pretrained wrote, or a name on the model hub"
-        ) from error
 
 
-def _model(ours: Any, training: Any, split: bool) -> Any:
+def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, **options: Any) -> Any:
     """The wrapped model."""
     if split:
         model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype), device=training.device)
     else:
-        options = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
         options |= {"dtype": ours.dtype, "attn_implementation": ours.attn_implementation}
         if training.world_size > 1:  # a single process has the model spread over its GPUs
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process decomposes weights that it has
@@ -172,34 +165,20 @@ def _model(ours: Any, training: Any, split: bool) -> Any:
             whole = training.distributed_state.distributed_type == DistributedType.MULTI_GPU and not sharded
             options["device_map"] = {"": training.device} if whole else None
         options |= training.model_init_kwargs or {}
-        training.model_init_kwargs = None  # TRL would say that it ignores them
         model = _loaded(ours, create_model_from_path, **options)
-        config = adapter_config(ours, training.seed)
         set_seed(training.seed)  # LoRA's A is random
-        try:
+        # A rank above a layer's size, NaN in a weight: the message names it.
+        with told(TypeError, ValueError, before=f"--model {ours.model_name_or_path}: "):
             if ours.method == "lora":
-                model = get_peft_model(model, lora_config(config))
+                model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
             else:
                 model = pissa.wrap(model, config, progressbar=not training.process_index)
-        except (TypeError, ValueError) as error:  # a rank above a layer's size, NaN in a weight: the message names it
-            raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
     say("model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
     say("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
     return model
-
-
-def _wrapped(model: Any, ours: Any, training: Any) -> Any:
-    config = adapter_config(ours, training.seed)
-    set_seed(training.seed)  # LoRA's A is random
-    try:
-        if ours.method == "lora":
-            return get_peft_model(model, lora_config(config))
-        return pissa.wrap(model, config, progressbar=not training.process_index)
-    except (TypeError, ValueError) as error:  # a rank above a layer's size, NaN in a weight: the message names it
-        raise UserError(f"--model {ours.model_name_or_path}: {error}") from error
 
 
 def _method_name(ours: Any) -> str:
@@ -214,10 +193,8 @@ def _batches(trainer: Any, count: int) -> list[Any]:
 
 
 def _rate(trainer: Any, loss: Callable[..., Any] | None) -> float:
-    try:
+    with told(ValueError, before=f"--lr {AUTO}: "):
         rate, text, *_ = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
-    except ValueError as error:
-        raise UserError(f"--lr {AUTO}: {error}") from error
     say("rate", text)
     return float(rate)
 

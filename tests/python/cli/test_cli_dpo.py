@@ -182,6 +182,28 @@ def test_every_field_of_the_configuration_is_an_option(base: Path, data: Path, t
     assert losses(tmp_path / "again") == losses(out)
 
 
+def test_a_preset_is_for_what_is_not_given(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "run", ["--preset", "rl", "--lora_alpha", "3"]
+    assert main(command(base, data, out, *options)) == 0
+    config = pissa.PissaConfig.from_pretrained(out)
+    assert (config.init, config.use_rslora, config.lora_alpha, config.r) == ("lora", True, 3, 4)
+    recorded = yaml.safe_load((out / "run.yaml").read_text())
+    assert (recorded["init"], recorded["use_rslora"], recorded["lora_alpha"]) == ("lora", True, 3)
+    assert main(command(base, data, out, *options, "--resume")) == 0
+    assert main(command(base, data, tmp_path / "other", "--preset", "grpo")) == 2
+    assert "preset: got 'grpo'; allowed: None, 'rl'" in capsys.readouterr().err
+
+
+def test_options_of_the_models_class_are_recorded(base: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--model_init_kwargs", '{"attn_implementation": "eager"}']
+    assert main(command(base, data, tmp_path / "run", *options)) == 0
+    recorded = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert recorded["model_init_kwargs"] == {"attn_implementation": "eager"}
+    assert main(command(base, data, tmp_path / "run", *options, "--resume")) == 0
+
+
 def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     for text, found in (
