@@ -49,6 +49,7 @@ def _preference(where: str, value: Any) -> tuple[Chat, Chat]:
     if not isinstance(value, dict) or not {"prompt", "chosen", "rejected"} <= value.keys():
         found = f"an object with {_keys(value)}" if isinstance(value, dict) else _kind(value)
         raise UserError(f"{where}: found {found}; {_PREFERENCES}")
+    _check_no_images(where, value)
 
     def messages(name: str, role: str) -> Any:
         given = value[name]
@@ -107,6 +108,7 @@ def _parse(where: str, text: str, allowed: str) -> Any:
 def _messages(where: str, value: Any) -> list[dict[str, str]]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: found {_kind(value)}; {_ALLOWED}")
+    _check_no_images(where, value)
     if "messages" in value:
         return _checked_messages(where, value["messages"])
     for asked, answered in _PAIRS:
@@ -116,6 +118,15 @@ def _messages(where: str, value: Any) -> list[dict[str, str]]:
                 {"role": "assistant", "content": _text(where, answered, value[answered])},
             ]
     raise UserError(f"{where}: found an object with {_keys(value)}; {_ALLOWED}")
+
+
+def _check_no_images(where: str, value: dict[str, Any]) -> None:
+    if name := next((name for name in ("image", "images") if value.get(name)), None):
+        raise UserError(
+            f'{where}: found "{name}"; a file of records is text alone; allowed: as --data a folder of the images with '
+            'metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data set with a '
+            f'column "{name}"'
+        )
 
 
 def _keys(value: dict[str, Any]) -> str:

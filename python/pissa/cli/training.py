@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
     """
     ours, training, mixture = parse(args, kind)
     screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
-    with contextlib.redirect_stdout(screen):
+    with contextlib.redirect_stdout(screen), _images_fit(training):
         config, split = _settle(ours, training, mixture)
         code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
         processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
@@ -83,6 +83,20 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
     if ours.json and not training.process_index:
         print(json.dumps(result, indent=2))
     return 0 if passed else 1
+
+
+@contextlib.contextmanager
+def _images_fit(training: Any) -> Iterator[None]:
+    """Says what to do about an image of which --max-length cuts tokens: collator and model meet it batch by batch."""
+    try:
+        yield
+    except ValueError as error:
+        if "image" not in str(error).lower() or "token" not in str(error):
+            raise
+        raise UserError(
+            f"--max-length {training.max_length}: {first_line(error)}; a row that is cut must keep all tokens of its "
+            "images: raise --max-length, or give smaller images"
+        ) from error
 
 
 # ---- Before ----------------------------------------------------------------------------------------------------------
@@ -150,7 +164,10 @@ def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
     before = f"--model {name}: cannot be loaded as a causal language model with its tokenizer: "
     needed = "; needed: a folder that save_pretrained wrote, or a name on the model hub"
     with told(OSError, ValueError, KeyError, TypeError, before=before, after=needed):
-        return load(name, **options)
+        try:
+            return load(name, **options)
+        except ImportError as error:  # a processor of images or videos, or code of the model's own
+            raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 
 
 def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, **options: Any) -> Any:

@@ -1,0 +1,190 @@
+"""`pissa finetune` and `pissa dpo` on models that see: images in the training step, by TRL's handling of processors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pissa.cli import main
+from tiny_vision_models import COLOURS, save_gemma3, save_images, save_qwen2_5_vl
+
+VIDEOS = "Qwen2.5-VL's processor of videos needs torchvision"
+MODELS: dict[str, Callable[[Path], Path]] = {"gemma3": save_gemma3, "qwen2_5_vl": save_qwen2_5_vl}
+
+ANSWERS = {"finetune": {"completion": COLOURS}, "dpo": {"chosen": COLOURS, "rejected": COLOURS[::-1]}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small model with its processor."""
+    if request.param == "qwen2_5_vl":
+        pytest.importorskip("torchvision", reason=VIDEOS)
+    return MODELS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gemma3(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp("data"), **ANSWERS["finetune"])
+
+
+def command(base: Path, data: Path, out: Path, *more: str, steps: int = 3, name: str = "finetune") -> list[str]:
+    """Of one batch a step, which has all rows."""
+    fixed = [name, "--model", str(base), "--data", str(data), "--out", str(out), "--steps", str(steps)]
+    return [*fixed, "--batch-size", "8", "--grad-accum", "1", "--rank", "4", "--lr", "1e-2", *more]
+
+
+def history(out: Path, name: str = "loss") -> list[float]:
+    rows = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [row[name] for row in rows if name in row]
+
+
+def answer_loss(model: Any, folder: Path, colours: tuple[str, str]) -> float:
+    """The loss of an answer's tokens, which name the colours of COLOURS, after squares of other colours."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor, losses = AutoProcessor.from_pretrained(folder), []
+    for shown, answer in zip(colours, COLOURS, strict=True):
+        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "colour?"}]}]
+        prompt = processor.apply_chat_template(question, add_generation_prompt=True)
+        inputs = processor(
+            images=[Image.new("RGB", (16, 16), shown)], text=prompt + answer + "</s>", return_tensors="pt"
+        )
+        with torch.no_grad():
+            predicted = model(**inputs).logits[0, :-1].log_softmax(-1)
+        targets = inputs["input_ids"][0, 1:, None]
+        losses.append(-predicted.gather(1, targets)[-len(answer) - 1 :])  # a token for each letter, and the end
+    return torch.cat(losses).mean().item()
+
+
+def test_images_are_in_the_step_and_the_language_part_is_trained(base: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    import pissa
+
+    out = tmp_path / "run"
+    assert main(command(base, data, out, "--eval-data", str(data))) == 0
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    start = answer_loss(model, base, COLOURS)
+    assert abs(start - answer_loss(model, base, COLOURS[::-1])) > 1e-3 * start
+    losses = history(out)
+    assert losses[0] == pytest.approx(start, rel=1e-5)
+    assert losses[2] < losses[0]  # the first step has the rate 0
+
+    trained = pissa.PissaModel.from_pretrained(model, out)
+    assert answer_loss(trained, out, COLOURS) == pytest.approx(history(out, "eval_loss")[-1], rel=1e-5)
+    assert changed(trained) == {"language_model"}
+
+
+def changed(model: Any) -> set[str]:
+    """The parts of a model in which every adapter has learned; dB starts at 0."""
+    parts: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            (part,) = re.findall(r"\.(language_model|vision_tower|visual)\.", name)
+            parts[part] = parts.get(part, True) and bool(parameter.any())
+    return {part for part, all_have in parts.items() if all_have}
+
+
+def test_a_pattern_that_names_the_tower_trains_it_too(base: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    import pissa
+
+    out = tmp_path / "run"
+    assert main(command(base, data, out, "--target-modules", r".*\.(q_proj|qkv)")) == 0
+    trained = pissa.PissaModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), out)
+    assert len(found := changed(trained)) == 2
+    assert "language_model" in found
+
+
+def test_a_folder_of_images_with_their_rows_is_the_same_data(gemma3: Path, data: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for i in range(8):
+        Image.new("RGB", (16, 16), COLOURS[i % 2]).save(folder / f"{i}.png")
+        messages = {"prompt": ("user", "colour?"), "completion": ("assistant", COLOURS[i % 2])}
+        row = {name: [{"role": role, "content": text}] for name, (role, text) in messages.items()}
+        rows.append(json.dumps({"file_name": f"{i}.png", **row}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    for source, out in ((data, "parquet"), (folder, "files")):
+        assert main(command(gemma3, source, tmp_path / out)) == 0
+    assert history(tmp_path / "files") == history(tmp_path / "parquet")
+
+
+def test_text_alone_trains_a_model_that_sees(gemma3: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"question": "1+1", "answer": "2", "images": []}\n' * 8)
+    assert main(command(gemma3, path, tmp_path / "run")) == 0
+    assert history(tmp_path / "run")[2] < history(tmp_path / "run")[0]
+
+
+def test_preferences_have_images(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs").mkdir()
+    pairs = save_images(tmp_path / "pairs", **ANSWERS["dpo"])
+    assert main(command(base, pairs, tmp_path / "run", name="dpo")) == 0
+    assert "first loss 0.693147" in capsys.readouterr().out
+    assert history(tmp_path / "run")[2] < history(tmp_path / "run")[0]
+
+
+# ---- Refusals ----
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_image_that_is_cut_is_refused(
+    name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = save_images(tmp_path, **ANSWERS[name])
+    message = refused(command(base, data, tmp_path / "run", "--max-length", "4", name=name), capsys)
+    assert message.startswith(f"pissa {name}: --max-length 4: Image features and image tokens do not match")
+    assert "raise --max-length" in message
+    assert not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_images_in_a_file_of_records_are_refused(
+    name: str, gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    for kind, row in {"finetune": {"completion": "b"}, "dpo": {"chosen": "b", "rejected": "c"}}.items():
+        path.write_text(json.dumps({"prompt": "a", **row, name: "1.png"}))
+        message = refused(command(gemma3, path, tmp_path / "run", name=kind), capsys)
+        assert f'{path}:1: found "{name}"; a file of records is text alone' in message
+        assert "metadata.jsonl" in message
+
+
+def test_what_a_processor_lacks_is_named(
+    gemma3: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise ImportError(
+            "\nAProcessor requires the Torchvision library but it was not found. Check out the\npage: ..."
+        )
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", load)
+    message = refused(command(gemma3, data, tmp_path / "run"), capsys)
+    assert message.endswith(f"{gemma3}: AProcessor requires the Torchvision library but it was not found; install it")
