@@ -34,6 +34,7 @@ from pissa.cli.plot import Curve, plot_losses
 from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, last_checkpoint
 from pissa.cli.selfcheck import SelfCheck, step0_check
 from pissa.cli.terminal import UserError, say, told
+from pissa.files.messages import first_line
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import inexact_lora
 from pissa.files.record import AdapterRecord

@@ -17,7 +17,7 @@ from pissa import PissaConfig, PissaModel
 from tiny_model import save_tiny_model
 from trainers import FORMS, TERMS, assert_equal, forms, logged, options, quiet, state, trainable
 
-pytestmark = quiet
+pytestmark = [quiet, pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")]
 
 Base = Callable[[], nn.Module]
 

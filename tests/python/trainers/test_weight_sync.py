@@ -19,7 +19,7 @@ from pissa import PissaModel
 from tiny_model import save_tiny_model
 from trainers import TERMS, assert_equal, logged, options, quiet, state
 
-pytestmark = quiet
+pytestmark = [quiet, pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")]
 
 
 class Engine:
