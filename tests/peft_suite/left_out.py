@@ -32,9 +32,8 @@ TESTS: dict[str, str] = {
     r"TestDecoderModelsTargetParameters.*mixed_adapter_batches": "refused in our words where experts are adapted",
     r"TestDecoderModelsTargetParameters::test_weighted_combination": "works with PiSSA",
     r"TestDecoderModelsTargetParameters::test_training_decoders": "an expert without tokens has no gradient",
-    r"test_target_parameter_(on_top_level_module_raises|result_caching)|test_rank_pattern_for_moe|reuses_param_wrapper": (
-        "PEFT's ParamWrapper"
-    ),
+    r"test_target_parameter_(on_top_level_module_raises|result_caching)": "PEFT's ParamWrapper",
+    r"test_rank_pattern_for_moe_target_parameters|reuses_param_wrapper": "PEFT's ParamWrapper",
     r"test_config.*(test_save_pretrained|test_set_attributes)\[": "no targets are PEFT's default in this suite alone",
     r"test_hotswap_different_peft_types|test_targeting_trainable_tokens_raises": "knows LoRA's name",
     r"token_indices_targets_lora_layer": "knows LoRA's class",
