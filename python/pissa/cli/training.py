@@ -80,7 +80,12 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
                 record(Path(training.output_dir), ours, training, mixture)
             _train(trainer, ours, stop, f"pissa {args.command}")
             result |= _report(trainer, ours, split, {"SFT": "answer token", "DPO": "pair"}[kind])
-        trainer.accelerator.end_training()
+        # DDP's reducer goes before its process group. If it is the last to hold the group, it waits with Python's lock
+        # for a thread of gloo's that waits for the lock (torch 2.13).
+        accelerator = trainer.accelerator
+        del trainer
+        accelerator.free_memory()
+        accelerator.end_training()
     if ours.json and not training.process_index:
         print(json.dumps(result, indent=2))
     return 0 if passed else 1
