@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.quant_iters.starts import RANK, STARTS, dense_weights, quantised, repaired, wrap
-from bench.training.loop import evaluate, fit
+from bench.training.loop import trained
 from bench.training.tasks import Task
 from pissa.layers.layer import pissa_layers
 
@@ -30,31 +30,13 @@ def train(task: Task, cell: Cell, before: dict[str, float] | None = None) -> dic
     The start does not depend on the seed, the data and a head do. `before` is what another rate has measured.
     """
     torch.manual_seed(cell.seed)
-    clock = time.process_time
-    begun = clock()
+    begun = time.process_time()
     model = wrap(task.model(), STARTS[cell.start], cell.seed, task.task_type)
-    started = clock()
-    held_out = task.held_out()
-    before = before or evaluate(model, task, held_out)
-    evaluated = clock()
-    losses = fit(model, task, cell.rate, cell.seed)
-    trained = clock()
-    after = evaluate(model, task, held_out)
-    return {
-        **cell._asdict(),
-        "rank": RANK,
-        "steps": task.steps,
-        "batch": task.batch,
-        **task.facts,
-        "before": before,
-        "after": after,
-        "training_losses": [round(loss, 5) for loss in losses],
-        "seconds": {
-            "start": round(started - begun, 1),
-            "training": round(trained - evaluated, 1),
-            "all": round(clock() - begun, 1),
-        },
-    }
+    start = time.process_time() - begun
+    found = trained(model, task, cell.rate, cell.seed, before)
+    seconds = found["seconds"]
+    found["seconds"] = {"start": round(start, 1), **seconds, "all": round(start + seconds["all"], 1)}
+    return cell._asdict() | {"rank": RANK} | found
 
 
 def weight_errors(task: Task) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pissa
-from bench.training.loop import evaluate, fit
+from bench.training.loop import trained
 from bench.training.tasks import Task
 from pissa.config import Init
 
@@ -67,28 +67,10 @@ def train(task: Task, start: Start, cell: Cell, before: dict[str, float] | None 
 
     `before` is what another cell of the task has measured: without a quantised base all starts compute the same.
     """
-    model = start.reset()
-    held_out = task.held_out()
-    clock, begun, wall = time.process_time, time.process_time(), time.monotonic()
-    before = before or evaluate(model, task, held_out)
-    evaluated = clock()
-    losses = fit(model, task, cell.rate, cell.seed)
-    trained = clock()
-    after = evaluate(model, task, held_out)
-    return {
-        **cell._asdict(),
-        "steps": task.steps,
-        "batch": task.batch,
-        **task.facts,
-        "before": before,
-        "after": after,
-        "training_losses": [round(loss, 5) for loss in losses],
-        "seconds": {
-            "training": round(trained - evaluated, 1),
-            "all": round(clock() - begun, 1),
-            "wall": round(time.monotonic() - wall, 1),
-        },
-    }
+    wall = time.monotonic()
+    found = trained(start.reset(), task, cell.rate, cell.seed, before)
+    found["seconds"]["wall"] = round(time.monotonic() - wall, 1)
+    return cell._asdict() | found
 
 
 def suggest(task: Task, start: Start, method: str, rank: int, seed: int) -> dict[str, Any]:

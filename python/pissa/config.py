@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import itertools
@@ -218,6 +219,18 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             ValueError: no such configuration there, or a damaged file, naming file and field.
         """
         return cls.reader(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @classmethod
+    def from_lora(cls, lora: LoraConfig, **fields: Any) -> PissaConfig:
+        """A configuration with the fields of a LoraConfig, copied, but for `init_lora_weights`; and with other fields.
+
+        Raises:
+            TypeError, ValueError: a field that is not supported, naming it.
+        """
+        given = {f.name: copy.deepcopy(getattr(lora, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+        # Detected, so that the value is of no account; axolotl gives None, which no file of ours may hold.
+        given |= {"init_lora_weights": True, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
+        return cls(**given, **fields)
 
     @property
     def form(self) -> Form:

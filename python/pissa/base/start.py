@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pissa.base.keeps_dtype import KeepsDtype
@@ -93,6 +94,25 @@ class StartFactors(KeepsDtype):
         """[A ; dA] [2r, in] and [dB | B0] [out, 2r], float32: their product is B A - B0 A0, without cancellation."""
         da, db = (delta.float() for delta in self.change(deltas))
         return join_difference(self.a0 + da, da, db, self.b0)
+
+    def factors_on(
+        self, deltas: Deltas, keeps_start: bool, lacked: tuple[Tensor, Tensor] | None, ratio: float
+    ) -> tuple[Tensor, Tensor]:
+        """Factors a [k, in] and b [out, k], float32, of an adapter on a weight that stands in the place of its base.
+
+        Args:
+            keeps_start: whether that weight lacks B0 A0, or B0 A0 is zero: then B A is the whole change.
+            lacked: the factors of a start of another method that the weight lacks.
+            ratio: of the scaling of `lacked` to the adapter's.
+        """
+        if keeps_start:
+            da, db = self.change(deltas)
+            a, b = self.a0 + da, self.b0 + db
+        else:
+            a, b = self.factors_of_change(deltas)
+        if lacked is None:
+            return a, b
+        return torch.cat([lacked[0], a]), torch.cat([ratio * lacked[1], b], dim=1)
 
     def values_and_vectors(self) -> tuple[Tensor, Tensor]:
         """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""

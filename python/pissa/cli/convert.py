@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pissa.cli.arguments import number, positive_int
-from pissa.cli.terminal import UserError, format_table, say, silence_third_parties
+from pissa.cli.terminal import UserError, format_table, noted, say, silence_third_parties
 
 if TYPE_CHECKING:
     from pissa.conversion import Conversion, ConvertedLayer
@@ -58,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     silence_third_parties()
     import pissa
 
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
+    with noted() as notes:
         try:
             conversion = pissa.convert(
                 args.source,
@@ -73,11 +71,10 @@ def run(args: argparse.Namespace) -> int:
             )
         except (OSError, ValueError) as error:
             raise UserError(_with_options(str(error))) from error
-    texts = [str(note.message) for note in notes]
     if args.json:
-        print(json.dumps(_as_json(conversion, texts), indent=2))
+        print(json.dumps(_as_json(conversion, notes), indent=2))
     else:
-        _report(args, conversion, texts)
+        _report(args, conversion, notes)
     return 0
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pissa.cli.terminal import UserError, as_size, say, silence_third_parties
+from pissa.cli.terminal import UserError, as_size, noted, say, silence_third_parties
 
 if TYPE_CHECKING:
     from pissa.integrations.exported import Exported
@@ -56,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     silence_third_parties()
     from pissa.integrations.export import export
 
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
+    with noted() as notes:
         try:
             done = export(
                 args.adapter,
@@ -74,11 +72,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(_with_options(str(error))) from error
         except (OSError, ValueError) as error:
             raise UserError(_with_options(str(error))) from error
-    texts = list(dict.fromkeys(str(note.message) for note in notes))
     if args.json:
-        print(json.dumps({**done._asdict(), "notes": texts}, indent=2))
+        print(json.dumps({**done._asdict(), "notes": notes}, indent=2))
     else:
-        _report(args, done, texts)
+        _report(args, done, notes)
     return 0
 
 

@@ -101,5 +101,5 @@ class _ShowDefaults(argparse.HelpFormatter):
     """As argparse.ArgumentDefaultsHelpFormatter, but silent about "None" and "False"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
+        shown = not any(action.default is none for none in (None, False, argparse.SUPPRESS)) and action.default != ""
         return f"{action.help} (default: %(default)s)" if shown else action.help

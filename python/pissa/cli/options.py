@@ -61,6 +61,7 @@ _HELP = {
     "dataset_name": "file of records (.jsonl, .json), folder or name of a data set in TRL's formats, or gsm-symbolic",
     "learning_rate": f"learning rate at its peak, or {AUTO}: the one that pissa.suggest_lr finds",
     "r": "rank of the adapters (default: 16)",
+    "output_dir": "new folder of the run: adapter, checkpoints, options, picture of the losses",
 }
 _OWN = (
     ("eval_data", str, None, "held-out data: its loss before and after"),

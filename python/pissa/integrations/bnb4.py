@@ -266,12 +266,8 @@ def on_residual(record: LayerRecord, tensors: LayerTensors) -> Matrices:
     is that start and s (B A - B0 A0).
     """
     start, base = tensors.start, tensors.base
-    da, db = start.change(tensors.deltas)
-    own = start.a0 + da, start.b0 + db
     if record.base is None:
-        return own
-    if not INIT_METHODS[start.origin.init].starts_from_zero:
-        own = start.factors_of_change(tensors.deltas)
-    if INIT_METHODS[record.base.init].starts_from_zero:
-        return own
-    return torch.cat([base.a0, own[0]]), torch.cat([record.base.scaling / record.scaling * base.b0, own[1]], dim=1)
+        return start.factors_on(tensors.deltas, True, None, 1.0)
+    is_zero = INIT_METHODS[start.origin.init].starts_from_zero
+    lacked = None if INIT_METHODS[record.base.init].starts_from_zero else (base.a0, base.b0)
+    return start.factors_on(tensors.deltas, is_zero, lacked, record.base.scaling / record.scaling)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
 from pissa.checkpoints.merge_plan import Planner
 from pissa.config import IMPLICIT
@@ -21,6 +20,7 @@ from pissa.files.messages import shown
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import PREFIX, Matrices
 from pissa.files.source import Source
+from pissa.ops.low_rank import pad_rank
 
 Name = str | os.PathLike[str]
 
@@ -117,5 +117,4 @@ def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
 def padded(pair: Matrices, rank: int, grow: float) -> Matrices:
     """A pair of that rank, filled up with zeros, with the product b a times `grow`."""
     a, b = pair
-    missing = rank - len(a)
-    return functional.pad(a, (0, 0, 0, missing)), functional.pad(b if grow == 1 else grow * b, (0, missing))
+    return pad_rank(a, b if grow == 1 else grow * b, rank)

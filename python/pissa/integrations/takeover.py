@@ -135,15 +135,13 @@ def _configuration(config: LoraConfig, **fields: Any) -> PissaConfig:
     Raises:
         TypeError, ValueError: a field that is not supported, naming it.
     """
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoraConfig)}
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
     for field in dataclasses.fields(config):  # a program's own class may have more
-        if field.name not in given and getattr(config, field.name) != default_of(field):
+        if field.name not in known and getattr(config, field.name) != default_of(field):
             raise ValueError(f"{field.name}={getattr(config, field.name)!r} is not a field of peft.LoraConfig")
     if config.target_modules is None:
         raise ValueError("target_modules is not given, and PEFT has no default for this model")
-    # Detected, so that the value is of no account; axolotl gives None, which no file of ours may hold.
-    given["fan_in_fan_out"] = bool(given["fan_in_fan_out"])
-    return PissaConfig(**copy.deepcopy({**given, "init_lora_weights": True}), **fields)
+    return PissaConfig.from_lora(config, **fields)
 
 
 def _with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,7 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
             "target_modules: got None, for which PEFT has a choice for each family of models; needed: the names, or "
             '"all-linear"'
         )
-    fields = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-    return PissaConfig(**fields, init="lora")
+    return PissaConfig.from_lora(config, init="lora")
 
 
 def is_plain_lora(folder: Path) -> bool:

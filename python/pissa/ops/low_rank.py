@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _UNIT_ROUNDOFF = 2.0**-53
 
@@ -20,6 +21,12 @@ def split_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     """The way back from `join_difference`: views a, da, db, b0."""
     (upper, da), (db, b0) = a.chunk(2), b.chunk(2, dim=1)
     return upper, da, db, b0
+
+
+def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """a [k, in] and b [out, k] filled up with zeros to a rank of at least k: the same product."""
+    missing = rank - len(a)
+    return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
 
 
 class Spectrum(NamedTuple):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  everybody's name for it
 
 from pissa.base.start import Deltas, StartFactors
 from pissa.config import IMPLICIT
@@ -20,6 +18,7 @@ from pissa.files.save import warn_of_plain_lora
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel
 from pissa.ops.checks import check_choice
+from pissa.ops.low_rank import pad_rank
 
 ServedBase = Literal["original", "residual"]
 
@@ -60,7 +59,7 @@ def lora_state_dict(
     factors = {}
     for key, layer in layers.items():
         deltas = layer.deltas_in(state, f"{PREFIX}{key}.", name)
-        factors[key] = _padded(served[key].factors(deltas), times * layer.r[name])
+        factors[key] = pad_rank(*served[key].factors(deltas), times * layer.r[name])
     for part in factors_of(model.base_model.model, layers):
         found |= part.pack([factors[key] for key in part.layers])
     if base == "original":
@@ -126,14 +125,8 @@ class _Served(NamedTuple):
 
     def factors(self, deltas: Deltas) -> Matrices:
         """The factors a [rank, in] and b [out, rank], float32."""
-        if self.keeps_start:
-            da, db = self.start.change(deltas)
-            a, b = self.start.a0 + da, self.start.b0 + db
-        else:
-            a, b = self.start.factors_of_change(deltas)
-        if self.lacked is None:
-            return a, b
-        return torch.cat([self.lacked.a0, a]), torch.cat([self.ratio * self.lacked.b0, b], dim=1)
+        lacked = None if self.lacked is None else (self.lacked.a0, self.lacked.b0)
+        return self.start.factors_on(deltas, self.keeps_start, lacked, self.ratio)
 
 
 def _served(layers: Mapping[str, PissaLayer], adapter_name: str, base: ServedBase) -> dict[str, _Served]:
@@ -152,13 +145,6 @@ def _served(layers: Mapping[str, PissaLayer], adapter_name: str, base: ServedBas
 def _times(served: Mapping[str, _Served], layers: Mapping[str, PissaLayer], adapter_name: str) -> int:
     """How many times the adapter's rank all factors have: 1 or 2."""
     return 1 if all(served[name].rank <= layer.r[adapter_name] for name, layer in layers.items()) else 2
-
-
-def _padded(factors: Matrices, rank: int) -> Matrices:
-    """Factors of that rank, of the same product."""
-    a, b = factors
-    lacking = rank - len(a)
-    return F.pad(a, (0, 0, 0, lacking)), F.pad(b, (0, lacking))
 
 
 def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:

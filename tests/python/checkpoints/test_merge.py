@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pissa
 from architectures import ARCHITECTURES
+from interrupted import Interrupted
 from language_models import Make, error, logits
 from live_bytes import LiveBytes
 from peft_adapters import save_subtracted, train_on_residual, train_pissa
@@ -458,16 +459,8 @@ def test_memory_is_that_of_a_matrix(tiny_llama: Make, tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved(pissa.wrap(load(base), r=4)).save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", base, tmp_path / "whole")
-    write, calls = trained_module.read_weight, []
-
-    def killed(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return write(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(trained_module, "read_weight", killed)
+        patch.setattr(trained_module, "read_weight", Interrupted(trained_module.read_weight, at=6))
         with pytest.raises(KeyboardInterrupt):
             merge(tmp_path / "adapter", base, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

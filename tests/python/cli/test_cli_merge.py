@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pissa
+from interrupted import Interrupted
 from language_models import train
 from pissa.cli import main
 from tiny_model import save_tiny_model
@@ -96,16 +97,8 @@ def test_a_merge_that_is_interrupted_goes_on(
     from pissa.checkpoints import merge
 
     options = ["merge", str(adapter), "--base", str(base), str(tmp_path / "out")]
-    quantise, calls = merge.parts_of, []
-
-    def interrupted(*args: object) -> object:
-        calls.append(args)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return quantise(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "parts_of", interrupted)
+        patch.setattr(merge, "parts_of", Interrupted(merge.parts_of, at=5))
         assert main(options) == 130
     assert capsys.readouterr().err.endswith("pissa merge: interrupted; the same command goes on with it\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]

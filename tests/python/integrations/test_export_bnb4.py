@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint_folders
 import mixtures
 import pissa
 from checkpoint_folders import contents
+from interrupted import Interrupted
 from language_models import error, logits
 from live_bytes import LiveBytes
 from pissa.checkpoints.init import init
@@ -218,21 +219,14 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     source = base(tmp_path, shards="30KB")
     trained(source, tmp_path / "run", rank_pattern={"q_proj": 3})
     pissa.export(tmp_path / "run", tmp_path / "whole", "bnb4", base=source)
-    real, calls = bnb4.to_bitsandbytes, []
-
-    def stops(*args: Any) -> dict[str, Tensor]:
-        calls.append(args)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-
+    stops = Interrupted(bnb4.to_bitsandbytes, at=6)
     with monkeypatch.context() as patch:
         patch.setattr(bnb4, "to_bitsandbytes", stops)
         with pytest.raises(KeyboardInterrupt):
             pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
         pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
-    assert 6 < len(calls) < 2 * 14
+    assert 6 < stops.calls < 2 * 14
     assert contents(tmp_path / "out").keys() == contents(tmp_path / "whole").keys()
     for name, content in contents(tmp_path / "whole").items():
         if not name.endswith("adapter_config.json"):  # which names the folder

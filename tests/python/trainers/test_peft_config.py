@@ -14,7 +14,6 @@ from torch import nn
 
 import pissa
 from pissa import PissaConfig, PissaModel
-from tiny_model import save_tiny_model
 from trainers import FORMS, TERMS, assert_equal, forms, logged, options, quiet, state, trainable
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")]
@@ -34,25 +33,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "RLOO": [{"prompt": row["prompt"]} for row in PREFERENCES],
 }
 SAMPLING = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def base(folder: Path) -> Base:
-    from transformers import AutoModelForCausalLM
-
-    return lambda: AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-@pytest.fixture
-def tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def digits(completions: list[str], **kwargs: Any) -> list[float]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import pissa
 from language_models import logits
 from pissa import PissaModel
-from tiny_model import save_tiny_model
 from trainers import FORMS, assert_equal, forms, logged, options, quiet, state, trainable, unchanged
 
 pytestmark = quiet
@@ -23,25 +22,6 @@ Base = Callable[[], nn.Module]
 
 SUMS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}"} for i in range(16)]
 PREFERENCES = [{"prompt": f"{i}+{i}=", "chosen": f"{2 * i}", "rejected": f"{2 * i + 1}."} for i in range(16)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def base(folder: Path) -> Base:
-    from transformers import AutoModelForCausalLM
-
-    return lambda: AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-@pytest.fixture
-def tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def wrapped(model: nn.Module, form: str, **fields: Any) -> PissaModel:
