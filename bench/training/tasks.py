@@ -119,7 +119,7 @@ class Problems(Chats):
 
 
 # SmolLM2's own, without the system message that it would put before every chat.
-_PLAIN = (
+PLAIN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -131,7 +131,7 @@ class ShortProblems(Problems):
     name = "gsm8k"
     steps, batch = 24, 2
     longest = 96
-    template = _PLAIN
+    template = PLAIN_TEMPLATE
 
 
 class Sentences(Chats):
@@ -141,7 +141,7 @@ class Sentences(Chats):
     steps, batch = 24, 4
     longest = 44
     tested = 48
-    template = _PLAIN
+    template = PLAIN_TEMPLATE
 
     def __init__(self, folder: Path | None = None) -> None:
         import reasoning_gym

@@ -1,0 +1,133 @@
+"""The methods that are compared: how each makes a model trainable, and with which optimiser.
+
+Methods that PEFT has are PEFT's own code, on a dense base. Those on a base in 4 bits are on our kernels: on a CPU
+bitsandbytes 0.50 has no gradient in evaluation mode and an error of 14 % in the gradients of bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+import pissa
+from pissa import PissaConfig
+
+LORAPLUS_RATIO = 16  # of B's rate to A's (arXiv 2402.12354, its authors' choice)
+
+
+class Setting(NamedTuple):
+    """What a method may depend on besides the model."""
+
+    r: int
+    seed: int
+    steps: int
+    task_type: str
+    target_modules: str | list[str] = "all-linear"
+    svd_passes: int | Literal["auto"] = "auto"
+    """Over each weight, of our decompositions."""
+
+
+class Method(NamedTuple):
+    """A way to fine-tune."""
+
+    label: str
+    """In tables and pictures."""
+    wrap: Callable[[nn.Module, Setting], nn.Module]
+    dense: bool = True
+    """Whether the base is dense."""
+    optimizer: Callable[[Any, float], Optimizer] | None = None
+    """Of the model and the rate; None: AdamW on all that is trained."""
+    full: bool = False
+    """Whether all weights are trained: in float32, with bfloat16 products."""
+    moves_ranks: bool = False
+    """Whether ranks move between layers while it trains."""
+
+
+def _peft(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
+    def wrap(model: nn.Module, setting: Setting) -> nn.Module:
+        torch.manual_seed(setting.seed)
+        return get_peft_model(
+            model,  # type: ignore[arg-type]
+            LoraConfig(
+                r=setting.r,
+                lora_alpha=setting.r,
+                target_modules=setting.target_modules,
+                task_type=setting.task_type,
+                **fields,
+            ),
+        )
+
+    return wrap
+
+
+def _adalora(model: nn.Module, setting: Setting) -> nn.Module:
+    """Ranks start at 1.5 r and are pruned to r on average, as in its paper (arXiv 2303.10512)."""
+    torch.manual_seed(setting.seed)
+    first = max(2, round(1.5 * setting.r))
+    return get_peft_model(
+        model,  # type: ignore[arg-type]
+        AdaLoraConfig(
+            init_r=first,
+            target_r=setting.r,
+            lora_alpha=first,
+            tinit=setting.steps // 5,
+            tfinal=setting.steps // 3,
+            total_step=setting.steps,
+            target_modules=setting.target_modules,
+            task_type=setting.task_type,
+        ),
+    )
+
+
+def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
+    def wrap(model: nn.Module, setting: Setting) -> nn.Module:
+        given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
+        given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
+        return pissa.wrap(model, PissaConfig(r=setting.r, svd_passes=setting.svd_passes, **given))
+
+    return wrap
+
+
+def _nf4(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
+    return _ours(quant="nf4", **fields)
+
+
+def _everything(model: nn.Module, setting: Setting) -> nn.Module:
+    return model.requires_grad_()
+
+
+def _loraplus(model: Any, rate: float) -> Optimizer:
+    return create_loraplus_optimizer(model, AdamW, lr=rate, loraplus_lr_ratio=LORAPLUS_RATIO, weight_decay=0.0)
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method("LoRA", _peft()),
+    "gaussian": Method("LoRA, Gaussian", _peft(init_lora_weights="gaussian")),
+    "rslora": Method("rsLoRA", _peft(use_rslora=True)),
+    "pissa": Method("PiSSA", _ours()),
+    "unit": Method("orthonormal start", _ours(start_norm="unit")),
+    "dora": Method("DoRA", _peft(use_dora=True)),
+    "olora": Method("OLoRA", _peft(init_lora_weights="olora")),
+    "pissa_dora": Method("PiSSA + DoRA", _ours(use_dora=True)),
+    "adalora": Method("AdaLoRA", _adalora, moves_ranks=True),
+    "loraplus": Method("LoRA+", _peft(), optimizer=_loraplus),
+    "full": Method("full", _everything, full=True),
+    "medium": Method("medium components", _ours(init="pissa_medium")),
+    "minor": Method("minor components", _ours(init="pissa_minor")),
+    "qlora": Method("QLoRA", _nf4(init="lora"), dense=False),
+    "loftq": Method("LoftQ, T = 5", _nf4(init="loftq", quant_iters=5), dense=False),
+    "qpissa_1": Method("QPiSSA, T = 1", _nf4(), dense=False),
+    "qpissa_5": Method("QPiSSA, T = 5", _nf4(quant_iters=5), dense=False),
+    "pissa_on_nf4": Method("PiSSA's start on nf4(W)", _nf4(repair="lora"), dense=False),
+    "unit_on_nf4": Method("orthonormal start on nf4(W)", _nf4(start_norm="unit", repair="lora"), dense=False),
+    "lora_on_1": Method("LoRA's start on T = 1", _nf4(init="lora", repair="pissa"), dense=False),
+    "lora_on_5": Method("LoRA's start on T = 5", _nf4(init="lora", repair="pissa", quant_iters=5), dense=False),
+    "unit_on_1": Method("orthonormal start on T = 1", _nf4(start_norm="unit"), dense=False),
+    "unit_on_5": Method("orthonormal start on T = 5", _nf4(start_norm="unit", quant_iters=5), dense=False),
+}

@@ -1,0 +1,8 @@
+"""All experiments by name, in the order of the page."""
+
+from __future__ import annotations
+
+from bench.experiments.claims.methods import Methods
+from bench.experiments.experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Methods(),)}

@@ -1,0 +1,78 @@
+"""Runs the cells that are not known yet, each in a process of its own, so many at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from bench.experiments.experiment import Cell, Options, Result
+from bench.experiments.results import Results
+
+Wanted = Callable[[], list[Cell]]
+
+
+class _Running(NamedTuple):
+    cell: Cell
+    process: multiprocessing.process.BaseProcess
+    begun: float
+
+
+def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[Cell]:
+    """Runs what is wanted until nothing is missing, and returns the cells that failed, whose errors are on stderr.
+
+    A fork of this process runs each cell: it has the packages and what `prepare` has loaded, and its peak of memory is
+    its own. Forking needs that no thread runs here: torch has one, tqdm none.
+    """
+    tqdm.monitor_interval = 0
+    fork = multiprocessing.get_context("fork")
+    running: dict[Connection, _Running] = {}
+    failed: list[Cell] = []
+    with tqdm(unit="cell", smoothing=0.1) as bar:
+        while True:
+            cells = list(dict.fromkeys(wanted()))
+            active = [entry.cell for entry in running.values()]
+            missing = [cell for cell in cells if cell not in results and cell not in active and cell not in failed]
+            bar.total, bar.n = len(cells), sum(cell in results for cell in cells)
+            bar.refresh()
+            for cell in missing[: jobs - len(running)]:
+                cell.prepare(options)
+                receiver, sender = fork.Pipe(duplex=False)
+                process = fork.Process(target=_measure, args=(cell, options, sender))
+                process.start()
+                sender.close()
+                running[receiver] = _Running(cell, process, time.monotonic())
+            if not running:
+                return failed
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                cell, process, begun = running.pop(ready)
+                try:
+                    result, processor = ready.recv()
+                    seconds = {"wall": round(time.monotonic() - begun, 1), "processor": round(processor, 1)}
+                    results.add(cell, result, seconds)
+                except EOFError:  # the process has ended without a result
+                    failed.append(cell)
+                    bar.write(f"failed: {cell}", file=sys.stderr)
+                process.join()
+
+
+def _measure(cell: Cell, options: Options, sender: Connection) -> None:
+    """The process of a cell."""
+    begun = time.process_time()
+    try:
+        result: Result = cell.run(options)
+        result["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        sender.send((result, time.process_time() - begun))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

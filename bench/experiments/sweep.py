@@ -1,0 +1,127 @@
+"""Sweeps of the learning rate: which rates are tried, which one is the best, which seeds follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import Any, NamedTuple, Protocol
+
+from bench.experiments.experiment import Known, Result
+
+RATES = tuple(digit * 10.0**-power for power in range(6, 0, -1) for digit in (1, 2, 5))
+"""1e-6, 2e-6, 5e-6, ..., 5e-1: factors of 2 and 2.5."""
+POINTS = 5  # of a sweep at least
+SEEDS = (1, 2)  # that follow at the best rate; 0 is the sweep's
+
+
+class Rated(Protocol):
+    """A cell that has a learning rate and a seed."""
+
+    rate: float
+    seed: int
+
+
+class Spread(NamedTuple):
+    """A mean over seeds."""
+
+    mean: float
+    deviation: float
+    """Of the seeds (n - 1); NaN of one seed."""
+    n: int
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return self.deviation / math.sqrt(self.n)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if self.n < 2 else f"{self.mean:.4f} ± {self.deviation:.4f}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(mean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+def nearest(rate: float) -> float:
+    """The rate of the grid that is nearest, by ratio."""
+    return min(RATES, key=lambda known: abs(math.log(known / rate)))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One method on one task: `cell` with the rates of the grid, and with further seeds at the best of them."""
+
+    cell: Any
+    """Its rate is the middle of the sweep, in RATES; its seed is 0."""
+    seeds: tuple[int, ...] = SEEDS
+    points: int = POINTS
+    extends: bool = True
+    """Whether the sweep goes on beyond an end that is the best."""
+
+    def at(self, rate: float, seed: int = 0) -> Any:
+        return replace(self.cell, rate=rate, seed=seed)
+
+    def losses(self, known: Known) -> dict[float, float]:
+        """The held-out losses of seed 0 by rate, ascending; infinite where training diverged."""
+        return {rate: loss_of(known[self.at(rate)]) for rate in RATES if self.at(rate) in known}
+
+    def wanted(self, known: Known) -> list[Any]:
+        """The rates of the sweep from the middle outwards; one further rate where the end is the best; then the
+        seeds."""
+        middle = RATES.index(nearest(self.cell.rate))
+        half = self.points // 2
+        first = [middle, *(middle + sign * step for step in range(1, half + 1) for sign in (-1, 1))]
+        cells = [self.at(RATES[i]) for i in first]
+        losses = self.losses(known)
+        if any(cell not in known for cell in cells):
+            return cells
+        best = min(losses, key=lambda rate: losses[rate])
+        index = RATES.index(best)
+        for neighbour in (index - 1, index + 1):
+            if self.extends and RATES[neighbour] not in losses:
+                return [*map(self.at, losses), self.at(RATES[neighbour])]
+        return [*map(self.at, losses), *(self.at(best, seed) for seed in self.seeds)]
+
+    def best(self, known: Known) -> float | None:
+        """The rate of the least loss; None while the sweep is not complete, or its best is at an end."""
+        wanted = [cell for cell in self.wanted(known) if cell.seed == 0]
+        if any(cell not in known for cell in wanted):
+            return None
+        losses = self.losses(known)
+        return min(losses, key=lambda rate: losses[rate])
+
+    def at_best(self, known: Known) -> list[Result]:
+        """The results of all known seeds at the best rate."""
+        best = self.best(known)
+        cells = [] if best is None else [self.at(best, seed) for seed in (0, *self.seeds)]
+        return [known[cell] for cell in cells if cell in known]
+
+    def width(self, known: Known, tolerance: float = 0.02) -> float | None:
+        """The width of the valley in decades: how far the rates with a loss within `tolerance` of the best lie apart.
+        Between points the loss is interpolated over the rate's logarithm."""
+        best = self.best(known)
+        if best is None:
+            return None
+        losses = self.losses(known)
+        allowed = losses[best] * (1 + tolerance)
+        rates = list(losses)
+        index = rates.index(best)
+        return _crossing(rates[index:], losses, allowed) - _crossing(rates[index::-1], losses, allowed)
+
+
+def loss_of(result: Result) -> float:
+    """The held-out loss after training; infinite, None in the files, where training diverged."""
+    loss = result["after"]["loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def _crossing(rates: list[float], losses: dict[float, float], allowed: float) -> float:
+    """log10 of the rate at which the loss first exceeds what is allowed, going along `rates`; of the last one if it
+    never does."""
+    for near, far in zip(rates, rates[1:], strict=False):
+        if losses[far] > allowed:
+            share = (allowed - losses[near]) / (losses[far] - losses[near])
+            return math.log10(near) + share * math.log10(far / near)
+    return math.log10(rates[-1])
