@@ -42,7 +42,7 @@ class _Size(NamedTuple):
     held_out: int
 
 
-_SIZES = {"gsm8k": _Size(40, 2, 104, 40), "sums": _Size(60, 8, 64, 200)}
+_SIZES = {"gsm8k": _Size(40, 2, 104, 40), "sums": _Size(48, 8, 64, 200)}
 _QUICK = _Size(3, 2, 96, 4)
 _UNRELATED = (12, 96)
 """Rows, and tokens in each."""
@@ -77,10 +77,12 @@ def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
 def _sums(held_out: int) -> tuple[list[Chat], list[Chat]]:
     """Sums and differences of two or three numbers of one or two digits, out of reasoning-gym: a short exact answer."""
     sizes = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
-    made = reasoning_gym.create_dataset("chain_sum", seed=1, size=4000, **sizes)
+    made = reasoning_gym.create_dataset(
+        "basic_arithmetic", seed=1, size=4000, operators=["+", "-"], allow_parentheses=False, **sizes
+    )
     answers = {entry["question"]: entry["answer"] for entry in made}  # each question once
     chats = [
-        Chat("chain_sum", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        Chat("basic_arithmetic", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
         for question, answer in answers.items()
     ]
     return chats[held_out:], chats[:held_out]
