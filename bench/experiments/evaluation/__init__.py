@@ -1,0 +1,1 @@
+"""What a trained model can do: problems of arithmetic, code, conversation and understanding, each with its metric."""
