@@ -177,7 +177,7 @@ def forbid(names: list[str]) -> None:
 
 
 def run(python: str, null: int, processes: int, seconds: float, cpu_seconds: int) -> str:
-    """Starts the runner as the first process of its namespace, whose end is the end of all others; says how it ended."""
+    """Starts the runner as the first process of its namespace, whose end is that of all others; says how it ended."""
     secret = os.urandom(16).hex().encode()
     (nonce, give), (take, proof) = os.pipe(), os.pipe()
     os.write(give, secret)

@@ -10,7 +10,7 @@ What is promised, and by what (`confine` does it; Linux >= 5.12 on x86_64 or aar
 - no privileges: root becomes nobody, nobody gains rights, the environment is empty, and a filter of system calls
   forbids what would get round the above
 
-If the machine cannot keep one of these, nothing is run: `SandboxUnavailable` says which.
+If the machine cannot keep one of these, nothing is run: `NoSandboxError` says which.
 
 What is not promised:
 
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
     """Its end."""
 
 
-class SandboxUnavailable(RuntimeError):
+class NoSandboxError(RuntimeError):
     """The machine cannot keep a promise of the sandbox."""
 
 
@@ -65,7 +65,7 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008  a tu
     """Runs the text of a Python program, which has the standard library and /work. Passed: it has reached its end.
 
     Raises:
-        SandboxUnavailable: the machine lacks what the sandbox needs. Nothing was run.
+        NoSandboxError: the machine lacks what the sandbox needs. Nothing was run.
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stderr:
         given = {"program": program, "folder": os.path.realpath(folder), **limits._asdict()}
@@ -83,7 +83,7 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008  a tu
         tail = stderr.read().decode(errors="replace")
     said = json.loads(confined.stdout) if confined.returncode == 0 else {"refused": tail}
     if "refused" in said:
-        raise SandboxUnavailable(
+        raise NoSandboxError(
             f"no sandbox on this machine, so no code was run: {said['refused']}. It needs Linux >= 5.12 and root or "
             "unprivileged user namespaces; containers often forbid both: allow them, or use a virtual machine"
         )
@@ -91,7 +91,7 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008  a tu
 
 
 def require() -> None:
-    """Raises SandboxUnavailable unless an empty program passes."""
+    """Raises NoSandboxError unless an empty program passes."""
     outcome = run("")
     if not outcome.passed:
-        raise SandboxUnavailable(f"an empty program does not pass in the sandbox: {outcome.reason}: {outcome.stderr}")
+        raise NoSandboxError(f"an empty program does not pass in the sandbox: {outcome.reason}: {outcome.stderr}")
