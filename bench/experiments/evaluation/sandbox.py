@@ -64,6 +64,8 @@ class NoSandboxError(RuntimeError):
 def run(program: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008  a tuple does not change
     """Runs the text of a Python program, which has the standard library and /work. Passed: it has reached its end.
 
+    Its `__name__` is "program". Stdin is empty, stdout is thrown away.
+
     Raises:
         NoSandboxError: the machine lacks what the sandbox needs. Nothing was run.
     """
