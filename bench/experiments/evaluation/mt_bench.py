@@ -134,9 +134,7 @@ def requests(bench: Bench, answers: Path) -> list[Asked]:
     missing = [q["question_id"] for q in bench.questions if q["question_id"] not in given]
     if missing:
         raise UserError(f"{answers} has no answer to the questions {missing}; write the answers to all of them first")
-    return [
-        _asked(bench, question, given[question["question_id"]], turn) for question in bench.questions for turn in (1, 2)
-    ]
+    return [_asked(bench, q, given[q["question_id"]], turn) for q in bench.questions for turn in (1, 2)]
 
 
 def _asked(bench: Bench, question: dict[str, Any], answers: list[str], turn: int) -> Asked:
@@ -176,28 +174,33 @@ def judge(asked: Iterable[Asked], model: str, by: Judge, file: Path) -> None:
     Raises:
         UserError: the endpoint refuses, or has failed `by.attempts` times. What was judged before is in the file.
     """
-    done = {
-        _key(line["judge"][0], line) for line in (_lines(file) if file.exists() else []) if line["score"] != UNRATED
-    }
+    done = _rated(file) if file.exists() else {}
     for request in asked:
-        line: dict[str, Any] = {
+        if _key(by.model, request) in done:
+            continue
+        judgement = _completed(request.messages, by)
+        line = {
             "question_id": request.question_id,
             "model": model,
             "judge": [by.model, request.prompt],
             "user_prompt": request.messages[-1]["content"],
+            "judgment": judgement,
+            "score": rating(judgement),
             "turn": request.turn,
+            "tstamp": time.time(),
         }
-        if _key(by.model, line) in done:
-            continue
-        judgement = _completed(request.messages, by)
-        line |= {"judgment": judgement, "score": rating(judgement), "tstamp": time.time()}
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
 
 
-def _key(judge_model: str, line: dict[str, Any]) -> tuple[str, int, str]:
-    # The prompt has the answer in it: a new answer is judged anew.
-    return judge_model, line["turn"], line["user_prompt"]
+def _key(judge_model: str, asked: Asked) -> tuple[str, int, str]:
+    # The text has the answer in it: a new answer is judged anew.
+    return judge_model, asked.turn, asked.messages[-1]["content"]
+
+
+def _rated(file: Path) -> dict[tuple[str, int, str], float]:
+    lines = [line for line in _lines(file) if line["score"] != UNRATED]
+    return {(line["judge"][0], line["turn"], line["user_prompt"]): line["score"] for line in lines}
 
 
 def _completed(messages: Messages, by: Judge) -> str:
@@ -216,7 +219,7 @@ def _completed(messages: Messages, by: Judge) -> str:
             failure = f"{error}: {error.read(500).decode(errors='replace')}"
             if error.code < 500 and error.code not in (408, 429):
                 raise UserError(f"{by.url}: {failure}; check URL, model and the key in {by.key}") from error
-        except (OSError, HTTPException, ValueError, LookupError) as error:
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
             failure = f"{type(error).__name__}: {error}"
     raise UserError(f"{by.url} has failed {by.attempts} times, last with {failure}; run this again to go on from here")
 
@@ -232,11 +235,11 @@ def scores(bench: Bench, asked: Iterable[Asked], by: Judge, file: Path) -> dict[
         UserError: nothing is rated.
     """
     category = {question["question_id"]: question["category"] for question in bench.questions}
-    rated = {_key(line["judge"][0], line): line["score"] for line in _lines(file) if line["score"] != UNRATED}
+    rated = _rated(file)
     groups: dict[str, list[float]] = {}
     unrated = 0
     for request in asked:
-        score = rated.get((by.model, request.turn, request.messages[-1]["content"]))
+        score = rated.get(_key(by.model, request))
         if score is None:
             unrated += 1
             continue

@@ -145,9 +145,9 @@ def test_nothing_is_asked_or_run_without_leave(mbpp_file: Path) -> None:
     def generate(instructions: list[str]) -> list[str]:
         raise AssertionError
 
-    with pytest.raises(UserError, match="harmful.* --allow-code-execution"):
+    with pytest.raises(UserError, match=r"harmful.* --allow-code-execution"):
         human_eval.evaluate(generate, allow_code_execution=False)
-    with pytest.raises(UserError, match="harmful.* --allow-code-execution"):
+    with pytest.raises(UserError, match=r"harmful.* --allow-code-execution"):
         mbpp.evaluate(generate, mbpp_file, allow_code_execution=False)
     with pytest.raises(ValueError, match="1 answers to 2 instructions"):
         mbpp.evaluate(lambda _: ["x"], mbpp_file, allow_code_execution=True)
