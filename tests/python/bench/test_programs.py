@@ -151,3 +151,14 @@ def test_nothing_is_asked_or_run_without_leave(mbpp_file: Path) -> None:
         mbpp.evaluate(generate, mbpp_file, allow_code_execution=False)
     with pytest.raises(ValueError, match="1 answers to 2 instructions"):
         mbpp.evaluate(lambda _: ["x"], mbpp_file, allow_code_execution=True)
+
+
+def test_nothing_is_asked_where_the_sandbox_does_not_work(mbpp_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.experiments.evaluation import mbpp, sandbox
+
+    def generate(instructions: list[str]) -> list[str]:
+        raise AssertionError
+
+    monkeypatch.setattr(sandbox, "run", lambda program: sandbox.Outcome(False, "failed", ""))
+    with pytest.raises(sandbox.NoSandboxError):
+        mbpp.evaluate(generate, mbpp_file, allow_code_execution=True)
