@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -33,6 +34,9 @@ def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[C
     its own. Forking needs that no thread runs here: torch has one, tqdm none.
     """
     tqdm.monitor_interval = 0
+    # In a fork torch's thread pool is not valid for the threads that transformers loads weights with (torch 2.13).
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended; finished cells are kept, the others are run next time"))
     fork = multiprocessing.get_context("fork")
     running: dict[Connection, _Running] = {}
     failed: list[Cell] = []
@@ -46,7 +50,7 @@ def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[C
             for cell in missing[: jobs - len(running)]:
                 cell.prepare(options)
                 receiver, sender = fork.Pipe(duplex=False)
-                process = fork.Process(target=_measure, args=(cell, options, sender))
+                process = fork.Process(target=_measure, args=(cell, options, sender), daemon=True)
                 process.start()
                 sender.close()
                 running[receiver] = _Running(cell, process, time.monotonic())
@@ -67,6 +71,7 @@ def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[C
 
 def _measure(cell: Cell, options: Options, sender: Connection) -> None:
     """The process of a cell."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     begun = time.process_time()
     try:
         result: Result = cell.run(options)
