@@ -262,7 +262,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         if self.starts_as_base:
             return self
         fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None, "start_norm": "singular"}
-        return dataclasses.replace(self, **fields, use_adalora=False, use_dora=False)
+        return dataclasses.replace(self, **fields | {"use_adalora": False, "use_dora": False})
 
     def of_adapter(self) -> PissaConfig:
         """The configuration of a start that no residual lacks: alternations are a residual's."""
