@@ -276,7 +276,7 @@ def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[T
 
 
 def _orthonormal(start: Start) -> Start:
-    """The singular vectors without the lengths, which do not overflow in float64. Those of length 0 stay 0."""
+    """The singular vectors, of length 1 up to one rounding of each element. Those of length 0 stay 0."""
     rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
     rows, columns = (length.where(length > 0, 1) for length in (rows, columns))
     return Start((start.a0 / rows[:, None]).float(), (start.b0 / columns).float())
