@@ -174,7 +174,7 @@ def _check_config(config: PissaConfig, experts: Experts) -> None:
     if config.start_norm != "singular":
         raise ValueError(
             f"start_norm={config.start_norm!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual, "
-            f"and starts from what that lacks: leave it out, and give it to pissa.load with the folder"
+            "and starts from what that lacks: leave it out, and give it to pissa.load with the folder"
         )
     if INIT_METHODS[config.init].needs:
         raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
