@@ -24,10 +24,14 @@ from pissa.peft_private import build_layers_with
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
+StartNorm = Literal["singular", "unit"]
 Preset = Literal["rl"]
 
 ALTERNATING: tuple[Init, ...] = ("pissa", "loftq")
 """The init methods that can alternate decomposition and quantisation."""
+
+_OF_SINGULAR_VECTORS: tuple[Init, ...] = ("pissa", "pissa_medium", "pissa_minor")
+"""The init methods that start from singular vectors."""
 
 _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
 """The values that each preset gives to fields which have their defaults."""
@@ -131,6 +135,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             method. With `init="lora", repair="pissa", quant="nf4"` LoRA trains on QPiSSA's base; with
             `init="pissa", repair="lora"` PiSSA on the plainly quantised weight, of which LoRA's start takes nothing
             out. Only with `quant` or residual="explicit".
+        start_norm: the lengths of A0's rows and of B0's columns, the singular vectors that "pissa", "pissa_medium" and
+            "pissa_minor" start from. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
+            "unit": 1, an orthonormal start, whatever the scaling s is. A stored base lacks the singular start then, and
+            the adapter's, found in the dense weight, stands beside it, as with `repair`. A component whose singular
+            value is 0 stays 0.
         svd: "krylov" (block Krylov, default) or "subspace" iteration, or "exact" for a full decomposition.
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
@@ -170,6 +179,9 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
     init: Init = field(default="pissa", metadata={"help": "Where the adapter starts"})
     repair: Init | None = field(default=None, metadata={"help": "The start that a stored base lacks; init's if None"})
+    start_norm: StartNorm = field(
+        default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
+    )
     svd: Svd = field(default="krylov", metadata={"help": "Decomposition: krylov, subspace or exact"})
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
@@ -239,12 +251,18 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             return Form.quantised(self.quant, self.blocksize, self.double_quant)
         return Form(self.residual or "implicit")
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the adapter's start is the one that a stored residual lacks, alternations and all."""
+        return self.repair is None and self.start_norm == "singular"
+
     def of_base(self) -> PissaConfig:
-        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`."""
-        if self.repair is None:
+        """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`, and
+        with the lengths that make it a part of the weight."""
+        if self.starts_as_base:
             return self
-        fields: dict[str, Any] = {"init": self.repair, "repair": None, "use_adalora": False, "use_dora": False}
-        return dataclasses.replace(self, **fields)
+        fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None, "start_norm": "singular"}
+        return dataclasses.replace(self, **fields | {"use_adalora": False, "use_dora": False})
 
     def of_adapter(self) -> PissaConfig:
         """The configuration of a start that no residual lacks: alternations are a residual's."""
@@ -311,6 +329,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     def _check_own_fields(self) -> None:
         check_choice("init", self.init, get_args(Init))
+        check_choice("start_norm", self.start_norm, get_args(StartNorm))
         check_choice("svd", self.svd, get_args(Svd))
         check_passes(self.svd_passes, "svd_passes")
         check_seed(self.seed)
@@ -337,10 +356,16 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if getattr(self, name) == "loftq" and self.quant is None:
                 formats = " or ".join(f'quant="{format}"' for format in FORMATS)
                 raise ValueError(f'{name}="loftq" starts from the error of a quantised format: give {formats} with it')
-        if self.use_adalora and (self.use_dora or not self.init.startswith("pissa")):
+        if self.use_adalora and (self.use_dora or self.init not in _OF_SINGULAR_VECTORS):
             raise ValueError(
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
                 "it are pissa, pissa_medium and pissa_minor, without use_dora"
+            )
+        if self.start_norm == "unit" and (self.use_adalora or self.init not in _OF_SINGULAR_VECTORS):
+            raise ValueError(
+                f'start_norm="unit" starts from singular vectors alone: got init={self.init!r}, '
+                f"use_adalora={self.use_adalora}; allowed with it are pissa, pissa_medium and pissa_minor, without "
+                "use_adalora"
             )
 
     def _check_repair(self) -> None:

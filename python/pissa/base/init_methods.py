@@ -45,9 +45,11 @@ class InitMethod(ABC):
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
         """What of the configuration determines the start, beside rank, scaling and `use_adalora`: names and values.
         Adapters of a layer that agree on it share their start; it is part of pissa.json. Alternations are part of it
-        unless the residual lacks the start of another method, to which they then belong."""
-        alternates = config.quant_iters > 1 and config.repair is None
-        return tuple((name, getattr(config, name)) for name in self.identity_fields(alternates))
+        unless the residual lacks another start, to which they then belong."""
+        names = self.identity_fields(config.quant_iters > 1 and config.starts_as_base)
+        if config.start_norm != "singular":  # never of a start that a residual lacks: no pissa.json has it
+            names = (*names, "start_norm")
+        return tuple((name, getattr(config, name)) for name in names)
 
     def identity_fields(self, alternates: bool) -> tuple[str, ...]:
         """The names in `identity`; `alternates`: of a start that alternations have found."""
@@ -196,6 +198,8 @@ def start_factors(
     """Where adapters of these weights [out, in] start, by the method that `config.init` names, after as many
     alternations as `config.quant_iters` says.
 
+    With `config.start_norm` "unit" the rows of a0 and the columns of b0 have length 1.
+
     Args:
         weights: any dtype that `ops.split` takes.
         origins: rank and scaling of each.
@@ -205,7 +209,9 @@ def start_factors(
         ValueError: NaN or Inf in a weight, naming it.
     """
     starts = INIT_METHODS[config.init].start(weights, origins, config, names)
-    return [_unit(start) for start in starts] if config.use_adalora else starts
+    if config.start_norm == "unit":
+        return [_orthonormal(start) for start in starts]
+    return [_unit_left(start) for start in starts] if config.use_adalora else starts
 
 
 def _principal(
@@ -269,7 +275,14 @@ def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[T
     return lost
 
 
-def _unit(start: Start) -> Start:
+def _orthonormal(start: Start) -> Start:
+    """The singular vectors, of length 1 up to one rounding of each element. Those of length 0 stay 0."""
+    rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
+    rows, columns = (length.where(length > 0, 1) for length in (rows, columns))
+    return Start((start.a0 / rows[:, None]).float(), (start.b0 / columns).float())
+
+
+def _unit_left(start: Start) -> Start:
     """The same product with columns of length 1 in b0: singular vectors there, singular values in a0's rows."""
     length = start.b0.norm(dim=0)
     return start._replace(a0=start.a0 * length[:, None], b0=start.b0 / length.where(length > 0, 1))

@@ -24,7 +24,8 @@ class Origin(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Start factors as an init method finds them: the principal part, or what is in its place, is scaling * b0 @ a0."""
+    """Start factors as an init method finds them: the principal part, or what is in its place, is scaling * b0 @ a0. Of
+    an orthonormal start they are its singular vectors."""
 
     a0: Tensor
     """float32 [r, in]"""

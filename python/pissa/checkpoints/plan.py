@@ -171,6 +171,11 @@ def _check_config(config: PissaConfig, experts: Experts) -> None:
                 f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the "
                 "residual: leave it out, and give it to the trainer"
             )
+    if config.start_norm != "singular":
+        raise ValueError(
+            f"start_norm={config.start_norm!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual, "
+            "and starts from what that lacks: leave it out, and give it to pissa.load with the folder"
+        )
     if INIT_METHODS[config.init].needs:
         raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
     if config.residual == "implicit":

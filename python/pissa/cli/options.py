@@ -180,6 +180,7 @@ def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
     if training.learning_rate == AUTO:
         training.learning_rate = before["learning_rate"]
     now = _as_dict(ours, training, mixture)
+    before = _METHOD | before  # an earlier version has had no such option
     if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
         what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
         raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out")

@@ -161,8 +161,8 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
             f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
             "the one in the folder"
         )
-    fields = ("init", "repair", "svd", "svd_passes", "seed", "form", "quant_iters", "use_adalora", "use_dora")
-    for name in fields:
+    of_start = ("init", "repair", "start_norm", "svd", "svd_passes", "seed", "quant_iters")
+    for name in (*of_start, "form", "use_adalora", "use_dora"):
         given, needed = getattr(config, name), getattr(saved, name)
         if given != needed:
             raise ValueError(

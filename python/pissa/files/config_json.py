@@ -30,8 +30,9 @@ def config_as_json(config: PissaConfig) -> dict[str, Any]:
         value = getattr(config, f.name)
         if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
             fields[f.name] = sorted(value) if isinstance(value, set) else value
-    if config.repair is None:
-        del fields["repair"]  # an adapter without it has the file that earlier versions read
+    for name in ("repair", "start_norm"):
+        if fields[name] == getattr(PissaConfig, name):
+            del fields[name]  # an adapter without it has the file that earlier versions read
     return fields | {"residual": config.residual or _NO_RESIDUAL}
 
 

@@ -94,7 +94,8 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         for key, value in others.items()
         if key in modules or (alone and key not in tables)
     }
-    model.peft_config[adapter_name].init = config.init  # an adapter that was there may have started elsewhere
+    for field in ("init", "start_norm"):  # an adapter that was there may have started elsewhere
+        setattr(model.peft_config[adapter_name], field, getattr(config, field))
     if trained:
         set_peft_model_state_dict(model, trained, adapter_name)
     if rounded:

@@ -97,7 +97,7 @@ def decompose(
         searches = [_Search(config, unknown, stored)]
     else:
         of_bases = {name: layers[name].origin(adapter_name, by_base) for name in layers if name in stored}
-        if config.repair is None:  # the adapter shares the start of its base
+        if config.starts_as_base:
             unknown = {name: origin for name, origin in unknown.items() if name not in stored}
         searches = [_Search(by_base, of_bases, stored), _Search(by_adapter, unknown, set())]
     found = _starts(layers, adapter_name, searches, config.form, progressbar)

@@ -112,7 +112,7 @@ class PissaTuner(LoraTuner):
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
                 found[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
         if is_any_lora:
-            config.init = "given"
+            config.init, config.start_norm = "given", "singular"
             for layer in layers.values():
                 layer.start_at_zero(adapter_name, config)
         return found

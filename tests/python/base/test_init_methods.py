@@ -41,6 +41,19 @@ def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> Non
     assert not torch.equal(head.start_of("other").b0, head.start_of("default").b0)
 
 
+def test_alternations_are_no_part_of_an_orthonormal_start(tiny_llama: Make) -> None:
+    """They are the residual's, of which it is not a part."""
+    fields = {"r": 4, "target_modules": ["q_proj"]}
+    model = pissa.wrap(tiny_llama(), quant="nf4", quant_iters=2, start_norm="unit", **fields)
+    model.add_adapter("plain", PissaConfig(start_norm="unit", **fields))
+    model.add_adapter("singular", PissaConfig(quant="nf4", quant_iters=2, **fields))
+    layer = pissa_layers(model.base_model.model)[Q]
+    assert layer.start_of("plain") is layer.start_of("default")
+    assert layer.start_of("default").taken is None
+    assert layer.start_of("singular") is layer.base.start
+    assert layer.base.start.rank_taken == 4
+
+
 def test_alternations_are_part_of_a_start(tiny_llama: Make) -> None:
     """They are a residual's: another adapter shares what they have found, or starts in the base function."""
     fields = {"r": 4, "target_modules": ["q_proj"]}

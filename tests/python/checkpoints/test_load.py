@@ -253,10 +253,13 @@ def test_a_saved_adapter_comes_back(form: str, source: Path, tokens: Tensor, tmp
     assert torch.equal(logits(again.merge_and_unload(), tokens), logits(other.merge_and_unload(), tokens))
 
 
-def test_another_adapter_on_the_same_residuals(source: Path, tokens: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [{"init": "lora"}, {"start_norm": "unit"}], ids=str)
+def test_another_adapter_on_the_same_residuals(
+    start: dict[str, str], source: Path, tokens: Tensor, tmp_path: Path
+) -> None:
     folder = split_folder(source, tmp_path / "split", r=R, quant="nf4")
     base = logits(pissa.load(folder), tokens)
-    model = pissa.load(folder, r=2, init="lora", task_type="CAUSAL_LM")
+    model = pissa.load(folder, r=2, **start, task_type="CAUSAL_LM")
     assert pissa_layers(model.base_model.model)["model.layers.0.self_attn.q_proj"].r == {"default": 2}
     # Other products: a fused one of the codes and the start, and one beside it, which is added in bfloat16.
     assert torch.allclose(logits(model, tokens), base, rtol=0.05, atol=0.05)

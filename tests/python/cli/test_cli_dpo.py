@@ -168,13 +168,14 @@ def test_every_field_of_the_configuration_is_an_option(base: Path, data: Path, t
         "--alpha_pattern",
         '{"v_proj": 8}',
     ]
-    options += ["--use_dora", "--use_rslora", "--init", "pissa_minor", "--svd-passes", "8"]
+    options += ["--use_dora", "--use_rslora", "--init", "pissa_minor", "--start-norm", "unit", "--svd-passes", "8"]
     out = tmp_path / "run"
     assert main(command(base, data, out, *options)) == 0
     config = pissa.PissaConfig.from_pretrained(out)
     assert set(config.target_modules) == {"q_proj", "v_proj"}
     assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 8})
-    assert (config.use_dora, config.use_rslora, config.init, config.svd_passes) == (True, True, "pissa_minor", 8)
+    assert (config.use_dora, config.use_rslora, config.svd_passes) == (True, True, 8)
+    assert (config.init, config.start_norm) == ("pissa_minor", "unit")
     recorded = yaml.safe_load((out / "run.yaml").read_text())
     assert recorded["target_modules"] == ["q_proj", "v_proj"]
     assert recorded["rank_pattern"] == {"v_proj": 2}

@@ -147,6 +147,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: str, base: Path, data
     for name in names:
         (cut / name).unlink()
 
+    # An earlier version had no such option.
+    options_then = [line for line in (cut / "run.yaml").read_text().splitlines() if "start_norm" not in line]
+    (cut / "run.yaml").write_text("\n".join(options_then))
+
     assert main(command(base, data, cut, *options, "--resume")) == 0
     assert [exact(row) for row in rows(cut)] == [exact(row) for row in rows(whole)]
     assert (cut / names[0]).read_bytes() == (whole / names[0]).read_bytes()
@@ -299,6 +303,7 @@ def test_wrong_arguments_are_refused(
         (["--svd-passes", "3"], "got '3'; allowed: auto, or an even number of at least 2"),
         (["--svd-passes", "many"], "got 'many'; allowed: auto, or an even number of at least 2"),
         (["--quant", "int4"], "invalid choice: 'int4' (choose from"),
+        (["--start-norm", "one"], "invalid choice: 'one' (choose from"),
     ],
 )
 def test_wrong_values_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

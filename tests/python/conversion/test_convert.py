@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, object]] = {
 # ---- Our own adapters ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [*FIELDS.values(), {"use_adalora": True}], ids=[*FIELDS, "adalora"])
+@pytest.mark.parametrize("fields", [*FIELDS.values(), {"use_adalora": True}, {"start_norm": "unit"}], ids=str)
 def test_our_folder_becomes_a_plain_lora(
     fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:

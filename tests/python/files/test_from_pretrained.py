@@ -146,6 +146,7 @@ def test_a_given_configuration_is_used(folder: Path, tiny_llama: Make, tokens: T
         ({"svd": "subspace"}, "svd is 'subspace'"),
         ({"svd_passes": 12}, "svd_passes is 12"),
         ({"init": "lora"}, "init is 'lora'"),
+        ({"start_norm": "unit"}, "start_norm is 'unit'"),
         ({"quant": "nf4"}, "form is Form.kind='nf4'.*PissaConfig.from_pretrained"),
         ({"use_dora": True}, "use_dora is True"),
         ({"use_adalora": True}, "use_adalora is True"),

@@ -276,11 +276,15 @@ def test_loads_into_an_adapter_that_is_there(form: str, tiny_llama: Make, tokens
         model.load_adapter(tmp_path, "default")
 
 
-def test_an_adapter_that_is_there_takes_over_the_init(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    pissa.wrap(tiny_llama(), r=4, init="pissa_minor").save_pretrained(tmp_path / "a")
-    model = pissa.wrap(tiny_llama(), r=4)
+@pytest.mark.parametrize("norms", [("singular", "unit"), ("unit", "singular")], ids=str)
+def test_an_adapter_that_is_there_takes_over_the_start(
+    norms: tuple[str, str], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    pissa.wrap(tiny_llama(), r=4, init="pissa_minor", start_norm=norms[0]).save_pretrained(tmp_path / "a")
+    model = pissa.wrap(tiny_llama(), r=4, start_norm=norms[1])
     model.load_adapter(tmp_path / "a", "default")
-    assert model.peft_config["default"].init == "pissa_minor"
+    config = model.peft_config["default"]
+    assert (config.init, config.start_norm) == ("pissa_minor", norms[0])
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "pissa.json").read_bytes() == (tmp_path / "a" / "pissa.json").read_bytes()
 

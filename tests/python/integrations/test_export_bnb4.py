@@ -87,6 +87,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lora on qpissa's base": {"init": "lora", "repair": "pissa"},
     "pissa on qlora's base": {"repair": "lora"},
     "olora on qpissa's base": {"init": "olora", "repair": "pissa", "lora_alpha": 3},
+    "orthonormal on qpissa's base": {"start_norm": "unit", "quant_iters": 3},
+    "orthonormal on qlora's base": {"start_norm": "unit", "repair": "lora"},
     "dora": {"use_dora": True},
     "adalora": {"use_adalora": True},
     "rslora, patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 3}},
@@ -123,7 +125,8 @@ def test_the_rank_is_that_of_the_training(tmp_path: Path) -> None:
     """The plain LoRA of the unmodified base has twice that rank."""
     source = base(tmp_path)
     ranks = {"qpissa": 4, "alternations": 4, "lora on qpissa's base": 8, "pissa on qlora's base": 8}
-    for name, rank in {**ranks, "olora on qpissa's base": 12}.items():
+    ranks |= {"olora on qpissa's base": 12, "orthonormal on qpissa's base": 12, "orthonormal on qlora's base": 8}
+    for name, rank in ranks.items():
         trained(source, tmp_path / name, **FIELDS[name])
         pissa.export(tmp_path / name, tmp_path / f"{name} out", "bnb4", base=source)
         config = json.loads((tmp_path / f"{name} out" / "adapter" / "adapter_config.json").read_text())

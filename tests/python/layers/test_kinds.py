@@ -54,6 +54,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"use_adalora": True},
     {"init": "pissa_medium"},
     {"init": "pissa_minor"},
+    {"start_norm": "unit"},
     {"init": "lora"},
     {"init": "olora", "use_rslora": True},
     {"lora_dropout": 0.3},

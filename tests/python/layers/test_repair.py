@@ -16,6 +16,7 @@ from devices import fetch, put
 from language_models import error
 from one_layer import OneLayer, adapted, filled
 from oracle import assert_papers_function, base64, change64, change_a_little, deltas64
+from pissa import ops
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.stored import residual_tensors
 from pissa.files.tensor_file import write_tensors
@@ -24,13 +25,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarnin
 
 IN, OUT, R = 48, 40, 4
 METHODS = [name for name, method in INIT_METHODS.items() if not method.needs]
+STARTS = {name: {"init": name} for name in METHODS} | {"unit": {"init": "pissa", "start_norm": "unit"}}
 FORMS = {"nf4": {"quant": "nf4"}, "int8": {"quant": "int8"}, "explicit": {"residual": "explicit"}}
 CASES = [(form, repair, 1) for form in FORMS for repair in METHODS if (form, repair) != ("explicit", "loftq")]
 CASES += [(form, repair, 2) for form in ("nf4", "int8") for repair in ("pissa", "loftq")]
 # Each method once as the start and once as what the residual lacks; a start that alternations have found, and another.
 LIVES = [(form, one, 1, other) for form in FORMS for one, other in zip(METHODS, METHODS[1:] + METHODS[:1], strict=True)]
 LIVES = [life for life in LIVES if life[0] != "explicit" or "loftq" not in life]
-LIVES += [(form, repair, iters, init) for form, repair, iters in CASES if iters > 1 for init in (repair, "lora")]
+LIVES += [(form, "lora", 1, "pissa") for form in FORMS]
+LIVES += [(form, repair, 1, "unit") for form in FORMS for repair in ("pissa", "lora")]
+ALTERNATED = [case for case in CASES if case[2] > 1]
+LIVES += [(form, repair, iters, start) for form, repair, iters in ALTERNATED for start in (repair, "lora", "unit")]
 every_base = pytest.mark.parametrize(("form", "repair", "iters"), CASES)
 
 
@@ -42,13 +47,13 @@ def inputs() -> Tensor:
     return put(torch.randn(5, IN, generator=torch.Generator().manual_seed(7)))
 
 
-def wrapped(form: str, repair: str, iters: int, init: str) -> nn.Module:
+def wrapped(form: str, repair: str, iters: int, start: str) -> nn.Module:
     fields = {"quant_iters": iters, "lora_alpha": 3, "target_modules": ["proj"]}
-    return pissa.wrap(base(), r=R, init=init, repair=repair, **FORMS[form], **fields)
+    return pissa.wrap(base(), r=R, repair=repair, **STARTS[start], **FORMS[form], **fields)
 
 
 def starts(form: str) -> list[str]:
-    return [init for init in METHODS if "quant" in FORMS[form] or init != "loftq"]
+    return [start for start in STARTS if "quant" in FORMS[form] or start != "loftq"]
 
 
 def kept(model: nn.Module) -> list[Tensor]:
@@ -59,9 +64,9 @@ def kept(model: nn.Module) -> list[Tensor]:
 
 @every_base
 def test_the_base_is_the_same_for_every_start(form: str, repair: str, iters: int) -> None:
-    own, x = wrapped(form, repair, iters, init=repair), inputs()
-    for init in starts(form):
-        model = wrapped(form, repair, iters, init)
+    own, x = wrapped(form, repair, iters, start=repair), inputs()
+    for name in starts(form):
+        model = wrapped(form, repair, iters, name)
         layer = adapted(model)
         assert all(map(torch.equal, kept(model), kept(own)))
         with torch.no_grad():
@@ -69,18 +74,31 @@ def test_the_base_is_the_same_for_every_start(form: str, repair: str, iters: int
             with model.disable_adapter():
                 assert torch.equal(model(x), at_start)
             assert torch.equal(own(x), at_start)
-        start, alone = layer.start_of("default"), adapted(wrapped(form, init, 1, init)).start_of("default")
-        assert (start is layer.base.start) == (init == repair)
-        if init != repair:  # found in the dense weight
+        start = layer.start_of("default")
+        assert (start is layer.base.start) == (name == repair)
+        if name != repair:  # found in the dense weight
+            alone = adapted(wrapped(form, STARTS[name]["init"], 1, name)).start_of("default")
             assert torch.equal(start.a0, alone.a0)
             assert torch.equal(start.b0, alone.b0)
+        if start.b0.any():  # else A has no gradient yet
+            assert_papers_function(model, x)
+            model.zero_grad()
         change_a_little(layer)
         assert_papers_function(model, x)
 
 
-@pytest.mark.parametrize(("form", "repair", "iters", "init"), LIVES)
-def test_an_adapter_s_life(form: str, repair: str, iters: int, init: str, tmp_path: Path) -> None:
-    model, x = wrapped(form, repair, iters, init), inputs()
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_s_start_takes_nothing_out(form: str) -> None:
+    """PiSSA's then stands on the plain weight in that format."""
+    weight, kept = base().proj.weight.detach(), adapted(wrapped(form, "lora", 1, "pissa")).base
+    whole = weight if form == "explicit" else ops.quantize(weight, form)
+    assert all(map(torch.equal, residual_tensors(kept.residual).values(), residual_tensors(whole).values()))
+    assert not kept.start.b0.any()
+
+
+@pytest.mark.parametrize(("form", "repair", "iters", "start"), LIVES)
+def test_an_adapter_s_life(form: str, repair: str, iters: int, start: str, tmp_path: Path) -> None:
+    model, x = wrapped(form, repair, iters, start), inputs()
     layer = adapted(model)
     model.add_adapter("same", model.peft_config["default"])
     assert layer.start_of("same") is layer.start_of("default")

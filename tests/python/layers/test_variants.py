@@ -19,7 +19,12 @@ from pissa.layers.dora import Magnitude
 from pissa.layers.layer import pissa_layers
 from reference import EPS, power_law
 
-VARIANTS = {"dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "adalora": {"use_adalora": True},
+    "orthonormal": {"start_norm": "unit"},
+    "orthonormal, dora": {"start_norm": "unit", "use_dora": True},
+}
 BASES = {**FORMS, "repaired": {"quant": "nf4", "repair": "olora"}, "alternated": {"quant": "nf4", "quant_iters": 2}}
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -96,7 +101,7 @@ def test_output_and_gradients_are_those_of_the_definition(variant: str, form: st
     assert error(devices.fetch(got), expected) < bound
     layer = layer_of(model)
     pairs = list(zip(layer.deltas("default"), ("a", "b", "e"), strict=True))
-    if variant == "dora":
+    if "use_dora" in VARIANTS[variant]:
         pairs.append((layer.magnitude("default").weight, "m"))
     for parameter, name in pairs:
         if parameter is not None:
@@ -272,7 +277,10 @@ def start_of(weight: Tensor, **fields: object) -> tuple[Tensor, Tensor, nn.Modul
     return tensors["a0"], tensors["b0"], model
 
 
-@pytest.mark.parametrize(("init", "first"), [("pissa", 0), ("pissa_medium", 8), ("pissa_minor", 16)])
+PARTS = pytest.mark.parametrize(("init", "first"), [("pissa", 0), ("pissa_medium", 8), ("pissa_minor", 16)])
+
+
+@PARTS
 def test_components_of_each_part_of_the_spectrum(init: str, first: int) -> None:
     weight = power_law(20, 24, 1.0).float()
     a0, b0, _ = start_of(weight, init=init, lora_alpha=8, svd="exact")
@@ -281,6 +289,30 @@ def test_components_of_each_part_of_the_spectrum(init: str, first: int) -> None:
     # Singular vectors turn by rounding errors of the weight over the gap, 1/19 - 1/20 at the end of the spectrum.
     assert error(2 * b0 @ a0, (u[:, part] * s[part]) @ vh[part]) < 400 * 24 * EPS[torch.float32]
     assert torch.allclose(a0.norm(dim=1), b0.norm(dim=0), rtol=1e-5)
+
+
+@PARTS
+@pytest.mark.parametrize("form", ["implicit", "explicit", "nf4"])
+def test_an_orthonormal_start_has_the_vectors_alone(form: str, init: str, first: int) -> None:
+    """Whatever the scaling is. What a stored base lacks is the singular start."""
+    weight = power_law(20, 24, 1.0).float()
+    fields = {"init": init, "lora_alpha": 8, "svd": "exact"}
+    a0, b0, model = start_of(weight, start_norm="unit", **fields, **FORMS[form])
+    u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    part = slice(first, first + 4)
+    assert error(b0 @ a0, u[:, part] @ vh[part]) < 400 * 24 * EPS[torch.float32]
+    for vectors in (a0, b0.mT):
+        assert (vectors.norm(dim=1) - 1).abs().max() <= EPS[torch.float32]  # each element is rounded once
+        assert (vectors @ vectors.mT - torch.eye(4)).abs().max() < 24 * EPS[torch.float32]
+    kept, alone = layer_of(model).base.start, layer_of(start_of(weight, **fields)[2]).start_of("default")
+    assert (kept is None) == (form == "implicit")
+    assert kept is None or all(map(torch.equal, kept.buffers(), alone.buffers()))
+
+
+def test_an_orthonormal_start_leaves_out_what_the_weight_has_not() -> None:
+    a0, b0, _ = start_of(torch.diag(torch.tensor([3.0, 2.0, 1.0, *[0.0] * 9])), start_norm="unit")
+    for vectors in (a0, b0.mT):
+        assert error(vectors.norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 0.0])) < EPS[torch.float32]
 
 
 def test_lora_starts_from_zero_and_from_the_seed() -> None:

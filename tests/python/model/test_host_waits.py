@@ -29,6 +29,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "as LoRA": {"init": "lora"},
     "DoRA": {"use_dora": True},
     "AdaLoRA": {"use_adalora": True},
+    "orthonormal": {"start_norm": "unit"},
     "exact": {"svd": "exact"},
 }
 

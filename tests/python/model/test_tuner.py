@@ -26,6 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "adalora": {"use_adalora": True},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "orthonormal": {"start_norm": "unit"},
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
 }
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -153,13 +154,14 @@ def plain_lora(base: torch.nn.Module, tokens: Tensor, **fields: Any) -> peft.Pef
     return model.eval()
 
 
+@pytest.mark.parametrize("start_norm", ["singular", "unit"])
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]}])
 def test_a_plain_lora_of_the_same_rank_is_taken_for_what_it_is(
-    fields: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    fields: dict[str, Any], start_norm: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     plain = plain_lora(tiny_llama(), tokens, **fields)
     state, expected = peft.get_peft_model_state_dict(plain, save_embedding_layers=False), logits(plain, tokens)
-    model = pissa.wrap(tiny_llama(), r=4, **fields)
+    model = pissa.wrap(tiny_llama(), r=4, start_norm=start_norm, **fields)
     model.add_adapter("other", PissaConfig(r=4, **fields))
     train(model, tokens)
     assert not peft.set_peft_model_state_dict(model, state).unexpected_keys

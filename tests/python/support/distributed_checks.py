@@ -78,6 +78,7 @@ def started() -> dict[str, str]:
     for repair, iters in (("pissa", 2), ("loftq", 1)):
         model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair=repair, quant_iters=iters)
         found[f"LoRA on {repair}"] = bits(model.state_dict())
+    found["orthonormal"] = bits(pissa.wrap(llama(), r=4, quant="nf4", start_norm="unit").state_dict())
     model = pissa.wrap(llama(), r=4)
     model.add_adapter("second", pissa.PissaConfig(r=2, init="olora"))
     return found | {"second": bits(model.state_dict())}

@@ -45,6 +45,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}},
     "lora": {"init": "lora"},
     "rewards": {"preset": "rl"},
+    "orthonormal": {"start_norm": "unit"},
     "dora": {"use_dora": True},
     "adalora": {"use_adalora": True},
     "a head of its own": {"modules_to_save": ["lm_head"]},
@@ -131,6 +132,7 @@ def test_an_adapter_beside_another(tiny_llama: Make, tokens: Tensor) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
     model.add_adapter("plain", PissaConfig(r=4, init="lora"))
     model.add_adapter("small", PissaConfig(r=2))
+    model.add_adapter("unit", PissaConfig(r=4, start_norm="unit"))
     model.set_adapter("plain")
     train(model, tokens)
     trained = logits(model.eval(), tokens)
@@ -138,7 +140,9 @@ def test_an_adapter_beside_another(tiny_llama: Make, tokens: Tensor) -> None:
     assert error(logits(served(base, model, of="residual"), tokens), trained) < BOUND  # the active one
     with pytest.raises(ValueError, match=r"of adapter 'small', of rank 4; both together have rank 8, .* 4 is"):
         pissa.lora_state_dict(model, "small", base="residual")
-    with pytest.raises(ValueError, match="adapter_name: got 'other'; allowed: 'default', 'plain', 'small'"):
+    with pytest.raises(ValueError, match=r"of adapter 'unit', of rank 4; both together have rank 12, .* 8 is"):
+        pissa.lora_state_dict(model, "unit", base="residual")
+    with pytest.raises(ValueError, match="adapter_name: got 'other'; allowed: 'default', 'plain', 'small', 'unit'"):
         pissa.lora_state_dict(model, "other")
     model.base_model.set_adapter(["default", "plain"])
     with pytest.raises(ValueError, match="several adapters are active; give one of 'default', 'plain'"):
