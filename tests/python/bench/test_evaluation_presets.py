@@ -129,3 +129,10 @@ def test_attention_of_other_models_is_refused() -> None:
 
     with pytest.raises(ValueError, match="the model's type is llama; allowed: deberta-v2, roberta"):
         adapter_fields(PAPER_NLU["PiSSA"]["rte"], ARCHITECTURES["llama2"].make())
+
+
+def test_the_paper_s_figures_are_of_models_that_have_a_name() -> None:
+    from bench.experiments.evaluation.paper_figures import FIGURE_6, TABLE_2
+    from bench.experiments.models import HUB
+
+    assert HUB.keys() >= TABLE_2.keys() | {model for figures in FIGURE_6.values() for model in figures}
