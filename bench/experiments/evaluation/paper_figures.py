@@ -54,5 +54,5 @@ FIGURE_6: dict[str, dict[str, tuple[float, float]]] = {
         "Mixtral-8x7B": (56.7, 59.7),
     },
 }
-"""LoRA's and PiSSA's percentages, read off the figure (0.1 either way, but for LLaMA-3-70B's); QLoRA's and QPiSSA's for
+"""LoRA's and PiSSA's percentages, read off the figure to 0.1, but for LLaMA-3-70B's; QLoRA's and QPiSSA's for
 DeepSeek-MoE-16B, Mixtral-8x7B and LLaMA-3-70B."""
