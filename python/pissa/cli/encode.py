@@ -15,7 +15,7 @@ IGNORED = -100
 """Label of a token that has no part in the loss, as in torch's cross_entropy."""
 
 # The prompt of Stanford Alpaca, which the paper's authors train with, for tokenizers without a chat template.
-_ALPACA = (
+ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
@@ -84,4 +84,4 @@ def _alpaca(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     question, answer = (message["content"] for message in chat.messages)
     # A template writes the start token itself. Without one, we write it if the tokenizer starts texts with it.
     starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return (tokenizer.bos_token if starts else "") + _ALPACA.format(instruction=question), answer
+    return (tokenizer.bos_token if starts else "") + ALPACA.format(instruction=question), answer

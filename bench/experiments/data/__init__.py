@@ -1,0 +1,1 @@
+"""Training data of the paper in the formats that it is published in."""
