@@ -51,7 +51,7 @@ class Cell(ABC):
     def key(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
-    def prepare(self, options: Options) -> None:
+    def prepare(self, options: Options) -> None:  # noqa: B027  most cells share nothing
         """Loads what cells share, in the process that starts theirs: each is a fork of it."""
 
     @abstractmethod

@@ -30,8 +30,13 @@ class LanguageTask(NamedTuple):
     held_out: list[Row]
     unrelated: list[Row]
     """Text that has nothing to do with the task; labels are all tokens."""
-    exact: bool
-    """Whether an answer is right only as it stands, to the last token."""
+    problems: list[dict[str, str]]
+    """The held-out "question" and "answer" if an answer is right only as it stands; else none."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether an answer is right only as it stands, to the last token."""
+        return bool(self.problems)
 
 
 class _Size(NamedTuple):
@@ -64,8 +69,13 @@ def load_task(name: str, options: Options) -> LanguageTask:
         train, test = train[:40], test[:40]
     rows = {part: _rows(chats, tokenizer, size.longest) for part, chats in (("train", train), ("test", test))}
     held_out = sorted(rows["test"][: size.held_out], key=lambda row: len(row["input_ids"]))
-    exact = name != "gsm8k"
-    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, _prose(tokenizer), exact)
+    problems = [] if name == "gsm8k" else [_problem(chat) for chat in test[: size.held_out]]
+    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, _prose(tokenizer), problems)
+
+
+def _problem(chat: Chat) -> dict[str, str]:
+    question, answer = (message["content"] for message in chat.messages)
+    return {"question": question, "answer": answer}
 
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:

@@ -32,8 +32,8 @@ class Results(Known):
                     self.put(path.stem, json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
                     raise SystemExit(
-                        f"{path}, line {number}: no record of a cell ({error}); an interrupted write leaves such a line: "
-                        "delete it, and its cell is run again"
+                        f"{path}, line {number}: no record of a cell ({error}); an interrupted write leaves such a "
+                        "line: delete it, and its cell is run again"
                     ) from error
 
     def add(self, cell: Cell, result: Result, seconds: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any, NamedTuple, Protocol
 
@@ -120,7 +121,7 @@ def loss_of(result: Result) -> float:
 def _crossing(rates: list[float], losses: dict[float, float], allowed: float) -> float:
     """log10 of the rate at which the loss first exceeds what is allowed, going along `rates`; of the last one if it
     never does."""
-    for near, far in zip(rates, rates[1:], strict=False):
+    for near, far in pairwise(rates):
         if losses[far] > allowed:
             share = (allowed - losses[near]) / (losses[far] - losses[near])
             return math.log10(near) + share * math.log10(far / near)
