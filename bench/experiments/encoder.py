@@ -33,7 +33,7 @@ from bench.experiments.numbers import rounded
 from pissa.cli.sources import find_package
 
 FILES = {"films": "movieReviewSnippets_GroundTruth.txt", "products": "amazonReviewSnippets_GroundTruth.txt"}
-STEPS, BATCH, LONGEST = 80, 16, 32
+STEPS, BATCH, LONGEST = 50, 16, 32
 HELD_OUT = 1024
 EVAL_BATCH = 64
 
