@@ -83,12 +83,10 @@ class Data:
     """Snippets of reviews with their mean rating by people (C. Hutto and E. Gilbert, ICWSM 2014), labelled by its sign;
     in the archive of vaderSentiment's source distribution. The films' are not GLUE's SST-2."""
 
-    def __init__(self, folder: Path, task: str, options: Options) -> None:
+    def __init__(self, task: str, options: Options) -> None:
         self.folder = Path(options.model) if options.model else _minilm()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        lines = (folder / FILES[task]).read_text(encoding="utf-8", errors="replace").splitlines()
-        rated = [(text, float(rating)) for _, rating, text in (line.split("\t") for line in lines if line)]
-        rated = [(text, rating) for text, rating in rated if rating != 0]
+        rated = _INVENTED * 40 if options.quick else _rated(options.path("reviews") / FILES[task])
         order = np.random.default_rng(0).permutation(len(rated))
         rows = [{"text": rated[i][0], "label": int(rated[i][1] > 0)} for i in order]
         held_out = 32 if options.quick else min(HELD_OUT, len(rows) // 4)
@@ -103,7 +101,17 @@ class Data:
 
 @cache
 def load(task: str, options: Options) -> Data:
-    return Data(options.path("reviews"), task, options)
+    return Data(task, options)
+
+
+_INVENTED = [("a good one", 1.0), ("not worth the time", -1.0), ("well made", 2.0)]
+
+
+def _rated(file: Path) -> list[tuple[str, float]]:
+    """The snippets of a file, with their ratings; those rated 0 are left out."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    rated = [(text, float(rating)) for _, rating, text in (line.split("\t") for line in lines if line)]
+    return [(text, rating) for text, rating in rated if rating != 0]
 
 
 def _minilm() -> Path:

@@ -13,7 +13,7 @@ from bench.experiments.experiment import Options
 from bench.training.tasks import PLAIN_TEMPLATE
 from pissa.cli.data import Chat, read_chats
 from pissa.cli.encode import encode
-from pissa.cli.sources import find_package
+from pissa.cli.sources import GSM_SYMBOLIC, find_package
 
 Row = dict[str, list[int]]
 
@@ -48,7 +48,7 @@ class _Size(NamedTuple):
 
 
 _SIZES = {"gsm8k": _Size(40, 2, 104, 40), "sums": _Size(48, 8, 64, 200)}
-_QUICK = _Size(3, 2, 96, 4)
+_QUICK = _Size(3, 2, 256, 4)
 _UNRELATED = (12, 96)
 """Rows, and tokens in each."""
 
@@ -63,10 +63,12 @@ def load_task(name: str, options: Options) -> LanguageTask:
     # SmolLM2's own puts a system message of 20 tokens before every chat.
     tokenizer.chat_template = PLAIN_TEMPLATE
     size = _SIZES[name]
-    train, test = _gsm8k(options.path("gsm8k")) if name == "gsm8k" else _sums(size.held_out)
     if options.quick:
-        size = _QUICK._replace(longest=size.longest)
-        train, test = train[:40], test[:40]
+        size = _QUICK
+        chats = read_chats(GSM_SYMBOLIC, 0)[:80] if name == "gsm8k" else _sums(40)[0][:80]
+        train, test = chats[40:], chats[:40]
+    else:
+        train, test = _gsm8k(options.path("gsm8k")) if name == "gsm8k" else _sums(size.held_out)
     rows = {part: _rows(chats, tokenizer, size.longest) for part, chats in (("train", train), ("test", test))}
     held_out = sorted(rows["test"][: size.held_out], key=lambda row: len(row["input_ids"]))
     problems = [] if name == "gsm8k" else [_problem(chat) for chat in test[: size.held_out]]
