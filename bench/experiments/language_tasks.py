@@ -87,8 +87,8 @@ def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
 
 
 def _sums(held_out: int) -> tuple[list[Chat], list[Chat]]:
-    """Sums and differences of two or three numbers of one or two digits, out of reasoning-gym: a short exact answer."""
-    sizes = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+    """Sums and differences of two numbers of one or two digits, out of reasoning-gym: a short exact answer."""
+    sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     made = reasoning_gym.create_dataset(
         "basic_arithmetic", seed=1, size=4000, operators=["+", "-"], allow_parentheses=False, **sizes
     )
