@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from bench.experiments.experiment import Known
 from bench.experiments.methods import METHODS
-from bench.experiments.sweep import Spread
+from bench.experiments.sweep import Spread, Sweep
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130
@@ -146,6 +147,15 @@ def against_rate(axes: Axes, losses: Mapping[str, Mapping[float, float]], best: 
     axes.set_ylabel("held-out loss (nats)")
 
 
+def sweeps(axes: Axes, each: Mapping[str, Sweep], known: Known) -> None:
+    """Loss against the rate of the sweeps of some methods, as far as they are known."""
+    against_rate(
+        axes,
+        {method: sweep.losses(known) for method, sweep in each.items()},
+        {method: sweep.best(known) for method, sweep in each.items()},
+    )
+
+
 def _at_top(axes: Axes, rate: float, look: Style) -> None:
     axes.plot(rate, 0.985, "^", color=look.color, transform=axes.get_xaxis_transform(), markerfacecolor="none")
 
@@ -168,13 +178,24 @@ def against_steps(axes: Axes, curves: Mapping[str, Sequence[Sequence[Sequence[fl
     axes.set_ylabel("held-out loss (nats)")
 
 
-def dots(axes: Axes, spreads: Mapping[str, Spread], unit: str) -> None:
+def dot(axes: Axes, name: str, x: Spread, y: Spread) -> None:
+    """A method's means of two measures, with bars of their deviations."""
+    look = style(name)
+    bars = {"xerr": x.deviation, "yerr": y.deviation, "elinewidth": 0.9} if x.n > 1 and y.n > 1 else {}
+    axes.errorbar(x.mean, y.mean, color=look.color, marker=look.marker, linestyle="", **bars)
+
+
+def dots(axes: Axes, spreads: Mapping[str, Spread | None], unit: str) -> None:
     """A dot for each method with its mean and, as a bar, the deviation of its seeds; the first method on top."""
     for place, (name, spread) in enumerate(spreads.items()):
-        look = style(name, place)
-        error = spread.deviation if spread.n > 1 else 0
-        axes.errorbar(spread.mean, -place, xerr=error, color=look.color, marker=look.marker, capsize=2.5, linestyle="")
-    axes.set_yticks([-place for place in range(len(spreads))], [label(name) for name in spreads])
+        if spread is not None and math.isfinite(spread.mean):
+            look = style(name, place)
+            bar = {"xerr": spread.deviation, "capsize": 2.5} if spread.n > 1 else {}
+            axes.errorbar(spread.mean, -place, color=look.color, marker=look.marker, linestyle="", **bar)
+    axes.set_yticks(
+        [-place for place in range(len(spreads))],
+        [label(name) + (f" (n = {spread.n})" if spread else " (–)") for name, spread in spreads.items()],
+    )
     axes.set_ylim(-len(spreads) + 0.4, 0.6)
     axes.set_xlabel(unit)
 
@@ -211,6 +232,11 @@ def legend(figure: Figure, names: Sequence[str], note: str = "", columns: int = 
         title=note,
         title_fontsize=8,
     )
+
+
+def note(figure: Figure, text: str) -> None:
+    """A line below all panels of a figure that has no legend."""
+    figure.supxlabel(text, fontsize=8)
 
 
 def save(figure: Figure, path: Path) -> None:

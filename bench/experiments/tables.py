@@ -42,11 +42,26 @@ def measured(spread: Spread | None, digits: int = 4, bold: bool = False) -> str:
     return f"**{text}**" if bold else text
 
 
+def count(spread: Spread | None) -> str:
+    """How many seeds."""
+    return MISSING if spread is None else str(spread.n)
+
+
 def differ(one: Spread, other: Spread) -> bool:
     """Whether two means are more than two standard errors of their difference apart; never so with one seed."""
     if one.n < 2 or other.n < 2:
         return False
     return abs(one.mean - other.mean) > 2 * math.hypot(one.error, other.error)
+
+
+def difference(one: Spread | None, other: Spread | None, digits: int = 4) -> str:
+    """`one` less `other` ± two standard errors, which one seed does not have; bold if they differ."""
+    if one is None or other is None:
+        return MISSING
+    text = number(one.mean - other.mean, digits, sign=True)
+    if one.n > 1 and other.n > 1:
+        text += f" ± {number(2 * math.hypot(one.error, other.error), digits)}"
+    return f"**{text}**" if differ(one, other) else text
 
 
 def winner(spreads: Mapping[str, Spread | None], largest: bool = False) -> str | None:
