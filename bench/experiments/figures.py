@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,15 @@ from bench.experiments.sweep import Spread, Sweep
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130
-COLORS = 64  # of a PNG's palette: a third of the bytes
+COLORS = 256  # of a PNG's palette: half the bytes
+SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
+BEST_NOTE = "bars: deviation of the seeds; each method at its best rate"
 HEIGHTS = 1.25  # a loss that is above the lowest one by this factor is drawn at the top edge
 
 mpl.rcParams.update(
     {
         "font.size": 8.5,
-        "axes.titlesize": 9,
+        "axes.titlesize": 8.5,
         "axes.labelsize": 8.5,
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
@@ -55,6 +56,16 @@ class Style(NamedTuple):
     color: str
     marker: str
     linestyle: Any
+    hollow: bool = False
+    """A base in 4 bits."""
+
+    @property
+    def point(self) -> dict[str, Any]:
+        return {"color": self.color, "marker": self.marker, "markerfacecolor": "white" if self.hollow else self.color}
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return self.point | {"linestyle": self.linestyle}
 
 
 _STYLES = {
@@ -71,16 +82,16 @@ _STYLES = {
     "full": Style(_GREY, "h", _BOTH),
     "medium": Style(_GREEN, "s", _DASHED),
     "minor": Style(_ORANGE, "^", _DOTTED),
-    "qlora": Style(_BLUE, "o", _SOLID),
-    "loftq": Style(_GREEN, "s", _DASHED),
-    "qpissa_1": Style(_RED, "D", _SOLID),
-    "qpissa_5": Style(_PINK, "d", _DASHED),
-    "pissa_on_nf4": Style(_RED, "v", _DOTTED),
-    "lora_on_1": Style(_SKY, "o", _DASHED),
-    "lora_on_5": Style(_SKY, "^", _DOTTED),
-    "unit_on_nf4": Style(_BLACK, "X", _SOLID),
-    "unit_on_1": Style(_GREY, "P", _DASHED),
-    "unit_on_5": Style(_GREY, "s", _DOTTED),
+    "qlora": Style(_BLUE, "o", _SOLID, hollow=True),
+    "loftq": Style(_GREEN, "s", _DASHED, hollow=True),
+    "qpissa_1": Style(_RED, "D", _SOLID, hollow=True),
+    "qpissa_5": Style(_PINK, "d", _DASHED, hollow=True),
+    "pissa_on_nf4": Style(_RED, "v", _DOTTED, hollow=True),
+    "lora_on_1": Style(_SKY, "o", _DASHED, hollow=True),
+    "lora_on_5": Style(_SKY, "^", _DOTTED, hollow=True),
+    "unit_on_nf4": Style(_BLACK, "X", _SOLID, hollow=True),
+    "unit_on_1": Style(_GREY, "P", _DASHED, hollow=True),
+    "unit_on_5": Style(_GREY, "s", _DOTTED, hollow=True),
 }
 _OTHERS = (
     Style(_BLUE, "o", _SOLID),
@@ -122,22 +133,18 @@ def panels(titles: Sequence[str], columns: int | None = None, height: float = 2.
 
 def against_rate(axes: Axes, losses: Mapping[str, Mapping[float, float]], best: Mapping[str, float | None]) -> None:
     """Loss against the rate, a line for each method; the best point is ringed. What diverged, or is far above all, is
-    at the top edge."""
+    an arrow at the top edge."""
     finite = [loss for line in losses.values() for loss in line.values() if math.isfinite(loss)]
     if not finite:
         return
     top = min(max(finite), HEIGHTS * min(finite))
     for place, (name, line) in enumerate(losses.items()):
         look = style(name, place)
-        rates = sorted(line)
-        for one, other in pairwise(rates):
-            if line[one] <= top and line[other] <= top:
-                axes.plot([one, other], [line[one], line[other]], color=look.color, linestyle=look.linestyle)
-        low = [rate for rate in rates if line[rate] <= top]
-        axes.plot(low, [line[rate] for rate in low], look.marker, color=look.color)
-        for rate in rates:
-            if line[rate] > top:
-                _at_top(axes, rate, look)
+        seen = [line[rate] if line[rate] <= top else math.nan for rate in sorted(line)]  # nothing is drawn at NaN
+        axes.plot(sorted(line), seen, **look.line)
+        above = [rate for rate in line if line[rate] > top]
+        edge = {"marker": r"$\uparrow$", "markersize": 8, "linestyle": "", "transform": axes.get_xaxis_transform()}
+        axes.plot(above, [0.95] * len(above), color=look.color, **edge)
         if (rate := best.get(name)) is not None:
             axes.plot(rate, line[rate], "o", markersize=10, markerfacecolor="none", color=look.color)
     axes.set_xscale("log")
@@ -156,10 +163,6 @@ def sweeps(axes: Axes, each: Mapping[str, Sweep], known: Known) -> None:
     )
 
 
-def _at_top(axes: Axes, rate: float, look: Style) -> None:
-    axes.plot(rate, 0.985, "^", color=look.color, transform=axes.get_xaxis_transform(), markerfacecolor="none")
-
-
 def against_steps(axes: Axes, curves: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> None:
     """Loss against steps: each method's mean over its seeds, and from the lowest to the highest of them in pale.
 
@@ -172,7 +175,7 @@ def against_steps(axes: Axes, curves: Mapping[str, Sequence[Sequence[Sequence[fl
         at = [[seed[i][1] for seed in seeds] for i in range(len(steps))]
         axes.fill_between(steps, [*map(min, at)], [*map(max, at)], color=look.color, alpha=0.15, linewidth=0)
         means = [sum(losses) / len(losses) for losses in at]
-        axes.plot(steps, means, color=look.color, linestyle=look.linestyle, marker=look.marker)
+        axes.plot(steps, means, **look.line)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("held-out loss (nats)")
@@ -182,20 +185,22 @@ def dot(axes: Axes, name: str, x: Spread, y: Spread) -> None:
     """A method's means of two measures, with bars of their deviations."""
     look = style(name)
     bars = {"xerr": x.deviation, "yerr": y.deviation, "elinewidth": 0.9} if x.n > 1 and y.n > 1 else {}
-    axes.errorbar(x.mean, y.mean, color=look.color, marker=look.marker, linestyle="", **bars)
+    axes.errorbar(x.mean, y.mean, linestyle="", **look.point, **bars)
 
 
-def dots(axes: Axes, spreads: Mapping[str, Spread | None], unit: str) -> None:
-    """A dot for each method with its mean and, as a bar, the deviation of its seeds; the first method on top."""
+def dots(axes: Axes, spreads: Mapping[str, Spread | None], unit: str, named: bool = True) -> None:
+    """A dot for each method with its mean and, as a bar, the deviation of its seeds; the first method on top.
+
+    Args:
+        named: whether the methods' names are beside it; not if a panel to the left has them.
+    """
     for place, (name, spread) in enumerate(spreads.items()):
         if spread is not None and math.isfinite(spread.mean):
             look = style(name, place)
             bar = {"xerr": spread.deviation, "capsize": 2.5} if spread.n > 1 else {}
-            axes.errorbar(spread.mean, -place, color=look.color, marker=look.marker, linestyle="", **bar)
-    axes.set_yticks(
-        [-place for place in range(len(spreads))],
-        [label(name) + (f" (n = {spread.n})" if spread else " (–)") for name, spread in spreads.items()],
-    )
+            axes.errorbar(spread.mean, -place, linestyle="", **look.point, **bar)
+    names = [label(name) + (f" (n = {spread.n})" if spread else " (none yet)") for name, spread in spreads.items()]
+    axes.set_yticks([-place for place in range(len(spreads))], names if named else [""] * len(names))
     axes.set_ylim(-len(spreads) + 0.4, 0.6)
     axes.set_xlabel(unit)
 
@@ -205,7 +210,7 @@ def lines(axes: Axes, spreads: Mapping[str, Mapping[float, Spread]]) -> None:
     for place, (name, line) in enumerate(spreads.items()):
         look = style(name, place)
         means = [spread.mean for spread in line.values()]
-        axes.plot(list(line), means, color=look.color, marker=look.marker, linestyle=look.linestyle)
+        axes.plot(list(line), means, **look.line)
         for x, spread in line.items():
             if spread.n > 1:
                 axes.errorbar(x, spread.mean, spread.deviation, color=look.color, capsize=2.5)
@@ -222,7 +227,7 @@ def legend(figure: Figure, names: Sequence[str], note: str = "", columns: int = 
     """One legend for all panels, below them, where it covers nothing; `note` says n and what bars are."""
     looks = [style(name, place) for place, name in enumerate(names)]
     handles = [
-        mpl.lines.Line2D([], [], label=label(name), **look._asdict()) for name, look in zip(names, looks, strict=True)
+        mpl.lines.Line2D([], [], label=label(name), **look.line) for name, look in zip(names, looks, strict=True)
     ]
     figure.legend(
         handles=handles,

@@ -45,15 +45,17 @@ def seed_0(sweep: Sweep, known: Known) -> Result | None:
 
 
 def above_0(sweep: Sweep, known: Known) -> dict[int, Result]:
-    """The results at the best rate of the seeds above 0: a language model's have a curve, and losses before training."""
+    """The results of seeds above 0 at the best rate: a language model's have a curve, and losses before training."""
     best = sweep.best(known)
     cells = {} if best is None else {seed: sweep.at(best, seed) for seed in sweep.seeds}
     return {seed: known[cell] for seed, cell in cells.items() if cell in known}
 
 
 def curve(result: Result) -> list[tuple[float, float]]:
-    """(step, held-out loss) from before the first step on; infinite, None in the files, where training diverged."""
-    points = [(0, result["before"]["loss"]), *result["curve"]]
+    """(step, held-out loss) from before the first step to the last; infinite, None in the files, where training
+    diverged."""
+    between = [(step, loss) for step, loss in result["curve"] if step < result["steps"]]
+    points = [(0, result["before"]["loss"]), *between, (result["steps"], result["after"]["loss"])]
     return [(float(step), math.inf if loss is None else float(loss)) for step, loss in points]
 
 
@@ -69,8 +71,8 @@ def verdict(spreads: Mapping[str, Spread | None], what: str = "loss", largest: b
     if len(found) < 2:
         return "Not enough is known to compare."
     ordered = sorted(found, key=lambda name: found[name].mean, reverse=largest)
-    first, which = ordered[0], f"the {'largest' if largest else 'least'} {what}"
+    first = f"The {'largest' if largest else 'least'} {what}: {label(ordered[0])}"
     if tables.winner(found, largest):
-        return f"{label(first)} has {which}, by more than two standard errors of the difference to each other method."
-    alike = [label(name) for name in ordered[1:] if not tables.differ(found[first], found[name])]
-    return f"{label(first)} has {which}; within two standard errors of the difference of it: {', '.join(alike)}."
+        return f"{first}, apart from each other method by more than two standard errors of the difference."
+    alike = [label(name) for name in ordered[1:] if not tables.differ(found[ordered[0]], found[name])]
+    return f"{first}. Not told apart from it by two standard errors: {'; '.join(alike)}."

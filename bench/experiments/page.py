@@ -14,7 +14,7 @@ CONCLUSIONS = "conclusions.md"
 _HEAD = """\
 # The paper's claims, every method at its best rate
 
-PiSSA's paper (arXiv 2404.02948v4) on models and data that two cores can train; beside each result is what the paper says. \
+PiSSA's paper (arXiv 2404.02948v4) on models and data that two cores can train, beside what the paper says. \
 [PROTOCOL.md](PROTOCOL.md) has the rules, which were fixed before the runs. This page is made from \
 `bench/results/experiments/*.jsonl` alone:
 
@@ -22,8 +22,8 @@ PiSSA's paper (arXiv 2404.02948v4) on models and data that two cores can train; 
     python -m bench.experiments --data gsm8k=DIR reviews=DIR mnist=DIR           # runs the cells that are missing
     python -m bench.experiments --data … --results DIR --page DIR                # all of it again, elsewhere
 
-A number is a mean over seeds ± their deviation, at the rate with the least held-out loss of seed 0. **Bold** is better than all \
-others by more than two standard errors of the difference. — is not known yet. Losses are in nats.
+A number is a mean over seeds ± their deviation, at the rate with the least held-out loss of seed 0. **Bold** is \
+better than all others by more than two standard errors of the difference. — is not known yet. Losses are in nats.
 """
 
 
@@ -62,7 +62,7 @@ def _title(experiment: Experiment, cells: Sequence[Cell], known: Known) -> str:
     return "\n\n".join(
         [
             f"## {experiment.title}",
-            f"The paper: {experiment.claim}.",
+            f"**In the paper**: {experiment.claim}.",
             f"`python -m bench.experiments {experiment.name} --data …`: {count}, {seconds:,.0f} s of a processor, "
             "those that it shares with other sections included.",
         ]

@@ -86,8 +86,8 @@ def suggestions(results: Results[Cell]) -> dict[tuple[str, str, int], float]:
 
 
 def best_of_sweeps(results: Results[Cell]) -> dict[tuple[str, str, int], tuple[float, float]]:
-    """By task, method and rank: the rate with the least loss of a sweep, and the loss at the suggested rate over it; NaN
-    while that is not there."""
+    """By task, method and rank: the rate with the least loss of a sweep, and the loss at the suggested rate over that
+    loss; NaN while it is not there."""
     found = {}
     for (task, method, rank), rate in suggestions(results).items():
         losses = _losses(results, task, method, rank)

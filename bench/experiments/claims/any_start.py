@@ -44,15 +44,15 @@ class AnyStart(Experiment):
         rows = [["before training", *map(tables.number, on_bases)]]
         for start, methods in STARTS.items():
             rows.append([f"{start} start", *(f"{after[m]} at {tables.rate(each[m].best(known))}" for m in methods)])
-        rates = tables.rate(each["loftq"].best(known))
+        loftq = f"{after['loftq']} at {tables.rate(each['loftq'].best(known))}"
         gains = [
             f"{start} {tables.difference(losses[methods[2]], losses[methods[0]])}" for start, methods in STARTS.items()
         ]
         text = [
             f"{measures.TASKS['gsm8k']}, rank 16: held-out loss of each start on each base.",
             tables.table(["", *BASES], rows),
-            f"LoftQ, T = 5, on its own base: {tables.number(before['loftq'])} before, {after['loftq']} at {rates} after training.",
-            f"Loss after training on the base of T = 5, less that on nf4(W), ± two standard errors: {'; '.join(gains)}.",
+            f"LoftQ, T = 5, on its own base: {tables.number(before['loftq'])} before training, {loftq} after it.",
+            f"Loss after training on the base of T = 5 less that on nf4(W), ± two standard errors: {'; '.join(gains)}.",
             measures.verdict(losses),
         ]
         return Section("\n\n".join(text), {"any-start.png": _picture(losses)})

@@ -39,9 +39,9 @@ class Components(Experiment):
         ]
         text = [
             tables.table([f"{measures.TASKS['films']}, rank 16", "best rate", "loss", "accuracy, %", "seeds"], rows),
-            measures.verdict(losses),
+            measures.verdict({METHODS[method]: loss for method, loss in losses.items()}),
         ]
         figure, (axes,) = figures.panels([f"{measures.TASKS['films']}, rank 16"], height=2.2)
         figures.sweeps(axes, each, known)
-        figures.legend(figure, tuple(METHODS), "n = 1 seed; ringed: the best rate")
+        figures.legend(figure, tuple(METHODS), figures.SWEEP_NOTE)
         return Section("\n\n".join(text), {"components.png": figure})

@@ -45,7 +45,7 @@ class EqualRates(Experiment):
             _draw(one, pairs, best)
         figures.note(
             figure,
-            "below 0: PiSSA is better. Equal rates: n = 1 seed. Each at its best rate: n = 3 seeds, bar: two standard errors",
+            "below 0: PiSSA is better; equal rates: n = 1; best: each at its own, over seeds, ± two standard errors",
         )
         head = ["task", "rate", "LoRA", "PiSSA", "PiSSA less LoRA ± two standard errors"]
         return Section("\n\n".join([tables.table(head, rows), " ".join(meanings)]), {"equal-rates.png": figure})

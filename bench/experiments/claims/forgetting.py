@@ -17,7 +17,7 @@ from bench.experiments.sweep import Spread
 class Forgetting(Experiment):
     name = "forgetting"
     title = "What is forgotten"
-    claim = "nothing. MiLoRA (arXiv 2406.09044) trains the minor components instead, so that less is forgotten"
+    claim = "nothing of this. MiLoRA (arXiv 2406.09044) trains the minor components instead, so that less is forgotten"
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
         return wanted([sweep for task in TASKS for sweep in sweeps(task, options).values()], known, options)
@@ -82,5 +82,5 @@ def _draw(axes: figures.Axes, won: Mapping[str, Spread | None], lost: Mapping[st
         other = lost[method]
         if one is not None and other is not None:
             figures.dot(axes, method, one, other)
-    axes.set_xlabel("gained: decrease of the loss on the task (nats)")
-    axes.set_ylabel("forgotten: increase on prose (nats)")
+    axes.set_xlabel("gained: decrease on the task (nats)")
+    axes.set_ylabel("forgotten: on prose (nats)")

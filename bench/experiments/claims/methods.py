@@ -51,7 +51,10 @@ class Methods(Experiment):
 
     def section(self, known: Known, options: Options) -> Section:
         parts = [part for task in TASKS for part in _task(task, sweeps(task, options), known)]
-        return Section("\n\n".join([*parts, _PAPER]), {"methods-rates.png": _rates(known, options)})
+        return Section(
+            "\n\n".join([*parts, _PAPER]),
+            {"methods-rates.png": _rates(known, options), "methods-best.png": _best(known, options)},
+        )
 
 
 def _task(task: str, each: Mapping[str, Sweep], known: Known) -> list[str]:
@@ -92,6 +95,17 @@ def _costs(sweep: Sweep, known: Known) -> list[str]:
     ]
 
 
+def _best(known: Known, options: Options) -> figures.Figure:
+    figure, axes = figures.panels([*map(measures.TASKS.get, TASKS), measures.TASKS["sums"]], height=2.9)
+    losses = [{m: measures.over_seeds(s, known) for m, s in sweeps(task, options).items()} for task in TASKS]
+    right = {m: measures.over_seeds(s, known, measures.accuracy) for m, s in sweeps("sums", options).items()}
+    figures.dots(axes[0], losses[0], "held-out loss (nats)")
+    figures.dots(axes[1], losses[1], "held-out loss (nats)", named=False)
+    figures.dots(axes[2], right, "accuracy (%)", named=False)
+    figures.note(figure, figures.BEST_NOTE)
+    return figure
+
+
 def _rates(known: Known, options: Options) -> figures.Figure:
     titles = [f"{measures.TASKS[task]}, {base}" for task in TASKS for base in ("dense base", "base in 4 bits")]
     figure, axes = figures.panels(titles, columns=2)
@@ -99,7 +113,5 @@ def _rates(known: Known, options: Options) -> figures.Figure:
     for one, (task, methods) in zip(axes, parts, strict=True):
         each = {method: sweep for method, sweep in sweeps(task, options).items() if method in methods}
         figures.sweeps(one, each, known)
-    figures.legend(
-        figure, (*DENSE, *FOUR_BIT), "n = 1 seed; ringed: the best rate; open triangles at the top: above it"
-    )
+    figures.legend(figure, (*DENSE, *FOUR_BIT), figures.SWEEP_NOTE)
     return figure

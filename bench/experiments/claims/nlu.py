@@ -70,6 +70,6 @@ def _picture(
     figure, axes = figures.panels(titles, columns=2, height=2.3)
     for i, task in enumerate(TASKS):
         figures.dots(axes[2 * i], losses[task], "held-out loss (nats)")
-        figures.dots(axes[2 * i + 1], right[task], "accuracy (%)")
-    figures.note(figure, "bars: deviation of the seeds; each method at its best rate")
+        figures.dots(axes[2 * i + 1], right[task], "accuracy (%)", named=False)
+    figures.note(figure, figures.BEST_NOTE)
     return figure

@@ -43,7 +43,7 @@ class Ranks(Experiment):
         pairs = [(one, other) for r in RANKS if (one := pissa[r]) is not None and (other := lora[r]) is not None]
         better = sum(one.mean < other.mean for one, other in pairs)
         text = [
-            f"{measures.TASKS['films']}: held-out loss at the best rate, n = 1 seed, so that no difference is told from chance.",
+            f"{measures.TASKS['films']}: loss at the best rate, n = 1 seed, which tells no difference from chance.",
             tables.table(head, rows),
             f"PiSSA is below LoRA at {better} of {len(pairs)} ranks.",
         ]

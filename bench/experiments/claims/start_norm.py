@@ -29,8 +29,8 @@ class StartNorm(Experiment):
     name = "start-norm"
     title = "The norm of the start"
     claim = (
-        "only its own start, of the singular values' norm. Ours beside it is orthonormal: the same directions, of norm "
-        "1 each"
+        "nothing of this; its start has the singular values' norm. The orthonormal start has the same directions, each "
+        "of norm 1"
     )
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
@@ -44,8 +44,8 @@ class StartNorm(Experiment):
         text = [
             "Held-out loss at the best rate:",
             _table({group: tables.column(column) for group, column in losses.items()}),
-            "The best rate and, in brackets, the width of the valley around it: decades of the rate with a loss within 2 % "
-            "of the best (≥ where it reaches beyond the sweep), n = 1 seed:",
+            "The best rate and, in brackets, the width of the valley around it: decades of the rate with a loss within "
+            "2 % of the best (≥ where it reaches beyond the sweep), n = 1 seed:",
             _table({group: {m: _valley(s, known) for m, s in methods.items()} for group, methods in each.items()}),
             _meaning(losses),
         ]
@@ -81,17 +81,17 @@ def _against(other: str, losses: Mapping[tuple[str, int], Mapping[str, Spread | 
     better = sum(tables.differ(one, two) and one.mean < two.mean for one, two in known)
     worse = sum(tables.differ(one, two) and one.mean > two.mean for one, two in known)
     return (
-        f"The orthonormal start is better than {label(other)} by more than two standard errors in {better} of {len(known)} "
-        f"rows, worse in {worse}."
+        f"The orthonormal start is better than {label(other)} by more than two standard errors in {better} of "
+        f"{len(known)} rows, worse in {worse}."
     )
 
 
 def _rates(each: Mapping[tuple[str, int], Mapping[str, Sweep]], known: Known) -> figures.Figure:
-    titles = [f"{measures.TASKS[task]}, rank {r}" for task, r in each]
+    titles = [f"{measures.TASKS[task]}, r = {r}" for task, r in each]
     figure, axes = figures.panels(titles, columns=3, height=2.0)
     for one, methods in zip(axes, each.values(), strict=True):
         figures.sweeps(one, methods, known)
-    figures.legend(figure, METHODS, "n = 1 seed; ringed: the best rate; open triangles at the top: above it", columns=5)
+    figures.legend(figure, METHODS, figures.SWEEP_NOTE, columns=5)
     return figure
 
 

@@ -27,7 +27,7 @@ def sweep_of(task: str, method: str, options: Options) -> Sweep:
 class Suggested(Experiment):
     name = "suggested"
     title = "The rate that `--lr auto` suggests"
-    claim = "nothing: it takes one rate for all. Ours comes from a training in miniature"
+    claim = "nothing of this; it takes one rate for all methods. Ours comes from trainings in miniature"
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
         suggestions = [SuggestionCell(task, method, 16) for task, method in GROUPS]
@@ -71,7 +71,7 @@ def _other_cells() -> str:
     results = Results(suggest_lr.RESULTS, suggest_lr.Cell)
     ratios = [ratio for _, ratio in suggest_lr.best_of_sweeps(results).values()]
     return (
-        f"`python -m bench.suggest_lr` has trained at the suggested rates themselves: {len(ratios)} sweeps of seven rates "
-        f"(PiSSA and LoRA, ranks 4, 16 and 64, two tasks). The loss there over the best of the sweep: median "
+        f"`python -m bench.suggest_lr` has trained at the suggested rates, beside {len(ratios)} sweeps of seven "
+        f"rates (PiSSA and LoRA, ranks 4, 16 and 64, two tasks). The loss there over the best of the sweep: median "
         f"{tables.number(median(ratios), 3)}, from {tables.number(min(ratios), 3)} to {tables.number(max(ratios), 3)}."
     )
