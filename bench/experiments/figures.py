@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
 from bench.experiments.experiment import Known
@@ -24,7 +24,7 @@ DPI = 130
 COLORS = 256  # of a PNG's palette: half the bytes
 SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
 BEST_NOTE = "bars: deviation of the seeds; each method at its best rate"
-HEIGHTS = 1.25  # a loss that is above the lowest one by this factor is drawn at the top edge
+HEIGHTS = 1.35  # a loss that is above the lowest one by this factor is drawn at the top edge
 
 mpl.rcParams.update(
     {
@@ -148,6 +148,7 @@ def against_rate(axes: Axes, losses: Mapping[str, Mapping[float, float]], best: 
         if (rate := best.get(name)) is not None:
             axes.plot(rate, line[rate], "o", markersize=10, markerfacecolor="none", color=look.color)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     margin = 0.06 * (top - min(finite)) or 0.1
     axes.set_ylim(min(finite) - margin, top + 2 * margin)
     axes.set_xlabel("learning rate")
@@ -229,7 +230,7 @@ def legend(figure: Figure, names: Sequence[str], note: str = "", columns: int = 
     handles = [
         mpl.lines.Line2D([], [], label=label(name), **look.line) for name, look in zip(names, looks, strict=True)
     ]
-    figure.legend(
+    drawn = figure.legend(
         handles=handles,
         loc="outside lower center",
         ncols=min(columns, len(names)),
@@ -237,6 +238,7 @@ def legend(figure: Figure, names: Sequence[str], note: str = "", columns: int = 
         title=note,
         title_fontsize=8,
     )
+    drawn.get_title().set_multialignment("center")
 
 
 def note(figure: Figure, text: str) -> None:
@@ -245,7 +247,11 @@ def note(figure: Figure, text: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG with a palette, without a date or a program's version in it."""
+    """Writes a PNG with a palette, without a date or a program's version in it. Panels without data say so."""
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "no results yet", transform=axes.transAxes, ha="center", va="center")
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
     image = Image.open(drawn).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)

@@ -11,12 +11,9 @@ from bench.experiments.experiment import Known, Result
 from bench.experiments.figures import label
 from bench.experiments.sweep import Spread, Sweep, loss_of, spread
 
-TASKS = {
-    "gsm8k": "SmolLM2 on GSM8K",
-    "sums": "SmolLM2 on sums",
-    "films": "MiniLM on films",
-    "products": "MiniLM on products",
-}
+NAMES = {"gsm8k": "GSM8K", "sums": "sums", "films": "films", "products": "products"}
+MODELS = {"gsm8k": "SmolLM2", "sums": "SmolLM2", "films": "MiniLM", "products": "MiniLM"}
+TASKS = {task: f"{MODELS[task]} on {name}" for task, name in NAMES.items()}
 """Titles."""
 
 

@@ -73,6 +73,7 @@ def _draw(
         error = 2 * math.hypot(one.error, other.error) if one.n > 1 and other.n > 1 else None
         look = figures.style("unit" if name == "best" else "pissa")
         axes.bar(name, other.mean - one.mean, yerr=error, capsize=3, color=look.color, alpha=0.8)
-    axes.axhline(0, color="black", linewidth=0.8)
+    if points:
+        axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("learning rate of both")
     axes.set_ylabel("loss: PiSSA less LoRA (nats)")

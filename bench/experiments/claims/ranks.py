@@ -45,7 +45,7 @@ class Ranks(Experiment):
         text = [
             f"{measures.TASKS['films']}: loss at the best rate, n = 1 seed, which tells no difference from chance.",
             tables.table(head, rows),
-            f"PiSSA is below LoRA at {better} of {len(pairs)} ranks.",
+            f"PiSSA is below LoRA at {better} of {len(pairs)} ranks. `quant-errors` has the error of 4 bits by rank.",
         ]
         return Section("\n\n".join(text), {"ranks.png": _picture(losses)})
 

@@ -87,11 +87,12 @@ def _against(other: str, losses: Mapping[tuple[str, int], Mapping[str, Spread | 
 
 
 def _rates(each: Mapping[tuple[str, int], Mapping[str, Sweep]], known: Known) -> figures.Figure:
-    titles = [f"{measures.TASKS[task]}, r = {r}" for task, r in each]
+    titles = [f"{measures.NAMES[task]}, rank {r}" for task, r in each]
     figure, axes = figures.panels(titles, columns=3, height=2.0)
     for one, methods in zip(axes, each.values(), strict=True):
         figures.sweeps(one, methods, known)
-    figures.legend(figure, METHODS, figures.SWEEP_NOTE, columns=5)
+    note = f"GSM8K and sums: SmolLM2; films: MiniLM\n{figures.SWEEP_NOTE}"
+    figures.legend(figure, METHODS, note, columns=5)
     return figure
 
 
