@@ -54,12 +54,12 @@ class LanguageCell(Cell):
     def run(self, options: Options) -> Result:
         task, method = task_of(self.task, options), METHODS[self.method]
         begun = time.process_time()
-        model = _load(task.folder, method, options.quick)
+        model = load_model(task.folder, method, options.quick)
         setting = Setting(self.r, self.seed, task.steps, "CAUSAL_LM")
         model = method.wrap(model, setting)
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
-            trainer = _trainer(model, task, self, Path(out))
+            trainer = make_trainer(model, task, self, Path(out))
             before = _measures(trainer, task, trainer.evaluate()) if self.seed > 0 else None
             evaluated = time.process_time()
             trainer.train()
@@ -94,7 +94,7 @@ def task_of(name: str, options: Options) -> LanguageTask:
     return load_task(name, options)
 
 
-def _load(folder: Path, method: Method, tiny: bool) -> nn.Module:
+def load_model(folder: Path, method: Method, tiny: bool) -> nn.Module:
     dtype = torch.float32 if method.full else torch.bfloat16
     if not tiny:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_cache=False, attn_implementation=ATTENTION)
@@ -105,7 +105,7 @@ def _load(folder: Path, method: Method, tiny: bool) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def _trainer(model: Any, task: LanguageTask, cell: LanguageCell, out: Path) -> SFTTrainer:
+def make_trainer(model: Any, task: LanguageTask, cell: LanguageCell, out: Path) -> SFTTrainer:
     """AdamW without weight decay; the rate falls by a cosine after a warm-up of a twentieth of the steps; gradients are
     cut at norm 1. A base and its activations are bfloat16, adapters and their products float32."""
     method = METHODS[cell.method]

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from bench.experiments.claims.any_start import AnyStart
+from bench.experiments.claims.components import Components
+from bench.experiments.claims.equal_rates import EqualRates
+from bench.experiments.claims.few_steps import FewSteps
+from bench.experiments.claims.forgetting import Forgetting
 from bench.experiments.claims.methods import Methods
+from bench.experiments.claims.nlu import NLU
+from bench.experiments.claims.ranks import Ranks
+from bench.experiments.claims.start_norm import StartNorm
+from bench.experiments.claims.suggested import Suggested
 from bench.experiments.experiment import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Methods(),)}
+_ALL: tuple[Experiment, ...] = (
+    Methods(),
+    EqualRates(),
+    FewSteps(),
+    StartNorm(),
+    AnyStart(),
+    NLU(),
+    Ranks(),
+    Components(),
+    Forgetting(),
+    Suggested(),
+)
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

@@ -14,6 +14,7 @@ from bench.experiments.experiment import Known, Result
 RATES = tuple(digit * 10.0**-power for power in range(6, 0, -1) for digit in (1, 2, 5))
 """1e-6, 2e-6, 5e-6, ..., 5e-1: factors of 2 and 2.5."""
 POINTS = 5  # of a sweep at least
+TOLERANCE = 0.02  # of a valley: a loss so near to the best one, by ratio, is in it
 SEEDS = (1, 2)  # that follow at the best rate; 0 is the sweep's
 
 
@@ -99,17 +100,22 @@ class Sweep:
         cells = [] if best is None else [self.at(best, seed) for seed in (0, *self.seeds)]
         return [known[cell] for cell in cells if cell in known]
 
-    def width(self, known: Known, tolerance: float = 0.02) -> float | None:
-        """The width of the valley in decades: how far the rates with a loss within `tolerance` of the best lie apart.
-        Between points the loss is interpolated over the rate's logarithm."""
+    def width(self, known: Known) -> float | None:
+        """The width of the valley in decades: how far the rates with a loss within 2 % of the best lie apart. Between
+        points the loss is interpolated over the rate's logarithm."""
         best = self.best(known)
         if best is None:
             return None
         losses = self.losses(known)
-        allowed = losses[best] * (1 + tolerance)
+        allowed = losses[best] * (1 + TOLERANCE)
         rates = list(losses)
         index = rates.index(best)
         return _crossing(rates[index:], losses, allowed) - _crossing(rates[index::-1], losses, allowed)
+
+    def bounded(self, known: Known) -> bool:
+        """Whether the valley ends within the sweep on both sides; else its width is at least what is found."""
+        losses = list(self.losses(known).values())
+        return min(losses[0], losses[-1]) > min(losses) * (1 + TOLERANCE)
 
 
 def loss_of(result: Result) -> float:

@@ -10,6 +10,7 @@ A line of JSON for each cell goes to bench/results/suggest_lr.jsonl; a cell that
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -84,20 +85,34 @@ def suggestions(results: Results[Cell]) -> dict[tuple[str, str, int], float]:
     return {(record["task"], record["method"], record["rank"]): record["suggested"] for record in found}
 
 
+def best_of_sweeps(results: Results[Cell]) -> dict[tuple[str, str, int], tuple[float, float]]:
+    """By task, method and rank: the rate with the least loss of a sweep, and the loss at the suggested rate over that
+    loss; NaN while it is not there."""
+    found = {}
+    for (task, method, rank), rate in suggestions(results).items():
+        losses = _losses(results, task, method, rank)
+        best = min((tried for tried in rates(method, rank) if tried in losses), key=lambda tried: losses[tried])
+        found[task, method, rank] = best, losses.get(rate, math.nan) / losses[best]
+    return found
+
+
 def table(results: Results[Cell]) -> str:
     """The losses of each group in Markdown. The last column is the loss at the suggested rate over the best of the
     sweep."""
     lines = ["| task | method, r | losses by rate | best | suggested | ratio |", "|---" * 6 + "|"]
-    for (task, method, rank), rate in suggestions(results).items():
-        losses = {
-            cell.rate: row["after"]["loss"] for cell, row in results.cells().items() if cell[:3] == (task, method, rank)
-        }
-        swept = {tried: losses[tried] for tried in sorted(rates(method, rank)) if tried in losses}
-        best = min(swept, key=lambda tried: swept[tried])
-        shown = ", ".join(f"{tried:g}: {loss:.4f}" for tried, loss in swept.items())
-        found = f"{losses[rate]:.4f} at {rate:g} | {losses[rate] / swept[best]:.3f}" if rate in losses else " | "
-        lines.append(f"| {task} | {method}, {rank} | {shown} | {swept[best]:.4f} at {best:g} | {found} |")
+    rated = suggestions(results)
+    for (task, method, rank), (best, ratio) in best_of_sweeps(results).items():
+        losses, rate = _losses(results, task, method, rank), rated[task, method, rank]
+        shown = ", ".join(f"{tried:g}: {losses[tried]:.4f}" for tried in sorted(rates(method, rank)) if tried in losses)
+        found = f"{losses[rate]:.4f} at {rate:g} | {ratio:.3f}" if rate in losses else " | "
+        lines.append(f"| {task} | {method}, {rank} | {shown} | {losses[best]:.4f} at {best:g} | {found} |")
     return "\n".join(lines)
+
+
+def _losses(results: Results[Cell], task: str, method: str, rank: int) -> dict[float, float]:
+    """After training, by rate."""
+    group = (task, method, rank)
+    return {cell.rate: row["after"]["loss"] for cell, row in results.cells().items() if cell[:3] == group}
 
 
 def main() -> None:

@@ -1,0 +1,68 @@
+"""What is forgotten: the loss on prose that no task has, before and after training, at each method's best rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+from bench.experiments import figures, measures, tables
+from bench.experiments.claims.methods import DENSE, FOUR_BIT, TASKS, sweeps
+from bench.experiments.experiment import Cell, Experiment, Known, Options, Result, Section
+from bench.experiments.figures import label
+from bench.experiments.grid import wanted
+from bench.experiments.sweep import Spread, loss_of
+
+
+class Forgetting(Experiment):
+    name = "forgetting"
+    title = "What is forgotten"
+    claim = "nothing of this. MiLoRA (arXiv 2406.09044) trains the minor components instead, so that less is forgotten"
+
+    def wanted(self, known: Known, options: Options) -> list[Cell]:
+        return wanted([sweep for task in TASKS for sweep in sweeps(task, options).values()], known, options)
+
+    def section(self, known: Known, options: Options) -> Section:
+        text = []
+        figure, axes = figures.panels([measures.TASKS[task] for task in TASKS], height=2.6)
+        for one, task in zip(axes, TASKS, strict=True):
+            results = {m: measures.above_0(sweep, known).values() for m, sweep in sweeps(task, options).items()}
+            lost = {method: measures.mean_of(found, forgotten) for method, found in results.items()}
+            won = {method: measures.mean_of(found, gained) for method, found in results.items()}
+            before = {method: measures.mean_of(found, partial(prose, "before")) for method, found in results.items()}
+            columns = _means(before), tables.column(lost), tables.column(won, largest=True)
+            rows = [[label(method), *(column[method] for column in columns)] for method in results]
+            head = ["loss on prose before", "forgotten: its increase", "gained: decrease on the task"]
+            text.append(tables.table([f"{measures.TASKS[task]}, rank 16", *head], rows))
+            text.append(measures.verdict(lost, "increase on prose"))
+            _draw(one, won, lost)
+        figures.legend(figure, (*DENSE, *FOUR_BIT), "n = 2 seeds, bars: their deviation; each method at its best rate")
+        return Section("\n\n".join(text), {"forgetting.png": figure})
+
+
+def prose(when: str, result: Result) -> float:
+    """The loss on it, before or after; infinite, None in the files, where training diverged."""
+    loss = result[when]["unrelated"]
+    return math.inf if loss is None else float(loss)
+
+
+def forgotten(result: Result) -> float:
+    return prose("after", result) - prose("before", result)
+
+
+def gained(result: Result) -> float:
+    return float(result["before"]["loss"]) - loss_of(result)
+
+
+def _means(spreads: Mapping[str, Spread | None]) -> dict[str, str]:
+    """Without deviations: nothing is drawn before training."""
+    return {method: tables.number(spread.mean if spread else None) for method, spread in spreads.items()}
+
+
+def _draw(axes: figures.Axes, won: Mapping[str, Spread | None], lost: Mapping[str, Spread | None]) -> None:
+    for method, one in won.items():
+        other = lost[method]
+        if one is not None and other is not None:
+            figures.dot(axes, method, one, other)
+    axes.set_xlabel("gained: decrease on the task (nats)")
+    axes.set_ylabel("forgotten: on prose (nats)")

@@ -1,0 +1,258 @@
+"""Pictures of sweeps and curves, the same bytes from the same numbers. They are as wide as a page's text, with letters
+of 8 points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from PIL import Image
+
+from bench.experiments.experiment import Known
+from bench.experiments.methods import METHODS
+from bench.experiments.sweep import Spread, Sweep
+
+WIDTH = 6.5  # inches: A4's text
+DPI = 130
+COLORS = 256  # of a PNG's palette: half the bytes
+SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
+BEST_NOTE = "bars: deviation of the seeds; each method at its best rate"
+HEIGHTS = 1.35  # a loss that is above the lowest one by this factor is drawn at the top edge
+
+mpl.rcParams.update(
+    {
+        "font.size": 8.5,
+        "axes.titlesize": 8.5,
+        "axes.labelsize": 8.5,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "axes.grid": True,
+        "grid.color": "0.9",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 4.5,
+    }
+)
+
+# Okabe and Ito's colours differ to every kind of colour blindness; their yellow is too pale for print.
+_BLUE, _SKY, _GREEN, _ORANGE, _RED, _PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+_BLACK, _GREY = "#000000", "#777777"
+_SOLID, _DASHED, _DOTTED, _BOTH = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))
+
+
+class Style(NamedTuple):
+    """How a line looks: in grey, marker and line style tell it from others."""
+
+    color: str
+    marker: str
+    linestyle: Any
+    hollow: bool = False
+    """A base in 4 bits."""
+
+    @property
+    def point(self) -> dict[str, Any]:
+        return {"color": self.color, "marker": self.marker, "markerfacecolor": "white" if self.hollow else self.color}
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return self.point | {"linestyle": self.linestyle}
+
+
+_STYLES = {
+    "lora": Style(_BLUE, "o", _SOLID),
+    "gaussian": Style(_BLUE, "^", _DOTTED),
+    "rslora": Style(_SKY, "s", _DASHED),
+    "loraplus": Style(_SKY, "^", _BOTH),
+    "pissa": Style(_RED, "D", _SOLID),
+    "unit": Style(_BLACK, "X", _SOLID),
+    "dora": Style(_GREEN, "v", _SOLID),
+    "pissa_dora": Style(_RED, "v", _DASHED),
+    "olora": Style(_PINK, "P", _SOLID),
+    "adalora": Style(_ORANGE, "p", _DASHED),
+    "full": Style(_GREY, "h", _BOTH),
+    "medium": Style(_GREEN, "s", _DASHED),
+    "minor": Style(_ORANGE, "^", _DOTTED),
+    "qlora": Style(_BLUE, "o", _SOLID, hollow=True),
+    "loftq": Style(_GREEN, "s", _DASHED, hollow=True),
+    "qpissa_1": Style(_RED, "D", _SOLID, hollow=True),
+    "qpissa_5": Style(_PINK, "d", _DASHED, hollow=True),
+    "pissa_on_nf4": Style(_RED, "v", _DOTTED, hollow=True),
+    "lora_on_1": Style(_SKY, "o", _DASHED, hollow=True),
+    "lora_on_5": Style(_SKY, "^", _DOTTED, hollow=True),
+    "unit_on_nf4": Style(_BLACK, "X", _SOLID, hollow=True),
+    "unit_on_1": Style(_GREY, "P", _DASHED, hollow=True),
+    "unit_on_5": Style(_GREY, "s", _DOTTED, hollow=True),
+}
+_OTHERS = (
+    Style(_BLUE, "o", _SOLID),
+    Style(_RED, "D", _DASHED),
+    Style(_GREEN, "v", _BOTH),
+    Style(_BLACK, "X", _DOTTED),
+    Style(_ORANGE, "s", _SOLID),
+    Style(_PINK, "P", _DASHED),
+    Style(_SKY, "^", _BOTH),
+    Style(_GREY, "h", _DOTTED),
+)
+
+
+def label(name: str) -> str:
+    """A method's label; any other name is its own."""
+    return METHODS[name].label if name in METHODS else name
+
+
+def style(name: str, place: int = 0) -> Style:
+    """A method's style on all pictures; that of its place in the picture for any other line."""
+    return _STYLES.get(name) or _OTHERS[place % len(_OTHERS)]
+
+
+def panels(titles: Sequence[str], columns: int | None = None, height: float = 2.3) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each title. Unlike pyplot's it needs no window system, and nobody else sees it.
+
+    Args:
+        columns: all side by side if not given.
+        height: of a panel in inches.
+    """
+    columns = columns or len(titles)
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(WIDTH, 0.45 + rows * height), dpi=DPI, layout="constrained")
+    axes = [figure.add_subplot(rows, columns, 1 + i) for i in range(len(titles))]
+    for one, title in zip(axes, titles, strict=True):
+        one.set_title(title, loc="left")
+    return figure, axes
+
+
+def against_rate(axes: Axes, losses: Mapping[str, Mapping[float, float]], best: Mapping[str, float | None]) -> None:
+    """Loss against the rate, a line for each method; the best point is ringed. What diverged, or is far above all, is
+    an arrow at the top edge."""
+    finite = [loss for line in losses.values() for loss in line.values() if math.isfinite(loss)]
+    if not finite:
+        return
+    top = min(max(finite), HEIGHTS * min(finite))
+    for place, (name, line) in enumerate(losses.items()):
+        look = style(name, place)
+        seen = [line[rate] if line[rate] <= top else math.nan for rate in sorted(line)]  # nothing is drawn at NaN
+        axes.plot(sorted(line), seen, **look.line)
+        above = [rate for rate in line if line[rate] > top]
+        edge = {"marker": r"$\uparrow$", "markersize": 8, "linestyle": "", "transform": axes.get_xaxis_transform()}
+        axes.plot(above, [0.95] * len(above), color=look.color, **edge)
+        if (rate := best.get(name)) is not None:
+            axes.plot(rate, line[rate], "o", markersize=10, markerfacecolor="none", color=look.color)
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    margin = 0.06 * (top - min(finite)) or 0.1
+    axes.set_ylim(min(finite) - margin, top + 2 * margin)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("held-out loss (nats)")
+
+
+def sweeps(axes: Axes, each: Mapping[str, Sweep], known: Known) -> None:
+    """Loss against the rate of the sweeps of some methods, as far as they are known."""
+    against_rate(
+        axes,
+        {method: sweep.losses(known) for method, sweep in each.items()},
+        {method: sweep.best(known) for method, sweep in each.items()},
+    )
+
+
+def against_steps(axes: Axes, curves: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> None:
+    """Loss against steps: each method's mean over its seeds, and from the lowest to the highest of them in pale.
+
+    Args:
+        curves: of each seed [step, loss] after [step, loss], at the same steps for all seeds of a method.
+    """
+    for place, (name, seeds) in enumerate(curves.items()):
+        look = style(name, place)
+        steps = [point[0] for point in seeds[0]]
+        at = [[seed[i][1] for seed in seeds] for i in range(len(steps))]
+        axes.fill_between(steps, [*map(min, at)], [*map(max, at)], color=look.color, alpha=0.15, linewidth=0)
+        means = [sum(losses) / len(losses) for losses in at]
+        axes.plot(steps, means, **look.line)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("held-out loss (nats)")
+
+
+def dot(axes: Axes, name: str, x: Spread, y: Spread) -> None:
+    """A method's means of two measures, with bars of their deviations."""
+    look = style(name)
+    bars = {"xerr": x.deviation, "yerr": y.deviation, "elinewidth": 0.9} if x.n > 1 and y.n > 1 else {}
+    axes.errorbar(x.mean, y.mean, linestyle="", **look.point, **bars)
+
+
+def dots(axes: Axes, spreads: Mapping[str, Spread | None], unit: str, named: bool = True) -> None:
+    """A dot for each method with its mean and, as a bar, the deviation of its seeds; the first method on top.
+
+    Args:
+        named: whether the methods' names are beside it; not if a panel to the left has them.
+    """
+    for place, (name, spread) in enumerate(spreads.items()):
+        if spread is not None and math.isfinite(spread.mean):
+            look = style(name, place)
+            bar = {"xerr": spread.deviation, "capsize": 2.5} if spread.n > 1 else {}
+            axes.errorbar(spread.mean, -place, linestyle="", **look.point, **bar)
+    names = [label(name) + (f" (n = {spread.n})" if spread else " (none yet)") for name, spread in spreads.items()]
+    axes.set_yticks([-place for place in range(len(spreads))], names if named else [""] * len(names))
+    axes.set_ylim(-len(spreads) + 0.4, 0.6)
+    axes.set_xlabel(unit)
+
+
+def lines(axes: Axes, spreads: Mapping[str, Mapping[float, Spread]]) -> None:
+    """Means against numbers, such as ranks, a line for each method; bars are the deviations of the seeds."""
+    for place, (name, line) in enumerate(spreads.items()):
+        look = style(name, place)
+        means = [spread.mean for spread in line.values()]
+        axes.plot(list(line), means, **look.line)
+        for x, spread in line.items():
+            if spread.n > 1:
+                axes.errorbar(x, spread.mean, spread.deviation, color=look.color, capsize=2.5)
+
+
+def doubling(axes: Axes, ranks: Sequence[int]) -> None:
+    """A logarithmic axis with a tick at each rank."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(r) for r in ranks])
+    axes.set_xlabel("rank")
+
+
+def legend(figure: Figure, names: Sequence[str], note: str = "", columns: int = 4) -> None:
+    """One legend for all panels, below them, where it covers nothing; `note` says n and what bars are."""
+    looks = [style(name, place) for place, name in enumerate(names)]
+    handles = [
+        mpl.lines.Line2D([], [], label=label(name), **look.line) for name, look in zip(names, looks, strict=True)
+    ]
+    drawn = figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(columns, len(names)),
+        frameon=False,
+        title=note,
+        title_fontsize=8,
+    )
+    drawn.get_title().set_multialignment("center")
+
+
+def note(figure: Figure, text: str) -> None:
+    """A line below all panels of a figure that has no legend."""
+    figure.supxlabel(text, fontsize=8)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG with a palette, without a date or a program's version in it. Panels without data say so."""
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "no results yet", transform=axes.transAxes, ha="center", va="center")
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    image = Image.open(drawn).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    image.save(path, format="PNG", optimize=True)

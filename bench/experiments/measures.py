@@ -1,0 +1,75 @@
+"""What tables and pictures take from the results of a sweep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+
+from bench.experiments import tables
+from bench.experiments.experiment import Known, Result
+from bench.experiments.figures import label
+from bench.experiments.sweep import Spread, Sweep, loss_of, spread
+
+NAMES = {"gsm8k": "GSM8K", "sums": "sums", "films": "films", "products": "products"}
+MODELS = {"gsm8k": "SmolLM2", "sums": "SmolLM2", "films": "MiniLM", "products": "MiniLM"}
+TASKS = {task: f"{MODELS[task]} on {name}" for task, name in NAMES.items()}
+"""Titles."""
+
+
+def mean_of(results: Iterable[Result], measure: Callable[[Result], float]) -> Spread | None:
+    """Over seeds; infinite if it is for one of them, None without results."""
+    values = [measure(result) for result in results]
+    if not all(map(math.isfinite, values)):
+        return Spread(math.inf, math.nan, len(values))
+    return spread(values) if values else None
+
+
+def over_seeds(sweep: Sweep, known: Known, measure: Callable[[Result], float] = loss_of) -> Spread | None:
+    """A measure at the best rate; None while that is not known."""
+    return mean_of(sweep.at_best(known), measure)
+
+
+def accuracy(result: Result) -> float:
+    """In percent."""
+    return 100 * float(result["after"]["accuracy"])
+
+
+def seed_0(sweep: Sweep, known: Known) -> Result | None:
+    """The sweep's own result at the best rate: nothing but training is in its time."""
+    best = sweep.best(known)
+    return None if best is None else known[sweep.at(best)]
+
+
+def above_0(sweep: Sweep, known: Known) -> dict[int, Result]:
+    """The results of seeds above 0 at the best rate: a language model's have a curve, and losses before training."""
+    best = sweep.best(known)
+    cells = {} if best is None else {seed: sweep.at(best, seed) for seed in sweep.seeds}
+    return {seed: known[cell] for seed, cell in cells.items() if cell in known}
+
+
+def curve(result: Result) -> list[tuple[float, float]]:
+    """(step, held-out loss) from before the first step to the last; infinite, None in the files, where training
+    diverged."""
+    between = [(step, loss) for step, loss in result["curve"] if step < result["steps"]]
+    points = [(0, result["before"]["loss"]), *between, (result["steps"], result["after"]["loss"])]
+    return [(float(step), math.inf if loss is None else float(loss)) for step, loss in points]
+
+
+def first_and_last(norms: list[float | None], count: int = 10) -> tuple[float, float]:
+    """The medians of the first and of the last gradient norms."""
+    known = [norm for norm in norms if norm is not None]
+    return median(known[:count]), median(known[-count:])
+
+
+def verdict(spreads: Mapping[str, Spread | None], what: str = "loss", largest: bool = False) -> str:
+    """One sentence: which method is better than all others, if one is; else, how many cannot be told from the first."""
+    found = {name: one for name, one in spreads.items() if one is not None}
+    if len(found) < 2:
+        return "Not enough is known to compare."
+    ordered = sorted(found, key=lambda name: found[name].mean, reverse=largest)
+    first = f"The {'largest' if largest else 'least'} {what}: {label(ordered[0])}"
+    if tables.winner(found, largest):
+        return f"{first}, apart from each other method by more than two standard errors of the difference."
+    alike = [label(name) for name in ordered[1:] if not tables.differ(found[ordered[0]], found[name])]
+    return f"{first}. Not told apart from it by two standard errors: {'; '.join(alike)}."
