@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.experiments.claims.methods import Methods
+from bench.experiments.claims.paper_nlg import PaperNlg
 from bench.experiments.experiment import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Methods(),)}
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Methods(), PaperNlg())}

@@ -1,0 +1,65 @@
+"""Markdown tables of means over seeds; bold is only what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from bench.experiments.sweep import Spread
+
+MISSING = "—"
+"""In the place of what is not known yet."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column on the left, the others on the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A number with so many digits behind the point; a dash for None and what is not finite."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def rate(value: float | None) -> str:
+    """A learning rate: 5e-4."""
+    if value is None:
+        return MISSING
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
+def measured(spread: Spread | None, digits: int = 4, bold: bool = False) -> str:
+    """Mean ± deviation of the seeds; the mean alone of one seed, "diverged" if it is infinite."""
+    if spread is None:
+        return MISSING
+    if math.isinf(spread.mean):
+        return "diverged"
+    text = number(spread.mean, digits)
+    if spread.n > 1:
+        text += f" ± {number(spread.deviation, digits)}"
+    return f"**{text}**" if bold else text
+
+
+def differ(one: Spread, other: Spread) -> bool:
+    """Whether two means are more than two standard errors of their difference apart; never so with one seed."""
+    if one.n < 2 or other.n < 2:
+        return False
+    return abs(one.mean - other.mean) > 2 * math.hypot(one.error, other.error)
+
+
+def winner(spreads: Mapping[str, Spread | None], largest: bool = False) -> str | None:
+    """The method that is better than all others by more than two standard errors of the difference; None if none is."""
+    known = {name: spread for name, spread in spreads.items() if spread is not None}
+    if len(known) < 2:
+        return None
+    first = (max if largest else min)(known, key=lambda name: known[name].mean)
+    others = [spread for name, spread in known.items() if name != first]
+    return first if all(differ(known[first], spread) for spread in others) else None
+
+
+def column(spreads: Mapping[str, Spread | None], digits: int = 4, largest: bool = False) -> dict[str, str]:
+    """A column of a table by method: mean ± deviation, the winner in bold. The least is the best, or the largest."""
+    best = winner(spreads, largest)
+    return {name: measured(spread, digits, name == best) for name, spread in spreads.items()}
