@@ -18,11 +18,12 @@ _SYSTEM, _, _TURN = ALPACA.partition(STOP)
 
 def alpaca_prompt(messages: Sequence[dict[str, str]]) -> str:
     """The Alpaca prompt of a conversation that ends with a user's message: further turns repeat its two headings."""
-    turns = [
-        STOP + _TURN.format(instruction=message["content"]) if message["role"] == "user" else f"{message['content']}\n\n"
-        for message in messages
-    ]
-    return _SYSTEM + "".join(turns)
+    return _SYSTEM + "".join(map(_turn, messages))
+
+
+def _turn(message: dict[str, str]) -> str:
+    text = message["content"]
+    return STOP + _TURN.format(instruction=text) if message["role"] == "user" else f"{text}\n\n"
 
 
 def answers(
@@ -47,7 +48,12 @@ def answers(
 
     # A copy, for lm-eval gives a tokenizer without a padding token one.
     lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    ends = {"until": [STOP], "eos_token_id": tokenizer.eos_token_id, "max_gen_toks": max_new_tokens}
-    requests = [Instance("generate_until", {}, (prompt, {**ends, "do_sample": False}), i) for i, prompt in enumerate(prompts)]
+    generation = {
+        "until": [STOP],
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_gen_toks": max_new_tokens,
+        "do_sample": False,
+    }
+    requests = [Instance("generate_until", {}, (prompt, generation), i) for i, prompt in enumerate(prompts)]
     found: list[str] = lm.generate_until(requests, disable_tqdm=True)
     return found
