@@ -21,13 +21,13 @@ TINY = "tiny"
 
 @cache
 def given(options: Options, kind: Kind) -> Options:
-    """The options themselves; with --quick, such with a tiny random model and a few rows of each data set, written
-    beside the results by the first call."""
+    """The options themselves; with --quick, such as a run without it would have, with a tiny random model and a few rows
+    of each data set. The first call writes them beside the results: `prepare` does, before cells run side by side."""
     if not options.quick:
         return options
     folder = options.trained / "quick"
     write = tiny.language_model if kind == "language" else tiny.encoder
-    return replace(options, model=str(write(folder)), data=tuple(tiny.data(folder).items()))
+    return replace(options, model=str(write(folder)), data=tuple(tiny.data(folder).items()), quick=False)
 
 
 def model_name(options: Options) -> str:

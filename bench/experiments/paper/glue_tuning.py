@@ -46,6 +46,9 @@ class GlueTuning(Cell):
     method: str
     seed: int = 0
 
+    def prepare(self, options: Options) -> None:
+        given(options, "encoder")
+
     def folder(self, options: Options) -> Path:
         return options.trained / self.kind / self.model / f"{self.task}-{self.method}-{self.seed}"
 

@@ -83,6 +83,9 @@ class InstructionScores(Cell):
     training: InstructionTuning
     task: str
 
+    def prepare(self, options: Options) -> None:
+        given(options, "language")
+
     def run(self, options: Options) -> Result:
         trained = self.training.trained(options)
         limit, new_tokens = (2, 4) if options.quick else (None, None)
@@ -99,8 +102,12 @@ class Judgement(Cell):
     training: InstructionTuning
     judge: str
 
+    def prepare(self, options: Options) -> None:
+        given(options, "language")
+
     def run(self, options: Options) -> Result:
-        options, limit = given(options, "language"), 2 if options.quick else None
+        limit = 2 if options.quick else None
+        options = given(options, "language")
         folder, bench = self.training.folder(options), _bench(options, limit)
         by, file = mt_bench.Judge(os.environ[JUDGE_URL], self.judge), answers_file(folder).with_name("judgements.jsonl")
         asked = mt_bench.requests(bench, answers_file(folder))

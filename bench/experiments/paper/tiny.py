@@ -62,7 +62,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator([], trainers.BpeTrainer(special_tokens=["</s>", "<pad>"], initial_alphabet=alphabet))
+    special = ["</s>", "<pad>"]
+    fast.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", pad_token="<pad>")
 
 
