@@ -21,8 +21,9 @@ TINY = "tiny"
 
 @cache
 def given(options: Options, kind: Kind) -> Options:
-    """The options themselves; with --quick, such as a run without it would have, with a tiny random model and a few rows
-    of each data set. The first call writes them beside the results: `prepare` does, before cells run side by side."""
+    """The options themselves. With --quick: those that a run without it would have, of a tiny random model and a few
+    rows of each data set, which the first call writes beside the results. `prepare` makes it, before cells run side by
+    side."""
     if not options.quick:
         return options
     folder = options.trained / "quick"
