@@ -66,9 +66,11 @@ def main() -> int:
             print(f"{name:<18} {experiment.title}")
         return 0
     torch.set_num_threads(1)
-    options = Options(given.model, tuple(given.data), given.quick, given.full, given.allow_code_execution)
+    folder = given.results or RESULTS
+    data, trained = tuple(given.data), folder / "trained"
+    options = Options(given.model, data, given.quick, given.full, given.allow_code_execution, trained)
     chosen = [EXPERIMENTS[name] for name in given.names or EXPERIMENTS]
-    results = Results(given.results or RESULTS)
+    results = Results(folder)
     failed = []
     if not given.only_page:
         wanted = lambda: [cell for experiment in chosen for cell in experiment.wanted(results, options)]  # noqa: E731

@@ -27,6 +27,8 @@ class Options:
     full: bool = False
     """The paper's own size."""
     allow_code_execution: bool = False
+    trained: Path = Path("trained")
+    """A folder for what cells have trained, where that is kept: beside the results."""
 
     def path(self, name: str) -> Path:
         """Where the data of that name are.

@@ -31,6 +31,10 @@ class Setting(NamedTuple):
     target_modules: str | list[str] = "all-linear"
     svd_passes: int | Literal["auto"] = "auto"
     """Over each weight, of our decompositions."""
+    alpha: int | None = None
+    """None: r. AdaLoRA's is always its first rank."""
+    modules_to_save: list[str] | None = None
+    """Trained whole, beside the adapter."""
 
 
 class Method(NamedTuple):
@@ -56,8 +60,9 @@ def _peft(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
             model,  # type: ignore[arg-type]
             LoraConfig(
                 r=setting.r,
-                lora_alpha=setting.r,
+                lora_alpha=setting.alpha or setting.r,
                 target_modules=setting.target_modules,
+                modules_to_save=setting.modules_to_save,
                 task_type=setting.task_type,
                 **fields,
             ),
@@ -80,6 +85,7 @@ def _adalora(model: nn.Module, setting: Setting) -> nn.Module:
             tfinal=setting.steps // 3,
             total_step=setting.steps,
             target_modules=setting.target_modules,
+            modules_to_save=setting.modules_to_save,
             task_type=setting.task_type,
         ),
     )
@@ -88,6 +94,7 @@ def _adalora(model: nn.Module, setting: Setting) -> nn.Module:
 def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
     def wrap(model: nn.Module, setting: Setting) -> nn.Module:
         given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
+        given |= {"lora_alpha": setting.alpha, "modules_to_save": setting.modules_to_save}
         given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
         return pissa.wrap(model, PissaConfig(r=setting.r, svd_passes=setting.svd_passes, **given))
 

@@ -38,11 +38,11 @@ _HEADS = {"deberta-v2": ["pooler", "classifier"], "roberta": ["classifier"]}
 """Layers that a classifier adds to the encoder: they are trained whole."""
 
 
-def load_language_model(source: str) -> PreTrainedModel:
-    """A causal language model in float32, without a cache of keys and values; `source` is a folder, or a hub name."""
+def load_language_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model without a cache of keys and values; `source` is a folder, or a hub name."""
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_cache=False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_cache=False)
     return model
 
 

@@ -9,6 +9,9 @@ from bench.experiments.claims.few_steps import FewSteps
 from bench.experiments.claims.forgetting import Forgetting
 from bench.experiments.claims.methods import Methods
 from bench.experiments.claims.nlu import NLU
+from bench.experiments.claims.paper_nlg import PaperNlg
+from bench.experiments.claims.paper_nlg_rates import PaperNlgRates
+from bench.experiments.claims.paper_nlu import PaperNlu
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.start_norm import StartNorm
 from bench.experiments.claims.suggested import Suggested
@@ -25,5 +28,8 @@ _ALL: tuple[Experiment, ...] = (
     Components(),
     Forgetting(),
     Suggested(),
+    PaperNlg(),
+    PaperNlgRates(),
+    PaperNlu(),
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
