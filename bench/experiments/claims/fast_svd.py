@@ -8,11 +8,11 @@ from dataclasses import replace
 from itertools import product
 from statistics import mean
 
-from bench.experiments import figures, grid, tables
+from bench.experiments import figures, grid, measures, tables
 from bench.experiments.encoder import EncoderCell
 from bench.experiments.experiment import Cell, Experiment, Known, Options, Result, Section
 from bench.experiments.svd import SvdCell
-from bench.experiments.sweep import Spread, Sweep, loss_of, spread
+from bench.experiments.sweep import Spread, Sweep, loss_of
 
 RANKS = (1, 8, 64)
 PASSES = (2, 4, 8, 16)
@@ -118,8 +118,8 @@ def _training_loss(result: Result) -> float:
 def _spread(
     r: int, passes: int | str, measure: Callable[[Result], float], known: Known, options: Options
 ) -> Spread | None:
-    values = [measure(known[cell]) for cell in trainings(r, passes, known, options) if cell in known]
-    return spread(values) if values else None
+    results = [known[cell] for cell in trainings(r, passes, known, options) if cell in known]
+    return measures.mean_of(results, measure)
 
 
 def _losses(
@@ -171,7 +171,7 @@ def _picture(ranks: tuple[int, ...], known: Known) -> figures.Figure:
             axes.plot(
                 [1e3 * result["seconds"]["decomposition"] for result in results],
                 [max(result["energy_lost"], 1e-9) for result in results],
-                **look._asdict(),
+                **look.line,
             )
         axes.set_xscale("log")
         axes.set_yscale("log")

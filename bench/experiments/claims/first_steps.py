@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from statistics import mean
 
-from bench.experiments import figures, grid, tables
+from bench.experiments import figures, grid, measures, tables
 from bench.experiments.experiment import Cell, Experiment, Known, Options, Result, Section
 from bench.experiments.gradient import SKETCH, STARTS, GradientCell, cosine
-from bench.experiments.sweep import Sweep, spread
+from bench.experiments.sweep import Sweep
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("lora", "pissa")
-TASKS = {"films": "films, MiniLM", "gsm8k": "GSM8K, SmolLM2", "sums": "sums, SmolLM2"}
+TASKS = ("films", "gsm8k", "sums")
 WIDTH = 5
 """Steps whose losses are in a mean."""
 WINDOWS = {"at the start": slice(0, 1)} | {f"after {k}": slice(k - 2, k + 3) for k in (5, 20, 50)}
@@ -53,9 +53,9 @@ class FirstSteps(Experiment):
         parts = [
             "MiniLM on one batch of films, rank 16; head and batch are the same for all seeds, which draw the start "
             "alone. Norms are means ± deviation; cosines are those with seed 0's, lowest to highest, from sketches of "
-            f"{SKETCH} numbers (± 0.06). The step on W is B ∂A + ∂B A, which the signs of singular vectors do not change. "
-            "The fast SVD's own random sketch is fixed, so that a training's seed does not reach the start; the last row "
-            "draws it anew.",
+            f"{SKETCH} numbers (± 0.06). The step on W is B ∂A + ∂B A, which the signs of singular vectors do not "
+            "change. The fast SVD's own random sketch is fixed, so that a training's seed does not reach the start; "
+            "the last row draws it anew.",
             tables.table(head, [_gradient(method, known) for method in STARTS]),
             _meaning(known),
             f"Training losses at the best rates, the mean over seeds and over {WIDTH} steps around (the same "
@@ -67,9 +67,7 @@ class FirstSteps(Experiment):
 
 def _gradient(method: str, known: Known) -> list[str]:
     results = gradients(method, known)
-    norms = [
-        tables.measured(spread([r["norms"][of] for r in results]) if results else None) for of in ("a", "b", "step")
-    ]
+    norms = [tables.measured(measures.mean_of(results, lambda r, of=of: r["norms"][of])) for of in ("a", "b", "step")]
     return [
         STARTS[method].label,
         *norms,
@@ -106,7 +104,7 @@ def _losses(task: str, known: Known, options: Options) -> list[list[str]]:
     for method, sweep in sweeps(task, options).items():
         curves = [result["losses"] for result in sweep.at_best(known)]
         means = [tables.number(_mean([losses[window] for losses in curves], window)) for window in WINDOWS.values()]
-        rows.append([TASKS[task], figures.label(method), tables.rate(sweep.best(known)), *means])
+        rows.append([measures.TASKS[task], figures.label(method), tables.rate(sweep.best(known)), *means])
     return rows
 
 
@@ -117,7 +115,7 @@ def _mean(parts: list[list[float]], window: slice) -> float | None:
 
 
 def _picture(known: Known, options: Options) -> figures.Figure:
-    figure, panels = figures.panels(list(TASKS.values()))
+    figure, panels = figures.panels([measures.TASKS[task] for task in TASKS])
     for axes, task in zip(panels, TASKS, strict=True):
         curves = {}
         for method, sweep in sweeps(task, options).items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import mean
 
-from bench.experiments import figures, grid, tables
+from bench.experiments import figures, grid, measures, tables
 from bench.experiments.experiment import Cell, Experiment, Known, Options, Result, Section
-from bench.experiments.mnist import MnistCell
-from bench.experiments.sweep import Spread, Sweep, loss_of, spread
+from bench.experiments.mnist import EPOCHS, MnistCell
+from bench.experiments.sweep import Spread, Sweep, loss_of
 
 METHODS = ("lora", "pissa", "full")
 MIDDLE = 2e-3
@@ -37,28 +37,32 @@ class Mnist(Experiment):
     def section(self, known: Known, options: Options) -> Section:
         each = sweeps(options)
         rates = sorted({rate for sweep in each.values() for rate in sweep.losses(known)})
-        labels = [figures.label(method) for method in METHODS]
-        equal = [[tables.rate(rate), *_row(each, rate, known, _last)] for rate in rates]
-        best = [
-            [figures.label(method), tables.rate(rate), *columns]
-            for method, rate, *columns in zip(
-                METHODS,
-                (sweep.best(known) for sweep in each.values()),
-                *(
-                    tables.column(_at_best(each, known, measure), largest=largest).values()
-                    for measure, largest in ((_last, False), (loss_of, False), (_accuracy, True))
-                ),
-                strict=True,
-            )
+        head = ["rate", *map(figures.label, METHODS)]
+        equal = [
+            [tables.rate(rate), *tables.column({m: _at(each[m], rate, known, _last) for m in METHODS}).values()]
+            for rate in rates
         ]
         parts = [
-            "Training loss after all epochs, at one rate for all:",
-            tables.table(["rate", *labels], equal),
+            f"Training loss after {EPOCHS} epochs, at one rate for all:",
+            tables.table(head, equal),
             "Each at its own best rate, by the held-out loss:",
-            tables.table(["method", "best rate", "training loss", "held-out loss", "accuracy"], best),
-            " ".join([*_meaning(each, known), "n = 5 seeds everywhere; pixels are raw, and so the losses are large."]),
+            _best(each, known),
+            *_meaning(each, known),
         ]
         return Section("\n\n".join(parts), {"mnist.png": _picture(each, rates, known)})
+
+
+def _best(each: dict[str, Sweep], known: Known) -> str:
+    def column(measure: Callable[[Result], float], digits: int = 4, largest: bool = False) -> dict[str, str]:
+        found = {method: measures.over_seeds(sweep, known, measure) for method, sweep in each.items()}
+        return tables.column(found, digits, largest)
+
+    columns = [column(_last), column(loss_of), column(measures.accuracy, 1, largest=True)]
+    rows = [
+        [figures.label(method), tables.rate(sweep.best(known)), *(column[method] for column in columns)]
+        for method, sweep in each.items()
+    ]
+    return tables.table(["method", "best rate", "training loss", "held-out loss", "accuracy, %"], rows)
 
 
 def _results(sweep: Sweep, rate: float | None, known: Known) -> list[Result]:
@@ -67,21 +71,8 @@ def _results(sweep: Sweep, rate: float | None, known: Known) -> list[Result]:
     return [known[cell] for cell in cells if cell in known]
 
 
-def _over_seeds(results: Iterable[Result], measure: Callable[[Result], float]) -> Spread | None:
-    values = [measure(result) for result in results]
-    return spread(values) if values else None
-
-
-def _row(each: dict[str, Sweep], rate: float, known: Known, measure: Callable[[Result], float]) -> list[str]:
-    return list(
-        tables.column(
-            {method: _over_seeds(_results(sweep, rate, known), measure) for method, sweep in each.items()}
-        ).values()
-    )
-
-
-def _at_best(each: dict[str, Sweep], known: Known, measure: Callable[[Result], float]) -> dict[str, Spread | None]:
-    return {method: _over_seeds(_results(sweep, sweep.best(known), known), measure) for method, sweep in each.items()}
+def _at(sweep: Sweep, rate: float, known: Known, measure: Callable[[Result], float]) -> Spread | None:
+    return measures.mean_of(_results(sweep, rate, known), measure)
 
 
 def _losses(result: Result) -> list[float]:
@@ -90,10 +81,6 @@ def _losses(result: Result) -> list[float]:
 
 def _last(result: Result) -> float:
     return _losses(result)[-1]
-
-
-def _accuracy(result: Result) -> float:
-    return float(result["after"]["accuracy"])
 
 
 def _meaning(each: dict[str, Sweep], known: Known) -> list[str]:
@@ -130,7 +117,7 @@ def _picture(each: dict[str, Sweep], rates: list[float], known: Known) -> figure
         axes.set_yscale("log")
     lines = {}
     for method, sweep in each.items():
-        at = {rate: _over_seeds(_results(sweep, rate, known), loss_of) for rate in rates}
+        at = {rate: _at(sweep, rate, known, loss_of) for rate in rates}
         lines[method] = {rate: held_out for rate, held_out in at.items() if held_out is not None}
     figures.lines(swept, lines)
     swept.set_xscale("log")

@@ -85,9 +85,9 @@ class QuantErrors(Experiment):
         ]
         head = ["weights, sides", "rank", *(f"{format}: {method}" for format in FORMATS for method in METHODS)]
         parts = [
-            "% of the nuclear norm of W - nf4(W) or W - int8(W) that is removed: the mean over layer types, of each "
-            "the first, a middle and the last layer. nf4 has blocks of 64 and nested scales, int8 a scale for each row. "
-            "SmolLM2's packaged weights lie on a 4-bit grid (Q4_1), which the authors' weights do not: its error in nf4 "
+            "% of the nuclear norm of W - nf4(W) or W - int8(W) that is removed: mean over layer types, of each "
+            "the first, a middle and the last layer. nf4 has blocks of 64 and nested scales, int8 a scale for a row. "
+            "SmolLM2's packaged weights lie on a 4-bit grid (Q4_1), which the authors' weights do not: its nf4 error "
             "is not theirs. What a rank removes depends on its share of the smaller side.",
             tables.table(head, [*averages, *paper]),
             f"By layer type, nf4, rank {shown}:",
@@ -174,4 +174,4 @@ def _lines(axes: figures.Axes, values: dict[str, dict[int, float | None]]) -> No
     known = {name: {r: spread([v]) for r, v in line.items() if v is not None} for name, line in values.items()}
     figures.lines(axes, known)
     for place, name in enumerate(known):
-        axes.plot([], [], label=name, **figures.style(name, place)._asdict())
+        axes.plot([], [], label=name, **figures.style(name, place).line)
