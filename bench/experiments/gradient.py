@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -66,7 +66,7 @@ class GradientCell(Cell):
         }
         return {
             "norms": {name: rounded(_norm(tensors)) for name, tensors in found.items()},
-            "sketches": {name: _sketch(tensors) for name, tensors in found.items()},
+            "sketches": {name: sketch(tensors) for name, tensors in found.items()},
             "layers": len(layers),
         }
 
@@ -106,8 +106,9 @@ def _norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
 
 
-def _sketch(tensors: list[Tensor]) -> list[float | None]:
-    """All elements with random signs, summed in SKETCH random groups (Charikar, Chen and Farach-Colton, 2002)."""
+def sketch(tensors: Iterable[Tensor]) -> list[float | None]:
+    """All elements with random signs, summed in SKETCH random groups (Charikar, Chen and Farach-Colton, 2002): the same
+    signs and groups for tensors of the same shapes."""
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(SKETCH, dtype=torch.float64)
     for tensor in tensors:

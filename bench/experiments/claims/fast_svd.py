@@ -18,6 +18,8 @@ RANKS = (1, 8, 64)
 PASSES = (2, 4, 8, 16)
 SEEDS = (0, 1, 2)
 WEIGHTS = {"minilm": "MiniLM, 36 weights", "spikes": "one of 2048²"}
+FLOAT32 = 1e-9
+"""What is lost below it is roundoff."""
 LAST = 10
 """Steps whose mean is the training loss at the end."""
 
@@ -104,9 +106,11 @@ def _errors(weights: str, r: int, known: Known) -> list[list[str]]:
 
 
 def _text(value: float | None) -> str:
-    """Two digits; nothing below 1e-9, where float32 is the error; empty where there is nothing to measure."""
+    """Two digits; empty where there is nothing to measure."""
     if value is None:
         return ""
+    if value < FLOAT32:
+        return f"< {FLOAT32:.0e}"
     return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.2g}"
 
 
@@ -168,11 +172,9 @@ def _picture(ranks: tuple[int, ...], known: Known) -> figures.Figure:
         for place, (r, code) in enumerate(product(ranks, ("pissa", "torch"))):
             results = [known[cell] for passes in PASSES if (cell := SvdCell(weights, code, passes, r)) in known]
             look = figures.style(names[place], place)
-            axes.plot(
-                [1e3 * result["seconds"]["decomposition"] for result in results],
-                [max(result["energy_lost"], 1e-9) for result in results],
-                **look.line,
-            )
+            if results:
+                milliseconds = [1e3 * result["seconds"]["decomposition"] for result in results]
+                axes.plot(milliseconds, [max(result["energy_lost"], FLOAT32) for result in results], **look.line)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("processor time (ms)")

@@ -115,11 +115,9 @@ def _picture(each: dict[str, Sweep], rates: list[float], known: Known) -> figure
         axes.set_xlabel("epoch")
         axes.set_ylabel("training loss (nats)")
         axes.set_yscale("log")
-    lines = {}
-    for method, sweep in each.items():
-        at = {rate: _at(sweep, rate, known, loss_of) for rate in rates}
-        lines[method] = {rate: held_out for rate, held_out in at.items() if held_out is not None}
-    figures.lines(swept, lines)
+    at_rates = {m: {rate: _at(sweep, rate, known, loss_of) for rate in rates} for m, sweep in each.items()}
+    lines = {m: {rate: found for rate, found in line.items() if found is not None} for m, line in at_rates.items()}
+    figures.lines(swept, {method: line for method, line in lines.items() if line})
     swept.set_xscale("log")
     swept.set_yscale("log")
     swept.set_xlabel("learning rate")

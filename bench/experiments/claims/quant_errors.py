@@ -47,7 +47,7 @@ def cells(source: str, format: str, r: int) -> list[QuantErrorCell]:
 
 def _ranks(options: Options) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Ranks of all weights, ranks of MiniLM's attention, and the one that is shown by layer type."""
-    return ((2, 4), (1, 2, 4), 4) if options.quick else (RANKS, ALL_RANKS, SHOWN)
+    return ((4,), (2, 4), 4) if options.quick else (RANKS, ALL_RANKS, SHOWN)
 
 
 def _attention(r: int) -> list[QuantErrorCell]:
