@@ -3,8 +3,10 @@ figure 2a."""
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,18 +42,13 @@ class MnistCell(Cell):
 
     def prepare(self, options: Options) -> None:
         load(options)
+        _pretrained(self.seed, options)
 
     def run(self, options: Options) -> Result:
         digits, method = load(options), METHODS[self.method]
-        before, epochs = (10, 5) if options.quick else (PRETRAINING_EPOCHS, EPOCHS)
-        torch.manual_seed(self.seed)
-        layers = {
-            "hidden": nn.Linear(INPUTS, HIDDEN, bias=False),
-            "relu": nn.ReLU(),
-            "head": nn.Linear(HIDDEN, CLASSES, bias=False),
-        }
-        model: nn.Module = nn.Sequential(OrderedDict(layers))
-        _fit(model, digits.odd, PRETRAINING_RATE, before)
+        epochs = 5 if options.quick else EPOCHS
+        model = _perceptron(self.seed)
+        model.load_state_dict({name: torch.tensor(w) for name, w in _pretrained(self.seed, options).items()})
         # The head's weight has five rows, and so a rank of at most five.
         setting = Setting(R, self.seed, epochs, None, ["hidden", "head"], rank_pattern={"head": CLASSES})
         model = method.wrap(model, setting)
@@ -65,6 +62,30 @@ class MnistCell(Cell):
             "epochs": epochs,
             "seconds": {"training": round(trained - begun, 2)},
         }
+
+
+def _perceptron(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = {
+        "hidden": nn.Linear(INPUTS, HIDDEN, bias=False),
+        "relu": nn.ReLU(),
+        "head": nn.Linear(HIDDEN, CLASSES, bias=False),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+@cache
+def _pretrained(seed: int, options: Options) -> dict[str, np.ndarray]:
+    """The weights after the odd digits. A process of its own finds them: on a machine with a GPU no fork of one that has
+    computed gradients can compute any."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_pretrain, seed, options).result()
+
+
+def _pretrain(seed: int, options: Options) -> dict[str, np.ndarray]:
+    model = _perceptron(seed)
+    _fit(model, load(options).odd, PRETRAINING_RATE, 10 if options.quick else PRETRAINING_EPOCHS)
+    return {name: weight.numpy() for name, weight in model.state_dict().items()}
 
 
 class Labelled(NamedTuple):

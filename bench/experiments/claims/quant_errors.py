@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from statistics import mean
 
@@ -137,10 +138,11 @@ def _meaning(ranks: Iterable[int], known: Known) -> str:
         both = {
             name: (loftq, qpissa) for name, (loftq, qpissa) in pairs.items() if loftq is not None and qpissa is not None
         }
-        better = [name for name, (loftq, qpissa) in both.items() if loftq > qpissa]
-        exceptions = f"; LoftQ removes more on {', '.join(better)}" if better else ""
+        better = Counter(name.partition(" (")[0] for name, (loftq, qpissa) in both.items() if loftq > qpissa)
+        names = ", ".join(f"{name} ({count})" for name, count in better.items())
+        exceptions = f"; LoftQ removes more on {names}" if better else ""
         found.append(
-            f"With T = {t} QPiSSA removes more than LoftQ in {len(both) - len(better)} of {len(both)} rows{exceptions}."
+            f"With T = {t} QPiSSA removes more than LoftQ in {len(both) - better.total()} of {len(both)} rows{exceptions}."
         )
     return " ".join(found)
 
@@ -163,6 +165,7 @@ def _picture(ranks: Iterable[int], all_ranks: Iterable[int], known: Known) -> fi
     gap.axhline(0, color="black", linewidth=0.8)
     gap.set_ylabel("error removed (percentage points)")
     gap.legend(frameon=False)
+    figures.note(figure, "means of n weights: left 12, right 18 of MiniLM, 21 of SmolLM2 and 1 of each other")
     return figure
 
 
