@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import product
 from statistics import mean
 
 from bench.experiments import figures, tables
@@ -117,7 +118,7 @@ def _by_part(r: int, known: Known) -> list[list[str]]:
         each = cells(source, "nf4", r)
         for method in METHODS:
             row = ["" if place is None else _percent([each[place]], method, known) for place in places]
-            rows.append([SIZES[source].partition(",")[0], method, *row])
+            rows.append([_name(source), method, *row])
     paper = "the paper: LLaMA-3-8B, rank 64"
     return [*rows, *([paper, name, *(tables.number(v, 1) for v in row)] for name, row in _PAPER_PARTS.items())]
 
@@ -126,25 +127,24 @@ def _meaning(ranks: Iterable[int], known: Known) -> str:
     """Where LoftQ removes more than QPiSSA, counted over weights, formats and ranks."""
     found = []
     for t in (1, 5):
-        pairs = {
-            f"{SIZES[source].partition(',')[0]} ({format}, rank {r})": (
-                _share(cells(source, format, r), f"LoftQ, T = {t}", known),
-                _share(cells(source, format, r), f"QPiSSA, T = {t}", known),
+        rows, better = 0, Counter[str]()
+        for source, format, r in product(SIZES, FORMATS, ranks):
+            loftq, qpissa = (
+                _share(cells(source, format, r), f"{name}, T = {t}", known) for name in ("LoftQ", "QPiSSA")
             )
-            for source in SIZES
-            for format in FORMATS
-            for r in ranks
-        }
-        both = {
-            name: (loftq, qpissa) for name, (loftq, qpissa) in pairs.items() if loftq is not None and qpissa is not None
-        }
-        better = Counter(name.partition(" (")[0] for name, (loftq, qpissa) in both.items() if loftq > qpissa)
-        names = ", ".join(f"{name} ({count})" for name, count in better.items())
-        exceptions = f"; LoftQ removes more on {names}" if better else ""
+            if loftq is not None and qpissa is not None:
+                rows += 1
+                better.update([_name(source)] if loftq > qpissa else [])
+        exceptions = ", ".join(f"{name} ({count})" for name, count in better.items())
         found.append(
-            f"With T = {t} QPiSSA removes more than LoftQ in {len(both) - better.total()} of {len(both)} rows{exceptions}."
+            f"With T = {t} QPiSSA removes more than LoftQ in {rows - better.total()} of {rows} comparisons"
+            f"{f'; LoftQ removes more on {exceptions}' if exceptions else ''}."
         )
     return " ".join(found)
+
+
+def _name(source: str) -> str:
+    return SIZES[source].partition(",")[0]
 
 
 def _picture(ranks: Iterable[int], all_ranks: Iterable[int], known: Known) -> figures.Figure:
@@ -159,7 +159,7 @@ def _picture(ranks: Iterable[int], all_ranks: Iterable[int], known: Known) -> fi
         one, other = (
             {r: _share(cells(source, "nf4", r), f"{name}, T = 1", known) for r in ranks} for name in ("QPiSSA", "LoftQ")
         )
-        gaps[SIZES[source].partition(",")[0]] = {r: _less(one[r], other[r]) for r in ranks}
+        gaps[_name(source)] = {r: _less(one[r], other[r]) for r in ranks}
     _lines(gap, gaps)
     figures.doubling(gap, ranks)
     gap.axhline(0, color="black", linewidth=0.8)
