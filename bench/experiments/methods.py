@@ -6,7 +6,8 @@ bitsandbytes 0.50 has no gradient in evaluation mode and an error of 14 % in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,10 +28,12 @@ class Setting(NamedTuple):
     r: int
     seed: int
     steps: int
-    task_type: str
+    task_type: str | None
     target_modules: str | list[str] = "all-linear"
-    svd_passes: int | Literal["auto"] = "auto"
-    """Over each weight, of our decompositions."""
+    svd_passes: int | Literal["auto", "exact"] = "auto"
+    """Over each weight, of our decompositions; "exact": torch's own instead."""
+    rank_pattern: Mapping[str, int] = MappingProxyType({})
+    """Ranks of layers that have another than r; the scaling stays 1. PEFT's LoRA and our methods take it."""
     alpha: int | None = None
     """None: r. AdaLoRA's is always its first rank."""
     modules_to_save: list[str] | None = None
@@ -64,6 +67,8 @@ def _peft(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
                 target_modules=setting.target_modules,
                 modules_to_save=setting.modules_to_save,
                 task_type=setting.task_type,
+                rank_pattern=dict(setting.rank_pattern),
+                alpha_pattern=dict(setting.rank_pattern),
                 **fields,
             ),
         )
@@ -96,7 +101,8 @@ def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
         given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
         given |= {"lora_alpha": setting.alpha, "modules_to_save": setting.modules_to_save}
         given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
-        return pissa.wrap(model, PissaConfig(r=setting.r, svd_passes=setting.svd_passes, **given))
+        given |= {"svd": "exact"} if setting.svd_passes == "exact" else {"svd_passes": setting.svd_passes}
+        return pissa.wrap(model, PissaConfig(r=setting.r, rank_pattern=dict(setting.rank_pattern), **given))
 
     return wrap
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from bench.experiments.claims.any_start import AnyStart
 from bench.experiments.claims.components import Components
 from bench.experiments.claims.equal_rates import EqualRates
+from bench.experiments.claims.fast_svd import FastSvd
 from bench.experiments.claims.few_steps import FewSteps
+from bench.experiments.claims.first_steps import FirstSteps
 from bench.experiments.claims.forgetting import Forgetting
 from bench.experiments.claims.methods import Methods
+from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.paper_nlg import PaperNlg
 from bench.experiments.claims.paper_nlg_rates import PaperNlgRates
 from bench.experiments.claims.paper_nlu import PaperNlu
+from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.start_norm import StartNorm
 from bench.experiments.claims.suggested import Suggested
@@ -21,12 +25,16 @@ _ALL: tuple[Experiment, ...] = (
     Methods(),
     EqualRates(),
     FewSteps(),
+    FirstSteps(),
     StartNorm(),
     AnyStart(),
     NLU(),
     Ranks(),
     Components(),
+    QuantErrors(),
+    FastSvd(),
     Forgetting(),
+    Mnist(),
     Suggested(),
     PaperNlg(),
     PaperNlgRates(),

@@ -1,0 +1,397 @@
+"""bench.experiments: digits, quantisation errors, truncated SVDs and first gradients; their cells and sections."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pissa import ops
+
+ROOT = Path(__file__).parents[3]
+WORDS = ["the", "film", "is", "a", "good", "bad", "plot", "and", "one", "of", "its", "kind", "not", "so", "much"]
+
+
+@pytest.fixture(autouse=True)
+def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package with a tokenizer and a configuration of MiniLM's kind, in model/; and reviews, in reviews/."""
+    from transformers import BertConfig, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("stand_ins")
+    for name in ("model", "reviews"):
+        (folder / name).mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "model")
+    BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64).save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    lines = [f"{i}\t{(-1) ** i}\t{' '.join(generator.choice(WORDS, 12))}\n" for i in range(96)]
+    (folder / "reviews" / "movieReviewSnippets_GroundTruth.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def options(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from bench.experiments import encoder
+    from bench.experiments.experiment import Options
+
+    monkeypatch.setattr(encoder, "find_package", lambda _: stand_ins)
+    return Options(data=(("reviews", stand_ins / "reviews"),), quick=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured(experiment: Any, options: Any) -> Any:
+    """The results of all cells of an experiment but trainings of language models and encoders."""
+    from bench.experiments.experiment import Known
+
+    known = Known()
+    while missing := [c for c in experiment.wanted(known, options) if c not in known and c.kind not in TRAININGS]:
+        put(known, missing[0], missing[0].run(options))
+    return known
+
+
+TRAININGS = ("encoder", "language")
+
+
+def put(known: Any, cell: Any, result: dict[str, Any]) -> None:
+    known.put(cell.kind, {"cell": asdict(cell), "result": result})
+
+
+def row(text: str, *begin: str) -> list[str]:
+    """The columns of the one row of a table that begins so."""
+    lines = [[part.strip() for part in line.strip("| ").split(" | ")] for line in text.splitlines() if "|" in line]
+    [found] = [line for line in lines if line[: len(begin)] == list(begin)]
+    return found[len(begin) :]
+
+
+def drawn(section: Any) -> None:
+    """Pictures that cannot be drawn raise."""
+    for figure in section.pictures.values():
+        figure.savefig(io.BytesIO(), format="png")
+
+
+# ---- Digits ----------------------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def mnist_folder(folder: Path, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """MNIST's four files with few and small digits; what is in them."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for name, count in (("train", 60), ("t10k", 30)):
+        images = generator.integers(0, 256, (count, 4, 5), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels))
+        found[name] = (images, labels)
+    return found
+
+
+def test_mnist_is_split_by_digit_and_seen_in_the_components_of_the_odd_ones(tmp_path: Path) -> None:
+    from bench.experiments.experiment import Options
+    from bench.experiments.mnist import load
+
+    files = mnist_folder(tmp_path)
+    digits = load(Options(data=(("mnist", tmp_path),)))
+    images, labels = files["train"]
+    odd = images[labels % 2 == 1].reshape(-1, 20).astype(np.float64)
+    _, _, axes = np.linalg.svd(odd - odd.mean(0))
+    for found, (pixels, of), remainder in (
+        (digits.odd, files["train"], 1),
+        (digits.even, files["train"], 0),
+        (digits.held_out, files["t10k"], 0),
+    ):
+        chosen = of % 2 == remainder
+        assert found.classes.tolist() == [label // 2 for label in of[chosen].tolist()]
+        expected = (pixels[chosen].reshape(-1, 20) - odd.mean(0)) @ axes[:8].T
+        # float32 holds numbers up to 2^10 to 2^-14 and the axes have no sign.
+        np.testing.assert_allclose(np.abs(found.inputs.numpy()), np.abs(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-1], r"1199 bytes after the header, which says 60 x 4 x 5"),
+        (lambda content: content + b"\0", r"1201 bytes after the header"),
+        (lambda content: b"\x1f\x8b\x08\x00" + content[4:], r"begins with 1f8b0800, .*unpacked"),
+        (lambda content: content[:10], r"begins with 00000803, .* and 3 sizes"),
+        (lambda content: None, r"no such file"),
+    ],
+)
+def test_a_damaged_file_of_digits_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
+    from bench.experiments.experiment import Options
+    from bench.experiments.mnist import load
+
+    mnist_folder(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte"
+    damaged = damage(path.read_bytes())
+    path.unlink()
+    if damaged is not None:
+        path.write_bytes(damaged)
+    with pytest.raises(SystemExit, match=rf"train-images-idx3-ubyte: {message}"):
+        load(Options(data=(("mnist", tmp_path),)))
+
+
+def test_images_need_as_many_labels(tmp_path: Path) -> None:
+    from bench.experiments.experiment import Options
+    from bench.experiments.mnist import load
+
+    mnist_folder(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(29, np.uint8)))
+    with pytest.raises(SystemExit, match="30 images but 29 labels in t10k-"):
+        load(Options(data=(("mnist", tmp_path),)))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_digits_are_learned_from_one_base_by_each_method(options: Any) -> None:
+    from bench.experiments.claims.mnist import Mnist, sweeps
+    from bench.experiments.mnist import MnistCell
+
+    known = measured(Mnist(), options)
+    each = sweeps(options)
+    for sweep in each.values():
+        rates = sweep.losses(known)
+        assert len(rates) == 3
+        assert all(sweep.at(rate, seed) in known for rate in rates for seed in (0, 1))
+    results = {method: known[MnistCell(method, 2e-3)] for method in each}
+    assert {result["losses"][0] for result in results.values()} == {results["full"]["losses"][0]}
+    assert results["full"]["losses"][0] != known[MnistCell("full", 2e-3, 1)]["losses"][0]
+    assert all(result["losses"][-1] < result["losses"][0] for result in results.values())
+    # Rank 8 of 8 x 128, rank 5 of 128 x 5.
+    adapters = 8 * (8 + 128) + 5 * (128 + 5)
+    assert [result["trained_parameters"] for result in results.values()] == [adapters, adapters, 8 * 128 + 128 * 5]
+
+    section = Mnist().section(known, options)
+    losses = [known[MnistCell("lora", 2e-3, seed)]["losses"][-1] for seed in (0, 1)]
+    assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in row(section.text, "2e-3")[0]
+    drawn(section)
+
+
+def test_ranks_of_single_layers_keep_the_scaling_and_exact_is_an_svd(options: Any) -> None:
+    from bench.experiments.methods import METHODS, Setting
+
+    def wrapped(name: str, **fields: Any) -> Any:
+        model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 3))
+        return METHODS[name].wrap(model, Setting(4, 0, 1, None, ["0", "1"], rank_pattern={"1": 3}, **fields))
+
+    for name in ("lora", "pissa"):
+        layers = wrapped(name).get_base_model()
+        assert [layer.r["default"] for layer in layers] == [4, 3]
+        assert [layer.scaling["default"] for layer in layers] == [1, 1]
+    found = wrapped("pissa", svd_passes="exact").peft_config["default"]
+    assert (found.svd, wrapped("pissa", svd_passes=4).peft_config["default"].svd_passes) == ("exact", 4)
+
+
+# ---- Quantisation errors ---------------------------------------------------------------------------------------------
+
+
+def nuclear(error: np.ndarray) -> float:
+    return float(np.linalg.svd(error, compute_uv=False).sum())
+
+
+def best(weight: np.ndarray, r: int) -> np.ndarray:
+    u, s, vh = np.linalg.svd(weight)
+    return (u[:, :r] * s[:r]) @ vh[:r]
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_errors_are_those_of_numpy_in_float64(options: Any, format: str) -> None:
+    from bench.experiments.quant_error import QuantErrorCell, removed, weights
+
+    def quantised(weight: np.ndarray) -> np.ndarray:
+        return ops.dequantize(ops.quantize(torch.from_numpy(weight).float(), format)).double().numpy()
+
+    [stored] = weights("power law 1", options)[""]
+    weight, r = stored.double().numpy(), 4
+    result = QuantErrorCell("power law 1", "", format, r).run(options)
+    norms = {name: values[0] for name, values in result["nuclear_norms"].items()}
+    plain = nuclear(weight - quantised(weight))
+    assert norms["plain"] == pytest.approx(plain, rel=1e-5)  # six digits are kept
+    principal = best(weight, r)
+    # A code that rounds the other way, since L is float32's, changes the norm by less than a 1000th.
+    expected = nuclear(weight - principal - quantised(weight - principal))
+    assert norms["QPiSSA, T = 1"] == pytest.approx(expected, rel=1e-3)
+    assert removed(result, "QPiSSA, T = 1") == pytest.approx(1 - expected / plain, abs=1e-3)
+    # LoftQ's factors are of an error without a spectrum's decay: never better than the best ones, nor 2 % worse.
+    error = weight - quantised(weight)
+    least = nuclear(error - best(error, r))
+    assert least * (1 - 1e-5) < norms["LoftQ, T = 1"] < 1.02 * least
+    assert norms["LoftQ, T = 5"] < norms["LoftQ, T = 1"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_each_layer_type_has_its_own_weights_and_its_column(options: Any) -> None:
+    from bench.experiments.claims.quant_errors import QuantErrors, cells
+    from bench.experiments.quant_error import PARTS, removed, weights
+
+    shapes = {part: tuple(each[0].shape) for part, each in weights("minilm", options).items()}
+    assert shapes == dict(
+        zip(PARTS["minilm"], [(64, 64)] * 4 + [(96, 64), (64, 96)], strict=True)  # attention.output is no output
+    )
+    assert {tuple(each[0].shape) for each in weights("smollm2", options).values()} >= {(256, 128), (128, 256)}
+    found = weights("minilm", options)
+    assert not torch.equal(found["output.dense"][0], found["output.dense"][-1])
+
+    known = measured(QuantErrors(), options)
+    section = QuantErrors().section(known, options)
+    average = np.mean([removed(known[cell], "LoftQ, T = 5") for cell in cells("minilm", "int8", 4)])
+    assert row(section.text, "MiniLM, 384 to 1536", "4")[6] == f"{100 * average:.1f}"
+    of_up = removed(known[cells("minilm", "nf4", 4)[4]], "QPiSSA, T = 1")
+    assert row(section.text, "MiniLM", "QPiSSA, T = 1")[4:6] == ["", f"{100 * of_up:.1f}"]
+    drawn(section)
+
+
+# ---- Truncated SVDs --------------------------------------------------------------------------------------------------
+
+
+def test_energy_and_difference_are_those_of_numpy_in_float64(options: Any) -> None:
+    from bench.experiments.svd import SvdCell, weights_of
+
+    [stored] = weights_of("spikes", options)
+    weight, r = stored.double().numpy(), 8
+    u, s, v = (part.double().numpy() for part in ops.svd_lowrank(stored, r, passes=2))
+    result = SvdCell("spikes", "pissa", 2, r).run(options)
+    exact = best(weight, r)
+    kept = np.linalg.norm(weight @ np.linalg.qr(v)[0]) ** 2 / np.linalg.norm(exact) ** 2
+    assert result["energy_lost"] == pytest.approx(1 - kept, rel=1e-4)
+    assert result["difference"] == pytest.approx(np.abs((u * s) @ v.T - exact).sum() / np.abs(exact).sum(), rel=1e-4)
+    more = SvdCell("spikes", "pissa", 8, r).run(options)
+    assert more["energy_lost"] < result["energy_lost"] / 2
+    assert SvdCell("spikes", "torch", "exact", r).run(options)["difference"] < 1e-4  # float32's, over a gap of 1 %
+
+
+def test_torch_reads_the_weight_as_often_as_ours(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.experiments.svd import SvdCell
+
+    reads, plain = [], torch.svd_lowrank
+
+    def counting(weight: torch.Tensor, r: int, niter: int) -> Any:
+        reads.append(2 + 2 * niter)
+        return plain(weight, r, niter=niter)
+
+    monkeypatch.setattr(torch, "svd_lowrank", counting)
+    for passes in (2, 4, 16):
+        SvdCell("spikes", "torch", passes, 4).run(options)
+        assert set(reads) == {passes}
+        reads.clear()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_losses_stand_beside_the_exact_ones(options: Any) -> None:
+    from bench.experiments.claims.fast_svd import FastSvd, sweep, trainings
+
+    known = measured(FastSvd(), options)
+    for r in (1, 8):
+        swept = sweep(r, options)
+        rates = swept.wanted(known)
+        least = min(cell.rate for cell in rates)
+        for cell in rates:
+            put(known, cell, {"after": {"loss": 0.6 if cell.rate == least else 0.7}, "losses": [0.7] * 80})
+        wanted = [c for c in FastSvd().wanted(known, options) if c.kind == "encoder" and c.r == r and c not in known]
+        assert {cell.rate for cell in wanted} == {least}
+        assert {(cell.svd_passes, cell.seed) for cell in wanted} == {
+            (passes, seed) for passes in (2, 4, 8, 16, "exact") for seed in (0, 1)
+        }
+        for cell in wanted:
+            above = 0.1 if cell.svd_passes == 2 else 0.0
+            loss = 0.5 + above + 0.001 * cell.seed
+            put(known, cell, {"after": {"loss": loss}, "losses": [9.0] * 70 + [loss + 0.1] * 10})
+    section = FastSvd().section(known, options)
+    assert "Rank 8: the held-out loss differs from the exact decomposition's with 2 passes." in section.text
+    training, held_out = section.text.split("Held-out loss of the same")
+    assert row(training, "films", "2")[0] == "0.7005 ± 0.0007"
+    assert row(held_out, "films", "2")[1] == "**+0.1000 ± 0.0014**"
+    assert row(held_out, "films", "4")[1] == "+0.0000 ± 0.0014"
+    assert len(trainings(1, 4, known, options)) == 2
+    drawn(section)
+
+
+# ---- First gradients -------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_starts_are_products_with_the_gradient_of_the_weight(options: Any) -> None:
+    """With G that of W, and W's principal part U S Vᵀ: ∂A = Bᵀ G, ∂B = G Aᵀ, where B = U √S and A = √S Vᵀ."""
+    from transformers import DataCollatorWithPadding
+
+    from bench.experiments.encoder import load, load_model
+    from bench.experiments.gradient import GradientCell
+
+    data = load("films", options)
+    model = load_model(data.folder, 0, True).eval()
+    model(**DataCollatorWithPadding(data.tokenizer)(data.train[:16])).loss.backward()
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "classifier"}
+    squares = dict.fromkeys(("a", "b", "step"), 0.0)
+    for module in linear.values():
+        u, s, vh = np.linalg.svd(module.weight.detach().double().numpy(), full_matrices=False)
+        b, a = u[:, :16] * np.sqrt(s[:16]), np.sqrt(s[:16])[:, None] * vh[:16]
+        gradient = module.weight.grad.double().numpy()
+        found = {"a": b.T @ gradient, "b": gradient @ a.T, "step": b @ b.T @ gradient + gradient @ a.T @ a}
+        squares = {name: squares[name] + np.linalg.norm(found[name]) ** 2 for name in found}
+    result = GradientCell("pissa", 0).run(options)
+    assert result["layers"] == len(linear)
+    # The 16th and the 17th of 64 random singular values are 2 % apart: 10 passes find the span to about 1e-3.
+    assert result["norms"] == pytest.approx({name: np.sqrt(square) for name, square in squares.items()}, rel=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_of_loras_gradients_one_is_zero_and_one_random_and_pissas_are_the_same_for_all_seeds(options: Any) -> None:
+    from bench.experiments.claims.first_steps import FirstSteps, sweeps
+    from bench.experiments.gradient import GradientCell, cosine
+
+    known = measured(FirstSteps(), options)
+    lora, pissa, redrawn = (
+        [known[GradientCell(method, seed)] for seed in (0, 1)] for method in ("lora", "pissa", "pissa_sketch")
+    )
+    assert [result["norms"]["a"] for result in lora] == [0, 0]
+    assert min(result["norms"]["b"] for result in lora) > 0
+    assert cosine(*lora, "a") is None
+    assert abs(cosine(*lora, "b")) < 0.6
+    assert pissa[0] == pissa[1]
+    assert redrawn[0]["sketches"]["a"] != redrawn[1]["sketches"]["a"]
+    assert cosine(*redrawn, "step") > 0.99
+
+    curves = {"lora": [1.0 + i for i in range(80)], "pissa": [2.0 + i for i in range(80)]}
+    for method, sweep in sweeps("films", options).items():
+        while missing := [cell for cell in sweep.wanted(known) if cell not in known]:
+            loss = 0.5 if missing[0].rate == sweep.cell.rate else 0.6
+            shifted = [value + missing[0].seed for value in curves[method]]
+            put(known, missing[0], {"after": {"loss": loss}, "losses": shifted})
+    section = FirstSteps().section(known, options)
+    # Seeds 0 and 1: half above the curve; the mean of steps 3 to 7 is step 5's.
+    assert row(section.text, "MiniLM on films", "PiSSA")[1:] == ["2.5000", "7.5000", "22.5000", "52.5000", "79.5000"]
+    assert row(section.text, "LoRA")[0] == "0.0000 ± 0.0000"
+    assert "exactly 0 for 2 of 2 seeds; PiSSA's gradients are the same numbers for 2 of 2." in section.text
+    drawn(section)
+
+
+def test_sketches_keep_cosines() -> None:
+    from bench.experiments.gradient import SKETCH, cosine, sketch
+
+    one, other = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    mixed = 0.8 * one + 0.6 * other
+    results = [{"sketches": {"b": sketch([part[:1000].view(10, 100), part[1000:]])}} for part in (one, mixed, -one)]
+    exact = float(torch.cosine_similarity(one, mixed, dim=0))
+    assert cosine(results[0], results[1], "b") == pytest.approx(exact, abs=3 / SKETCH**0.5)
+    assert cosine(results[0], results[2], "b") == pytest.approx(-1)
