@@ -43,13 +43,12 @@ _ENCODER = {
     "dora": 5e-3,
     "olora": 1e-3,
     "adalora": 1e-2,
-    "loraplus": 1e-3,  # a quarter of LoRA's, as in the table above: 16 times of it, B's own, is above LoRA's
     "full": 2e-4,
     "medium": 2e-3,
     "minor": 5e-3,
 }
 # A rate of this grid for each factor of 4 in the rank: small ranks want larger rates.
-_TIMES = {1: 2.5, 2: 2.0, 4: 2.0, 8: 1.0, 16: 1.0, 32: 0.5, 64: 0.5, 128: 0.4}
+_TIMES = {1: 2.5, 4: 2.0, 16: 1.0, 64: 0.5, 128: 0.4}
 
 
 def language_sweep(task: str, method: str, r: int = 16) -> Sweep:

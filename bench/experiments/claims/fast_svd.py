@@ -14,7 +14,7 @@ from bench.experiments.experiment import Cell, Experiment, Known, Options, Resul
 from bench.experiments.svd import SvdCell
 from bench.experiments.sweep import Spread, Sweep, loss_of
 
-RANKS = (1, 8, 64)
+RANKS = (4, 64)
 PASSES = (2, 4, 8, 16)
 SEEDS = (0, 1, 2)
 WEIGHTS = {"minilm": "MiniLM, 36 weights", "spikes": "one of 2048²"}

@@ -9,7 +9,7 @@ from bench.experiments.experiment import Cell, Experiment, Known, Options, Secti
 from bench.experiments.figures import label
 from bench.experiments.sweep import Spread, Sweep
 
-METHODS = ("full", "gaussian", "lora", "rslora", "loraplus", "dora", "olora", "adalora", "pissa", "unit")
+METHODS = ("full", "gaussian", "lora", "dora", "adalora", "pissa", "unit")
 TASKS = ("films", "products")
 PAPER = {
     "full": ("95.63", "88.25"),

@@ -7,7 +7,7 @@ from bench.experiments.experiment import Cell, Experiment, Known, Options, Secti
 from bench.experiments.figures import label
 from bench.experiments.sweep import Spread, Sweep
 
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+RANKS = (1, 4, 16, 64, 128)
 METHODS = ("lora", "pissa")
 
 
