@@ -110,7 +110,7 @@ def make_trainer(model: Any, task: LanguageTask, cell: LanguageCell, out: Path) 
     cut at norm 1. A base and its activations are bfloat16, adapters and their products float32."""
     method = METHODS[cell.method]
     disable_progress_bars()
-    curve = {"eval_strategy": "steps", "eval_steps": CURVE} if cell.seed > 0 else {}
+    curve = {"eval_strategy": "steps", "eval_steps": min(CURVE, task.steps)} if cell.seed > 0 else {}
     args = SFTConfig(
         output_dir=str(out),
         max_steps=task.steps,

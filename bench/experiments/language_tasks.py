@@ -45,12 +45,12 @@ class _Size(NamedTuple):
     longest: int
     """Tokens; only examples that need no cut are used."""
     held_out: int
+    prose: tuple[int, int] = (12, 96)
+    """Rows, and tokens in each."""
 
 
 _SIZES = {"gsm8k": _Size(40, 2, 104, 40), "sums": _Size(48, 8, 64, 200)}
-_QUICK = _Size(3, 2, 256, 4)
-_UNRELATED = (12, 96)
-"""Rows, and tokens in each."""
+_QUICK = _Size(2, 1, 256, 2, (2, 8))
 
 
 def load_task(name: str, options: Options) -> LanguageTask:
@@ -72,7 +72,8 @@ def load_task(name: str, options: Options) -> LanguageTask:
     rows = {part: _rows(chats, tokenizer, size.longest) for part, chats in (("train", train), ("test", test))}
     held_out = sorted(rows["test"][: size.held_out], key=lambda row: len(row["input_ids"]))
     problems = [] if name == "gsm8k" else [_problem(chat) for chat in test[: size.held_out]]
-    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, _prose(tokenizer), problems)
+    prose = _prose(tokenizer, *size.prose)
+    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, prose, problems)
 
 
 def _problem(chat: Chat) -> dict[str, str]:
@@ -105,13 +106,12 @@ def _rows(chats: list[Chat], tokenizer: Any, longest: int) -> list[Row]:
     return [row for row in found if len(row["input_ids"]) <= longest]
 
 
-def _prose(tokenizer: Any) -> list[Row]:
+def _prose(tokenizer: Any, count: int, length: int) -> list[Row]:
     """The beginning of a story of 1889 that reasoning-gym carries: "In the Year 2889", by Jules and Michel Verne."""
     package = find_package("reasoning_gym")
     if package is None:
         raise SystemExit("needs the package reasoning-gym, which is not installed: pip install reasoning-gym")
     book = (package / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
     text = book.partition("*** START OF")[2].partition("***")[2].strip()
-    count, length = _UNRELATED
     tokens = tokenizer(text, add_special_tokens=False).input_ids[: count * length]
     return [{"input_ids": row, "labels": row} for i in range(count) if (row := tokens[i * length : (i + 1) * length])]
