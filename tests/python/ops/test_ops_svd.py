@@ -170,7 +170,7 @@ def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
 
 @pytest.mark.cpu_only
 def test_unknown_instruction_set_is_refused() -> None:
-    code = "import pissa.ops"
+    code = "import pissa; pissa.ops.build_info()"
     run = subprocess.run(
         [sys.executable, "-c", code], env={"PISSA_ISA": "sse9"}, capture_output=True, text=True, check=False
     )
