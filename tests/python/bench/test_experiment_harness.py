@@ -203,7 +203,10 @@ def test_the_width_of_a_valley_is_between_its_crossings() -> None:
     # On the grid's straight lines: from 1 at d = 0 to 1 + 0.3010^2 at 2e-3 and 1 + 0.3010^2 at 5e-4.
     slope = math.log10(2)  # the loss rises by d squared over d decades
     assert sweep.width(known) == pytest.approx(2 * 0.02 / slope)
-    assert sweep.width(known, tolerance=10.0) == pytest.approx(math.log10(5e-3 / 2e-4))
+    assert sweep.bounded(known)
+    flat, known = swept(lambda rate, seed: valley(1e-3)(rate, seed) / 100 + 1, 1e-3)
+    assert flat.width(known) == pytest.approx(math.log10(5e-3 / 2e-4))
+    assert not flat.bounded(known)
 
 
 def test_a_spread_has_the_deviation_of_its_seeds() -> None:
