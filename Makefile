@@ -26,7 +26,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 demo: $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-torch-headers test-cpp test-cuda-build test-gpu-rehearsal test-peft test-python experiments-quick
+test: test-torch-headers test-cpp test-cuda-build test-gpu-rehearsal test-peft experiments-quick test-python
 
 # ---- What must be there already ----
 
