@@ -20,7 +20,7 @@ from pissa.ops.checks import check_choice
 CLIP = 1.0  # the default of transformers.Trainer, which Adam's rate depends on while gradients change
 MOST_TRIALS = 16
 
-_NAMES = {"pissa": "PiSSA", "lora": "LoRA"}
+_NAMES = {"pissa": "PiSSA", "unit": "PiSSA's orthonormal start", "lora": "LoRA"}
 
 
 class Suggestion(NamedTuple):
@@ -65,7 +65,8 @@ def suggest_lr(
         batches: as the training gets them; with the default `loss`, mappings of keyword arguments with labels, on the
             model's device. At least 2. More of them bring the trial closer to the training and cost more; it was
             measured with 30.
-        method: "pissa" or "lora", for the text. None reads it off the configuration of the model's active adapter.
+        method: "pissa", "unit" or "lora", for the text. None reads it off the configuration of the model's active
+            adapter.
         loss: the loss of a batch, a scalar that has a gradient; `model(**batch).loss` by default.
 
     Raises:
@@ -220,7 +221,7 @@ def _method_of(model: nn.Module) -> str:
     config = model.peft_config[model.active_adapter]
     start = config.init if isinstance(config, PissaConfig) else getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith("pissa"):
-        return "pissa"
+        return "unit" if getattr(config, "start_norm", "singular") == "unit" else "pissa"
     return "lora" if start in ("lora", True, "gaussian") else ""
 
 

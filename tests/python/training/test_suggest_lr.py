@@ -179,6 +179,7 @@ def plain_lora(start: bool | str) -> nn.Module:
     ("model", "method", "name"),
     [
         (lambda: language_model(init="pissa_minor"), None, "PiSSA"),
+        (lambda: language_model(start_norm="unit"), None, "PiSSA's orthonormal start"),
         (lambda: language_model(init="lora"), None, "LoRA"),
         (lambda: language_model(init="olora"), None, "this model"),
         (lambda: language_model(init="olora"), "lora", "LoRA"),
