@@ -23,6 +23,7 @@ from bench.experiments.page import write_page
 from bench.experiments.registry import EXPERIMENTS
 from bench.experiments.results import Results
 from bench.experiments.run import run
+from pissa.cli.terminal import silence_third_parties
 
 RESULTS = Path(__file__).parents[1] / "results" / "experiments"
 PAGE = Path(__file__).parent
@@ -65,6 +66,7 @@ def main() -> int:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:<18} {experiment.title}")
         return 0
+    silence_third_parties()
     torch.set_num_threads(1)
     folder = given.results or RESULTS
     data, trained = tuple(given.data), folder / "trained"

@@ -7,11 +7,12 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ class _Running(NamedTuple):
     cell: Cell
     process: multiprocessing.process.BaseProcess
     begun: float
+    said: IO[bytes]
+    """What the process has written: shown if it fails."""
 
 
 def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[Cell]:
@@ -50,27 +53,32 @@ def run(wanted: Wanted, results: Results, options: Options, jobs: int) -> list[C
             for cell in missing[: jobs - len(running)]:
                 cell.prepare(options)
                 receiver, sender = fork.Pipe(duplex=False)
-                process = fork.Process(target=_measure, args=(cell, options, sender), daemon=True)
+                said = tempfile.TemporaryFile()  # noqa: SIM115  closed when the cell has ended
+                process = fork.Process(target=_measure, args=(cell, options, sender, said.fileno()), daemon=True)
                 process.start()
                 sender.close()
-                running[receiver] = _Running(cell, process, time.monotonic())
+                running[receiver] = _Running(cell, process, time.monotonic(), said)
             if not running:
                 return failed
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
-                cell, process, begun = running.pop(ready)
+                cell, process, begun, said = running.pop(ready)
                 try:
                     result, processor = ready.recv()
                     seconds = {"wall": round(time.monotonic() - begun, 1), "processor": round(processor, 1)}
                     results.add(cell, result, seconds)
                 except EOFError:  # the process has ended without a result
                     failed.append(cell)
-                    bar.write(f"failed: {cell}", file=sys.stderr)
+                    said.seek(0)
+                    bar.write(f"{said.read().decode(errors='replace')}\nfailed: {cell}", file=sys.stderr)
+                said.close()
                 process.join()
 
 
-def _measure(cell: Cell, options: Options, sender: Connection) -> None:
-    """The process of a cell."""
+def _measure(cell: Cell, options: Options, sender: Connection, said: int) -> None:
+    """The process of a cell. What it writes goes to the file `said`: the screen has the bar of all cells."""
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     begun = time.process_time()
     try:
