@@ -31,6 +31,10 @@ TESTS: dict[str, str] = {
     r"test_mixed_adapter_batches_lora_with_dora_raises": "works with PiSSA",
     r"TestDecoderModelsTargetParameters.*mixed_adapter_batches": "refused in our words where experts are adapted",
     r"TestDecoderModelsTargetParameters::test_weighted_combination": "works with PiSSA",
+    r"TestDecoderModelsTargetParameters::test_disable_adapter\[.*Llama4": (
+        "allows 1e-6 where weights of deviation 1 make logits of 22, whose last bit is 2e-6: an expert's product is a "
+        "matrix product of its own here, and some CPUs round that otherwise than the batched one (PEFT: 1e-5 on Windows)"
+    ),
     r"TestDecoderModelsTargetParameters::test_training_decoders": "an expert without tokens has no gradient",
     r"test_target_parameter_(on_top_level_module_raises|result_caching)": "PEFT's ParamWrapper",
     r"test_rank_pattern_for_moe_target_parameters|reuses_param_wrapper": "PEFT's ParamWrapper",
