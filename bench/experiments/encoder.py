@@ -29,7 +29,7 @@ from transformers import (
 from bench.experiments.callbacks import MoveRanks
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.methods import METHODS, Setting
-from bench.experiments.numbers import rounded
+from bench.experiments.numbers import log_of, rounded
 from pissa.cli.sources import find_package
 
 FILES = {"films": "movieReviewSnippets_GroundTruth.txt", "products": "amazonReviewSnippets_GroundTruth.txt"}
@@ -64,12 +64,9 @@ class EncoderCell(Cell):
             trainer.train()
             trained = time.process_time()
             after = trainer.evaluate()
-        rows = [row for row in trainer.state.log_history if "loss" in row]
         return {
             "after": {name: rounded(after[f"eval_{name}"]) for name in ("loss", "accuracy")},
-            "losses": [rounded(row["loss"]) for row in rows],
-            "gradient_norms": [rounded(row["grad_norm"]) for row in rows],
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            **log_of(trainer),
             "steps": steps,
             "batch": BATCH,
             "seconds": {"start": round(started - begun, 1), "training": round(trained - started, 1)},

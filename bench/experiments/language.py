@@ -23,7 +23,7 @@ from bench.experiments.evaluation.lm_harness import evaluate
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.language_tasks import LanguageTask, load_task
 from bench.experiments.methods import METHODS, Method, Setting
-from bench.experiments.numbers import rounded
+from bench.experiments.numbers import log_of, rounded
 from pissa.cli.encode import IGNORED
 
 CURVE = 8
@@ -68,13 +68,9 @@ class LanguageCell(Cell):
             after = _measures(trainer, task, curve[-1] if curve else trainer.evaluate())
         if task.exact and self.seed > 0:
             after["generated"] = _generated(model, task)
-        history = trainer.state.log_history
-        steps = [row for row in history if "loss" in row]
         result: Result = {
             "after": after,
-            "losses": [rounded(row["loss"]) for row in steps],
-            "gradient_norms": [rounded(row["grad_norm"]) for row in steps],
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            **log_of(trainer),
             "steps": task.steps,
             "batch": task.batch,
             # The evaluations of a curve are in the time of training: only seed 0 has none.

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def rounded(value: float) -> float | None:
     """Six digits; None if it is not finite, which JSON cannot say."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def log_of(trainer: Any) -> dict[str, Any]:
+    """What a trainer of transformers has noted of each step, before gradients are cut; and how much it trains."""
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    return {
+        "losses": [rounded(row["loss"]) for row in steps],
+        "gradient_norms": [rounded(row["grad_norm"]) for row in steps],
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
