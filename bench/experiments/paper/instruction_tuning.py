@@ -19,7 +19,7 @@ from bench.experiments.data import instructions
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.methods import METHODS, Setting
 from bench.experiments.models import load_language_model
-from bench.experiments.numbers import rounded
+from bench.experiments.numbers import log_of, rounded
 from bench.experiments.paper import tiny
 from bench.experiments.paper.given import device, from_environment, given
 from bench.experiments.presets import PAPER_NLG, Preset, sft_arguments
@@ -67,12 +67,9 @@ class InstructionTuning(Cell):
         after = trainer.evaluate()
         trainer.save_model(str(folder))
         shutil.rmtree(checkpoints)
-        steps = [row for row in trainer.state.log_history if "loss" in row]
         return {
             "after": {"loss": rounded(after["eval_loss"])},
-            "losses": [rounded(row["loss"]) for row in steps],
-            "gradient_norms": [rounded(row["grad_norm"]) for row in steps],
-            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            **log_of(trainer),
             "rows": len(train),
             "steps": trainer.state.global_step,
             "resumed_after": int(reached.name.rpartition("-")[2]) if reached else 0,
