@@ -23,7 +23,7 @@ from bench.experiments.evaluation import glue
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.methods import METHODS, Setting
 from bench.experiments.models import adapter_fields, load_classifier
-from bench.experiments.numbers import rounded
+from bench.experiments.numbers import log_of, rounded
 from bench.experiments.paper.given import device, given
 from bench.experiments.presets import PAPER_NLU, Preset, training_arguments
 from pissa.cli.run_folder import last_checkpoint
@@ -65,11 +65,9 @@ class GlueTuning(Cell):
         trainer.save_model(str(folder))
         shutil.rmtree(checkpoints, ignore_errors=True)  # AdaLoRA has none
         history = trainer.state.log_history
-        losses = [row["loss"] for row in history if "loss" in row]
         return {
             "scores": {part: _epochs(history, f"eval_{part}_") for part in glue.TASKS[self.task].evaluated},
-            "losses": list(map(rounded, losses)),
-            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            **log_of(trainer),
             "steps": trainer.state.global_step,
             "resumed_after": int(reached.name.rpartition("-")[2]) if reached else 0,
         }
