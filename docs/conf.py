@@ -1,0 +1,25 @@
+"""Sphinx's configuration: `make docs` builds the book into build/docs, warnings are errors."""
+
+from __future__ import annotations
+
+import pissa
+
+project = "pissa"
+author = "the authors of pissa"
+copyright = "2026, the authors of pissa"
+version = release = pissa.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3  # every heading can be linked to, and links to headings are checked
+nitpicky = True  # a name that leads nowhere is a warning
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "separated"
+
+html_theme = "furo"
+html_title = "pissa"
+html_copy_source = False
+templates_path: list[str] = []
+exclude_patterns: list[str] = []
