@@ -1,0 +1,157 @@
+"""The pictures of the book and the README, out of committed data: `make figures`.
+
+    python docs/figures.py    # writes docs/pictures/*.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from bench.experiments import figures, measures
+from bench.experiments.claims import few_steps
+from bench.experiments.experiment import Options
+from bench.experiments.figures import Axes, Figure
+from bench.experiments.results import Results
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "bench" / "results"
+OURS, PEER, FROZEN, TRAINED = "#D55E00", "#0072B2", "0.85", "#D55E00"
+
+# Rows of bench/compare, and what a bar of them is called.
+STEPS = {
+    "forward, nf4, r = 64, M = 16": "forward, 16 tokens",
+    "forward, nf4, r = 64, M = 512": "forward, 512 tokens",
+    "forward + backward, nf4, r = 64, M = 16": "forward + backward, 16 tokens",
+    "forward + backward, nf4, r = 64, M = 512": "forward + backward, 512 tokens",
+    "forward + backward, nf4, r = 64, M = 2048": "forward + backward, 2048 tokens",
+    "QPiSSA's split, r = 128: SVD, residual, nf4 with nested scales": "start of a layer, r = 128",
+}
+METHODS = ("lora", "pissa", "unit", "full")
+"""Whose curves are in the README: more could not be told apart there."""
+
+
+def speed() -> Figure:
+    """How many times as long PEFT with bitsandbytes takes, and with the best settings that it has."""
+    rows = {(row["work"], row["malloc"]): row for row in json.loads((DATA / "zen4_2_cores.json").read_text())["rows"]}
+    figure, (axes,) = figures.panels(["PEFT + bitsandbytes' time over ours"], height=2.5)
+    for place, work in enumerate(STEPS):
+        for malloc, offset, color in (("default", -0.19, OURS), ("tuned", 0.19, "#E8A87C")):
+            row = rows.get((work, malloc))
+            if row is not None:
+                low, high = row["ratio_quartiles"]
+                ratio = row["ratio_median"]
+                axes.barh(place + offset, ratio, 0.36, color=color, hatch="" if malloc == "default" else "///")
+                axes.plot([low, high], [place + offset] * 2, color="black", linewidth=1)
+                axes.text(high + 0.08, place + offset, f"{ratio:.2f}", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(STEPS)), list(STEPS.values()))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 6.4)
+    axes.set_xlabel("times as fast (1: equal)")
+    handles = [
+        Rectangle((0, 0), 1, 1, color=OURS, label="as installed"),
+        Rectangle((0, 0), 1, 1, facecolor="#E8A87C", hatch="///", label="with the best settings PEFT has (1)"),
+    ]
+    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.32), frameon=False)  # beside short bars
+    figures.note(
+        figure,
+        "one layer 4096 x 4096, NF4, bfloat16, r = 64; two Zen 4 cores; n = 9 pairs in turns: median and quartiles\n"
+        "(1) bfloat16 adapters, and a malloc that keeps its memory",
+    )
+    return figure
+
+
+def loss() -> Figure:
+    """Held-out loss against steps on the two tasks, each method at its own best rate."""
+    known, options = Results(DATA / "experiments"), Options()
+    titles = [measures.TASKS[task] for task in few_steps.TASKS]
+    figure, panels = figures.panels(titles, height=2.5)
+    for axes, task in zip(panels, few_steps.TASKS, strict=True):
+        sweeps = few_steps.dense(task, options)
+        found = {method: measures.above_0(sweeps[method], known).values() for method in METHODS}
+        curves = {method: [measures.curve(one)[1:] for one in results] for method, results in found.items() if results}
+        figures.against_steps(axes, curves)
+    figures.legend(figure, METHODS, "n = 2 seeds, pale: both; each method at its own best learning rate, r = 16")
+    return figure
+
+
+def split() -> Figure:
+    """A weight, its singular values, and the two parts."""
+    figure, axes = figures.panels(["the weight's singular values", "what becomes of them"], height=2.2)
+    values = 3.2 * np.arange(1, 33) ** -0.55
+    r = 6
+    axes[0].bar(range(1, r + 1), values[:r], color=TRAINED, width=0.8)
+    axes[0].bar(range(r + 1, 33), values[r:], color=FROZEN, edgecolor="0.6", width=0.8)
+    axes[0].annotate("the r largest:\nthe adapter", (3, values[2]), (9, 2.6), arrowprops={"arrowstyle": "-"})
+    axes[0].annotate("the rest: frozen", (20, values[19]), (17, 1.5), arrowprops={"arrowstyle": "-"})
+    axes[0].set(xticks=[], yticks=[], xlabel="component", ylabel="singular value")
+    _canvas(axes[1], (0, 13), (0, 6))
+    _box(axes[1], 0.3, 1, 4, 4, "W", "0.95")
+    _text(axes[1], 4.8, 3, "=")
+    _box(axes[1], 5.3, 1, 4, 4, "residual\nfrozen,\n16, 8 or 4 bits", FROZEN)
+    _text(axes[1], 9.8, 3, "+")
+    _box(axes[1], 10.2, 1, 0.8, 4, "B", TRAINED)
+    _box(axes[1], 11.2, 4.2, 1.7, 0.8, "A", TRAINED)
+    _text(axes[1], 12.1, 3.2, "trained")
+    return figure
+
+
+def fused() -> Figure:
+    """What memory a layer in 4 bits touches, by separate steps and fused."""
+    figure, (apart, one) = figures.panels(["separate steps", "fused"], columns=1, height=1.25)
+    for axes in (apart, one):
+        _canvas(axes, (0, 20), (0, 4))
+    _box(apart, 0.2, 1, 2, 2, "4 bits", FROZEN)
+    _arrow(apart, 2.3, 4.2, "decode")
+    _box(apart, 4.3, 0.4, 3.2, 3.2, "dense copy\nof W", "0.95")
+    _arrow(apart, 7.6, 9.8, "x Wᵀ")
+    _box(apart, 9.9, 1, 2.2, 2, "output", "0.95")
+    _arrow(apart, 12.2, 14.2, "+ s x AᵀBᵀ")
+    _box(apart, 14.3, 1, 2.2, 2, "another\ncopy", "0.95")
+    _arrow(apart, 16.6, 17.6, "sum")
+    _box(apart, 17.7, 1, 2.2, 2, "y", "0.95")
+    _box(one, 0.2, 1, 2, 2, "4 bits", FROZEN)
+    _box(one, 2.5, 1, 1.2, 2, "A, B", TRAINED)
+    _arrow(one, 3.9, 14.2, "one product: blocks are decoded in the cache")
+    _box(one, 14.3, 1, 2.2, 2, "y", "0.95")
+    return figure
+
+
+def _canvas(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
+    axes.set_xlim(*x)
+    axes.set_ylim(*y)
+    axes.axis("off")
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black", linewidth=0.8))
+    ink = "white" if color == TRAINED else "black"
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, color=ink)
+
+
+def _arrow(axes: Axes, start: float, end: float, text: str) -> None:
+    axes.add_patch(FancyArrowPatch((start, 2), (end, 2), arrowstyle="-|>", mutation_scale=9, color="black"))
+    axes.text((start + end) / 2, 2.25, text, ha="center", va="bottom", fontsize=7.5)
+
+
+def _text(axes: Axes, x: float, y: float, text: str) -> None:
+    axes.text(x, y, text, ha="center", va="center")
+
+
+PICTURES: dict[str, Callable[[], Any]] = {"speed": speed, "loss": loss, "split": split, "fused": fused}
+
+
+def main() -> None:
+    for name, draw in PICTURES.items():
+        figures.save(draw(), HERE / "pictures" / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Every block of code on a page runs, as a reader would run it: one after the other, in one folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mixtures
+import pages
+from pissa.cli import main
+from tiny_model import save_tiny_model, tiny_tokenizer
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: a folder stands for it
+SHORT = ["--batch-size", "2", "--grad-accum", "1"]
+RUN = {"python", "diff", "sh"}
+NOT_RUN = {
+    "text": "what a program prints, or what needs several processes or files that only others have",
+    "cmake": "tests/cpp builds a program against the installed package",
+    "cpp": "the same",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the pages' examples start from."""
+    folder = tmp_path_factory.mktemp("made")
+    save_tiny_model(folder / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "moe")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mixtures.mixtral().save_pretrained(folder / "moe")
+    _write(folder / "train.jsonl", [{"question": f"{i}+1", "answer": f"{i + 1}"} for i in range(40)])
+    _write(
+        folder / "preferences.jsonl", [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": "no"} for i in range(16)]
+    )
+    command = ["finetune", "--model", str(folder / "base"), "--data", str(folder / "train.jsonl"), "--steps", "2"]
+    for out, more in {"run": [], "run4bit": ["--quant", "nf4"]}.items():
+        assert main([*command, *SHORT, *more, "--rank", "4", "--out", str(folder / out)]) == 0
+    shutil.copytree(folder / "run", folder / "adapter")
+    return folder
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it, as the working directory."""
+    folder = shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    yield folder
+
+
+@pytest.mark.filterwarnings("default")  # pages say what warns
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name_of)
+def test_every_block_runs(page: Path, here: Path) -> None:
+    names: dict[str, Any] = {"name": "base"}
+    for language, text in pages.blocks(page):
+        if language == "python":
+            _python(text, names)
+        elif language == "diff":
+            before = "".join(line[1:] for line in text.splitlines(keepends=True) if line[0] in "- ")
+            after = "".join(line[1:] for line in text.splitlines(keepends=True) if line[0] in "+ ")
+            for side in (before, after):
+                _python(side, names | _loaded())
+        elif language == "sh":
+            for line in text.replace("\\\n", "").splitlines():
+                _command(line.partition("#")[0].strip(), here)
+        else:
+            assert language in NOT_RUN, f"{page.name}: {language!r} is neither {RUN} nor {set(NOT_RUN)}:\n{text}"
+
+
+def _python(text: str, names: dict[str, Any]) -> None:
+    exec(compile(text.replace(NAME, "base"), "a block", "exec"), names)
+
+
+def _loaded() -> dict[str, Any]:
+    """What both sides of a difference begin with."""
+    from transformers import AutoModelForCausalLM
+
+    return {"AutoModelForCausalLM": AutoModelForCausalLM, "model": AutoModelForCausalLM.from_pretrained("base")}
+
+
+def _command(line: str, here: Path) -> None:
+    """A command of ours runs; one of `make` or pip names what there is."""
+    words = shlex.split(line)
+    if not words:
+        return
+    if words[0] == "pissa":
+        arguments = [{"200": "2"}.get(word, word) for word in words[1:]]  # steps
+        shorter = SHORT if arguments[0] in ("finetune", "dpo") and "--config" not in arguments else []
+        assert main([*arguments, *shorter]) == 0, line
+    elif words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets) | {word for word in words if "=" in word}, line
+    elif words[:2] == ["pip", "install"]:
+        extras = (pages.ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+        for extra in re.findall(r"\[([\w,]+)\]", line):
+            assert all(re.search(rf"^{name} = ", extras, flags=re.MULTILINE) for name in extra.split(",")), line
+    else:
+        raise AssertionError(f"a page has a command that no test runs: {line}; mark its block as text")
