@@ -1,4 +1,4 @@
-"""The README's table of architectures is what their tests hold."""
+"""The book's table of architectures is what their tests hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's table of architectures. `python tests/python/support/matrix.py` writes it anew.
+"""The table of architectures. `python tests/python/support/matrix.py` writes it anew.
 
 Every cell is a test of each architecture, which holds what the cell says: `test_architectures.py`, and, of several
 processes, `test_parallel_architectures.py`.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from architectures import ARCHITECTURES
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 TITLES = {
@@ -81,11 +81,11 @@ def table() -> str:
 
 
 def written() -> str:
-    """The table in the README, between its marks."""
-    found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", README.read_text(), flags=re.DOTALL)
-    assert found, f"README.md has no {BEGIN} ... {END}"
+    """The table in docs/architectures.md, between its marks."""
+    found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", PAGE.read_text(), flags=re.DOTALL)
+    assert found, f"{PAGE} has no {BEGIN} ... {END}"
     return found[0]
 
 
 if __name__ == "__main__":
-    README.write_text(README.read_text().replace(written(), table()))
+    PAGE.write_text(PAGE.read_text().replace(written(), table()))

@@ -1,4 +1,4 @@
-"""The README's table of what was tested: `python tests/python/support/versions.py COMMAND` writes the
+"""The table of what was tested, in docs/install.md: `python tests/python/support/versions.py COMMAND` writes the
 row of the Python that runs it, after COMMAND has passed there. `.ci/run` does so; the
 rows of other versions of Python stay."""
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pissa
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "install.md"
 BEGIN, END = "<!-- versions -->", "<!-- /versions -->"
 HEAD = "| Python | torch | PEFT | transformers | compiler | system | command |\n|---|---|---|---|---|---|---|"
 
@@ -26,12 +26,12 @@ def row(command: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def with_row(readme: str, row: str) -> str:
-    """`readme` with the row in its table, in place of that of the same version of Python (3.x)."""
-    begin, end = readme.index(BEGIN), readme.index(END)
-    rows = {minor(line): line for line in [*re.findall(r"^\| \d.*", readme[begin:end], flags=re.MULTILINE), row]}
+def with_row(page: str, row: str) -> str:
+    """`page` with the row in its table, in place of that of the same version of Python (3.x)."""
+    begin, end = page.index(BEGIN), page.index(END)
+    rows = {minor(line): line for line in [*re.findall(r"^\| \d.*", page[begin:end], flags=re.MULTILINE), row]}
     table = "\n".join([BEGIN, "", HEAD, *(rows[key] for key in sorted(rows)), "", ""])
-    return readme[:begin] + table + readme[end:]
+    return page[:begin] + table + page[end:]
 
 
 def minor(row: str) -> tuple[int, ...]:
@@ -40,4 +40,4 @@ def minor(row: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    README.write_text(with_row(README.read_text(), row(sys.argv[1])))
+    PAGE.write_text(with_row(PAGE.read_text(), row(sys.argv[1])))
