@@ -16,6 +16,7 @@ nitpicky = True  # a name that leads nowhere is a warning
 
 # Names without a page here: `make docs` needs no network, so that other projects' inventories are not read.
 nitpick_ignore_regex = [
+    ("py:class", r"(torch|peft|os|collections\.abc|dataclasses)\..+"),
     ("cpp:identifier", "pissa(::cpu|::cuda)?"),  # namespaces, which Breathe refers to but does not describe
     ("cpp:identifier", "(cuda|cublas|cusolver)[A-Za-z]+_t"),  # CUDA's types
 ]
@@ -24,9 +25,12 @@ breathe_projects = {"pissa": "../build/doxygen/xml"}  # by docs/Doxyfile
 breathe_default_project = "pissa"
 breathe_show_include = False  # one header is included
 
+default_role = "literal"  # of docstrings: single backticks are code
+smartquotes = False  # quotes can be copied
+
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
 
 html_theme = "furo"
 html_title = "pissa"

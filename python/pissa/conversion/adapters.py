@@ -52,7 +52,7 @@ class Conversion:
     layers: dict[str, ConvertedLayer]
     """By name."""
     worst: float
-    """The largest error in the check on random inputs, as a part of its bound: at most 1."""
+    """The largest error in the check on random inputs, as a part of its bound, at most 1."""
 
     @property
     def kept(self) -> float:

@@ -16,7 +16,7 @@ class Exported(NamedTuple):
     """What has been written, in words."""
     bytes_written: int
     load: str
-    """How the result is loaded: a line of Python, or of a shell."""
+    """How the result is loaded, as a line of Python or of a shell."""
     error: float = 0.0
     """‖W - W'‖ / ‖W'‖ over the layers whose weight W is not, up to float32, the one that was trained, W'."""
     worst: str | None = None
