@@ -26,7 +26,7 @@ breathe_default_project = "pissa"
 breathe_show_include = False  # one header is included
 
 default_role = "literal"  # of docstrings: single backticks are code
-smartquotes = False  # quotes can be copied
+smartquotes_action = "D"  # dashes alone: quotes can be copied
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

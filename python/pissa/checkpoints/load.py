@@ -68,7 +68,7 @@ def load(
         ValueError: a folder that is damaged, or does not fit the adapter or the configuration; the message names file,
             tensor or layer. And as `wrap`.
         TypeError: more than one of adapter, config and fields, or a layer that cannot be adapted.
-        pissa.distributed.RankError: another process has failed.
+        pissa.RankError: another process has failed.
     """
     with failing_together():
         source = Source.open(folder)

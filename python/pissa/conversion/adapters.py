@@ -31,7 +31,9 @@ class ConvertedLayer(NamedTuple):
     """The outcome for one layer, or for one weight of all experts of a module."""
 
     rank_before: int
+    """Of the source."""
     rank: int
+    """Of what was written."""
     energy: float
     """‖s (B A - B0 A0)‖², Frobenius."""
     lost: float

@@ -15,6 +15,7 @@ class Exported(NamedTuple):
     written: str
     """What has been written, in words."""
     bytes_written: int
+    """Of all files together."""
     load: str
     """How the result is loaded, as a line of Python or of a shell."""
     error: float = 0.0
@@ -22,5 +23,6 @@ class Exported(NamedTuple):
     worst: str | None = None
     """The layer, or the stack of experts, of the largest error; None if there is none."""
     error_of_worst: float = 0.0
+    """Of that layer alone."""
     mean_error: float = 0.0
     """Of the layers, each by itself."""

@@ -379,7 +379,7 @@ class PissaModel(MendedPeftModel):
             kwargs: see `from_pretrained`.
 
         Returns:
-            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty, since an adapter
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty, for an adapter
             with a tensor missing, or one too many, is refused.
 
         Raises:

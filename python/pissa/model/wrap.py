@@ -62,7 +62,7 @@ def wrap(
         TypeError: no model, config and fields both given, or a layer that cannot be adapted.
         ValueError: no layer found, a rank too large for a layer that is named, NaN or Inf in a weight, a model that is
             wrapped already.
-        pissa.distributed.RankError: another process has failed.
+        pissa.RankError: another process has failed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
