@@ -12,6 +12,7 @@ import pytest
 from peft import LoraConfig
 
 import pissa
+from pissa.config import _SUPPORTED
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/api/python.md").read_text()
@@ -40,8 +41,6 @@ def test_the_configuration_has_its_fields_and_defaults() -> None:
 
 
 def test_fields_of_lora_config_that_mean_the_same_are_named() -> None:
-    from pissa.config import _SUPPORTED
-
     [text] = re.findall(r"mean the same here: (.*?)\. Any other", PAGE, re.DOTALL)
     # What PEFT sets itself, and what is detected whatever is given.
     inner = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "fan_in_fan_out"}
