@@ -1,6 +1,7 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
 # make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
+# make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
 #
 # All need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
 # another Python: make test PYTHON=/usr/bin/python3.
@@ -20,7 +21,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick wheel tools clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick docs wheel tools tools-docs clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -36,6 +37,9 @@ tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: make PYTHON=/path/to/python3.10 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv: apt-get install python3-venv" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "$(PYTHON) has no headers (Python.h): apt-get install python3-dev" >&2; exit 1; }
+
+tools-docs:
+	@command -v doxygen >/dev/null || { echo "No doxygen, which reads the C++ headers: apt-get install doxygen" >&2; exit 1; }
 
 # ---- The wheel, built once, without isolation: the build environment has torch for its headers ----
 
@@ -210,6 +214,19 @@ $(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
 	# LLaMA-Factory imports torchaudio, whose library wants CUDA's, and which does without its library if it has none.
 	$(BUILD)/programs/$*/bin/python -c 'import torchaudio' 2>/dev/null || \
 	  rm -f $(BUILD)/programs/$*/lib/python3*/site-packages/torchaudio/lib/*.so
+	touch $@
+
+# ---- The book ----
+
+# docs/, with what the comments of the C++ headers and the docstrings of the installed package say. A warning is an error.
+# Limited to two minutes.
+docs: tools-docs $(BUILD)/docs.stamp
+	rm -rf build/doxygen build/docs
+	doxygen docs/Doxyfile
+	timeout 120 $(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+$(BUILD)/docs.stamp: $(BUILD)/venv-test.stamp
+	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[docs]"
 	touch $@
 
 clean:

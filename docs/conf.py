@@ -9,14 +9,28 @@ author = "the authors of pissa"
 copyright = "2026, the authors of pissa"
 version = release = pissa.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "breathe", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # every heading can be linked to, and links to headings are checked
 nitpicky = True  # a name that leads nowhere is a warning
 
+# Names without a page here: `make docs` needs no network, so that other projects' inventories are not read.
+nitpick_ignore_regex = [
+    ("py:class", r"(torch|peft|os|collections\.abc|dataclasses)\..+"),
+    ("cpp:identifier", "pissa(::cpu|::cuda)?"),  # namespaces, which Breathe refers to but does not describe
+    ("cpp:identifier", "(cuda|cublas|cusolver)[A-Za-z]+_t"),  # CUDA's types
+]
+
+breathe_projects = {"pissa": "../build/doxygen/xml"}  # by docs/Doxyfile
+breathe_default_project = "pissa"
+breathe_show_include = False  # one header is included
+
+default_role = "literal"  # of docstrings: single backticks are code
+smartquotes_action = "D"  # dashes alone: quotes can be copied
+
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
 
 html_theme = "furo"
 html_title = "pissa"

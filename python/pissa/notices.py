@@ -1,4 +1,4 @@
-"""The warnings of this package, one class each. A filter names the class:
+"""The warnings of this package, one class each. A filter names the class::
 
     from pissa import notices
 

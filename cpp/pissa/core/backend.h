@@ -30,6 +30,7 @@ inline void check_terms(std::span<const Term> terms, std::size_t most = kMostTer
 }
 
 // clang-format off
+/// What the algorithms ask of a device.
 template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
@@ -108,8 +109,8 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   { backend.gram_svd(matrix, scale, out, out) };
 };
 
-// A backend that rounds the factors of products in half precision to it, so that sums of factors may be kept in it: two
-// sums at once, computed in f32, the second perhaps of nothing.
+/// A backend that rounds the factors of products in half precision to it, so that sums of factors may be kept in it:
+/// two sums at once, computed in f32, the second perhaps of nothing.
 template <class B>
 concept KeepsFactorSums = Backend<B> && requires(B backend, Sum sum) { backend.add_both(sum, sum); };
 // clang-format on

@@ -15,6 +15,7 @@
 
 namespace pissa {
 
+/// How the numbers of a matrix are stored: three dense formats, and two of codes with scales.
 enum class Format : std::int32_t { f32, bf16, f16, nf4, int8 };
 
 /// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`; or, where these are 0,
@@ -24,15 +25,17 @@ struct BlockRule {
   std::int64_t most = 0;
   std::int64_t usual = 0;
 
+  /// Whether a block is a row.
   PISSA_INLINE constexpr bool by_row() const { return most == 0; }
 };
 
+/// What is to be known of a format.
 struct FormatInfo {
   const char* name = "";
-  int bits = 0;            // of an element, or of its code
-  bool quantized = false;  // codes and scales; quantised matrices are read-only, and contiguous
-  BlockRule blocks = {};   // of a quantised format
-  bool nested = false;     // whether its scales may be quantised too (nested_scales.h)
+  int bits = 0;            ///< of an element, or of its code
+  bool quantized = false;  ///< codes and scales; quantised matrices are read-only, and contiguous
+  BlockRule blocks = {};   ///< of a quantised format
+  bool nested = false;     ///< whether its scales may be quantised too
 };
 
 /// The table.
@@ -55,6 +58,7 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
 /// Its rows.
 inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16, Format::nf4, Format::int8};
 
+/// Whether the format is one of codes and scales.
 PISSA_INLINE constexpr bool is_quantized(Format format) { return info(format).quantized; }
 
 /// Bytes of an element of a dense format.

@@ -25,15 +25,17 @@ namespace pissa {
 /// The adapter of one layer: what is trained, a and b, and where it started, a0 and b0, both given or both absent.
 /// Beside a0 and b0, a and b are the differences from them; without them the factors themselves. All f32.
 struct Adapter {
-  Matrix a;   // [r, in]
-  Matrix b;   // [out, r]
-  Matrix a0;  // [r, in]
-  Matrix b0;  // [out, r]
+  Matrix a;   ///< [r, in]
+  Matrix b;   ///< [out, r]
+  Matrix a0;  ///< [r, in]
+  Matrix b0;  ///< [out, r]
   float scaling = 1.0f;
-  bool implicit = false;  // beside a0 and b0: whether the weight is whole, so that only the change is added
+  bool implicit = false;  ///< beside a0 and b0: whether the weight is whole, so that only the change is added
 
+  /// Whether there is an adapter.
   explicit operator bool() const { return static_cast<bool>(a); }
   std::int64_t rank() const { return a.rows; }
+  /// Whether only the change is added, which is 0 at a = b = 0.
   bool adds_change() const { return a0 && implicit; }
 };
 
@@ -53,8 +55,8 @@ inline Precision precision_for(const Matrix& x) {
 
 /// A0 + dA and B0 + dB rounded to x's half precision, which the forward may keep for the backward.
 struct FactorSums {
-  MutableMatrix a;  // [r, in]
-  MutableMatrix b;  // [out, r]; absent where only the change is added: it takes B0 and dB apart
+  MutableMatrix a;  ///< [r, in]
+  MutableMatrix b;  ///< [out, r]; absent where only the change is added: it takes B0 and dB apart
 
   /// Whether a forward at x keeps them: not where the device does not round factors, or takes them apart anyway.
   template <Backend B>
@@ -65,6 +67,7 @@ struct FactorSums {
   static std::int64_t size(const Adapter& adapter) {
     return adapter.rank() * (adapter.a.cols + (adapter.adds_change() ? 0 : adapter.b.rows));
   }
+  /// Sums in memory for `size` elements of that format.
   static FactorSums at(void* data, Format format, const Adapter& adapter) {
     const auto [r, in] = std::pair{adapter.rank(), adapter.a.cols};
     FactorSums sums{{data, r, in, in, format}, {}};
@@ -174,8 +177,16 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 
 }  // namespace detail
 
-/// y [tokens, out] = the layer at x [tokens, in]. With an adapter, xa [tokens, r] f32 receives x A^T for the backward,
-/// and `sums`, given where FactorSums::kept says so, the factors. bias: [1, out], or absent.
+/// The layer's output: x W^T + bias, and what the adapter adds, in one read of the weight.
+///
+/// @param backend computes
+/// @param x [tokens, in], dense
+/// @param weight [out, in], any format
+/// @param bias [1, out], dense; may be absent
+/// @param adapter may be absent: Adapter{}
+/// @param y [tokens, out], dense, is written
+/// @param xa [tokens, r] f32, receives x A^T for the backward; absent without an adapter
+/// @param sums receives the factors for the backward; given where FactorSums::kept says so
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
@@ -187,8 +198,18 @@ void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Mat
   });
 }
 
-/// Gradients of the layer at x, given dy [tokens, out] and the forward's xa and sums. dx [tokens, in] is skipped when
-/// absent.
+/// Gradients of the layer at x.
+///
+/// @param backend computes
+/// @param dy [tokens, out], the gradient of y, in x's format
+/// @param x [tokens, in], as in the forward
+/// @param weight [out, in], as in the forward
+/// @param adapter as in the forward
+/// @param xa what the forward wrote
+/// @param dx [tokens, in], dense, is written; absent: not computed
+/// @param grad_a [r, in] f32, is written: the gradient of adapter.a
+/// @param grad_b [out, r] f32, is written: the gradient of adapter.b
+/// @param sums what the forward wrote
 template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
@@ -204,8 +225,15 @@ void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix
   });
 }
 
-/// y = base + the adapter's part: the whole, s (x A^T) B^T, or the change. base [tokens, out]
-/// is what any function returned for x, f32, bf16 or f16; y has its format and may be base.
+/// The adapter's part alone, the whole or the change, added to what any function returned for x.
+///
+/// @param backend computes
+/// @param base [tokens, out], dense
+/// @param x [tokens, in], dense
+/// @param adapter as in linear_forward
+/// @param y [tokens, out] in base's format, is written; may be base
+/// @param xa [tokens, r] f32, receives x A^T for the backward
+/// @param sums as in linear_forward
 template <Backend B>
 void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const Adapter& adapter,
                           const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
@@ -213,7 +241,7 @@ void add_low_rank_forward(B& backend, const Matrix& base, const Matrix& x, const
                             [&](std::span<const Term> tail) { backend.gemm(tail, base, y); });
 }
 
-/// Gradients of the same with respect to x (skipped when dx is absent) and the factors; that of base is dy.
+/// Gradients of the same, as linear_backward's. That of base is dy.
 template <Backend B>
 void add_low_rank_backward(B& backend, const Matrix& dy, const Matrix& x, const Adapter& adapter, const Matrix& xa,
                            const MutableMatrix& dx, const MutableMatrix& grad_a, const MutableMatrix& grad_b,

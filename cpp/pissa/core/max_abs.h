@@ -21,6 +21,7 @@ std::vector<float> max_abs(B& backend, std::span<const Matrix> matrices) {
   return backend.read(largest, count);
 }
 
+/// The same of one matrix.
 template <Backend B>
 float max_abs(B& backend, const Matrix& matrix) {
   return max_abs(backend, std::span(&matrix, 1))[0];

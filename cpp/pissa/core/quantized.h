@@ -11,12 +11,12 @@
 
 namespace pissa {
 
-/// Where a quantised matrix goes. codes: code_bytes(format, rows * cols); scales: one per block.
+/// Where a quantised matrix [rows, cols] goes.
 struct QuantOutput {
-  Format format;
-  std::int64_t blocksize;
-  std::uint8_t* codes = nullptr;
-  float* scales = nullptr;
+  Format format;                  ///< a quantised one
+  std::int64_t blocksize;         ///< elements that share a scale, as is_blocksize allows
+  std::uint8_t* codes = nullptr;  ///< code_bytes(format, rows * cols) bytes; nf4: the first of two in the high nibble
+  float* scales = nullptr;        ///< [ceil(rows * cols / blocksize)]
 
   /// The output from an element of the flattened matrix on, with which a block starts.
   PISSA_INLINE QuantOutput from(std::int64_t element) const {

@@ -25,15 +25,17 @@
 
 namespace pissa {
 
+/// Block Krylov keeps the vectors of every pass, subspace iteration those of the last: less memory for a large rank.
 enum class SvdMethod : std::int32_t { krylov, subspace };
 
 /// A step of the algorithm reads W twice, once in each direction.
 inline constexpr std::int64_t kPassesPerStep = 2;
 
+/// How a weight is decomposed.
 struct SvdOptions {
   SvdMethod method = SvdMethod::krylov;
-  std::optional<std::int64_t> passes = std::nullopt;  // over W, whole steps, at least one; none: passes_for
-  std::uint64_t seed = 0;
+  std::optional<std::int64_t> passes = std::nullopt;  ///< over W, an even number; none: passes_for
+  std::uint64_t seed = 0;                             ///< of the random sketch, which is the same on every device
 };
 
 /// Columns of the sketch beyond r. An eighth of r, so that the work grows with r, and 8 for small ranks.
@@ -63,12 +65,13 @@ constexpr std::int64_t block_size(std::int64_t r, std::int64_t steps) {
   return std::min(widest, std::max({kNarrow, least, wanted / 2 / kTile * kTile}));
 }
 
-/// Factors of a truncated SVD, one singular vector per row, in the backend's memory.
+/// Factors of a truncated SVD of a weight [out, in], one singular vector per row, f32, in the backend's memory. Each
+/// has a `view()`, its MutableMatrix.
 template <class Buffer>
 struct SvdFactors {
-  Buffer u;  // [r, m]
-  Buffer s;  // [1, r], descending, not negative
-  Buffer v;  // [r, n]
+  Buffer u;  ///< [r, out]
+  Buffer s;  ///< [1, r], descending, not negative
+  Buffer v;  ///< [r, in]
 };
 
 inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options) {
@@ -192,8 +195,16 @@ auto careful_svd(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
 
 }  // namespace detail
 
-/// Leading r singular triplets of w. `largest`: max_abs of w, where it is known already. Throws std::invalid_argument
-/// on a bad rank, pass count or non-finite weight.
+/// The leading r singular triplets of a weight.
+///
+/// @param backend computes, and owns the memory of the result
+/// @param w [out, in], any format; read in place, once a pass
+/// @param r 1 to min(out, in)
+/// @param options method, passes, seed
+/// @param largest max_abs of w, where it is known already
+/// @return SvdFactors: orthonormal rows, whatever the rank of w
+/// @throws std::invalid_argument a bad rank or pass count; NaN or Inf in w
+/// @throws std::runtime_error a decomposition that does not converge
 template <Backend B>
 auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options,
                  std::optional<float> largest = std::nullopt) {

@@ -24,8 +24,17 @@ inline void check_split(const Matrix& w, std::int64_t r, float scaling, const Sv
   check_svd(w, r, options);
 }
 
-/// Start factors of w: a0 [r, in] and b0 [out, r], f32. r is a0.rows. `largest` is svd_lowrank's; throws as it does.
-/// s: [1, r] f32, receives the singular values; may be absent.
+/// Start factors of a weight: a0 = sqrt(S / scaling) V^T and b0 = U sqrt(S / scaling), of rank r = a0.rows.
+///
+/// @param backend computes
+/// @param w [out, in], any format
+/// @param scaling LoRA's, s = alpha / r; positive
+/// @param options of the decomposition
+/// @param a0 [r, in] f32, is written
+/// @param b0 [out, r] f32, is written
+/// @param largest max_abs of w, where it is known already
+/// @param s [1, r] f32, receives the singular values; may be absent
+/// @throws std::invalid_argument a scaling that is not positive; else as svd_lowrank
 template <Backend B>
 void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
            const MutableMatrix& b0, std::optional<float> largest = std::nullopt, const MutableMatrix& s = {}) {
@@ -42,8 +51,8 @@ struct SplitTask {
   float scaling;
   MutableMatrix a0;
   MutableMatrix b0;
-  std::optional<float> largest = std::nullopt;  // max_abs of w, where it is known already
-  MutableMatrix s = {};                         // [1, r] f32: where the singular values go, if anywhere
+  std::optional<float> largest = std::nullopt;  ///< max_abs of w, where it is known already
+  MutableMatrix s = {};                         ///< [1, r] f32: where the singular values go, if anywhere
 };
 
 /// What f() returns. The message of a std::invalid_argument that it throws begins with "weights[index]: ".
@@ -61,8 +70,18 @@ inline Term minus_factors(const Matrix& a0, const Matrix& b0, float scaling) {
   return {b0, Op::n, a0, Op::n, -scaling};
 }
 
-/// QPiSSA (arXiv 2404.02948, sec. 4): start factors of w, and its residual in q's format. More alternations of the two
-/// are pissa.ops', in Python.
+/// QPiSSA (arXiv 2404.02948, sec. 4): start factors of w as `split` gives them, and the residual w - scaling * b0 * a0,
+/// quantised without being stored. More alternations of the two are pissa.ops', in Python.
+///
+/// @param backend computes
+/// @param w [out, in], dense
+/// @param scaling LoRA's, s = alpha / r; positive
+/// @param options of the decomposition
+/// @param a0 [r, in] f32, is written
+/// @param b0 [out, r] f32, is written
+/// @param q where codes and scales go, and their format
+/// @param largest max_abs of w, where it is known already
+/// @throws std::invalid_argument a w that is quantised, a block size that q's format lacks; else as `split`
 template <Backend B>
 void split_quantized(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
                      const MutableMatrix& b0, const QuantOutput& q, std::optional<float> largest = std::nullopt) {

@@ -10,41 +10,42 @@
 
 namespace pissa {
 
-/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix.
-/// Plain: `absmax` [blocks]. Nested (double quantisation): absmax of block i is
-/// `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] + *offset`.
+/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix. Plain: `absmax`. Nested
+/// (double quantisation): that of block i is `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] + *offset`, with the map
+/// of bitsandbytes.
 struct Scales {
-  std::int64_t blocksize = 0;
-  const float* absmax = nullptr;
-  const std::uint8_t* absmax8 = nullptr;
-  const float* nested_absmax = nullptr;
-  const float* offset = nullptr;
+  std::int64_t blocksize = 0;             ///< of INT8 the columns of the matrix: a block is a row
+  const float* absmax = nullptr;          ///< [blocks]; null where nested
+  const std::uint8_t* absmax8 = nullptr;  ///< [blocks]; null where plain, as all that follows
+  const float* nested_absmax = nullptr;   ///< [ceil(blocks / 256)]
+  const float* offset = nullptr;          ///< one number
 };
 
-/// A read-only matrix [rows, cols]. A backend that computes on a stack of equal matrices at once takes one for all of
-/// them.
+/// A read-only matrix [rows, cols], row-major, in any format: a view. A backend that computes on a stack of equal
+/// matrices at once takes one for all of them.
 struct Matrix {
-  const void* data = nullptr;
+  const void* data = nullptr;  ///< elements, or codes; null: absent
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  std::int64_t ld = 0;  // ignored where quantised: blocks run over the flattened matrix
+  std::int64_t ld = 0;  ///< elements from a row to the next; ignored where quantised, which is contiguous
   Format format = Format::f32;
-  Scales scales = {};       // of a quantised format
-  std::int64_t stride = 0;  // elements between the matrices of a stack; 0: one matrix, the same for the whole stack
+  Scales scales = {};       ///< of a quantised format
+  std::int64_t stride = 0;  ///< elements between the matrices of a stack; 0: one matrix, the same for the whole stack
 
   /// False for an optional argument that was not given.
   PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
 };
 
-/// A writable matrix [rows, cols] in a dense format.
+/// A writable matrix [rows, cols] in a dense format: a view. It is a Matrix, too.
 struct MutableMatrix {
-  void* data = nullptr;
+  void* data = nullptr;  ///< null: absent
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  std::int64_t ld = 0;
+  std::int64_t ld = 0;  ///< elements from a row to the next
   Format format = Format::f32;
-  std::int64_t stride = 0;
+  std::int64_t stride = 0;  ///< elements between the matrices of a stack
 
+  /// False for an optional argument that was not given.
   PISSA_INLINE constexpr explicit operator bool() const { return data != nullptr; }
   PISSA_INLINE constexpr operator Matrix() const { return {data, rows, cols, ld, format, {}, stride}; }
 };
@@ -55,6 +56,7 @@ inline MutableMatrix rows_of(MutableMatrix matrix, std::int64_t first, std::int6
   matrix.rows = count;
   return matrix;
 }
+/// The same of a read-only one.
 inline Matrix rows_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * element_size(matrix.format);
   matrix.rows = count;
@@ -67,6 +69,7 @@ inline MutableMatrix cols_of(MutableMatrix matrix, std::int64_t first, std::int6
   matrix.cols = count;
   return matrix;
 }
+/// The same of a read-only one.
 inline Matrix cols_of(Matrix matrix, std::int64_t first, std::int64_t count) {
   matrix.data = static_cast<const char*>(matrix.data) + first * element_size(matrix.format);
   matrix.cols = count;
@@ -79,6 +82,7 @@ inline MutableMatrix one_of(MutableMatrix stack, std::int64_t i) {
   stack.stride = 0;
   return stack;
 }
+/// The same of a read-only one.
 inline Matrix one_of(Matrix stack, std::int64_t i) {
   stack.data = static_cast<const char*>(stack.data) + i * stack.stride * element_size(stack.format);
   stack.stride = 0;
@@ -112,6 +116,7 @@ struct Term {
   float scale = 1.0f;
   Precision precision = Precision::f32;
 
+  /// Columns of op(a), which are rows of op(b).
   PISSA_INLINE std::int64_t inner() const { return op_a == Op::n ? a.cols : a.rows; }
 };
 

@@ -16,10 +16,12 @@ namespace pissa::cpu {
 struct GemmProblem;
 struct Kernels;
 
-/// An owned, 64-byte aligned matrix. Freed memory is kept, within bounds, for the thread's next buffers.
+/// A matrix in memory that it owns, 64-byte aligned, uninitialised. Freed memory is kept, within bounds, for the
+/// thread's next buffers.
 class Buffer {
  public:
   Buffer(std::int64_t rows, std::int64_t cols, Format format = Format::f32);
+  /// Lives no longer than the buffer.
   MutableMatrix view() const { return {data_.get(), rows_, cols_, cols_, format_}; }
 
  private:
@@ -33,6 +35,7 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
+/// The Backend for CPUs. Several threads may use one at the same time.
 class CpuBackend {
  public:
   /// Both must outlive the backend.

@@ -8,9 +8,11 @@
 
 namespace pissa::cpu {
 
+/// Runs the tasks of a computation on threads.
 class Executor {
  public:
   virtual ~Executor() = default;
+  /// How many tasks can run at the same time; results do not depend on it.
   virtual std::int64_t threads() const = 0;
   /// Runs task(0) ... task(count - 1), in any order, on any threads, and returns when all are done. Tasks do not throw.
   virtual void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const = 0;
@@ -19,6 +21,7 @@ class Executor {
 /// Starts its threads, all but the caller's own, for each call: some 10 us a thread. With one thread it starts none.
 class ThreadExecutor final : public Executor {
  public:
+  /// With so many threads, the caller's own among them: at least 1.
   explicit ThreadExecutor(std::int64_t threads) : threads_(threads) {}
   std::int64_t threads() const override { return threads_; }
   void parallel_for(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {

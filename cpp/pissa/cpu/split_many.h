@@ -10,7 +10,7 @@ namespace pissa::cpu {
 
 struct Kernels;
 
-/// What `split` makes of every task, bit for bit.
+/// What `split` makes of every task, bit for bit. Whole weights are decomposed side by side, each on one thread.
 ///
 /// Throws std::invalid_argument "weights[i]: ...", as split does: for a bad rank, pass count or scaling before anything
 /// is written; for a non-finite weight at the end, when some factors have been.

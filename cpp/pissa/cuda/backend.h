@@ -22,6 +22,7 @@ namespace pissa::cuda {
 /// weight of any size allocates two at most.
 inline constexpr std::int64_t kChunkBytes = 32 << 20;
 
+/// The Backend for a GPU. Matrices are in its memory; everything is queued on the context's stream.
 class CudaBackend {
  public:
   /// The context must outlive the backend.

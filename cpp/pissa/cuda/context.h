@@ -36,7 +36,7 @@ const Allocator& stream_ordered_allocator();
 struct Context {
   int device = 0;
   cudaStream_t stream = nullptr;
-  cublasHandle_t blas = nullptr;  // on `stream`; also serves as the handle of cublasLt
+  cublasHandle_t blas = nullptr;  ///< on `stream`; also serves as the handle of cublasLt
   const Allocator* allocator = nullptr;
 
   /// A cuSOLVER handle on `stream`, of the calling thread; made on first use, which takes milliseconds.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.bitsandbytes_state import ROWS
+from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.codes import HoldsCodes
 from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
@@ -232,7 +233,11 @@ def check_int8(linear: Any) -> None:
 
 
 def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    """The way back from `bitsandbytes_state.to_bitsandbytes`, without copying bytes. "bias" is not read.
+    """The way back from `to_bitsandbytes`, without copying bytes.
+
+    Args:
+        entries: of one layer in bitsandbytes' state dict, by their names in it ("weight", "weight.absmax", ... of
+            `Linear4bit`; "weight", "SCB", ... of `Linear8bitLt`). "bias" is not read.
 
     Raises:
         ValueError: an entry is missing, or they describe a matrix in neither format.

@@ -38,7 +38,7 @@ def load(
     progressbar: bool = False,
     **config_fields: Any,
 ) -> PissaModel:
-    """A PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory.
+    """A PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
 
         model = pissa.load("out")                                   # what `pissa init` wrote
         model = pissa.load("out", adapter="run")                    # with an adapter trained on it
@@ -62,12 +62,13 @@ def load(
         dtype: of the tensors that are not packed; by default the folder's own.
         adapter_name: name of the adapter.
         progressbar: show a bar on stderr while weights are decomposed.
+        config_fields: fields of `PissaConfig`, in the place of `config`.
 
     Raises:
         ValueError: a folder that is damaged, or does not fit the adapter or the configuration; the message names file,
             tensor or layer. And as `wrap`.
         TypeError: more than one of adapter, config and fields, or a layer that cannot be adapted.
-        pissa.distributed.RankError: another process has failed.
+        pissa.RankError: another process has failed.
     """
     with failing_together():
         source = Source.open(folder)

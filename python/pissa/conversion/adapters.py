@@ -31,7 +31,9 @@ class ConvertedLayer(NamedTuple):
     """The outcome for one layer, or for one weight of all experts of a module."""
 
     rank_before: int
+    """Of the source."""
     rank: int
+    """Of what was written."""
     energy: float
     """‖s (B A - B0 A0)‖², Frobenius."""
     lost: float
@@ -52,7 +54,7 @@ class Conversion:
     layers: dict[str, ConvertedLayer]
     """By name."""
     worst: float
-    """The largest error in the check on random inputs, as a part of its bound: at most 1."""
+    """The largest error in the check on random inputs, as a part of its bound, at most 1."""
 
     @property
     def kept(self) -> float:

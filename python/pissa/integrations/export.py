@@ -34,7 +34,7 @@ def export(
     requantise: bool = False,
     progressbar: bool = False,
 ) -> Exported:
-    """Writes the adapter in folder `adapter` to `target` for another runtime.
+    """Writes the adapter in folder `adapter` to `target` for another runtime::
 
         pissa.export("run", "out", to="bnb4")      # QPiSSA, exactly: transformers, PEFT and bitsandbytes
         pissa.export("run", "out", to="vllm")      # a LoRA on the unmodified base

@@ -25,7 +25,7 @@ from pissa.layers.dora import Magnitude
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
-    """PEFT's LoRA layer whose parameters are the differences from the start factors.
+    """PEFT's LoRA layer whose parameters are the differences from the start factors::
 
         y = base(x) + s (B A - B0 A0) x,   A = A0 + dA,  B = B0 + dB
 

@@ -138,7 +138,8 @@ class PissaModel(MendedPeftModel):
             svd_rank: for the types that end in "svd"; by default the largest rank of the adapters. A layer that needs
                 less has less.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
-            svd_full_matrices, svd_driver: accepted as in PEFT; without effect.
+            svd_full_matrices: accepted as in PEFT; without effect.
+            svd_driver: the same.
             density: share of the values that pruning keeps, above 0 and at most 1.
             majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
@@ -315,10 +316,13 @@ class PissaModel(MendedPeftModel):
                 was.
             model_id: the folder that `save_pretrained` wrote, or the id of a repository of the Hugging Face Hub with
                 these files. A folder of that name wins.
-            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
+            adapter_name: name of the adapter.
+            is_trainable: False freezes it, and puts the model into evaluation mode.
+            autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
             config: takes the place of the saved configuration, without a copy. It has to describe the same adapter; see
                 `PissaConfig.from_pretrained`.
-            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
+            ephemeral_gpu_offload: accepted as in PEFT; without effect.
+            low_cpu_mem_usage: the same.
             key_mapping: must be empty: the layers have the names that they were saved with.
             kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
                 options are ignored, as in PEFT. `torch_device` is ignored because the adapter goes where its layer is;
@@ -363,15 +367,20 @@ class PissaModel(MendedPeftModel):
         is added, too: as an adapter whose start is zero (`init` "given").
 
         Args:
-            model_id, key_mapping, kwargs: see `from_pretrained`.
+            model_id: see `from_pretrained`; or a folder with a plain LoRA.
+            adapter_name: name of the adapter.
+            is_trainable: whether a new adapter is trained; False puts the model into evaluation mode.
+            torch_device: accepted as in PEFT; without effect. The adapter goes where its layer is.
+            autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
+            ephemeral_gpu_offload: accepted as in PEFT; without effect.
+            low_cpu_mem_usage: the same.
+            key_mapping: see `from_pretrained`.
             config: see `from_pretrained`. For an adapter that the model has, it is only compared with the saved one.
-            adapter_name, is_trainable, autocast_adapter_dtype: as in PEFT.
-            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect. The adapter
-                goes where its layer is.
+            kwargs: see `from_pretrained`.
 
         Returns:
-            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty: an adapter with
-            a tensor missing, or one too many, is refused.
+            PEFT's load result, torch's named tuple of missing_keys and unexpected_keys. Both are empty, for an adapter
+            with a tensor missing, or one too many, is refused.
 
         Raises:
             ValueError, TypeError: as `from_pretrained`. The model is left as it was.

@@ -26,7 +26,7 @@ def wrap(
     progressbar: bool = False,
     **config_fields: Any,
 ) -> PissaModel:
-    """Puts a PiSSA adapter on a model, in place, and returns the model that trains it.
+    """Puts a PiSSA adapter on a model, in place, and returns the model that trains it::
 
         model = pissa.wrap(model, r=16, target_modules=["q_proj", "v_proj"])
         model = pissa.wrap(model, pissa.PissaConfig(r=16, quant="nf4"))
@@ -46,7 +46,7 @@ def wrap(
     become the mean over all processes, so that they can be clipped and stepped as if there were one.
 
     Args:
-        model: usually transformers'; see `layers.factory` for what can be adapted. If anything is wrong with it or with
+        model: usually transformers'. If anything is wrong with it or with
             the configuration, it is left as it was. With `quant` or residual="explicit" its dense weights are replaced
             and freed layer by layer once all start factors are there: the dense model and one layer are in memory at
             most. If memory is short then, or the user interrupts, or another process fails, the model is left partly
@@ -56,12 +56,13 @@ def wrap(
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
         low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
         progressbar: show one bar on stderr. The environment variable TQDM_DISABLE hides it.
+        config_fields: fields of `PissaConfig`, in the place of `config`.
 
     Raises:
         TypeError: no model, config and fields both given, or a layer that cannot be adapted.
         ValueError: no layer found, a rank too large for a layer that is named, NaN or Inf in a weight, a model that is
             wrapped already.
-        pissa.distributed.RankError: another process has failed.
+        pissa.RankError: another process has failed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -52,7 +52,7 @@ def linear(
     """A linear layer with a low-rank adapter, fused: one read of the weight, dense or quantised, forward and backward.
 
     Beside a0 and b0, a and b are differences from them: the factors are A = a0 + a and B = b0 + b. Without, a and b are
-    the factors themselves: LoRA or QLoRA.
+    the factors themselves: LoRA or QLoRA::
 
         no factors        y = x Wᵀ + bias
         implicit=False    y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias                     W lacks what the adapter starts from
@@ -71,12 +71,15 @@ def linear(
         x: [..., in], float32, bfloat16 or float16.
         weight: [out, in] in any of these dtypes, or `QuantizedWeight`.
         bias: [out], or None.
-        a, a0: [r, in]. b, b0: [out, r]. Given in pairs; computed with in float32.
+        a: [r, in], trained, computed with in float32; given with b.
+        b: [out, r], the same.
+        a0: [r, in], frozen, computed with in float32; given with b0.
+        b0: [out, r], the same.
         scaling: lora_alpha / r; any finite number.
         implicit: beside a0 and b0, whether the weight is whole.
 
     Returns:
-        y: [..., out], in x's dtype; under autocast in autocast's.
+        [..., out], in x's dtype; under autocast in autocast's.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -127,7 +130,7 @@ def add_low_rank(
     b0: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """`y` plus the change that an adapter makes to it, whatever function of x y is.
+    """`y` plus the change that an adapter makes to it, whatever function of x y is::
 
         with a0 and b0     y + scaling ((x (a0 + a)ᵀ) bᵀ + (x aᵀ) b0ᵀ)     PiSSA's change
         without            y + scaling (x aᵀ) bᵀ                           plain LoRA
@@ -139,7 +142,10 @@ def add_low_rank(
     Args:
         y: [..., out], float32, bfloat16 or float16.
         x: [..., in] in any of these dtypes, with y's leading dimensions.
-        a, a0: [r, in]. b, b0: [out, r]. Computed with in float32.
+        a: [r, in], trained, computed with in float32.
+        b: [out, r], the same.
+        a0: [r, in], frozen, computed with in float32; given with b0.
+        b0: [out, r], the same.
         scaling: lora_alpha / r; any finite number.
 
     Returns:

@@ -118,9 +118,10 @@ def check_offsets(parts: Sequence[Tensor | QuantizedWeight], names: Sequence[str
 def quantize(
     weight: Tensor, format: str = "nf4", *, blocksize: int | None = None, double_quant: bool | None = None
 ) -> QuantizedWeight:
-    """A weight [out, in] (float32, bfloat16 or float16, finite) as codes and scales: bitsandbytes' bytes.
+    """A weight as codes and scales: bitsandbytes' bytes.
 
     Args:
+        weight: [out, in], float32, bfloat16 or float16, finite.
         format: "nf4", as `bitsandbytes.functional.quantize_4bit`, or "int8", as its `int8_vectorwise_quant`.
         blocksize: elements per scale, of "nf4" only: 32, 64, ..., 4096. None: 64; in "int8" always a row.
         double_quant: quantise the scales too, of "nf4" only, to 8 bits in blocks of 256 (bitsandbytes'
@@ -138,7 +139,18 @@ def quantize(
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The [out, in] tensor in `dtype` (float32, bfloat16, float16), rounded once from float32."""
+    """The dense weight of codes and scales.
+
+    Args:
+        weight: codes of a matrix [out, in].
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [out, in] in `dtype`, rounded once from float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the part of the weight that does not fit.
+    """
     check_quantized(weight)
     if dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype}; allowed: float32, bfloat16, float16")

@@ -37,9 +37,14 @@ def residual(
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
-        a0, b0: float32 [r, in] and [out, r]. With r = 0 the residual is all of the weight.
+        a0: float32 [r, in]. With r = 0 the residual is all of the weight.
+        b0: float32 [out, r].
         form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
-        blocksize, double_quant: of a quantised format; see `quantize`.
+        blocksize: of a quantised format; see `quantize`.
+        double_quant: the same.
+
+    Returns:
+        [out, in], a tensor in the weight's dtype, or `QuantizedWeight`.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -63,8 +68,13 @@ def residual_many(
     """`residual` of many weights, bit for bit. The host waits once for a GPU, when all of them are queued.
 
     Args:
-        weights, a0s, b0s, scalings: what `residual` takes, for each weight; on one device.
-        form, blocksize, double_quant: see `residual`; the same for all.
+        weights: [out, in] each, as `residual` takes them; on one device.
+        a0s: float32 [r, in], for each weight.
+        b0s: float32 [out, r], for each weight.
+        scalings: one for each weight.
+        form: see `residual`; the same for all.
+        blocksize: of a quantised format; the same for all.
+        double_quant: of a quantised format; the same for all.
         names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
 
     Raises:

@@ -62,11 +62,16 @@ def split(
     """PiSSA's start factors of a weight and, if asked, its residual (arXiv 2404.02948, eq. 2-4 and 8).
 
     Args:
-        weight, r, svd, passes, seed: see `svd_lowrank`.
+        weight: [out, in], float32, bfloat16 or float16, finite.
+        r: 1 to min(out, in).
+        svd: see `svd_lowrank`.
+        passes: see `svd_lowrank`.
+        seed: see `svd_lowrank`.
         scaling: the adapter's scale s, `lora_alpha / r`; the factors are √(S/s) Vᵀ and U √(S/s).
         form: of the residual: "implicit" (none is formed), "explicit" (W - s B0 A0 in the weight's dtype), or one of
             `formats.FORMATS` (the same, quantised without being stored).
-        blocksize, double_quant: of a quantised format; see `quantize`.
+        blocksize: of a quantised format; see `quantize`.
+        double_quant: the same.
         quant_iters: T of a quantised format. 1: the residual Q = format(W - L) is of the factors of W, L = s B0 A0
             (QPiSSA, section 4). More: T times, Q = format(W - L), then L = the best approximation of W - Q (Algorithm
             1), which starts from the factors of W and costs T + 1 decompositions, all but the last with at most 8
@@ -123,10 +128,17 @@ def split_many(
     Args:
         weights: [out, in] each, of any shapes and dtypes that `split` takes, on one device. Alternations need memory
             for an error of each, as large as the weight, and for its codes twice.
-        ranks, scalings: r and s of each weight.
-        svd, passes, seed: see `svd_lowrank`; the same for all ("auto": as each rank needs).
-        form, blocksize, double_quant, quant_iters, quantise_first, tolerance: see `split`; the same for all, but that
-            each weight's alternations end by themselves.
+        ranks: r of each weight.
+        scalings: s of each weight.
+        svd: see `svd_lowrank`; the same for all.
+        passes: the same for all; "auto" is as many as each rank needs.
+        seed: the same for all.
+        form: see `split`; the same for all.
+        blocksize: of a quantised format; the same for all.
+        double_quant: of a quantised format; the same for all.
+        quant_iters: see `split`; the same for all, but each weight's alternations end by themselves.
+        quantise_first: see `split`; the same for all.
+        tolerance: see `split`; the same for all.
         names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
 
     Returns:

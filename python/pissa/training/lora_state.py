@@ -26,7 +26,7 @@ ServedBase = Literal["original", "residual"]
 def lora_state_dict(
     model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original"
 ) -> dict[str, Tensor]:
-    """The adapter as it is now, as a plain LoRA under PEFT's names, for an engine that takes adapters from memory.
+    """The adapter as it is now, as a plain LoRA under PEFT's names, for an engine that takes adapters from memory::
 
         tensors, config = pissa.lora_state_dict(model), pissa.lora_config(model)
         request = TensorLoRARequest(..., lora_tensors=tensors, peft_config=config.to_dict())  # verl's, for vLLM
@@ -43,6 +43,9 @@ def lora_state_dict(
         base: what the engine serves. With "original", the unmodified model, the plain LoRA is exact unless the base is
             stored (`quant`, residual="explicit"); a warning says so then, once for each model. With "residual", the
             stored base Q, it is exact: A and B of rank r if Q lacks this adapter's start, else rank 2r.
+
+    Returns:
+        Tensors by the names that they have in PEFT's adapter_model.safetensors.
 
     Raises:
         TypeError: no PissaModel.
@@ -70,6 +73,11 @@ def lora_state_dict(
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
     """The configuration of what `lora_state_dict` gives for the same arguments. An engine's limit of ranks has to allow
     its `r`.
+
+    Args:
+        model: see `lora_state_dict`.
+        adapter_name: see `lora_state_dict`.
+        base: see `lora_state_dict`.
 
     Raises:
         TypeError, ValueError: as `lora_state_dict`.

@@ -29,7 +29,7 @@ class Suggestion(NamedTuple):
     rate: float
     """Peak of a cosine schedule of Adam, two significant digits."""
     text: str
-    """One line: the rate, and what it stands on."""
+    """The rate, and what it stands on, in one line."""
     losses: dict[float, float]
     """The loss that each trial left, by its rate; inf where a trial diverged."""
 
@@ -41,7 +41,7 @@ def suggest_lr(
     *,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Suggestion:
-    """Finds the learning rate at which a training in miniature does best.
+    """Finds the learning rate at which a training in miniature does best::
 
         model = pissa.wrap(model, r=16)
         found = pissa.suggest_lr(model, itertools.islice(dataloader, 30))
@@ -49,9 +49,10 @@ def suggest_lr(
         arguments = SFTConfig(learning_rate=found.rate, lr_scheduler_type="cosine")
 
     A trial trains on the first half of the batches: Adam, gradients clipped at norm 1, a cosine from the rate to 0. The
-    loss on the second half, which it has not seen, judges the rate. Rates are factors of two apart, from 2 L / |g|_1 on
-    (the best step along sign(g), Adam's first, if the loss is a parabola that ends at 0), until the best one lies
-    between two others. The vertex of a parabola through the three, over the logarithm of the rate, is the suggestion.
+    loss on the second half, which it has not seen, judges the rate. Rates are factors of two apart, from
+    `2 L / |g|_1` on (the best step along sign(g), Adam's first, if the loss is a parabola that ends at 0), until the
+    best one lies between two others. The vertex of a parabola through the three, over the logarithm of the rate, is the
+    suggestion.
 
     It costs a pass forward and backward, and one for each batch in each trial, half of them without backward: three
     trials at least, four as a rule. In memory: a copy of the trained parameters beside what Adam takes.
@@ -74,7 +75,7 @@ def suggest_lr(
             before any training, or that does not depend on what is trained; no rate that is better than half and twice
             of it.
         TypeError: a batch that is no mapping, without `loss`.
-        pissa.distributed.RankError: another process has failed.
+        pissa.RankError: another process has failed.
     """
     with failing_together():
         if method is not None:
