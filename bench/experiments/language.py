@@ -39,8 +39,8 @@ ATTENTION = "eager"  # at these lengths a step takes 12 % less than with sdpa on
 @dataclass(frozen=True)
 class LanguageCell(Cell):
     """One training. Seeds above 0, which only the best rate of a sweep has, also record the loss on text that has
-    nothing to do with the task, exact answers as they are generated and, on a dense base, the held-out loss on the
-    way."""
+    nothing to do with the task, and exact answers as they are generated; or, where there are none, on a dense base, the
+    held-out loss on the way."""
 
     kind: ClassVar[str] = "language"
     task: str
@@ -107,7 +107,7 @@ def make_trainer(model: Any, task: LanguageTask, cell: LanguageCell, out: Path) 
     cut at norm 1. A base and its activations are bfloat16, adapters and their products float32."""
     method = METHODS[cell.method]
     disable_progress_bars()
-    curved = cell.seed > 0 and method.dense
+    curved = cell.seed > 0 and method.dense and not task.exact
     curve = {"eval_strategy": "steps", "eval_steps": min(CURVE, task.steps)} if curved else {}
     args = SFTConfig(
         output_dir=str(out),

@@ -19,10 +19,7 @@ TASKS = {task: f"{MODELS[task]} on {name}" for task, name in NAMES.items()}
 
 def mean_of(results: Iterable[Result], measure: Callable[[Result], float]) -> Spread | None:
     """Over seeds; infinite if it is for one of them, None without results."""
-    values = [measure(result) for result in results]
-    if not all(map(math.isfinite, values)):
-        return Spread(math.inf, math.nan, len(values))
-    return spread(values) if values else None
+    return spread(values) if (values := [measure(result) for result in results]) else None
 
 
 def over_seeds(sweep: Sweep, known: Known, measure: Callable[[Result], float] = loss_of) -> Spread | None:

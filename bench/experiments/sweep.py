@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from statistics import mean, stdev
 from typing import Any, NamedTuple, Protocol
 
@@ -26,24 +26,40 @@ class Rated(Protocol):
 
 
 class Spread(NamedTuple):
-    """A mean over seeds."""
+    """What was measured with several seeds."""
 
-    mean: float
-    deviation: float
-    """Of the seeds (n - 1); NaN of one seed."""
-    n: int
+    values: tuple[float, ...]
+    """In the order of the seeds: those of two methods are of the same seeds, as far as both go."""
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Of the seeds (n - 1); NaN of one seed, and if one of them diverged."""
+        return stdev(self.values) if self.n > 1 and math.isfinite(self.mean) else math.nan
 
     @property
     def error(self) -> float:
         """The standard error of the mean."""
         return self.deviation / math.sqrt(self.n)
 
+    def less(self, other: Spread) -> Spread:
+        """The differences, seed by seed. A seed draws the order of the data, the same for all methods: what that
+        changes is not in them."""
+        return Spread(tuple(one - two for one, two in zip(self.values, other.values, strict=False)))
+
     def __str__(self) -> str:
         return f"{self.mean:.4f}" if self.n < 2 else f"{self.mean:.4f} ± {self.deviation:.4f}"
 
 
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(mean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
+def spread(values: Iterable[float]) -> Spread:
+    return Spread(tuple(values))
 
 
 def nearest(rate: float) -> float:
@@ -95,10 +111,10 @@ class Sweep:
         return min(losses, key=lambda rate: losses[rate])
 
     def at_best(self, known: Known) -> list[Result]:
-        """The results of all known seeds at the best rate."""
+        """The results of the seeds at the best rate, up to the first that is not known yet."""
         best = self.best(known)
         cells = [] if best is None else [self.at(best, seed) for seed in (0, *self.seeds)]
-        return [known[cell] for cell in cells if cell in known]
+        return [known[cell] for cell in takewhile(known.__contains__, cells)]
 
     def width(self, known: Known) -> float | None:
         """The width of the valley in decades: how far the rates with a loss within 2 % of the best lie apart. Between

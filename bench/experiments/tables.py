@@ -48,19 +48,20 @@ def count(spread: Spread | None) -> str:
 
 
 def differ(one: Spread, other: Spread) -> bool:
-    """Whether two means are more than two standard errors of their difference apart; never so with one seed."""
-    if one.n < 2 or other.n < 2:
-        return False
-    return abs(one.mean - other.mean) > 2 * math.hypot(one.error, other.error)
+    """Whether the mean of the differences, seed by seed, is more than two of its standard errors from 0; never so with
+    one seed."""
+    gap = one.less(other)
+    return gap.n > 1 and abs(gap.mean) > 2 * gap.error
 
 
 def difference(one: Spread | None, other: Spread | None, digits: int = 4) -> str:
     """`one` less `other` ± two standard errors, which one seed does not have; bold if they differ."""
     if one is None or other is None:
         return MISSING
-    text = number(one.mean - other.mean, digits, sign=True)
-    if one.n > 1 and other.n > 1:
-        text += f" ± {number(2 * math.hypot(one.error, other.error), digits)}"
+    gap = one.less(other)
+    text = number(gap.mean, digits, sign=True)
+    if gap.n > 1:
+        text += f" ± {number(2 * gap.error, digits)}"
     return f"**{text}**" if differ(one, other) else text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from bench.experiments import figures, grid, measures, tables
@@ -70,9 +69,10 @@ def _draw(
     if lora is not None and pissa is not None:
         points["best"] = (lora, pissa)
     for name, (one, other) in points.items():
-        error = 2 * math.hypot(one.error, other.error) if one.n > 1 and other.n > 1 else None
+        gap = other.less(one)
+        error = 2 * gap.error if gap.n > 1 else None
         look = figures.style("unit" if name == "best" else "pissa")
-        axes.bar(name, other.mean - one.mean, yerr=error, capsize=3, color=look.color, alpha=0.8)
+        axes.bar(name, gap.mean, yerr=error, capsize=3, color=look.color, alpha=0.8)
     if points:
         axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("learning rate of both")

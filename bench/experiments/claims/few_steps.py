@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from bench.experiments import figures, measures, tables
-from bench.experiments.claims.methods import DENSE, TASKS, sweeps
+from bench.experiments.claims.methods import DENSE, sweeps
 from bench.experiments.experiment import Cell, Experiment, Known, Options, Section
 from bench.experiments.figures import label
 from bench.experiments.grid import wanted
 from bench.experiments.sweep import Sweep, loss_of, spread
 
+TASK = "gsm8k"
 
-def dense(task: str, options: Options) -> dict[str, Sweep]:
-    """Those whose seeds have a curve."""
-    return {method: sweep for method, sweep in sweeps(task, options).items() if method in DENSE}
+
+def curved(options: Options) -> dict[str, Sweep]:
+    """The sweeps whose seeds have a curve."""
+    return {method: sweep for method, sweep in sweeps(TASK, options).items() if method in DENSE}
 
 
 class FewSteps(Experiment):
@@ -27,20 +29,16 @@ class FewSteps(Experiment):
     )
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
-        return wanted([sweep for task in TASKS for sweep in dense(task, options).values()], known, options)
+        return wanted(curved(options).values(), known, options)
 
     def section(self, known: Known, options: Options) -> Section:
-        each = {task: dense(task, options) for task in TASKS}
-        head = ["method", *(f"{measures.TASKS[task]}: steps" for task in TASKS)]
-        rows = [
-            [label(method), *(_steps(each[task][method], each[task]["lora"], known) for task in TASKS)]
-            for method in DENSE
-        ]
+        each = curved(options)
+        rows = [[label(method), _steps(each[method], each["lora"], known)] for method in DENSE]
         text = [
             "Steps until the held-out loss is the one that LoRA ends with, of the same seed, on a dense base. "
             "Losses are measured every 8 steps and interpolated between. Seeds above 0; in brackets, how many of them "
             "reached it, if not all did.",
-            tables.table(head, rows),
+            tables.table(["method", f"{measures.TASKS[TASK]}: steps"], rows),
         ]
         return Section("\n\n".join(text), {"few-steps.png": _picture(each, known)})
 
@@ -68,19 +66,13 @@ def _steps(sweep: Sweep, first: Sweep, known: Known) -> str:
     return tables.measured(spread(reached), 1) + (f" ({len(reached)} of {len(found)})" if None in found else "")
 
 
-def _picture(each: Mapping[str, Mapping[str, Sweep]], known: Known) -> figures.Figure:
-    figure, axes = figures.panels([f"{measures.TASKS[task]}, dense base" for task in TASKS], height=3.2)
-    for one, task in zip(axes, TASKS, strict=True):
-        results = {method: measures.above_0(each[task][method], known) for method in DENSE}
-        curves = {method: [measures.curve(result) for result in found.values()] for method, found in results.items()}
-        # Before training all have the base's loss, so far above that the lines could not be told apart.
-        figures.against_steps(one, {m: [seed[1:] for seed in seeds] for m, seeds in curves.items() if seeds})
-    seeds = max(
-        (len(measures.above_0(sweep, known)) for of_task in each.values() for sweep in of_task.values()), default=0
-    )
-    figures.legend(
-        figure,
-        DENSE,
-        f"means of n = {seeds} seeds, pale: from the least to the largest; each method at its best rate",
-    )
+def _picture(each: Mapping[str, Sweep], known: Known) -> figures.Figure:
+    figure, (axes,) = figures.panels([f"{measures.TASKS[TASK]}, dense base, rank 16"], height=3.4)
+    results = {method: measures.above_0(sweep, known) for method, sweep in each.items()}
+    curves = {method: [measures.curve(result) for result in found.values()] for method, found in results.items()}
+    # Before training all have the base's loss, so far above that the lines could not be told apart.
+    figures.against_steps(axes, {m: [seed[1:] for seed in seeds] for m, seeds in curves.items() if seeds})
+    seeds = max(map(len, results.values()), default=0)
+    note = f"means of n = {seeds} seeds, pale: from the least to the largest; each method at its best rate"
+    figures.legend(figure, DENSE, note)
     return figure

@@ -94,24 +94,32 @@ def test_a_valley_ends_at_once_where_training_diverged() -> None:
     assert sweep.width(known) == 0
 
 
-def test_two_means_differ_beyond_two_standard_errors_of_the_difference() -> None:
-    from bench.experiments.sweep import Spread
+def test_two_methods_differ_beyond_two_standard_errors_of_the_differences() -> None:
+    """Differences d and -d about a gap have a deviation of d sqrt(2), so a standard error of d."""
+    from bench.experiments.sweep import spread
     from bench.experiments.tables import differ, winner
 
-    error = math.hypot(0.03 / math.sqrt(3), 0.04 / math.sqrt(2))
-    one = Spread(1.0, 0.03, 3)
+    d, seeds = 0.01, (1.0, 1.5)  # the seeds lie far apart, which both methods share
     for factor, apart in ((1.99, False), (2.01, True)):
-        other = Spread(1 + factor * error, 0.04, 2)
+        gap = factor * d
+        one, other = spread(seeds), spread((seeds[0] + gap + d, seeds[1] + gap - d))
         assert differ(one, other) is differ(other, one) is apart
         assert winner({"one": one, "other": other}) == ("one" if apart else None)
         assert winner({"one": one, "other": other}, largest=True) == ("other" if apart else None)
 
 
+def test_only_seeds_that_both_have_are_compared() -> None:
+    from bench.experiments.sweep import spread
+    from bench.experiments.tables import difference
+
+    assert difference(spread((1.0, 2.0, 9.0)), spread((0.5, 1.25))) == "**+0.6250 ± 0.2500**"
+
+
 def test_with_one_seed_nothing_is_bold() -> None:
-    from bench.experiments.sweep import Spread
+    from bench.experiments.sweep import spread
     from bench.experiments.tables import column, difference, winner
 
-    one, far, seeds = Spread(1.0, math.nan, 1), Spread(9.0, math.nan, 1), Spread(9.0, 0.0, 3)
+    one, far, seeds = spread([1.0]), spread([9.0]), spread([9.0, 9.0, 9.0])
     assert winner({"one": one, "far": far}) is None
     assert winner({"one": one, "far": seeds}) is None
     assert column({"one": one, "far": far}) == {"one": "1.0000", "far": "9.0000"}
@@ -119,18 +127,18 @@ def test_with_one_seed_nothing_is_bold() -> None:
 
 
 def test_bold_needs_a_difference_to_all_others() -> None:
-    from bench.experiments.sweep import Spread
+    from bench.experiments.sweep import spread
     from bench.experiments.tables import column, winner
 
-    first, near, far = Spread(1.0, 0.01, 3), Spread(1.01, 0.01, 3), Spread(2.0, 0.01, 3)
+    first, near, far = spread([0.99, 1.01]), spread([1.01, 0.995]), spread([2.01, 1.99])
     assert winner({"first": first, "near": near, "far": far}) is None
     assert column({"first": first, "far": far, "none": None}) == {
-        "first": "**1.0000 ± 0.0100**",
-        "far": "2.0000 ± 0.0100",
+        "first": "**1.0000 ± 0.0141**",
+        "far": "2.0000 ± 0.0141",
         "none": "—",
     }
     assert winner({"first": first}) is None
-    assert winner({"first": first, "far": far, "diverged": Spread(math.inf, math.nan, 3)}) is None
+    assert winner({"first": first, "far": far, "diverged": spread([2.0, math.inf])}) is None
 
 
 def test_steps_to_a_loss_are_on_the_line_between_measurements() -> None:
@@ -221,7 +229,7 @@ def test_what_is_measured_stands_in_the_tables(everything: list[Any]) -> None:
     assert "| PiSSA | 5e-4 | **0.6910 ± 0.0010** | 3 | 1 → 1.3 | 50 | 1,500 | 16,000 |" in text["methods"]
     assert "| LoRA | 2e-3 | 0.7010 ± 0.0010 | 3 | 1 → 1.3 | 50 | 1,500 | 16,000 |" in text["methods"]
     assert "The least loss: PiSSA, apart from each other method" in text["methods"]
-    assert "| best: 2e-3, 5e-4 | 0.7010 ± 0.0010 | 0.6910 ± 0.0010 | **-0.0100 ± 0.0016** |" in text["equal-rates"]
+    assert "| best: 2e-3, 5e-4 | 0.7010 ± 0.0010 | 0.6910 ± 0.0010 | **-0.0100 ± 0.0000** |" in text["equal-rates"]
     # LoRA's is a parabola, 0.1 x²; this rate is a quarter of its best.
     assert "| 5e-4 | 0.7362 | 0.6900 | -0.0462 |" in text["equal-rates"]
     assert "at equal rates PiSSA is below LoRA at 2 of 3 (5e-4, 1e-3)" in text["equal-rates"]
