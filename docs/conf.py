@@ -10,7 +10,7 @@ copyright = "2026, the authors of pissa"
 version = release = pissa.__version__
 
 extensions = ["myst_parser", "breathe", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # every heading can be linked to, and links to headings are checked
 nitpicky = True  # a name that leads nowhere is a warning
 
