@@ -21,7 +21,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick docs wheel tools tools-docs clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick docs figures wheel tools tools-docs clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -218,12 +218,17 @@ $(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
 
 # ---- The book ----
 
+# The pictures of README and book, out of committed data.
+figures: $(BUILD)/experiments.stamp
+	PYTHONPATH=. $(TEST_PYTHON) docs/figures.py
+
 # docs/, with what the comments of the C++ headers and the docstrings of the installed package say. A warning is an error.
 # Limited to two minutes.
 docs: tools-docs $(BUILD)/docs.stamp
 	rm -rf build/doxygen build/docs
 	doxygen docs/Doxyfile
 	timeout 120 $(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	$(TEST_PYTHON) docs/man.py build/docs/pissa.1
 
 $(BUILD)/docs.stamp: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[docs]"

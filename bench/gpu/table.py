@@ -1,4 +1,4 @@
-"""What was measured: records, a line of JSON each, and the table of README.md. It needs no torch."""
+"""What was measured: records, a line of JSON each, and the table of docs/speed.md. It needs no torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,23 @@
+"""The manual page of `pissa`, out of its parser: `python docs/man.py FILE`, which `make docs` runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from argparse_manpage.manpage import Manpage
+
+from pissa.cli.main import COMMANDS, parser_for
+
+
+def main() -> None:
+    parser = parser_for(COMMANDS)
+    page = Manpage(parser)
+    page.manual = "pissa"
+    page.description = "fine-tune language models with PiSSA and QPiSSA"
+    # A line of text that begins with a quote would be a macro to troff.
+    Path(sys.argv[1]).write_text(str(page).replace("\n'", "\n\\(aq"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
