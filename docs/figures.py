@@ -1,6 +1,6 @@
 """The pictures of the book and the README, out of committed data: `make figures`.
 
-    python docs/figures.py    # writes docs/pictures/*.png
+python docs/figures.py    # writes docs/pictures/*.png
 """
 
 from __future__ import annotations

@@ -98,6 +98,10 @@ def _command(line: str, here: Path) -> None:
         return
     if words[0] == "pissa":
         arguments = [{"200": "2"}.get(word, word) for word in words[1:]]  # steps
+        if (
+            "--out" in arguments and "--resume" not in arguments
+        ):  # a run of its own, in the place of the one made before
+            shutil.rmtree(here / arguments[arguments.index("--out") + 1], ignore_errors=True)
         shorter = SHORT if arguments[0] in ("finetune", "dpo") and "--config" not in arguments else []
         assert main([*arguments, *shorter]) == 0, line
     elif words[0] == "make":

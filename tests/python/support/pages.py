@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -25,4 +24,9 @@ def name_of(page: Path) -> str:
 
 def blocks(page: Path) -> list[Block]:
     """Without directives of Sphinx, whose fences name them in braces."""
-    return [Block(*found) for found in _BLOCK.findall(page.read_text(encoding="utf-8"))]
+    found, lines = [], iter(page.read_text(encoding="utf-8").splitlines(keepends=True))
+    for line in lines:
+        if line.startswith("```"):
+            text = "".join(takewhile(lambda inner: inner.rstrip() != "```", lines))
+            found.append(Block(line[3:].strip(), text))
+    return [block for block in found if not block.language.startswith("{")]
