@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,11 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 @pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, as the working directory."""
     folder = shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(folder)
-    yield folder
+    return folder
 
 
 @pytest.mark.filterwarnings("default")  # pages say what warns
