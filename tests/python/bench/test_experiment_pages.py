@@ -226,10 +226,8 @@ def test_what_is_measured_stands_in_the_tables(everything: list[Any]) -> None:
     known, text = _some(everything), {}
     for name in SWEEPS:
         text[name] = EXPERIMENTS[name].section(known, Options()).text
-    assert (
-        "| PiSSA | 5e-4 | **0.6910 ± 0.0010** | **-0.0100 ± 0.0000** | 3 | 1 → 1.3 | 50 | 1,500 | 16,000 |"
-        in text["methods"]
-    )
+    costs = "3 | 1 → 1.3 | 50 | 1,500 | 16,000 |"
+    assert f"| PiSSA | 5e-4 | **0.6910 ± 0.0010** | **-0.0100 ± 0.0000** | {costs}" in text["methods"]
     assert f"| LoRA | 2e-3 | 0.7010 ± 0.0010 |  | {costs}" in text["methods"]
     assert "The least loss: PiSSA, apart from each other method" in text["methods"]
     assert "| best: 2e-3, 5e-4 | 0.7010 ± 0.0010 | 0.6910 ± 0.0010 | **-0.0100 ± 0.0000** |" in text["equal-rates"]
