@@ -23,7 +23,7 @@ WIDTH = 6.5  # inches: A4's text
 DPI = 130
 COLORS = 256  # of a PNG's palette: half the bytes
 SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
-BEST_NOTE = "bars: deviation of the seeds; each method at its best rate"
+GAP_NOTE = "bars: two standard errors of the differences, seed by seed; each method at its best rate"
 HEIGHTS = 1.35  # a loss that is above the lowest one by this factor is drawn at the top edge
 
 mpl.rcParams.update(
@@ -189,21 +189,25 @@ def dot(axes: Axes, name: str, x: Spread, y: Spread) -> None:
     axes.errorbar(x.mean, y.mean, linestyle="", **look.point, **bars)
 
 
-def dots(axes: Axes, spreads: Mapping[str, Spread | None], unit: str, named: bool = True) -> None:
-    """A dot for each method with its mean and, as a bar, the deviation of its seeds; the first method on top.
+def gaps(axes: Axes, spreads: Mapping[str, Spread | None], first: str, unit: str, named: bool = True) -> None:
+    """A dot for each method, the first one on top: how much it has more than the method `first`, seed by seed, with a
+    bar of two standard errors. What diverged has none.
 
     Args:
         named: whether the methods' names are beside it; not if a panel to the left has them.
     """
+    reference = spreads[first]
     for place, (name, spread) in enumerate(spreads.items()):
-        if spread is not None and math.isfinite(spread.mean):
-            look = style(name, place)
-            bar = {"xerr": spread.deviation, "capsize": 2.5} if spread.n > 1 else {}
-            axes.errorbar(spread.mean, -place, linestyle="", **look.point, **bar)
+        gap = spread.less(reference) if spread is not None and reference is not None else None
+        if gap is not None and math.isfinite(gap.mean):
+            bar = {"xerr": 2 * gap.error, "capsize": 2.5} if gap.n > 1 and name != first else {}
+            axes.errorbar(gap.mean, -place, linestyle="", **style(name, place).point, **bar)
+    if axes.has_data():
+        axes.axvline(0, color="black", linewidth=0.8, zorder=0)
     names = [label(name) + (f" (n = {spread.n})" if spread else " (none yet)") for name, spread in spreads.items()]
     axes.set_yticks([-place for place in range(len(spreads))], names if named else [""] * len(names))
     axes.set_ylim(-len(spreads) + 0.4, 0.6)
-    axes.set_xlabel(unit)
+    axes.set_xlabel(f"{unit} less {label(first)}'s")
 
 
 def lines(axes: Axes, spreads: Mapping[str, Mapping[float, Spread]]) -> None:

@@ -59,6 +59,8 @@ def difference(one: Spread | None, other: Spread | None, digits: int = 4) -> str
     if one is None or other is None:
         return MISSING
     gap = one.less(other)
+    if not math.isfinite(gap.mean):
+        return MISSING
     text = number(gap.mean, digits, sign=True)
     if gap.n > 1:
         text += f" ± {number(2 * gap.error, digits)}"

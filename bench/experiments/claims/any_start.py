@@ -67,5 +67,6 @@ def _before(sweep: Sweep, known: Known) -> float | None:
 def _picture(losses: Mapping[str, Spread | None]) -> figures.Figure:
     by_base = [method for methods in zip(*STARTS.values(), strict=True) for method in methods]
     figure, (axes,) = figures.panels([f"{measures.TASKS['gsm8k']}, base in 4 bits, rank 16"], height=2.6)
-    figures.dots(axes, {method: losses[method] for method in (*by_base, "loftq")}, "held-out loss (nats)")
+    figures.gaps(axes, {method: losses[method] for method in (*by_base, "loftq")}, "qlora", "loss")
+    figures.note(figure, figures.GAP_NOTE)
     return figure

@@ -28,14 +28,14 @@ class Forgetting(Experiment):
         for one, task in zip(axes, TASKS, strict=True):
             results = {m: measures.above_0(sweep, known).values() for m, sweep in sweeps(task, options).items()}
             lost = {method: measures.mean_of(found, forgotten) for method, found in results.items()}
-            won = {method: measures.mean_of(found, gained) for method, found in results.items()}
+            losses = {method: measures.mean_of(found, loss_of) for method, found in results.items()}
             before = {method: measures.mean_of(found, partial(prose, "before")) for method, found in results.items()}
-            columns = _means(before), tables.column(lost), tables.column(won, largest=True)
+            columns = _means(before), tables.column(lost), tables.column(losses)
             rows = [[label(method), *(column[method] for column in columns)] for method in results]
-            head = ["loss on prose before", "forgotten: its increase", "gained: decrease on the task"]
+            head = ["loss on prose before", "forgotten: its increase", "loss on the task"]
             text.append(tables.table([f"{measures.TASKS[task]}, rank 16", *head], rows))
             text.append(measures.verdict(lost, "increase on prose"))
-            _draw(one, won, lost)
+            _draw(one, losses, lost)
         figures.legend(figure, (*DENSE, *FOUR_BIT), "n = 2 seeds, bars: their deviation; each method at its best rate")
         return Section("\n\n".join(text), {"forgetting.png": figure})
 
@@ -50,19 +50,15 @@ def forgotten(result: Result) -> float:
     return prose("after", result) - prose("before", result)
 
 
-def gained(result: Result) -> float:
-    return float(result["before"]["loss"]) - loss_of(result)
-
-
 def _means(spreads: Mapping[str, Spread | None]) -> dict[str, str]:
     """Without deviations: nothing is drawn before training."""
     return {method: tables.number(spread.mean if spread else None) for method, spread in spreads.items()}
 
 
-def _draw(axes: figures.Axes, won: Mapping[str, Spread | None], lost: Mapping[str, Spread | None]) -> None:
-    for method, one in won.items():
+def _draw(axes: figures.Axes, losses: Mapping[str, Spread | None], lost: Mapping[str, Spread | None]) -> None:
+    for method, one in losses.items():
         other = lost[method]
         if one is not None and other is not None:
             figures.dot(axes, method, one, other)
-    axes.set_xlabel("gained: decrease on the task (nats)")
-    axes.set_ylabel("forgotten: on prose (nats)")
+    axes.set_xlabel("held-out loss on the task (nats)")
+    axes.set_ylabel("forgotten: increase on prose (nats)")

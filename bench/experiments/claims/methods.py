@@ -66,13 +66,14 @@ def _task(task: str, each: Mapping[str, Sweep], known: Known) -> list[str]:
         accuracies = {method: measures.over_seeds(sweep, known, measures.accuracy) for method, sweep in each.items()}
         columns.append(tables.column(accuracies, 1, largest=True))
         parts.append(measures.verdict(accuracies, "accuracy", largest=True))
-    head = ["best rate", "loss", *(["accuracy, %"] if len(columns) > 1 else []), "seeds"]
+    head = ["best rate", "loss", *(["accuracy, %"] if len(columns) > 1 else []), "loss less LoRA's", "seeds"]
     head += ["gradient norm, first 10 steps → last 10", "training, s", "peak memory, MiB", "trained parameters"]
     rows = [
         [
             label(method),
             tables.rate(sweep.best(known)),
             *(column[method] for column in columns),
+            "" if method == "lora" else tables.difference(losses[method], losses["lora"]),
             tables.count(losses[method]),
             *_costs(sweep, known),
         ]
@@ -99,10 +100,10 @@ def _best(known: Known, options: Options) -> figures.Figure:
     figure, axes = figures.panels([*map(measures.TASKS.get, TASKS), measures.TASKS["sums"]], height=2.9)
     losses = [{m: measures.over_seeds(s, known) for m, s in sweeps(task, options).items()} for task in TASKS]
     right = {m: measures.over_seeds(s, known, measures.accuracy) for m, s in sweeps("sums", options).items()}
-    figures.dots(axes[0], losses[0], "held-out loss (nats)")
-    figures.dots(axes[1], losses[1], "held-out loss (nats)", named=False)
-    figures.dots(axes[2], right, "accuracy (%)", named=False)
-    figures.note(figure, figures.BEST_NOTE)
+    figures.gaps(axes[0], losses[0], "lora", "loss")
+    figures.gaps(axes[1], losses[1], "lora", "loss", named=False)
+    figures.gaps(axes[2], right, "lora", "accuracy, %", named=False)
+    figures.note(figure, figures.GAP_NOTE)
     return figure
 
 

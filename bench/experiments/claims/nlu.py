@@ -69,7 +69,7 @@ def _picture(
     titles = [f"{measures.TASKS[task]}: {what}" for task in TASKS for what in ("loss", "accuracy")]
     figure, axes = figures.panels(titles, columns=2, height=2.3)
     for i, task in enumerate(TASKS):
-        figures.dots(axes[2 * i], losses[task], "held-out loss (nats)")
-        figures.dots(axes[2 * i + 1], right[task], "accuracy (%)", named=False)
-    figures.note(figure, figures.BEST_NOTE)
+        figures.gaps(axes[2 * i], losses[task], "lora", "loss")
+        figures.gaps(axes[2 * i + 1], right[task], "lora", "accuracy, %", named=False)
+    figures.note(figure, figures.GAP_NOTE)
     return figure
