@@ -30,7 +30,7 @@ STEPS = {
     "forward + backward, nf4, r = 64, M = 16": "forward + backward, 16 tokens",
     "forward + backward, nf4, r = 64, M = 512": "forward + backward, 512 tokens",
     "forward + backward, nf4, r = 64, M = 2048": "forward + backward, 2048 tokens",
-    "QPiSSA's split, r = 128: SVD, residual, nf4 with nested scales": "start of a layer, r = 128",
+    "QPiSSA's split, r = 128: SVD, residual, nf4 with nested scales": "SVD and 4 bits of a weight, r = 128",
 }
 METHODS = ("lora", "rslora", "pissa", "unit", "full")
 """Whose curves are in the README: more could not be told apart there."""
@@ -39,7 +39,7 @@ METHODS = ("lora", "rslora", "pissa", "unit", "full")
 def speed() -> Figure:
     """How many times as long PEFT with bitsandbytes takes, and with the best settings that it has."""
     rows = {(row["work"], row["malloc"]): row for row in json.loads((DATA / "zen4_2_cores.json").read_text())["rows"]}
-    figure, (axes,) = figures.panels(["PEFT + bitsandbytes' time over ours"], height=2.5)
+    figure, (axes,) = figures.panels(["The time of PEFT + bitsandbytes, divided by pissa's, on a CPU"], height=2.5)
     for place, work in enumerate(STEPS):
         for malloc, offset, color in (("default", -0.19, OURS), ("tuned", 0.19, "#E8A87C")):
             row = rows.get((work, malloc))
@@ -54,16 +54,16 @@ def speed() -> Figure:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 6.4)
-    axes.set_xlabel("times as fast (1: equal)")
+    axes.set_xlabel("how many times as fast pissa is")
     handles = [
-        Rectangle((0, 0), 1, 1, color=OURS, label="as installed"),
-        Rectangle((0, 0), 1, 1, facecolor="#E8A87C", hatch="///", label="with the best settings PEFT has (1)"),
+        Rectangle((0, 0), 1, 1, color=OURS, label="as both install"),
+        Rectangle((0, 0), 1, 1, facecolor="#E8A87C", hatch="///", label="tuned for PEFT (*)"),
     ]
     axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.32), frameon=False)  # beside short bars
     figures.note(
         figure,
-        "one layer 4096 x 4096, NF4, bfloat16, r = 64; two Zen 4 cores; n = 9 pairs in turns: median and quartiles\n"
-        "(1) bfloat16 adapters, and a malloc that keeps its memory",
+        "one linear layer, 4096 x 4096, NF4, bfloat16, adapter of r = 64; two Zen 4 cores; n = 9 pairs: median, quartiles\n"
+        "(*) bfloat16 adapters, and glibc told to keep freed memory, for both",
     )
     return figure
 
@@ -71,7 +71,7 @@ def speed() -> Figure:
 def loss() -> Figure:
     """Held-out loss against steps, each method at its own best rate."""
     known = Results(DATA / "experiments")
-    figure, (axes,) = figures.panels([f"{measures.TASKS[few_steps.TASK]}, rank 16"], height=2.6)
+    figure, (axes,) = figures.panels(["SmolLM2-135M on GSM8K, 16 bits, rank 16, batches of 2"], height=2.6)
     found = {method: measures.above_0(sweep, known).values() for method, sweep in few_steps.curved(Options()).items()}
     curves = {method: [measures.curve(one)[1:] for one in found[method]] for method in METHODS}
     figures.against_steps(axes, {method: seeds for method, seeds in curves.items() if seeds})
