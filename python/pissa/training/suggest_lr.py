@@ -21,6 +21,11 @@ CLIP = 1.0  # the default of transformers.Trainer, which Adam's rate depends on 
 MOST_TRIALS = 16
 
 _NAMES = {"pissa": "PiSSA", "unit": "PiSSA's orthonormal start", "lora": "LoRA"}
+# bench/experiments, rank 16, three seeds: less by 0.047 ± 0.019 on GSM8K, 0.082 ± 0.052 on sums, 0.066 ± 0.040 on films
+_ALTERNATIVE = (
+    """; at its own best rate LoRA's start with rsLoRA's scaling (init="lora", use_rslora=True) left less than """
+    "PiSSA's on three tasks of small models"
+)
 
 
 class Suggestion(NamedTuple):
@@ -80,7 +85,8 @@ def suggest_lr(
     with failing_together():
         if method is not None:
             check_choice("method", method, tuple(_NAMES))
-        name = _NAMES.get(method or _method_of(model), "this model")
+        method = method or _method_of(model)
+        name = _NAMES.get(method, "this model")
         trial = _Trial(model, list(batches), loss or _own_loss)
         with _restored(model, trial):
             losses = _bracket(trial, 2 * trial.unit_step())
@@ -88,7 +94,7 @@ def suggest_lr(
     tried = ", ".join(f"{_shown(losses[rate])} at {rate:.1e}" for rate in sorted(losses))
     text = (
         f"learning rate {rate:.1e} for {name}: {len(losses)} trial trainings of {len(trial.seen)} steps left losses of "
-        f"{tried} on {len(trial.unseen)} other batches"
+        f"{tried} on {len(trial.unseen)} other batches{_ALTERNATIVE if method in ('pissa', 'unit') else ''}"
     )
     return Suggestion(rate, text, losses)
 

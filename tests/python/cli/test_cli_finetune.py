@@ -354,7 +354,7 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
         main(["finetune", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for default in ("pissa", "16", "krylov", "auto", "8", "2e-05", "0.03", "512", "100", "0", "1.0"):
+    for default in ("pissa", "16", "krylov", "auto", "8", "0.0002", "0.03", "512", "100", "0", "1.0"):
         assert f"(default: {default})" in text
     for name in ("--model", "--data", "--out", "--rank", "--lr", "--steps", "--gradient-checkpointing", "--use_dora"):
         assert f" {name}" in text

@@ -164,7 +164,7 @@ def test_the_same_input_gives_the_same_rate() -> None:
 def test_the_text_says_what_was_found_and_why() -> None:
     found = pissa.suggest_lr(language_model(), batches(5))
     assert found.text.startswith(f"learning rate {found.rate:.1e} for PiSSA: {len(found.losses)} trial trainings of 2 ")
-    assert found.text.endswith(" on 3 other batches")
+    assert " on 3 other batches; at its own best rate LoRA's start " in found.text
     for rate, loss in found.losses.items():
         assert f"{loss:.3f} at {rate:.1e}" in found.text
     assert "\n" not in found.text
@@ -190,7 +190,9 @@ def plain_lora(start: bool | str) -> nn.Module:
 )
 def test_the_method_is_read_off_the_model(model: Callable[[], nn.Module], method: str | None, name: str) -> None:
     found = model().requires_grad_(True) if name == "this model" else model()
-    assert f" for {name}: " in pissa.suggest_lr(found, batches(2), method).text
+    text = pissa.suggest_lr(found, batches(2), method).text
+    assert f" for {name}: " in text
+    assert ("use_rslora=True" in text) is name.startswith("PiSSA")
 
 
 def test_a_rate_that_diverges_is_too_large() -> None:
