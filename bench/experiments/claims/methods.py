@@ -102,7 +102,7 @@ def _best(known: Known, options: Options) -> figures.Figure:
     right = {m: measures.over_seeds(s, known, measures.accuracy) for m, s in sweeps("sums", options).items()}
     figures.gaps(axes[0], losses[0], "lora", "loss")
     figures.gaps(axes[1], losses[1], "lora", "loss", named=False)
-    figures.gaps(axes[2], right, "lora", "accuracy, %", named=False)
+    figures.gaps(axes[2], right, "lora", "accuracy (points)", named=False)
     figures.note(figure, figures.GAP_NOTE)
     return figure
 

@@ -70,6 +70,6 @@ def _picture(
     figure, axes = figures.panels(titles, columns=2, height=2.3)
     for i, task in enumerate(TASKS):
         figures.gaps(axes[2 * i], losses[task], "lora", "loss")
-        figures.gaps(axes[2 * i + 1], right[task], "lora", "accuracy, %", named=False)
+        figures.gaps(axes[2 * i + 1], right[task], "lora", "accuracy (points)", named=False)
     figures.note(figure, figures.GAP_NOTE)
     return figure
