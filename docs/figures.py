@@ -62,7 +62,7 @@ def speed() -> Figure:
     axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.32), frameon=False)  # beside short bars
     figures.note(
         figure,
-        "one linear layer, 4096 x 4096, NF4, bfloat16, adapter of r = 64; two Zen 4 cores; n = 9 pairs: median, quartiles\n"
+        "one linear layer, 4096 x 4096, NF4, bfloat16, adapter of r = 64; two Zen 4 cores; 9 pairs: median, quartiles\n"
         "(*) bfloat16 adapters, and glibc told to keep freed memory, for both",
     )
     return figure
