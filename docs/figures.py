@@ -21,7 +21,7 @@ from bench.experiments.results import Results
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"
-OURS, PEER, FROZEN, TRAINED = "#D55E00", "#0072B2", "0.85", "#D55E00"
+OURS, TUNED, FROZEN, TRAINED = "#D55E00", "#E8A87C", "0.85", "#D55E00"
 
 # Rows of bench/compare, and what a bar of them is called.
 STEPS = {
@@ -41,7 +41,7 @@ def speed() -> Figure:
     rows = {(row["work"], row["malloc"]): row for row in json.loads((DATA / "zen4_2_cores.json").read_text())["rows"]}
     figure, (axes,) = figures.panels(["The time of PEFT + bitsandbytes, divided by pissa's, on a CPU"], height=2.5)
     for place, work in enumerate(STEPS):
-        for malloc, offset, color in (("default", -0.19, OURS), ("tuned", 0.19, "#E8A87C")):
+        for malloc, offset, color in (("default", -0.19, OURS), ("tuned", 0.19, TUNED)):
             row = rows.get((work, malloc))
             if row is not None:
                 low, high = row["ratio_quartiles"]
@@ -57,7 +57,7 @@ def speed() -> Figure:
     axes.set_xlabel("how many times as fast pissa is")
     handles = [
         Rectangle((0, 0), 1, 1, color=OURS, label="as both install"),
-        Rectangle((0, 0), 1, 1, facecolor="#E8A87C", hatch="///", label="tuned for PEFT (*)"),
+        Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="tuned for PEFT (*)"),
     ]
     axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.32), frameon=False)  # beside short bars
     figures.note(

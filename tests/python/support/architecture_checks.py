@@ -1,5 +1,5 @@
 """What an adapter has to be on every architecture. Each check makes its own model and raises AssertionError; the tests
-and the table in the README run the same ones."""
+and the table in docs/architectures.md run the same ones."""
 
 from __future__ import annotations
 

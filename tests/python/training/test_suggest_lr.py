@@ -192,7 +192,7 @@ def test_the_method_is_read_off_the_model(model: Callable[[], nn.Module], method
     found = model().requires_grad_(True) if name == "this model" else model()
     text = pissa.suggest_lr(found, batches(2), method).text
     assert f" for {name}: " in text
-    assert ("use_rslora=True" in text) is name.startswith("PiSSA")
+    assert ("use_rslora=True" in text) is (name == "PiSSA")
 
 
 def test_a_rate_that_diverges_is_too_large() -> None:
