@@ -115,6 +115,17 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert difference(spread((1.0, 2.0, 9.0)), spread((0.5, 1.25))) == "**+0.6250 ± 0.2500**"
 
 
+def test_a_seed_counts_only_after_those_before_it() -> None:
+    """Else the second value of two methods could be of different seeds."""
+    sweep = _sweep(points=1, extends=False)
+    known = _known(sweep, loss=_parabola(1e-3))
+    assert len(sweep.at_best(known)) == 3
+    known = type(known)()
+    for seed in (0, 2):
+        known.put("encoder", record(sweep.at(1e-3, seed), _parabola(1e-3)))
+    assert len(sweep.at_best(known)) == 1
+
+
 def test_with_one_seed_nothing_is_bold() -> None:
     from bench.experiments.sweep import spread
     from bench.experiments.tables import column, difference, winner
