@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,23 +25,26 @@ DATA = HERE.parent / "bench" / "results"
 OURS, TUNED, FROZEN, TRAINED = "#D55E00", "#E8A87C", "0.85", "#D55E00"
 
 # Rows of bench/compare, and what a bar of them is called.
-STEPS = {
-    "forward, nf4, r = 64, M = 16": "forward, 16 tokens",
-    "forward, nf4, r = 64, M = 512": "forward, 512 tokens",
-    "forward + backward, nf4, r = 64, M = 16": "forward + backward, 16 tokens",
-    "forward + backward, nf4, r = 64, M = 512": "forward + backward, 512 tokens",
-    "forward + backward, nf4, r = 64, M = 2048": "forward + backward, 2048 tokens",
-    "QPiSSA's split, r = 128: SVD, residual, nf4 with nested scales": "SVD and 4 bits of a weight, r = 128",
+WORK = {
+    "forward, nf4, r = 64, M = 16": "layer forward, 16 tokens",
+    "forward, nf4, r = 64, M = 512": "layer forward, 512 tokens",
+    "forward + backward, nf4, r = 64, M = 16": "layer forward + backward, 16 tokens",
+    "forward + backward, nf4, r = 64, M = 512": "layer forward + backward, 512 tokens",
+    "forward + backward, nf4, r = 64, M = 2048": "layer forward + backward, 2048 tokens",
+    "training step of SmolLM2-135M, nf4, r = 16": "training step, SmolLM2-135M",
+    "QPiSSA's split, r = 128: SVD, residual, nf4 with nested scales": "start: SVD and rounding of a weight",
 }
-METHODS = ("lora", "rslora", "pissa", "unit", "full")
-"""Whose curves are in the README: more could not be told apart there."""
+METHODS = ("lora", "rslora", "pissa", "full")
+"""Whose curves have colours in the README: more could not be told apart there."""
+PALE = "0.75"
 
 
 def speed() -> Figure:
     """How many times as long PEFT with bitsandbytes takes, and with the best settings that it has."""
-    rows = {(row["work"], row["malloc"]): row for row in json.loads((DATA / "zen4_2_cores.json").read_text())["rows"]}
-    figure, (axes,) = figures.panels(["The time of PEFT + bitsandbytes, divided by pissa's, on a CPU"], height=2.5)
-    for place, work in enumerate(STEPS):
+    files = [json.loads((DATA / name).read_text()) for name in ("zen4_2_cores.json", "zen4_2_cores_models.json")]
+    rows = {(row["work"], row["malloc"]): row for file in files for row in file["rows"]}  # the second file's are later
+    figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=2.9)
+    for place, work in enumerate(WORK):
         for malloc, offset, color in (("default", -0.19, OURS), ("tuned", 0.19, TUNED)):
             row = rows.get((work, malloc))
             if row is not None:
@@ -50,20 +54,21 @@ def speed() -> Figure:
                 axes.plot([low, high], [place + offset] * 2, color="black", linewidth=1)
                 axes.text(high + 0.08, place + offset, f"{ratio:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(STEPS)), list(STEPS.values()))
+    axes.set_yticks(range(len(WORK)), list(WORK.values()))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 6.4)
-    axes.set_xlabel("how many times as fast pissa is")
+    axes.set_xlabel("time of PEFT + bitsandbytes / time of pissa")
     handles = [
-        Rectangle((0, 0), 1, 1, color=OURS, label="as both install"),
-        Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="tuned for PEFT (*)"),
+        Rectangle((0, 0), 1, 1, color=OURS, label="PEFT as it installs"),
+        Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="PEFT tuned (*)"),
     ]
-    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.32), frameon=False)  # beside short bars
+    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.42), frameon=False)  # beside short bars
     figures.note(
         figure,
-        "one linear layer, 4096 x 4096, NF4, bfloat16, adapter of r = 64; two Zen 4 cores; 9 pairs: median, quartiles\n"
-        "(*) bfloat16 adapters, and glibc told to keep freed memory, for both",
+        "two Zen 4 cores; a layer of 4096 x 4096, r = 64; step: r = 16; start: 4096 x 4096, r = 128\n"
+        "medians and quartiles of 9 pairs of runs, of 5 for the step\n"
+        "(*) bfloat16 adapters, and a malloc that keeps freed memory, which pissa has beside it, too",
     )
     return figure
 
@@ -71,11 +76,19 @@ def speed() -> Figure:
 def loss() -> Figure:
     """Held-out loss against steps, each method at its own best rate."""
     known = Results(DATA / "experiments")
-    figure, (axes,) = figures.panels(["SmolLM2-135M on GSM8K, 16 bits, rank 16, batches of 2"], height=2.6)
+    figure, (axes,) = figures.panels(["SmolLM2-135M-Instruct on GSM8K, 16 bits, rank 16, batches of 2"], height=2.7)
     found = {method: measures.above_0(sweep, known).values() for method, sweep in few_steps.curved(Options()).items()}
-    curves = {method: [measures.curve(one)[1:] for one in found[method]] for method in METHODS}
-    figures.against_steps(axes, {method: seeds for method, seeds in curves.items() if seeds})
-    figures.legend(figure, METHODS, "n = 2 seeds, pale: both; each method at its own best learning rate", columns=5)
+    curves = {method: [measures.curve(one)[1:] for one in seeds] for method, seeds in found.items() if seeds}
+    others = [method for method in curves if method not in METHODS]
+    for method in others:
+        points = [(at[0][0], fmean(loss for _, loss in at)) for at in zip(*curves[method], strict=True)]
+        axes.plot(*zip(*points, strict=True), color=PALE, linewidth=1)
+    figures.against_steps(axes, {method: curves[method] for method in METHODS if method in curves})
+    note = (
+        "each method at its own best learning rate; means of n = 2 seeds, pale: from one to the other\n"
+        f"grey, without marks: {', '.join(map(figures.label, others))}"
+    )
+    figures.legend(figure, METHODS, note)
     return figure
 
 
