@@ -35,5 +35,7 @@ autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = "pissa"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 templates_path: list[str] = []
 exclude_patterns: list[str] = []

@@ -18,9 +18,12 @@ PiSSA's paper (arXiv 2404.02948v4) on models and data that two cores can train, 
 [PROTOCOL.md](PROTOCOL.md) has the rules, which were fixed before the runs. This page is made from \
 `bench/results/experiments/*.jsonl` alone:
 
-    python -m bench.experiments --only-page                                      # this page again
-    python -m bench.experiments --data gsm8k=DIR reviews=DIR mnist=DIR           # runs the cells that are missing
-    python -m bench.experiments --data … --results DIR --page DIR                # all of it again, elsewhere
+    # this page again
+    python -m bench.experiments --only-page
+    # the cells that are missing
+    python -m bench.experiments --data gsm8k=DIR reviews=DIR mnist=DIR
+    # all of it again, elsewhere
+    python -m bench.experiments --data … --results DIR --page DIR
 
 A number is a mean over seeds ± their deviation, at the rate with the least held-out loss of seed 0. **Bold** is \
 better than all others by more than two standard errors of the difference. Differences are taken seed by seed: a seed \

@@ -40,9 +40,9 @@ def load(
 ) -> PissaModel:
     """A PissaModel over the mapped files of a folder. Weights that are packed there are never dense in memory::
 
-        model = pissa.load("out")                                   # what `pissa init` wrote
-        model = pissa.load("out", adapter="run")                    # with an adapter trained on it
-        model = pissa.load("4bit", r=16, task_type="CAUSAL_LM")     # saved by transformers, load_in_4bit, nf4
+        model = pissa.load("out")  # what `pissa init` wrote
+        model = pissa.load("out", adapter="run")  # with an adapter trained on it
+        model = pissa.load("4bit", r=16, task_type="CAUSAL_LM")  # nf4, saved by transformers
 
     On a folder of `pissa init` nothing is decomposed: the model is the one that `pissa.wrap` makes of the dense
     checkpoint, bit for bit. Another folder is loaded and wrapped: a packed weight is decoded, decomposed and let go,
