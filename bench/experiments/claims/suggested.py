@@ -15,9 +15,8 @@ from bench.experiments.sweep import Sweep
 from bench.suggest_lr import __main__ as suggest_lr
 from bench.training.results import Results
 
-METHODS = ("pissa", "lora", "unit", "qpissa_1")
-TASKS = ("gsm8k", "sums")
-GROUPS = tuple((task, method) for task in TASKS for method in METHODS)
+METHODS = {"gsm8k": ("pissa", "lora", "unit", "qpissa_1"), "sums": ("pissa", "lora", "unit")}
+GROUPS = tuple((task, method) for task, methods in METHODS.items() for method in methods)
 
 
 def sweep_of(task: str, method: str, options: Options) -> Sweep:
