@@ -79,11 +79,11 @@ def _gradient(method: str, known: Known) -> list[str]:
 
 
 def _cosines(results: list[Result], of: str) -> str:
-    """Of all seeds with the first; a dash without a gradient."""
+    """Of all seeds with the first; empty if there is no gradient."""
     found = [cosine(results[0], other, of) for other in results[1:]]
     numbers = [value for value in found if value is not None]
     if not numbers:
-        return tables.MISSING
+        return "" if results else tables.MISSING
     low, high = (f"{value:.3f}" for value in (min(numbers), max(numbers)))
     return low if low == high else f"{low} to {high}"
 
@@ -106,15 +106,17 @@ def _losses(task: str, known: Known, options: Options) -> list[list[str]]:
     rows = []
     for method, sweep in sweeps(task, options).items():
         curves = [result["losses"] for result in sweep.at_best(known)]
-        means = [tables.number(_mean([losses[window] for losses in curves], window)) for window in WINDOWS.values()]
+        means = [_mean([losses[window] for losses in curves], window) for window in WINDOWS.values()]
         rows.append([measures.TASKS[task], figures.label(method), tables.rate(sweep.best(known)), *means])
     return rows
 
 
-def _mean(parts: list[list[float]], window: slice) -> float | None:
-    """None if no training is known, or if it has fewer steps."""
-    full = bool(parts) and (window.stop is None or len(parts[0]) == window.stop - window.start)
-    return mean(map(mean, parts)) if full else None
+def _mean(parts: list[list[float]], window: slice) -> str:
+    """Empty if the trainings have fewer steps."""
+    if not parts:
+        return tables.MISSING
+    full = window.stop is None or len(parts[0]) == window.stop - window.start
+    return tables.number(mean(map(mean, parts))) if full else ""
 
 
 def _picture(known: Known, options: Options) -> figures.Figure:

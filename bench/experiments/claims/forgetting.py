@@ -61,4 +61,4 @@ def _draw(axes: figures.Axes, losses: Mapping[str, Spread | None], lost: Mapping
         if one is not None and other is not None:
             figures.dot(axes, method, one, other)
     axes.set_xlabel("held-out loss on the task (nats)")
-    axes.set_ylabel("forgotten: increase on prose (nats)")
+    axes.set_ylabel("increase on prose (nats)")

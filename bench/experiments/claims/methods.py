@@ -98,7 +98,8 @@ def _costs(sweep: Sweep, known: Known) -> list[str]:
 
 
 def _best(known: Known, options: Options) -> figures.Figure:
-    figure, axes = figures.panels([*map(measures.TASKS.get, TASKS), measures.TASKS["sums"]], height=2.9)
+    titles = ("SmolLM2 on GSM8K: loss", "sums: loss", "sums: accuracy")
+    figure, axes = figures.panels(titles, height=2.9)
     gsm8k = {m: measures.over_seeds(s, known) for m, s in sweeps("gsm8k", options).items()}
     # A line for each method of the first panel, for the names are there.
     sums, right = (dict.fromkeys(gsm8k) for _ in range(2))
@@ -107,7 +108,7 @@ def _best(known: Known, options: Options) -> figures.Figure:
         right[method] = measures.over_seeds(sweep, known, measures.accuracy)
     figures.gaps(axes[0], gsm8k, "lora", "loss")
     figures.gaps(axes[1], sums, "lora", "loss", named=False)
-    figures.gaps(axes[2], right, "lora", "accuracy (points)", named=False)
+    figures.gaps(axes[2], right, "lora", "points", named=False)
     figures.note(figure, figures.GAP_NOTE)
     return figure
 
