@@ -55,16 +55,17 @@ def differ(one: Spread, other: Spread) -> bool:
 
 
 def difference(one: Spread | None, other: Spread | None, digits: int = 4) -> str:
-    """`one` less `other` ± two standard errors, which one seed does not have; bold if they differ."""
+    """`one` less `other` ± two standard errors, which one seed does not have; bold if they differ and it shows."""
     if one is None or other is None:
         return MISSING
     gap = one.less(other)
     if not math.isfinite(gap.mean):
         return MISSING
-    text = number(gap.mean, digits, sign=True)
+    shown = round(gap.mean, digits) + 0.0  # which -0.0 is without
+    text = number(shown, digits, sign=True)
     if gap.n > 1:
         text += f" ± {number(2 * gap.error, digits)}"
-    return f"**{text}**" if differ(one, other) else text
+    return f"**{text}**" if shown != 0 and differ(one, other) else text
 
 
 def winner(spreads: Mapping[str, Spread | None], largest: bool = False) -> str | None:

@@ -117,6 +117,8 @@ def _rates(known: Known, options: Options) -> figures.Figure:
     parts = [("gsm8k", "dense base", DENSE), ("gsm8k", "base in 4 bits", FOUR_BIT), ("sums", "dense base", DENSE)]
     figure, axes = figures.panels([f"{measures.TASKS[task]}, {base}" for task, base, _ in parts], columns=2)
     for one, (task, _, methods) in zip(axes, parts, strict=True):
-        figures.sweeps(one, {method: sweep for method, sweep in sweeps(task, options).items() if method in methods}, known)
+        figures.sweeps(
+            one, {method: sweep for method, sweep in sweeps(task, options).items() if method in methods}, known
+        )
     figures.legend(figure, (*DENSE, *FOUR_BIT), figures.SWEEP_NOTE)
     return figure
