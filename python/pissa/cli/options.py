@@ -51,6 +51,9 @@ _DEFAULTS: dict[str, Any] = {
 # PiSSA's best at rank 16, on GSM8K and on sums (bench/experiments, SmolLM2-135M). The paper's 2e-5 is for 7 billion
 # parameters and rank 128. TRL's stays for preferences.
 _RATE = {"SFT": {"learning_rate": 2e-4}}
+# Rank 64 lowers the loss on GSM8K by 0.026 ± 0.008 at 1.5 times the time, and none that could be told apart on films
+# (bench/experiments, start-norm).
+_RANK = 16
 _structure = number(json.loads, 'JSON, such as {"q_proj": 8}', lambda value: isinstance(value, (dict, list)))
 _rate = number(float, f"a number above 0, or {AUTO}", lambda value: 0 < value < float("inf"))
 _TYPES: dict[str, Any] = {
@@ -63,7 +66,7 @@ _HELP = {
     "model_name_or_path": "folder of a model, or its name on the hub; or a folder that pissa init has written",
     "dataset_name": "file of records (.jsonl, .json), folder or name of a data set in TRL's formats, or gsm-symbolic",
     "learning_rate": f"learning rate at its peak, or {AUTO}: the one that pissa.suggest_lr finds",
-    "r": "rank of the adapters (default: 16)",
+    "r": f"rank of the adapters (default: {_RANK})",
     "output_dir": "new folder of the run: adapter, checkpoints, options, picture of the losses",
 }
 _OWN = (
@@ -134,7 +137,7 @@ def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
     Raises:
         UserError: naming the field, what was given and what is allowed.
     """
-    given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or 16}
+    given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT takes a text as an expression for whole names, names in a list as their ends.
         match given.get(name):
