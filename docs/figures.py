@@ -60,7 +60,7 @@ def speed() -> Figure:
     axes.set_xlim(0, 6.4)
     axes.set_xlabel("time of PEFT + bitsandbytes / time of pissa")
     handles = [
-        Rectangle((0, 0), 1, 1, color=OURS, label="PEFT as it installs"),
+        Rectangle((0, 0), 1, 1, color=OURS, label="PEFT as installed"),
         Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="PEFT tuned (*)"),
     ]
     axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.42), frameon=False)  # beside short bars

@@ -115,6 +115,16 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert difference(spread((1.0, 2.0, 9.0)), spread((0.5, 1.25))) == "**+0.6250 ± 0.2500**"
 
 
+def test_a_difference_that_does_not_show_is_not_bold() -> None:
+    """Nor has a zero the sign of roundoff."""
+    from bench.experiments.sweep import spread
+    from bench.experiments.tables import differ, difference
+
+    one, other = spread((1.0, 2.0)), spread((1.00001, 2.00001))
+    assert differ(one, other)
+    assert difference(one, other) == "+0.0000 ± 0.0000"
+
+
 def test_a_seed_counts_only_after_those_before_it() -> None:
     """Else the second value of two methods could be of different seeds."""
     sweep = _sweep(points=1, extends=False)
