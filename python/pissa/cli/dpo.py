@@ -10,7 +10,7 @@ from pissa.cli.data import read_preferences
 from pissa.cli.encode import prompt_and_answer
 
 if TYPE_CHECKING:
-    from pissa.cli.selfcheck import SelfCheck
+    from pissa.cli.step0 import Step0
 
 TRAINER = "DPO"
 
@@ -36,7 +36,7 @@ def _rows(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list
     return rows, ""
 
 
-def _check(trainer: Any, found: SelfCheck) -> tuple[str, bool]:
+def _check(trainer: Any, found: Step0) -> tuple[str, bool]:
     """The first loss is ln 2: the margin between answers is 0.
 
     The log-probability of a token is off by at most twice the largest difference of its logits; the sum over T tokens

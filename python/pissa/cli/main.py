@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
     "run": "run a program that trains with PEFT: its PiSSA and 4-bit LoRA are ours",
     "env": "report versions and whether everything works",
+    "selftest": "check this installation; run it before you report a problem",
     "completion": "print what a shell needs to complete these commands",
 }
 
@@ -35,6 +36,7 @@ _INTERRUPTED = {
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "report": "nothing is written",
+    "selftest": "nothing is written",
     "run": "what is left is the program's",
 }
 

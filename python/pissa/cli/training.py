@@ -32,7 +32,7 @@ from pissa.cli.data import is_records
 from pissa.cli.options import AUTO, adapter_config, go_on, parse, record, settle
 from pissa.cli.plot import Curve, plot_losses
 from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, last_checkpoint
-from pissa.cli.selfcheck import SelfCheck, step0_check
+from pissa.cli.step0 import Step0, step0_check
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.pissa_layout import PISSA_RECORD
@@ -43,7 +43,7 @@ from pissa.notices import InexactLoraWarning
 Rows = Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
 """Reads a file of records, or the built-in data, for the trainer, with a note on what was cut: (source, seed,
 tokenizer, most tokens)."""
-Check = Callable[[Any, SelfCheck], tuple[str, bool]]
+Check = Callable[[Any, Step0], tuple[str, bool]]
 """Checks a trainer before its first step, beside the logits: what it found, and whether that is right."""
 
 
@@ -228,7 +228,7 @@ def _check(trainer: Any, more: Check) -> dict[str, Any]:
     say("check", f"logits at step 0 differ by {found.difference:.1e} from the base's (bound {found.bound:.1e}){text}")
     passed = found.passed and right
     if not passed:
-        say("check", "FAILED: the adapter changes the model before it is trained; please report this with `pissa env`")
+        say("check", "FAILED: the adapter changes the model before it is trained; report this with `pissa selftest`")
     return {"difference": found.difference, "bound": found.bound, "passed": passed}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 _NOT_THE_MODELS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
-class SelfCheck(NamedTuple):
+class Step0(NamedTuple):
     """The relative difference of the logits with and without the adapter, the largest that rounding explains, and the
     norm of the logits, over a number of `tokens`."""
 
@@ -27,15 +27,9 @@ class SelfCheck(NamedTuple):
         return self.difference <= self.bound  # False for NaN
 
 
-def step0_check(model: PeftModel, batch: dict[str, Any]) -> SelfCheck:
-    """Compares the logits before training with the adapter enabled (the model) and disabled (the base).
-
-    Both passes compute the same function and may round differently. With k the inner dimension of an adapted layer, a
-    sum of k products in float32 (u = eps/2) is off by about √k u of its norm, once in each of the two passes; the
-    layer's output is then rounded to the base's dtype, eps at most between the two. These errors are independent from
-    layer to layer and pass the layers above with a gain near 1, so they add up as a random walk does: √(Σ 2 k u²) + √n
-    eps(dtype) for n layers. An adapter that starts wrong (PiSSA on a base that has lost its principal part) differs by
-    about 1.
+def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
+    """Compares the logits before training with the adapter enabled (the model) and disabled (the base). An adapter that
+    starts wrong (PiSSA on a base that has lost its principal part) differs by about 1.
 
     Args:
         model: with one active adapter. Afterwards it is in evaluation mode.
@@ -50,10 +44,21 @@ def step0_check(model: PeftModel, batch: dict[str, Any]) -> SelfCheck:
             disabled = _logits(model, inputs)
     norm = torch.linalg.vector_norm(disabled).item()
     difference = torch.linalg.vector_norm(enabled - disabled).item() / norm
+    return Step0(difference, rounding_bound(model), norm, len(disabled))
+
+
+def rounding_bound(model: PeftModel) -> float:
+    """The largest relative difference of logits that rounding explains, between two passes that compute the same
+    function and may round differently.
+
+    With k the inner dimension of an adapted layer, a sum of k products in float32 (u = eps/2) is off by about √k u of
+    its norm, once in each of the two passes; the layer's output is then rounded to the base's dtype, eps at most
+    between the two. These errors are independent from layer to layer and pass the layers above with a gain near 1, so
+    they add up as a random walk does: √(Σ 2 k u²) + √n eps(dtype) for n layers.
+    """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     summation = math.sqrt(sum(2 * layer.in_features for layer in layers)) * torch.finfo(torch.float32).eps / 2
-    bound = summation + math.sqrt(len(layers)) * torch.finfo(model.get_base_model().dtype).eps
-    return SelfCheck(difference, bound, norm, len(disabled))
+    return summation + math.sqrt(len(layers)) * torch.finfo(model.get_base_model().dtype).eps
 
 
 def _logits(model: PeftModel, inputs: dict[str, Any]) -> Tensor:
