@@ -34,8 +34,9 @@ _LEVELS = {
     ),
     "int8": torch.arange(-127, 128, dtype=torch.float64) / 127,
 }  # fmt: skip
-# Half the largest step between the numbers that 8 bits of a quantised scale stand for: 64 of them from 0.1 to 1.
-_NESTED = 0.9 / 128
+# Half the largest step between the numbers that 8 bits of a quantised scale stand for: 64 of them from 0.1 to 1. They
+# are looked up in a table of 2^16 places, as in bitsandbytes.
+_NESTED = 0.9 / 128 + 2.0**-16
 
 
 def op_checks(device: torch.device) -> dict[str, Check]:
@@ -132,7 +133,8 @@ def _quantise(format: str, nested: bool, device: torch.device) -> Iterator[Findi
 
 def _split_quantised(format: str, device: torch.device) -> Iterator[Finding]:
     weight, r, scaling = _power_law(97, 130).float(), 12, 2.0
-    split = ops.split(weight.to(device), r, scaling=scaling, form=format)
+    # Without the error of quantised scales, which would hide others.
+    split = ops.split(weight.to(device), r, scaling=scaling, form=format, double_quant=False)
     assert isinstance(split.residual, ops.QuantizedWeight)
     product, error = _product(weight, split, scaling)
     yield _left("the principal part", weight.double(), product, r)
@@ -184,7 +186,8 @@ def _tensors(tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
     shapes = {"x": (tokens, _IN), "weight": (_OUT, _IN), "bias": (_OUT,), "a": (8, _IN), "b": (_OUT, 8)}
     shapes |= {"a0": (8, _IN), "b0": (_OUT, 8), "y": (tokens, _OUT), "dy": (tokens, _OUT)}
     made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    made["weight"] /= math.sqrt(_IN)
+    for name, terms in {"weight": _IN, "a": _IN, "a0": _IN, "b": 8, "b0": 8}.items():
+        made[name] /= math.sqrt(terms)  # no part of the sum is lost among the roundings of another
     return made | {name: made[name].to(dtype) for name in ("x", "dy", "weight", "y")}
 
 
