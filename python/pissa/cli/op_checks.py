@@ -240,10 +240,9 @@ def _forward_and_backward(
     got = _values(op, {name: tensor.to(device) for name, tensor in given.items()})
     exact = _values(formula, {name: tensor.double() for name, tensor in given.items()})
     sizes = _values(formula, {name: tensor.double().abs() for name, tensor in given.items()})
-    what = f"of {len(given['x'])} rows"
-    names = (f"y {what}", *(f"gradient of {name} {what}" for name in _TRAINED))
+    names = ("y", *(f"the gradient of {name}" for name in _TRAINED))
     for name, value, wanted, size in zip(names, got, exact, sizes, strict=True):
-        yield close(name, value, wanted, unit * size)
+        yield close(f"{name} ({len(given['x'])} rows)", value, wanted, unit * size)
 
 
 def _values(function: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]:

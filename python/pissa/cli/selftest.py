@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     tally.section("Imports")
     # If torch or the core does not load, that is what is to be reported: nothing above imports either.
     has_ops = tally.passes("torch, the compiled core of pissa", _import_ops)
+    devices, not_tested = _devices(args.device) if has_ops else ([], "")
     has_peft = _is_installed("peft")
     has_models = has_ops and has_peft and tally.passes("PEFT, transformers", _import_models)
-    devices = _devices(args.device) if has_ops else []
     for device in devices:
         from pissa.cli.op_checks import op_checks
 
-        tally.section(f"Ops on {_described(device)}")
+        tally.section(f"Ops on {device.type}", _details(device))
         for name, check in op_checks(device).items():
             tally.passes(name, check)
     for device in devices if has_models else []:
@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
         tally.section(f"Small models on {device.type}")
         for name, check in model_checks(device).items():
             tally.passes(name, check)
+    if not_tested:
+        print(f"\nThe GPU was not tested: {not_tested}")
     if not has_peft:
-        print('\nModels were not tested, since PEFT is not installed: pip install "pissa[cli]"')
+        print('\nModels were not tested: PEFT is not installed; run `pip install "pissa[cli]"`')
     tally.end()
     return 1 if tally.failed else 0
 
@@ -73,9 +75,9 @@ class _Tally:
         self._section = ""
         self._began = time.perf_counter()
 
-    def section(self, title: str) -> None:
+    def section(self, title: str, details: str = "") -> None:
         self._section = title
-        print(f"\n{title}")
+        print(f"\n{title}{details and f': {details}'}")
 
     def passes(self, name: str, check: Check) -> bool:
         """Whether the check passes. An error that it raises is a failure too."""
@@ -134,27 +136,27 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _devices(asked: str | None) -> list[torch.device]:
-    """Where to compute, with a line on a GPU that is there and is not used."""
+def _devices(asked: str | None) -> tuple[list[torch.device], str]:
+    """Where to compute; and why not on the GPU, if there is one that was not asked to be left out."""
     import torch
 
     from pissa.ops._load import cuda_problem
 
-    problem = cuda_problem if torch.cuda.is_available() else "torch finds no GPU here"
+    has_gpu = torch.cuda.is_available()
+    problem = cuda_problem if has_gpu else "torch finds no GPU here"
     if asked == "cuda" and problem is not None:
-        raise UserError(f"--device cuda: {problem}; without --device what can be used is tested")
-    if asked is None and problem is not None and torch.cuda.is_available():
-        print(f"\nThe GPU was not tested: {problem}")
-    names = [asked] if asked else ["cpu"] if problem is not None else ["cpu", "cuda"]
-    return [torch.device(name) for name in names]
+        raise UserError(f"--device cuda: {problem}; without --device all is tested that can be used")
+    names = [asked] if asked is not None else ["cpu"] if problem is not None else ["cpu", "cuda"]
+    not_tested = problem if has_gpu and asked is None else None
+    return [torch.device(name) for name in names], not_tested or ""
 
 
-def _described(device: torch.device) -> str:
+def _details(device: torch.device) -> str:
     import torch
 
     import pissa
 
-    info = f"pissa {pissa.__version__}, torch {torch.__version__}"
+    versions = f"pissa {pissa.__version__}, torch {torch.__version__}"
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()} ({info})"
-    return f"the CPU ({info}, {pissa.build_info()['isa']}, threads: {torch.get_num_threads()})"
+        return f"{versions}, {torch.cuda.get_device_name()}"
+    return f"{versions}, {pissa.build_info()['isa']}, {torch.get_num_threads()} threads"
