@@ -51,7 +51,7 @@ $(BUILD)/venv-build.stamp: pyproject.toml | tools
 
 $(BUILD)/wheel.stamp: $(BUILD)/venv-build.stamp $(SOURCES)
 	rm -rf $(BUILD)/dist
-	$(BUILD_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist -C cmake.define.PISSA_CUDA=OFF .
+	$(BUILD_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist --config-settings=cmake.define.PISSA_CUDA=OFF .
 	touch $@
 
 wheel: $(if $(filter ON,$(CUDA)),$(BUILD)/wheel-cuda.stamp,$(BUILD)/wheel.stamp)
@@ -74,7 +74,7 @@ $(BUILD)/wheel-cuda.stamp: $(BUILD)/venv-cuda.stamp $(SOURCES)
 	rm -rf $(BUILD)/dist-cuda
 	start=$$(date +%s); \
 	  CMAKE_BUILD_PARALLEL_LEVEL=2 $(CUDA_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist-cuda \
-	    -C cmake.define.PISSA_CUDA=ON -C build-dir=$(BUILD)/cuda . && \
+	    --config-settings=cmake.define.PISSA_CUDA=ON --config-settings=build-dir=$(BUILD)/cuda . && \
 	  echo "Built with the CUDA library, two jobs, in $$(($$(date +%s) - start)) s"
 	touch $@
 

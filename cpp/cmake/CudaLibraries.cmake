@@ -117,7 +117,7 @@ if(problems)
   message(FATAL_ERROR "PISSA_CUDA=ON, but: ${problems}. Install CUDA 13 and give -DPISSA_CUDA_ROOT, or run "
                       "`${Python_EXECUTABLE} -m pip install ${packages}`; or build with PISSA_CUDA=OFF. If these packages are "
                       "installed, build isolation hides them: activate their environment, or build with "
-                      "--no-build-isolation, or with -C cmake.define.PISSA_CUDA_ROOT=/path/to/site-packages/nvidia/cu13")
+                      "--no-build-isolation, or with --config-settings=cmake.define.PISSA_CUDA_ROOT=/path/to/site-packages/nvidia/cu13")
 endif()
 
 # CMake tries the compiler by linking programs. The wheels have `lib` where nvcc expects `lib64`, so for these trials, and

@@ -51,7 +51,7 @@ def _load_cuda(library: Path) -> str | None:
     if not library.exists():
         return (
             "this build of pissa has no CUDA library: build it with CUDA 13 by "
-            "`pip install . -C cmake.define.PISSA_CUDA=ON` in a clone"
+            "`pip install . --config-settings=cmake.define.PISSA_CUDA=ON` in a clone"
         )
     cuda = torch.version.cuda
     if cuda is None:
