@@ -45,11 +45,15 @@ def test_stub_lists_what_the_module_has() -> None:
         assert doc in actual[name]
 
 
-def test_versions_agree() -> None:
+def test_the_version_stands_in_pyproject_alone() -> None:
+    """CMakeLists.txt reads it there, and builds it into the module, which `pissa.__version__` asks."""
     pyproject = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.+)"', pyproject, flags=re.MULTILINE).group(1)
-    assert f"project(pissa VERSION {version} " in (ROOT / "CMakeLists.txt").read_text()
     assert version == pissa.__version__
+    assert version not in (ROOT / "CMakeLists.txt").read_text()
+    minor = ".".join(version.split(".")[:2])
+    for example in ("cpp/pissa/pissa.h", "tests/cpp/installed/CMakeLists.txt"):  # what a program asks CMake for
+        assert f"find_package(pissa {minor} " in (ROOT / example).read_text()
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
