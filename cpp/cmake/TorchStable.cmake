@@ -10,7 +10,7 @@ endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${PISSA_TORCH_DIR}/include")
-target_link_libraries(torch_stable INTERFACE "${PISSA_TORCH_DIR}/lib/libtorch_cpu.so")
+target_link_libraries(torch_stable INTERFACE "${PISSA_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}")
 # 2.10: the oldest torch that loads the library. A newer torch to build with is harmless.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000ULL)
 set(PISSA_TORCH_TARGET "2.10")

@@ -1,0 +1,84 @@
+"""The workflows of .github, which do not run here: they name what there is, and may do no more than they need."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+if sys.version_info < (3, 11):
+    pytest.skip("Python 3.10 cannot read TOML", allow_module_level=True)
+import tomllib
+
+ROOT = Path(__file__).parents[3]
+WORKFLOWS = {path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CIBUILDWHEEL = PYPROJECT["tool"]["cibuildwheel"]
+# What a job may beyond reading the repository.
+RIGHTS = {("docs.yml", "publish"): {"pages", "id-token"}, ("release.yml", "publish"): {"id-token"}}
+every = pytest.mark.parametrize("name", WORKFLOWS)
+
+
+def jobs(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(WORKFLOWS[name])["jobs"]
+    return found
+
+
+def commands(name: str) -> str:
+    steps = [step for job in jobs(name).values() for step in job.get("steps", [])]
+    return "\n".join(step.get("run", "") for step in steps)
+
+
+def test_there_are_all() -> None:
+    assert set(WORKFLOWS) == {"docs.yml", "release.yml", "tests.yml", "wheels.yml"}
+
+
+@every
+def test_it_says_that_it_has_not_run(name: str) -> None:
+    assert WORKFLOWS[name].startswith("# Written as it would run, linted with actionlint, not yet run.")
+
+
+@every
+def test_rights_are_the_least(name: str) -> None:
+    assert yaml.safe_load(WORKFLOWS[name])["permissions"] == {"contents": "read"}
+    for job, content in jobs(name).items():
+        assert set(content.get("permissions", {})) == RIGHTS.get((name, job), set()), job
+        assert "uses" in content or "timeout-minutes" in content, job
+    # A token that stays in the checkout can be read by whatever runs there.
+    assert WORKFLOWS[name].count("actions/checkout@") == WORKFLOWS[name].count("persist-credentials: false")
+
+
+@every
+def test_what_it_calls_exists(name: str) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"\bmake ([\w-]+)", commands(name))) <= set(targets)
+    assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:ba)?sh (\S+)", commands(name)))
+    local, others = [], []
+    for used in re.findall(r"uses: (\S+)", WORKFLOWS[name]):
+        (local if used.startswith("./") else others).append(used)
+    assert all((ROOT / path).is_file() for path in local)
+    assert [used for used in others if not re.search(r"@(v\d+|release/v\d+|[0-9a-f]{40})$", used)] == []
+
+
+def test_each_python_is_tested_and_gets_a_wheel() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    promised = [kind.removeprefix(prefix) for kind in PYPROJECT["project"]["classifiers"] if kind.startswith(prefix)]
+    assert len(promised) >= 5
+    assert PYPROJECT["project"]["requires-python"] == f">=3.{promised[0]}"
+    assert jobs("tests.yml")["python"]["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in promised]
+    assert CIBUILDWHEEL["build"] == [f"cp3{minor}-*" for minor in promised]
+
+
+def test_wheels_are_built_with_what_the_build_requires() -> None:
+    installed = re.findall(r"'([^']+)'", " ".join(CIBUILDWHEEL["before-build"]))
+    tools = {"cmake>=3.26", "ninja"}  # scikit-build-core's own, which brings them only to an isolated build
+    assert set(installed) - tools == set(PYPROJECT["build-system"]["requires"])
+    [cuda] = CIBUILDWHEEL["overrides"]
+    makefile = (ROOT / "Makefile").read_text()
+    for package, version in re.findall(r"(nvidia-[\w-]+)~=([\d.]+)", cuda["before-build"]):
+        short = package.removeprefix("nvidia-")
+        assert re.search(rf"\b{short}\b.*~={re.escape(version)}'", makefile), package
