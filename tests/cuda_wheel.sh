@@ -37,6 +37,8 @@ expect "code for GPUs" "80 86 89 90 100 120" \
   "$("$cuobjdump" --list-elf "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.cubin/\1/p' | line)"
 expect "PTX" "120" "$("$cuobjdump" --list-ptx "$library" | sed -n 's/.*\.sm_\([0-9a-z]*\)\.ptx/\1/p' | line)"
 
+grep -q '"CUDA runtime"' "$folder"/pissa-*.dist-info/sboms/pissa.cdx.json || expect "listed among the parts" "CUDA runtime" ""
+
 output=$(PYTHONPATH=$folder "$python" -W error - 2>&1 <<'EOF'
 from pathlib import Path
 

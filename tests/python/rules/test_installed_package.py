@@ -1,9 +1,12 @@
-"""The C++ library in the wheel: a program that knows only where pissa is installed links it and runs."""
+"""What the wheel brings besides Python: the C++ library, which a program that knows only where pissa is installed links
+and runs, and the list of the parts of others."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,20 @@ def test_a_program_finds_links_and_runs_it(tmp_path: Path) -> None:
 
 def test_the_library_is_small() -> None:
     assert (PACKAGE / "lib/libpissa_cpu.a").stat().st_size <= 3_000_000
+
+
+def test_the_parts_of_others_are_listed_with_their_licences() -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    installed = {path.name: path for path in metadata.files("pissa") or [] if path.parts[0].endswith(".dist-info")}
+    listed = installed["pissa.cdx.json"]
+    assert listed.parent.name == "sboms"  # PEP 770
+    text = listed.read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    parts = {part["name"]: part["version"] for part in json.loads(text)["components"]}
+    ours = {"Eigen", "pybind11", "PyTorch"}
+    assert set(parts) == (ours | {"CUDA runtime"} if pissa.build_info()["cuda"] else ours)
+    assert all(version[0].isdigit() and version[-1].isdigit() for version in parts.values())
+    assert all(f"\n{part} " in installed["NOTICE"].read_text() for part in parts)
+    assert {"LICENSE", *(f"{part}.txt" for part in ours)} <= installed.keys()
