@@ -1,4 +1,5 @@
-"""Folders that a CPU and a GPU have written (fixtures/format_2/make.py); either knows them by their fingerprints."""
+"""Folders that a CPU and a GPU have written (fixtures/format_2/make.py); either knows them by their fingerprints. And
+folders with the fields that came later (make_stored.py)."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import pissa
 from cuda_stand_in import CudaStandIn
-from language_models import assert_same, logits, snapshot
+from language_models import assert_same, error, logits, snapshot
 from pissa import PissaModel
 
 pytestmark = [
@@ -27,6 +29,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 TOKENS = torch.arange(18).reshape(2, 9)
 kinds = pytest.mark.parametrize("kind", ["xxh3", "sums"])
 devices = pytest.mark.parametrize("device", ["cpu", "cuda"])
+LOGITS = (2 * 8 + 2) * 40 * 2.0**-24  # derived in test_format_1
 CONFIG: dict[str, Any] = {"r": 2, "quant": "nf4", "target_modules": ["q_proj", "down_proj"]}
 
 
@@ -99,3 +102,13 @@ def test_another_base_is_refused(kind: str, device: str) -> None:
         with pytest.raises(ValueError, match=r"first layer that differs is model\.layers\.1\.mlp\.down_proj"):
             PissaModel.from_pretrained(other, FIXTURES / "format_2" / kind)
         assert_same(other, before)
+
+
+@pytest.mark.parametrize("kind", ["taken", "unit"])
+def test_a_residual_that_lacks_other_factors_is_made_again(kind: str) -> None:
+    recorded = load_file(FIXTURES / "format_2" / f"{kind}.safetensors")
+    model = PissaModel.from_pretrained(base(), FIXTURES / "format_2" / kind)
+    assert error(logits(model, recorded["tokens"]), recorded["logits"]) <= LOGITS
+    assert error(logits(base(), recorded["tokens"]), recorded["logits"]) > 1000 * LOGITS
+    layer = json.loads((FIXTURES / "format_2" / kind / "pissa.json").read_text())["layers"].popitem()[1]
+    assert layer["taken" if kind == "taken" else "base"]  # what the folder is kept for
