@@ -1,6 +1,7 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
 # make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
+# make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (8 minutes)
 # make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
 #
 # All need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
@@ -21,7 +22,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick docs figures wheel tools tools-docs clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick docs figures wheel tools tools-arm tools-docs clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -40,6 +41,10 @@ tools:
 
 tools-docs:
 	@command -v doxygen >/dev/null || { echo "No doxygen, which reads the C++ headers: apt-get install doxygen" >&2; exit 1; }
+
+tools-arm:
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "No compiler for AArch64 (aarch64-linux-gnu-g++): apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
+	@command -v qemu-aarch64 >/dev/null || { echo "No emulator of AArch64 (qemu-aarch64): apt-get install qemu-user" >&2; exit 1; }
 
 # ---- The wheel, built once, without isolation: the build environment has torch for its headers ----
 
@@ -107,6 +112,11 @@ quick-cpp: build-cpp-release
 build-cpp-%: $(BUILD)/venv-build.stamp build/googletest.stamp
 	cmake --preset $* --log-level=WARNING -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
 	cmake --build --preset $*
+
+# A processor without the BF16 extension, and one with all that qemu knows.
+test-arm: tools-arm build-cpp-aarch64
+	QEMU_CPU=neoverse-n1 ctest --preset aarch64 -j $(JOBS)
+	QEMU_CPU=max ctest --preset aarch64 -j $(JOBS)
 
 test-torch-headers: $(BUILD)/torch-headers.stamp
 

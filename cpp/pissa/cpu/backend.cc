@@ -113,12 +113,13 @@ void CpuBackend::run(const GemmProblem& problem) const {
   if (m == 0 || n == 0) return;
   // As many blocks for each thread, cut along columns first, since a narrow block decodes no weight twice.
   const std::int64_t threads = executor_.threads();
-  std::int64_t row_pieces = ceil_div(m, kMc);
+  const std::int64_t tile = kernels_.tile_rows;
+  std::int64_t row_pieces = ceil_div(m, kMc / tile * tile);
   std::int64_t col_pieces = ceil_div(n, kNc);
   const auto uneven = [&] { return row_pieces * col_pieces % threads != 0; };
   while (uneven() && n >= 64 * (col_pieces + 1)) ++col_pieces;
-  while (uneven() && m >= 28 * (row_pieces + 1)) ++row_pieces;
-  const std::int64_t row_step = ceil_div(ceil_div(m, row_pieces), kMaxTileRows) * kMaxTileRows;
+  while (uneven() && m >= 2 * tile * (row_pieces + 1)) ++row_pieces;
+  const std::int64_t row_step = ceil_div(ceil_div(m, row_pieces), tile) * tile;
   const std::int64_t col_step = ceil_div(ceil_div(n, col_pieces), 32) * 32;
   const std::int64_t row_blocks = ceil_div(m, row_step);
   std::int64_t inner = 1;

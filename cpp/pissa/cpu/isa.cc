@@ -5,12 +5,33 @@
 #include "pissa/core/error.h"
 #include "pissa/cpu/kernels.h"
 
+#if defined(PISSA_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(PISSA_ARM)
+#include <sys/auxv.h>
+#endif
+
 namespace pissa::cpu {
 namespace {
 
+#if defined(PISSA_ARM)
+bool has_bf16() {
+#if defined(__APPLE__)
+  int has = 0;
+  std::size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  constexpr unsigned long kHwcap2Bf16 = 1UL << 14;  // HWCAP2_BF16 of Linux, which older headers lack
+  return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> tables{&baseline::kernels()};
-#if defined(PISSA_X86)
+#if defined(PISSA_ARM)
+  if (has_bf16()) tables.push_back(&neonbf16::kernels());
+#elif defined(PISSA_X86)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     tables.push_back(&avx2::kernels());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

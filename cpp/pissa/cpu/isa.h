@@ -9,7 +9,8 @@ namespace pissa::cpu {
 struct Kernels;
 
 /// Names of the instruction sets that this build has kernels for and this machine can run, best last.
-/// "baseline" is always there; on x86-64 also "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL) and "avx512bf16".
+/// "baseline" is always there, on AArch64 with NEON; there also "neonbf16" (the BF16 extension), on x86-64 "avx2" (with
+/// FMA and F16C), "avx512" (F, BW, DQ, VL) and "avx512bf16".
 std::vector<std::string> available_isas();
 
 /// The kernels in use: environment variable PISSA_ISA if set, otherwise the best available. Read once.

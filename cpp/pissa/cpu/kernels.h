@@ -9,11 +9,10 @@ namespace pissa::cpu {
 
 /// Blocking of the GEMM: a task computes at most kMc x kNc of the output, kKc words of the inner dimension at a time,
 /// a word being one f32 or two bf16. The panel of B is 512 KB and stays in L2; the f32 accumulators are 1 MB. kMc is a
-/// multiple of every tile's rows (14; 6 and 4 leave a short last tile).
+/// multiple of AVX-512's tile_rows; the others' leave a short last tile.
 inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 256;
-inline constexpr std::int64_t kMaxTileRows = 14;
 inline constexpr std::int64_t kStripRows = 16;   // of A: a tile's, rounded up to a square for transposition
 inline constexpr std::int64_t kDotRows = 16;     // up to so many rows are multiplied without a panel
 inline constexpr std::int64_t kCodeDotRows = 4;  // and up to so many by a quantised weight's codes as they are
@@ -46,7 +45,8 @@ struct Block {
 
 struct Kernels {
   const char* isa;
-  bool bf16;  // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
+  bool bf16;               // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
+  std::int64_t tile_rows;  // of the GEMM's register tile; a block with a multiple of them has no short tile
 
   /// One block of the output, at most kMc x kNc. An element's value does not depend on how the output is cut.
   void (*gemm_block)(const GemmProblem& problem, const Block& block, const Panels& panels);
@@ -72,6 +72,11 @@ struct Kernels {
 namespace baseline {
 const Kernels& kernels();
 }
+#if defined(PISSA_ARM)
+namespace neonbf16 {
+const Kernels& kernels();
+}
+#endif
 #if defined(PISSA_X86)
 namespace avx2 {
 const Kernels& kernels();

@@ -9,8 +9,8 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-constexpr int kFewTileRows = kWidth == 16 ? 8 : 4;
-constexpr int kFewCols = kWidth == 16 ? 3 : 2;
+constexpr int kFewTileRows = Vec::kRegisters == 32 ? 8 : 4;
+constexpr int kFewCols = Vec::kRegisters == 32 ? 3 : 2;
 constexpr std::int64_t kFewWords = 2048;         // along the rows at a time: 24 KB of W in L1
 constexpr std::int64_t kFewLd = kFewWords + 16;  // 11 rows at a distance of 8 KB would share L1's 8 ways
 static_assert(kFewCols * kFewLd <= 32 * kKc && kDotRows * kFewLd <= kNc * kKc);

@@ -6,85 +6,51 @@
 #pragma once
 
 #include "pissa/cpu/kernels/few_rows.h"
-#include "pissa/cpu/kernels/pack.h"
+#include "pissa/cpu/kernels/micro_kernel.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-constexpr int kTileRows = Vec::kRows;
-constexpr int kTileCols = 2 * kWidth;
-constexpr int kStripLanes = static_cast<int>(ceil_div(kTileRows, kTileCols)) * kTileCols;  // of A, to be transposed
-constexpr std::int64_t kStripLd = kKc + 16;  // rows 1088 bytes apart: 14 of them in 14 different sets of L1
-static_assert(kNc % kTileCols == 0 && kTileRows <= kStripRows && kKc % kWidth == 0);
-
-// c[rows, vecs * kWidth] = or += a_strip * b_strip
-template <class Product, int rows, int vecs>
-void micro_kernel(std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs * kWidth; j += 16) __builtin_prefetch(c + i * kNc + j, 1);
-  }
-  Vec::Reg sum[rows][vecs];
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs; ++j) sum[i][j] = Vec::zero();
-  }
-  for (std::int64_t k = 0; k < length; ++k, b += vecs * kWidth) {
-    Vec::Reg b_k[vecs];
-    for (int j = 0; j < vecs; ++j) b_k[j] = Vec::load(b + j * kWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec::Reg a_ik = Vec::broadcast(a[i * kStripLd + k]);
-      for (int j = 0; j < vecs; ++j) sum[i][j] = Product::mac(a_ik, b_k[j], sum[i][j]);
-    }
-  }
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs; ++j) {
-      float* to = c + i * kNc + j * kWidth;
-      Vec::store(to, accumulate ? Vec::add(Vec::load(to), sum[i][j]) : sum[i][j]);
-    }
-  }
-}
-
-// The kernel for the number of rows left in a tile.
-template <class Product, int vecs, int rows = kTileRows>
-PISSA_INLINE void multiply_tile(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
-                                bool accumulate) {
-  if (wanted == rows) return micro_kernel<Product, rows, vecs>(length, a, b, c, accumulate);
-  if constexpr (rows > 1) multiply_tile<Product, vecs, rows - 1>(wanted, length, a, b, c, accumulate);
-}
-
-template <class Product, int vecs>
-void pack_b(const Term& term, const Slice& slice, std::int64_t stride, const Panels& panels) {
-  constexpr int kCols = vecs * kWidth;
-  if (term.op_b == Op::n) return rows_across_inner<Product, kCols>(slice, kCols, stride, panels.b, panels.scratch);
+// Strips of `width` lanes, `stride` words apart, a word of every lane and then the next; zeros in lanes that there are
+// not. across: whether the slice's rows run across the inner dimension.
+template <class Product, int width>
+void pack_lanes(const Slice& slice, bool across, std::int64_t stride, float* strips, const Panels& panels) {
+  if (across) return rows_across_inner<Product, width>(slice, width, stride, strips, panels.scratch);
   constexpr int kPerWord = Product::kPerWord;
   const std::int64_t length = words<Product>(slice.depth);
   const bool plain =
       is_plain<Product>(slice) && slice.depth % (kPerWord * kWidth) == 0 && slice.matrix.ld % kPerWord == 0;
   for (std::int64_t lane = 0; lane < slice.count; lane += kWidth) {
-    const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane), slice.k0, slice.depth};
-    float* to = panels.b + lane / kCols * stride + lane % kCols;
+    const Slice rows{slice.matrix, slice.lead + lane, smaller(kWidth, slice.count - lane),
+                     slice.k0,     slice.depth,       slice.scale};
+    float* to = strips + lane / width * stride + lane % width;
     if (plain && rows.count == kWidth) {
       for (int i = 0; i < kWidth; ++i) prefetch(slice.matrix, rows.lead + i, slice.k0, slice.depth);
       const auto* from = reinterpret_cast<const float*>(plain_row<Product>(slice, rows.lead, slice.k0));
-      transpose(from, slice.matrix.ld / kPerWord, length, to, kCols);
+      transpose(from, slice.matrix.ld / kPerWord, length, to, width);
     } else {
       rows_along_inner<Product>(rows, kWidth, kKc, panels.scratch);
-      transpose(panels.scratch, kKc, length, to, kCols);
+      transpose(panels.scratch, kKc, length, to, width);
     }
   }
-  if (ceil_div(slice.count, kWidth) % vecs != 0) {  // the second half of the last strip has no columns
-    float* rest = panels.b + slice.count / kCols * stride + kWidth;
-    for (std::int64_t k = 0; k < length; ++k) Vec::store(rest + k * kCols, Vec::zero());
+  for (std::int64_t lane = ceil_div(slice.count, kWidth) * kWidth; lane % width != 0; lane += kWidth) {
+    float* to = strips + lane / width * stride + lane % width;
+    for (std::int64_t k = 0; k < length; ++k) Vec::store(to + k * width, Vec::zero());
   }
 }
 
 template <class Product>
 void pack_a(const Term& term, const Slice& slice, const Panels& panels) {
-  if (term.op_a == Op::n) return rows_along_inner<Product>(slice, slice.count, kStripLd, panels.a);
-  const std::int64_t length = words<Product>(slice.depth);
-  rows_across_inner<Product, kStripLanes>(slice, kStripLanes, 0, panels.scratch, panels.b_row);
-  for (std::int64_t k = 0; k < length; k += kWidth) {
-    transpose(panels.scratch + k * kStripLanes, kStripLanes, kTileRows, panels.a + k, kStripLd);
+  if constexpr (Vec::kByLane) {
+    return pack_lanes<Product, kTileRows>(slice, term.op_a == Op::t, 0, panels.a, panels);
+  } else {
+    constexpr int kLanes = static_cast<int>(ceil_div(kTileRows, kTileCols)) * kTileCols;  // to be transposed
+    if (term.op_a == Op::n) return rows_along_inner<Product>(slice, slice.count, kStripLd, panels.a);
+    const std::int64_t length = words<Product>(slice.depth);
+    rows_across_inner<Product, kLanes>(slice, kLanes, 0, panels.scratch, panels.b_row);
+    for (std::int64_t k = 0; k < length; k += kWidth) {
+      transpose(panels.scratch + k * kLanes, kLanes, kTileRows, panels.a + k, kStripLd);
+    }
   }
 }
 
@@ -98,7 +64,8 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
     const std::int64_t length = words<Product>(depth);
     // Strips a little more than 32 KB apart: a row that is dealt out to all of them touches as many sets of L1.
     const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols + kCols;
-    pack_b<Product, vecs>(term, {term.b, block.col, block.cols, k0, depth}, stride, panels);
+    pack_lanes<Product, kCols>({term.b, block.col, block.cols, k0, depth}, term.op_b == Op::n, stride, panels.b,
+                               panels);
     for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
       const std::int64_t rows = smaller(kTileRows, block.rows - i);
       pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);

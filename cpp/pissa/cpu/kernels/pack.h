@@ -3,8 +3,8 @@
 //
 // Both operands are packed from the same two pieces: a matrix row that runs along the inner dimension is a row of words
 // already (rows_along_inner); of rows that run across it, each, or each interleaved pair, is a row of words for all
-// lanes at once (rows_across_inner). A's strips want the first order, lane by lane, and B's the second; the other case
-// is transposed, a square of kWidth x kWidth words at a time.
+// lanes at once (rows_across_inner). A strip wants one of the two orders (micro_kernel.h); the other is transposed, a
+// square of kWidth x kWidth words at a time.
 #pragma once
 
 #include "pissa/cpu/kernels/decode.h"
@@ -110,7 +110,7 @@ void rows_across_inner(const Slice& slice, std::int64_t ld, std::int64_t stride,
     for (std::int64_t strip = 0; strip < padded; strip += width, to += stride) {
       if constexpr (kPerWord == 1) {
         for (int i = 0; i < width; i += kWidth) Vec::store(to + i, load(0, strip + i));
-      } else {  // of a strip of one vector the second half goes where the next row of words comes
+      } else {  // of a strip of an odd number of vectors the last half goes where the next row of words comes
         for (int i = 0; i < width; i += 2 * kWidth) {
           const Vec::Reg2 pairs = Product::interleave({load(0, strip + i), load(1, strip + i)});
           Vec::store(to + i, pairs.a);

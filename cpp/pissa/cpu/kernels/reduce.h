@@ -63,8 +63,8 @@ void gram_rows(const float* data, std::int64_t ld, std::int64_t k, std::int64_t 
 
 void gram(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last, double* gram,
           std::int64_t ld_gram) {
-  constexpr int kTile = kWidth == 16 ? 4 : 2;  // times 4: 16 of 32 registers accumulate, or 8 of 16
-  constexpr std::int64_t kChunk = 512;         // 8 rows of it stay in L1
+  constexpr int kTile = Vec::kRegisters == 32 ? 4 : 2;  // times 4: 16 of 32 registers accumulate, or 8 of 16
+  constexpr std::int64_t kChunk = 512;                  // 8 rows of it stay in L1
   for (std::int64_t i = first; i < last; ++i) {
     for (std::int64_t j = 0; j <= i; ++j) gram[i * ld_gram + j] = 0.0;
   }

@@ -14,7 +14,9 @@ struct Vec {
   using Reg = __m256;
   using Reg64 = __m256d;
   static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 16;
   static constexpr int kRows = 6;
+  static constexpr bool kByLane = false;
 
   static PISSA_INLINE Reg zero() { return _mm256_setzero_ps(); }
   static PISSA_INLINE Reg broadcast(float value) { return _mm256_set1_ps(value); }

@@ -14,7 +14,9 @@ struct Vec {
   using Reg = __m512;
   using Reg64 = __m512d;
   static constexpr int kWidth = 16;
+  static constexpr int kRegisters = 32;
   static constexpr int kRows = 14;
+  static constexpr bool kByLane = false;
 
   static PISSA_INLINE Reg zero() { return _mm512_setzero_ps(); }
   static PISSA_INLINE Reg broadcast(float value) { return _mm512_set1_ps(value); }

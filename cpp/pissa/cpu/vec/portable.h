@@ -16,7 +16,9 @@ struct Vec {
     double lane[2];
   };
   static constexpr int kWidth = 4;
+  static constexpr int kRegisters = 16;
   static constexpr int kRows = 4;
+  static constexpr bool kByLane = false;
 
   template <class F>
   static PISSA_INLINE Reg each(F f) {

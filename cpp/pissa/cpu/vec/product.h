@@ -17,6 +17,10 @@ struct F32 {
   static constexpr int kDecodeBytes = Vec::kWidth;  // what one decode reads; it gives twice as many elements
 
   static PISSA_INLINE Vec::Reg mac(Vec::Reg a, Vec::Reg b, Vec::Reg c) { return Vec::fma(a, b, c); }
+  template <int lane, class V = Vec>  // a template of V: not every Vec has fma_lane
+  static PISSA_INLINE Vec::Reg mac_lane(Vec::Reg a, Vec::Reg b, Vec::Reg c) {
+    return V::template fma_lane<lane>(a, b, c);
+  }
   static PISSA_INLINE float round(float value) { return value; }
   static PISSA_INLINE Table table(const float* levels, float scale) { return Vec::table(levels, scale); }
   static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
@@ -33,7 +37,7 @@ struct F32 {
 
 // A word is a pair of bf16, the element of the lower index in the lower half. Products are exact, sums f32. Pairs is
 // the instruction set's part:
-// - mac, c + the two products of every lane
+// - mac, c + the two products of every lane; where Vec::kByLane, mac_lane also, with one lane of a for all of b
 // - Table, 16 levels times a scale, rounded once: a dequantisation to bf16 gives the same
 // - decode_split, the elements of kDecodeBytes bytes, those in the high nibbles and those in the low ones, in 16-bit
 //   lanes; interleave, 32-bit lanes of pairs from 16-bit lanes of each; decode, the elements in order

@@ -3,8 +3,12 @@
 // is inlined by force, for the same reason.
 //
 // A further instruction set brings a file with a Vec, and a branch below:
-// - Reg, kWidth f32 lanes; Reg64, half as many f64. kRows x (2 * kWidth) is the register tile of the GEMM, chosen to
-//   fill the register file: AVX-512 14 x 32 (28 of 32 registers accumulate), AVX2 6 x 16 (12 of 16), portable 4 x 8.
+// - Reg, kWidth f32 lanes, kRegisters of them; Reg64, half as many f64. kRows x (2 * kWidth) is the register tile of
+// the
+//   GEMM, chosen to fill the register file: AVX-512 14 x 32 (28 of 32 registers accumulate), AVX2 6 x 16 (12 of 16),
+//   NEON 12 x 8 (24 of 32), portable 4 x 8.
+// - kByLane, whether a multiply-add takes one factor from a lane of a register: then fma_lane<lane>(a, b, c), which is
+//   a[lane] * b + c, and kRows is a multiple of kWidth. Otherwise a factor in memory is broadcast as it is loaded.
 // - zero, broadcast, load, store, add, mul, fma (a * b + c), abs, reduce_add; max_bits, reduce_max_bits, the largest as
 //   an unsigned integer: of absolute values, NaN is the largest
 // - zero64, load64 (from f32), fma64, store64
@@ -21,6 +25,8 @@
 #include "pissa/cpu/vec/avx512.h"
 #elif defined(__AVX2__)
 #include "pissa/cpu/vec/avx2.h"
+#elif defined(__aarch64__)
+#include "pissa/cpu/vec/neon.h"
 #else
 #include "pissa/cpu/vec/portable.h"
 #endif
@@ -28,6 +34,9 @@
 #if defined(__AVX512BF16__)
 #define PISSA_HAS_BF16 1
 #include "pissa/cpu/vec/avx512bf16.h"
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define PISSA_HAS_BF16 1
+#include "pissa/cpu/vec/neonbf16.h"
 #else
 #define PISSA_HAS_BF16 0
 #endif
