@@ -73,9 +73,8 @@ def main() -> None:
     for loop in loops:
         name = re.sub(r"\(.*", "", loop.function.replace("(anonymous namespace)::", "").replace("pissa::cpu::", ""))
         others = (f"{n} {x}" for x, n in loop.counts.most_common() if not x.startswith(MULTIPLY_ACCUMULATES))
-        print(
-            f"| `{name}` | {loop.multiply_accumulates} | {loop.counts.total()} | {loop.ratio:.3f} | {', '.join(others)} |"
-        )
+        counts = f"{loop.multiply_accumulates} | {loop.counts.total()} | {loop.ratio:.3f}"
+        print(f"| `{name}` | {counts} | {', '.join(others)} |")
 
 
 if __name__ == "__main__":

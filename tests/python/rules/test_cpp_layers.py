@@ -32,7 +32,8 @@ LAYERS: list[tuple[str, list[str]]] = [
     ("cpp/pissa/pissa.h", ["pissa/core/*", "pissa/cpu/*"]),
     ("cpp/pissa/core/", ["pissa/core/*"]),
     ("cpp/pissa/cpu/factorize.cc", ["pissa/core/*", "pissa/cpu/*", "Eigen/*"]),
-    ("cpp/pissa/cpu/vec/", ["pissa/core/*", "pissa/cpu/vec/*", "immintrin.h"]),
+    ("cpp/pissa/cpu/vec/", ["pissa/core/*", "pissa/cpu/vec/*", "arm_neon.h", "immintrin.h"]),
+    ("cpp/pissa/cpu/isa.cc", ["pissa/core/*", "pissa/cpu/*", "sys/auxv.h", "sys/sysctl.h"]),
     ("cpp/pissa/cpu/", ["pissa/core/*", "pissa/cpu/*"]),
     ("cpp/pissa/cuda/", ["pissa/core/*", "pissa/cuda/*", *CUDA]),
     (
