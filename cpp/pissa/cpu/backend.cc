@@ -118,7 +118,7 @@ void CpuBackend::run(const GemmProblem& problem) const {
   std::int64_t col_pieces = ceil_div(n, kNc);
   const auto uneven = [&] { return row_pieces * col_pieces % threads != 0; };
   while (uneven() && n >= 64 * (col_pieces + 1)) ++col_pieces;
-  while (uneven() && m >= 2 * tile * (row_pieces + 1)) ++row_pieces;
+  while (uneven() && m >= 28 * (row_pieces + 1)) ++row_pieces;
   const std::int64_t row_step = ceil_div(ceil_div(m, row_pieces), tile) * tile;
   const std::int64_t col_step = ceil_div(ceil_div(n, col_pieces), 32) * 32;
   const std::int64_t row_blocks = ceil_div(m, row_step);

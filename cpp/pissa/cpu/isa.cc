@@ -9,6 +9,10 @@
 #include <sys/sysctl.h>
 #elif defined(PISSA_ARM)
 #include <sys/auxv.h>
+#elif defined(PISSA_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace pissa::cpu {
@@ -27,6 +31,22 @@ bool has_bf16() {
 }
 #endif
 
+#if defined(PISSA_X86)
+// Whether the processor has AMX-BF16, and Linux lets this process use its registers: asked for once, since Linux 5.16.
+bool has_amxbf16() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1U << 22, kTile = 1U << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> tables{&baseline::kernels()};
 #if defined(PISSA_ARM)
@@ -37,7 +57,11 @@ std::vector<const Kernels*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       tables.push_back(&avx512::kernels());
-      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::kernels());
+      if (__builtin_cpu_supports("avx512bf16")) {
+        // Before avx512bf16, and so not the default: it has been run on an emulation of the tiles only.
+        if (has_amxbf16()) tables.push_back(&amxbf16::kernels());
+        tables.push_back(&avx512bf16::kernels());
+      }
     }
   }
 #endif

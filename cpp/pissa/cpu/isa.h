@@ -8,12 +8,12 @@ namespace pissa::cpu {
 
 struct Kernels;
 
-/// Names of the instruction sets that this build has kernels for and this machine can run, best last.
+/// Names of the instruction sets that this build has kernels for and this machine can run, the default last.
 /// "baseline" is always there, on AArch64 with NEON; there also "neonbf16" (the BF16 extension), on x86-64 "avx2" (with
-/// FMA and F16C), "avx512" (F, BW, DQ, VL) and "avx512bf16".
+/// FMA and F16C), "avx512" (F, BW, DQ, VL), "amxbf16" (AMX-BF16, not used unless named) and "avx512bf16".
 std::vector<std::string> available_isas();
 
-/// The kernels in use: environment variable PISSA_ISA if set, otherwise the best available. Read once.
+/// The kernels in use: environment variable PISSA_ISA if set, otherwise the default. Read once.
 /// Throws std::invalid_argument if PISSA_ISA names a set that is not available.
 const Kernels& kernels();
 

@@ -13,7 +13,7 @@ namespace pissa::cpu::PISSA_ISA {
 
 const Kernels& kernels() {
   static constexpr Kernels table = {
-      PISSA_NAME(PISSA_ISA), PISSA_HAS_BF16, kTileRows, gemm_block, decode, encode, max_abs, quantize, gram};
+      PISSA_NAME(PISSA_ISA), PISSA_HAS_BF16, Tiles::kRows, gemm_block, decode, encode, max_abs, quantize, gram};
   return table;
 }
 

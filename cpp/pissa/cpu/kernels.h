@@ -13,7 +13,7 @@ namespace pissa::cpu {
 inline constexpr std::int64_t kMc = 518;
 inline constexpr std::int64_t kNc = 512;
 inline constexpr std::int64_t kKc = 256;
-inline constexpr std::int64_t kStripRows = 16;   // of A: a tile's, rounded up to a square for transposition
+inline constexpr std::int64_t kStripRows = 32;   // of A: a tile's at most, rounded up to a square for transposition
 inline constexpr std::int64_t kDotRows = 16;     // up to so many rows are multiplied without a panel
 inline constexpr std::int64_t kCodeDotRows = 4;  // and up to so many by a quantised weight's codes as they are
 
@@ -85,6 +85,9 @@ namespace avx512 {
 const Kernels& kernels();
 }
 namespace avx512bf16 {
+const Kernels& kernels();
+}
+namespace amxbf16 {
 const Kernels& kernels();
 }
 #endif

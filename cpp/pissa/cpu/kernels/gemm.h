@@ -39,18 +39,27 @@ void pack_lanes(const Slice& slice, bool across, std::int64_t stride, float* str
   }
 }
 
-template <class Product>
+template <class Product, int rows>
 void pack_a(const Term& term, const Slice& slice, const Panels& panels) {
+  static_assert(rows <= kStripRows);
   if constexpr (Vec::kByLane) {
-    return pack_lanes<Product, kTileRows>(slice, term.op_a == Op::t, 0, panels.a, panels);
+    return pack_lanes<Product, rows>(slice, term.op_a == Op::t, 0, panels.a, panels);
   } else {
-    constexpr int kLanes = static_cast<int>(ceil_div(kTileRows, kTileCols)) * kTileCols;  // to be transposed
+    constexpr int kLanes = static_cast<int>(ceil_div(rows, kTileCols)) * kTileCols;  // to be transposed
     if (term.op_a == Op::n) return rows_along_inner<Product>(slice, slice.count, kStripLd, panels.a);
     const std::int64_t length = words<Product>(slice.depth);
     rows_across_inner<Product, kLanes>(slice, kLanes, 0, panels.scratch, panels.b_row);
     for (std::int64_t k = 0; k < length; k += kWidth) {
-      transpose(panels.scratch + k * kLanes, kLanes, kTileRows, panels.a + k, kStripLd);
+      transpose(panels.scratch + k * kLanes, kLanes, rows, panels.a + k, kStripLd);
     }
+  }
+}
+
+// Zeros behind `length` words, up to `whole` ones, in each strip of B or row of A, `count` of them.
+PISSA_INLINE void pad_words(std::int64_t length, std::int64_t whole, std::int64_t width, std::int64_t count,
+                            std::int64_t stride, float* to) {
+  for (std::int64_t i = 0; length < whole && i < count; ++i) {
+    __builtin_memset(to + i * stride + length * width, 0, (whole - length) * width * sizeof *to);
   }
 }
 
@@ -58,7 +67,9 @@ void pack_a(const Term& term, const Slice& slice, const Panels& panels) {
 template <class Product, int vecs>
 void multiply(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
   constexpr int kCols = vecs * kWidth;
+  constexpr int kRows = Product::Tiles::kRows;
   const std::int64_t inner = term.inner();
+  const typename Product::Tiles tiles;
   for (std::int64_t k0 = 0; k0 < inner; k0 += kKc * Product::kPerWord) {
     const std::int64_t depth = smaller(kKc * Product::kPerWord, inner - k0);
     const std::int64_t length = words<Product>(depth);
@@ -66,12 +77,15 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
     const std::int64_t stride = ceil_div(length, kWidth) * kWidth * kCols + kCols;
     pack_lanes<Product, kCols>({term.b, block.col, block.cols, k0, depth}, term.op_b == Op::n, stride, panels.b,
                                panels);
-    for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
-      const std::int64_t rows = smaller(kTileRows, block.rows - i);
-      pack_a<Product>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);
+    const std::int64_t whole = ceil_div(length, Product::Tiles::kDepth) * Product::Tiles::kDepth;
+    pad_words(length, whole, kCols, ceil_div(block.cols, kCols), stride, panels.b);
+    for (std::int64_t i = 0; i < block.rows; i += kRows) {
+      const std::int64_t rows = smaller(kRows, block.rows - i);
+      pack_a<Product, kRows>(term, {term.a, block.row + i, rows, k0, depth, term.scale}, panels);
+      pad_words(length, whole, 1, rows, kStripLd, panels.a);
       const float* b = panels.b;
       for (std::int64_t j = 0; j < block.cols; j += kCols, b += stride) {
-        multiply_tile<Product, vecs>(rows, length, panels.a, b, panels.c + i * kNc + j, accumulate);
+        multiply_tile<Product, vecs>(tiles, rows, whole, panels.a, b, panels.c + i * kNc + j, accumulate);
       }
     }
     accumulate = true;
@@ -88,7 +102,8 @@ void multiply(const Term& term, const Block& block, const Panels& panels, bool a
     return;
   }
   if (is_few_rows(term, rows)) multiply_few_rows<Product>(term, block, panels, accumulate);
-  else if (block.cols <= kWidth) multiply<Product, 1>(term, block, panels, accumulate);
+  // Tile registers add in another order: where a narrow block comes from how the output is cut, that must not be seen.
+  else if (block.cols <= kWidth && !Product::Tiles::kMultiply) multiply<Product, 1>(term, block, panels, accumulate);
   else multiply<Product, 2>(term, block, panels, accumulate);
 }
 

@@ -3,7 +3,8 @@
 //
 // A strip of B holds a word of every column, one after the other, then the next word of every column. A strip of A is
 // read in the order in which its words become factors: where they are broadcast as they are loaded, row by row; where
-// they are lanes of a register (Vec::kByLane), a word of every row, as in B.
+// they are lanes of a register (Vec::kByLane), a word of every row, as in B. Tile registers take A row by row, too, and
+// of both strips a multiple of Tiles::kDepth words.
 #pragma once
 
 #include "pissa/cpu/kernels/pack.h"
@@ -11,11 +12,10 @@
 namespace pissa::cpu::PISSA_ISA {
 namespace {
 
-constexpr int kTileRows = Vec::kRows;
 constexpr int kTileCols = 2 * kWidth;
 constexpr std::int64_t kStripLd = kKc + 16;          // rows 1088 bytes apart: 14 of them in 14 different sets of L1
 constexpr int kRowStep = Vec::kByLane ? kWidth : 1;  // a short last tile is as many of them; rows that A lacks are zero
-static_assert(kNc % kTileCols == 0 && kTileRows <= kStripRows && kKc % kWidth == 0 && kTileRows % kRowStep == 0);
+static_assert(kNc % kTileCols == 0 && Vec::kRows <= kStripRows && kKc % kWidth == 0 && Vec::kRows % kRowStep == 0);
 
 // sum[i, j] += a[i] * b[j] for rows from `row` on, each a lane of a
 template <class Product, int row, int rows, int vecs>
@@ -43,11 +43,11 @@ PISSA_INLINE void accumulate_tile(std::int64_t length, const float* a, const flo
   if constexpr (Vec::kByLane) {
     constexpr int kUnroll = 8;
     std::int64_t k = 0;
-    for (; k + kUnroll <= length; k += kUnroll, a += kUnroll * kTileRows, b += kUnroll * vecs * kWidth) {
+    for (; k + kUnroll <= length; k += kUnroll, a += kUnroll * Vec::kRows, b += kUnroll * vecs * kWidth) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kUnroll; ++i) mac_by_lane<Product>(a + i * kTileRows, b + i * vecs * kWidth, sum);
+      for (int i = 0; i < kUnroll; ++i) mac_by_lane<Product>(a + i * Vec::kRows, b + i * vecs * kWidth, sum);
     }
-    for (; k < length; ++k, a += kTileRows, b += vecs * kWidth) mac_by_lane<Product>(a, b, sum);
+    for (; k < length; ++k, a += Vec::kRows, b += vecs * kWidth) mac_by_lane<Product>(a, b, sum);
   } else {
     for (std::int64_t k = 0; k < length; ++k, b += vecs * kWidth) {
       Vec::Reg b_k[vecs];
@@ -81,15 +81,23 @@ void micro_kernel(std::int64_t length, const float* a, const float* b, float* c,
 }
 
 // The kernel for the number of rows left in a tile, rounded up to kRowStep: c has room for them.
-template <class Product, int vecs, int rows = kTileRows>
-PISSA_INLINE void multiply_tile(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
+template <class Product, int vecs, int rows = Vec::kRows>
+PISSA_INLINE void dispatch_rows(std::int64_t wanted, std::int64_t length, const float* a, const float* b, float* c,
                                 bool accumulate) {
   if constexpr (rows > kRowStep) {
     if (wanted <= rows - kRowStep) {
-      return multiply_tile<Product, vecs, rows - kRowStep>(wanted, length, a, b, c, accumulate);
+      return dispatch_rows<Product, vecs, rows - kRowStep>(wanted, length, a, b, c, accumulate);
     }
   }
   micro_kernel<Product, rows, vecs>(length, a, b, c, accumulate);
+}
+
+// c[rows, vecs * kWidth] = or += a_strip * b_strip, for up to Tiles::kRows rows; what c has below them may change.
+template <class Product, int vecs>
+PISSA_INLINE void multiply_tile([[maybe_unused]] const typename Product::Tiles& tiles, std::int64_t rows,
+                                std::int64_t length, const float* a, const float* b, float* c, bool accumulate) {
+  if constexpr (Product::Tiles::kMultiply) tiles.multiply(length, a, kStripLd, b, c, kNc, accumulate);
+  else dispatch_rows<Product, vecs>(rows, length, a, b, c, accumulate);
 }
 
 }  // namespace

@@ -9,9 +9,20 @@
 
 namespace pissa::cpu::PISSA_ISA {
 
+// For products that the micro-kernel adds up in vectors.
+struct NoTiles {
+  static constexpr bool kMultiply = false;
+  static constexpr int kRows = Vec::kRows;
+  static constexpr int kDepth = 1;
+};
+#if !PISSA_HAS_TILES
+using Tiles = NoTiles;
+#endif
+
 // A word is one f32.
 struct F32 {
   using Element = float;
+  using Tiles = NoTiles;
   using Table = Vec::Table;
   static constexpr int kPerWord = 1;
   static constexpr int kDecodeBytes = Vec::kWidth;  // what one decode reads; it gives twice as many elements
@@ -43,6 +54,7 @@ struct F32 {
 //   lanes; interleave, 32-bit lanes of pairs from 16-bit lanes of each; decode, the elements in order
 struct Bf16 : Pairs {
   using Element = Half;
+  using Tiles = PISSA_ISA::Tiles;
   static constexpr int kPerWord = 2;
   static constexpr int kDecodeBytes = 2 * Vec::kWidth;
 

@@ -19,6 +19,7 @@
 //   bytes, those in the high nibbles and those in the low ones; interleave, the two as a0 b0 a1 b1 ...
 // - transpose, of kWidth x kWidth
 // One that multiplies pairs of bf16 brings Pairs also (see product.h), in a file of its own; PISSA_HAS_BF16 says so.
+// One that does so in tile registers brings Tiles beside it; PISSA_HAS_TILES says so.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -39,4 +40,11 @@
 #include "pissa/cpu/vec/neonbf16.h"
 #else
 #define PISSA_HAS_BF16 0
+#endif
+
+#if defined(__AMX_BF16__)
+#define PISSA_HAS_TILES 1
+#include "pissa/cpu/vec/amxbf16.h"
+#else
+#define PISSA_HAS_TILES 0
 #endif
