@@ -33,7 +33,10 @@ LAYERS: list[tuple[str, list[str]]] = [
     ("cpp/pissa/core/", ["pissa/core/*"]),
     ("cpp/pissa/cpu/factorize.cc", ["pissa/core/*", "pissa/cpu/*", "Eigen/*"]),
     ("cpp/pissa/cpu/vec/", ["pissa/core/*", "pissa/cpu/vec/*", "arm_neon.h", "immintrin.h"]),
-    ("cpp/pissa/cpu/isa.cc", ["pissa/core/*", "pissa/cpu/*", "sys/auxv.h", "sys/sysctl.h"]),
+    (
+        "cpp/pissa/cpu/isa.cc",
+        ["pissa/core/*", "pissa/cpu/*", "cpuid.h", "sys/auxv.h", "sys/syscall.h", "sys/sysctl.h", "unistd.h"],
+    ),
     ("cpp/pissa/cpu/", ["pissa/core/*", "pissa/cpu/*"]),
     ("cpp/pissa/cuda/", ["pissa/core/*", "pissa/cuda/*", *CUDA]),
     (
@@ -47,6 +50,7 @@ LAYERS: list[tuple[str, list[str]]] = [
         "tests/cpp/cuda_sim/",
         ["tests/cpp/cuda_sim", "support/*", "gtest/*", *SYSTEM],
     ),
+    ("tests/cpp/support/emulated_tiles.h", ["immintrin.h"]),
     ("tests/cpp/", ["pissa/*", "support/*", "tests/cpp/cuda_sim", "gtest/*", *SYSTEM]),
     ("bench/cpp/", ["pissa/*", "bench/cpp", "cuda_runtime.h", "benchmark/*"]),
 ]
