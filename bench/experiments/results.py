@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -58,7 +59,9 @@ class Results(Known):
 
 @cache
 def sources() -> str:
-    """The commit of this checkout, "+" after it if files differ from it; "unknown" outside one."""
+    """The commit of this checkout, "+" after it if files differ from it; "unknown" outside one, or without git."""
+    if not shutil.which("git"):
+        return "unknown"
     here = Path(__file__).parent
 
     def git(*command: str) -> str:
