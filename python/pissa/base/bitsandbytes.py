@@ -4,7 +4,6 @@ the state dicts of both."""
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -17,6 +16,7 @@ from pissa.base.bitsandbytes_state import ROWS
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.codes import HoldsCodes
 from pissa.base.digest import Fingerprint
+from pissa.base.nf4_state import Nf4State, parse
 from pissa.base.start import StartFactors
 from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
 from pissa.config import IMPLICIT
@@ -207,14 +207,14 @@ def linear4bit(
         weight,
         bias,
         quant_storage=entries["weight"].dtype,
-        decoded_dtype=getattr(torch, state["dtype"]),
+        decoded_dtype=state.dtype,
         compute_dtype=compute_dtype,
     )
 
 
 def _bytes(packed: Tensor) -> Tensor:
     """The codes in a tensor of any dtype (bitsandbytes' `quant_storage`), as bytes."""
-    return packed.view(torch.uint8).reshape(-1)
+    return packed.reshape(-1).view(torch.uint8)
 
 
 def _without_tensors(linear: Any) -> Any:
@@ -269,32 +269,32 @@ _STATE = "weight.quant_state.bitsandbytes__"
 """The entry, with the name of the type behind it, that holds what is no tensor: JSON as bytes."""
 
 
-def _nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, dict[str, Any]]:
+def _nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, Nf4State]:
     """The weight, and what the entries say of it beside tensors."""
     kinds = [name.removeprefix(_STATE) for name in entries if name.startswith(_STATE)]
     if kinds not in ([], ["nf4"]):
         raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
-    try:
-        state = json.loads(bytes(entries[f"{_STATE}nf4"].tolist()))
-        nested = "nested_offset" in state
-        needed = ("weight.absmax", "weight.quant_map", *(("weight.nested_quant_map",) if nested else ()))
-        absmax, *_ = (entries[name] for name in needed)
-        weight = ops.QuantizedWeight(
-            _bytes(entries["weight"]),
-            absmax,
-            entries["weight.nested_absmax"] if nested else None,
-            torch.tensor(state["nested_offset"], device=absmax.device) if nested else None,
-            "nf4",
-            (int(state["shape"][0]), int(state["shape"][1])),
-            int(state["blocksize"]),
-        )
-        if not isinstance(getattr(torch, state["dtype"]), torch.dtype):
-            raise ValueError(state["dtype"])
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    state = parse(entries[f"{_STATE}nf4"]) if kinds else None
+    nested = state is not None and state.offset is not None
+    needed = {"weight", "weight.absmax", "weight.quant_map"}
+    if (
+        state is None
+        or not needed | ({"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()) <= entries.keys()
+    ):
         raise ValueError(
             f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
             "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
-        ) from error
+        )
+    absmax = entries["weight.absmax"]
+    weight = ops.QuantizedWeight(
+        _bytes(entries["weight"]),
+        absmax,
+        entries["weight.nested_absmax"] if nested else None,
+        torch.tensor(state.offset, dtype=torch.float32, device=absmax.device) if nested else None,
+        "nf4",
+        state.shape,
+        state.blocksize,
+    )
     if (weight.absmax.dtype == torch.uint8) != nested or ("weight.nested_absmax" in entries) != nested:
         raise ValueError("weight.nested_absmax: needed just where weight.absmax is quantised, in uint8")
     _check_parts(weight)

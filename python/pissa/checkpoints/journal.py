@@ -18,13 +18,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pissa.files.json_file import parse_json, read_json
+from pissa.files.json_file import parse_json, read_object, typed
 from pissa.files.messages import shown
 from pissa.files.staged import Staged
 
@@ -32,8 +32,6 @@ IDENTITY = "identity.json"
 
 FLUSH_SECONDS = 20.0
 """The work of so many seconds is done again after a power failure. A flush does not hold up the work."""
-
-_SIZE_LIMIT = 1 << 30
 
 
 def begin(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -54,23 +52,20 @@ def check(folder: Path, identity: Mapping[str, Any]) -> None:
     """
     path = folder / IDENTITY
     remedy = f"remove {folder.parent}, or choose a new folder"
-    try:
-        found = read_json(path, _SIZE_LIMIT)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; {remedy}") from error
-    recorded, now = _flat(found), _flat(json.loads(json.dumps(identity)))
-    if changed := [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]:
-        what = "; ".join(f"{name} was {shown(recorded.get(name))}, is {shown(now.get(name))}" for name in changed[:3])
+    found = read_object(path, f"To start anew, {remedy}")
+    if changed := list(_changes(found, json.loads(json.dumps(identity)))):
+        what = "; ".join(f"{name} was {shown(was)}, is {shown(now)}" for name, was, now in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(f"{folder} is of an unfinished run with another plan: {what}{more}: to start anew, {remedy}")
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The values in an object and in those that it holds, each under its path."""
-    if not isinstance(value, dict):
-        return {name: value}
-    below = [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
-    return {path: leaf for key, inner in below for path, leaf in _flat(inner, key).items()}
+def _changes(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The paths at which two objects differ, with both values; None where there is none."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            yield from _changes(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield name, was, now
 
 
 class Journal:
@@ -164,15 +159,16 @@ def _read(path: Path) -> dict[str, Any]:
     """The units that count in a file. Its last line may be torn; behind a line that cannot be read nothing counts."""
     units: list[tuple[str, Any]] = []
     flushed, boot = 0, None
-    for text in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            line = parse_json(text)
-            if "unit" in line:
-                units.append((str(line["unit"]), line["result"]))
-            elif "flushed" in line:
-                flushed = int(line["flushed"])
-            else:
-                boot = line["boot"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            break
-    return dict(units if boot is not None and boot == _boot() else units[:flushed])
+    with open(path, "rb") as file:
+        for text in file:
+            try:
+                line = typed(parse_json(text), dict[str, Any], "a line") if text.endswith(b"\n") else {}
+                if "unit" in line:
+                    units.append((typed(line["unit"], str, "unit"), line["result"]))
+                elif "flushed" in line:
+                    flushed = typed(line["flushed"], int, "flushed")
+                else:
+                    boot = line["boot"]
+            except (ValueError, KeyError):
+                break
+    return dict(units if boot is not None and boot == _boot() else units[: max(flushed, 0)])

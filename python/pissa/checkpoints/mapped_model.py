@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from pissa.checkpoints.packed import LEAVE_PACKED, Entries, packed_key, packed_layers, packed_weights, stack_key
 from pissa.files.messages import first_line, shown
-from pissa.files.model_folder import class_of
+from pissa.files.model_folder import class_of, model_config
 from pissa.files.source import Source
 from pissa.layers.experts import WEIGHTS
 
@@ -42,7 +42,7 @@ def mapped_model(source: Source, dtype: torch.dtype | None) -> MappedModel:
     """
     folder = source.folder
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = model_config(folder)
         kind = class_of(config)
         packed = packed_layers(source.names)
         quantization = vars(config).pop("quantization_config", {})

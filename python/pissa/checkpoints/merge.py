@@ -25,7 +25,7 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.progress import bar_of_bytes
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.model_folder import parts_of
+from pissa.files.model_folder import CONFIG, parts_of, read_config
 from pissa.files.source import INDEX, Source
 from pissa.ops.formats import FORMATS
 
@@ -248,11 +248,10 @@ def states(folder: Path) -> dict[str, str]:
 
 def _config_text(plan: MergePlan) -> str:
     """config.json, with what transformers has to know of layers in codes."""
-    text = (plan.source.folder / "config.json").read_text()
-    config = json.loads(text)
+    config = read_config(plan.source.folder)
     was_packed = config.pop("quantization_config", None) is not None
     if plan.form == IMPLICIT and not was_packed:
-        return text
+        return (plan.source.folder / CONFIG).read_text(encoding="utf-8")
     quantised = [layer for layer in plan.layers.values() if layer.form != IMPLICIT]
     if quantised:
         config["quantization_config"] = quantization_config(plan.form, quantised[0].dtype, plan.dense_linears)

@@ -17,7 +17,7 @@ from pissa.base.start import StartFactors
 from pissa.checkpoints.plan import Plan, PlannedLayer
 from pissa.config import Form, PissaConfig
 from pissa.conversion.lora_start import INITIAL_FOLDER
-from pissa.files.model_folder import parts_of
+from pissa.files.model_folder import CONFIG, parts_of, read_config
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.safetensors_header import Layout
@@ -123,11 +123,10 @@ def index_text(source: Source, files: Mapping[str, Layout]) -> str | None:
 
 def config_text(plan: Plan) -> str:
     """config.json; with what transformers has to know of quantised layers."""
-    text = (plan.source.folder / "config.json").read_text()
     quantised = [layer for layer in plan.layers.values() if is_quantised(layer)]
     if not quantised:
-        return text
-    config = json.loads(text)
+        return (plan.source.folder / CONFIG).read_text(encoding="utf-8")
+    config = read_config(plan.source.folder)
     config["quantization_config"] = quantization_config(
         quantised[0].form, quantised[0].dtype, plan.dense_linears, experts=plan.has_quantised_experts
     )

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from pissa.checkpoints.budget import check_budget
 from pissa.checkpoints.kinds import kinds_of, sample
@@ -22,6 +21,7 @@ from pissa.checkpoints.plan import Plan
 from pissa.checkpoints.suggestion import Suggestion, suggest
 from pissa.checkpoints.training_memory import ModelSizes, Shape, TrainingMemory, training_memory
 from pissa.config import Form, PissaConfig
+from pissa.files.model_folder import model_config
 from pissa.files.source import Source
 
 
@@ -189,7 +189,7 @@ def _matrices(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sizes(source: Source, plan: Plan) -> ModelSizes:
-    config = AutoConfig.from_pretrained(source.folder).get_text_config()
+    config = model_config(source.folder).get_text_config()
     rest = sum(source.entry(name).nbytes for name in plan.copied)
     dtype = next(iter(plan.layers.values())).dtype
     return ModelSizes(rest, dtype, config.hidden_size, config.vocab_size)

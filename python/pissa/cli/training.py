@@ -35,6 +35,7 @@ from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, last_
 from pissa.cli.step0 import Step0, step0_check
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
+from pissa.files.model_folder import read_config
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import inexact_lora
 from pissa.files.record import AdapterRecord
@@ -129,7 +130,7 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
         raise UserError(f"--quant-iters {ours.quant_iters} needs --quant: nothing else is quantised")
     with told(OSError, ValueError, before=f"--model {folder}: "):
         config = AdapterRecord.read(folder / PISSA_RECORD).config if split else adapter_config(ours, training.seed)
-        base = json.loads((folder / "config.json").read_text()) if split else {}
+        base = read_config(folder) if split else {}
     settle(ours, config, split)
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:

@@ -11,12 +11,11 @@ from typing import cast
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig
 
 from pissa.base.weights import with_weight
 from pissa.files.hub import checkpoint_folder
 from pissa.files.messages import first_line
-from pissa.files.model_folder import ModelFolder, class_of
+from pissa.files.model_folder import ModelFolder, class_of, model_config
 from pissa.notices import WholeModelWarning
 
 
@@ -76,7 +75,7 @@ def load_base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:
     if isinstance(base, nn.Module):
         return base
     try:
-        return cast(nn.Module, class_of(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype="auto"))
+        return cast(nn.Module, class_of(model_config(base)).from_pretrained(base, dtype="auto"))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{base} cannot be loaded as a model: {first_line(error)}; load it yourself and give the model"

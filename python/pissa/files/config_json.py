@@ -12,9 +12,6 @@ from pissa.config import PissaConfig, default_of
 from pissa.files.json_file import blaming, read_json, typed
 from pissa.files.messages import shown
 
-SIZE_LIMIT = 100_000_000
-"""Bytes that a JSON file of ours may have, as many as a header of safetensors. 100,000 layers take half of them."""
-
 _ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
 """pissa 0.1.0 wrote all fields of PEFT 0.21. These it has no use for, and their defaults are not empty."""
 
@@ -70,7 +67,7 @@ def read_config_alone(path: Path) -> PissaConfig | None:
         ValueError: naming the file and the field, what was found and what is allowed.
     """
     with blaming(path):
-        fields = typed(read_json(path, SIZE_LIMIT), dict[str, Any], "the content")
+        fields = typed(read_json(path), dict[str, Any], "the content")
         return config_from_json(fields) if {"svd", "svd_passes"} <= fields.keys() else None
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from pissa.files.messages import shown
 
+SIZE_LIMIT = 100_000_000
+"""Bytes that a JSON file may have, as many as a header of safetensors. Parsed they may be 30 times as large."""
 
-def read_json(path: Path, limit: int) -> Any:
+
+def read_json(path: Path, limit: int = SIZE_LIMIT) -> Any:
     """Reads the file, which may have at most `limit` bytes.
 
     Raises:
-        OSError, ValueError, RecursionError: it cannot be read; the message does not name the file.
+        OSError, ValueError: it cannot be read; the message does not name the file.
     """
     with open(path, "rb") as file:
         content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # read takes as much memory as it is told
@@ -32,17 +36,38 @@ def parse_json(content: bytes) -> Any:
     """Parses the bytes of a JSON text.
 
     Raises:
-        ValueError, RecursionError: it is not JSON, holds NaN or Infinity, or has one name twice in an object.
+        ValueError: it is not JSON, holds NaN or Infinity, has one name twice in an object, or is nested too deeply.
     """
-    return json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads a file that holds one object.
+
+    Args:
+        remedy: what the message says of how to go on.
+
+    Raises:
+        ValueError: naming the file, and what is wrong with it.
+    """
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {shown(content)}; needed: an object")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{path} cannot be read: {reason}. {remedy}") from error
+    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these pairs. A name may not come twice: to let the last one win would be a guess."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        raise ValueError(f"{shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} is there twice")
     return found
 
 

@@ -21,6 +21,9 @@ from pissa.files.messages import shown
 _SIZE_LIMIT = 10_000_000
 """Bytes; PEFT's own have two thousand."""
 
+_RANK_LIMIT = 2**31
+"""More than any weight has rows."""
+
 _ALPHA_LIMIT = 2.0**64
 """Its square, and the products with factors in float32, are far from float64's limit."""
 
@@ -47,7 +50,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError(f"it holds {shown(config)}; needed: an object")
         return _checked(config)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
@@ -107,7 +110,7 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _RANK_LIMIT
 
 
 def _is_alpha(value: Any) -> bool:
@@ -135,9 +138,9 @@ def _is_parameters(value: Any) -> bool:
 _FLAG: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "true or false")
 _TEXT: tuple[Callable[[Any], bool], str] = (lambda value: value is None or isinstance(value, str), "null or text")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a whole number from 1 on"),
+    "r": (_is_rank, "a whole number from 1 to 2^31"),
     "lora_alpha": (_is_alpha, "a number of at most 2^64"),
-    "rank_pattern": (_is_pattern(_is_rank), "an object of regular expressions and whole numbers from 1 on"),
+    "rank_pattern": (_is_pattern(_is_rank), "an object of regular expressions and whole numbers from 1 to 2^31"),
     "alpha_pattern": (_is_pattern(_is_alpha), "an object of regular expressions and numbers of at most 2^64"),
     "target_parameters": (_is_parameters, 'null or a list of names "module.parameter"'),
     "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or text"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 def shown(name: object) -> str:
     """A name out of a file, quoted."""
-    text = repr(name)
+    try:
+        text = repr(name)
+    except RecursionError:  # nested nearly as deep as Python goes
+        text = f"{type(name).__name__} of many levels"
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 

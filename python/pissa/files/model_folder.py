@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pissa.files.composition import Composition, Part
+from pissa.files.json_file import read_object
 from pissa.files.messages import first_line, shown
 from pissa.files.source import Source
+
+CONFIG = "config.json"
 
 
 def class_of(config: Any) -> Any:
@@ -23,7 +27,8 @@ def class_of(config: Any) -> Any:
     Raises:
         ValueError: it names none.
     """
-    for name in config.architectures or ():
+    named = config.architectures
+    for name in filter(_is_text, named if isinstance(named, list) else ()):
         if isinstance(kind := getattr(transformers, name, None), type) and issubclass(kind, PreTrainedModel):
             return kind
     raise ValueError(
@@ -32,28 +37,62 @@ def class_of(config: Any) -> Any:
     )
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def model_config(folder: str | os.PathLike[str]) -> Any:
+    """What a model's config.json says, as transformers takes it. Code that comes with a model is not run.
+
+    Args:
+        folder: of the model, or its name on the Hub.
+
+    Raises:
+        ValueError: naming the file: transformers cannot read it.
+    """
+    with _blamed(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def meta_model(folder: Path) -> PreTrainedModel:
     """The model that the folder's config.json describes, without values.
 
     Raises:
         ValueError: it cannot be built.
     """
+    config = model_config(folder)
+    with _blamed(folder), torch.device("meta"):
+        model: PreTrainedModel = class_of(config)(config)
+    return model
+
+
+@contextmanager
+def _blamed(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes a ValueError, which names config.json, of every error in the block."""
     try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model: PreTrainedModel = class_of(config)(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        yield
+    except Exception as error:  # transformers', huggingface_hub's, and Python's, of values that they have not checked
         raise ValueError(
-            f"{folder / 'config.json'} describes no model that transformers {transformers.__version__} can build: "
+            f"{Path(folder) / CONFIG} describes no model that transformers {transformers.__version__} can build: "
             f"{first_line(error)}"
         ) from error
-    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in the config.json of a model's folder, as it is.
+
+    Raises:
+        ValueError: naming the file: there is none, or another thing in it.
+    """
+    return read_object(folder / CONFIG, "It is damaged or no model's: take it from the model again")
 
 
 def quantised_kind(folder: Path) -> str | None:
     """How the weights in a model's folder are quantised, by its config.json; None if they are dense."""
-    config = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    return None if config is None else str(config.get("quant_method", "by an unknown method"))
+    config = getattr(model_config(folder), "quantization_config", None)
+    if config is None:
+        return None
+    return str(config.get("quant_method", "by an unknown method")) if isinstance(config, dict) else shown(config)
 
 
 def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:

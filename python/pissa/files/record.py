@@ -16,7 +16,7 @@ from pissa.base.digest import is_well_formed
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
 from pissa.config import IMPLICIT, Form, PissaConfig
-from pissa.files.config_json import SIZE_LIMIT, config_as_json, config_from_json
+from pissa.files.config_json import config_as_json, config_from_json
 from pissa.files.json_file import blaming, read_json, typed, typed_fields
 from pissa.files.messages import shown
 from pissa.layers.layer import PissaLayer
@@ -141,7 +141,7 @@ class AdapterRecord:
             ValueError: naming the file and the field, what was found and what is allowed.
         """
         with blaming(path):
-            return AdapterRecord._parse(read_json(path, SIZE_LIMIT))
+            return AdapterRecord._parse(read_json(path))
 
     @staticmethod
     def _parse(record: Any) -> AdapterRecord:

@@ -66,7 +66,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         the header as an object, and the offset of the first byte behind it.
 
     Raises:
-        OSError, ValueError, RecursionError: it cannot be read; the message does not name the file.
+        OSError, ValueError: it cannot be read; the message does not name the file.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -84,8 +84,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
         the tensors in the order in which they lie in the file.
 
     Raises:
-        OSError, ValueError, RecursionError: it cannot be read, or describes another file than this one; the message
-            does not name the file.
+        OSError, ValueError: it cannot be read, or describes another file than this one; the message does not name the
+            file.
     """
     header, start = read_header(path)
     header.pop(METADATA, None)
@@ -108,12 +108,27 @@ def _entry(path: Path, name: str, fields: Any, start: int, size: int) -> Entry:
     if dtype not in DTYPES:
         raise ValueError(f"{where} has the dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
     begin, end = offsets if len(offsets) == 2 else (0, -1)
-    nbytes = DTYPES[dtype].itemsize * math.prod(shape)
-    if min((begin, *shape), default=0) < 0 or end - begin != nbytes:
+    nbytes = _nbytes(DTYPES[dtype], shape)
+    if nbytes is None or not 0 <= begin <= end < _TOO_MANY or end - begin != nbytes:
         raise ValueError(f"{where}, {dtype} {shown(shape)}, cannot be at the offsets {shown(offsets)}")
     if start + end > size:
         raise ValueError(f"{where} ends at byte {start + end}, and the file has {size}: it is truncated")
     return Entry(path, DTYPES[dtype], tuple(shape), start + begin, nbytes)
+
+
+_TOO_MANY = 1 << 63
+"""Bytes, or elements between two of a tensor, that torch cannot count."""
+
+
+def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int | None:
+    """The bytes of a tensor; None if torch can have none of that shape. It counts no further than that: the product of
+    any sides that a header may have takes hours."""
+    span = dtype.itemsize
+    for side in shape:
+        span *= max(side, 1)  # a side of 0 as well: torch has strides beside it
+        if side < 0 or span >= _TOO_MANY:
+            return None
+    return 0 if 0 in shape else span
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pissa.files.json_file import read_json, typed
+from pissa.files.json_file import read_object, typed
 from pissa.files.messages import shown
-from pissa.files.safetensors_header import LIMIT, Entry, read_entries
+from pissa.files.safetensors_header import Entry, read_entries
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -209,7 +209,7 @@ def _checked(path: Path, states: dict[Path, _State]) -> dict[str, Entry]:
     try:
         states[path] = _State.of(path)
         return read_entries(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(
             f"{path} cannot be read: {reason}. It is damaged, incomplete or no safetensors file: download or copy it "
@@ -251,14 +251,14 @@ def _instead(names: list[str]) -> str:
 
 def _shards(index: Path) -> dict[str, set[str]]:
     """The shards that the index names, each with the tensors that should be in it."""
+    remedy = "It is damaged: download or copy it again"
+    content = read_object(index, remedy)
     try:
-        content: Any = typed(read_json(index, LIMIT), dict[str, Any], "the index")
         files = typed(content.get("weight_map"), dict[str, str], "weight_map")
         if not files:
             raise ValueError("weight_map names no tensor")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"{index} cannot be read: {reason}. It is damaged: download or copy it again") from error
+    except ValueError as error:
+        raise ValueError(f"{index} cannot be read: {error}. {remedy}") from error
     shards: dict[str, set[str]] = {}
     for name, file in files.items():
         if file != os.path.basename(file) or not file.endswith(".safetensors") or "\0" in file:

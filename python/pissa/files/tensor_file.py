@@ -75,8 +75,17 @@ class TensorFile:
         return tuple(self._declared[name].get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the tensor of that name."""
-        return DTYPES[self._declared[name].get_dtype()]
+        """The dtype of the tensor of that name.
+
+        Raises:
+            ValueError: elements that are not whole bytes.
+        """
+        dtype = self._declared[name].get_dtype()
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} has the dtype {shown(dtype)}; known: {', '.join(DTYPES)}"
+            )
+        return DTYPES[dtype]
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
         """Checks that the file has a tensor of that shape and of one of these dtypes.

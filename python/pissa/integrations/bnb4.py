@@ -28,7 +28,7 @@ from pissa.config import IMPLICIT
 from pissa.files.checkpoint import LayerTensors
 from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
-from pissa.files.model_folder import parts_of
+from pissa.files.model_folder import parts_of, read_config
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.record import LayerRecord
 from pissa.files.safetensors_header import Layout
@@ -212,7 +212,7 @@ class _Run:
 
     def _model_config(self) -> str:
         """config.json, with what transformers has to know of the packed layers."""
-        config = json.loads((self.source.folder / "config.json").read_text())
+        config = read_config(self.source.folder)
         packed = {layer.name for layer in self.packed} | self.planner.packed.keys()
         dense = [
             name

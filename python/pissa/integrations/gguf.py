@@ -3,6 +3,7 @@ converted base has."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 import gguf
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from pissa.files.lora_folder import LoraFactors
-from pissa.files.messages import first_line
+from pissa.files.messages import shown
+from pissa.files.model_folder import class_of, model_config
 from pissa.files.staged import Staged
 from pissa.integrations.exported import Exported
 from pissa.integrations.plain import Name, PlainLora, padded
@@ -37,6 +38,9 @@ _FAMILIES = {
     "Gemma3ForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA3),
 }
 """By the class of transformers."""
+
+_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(\..+)")
+"""The name of a layer in a block: the block's number, and the rest."""
 
 _INPUT, _OUTPUT = "model.embed_tokens", "lm_head"
 
@@ -100,21 +104,21 @@ class _Names:
 
     def __init__(self, family: _Family, config: Any) -> None:
         self.family, self._config = family, config
-        self._map = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+        self._map = gguf.get_tensor_name_map(family.arch, 1)  # config.json may say a billion blocks
 
     @staticmethod
     def of(base: Name, lora: PlainLora) -> _Names:
         """Those of the base; refuses layers that llama.cpp has no adapter of."""
-        try:
-            config = AutoConfig.from_pretrained(base)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{base} has no config.json of a model: {first_line(error)}") from error
-        kind = next(iter(config.architectures or ()), None)
+        config = model_config(base)
+        kind = class_of(config).__name__
         if kind not in _FAMILIES:
             raise ValueError(
                 f"{base} is a {kind}; known here, of what llama.cpp has, are {', '.join(_FAMILIES)}: export to merged, "
                 "and convert that with llama.cpp's own converter"
             )
+        for name in ("num_hidden_layers", "num_attention_heads"):
+            if not isinstance(count := getattr(config, name, None), int) or count < 1:
+                raise ValueError(f"{base}: config.json has {name} {shown(count)}; needed: a whole number from 1 on")
         names = _Names(_FAMILIES[kind], config)
         for factors in lora.folder.factors.values():
             names._check(factors, lora.folder.weights.path)
@@ -145,8 +149,16 @@ class _Names:
         return heads.get(factors.layers[0].rpartition(".")[2])
 
     def _name(self, factors: LoraFactors) -> str | None:
-        name: str | None = self._map.get_name(factors.layers[0])
-        return name
+        """The name, from that in the first block, which alone is in the table."""
+        layer = factors.layers[0]
+        if (block := _BLOCK.fullmatch(layer)) is None:
+            name: str | None = self._map.get_name(layer)
+            return name
+        number, rest = block.groups()
+        if int(number) >= self._config.num_hidden_layers:
+            return None
+        name = self._map.get_name(f"model.layers.0{rest}")
+        return None if name is None else name.replace(".0.", f".{number}.", 1)
 
     def _check(self, factors: LoraFactors, path: Path) -> None:
         name, tied = factors.layers[0], self._config.tie_word_embeddings
@@ -154,6 +166,10 @@ class _Names:
             reason = "which llama.cpp has under no name known here"
         elif name in (_INPUT, _OUTPUT) and tied:
             reason = "whose weight is tied to another's, and llama.cpp has but one"
+        elif len(factors.row) != 1 or factors.is_embedding != (name == _INPUT):
+            reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
+        elif (heads := self._heads(factors)) is not None and factors.out % (2 * heads):
+            reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"
         else:
             return
         raise ValueError(f"{path} has factors of layer {factors.target}, {reason}: export to merged, and convert that")

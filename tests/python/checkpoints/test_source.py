@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "bytes left over": (longer, (ONE, *AGAIN)),
     "tensor missing": (lacking, (TWO, "'empty' is missing", INDEX, *AGAIN)),
     "tensor in two": (in_two, (ONE, TWO, "'layers.0.bias' is in", *AGAIN)),
-    "index is a list": (index("[]"), (INDEX, "the index: got []", *AGAIN)),
+    "index is a list": (index("[]"), (INDEX, "it holds []", *AGAIN)),
     "index without map": (index("{}"), (INDEX, "weight_map", *AGAIN)),
     "index cut off": (index('{"weight_map": {"st'), (INDEX, *AGAIN)),
     "index, deep": (index("[" * 10**5), (INDEX, *AGAIN)),
