@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pissa.cli.sources import GSM_SYMBOLIC, gsm_symbolic
 from pissa.cli.terminal import UserError, told
+from pissa.files.messages import shown
 
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 _ROLES = ("system", "user", "assistant")
@@ -20,6 +22,10 @@ _PREFERENCES = (
     'allowed: an object with "prompt", "chosen" and "rejected", each a text or messages: '
     '[{"role": "user", "content": "..."}]'
 )
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""What JSON can spell, and no tokenizer takes."""
 
 
 class Chat(NamedTuple):
@@ -101,7 +107,7 @@ def _values(path: Path, allowed: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(where: str, text: str, allowed: str) -> Any:
-    with told(ValueError, before=f"{where}: not JSON: ", after=f"; found {_shortened(text)}; {allowed}"):
+    with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=f"; found {_shortened(text)}; {allowed}"):
         return json.loads(text)
 
 
@@ -130,7 +136,7 @@ def _check_no_images(where: str, value: dict[str, Any]) -> None:
 
 
 def _keys(value: dict[str, Any]) -> str:
-    return "the keys " + (", ".join(map(repr, value)) or "none")
+    return f"the keys {', '.join(map(shown, value)) or 'none'}"
 
 
 def _checked_messages(where: str, messages: Any) -> list[dict[str, str]]:
@@ -140,9 +146,9 @@ def _checked_messages(where: str, messages: Any) -> list[dict[str, str]]:
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: {name} is {_shortened(json.dumps(message))}; needed: "role" and "content"')
+            raise UserError(f'{where}: {name} is {shown(message)}; needed: "role" and "content"')
         if message["role"] not in _ROLES:
-            raise UserError(f"{where}: {name} has the role {message['role']!r}; allowed: {', '.join(_ROLES)}")
+            raise UserError(f"{where}: {name} has the role {shown(message['role'])}; allowed: {', '.join(_ROLES)}")
         checked.append({"role": message["role"], "content": _text(where, f'{name}["content"]', message["content"])})
     if [message["role"] for message in checked[-2:]] != ["user", "assistant"]:
         roles = ", ".join(message["role"] for message in checked) or "none"
@@ -155,6 +161,8 @@ def _text(where: str, name: str, value: Any) -> str:
         raise UserError(f"{where}: {name} is {_kind(value)}; needed: a string")
     if not value.strip():
         raise UserError(f"{where}: {name} is empty; needed: text")
+    if _HALF.search(value):
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, such as \\ud83d alone; needed: whole characters")
     return value
 
 

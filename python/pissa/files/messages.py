@@ -13,5 +13,7 @@ def shown(name: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text that is not empty; without any, the error's class."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's text that is not empty, with the next one if it ends with a colon; without any, the
+    error's class."""
+    first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
+    return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__

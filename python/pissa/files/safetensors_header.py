@@ -116,6 +116,9 @@ def _entry(path: Path, name: str, fields: Any, start: int, size: int) -> Entry:
     return Entry(path, DTYPES[dtype], tuple(shape), start + begin, nbytes)
 
 
+_DIMENSIONS = 64
+"""Those of a tensor of torch, at most."""
+
 _TOO_MANY = 1 << 63
 """Bytes, or elements between two of a tensor, that torch cannot count."""
 
@@ -123,6 +126,8 @@ _TOO_MANY = 1 << 63
 def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int | None:
     """The bytes of a tensor; None if torch can have none of that shape. It counts no further than that: the product of
     any sides that a header may have takes hours."""
+    if len(shape) > _DIMENSIONS:
+        return None
     span = dtype.itemsize
     for side in shape:
         span *= max(side, 1)  # a side of 0 as well: torch has strides beside it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,10 @@ from pissa.files.safetensors_header import Entry, read_entries
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+_SHARD = re.compile(r"[^/\0\ud800-\udfff]+\.safetensors")
+"""A file's name; a half of a surrogate pair, which JSON can spell, has no place in one."""
 
 
 class _State(NamedTuple):
@@ -261,7 +266,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
         raise ValueError(f"{index} cannot be read: {error}. {remedy}") from error
     shards: dict[str, set[str]] = {}
     for name, file in files.items():
-        if file != os.path.basename(file) or not file.endswith(".safetensors") or "\0" in file:
+        if not _SHARD.fullmatch(file):
             raise ValueError(
                 f"{index} says that tensor {shown(name)} is in {shown(file)}; allowed: a .safetensors file in the same "
                 "folder: download or copy the index again"

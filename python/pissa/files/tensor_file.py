@@ -132,7 +132,8 @@ class TensorFile:
             ValueError: it holds NaN or Inf; the message names file and tensor.
         """
         tensor: Tensor = self._file.get_tensor(name).clone()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch asks no float8 whether it is finite
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
         return tensor
 

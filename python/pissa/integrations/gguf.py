@@ -43,6 +43,8 @@ _BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(\..+)")
 """The name of a layer in a block: the block's number, and the rest."""
 
 _INPUT, _OUTPUT = "model.embed_tokens", "lm_head"
+_BESIDE = {_INPUT: "token_embd", _OUTPUT: "output"}
+"""What llama.cpp calls the layers outside of blocks."""
 
 
 def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -> Exported:
@@ -121,7 +123,7 @@ class _Names:
                 raise ValueError(f"{base}: config.json has {name} {shown(count)}; needed: a whole number from 1 on")
         names = _Names(_FAMILIES[kind], config)
         for factors in lora.folder.factors.values():
-            names._check(factors, lora.folder.weights.path)
+            names.check(factors, lora.folder.weights.path)
         return names
 
     def shapes(self, factors: LoraFactors, rank: int) -> dict[str, tuple[int, int]]:
@@ -143,24 +145,24 @@ class _Names:
         if not self.family.permutes:
             return None
         heads = {
-            "q_proj": self._config.num_attention_heads,
-            "k_proj": getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads,
+            "attn_q": self._config.num_attention_heads,
+            "attn_k": getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads,
         }
-        return heads.get(factors.layers[0].rpartition(".")[2])
+        return heads.get(str(self._name(factors)).rpartition(".")[2])
 
     def _name(self, factors: LoraFactors) -> str | None:
         """The name, from that in the first block, which alone is in the table."""
         layer = factors.layers[0]
         if (block := _BLOCK.fullmatch(layer)) is None:
-            name: str | None = self._map.get_name(layer)
-            return name
+            return _BESIDE.get(layer)
         number, rest = block.groups()
         if int(number) >= self._config.num_hidden_layers:
             return None
-        name = self._map.get_name(f"model.layers.0{rest}")
+        name: str | None = self._map.get_name(f"model.layers.0{rest}")
         return None if name is None else name.replace(".0.", f".{number}.", 1)
 
-    def _check(self, factors: LoraFactors, path: Path) -> None:
+    def check(self, factors: LoraFactors, path: Path) -> None:
+        """Raises ValueError, naming the layer, if llama.cpp has no such factors of it. `path`: of their file."""
         name, tied = factors.layers[0], self._config.tie_word_embeddings
         if len(factors.layers) > 1 or self._name(factors) is None:
             reason = "which llama.cpp has under no name known here"
@@ -172,4 +174,4 @@ class _Names:
             reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"
         else:
             return
-        raise ValueError(f"{path} has factors of layer {factors.target}, {reason}: export to merged, and convert that")
+        raise ValueError(f"{path} has factors of layer {shown(factors.target)}, {reason}: export to merged, and convert that")

@@ -175,7 +175,7 @@ def test_bases_that_do_not_do(tmp_path: Path) -> None:
     pissa.export(tmp_path / "run", tmp_path / "untied.gguf", "gguf", base=tmp_path / "base")
     change_config(tmp_path / "base", tie_word_embeddings=True)
     refuses(
-        "layer lm_head, whose weight is tied to another's, and llama.cpp has but one",
+        "layer 'lm_head', whose weight is tied to another's, and llama.cpp has but one",
         tmp_path / "run",
         tmp_path / "base",
     )

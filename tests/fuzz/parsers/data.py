@@ -1,0 +1,30 @@
+"""Training data: records of questions and answers, of messages, and of preferences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pissa.cli.data import Chat, read_chats, read_preferences
+from pissa.cli.terminal import UserError
+
+FILE = "data.jsonl"
+
+
+def parse(folder: Path) -> None:
+    content = (folder / FILE).read_bytes()
+    (folder / "data.json").write_bytes(content)
+    refused = []
+    for path in (folder / FILE, folder / "data.json"):
+        for read in (lambda source: read_chats(source, 0), read_preferences):
+            try:
+                chats = read(str(path))
+            except UserError as error:
+                assert str(path) in str(error)
+                str(error).encode()
+                refused.append(error)
+            else:
+                for chat in chats:
+                    for part in chat if isinstance(chat[0], Chat) else [chat]:
+                        assert all(message["content"].encode() for message in part.messages)
+    if len(refused) == 4:
+        raise ValueError(f"{FILE}: {refused[0]}")

@@ -1,0 +1,28 @@
+"""The names of an adapter's tensors: which layers they are of, and what llama.cpp calls these."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from pissa.files.lora_folder import LoraFolder
+from pissa.integrations import gguf
+
+FILE, HEADER = "adapter_model.safetensors", 8
+LORA = {"peft_type": "LORA", "r": 2, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+LLAMA = LlamaConfig(num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+
+
+def parse(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    if not config.exists():
+        config.write_text(json.dumps(LORA))
+    lora = LoraFolder.of(config, folder / FILE)
+    names = gguf._Names(gguf._FAMILIES["LlamaForCausalLM"], LLAMA)
+    for target, factors in lora.factors.items():
+        names.check(factors, folder / FILE)
+        shapes = names.shapes(factors, factors.rank)
+        (pair,) = lora.matrices(target)
+        assert [tuple(tensor.shape) for tensor in names.arranged(factors, *pair)] == list(shapes.values())

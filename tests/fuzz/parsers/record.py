@@ -1,0 +1,13 @@
+"""pissa.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pissa.files.record import AdapterRecord
+
+FILE = "pissa.json"
+
+
+def parse(folder: Path) -> None:
+    AdapterRecord.read(folder / FILE)

@@ -1,0 +1,20 @@
+"""The header of a checkpoint's file, and of an adapter's: by our own reader and by safetensors'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pissa.files.source import Source
+from pissa.files.tensor_file import TensorFile
+
+FILE, HEADER = "model.safetensors", 8
+
+
+def parse(folder: Path) -> None:
+    with Source.open(folder) as source:
+        file = TensorFile(folder / FILE)
+        assert sorted(file.names) == sorted(source.names)
+        for name in source.names:
+            tensor = source.read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (file.dtype(name), file.shape(name))
+    file.verify()
