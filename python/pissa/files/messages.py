@@ -15,5 +15,6 @@ def shown(name: object) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's text that is not empty, with the next one if it ends with a colon; without any, the
     error's class."""
-    first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
+    first, second, *_ = [*(line.strip() for line in text.splitlines() if line.strip()), "", ""]
     return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__
