@@ -58,7 +58,7 @@ def mutated(data: bytes, header: int, dice: random.Random) -> bytes | None:
     """The input with one of its objects of JSON changed; None if it has none."""
     end = header + int.from_bytes(data[:header], "little") if header else len(data)
     lines = data[header:end].split(b"\n")
-    for part in ([0] if len(lines) == 1 else [None, dice.randrange(len(lines))]):
+    for part in [0] if len(lines) == 1 else [None, dice.randrange(len(lines))]:
         try:
             value = json.loads(data[header:end] if part is None else lines[part])
             text = json.dumps(changed(value, dice), ensure_ascii=dice.random() < 0.5).encode("utf-8", "surrogatepass")

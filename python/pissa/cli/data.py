@@ -107,7 +107,9 @@ def _values(path: Path, allowed: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(where: str, text: str, allowed: str) -> Any:
-    with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=f"; found {_shortened(text)}; {allowed}"):
+    with told(
+        ValueError, RecursionError, before=f"{where}: not JSON: ", after=f"; found {_shortened(text)}; {allowed}"
+    ):
         return json.loads(text)
 
 
@@ -162,7 +164,9 @@ def _text(where: str, name: str, value: Any) -> str:
     if not value.strip():
         raise UserError(f"{where}: {name} is empty; needed: text")
     if _HALF.search(value):
-        raise UserError(f"{where}: {name} holds half of a surrogate pair, such as \\ud83d alone; needed: whole characters")
+        raise UserError(
+            f"{where}: {name} holds half of a surrogate pair, such as \\ud83d alone; needed: whole characters"
+        )
     return value
 
 

@@ -174,4 +174,6 @@ class _Names:
             reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"
         else:
             return
-        raise ValueError(f"{path} has factors of layer {shown(factors.target)}, {reason}: export to merged, and convert that")
+        raise ValueError(
+            f"{path} has factors of layer {shown(factors.target)}, {reason}: export to merged, and convert that"
+        )

@@ -19,12 +19,13 @@ def parse(folder: Path) -> None:
             try:
                 chats = read(str(path))
             except UserError as error:
-                assert str(path) in str(error)
-                str(error).encode()
-                refused.append(error)
+                refused.append((path, str(error)))
             else:
                 for chat in chats:
                     for part in chat if isinstance(chat[0], Chat) else [chat]:
                         assert all(message["content"].encode() for message in part.messages)
+    for path, message in refused:
+        assert str(path) in message
+        message.encode()
     if len(refused) == 4:
         raise ValueError(f"{FILE}: {refused[0]}")

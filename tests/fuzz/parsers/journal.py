@@ -17,5 +17,5 @@ def parse(folder: Path) -> None:
     try:
         journal.check(folder, IDENTITY)
     except ValueError as error:
-        assert str(folder) in str(error)
-        raise ValueError(f"{FILE}: {error}") from error
+        named = str(folder) in str(error)  # the file only if it cannot be read
+        raise ValueError(f"{FILE if named else ''}: {error}") from error

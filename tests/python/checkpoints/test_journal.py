@@ -188,5 +188,7 @@ def test_another_plan_is_refused(change: dict[str, Any], words: str, tmp_path: P
 def test_a_damaged_identity_is_refused(content: str, tmp_path: Path) -> None:
     begin(tmp_path, IDENTITY)
     (tmp_path / journal.IDENTITY).write_text(content)
-    with pytest.raises(ValueError, match=rf"{journal.IDENTITY} cannot be read: .*\. To start anew, remove {tmp_path.parent}, or"):
+    with pytest.raises(
+        ValueError, match=rf"{journal.IDENTITY} cannot be read: .*\. To start anew, remove {tmp_path.parent}, or"
+    ):
         check(tmp_path, IDENTITY)
