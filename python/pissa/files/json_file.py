@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from pissa.files.messages import shown
 
 SIZE_LIMIT = 100_000_000
-"""Bytes that a JSON file may have, as many as a header of safetensors. Parsed they may be 30 times as large."""
+"""Bytes that a JSON file may have, as many as a header of safetensors. Parsed they take up to 33 times as many."""
 
 
 def read_json(path: Path, limit: int = SIZE_LIMIT) -> Any:

@@ -87,7 +87,7 @@ GOOD = '{"question": "q", "answer": "a"}\n'
         ('{"question": "q", ', "not JSON", '"answer"'),
         ('{"messages": []}', "are: none", "the last two are user, assistant"),
         ('{"messages": "hello"}', '"messages" is a string', '"role"'),
-        ('{"messages": [{"role": "user"}]}', 'messages[0] is {"role": "user"}', '"content"'),
+        ('{"messages": [{"role": "user"}]}', "messages[0] is {'role': 'user'}", '"content"'),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "the role 'bot'", "system, user, assistant"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "are: user;", "the last two are user, assistant"),
         ('{"messages": [{"role": "user", "content": ["x"]}]}', 'messages[0]["content"] is a list', "a string"),
