@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from pissa.base.bitsandbytes_state import entry_layout, to_bitsandbytes
 from pissa.base.stored import QuantizedLinear
 from pissa.config import Form
 from reference import EPS, assert_close
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 @nesting
@@ -57,6 +61,46 @@ def test_incomplete_state_dicts_are_refused(nested: bool) -> None:
             from_state({key: value for key, value in entries.items() if key != name})
     with pytest.raises(ValueError, match=r"quantised as fp4; allowed: nf4"):
         from_state(dict(linear4bit(quant_type="fp4").state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [OUT, IN, 1]}, r"shape: got \[64, 128, 1\]; needed: \[out, in\], each from 1 to"),
+        ({"shape": [-OUT, -IN]}, r"shape: got \[-64, -128\]"),
+        ({"shape": [OUT, 2.0**70]}, "shape: got"),
+        ({"blocksize": True}, "blocksize: got True; needed: 32, 64"),
+        ({"blocksize": 96}, "blocksize: got 96"),
+        ({"dtype": "nn"}, "dtype: got 'nn'; needed: float32, bfloat16, float16"),
+        ({"dtype": []}, r"dtype: got \[\]"),
+        ({"quant_type": "fp4"}, "quant_type: got 'fp4'; needed: nf4"),
+        ({"nested_blocksize": 64}, "nested_blocksize: got 64; needed: 256"),
+        ({"nested_offset": 10**400}, "nested_offset: got 1000.*; needed: a finite number"),
+        ({"nested_offset": [1.0]}, r"nested_offset: got \[1.0\]"),
+    ],
+)
+def test_what_is_no_state_is_refused(change: dict[str, object], words: str) -> None:
+    entries = to_bitsandbytes(ops.quantize(put(torch.ones(OUT, IN))), torch.float32)
+    state = json.loads(bytes(entries[STATE].tolist())) | change
+    entries[STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"{STATE}: {words}.*quantise the weight again"):
+        from_state(entries)
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        (torch.tensor(10**12), r"got 'torch.int64 \[\]'; needed: uint8, at most"),  # bytes(n) are n zeros
+        (torch.zeros(2**20, dtype=torch.uint8), "uint8, at most 4096 bytes"),
+        (torch.full((4000,), ord("["), dtype=torch.uint8), "needed: an object of JSON"),
+        (torch.full((4,), 0xFF, dtype=torch.uint8), "needed: an object of JSON"),
+    ],
+    ids=["scalar", "long", "deep", "no text"],
+)
+def test_bytes_that_are_no_state_are_refused(packed: Tensor, words: str) -> None:
+    entries = to_bitsandbytes(ops.quantize(put(torch.ones(OUT, IN))), torch.float32)
+    with pytest.raises(ValueError, match=rf"{STATE}: the entry: .*{words}"):
+        from_state(entries | {STATE: packed})
 
 
 @pytest.mark.parametrize("called", [False, True])

@@ -278,6 +278,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "short header": (announced(20), (TWO, *AGAIN)),
     "larger shape": (bias(shape=[4]), (ONE, "'layers.0.bias', F32 [4]", "[0, 12]", *AGAIN)),
     "huge shape": (bias(shape=[2**62, 4]), (ONE, "'layers.0.bias'", *AGAIN)),
+    "huge shape, empty": (bias(shape=[0, 2**62, 4], data_offsets=[0, 0]), (ONE, "'layers.0.bias', F32 [0, ", *AGAIN)),
+    "hours of product": (bias(shape=[10**4000] * 3000), (ONE, "'layers.0.bias'", *AGAIN)),
+    "65 dimensions": (bias(shape=[1] * 64 + [3]), (ONE, "'layers.0.bias'", *AGAIN)),
     "negative shape": (bias(shape=[-1, -3]), (ONE, "'layers.0.bias'", *AGAIN)),
     "negative offset": (bias(data_offsets=[-12, 0]), (ONE, "'layers.0.bias'", *AGAIN)),
     "three offsets": (bias(data_offsets=[0, 12, 12]), (ONE, "'layers.0.bias'", *AGAIN)),
@@ -298,6 +301,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "index leaves": (indexed(steps=f"../{TWO}"), (INDEX, f"'steps' is in '../{TWO}'", *AGAIN)),
     "index, absolute": (indexed(steps="/x.safetensors"), (INDEX, "'steps' is in '/x.safetensors'", *AGAIN)),
     "index of a pickle": (indexed(steps="a.bin"), (INDEX, "'steps' is in 'a.bin'", *AGAIN)),
+    "index with half a pair": (indexed(steps="\ud800.safetensors"), (INDEX, r"is in '\ud800.safetensors'", *AGAIN)),
     "index with NUL": (indexed(steps="a\0.safetensors"), (INDEX, "'steps'", *AGAIN)),
 }
 

@@ -49,7 +49,7 @@ def make(family: str, folder: Path, **fields: Any) -> Any:
     import transformers
 
     name = {"Gemma3": "Gemma3Text"}.get(family, family)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **HEADS, **{"tie_word_embeddings": False} | fields)
+    config = getattr(transformers, f"{name}Config")(**SIZES | HEADS | {"tie_word_embeddings": False} | fields)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.save_pretrained(folder)
@@ -190,6 +190,22 @@ def test_bases_that_do_not_do(tmp_path: Path) -> None:
     (tmp_path / "there.gguf").touch()
     with pytest.raises(ValueError, match=r"there\.gguf is there already and nothing is overwritten; choose a new file"):
         pissa.export(tmp_path / "run", tmp_path / "there.gguf", "gguf", base=tmp_path / "base")
+
+
+def test_blocks_and_heads_are_those_of_the_base(tmp_path: Path) -> None:
+    """However many blocks config.json says, no table of them is made."""
+    trained(make("Llama", tmp_path / "base", num_hidden_layers=12), tmp_path / "run", target_modules=["q_proj"])
+    change_config(tmp_path / "base", num_hidden_layers=10**12)
+    pissa.export(tmp_path / "run", tmp_path / "lora.gguf", "gguf", base=tmp_path / "base")
+    _, tensors = contents(tmp_path / "lora.gguf")
+    assert {name.rpartition(".")[0] for name in tensors} == {f"blk.{block}.attn_q.weight" for block in range(12)}
+    change_config(tmp_path / "base", num_hidden_layers=11)
+    message = r"factors of layer 'model\.layers\.11\.self_attn\.q_proj', which llama\.cpp has under no name"
+    refuses(message, tmp_path / "run", tmp_path / "base")
+    change_config(tmp_path / "base", num_hidden_layers=12, num_attention_heads=64)
+    refuses("'.*', of 64 rows, which are no 64 heads, as config.json says", tmp_path / "run", tmp_path / "base")
+    change_config(tmp_path / "base", num_attention_heads=0)
+    refuses("config.json .*modulo by zero", tmp_path / "run", tmp_path / "base")
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
