@@ -257,6 +257,10 @@ def test_nothing_is_overwritten(base: Path, data: Path, tmp_path: Path, capsys: 
     other = tmp_path / "other"
     other.mkdir()
     assert "holds no run (run.yaml is missing)" in refused(command(base, data, other, "--resume"), capsys)
+    for content in (b"[1]", b"a: [", b"\xff", b"", 3000 * b"["):
+        (other / "run.yaml").write_bytes(content)
+        assert f"{other}/run.yaml cannot be read: " in refused(command(base, data, other, "--resume"), capsys)
+    (other / "run.yaml").unlink()
     (other / "mine.txt").write_text("x")
     assert "(mine.txt)" in (message := refused(command(base, data, other), capsys))
     assert "--resume" not in message
