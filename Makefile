@@ -209,7 +209,7 @@ fuzz: $(BUILD)/venv-fuzz.stamp
 
 $(BUILD)/venv-fuzz.stamp: $(BUILD)/venv-test.stamp
 	$(PYTHON) -m venv --clear $(BUILD)/venv-fuzz
-	$(BUILD)/venv-fuzz/bin/python -m pip install -q 'atheris>=3.0'
+	$(BUILD)/venv-fuzz/bin/python -m pip install -q 'atheris>=2.3'
 	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	  site $(abspath $(TEST_PYTHON)) >"$$(site $(BUILD)/venv-fuzz/bin/python)/venv-test.pth"
 	touch $@

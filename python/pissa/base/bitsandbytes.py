@@ -277,10 +277,8 @@ def _nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight,
     state = parse(entries[f"{_STATE}nf4"]) if kinds else None
     nested = state is not None and state.offset is not None
     needed = {"weight", "weight.absmax", "weight.quant_map"}
-    if (
-        state is None
-        or not needed | ({"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()) <= entries.keys()
-    ):
+    needed |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
+    if state is None or not needed <= entries.keys():
         raise ValueError(
             f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
             "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"

@@ -27,18 +27,15 @@ def class_of(config: Any) -> Any:
     Raises:
         ValueError: it names none.
     """
-    named = config.architectures
-    for name in filter(_is_text, named if isinstance(named, list) else ()):
-        if isinstance(kind := getattr(transformers, name, None), type) and issubclass(kind, PreTrainedModel):
+    names = config.architectures if isinstance(config.architectures, list) else ()
+    for name in names:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind
     raise ValueError(
         f"architectures is {shown(config.architectures)}; needed: a class of transformers {transformers.__version__}, "
         "such as LlamaForCausalLM"
     )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def model_config(folder: str | os.PathLike[str]) -> Any:
