@@ -18,6 +18,7 @@ from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.config import PissaConfig
 from pissa.files.config_json import read_config_alone
 from pissa.files.hub import adapter_folder
+from pissa.files.messages import printable
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, magnitude_key
 from pissa.files.pissa_layout import CONFIG_FILES, PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.record import AdapterRecord, LayerRecord
@@ -78,7 +79,7 @@ class Checkpoint:
             if str(self.folder) in str(error):
                 raise
             raise ValueError(
-                f"the adapter that {self.folder / PISSA_RECORD} describes cannot be put on this model: {error}"
+                f"the adapter that {self.folder / PISSA_RECORD} describes cannot be put on this model: {printable(error)}"
             ) from error
 
     def read_layer(self, name: str, a: Tensor, b: Tensor, origin: Origin) -> LayerTensors:

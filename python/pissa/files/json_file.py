@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from pissa.files.messages import shown
+from pissa.files.messages import printable, shown
 
 SIZE_LIMIT = 100_000_000
 """Bytes that a JSON file may have, as many as a header of safetensors. Parsed they take up to 33 times as many."""
@@ -86,7 +86,7 @@ def blaming(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} cannot be read: {error}. It is not as save_pretrained wrote it: save the adapter again, "
+            f"{path} cannot be read: {printable(error)}. It is not as save_pretrained wrote it: save the adapter again, "
             "or take the file from a copy"
         ) from error
 

@@ -12,9 +12,13 @@ def shown(name: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
+def printable(error: Exception) -> str:
+    """An error's text, which may quote halves of surrogate pairs, that JSON can spell and no stream takes."""
+    return str(error).encode("utf-8", "backslashreplace").decode()
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text that is not empty, with the next one if it ends with a colon; without any, the
     error's class."""
-    text = str(error).encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
-    first, second, *_ = [*(line.strip() for line in text.splitlines() if line.strip()), "", ""]
+    first, second, *_ = [*(line.strip() for line in printable(error).splitlines() if line.strip()), "", ""]
     return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__
