@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa.files.json_file import parse_json, read_object, typed
-from pissa.files.messages import shown
+from pissa.files.messages import printable, shown
 from pissa.files.staged import Staged
 
 IDENTITY = "identity.json"
@@ -56,7 +56,8 @@ def check(folder: Path, identity: Mapping[str, Any]) -> None:
     if changed := list(_changes(found, json.loads(json.dumps(identity)))):
         what = "; ".join(f"{name} was {shown(was)}, is {shown(now)}" for name, was, now in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ValueError(f"{folder} is of an unfinished run with another plan: {what}{more}: to start anew, {remedy}")
+        what = printable(what) + more
+        raise ValueError(f"{folder} is of an unfinished run with another plan: {what}: to start anew, {remedy}")
 
 
 def _changes(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -78,9 +78,8 @@ class Checkpoint:
         except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
             if str(self.folder) in str(error):
                 raise
-            raise ValueError(
-                f"the adapter that {self.folder / PISSA_RECORD} describes cannot be put on this model: {printable(error)}"
-            ) from error
+            record, reason = self.folder / PISSA_RECORD, printable(error)
+            raise ValueError(f"the adapter that {record} describes cannot be put on this model: {reason}") from error
 
     def read_layer(self, name: str, a: Tensor, b: Tensor, origin: Origin) -> LayerTensors:
         """Reads the tensors of a layer.

@@ -86,8 +86,8 @@ def blaming(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} cannot be read: {printable(error)}. It is not as save_pretrained wrote it: save the adapter again, "
-            "or take the file from a copy"
+            f"{path} cannot be read: {printable(error)}. It is not as save_pretrained wrote it: save the adapter "
+            "again, or take the file from a copy"
         ) from error
 
 

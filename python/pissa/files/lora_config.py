@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from pissa.config import default_of, exactly
 from pissa.files.json_file import read_json
-from pissa.files.messages import shown
+from pissa.files.messages import printable, shown
 
 _SIZE_LIMIT = 10_000_000
 """Bytes; PEFT's own have two thousand."""
@@ -51,7 +51,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds {shown(config)}; needed: an object")
         return _checked(config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise ValueError(f"{path} cannot be used: {printable(error)}") from error
 
 
 def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:

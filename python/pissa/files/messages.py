@@ -12,9 +12,9 @@ def shown(name: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
-def printable(error: Exception) -> str:
-    """An error's text, which may quote halves of surrogate pairs, that JSON can spell and no stream takes."""
-    return str(error).encode("utf-8", "backslashreplace").decode()
+def printable(text: object) -> str:
+    """A text that may quote halves of surrogate pairs, which JSON can spell and no stream takes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: Exception) -> str:
