@@ -20,6 +20,10 @@ from pissa.files.source import Source
 
 CONFIG = "config.json"
 
+_UNNAMED_LABELS = 1000
+"""transformers makes up a name for each label that has none, 165 MB of 200,000, which 42 bytes can ask for. What it saves
+has names."""
+
 
 def class_of(config: Any) -> Any:
     """transformers' class that a config.json names.
@@ -48,7 +52,19 @@ def model_config(folder: str | os.PathLike[str]) -> Any:
         ValueError: naming the file: transformers cannot read it.
     """
     with _blamed(folder):
+        if (Path(folder) / CONFIG).is_file():
+            _check_labels(read_config(Path(folder)))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _check_labels(fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_labels(value)
+        elif name == "num_labels" and isinstance(value, int) and value > _UNNAMED_LABELS:
+            raise ValueError(
+                f"num_labels is {shown(value)}; allowed: at most {_UNNAMED_LABELS}; name them all in id2label instead"
+            )
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
