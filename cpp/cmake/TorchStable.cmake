@@ -10,7 +10,17 @@ endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${PISSA_TORCH_DIR}/include")
-target_link_libraries(torch_stable INTERFACE "${PISSA_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}")
+if(CMAKE_CROSSCOMPILING)
+  # This machine's libtorch_cpu.so is of another architecture: an empty library of that name (its SONAME). Modules may leave
+  # symbols undefined, and the name must stay among those that ours needs.
+  file(CONFIGURE OUTPUT torch_cpu_stub.cc CONTENT "// libtorch_cpu.so, to link with: cpp/cmake/TorchStable.cmake says why.\n" @ONLY)
+  add_library(torch_cpu_stub SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cpu_stub.cc")
+  set_target_properties(torch_cpu_stub PROPERTIES OUTPUT_NAME torch_cpu LIBRARY_OUTPUT_DIRECTORY torch_cpu_stub)
+  target_link_libraries(torch_stable INTERFACE torch_cpu_stub)
+  target_link_options(torch_stable INTERFACE LINKER:--no-as-needed)
+else()
+  target_link_libraries(torch_stable INTERFACE "${PISSA_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}")
+endif()
 # 2.10: the oldest torch that loads the library. A newer torch to build with is harmless.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000ULL)
 set(PISSA_TORCH_TARGET "2.10")

@@ -3,6 +3,7 @@
 // same in the same way, as libstdc++_nonshared.a. These are taken only where something of ours needs them, and hidden
 // (Manylinux.cmake). What is still too new, `auditwheel repair` refuses by name.
 #include <exception>
+#include <ios>
 #include <new>
 #include <sstream>
 
@@ -40,6 +41,10 @@ template string basic_stringbuf<char>::str() const&;
 template string basic_stringbuf<char>::str() &&;
 
 #if __GNUC__ >= 13
+// <iostream> names this, for its library to make the streams; until GCC 12 each object made sure that they are made.
+void ios_base_library_init() {}
+const ios_base::Init streams;
+
 template void basic_string<char>::_M_replace_cold(char*, size_type, const char*, size_type, size_type);
 #endif
 
