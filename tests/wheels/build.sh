@@ -1,0 +1,61 @@
+#!/bin/sh
+# The sdist, and for each PYTHON a wheel for this machine's architecture and one for AArch64, into FOLDER/dist, inspected.
+# PACKAGES has torch, of which headers are wanted; TOOLS is an environment with auditwheel, twine and others (Makefile).
+# Usage: build.sh FOLDER PACKAGES TOOLS PYTHON...
+set -eu
+folder=$1 packages=$2 tools=$3
+shift 3
+repository=$PWD
+PATH=$tools/bin:$PATH
+mkdir -p "$folder/dist"
+rm -rf "$folder"/dist/* "$folder"/raw
+
+# What a build needs, for each Python: not all of it is the same for all. torch comes from PACKAGES, after all else.
+environment() {  # PYTHON VERSION
+  [ -e "$folder/venv-$2/ready" ] && return
+  "$1" -m venv --clear "$folder/venv-$2"
+  "$folder/venv-$2/bin/python" -m pip install -q 'scikit-build-core>=1.0' 'pybind11>=3.0' 'cmeel-eigen>=3.4' 'cmake>=3.24' ninja
+  echo "$packages" >"$("$folder/venv-$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+  touch "$folder/venv-$2/ready"
+}
+
+# All Pythons share a build folder of their architecture: only the module itself differs between them.
+wheel() {  # VERSION ARCHITECTURE OPTION...
+  python=$folder/venv-$1/bin/python architecture=$2
+  shift 2
+  rm -rf "$folder/raw"
+  PATH=$folder/${python%/python}:$PATH
+  "$python" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$folder/raw" -C build-dir="$folder/$architecture" \
+    -C cmake.define.PISSA_CUDA=OFF -C cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
+  inspect "$architecture" "$folder"/raw/*.whl
+  # Refuses what a system of glibc 2.28 lacks. torch's libraries are there already, for pissa imports torch first.
+  auditwheel repair --plat "manylinux_2_28_$architecture" --only-plat --exclude 'libtorch*' --exclude 'libc10*' \
+    -w "$folder/dist" "$folder"/raw/*.whl
+}
+
+# Of a wheel's module: its architecture, what it links, and that it looks in no folder of ours. That torch's library is among
+# what it links matters: where it was cross-compiled there was no such library.
+inspect() {  # ARCHITECTURE WHEEL
+  unzip -qo "$2" 'pissa/_C*.so' -d "$folder/raw"
+  readelf -hd "$folder"/raw/pissa/_C*.so >"$folder/raw/module"
+  got=$(sed -n -e 's/^ *Machine: *//p' -e 's/.*(NEEDED).*\[\(.*\)\]/\1/p' -e 's/.*(\(R.*PATH\)).*/\1/p' "$folder/raw/module" |
+    sed 's/.*X86-64/x86_64/; s/AArch64/aarch64/; /^ld-linux/d' | LC_ALL=C sort | tr '\n' ' ')
+  needed=$(printf '%s\n' "$1" libtorch_cpu.so libstdc++.so.6 libm.so.6 libgcc_s.so.1 libc.so.6 | LC_ALL=C sort | tr '\n' ' ')
+  [ "$got" = "$needed" ] || { printf '%s\n  needed: %s\n  got:    %s\n' "$2" "$needed" "$got" >&2; exit 1; }
+}
+
+for interpreter; do
+  version=$("$interpreter" -c 'import sys; print("3.%d" % sys.version_info[1])')
+  environment "$interpreter" "$version"
+  wheel "$version" "$(uname -m)"
+  # The interpreter's headers are this machine's: Python's own are the same on all 64-bit Linux, but for pyconfig.h, whose
+  # sizes of types are the same on both.
+  suffix=.cpython-3${version#3.}-aarch64-linux-gnu.so
+  _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=$suffix wheel "$version" aarch64 \
+    -C cmake.define.CMAKE_TOOLCHAIN_FILE="$repository/cpp/cmake/aarch64-linux-gnu.cmake" -C cmake.define.PYTHON_MODULE_EXTENSION="$suffix"
+done
+
+"$tools/bin/python" -m build -q --sdist --no-isolation --skip-dependency-check -o "$folder/dist" "$repository"
+twine check --strict "$folder"/dist/*
+check-wheel-contents "$folder"/dist/*.whl
+ls -l "$folder/dist"
