@@ -13,8 +13,9 @@ headers() {  # VERSION: downloads the wheel unless its headers are there; keeps 
   [ -d "$folder/$1" ] && return
   mkdir -p "$folder/wheel"
   case $1 in newest) wanted=torch ;; *) wanted="torch==$1.*" ;; esac
-  "$python" -m pip download -q --no-deps --only-binary :all: --platform macosx_15_0_arm64 --python-version 3.12 \
-    --dest "$folder/wheel" "$wanted"
+  # Whatever pip is held to for this machine's Python: nothing is installed.
+  PIP_CONSTRAINT=/dev/null "$python" -m pip download -q --no-deps --only-binary :all: \
+    --platform macosx_15_0_arm64 --python-version 3.12 --dest "$folder/wheel" "$wanted"
   "$python" - "$folder/wheel" "$folder/$1" <<'EOP'
 import sys
 import zipfile

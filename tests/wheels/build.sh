@@ -8,7 +8,7 @@ shift 3
 repository=$PWD
 PATH=$tools/bin:$PATH
 mkdir -p "$folder/dist"
-rm -rf "$folder"/dist/* "$folder"/raw
+rm -rf "$folder"/dist/*
 
 # What a build needs, for each Python: not all of it is the same for all. torch comes from PACKAGES, after all else.
 environment() {  # PYTHON VERSION
@@ -23,14 +23,18 @@ environment() {  # PYTHON VERSION
 wheel() {  # VERSION ARCHITECTURE OPTION...
   python=$folder/venv-$1/bin/python architecture=$2
   shift 2
-  rm -rf "$folder/raw"
+  rm -rf "$folder/raw" "$folder/repaired"
   PATH=$folder/${python%/python}:$PATH
   "$python" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$folder/raw" -C build-dir="$folder/$architecture" \
     -C cmake.define.PISSA_CUDA=OFF -C cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
   inspect "$architecture" "$folder"/raw/*.whl
-  # Refuses what a system of glibc 2.28 lacks. torch's libraries are there already, for pissa imports torch first.
-  auditwheel repair --plat "manylinux_2_28_$architecture" --only-plat --exclude 'libtorch*' --exclude 'libc10*' \
-    -w "$folder/dist" "$folder"/raw/*.whl
+  # The tag is that of the oldest system which has all that is needed. torch's libraries are there already, for pissa imports
+  # torch first.
+  auditwheel repair --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w "$folder/repaired" "$folder"/raw/*.whl
+  case $(ls "$folder/repaired") in
+    *-manylinux_2_1[0-9]_"$architecture".whl | *-manylinux_2_2[0-8]_"$architecture".whl) mv "$folder"/repaired/*.whl "$folder/dist" ;;
+    *) ls "$folder/repaired" >&2; echo "needs more than manylinux_2_28 has; auditwheel show $folder/raw/*.whl says what" >&2; exit 1 ;;
+  esac
 }
 
 # Of a wheel's module: its architecture, what it links, and that it looks in no folder of ours. That torch's library is among

@@ -86,35 +86,47 @@ def result(system: System, folder: Path, wheel: Path, torch: str) -> tuple[str, 
     return installed.split("+")[0], re.search(r"\d+ of \d+ checks passed", selftest)[0]
 
 
-def rows(folder: Path, pythons: list[str]) -> Iterator[list[str]]:
-    """A row of the table for each Python, torch and system; then what has not been run."""
-    oldest = re.search(r'^dependencies = \["torch>=([0-9.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    systems = [debian(name, release, folder) for name, release in DEBIANS]
-    tested = {system.version() for system in systems}
+def systems(folder: Path, pythons: list[str]) -> Iterator[System]:
+    """The fresh ones, and this one with the Pythons that those have not."""
+    fresh = [debian(name, release, folder) for name, release in DEBIANS]
+    yield from fresh
     release = platform.freedesktop_os_release()
-    systems += [System(f"{release['NAME']} {release['VERSION_ID']}", python) for python in pythons]
-    systems = [system for system in systems if system.enter or system.version() not in tested]
-    wheels = {name: list((folder / "dist").glob(f"*-cp{name.replace('.', '')}-*")) for name in PYTHONS}
-    found = {(name, wheel.stem.rsplit("28_", 1)[1]): wheel for name in PYTHONS for wheel in wheels[name]}
-    this = platform.machine()
-    for system in sorted(systems, key=lambda system: PYTHONS.index(system.version())):
-        version = system.version()
-        for torch in (f"torch=={oldest[1]}.*", "torch"):
-            row = [version, *result(system, folder, found[version, this], torch)]
-            yield [*row[:2], this, system.name, row[2]]
-            print(*row, flush=True)
-    tested |= {system.version() for system in systems}
-    yield from ([name, "", this, "", "not built"] for name in PYTHONS if name not in tested)
-    for name in PYTHONS:
-        built = (name, "aarch64") in found
-        yield [name, "", "aarch64", "", "built and inspected, not run" if built else "not built"]
+    here = [System(f"{release['NAME']} {release['VERSION_ID']}", python) for python in pythons]
+    theirs = {system.version() for system in fresh}
+    yield from (system for system in here if system.version() not in theirs)
+
+
+def write(rows: list[list[str]]) -> None:
+    table = "\n".join([BEGIN, "", HEAD, *(f"| {' | '.join(row)} |" for row in rows), "", ""])
+    page = PAGE.read_text()
+    PAGE.write_text(page[: page.index(BEGIN)] + table + page[page.index(END) :])
 
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    table = "\n".join([BEGIN, "", HEAD, *(f"| {' | '.join(row)} |" for row in rows(folder, sys.argv[2:])), "", ""])
-    page = PAGE.read_text()
-    PAGE.write_text(page[: page.index(BEGIN)] + table + page[page.index(END) :])
+    this = platform.machine()
+    wheels: dict[tuple[str, str], Path] = {}
+    for wheel in (folder / "dist").glob("*.whl"):
+        minor, machine = re.search(r"-cp3(\d+)-manylinux_\d+_\d+_(\w+)$", wheel.stem).groups()
+        wheels[f"3.{minor}", machine] = wheel
+    oldest = re.search(r'^dependencies = \["torch>=([0-9.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    # A row for each, in which what has passed is written when it has; this takes long.
+    rows, to_run = [], []
+    at = {system.version(): system for system in systems(folder, sys.argv[2:])}
+    for python in PYTHONS:
+        if (python, this) in wheels and python in at:
+            for wanted in (f"{oldest}.*", "newest"):
+                rows.append([python, wanted, this, at[python].name, "not run"])
+                to_run.append((rows[-1], at[python], f"torch=={wanted}" if wanted != "newest" else "torch"))
+        else:
+            rows.append([python, "", this, "", "not built"])
+    for python in PYTHONS:
+        built = (python, "aarch64") in wheels
+        rows.append([python, "", "aarch64", "", "built and inspected, not run" if built else "not built"])
+    for row, system, torch in to_run:
+        row[1], row[4] = result(system, folder, wheels[row[0], this], torch)
+        print(*row, flush=True)
+        write(rows)
 
 
 if __name__ == "__main__":
