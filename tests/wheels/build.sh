@@ -52,14 +52,21 @@ for interpreter; do
   version=$("$interpreter" -c 'import sys; print("3.%d" % sys.version_info[1])')
   environment "$interpreter" "$version"
   wheel "$version" "$(uname -m)"
-  # The interpreter's headers are this machine's: Python's own are the same on all 64-bit Linux, but for pyconfig.h, whose
-  # sizes of types are the same on both.
+  # Python's headers are those of this machine: the same on all Linux but for pyconfig.h, in which the sizes of types are the same
+  # on both. Debian's are in a folder with the architecture's name.
+  mkdir -p "$folder/headers"
+  ln -sfn "/usr/include/$(uname -m)-linux-gnu" "$folder/headers/aarch64-linux-gnu"
   suffix=.cpython-3${version#3.}-aarch64-linux-gnu.so
-  _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=$suffix wheel "$version" aarch64 \
-    -C cmake.define.CMAKE_TOOLCHAIN_FILE="$repository/cpp/cmake/aarch64-linux-gnu.cmake" -C cmake.define.PYTHON_MODULE_EXTENSION="$suffix"
+  (
+    export _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX="$suffix" CPLUS_INCLUDE_PATH="$folder/headers"
+    wheel "$version" aarch64 -C cmake.define.PYTHON_MODULE_EXTENSION="$suffix" \
+      -C cmake.define.CMAKE_TOOLCHAIN_FILE="$repository/cpp/cmake/aarch64-linux-gnu.cmake"
+  )
 done
 
 "$tools/bin/python" -m build -q --sdist --no-isolation --skip-dependency-check -o "$folder/dist" "$repository"
+# By its declared requirements alone, as `pip install` does: in an environment that pip makes for the build.
+"$tools/bin/python" -m pip wheel -q --no-deps -w "$folder/from-sdist" -C cmake.define.PISSA_CUDA=OFF "$folder"/dist/*.tar.gz
 twine check --strict "$folder"/dist/*
 check-wheel-contents "$folder"/dist/*.whl
 ls -l "$folder/dist"
