@@ -25,8 +25,8 @@ wheel() {  # VERSION ARCHITECTURE OPTION...
   shift 2
   rm -rf "$folder/raw" "$folder/repaired"
   PATH=$folder/${python%/python}:$PATH
-  "$python" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$folder/raw" -C build-dir="$folder/$architecture" \
-    -C cmake.define.PISSA_CUDA=OFF -C cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
+  "$python" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$folder/raw" --config-settings=build-dir="$folder/$architecture" \
+    --config-settings=cmake.define.PISSA_CUDA=OFF --config-settings=cmake.define.PISSA_MANYLINUX=ON "$@" "$repository"
   inspect "$architecture" "$folder"/raw/*.whl
   # The tag is that of the oldest system which has all that is needed. torch's libraries are there already, for pissa imports
   # torch first.
@@ -59,14 +59,14 @@ for interpreter; do
   suffix=.cpython-3${version#3.}-aarch64-linux-gnu.so
   (
     export _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX="$suffix" CPLUS_INCLUDE_PATH="$folder/headers"
-    wheel "$version" aarch64 -C cmake.define.PYTHON_MODULE_EXTENSION="$suffix" \
-      -C cmake.define.CMAKE_TOOLCHAIN_FILE="$repository/cpp/cmake/aarch64-linux-gnu.cmake"
+    wheel "$version" aarch64 --config-settings=cmake.define.PYTHON_MODULE_EXTENSION="$suffix" \
+      --config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE="$repository/cpp/cmake/aarch64-linux-gnu.cmake"
   )
 done
 
 "$tools/bin/python" -m build -q --sdist --no-isolation --skip-dependency-check -o "$folder/dist" "$repository"
 # By its declared requirements alone, as `pip install` does: in an environment that pip makes for the build.
-"$tools/bin/python" -m pip wheel -q --no-deps -w "$folder/from-sdist" -C cmake.define.PISSA_CUDA=OFF "$folder"/dist/*.tar.gz
+"$tools/bin/python" -m pip wheel -q --no-deps -w "$folder/from-sdist" --config-settings=cmake.define.PISSA_CUDA=OFF "$folder"/dist/*.tar.gz
 twine check --strict "$folder"/dist/*
 check-wheel-contents "$folder"/dist/*.whl
 ls -l "$folder/dist"

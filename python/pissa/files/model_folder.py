@@ -21,8 +21,8 @@ from pissa.files.source import Source
 CONFIG = "config.json"
 
 _UNNAMED_LABELS = 1000
-"""transformers makes up a name for each label that has none, 165 MB of 200,000, which 42 bytes can ask for. What it saves
-has names."""
+"""transformers makes up a name for each label that has none: 165 MB for 200,000, which 42 bytes can ask for. What it
+saves has names."""
 
 
 def class_of(config: Any) -> Any:
