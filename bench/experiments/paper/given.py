@@ -54,7 +54,8 @@ def device() -> torch.device:
         raise SystemExit(
             f"{torch.accelerator.device_count()} accelerators are visible; a cell needs one: set CUDA_VISIBLE_DEVICES=0"
         )
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    # Of a build for CUDA the accelerator is cuda, also where there is none.
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def from_environment(name: str, default: int) -> int:
