@@ -77,6 +77,13 @@ def test_a_cell_runs_once_and_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert record["result"]["peak_memory_mib"] > 10
 
 
+def test_without_git_the_sources_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.experiments.results import sources
+
+    monkeypatch.setenv("PATH", "")
+    assert sources.__wrapped__() == "unknown"
+
+
 def test_a_cell_that_fails_or_is_killed_is_named_and_the_others_go_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
