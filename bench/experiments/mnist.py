@@ -76,13 +76,14 @@ def _perceptron(seed: int) -> nn.Module:
 
 @cache
 def _pretrained(seed: int, options: Options) -> dict[str, np.ndarray]:
-    """The weights after the odd digits. A process of its own finds them: on a machine with a GPU, no fork of one that
-    has computed gradients can compute any."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    """The weights after the odd digits. A process of its own finds them, and a new one: with a torch for CUDA no fork of
+    one that has computed gradients can compute any."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_pretrain, seed, options).result()
 
 
 def _pretrain(seed: int, options: Options) -> dict[str, np.ndarray]:
+    torch.set_num_threads(1)  # as cells have
     model = _perceptron(seed)
     _fit(model, load(options).odd, PRETRAINING_RATE, 10 if options.quick else PRETRAINING_EPOCHS)
     return {name: weight.numpy() for name, weight in model.state_dict().items()}

@@ -66,6 +66,7 @@ def test_the_library_is_loaded_beside_a_torch_for_cuda_13(library: Path) -> None
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch for CUDA has loaded CUDA's own libraries")
 @pytest.mark.parametrize("folders", [("cu13", "cu13"), ("cusparse", "cusolver")], ids=["one folder", "one a package"])
 def test_cudas_libraries_are_found_beside_torch(folders: tuple[str, str], tmp_path: Path) -> None:
     """torch is in another folder than pissa: ours needs cuSOLVER, which needs cuSPARSE, and neither is loaded yet."""
