@@ -45,4 +45,5 @@ def mark(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xfail(reason=ABORTS[name], run=False))
         elif name in FAILS:
             # With a GPU beside the stand-in some of them may pass.
-            item.add_marker(pytest.mark.xfail(reason=FAILS[name], strict=not torch.cuda.is_available()))
+            # A build of torch for CUDA, even without a GPU, may take what one for CPUs refuses.
+            item.add_marker(pytest.mark.xfail(reason=FAILS[name], strict=torch.version.cuda is None))
