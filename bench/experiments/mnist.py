@@ -76,8 +76,8 @@ def _perceptron(seed: int) -> nn.Module:
 
 @cache
 def _pretrained(seed: int, options: Options) -> dict[str, np.ndarray]:
-    """The weights after the odd digits. A process of its own finds them, and a new one: with a torch for CUDA no fork of
-    one that has computed gradients can compute any."""
+    """The weights after the odd digits. A process of its own finds them, and a new one: no fork of one that has
+    computed gradients can compute any with a torch for CUDA."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_pretrain, seed, options).result()
 
