@@ -2,9 +2,10 @@
 # Compiles cpp/pissa/torch/*.cc, syntax only, against the headers of the oldest torch that pyproject.toml allows, of 2.11 and 2.12,
 # and of the newest: a name that a later torch brought, or an earlier one lost, is found here. CUDA's headers are those of
 # the simulation. torch's come out of its wheels for macOS, which are small and have the same ones, and are kept in FOLDER.
-# Usage: torch_headers.sh FOLDER PYTHON
+# Usage: torch_headers.sh FOLDER PYTHON [VERSION...]   of the versions named alone
 set -eu
 folder=$1 python=$2
+shift 2
 oldest=$(sed -n 's/^dependencies = \["torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 [ -n "$oldest" ] || { echo "pyproject.toml: no torch>= at the head of dependencies" >&2; exit 1; }
 failed=0
@@ -30,7 +31,8 @@ EOP
   rm -r "$folder/wheel"
 }
 
-for version in "$oldest" 2.11 2.12 newest; do
+[ $# -gt 0 ] || set -- "$oldest" 2.11 2.12 newest
+for version; do
   headers "$version"
   for source in cpp/pissa/torch/*.cc; do
     case $source in

@@ -36,7 +36,7 @@ def commands(name: str) -> str:
 
 
 def test_there_are_all() -> None:
-    assert set(WORKFLOWS) == {"docs.yml", "release.yml", "tests.yml", "wheels.yml"}
+    assert set(WORKFLOWS) == {"docs.yml", "nightly.yml", "release.yml", "tests.yml", "wheels.yml"}
 
 
 @every
