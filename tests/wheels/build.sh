@@ -51,14 +51,16 @@ inspect() {  # ARCHITECTURE WHEEL
 for interpreter; do
   version=$("$interpreter" -c 'import sys; print("3.%d" % sys.version_info[1])')
   environment "$interpreter" "$version"
-  wheel "$version" "$(uname -m)"
   # Python's headers are those of this machine: the same on all Linux but for pyconfig.h, in which the sizes of types are the same
-  # on both. Debian's are in a folder with the architecture's name.
+  # on both. Debian's is in a folder with the architecture's name, beside that of the others.
+  include=$("$interpreter" -c 'import os, sysconfig; print(os.path.dirname(sysconfig.get_path("include")))')
   mkdir -p "$folder/headers"
-  ln -sfn "/usr/include/$(uname -m)-linux-gnu" "$folder/headers/aarch64-linux-gnu"
+  for architecture in "$(uname -m)" aarch64; do ln -sfn "$include/$(uname -m)-linux-gnu" "$folder/headers/$architecture-linux-gnu"; done
+  export CPLUS_INCLUDE_PATH="$folder/headers"
+  wheel "$version" "$(uname -m)"
   suffix=.cpython-3${version#3.}-aarch64-linux-gnu.so
   (
-    export _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX="$suffix" CPLUS_INCLUDE_PATH="$folder/headers"
+    export _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX="$suffix"
     wheel "$version" aarch64 --config-settings=cmake.define.PYTHON_MODULE_EXTENSION="$suffix" \
       --config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE="$repository/cpp/cmake/aarch64-linux-gnu.cmake"
   )
