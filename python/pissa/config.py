@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Optional, get_args, get_type_hints
 
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -412,6 +412,12 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PissaType.PISSA] = PissaConfig  # for PeftConfig.fro
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a configuration's field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def types_of_fields(config: type) -> dict[str, Any]:
+    """The types of a configuration's fields, evaluated."""
+    # Python 3.10 evaluates no InitVar. In Optional's place, whatever it holds is evaluated as an argument's type.
+    return get_type_hints(config, localns={"InitVar": Optional})
 
 
 def is_all_linear(config: LoraConfig) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # The minimum versions in pyproject.toml. Without the packages for models only `pissa.ops` works.
 _NEEDED = {"torch": "2.10", "numpy": "1.24"}
 _FOR_MODELS = {"peft": "0.21", "transformers": "5.0", "accelerate": "1.0", "safetensors": "0.5", "matplotlib": "3.8"}
-_FOR_MODELS |= {"trl": "1.16"}
+_FOR_MODELS |= {"trl": "1.14"}
 _COMPARED_WITH = ("bitsandbytes",)
 
 

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import trl
@@ -20,7 +20,7 @@ import pissa
 from pissa.cli.arguments import number, passes, positive_int
 from pissa.cli.run_folder import RUN_FILE
 from pissa.cli.terminal import UserError, told
-from pissa.config import default_of
+from pissa.config import default_of, types_of_fields
 from pissa.files.messages import shown
 from pissa.files.staged import Staged
 from pissa.ops.formats import FORMATS
@@ -81,7 +81,7 @@ _OWN = (
 
 def _fields(config: type, names: Collection[str], **defaults: Any) -> list[tuple[str, Any, Any]]:
     """Fields of a dataclass with our types, defaults and short names; `defaults` of some of them are others."""
-    hints, found = get_type_hints(config), []
+    hints, found = types_of_fields(config), []
     defaults = _DEFAULTS | defaults
     for f in (f for f in fields(config) if f.name in names):
         shown = f" (default: {_METHOD[f.name]})" if isinstance(_METHOD.get(f.name), (str, int, float)) else ""

@@ -67,7 +67,7 @@ def svg(figure: Figure, title: str) -> str:
     return f'<svg {view[0]} role="img" aria-label="{title}" xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
+def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray[Any, Any]]:
     # The object interface: no window system, and no global state of pyplot.
     from matplotlib.figure import Figure
 

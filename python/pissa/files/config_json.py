@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from peft import LoraConfig
 
-from pissa.config import PissaConfig, default_of
+from pissa.config import PissaConfig, default_of, types_of_fields
 from pissa.files.json_file import blaming, read_json, typed
 from pissa.files.messages import shown
 
@@ -39,7 +39,7 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     Raises:
         ValueError, TypeError: naming the field, what was found and what is allowed.
     """
-    hints = get_type_hints(PissaConfig)
+    hints = types_of_fields(PissaConfig)
     known = {f.name: f for f in _config_fields()}
     given = {}
     for name, value in fields.items():

@@ -15,7 +15,7 @@ from pissa import ops
 from pissa.base.digest import is_well_formed
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
-from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.config import IMPLICIT, Form, PissaConfig, types_of_fields
 from pissa.files.config_json import config_as_json, config_from_json
 from pissa.files.json_file import blaming, read_json, typed, typed_fields
 from pissa.files.messages import shown
@@ -188,7 +188,7 @@ def _origin_from_json(fields: dict[str, Any], form: Form) -> Origin:
     of the base."""
     check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
     names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
-    hints = get_type_hints(PissaConfig)
+    hints = types_of_fields(PissaConfig)
     defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}
     fields = {name: default for name, default in defaults.items() if name in names} | fields
     found = typed_fields(fields, _ORIGIN | {name: hints[name] for name in names}, "base")

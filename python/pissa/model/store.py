@@ -57,5 +57,5 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
             share_residuals(layers)
     except BaseException as error:
         # What add_note does, which Python 3.10 does not have.
-        error.__notes__ = [*getattr(error, "__notes__", ()), _PARTLY_STORED]
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), _PARTLY_STORED]
         raise

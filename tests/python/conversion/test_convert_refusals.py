@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -171,6 +172,8 @@ def test_damaged_files_give_a_message_or_a_lora(
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_malformed_files_are_refused_by_name(name: str, plain: Path, tmp_path: Path) -> None:
+    if name == "a flag inside" and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 takes flags anywhere in a pattern")
     spoil, message = SPOILT[name]
     shutil.copytree(plain, tmp_path / "adapter")
     spoil(tmp_path / "adapter")

@@ -330,7 +330,7 @@ COUNTS = [0, 1, 2, 3, 4, 8, 32, 64, 128, 0.5, 2.5, 1e-300, 99, -1, 2**40]
 
 # What a record that is changed and signed anew may say without its being found: how the start factors came about, and
 # the residual that the base had, which another machine rounds otherwise.
-FORGEABLE = {"seed", "svd", "svd_passes", "init", "blocksize", "double_quant", "scaling"}
+FORGEABLE = {"seed", "svd", "svd_passes", "init", "quant_iters", "blocksize", "double_quant", "scaling"}
 
 
 def alike(part: Any) -> st.SearchStrategy[Any]:
