@@ -1,5 +1,5 @@
 """Installs wheels as users do, beside the oldest torch that pissa is for and beside the newest, and runs `pissa env`
-and `pissa selftest`: in Debian 12 and 13, fresh, and in environments of this machine's Pythons. The table in
+and `pissa selftest`: in Debian 12, 13 and testing, fresh, and in environments of this machine's Pythons. The table in
 docs/install.md is written anew.
 
 Usage: installed.py FOLDER PYTHON...; as root. FOLDER/dist has the wheels; the systems are made in FOLDER, and kept.
@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "install.md"
 BEGIN, END = "<!-- wheels -->", "<!-- /wheels -->"
 HEAD = "| Python | torch | machine | system | result |\n|---|---|---|---|---|"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
-DEBIANS = [("Debian 12", "bookworm"), ("Debian 13", "trixie")]
+DEBIANS = [("Debian 12", "bookworm"), ("Debian 13", "trixie"), ("Debian 14, testing", "forky")]
 
 
 @dataclass

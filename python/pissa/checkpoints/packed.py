@@ -45,7 +45,7 @@ _MARK = ".packed."
 _STACK = "stack"
 _ENTRIES = {re.escape(_MARK + entry): entry for entry in sorted({*_NF4, *_INT8, _STACK}, reverse=True)}
 """The entries, by the patterns of the names under which transformers' loader is given them. Of two that a name begins
-with, transformers before 5.21 takes the first: no entry stands before one that it is the beginning of."""
+with, transformers 5.20 takes the first: no entry stands before one that it is the beginning of."""
 
 
 def packed_key(layer: str, entry: str) -> str:
