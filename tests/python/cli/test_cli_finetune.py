@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +389,13 @@ def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["pissa"] == pissa.__version__
     assert report["torch"].startswith(torch.__version__)
     assert report["build: isa"] == pissa.build_info()["isa"]
+
+
+def test_the_environment_report_asks_for_what_the_package_asks_for() -> None:
+    from pissa.cli import env
+
+    asked = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(requires("pissa") or []), flags=re.MULTILINE))
+    assert {name: asked[name] for name in env._NEEDED | env._FOR_MODELS} == env._NEEDED | env._FOR_MODELS
 
 
 def test_the_environment_report_says_what_is_wrong(

@@ -26,6 +26,15 @@ def test_defaults_are_the_papers() -> None:
     assert config.init_lora_weights is True
 
 
+def test_types_of_fields_are_those_that_values_are_checked_against() -> None:
+    types = config.types_of_fields(PissaConfig)
+    assert {f.name for f in dataclasses.fields(PissaConfig)} <= set(types)
+    assert types["seed"] is int
+    assert types["quant"] == str | None
+    # Python 3.10 evaluates none, and then no adapter loads.
+    assert not any(isinstance(kind, dataclasses.InitVar) for kind in types.values())
+
+
 def test_alpha_follows_every_rank_unless_given() -> None:
     assert PissaConfig(r=8, rank_pattern={"q_proj": 4}).alpha_pattern == {"q_proj": 4}
     mixed = PissaConfig(r=8, rank_pattern={"q_proj": 4, "v_proj": 2}, alpha_pattern={"q_proj": 7})

@@ -44,6 +44,5 @@ def mark(items: list[pytest.Item]) -> None:
         if name in ABORTS:
             item.add_marker(pytest.mark.xfail(reason=ABORTS[name], run=False))
         elif name in FAILS:
-            # With a GPU beside the stand-in some of them may pass.
             # A build of torch for CUDA, even without a GPU, may take what one for CPUs refuses.
             item.add_marker(pytest.mark.xfail(reason=FAILS[name], strict=torch.version.cuda is None))
