@@ -54,6 +54,10 @@ class UnknownVocabularyWarning(PissaWarning):
     """It is unknown whether the vocabulary was resized; the embeddings are not saved."""
 
 
+class OtherDtypeWarning(PissaWarning):
+    """The base is in a dtype that does not hold the values that the adapter was trained on."""
+
+
 class OtherRoundingWarning(PissaWarning):
     """The residual differs in some bits from the one that was trained with: this machine rounds differently."""
 

@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pissa.base.digest import SHA256, Fingerprint, fingerprint, is_fingerprint, kind_of
+from pissa.base.digest import Fingerprint, Match, dtype_of, fingerprint, kind_of, match
 from pissa.base.protocol import Base, whole
 from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded, whole_tensor
 
 
 class Remembered:
-    """The fingerprints of a frozen weight, one of a kind, each computed when it is first asked for: hashing a large
-    model takes seconds, and a run saves many checkpoints of one base. After `fully_shard`, what was known stays so."""
+    """The fingerprints of a frozen weight in its own dtype, one of a kind, each computed when it is first asked for:
+    hashing a large model takes seconds, and a run saves many checkpoints of one base. After `fully_shard`, what was
+    known stays so."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int, torch.dtype] | None = None
@@ -28,12 +29,10 @@ class Remembered:
         return next((found for found in self._known.values() if kind in (None, found.kind)), None)
 
     def learn(self, weight: Tensor, found: Fingerprint) -> Fingerprint:
-        """Takes a fingerprint of these values, and returns it. SHA-256 is computed each time: what is written again is
-        of another kind."""
-        if found.kind != SHA256:
-            if _state(weight) != self._key:
-                self._key, self._known = _state(weight), {}
-            self._known[found.kind] = found
+        """Takes a fingerprint of these values, and returns it."""
+        if _state(weight) != self._key:
+            self._key, self._known = _state(weight), {}
+        self._known[found.kind] = found
         return found
 
 
@@ -76,30 +75,36 @@ class Fingerprints:
         """Takes a value of `of_residual` that another process has."""
         self._residual.learn(base.parameter, Fingerprint(value))
 
-    def weight_is(self, base: Base, recorded: str) -> bool:
-        """Whether the weight has this fingerprint, of any kind. Of a weight that a stored base has replaced only one
-        kind is known: of another the answer is yes, and `residual_is` decides."""
-        if base.fingerprint is not None:
-            return base.fingerprint.kind != kind_of(recorded) or str(base.fingerprint) == recorded
-        return self._is(self._weight, base, recorded, lambda: [base.matrix()])
+    def match_weight(self, base: Base, recorded: str) -> Match:
+        """Compares the weight with a fingerprint of any kind. Of a weight that a stored base has replaced only one is
+        known: of another kind or dtype the answer is SAME, and `residual_is` decides."""
+        own = base.fingerprint
+        if own is None:
+            return self._match(self._weight, base, recorded, lambda: [base.matrix()])
+        is_comparable = (own.kind, own.dtype) == (kind_of(recorded), dtype_of(recorded))
+        return Match.OTHER if is_comparable and str(own) != recorded else Match.SAME
 
     def residual_is(self, base: Base, recorded: str | None) -> bool:
         """Whether the residual of a stored base has this fingerprint, of any kind."""
-        return recorded is not None and self._is(
-            self._residual, base, recorded, lambda: _kept(whole(base, whole_tensor(base.parameter)))
-        )
+        kept = lambda: _kept(whole(base, whole_tensor(base.parameter)))  # noqa: E731
+        return self._match(self._residual, base, recorded, kept) is Match.SAME
 
-    def _is(self, known: Remembered, base: Base, recorded: str, tensors: Callable[[], list[Tensor]]) -> bool:
-        kind = kind_of(recorded)
-        found = known.find(base.parameter, kind)
-        if found is None:
-            found = known.learn(base.parameter, fingerprint(*tensors(), kind=kind))
-        return str(found) == recorded
+    def _match(self, known: Remembered, base: Base, recorded: str | None, tensors: Callable[[], list[Tensor]]) -> Match:
+        if recorded is None:
+            return Match.OTHER
+        found = known.find(base.parameter, kind_of(recorded))
+        if found is not None and found.dtype == dtype_of(recorded):
+            return Match.SAME if str(found) == recorded else Match.OTHER
+        values = tensors()
+        result = match(recorded, *values)
+        if result is Match.SAME and values[0].dtype == dtype_of(recorded):
+            known.learn(base.parameter, Fingerprint(recorded))
+        return result
 
 
-def would_be(recorded: str, base: Base, weight: Tensor) -> bool:
-    """Whether a dense base will have this fingerprint, of any kind, once its module has this weight."""
-    return is_fingerprint(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
+def would_be(recorded: str, base: Base, weight: Tensor) -> Match:
+    """Compares the weight of a dense base, once its module has `weight`, with a fingerprint of any kind."""
+    return match(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
 
 
 def _kept(base: Base) -> list[Tensor]:

@@ -24,11 +24,12 @@ the number of kernels small."""
 _COLUMNS, _ROWS = (0x636F6C31, 0x636F6C32), (0x726F7731, 0x726F7732)  # the seeds of the keys of the two sums
 
 
-def sums(*tensors: Tensor) -> Tensor:
+def sums(*tensors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The two sums of the shapes and values of `tensors`, int64 [2] on their device. The host does not wait.
 
     Args:
         tensors: float32, bfloat16, float16 or integers, on one device. The rows of all count as one below the other.
+        dtype: a floating dtype that floating tensors are cast to first.
     """
     head = xxhash.xxh3_128(";".join(map(_described, tensors)).encode()).digest()
     device = tensors[0].device
@@ -38,9 +39,16 @@ def sums(*tensors: Tensor) -> Tensor:
     first = 0
     for tensor in tensors:
         for matrix in _matrices(tensor.detach()):
-            total += _of_matrix(matrix, first)
+            total += _of_matrix(matrix, first, cast_to(matrix, dtype))
             first += len(matrix)
     return total
+
+
+def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor is cast to if `dtype` is asked for: its own, if one of them is not floating."""
+    if dtype is None or not (dtype.is_floating_point and tensor.is_floating_point()):
+        return tensor.dtype
+    return dtype
 
 
 def as_text(values: list[int]) -> str:
@@ -61,15 +69,15 @@ def _matrices(tensor: Tensor) -> list[Tensor]:
     return [part for part in (flat[:whole].view(-1, _WIDTH), flat[whole:].view(1, -1)) if part.numel()]
 
 
-def _of_matrix(matrix: Tensor, first: int) -> Tensor:
-    """The sums of a matrix whose first row has that number."""
+def _of_matrix(matrix: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """The sums of a matrix in `dtype`, whose first row has that number."""
     rows, cols = matrix.shape
     columns, row = _keys(_COLUMNS, cols, matrix.device), _keys(_ROWS, first + rows, matrix.device)
     total = torch.zeros(2, dtype=torch.int64, device=matrix.device)
     step = max(1, _CHUNK[matrix.device.type] // cols)
     for start in range(0, rows, step):
         part = matrix[start : start + step]
-        bits = part.float().view(torch.int32) if part.is_floating_point() else part
+        bits = part.to(dtype).float().view(torch.int32) if part.is_floating_point() else part
         of_rows = torch.stack([(bits * key).sum(1) for key in columns])
         total += (of_rows * row[:, first + start : first + start + len(part)]).sum(1)
     return total

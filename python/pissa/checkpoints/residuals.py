@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.bitsandbytes import from_state
-from pissa.base.digest import Fingerprint, is_fingerprint
+from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
 from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import Replaced, residual_tensors, stored_linear
@@ -19,6 +20,7 @@ from pissa.checkpoints.fill import check_shape, of_layer, put
 from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries
 from pissa.config import Form, PissaConfig
+from pissa.files.fit import other_dtype
 from pissa.files.messages import shown
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.plain_lora import factors_of
@@ -76,11 +78,19 @@ class Residuals:
                 )
         layers = {name: layer for name, layer in adapted.items() if name in records}
         starts = self._starts(model, layers)
+        narrower = {}
         for name, layer in layers.items():
             with of_layer(name):
-                residual = self._residual(records[name], layer, packed.get(name))
+                residual, found = self._residual(records[name], layer, packed.get(name))
                 self._check_start(records[name], starts[name])
                 _put(model, name, layer, records[name], residual, starts[name], config)
+            if found is Match.ROUNDED:
+                narrower[name] = layer.dense_dtype
+            else:
+                layer.fingerprints.learn_residual(layer.base, str(records[name].stored))
+        if narrower:
+            was = dtype_of(str(records[next(iter(narrower))].stored))
+            warnings.warn(other_dtype(self.folder, narrower, was), stacklevel=3)  # the caller of load
 
     def _starts(self, model: nn.Module, layers: Mapping[str, PissaLayer]) -> dict[str, StartFactors]:
         starts = {}
@@ -118,7 +128,7 @@ class Residuals:
 
     def _residual(
         self, record: LayerRecord, layer: PissaLayer, entries: Entries | None
-    ) -> Tensor | ops.QuantizedWeight:
+    ) -> tuple[Tensor | ops.QuantizedWeight, Match]:
         if entries is None:
             residual: Tensor | ops.QuantizedWeight = layer.base.matrix().detach().contiguous()
             form = Form("explicit")
@@ -131,12 +141,13 @@ class Residuals:
                 f"its residual is {form.describe()} in the folder's tensors and {record.form.describe()} in "
                 f"{PISSA_RECORD}: the files do not belong together"
             )
-        if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
+        found = match(record.stored, *residual_tensors(residual).values())
+        if found is Match.OTHER:
             raise ValueError(
                 f"its residual is not the one of which {self.folder / PISSA_RECORD} has the fingerprint: a file is "
-                "damaged, or belongs to another folder, or the model is loaded in a dtype that rounds it"
+                "damaged, or belongs to another folder"
             )
-        return residual
+        return residual, found
 
 
 def _put(
@@ -151,5 +162,3 @@ def _put(
     base = layer.base
     replaced = Replaced(base.dense_type, layer.dense_dtype, base.bias, Fingerprint(record.weight))
     put(model, name, stored_linear(replaced, residual, start, getattr(torch, config.quant_storage)))
-    assert record.stored is not None
-    layer.fingerprints.learn_residual(layer.base, record.stored)

@@ -12,23 +12,24 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.bitsandbytes import from_state
-from pissa.base.digest import Fingerprint, is_fingerprint
+from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.merge_plan import MergedLayer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import INITIAL_FOLDER, initial_folder, residual_of, start_from_initial
-from pissa.conversion.source import OURS, PLAIN_STARTS, check_unused, read_record
+from pissa.conversion.source import OURS, PLAIN_STARTS, check_described, check_unused
 from pissa.conversion.source import Source as Foreign
 from pissa.files.checkpoint import Checkpoint, LayerTensors
+from pissa.files.fit import base_doubts
 from pissa.files.lora_folder import LoraFolder
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
 from pissa.files.pissa_layout import PISSA_RECORD, read_stored
 from pissa.files.source import Source
 from pissa.layers.dora import Magnitude
-from pissa.notices import OtherRoundingWarning, PissaWarning, UncertainStartWarning
+from pissa.notices import PissaWarning, UncertainStartWarning
 from pissa.ops import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
@@ -167,14 +168,16 @@ class Ours(Adapter):
 
     def __init__(self, path: Path, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
         super().__init__(folder, source, OURS)
-        self.records = read_record(path, folder).layers
-        """Of the layers, by name."""
         self._checkpoint = Checkpoint.read(path)
-        self._checkpoint.starts.verify()
+        self._checkpoint.starts.expect_checksums()
+        self.records = self._checkpoint.records
+        """Of the layers, by name."""
+        check_described(folder, self.records)
         self.init = self._checkpoint.config.init
         """The name of the method that the adapter starts by."""
         self._residuals = residuals
-        self._rounded: list[str] = []
+        self._narrower: dict[str, torch.dtype] = {}
+        self._other_bits: list[str] = []
         for name in residuals:
             if name not in self.records:
                 raise ValueError(
@@ -194,16 +197,17 @@ class Ours(Adapter):
         return self._checkpoint.starts.read(f"{layer.name}.norm")
 
     def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Base:
+        record = self.records[layer.name]
+        if record.form == IMPLICIT:
+            return _dense(self._as_trained(layer, weight))
         residual = self.residual(layer, weight, factors)
-        if residual is None:
-            return _dense(weight)
-        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(self.records[layer.name].weight))
+        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(record.weight))
         start = self.tensors(layer.name, factors).base
         stored = stored_linear(replaced, residual, start, torch.uint8)
         return Base(stored.matrix(), stored.product)
 
-    def residual(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Weight | None:
-        """The residual that the layer was trained on; None if its base is the weight.
+    def residual(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Weight:
+        """The residual that a layer was trained on whose base is stored.
 
         Args:
             weight: the matrix of the layer in the checkpoint.
@@ -220,18 +224,27 @@ class Ours(Adapter):
         saved = read_stored(name, record, layer.shape, self._checkpoint.starts, torch.device("cpu"))
         if saved is not None:
             return saved
+        known = self._as_trained(layer, weight)
+        dense = ops.dequantize(known) if isinstance(known, QuantizedWeight) else known
+        [residual] = residuals_of([dense], [self.tensors(name, factors).base], record.form, [name])
+        if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
+            self._other_bits.append(name)
+        return residual
+
+    def _as_trained(self, layer: MergedLayer, weight: Weight) -> Weight:
+        """The weight as it was in the training: codes as they are, a dense one in the dtype that the record names.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        recorded = self.records[layer.name].weight
         dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
-        if not is_fingerprint(record.weight, dense):
+        found = match(recorded, dense)
+        if found is Match.OTHER:
             raise ValueError(self._another(layer, "weight"))
-        if record.form == IMPLICIT:
-            return None
-        # The dtype in which the model was loaded is that of an explicit residual.
-        start = self.tensors(name, factors).base
-        found = [residuals_of([one], [start], record.form, [name])[0] for one in (dense, dense.float())]
-        exact = [one for one in found if is_fingerprint(record.stored, *residual_tensors(one).values())]
-        if not exact:
-            self._rounded.append(name)
-        return [*exact, *found][0]
+        if found is Match.ROUNDED:
+            self._narrower[layer.name] = dense.dtype
+        return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
 
     def tensors(self, name: str, factors: Matrices) -> LayerTensors:
         """What the files hold of a layer, whose pair in PEFT's file is given."""
@@ -241,15 +254,7 @@ class Ours(Adapter):
         return self._checkpoint.read_layer(name, *factors, origin)
 
     def doubts(self) -> list[PissaWarning]:
-        if not self._rounded:
-            return []
-        return [
-            OtherRoundingWarning(
-                f"The residual of {len(self._rounded)} layers, {self._rounded[0]} the first, differs in some bits from "
-                f"the one that {self._checkpoint.folder} was trained with: this machine rounds differently. The "
-                "function is the same up to the rounding of a few weights."
-            )
-        ]
+        return base_doubts(self._checkpoint, self._narrower, self._other_bits)
 
     def _another(self, layer: MergedLayer, what: str) -> str:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from pissa.files.model_folder import quantised_kind
 from pissa.files.peft_layout import base_weight_key
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import warn_of_inexact_lora
-from pissa.files.record import AdapterRecord
+from pissa.files.record import AdapterRecord, LayerRecord
 from pissa.notices import InexactLoraWarning
 
 Base = nn.Module | str | os.PathLike[str] | None
@@ -112,7 +112,9 @@ def _layout(
     init = folder.config["init_lora_weights"]
     if (source / PISSA_RECORD).is_file():
         check_unused(f"{source} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
-        forms = {layer.form.kind for layer in read_record(source, folder).layers.values()} - {"implicit"}
+        records = AdapterRecord.read(source / PISSA_RECORD).layers
+        check_described(folder, records)
+        forms = {layer.form.kind for layer in records.values()} - {"implicit"}
         if forms:
             warn_of_inexact_lora(forms, stacklevel=4)
         return OURS, Starts()
@@ -164,16 +166,15 @@ def _check_no_parameters(folder: LoraFolder) -> None:
         )
 
 
-def read_record(source: Path, folder: LoraFolder) -> AdapterRecord:
-    """Reads pissa.json of an adapter of ours, and checks that the plain LoRA is the one that it describes.
+def check_described(folder: LoraFolder, records: Mapping[str, LayerRecord]) -> None:
+    """Checks that the plain LoRA of an adapter of ours is the one that the records of its layers describe.
 
     Raises:
-        ValueError: the files are damaged, or do not belong together.
+        ValueError: the files do not belong together.
     """
-    record = AdapterRecord.read(source / PISSA_RECORD)
-    folder.weights.verify()
+    folder.weights.expect_checksums()
     present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
-    for name, layer in record.layers.items():
+    for name, layer in records.items():
         found = present.pop(name, None)
         if found is None:
             raise ValueError(f"{folder.weights.path} holds no factors of layer {name}, which is in {PISSA_RECORD}")
@@ -184,7 +185,6 @@ def read_record(source: Path, folder: LoraFolder) -> AdapterRecord:
             )
     if present:
         raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
-    return record
 
 
 def _start_from_initial(folder: LoraFolder, given: str | os.PathLike[str], base: Base) -> Starts:

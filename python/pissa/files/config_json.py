@@ -12,12 +12,6 @@ from pissa.config import PissaConfig, default_of, types_of_fields
 from pissa.files.json_file import blaming, read_json, typed
 from pissa.files.messages import shown
 
-_ONCE_WRITTEN = (("megatron_core", "megatron.core"), ("qalora_group_size", 16))
-"""pissa 0.1.0 wrote all fields of PEFT 0.21. These it has no use for, and their defaults are not empty."""
-
-_NO_RESIDUAL = "implicit"
-"""Written for a `residual` that is not given, also beside `quant`, so that pissa 0.1.0 reads the file."""
-
 
 def config_as_json(config: PissaConfig) -> dict[str, Any]:
     """The fields of ours, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
@@ -27,10 +21,7 @@ def config_as_json(config: PissaConfig) -> dict[str, Any]:
         value = getattr(config, f.name)
         if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
             fields[f.name] = sorted(value) if isinstance(value, set) else value
-    for name in ("repair", "start_norm"):
-        if fields[name] == getattr(PissaConfig, name):
-            del fields[name]  # an adapter without it has the file that earlier versions read
-    return fields | {"residual": config.residual or _NO_RESIDUAL}
+    return fields
 
 
 def config_from_json(fields: dict[str, Any]) -> PissaConfig:
@@ -44,7 +35,7 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     given = {}
     for name, value in fields.items():
         if name not in known:
-            if value is None or value is False or value in ("", [], {}) or (name, value) in _ONCE_WRITTEN:
+            if value is None or value is False or value in ("", [], {}):
                 continue
             raise ValueError(
                 f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
@@ -54,8 +45,6 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
         if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
             typed(value, hints[name], f"config.{name}")
         given[name] = value
-    if given.get("quant") is not None or given.get("residual") == _NO_RESIDUAL:
-        given.pop("residual", None)  # beside quant it had no effect in pissa 0.1.0, whatever it was
     return PissaConfig(**given)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pissa.base.digest import is_fingerprint
+from pissa.base.digest import Match, dtype_of, is_fingerprint
 from pissa.base.fingerprint import would_be
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import is_offloaded
@@ -19,6 +20,7 @@ from pissa.files.pissa_layout import PISSA_RECORD, start_shapes, stored_shapes
 from pissa.files.tensor_file import SAVED_FLOATS
 from pissa.files.vocabulary import VocabularyTensor
 from pissa.layers.layer import PissaLayer
+from pissa.notices import OtherDtypeWarning, OtherRoundingWarning, PissaWarning
 from pissa.ops import QuantizedWeight
 
 
@@ -136,8 +138,9 @@ def check_base(
     layer: PissaLayer,
     weight: tuple[str, Tensor] | None,
     residual: Tensor | QuantizedWeight | None,
-) -> None:
-    """Checks that a layer's base is the one that the adapter was trained on.
+) -> Match:
+    """Checks that a layer's base is the one that the adapter was trained on. Returns SAME, or ROUNDED if the model's
+    dtype does not hold its values.
 
     Args:
         weight: the name and the value of the tensor in the folder that the base's weight will be replaced by.
@@ -153,22 +156,64 @@ def check_base(
                 f"{checkpoint.folder / PISSA_RECORD} and {checkpoint.starts.path} do not belong together, or one is "
                 f"damaged: the residual of layer {name} is not the one that was saved"
             )
-    elif weight is not None:
+        return Match.SAME
+    if weight is not None:
         key, value = weight
-        if not would_be(record.weight, layer.base, value):
-            dtype = layer.base.parameter.dtype
+        found = would_be(record.weight, layer.base, value)
+        if found is Match.OTHER:
             raise ValueError(
-                f"{checkpoint.weights.path}: tensor {key!r} is, in the model's {dtype}, not the weight that layer "
-                f"{name} was trained on: load the model in a dtype that holds it without loss, or take the file from a "
-                "copy"
+                f"{checkpoint.weights.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "
+                "the file from a copy"
             )
-    elif not layer.fingerprints.weight_is(layer.base, record.weight):
+        return found
+    found = layer.fingerprints.match_weight(layer.base, record.weight)
+    if found is Match.OTHER:
         raise ValueError(
             f"the model is not the base that {checkpoint.folder} was trained on; the first layer that differs is "
-            f"{name}: its weight has other values. Load the same checkpoint, in a dtype that holds it without "
-            "loss; to apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, for "
-            "which the folder is a plain LoRA"
+            f"{name}: its weight has other values, in {dtype_of(record.weight)}, in which it was trained on. Load the "
+            "same checkpoint; to apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, "
+            "for which the folder is a plain LoRA"
         )
+    return found
+
+
+def other_dtype(folder: Path, narrower: Mapping[str, torch.dtype], was: torch.dtype) -> OtherDtypeWarning:
+    """The warning of a base whose values were in the dtype `was`.
+
+    Args:
+        narrower: the layers whose base is in a dtype that does not hold them, with that dtype.
+    """
+    name, dtype = next(iter(narrower.items()))
+    return OtherDtypeWarning(
+        f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} layers, {name} the "
+        f"first, differ by roundings, as far as a sample of their values shows. For the exact function, load the base "
+        f"in {was}."
+    )
+
+
+def base_doubts(
+    checkpoint: Checkpoint, narrower: Mapping[str, torch.dtype], other_bits: Iterable[str]
+) -> list[PissaWarning]:
+    """The warnings of a base that is not, bit for bit, the one of the training.
+
+    Args:
+        narrower: see `other_dtype`.
+        other_bits: the layers whose residual was made again, and has other bits.
+    """
+    found: list[PissaWarning] = []
+    if narrower:
+        found.append(
+            other_dtype(checkpoint.folder, narrower, dtype_of(checkpoint.records[next(iter(narrower))].weight))
+        )
+    if rounded := [name for name in other_bits if name not in narrower]:
+        found.append(
+            OtherRoundingWarning(
+                f"The residual of {len(rounded)} layers, {rounded[0]} the first, differs in some bits from the one "
+                f"that {checkpoint.folder} was trained with: this machine rounds differently. The function is the same "
+                "up to the rounding of a few weights."
+            )
+        )
+    return found
 
 
 def check_form(checkpoint: Checkpoint, name: str, layer: PissaLayer) -> None:

@@ -9,19 +9,19 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from pissa.base.digest import Match, dtype_of, holds
 from pissa.base.stored import residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
 from pissa.files.checkpoint import Checkpoint, LayerTensors
-from pissa.files.fit import check_base, check_form, check_headers, check_layers, check_vocabulary
+from pissa.files.fit import base_doubts, check_base, check_form, check_headers, check_layers, check_vocabulary
 from pissa.files.peft_layout import PREFIX, FactorTensors, is_of_a_layer
 from pissa.files.pissa_layout import read_stored
 from pissa.files.plain_lora import factors_of
 from pissa.files.vocabulary import vocabulary
 from pissa.layers.factory import check_values
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.notices import OtherRoundingWarning
 from pissa.ops import QuantizedWeight
 
 
@@ -55,8 +55,8 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     embeddings |= {key: table.parameter for key, table in tables.items()}
     factors = factors_of(model.base_model.model, layers)
     check_headers(checkpoint, factors, layers, modules, embeddings)
-    weights.verify()
-    checkpoint.starts.verify()
+    weights.expect_checksums()
+    checkpoint.starts.expect_checksums()
 
     present = modules | embeddings
     others = {name: weights.read(name) for name in weights.names if name in present}
@@ -67,9 +67,11 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     dense = {key: table for key, table in dense.items() if not any(table.is_of(layers[name]) for name in residuals)}
     check_vocabulary(checkpoint, dense, others, alone)
     new = dense if alone else {}
+    narrower: dict[str, torch.dtype] = {}
     for name, layer in layers.items():
         weight = next(((key, others[key]) for key, table in new.items() if table.is_of(layer)), None)
-        check_base(checkpoint, name, layer, weight, residuals.get(name))
+        if check_base(checkpoint, name, layer, weight, residuals.get(name)) is Match.ROUNDED:
+            narrower[name] = layer.dense_dtype
         form = checkpoint.records[name].form
         if form != layer.base.form and is_dtensor(layer.base.parameter):
             raise ValueError(
@@ -84,10 +86,12 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
     for key, table in new.items():
         if not is_offloaded(table.module):
             table.put(others[key])
-    rounded = [
+    other_bits = [
         name
         for name, layer in layers.items()
-        if not _restore_layer(checkpoint, name, layer, tensors[name], residuals.get(name), adapter_name)
+        if not _restore_layer(
+            checkpoint, name, layer, tensors[name], residuals.get(name), name not in narrower, adapter_name
+        )
     ]
     trained = {
         key: sharded_as(present[key], value)
@@ -98,14 +102,14 @@ def restore(checkpoint: Checkpoint, model: PeftModel, adapter_name: str) -> None
         setattr(model.peft_config[adapter_name], field, getattr(config, field))
     if trained:
         set_peft_model_state_dict(model, trained, adapter_name)
-    if rounded:
-        warnings.warn(
-            f"The residual of {len(rounded)} layers, {rounded[0]} the first, differs in some bits from "
-            f"the one that {checkpoint.folder} was trained with: this machine rounds differently. The function "
-            "is the same up to the rounding of a few weights.",
-            OtherRoundingWarning,
-            stacklevel=3,  # the caller of from_pretrained or load_adapter
-        )
+    for name in other_bits:
+        layer = layers[name]
+        if isinstance(layer.base.residual, Tensor) and not holds(
+            layer.dense_dtype, dtype_of(checkpoint.records[name].weight)
+        ):
+            narrower[name] = layer.dense_dtype
+    for doubt in base_doubts(checkpoint, narrower, other_bits):
+        warnings.warn(doubt, stacklevel=3)  # the caller of from_pretrained or load_adapter
 
 
 def _residuals(checkpoint: Checkpoint, layers: Mapping[str, PissaLayer]) -> dict[str, Tensor | QuantizedWeight]:
@@ -138,17 +142,23 @@ def _restore_layer(
     layer: PissaLayer,
     tensors: LayerTensors,
     residual: Tensor | QuantizedWeight | None,
+    is_same: bool,
     adapter_name: str,
 ) -> bool:
-    """Puts the tensors into a layer. Returns whether its base is then, bit for bit, the one of the training."""
+    """Puts the tensors into a layer, whose weight is the same as in the training or has other roundings. Returns
+    whether its residual is then, bit for bit, the one of the training."""
     record = checkpoint.records[name]
     device = layer.device_of(adapter_name)
     exact = True
     if record.form != layer.base.form:
         base = tensors.base.to(device)
         if residual is None:
-            [residual] = residuals_of([layer.base.matrix()], [base], record.form, [name])
-        else:
+            weight = layer.base.matrix()
+            weight = weight.to(dtype_of(record.weight)) if is_same else weight
+            [residual] = residuals_of([weight], [base], record.form, [name])
+        if isinstance(residual, Tensor):
+            residual = residual.to(layer.dense_dtype)
+        if is_same:
             layer.fingerprints.learn_weight(layer.base, record.weight)
         layer.store_base(residual, base, checkpoint.config)
         exact = layer.fingerprints.residual_is(layer.base, record.stored)

@@ -23,8 +23,8 @@ from pissa.layers.layer import PissaLayer
 from pissa.ops.checks import check_choice, check_scaling
 from pissa.ops.formats import FORMATS
 
-FORMAT = 2
-"""The format that is written. Format 1, all of whose fingerprints are SHA-256, is read too."""
+FORMAT = 3
+"""The format that is written, and read. 1 and 2 were never released."""
 
 
 class _SavedForm(NamedTuple):
@@ -54,7 +54,7 @@ class LayerRecord:
     """Origin of a stored base's start factors, if they are not the adapter's."""
     taken: int | None = None
     """Rank of the factors that the stored residual lacks, if they are others than the base's start factors, and some.
-    Only alternations have such factors, and earlier files no such field."""
+    Only alternations have such factors."""
     start: str | None = None
     """Fingerprint of the start factors a0 and b0, and of the factors taken, if there are such, where `pissa init` has
     written them: beside an adapter that was saved, the files have checksums."""
@@ -97,23 +97,16 @@ class LayerRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
-        record = dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict()}
-        for name in _OPTIONAL:
-            if record[name] is None:
-                del record[name]
-        return record | {"base": None if self.base is None else _origin_as_json(self.base)}
+        base = None if self.base is None else _origin_as_json(self.base)
+        return dataclasses.asdict(self) | {"form": _SavedForm(*self.form)._asdict(), "base": base}
 
     @staticmethod
     def from_json(record: Any) -> LayerRecord:
         """The way back from `as_json`."""
         hints = get_type_hints(LayerRecord) | {"form": _SavedForm, "base": dict[str, Any] | None}
-        fields = typed_fields(_OPTIONAL | typed(record, dict[str, Any], "the record"), hints, "the record")
-        form, base = Form(*fields["form"]), fields["base"]
-        return LayerRecord(**fields | {"form": form, "base": None if base is None else _origin_from_json(base, form)})
-
-
-_OPTIONAL: dict[str, Any] = {"taken": None, "start": None}
-"""The fields that are only in the file if there is something to say."""
+        fields = typed_fields(typed(record, dict[str, Any], "the record"), hints, "the record")
+        base = None if fields["base"] is None else _origin_from_json(fields["base"])
+        return LayerRecord(**fields | {"form": Form(*fields["form"]), "base": base})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +142,10 @@ class AdapterRecord:
         for name in ("format", "config", "layers", "sha256"):
             if name not in fields:
                 raise ValueError(f"{name!r} is missing")
-        if not 1 <= typed(fields["format"], int, "format") <= FORMAT:
+        if typed(fields["format"], int, "format") != FORMAT:
             raise ValueError(
-                f"format {fields['format']} of pissa {fields.get('pissa_version')!r} is none of 1 to {FORMAT}, which "
-                f"pissa {ops.build_info()['version']} reads"
+                f"format {fields['format']} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which pissa "
+                f"{ops.build_info()['version']} reads"
             )
         config = config_from_json(typed(fields["config"], dict[str, Any], "config"))
         layers = {}
@@ -183,14 +176,11 @@ def _origin_as_json(origin: Origin) -> dict[str, Any]:
     return {name: getattr(origin, name) for name in _ORIGIN} | dict(origin.identity)
 
 
-def _origin_from_json(fields: dict[str, Any], form: Form) -> Origin:
-    """The way back from `_origin_as_json`. Earlier files lack the format that LoftQ's start depends on: it was the form
-    of the base."""
+def _origin_from_json(fields: dict[str, Any]) -> Origin:
+    """The way back from `_origin_as_json`."""
     check_choice("base.init", fields.get("init"), tuple(INIT_METHODS))
     names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
     hints = types_of_fields(PissaConfig)
-    defaults = {"quant": form.kind, "blocksize": form.blocksize, "double_quant": form.double_quant}
-    fields = {name: default for name, default in defaults.items() if name in names} | fields
     found = typed_fields(fields, _ORIGIN | {name: hints[name] for name in names}, "base")
     return Origin(**{name: found[name] for name in _ORIGIN}, identity=tuple((name, found[name]) for name in names))
 
@@ -211,7 +201,8 @@ def _check_rank(name: str, r: int) -> None:
 def _check_fingerprint(name: str, value: str) -> None:
     if not is_well_formed(value):
         raise ValueError(
-            f'{name}: got {shown(value)}; needed: "xxh3:" or "sums:" and 32 hexadecimal digits, or 64 (SHA-256)'
+            f'{name}: got {shown(value)}; needed: "xxh3" or "sums", a dtype and 32 hexadecimal digits, with colons '
+            "between"
         )
 
 

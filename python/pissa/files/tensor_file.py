@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pissa.base.digest import bytes_of, sha256
+from pissa.base.digest import bytes_of, xxh3
 from pissa.files.messages import shown
 from pissa.files.safetensors_header import DTYPES, Layout, read_header
 from pissa.ops.checks import FLOATS
@@ -19,8 +19,8 @@ from pissa.ops.checks import FLOATS
 SAVED_FLOATS = (*FLOATS, torch.float64)
 """The dtypes in which a file may hold real numbers."""
 
-_CHECKSUMS = "sha256"
-"""The entry in a file's metadata with the SHA-256 of each tensor, in the order of their names."""
+_CHECKSUMS = "xxh3"
+"""The entry in a file's metadata with the XXH3-128 of each tensor, in the order of their names."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name in sorted(tensors):
         tensor = tensors[name]
         kinds[name] = tensor.dtype, tuple(tensor.shape)
-        checksums.append(sha256(tensor))
+        checksums.append(xxh3(tensor))
     order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
     layout = Layout({name: kinds[name] for name in order}, {"format": "pt", _CHECKSUMS: " ".join(checksums)})
     path.unlink(missing_ok=True)  # not written over: the tensors may be views of it
@@ -41,7 +41,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class TensorFile:
-    """The tensors of a safetensors file. Its header is read at once, a tensor's values on demand.
+    """The tensors of a safetensors file. Its header is read at once, a tensor's values on demand, and compared with
+    their checksum if the file has checksums.
 
     safetensors guarantees that the tensors fill the file exactly, so a header cannot make us allocate more than the
     file holds.
@@ -62,8 +63,10 @@ class TensorFile:
             raise ValueError(
                 f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
             ) from error
-        self._checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
         self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
+        self._checksums = dict(zip(sorted(self._declared), checksums, strict=False))
+        self._has_checksums = len(checksums) == len(self._declared)
 
     @property
     def names(self) -> list[str]:
@@ -106,32 +109,27 @@ class TensorFile:
                 f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
             )
 
-    def verify(self) -> None:
-        """Checks that every tensor is, bit for bit, the one that was written.
-
-        Raises:
-            ValueError: naming the file and the first tensor that differs, or a file without checksums.
-        """
-        names = sorted(self._declared)
-        if len(self._checksums) != len(names):
+    def expect_checksums(self) -> None:
+        """Raises ValueError, naming the file, unless it has a checksum of every tensor."""
+        if not self._has_checksums:
             raise ValueError(
-                f"{self.path} has no checksums of its {len(names)} tensors: save_pretrained did not write it; "
+                f"{self.path} has no checksums of its {len(self._declared)} tensors: save_pretrained did not write it; "
                 "save the adapter again, or take the file from a copy"
             )
-        for name, checksum in zip(names, self._checksums, strict=True):
-            if sha256(self.read(name)) != checksum:
-                raise ValueError(
-                    f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
-                    "the adapter again, or take the file from a copy"
-                )
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor: later changes of the file do not change it.
 
         Raises:
-            ValueError: it holds NaN or Inf; the message names file and tensor.
+            ValueError: it is not, bit for bit, the one that was written, or holds NaN or Inf; the message names file
+                and tensor.
         """
         tensor: Tensor = self._file.get_tensor(name).clone()
+        if self._has_checksums and xxh3(tensor) != self._checksums[name]:
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
+                "the adapter again, or take the file from a copy"
+            )
         values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch asks no float8 whether it is finite
         if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")

@@ -186,7 +186,6 @@ class _Run:
         pairs, lost, whole = [], 0.0, 0.0
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.factors.target), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
-            assert residual is not None
             if layer.form == IMPLICIT:
                 errors = self._write_dense(out, layer, residual)
                 lost, whole = lost + errors.lost, whole + errors.whole

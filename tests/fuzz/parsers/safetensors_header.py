@@ -17,4 +17,5 @@ def parse(folder: Path) -> None:
         for name in source.names:
             tensor = source.read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (file.dtype(name), file.shape(name))
-    file.verify()
+            file.read(name)
+    file.expect_checksums()
