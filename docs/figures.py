@@ -6,37 +6,34 @@ python docs/figures.py    # writes docs/pictures/*.png
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from bench.experiments import figures, measures
-from bench.experiments.claims import few_steps
+from bench.experiments import figures
+from bench.experiments.claims import equal_rates
 from bench.experiments.experiment import Options
 from bench.experiments.figures import Axes, Figure
 from bench.experiments.results import Results
+from pissa.cli import colours
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"
-OURS, TUNED, FROZEN, TRAINED = "#D55E00", "#E8A87C", "0.85", "#D55E00"
+TUNED, FROZEN, TRAINED = "#E8A87C", "0.85", colours.PISSA
 
 # Rows of bench/compare, and what a bar of them is called.
 WORK = {
+    "training step of SmolLM2-135M, nf4, r = 16": "training step, SmolLM2-135M",
     "forward, nf4, r = 64, M = 16": "layer forward, 16 tokens",
     "forward, nf4, r = 64, M = 512": "layer forward, 512 tokens",
     "forward + backward, nf4, r = 64, M = 16": "layer forward + backward, 16 tokens",
     "forward + backward, nf4, r = 64, M = 512": "layer forward + backward, 512 tokens",
     "forward + backward, nf4, r = 64, M = 2048": "layer forward + backward, 2048 tokens",
-    "training step of SmolLM2-135M, nf4, r = 16": "training step, SmolLM2-135M",
     "QPiSSA's split, r = 128: SVD, residual, nf4 with nested scales": "start: SVD and rounding of a weight",
 }
-METHODS = ("lora", "rslora", "pissa", "full")
-"""Whose curves have colours in the README: more could not be told apart there."""
-PALE = "0.75"
 
 
 def speed() -> Figure:
@@ -45,7 +42,7 @@ def speed() -> Figure:
     rows = {(row["work"], row["malloc"]): row for file in files for row in file["rows"]}  # the second file's are later
     figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=2.9)
     for place, work in enumerate(WORK):
-        for malloc, offset, color in (("default", -0.19, OURS), ("tuned", 0.19, TUNED)):
+        for malloc, offset, color in (("default", -0.19, colours.PISSA), ("tuned", 0.19, TUNED)):
             row = rows.get((work, malloc))
             if row is not None:
                 low, high = row["ratio_quartiles"]
@@ -60,36 +57,62 @@ def speed() -> Figure:
     axes.set_xlim(0, 6.4)
     axes.set_xlabel("time of PEFT + bitsandbytes / time of pissa")
     handles = [
-        Rectangle((0, 0), 1, 1, color=OURS, label="PEFT as installed"),
-        Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="PEFT tuned (*)"),
+        Rectangle((0, 0), 1, 1, color=colours.PISSA, label="against PEFT as installed"),
+        Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="against PEFT tuned (*)"),
     ]
-    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.42), frameon=False)  # beside short bars
+    axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.29), frameon=False)  # beside short bars
     figures.note(
         figure,
         "two Zen 4 cores; a layer of 4096 x 4096, r = 64; step: r = 16; start: 4096 x 4096, r = 128\n"
-        "medians and quartiles of 9 pairs of runs, of 5 for the step\n"
+        "medians and quartiles of 9 pairs of runs, of 7 and 9 for the step\n"
         "(*) PEFT's adapters in bfloat16; for both sides a malloc that keeps freed memory",
     )
     return figure
 
 
-def loss() -> Figure:
-    """Held-out loss against steps, each method at its own best rate."""
+def valley() -> Figure:
+    """Held-out loss against the learning rate, PiSSA and LoRA, in two trainings; grey is between the largest rate at
+    which PiSSA is ahead and the smallest at which LoRA is."""
     known = Results(DATA / "experiments")
-    figure, (axes,) = figures.panels(["SmolLM2-135M-Instruct on GSM8K, 16 bits, rank 16, batches of 2"], height=2.7)
-    found = {method: measures.above_0(sweep, known).values() for method, sweep in few_steps.curved(Options()).items()}
-    curves = {method: [measures.curve(one)[1:] for one in seeds] for method, seeds in found.items() if seeds}
-    others = [method for method in curves if method not in METHODS]
-    for method in others:
-        points = [(at[0][0], fmean(loss for _, loss in at)) for at in zip(*curves[method], strict=True)]
-        axes.plot(*zip(*points, strict=True), color=PALE, linewidth=1)
-    figures.against_steps(axes, {method: curves[method] for method in METHODS if method in curves})
-    note = (
-        "each method at its own best learning rate; means of n = 2 seeds, pale: from one to the other\n"
-        f"grey, without marks: {', '.join(map(figures.label, others))}"
+    lora, pissa = equal_rates.sweeps("gsm8k", Options())
+    trials = [json.loads(line) for line in (DATA / "suggest_lr.jsonl").read_text().splitlines()]
+    figure, (left, right) = figures.panels(["40 steps", "24 steps"], height=2.8)
+    _valleys(left, lora.losses(known), pissa.losses(known), top=1)
+    _valleys(right, _trial_losses(trials, "lora"), _trial_losses(trials, "pissa"), top=1.6)
+    for name, sweep in (("lora", lora), ("pissa", pissa)):
+        seeds = [result["after"]["loss"] for result in sweep.at_best(known)[1:]]
+        left.plot([sweep.best(known)] * len(seeds), seeds, linestyle="", markersize=3, **figures.style(name).point)
+    left.set_ylabel("held-out loss (nats)")
+    figures.note(
+        figure,
+        "SmolLM2-135M-Instruct on GSM8K, 16 bits, rank 16, 2 problems a step; left and right have other held-out problems\n"
+        "lines: seed 0; small marks: seeds 1 and 2 at each method's best rate",
     )
-    figures.legend(figure, METHODS, note)
     return figure
+
+
+def _trial_losses(trials: Iterable[dict[str, Any]], method: str) -> dict[float, float]:
+    """The losses of `bench.suggest_lr` by rate, ascending."""
+    sweep = {"task": "gsm8k", "method": method, "rank": 16}
+    found = [trial for trial in trials if sweep.items() <= trial.items() and "rate" in trial]
+    return {trial["rate"]: trial["after"]["loss"] for trial in sorted(found, key=lambda trial: trial["rate"])}
+
+
+def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], top: float) -> None:
+    both = lora.keys() & pissa.keys()
+    ahead = max(rate for rate in both if pissa[rate] < lora[rate])
+    behind = min(rate for rate in both if lora[rate] < pissa[rate])
+    axes.axvspan(ahead, behind, color="0.92", zorder=0)
+    for name, losses in (("lora", lora), ("pissa", pissa)):
+        axes.plot(list(losses), list(losses.values()), **figures.style(name).line)
+    axes.set_xscale("log")
+    axes.set_xlim(4e-5, 1.5e-2)
+    axes.set_ylim(0.64, top)
+    axes.set_xlabel("learning rate")
+    for name, end, place in (("pissa", "right", ahead / 1.15), ("lora", "left", behind * 1.15)):
+        look = {"color": figures.style(name).color, "fontweight": "bold", "backgroundcolor": "white"}
+        text = f"{figures.label(name)} ahead"
+        axes.text(place, 0.95, text, ha=end, va="top", transform=axes.get_xaxis_transform(), **look)
 
 
 def split() -> Figure:
@@ -155,7 +178,7 @@ def _text(axes: Axes, x: float, y: float, text: str) -> None:
     axes.text(x, y, text, ha="center", va="center")
 
 
-PICTURES: dict[str, Callable[[], Any]] = {"speed": speed, "loss": loss, "split": split, "fused": fused}
+PICTURES: dict[str, Callable[[], Any]] = {"speed": speed, "valley": valley, "split": split, "fused": fused}
 
 
 def main() -> None:

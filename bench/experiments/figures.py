@@ -18,6 +18,7 @@ from PIL import Image
 from bench.experiments.experiment import Known
 from bench.experiments.methods import METHODS
 from bench.experiments.sweep import Spread, Sweep
+from pissa.cli.colours import BLACK, BLUE, GREEN, GREY, LOFTQ, LORA, ORANGE, PINK, PISSA, QPISSA, RED, SKY
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130
@@ -44,9 +45,6 @@ mpl.rcParams.update(
     }
 )
 
-# Okabe and Ito's colours differ to every kind of colour blindness; their yellow is too pale for print.
-_BLUE, _SKY, _GREEN, _ORANGE, _RED, _PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
-_BLACK, _GREY = "#000000", "#777777"
 _SOLID, _DASHED, _DOTTED, _BOTH = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))
 
 
@@ -69,39 +67,43 @@ class Style(NamedTuple):
 
 
 _STYLES = {
-    "lora": Style(_BLUE, "o", _SOLID),
-    "gaussian": Style(_BLUE, "^", _DOTTED),
-    "rslora": Style(_SKY, "s", _DASHED),
-    "loraplus": Style(_SKY, "^", _BOTH),
-    "pissa": Style(_RED, "D", _SOLID),
-    "unit": Style(_BLACK, "X", _SOLID),
-    "dora": Style(_GREEN, "v", _SOLID),
-    "pissa_dora": Style(_RED, "v", _DASHED),
-    "olora": Style(_PINK, "P", _SOLID),
-    "adalora": Style(_ORANGE, "p", _DASHED),
-    "full": Style(_GREY, "h", _BOTH),
-    "medium": Style(_GREEN, "s", _DASHED),
-    "minor": Style(_ORANGE, "^", _DOTTED),
-    "qlora": Style(_BLUE, "o", _SOLID, hollow=True),
-    "loftq": Style(_GREEN, "s", _DASHED, hollow=True),
-    "qpissa_1": Style(_RED, "D", _SOLID, hollow=True),
-    "qpissa_5": Style(_PINK, "d", _DASHED, hollow=True),
-    "pissa_on_nf4": Style(_RED, "v", _DOTTED, hollow=True),
-    "lora_on_1": Style(_SKY, "o", _DASHED, hollow=True),
-    "lora_on_5": Style(_SKY, "^", _DOTTED, hollow=True),
-    "unit_on_nf4": Style(_BLACK, "X", _SOLID, hollow=True),
-    "unit_on_1": Style(_GREY, "P", _DASHED, hollow=True),
-    "unit_on_5": Style(_GREY, "s", _DOTTED, hollow=True),
+    "lora": Style(LORA, "o", _SOLID),
+    "gaussian": Style(LORA, "^", _DOTTED),
+    "rslora": Style(SKY, "s", _DASHED),
+    "loraplus": Style(SKY, "^", _BOTH),
+    "pissa": Style(PISSA, "D", _SOLID),
+    "unit": Style(BLACK, "X", _SOLID),
+    "dora": Style(GREEN, "v", _SOLID),
+    "pissa_dora": Style(PISSA, "v", _DASHED),
+    "olora": Style(PINK, "P", _SOLID),
+    "adalora": Style(ORANGE, "p", _DASHED),
+    "full": Style(GREY, "h", _BOTH),
+    "medium": Style(GREEN, "s", _DASHED),
+    "minor": Style(ORANGE, "^", _DOTTED),
+    "qlora": Style(LORA, "o", _SOLID, hollow=True),
+    "loftq": Style(LOFTQ, "s", _DASHED, hollow=True),
+    "qpissa_1": Style(QPISSA, "D", _SOLID, hollow=True),
+    "qpissa_5": Style(QPISSA, "d", _DASHED, hollow=True),
+    "pissa_on_nf4": Style(PISSA, "v", _DOTTED, hollow=True),
+    "lora_on_1": Style(SKY, "o", _DASHED, hollow=True),
+    "lora_on_5": Style(SKY, "^", _DOTTED, hollow=True),
+    "unit_on_nf4": Style(BLACK, "X", _SOLID, hollow=True),
+    "unit_on_1": Style(GREY, "P", _DASHED, hollow=True),
+    "unit_on_5": Style(GREY, "s", _DOTTED, hollow=True),
+    "LoftQ, T = 1": Style(LOFTQ, "o", _DOTTED, hollow=True),
+    "LoftQ, T = 5": Style(LOFTQ, "s", _DASHED, hollow=True),
+    "QPiSSA, T = 1": Style(QPISSA, "D", _SOLID, hollow=True),
+    "QPiSSA, T = 5": Style(QPISSA, "d", _DASHED, hollow=True),
 }
 _OTHERS = (
-    Style(_BLUE, "o", _SOLID),
-    Style(_RED, "D", _DASHED),
-    Style(_GREEN, "v", _BOTH),
-    Style(_BLACK, "X", _DOTTED),
-    Style(_ORANGE, "s", _SOLID),
-    Style(_PINK, "P", _DASHED),
-    Style(_SKY, "^", _BOTH),
-    Style(_GREY, "h", _DOTTED),
+    Style(BLUE, "o", _SOLID),
+    Style(RED, "D", _DASHED),
+    Style(GREEN, "v", _BOTH),
+    Style(BLACK, "X", _DOTTED),
+    Style(ORANGE, "s", _SOLID),
+    Style(PINK, "P", _DASHED),
+    Style(SKY, "^", _BOTH),
+    Style(GREY, "h", _DOTTED),
 )
 
 

@@ -71,8 +71,9 @@ def _draw(
     for name, (one, other) in points.items():
         gap = other.less(one)
         error = 2 * gap.error if gap.n > 1 else None
-        look = figures.style("unit" if name == "best" else "pissa")
-        axes.bar(name, gap.mean, yerr=error, capsize=3, color=look.color, alpha=0.8)
+        hatch = "///" if name == "best" else ""
+        color = figures.style("pissa").color
+        axes.bar(name, gap.mean, yerr=error, capsize=3, color=color, edgecolor="white", hatch=hatch, alpha=0.8)
     if points:
         axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("learning rate of both")

@@ -8,26 +8,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pissa.cli import colours
 from pissa.files.staged import Staged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The colours of Okabe and Ito differ to every kind of colour blindness; the line styles differ in grey.
-_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "linestyle": "-"},
-    {"color": "#D55E00", "linestyle": (0, (5, 1.5))},
-    {"color": "#000000", "linestyle": (0, (1, 1.2))},
-    {"color": "#009E73", "linestyle": (0, (6, 1.5, 1, 1.5))},
-)
+# By method; the line styles differ in grey.
+_STYLES: dict[str, dict[str, Any]] = {
+    "PiSSA": {"color": colours.PISSA, "linestyle": "-"},
+    "QPiSSA": {"color": colours.QPISSA, "linestyle": (0, (5, 1.5))},
+    "LoRA": {"color": colours.LORA, "linestyle": (0, (1, 1.2))},
+}
 
 
 class Curve(NamedTuple):
     """The loss of one run: `losses[i]` is that of step `steps[i]`."""
 
     label: str
+    """The method, PiSSA, QPiSSA or LoRA, and what else is to be said after a space."""
     steps: Sequence[int]
     losses: Sequence[float]
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """How its line looks: the method's way."""
+        return _STYLES[self.label.partition(" ")[0]]
 
 
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
@@ -37,13 +43,7 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 
 
 def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "answer token") -> None:
-    """Draws up to four curves, each step thin and the running mean thick, and writes a PNG. Losses are nats per `unit`.
-
-    Raises:
-        ValueError: no curve, or more than there are styles.
-    """
-    if not 1 <= len(curves) <= len(_STYLES):
-        raise ValueError(f"curves: got {len(curves)}; allowed: 1 to {len(_STYLES)}")
+    """Draws each step thin and the running mean thick, and writes a PNG. Losses are nats per `unit`."""
     # The object interface: no window system, and no global state of pyplot.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -53,13 +53,13 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "an
     longest = max(len(curve.losses) for curve in curves)
     window = max(1, longest // 6) | 1
     ends = []
-    for curve, style in zip(curves, _STYLES, strict=False):
+    for curve in curves:
         mean = smoothed(curve.losses, window)
         if window > 1:
-            axes.plot(curve.steps, curve.losses, color=style["color"], linewidth=0.7, alpha=0.3)
+            axes.plot(curve.steps, curve.losses, color=curve.style["color"], linewidth=0.7, alpha=0.3)
         marker = "o" if len(mean) == 1 else None
-        axes.plot(curve.steps, mean, linewidth=2.2, marker=marker, **style)
-        ends.append((mean[-1], curve, style))
+        axes.plot(curve.steps, mean, linewidth=2.2, marker=marker, **curve.style)
+        ends.append((mean[-1], curve))
     _label_ends(axes, ends)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20 if window > 1 else 6)
     axes.set_xlabel("optimiser step")
@@ -75,12 +75,12 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "an
         figure.savefig(staged.path(path.name), dpi=160, format="png")
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve, dict[str, Any]]]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve]]) -> None:
     """Writes the name of each curve at its end. Names whose curves end close together are moved apart."""
     low, high = axes.get_ylim()
     apart = 0.055 * (high - low)
     place = -float("inf")
-    for height, curve, style in sorted(ends, key=lambda end: end[0]):
+    for height, curve in sorted(ends, key=lambda end: end[0]):
         place = max(height, place + apart)
         axes.annotate(
             curve.label,
@@ -88,7 +88,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve, dict[str, Any]]])
             xytext=(1.015, place),
             textcoords=("axes fraction", "data"),
             va="center",
-            color=style["color"],
+            color=curve.style["color"],
             fontweight="bold",
             annotation_clip=False,
         )

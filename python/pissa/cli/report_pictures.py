@@ -13,6 +13,7 @@ import numpy as np
 from pissa.checkpoints.layer_report import by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
+from pissa.cli import colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,12 +23,16 @@ INK, FAINT = "#1a1a1b", "#d7d7d8"
 
 _WIDTH = 4.4  # inches: what a telephone shows in about full size
 
-# The colours of Okabe and Ito differ to every kind of colour blindness; line styles and markers differ in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Of kinds of layers. Line styles and markers differ in grey.
+_COLOURS = (colours.BLUE, colours.RED, colours.GREEN, colours.PINK, colours.ORANGE, colours.SKY)
 _LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
-_MARKERS = "os^"
+_METHODS = {
+    "LoftQ": {"color": colours.LOFTQ, "marker": "s"},
+    "QPiSSA T=1": {"color": colours.QPISSA, "marker": "D", "markerfacecolor": "none"},
+    "QPiSSA T=5": {"color": colours.QPISSA, "marker": "D"},
+}
 # From the first block to the last.
-_DEPTH = ("#0072B2", "#7E8FA0", "#E69F00")
+_DEPTH = (colours.BLUE, "#7E8FA0", colours.ORANGE)
 
 
 def pictures(report: Report) -> dict[str, Figure]:
@@ -139,15 +144,14 @@ def _errors(report: Report) -> Figure:
     methods = [name for name in dict.fromkeys(name for name, _ in report.whole.methods) if name != PLAIN]
     figure, axes = _figure(0.95 + 0.28 * len(kinds), 1, len(report.ranks), sharey=True, sharex=True)
     for ax, rank in zip(axes.flat, report.ranks, strict=True):
-        for number, method in enumerate(methods):
+        for method in methods:
             ax.plot(
                 [100 * some.removed((method, rank))[0] for some in kinds.values()],
                 range(len(kinds)),
                 linestyle="none",
-                marker=_MARKERS[number],
                 markersize=6,
-                color=_COLOURS[number],
                 label=method,
+                **_METHODS[method],
             )
         ax.set_title(f"rank {rank}", fontsize=9, loc="left", color=INK, pad=3)
         ax.grid(axis="x", visible=False)
