@@ -69,4 +69,4 @@ def verdict(spreads: Mapping[str, Spread | None], what: str = "loss", largest: b
     if tables.winner(found, largest):
         return f"{first}, apart from each other method by more than two standard errors of the difference."
     alike = [label(name) for name in ordered[1:] if not tables.differ(found[ordered[0]], found[name])]
-    return f"{first}. Not told apart from it by two standard errors: {'; '.join(alike)}."
+    return f"{first}. Within two standard errors of it: {'; '.join(alike)}."

@@ -118,7 +118,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     their class only (Llama 4's router). One warning says so. Names and patterns in `target_modules`, and ranks in
     `rank_pattern`, are taken as given: such a layer is then an error.
 
-    In a model of transformers that generates text and sees or hears as well (its configuration has a text_config),
+    In a multimodal model of transformers that generates text (its configuration has a text_config),
     "all-linear" is the language part, `get_decoder()`: without vision tower, audio tower and projector. (PEFT takes
     these too.) Nothing warns of that; the logger "pissa" tells it as INFO, and `target_modules` of the wrapped model's
     configuration has the names. Names and patterns reach every part, as in PEFT: `target_modules=["q_proj", "v_proj"]`

@@ -298,6 +298,19 @@ def test_the_page_is_the_same_bytes_from_the_same_results(tmp_path: Path, everyt
     assert all(len(content) < 60_000 for content in one.values())
 
 
+def test_a_method_has_one_colour_in_all_pictures() -> None:
+    """In those of the command line too. What a legend calls QPiSSA is it at any number of alternations."""
+    from bench.experiments.figures import style
+    from bench.experiments.methods import METHODS
+    from pissa.cli.plot import Curve
+
+    for method in ("lora", "pissa", "qpissa_1", "qpissa_5"):
+        name = METHODS[method].label.partition(",")[0]
+        assert style(method).color == Curve(name, [], []).style["color"]
+    assert style("loftq").color == style("LoftQ, T = 1").color
+    assert len({style(method).color for method in ("lora", "pissa", "qpissa_1", "loftq")}) == 4
+
+
 def test_the_page_says_what_was_run_and_what_is_missing(tmp_path: Path, everything: list[Any]) -> None:
     from bench.experiments.experiment import Options
     from bench.experiments.page import write_page
