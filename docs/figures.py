@@ -85,7 +85,7 @@ def valley() -> Figure:
     left.set_ylabel("held-out loss (nats)")
     figures.note(
         figure,
-        "SmolLM2-135M-Instruct on GSM8K, 16 bits, rank 16, 2 problems a step; left and right have other held-out problems\n"
+        "SmolLM2-135M-Instruct on GSM8K, 16 bits, rank 16, 2 problems a step; held-out problems differ by panel\n"
         "lines: seed 0; small marks: seeds 1 and 2 at each method's best rate",
     )
     return figure

@@ -1,4 +1,4 @@
-"""The colours of all pictures: of a run, of a report, of `bench` and of the book. A method has one colour everywhere."""
+"""The colours of all pictures: of runs, of reports, of `bench`, of the book. A method has one colour everywhere."""
 
 # Okabe and Ito's colours differ to every kind of colour blindness; their yellow is too pale for print.
 BLUE, SKY, GREEN, ORANGE, RED, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
