@@ -196,8 +196,6 @@ def test_a_configuration_that_was_saved_alone(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     assert PissaConfig.from_pretrained(str(tmp_path)) == config
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"residual": "explicit"}))
-    assert PissaConfig.from_pretrained(tmp_path) == config  # as pissa 0.1.0 wrote it, without effect beside quant
     path.write_text(json.dumps(json.loads(path.read_text()) | {"svd": "fast"}))
     with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read: .*svd"):
         PissaConfig.from_pretrained(tmp_path)
