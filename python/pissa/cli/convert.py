@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,17 +69,12 @@ def run(args: argparse.Namespace) -> int:
                 progressbar=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(_with_options(str(error))) from error
+            raise UserError(str(error)) from error
     if args.json:
         print(json.dumps(_as_json(conversion, notes), indent=2))
     else:
         _report(args, conversion, notes)
     return 0
-
-
-def _with_options(message: str) -> str:
-    """The message of `pissa.convert` with `--rank` in place of `rank=`."""
-    return re.sub(r"\b(base|initial|rank|energy|subtracted)=(True)?", r"--\1", message)
 
 
 def _as_json(conversion: Conversion, notes: list[str]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,24 +68,14 @@ def run(args: argparse.Namespace) -> int:
         except ModuleNotFoundError as error:
             if error.name != "gguf":
                 raise
-            raise UserError(_with_options(str(error))) from error
+            raise UserError(str(error)) from error
         except (OSError, ValueError) as error:
-            raise UserError(_with_options(str(error))) from error
+            raise UserError(str(error)) from error
     if args.json:
         print(json.dumps({**done._asdict(), "notes": notes}, indent=2))
     else:
         _report(args, done, notes)
     return 0
-
-
-def _with_options(message: str) -> str:
-    """The message with this command's options in place of the arguments of `pissa.export`."""
-    message = re.sub(r"\b(base|initial|requantise|to)=(?:True|(['\"])(\w+)\2)?", _option, message)
-    return re.sub(r"([Ee]xport) to (bnb4|vllm|gguf|merged)", r"\1 --to \2", message)
-
-
-def _option(match: re.Match[str]) -> str:
-    return f"--{match[1]} {match[3]}" if match[3] else f"--{match[1]}"
 
 
 def _report(args: argparse.Namespace, done: Exported, notes: list[str]) -> None:

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
                 progressbar=True,
             )
         except (OSError, ValueError, TypeError, distributed.RankError) as error:
-            raise UserError(_with_options(str(error))) from error
+            raise UserError(str(error)) from error
         first = distributed.rank() == 0
     if first and args.json:
         print(json.dumps({**done._asdict(), "notes": notes}, indent=2))
@@ -159,19 +159,6 @@ def _processes() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _with_options(message: str) -> str:
-    """The message with this command's options in place of the fields of PissaConfig."""
-    return re.sub(rf"\b({'|'.join(_FIELDS)})=(?:(['\"])(.*?)\2|(None))?", _option, message)
-
-
-_FIELDS = ("quant_iters", "svd_passes", "target_modules", "exclude_modules", "quant", "init", "experts")
-
-
-def _option(match: re.Match[str]) -> str:
-    option = f"--{match[1].replace('_', '-')}"
-    return f"no {option}" if match[4] else f"{option} {match[3] or ''}"
 
 
 def _report(args: argparse.Namespace, done: Initialised) -> None:

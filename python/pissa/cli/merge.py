@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
                 progressbar=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(re.sub(r"\b(initial|quant)=", r"--\1", str(error))) from error
+            raise UserError(str(error)) from error
     if args.json:
         print(json.dumps({**done._asdict(), "notes": notes}, indent=2))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             progressbar=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(re.sub("^budget:", "--budget:", str(error))) from error
+        raise UserError(str(error)) from error
     found = replace(found, model=args.model)  # not the folder into which it was fetched
     if args.out is not None:
         _write(found, args.out)

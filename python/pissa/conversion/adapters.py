@@ -131,8 +131,8 @@ def convert(
     folder = found.folder
     if found.layout == PLAIN and rank is None and energy is None:
         raise ValueError(
-            f"{source} is a plain LoRA already. Give rank= or energy= to lower its rank; initial= if it was trained on "
-            "a residual; subtracted=True if it is [B, -B0]·[A ; A0]"
+            f"{source} is a plain LoRA already. Give rank or energy to lower its rank, initial if it was trained on "
+            "a residual, subtracted if it is [B, -B0]·[A ; A0]"
         )
 
     layers, sizes, others, worst = {}, {}, set(folder.other_keys), 0.0
@@ -169,7 +169,7 @@ def convert(
 
 def _check_sizes(rank: int | None, energy: float | None) -> None:
     if rank is not None and energy is not None:
-        raise ValueError(f"got rank={rank!r} and energy={energy!r}; needed: one of them, or none")
+        raise ValueError(f"got rank {rank!r} and energy {energy!r}; needed: one of them, or none")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):

@@ -103,7 +103,8 @@ class BaseStarts(Starts):
     def __init__(self, source: LoraFolder, base: BaseModel) -> None:
         if source.config.get("layer_replication"):
             raise ValueError(
-                f"{source.config_path}: layer_replication gives layers other numbers than the base's; give initial="
+                f"{source.config_path}: layer_replication gives layers other numbers than the base's; give the initial "
+                "adapter (initial)"
             )
         self._source, self._base = source, base
         bases = {target: _base(source, target, base.model) for target in source.factors}
@@ -128,7 +129,7 @@ class BaseStarts(Starts):
             f"{self._source.weights.path}: in {len(self._doubts)} layers the singular values at the adapter's rank and "
             f"behind it are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of what "
             f"was learnt, by about {self._doubts[worst]:.0%} in {worst}. If the adapter was not trained on this "
-            "machine, with this torch, give the initial adapter, initial=, with which the conversion is exact"
+            "machine, with this torch, give the initial adapter (initial), with which the conversion is exact"
         )
 
 
@@ -184,7 +185,7 @@ def _aligned_start(source: LoraFolder, target: str, weight: Tensor) -> tuple[Mat
     if not moved < a0.square().sum() + b0.square().sum():
         raise ValueError(
             f"{source.weights.path}: the factors of layer {target} are farther from their start in this base than zero "
-            "is: it is not the base that the adapter was trained on. If it is, give the initial adapter, initial="
+            "is: it is not the base that the adapter was trained on. If it is, give the initial adapter (initial)"
         )
     learnt = float(Spectrum.of(*DeltaWeight(1.0, a, b, (a0.double(), b0.double())).factors()).energy[0]) ** 0.5
     if rank == len(s) or not learnt:

@@ -129,21 +129,21 @@ def _layout(
         if init != "pissa":
             raise ValueError(
                 f"{folder.config_path}: init_lora_weights is {init!r}, a random decomposition that PEFT does not seed, "
-                "so its start cannot be computed again. Give the adapter as it was saved before training, initial=. "
+                "so its start cannot be computed again. Give the adapter as it was saved before training (initial). "
                 "Without it the adapter can only be used with the residual model that it was trained on"
             )
         if base is None:
             raise ValueError(
                 f"{folder.config_path}: init_lora_weights is 'pissa'; the adapter belongs to W - s B0 A0. Give the "
-                "base W, base=, or the adapter as it was saved before training, initial="
+                "base W (base), or the adapter as it was saved before training (initial)"
             )
         return PEFT, BaseStarts(folder, BaseModel.of(base, folder.factors))
     if init not in PLAIN_STARTS:
         raise ValueError(
             f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it was "
-            "saved before training, initial="
+            "saved before training (initial)"
         )
-    check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial= has to say so", base=base)
+    check_unused(f"{source} is a LoRA; if it was trained on a residual model, initial has to say so", base=base)
     if subtracted or (subtracted is None and _is_subtracted(folder)):
         _check_subtracted(folder)
         return SUBTRACTED, Starts()
@@ -154,7 +154,7 @@ def check_unused(reason: str, **arguments: object) -> None:
     """Raises ValueError for an argument that is given."""
     for name, value in arguments.items():
         if value not in (None, False):
-            raise ValueError(f"{reason}; {name}= is of no use with it: leave it out")
+            raise ValueError(f"{reason}; {name} is of no use with it: leave it out")
 
 
 def _check_no_parameters(folder: LoraFolder) -> None:
@@ -162,7 +162,7 @@ def _check_no_parameters(folder: LoraFolder) -> None:
         raise ValueError(
             f"{folder.config_path}: target_parameters are {shown(names)}; PEFT starts no PiSSA in parameters, and "
             "stacks the factors of experts wrongly when it subtracts; such an adapter cannot be converted. If it was "
-            "trained on a residual model, give the initial adapter, initial="
+            "trained on a residual model, give the initial adapter (initial)"
         )
 
 
@@ -231,7 +231,7 @@ def _check_subtracted(folder: LoraFolder) -> None:
         if folder.config.get(field) and not folder.other_keys:
             raise ValueError(
                 f"{folder.weights.path} lacks {field}, which PEFT leaves out when it subtracts the initial "
-                "adapter: convert the adapter that was trained, with initial="
+                "adapter: convert the adapter that was trained, with initial"
             )
     for target, factors in folder.factors.items():
         if factors.rank % 2:

@@ -149,7 +149,7 @@ class _Run:
         if factors.is_fused and factors.layers[0] in self.planner.packed:
             raise ValueError(
                 f"{self.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
-                "give the checkpoint that was split, base="
+                "give the checkpoint that was split (base)"
             )
         unit = self.planner.unit_of(factors)
         layers = []

@@ -68,13 +68,13 @@ def export(
     """
     check_choice("to", to, get_args(To))
     if requantise and to != "bnb4":
-        raise ValueError(f"requantise=True is for to='bnb4': got to={to!r}; leave it out")
+        raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
     adapter, target = Path(adapter), Path(target)
     base = _named_base(adapter) if base is None else base
     if to == "vllm":
         return export_vllm(adapter, base, target, initial)
     if base is None:
-        raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it, base=")
+        raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it (base)")
     if to == "gguf":
         return _gguf(adapter, base, target, initial)
     folder = checkpoint_folder(base)
@@ -102,7 +102,7 @@ def _gguf(
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        text = 'to="gguf" needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
+        text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
         raise ModuleNotFoundError(text, name="gguf") from error
     return export_gguf(adapter, base, target, initial)
 
@@ -120,5 +120,5 @@ def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
     kinds = " and ".join(sorted(form.kind for form in forms))
     raise ValueError(
         f"{path} is {found.what} on a base that was not in 4 bits ({kinds}), which 4 bits cannot hold exactly: export "
-        "to merged, dense, or give requantise=True to merge and quantise it, with the error that is reported"
+        "to merged, dense, or give requantise to merge and quantise it, with the error that is reported"
     )

@@ -92,7 +92,7 @@ def _check_factors_only(folder: LoraFolder, base: Name | None, runtime: str) -> 
     own = set[str]() if base is None else _unchanged(folder, checkpoint_folder(base))
     for key in folder.other_keys:
         if key not in own:
-            hint = "if it is the base's own, give that, base=; else e" if base is None else "E"
+            hint = "if it is the base's own, give that (base); else e" if base is None else "E"
             raise ValueError(
                 f"{folder.weights.path}: tensor {shown(key)} is no factor of a layer, the only thing that {runtime} "
                 f"takes from an adapter. {hint}xport to merged, which has it in the weights, and serve that"

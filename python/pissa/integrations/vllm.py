@@ -105,7 +105,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     if base is None:
         raise ValueError(
             f"{lora.folder.weights.path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the "
-            "checkpoint of the base does: give the base, base="
+            "checkpoint of the base does: give the unmodified model (base)"
         )
     with Source.open(checkpoint_folder(base)) as source:
         return _places_in(source, lora, fused)

@@ -86,17 +86,17 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert re.fullmatch(rf"pissa export: .*{message}.*\n", captured.err), captured.err
 
 
-def test_refusals_are_one_line_with_the_commands_options(
+def test_refusals_are_one_line(
     base: Path, plain: Path, qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
     refused(["nowhere", out, "--to", "vllm"], "nowhere is missing; needed: an adapter's folder", capsys)
-    message = r"\(implicit\), .*: export --to merged, dense, or give --requantise to merge and quantise it"
+    message = r"\(implicit\), .*: export to merged, dense, or give requantise to merge and quantise it"
     refused([str(plain), out, "--to", "bnb4"], message, capsys)
-    message = r"--requantise is for --to bnb4: got --to vllm; leave it out"
+    message = "requantise is for 'bnb4': got 'vllm'; leave it out"
     refused([str(plain), out, "--to", "vllm", "--requantise"], message, capsys)
     refused([str(qpissa), out, "--to", "bnb4", "--base", "nowhere"], "'nowhere' is no model", capsys)
-    message = r"is an adapter of pissa; --initial is of no use with it"
+    message = r"is an adapter of pissa; initial is of no use with it"
     refused([str(qpissa), out, "--to", "vllm", "--initial", "x"], message, capsys)
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
@@ -108,5 +108,5 @@ def test_gguf_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "pissa.integrations.gguf", raising=False)
-    message = r'--to gguf needs the package gguf, which is not installed: run `pip install "pissa\[gguf\]"`'
+    message = r'export to gguf needs the package gguf, which is not installed: run `pip install "pissa\[gguf\]"`'
     refused([str(plain), str(tmp_path / "out"), "--to", "gguf"], message, capsys)

@@ -69,7 +69,7 @@ def test_codes_and_json(base: Path, adapter: Path, tmp_path: Path, capsys: pytes
     [
         ({"adapter": "nowhere"}, r"nowhere is missing; needed: an adapter's folder"),
         ({"base": "nowhere"}, r"'nowhere' is no model: there is no such folder"),
-        ({"options": ["--initial", "x"]}, r"is an adapter of pissa; --initial is of no use with it: leave it out"),
+        ({"options": ["--initial", "x"]}, r"is an adapter of pissa; initial is of no use with it: leave it out"),
     ],
     ids=["adapter", "base", "initial"],
 )

@@ -275,7 +275,7 @@ def test_a_model_of_the_hub(
 def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere' is no model: there is no such folder" in refused([str(tmp_path / "nowhere")], capsys)
     assert "is not empty" in refused([str(model), "--out", str(model)], capsys)
-    assert "--budget: got 10 parameters; needed: at least" in refused([str(model), "--budget", "10"], capsys)
+    assert "budget: got 10 parameters; needed: at least" in refused([str(model), "--budget", "10"], capsys)
 
     weights = load_file(model / "model.safetensors")
     for name, value, message in [

@@ -191,7 +191,7 @@ def test_a_random_decomposition_cannot_be_repeated(tiny_llama: Make, tokens: Ten
     trained = train_pissa(tiny_llama(), tokens, tmp_path, init="pissa_niter_4")
     for options in ({}, {"base": tiny_llama()}):
         with pytest.raises(
-            ValueError, match=r"'pissa_niter_4', a random decomposition that PEFT does not seed.*initial="
+            ValueError, match=r"'pissa_niter_4', a random decomposition that PEFT does not seed.*\(initial\)"
         ):
             pissa.convert(trained.adapter, tmp_path / "lora", **options)
     assert not (tmp_path / "lora").exists()
@@ -273,7 +273,7 @@ def test_a_base_that_the_adapter_was_not_trained_on_is_refused(
     shared = train_pissa(tiny_llama(), tokens, tmp_path / "tied", target_modules=["lm_head"])
     with pytest.raises(ValueError, match=r"layer lm_head shares its weight with model\.embed_tokens\.weight"):
         pissa.convert(shared.adapter, tmp_path / "lora", base=tied)
-    with pytest.raises(ValueError, match=r"init_lora_weights is 'pissa'; .* Give the base W, base="):
+    with pytest.raises(ValueError, match=r"init_lora_weights is 'pissa'; .* Give the base W \(base\)"):
         pissa.convert(trained.adapter, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
@@ -363,7 +363,7 @@ def test_what_peft_subtracts_is_recognised(init: str, tiny_llama: Make, tokens: 
 
 def test_what_is_not_recognised_may_be_said(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     expected = save_subtracted(tiny_llama(), tokens, tmp_path / "peft", init="olora")
-    with pytest.raises(ValueError, match=r"is a plain LoRA already\. Give rank= or energy=.*subtracted=True"):
+    with pytest.raises(ValueError, match=r"is a plain LoRA already\. Give rank or energy.*subtracted if"):
         pissa.convert(tmp_path / "peft", tmp_path / "lora")
     pissa.convert(tmp_path / "peft", tmp_path / "lora", subtracted=True)
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), expected) < CLOSE

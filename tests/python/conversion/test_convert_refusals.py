@@ -221,9 +221,9 @@ def test_arguments_that_make_no_sense(ours: Path, plain: Path, tmp_path: Path) -
         (ours, tmp_path / "lora", "needed: one of them, or none", {"rank": 2, "energy": 0.5}),
         (ours, tmp_path / "lora", "rank must be a whole number from 1 on, got 0", {"rank": 0}),
         (ours, tmp_path / "lora", "energy must be a number above 0 and at most 1, got 1.5", {"energy": 1.5}),
-        (ours, tmp_path / "lora", "is an adapter of pissa; initial= is of no use with it", {"initial": ours}),
+        (ours, tmp_path / "lora", "is an adapter of pissa; initial is of no use with it", {"initial": ours}),
         (plain, tmp_path / "lora", "is a plain LoRA already", {}),
-        (plain, tmp_path / "lora", "initial= has to say so; base= is of no use with it", {"rank": 1, "base": "x"}),
+        (plain, tmp_path / "lora", "initial has to say so; base is of no use with it", {"rank": 1, "base": "x"}),
     ]:
         with pytest.raises(ValueError, match=message):
             pissa.convert(source, target, **fields)
