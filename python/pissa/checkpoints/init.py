@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,11 +24,11 @@ from pissa.checkpoints.new_files import (
     INITIAL_CONFIG,
     INITIAL_WEIGHTS,
     config_text,
+    copy_small_files,
     has_taken,
     index_text,
     layouts,
     residual_tensors,
-    small_files,
     start_tensors,
     taken_tensors,
 )
@@ -264,9 +263,8 @@ class _Run:
                 out.write(PISSA_WEIGHTS, name, values)
 
     def _write_small_files(self, out: Output, results: dict[str, Any]) -> None:
-        plan, folder = self.plan, self.plan.source.folder
-        for path in small_files(folder):
-            shutil.copyfile(path, out.path(path.name))
+        plan = self.plan
+        copy_small_files(plan.source.folder, out)
         out.path("config.json").write_text(config_text(plan))
         if (index := index_text(plan.source, self.files)) is not None:
             out.path(INDEX).write_text(index)

@@ -20,7 +20,7 @@ from pissa import ops
 from pissa.base.bitsandbytes_state import to_bitsandbytes
 from pissa.checkpoints.fill import of_layer
 from pissa.checkpoints.merge_plan import MergedLayer, MergePlan, Unit
-from pissa.checkpoints.new_files import index_text, quantization_config, small_files
+from pissa.checkpoints.new_files import copy_small_files, index_text, quantization_config
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.progress import bar_of_bytes
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
@@ -140,8 +140,7 @@ class _Run:
                     out.add(unit.name, self.results[unit.name])
                     if bar is not None:
                         bar.update(self.sizes[unit.name])
-            for path in small_files(source.folder):
-                out.path(path.name).write_bytes(path.read_bytes())
+            copy_small_files(source.folder, out)
             out.path("config.json").write_text(_config_text(plan))
             if (index := index_text(source, plan.files)) is not None:
                 out.path(INDEX).write_text(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from pissa import ops
 from pissa.base.bitsandbytes_state import entry_layout, to_bitsandbytes
 from pissa.base.start import StartFactors
+from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Plan, PlannedLayer
 from pissa.config import Form, PissaConfig
 from pissa.conversion.lora_start import INITIAL_FOLDER
@@ -30,6 +33,13 @@ _METADATA = {"format": "pt"}
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 """The endings of what holds, or lists, the weights of a model."""
+
+_FLAGS = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}
+"""How each format is declared to transformers, in `BitsAndBytesConfig`."""
+
+_FOLDERS = (CHAT_TEMPLATE_DIR, "*_tokenizer")
+"""What transformers makes folders of: named chat templates, and the further tokenizers of a processor. Any other folder
+is somebody else's: .git and .cache, original/ with the weights of another program, checkpoints of a training."""
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -145,35 +155,26 @@ def quantization_config(
         dense_linears: the linear layers that are not quantised.
         experts: whether fused experts are.
     """
-    in_4_bits = form.kind == "nf4"
+    flag = _FLAGS[form.kind]
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    method = {
-        "quant_method": "bitsandbytes",
-        "_load_in_4bit": in_4_bits,
-        "_load_in_8bit": not in_4_bits,
-        "load_in_4bit": in_4_bits,
-        "load_in_8bit": not in_4_bits,
-    }
+    flags = {f"{hidden}{name}": name == flag for hidden in ("_", "") for name in _FLAGS.values()}
     return {
-        **({"quant_method": "pissa"} if experts else method),
+        **({"quant_method": "pissa"} if experts else {"quant_method": "bitsandbytes", **flags}),
         "llm_int8_threshold": 6.0,
         "llm_int8_skip_modules": list(dense_linears),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "bnb_4bit_compute_dtype": str(half).removeprefix("torch."),
-        "bnb_4bit_quant_type": "nf4" if in_4_bits else "fp4",
+        "bnb_4bit_quant_type": form.kind if flag == "load_in_4bit" else "fp4",
         "bnb_4bit_use_double_quant": bool(form.double_quant),
         "bnb_4bit_quant_storage": "uint8",
     }
 
 
-def small_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint beside its weights and its config.json: tokenizer, templates, card."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(_WEIGHTS)
-        and path.name not in ("config.json", INDEX, PISSA_RECORD)
-    ]
+def copy_small_files(folder: Path, out: Output) -> None:
+    """Copies the files of a checkpoint beside its weights and its config.json: tokenizer, templates, card."""
+    paths = [path for path in folder.iterdir() if path.name not in ("config.json", INDEX, PISSA_RECORD)]
+    paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
+    for path in paths:
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))

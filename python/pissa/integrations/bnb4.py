@@ -20,7 +20,7 @@ from pissa.base.init_methods import INIT_METHODS
 from pissa.base.kinds import base_of
 from pissa.checkpoints.merge import states
 from pissa.checkpoints.merge_plan import MergedLayer, Planner, Unit
-from pissa.checkpoints.new_files import index_text, quantization_config, small_files
+from pissa.checkpoints.new_files import copy_small_files, index_text, quantization_config
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.progress import bar_of_bytes
 from pissa.checkpoints.trained import Ours, Weight, read_weight
@@ -104,8 +104,7 @@ class _Run:
                         bar.update(sizes[unit.name])
             for key in self._kept_keys():
                 out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
-            for path in small_files(source.folder):
-                out.path(path.name).write_bytes(path.read_bytes())
+            copy_small_files(source.folder, out)
             out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
             out.path("config.json").write_text(self._model_config())
             model_files = {name: layout for name, layout in self.files.items() if name != _LORA_WEIGHTS}

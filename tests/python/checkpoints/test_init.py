@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import devices
 import pissa
@@ -21,10 +21,14 @@ from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import is_fingerprint
 from pissa.checkpoints import init as init_module
 from pissa.checkpoints.init import Initialised, init
+from pissa.checkpoints.new_files import quantization_config
 from pissa.checkpoints.output import UNFINISHED, Output
+from pissa.config import Form
 from pissa.files.record import AdapterRecord
 from pissa.layers.layer import pissa_layers
+from pissa.ops.formats import FORMATS
 from reference import assert_close
+from tiny_model import tiny_tokenizer
 
 TOKENS = torch.randint(5, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -247,7 +251,10 @@ def test_shards_index_and_small_files(tmp_path: Path) -> None:
     save("llama", tmp_path / "src", shards="100KB")
     (tmp_path / "src" / "tokenizer.json").write_text("{}")
     (tmp_path / "src" / "pytorch_model.bin").write_bytes(b"pickle")
-    (tmp_path / "src" / "original").mkdir()
+    for name in ("original/params.json", "checkpoint-100/tokenizer.json", ".cache/huggingface/download/tokenizer.json"):
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
     split(tmp_path / "src", tmp_path / "out", **NF4)
     shards = sorted(path.name for path in (tmp_path / "src").glob("*.safetensors"))
     assert len(shards) > 2
@@ -266,6 +273,27 @@ def test_shards_index_and_small_files(tmp_path: Path) -> None:
         theirs = load_file(tmp_path / "src" / name)
         assert {key.split(".weight")[0] for key in held} == {key.split(".weight")[0] for key in theirs}
     plain(tmp_path / "out")
+
+
+def test_folders_of_the_tokenizer_are_copied(tmp_path: Path) -> None:
+    """As transformers makes them: named chat templates, and the second tokenizer of a processor."""
+    save("llama", tmp_path / "src")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    for folder in (tmp_path / "src", tmp_path / "src" / "qformer_tokenizer"):
+        tokenizer.save_pretrained(folder)
+    (tmp_path / "src" / "qformer_tokenizer" / "model.safetensors").touch()
+    split(tmp_path / "src", tmp_path / "out", **NF4)
+    for folder in (tmp_path / "out", tmp_path / "out" / "qformer_tokenizer"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    assert not (tmp_path / "out" / "qformer_tokenizer" / "model.safetensors").exists()
+
+
+def test_every_format_is_declared_to_transformers() -> None:
+    declared = [quantization_config(Form(kind), torch.float32, []) for kind in FORMATS]
+    assert len({(config["load_in_4bit"], config["load_in_8bit"]) for config in declared}) == len(FORMATS)
+    with pytest.raises(KeyError, match="mxfp4"):
+        quantization_config(Form("mxfp4"), torch.float32, [])
 
 
 def test_config_names_what_stays_dense(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pissa
 from language_models import train
@@ -21,7 +21,10 @@ TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
+    folder = save_tiny_model(tmp_path_factory.mktemp("base"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    return folder
 
 
 def adapter(base: Path, folder: Path, **fields: str) -> Path:
@@ -54,7 +57,7 @@ def test_bnb4(qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     model = f"LlamaForCausalLM.from_pretrained('{out}')"
     assert lines[3:] == [f"load      PeftModel.from_pretrained({model}, '{out}/adapter')"]
     assert "PiSSA export: 100%" in captured.err
-    assert (out / "tokenizer.json").is_file()
+    assert AutoTokenizer.from_pretrained(out).chat_template["rag"] == "{{ documents }}"
 
 
 def test_the_error_of_a_requantised_one(

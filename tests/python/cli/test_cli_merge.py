@@ -22,7 +22,10 @@ TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
+    folder = save_tiny_model(tmp_path_factory.mktemp("base"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: p
     assert "error     dense, rounded once: 0.000% of the weights' norm, 0.000% of the change's\n" in captured.out
     assert f"saved     {out}: " in captured.out
     assert "PiSSA merge: 100%" in captured.err
-    AutoTokenizer.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).chat_template["rag"] == "{{ documents }}"
     merged = pissa.PissaModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
     found = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in merged.state_dict().items())
