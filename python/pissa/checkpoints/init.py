@@ -104,6 +104,7 @@ def init(
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
+        CompletedError: an earlier call with the same arguments has written all of it; nothing has been changed.
         ValueError, TypeError: a checkpoint that cannot be read, planned or split, naming file and tensor; a folder that
             holds something else. What an unfinished run has done stays.
         OSError: the disk is full, or fails.

@@ -41,7 +41,16 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> None:
         identity: of the plan: a value of JSON for each thing that decides what is written.
     """
     with Staged(folder) as staged:
-        staged.path(IDENTITY).write_text(json.dumps(identity, indent=2, allow_nan=False) + "\n")
+        staged.path(IDENTITY).write_bytes(_text(identity))
+
+
+def is_of(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the file is that of a run of this identity."""
+    return path.is_file() and path.read_bytes() == _text(identity)
+
+
+def _text(identity: Mapping[str, Any]) -> bytes:
+    return (json.dumps(identity, indent=2, allow_nan=False) + "\n").encode()
 
 
 def check(folder: Path, identity: Mapping[str, Any]) -> None:

@@ -93,6 +93,7 @@ def merge(
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
+        CompletedError: an earlier call with the same arguments has written all of it; nothing has been changed.
         ValueError: what cannot be read or merged, naming file and layer. `target` has not become a model then.
         OSError: the disk is full, or fails.
     """

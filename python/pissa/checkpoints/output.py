@@ -20,11 +20,14 @@ from pissa.checkpoints import journal
 from pissa.checkpoints.planned_file import PlannedFile, create, is_finished
 from pissa.distributed import agree, rank
 from pissa.files.safetensors_header import Layout
-from pissa.files.staged import check_unused, put_in_place
+from pissa.files.staged import CompletedError, check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
 
 UNFINISHED = ".unfinished"
 """The hidden folder."""
+
+FINISHED = ".finished.json"
+"""The identity of the run that wrote a folder, in that folder: a second run of it says that nothing is left to do."""
 
 
 class Output:
@@ -45,6 +48,7 @@ class Output:
         layouts: the safetensors files, by their names in the folder.
 
     Raises:
+        CompletedError: on all ranks, as they enter the block: the folder holds what a run of this identity wrote.
         ValueError: the folder holds something else, or an unfinished run of another identity, or a run is going on.
         OSError: the disk is full, or cannot be written to.
         RankError: another rank failed.
@@ -67,6 +71,9 @@ class Output:
 
     def __enter__(self) -> Output:
         try:
+            if all(agree(self._is_complete())):
+                shutil.rmtree(self._hidden, ignore_errors=True)  # of a run that was killed as it ended
+                raise CompletedError(f"{self.folder} is complete: an earlier run with the same arguments has ended")
             if rank() == 0:
                 self._begin()
             agree()
@@ -121,6 +128,7 @@ class Output:
         agree()
         if rank() == 0:
             self._place()
+            os.replace(self._records / journal.IDENTITY, self.folder / FINISHED)
             self._remove()
         agree()
 
@@ -156,6 +164,12 @@ class Output:
                 self.discard()
             raise
         _take(self._lock, self._hidden, fcntl.LOCK_SH)
+
+    def _is_complete(self) -> bool:
+        """Whether a run of this identity has ended, and its files are still there."""
+        return journal.is_of(self.folder / FINISHED, self._identity) and all(
+            is_finished(self.folder / name, layout) for name, layout in self._layouts.items()
+        )
 
     def _is_placed(self, name: str) -> bool:
         """Whether a run was killed after it had put this file in place."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from pissa.cli.terminal import UserError, silence_third_parties
+from pissa.files.staged import CompletedError
 
 # The commands and their help. Each is a module of its name with `run(args)`, and with `add_arguments(parser)`, or
 # TRAINER, the trainer of TRL whose options it has; it is imported only if its command is given.
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             own (`args.is_process`).
 
     Returns:
-        0 when done, 1 when the environment or a check is broken, 2 for wrong input, 130 when interrupted.
+        0 when done, now or by an earlier run; 1 when the environment or a check is broken, 2 for wrong input, 130 when
+        interrupted.
     """
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         message, code = str(error), 2
+    except CompletedError as done:
+        message, code = f"{done}; nothing is written", 0
     except ModuleNotFoundError as error:
         if error.name not in _CLI_PACKAGES:
             raise

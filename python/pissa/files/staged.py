@@ -9,6 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 
+class CompletedError(Exception):
+    """An earlier run has written all that this one was to write. Nothing has been changed."""
+
+
 def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
     """Refuses a folder in which something could be overwritten.
 

@@ -22,9 +22,10 @@ from pissa.base.digest import is_fingerprint
 from pissa.checkpoints import init as init_module
 from pissa.checkpoints.init import Initialised, init
 from pissa.checkpoints.new_files import quantization_config
-from pissa.checkpoints.output import UNFINISHED, Output
+from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
 from pissa.config import Form
 from pissa.files.record import AdapterRecord
+from pissa.files.staged import CompletedError
 from pissa.layers.layer import pissa_layers
 from pissa.ops.formats import FORMATS
 from reference import assert_close
@@ -262,7 +263,7 @@ def test_shards_index_and_small_files(tmp_path: Path) -> None:
         [
             *shards,
             *("config.json", "generation_config.json", "model.safetensors.index.json", "pissa.json"),
-            *("pissa_init", "tokenizer.json"),
+            *("pissa_init", "tokenizer.json", FINISHED),
         ]
     )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -429,8 +430,10 @@ def test_a_finished_or_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     save("llama", tmp_path / "src")
     split(tmp_path / "src", tmp_path / "out", **NF4)
     before = contents(tmp_path / "out")
+    with pytest.raises(CompletedError, match="out is complete"):
+        split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
     with pytest.raises(ValueError, match=r"out is not empty .* nothing is overwritten"):
-        split(tmp_path / "src", tmp_path / "out", **NF4)
+        split(tmp_path / "src", tmp_path / "out", seed=1, **NF4)
     assert contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match=r"src is not empty"):
         split(tmp_path / "src", tmp_path / "src", **NF4)

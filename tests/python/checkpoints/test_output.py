@@ -20,7 +20,8 @@ import processes
 from checkpoint_writer import FILES, IDENTITY, SMALL, content, layouts, units, write
 from pissa import notices
 from pissa.checkpoints import output
-from pissa.checkpoints.output import UNFINISHED, Output
+from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
+from pissa.files.staged import CompletedError
 
 
 def entered(folder: Path, **identity: object) -> Output:
@@ -36,7 +37,7 @@ def test_nothing_is_there_before_all_is(tmp_path: Path) -> None:
         out.path("config.json").write_text("{}")
         assert [path.name for path in folder.iterdir()] == [UNFINISHED]
         out.finish()
-    assert sorted(content(folder)) == sorted([*FILES, "config.json"])
+    assert sorted(content(folder)) == sorted([*FILES, "config.json", FINISHED])
 
 
 def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write(tmp_path / "out")
     placed = [name.removeprefix(f"{tmp_path}/out/") for name in placed if UNFINISHED not in name]
     assert placed[:3] == sorted(FILES)
-    assert placed[3:] == [*sorted(SMALL.keys() - {"config.json"}), "config.json"]
+    assert placed[3:] == [*sorted(SMALL.keys() - {"config.json"}), "config.json", FINISHED]
 
 
 def test_every_process_flushes_before_the_first_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +84,8 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert re.findall(r"wrote (\d+)", run.stdout) == ["2", "2"]
     assert content(tmp_path / "two") == content(tmp_path / "one")
     for text in (
-        "in use, 0: ValueError: .*/two is not empty",
-        "in use, 1: RankError: rank 0 failed, .* is not empty",
+        "again, 0: CompletedError: .*/two is complete",
+        "again, 1: CompletedError: .*/two is complete",
         "other plans, 0: RankError: rank 1 failed, .*rank was 0, is 1",
         r"other plans, 1: ValueError: .*/other/\.unfinished/journal is of an unfinished run.*rank was 0, is 1",
     ):
@@ -162,8 +163,17 @@ def test_what_a_run_left_before_it_had_an_identity_is_not_used(tmp_path: Path) -
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with entered(tmp_path / "out"), pytest.raises(ValueError, match=r"another run is writing to .*/out: wait"):
         entered(tmp_path / "out").__enter__()
-    with entered(tmp_path / "out") as out:
-        out.finish()
+
+
+def test_a_second_run_of_a_complete_folder_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    before = content(tmp_path / "out")
+    with pytest.raises(CompletedError, match=f"{tmp_path}/out is complete: an earlier run with the same arguments"):
+        entered(tmp_path / "out").__enter__()
+    with pytest.raises(ValueError, match=r"is not empty .* nothing is overwritten"):
+        entered(tmp_path / "out", rank=8).__enter__()
+    assert content(tmp_path / "out") == before
+    (tmp_path / "out" / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match="is not empty"):
         entered(tmp_path / "out").__enter__()
 

@@ -154,8 +154,15 @@ def test_an_interrupted_run_goes_on(
     assert "r was 4, is 8" in capsys.readouterr().err
     assert main(arguments) == 0
     assert " by an earlier run; " in capsys.readouterr().out
-    assert main(arguments) == 2
+    before = contents(tmp_path / "out")
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"\npissa init: {tmp_path}/out is complete: an earlier run" in f"\n{err}"
+    assert err.endswith("; nothing is written\n")
+    assert main([*arguments[:-1], "8"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------

@@ -107,3 +107,5 @@ def test_a_merge_that_is_interrupted_goes_on(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
     assert main(options) == 0
     assert " by an earlier run; " in capsys.readouterr().out
+    assert main(options) == 0
+    assert "out is complete" in capsys.readouterr().err

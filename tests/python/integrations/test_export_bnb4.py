@@ -23,6 +23,7 @@ from language_models import error, logits
 from live_bytes import LiveBytes
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
+from pissa.files.staged import CompletedError
 from pissa.integrations import bnb4
 from pissa.integrations.exported import Exported
 
@@ -229,10 +230,12 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
             pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
         pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
+    with pytest.raises(CompletedError, match="out is complete"):
+        pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
     assert 6 < stops.calls < 2 * 14
     assert contents(tmp_path / "out").keys() == contents(tmp_path / "whole").keys()
     for name, content in contents(tmp_path / "whole").items():
-        if not name.endswith("adapter_config.json"):  # which names the folder
+        if name not in ("adapter/adapter_config.json", ".finished.json"):  # which name the folder
             assert contents(tmp_path / "out")[name] == content, name
 
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from pissa.checkpoints import journal
-from pissa.checkpoints.output import Output
+from pissa.checkpoints.output import FINISHED, Output
 from pissa.checkpoints.planned_file import Layout
 from pissa.distributed import RankError, agree, failing_together
+from pissa.files.staged import CompletedError
 
 IDENTITY: dict[str, Any] = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
 FILES = {"model-1.safetensors": 3, "model-2.safetensors": 1, "adapter/adapter_model.safetensors": 1}
@@ -129,14 +130,15 @@ def kill_everywhere(scratch: Path) -> None:
     whole = scratch / "whole"
     assert in_a_child(lambda: write(whole)) == len(units())
     expected = content(whole)
-    assert sorted(expected) == sorted([*FILES, *SMALL])
+    assert sorted(expected) == sorted([*FILES, *SMALL, FINISHED])
     kills = resumed = 0
     while True:
         folder = scratch / "killed"
         code = in_a_child(lambda last=kills + 1, folder=folder: killed(folder, last))
         found = {name: data for name, data in content(folder).items() if ".unfinished" not in name}
         assert all(data == expected[name] for name, data in found.items()), f"kill {kills + 1}: half a file in place"
-        assert "config.json" not in found or found == expected, f"kill {kills + 1}: config.json too early"
+        placed = expected.keys() - {FINISHED}
+        assert "config.json" not in found or found.keys() >= placed, f"kill {kills + 1}: config.json too early"
         if code >= 0:
             assert found == expected
             break
@@ -148,8 +150,8 @@ def kill_everywhere(scratch: Path) -> None:
             assert again == len(units()) - before, f"kill {kills}: {again} units again, {before} were noted"
             assert content(folder) == expected, f"kill {kills}: other bytes"
             resumed += before > 0
-        else:  # all is in place; another run is refused, and removes what is left of the hidden folder
-            assert in_a_child(lambda folder=folder: "is not empty" in refused(folder)) == 1
+        else:  # all is in place; another run says so, and removes what is left of the hidden folder
+            assert in_a_child(lambda folder=folder: "CompletedError" in refused(folder)) == 1
             assert content(folder) == expected
         shutil.rmtree(folder)
     print(json.dumps({"kills": kills, "resumed": resumed}))
@@ -159,7 +161,7 @@ def refused(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     """The error of a run."""
     try:
         write(folder, rank, ranks)
-    except (ValueError, RankError) as error:
+    except (CompletedError, ValueError, RankError) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 
@@ -175,7 +177,7 @@ def main() -> None:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         folder = Path(sys.argv[2])
         print(f"wrote {write(folder, rank, ranks)}")
-        print(f"in use, {rank}: {refused(folder, rank, ranks)}")
+        print(f"again, {rank}: {refused(folder, rank, ranks)}")
         IDENTITY["rank"] = rank
         print(f"other plans, {rank}: {refused(folder.with_name('other'), rank, ranks)}")
         torch.distributed.destroy_process_group()
