@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pissa.cli.findings import Finding
 
-# The minimum versions in pyproject.toml. Without the packages for models only `pissa.ops` works.
-_NEEDED = {"torch": "2.10", "numpy": "1.24"}
-_FOR_MODELS = {"peft": "0.21", "transformers": "5.0", "accelerate": "1.0", "safetensors": "0.5", "matplotlib": "3.8"}
-_FOR_MODELS |= {"trl": "1.14"}
 _COMPARED_WITH = ("bitsandbytes",)
 
 
@@ -47,7 +44,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
-    names = [name for name in (*_NEEDED, *_FOR_MODELS, *_COMPARED_WITH) if name != "torch"]
+    names = [name for name in (*_needed(), *_COMPARED_WITH) if name != "torch"]
     report |= {name: _version(name) or "not installed" for name in names}
     info = pissa.build_info()
     report |= {f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")}
@@ -68,17 +65,28 @@ def _cuda(build: dict[str, Any] | None) -> str:
     return f"{build['runtime']}, for {' '.join(build['architectures'])}; {device}"
 
 
+def _needed() -> dict[str, str]:
+    """The least versions of the packages that `pissa[cli]` asks for, as its metadata has them. Without those of the
+    extras only `pissa.ops` works."""
+    asked = (
+        re.fullmatch(r"""([\w-]+)>=([\d.]+)(?: ?; extra == ["'](?:hf|cli)["'])?""", line)
+        for line in metadata.requires("pissa") or []
+    )
+    return {found[1]: found[2] for found in asked if found is not None}
+
+
 def _verdict() -> tuple[bool, str]:
+    needed = _needed()
     old = [
         f"{name} {version} is older than {least}"
-        for name, least in {**_NEEDED, **_FOR_MODELS}.items()
+        for name, least in needed.items()
         if (version := _version(name)) is not None and _numbers(version) < _numbers(least)
     ]
     if old:
         return False, f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
     if wrong := _core_errors():
         return False, f"the compiled core computes wrongly here ({wrong[0]}); report this with `pissa selftest`"
-    missing = [name for name in _FOR_MODELS if _version(name) is None]
+    missing = [name for name in needed if _version(name) is None]
     if missing:
         return True, f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({", ".join(missing)} missing)'
     return True, "everything works"
@@ -103,6 +111,4 @@ def _version(name: str) -> str | None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers: "2.13.0+cpu" is (2, 13, 0)."""
-    import re
-
     return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split("."))  # type: ignore[index]
