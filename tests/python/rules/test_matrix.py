@@ -1,9 +1,9 @@
-"""The book's table of architectures is what their tests hold."""
+"""The book's table of architectures is what is tested."""
 
 from __future__ import annotations
 
 import matrix
 
 
-def test_the_table_is_what_the_tests_hold() -> None:
+def test_the_table_is_of_the_tests_that_run() -> None:
     assert matrix.written() == matrix.table(), "python tests/python/support/matrix.py writes it anew"
