@@ -1,4 +1,4 @@
-"""Every private name of PEFT that this package uses, and every function of PEFT that it replaces for a while.
+"""Every private name of PEFT that this package uses, and every function of PEFT that it replaces.
 
 All of them are there from peft 0.21 on. Each is here because no public name does the same; the reason is beside it.
 """
@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
+from types import FunctionType
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, mapping_func
@@ -56,26 +57,6 @@ def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
     return False
 
 
-# -- functions of PEFT that are switched off for a while
-
-
-@contextmanager
-def targets_as_given() -> Iterator[None]:
-    """Keeps PEFT, for the block, from rewriting the targets of models with fused experts.
-
-    `convert_peft_config_for_transformers` would turn every target called gate_proj, up_proj, down_proj, w1, w2, w3 or
-    gate into a parameter of the experts. Shared experts and dense layers of these names would then have no adapter.
-    We have unfused the experts.
-    """
-    name = "convert_peft_config_for_transformers"
-    convert = getattr(transformers_weight_conversion, name)
-    setattr(transformers_weight_conversion, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(transformers_weight_conversion, name, convert)
-
-
 def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
     """Whether PEFT, loading the configuration onto `model`, would take some of its targets for fused experts."""
     probe = copy.deepcopy(config)
@@ -84,20 +65,6 @@ def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
     except ValueError:  # only some of the targets that are fused into one parameter
         return True
     return bool(probe.target_parameters)
-
-
-@contextmanager
-def fetched_by_layers() -> Iterator[None]:
-    """Keeps PEFT, for the block, from fetching the weights of offloaded modules. Our layers fetch what they need.
-
-    `onload_layer` fetches the whole model at once, and afterwards offloads whatever is in the base's place.
-    """
-    fetch = tuners_utils.onload_layer
-    tuners_utils.onload_layer = nullcontext
-    try:
-        yield
-    finally:
-        tuners_utils.onload_layer = fetch
 
 
 # -- what a program calls, for as long as it is asked to be ours
@@ -191,13 +158,27 @@ class TunerToCome(nn.Module):
         self.start(adapter_name, autocast_adapter_dtype)
 
 
+def _fetching_nothing(method: FunctionType) -> FunctionType:
+    """A method of PEFT that fetches no weights of offloaded modules. Our layers fetch what they need.
+
+    `onload_layer` fetches the whole model at once, and afterwards offloads whatever is in the base's place. It is a
+    global, which other models of the process need: so the method has globals of its own.
+    """
+    names = {**method.__globals__, "onload_layer": nullcontext}
+    return FunctionType(method.__code__, names, method.__name__, method.__defaults__)
+
+
 class LoraTuner(LoraModel):  # type: ignore[misc]
     """PEFT's LoraModel for another `peft_type` than LoRA's. What goes out of an adapter and into it has public names
     here, for subclasses to override.
 
     `get_peft_model_state_dict` and `set_peft_model_state_dict` find their tuner in PEFT's public table, and call these
-    private methods on it.
+    private methods on it. `_unload_and_optionally_merge` is the body of `unload` and of `merge_and_unload`.
     """
+
+    merge_adapter = _fetching_nothing(LoraModel.merge_adapter)
+    unmerge_adapter = _fetching_nothing(LoraModel.unmerge_adapter)
+    _unload_and_optionally_merge = _fetching_nothing(LoraModel._unload_and_optionally_merge)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         """Refuses what PEFT refuses of LoRA, which it tells by the type."""

@@ -40,7 +40,7 @@ from pissa.model.resize import check_can_be_resized, new_size
 from pissa.model.rewards import starts_warned_of, warn_of_rewards
 from pissa.model.store import store
 from pissa.model.tuner import building, guard_state_dict, register, unguard_state_dict
-from pissa.peft_private import MendedPeftModel, fetched_by_layers, targets_as_given
+from pissa.peft_private import MendedPeftModel
 
 register()
 
@@ -55,7 +55,7 @@ class PissaModel(MendedPeftModel):
         """Injects the adapter's layers, which have no start factors yet. `wrap` and `from_pretrained` give them theirs,
         and put the model back on failure."""
         prepare(model, peft_config)
-        with targets_as_given(), building():
+        with building():
             super().__init__(model, peft_config, adapter_name, **kwargs)
         complete(model, peft_config, adapter_name)
         guard_state_dict(model)
@@ -104,8 +104,7 @@ class PissaModel(MendedPeftModel):
                 "fully_shard or deepspeed.initialize"
             )
         prepare(self.base_model.model, config)
-        with targets_as_given():
-            super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        super().add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         complete(self.base_model.model, config, adapter_name)
 
     def add_weighted_adapter(
@@ -169,13 +168,11 @@ class PissaModel(MendedPeftModel):
             ValueError: trained tokens that one weight cannot hold. Nothing is merged then.
         """
         check_tokens_can_be_merged(self.base_model.model, adapter_names)
-        with fetched_by_layers():
-            self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self.base_model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Puts the base back, bit for bit."""
-        with fetched_by_layers():
-            self.base_model.unmerge_adapter()
+        self.base_model.unmerge_adapter()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -221,17 +218,14 @@ class PissaModel(MendedPeftModel):
             ValueError: as `merge_adapter`.
         """
         check_tokens_can_be_merged(self.base_model.model, adapter_names)
-        with fetched_by_layers():
-            model = self.base_model.merge_and_unload(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-            )
+        model = self.base_model.merge_and_unload(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
         return _as_given(model)
 
     def unload(self) -> nn.Module:
         """The base without adapters, as in PEFT. Fused experts are fused again."""
-        with fetched_by_layers():
-            model = self.base_model.unload()
-        return _as_given(model)
+        return _as_given(self.base_model.unload())
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
         """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see

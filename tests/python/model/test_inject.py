@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 
 import devices
@@ -17,7 +16,6 @@ import pissa
 from language_models import FORMS, Make, assert_same, snapshot
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model import decompose
-from pissa.peft_private import targets_as_given
 
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -117,17 +115,6 @@ def _interrupted_at(call: int, function: Callable[..., Any]) -> Callable[..., An
         return function(*args)
 
     return interrupted
-
-
-def test_pefts_conversion_of_targets_is_put_back() -> None:
-    """Plain LoRAs in the same process need it, after a failure too."""
-    before = transformers_weight_conversion.convert_peft_config_for_transformers
-    with targets_as_given():
-        assert transformers_weight_conversion.convert_peft_config_for_transformers is not before
-    assert transformers_weight_conversion.convert_peft_config_for_transformers is before
-    with pytest.raises(KeyError), targets_as_given():
-        raise KeyError
-    assert transformers_weight_conversion.convert_peft_config_for_transformers is before
 
 
 def test_layers_without_values(tiny_llama: Make) -> None:
