@@ -200,7 +200,7 @@ def _vertex(losses: Mapping[float, float]) -> float:
     """The least point of the parabola through the best rate and its neighbours, over the logarithm of the rate."""
     best = min(losses, key=lambda rate: (losses[rate], rate))
     below, above = losses[best / 2] - losses[best], losses[2 * best] - losses[best]
-    if not math.isfinite(above) or below + above == 0:
+    if not math.isfinite(below + above) or below + above == 0:
         return best
     return best * 2 ** ((below - above) / (2 * (below + above)))
 

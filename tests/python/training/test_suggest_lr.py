@@ -208,6 +208,20 @@ def test_a_rate_that_diverges_is_too_large() -> None:
     assert "no number at 5.0e-01" in found.text
 
 
+def test_a_smaller_rate_that_diverges_leaves_the_best_one() -> None:
+    """No parabola goes through its loss."""
+
+    def loss(model: nn.Module, batch: str) -> Tensor:
+        moved = model.at.sum().abs()
+        if batch == "unseen" and moved < 1.5:
+            return moved * math.inf
+        return 1 - model.at.sum() if batch == "seen" else 1 + moved
+
+    found = pissa.suggest_lr(Point(0.0), ["seen", "unseen"], loss=loss)
+    assert found.losses[1.0] == math.inf
+    assert found.rate == 2.0
+
+
 def constant(model: nn.Module, batch: object) -> Tensor:
     return torch.tensor(1.0)
 
