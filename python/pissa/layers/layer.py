@@ -268,7 +268,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         y = cast(Tensor, self.base_layer(x))
         for name in names:
             rows = [row for row, other in enumerate(adapter_names) if other == name]
-            y[rows] = self.adapted(x[rows], [name])
+            y[rows] = self.change(y[rows], x[rows], name)
         return y
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:

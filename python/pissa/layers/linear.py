@@ -30,14 +30,15 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         # As PEFT composes them: each magnitude scales the base with its own adapter's change, not the others'.
         base = y = cast(Tensor, self.base_layer(x))
         for name in names:
-            alone = self._scaled(self.change(base, x, name), name)
+            alone = self.change(base, x, name)
             y = alone if y is base else y + (alone - base)
         return y
 
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x)
-        return ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
+        y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
+        return self._scaled(y, adapter_name)
 
     def _fused(self, x: Tensor, weight: Tensor | ops.QuantizedWeight, implicit: bool, name: str) -> Tensor:
         """The output by one product of the base's weight, which is implicit or lacks the start, and the factors."""

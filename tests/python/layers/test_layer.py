@@ -310,14 +310,19 @@ def test_autocast_checkpointing_strides_and_empty_batches(form: str) -> None:
 
 
 @forms
-def test_adapter_names_give_each_row_its_adapter(form: str) -> None:
+def test_adapter_names_give_each_row_its_adapter(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = wrapped(form).eval(), inputs(4)
     layer = model.base_model.model.proj
-    model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"]))
+    model.add_adapter("second", pissa.PissaConfig(r=2, target_modules=["proj"], use_dora=True))
     change_a_little(layer, "default", seed=3)
     change_a_little(layer, "second", seed=4)
+    rows: list[int] = []  # that the base computes, alone or by one product with an adapter
+    layer.base_layer.register_forward_hook(lambda module, args, y: rows.append(len(args[0])))
+    fused = PissaLinear._fused
+    monkeypatch.setattr(PissaLinear, "_fused", lambda self, x, *args: rows.append(len(x)) or fused(self, x, *args))
     with torch.no_grad():
         mixed = model(x, adapter_names=["second", "__base__", "default", "second"])
+        assert rows == [4]
         with model.disable_adapter():
             assert error(mixed[1], model(x)[1]) < EPS * IN
         assert error(mixed[2], model(x)[2]) < EPS * IN
