@@ -60,6 +60,7 @@ class Checkpoint:
             ValueError: no PiSSA adapter there, a damaged file, naming the file, or a `config` of another adapter.
             TypeError: `config` is no PissaConfig.
         """
+        folder = folder.absolute()  # `blamed` looks for it in messages, where "q" is a part of "q_proj"
         record = _read_record(folder)
         if config is not None:
             _check_alike(config, record.config, folder)

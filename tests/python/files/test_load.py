@@ -93,6 +93,18 @@ def test_a_lost_module_to_save_is_refused(tiny_llama: Make, tmp_path: Path) -> N
         PissaModel.from_pretrained(tiny_llama(), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["q", "model"])
+def test_a_model_without_the_layers_is_refused_with_the_folders_name(
+    name: str, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is in the message as it is, in that of a layer or as a word."""
+    monkeypatch.chdir(tmp_path)
+    pissa.wrap(tiny_llama(), r=2, target_modules=["q_proj"]).save_pretrained(name)
+    record = re.escape(str(tmp_path / name / "pissa.json"))
+    with pytest.raises(ValueError, match=rf"^the adapter that {record} describes .* model: Target modules .*q_proj"):
+        PissaModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), name)
+
+
 def test_plain_lora_is_sent_to_peft(tiny_llama: Make, tmp_path: Path) -> None:
     peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4)).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match=r"plain PEFT adapter .* peft\.PeftModel\.from_pretrained"):
