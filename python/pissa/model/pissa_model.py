@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,7 @@ from pissa.model.merged_names import is_merged, with_unwrapped_names
 from pissa.model.resize import check_can_be_resized, new_size
 from pissa.model.rewards import starts_warned_of, warn_of_rewards
 from pissa.model.store import store
-from pissa.model.tuner import building, guard_state_dict, register, unguard_state_dict
+from pissa.model.tuner import building, guard_state_dict, load_whole, register, unguard_state_dict
 from pissa.peft_private import MendedPeftModel
 
 register()
@@ -182,6 +183,10 @@ class PissaModel(MendedPeftModel):
         named = super().named_parameters(prefix, recurse, remove_duplicate)
         base = self.base_model.model
         return with_unwrapped_names(base, named) if recurse and not prefix and is_merged(base) else named
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch. For `peft.set_peft_model_state_dict`, which calls it, a tensor of another shape changes nothing."""
+        return load_whole(self, state_dict, partial(super().load_state_dict, strict=strict, assign=assign))
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Tags the base, as in transformers. Trainers do so before they train; those of reinforcement learning are

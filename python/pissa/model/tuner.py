@@ -7,7 +7,7 @@ its own there. Everything else about it is LoRA's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -81,10 +81,11 @@ class PissaTuner(LoraTuner):
     ) -> dict[str, Tensor]:
         """What `peft.set_peft_model_state_dict` puts into the model, under the parameters' names: dA and dB for the
         factors in `state_dict`. Factors of rank 2r are this adapter's own, as `adapter_state_dict` gives them. Factors
-        of rank r are any plain LoRA's: they become A and B of an adapter that starts at zero.
+        of rank r are any plain LoRA's: they become A and B of an adapter that starts at zero. Nothing is changed here,
+        and a mark says what `load_whole` has to change.
 
         Raises:
-            ValueError: factors of other layers, shapes or start. Nothing has been changed then.
+            ValueError: factors of other layers, shapes or start.
         """
         remap = super().parameters_to_load
         inner = model.base_model.model
@@ -111,11 +112,36 @@ class PissaTuner(LoraTuner):
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
                 found[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
-        if is_any_lora:
-            config.init, config.start_norm = "given", "singular"
-            for layer in layers.values():
-                layer.start_at_zero(adapter_name, config)
+        found[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(is_any_lora)
         return found
+
+
+_STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
+"""Before an adapter's name: the mark, no tensor of the model, that goes with the factors in what is to be loaded."""
+
+
+def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """Loads a state dict into a PissaModel by `load`, torch's method. The factors that `parameters_to_load` has marked
+    are loaded with all that is beside them and with their start, or the model is left as it was.
+
+    Raises:
+        RuntimeError: torch's, of tensors of other shapes.
+    """
+    marks = {key: mark for key, mark in state_dict.items() if key.startswith(_STARTS_AT_ZERO)}
+    if not marks:
+        return load(state_dict)
+    unmarked = {key: value for key, value in state_dict.items() if key not in marks}
+    shapes = {key: value.shape for key, value in model.state_dict().items() if key in unmarked}
+    misfits = {key: unmarked[key] for key, shape in shapes.items() if unmarked[key].shape != shape}
+    if misfits:
+        load(misfits)  # which raises; beside others torch would load those first
+    loaded = load(unmarked)
+    for name in (key.removeprefix(_STARTS_AT_ZERO) for key, mark in marks.items() if mark):
+        config = model.peft_config[name]
+        config.init, config.start_norm = "given", "singular"
+        for layer in pissa_layers(model.base_model.model, name).values():
+            layer.start_at_zero(name, config)
+    return loaded
 
 
 def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLayer], adapter_name: str) -> None:

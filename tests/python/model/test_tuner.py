@@ -219,6 +219,22 @@ def test_another_state_dict_is_refused_before_anything_is_touched(
     assert model.peft_config["default"].init == "pissa"
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_factors_beside_a_tensor_of_another_shape_change_nothing(own: bool, tiny_llama: Make, tokens: Tensor) -> None:
+    """torch loads what fits before it raises. A plain LoRA, which is not the adapter's own, would take its start."""
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = pissa.wrap(tiny_llama(), r=4, start_norm="unit", **fields)
+    state = peft.get_peft_model_state_dict(model if own else plain_lora(tiny_llama(), tokens, **fields))
+    train(model, tokens)
+    before, config = snapshot(model), model.peft_config["default"].to_dict()
+    head = "base_model.model.lm_head.weight"
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.lm_head"):
+        peft.set_peft_model_state_dict(model, state | {head: state[head][1:]})
+    assert_same(model, before)
+    assert model.peft_config["default"].to_dict() == config
+    assert not peft.set_peft_model_state_dict(model, state).unexpected_keys
+
+
 def test_adalora_takes_no_plain_lora(tiny_llama: Make, tokens: Tensor) -> None:
     model = trained(tiny_llama, tokens, "adalora")
     with pytest.raises(ValueError, match="a plain LoRA does not have its singular values"):
