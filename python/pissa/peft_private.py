@@ -165,7 +165,7 @@ def _fetching_nothing(method: FunctionType) -> FunctionType:
     global, which other models of the process need: so the method has globals of its own.
     """
     names = {**method.__globals__, "onload_layer": nullcontext}
-    return FunctionType(method.__code__, names, method.__name__, method.__defaults__)
+    return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
 class LoraTuner(LoraModel):  # type: ignore[misc]

@@ -185,7 +185,7 @@ class PissaModel(MendedPeftModel):
         return with_unwrapped_names(base, named) if recurse and not prefix and is_merged(base) else named
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch. For `peft.set_peft_model_state_dict`, which calls it, a tensor of another shape changes nothing."""
+        """As in torch, but what `peft.set_peft_model_state_dict` loads is loaded whole or not at all."""
         return load_whole(self, state_dict, partial(super().load_state_dict, strict=strict, assign=assign))
 
     def add_model_tags(self, tags: list[str] | str) -> None:
