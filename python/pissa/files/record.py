@@ -23,8 +23,8 @@ from pissa.layers.layer import PissaLayer
 from pissa.ops.checks import check_choice, check_scaling
 from pissa.ops.formats import FORMATS
 
-FORMAT = 3
-"""The format that is written, and read. 1 and 2 were never released."""
+FORMAT = 1
+"""The format that is written, and read."""
 
 
 class _SavedForm(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import pissa
 from language_models import FORMS, Make, logits, train
@@ -151,8 +151,8 @@ DAMAGE = {
     "empty record": ("pissa.json", lambda path: path.write_text("{}"), "pissa.json cannot be read: 'format'"),
     "newer format": (
         "pissa.json",
-        lambda path: edit_json(path, lambda c: c.update(format=4)),
-        "pissa.json cannot be read: format 4",
+        lambda path: edit_json(path, lambda c: c.update(format=2)),
+        "pissa.json cannot be read: format 2",
     ),
     "unknown option": (
         "pissa.json",

@@ -1,4 +1,4 @@
-"""Adapters that pissa 0.1.0 wrote (fixtures/format_3/make.py) load to the bit, whatever the code has become, on a CPU
+"""Adapters that pissa 0.1.0 wrote (fixtures/format_1/make.py) load to the bit, whatever the code has become, on a CPU
 and on a GPU, which know them by fingerprints of either kind."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pissa.notices.OtherRoundingWarning"),
 ]
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "format_3"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "format_1"
 OWN = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(peft.LoraConfig)}
 all_of_them = pytest.mark.parametrize("name", ["implicit", "nf4", "taken", "unit", "sums"])
 stored = pytest.mark.parametrize("name", ["nf4", "sums"])
