@@ -66,6 +66,19 @@ class OfThread {
   std::deque<Kept>* kept_;
 };
 
+// While it lives, a capture lets this thread make calls that are in no graph, as torch's allocator does.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const Context& context) {
+    check(cudaThreadExchangeStreamCaptureMode(&mode_), context, "cudaThreadExchangeStreamCaptureMode");
+  }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the thread's own
+};
+
 }  // namespace
 
 const Allocator& stream_ordered_allocator() {
@@ -82,11 +95,11 @@ cusolverDnHandle_t Context::solver() const {
 
 Context::Side Context::side() const {
   Side& kept = OfThread<Side>::at(device);
+  if (kept.stream) return kept;
+  const RelaxedCapture relaxed(*this);
   if (!kept.event)
     check(cudaEventCreateWithFlags(&kept.event, cudaEventDisableTiming), *this, "cudaEventCreateWithFlags");
-  if (!kept.stream) {
-    check(cudaStreamCreateWithFlags(&kept.stream, cudaStreamNonBlocking), *this, "cudaStreamCreateWithFlags");
-  }
+  check(cudaStreamCreateWithFlags(&kept.stream, cudaStreamNonBlocking), *this, "cudaStreamCreateWithFlags");
   return kept;
 }
 

@@ -42,8 +42,8 @@ struct Context {
   /// A cuSOLVER handle on `stream`, of the calling thread; made on first use, which takes milliseconds.
   cusolverDnHandle_t solver() const;
 
-  /// A second stream, of the calling thread, and an event to order it with the first; made on first use. side_stream.h
-  /// is for those who use it.
+  /// A second stream, of the calling thread, and an event to order it with the first; made on first use, which may be
+  /// inside a capture. side_stream.h is for those who use it.
   struct Side {
     cudaStream_t stream = nullptr;
     cudaEvent_t event = nullptr;

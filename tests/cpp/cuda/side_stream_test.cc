@@ -92,5 +92,29 @@ TEST(CudaSideStream, AThreadTakesOverFromOneThatHasEnded) {
   EXPECT_EQ(in_a_thread(), first);
 }
 
+// A thread's first layer may be one that is captured: on a device where no thread that has ended left a stream.
+TEST(CudaSideStream, ItsFirstUseMayBeInACapture) {
+  const auto in_a_thread = [] {
+    ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+    const cuda::Context& context = cuda::standalone_context();
+    DeviceLayer layer(20, 40, 64, 3);
+    cudaGraph_t graph;
+    EXPECT_EQ(cudaStreamBeginCapture(context.stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    layer.forward();
+    layer.backward();
+    EXPECT_EQ(cudaStreamEndCapture(context.stream, &graph), cudaSuccess);
+    cudaGraphExec_t exec;
+    EXPECT_EQ(cudaGraphInstantiate(&exec, graph), cudaSuccess);
+    EXPECT_EQ(cudaGraphLaunch(exec, context.stream), cudaSuccess);
+    const std::vector<unsigned char> captured = layer.take_results();
+    cudaGraphExecDestroy(exec);
+    cudaGraphDestroy(graph);
+    layer.forward();
+    layer.backward();
+    EXPECT_TRUE(layer.take_results() == captured);
+  };
+  std::async(std::launch::async, in_a_thread).get();
+}
+
 }  // namespace
 }  // namespace pissa::test

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <functional>
+#include <future>
 #include <utility>
 #include <vector>
 
@@ -205,9 +206,13 @@ TEST_F(CudaSimCapture, WhatEndsACapture) {
     }
   }
   // Potentially unsafe calls, on whatever they work.
-  const std::function<cudaError_t()> unsafe[] = {[&] { return cudaMalloc(&pointer, 4); },
-                                                 [&] { return cudaFree(before); },
-                                                 [&] { return cudaMemcpy(&host, memory_, 4, cudaMemcpyDefault); }};
+  cudaStream_t stream;
+  cudaEvent_t event;
+  const std::function<cudaError_t()> unsafe[] = {
+      [&] { return cudaMalloc(&pointer, 4); }, [&] { return cudaFree(before); },
+      [&] { return cudaMemcpy(&host, memory_, 4, cudaMemcpyDefault); },
+      [&] { return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking); },
+      [&] { return cudaEventCreate(&event); }};
   for (const auto& call : unsafe) {
     begin();
     EXPECT_EQ(call(), cudaErrorStreamCaptureUnsupported);
@@ -215,6 +220,8 @@ TEST_F(CudaSimCapture, WhatEndsACapture) {
   }
   begin(cudaStreamCaptureModeRelaxed);
   for (const auto& call : unsafe) expect_success(call());
+  expect_success(cudaStreamDestroy(stream));
+  expect_success(cudaEventDestroy(event));
   expect_success(cudaMemcpyAsync(pinned, memory_, 4, cudaMemcpyDeviceToHost, stream_));
   expect_success(cudaEventQuery(outside));
   launch_graph(1);
@@ -250,6 +257,42 @@ TEST_F(CudaSimCapture, WhereItBeginsAndEnds) {
   EXPECT_EQ(cudaStreamWaitEvent(side_, forked_), cudaErrorStreamCaptureMerge);
   expect_end(cudaErrorStreamCaptureInvalidated);
   EXPECT_EQ(cudaStreamEndCapture(side_, &graph), cudaErrorStreamCaptureInvalidated);
+}
+
+// A thread that is relaxed may make unsafe calls within a capture, and beside another thread's; others may not.
+TEST_F(CudaSimCapture, AThreadIsRelaxed) {
+  const auto allocate = [] {
+    void* pointer;
+    const cudaError_t error = cudaMalloc(&pointer, 4);
+    if (error == cudaSuccess) expect_success(cudaFree(pointer));
+    return error;
+  };
+  const auto allocate_elsewhere = [&](cudaStreamCaptureMode mode) {
+    return std::async(std::launch::async,
+                      [&, mode]() mutable {
+                        expect_success(cudaThreadExchangeStreamCaptureMode(&mode));
+                        EXPECT_EQ(mode, cudaStreamCaptureModeGlobal);
+                        return allocate();
+                      })
+        .get();
+  };
+  begin();
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  expect_success(cudaThreadExchangeStreamCaptureMode(&mode));
+  EXPECT_EQ(mode, cudaStreamCaptureModeGlobal);
+  expect_success(allocate());
+  for (const auto other : {cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed}) {
+    expect_success(allocate_elsewhere(other));
+  }
+  expect_success(cudaThreadExchangeStreamCaptureMode(&mode));
+  EXPECT_EQ(mode, cudaStreamCaptureModeRelaxed);
+  launch_graph(1);
+  for (const auto& call :
+       {std::function(allocate), std::function([&] { return allocate_elsewhere(cudaStreamCaptureModeGlobal); })}) {
+    begin();
+    EXPECT_EQ(call(), cudaErrorStreamCaptureUnsupported);
+    expect_end(cudaErrorStreamCaptureInvalidated);
+  }
 }
 
 // The null stream would wait for a blocking one, which is not there to be waited for.

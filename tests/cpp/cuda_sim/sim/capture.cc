@@ -1,6 +1,7 @@
 #include "sim/capture.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cuda_runtime_api.h"
 #include "sim/memory.h"
@@ -22,6 +23,8 @@ std::vector<std::shared_ptr<Capture>>& captures() {  // that go on
   static auto& result = *new std::vector<std::shared_ptr<Capture>>;
   return result;
 }
+
+thread_local cudaStreamCaptureMode mode_of_thread = cudaStreamCaptureModeGlobal;
 
 template <class Predicate>
 cudaError_t invalidate_if(Predicate forbids, cudaError_t error) {
@@ -87,8 +90,10 @@ void Graph::run() const {
 
 cudaError_t check_unsafe_call() {
   const auto forbids = [](const Capture& capture) {
-    return capture.mode == cudaStreamCaptureModeGlobal ||
-           (capture.mode == cudaStreamCaptureModeThreadLocal && capture.thread == std::this_thread::get_id());
+    if (capture.thread == std::this_thread::get_id()) {
+      return capture.mode != cudaStreamCaptureModeRelaxed && mode_of_thread != cudaStreamCaptureModeRelaxed;
+    }
+    return capture.mode == cudaStreamCaptureModeGlobal && mode_of_thread == cudaStreamCaptureModeGlobal;
   };
   return invalidate_if(forbids, cudaErrorStreamCaptureUnsupported);
 }
@@ -138,6 +143,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!capture->valid) return call.fail(cudaErrorStreamCaptureInvalidated);
   if (!capture->graph->is_joined()) return call.fail(cudaErrorStreamCaptureUnjoined);
   *graph = new CUgraph_st{capture->graph};
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  const Call call;
+  if (call.failed()) return call.error();
+  if (!mode) return call.fail(cudaErrorInvalidValue);
+  std::swap(*mode, mode_of_thread);
   return cudaSuccess;
 }
 

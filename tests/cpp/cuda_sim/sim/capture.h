@@ -59,8 +59,9 @@ struct Capture {
 };
 
 /// What a call of a kind that captures forbid has to return; one that is forbidden ends the captures that forbid it.
-/// Potentially unsafe ones are forbidden by a capture that is not relaxed; those that wait for the device by any; work
-/// on the null stream by one of a stream that it is ordered with.
+/// Potentially unsafe ones, to which the making of streams and events is counted, are forbidden by a capture that is
+/// not relaxed, unless the thread is; those that wait for the device by any; work on the null stream by one of a stream
+/// that it is ordered with.
 cudaError_t check_unsafe_call();
 cudaError_t check_wait_for_device();
 cudaError_t check_null_stream();

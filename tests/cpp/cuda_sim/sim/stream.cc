@@ -278,6 +278,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   const Call call;
   if (call.failed()) return call.error();
   if (!stream || flags > cudaStreamNonBlocking) return call.fail(cudaErrorInvalidValue);
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
   const StreamPtr& made = runtime().streams.emplace_back(std::make_shared<Stream>());
   made->device = current_device();
   made->blocking = flags != cudaStreamNonBlocking;
@@ -331,6 +332,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   const Call call;
   if (call.failed()) return call.error();
   if (!event || flags > (cudaEventBlockingSync | cudaEventDisableTiming)) return call.fail(cudaErrorInvalidValue);
+  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
   const EventPtr& made = runtime().events.emplace_back(std::make_shared<Event>());
   made->device = current_device();
   made->timed = !(flags & cudaEventDisableTiming);
