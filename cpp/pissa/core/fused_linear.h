@@ -45,10 +45,11 @@ inline constexpr std::int64_t kFewTokens = 16;
 
 namespace detail {
 
-/// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant.
+/// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant. For
+/// f32 the user's choice of TF32 holds, as for the layer that is adapted.
 inline Precision precision_for(const Matrix& x) {
   if (x.format == Format::bf16) return Precision::bf16;
-  return x.format == Format::f16 ? Precision::f16 : Precision::f32;
+  return x.format == Format::f16 ? Precision::f16 : Precision::tf32;
 }
 
 }  // namespace detail
@@ -61,7 +62,7 @@ struct FactorSums {
   /// Whether a forward at x keeps them: not where the device does not round factors, or takes them apart anyway.
   template <Backend B>
   static bool kept(const Matrix& x, const Adapter& adapter) {
-    return KeepsFactorSums<B> && detail::precision_for(x) != Precision::f32 && x.rows > kFewTokens && adapter.a0;
+    return KeepsFactorSums<B> && x.format != Format::f32 && x.rows > kFewTokens && adapter.a0;
   }
   /// Their elements, which lie one after the other.
   static std::int64_t size(const Adapter& adapter) {

@@ -93,9 +93,9 @@ inline Matrix one_of(Matrix stack, std::int64_t i) {
 enum class Op : std::uint8_t { n, t };
 
 /// What a product's operands may be rounded to before they are multiplied; sums are f32 either way. `bf16` and `f16`
-/// are what mixed precision means, and what a device does where it has faster units for them; `f32` keeps every digit
-/// given.
-enum class Precision : std::uint8_t { f32, bf16, f16 };
+/// are what mixed precision means, and what a device does where it has faster units for them; `tf32` is TF32 where the
+/// device has it and its user has allowed it, and f32 elsewhere; `f32` keeps every digit given.
+enum class Precision : std::uint8_t { f32, bf16, f16, tf32 };
 
 /// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
 enum class Rank : std::uint8_t { assumed_full, any };

@@ -12,7 +12,7 @@ namespace pissa::cuda {
 /// out = scale * a, both dense. With a.ld = 0 the first row of a is every row.
 void convert(const Context& context, const Matrix& a, float scale, const MutableMatrix& out, std::int64_t count = 1);
 
-/// out = a + b in f32, of one sum or two; out may be a.
+/// out = a + b in f32, of one sum or two; out may be a. With ld = 0 as above.
 void add(const Context& context, const Sum& first, const Sum& second, std::int64_t count);
 
 /// Differences of dense matrices, and the sum of the squares of them all: of what the outputs hold, in f64, in an order

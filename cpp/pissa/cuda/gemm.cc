@@ -8,6 +8,8 @@
 #include <optional>
 #include <utility>
 
+#include "pissa/cuda/elementwise.h"
+
 namespace pissa::cuda {
 namespace {
 
@@ -95,19 +97,25 @@ class Product {
 
   // A vector along the columns of the row-major output.
   void add_bias(const void* bias, cudaDataType_t type) {
+    has_bias_ = true;
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type);
   }
 
-  void run(const void* alpha, const void* beta) const {
+  // False, and nothing is computed, where cublasLt knows no way. Of operands at 2 bytes and others at more it may say
+  // so only here.
+  bool run(const void* alpha, const void* beta) const {
     const auto best = algorithm();
-    if (!best) return run_by_handle(alpha, beta);
+    if (!best) return false;
     const Array<char> workspace(context_, static_cast<std::int64_t>(best->workspaceSize));
-    verify(cublasLtMatmul(lt_handle(), description_.get(), alpha, left_.data, layouts_[0].get(), right_.data,
-                          layouts_[1].get(), beta, out_.data, layouts_[2].get(), const_cast<void*>(out_.data),
-                          layouts_[2].get(), &best->algo, workspace.data(), best->workspaceSize, context_.stream),
-           "cublasLtMatmul");
+    const cublasStatus_t status =
+        cublasLtMatmul(lt_handle(), description_.get(), alpha, left_.data, layouts_[0].get(), right_.data,
+                       layouts_[1].get(), beta, out_.data, layouts_[2].get(), const_cast<void*>(out_.data),
+                       layouts_[2].get(), &best->algo, workspace.data(), best->workspaceSize, context_.stream);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
+    verify(status, "cublasLtMatmul");
+    return true;
   }
 
   // None where cublasLt knows none, as it may for operands that are not at 16 bytes.
@@ -124,9 +132,10 @@ class Product {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(right_));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(out_));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(out_));
-    // Parts of a sum are added in f32: the other schemes do so in the output's type.
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-           static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    // Parts of a sum are added in f32: the other schemes do so in the output's type. With a bias there are no parts:
+    // split-K adds it after it has rounded their sum to that type (pytorch#180875), under which schemes nobody says.
+    const auto schemes = has_bias_ ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<std::uint32_t>(schemes));
     cublasLtMatmulHeuristicResult_t best{};
     int found = 0;
     const cublasStatus_t status =
@@ -136,9 +145,6 @@ class Product {
     if (status == CUBLAS_STATUS_NOT_SUPPORTED || found == 0) return {};
     return best;
   }
-
- private:
-  cublasLtHandle_t lt_handle() const { return reinterpret_cast<cublasLtHandle_t>(context_.blas); }
 
   // At any alignment, without a bias.
   void run_by_handle(const void* alpha, const void* beta) const {
@@ -151,6 +157,9 @@ class Product {
                                       number(count_), compute_, CUBLAS_GEMM_DEFAULT),
            "cublasGemmStridedBatchedEx");
   }
+
+ private:
+  cublasLtHandle_t lt_handle() const { return reinterpret_cast<cublasLtHandle_t>(context_.blas); }
   std::int64_t inner() const { return left_.op == CUBLAS_OP_N ? left_.cols : left_.rows; }
 
   template <class T, class Create>
@@ -188,15 +197,25 @@ class Product {
   Operand left_, right_, out_;
   std::int64_t count_;
   cublasComputeType_t compute_;
+  bool has_bias_ = false;
   Owned<cublasLtMatmulDesc_t> description_;
   Owned<cublasLtMatrixLayout_t> layouts_[3];
 };
+
+// Torch writes into the handle what its user allows. TF32 is two bits: 2 alone is pedantic.
+bool allows_tf32(const Context& context) {
+  cublasMath_t mode = CUBLAS_DEFAULT_MATH;
+  check(cublasGetMathMode(context.blas, &mode), context, "cublasGetMathMode");
+  return (mode & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH;
+}
 
 // Row-major out = op(a) op(b) is column-major out^T = op(b)^T op(a)^T.
 Product product_of(const Context& context, const Matmul& problem) {
   const Operand left = operand(problem.b, problem.op_b);
   const Operand right = operand(problem.a, problem.op_a);
-  Product product(context, CUBLAS_COMPUTE_32F, CUDA_R_32F, left, right, operand(problem.out), problem.count);
+  const bool tf32 = problem.may_use_tf32 && problem.a.format == Format::f32 && allows_tf32(context);
+  Product product(context, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F, left, right,
+                  operand(problem.out), problem.count);
   if (problem.bias) product.add_bias(problem.bias.data, type_of(problem.bias.format));
   return product;
 }
@@ -204,9 +223,18 @@ Product product_of(const Context& context, const Matmul& problem) {
 }  // namespace
 
 void matmul(const Context& context, const Matmul& problem) {
-  if (problem.out.rows == 0 || problem.out.cols == 0) return;
-  const float beta = problem.accumulate ? 1.0f : 0.0f;
-  product_of(context, problem).run(&problem.alpha, &beta);
+  const MutableMatrix& out = problem.out;
+  if (out.rows == 0 || out.cols == 0) return;
+  float beta = problem.accumulate ? 1.0f : 0.0f;
+  const Product product = product_of(context, problem);
+  if (product.run(&problem.alpha, &beta)) return;
+  if (problem.bias) {
+    const Matrix rows{problem.bias.data, out.rows, out.cols, 0, problem.bias.format};  // the same everywhere
+    problem.accumulate ? add(context, {out, rows, out}, {}, problem.count)
+                       : convert(context, rows, 1.0f, out, problem.count);
+    beta = 1.0f;
+  }
+  product.run_by_handle(&problem.alpha, &beta);
 }
 
 bool takes_bias(const Context& context, Matmul problem, const Matrix& bias) {
@@ -217,8 +245,9 @@ bool takes_bias(const Context& context, Matmul problem, const Matrix& bias) {
 
 void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, const WideMatrix& b, Op op_b,
             double beta, const WideMatrix& out, std::int64_t count) {
-  Product(context, CUBLAS_COMPUTE_64F, CUDA_R_64F, operand(b, op_b), operand(a, op_a), operand(out), count)
-      .run(&alpha, &beta);
+  const Product product(context, CUBLAS_COMPUTE_64F, CUDA_R_64F, operand(b, op_b), operand(a, op_a), operand(out),
+                        count);
+  if (!product.run(&alpha, &beta)) product.run_by_handle(&alpha, &beta);
 }
 
 void gram(const Context& context, const double* rows, std::int64_t k, std::int64_t cols, bool first, double* gram,

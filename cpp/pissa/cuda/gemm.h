@@ -1,5 +1,5 @@
 // Matrix products by cublasLt, and by cuBLAS where cublasLt knows no way: one product of dense matrices, or of stacks
-// of them, in f32 or f64.
+// of them, in f32, TF32 or f64.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,16 @@
 namespace pissa::cuda {
 
 /// out = alpha op(a) op(b) + beta * out + bias for row-major matrices. a and b in one format, out in that or in f32.
-/// bias: [1, n], or absent, and given only where takes_bias says so. Every element is rounded once, from f32.
+/// bias: [1, n], or absent, and given only where takes_bias says so, be it for other columns. Every element is rounded
+/// once, from f32; a second time where cublasLt knows no way after all: then the bias is added to `out` first.
 struct Matmul {
   Matrix a;
   Op op_a = Op::n;
   Matrix b;
   Op op_b = Op::n;
   float alpha = 1.0f;
-  bool accumulate = false;  // beta = 1
+  bool accumulate = false;    // beta = 1
+  bool may_use_tf32 = false;  // for factors in f32, where the user of context.blas allows it
   Matrix bias = {};
   MutableMatrix out = {};
   std::int64_t count = 1;  // matrices in each stack

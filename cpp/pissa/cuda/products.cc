@@ -110,6 +110,7 @@ void add_product(const Context& context, const Term& term, Format format, bool a
                    .op_b = term.op_b,
                    .alpha = term.scale,
                    .accumulate = accumulate,
+                   .may_use_tf32 = term.precision == Precision::tf32,
                    .out = sum,
                    .count = count});
 }
@@ -209,6 +210,7 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
                    .b = chunks.front(),
                    .op_b = op,
                    .alpha = scales.sum,
+                   .may_use_tf32 = precision == Precision::tf32,
                    .out = cols_of(sum, 0, chunks.step())};
     // The thin products first: the large one then adds to them what it computes, which costs it nothing.
     const bool bias_last = bias && takes_bias(context, product, bias);

@@ -90,6 +90,24 @@ TEST_P(WeightGemmTest, FewRowsOfAQuantizedWeight) {
   }
 }
 
+// A bias is added before the sum is rounded, however long the sum: 1 + 2^-9 - 1 is 2^-9. Few outputs, so that a device
+// divides the sum among its processors.
+TEST_P(WeightGemmTest, ABiasIsRoundedWithItsSum) {
+  for (const Format format : {Format::bf16, Format::f16}) {
+    const double small = format == Format::bf16 ? 0x1p-9 : 0x1p-12;
+    const std::int64_t m = 17, n = 32, k = 4096;
+    Dense ones(m, k), minus_one(1, n), parts(n, k), expected(m, n);
+    for (double& value : ones.values) value = 1;
+    for (double& value : minus_one.values) value = -1;
+    for (double& value : expected.values) value = small;
+    for (std::int64_t j = 0; j < n; ++j) parts(j, 0) = 1, parts(j, k - 1) = small;
+    const Stored x(ones, format), weight(parts, format), bias(minus_one, format, 0, Stored::kAligned);
+    Stored y = Stored::poisoned(m, n, format);
+    backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, {}, bias.view(), y.mutable_view());
+    EXPECT_EQ(y.values().values, expected.values) << name(format);
+  }
+}
+
 TEST_P(WeightGemmTest, TheSameBits) {
   Random random(3);
   const std::int64_t m = 29, out = 517, in = 270, r = 6;

@@ -1,5 +1,6 @@
 // The CUDA backend's products on what cuBLAS leaves open, and does on one device or in one release only: denormals
-// taken for zero, sums in f32 that overflow, kernels that need an alignment, no kernel at all.
+// taken for zero, sums in f32 that overflow, kernels that need an alignment, no kernel at all; and TF32, which its user
+// allows.
 #include <cublas_v2.h>
 #include <gtest/gtest.h>
 
@@ -7,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "pissa/core/fused_linear.h"
 #include "pissa/core/rsvd.h"
 #include "pissa/cuda/context.h"
 #include "pissa/cuda/gemm.h"
@@ -23,7 +25,10 @@ namespace {
 
 class LibraryModes : public ::testing::Test {
  protected:
-  void TearDown() override { cuda_sim::reset_libraries(); }
+  void TearDown() override {
+    cuda_sim::reset_libraries();
+    cublasSetMathMode(cuda::standalone_context().blas, CUBLAS_DEFAULT_MATH);
+  }
   TransferringBackend backend;
   Random random{1};
 };
@@ -107,14 +112,15 @@ struct Biased {
         b(random.dense(72, 3), Format::bf16),
         tail{a.view(), Op::n, b.view(), Op::t, 0.5f, Precision::bf16} {}
 
-  void check(TransferringBackend& backend) const {
+  // The tail is rounded before; where cublasLt refuses what its heuristic knew, so is the tail with the bias.
+  void check(TransferringBackend& backend, std::int64_t bf16_roundings = 1) const {
     Stored y = Stored::poisoned(20, 72, Format::bf16, Stored::kAligned, Stored::kAligned);
     backend.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::bf16, {&tail, 1}, bias.view(), y.mutable_view());
     const Dense tail_value = 0.5 * (a.values() * transposed(b.values()));
     const Dense value = x.values() * transposed(weight.values()) + tail_value + bias.values();
     const Dense magnitude = absolute(x.values()) * transposed(absolute(weight.values())) +
                             0.5 * (absolute(a.values()) * transposed(absolute(b.values()))) + absolute(bias.values());
-    expect_close(y, {value, magnitude}, 64 + 3 + 3, 1);  // the tail is rounded before
+    expect_close(y, {value, magnitude}, 64 + 3 + 3, bf16_roundings);
   }
 };
 
@@ -124,10 +130,12 @@ TEST_F(LibraryModes, ABiasAnywhere) {
 }
 
 TEST_F(LibraryModes, WithoutAnAlgorithm) {
-  for (const auto how : {cuda_sim::NoAlgorithm::none_returned, cuda_sim::NoAlgorithm::not_supported}) {
+  using cuda_sim::NoAlgorithm;
+  for (const auto how : {NoAlgorithm::none_returned, NoAlgorithm::not_supported, NoAlgorithm::refused_later}) {
+    SCOPED_TRACE(static_cast<int>(how));
     cuda_sim::set_no_algorithm_below(16, how);
     for (const std::int64_t lead : {1, 4, 8}) {
-      Biased(random, 0, lead).check(backend);
+      Biased(random, 0, lead).check(backend, how == NoAlgorithm::refused_later ? 2 : 1);
       Biased(random, 1, lead).check(backend);
     }
     for (const Op op : {Op::n, Op::t}) {
@@ -142,6 +150,34 @@ TEST_F(LibraryModes, WithoutAnAlgorithm) {
                    {double{0.3f} * (a.values() * b_values) + addend.values(),
                     double{0.3f} * (absolute(a.values()) * absolute(b_values)) + absolute(addend.values())},
                    43);
+    }
+  }
+}
+
+// Of the chunks of a weight, 64 columns each and a last one of 8: without an algorithm for the last one alone, whether
+// its bias has something to be added to or not.
+TEST_F(LibraryModes, ABiasOfAChunkWithoutAnAlgorithm) {
+  const cuda::Context& context = cuda::standalone_context();
+  const StoredNf4 weight(random, 72, 64, 64, false);
+  const Stored x(random.dense(20, 64), Format::bf16), a(random.dense(20, 3), Format::bf16),
+      b(random.dense(72, 3), Format::bf16), bias(random.dense(1, 72), Format::bf16, Stored::kAligned, 0);
+  const Dense w = Stored(weight.values(), Format::bf16).values();
+  for (const auto how : {cuda_sim::NoAlgorithm::none_returned, cuda_sim::NoAlgorithm::refused_later}) {
+    cuda_sim::set_no_algorithm_for(8, how);
+    for (const std::size_t terms : {0, 1}) {
+      SCOPED_TRACE(::testing::Message() << static_cast<int>(how) << ", " << terms);
+      Stored y = Stored::poisoned(20, 72, Format::bf16);
+      Staging at(context);
+      const std::vector<Term> tail(terms, {at(a.view()), Op::n, at(b.view()), Op::t, 1.0f, Precision::bf16});
+      cuda::weight_product(context, at(x.view()), at(weight.view()), Op::t, 1.0f, Precision::bf16, tail,
+                           at(bias.view()), at(y.mutable_view()), 1);
+      at.finish();
+      const double part = static_cast<double>(terms);
+      expect_close(y,
+                   {x.values() * transposed(w) + part * (a.values() * transposed(b.values())) + bias.values(),
+                    absolute(x.values()) * transposed(absolute(w)) +
+                        part * (absolute(a.values()) * transposed(absolute(b.values()))) + absolute(bias.values())},
+                   64 + 3 + 3, terms == 0 ? 0 : 2);
     }
   }
 }
@@ -203,6 +239,67 @@ TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
   cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
   cublasGetMathMode(context.blas, &mode);
   EXPECT_EQ(mode, CUBLAS_DEFAULT_MATH);
+}
+
+// ---- TF32 -----------------------------------------------------------------------------------------------------------
+
+Dense all(std::int64_t rows, std::int64_t cols, double value) {
+  Dense result(rows, cols);
+  for (double& element : result.values) element = value;
+  return result;
+}
+
+// 1 + 2^-11 is 1 in TF32: what a layer in f32 multiplies is, forward and backward, where its user allows it. With an
+// algorithm and without.
+TEST_F(LibraryModes, ALayerInTf32WhereItIsAllowed) {
+  const double fine = 1 + 0x1p-11;
+  const auto matrix = [](std::int64_t rows, std::int64_t cols, double value) {
+    return Stored(all(rows, cols, value), Format::f32);
+  };
+  const Stored x = matrix(20, 4, fine), x_one = matrix(20, 4, 1), dy = matrix(20, 30, fine), xa_four = matrix(20, 2, 4);
+  const Stored weight = matrix(30, 4, 1), a = matrix(2, 4, 1), b = matrix(30, 2, 1);
+  const Adapter adapter{.a = a.view(), .b = b.view(), .a0 = {}, .b0 = {}};
+  for (const auto mode : {CUBLAS_DEFAULT_MATH, CUBLAS_PEDANTIC_MATH, CUBLAS_TF32_TENSOR_OP_MATH}) {
+    for (const std::uint32_t no_algorithm_below : {0, 512}) {
+      SCOPED_TRACE(::testing::Message() << mode << ", " << no_algorithm_below);
+      cublasSetMathMode(cuda::standalone_context().blas, mode);
+      cuda_sim::set_no_algorithm_below(no_algorithm_below);
+      const double factor = mode == CUBLAS_TF32_TENSOR_OP_MATH ? 1 : fine;
+      const auto expect_all = [&](const Stored& actual, double value) {
+        EXPECT_EQ(actual.values().values, std::vector<double>(actual.values().values.size(), value * factor));
+      };
+      Stored y = Stored::poisoned(20, 30, Format::f32), xa = Stored::poisoned(20, 2, Format::f32);
+      linear_forward(backend, x.view(), weight.view(), {}, adapter, y.mutable_view(), xa.mutable_view());
+      expect_all(xa, 4);
+      expect_all(y, 4 + 2 * 4);
+      Stored dx = Stored::poisoned(20, 4, Format::f32);
+      Stored grad_a = Stored::poisoned(2, 4, Format::f32), grad_b = Stored::poisoned(30, 2, Format::f32);
+      linear_backward(backend, dy.view(), x_one.view(), weight.view(), adapter, xa_four.view(), dx.mutable_view(),
+                      grad_a.mutable_view(), grad_b.mutable_view());
+      expect_all(dx, 30 + 2 * 30);
+      expect_all(grad_a, 20 * 30);
+      expect_all(grad_b, 20 * 4);
+    }
+  }
+}
+
+TEST_F(LibraryModes, ADecompositionIsNeverInTf32) {
+  const Stored weight(random.dense(40, 70), Format::f32);
+  for (const std::uint32_t no_algorithm_below : {0, 512}) {
+    cuda_sim::set_no_algorithm_below(no_algorithm_below);
+    const auto decomposed = [&](cublasMath_t mode) {
+      cublasSetMathMode(cuda::standalone_context().blas, mode);
+      const auto factors = svd_lowrank(backend, weight.view(), 4, {SvdMethod::krylov, 8, 0});
+      std::vector<std::vector<std::uint8_t>> bytes;
+      for (const MutableMatrix& factor : {factors.u.view(), factors.s.view(), factors.v.view()}) {
+        Stored copied = Stored::poisoned(factor.rows, factor.cols, Format::f32);
+        backend.copy(factor, copied.mutable_view());
+        bytes.push_back(copied.bytes());
+      }
+      return bytes;
+    };
+    EXPECT_TRUE(decomposed(CUBLAS_TF32_TENSOR_OP_MATH) == decomposed(CUBLAS_DEFAULT_MATH));
+  }
 }
 
 }  // namespace

@@ -91,7 +91,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     cublasLtMatmulPreferenceAttributes_t attribute, const void* value,
                                                     std::size_t bytes);
 
-/// At most one algorithm, or none where the preference excludes it. It remembers what alignment the preference claimed
+/// At most one algorithm, or none where the preference excludes it. Where it may split a sum into parts, in whatever
+/// type these are added, it rounds the sum before it adds a bias. It remembers what alignment the preference claimed
 /// and what workspace it was given, and cublasLtMatmul holds its caller to both. No preference has the alignment of the
 /// bias: what the algorithm needs there is 16 bytes.
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,

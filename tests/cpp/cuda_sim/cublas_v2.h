@@ -37,7 +37,12 @@ enum cublasComputeType_t {
 
 enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1 };
 
-enum cublasMath_t { CUBLAS_DEFAULT_MATH = 0, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 };
+enum cublasMath_t {
+  CUBLAS_DEFAULT_MATH = 0,
+  CUBLAS_PEDANTIC_MATH = 2,
+  CUBLAS_TF32_TENSOR_OP_MATH = 3,
+  CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16,
+};
 
 using cublasHandle_t = struct cublasContext*;
 
@@ -52,7 +57,7 @@ cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, std
 cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t handle, cublasPointerMode_t mode);
 
 /// Whether parts of a sum may be added in the type of an output that is smaller than f32: they are, unless the mode
-/// disallows it. It holds for cublasGemmEx and cublasGemmStridedBatchedEx.
+/// disallows it; and whether f32 is multiplied in TF32. It holds for cublasGemmEx and cublasGemmStridedBatchedEx.
 cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode);
 cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t* mode);
 

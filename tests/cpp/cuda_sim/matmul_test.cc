@@ -75,7 +75,8 @@ struct Matmul {
   int batch = 1;
   double alpha = 1, beta = 0;
   double a_scale = 1, b_scale = 1;  // of the elements
-  std::uint32_t alignment = 16, schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+  std::uint32_t alignment = 16, schemes = CUBLASLT_REDUCTION_SCHEME_NONE;
+  bool tf32 = false;
   cublasMath_t math = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
   std::int64_t extra_ld = 3;              // of all
   std::int64_t wrong_ld = 0;              // added to what is said of A
@@ -95,6 +96,9 @@ struct Matmul {
   std::int64_t ldb() const { return b_rows() + extra_ld; }
   std::int64_t ldd() const { return static_cast<std::int64_t>(m) + extra_ld; }
   bool float64() const { return in == CUDA_R_64F; }
+  cublasComputeType_t compute() const {
+    return float64() ? CUBLAS_COMPUTE_64F : tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+  }
 
   cublasStatus_t run() {
     Random random(3);
@@ -188,8 +192,7 @@ struct Matmul {
                          const void* beta_pointer, void* d_pointer) {
     const auto lt = reinterpret_cast<cublasLtHandle_t>(handle);
     cublasLtMatmulDesc_t desc;
-    cublasLtMatmulDescCreate(&desc, float64() ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,
-                             float64() ? CUDA_R_64F : CUDA_R_32F);
+    cublasLtMatmulDescCreate(&desc, compute(), float64() ? CUDA_R_64F : CUDA_R_32F);
     const std::int32_t op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a);
     cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b);
@@ -245,16 +248,15 @@ struct Matmul {
     EXPECT_EQ(cublasSetStream(handle, stream), CUBLAS_STATUS_SUCCESS);
     EXPECT_EQ(cublasSetMathMode(handle, math), CUBLAS_STATUS_SUCCESS);
     const auto op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const auto compute = float64() ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
     const int rows = static_cast<int>(m), cols = static_cast<int>(n), inner = static_cast<int>(k);
     const int a_ld = static_cast<int>(lda() + wrong_ld), b_ld = static_cast<int>(ldb()), d_ld = static_cast<int>(ldd());
     const cublasStatus_t status =
         through == Through::gemm
             ? cublasGemmEx(handle, op_a, op_b, rows, cols, inner, alpha_pointer, a_pointer, in, a_ld, b_pointer, in,
-                           b_ld, beta_pointer, d_pointer, out, d_ld, compute, CUBLAS_GEMM_DEFAULT)
+                           b_ld, beta_pointer, d_pointer, out, d_ld, compute(), CUBLAS_GEMM_DEFAULT)
             : cublasGemmStridedBatchedEx(handle, op_a, op_b, rows, cols, inner, alpha_pointer, a_pointer, in, a_ld,
                                          lda() * a_cols(), b_pointer, in, b_ld, ldb() * b_cols(), beta_pointer,
-                                         d_pointer, out, d_ld, ldd() * cols, batch, compute, CUBLAS_GEMM_DEFAULT);
+                                         d_pointer, out, d_ld, ldd() * cols, batch, compute(), CUBLAS_GEMM_DEFAULT);
     const bool queued = status == CUBLAS_STATUS_SUCCESS && m > 0 && n > 0 && batch > 0;
     EXPECT_EQ(cudaStreamQuery(stream), queued ? cudaErrorNotReady : cudaSuccess);
     expect_success(cudaStreamSynchronize(stream));
@@ -356,11 +358,44 @@ TEST_F(CudaSimTest, MatmulRoundsPartsOfASumWhereItMay) {
     Matmul product{.out = CUDA_R_16BF, .through = through, .beta = 1};
     product.expect_right();
     const std::vector<double> rounded_once = product.result;
+    product.schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    product.expect_right();
     product.schemes = CUBLASLT_REDUCTION_SCHEME_MASK;
     product.math = CUBLAS_DEFAULT_MATH;
     EXPECT_EQ(product.run(), CUBLAS_STATUS_SUCCESS);
     EXPECT_NE(product.result, rounded_once);
   }
+}
+
+TEST_F(CudaSimTest, MatmulRoundsASumBeforeItsBiasWhereItMaySplitIt) {
+  Matmul product{.out = CUDA_R_16BF, .bias = true};
+  product.expect_right();
+  const std::vector<double> rounded_once = product.result;
+  product.schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+  EXPECT_EQ(product.run(), CUBLAS_STATUS_SUCCESS);
+  EXPECT_NE(product.result, rounded_once);
+}
+
+TEST_F(CudaSimTest, MatmulInTf32) {
+  const auto in_tf32 = [](double value) {
+    const int last = std::ilogb(value) - 10;
+    return std::ldexp(std::trunc(std::ldexp(value, -last)), last);
+  };
+  const Matmul lt{.in = CUDA_R_32F}, gemm{.in = CUDA_R_32F, .through = Through::gemm};
+  Matmul lt_asked = lt, gemm_asked = gemm, gemm_allowed = gemm, pedantic = gemm;
+  lt_asked.tf32 = gemm_asked.tf32 = true;
+  gemm_allowed.math = CUBLAS_TF32_TENSOR_OP_MATH;
+  for (Matmul* product : {&lt_asked, &gemm_asked, &gemm_allowed}) {
+    ASSERT_EQ(product->run(), CUBLAS_STATUS_SUCCESS);
+    const std::vector<double> sums = product->formula<float>(in_tf32);
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      if (std::isnan(sums[i])) continue;
+      ASSERT_EQ(product->result[i], sums[i]) << i;
+    }
+  }
+  pedantic.math = CUBLAS_PEDANTIC_MATH;
+  pedantic.expect_right();
+  EXPECT_EQ((Matmul{.in = CUDA_R_16BF, .tf32 = true}.run()), CUBLAS_STATUS_NOT_SUPPORTED);
 }
 
 // ---- What is refused, and what aborts -------------------------------------------------------------------------------
@@ -434,23 +469,30 @@ TEST_F(CudaSimTest, MatmulLoadsTheBiasBySixteenBytes) {
   Matmul{.bias = true, .bias_lead = 1}.expect_right();
 }
 
-TEST_F(CudaSimTest, NoAlgorithmBelowAnAlignment) {
-  Matmul product{.alignment = 8};
-  product.expect_right();
-  cuda_sim::set_no_algorithm_below(16);
-  EXPECT_EQ(product.run(), CUBLAS_STATUS_SUCCESS);
-  EXPECT_EQ(product.found, 0);
-  cuda_sim::set_no_algorithm_below(16, cuda_sim::NoAlgorithm::not_supported);
-  EXPECT_EQ(product.run(), CUBLAS_STATUS_NOT_SUPPORTED);
-  EXPECT_EQ(product.found, 0);
-  product.alignment = 16;
-  product.expect_right();
+TEST_F(CudaSimTest, NoAlgorithmBelowAnAlignmentOrForASize) {
+  using cuda_sim::NoAlgorithm;
+  const auto check = [](auto set, Matmul without, Matmul with) {
+    without.expect_right();
+    set(NoAlgorithm::none_returned);
+    EXPECT_EQ(without.run(), CUBLAS_STATUS_SUCCESS);
+    EXPECT_EQ(without.found, 0);
+    for (const auto how : {NoAlgorithm::not_supported, NoAlgorithm::refused_later}) {
+      set(how);
+      EXPECT_EQ(without.run(), CUBLAS_STATUS_NOT_SUPPORTED);
+      EXPECT_EQ(without.found, how == NoAlgorithm::refused_later ? 1 : 0);
+    }
+    with.expect_right();
+    cuda_sim::reset_libraries();
+  };
+  check([](NoAlgorithm how) { cuda_sim::set_no_algorithm_below(16, how); }, {.alignment = 8}, {.alignment = 16});
+  check([](NoAlgorithm how) { cuda_sim::set_no_algorithm_for(9, how); }, {.m = 9}, {.m = 7});
 }
 
 TEST_F(CudaSimTest, LibrariesAreAsAtFirstAfterReset) {
   cuda_sim::set_flush_denormals(true);
   cuda_sim::set_bias_bytes(32);
   cuda_sim::set_no_algorithm_below(256);
+  cuda_sim::set_no_algorithm_for(7);
   cuda_sim::reset_libraries();
   Matmul product{.in = CUDA_R_32F, .bias = true, .a_scale = 0x1p-140, .b_scale = 0x1p120};
   product.bias_lead = 4;

@@ -54,12 +54,14 @@ void set_flush_denormals(bool flush);
 /// misaligned address, after which a device is of no use any more: the work aborts.
 void set_bias_bytes(std::uint32_t bytes);
 
-/// How the heuristic says that it knows no algorithm: success and a count of 0, or CUBLAS_STATUS_NOT_SUPPORTED.
-enum class NoAlgorithm { none_returned, not_supported };
+/// How cublasLt says that it knows no algorithm: the heuristic returns success and a count of 0, or
+/// CUBLAS_STATUS_NOT_SUPPORTED; or it returns an algorithm, with which cublasLtMatmul is not supported.
+enum class NoAlgorithm { none_returned, not_supported, refused_later };
 
-/// The heuristic knows no algorithm where a preference claims less than `bytes` for the alignment of any matrix. At
-/// first it knows one for all.
+/// cublasLt knows no algorithm where a preference claims less than `bytes` for the alignment of any matrix, or for
+/// products with `m` rows in their column-major output. At first it knows one for all.
 void set_no_algorithm_below(std::uint32_t bytes, NoAlgorithm how = NoAlgorithm::none_returned);
+void set_no_algorithm_for(std::uint64_t m, NoAlgorithm how = NoAlgorithm::none_returned);
 
 /// What a solver does that is given NaN.
 enum class OnNaN {

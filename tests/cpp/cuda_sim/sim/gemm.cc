@@ -61,6 +61,9 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                         .bias = nullptr,
                         .bias_bytes = 1,
                         .rounds_parts = (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0,
+                        .rounds_before_bias = false,
+                        .tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32 ||
+                                (handle->math & CUBLAS_TF32_TENSOR_OP_MATH) == CUBLAS_TF32_TENSOR_OP_MATH,
                         .flushes = library_modes.flush_denormals};
   record_product(product);
   enqueue(handle->stream, [=] { product.run(); });

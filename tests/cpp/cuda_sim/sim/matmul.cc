@@ -46,6 +46,8 @@ struct Algorithm {
   std::uint32_t alignments[4];
   std::uint32_t bias_bytes;  // loaded at once
   bool rounds_parts;         // adds up parts of a sum in the output's type
+  bool rounds_before_bias;   // splits a sum into parts, and rounds it before the bias is added
+  bool refused;              // by cublasLtMatmul
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
@@ -231,16 +233,19 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   for (const std::uint32_t alignment : preference->alignments) {
     if (!std::has_single_bit(alignment)) return CUBLAS_STATUS_INVALID_VALUE;
   }
-  if (std::ranges::min(preference->alignments) < library_modes.no_algorithm_below) {
-    const bool status = library_modes.no_algorithm == cuda_sim::NoAlgorithm::not_supported;
-    return status ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
-  }
+  const bool knows_none = std::ranges::min(preference->alignments) < library_modes.no_algorithm_below ||
+                          problem->m() == library_modes.no_algorithm_for;
+  if (knows_none && library_modes.no_algorithm == cuda_sim::NoAlgorithm::none_returned) return CUBLAS_STATUS_SUCCESS;
+  if (knows_none && library_modes.no_algorithm == cuda_sim::NoAlgorithm::not_supported)
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   constexpr std::uint32_t kRounding = CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
   Algorithm algorithm{problem->kind(),
                       preference->workspace_bytes < kWorkspaceBytes ? 0 : kWorkspaceBytes,
                       {},
                       library_modes.bias_bytes,
-                      (preference->reduction_schemes & kRounding) != 0};
+                      (preference->reduction_schemes & kRounding) != 0,
+                      preference->reduction_schemes != CUBLASLT_REDUCTION_SCHEME_NONE,
+                      knows_none};
   std::memcpy(algorithm.alignments, preference->alignments, sizeof algorithm.alignments);
   results[0] = {};
   std::memcpy(&results[0].algo, &algorithm, sizeof algorithm);
@@ -275,6 +280,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                   .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS ? desc->bias : nullptr,
                   .bias_bytes = library_modes.bias_bytes,
                   .rounds_parts = false,
+                  .rounds_before_bias = false,
+                  .tf32 = desc->compute == CUBLAS_COMPUTE_32F_FAST_TF32,
                   .flushes = library_modes.flush_denormals};
   if (product.beta != 0 && !c) return CUBLAS_STATUS_INVALID_VALUE;
   const bool in_place = c == d && product.beta != 0;
@@ -287,6 +294,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     Algorithm algorithm;
     std::memcpy(&algorithm, algo, sizeof algorithm);
     if (algorithm.kind != problem->kind()) return CUBLAS_STATUS_INVALID_VALUE;
+    if (algorithm.refused) return CUBLAS_STATUS_NOT_SUPPORTED;
     const void* pointers[] = {a, b, product.beta == 0 ? nullptr : c, d};
     for (int i = 0; i < 4; ++i) {
       if (!is_aligned(pointers[i], algorithm.alignments[i])) return CUBLAS_STATUS_INVALID_VALUE;
@@ -294,6 +302,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     needed = algorithm.workspace_bytes;
     product.bias_bytes = algorithm.bias_bytes;
     product.rounds_parts = algorithm.rounds_parts;
+    product.rounds_before_bias = algorithm.rounds_before_bias;
   }
   if (workspace_bytes < needed || (needed > 0 && (!workspace || !is_aligned(workspace, 16)))) {
     return CUBLAS_STATUS_INVALID_VALUE;

@@ -1,7 +1,9 @@
 #include "sim/product.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -16,17 +18,20 @@ namespace {
 
 std::size_t size_of(cudaDataType_t type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
 
+float in_tf32(float value) { return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) & ~0x1fffu); }
+
 /// Elements of one type, as the sums see them.
 template <class Sum>
 class Elements {
  public:
-  Elements(cudaDataType_t type, bool flushes) : type_(type), flushes_(flushes) {}
+  Elements(cudaDataType_t type, bool flushes, bool tf32 = false) : type_(type), flushes_(flushes), tf32_(tf32) {}
 
   Sum load(const void* from, std::size_t index) const {
     if constexpr (std::is_same_v<Sum, double>) return static_cast<const double*>(from)[index];
     if (type_ == CUDA_R_16BF) return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[index]);
     if (type_ == CUDA_R_16F) return __half2float(static_cast<const __half*>(from)[index]);
-    return flushed(static_cast<const float*>(from)[index]);
+    const float value = flushed(static_cast<const float*>(from)[index]);
+    return tf32_ ? in_tf32(value) : value;
   }
 
   void store(void* to, std::size_t index, Sum value) const {
@@ -55,6 +60,7 @@ class Elements {
  private:
   cudaDataType_t type_;
   bool flushes_;
+  bool tf32_;
 };
 
 /// A matrix of the batch, all of it allocated.
@@ -82,7 +88,7 @@ template <class Sum>
 void multiply(const Product& product, int index) {
   const std::string call = product.call;
   const std::uint64_t m = product.d.rows, n = product.d.cols, k = product.inner();
-  const Elements<Sum> in(product.a.type, product.flushes), out(product.d.type, product.flushes);
+  const Elements<Sum> in(product.a.type, product.flushes, product.tf32), out(product.d.type, product.flushes);
   const auto a = decoded(matrix(product.a, index, call + ": A"), product.a, product.op_a, in);
   const auto b = decoded(matrix(product.b, index, call + ": B"), product.b, product.op_b, in);
   const void* c = product.beta == 0 ? nullptr : matrix(product.c, index, call + ": C");
@@ -108,6 +114,7 @@ void multiply(const Product& product, int index) {
     for (std::uint64_t i = 0; i < m; ++i) {
       Sum value = alpha * in.flushed(sums[i]);
       if (c) value += beta * out.load(c, j * static_cast<std::uint64_t>(product.c.ld) + i);
+      if (product.bias && product.rounds_before_bias) value = out.rounded(value);
       if (product.bias) value += bias[i];
       out.store(d, j * static_cast<std::uint64_t>(product.d.ld) + i, value);
     }
@@ -138,13 +145,14 @@ double bytes_of(const Stack& stack, int batch) {
 bool types_supported(cublasComputeType_t compute, cudaDataType_t scale, cudaDataType_t a, cudaDataType_t b,
                      cudaDataType_t c, cudaDataType_t d) {
   const bool f64 = compute == CUBLAS_COMPUTE_64F && scale == CUDA_R_64F;
+  const bool tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32 && scale == CUDA_R_32F;
   const bool f32 = compute == CUBLAS_COMPUTE_32F && scale == CUDA_R_32F;
   if (a != b || c != d) return false;
   switch (a) {
     case CUDA_R_64F:
       return f64 && d == CUDA_R_64F;
     case CUDA_R_32F:
-      return f32 && d == CUDA_R_32F;
+      return (f32 || tf32) && d == CUDA_R_32F;
     case CUDA_R_16BF:
     case CUDA_R_16F:
       return f32 && (d == a || d == CUDA_R_32F);

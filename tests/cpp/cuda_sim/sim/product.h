@@ -35,8 +35,10 @@ struct Product {
   double alpha, beta;  // where beta is 0, C is not read
   const void* bias;    // null, or of D's type
   std::uint32_t bias_bytes;
-  bool rounds_parts;  // the first half of each sum is rounded to D's type
-  bool flushes;       // denormal f32: elements that are read or written, and sums before alpha
+  bool rounds_parts;        // the first half of each sum is rounded to D's type
+  bool rounds_before_bias;  // D is rounded before the bias is added, and after it
+  bool tf32;                // f32 elements of A and B lose their lowest 13 bits, as in tensor cores
+  bool flushes;             // denormal f32: elements that are read or written, and sums before alpha
 
   std::uint64_t inner() const { return op_a == CUBLAS_OP_N ? a.cols : a.rows; }
 
