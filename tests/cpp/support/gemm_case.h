@@ -40,6 +40,7 @@ class TermList {
     }
     add_expected({a_values * b_values, absolute(a_values) * absolute(b_values)});
     roundings_ += k + 1;  // the additions, and the scaling
+    int8_ |= form_b == Form::int8;
   }
   void add_expected(const Bounded& more) {
     expected_ = {expected_.value + more.value, expected_.magnitude + more.magnitude};
@@ -49,8 +50,11 @@ class TermList {
   const std::vector<Term>& terms() const { return terms_; }
   const Bounded& expected() const { return expected_; }
   /// For up to four rows bf16 rounds an NF4 weight's level, not level * absmax as the reference does, and neither
-  /// operand beside an INT8 weight.
-  std::int64_t bf16_roundings() const { return rounds_ && expected_.value.rows <= 4 ? 2 : 0; }
+  /// operand beside an INT8 weight; for up to 16 rows not an INT8 weight's elements.
+  std::int64_t bf16_roundings() const {
+    const std::int64_t rows = expected_.value.rows;
+    return !rounds_ ? 0 : rows <= 4 ? 2 : rows <= 16 && int8_ ? 1 : 0;
+  }
   std::int64_t roundings() const { return roundings_ + 1; }  // and the multiplication, where it is not fused
 
  private:
@@ -60,6 +64,7 @@ class TermList {
   Precision precision_;
   bool rounds_;
   std::int64_t roundings_ = 0;
+  bool int8_ = false;
 };
 
 inline Op random_op(Random& random) { return random.coin() ? Op::t : Op::n; }

@@ -63,10 +63,11 @@ inline bool is_few_rows(const Term& term, std::int64_t rows) {
   return rows <= kDotRows && term.op_a == Op::n && term.op_b == Op::t && term.inner() >= kFewLeastInner;
 }
 
-// c = or += the term
+// c = or += the term. If it is the first one, INT8 codes need a conversion only: a row's scale multiplies its sums.
 template <class Product>
 void multiply_few_rows(const Term& term, const Block& block, const Panels& panels, bool accumulate) {
   const std::int64_t inner = term.inner();
+  const bool codes = term.b.format == Format::int8 && !accumulate;
   const std::int64_t tile_rows = ceil_div(block.rows, ceil_div(block.rows, kFewTileRows));
   for (std::int64_t k0 = 0; k0 < inner; k0 += kFewWords * Product::kPerWord) {
     const std::int64_t depth = smaller(kFewWords * Product::kPerWord, inner - k0);
@@ -74,7 +75,7 @@ void multiply_few_rows(const Term& term, const Block& block, const Panels& panel
     padded_rows<Product>({term.a, block.row, block.rows, k0, depth, term.scale}, panels.b);
     for (std::int64_t j = 0; j < block.cols; j += kFewCols) {
       const std::int64_t cols = smaller(kFewCols, block.cols - j);
-      padded_rows<Product>({term.b, block.col + j, cols, k0, depth}, panels.scratch);
+      padded_rows<Product>({term.b, block.col + j, cols, k0, depth, 1.0f, codes}, panels.scratch);
       for (std::int64_t i = 0; i < block.rows; i += tile_rows) {
         const std::int64_t rows = smaller(tile_rows, block.rows - i);
         const float* x = panels.b + i * kFewLd;
@@ -89,6 +90,11 @@ void multiply_few_rows(const Term& term, const Block& block, const Panels& panel
       }
     }
     accumulate = true;
+  }
+  for (std::int64_t i = 0; codes && i < block.rows; ++i) {
+    const float* scales = term.b.scales.absmax + block.col;
+    float* c = panels.c + i * kNc;
+    for (std::int64_t j = 0; j < block.cols; ++j) c[j] = int8_element(c[j], scales[j]);
   }
 }
 

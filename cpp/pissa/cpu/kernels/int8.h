@@ -15,6 +15,9 @@ struct Int8 {
   template <class Product>
   static void decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                      typename Product::Element* to);
+  template <class Product>
+  static void decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                              typename Product::Element* to);
   static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                        float* scales);
   template <class Product>
@@ -35,6 +38,19 @@ void Int8::decode(const Matrix& matrix, std::int64_t row, std::int64_t col, std:
   const std::int8_t* codes = int8_codes(matrix, row, col);
   const float scale = matrix.scales.absmax[row];
   for (std::int64_t i = 0; i < count; ++i) to[i] = Product::round(int8_element(codes[i], scale));
+}
+
+// The codes as numbers, exact in f32 and in bf16. From int to f32 the compiler would go by 16 bits: 18 instructions of
+// AVX2 for 32 codes instead of 12.
+template <class Product>
+void Int8::decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
+                           typename Product::Element* to) {
+  const std::int8_t* codes = int8_codes(matrix, row, col);
+  std::int64_t i = 0;
+  if constexpr (Product::kPerWord == 1) {
+    for (; i + kWidth <= count; i += kWidth) Vec::store(to + i, Vec::load_i8(codes + i));
+  }
+  for (; i < count; ++i) to[i] = Product::exact(codes[i]);
 }
 
 void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,

@@ -19,11 +19,12 @@ constexpr std::int64_t words(std::int64_t count) {
 }
 
 // What is packed: op(matrix), whose lanes [lead, lead + count) are rows of A or columns of B, elements [k0, k0 + depth)
-// of the inner dimension, all times scale.
+// of the inner dimension, all times scale; of an INT8 matrix maybe the codes, for rows_along_inner only.
 struct Slice {
   const Matrix& matrix;
   std::int64_t lead, count, k0, depth;
   float scale = 1.0f;
+  bool codes = false;
 };
 
 // Asks for elements of a row that will be packed soon. How many rows ahead: a row of codes takes about 50 ns to decode,
@@ -73,7 +74,8 @@ void rows_along_inner(const Slice& slice, std::int64_t lanes, std::int64_t ld, f
     prefetch(slice.matrix, row, slice.k0, slice.depth);
     auto* to = reinterpret_cast<Element*>(panel + lane * ld);
     to[Product::kPerWord * length - 1] = Element{};  // the partner of an odd last element
-    decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, Product{}, to);
+    if (slice.codes) Int8::decode_unscaled<Product>(slice.matrix, row, slice.k0, slice.depth, to);
+    else decode_elements(slice.matrix, row, slice.k0, slice.depth, slice.scale, Product{}, to);
   }
   for (std::int64_t lane = slice.count; lane < lanes; ++lane) {
     __builtin_memset(panel + lane * ld, 0, length * sizeof(float));

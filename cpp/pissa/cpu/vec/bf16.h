@@ -25,4 +25,12 @@ PISSA_INLINE std::uint16_t round_to_bf16(float value) {
   return static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
 }
 
+// A byte has no more bits than a bf16's significand: there is nothing to round.
+PISSA_INLINE std::uint16_t exact_bf16(std::int8_t value) {
+  const float wide = value;
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &wide, sizeof bits);
+  return static_cast<std::uint16_t>(bits >> 16);
+}
+
 }  // namespace pissa::cpu::PISSA_ISA

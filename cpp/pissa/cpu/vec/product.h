@@ -33,6 +33,7 @@ struct F32 {
     return V::template fma_lane<lane>(a, b, c);
   }
   static PISSA_INLINE float round(float value) { return value; }
+  static PISSA_INLINE float exact(std::int8_t value) { return value; }
   static PISSA_INLINE Table table(const float* levels, float scale) { return Vec::table(levels, scale); }
   static PISSA_INLINE Vec::Reg2 decode_split(const Table& table, const std::uint8_t* bytes) {
     return Vec::decode_split(table, bytes);
@@ -59,6 +60,7 @@ struct Bf16 : Pairs {
   static constexpr int kDecodeBytes = 2 * Vec::kWidth;
 
   static PISSA_INLINE Half round(float value) { return round_to_bf16(value); }
+  static PISSA_INLINE Half exact(std::int8_t value) { return exact_bf16(value); }
 };
 
 #endif
