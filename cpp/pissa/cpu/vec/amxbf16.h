@@ -25,6 +25,7 @@ class Tiles {
       config[16 + 2 * i] = 64;  // bytes of a row, 16 bits
       config[48 + i] = 16;      // rows
     }
+    written(config);
     _tile_loadconfig(config);
   }
   PISSA_INLINE ~Tiles() { _tile_release(); }
@@ -35,6 +36,7 @@ class Tiles {
   PISSA_INLINE void multiply(std::int64_t length, const float* a, std::int64_t ld_a, const float* b, float* c,
                              std::int64_t ld_c, bool accumulate) const {
     constexpr int kWord = sizeof(float);
+    written(c);
     if (accumulate) {
       _tile_loadd(0, c, ld_c * kWord);
       _tile_loadd(1, c + 16, ld_c * kWord);
@@ -61,6 +63,11 @@ class Tiles {
     _tile_stored(2, c + 16 * ld_c, ld_c * kWord);
     _tile_stored(3, c + 16 * ld_c + 16, ld_c * kWord);
   }
+
+ private:
+  // GCC's tile loads do not tell the compiler that they read memory, nor does _tile_loadconfig in older ones (its bug
+  // 114098): what was stored there could come later, or not at all.
+  static PISSA_INLINE void written(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 };
 
 }  // namespace pissa::cpu::PISSA_ISA
