@@ -3,7 +3,11 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, oldest torch supported, instruction set in use and the available ones (best last), CUDA."""
+    """Version, compiler, oldest torch supported, instruction set in use, the available ones (fastest last), why not
+    the faster ones, CUDA."""
+
+def isa_failure() -> str:
+    """The self-test of an instruction set that failed and what follows from it, or an empty string."""
 
 def formats() -> dict[str, dict[str, Any]]:
     """The quantised formats by name: bits of a code, blocksizes (none: a block is a row), usual_blocksize, and

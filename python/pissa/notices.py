@@ -80,3 +80,7 @@ class UnlockedFolderWarning(PissaWarning):
 
 class NotTakenOverWarning(PissaWarning):
     """With `pissa.integrations.peft.enable()`, an adapter stays PEFT's own, which is slower or changes the base."""
+
+
+class InstructionSetWarning(PissaWarning):
+    """The processor has a fast instruction set that failed its self-test; a slower one computes."""

@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 
-#include "pissa/core/error.h"
+#include "pissa/cpu/choice.h"
 #include "pissa/cpu/kernels.h"
 
 #if defined(PISSA_ARM) && defined(__APPLE__)
@@ -32,69 +32,65 @@ bool has_bf16() {
 #endif
 
 #if defined(PISSA_X86)
-// Whether the processor has AMX-BF16, and Linux lets this process use its registers: asked for once, since Linux 5.16.
-bool has_amxbf16() {
+// Why AMX-BF16 cannot be used, or nullptr. Linux lets a process use the tile registers that asks for them, since 5.16.
+const char* amxbf16_lacking() {
 #if defined(__linux__)
   constexpr unsigned kBf16 = 1U << 22, kTile = 1U << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
-  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return permitted;
-#else
-  return false;
-#endif
-}
-#endif
-
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> tables{&baseline::kernels()};
-#if defined(PISSA_ARM)
-  if (has_bf16()) tables.push_back(&neonbf16::kernels());
-#elif defined(PISSA_X86)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    tables.push_back(&avx2::kernels());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      tables.push_back(&avx512::kernels());
-      if (__builtin_cpu_supports("avx512bf16")) {
-        // Before avx512bf16, and so not the default: it has been run on an emulation of the tiles only.
-        if (has_amxbf16()) tables.push_back(&amxbf16::kernels());
-        tables.push_back(&avx512bf16::kernels());
-      }
-    }
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) {
+    return "the processor lacks AMX-BF16";
   }
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted ? nullptr : "the system does not permit AMX's tile registers";
+#else
+  return "its registers are asked for on Linux only";
 #endif
-  return tables;
+}
+#endif
+
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> all{{"baseline", baseline::kernels, nullptr}};
+#if defined(PISSA_ARM)
+  all.push_back({"neonbf16", neonbf16::kernels, has_bf16() ? nullptr : "the processor lacks the BF16 extension"});
+#elif defined(PISSA_X86)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  constexpr const char* kNoAvx512Bf16 = "the processor lacks AVX512_BF16";
+  all.push_back({"avx2", avx2::kernels, avx2 ? nullptr : "the processor lacks AVX2 or FMA or F16C"});
+  all.push_back({"avx512", avx512::kernels, avx512 ? nullptr : "the processor lacks AVX-512 (F BW DQ VL)"});
+  all.push_back({"avx512bf16", avx512bf16::kernels, avx512bf16 ? nullptr : kNoAvx512Bf16});
+  all.push_back({"amxbf16", amxbf16::kernels, avx512bf16 ? amxbf16_lacking() : kNoAvx512Bf16});
+#endif
+  return all;
 }
 
-const Kernels& from_environment() {
-  const char* wanted = std::getenv("PISSA_ISA");
-  return wanted && *wanted ? kernels(wanted) : *available().back();
+const Choice& choice() {
+  static const Choice chosen = [] {
+    const char* wanted = std::getenv("PISSA_ISA");
+    return choose(candidates(), wanted ? wanted : "");
+  }();
+  return chosen;
 }
 
 }  // namespace
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Kernels* table : available()) names.emplace_back(table->isa);
+  for (const Candidate& candidate : candidates()) {
+    if (!candidate.lacking) names.emplace_back(candidate.isa);
+  }
   return names;
 }
 
-const Kernels& kernels(const std::string& isa) {
-  std::string names;
-  for (const Kernels* table : available()) {
-    if (isa == table->isa) return *table;
-    names += names.empty() ? "" : ", ";
-    names += table->isa;
-  }
-  PISSA_CHECK(false, "PISSA_ISA: got '", isa, "'; this build on this machine has: ", names);
-  __builtin_unreachable();
-}
+const Kernels& kernels() { return *choice().kernels; }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = from_environment();
-  return chosen;
-}
+const Kernels& kernels(const std::string& isa) { return *choose(candidates(), isa).kernels; }
+
+std::vector<std::string> unused_isas() { return choice().unused; }
+
+std::string isa_failure() { return choice().failure; }
 
 }  // namespace pissa::cpu

@@ -12,8 +12,16 @@ namespace pissa::cpu::PISSA_ISA {
 #define PISSA_NAME(name) PISSA_STRINGIFY(name)
 
 const Kernels& kernels() {
-  static constexpr Kernels table = {
-      PISSA_NAME(PISSA_ISA), PISSA_HAS_BF16, Tiles::kRows, gemm_block, decode, encode, max_abs, quantize, gram};
+  static constexpr Kernels table = {PISSA_NAME(PISSA_ISA),
+                                    PISSA_HAS_BF16,
+                                    PISSA_HAS_TILES,
+                                    Tiles::kRows,
+                                    gemm_block,
+                                    decode,
+                                    encode,
+                                    max_abs,
+                                    quantize,
+                                    gram};
   return table;
 }
 

@@ -46,6 +46,7 @@ struct Block {
 struct Kernels {
   const char* isa;
   bool bf16;               // whether Precision::bf16 rounds operands to bf16 here; without such units it is f32
+  bool tiles;              // whether it multiplies in tile registers, which a self-test precedes (choice.h)
   std::int64_t tile_rows;  // of the GEMM's register tile; a block with a multiple of them has no short tile
 
   /// One block of the output, at most kMc x kNc. An element's value does not depend on how the output is cut.

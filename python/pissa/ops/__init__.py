@@ -38,6 +38,7 @@ __all__ = [
 def build_info() -> dict[str, Any]:
     """Version, compiler, oldest supported torch, instruction set in use (`PISSA_ISA` overrides it), available ones.
 
+    "isas_unused": for each faster instruction set of this build "name: why it is not used".
     "cuda": None if the build has no CUDA library, else its "runtime" version and GPU "architectures". Whether it can be
     used here is another matter: a tensor on CUDA is refused with the reason if not; `pissa env` says it too.
     """

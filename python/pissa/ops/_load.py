@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from pissa.notices import InstructionSetWarning
 
 try:
     import pissa._C as _C
@@ -78,6 +81,9 @@ def _load_cuda(library: Path) -> str | None:
         )
     return None
 
+
+if failure := _C.isa_failure():
+    warnings.warn(f"{failure}; please report it with what `pissa env` prints", InstructionSetWarning, stacklevel=2)
 
 # Why tensors on CUDA cannot be used here, or None: they can.
 cuda_problem: str | None = _load_cuda(Path(_C.__file__).with_name(f"libpissa_cuda{_CUDA}.so"))

@@ -389,6 +389,8 @@ def test_the_environment_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["pissa"] == pissa.__version__
     assert report["torch"].startswith(torch.__version__)
     assert report["build: isa"] == pissa.build_info()["isa"]
+    assert report["build: isas_unused"] == pissa.build_info()["isas_unused"]
+    assert all(reason in text for reason in report["build: isas_unused"])
 
 
 def test_the_environment_report_asks_for_what_the_package_asks_for() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from runpy import run_path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor
 
 import devices
 from devices import fetch, put
-from pissa import ops
+from pissa import notices, ops
+from pissa.ops import _load
 from reference import EPS, energy_loss, power_law
 
 # "exact" is torch's own SVD, whose last digits on CUDA are not ours to hold to a bound.
@@ -150,32 +153,47 @@ def test_seed_decides_and_threads_do_not() -> None:
     assert not torch.equal(one[0], ops.svd_lowrank(weight, 16, seed=6)[0])
 
 
+def _run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    """PISSA_ISA is read once, when the library is first used: each instruction set needs its own process."""
+    environment = os.environ | {"PISSA_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("isa", ops.build_info()["isas_available"])
-def test_every_instruction_set_decomposes_and_quantises(isa: str) -> None:
-    """PISSA_ISA is read once, when the library is first used: each one needs its own process."""
+def test_every_instruction_set_computes_the_formulas(isa: str) -> None:
     code = (
-        "import torch; from pissa import ops; torch.manual_seed(0);"
-        "w = torch.randn(70, 50); s = ops.split(w, 6, form='nf4');"
-        "print(ops.build_info()['isa'], s.residual.codes.sum().item());"
-        "u, sv, v = ops.svd_lowrank(w, 6, passes=12);"
-        "torch.testing.assert_close(sv.double(), torch.linalg.svdvals(w.double())[:6], rtol=1e-4, atol=0)"
+        "import torch; from pissa import ops; from pissa.cli.op_checks import op_checks;"
+        "checks = op_checks(torch.device('cpu')).values();"
+        "print(ops.build_info()['isa'], [found for check in checks for found in check() if not found.passed])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={"PISSA_ISA": isa}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[0] == isa
+    run = _run(code, isa)
+    assert run.stdout == f"{isa} []\n", run.stderr
 
 
 @pytest.mark.cpu_only
 def test_unknown_instruction_set_is_refused() -> None:
-    code = "import pissa; pissa.ops.build_info()"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={"PISSA_ISA": "sse9"}, capture_output=True, text=True, check=False
-    )
+    run = _run("import pissa; pissa.ops.build_info()", "sse9")
     assert run.returncode == 1
     assert "PISSA_ISA: got 'sse9'; this build on this machine has: baseline" in run.stderr
+
+
+@pytest.mark.cpu_only
+def test_faster_instruction_sets_say_why_they_are_not_used() -> None:
+    run = _run("from pissa import ops; print(*ops.build_info()['isas_unused'], sep='\\n')", "baseline")
+    reasons = dict(line.split(": ") for line in run.stdout.splitlines())
+    for isa in ops.build_info()["isas_available"][1:]:
+        assert reasons.pop(isa) == "PISSA_ISA is baseline"
+    assert all("lacks" in reason or "permit" in reason for reason in reasons.values()), reasons
+
+
+@pytest.mark.cpu_only
+def test_a_failed_self_test_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which C++ has planted and fallen back from in tests/cpp/cpu/choice_test.cc."""
+    monkeypatch.setattr(_load._C, "isa_failure", lambda: "amxbf16 multiplies wrongly")
+    with pytest.warns(notices.InstructionSetWarning, match=r"^amxbf16 multiplies wrongly; .*`pissa env`") as warned:
+        run_path(_load.__file__)
+    assert len(warned) == 1
 
 
 # ---- Split -----------------------------------------------------------------------------------------------------------

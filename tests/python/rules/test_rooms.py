@@ -18,9 +18,9 @@ PEFT = {"torch", "peft", "transformers", "accelerate"}
 # The rooms from the lowest up, the ground floor's modules one by one: a module may import from its own room and from
 # those before it. Beside each room, the libraries that it may use.
 ROOMS: dict[str, set[str]] = {
+    "notices": set(),
     "ops": {"torch"},
     "distributed": {"torch"},
-    "notices": set(),
     "peft_private": PEFT,
     "config": {"torch", "peft"},
     "base": PEFT | {"xxhash"},

@@ -1,0 +1,69 @@
+#include "pissa/cpu/choice.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "pissa/core/error.h"
+#include "pissa/cpu/backend.h"
+#include "pissa/cpu/kernels.h"
+
+namespace pissa::cpu {
+
+Choice choose(std::span<const Candidate> candidates, const std::string& wanted) {
+  std::string runnable;
+  for (const Candidate& candidate : candidates) {
+    if (!candidate.lacking) runnable += (runnable.empty() ? "" : ", ") + std::string(candidate.isa);
+  }
+  Choice choice{};
+  for (auto candidate = candidates.rbegin(); candidate != candidates.rend(); ++candidate) {
+    std::string reason;
+    if (candidate->lacking) {
+      reason = candidate->lacking;
+    } else if (!wanted.empty()) {
+      if (wanted != candidate->isa) reason = "PISSA_ISA is " + wanted;
+    } else if (candidate->kernels().tiles) {
+      const auto slower = std::find_if(candidate + 1, candidates.rend(), [](const auto& c) { return !c.lacking; });
+      if (!multiply_alike(candidate->kernels(), slower->kernels())) {
+        reason = "its self-test failed";
+        choice.failure = message(candidate->isa, " multiplies wrongly on this machine: its products differ from ",
+                                 slower->isa, "'s, which computes instead");
+      }
+    }
+    if (reason.empty()) {
+      choice.kernels = &candidate->kernels();
+      break;
+    }
+    choice.unused.insert(choice.unused.begin(), candidate->isa + (": " + reason));
+  }
+  PISSA_CHECK(choice.kernels, "PISSA_ISA: got '", wanted, "'; this build on this machine has: ", runnable);
+  return choice;
+}
+
+bool multiply_alike(const Kernels& tested, const Kernels& reference) {
+  constexpr std::int64_t kRows = 40, kCols = 72, kInner = 600;  // several tiles and panels, the last ones short
+  static_assert(kInner * 128 * 128 < 1 << 24, "a sum of products of bytes would round");
+  std::uint32_t state = 1;
+  const auto signed_bytes = [&](std::int64_t count) {
+    std::vector<std::uint16_t> values(count);
+    for (std::uint16_t& value : values) {
+      state = 1664525 * state + 1013904223;  // Numerical Recipes' generator, whose high bits are good
+      const auto byte = static_cast<float>(static_cast<std::int8_t>(state >> 24));
+      value = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(byte) >> 16);
+    }
+    return values;
+  };
+  const std::vector<std::uint16_t> x = signed_bytes(kRows * kInner), w = signed_bytes(kCols * kInner);
+  const Matrix a{x.data(), kRows, kInner, kInner, Format::bf16}, b{w.data(), kCols, kInner, kInner, Format::bf16};
+  const Term term{a, Op::n, b, Op::t, 1.0f, Precision::bf16};
+  const auto product = [&](const Kernels& kernels) {
+    std::vector<float> out(kRows * kCols, std::numeric_limits<float>::quiet_NaN());
+    const ThreadExecutor executor(1);
+    CpuBackend(executor, kernels).gemm({&term, 1}, {}, {out.data(), kRows, kCols, kCols, Format::f32});
+    return out;
+  };
+  return product(tested) == product(reference);
+}
+
+}  // namespace pissa::cpu
