@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -32,6 +34,16 @@ TEST(Isa, UnknownNameIsRefusedNamingTheAvailableOnes) {
     EXPECT_NE(text.find("PISSA_ISA"), std::string::npos) << text;
     EXPECT_NE(text.find("'sse9'"), std::string::npos) << text;
     for (const std::string& isa : available_isas()) EXPECT_NE(text.find(isa), std::string::npos) << text;
+  }
+}
+
+// PISSA_REQUIRE_ISAS=avx512bf16 where green tests have to mean that they ran on it.
+TEST(Isa, TheRequiredOnesAreThere) {
+  const char* required = std::getenv("PISSA_REQUIRE_ISAS");
+  std::istringstream names(required ? required : "");
+  const std::vector<std::string> isas = available_isas();
+  for (std::string name; std::getline(names, name, ',');) {
+    EXPECT_EQ(std::count(isas.begin(), isas.end(), name), 1) << name << " cannot be tested on this machine";
   }
 }
 

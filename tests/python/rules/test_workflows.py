@@ -66,6 +66,15 @@ def test_what_it_calls_exists(name: str) -> None:
     assert [used for used in others if not re.search(r"@(v\d+|release/v\d+|[0-9a-f]{40})$", used)] == []
 
 
+def test_a_release_is_tested_on_avx512bf16() -> None:
+    """Of a set that the machine lacks nothing is tested; the published speeds come from this one."""
+    assert jobs("release.yml")["tests"]["with"] == {"require-isas": "avx512bf16"}
+    assert jobs("tests.yml")["all"]["steps"][-1] == {
+        "run": "bash .ci/run",
+        "env": {"PISSA_REQUIRE_ISAS": "${{ inputs.require-isas }}"},
+    }
+
+
 def test_each_python_is_tested_and_gets_a_wheel() -> None:
     prefix = "Programming Language :: Python :: 3."
     promised = [kind.removeprefix(prefix) for kind in PYPROJECT["project"]["classifiers"] if kind.startswith(prefix)]
