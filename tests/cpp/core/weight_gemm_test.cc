@@ -125,6 +125,13 @@ TEST_P(WeightGemmTest, TheSameBits) {
     cpu.weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, tail_nt, bias.view(), y.mutable_view());
     return y.bytes();
   });
+  const Operand few(random, 9, 2 * in, Form::bf16);
+  const Operand codes(random, out, 2 * in, Form::int8);
+  expect_same_bits([&](auto& cpu) {
+    Stored y = Stored::poisoned(9, out, Format::f32);
+    cpu.weight_gemm_nt(few.view(), codes.view(), 1.0f, Precision::bf16, {}, {}, y.mutable_view());
+    return y.bytes();
+  });
   expect_same_bits([&](auto& cpu) {
     Stored dx = Stored::poisoned(m, in, Format::f32);
     cpu.weight_gemm_nn(dy.view(), weight.view(), 1.0f, Precision::f32, tail_nn, dx.mutable_view());
