@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pissa.config import PissaConfig as PissaConfig
     from pissa.conversion import convert as convert
     from pissa.distributed import RankError as RankError
+    from pissa.files.staged import CompletedError as CompletedError
     from pissa.integrations.export import export as export
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # module:name, or a module. Each is imported on first use: `pissa.ops` needs neither peft nor transformers, and
 # `pissa --help` not even torch.
 _HOMES = {
+    "CompletedError": "pissa.files.staged:CompletedError",
     "PissaConfig": "pissa.model.by_peft:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",

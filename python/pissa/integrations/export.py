@@ -61,8 +61,8 @@ def export(
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
-        CompletedError: of "bnb4" and "merged": an earlier call with the same arguments has written all of it; nothing
-            has been changed.
+        pissa.CompletedError: of "bnb4" and "merged": an earlier call with the same arguments has written all of it;
+            nothing has been changed.
         ValueError: what cannot be exported, and what to do instead. Nothing has been written then, but for "bnb4" and
             "merged" perhaps an unfinished run, which the same call goes on with.
         OSError: the disk is full, or fails.
