@@ -1,6 +1,7 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
 # make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
+# make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows    (an hour)
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (7 minutes)
 # make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (10 to 15 minutes)
 # make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
@@ -24,7 +25,7 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm tools-docs tools-wheels clean
+.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-oldest test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm tools-docs tools-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)/smollm2.stamp
@@ -159,9 +160,9 @@ $(BUILD)/torch-headers.stamp: tests/torch_headers.sh $(BUILD)/venv-build.stamp $
 	touch $@
 
 # A process for each core, with one thread: tests that are about threads ask for them.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $(JOBS)
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $(JOBS)
 # Ours: a file stays in one process, which makes its models once.
-OUR_PYTEST := $(PYTEST) --dist loadfile
+OUR_PYTEST = $(PYTEST) --dist loadfile
 
 # What takes --device, and the tests of a GPU, on its stand-in: tests/python/support/unrun.py lists those that need a real one.
 ON_CUDA := $(addprefix ops/test_,gpu.py ops_linear.py ops_nf4.py ops_int8.py ops_svd.py) layers/test_layer.py \
@@ -183,6 +184,22 @@ quick: quick-cpp quick-python
 quick-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST) $(QUICK:%=tests/python/%)
+
+# Ours beside the oldest release of everything that pyproject.toml allows, but for torch, whose oldest comes from PyPI with
+# 3 GB of CUDA: make test-oldest NEWEST= takes it, too. What those releases deprecate of each other is no error here.
+NEWEST := torch
+
+test-oldest: TEST_PYTHON := $(BUILD)/venv-oldest/bin/python
+test-oldest: $(BUILD)/venv-oldest.stamp
+	$(TEST_PYTHON) -m pissa
+	$(OUR_PYTEST) -W default
+
+$(BUILD)/venv-oldest.stamp: $(BUILD)/wheel.stamp tests/python/support/oldest.py
+	$(PYTHON) -m venv --clear $(BUILD)/venv-oldest
+	$(PYTHON) tests/python/support/oldest.py test $(NEWEST) >$(BUILD)/oldest.txt
+	$(BUILD)/venv-oldest/bin/python -m pip install -q -r $(BUILD)/oldest.txt
+	$(BUILD)/venv-oldest/bin/python -m pip install -q --no-deps $(BUILD)/dist/*.whl
+	touch $@
 
 versions: $(BUILD)/venv-test.stamp
 	@$(TEST_PYTHON) tests/python/support/versions.py "$(PASSED)"

@@ -92,7 +92,8 @@ class UnfusedExperts(nn.Module):
         x = self._project(up, index, x)
         hidden = self.fused._apply_gate(x) if self.fused.has_gate else self.fused.act_fn(x)
         y = self._project(down, index, hidden)
-        return cast(Tensor, self.fused.post_expert_norm(y)) if self.fused.has_post_expert_norm else y
+        # Before 5.20 transformers has neither experts with a norm nor the attribute.
+        return cast(Tensor, self.fused.post_expert_norm(y)) if getattr(self.fused, "has_post_expert_norm", False) else y
 
     def _project(self, name: str, index: int, x: Tensor) -> Tensor:
         y: Tensor = self.expert(index).get_submodule(name)(x)
@@ -231,7 +232,7 @@ def _with_present_names(targets: Any) -> Any:
 
 def _check_experts(path: str, fused: Any) -> None:
     kind = type(fused).__name__
-    contract = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+    contract = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
     is_known = _is_llama4(fused) or (kind not in _OF_THEIR_OWN and all(hasattr(fused, name) for name in contract))
     advice = f"leave the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
     if not is_known:
