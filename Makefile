@@ -285,7 +285,7 @@ $(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
 	$(PYTHON) -m venv --clear $(BUILD)/programs/$*
 	$(BUILD)/programs/$*/bin/python -m pip install -q -U pip
 	$(BUILD)/programs/$*/bin/python -m pip install -q '$(filter $*==%,$(PROGRAMS))'
-	$(BUILD)/programs/$*/bin/python -m pip install -q 'peft>=0.21' xxhash
+	$(BUILD)/programs/$*/bin/python -m pip install -q 'peft>=0.21.2' xxhash
 	$(BUILD)/programs/$*/bin/python -m pip install -q --no-deps "$$(ls $(BUILD)/dist/*.whl)"
 	# LLaMA-Factory imports torchaudio, whose library wants CUDA's, and which does without its library if it has none.
 	$(BUILD)/programs/$*/bin/python -c 'import torchaudio' 2>/dev/null || \

@@ -28,7 +28,7 @@ download() {  # FOLDER PACKAGE...: wheels for the other machine, without what th
 rm -rf "$out/wheels" "$out/site" "$out/googletest" "$out/benchmark"
 download "$out/wheels" 'pybind11>=3.0' 'scikit-build-core>=1.0' pathspec packaging 'cmeel-eigen>=3.4' cmeel
 download "$out/wheels" 'pytest>=8' iniconfig pluggy pygments 'hypothesis>=6.100' sortedcontainers
-download "$out/wheels" 'peft>=0.21' tqdm psutil 'accelerate>=1.4' 'xxhash>=3.0'
+download "$out/wheels" 'peft>=0.21.2' tqdm psutil 'accelerate>=1.4' 'xxhash>=3.0'
 
 # bitsandbytes: its Python files and one library, as files to put on the path.
 download "$work" 'bitsandbytes>=0.50'

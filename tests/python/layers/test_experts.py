@@ -67,7 +67,7 @@ def test_every_kind_of_experts_is_computed_as_transformers_does(family: str, nam
     module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}", reason="another transformers")
     fused = getattr(module, name)(CONFIG)
     if not hasattr(fused, "has_gate"):
-        pytest.skip("another transformers")  # Aria before 5.18
+        pytest.skip("another transformers")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in fused.parameters():
