@@ -1,13 +1,14 @@
-"""The oldest release of everything that pyproject.toml names, as pip's requirements, a line each: `python
-tests/python/support/oldest.py EXTRA NAME...` prints those that pissa[EXTRA] installs. The NAMEs stay at their newest."""
+"""The oldest release of everything that pyproject.toml names, as pip's requirements, a line each:
+`python tests/python/support/oldest.py EXTRA NAME...` prints what pissa[EXTRA] needs. The NAMEs stay at their newest."""
 
 from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+import tomllib
 
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 

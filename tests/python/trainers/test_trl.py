@@ -19,7 +19,7 @@ from pissa import PissaModel
 from trainers import FORMS, assert_equal, forms, logged, options, quiet, state, trainable, unchanged
 
 pytestmark = quiet
-# Of adapters in a checkpoint it reads those in folders, TRL's "ref"; "default", beside them, starts again. PEFT's do, too.
+# It resumes TRL's "ref", which has a folder of its own; "default", beside it, starts again. So does plain PEFT's.
 resumes_both = pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="transformers before 5.23")
 
 Base = Callable[[], nn.Module]
