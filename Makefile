@@ -1,7 +1,7 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
 # make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
-# make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows    (an hour)
+# make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (7 minutes)
 # make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (10 to 15 minutes)
 # make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
