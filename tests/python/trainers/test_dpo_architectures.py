@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 import architecture_checks as checks
 import matrix
@@ -45,7 +47,8 @@ def test_a_step_of_dpo(name: str, tmp_path: Path) -> None:
     trainer = DPOTrainer(
         model, args=DPOConfig(**options), train_dataset=Dataset.from_list(pairs), processing_class=tokenizer()
     )
-    if words := matrix.NO.get((name, "DPO")):
+    words = matrix.NO.get((name, "DPO"))
+    if words and Version(metadata.version("trl")) >= Version("1.15"):  # 1.14 asks for less of the model
         with pytest.raises(AttributeError, match=words):
             trainer.train()
         return
