@@ -102,7 +102,7 @@ class Fingerprints:
         return result
 
 
-def would_be(recorded: str, base: Base, weight: Tensor) -> Match:
+def match_with(recorded: str, base: Base, weight: Tensor) -> Match:
     """Compares the weight of a dense base, once its module has `weight`, with a fingerprint of any kind."""
     return match(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
 

@@ -72,9 +72,9 @@ def merge(
     """Writes the checkpoint in folder `source` with the adapter in folder `adapter` merged into it to `target`.
 
     Each matrix W is read from the mapped file, W + s (B A - B0 A0) summed in float32, rounded once to the dtype of the
-    checkpoint, and written; what the adapter does not change is copied. On a dense base these are, bit for bit, the
-    weights of `PissaModel.merge_and_unload`. A run that was killed goes on when it is called again with the same
-    arguments, and ends with the same bytes.
+    checkpoint, and written; what the adapter does not change is copied. On a dense base that was trained in that dtype
+    these are, bit for bit, the weights of `PissaModel.merge_and_unload`; in another, W is cast to that one first. A run
+    that was killed goes on when it is called again with the same arguments, and ends with the same bytes.
 
     The base function is the one of the training:
 

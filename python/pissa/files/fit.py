@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pissa.base.digest import Match, dtype_of, is_fingerprint
-from pissa.base.fingerprint import would_be
+from pissa.base.fingerprint import match_with
 from pissa.base.stored import residual_tensors
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT
@@ -159,7 +159,7 @@ def check_base(
         return Match.SAME
     if weight is not None:
         key, value = weight
-        found = would_be(record.weight, layer.base, value)
+        found = match_with(record.weight, layer.base, value)
         if found is Match.OTHER:
             raise ValueError(
                 f"{checkpoint.weights.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "
