@@ -23,8 +23,8 @@
 ///   whose message says what was given and what is allowed. An SVD that does not converge throws std::runtime_error.
 ///   Nothing notices shapes that do not fit together, or pointers to too little memory.
 /// - Results: bit for bit the same for any number of threads. The same seed gives the same factors on all CPUs of one
-///   instruction set, and close ones on others. kernels() takes the fastest set there is, or the one that the environment
-///   variable PISSA_ISA names.
+///   instruction set, and close ones on others. kernels() takes the fastest set there is, or the one that the
+///   environment variable PISSA_ISA names.
 /// - Threads: an executor's alone. Several threads may use one CpuBackend at the same time.
 /// - Versions: until 1.0 the interface may change with each minor version; find_package(pissa 0.1) takes no other.
 #pragma once

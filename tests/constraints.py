@@ -1,0 +1,25 @@
+"""The releases that the environment of this Python has, as pip's constraints for every Python that pissa is for:
+`build/python3.X/venv-test/bin/python tests/constraints.py >tests/constraints.txt` renews those of CI."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+LEFT_OUT = ("pip", "pissa", "setuptools", "wheel")
+
+
+def constraint(package: metadata.Distribution) -> str:
+    """A version without the build that it may name after a "+", from the first Python on that the release takes."""
+    pinned = f"{package.name}=={package.version.split('+')[0]}"
+    required = SpecifierSet(package.metadata.get("Requires-Python") or "")
+    first = next(python for python in PYTHONS if f"{python}.99" in required)
+    return pinned if first == PYTHONS[0] else f'{pinned} ; python_version >= "{first}"'
+
+
+if __name__ == "__main__":
+    print("# What CI installs, by tests/constraints.py; CONTRIBUTING.md says how it is renewed.")
+    packages = {package.name.lower(): package for package in metadata.distributions()}
+    print(*(constraint(packages[name]) for name in sorted(packages.keys() - set(LEFT_OUT))), sep="\n")
