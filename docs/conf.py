@@ -38,4 +38,4 @@ html_copy_source = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
 templates_path: list[str] = []
-exclude_patterns: list[str] = []
+exclude_patterns = ["pypi.md"]  # for the package index
