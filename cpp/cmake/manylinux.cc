@@ -2,6 +2,8 @@
 // builds loads beside the libraries of manylinux_2_28 (glibc 2.28, GCC 8's libstdc++). Red Hat's compilers for
 // manylinux link the same in the same way, as libstdc++_nonshared.a. These are taken only where something of ours needs
 // them, and hidden (Manylinux.cmake). What is still too new, `auditwheel repair` refuses by name.
+// A libstdc++ inside the module will not do: exceptions cross from it into torch, so that both must have one libstdc++
+// and one unwinder.
 #include <exception>
 #include <ios>
 #include <new>

@@ -2,7 +2,9 @@
 //
 // `largest` is what max_abs says of the weight: whoever has to know that it is finite has read it already.
 // kept is what a forward keeps for its backward, in one tensor: Kept in linear.h.
-// A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), of core/format.h and Scales.
+// A quantised weight is (codes, absmax, nested_absmax, offset, format, blocksize), of core/format.h and Scales: fixed
+// slots, not a list of scales. With a list torch's register_autograd takes 165 us more for a forward and backward, and
+// wants a list of None back.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pissa, m) {

@@ -7,7 +7,8 @@ A fingerprint is a text of three parts, and of a fourth if it is that of one flo
 The kind     "xxh3", XXH3-128 of the bytes: on a CPU as fast as memory. Or "sums", the two sums of `base.sums`: a GPU
              computes them of its own tensors, so that the host reads 48 bytes of each.
 The dtype    of the first tensor. Floating tensors that are compared with the fingerprint are cast to it first: a
-             bfloat16 checkpoint that is loaded in float32 is the one that was trained on in bfloat16.
+             bfloat16 checkpoint that is loaded in float32 is the one that was trained on in bfloat16. A stored residual
+             is computed from the weight in that dtype, too.
 The digest   of shapes and values, 32 hexadecimal digits.
 The sample   eight elements as float32, 64 hexadecimal digits: what can be compared with a tensor in a dtype that does
              not hold the values.

@@ -1,5 +1,5 @@
 """AdaLoRA (arXiv 2303.10512): the singular values are trained as a vector of their own, and a loss keeps the singular
-vectors orthogonal."""
+vectors orthogonal. Its parameters are dE, dV and dB; files/pissa_layout.py says what its files hold."""
 
 from __future__ import annotations
 
