@@ -25,6 +25,11 @@ BUILD_PYTHON := $(BUILD)/venv-build/bin/python
 TEST_PYTHON := $(BUILD)/venv-test/bin/python
 export PATH := $(abspath $(BUILD)/venv-build/bin):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The builds compile much of the same: wheels of several Pythons, with and without CUDA.
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
+endif
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
 .PHONY: demo test nightly quick module test-cpp test-cpp-asan test-cpp-tsan test-python test-python-nightly test-oldest \

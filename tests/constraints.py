@@ -8,7 +8,8 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-LEFT_OUT = ("pip", "pissa", "setuptools", "wheel")
+# torch: each Python gets the newest that pip has for it, since the wheel promises to go on working beside later ones.
+LEFT_OUT = ("pip", "pissa", "setuptools", "torch", "wheel")
 
 
 def constraint(package: metadata.Distribution) -> str:
