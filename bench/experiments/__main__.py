@@ -34,13 +34,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; all if none is given")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="tiny random models: whether everything runs")
-    size.add_argument("--full", action="store_true", help="the paper's own size, for paper-nlg and paper-nlu")
+    parser.add_argument("--quick", action="store_true", help="tiny random models: whether everything runs")
     parser.add_argument("--model", metavar="M", help="a folder or a name on the hub instead of the small model")
     parser.add_argument("--data", nargs="*", default=[], type=_named, metavar="NAME=PATH", help="where data lie")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time; one thread each")
-    parser.add_argument("--allow-code-execution", action="store_true", help="run programs that a model has written")
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder of results instead of the committed one")
     parser.add_argument("--page", type=Path, metavar="DIR", help="folder of README.md and pictures, likewise")
     parser.add_argument("--only-page", action="store_true", help="run nothing")
@@ -69,8 +66,7 @@ def main() -> int:
     silence_third_parties()
     torch.set_num_threads(1)
     folder = given.results or RESULTS
-    data, trained = tuple(given.data), folder / "trained"
-    options = Options(given.model, data, given.quick, given.full, given.allow_code_execution, trained)
+    options = Options(given.model, tuple(given.data), given.quick)
     chosen = [EXPERIMENTS[name] for name in given.names or EXPERIMENTS]
     results = Results(folder)
     failed = []

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
-from scipy.special import softmax
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from transformers import (
@@ -164,7 +163,7 @@ def _trainer(model: Any, data: Data, cell: EncoderCell, steps: int, out: Path) -
 
 def _measures(predictions: Any) -> dict[str, float]:
     """The loss is that of the logits alone: PEFT's AdaLoRA adds the weight of orthogonality to the model's own."""
-    chances = softmax(predictions.predictions.astype(np.float64), axis=-1)
+    chances = torch.from_numpy(predictions.predictions).double().softmax(-1).numpy()
     return {
         "loss": log_loss(predictions.label_ids, chances, labels=[0, 1]),
         "accuracy": accuracy_score(predictions.label_ids, chances.argmax(axis=-1)),

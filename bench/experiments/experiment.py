@@ -24,11 +24,6 @@ class Options:
     """Files and folders of data: the name of what needs them, and where they are."""
     quick: bool = False
     """Tiny random models, few steps and few cells: whether everything runs, not what comes out."""
-    full: bool = False
-    """The paper's own size."""
-    allow_code_execution: bool = False
-    trained: Path = Path("trained")
-    """A folder for what cells have trained, where that is kept: beside the results."""
 
     def path(self, name: str) -> Path:
         """Where the data of that name are.

@@ -30,13 +30,8 @@ class LanguageTask(NamedTuple):
     held_out: list[Row]
     unrelated: list[Row]
     """Text that has nothing to do with the task; labels are all tokens."""
-    problems: list[dict[str, str]]
-    """The held-out "question" and "answer" if an answer is right only as it stands; else none."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether an answer is right only as it stands, to the last token."""
-        return bool(self.problems)
+    exact: bool
+    """Whether an answer is right only as it stands, to the last token."""
 
 
 class _Size(NamedTuple):
@@ -71,14 +66,8 @@ def load_task(name: str, options: Options) -> LanguageTask:
         train, test = _gsm8k(options.path("gsm8k")) if name == "gsm8k" else _sums(size.held_out)
     rows = {part: _rows(chats, tokenizer, size.longest) for part, chats in (("train", train), ("test", test))}
     held_out = sorted(rows["test"][: size.held_out], key=lambda row: len(row["input_ids"]))
-    problems = [] if name == "gsm8k" else [_problem(chat) for chat in test[: size.held_out]]
     prose = _prose(tokenizer, *size.prose)
-    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, prose, problems)
-
-
-def _problem(chat: Chat) -> dict[str, str]:
-    question, answer = (message["content"] for message in chat.messages)
-    return {"question": question, "answer": answer}
+    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, prose, name != "gsm8k")
 
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:

@@ -34,10 +34,6 @@ class Setting(NamedTuple):
     """Over each weight, of our decompositions; "exact": torch's own instead."""
     rank_pattern: Mapping[str, int] = MappingProxyType({})
     """Ranks of layers that have another than r; the scaling stays 1. PEFT's LoRA and our methods take it."""
-    alpha: int | None = None
-    """None: r. AdaLoRA's is always its first rank."""
-    modules_to_save: list[str] | None = None
-    """Trained whole, beside the adapter."""
 
 
 class Method(NamedTuple):
@@ -63,9 +59,8 @@ def _peft(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
             model,  # type: ignore[arg-type]
             LoraConfig(
                 r=setting.r,
-                lora_alpha=setting.alpha or setting.r,
+                lora_alpha=setting.r,
                 target_modules=setting.target_modules,
-                modules_to_save=setting.modules_to_save,
                 task_type=setting.task_type,
                 rank_pattern=dict(setting.rank_pattern),
                 alpha_pattern=dict(setting.rank_pattern),
@@ -90,7 +85,6 @@ def _adalora(model: nn.Module, setting: Setting) -> nn.Module:
             tfinal=setting.steps // 3,
             total_step=setting.steps,
             target_modules=setting.target_modules,
-            modules_to_save=setting.modules_to_save,
             task_type=setting.task_type,
         ),
     )
@@ -99,7 +93,6 @@ def _adalora(model: nn.Module, setting: Setting) -> nn.Module:
 def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
     def wrap(model: nn.Module, setting: Setting) -> nn.Module:
         given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
-        given |= {"lora_alpha": setting.alpha, "modules_to_save": setting.modules_to_save}
         given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
         given |= {"svd": "exact"} if setting.svd_passes == "exact" else {"svd_passes": setting.svd_passes}
         return pissa.wrap(model, PissaConfig(r=setting.r, rank_pattern=dict(setting.rank_pattern), **given))

@@ -12,9 +12,6 @@ from bench.experiments.claims.forgetting import Forgetting
 from bench.experiments.claims.methods import Methods
 from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
-from bench.experiments.claims.paper_nlg import PaperNlg
-from bench.experiments.claims.paper_nlg_rates import PaperNlgRates
-from bench.experiments.claims.paper_nlu import PaperNlu
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
 from bench.experiments.claims.start_norm import StartNorm
@@ -36,8 +33,5 @@ _ALL: tuple[Experiment, ...] = (
     Forgetting(),
     Mnist(),
     Suggested(),
-    PaperNlg(),
-    PaperNlgRates(),
-    PaperNlu(),
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

@@ -14,7 +14,7 @@ from bench.compare.packages import version
 from bench.compare.svd_quality import machine
 from bench.experiments.experiment import Cell, Known, Result
 
-PACKAGES = ("pissa", "torch", "transformers", "peft", "trl", "accelerate", "lm-eval", "bitsandbytes", "numpy")
+PACKAGES = ("pissa", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "numpy")
 
 
 class Results(Known):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pissa import ops
+from tiny_model import tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 WORDS = ["the", "film", "is", "a", "good", "bad", "plot", "and", "one", "of", "its", "kind", "not", "so", "much"]
@@ -165,10 +166,12 @@ def test_images_need_as_many_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_digits_are_learned_from_one_base_by_each_method(options: Any) -> None:
+def test_digits_are_learned_from_one_base_by_each_method(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.experiments import mnist
     from bench.experiments.claims.mnist import Mnist, sweeps
     from bench.experiments.mnist import MnistCell
 
+    monkeypatch.setattr(mnist, "_pretrained", mnist._pretrain)  # here: starting a process takes most of a minute
     known = measured(Mnist(), options)
     each = sweeps(options)
     for sweep in each.values():
@@ -393,3 +396,30 @@ def test_sketches_keep_cosines() -> None:
     exact = float(torch.cosine_similarity(one, mixed, dim=0))
     assert cosine(results[0], results[1], "b") == pytest.approx(exact, abs=3 / SKETCH**0.5)
     assert cosine(results[0], results[2], "b") == pytest.approx(-1)
+
+
+# ---- Answers that are generated --------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_right_by_its_first_line() -> None:
+    from bench.experiments.language import generated
+    from bench.experiments.language_tasks import LanguageTask
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    problems = {"one": ("7", " 7 \nand more"), "a longer one": ("-8", "-8"), "two": ("9", "19"), "three": ("10", "")}
+    rows = []
+    for question, (answer, _) in problems.items():
+        prompt, ids = tokenizer(question).input_ids, tokenizer(f"{answer}</s>").input_ids
+        rows.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
+
+    class Scripted(torch.nn.Module):
+        def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+            asked = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+            answers = [tokenizer(problems[question][1] + "</s>").input_ids for question in asked]
+            longest = max(map(len, answers))
+            padded = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in answers]
+            return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+
+    task = LanguageTask(Path(), tokenizer, 1, 1, rows, rows, [], exact=True)
+    assert generated(Scripted(), task) == 0.5

@@ -1,1 +1,0 @@
-"""Training data of the paper in the formats that it is published in."""
