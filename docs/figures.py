@@ -6,7 +6,7 @@ python docs/figures.py    # writes docs/pictures/*.png
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from bench.experiments import figures
-from bench.experiments.claims import equal_rates
-from bench.experiments.experiment import Options
+from bench.experiments.claims import equal_rates, suggested
+from bench.experiments.experiment import Known, Options
 from bench.experiments.figures import Axes, Figure
 from bench.experiments.results import Results
+from bench.experiments.suggestion import SuggestionCell
+from bench.experiments.sweep import loss_of
 from pissa.cli import colours
 
 HERE = Path(__file__).parent
@@ -75,10 +77,9 @@ def valley() -> Figure:
     which PiSSA is ahead and the smallest at which LoRA is."""
     known = Results(DATA / "experiments")
     lora, pissa = equal_rates.sweeps("gsm8k", Options())
-    trials = [json.loads(line) for line in (DATA / "suggest_lr.jsonl").read_text().splitlines()]
     figure, (left, right) = figures.panels(["40 steps", "24 steps"], height=2.8)
     _valleys(left, lora.losses(known), pissa.losses(known), top=1)
-    _valleys(right, _trial_losses(trials, "lora"), _trial_losses(trials, "pissa"), top=1.6)
+    _valleys(right, _trials("lora", known), _trials("pissa", known), top=1.6)
     for name, sweep in (("lora", lora), ("pissa", pissa)):
         seeds = [result["after"]["loss"] for result in sweep.at_best(known)[1:]]
         left.plot([sweep.best(known)] * len(seeds), seeds, linestyle="", markersize=3, **figures.style(name).point)
@@ -91,11 +92,11 @@ def valley() -> Figure:
     return figure
 
 
-def _trial_losses(trials: Iterable[dict[str, Any]], method: str) -> dict[float, float]:
-    """The losses of `bench.suggest_lr` by rate, ascending."""
-    sweep = {"task": "gsm8k", "method": method, "rank": 16}
-    found = [trial for trial in trials if sweep.items() <= trial.items() and "rate" in trial]
-    return {trial["rate"]: trial["after"]["loss"] for trial in sorted(found, key=lambda trial: trial["rate"])}
+def _trials(method: str, known: Known) -> dict[float, float]:
+    """The losses of 24 steps by rate, ascending: a sweep's, and that at the suggested rate."""
+    losses = suggested.trial_sweep("gsm8k_24", method, 16, Options()).losses(known)
+    cell = suggested.at_suggested(SuggestionCell("gsm8k_24", method, 16), known)
+    return dict(sorted((losses | {cell.rate: loss_of(known[cell])}).items()))
 
 
 def _valleys(axes: Axes, lora: dict[float, float], pissa: dict[float, float], top: float) -> None:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,19 @@ from bench.experiments.methods import METHODS, Setting
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.sources import find_package
 
-FILES = {"films": "movieReviewSnippets_GroundTruth.txt", "products": "amazonReviewSnippets_GroundTruth.txt"}
-STEPS, BATCH, LONGEST = 50, 16, 32
+_FILMS, _PRODUCTS = "movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt"
+
+
+class Size(NamedTuple):
+    file: str
+    steps: int = 50
+    longest: int = 32
+    """Tokens; what is longer is cut."""
+    schedule: str = "linear"
+
+
+SIZES = {"films": Size(_FILMS), "products": Size(_PRODUCTS), "films_100": Size(_FILMS, 100, 48, "cosine")}
+BATCH = 16
 HELD_OUT = 1024
 EVAL_BATCH = 64
 
@@ -55,7 +66,7 @@ class EncoderCell(Cell):
 
     def run(self, options: Options) -> Result:
         data, method, begun = load(self.task, options), METHODS[self.method], time.process_time()
-        steps = 3 if options.quick else STEPS
+        steps = 3 if options.quick else SIZES[self.task].steps
         model = method.wrap(load_model(data.folder, self.seed, options.quick), self._setting(steps))
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
@@ -82,11 +93,11 @@ class Data:
     def __init__(self, task: str, options: Options) -> None:
         self.folder = Path(options.model) if options.model else minilm()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        rated = _INVENTED * 40 if options.quick else _rated(options.path("reviews") / FILES[task])
+        rated = _INVENTED * 40 if options.quick else _rated(options.path("reviews") / SIZES[task].file)
         order = np.random.default_rng(0).permutation(len(rated))
         rows = [{"text": rated[i][0], "label": int(rated[i][1] > 0)} for i in order]
         held_out = 32 if options.quick else min(HELD_OUT, len(rows) // 4)
-        tokens = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=LONGEST)
+        tokens = self.tokenizer([row["text"] for row in rows], truncation=True, max_length=SIZES[task].longest)
         rows = [
             {"input_ids": ids, "attention_mask": mask, "labels": row["label"]}
             for row, ids, mask in zip(rows, tokens["input_ids"], tokens["attention_mask"], strict=True)
@@ -128,7 +139,7 @@ def load_model(folder: Path, seed: int, tiny: bool) -> nn.Module:
 
 
 def _trainer(model: Any, data: Data, cell: EncoderCell, steps: int, out: Path) -> Trainer:
-    """AdamW without weight decay; the rate falls linearly after a warm-up of a twentieth of the steps."""
+    """AdamW without weight decay; the rate falls after a warm-up of a twentieth of the steps."""
     disable_progress_bars()
     method = METHODS[cell.method]
     args = TrainingArguments(
@@ -137,7 +148,7 @@ def _trainer(model: Any, data: Data, cell: EncoderCell, steps: int, out: Path) -
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=EVAL_BATCH,
         learning_rate=cell.rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=SIZES[cell.task].schedule,
         warmup_steps=max(1, steps // 20),
         weight_decay=0.0,
         logging_steps=1,

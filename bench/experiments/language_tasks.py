@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,17 @@ from transformers import AutoTokenizer
 
 from bench.compare.weights import smollm2
 from bench.experiments.experiment import Options
-from bench.training.tasks import PLAIN_TEMPLATE
 from pissa.cli.data import Chat, read_chats
 from pissa.cli.encode import encode
 from pissa.cli.sources import GSM_SYMBOLIC, find_package
 
 Row = dict[str, list[int]]
+
+# SmolLM2's own, without the system message of 20 tokens that it would put before every chat.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class LanguageTask(NamedTuple):
@@ -44,7 +50,13 @@ class _Size(NamedTuple):
     """Rows, and tokens in each."""
 
 
-_SIZES = {"gsm8k": _Size(40, 2, 104, 40), "sums": _Size(48, 8, 64, 200)}
+_SIZES = {
+    "gsm8k": _Size(40, 2, 104, 40),
+    "gsm8k_24": _Size(24, 2, 96, 24),
+    "gsm8k_4": _Size(40, 4, 128, 24),
+    "sentences": _Size(24, 4, 44, 48),
+    "sums": _Size(48, 8, 64, 200),
+}
 _QUICK = _Size(2, 1, 256, 2, (2, 8))
 
 
@@ -55,19 +67,22 @@ def load_task(name: str, options: Options) -> LanguageTask:
     """
     folder = Path(options.model) if options.model else smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # SmolLM2's own puts a system message of 20 tokens before every chat.
     tokenizer.chat_template = PLAIN_TEMPLATE
     size = _SIZES[name]
-    if options.quick:
-        size = _QUICK
-        chats = read_chats(GSM_SYMBOLIC, 0)[:80] if name == "gsm8k" else _sums(40)[0][:80]
-        train, test = chats[40:], chats[:40]
+    if name == "sums":
+        train, test = _sums(size.held_out)
+    elif name == "sentences":
+        train, test = _sentences()
+    elif options.quick:
+        test = train = read_chats(GSM_SYMBOLIC, 0)[:80]
     else:
-        train, test = _gsm8k(options.path("gsm8k")) if name == "gsm8k" else _sums(size.held_out)
+        train, test = _gsm8k(options.path("gsm8k"))
+    if options.quick:
+        size, train, test = _QUICK, train[40:80], test[:40]
     rows = {part: _rows(chats, tokenizer, size.longest) for part, chats in (("train", train), ("test", test))}
     held_out = sorted(rows["test"][: size.held_out], key=lambda row: len(row["input_ids"]))
     prose = _prose(tokenizer, *size.prose)
-    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, prose, name != "gsm8k")
+    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, prose, name == "sums")
 
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:
@@ -83,11 +98,24 @@ def _sums(held_out: int) -> tuple[list[Chat], list[Chat]]:
         "basic_arithmetic", seed=1, size=4000, operators=["+", "-"], allow_parentheses=False, **sizes
     )
     answers = {entry["question"]: entry["answer"] for entry in made}  # each question once
-    chats = [
-        Chat("basic_arithmetic", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-        for question, answer in answers.items()
-    ]
+    chats = _chats(((answer, question) for question, answer in answers.items()), "basic_arithmetic")
     return chats[held_out:], chats[:held_out]
+
+
+def _sentences() -> tuple[list[Chat], list[Chat]]:
+    """The words of a sentence put into order, out of reasoning-gym: prose, no arithmetic, short answers."""
+    made = reasoning_gym.create_dataset("sentence_reordering", seed=1, size=1000)
+    chats = _chats({entry["answer"]: entry["question"] for entry in made}.items(), "sentence_reordering")
+    return chats[100:], chats[:100]
+
+
+def _chats(pairs: Iterable[tuple[str, str]], where: str) -> list[Chat]:
+    """Of answers with their questions."""
+    roles = ("user", "assistant")
+    return [
+        Chat(where, [{"role": role, "content": text} for role, text in zip(roles, (question, answer), strict=True)])
+        for answer, question in pairs
+    ]
 
 
 def _rows(chats: list[Chat], tokenizer: Any, longest: int) -> list[Row]:

@@ -11,9 +11,13 @@ from bench.experiments.experiment import Known, Result
 from bench.experiments.figures import label
 from bench.experiments.sweep import Spread, Sweep, loss_of, spread
 
-NAMES = {"gsm8k": "GSM8K", "sums": "sums", "films": "films", "products": "products"}
-MODELS = {"gsm8k": "SmolLM2", "sums": "SmolLM2", "films": "MiniLM", "products": "MiniLM"}
-TASKS = {task: f"{MODELS[task]} on {name}" for task, name in NAMES.items()}
+NAMES = {
+    **{"gsm8k": "GSM8K", "gsm8k_24": "GSM8K, 24 steps", "gsm8k_4": "GSM8K, batches of 4"},
+    **{"sums": "sums", "sentences": "sentences"},
+    **{"films": "films", "films_100": "films, 100 steps", "products": "products"},
+}
+ENCODED = ("films", "films_100", "products")
+TASKS = {task: f"{'MiniLM' if task in ENCODED else 'SmolLM2'} on {name}" for task, name in NAMES.items()}
 """Titles."""
 
 

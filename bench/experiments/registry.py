@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.experiments.claims.alternations import Alternations
 from bench.experiments.claims.any_start import AnyStart
 from bench.experiments.claims.components import Components
 from bench.experiments.claims.equal_rates import EqualRates
@@ -25,6 +26,7 @@ _ALL: tuple[Experiment, ...] = (
     FirstSteps(),
     StartNorm(),
     AnyStart(),
+    Alternations(),
     NLU(),
     Ranks(),
     Components(),
