@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.table:
         print(table({name: entry["result"] for name, entry in stored.items()}))
         return 0
-    from bench.compare.svd_quality import machine
+    from bench.compare.records import machine, write
 
     failed = False
     measured: dict[str, dict[str, Any]] = {}
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         facts = machine() | {"threads": options.threads}
         stored[name] = {"machine": facts, "packages": packages, "result": measured[name]}
         if options.shape is None:
-            options.results.write_text(json.dumps(stored, indent=1) + "\n")
+            write(options.results, stored)
     print(table(measured))
     return int(failed or not all(ROWS[name].met(found) for name, found in measured.items()))
 

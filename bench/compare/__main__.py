@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare.packages import version
+from bench.compare.records import write
 
 THREADS = 2
 # mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
@@ -210,7 +211,7 @@ def main() -> int:
             statuses.append(start(malloc, results, *more))
             found = collect(results)
             if options.json:
-                options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+                write(options.json, found)
     if not found["machines"]:
         print(f"no row contains one of {options.rows}; see --list", file=sys.stderr)
         return 2

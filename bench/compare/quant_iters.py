@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.compare.svd_quality import machine, power_law
+from bench.compare.records import machine, write
+from bench.compare.svd_quality import power_law
 from bench.compare.weights import hard_spectrum
 from pissa import ops
 from pissa.ops import _alternate
@@ -196,7 +196,7 @@ def main() -> int:
     sizes = {"blocksize": 64, "double_quant": True, "cost_size": options.cost_size, "pairs": options.pairs}
     record = {"machine": facts, **sizes, "errors": errors(options), "costs": costs(options)}
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write(options.json, record)
     return int(not all(row["met"] for row in [*record["errors"], *record["costs"]]))
 
 

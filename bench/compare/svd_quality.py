@@ -15,9 +15,7 @@ the ratios. Exit status 1: "auto" loses more than torch + 1e-5, or, up to rank 6
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compare.records import machine, write
 from pissa import ops
 
 RANKS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
@@ -118,14 +117,6 @@ def times(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
-    keys = ("model name", "cpu family", "model")
-    facts = {key: cpu.get(key, platform.machine()) for key in keys}
-    return facts | {"isa": ops.build_info()["isa"], "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
 def main() -> int:
     options = arguments()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
@@ -135,7 +126,7 @@ def main() -> int:
     sizes = {"size": options.size, "seeds": options.seeds, "pairs": options.pairs}
     record = {"machine": facts, **sizes, "losses": qualities(options), "times": times(options)}
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(options.json, record)
     return int(not all(row["met"] for row in [*record["losses"], *record["times"]]))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare.packages import version
-from bench.compare.svd_quality import machine
+from bench.compare.records import machine
 from bench.experiments.experiment import Cell, Known, Result
 
 PACKAGES = ("pissa", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "numpy")
