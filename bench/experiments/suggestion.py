@@ -37,7 +37,8 @@ class SuggestionCell(Cell):
         )
         unrated = LanguageCell(self.task, self.method, self.r, rate=0.0, seed=self.seed)
         with tempfile.TemporaryDirectory() as out:
-            batches = list(islice(make_trainer(model, task, unrated, Path(out)).get_train_dataloader(), BATCHES))
+            trainer = make_trainer(model, task, unrated, Path(out))
+            batches = list(islice(trainer.get_train_dataloader(), 4 if options.quick else BATCHES))
         begun = time.process_time()
         found = pissa.suggest_lr(model, batches)
         return {

@@ -7,7 +7,7 @@
 Times are the GPU's, between events, with cold caches. Calls are queued beforehand, so that neither side pays for its
 CPU time; the start of a model and a model's training are timed by the wall clock. A row whose peer cannot be imported
 has our time alone. Exit status 1: a row failed, and its last column says why; 3: after it the GPU computes nothing
-more in this process. A missed goal is no failure.
+more in this process; 75: no time for all rows; 77: packages are missing. A missed goal is no failure.
 """
 
 from __future__ import annotations
@@ -158,12 +158,13 @@ def main() -> int:
         facts = machine(options, clock)
         print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)
         log.write(machine=facts)
-    failed, lines, not_begun = False, [], []
+    failed, asked, lines, not_begun = False, 0, [], []
     for stage in options.stages or STAGES:
         if stage == "models" and (lacking := missing("peft", "transformers")):
-            print(f"models: left out: {lacking}")
-            continue
+            print(f"rows of models: {lacking}")
+            return 77
         chosen = [row for row in rows_of(stage, options, clock) if any(text in row[0] for text in options.rows or [""])]
+        asked += len(chosen)
         # Those that have begun in an earlier run, and took it to its end, come last.
         for name, measure in sorted(chosen, key=lambda row: row[0] in log.begun):
             if name in log.done:
@@ -178,12 +179,17 @@ def main() -> int:
             log.write(name=name, stage=stage, row=row)
             lines.append(line(row))
             print(f"{lines[-1]}  [{time.monotonic() - start:.1f} s] {result.note}", flush=True)
+            if result.failed:
+                print(f"error: {result.work}: {result.note}", flush=True)
             if is_broken(options.device):
                 return BROKEN
     print("", HEAD, *lines, sep="\n", flush=True)
-    for name in not_begun:
-        print(f"not begun within {options.seconds:g} s: {name}")
-    return int(failed or bool(not_begun))
+    if not asked:
+        print(f"error: no row contains {' or '.join(options.rows)}")
+        return 1
+    if not_begun:
+        print(f"no time for {len(not_begun)} rows, from {not_begun[0]}")
+    return 1 if failed else 75 if not_begun else 0
 
 
 if __name__ == "__main__":

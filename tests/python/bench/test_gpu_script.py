@@ -1,0 +1,200 @@
+"""bench/gpu.sh with stand-ins for all that it starts: which parts run, which do not and why, what a second call does.
+
+tests/gpu_rehearsal.sh runs it with real programs, as far as that goes without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+CARD = "nvidia_stand_in_1"
+PROGRAMS = {
+    "nvidia-smi": 'case $1 in *=name) echo "NVIDIA Stand-in 1" ;; *) echo 9.0 ;; esac',
+    "nvcc": "echo Cuda compilation tools, release 13.0, V13.0.88",
+    "ninja": "",
+    "cmake": """
+        case "$*" in
+          *"--target help"*) printf 'cuda_svd_test: phony\\ncuda_sim_svd_test: phony\\n' ;;
+          *"--target _C"*) [ "$FAILS" != compile ] || { echo "gemm.cc:95:3: error: no blas"; exit 1; } ;;
+        esac""",
+    "ctest": '[ "$FAILS" != svd ] || { echo "2/2 Test #2: cuda_svd_test ....***Failed"; exit 8; }',
+    "compute-sanitizer": """
+        echo "[ RUN      ] Test.Case"
+        case "$*" in *cuda_gram_*) [ "$FAILS" != gram ] || { echo "ERROR SUMMARY: 3 errors"; exit 99; } ;; esac
+        echo "ERROR SUMMARY: 0 errors" """,
+    "python": """
+        case "$*" in
+          *import*peft*) [ "$FAILS" != peft ] ;;
+          *bench.gpu.table*) echo "a table" ;;
+          *bench.gpu.measure*)
+            while [ "$1" != --log ]; do shift; done
+            echo "{}" >>"$2"
+            [ "$FAILS" != broken ] || [ "$(wc -l <"$2")" -gt 2 ] || exit 3
+            [ "$FAILS" != slow ] || { echo "no time for 2 rows, from this"; exit 75; } ;;
+          *pytest*) echo "3 passed in 1 s" ;;
+        esac""",
+}
+
+
+@dataclass
+class Machine:
+    folder: Path
+
+    def __post_init__(self) -> None:
+        (self.folder / "bin").mkdir()
+        for name, does in PROGRAMS.items():
+            path = self.folder / "bin" / name
+            path.write_text(f'#!/bin/bash\necho {name} "$@" >>"{self.folder}/asked"\n{does}\n')
+            path.chmod(0o755)
+        for name in ("GOOGLETEST", "BENCHMARK"):
+            (self.folder / name).mkdir()
+            (self.folder / name / "CMakeLists.txt").touch()
+        for name in ("nf4", "linear", "svd"):
+            path = self.folder / "build/cmake/bench/cpp" / f"bench_{name}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"#!/bin/bash\necho {name}_median 1 ms\n")
+            path.chmod(0o755)
+
+    def run(self, *arguments: str, status: int, fails: str = "") -> list[str]:
+        """Returns the lines of the summary."""
+        environment = {
+            **{name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "PYTHONPATH")},
+            **{f"{name}_DIR": str(self.folder / name) for name in ("GOOGLETEST", "BENCHMARK")},
+            **{"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "PYTHON": str(self.folder / "bin/python")},
+            **{"OUT": str(self.folder / "out"), "FAILS": fails},
+        }
+        command = ["bash", ROOT / "bench/gpu.sh", "--build", self.folder / "build", *arguments]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+        assert run.returncode == status, run.stdout + run.stderr
+        assert not run.stderr
+        left = {path.name for path in (self.folder / "out").iterdir()}
+        assert left == {f"{CARD}_summary.txt", f"{CARD}_logs.tar.gz"}  # and the rows, of the table's real program
+        summary = (self.folder / f"out/{CARD}_summary.txt").read_text().splitlines()
+        assert run.stdout.splitlines()[-1] == summary[0]
+        return summary
+
+    def asked(self, text: str) -> list[str]:
+        """The calls since the last question that contain the text."""
+        lines = (self.folder / "asked").read_text().splitlines()
+        (self.folder / "asked").write_text("")
+        return [line for line in lines if re.search(text, line)]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_every_part_runs_and_a_second_call_goes_on(machine: Machine) -> None:
+    summary = machine.run(status=1, fails="svd")
+    assert summary[0] == "FAILED: correctness, cpp-tests (2/2 Test #2: cuda_svd_test ....***Failed)"
+    ends = [line.partition(",")[0] for line in summary if re.match(r"[a-z0-9]+, [a-z0-9-]+: ", line)]
+    assert list(dict.fromkeys(ends)) == [
+        *("build", "correctness", "start", "linear", "nf4", "decode", "models", "sanitizer", "profile")
+    ]
+    assert {"a table", "memcheck svd: clean", "racecheck elementwise: clean", "svd_median 1 ms"} <= {*summary}
+    with tarfile.open(machine.folder / f"out/{CARD}_logs.tar.gz") as logs:
+        assert {f"logs/{name}.log" for name in ("compile", "start", "racecheck-svd", "pytest-layer")} <= {
+            *logs.getnames()
+        }
+    calls = machine.asked("")
+    assert any("-DPISSA_CUDA_ARCHITECTURES=90-real" in call and "-DPISSA_BUILD_TESTS=ON" in call for call in calls)
+    assert [call for call in calls if call.endswith("--target cuda_svd_test -- -k 0")]
+
+    assert machine.run(status=0)[0] == "nothing failed"
+    assert [call.split()[0] for call in machine.asked("^c|measure")] == ["cmake", "ctest"]  # the first for its version
+    assert machine.run("nf4", "--rows", "M = 1", status=0)[0] == "nothing failed"
+    (measured,) = machine.asked("measure|cmake -S|--target")
+    assert measured.endswith("--again --seconds 40 --rows=M = 1")
+
+
+def test_what_a_part_needs_and_lacks(machine: Machine) -> None:
+    assert machine.run("nf4", status=1, fails="compile")[0] == (
+        "FAILED: build, compile (gemm.cc:95:3: error: no blas); not run: build, module;nf4, nf4"
+    )
+    assert machine.run("nf4", status=0)[0] == "nothing failed"
+    machine.asked("")
+    summary = machine.run("correctness", "linear", status=1, fails="slow")
+    assert summary[0] == "nothing failed; not run: linear, linear"
+    assert machine.asked("--target cuda_svd_test")
+    assert machine.run("start", "--seconds", "5", status=1)[0].endswith("not run: start, start;linear, linear")
+
+
+def test_left_out_broken_and_found_by_the_sanitizer(machine: Machine) -> None:
+    summary = machine.run("correctness", status=0, fails="peft")
+    assert summary[0] == "nothing failed; left out: pytest -m gpu: no pytest, peft, transformers, xxhash"
+    assert "ops_svd: 3 passed in 1 s" in summary
+    assert not any(line.startswith("layer:") for line in summary)
+    assert machine.run("decode", status=0, fails="broken")[0].startswith("nothing failed")
+    assert len(machine.asked("bench.gpu.measure")) == 3  # the first two processes have left a GPU that computes nothing
+    summary = machine.run("sanitizer", status=1, fails="gram")
+    assert summary[0].startswith(
+        "FAILED: sanitizer, memcheck (error: memcheck gram: ERROR SUMMARY: 3 errors, status 99"
+    )
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    run = subprocess.run(["bash", ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "no GPU: nvidia-smi names none on this machine\n"
+
+
+def test_the_tests_that_it_names_exist() -> None:
+    script = (ROOT / "bench/gpu.sh").read_text()
+    (sanitized,) = re.findall(r"SANITIZED='([^']*)'", script)
+    for name, cases in (test.split("=") for test in sanitized.split()):
+        (path,) = (ROOT / "tests/cpp").rglob(f"{name}_test.cc")
+        missing = [case for case in re.findall(r"\w+", cases) if case not in path.read_text()]
+        assert not missing, f"{path} has no tests {missing}"
+    (first, more) = re.findall(r'names\+?=" ?([a-z0-9_ ]+)"', script)
+    for name in (*first.split(), *more.split(), "gpu"):
+        assert len([*(ROOT / "tests/python").rglob(f"test_{name}.py")]) == 1
+
+
+def test_a_row_that_ends_its_process_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next process takes the rows up after it, and those that have begun before come last."""
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.compare.interleave import Result
+    from bench.gpu.measure import Log, measured
+
+    def log(run: str, again: bool = False) -> Log:
+        return Log(Namespace(log=tmp_path / "rows.jsonl", tree="tree", run=run, again=again))
+
+    def never() -> Result:
+        raise AssertionError
+
+    first = log("1")
+    first.write(begun="a | b")
+    first.write(begun="c | d")
+    first.write(name="c | d", row={"failed": False})
+    result = measured("a | b", never, log("1"))
+    assert (result.work, result.against, result.failed) == ("a", "b", True)
+    assert result.note == "the process that measured it ended"
+    assert (log("1").killed, log("2").killed) == ({"a | b"}, set())
+    assert (log("2").done, log("2", again=True).done) == ({"c | d"}, set())
+    assert log("2").begun == {"a | b", "c | d"}
+
+
+def test_rows_are_measured_on_the_cpu_and_shown(tmp_path: Path) -> None:
+    def run(module: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    log, results = str(tmp_path / "rows.jsonl"), str(tmp_path / "card.json")
+    more = ("--quick", "--pairs", "1", "--log", log, "--tree", "now")
+    shown = run("bench.gpu.measure", "nf4", "linear", "decode", "--device", "cpu", *more)
+    rows = [line for line in shown.splitlines() if line.startswith("| ") and " [" not in line]
+    assert len(rows) == 1 + 4 + 6 + 6
+    assert "FAILED" not in shown
+    table = run("bench.gpu.table", log, results, "later")
+    assert table.count("(of older sources, now)") == 16
