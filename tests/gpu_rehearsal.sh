@@ -1,6 +1,6 @@
 #!/bin/sh
-# bench/gpu.sh without a GPU: the tests on the simulated one, which build/release has (cmake --preset release), a file of
-# those that take --device, and all rows, small, on the CPU. What builds is in tests/python/bench/test_gpu_script.py.
+# bench/gpu.sh without a GPU: the tests on the simulated one, which build/release has (cmake --preset release), a file
+# of those that take --device, and all rows, small, on the CPU. tests/python/bench/test_gpu_script.py has what builds.
 # Usage: gpu_rehearsal.sh FOLDER PYTHON, which has pissa and what tests need.
 set -eu
 [ -e build/release/CTestTestfile.cmake ] || { echo "needed: build/release, built by make test-cpp" >&2; exit 1; }

@@ -22,7 +22,7 @@ from pissa.cli.colours import BLACK, BLUE, GREEN, GREY, LOFTQ, LORA, ORANGE, PIN
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130
-COLORS = 256  # of a PNG's palette: half the bytes
+COLORS = 32  # of a PNG's palette: a third of the bytes
 SWEEP_NOTE = "n = 1 seed; ringed: the best rate; arrow: diverged, or far above all"
 GAP_NOTE = "bars: two standard errors of the differences, seed by seed; each method at its best rate"
 HEIGHTS = 1.35  # a loss that is above the lowest one by this factor is drawn at the top edge
