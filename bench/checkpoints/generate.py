@@ -31,78 +31,30 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _CHUNK_ROWS = 4096  # of an embedding
 
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 32000, **more: Any) -> dict[str, Any]:
+    """Of LlamaConfig; embeddings are tied unless `more` says otherwise."""
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "vocab_size": vocabulary, "tie_word_embeddings": True}
+    return {**sizes, **more}
+
+
+_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA_3 = {
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+    **{"vocabulary": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+    "rope_parameters": _ROPE | {"original_max_position_embeddings": 8192},
 }
+_UNTIED = {"tie_word_embeddings": False}
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-    },
-    "100m": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "vocab_size": 32000,
-        "tie_word_embeddings": True,
-    },
-    "350m": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "vocab_size": 32000,
-        "tie_word_embeddings": True,
-    },
-    # Llama-3.2-1B's and 3B's shapes
-    "1b": _LLAMA_3
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-    },
-    "3b": _LLAMA_3
-    | {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "head_dim": 128,
-    },
-    # Llama-2-7B
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
+    "tiny": _llama(64, 128, 2, 4, 512, num_key_value_heads=2, max_position_embeddings=2048, **_UNTIED),
+    "100m": _llama(768, 2048, 12, 12),
+    "350m": _llama(1024, 2816, 24, 16),
+    "1b": _llama(2048, 8192, 16, 32, head_dim=64, **_LLAMA_3),  # Llama-3.2-1B's and 3B's
+    "3b": _llama(3072, 8192, 28, 24, head_dim=128, **_LLAMA_3),
+    "7b": _llama(  # Llama-2-7B's
+        4096, 11008, 32, 32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, **_UNTIED
+    ),
 }
 
 

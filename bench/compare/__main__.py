@@ -19,7 +19,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare.packages import version
-from bench.compare.records import write
+from bench.compare.records import machine, write
 
 THREADS = 2
 # mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
@@ -93,7 +92,7 @@ def measure(options: argparse.Namespace) -> int:
     chosen = [row for row in rows(options) if row.malloc == options.malloc]
     if not chosen:
         return 0
-    record = {"machine": machine(options) | {"page_faults_of_fresh_32_mib": page_faults_of_fresh_output()}}
+    record = {"machine": facts_of(options) | {"page_faults_of_fresh_32_mib": page_faults_of_fresh_output()}}
     failed = options.malloc == "tuned" and record["machine"]["page_faults_of_fresh_32_mib"] > 100
     first = options.malloc not in (facts["malloc"] for facts in collect(options.results)["machines"])
     with options.results.open("a") as results:
@@ -112,26 +111,21 @@ def measure(options: argparse.Namespace) -> int:
     return int(failed)
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
+def facts_of(options: argparse.Namespace) -> dict[str, Any]:
     from pissa import build_info
 
-    models = (text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name"))
     packages = ("torch", "peft", "bitsandbytes", "transformers", "scikit-learn")
+    facts = machine()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": next(models, f"model name: {platform.machine()}").partition(":")[2].strip(),
+        "cpu": facts["model name"],
         "cpus": sorted(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "isa": build_info()["isa"],
+        **{name: facts[name] for name in ("threads", "isa")},
         "pissa": build_info()["version"],
         **{package: version(package) for package in packages},
         "malloc": options.malloc,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
-        "size": options.size,
-        "pairs": options.pairs,
-        "quick": options.quick,
+        **{name: getattr(options, name) for name in ("size", "pairs", "quick")},
     }
 
 

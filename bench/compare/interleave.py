@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +93,12 @@ class Result:
                 "ratio_quartiles": quartiles(self.ratios),
             }
         return asdict(self) | summary
+
+
+def in_turns(calls: Sequence[Call]) -> Call:
+    """A call that makes `calls` in turns, so that none finds its inputs in the cache."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 # ---- Agreement -------------------------------------------------------------------------------------------------------

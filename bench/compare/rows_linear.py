@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.compare.interleave import Case, Row, agree, require
+from bench.compare.interleave import Case, Row, agree, in_turns, require
+from bench.compare.packages import missing
 from bench.compare.peers import bnb_linear, is_repacked, lora_layer
 from bench.compare.weights import (
     bfloat16_weight,
@@ -49,7 +50,7 @@ def linear_rows(size: int) -> Iterator[Row]:
         yield Row(
             f"forward + backward, nf4 and adapter, r = {r}, M = {tokens}",
             "two dense bfloat16 products, torch",
-            partial(_against_dense, size, tokens, r),
+            partial(against_dense, size, tokens, r),
             goal,
             stretch,
             malloc="tuned",
@@ -153,22 +154,28 @@ def _backward_against_peft(size: int, tokens: int, dtype: torch.dtype) -> Case:
     return Case(ours.backward, backward, lambda: ours.check(backward()))
 
 
-def _against_dense(size: int, tokens: int, r: int) -> Case:
-    """The peer has no adapter and does 2 products; ours does 8. The ratio is that of the times."""
-    ours = Layer(size, size, tokens, r)
-    dense, x, dy = ops.dequantize(ours.weight, torch.bfloat16), ours.x.detach(), ours.dy
+def against_dense(size: int, tokens: int, r: int, backward: bool = True, device: str = "cpu", count: int = 1) -> Case:
+    """The peer has no adapter and does 2 products; ours does 8. The ratio is that of the times. On a GPU `count`
+    of them take turns, so that no cache holds their weights; forward alone, if not `backward`."""
+    layers = [Layer(size, size, tokens, r, device) for _ in range(count)]
+    dense = [ops.dequantize(layer.weight, torch.bfloat16) for layer in layers]
+    inputs = [layer.x.detach() for layer in layers]
 
-    def products() -> tuple[Tensor, Tensor]:
-        return linear(x, dense), dy @ dense
+    def products(x: Tensor, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return linear(x, weight), dy @ weight
 
     def check() -> str:
-        y = ops.linear(ours.x, ours.weight)
-        (dx,) = torch.autograd.grad(y, ours.x, dy)
-        base = products()
+        y = ops.linear(layers[0].x, layers[0].weight)
+        (dx,) = torch.autograd.grad(y, layers[0].x, layers[0].dy)
+        base = products(inputs[0], layers[0].dy, dense[0])
         agree(BFLOAT16_BOUND, base_y=(y, base[0]), base_dx=(dx, base[1]))
-        return ours.check(ours.formula())
+        return layers[0].check(layers[0].formula())
 
-    return Case(ours.backward, products, check)
+    if not backward:
+        forward = [partial(linear, x, weight) for x, weight in zip(inputs, dense, strict=True)]
+        return Case(in_turns([layer.forward for layer in layers]), in_turns(forward), check)
+    both = [partial(products, x, layer.dy, weight) for x, layer, weight in zip(inputs, layers, dense, strict=True)]
+    return Case(in_turns([layer.backward for layer in layers]), in_turns(both), check)
 
 
 # ---- The base alone --------------------------------------------------------------------------------------------------
@@ -207,42 +214,56 @@ def _float32(size: int, kind: str) -> Case:
 
 
 def nf4_rows(size: int) -> Iterator[Row]:
-    yield Row("quantise to nf4", "bitsandbytes", partial(_quantize, size, False), 60.0)
-    yield Row("quantise to nf4, nested scales", "bitsandbytes", partial(_quantize, size, True))
-    yield Row("dequantise nf4 to bfloat16, nested scales", "bitsandbytes", partial(_dequantize, size))
+    yield Row("quantise to nf4", "bitsandbytes", lambda: quantise_case([bfloat16_weight(size)], nested=False), 60.0)
+    yield Row("quantise to nf4, nested scales", "bitsandbytes", lambda: quantise_case([bfloat16_weight(size)]))
+    yield Row(
+        "dequantise nf4 to bfloat16, nested scales",
+        "bitsandbytes",
+        lambda: dequantise_case([quantised_weight(size, size, "nf4")]),
+    )
 
 
-def _quantize(size: int, nested: bool) -> Case:
+def quantise_case(weights: Sequence[Tensor], nested: bool = True) -> Case:
+    """Weights that take turns. On the CPU the bits are the peer's, on a GPU nearly all codes."""
+    ours = in_turns([partial(ops.quantize, weight, double_quant=nested) for weight in weights])
+    if lacking := missing("bitsandbytes"):
+        return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)
     import bitsandbytes as bnb
 
-    weight = bfloat16_weight(size)
-    ours = partial(ops.quantize, weight, double_quant=nested)
-    theirs = partial(bnb.functional.quantize_4bit, weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    quantize_4bit = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    theirs = in_turns([partial(quantize_4bit, weight) for weight in weights])
+    on_cpu = weights[0].device.type == "cpu"
 
     def check() -> str:
         mine, (codes, state) = ours(), theirs()
-        require(torch.equal(mine.codes, codes.flatten()), "the codes differ")
+        same = (mine.codes == codes.flatten()).float().mean().item()
+        require(same >= (1 if on_cpu else 0.999), f"only {same:.4%} of the codes are the peer's")
         if not nested:
             require(torch.equal(mine.absmax, state.absmax), "absmax differs")
             return "equal bits"
         # bitsandbytes' mean of more than 32768 scales depends on the number of threads, and all else on the mean.
         assert mine.nested_absmax is not None
         assert mine.offset is not None
-        torch.testing.assert_close(mine.offset, state.offset, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.offset, state.offset, rtol=1e-5 if on_cpu else 1e-4, atol=0)
+        if not on_cpu:
+            return f"{same:.4%} of the codes are equal; ours looks for NaN too"
         torch.testing.assert_close(mine.nested_absmax, state.state2.absmax, rtol=1e-4, atol=0)
         return "equal codes; scales equal but for the last digits of their mean"
 
     return Case(ours, theirs, check)
 
 
-def _dequantize(size: int) -> Case:
+def dequantise_case(weights: Sequence[ops.QuantizedWeight]) -> Case:
+    """To bfloat16; weights that take turns."""
+    ours = in_turns([partial(ops.dequantize, weight, torch.bfloat16) for weight in weights])
+    if lacking := missing("bitsandbytes"):
+        return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)
     import bitsandbytes as bnb
 
-    weight = quantised_weight(size, size, "nf4")
-    packed = bnb_linear(weight).weight
-    ours = partial(ops.dequantize, weight, torch.bfloat16)
-    theirs = partial(bnb.functional.dequantize_4bit, packed.data, packed.quant_state)
-    return Case(ours, theirs, lambda: agree(2**-9, weight=(ours(), theirs())))  # both round once
+    packed = [bnb_linear(weight).weight for weight in weights]
+    theirs = in_turns([partial(bnb.functional.dequantize_4bit, p.data, p.quant_state) for p in packed])
+    bound = 2**-9 if weights[0].codes.device.type == "cpu" else 2**-8  # both round once
+    return Case(ours, theirs, lambda: agree(bound, weight=(ours(), theirs())))
 
 
 # ---- INT8 ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pissa
 from bench.compare.interleave import Case, Row, agree, relative_error, require
+from bench.compare.packages import missing
 from bench.compare.peers import lora_layers, lora_on_dense, lora_on_nf4
 from bench.compare.weights import energy, fewest_passes, language_model
 from pissa.layers.layer import pissa_layers
@@ -33,7 +34,7 @@ def model_rows(tiny: bool) -> Iterator[Row]:
         yield Row(
             f"training step of SmolLM2-135M, nf4, r = {R}",
             f"PEFT + bitsandbytes, {name} adapters",
-            partial(_nf4_step, tiny, dtype),
+            partial(_step, tiny, "nf4", dtype),
             goal,
             malloc=malloc,
             memory=True,
@@ -43,7 +44,7 @@ def model_rows(tiny: bool) -> Iterator[Row]:
         yield Row(
             f"training step of SmolLM2-135M, bfloat16, implicit residual, r = {R}",
             f"PEFT LoRA, {name} adapters",
-            partial(_dense_step, tiny, dtype),
+            partial(_step, tiny, None, dtype),
             goal,
             malloc=malloc,
             memory=True,
@@ -61,6 +62,10 @@ def model_rows(tiny: bool) -> Iterator[Row]:
         partial(_wrapping_in_nf4, tiny),
         round(1 / 1.4, 2),
     )
+
+
+def _step(tiny: bool, quant: str | None, dtype: torch.dtype) -> Case:
+    return step_case(language_model(tiny, torch.bfloat16), quant, dtype)
 
 
 class Trainer:
@@ -107,9 +112,15 @@ def training_case(model: nn.Module, peer: nn.Module, compared: str, same_gradien
     return Case(ours.step, theirs.step, check)
 
 
-def _nf4_step(tiny: bool, dtype: torch.dtype) -> Case:
-    base = language_model(tiny, torch.bfloat16)
-    model = pissa.wrap(copy.deepcopy(base), r=R, quant="nf4", task_type="CAUSAL_LM").train()
+def step_case(base: nn.Module, quant: str | None, dtype: torch.dtype) -> Case:
+    """Ours computes the peer's loss: both are the base, since ours changes nothing yet and LoRA has B = 0, or have the
+    same residual and factors. Only then their gradients are equal."""
+    model = pissa.wrap(copy.deepcopy(base), r=R, quant=quant, task_type="CAUSAL_LM", progressbar=False).train()
+    if quant and (lacking := missing("bitsandbytes")):
+        ours = Trainer(model)
+        return Case(ours.step, None, lambda: f"first loss {ours.first()[0]:.4f}", no_peer=lacking)
+    if not quant:
+        return training_case(model, lora_on_dense(base, R, dtype), "both are the base", same_gradient=False)
     peer = same_in_nf4(model, base, dtype)
     return training_case(model, peer, "same residuals and factors", same_gradient=True)
 
@@ -121,14 +132,6 @@ def same_in_nf4(model: nn.Module, base: nn.Module, dtype: torch.dtype) -> nn.Mod
         for name, layer in pissa_layers(model.base_model.model, "default").items()
     }
     return lora_on_nf4(base, layers, dtype)
-
-
-def _dense_step(tiny: bool, dtype: torch.dtype) -> Case:
-    """Both sides start as the base: ours changes nothing yet, LoRA has B = 0. Their gradients differ."""
-    base = language_model(tiny, torch.bfloat16)
-    model = pissa.wrap(copy.deepcopy(base), r=R, task_type="CAUSAL_LM").train()
-    peer = lora_on_dense(base, R, dtype)
-    return training_case(model, peer, "both are the base", same_gradient=False)
 
 
 # ---- Wrapping --------------------------------------------------------------------------------------------------------

@@ -102,26 +102,31 @@ def fewest_passes(loss: Callable[[int], float], allowed: float, choices: range) 
 # ---- Language models -------------------------------------------------------------------------------------------------
 
 
+def random_llama(hidden: int, inner: int, layers: int, vocabulary: int, device: str = "cpu") -> nn.Module:
+    """In bfloat16 and training mode, with heads of 32, without a cache of keys and values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        vocab_size=vocabulary,
+        use_cache=False,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).train()
+
+
 def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
     """SmolLM2-135M, in training mode without a cache of keys and values; `tiny`: three random layers of its kind."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if tiny:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=512,
-            tie_word_embeddings=True,
-        )
-        model = LlamaForCausalLM(config).to(dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype)
-    model.config.use_cache = False
-    return model.train()
+        return random_llama(128, 256, 3, 512).to(dtype)
+    return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype, use_cache=False).train()
 
 
 def smollm2() -> Path:

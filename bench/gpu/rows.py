@@ -5,19 +5,17 @@ All of it also runs on the CPU, with small sizes, to see that it runs; the ratio
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from bench.compare.interleave import Call, Case, Clock, Row, agree, require
+from bench.compare.interleave import Call, Case, Clock, Row, agree, in_turns, require
 from bench.compare.packages import missing
 from bench.compare.peers import bnb_linear, lora_layer
-from bench.compare.rows_linear import BFLOAT16_BOUND, Layer
+from bench.compare.rows_linear import BFLOAT16_BOUND, Layer, against_dense, dequantise_case, quantise_case
 from pissa import ops
 
 R = 64
@@ -33,22 +31,22 @@ def linear_rows(size: int, device: str, clock: Clock) -> Iterator[Row]:
             build = partial(_train, work, size, count, device, clock)
             yield Row(f"{work}, nf4, r = {R}, M = {tokens}", "PEFT + bitsandbytes, the better adapters", build, goal)
     count = 128 if small else 8192
-    yield Row(
-        f"forward, nf4, r = {R}, M = 8192", "dense bfloat16, torch", partial(_dense, False, size, count, device), 0.93
-    )
-    yield Row(
-        f"forward + backward, nf4, r = {R}, M = 8192",
-        "two dense bfloat16 products, torch",
-        partial(_dense, True, size, count, device),
-    )
+    for work, against, backward, goal in (
+        ("forward", "dense bfloat16, torch", False, 0.93),
+        ("forward + backward", "two dense bfloat16 products, torch", True, None),
+    ):
+        build = partial(against_dense, size, count, R, backward, device, 2)
+        yield Row(f"{work}, nf4, r = {R}, M = 8192", against, build, goal)
 
 
 def nf4_rows(size: int, device: str) -> Iterator[Row]:
     shape = (size, size) if size < 4096 else (11008, 4096)
     name = f"{shape[0]} x {shape[1]}"
     yield Row(f"dequantise, {name}", "a copy of as many bytes", partial(_dequantise_bytes, shape, device), 0.85)
-    yield Row(f"dequantise, {name}", "bitsandbytes", partial(_dequantise, shape, device))
-    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", partial(_quantise, shape, device), 1.0)
+    stored = lambda: dequantise_case([ops.quantize(weight) for weight in _weights(shape, device)])  # noqa: E731
+    yield Row(f"dequantise, {name}", "bitsandbytes", stored)
+    dense = lambda: quantise_case(_weights(shape, device))  # noqa: E731
+    yield Row(f"quantise, {name}, nested scales", "bitsandbytes", dense, 1.0)
     yield Row(f"quantise, {name}, the kernel", "a copy of as many bytes", partial(_quantise_bytes, shape, device), 0.7)
 
 
@@ -68,12 +66,6 @@ def decode_rows(size: int, device: str) -> Iterator[Row]:
             partial(_decode, False, size, tokens, device),
             base_goal,
         )
-
-
-def in_turns(calls: Sequence[Call]) -> Call:
-    """A call that makes `calls` in turns, so that none finds its inputs in the cache."""
-    turns = itertools.cycle(calls)
-    return lambda: next(turns)()
 
 
 @cache
@@ -146,25 +138,6 @@ def _train(work: str, size: int, tokens: int, device: str, clock: Clock) -> Case
         return f"{better}; {max(found)}; " + ", ".join(f"{name}: {ms:.3g} ms" for name, ms in times.items())
 
     return Case(ours, sides[better], check)
-
-
-def _dense(with_backward: bool, size: int, tokens: int, device: str) -> Case:
-    layers = [Layer(size, size, tokens, R, device) for _ in range(2)]
-    dense = [ops.dequantize(layer.weight, torch.bfloat16) for layer in layers]
-    inputs = [layer.x.detach() for layer in layers]
-    forward = [partial(linear, x, weight) for x, weight in zip(inputs, dense, strict=True)]
-
-    def products(x: Tensor, dy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return linear(x, weight), dy @ weight
-
-    def check() -> str:
-        agree(BFLOAT16_BOUND, base=(ops.linear(inputs[0], layers[0].weight), forward[0]()))
-        return layers[0].check(layers[0].formula())
-
-    if not with_backward:
-        return Case(in_turns([layer.forward for layer in layers]), in_turns(forward), check)
-    both = [partial(products, x, layer.dy, weight) for x, layer, weight in zip(inputs, layers, dense, strict=True)]
-    return Case(in_turns([layer.backward for layer in layers]), in_turns(both), check)
 
 
 def _in_a_graph(calls: Sequence[Call], device: str) -> tuple[Call, bool]:
@@ -264,38 +237,6 @@ def _dequantise_bytes(shape: tuple[int, int], device: str) -> Case:
         return f"the CPU's bits; {moved / 1e6:.1f} MB"
 
     return Case(in_turns(calls), _copies(moved, device), check)
-
-
-def _dequantise(shape: tuple[int, int], device: str) -> Case:
-    weights = [ops.quantize(weight) for weight in _weights(shape, device)]
-    ours = in_turns([partial(ops.dequantize, weight, torch.bfloat16) for weight in weights])
-    if lacking := missing("bitsandbytes"):
-        return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)
-    import bitsandbytes as bnb
-
-    packed = [bnb_linear(weight).weight for weight in weights]
-    theirs = in_turns([partial(bnb.functional.dequantize_4bit, p.data, p.quant_state) for p in packed])
-    return Case(ours, theirs, lambda: agree(2**-8, weight=(ours(), theirs())))
-
-
-def _quantise(shape: tuple[int, int], device: str) -> Case:
-    weights = _weights(shape, device)
-    ours = in_turns([partial(ops.quantize, weight) for weight in weights])
-    if lacking := missing("bitsandbytes"):
-        return Case(ours, None, lambda: "its bits are checked beside the copy", no_peer=lacking)
-    import bitsandbytes as bnb
-
-    quantize_4bit = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4", compress_statistics=True)
-    theirs = in_turns([partial(quantize_4bit, weight) for weight in weights])
-
-    def check() -> str:
-        mine, (codes, state) = ours(), theirs()
-        same = (mine.codes == codes.flatten()).float().mean().item()
-        require(same > 0.999, f"only {same:.4%} of the codes are the peer's")
-        torch.testing.assert_close(mine.offset, state.offset, rtol=1e-4, atol=0)
-        return f"{same:.4%} of the codes are equal; ours looks for NaN too"
-
-    return Case(ours, theirs, check)
 
 
 def _quantise_bytes(shape: tuple[int, int], device: str) -> Case:

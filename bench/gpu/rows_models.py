@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from bench.compare.interleave import Case, Row, require
-from bench.compare.packages import missing
 from bench.compare.peers import lora_on_dense
-
-R = 16
+from bench.compare.rows_model import R, step_case
+from bench.compare.weights import random_llama
 
 
 def model_rows(device: str, quick: bool) -> Iterator[Row]:
@@ -24,27 +23,13 @@ def model_rows(device: str, quick: bool) -> Iterator[Row]:
         yield Row(
             f"training step of a Llama of 8 layers, {quant or 'bfloat16'}, r = {R}",
             "PEFT + bitsandbytes, bfloat16 adapters" if quant else "PEFT LoRA, bfloat16 adapters",
-            partial(_step, quant, device, quick),
+            lambda quant=quant: step_case(_llama(device, quick), quant, torch.bfloat16),
         )
 
 
 def _llama(device: str, quick: bool) -> nn.Module:
-    """A random Llama of 8 layers, 0.5 billion weights, in training mode without a cache of keys and values."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    hidden = 128 if quick else 2048
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=2 if quick else 8,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        vocab_size=512 if quick else 32000,
-        use_cache=False,
-    )
-    with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.bfloat16).train()
+    """8 layers, 0.5 billion weights."""
+    return random_llama(128, 352, 2, 512, device) if quick else random_llama(2048, 5632, 8, 32000, device)
 
 
 def _wrapping(device: str, quick: bool) -> Case:
@@ -62,19 +47,3 @@ def _wrapping(device: str, quick: bool) -> Case:
         return "step 0 is the base, bit for bit"
 
     return Case(ours, theirs, check, fresh=partial(copy.deepcopy, base))
-
-
-def _step(quant: str | None, device: str, quick: bool) -> Case:
-    """Ours computes the peer's loss: both are the base, or have the same residual and factors."""
-    import pissa
-    from bench.compare.rows_model import Trainer, same_in_nf4, training_case
-
-    base = _llama(device, quick)
-    model = pissa.wrap(copy.deepcopy(base), r=R, quant=quant, task_type="CAUSAL_LM", progressbar=False).train()
-    if quant and (lacking := missing("bitsandbytes")):
-        ours = Trainer(model)
-        return Case(ours.step, None, lambda: f"first loss {ours.first()[0]:.4f}", no_peer=lacking)
-    if not quant:
-        return training_case(model, lora_on_dense(base, R, torch.bfloat16), "both are the base", same_gradient=False)
-    peer = same_in_nf4(model, base, torch.bfloat16)
-    return training_case(model, peer, "same residuals and factors", same_gradient=True)
