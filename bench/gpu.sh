@@ -80,8 +80,7 @@ on() { "$@" && echo ON || echo OFF; }
 lacks() { echo "error: no $1: $python -m pip install $2, or bench/gpu/prepare.sh FOLDER elsewhere" && return 1; }
 configure() {
   for tool in cmake ninja; do command -v $tool || lacks $tool $tool || return; done
-  # shellcheck disable=SC2086
-  "$python" -m bench.gpu.packages "$site" $prepared
+  [ -z "$prepared" ] || "$python" -m bench.gpu.packages "$prepared" "$site"
   pybind=$("$python" -m pybind11 --cmakedir) || lacks pybind11 "pybind11 cmeel-eigen" || return
   cmake -S . -B "$cmake" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
     -Dpybind11_DIR="$pybind" -DPISSA_CUDA=ON -DPISSA_CUDA_ARCHITECTURES="$(query compute_cap | tr -d .)-real" \
@@ -90,10 +89,20 @@ configure() {
 }
 make_targets() { cmake --build "$cmake" -j "$(nproc)" --target "$@"; }
 compile() { make_targets _C pissa_cuda13; }
+export SMOKE='
+import pissa, torch
+from pissa import ops
+from pissa.ops import _load
+print(pissa.build_info(), *pissa.__path__)
+assert not _load.cuda_problem, _load.cuda_problem
+weight = torch.randn(256, 128, device="cuda")
+ops.svd_lowrank(weight, 8)
+error = (ops.dequantize(ops.quantize(weight)) - weight).abs().max()
+assert error < 0.2 * weight.abs().max(), f"an element in nf4 is off by {error}" # half of the widest gap is 0.152'
 module() { # puts libraries and Python files together as `pissa` in the folder `site`, and tries them
   rm -rf "$site/pissa"
   cmake --install "$cmake" --component python --prefix "$site" &&
-    (cd python && find pissa -name "*.py" -exec cp --parents {} "$site" \;) && "$python" -m bench.gpu.smoke cuda
+    (cd python && find pissa -name "*.py" -exec cp --parents {} "$site" \;) && "$python" -c "$SMOKE"
 }
 compile_tests() { # one that fails keeps no other from being built, and leaves no older one to be run
   has googletest gtest/gtest.h || left_out "C++ tests: no GoogleTest (GOOGLETEST_DIR, libgtest-dev)" || return

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.checkpoints.rows import ROWS, Options, growth
-from bench.compare.packages import version
+from bench.compare.records import version
 
 RESULTS = Path(__file__).parents[1] / "results" / "checkpoints.json"
 PACKAGES = ("pissa", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -33,7 +33,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", help="a smaller model for all rows; nothing is written to the results")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3, help="of calls in turns (3)")
-    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table of the results and end")
     return parser.parse_args(argv)
@@ -62,13 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     measured: dict[str, dict[str, Any]] = {}
     for name in options.rows:
         with tempfile.TemporaryDirectory(dir=options.work) as work:
-            shared = Options(
-                Path(work).resolve(),
-                threads=options.threads,
-                pairs=options.pairs,
-                kills=options.kills,
-                shape=options.shape,
-            )
+            more = {name: getattr(options, name) for name in ("threads", "pairs", "shape")}
+            shared = Options(Path(work).resolve(), **more)
             try:
                 measured[name] = ROWS[name].measure(shared)
             except Exception as error:  # the other rows still run

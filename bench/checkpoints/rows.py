@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.checkpoints.generate import DTYPES, SHAPES, generated, tensor_shapes
-from bench.checkpoints.interruptions import divided_runs, killed_runs
 from bench.checkpoints.processes import Usage, run_module
 
 GB = 1e9
@@ -31,7 +30,6 @@ class Options(NamedTuple):
     rank: int = 16
     threads: int = 2
     pairs: int = 3
-    kills: int = 20
     shape: str | None = None
     """A smaller model in the place of the row's own, to see whether the row runs."""
 
@@ -217,23 +215,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-# ---- Interruptions, runtimes -----------------------------------------------------------------------------------------
-
-
-def kills(options: Options) -> Result:
-    """kill -9 at random moments."""
-    with generated(options.work / "source", options.shape or "100m") as source:
-        return killed_runs(source, options.work / "runs", _init_options(options), options.kills)
-
-
-def processes(options: Options) -> Result:
-    """2 and 3 processes."""
-    with generated(options.work / "source", options.shape or "100m") as source:
-        return divided_runs(source, options.work / "runs", _init_options(options), (2, 3))
-
-
-def _init_options(options: Options) -> Sequence[str]:
-    return ("--rank", str(options.rank), "--quant", "nf4")
+# ---- Runtimes --------------------------------------------------------------------------------------------------------
 
 
 def in_runtimes(format: str) -> Callable[[Options], Result]:
@@ -296,10 +278,6 @@ def _runtime_shown(result: Result) -> str:
     )
 
 
-def _same(result: Result) -> bool:
-    return not result["different"] and result.get("kills", 20) >= 20
-
-
 ROWS = {
     "peer": Row(
         "SmolLM2-135M, nf4, beside transformers + PEFT pissa_niter_4 + bitsandbytes, whole processes",
@@ -331,8 +309,6 @@ ROWS = {
         lambda result: result["together"] <= 6 * GB and result["share_of_dense_rate"] >= 0.85,
         _step_shown,
     ),
-    "kills": Row("kill -9 at 20 random moments", "the same bytes", kills, _same, json.dumps),
-    "processes": Row("2 and 3 processes", "the same bytes", processes, _same, json.dumps),
     "nf4": Row(
         "nf4 in plain transformers + bitsandbytes + PEFT",
         "logits within 2^-7 of the largest",

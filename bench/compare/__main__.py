@@ -27,8 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.compare.packages import version
-from bench.compare.records import machine, write
+from bench.compare.records import machine, version, write
 
 THREADS = 2
 # mmap_threshold: 4 GiB, so that no tensor here is mapped by itself. trim_threshold: 8 GiB, so that the heap never
@@ -163,17 +162,8 @@ def start(malloc: str, results: Path, *more: str) -> int:
         environment["GLIBC_TUNABLES"] = tunables
     # bitsandbytes has an OpenMP runtime of its own, and looks for other kernels on the network.
     environment |= {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [
-        sys.executable,
-        "-m",
-        "bench.compare",
-        *sys.argv[1:],
-        "--malloc",
-        malloc,
-        "--results",
-        str(results),
-        *more,
-    ]
+    given = [*sys.argv[1:], "--malloc", malloc, "--results", str(results), *more]
+    command = [sys.executable, "-m", "bench.compare", *given]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status not in (0, 1):
         print(f"FAILED: the process with {malloc} malloc ended with status {status}", flush=True)

@@ -1,12 +1,33 @@
-"""Files of results: where they were measured, and a line for each row."""
+"""Files of results, a line for each row, and where they were measured: the machine, its packages."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def missing(*packages: str) -> str | None:
+    """Why not all of these packages can be used: the first that does not import, whatever it raises. None: they can."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            return f"{package} does not import ({type(error).__name__}: {error})"
+    return None
 
 
 def machine() -> dict[str, Any]:

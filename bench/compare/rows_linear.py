@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench.compare.interleave import Case, Row, agree, in_turns, require
-from bench.compare.packages import missing
 from bench.compare.peers import bnb_linear, is_repacked, lora_layer
+from bench.compare.records import missing
 from bench.compare.weights import (
     bfloat16_weight,
     hard_spectrum,

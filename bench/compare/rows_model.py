@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import pissa
 from bench.compare.interleave import Case, Row, agree, relative_error, require
-from bench.compare.packages import missing
 from bench.compare.peers import lora_layers, lora_on_dense, lora_on_nf4
+from bench.compare.records import missing
 from bench.compare.weights import energy, fewest_passes, language_model
 from pissa.layers.layer import pissa_layers
 

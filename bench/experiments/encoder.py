@@ -25,9 +25,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench.experiments.callbacks import MoveRanks
 from bench.experiments.experiment import Cell, Options, Result
-from bench.experiments.methods import METHODS, Setting
+from bench.experiments.methods import METHODS, MoveRanks, Setting
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.sources import find_package
 

@@ -17,10 +17,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from bench.experiments.callbacks import MoveRanks
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.language_tasks import LanguageTask, load_task
-from bench.experiments.methods import METHODS, Method, Setting
+from bench.experiments.methods import METHODS, Method, MoveRanks, Setting
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.encode import IGNORED
 

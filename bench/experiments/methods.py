@@ -15,6 +15,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from transformers import TrainerCallback
 
 import pissa
 from pissa import PissaConfig
@@ -50,6 +51,13 @@ class Method(NamedTuple):
     """Whether all weights are trained: in float32, with bfloat16 products."""
     moves_ranks: bool = False
     """Whether ranks move between layers while it trains."""
+
+
+class MoveRanks(TrainerCallback):
+    """Has PEFT's AdaLoRA move ranks between layers while the gradients are there, as its documentation asks."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
 
 
 def _peft(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.compare.packages import version
-from bench.compare.records import machine
+from bench.compare.records import machine, version
 from bench.experiments.experiment import Cell, Known, Result
 
 PACKAGES = ("pissa", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "numpy")

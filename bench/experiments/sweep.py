@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from statistics import mean, stdev
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from bench.experiments.experiment import Known, Result
 
@@ -16,13 +16,6 @@ RATES = tuple(digit * 10.0**-power for power in range(6, 0, -1) for digit in (1,
 POINTS = 5  # of a sweep at least
 TOLERANCE = 0.02  # of a valley: a loss so near to the best one, by ratio, is in it
 SEEDS = (1, 2)  # that follow at the best rate; 0 is the sweep's
-
-
-class Rated(Protocol):
-    """A cell that has a learning rate and a seed."""
-
-    rate: float
-    seed: int
 
 
 class Spread(NamedTuple):
@@ -53,9 +46,6 @@ class Spread(NamedTuple):
         """The differences, seed by seed. A seed draws the order of the data, the same for all methods: what that
         changes is not in them."""
         return Spread(tuple(one - two for one, two in zip(self.values, other.values, strict=False)))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" if self.n < 2 else f"{self.mean:.4f} ± {self.deviation:.4f}"
 
 
 def spread(values: Iterable[float]) -> Spread:

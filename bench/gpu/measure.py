@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.compare.interleave import Clock, CudaClock, HostClock, Result, Row, WallClock, run
-from bench.compare.packages import missing, version
+from bench.compare.records import missing, version
 from bench.gpu.table import BROKEN, HEAD, STAGES, line, records
 
 Named = tuple[str, Callable[[], Result]]
@@ -158,11 +158,12 @@ def main() -> int:
         facts = machine(options, clock)
         print(json.dumps(facts, indent=1, ensure_ascii=False), flush=True)
         log.write(machine=facts)
-    failed, asked, lines, not_begun = False, 0, [], []
+    failed, asked, left_out, not_begun = False, 0, "", []
+    print(HEAD, flush=True)
     for stage in options.stages or STAGES:
         if stage == "models" and (lacking := missing("peft", "transformers")):
-            print(f"rows of models: {lacking}")
-            return 77
+            left_out = f"rows of models: {lacking}"
+            continue
         chosen = [row for row in rows_of(stage, options, clock) if any(text in row[0] for text in options.rows or [""])]
         asked += len(chosen)
         # Those that have begun in an earlier run, and took it to its end, come last.
@@ -177,19 +178,19 @@ def main() -> int:
             failed |= result.failed
             row = {key: value for key, value in result.as_dict().items() if key not in ("malloc", "growth_mib")}
             log.write(name=name, stage=stage, row=row)
-            lines.append(line(row))
-            print(f"{lines[-1]}  [{time.monotonic() - start:.1f} s] {result.note}", flush=True)
+            print(f"{line(row)}  [{time.monotonic() - start:.1f} s] {result.note}", flush=True)
             if result.failed:
                 print(f"error: {result.work}: {result.note}", flush=True)
             if is_broken(options.device):
                 return BROKEN
-    print("", HEAD, *lines, sep="\n", flush=True)
-    if not asked:
+    if not (asked or left_out):
         print(f"error: no row contains {' or '.join(options.rows)}")
         return 1
     if not_begun:
         print(f"no time for {len(not_begun)} rows, from {not_begun[0]}")
-    return 1 if failed else 75 if not_begun else 0
+    if left_out:
+        print(left_out)
+    return 1 if failed else 75 if not_begun else 77 if left_out else 0
 
 
 if __name__ == "__main__":

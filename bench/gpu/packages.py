@@ -1,25 +1,19 @@
-"""Fetches from the prepared folder the packages that this machine lacks, and lists what is there.
+"""Takes from the prepared folder the packages that this machine lacks.
 
-    python -m bench.gpu.packages SITE [PREPARED_DIR]
+    python -m bench.gpu.packages PREPARED_DIR SITE
 
 A package is taken if none is installed or an older one. SITE is the folder to put them in; it must be on PYTHONPATH.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from bench.compare.packages import version
-
-USED = (
-    *("torch", "numpy", "pybind11", "safetensors", "transformers", "accelerate", "peft", "tqdm", "xxhash"),
-    *("pytest", "hypothesis", "bitsandbytes"),
-)
+from bench.compare.records import version
 
 
 def take(prepared: Path, site: Path) -> None:
@@ -32,7 +26,6 @@ def take(prepared: Path, site: Path) -> None:
     # In a process of its own: a library that does not load may not be imported twice.
     if subprocess.run([sys.executable, "-c", "import bitsandbytes"], capture_output=True, check=False).returncode:
         shutil.copytree(prepared / "site", site, dirs_exist_ok=True)
-    importlib.invalidate_caches()
 
 
 def _number(version: str) -> list[int]:
@@ -40,6 +33,4 @@ def _number(version: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        take(Path(sys.argv[2]), Path(sys.argv[1]))
-    print("python", sys.version.split()[0], *(f"{name} {version(name) or 'none'}" for name in USED), sep=", ")
+    take(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.compare.interleave import Call, Case, Clock, Row, agree, in_turns, require
-from bench.compare.packages import missing
 from bench.compare.peers import bnb_linear, lora_layer
+from bench.compare.records import missing
 from bench.compare.rows_linear import BFLOAT16_BOUND, Layer, against_dense, dequantise_case, quantise_case
 from pissa import ops
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.compare.interleave import Call, MismatchError, Result, WallClock, relative_error, require
-from bench.compare.packages import missing
+from bench.compare.records import missing
 from bench.compare.weights import energy
 from bench.gpu.rows import model_weight
 from pissa import ops

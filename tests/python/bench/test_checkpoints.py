@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -75,51 +74,6 @@ def test_imports_are_timed_apart_wherever_they_are_made(tmp_path: Path, monkeypa
     assert 0.5 <= report["imports"] < report["seconds"] - 0.25  # 0.3 and 0.2, and not twice
 
 
-# Writes five files in OUT and goes on where it was; with "forgets" a resumed run is another.
-RESUMES = """
-import sys, time
-from pathlib import Path
-out = Path("out")
-resumed = out.exists()
-out.mkdir(exist_ok=True)
-for i in range(5):
-    if not (out / str(i)).exists():
-        time.sleep(0.05)
-        (out / str(i)).write_text(f"{i}{' resumed' if resumed and 'forgets' in sys.argv else ''}")
-"""
-
-
-@pytest.mark.parametrize("options", [(), ("forgets",)])
-def test_a_run_that_was_killed_is_compared_with_one_that_was_not(
-    options: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bench.checkpoints import interruptions
-
-    def command(source: Path, options: Sequence[str], processes: int = 1) -> list[str]:
-        return [sys.executable, "-c", RESUMES, *options]
-
-    monkeypatch.setattr(interruptions, "init_command", command)
-    found = interruptions.killed_runs(tmp_path / "source", tmp_path / "work", options, kills=4)
-    assert found["kills"] == 4
-    assert len(found["seconds_after_the_first_file"]) == 4
-    assert bool(found["different"]) == bool(options)
-    assert list((tmp_path / "work").iterdir()) == []
-
-
-def test_another_number_of_processes_is_compared_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.checkpoints import interruptions
-
-    code = "import sys; from pathlib import Path; Path('out').mkdir(); Path('out/a').write_text(sys.argv[1])"
-
-    def command(source: Path, options: Sequence[str], processes: int = 1) -> list[str]:
-        return [sys.executable, "-c", code, str(processes if options else 1)]
-
-    monkeypatch.setattr(interruptions, "init_command", command)
-    for options, different in ((), []), (("by number",), ["a", "a"]):
-        found = interruptions.divided_runs(tmp_path / "source", tmp_path / "work", options, (2, 3))
-        assert found == {"processes": [2, 3], "different": different}
-
-
 def test_the_products_of_a_step_are_counted() -> None:
     from bench.checkpoints.step import DenseProducts
 
@@ -162,8 +116,6 @@ def test_the_table_says_what_was_met(tmp_path: Path, capsys: pytest.CaptureFixtu
         "3b": {**USAGE, "private": 1.7e9},
         "7b": {**SEVEN, "cold": {**USAGE, "private": 2.5e9}},
         "step": {**step, "share_of_dense_rate": 0.84},
-        "kills": {"kills": 20, "different": []},
-        "processes": {"processes": [2, 3], "different": ["model.safetensors"]},
         "nf4": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.0, "difference_in_evaluation": 0.1},
         "int8": {"difference": 0.01, "loss": 6.0, "plain_loss": 6.03, "difference_in_evaluation": 0.1},
     }
@@ -172,7 +124,7 @@ def test_the_table_says_what_was_met(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["--table", "--results", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = {row.what: line.split("|")[-2].strip() for row in ROWS.values() for line in lines if row.what in line}
-    missed = {ROWS[name].what for name in ("3b", "step", "processes", "nf4")}
+    missed = {ROWS[name].what for name in ("3b", "step", "nf4")}
     assert set(found) == {ROWS[name].what for name in results}
     assert {what for what, met in found.items() if met == "missed"} == missed
     assert "| 7b | 8000 M | 8.0 | 1.00 | 2.00 | 2.00 | 1.00 | 3.00 |" in lines

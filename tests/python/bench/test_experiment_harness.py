@@ -223,5 +223,3 @@ def test_a_spread_has_the_deviation_of_its_seeds() -> None:
     assert found.mean == pytest.approx(7 / 3)
     assert found.deviation == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
     assert found.error == pytest.approx(found.deviation / math.sqrt(3))
-    assert str(found) == "2.3333 ± 1.5275"
-    assert str(spread([2.0])) == "2.0000"
