@@ -48,7 +48,7 @@ tree=$(find $sources -type f ! -name '*.so' ! -name '*.pyc' -print0 | sort -z | 
 export tree=${tree:0:12} run=$EPOCHREALTIME log=$build/rows.jsonl
 export state=$build/$card-$tree # a file for each part: how it ended
 mkdir -p "$state" "$site" "$results"
-ls "$state"/* >/dev/null 2>&1 || rm -rf "$logs"
+[ -n "$(ls "$state")" ] || rm -rf "$logs"
 mkdir -p "$logs"
 for path in "${CUDA_HOME:-}" /usr/local/cuda; do
   [ -x "$path/bin/nvcc" ] || continue

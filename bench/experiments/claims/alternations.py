@@ -25,6 +25,8 @@ class Alternations(Experiment):
     claim = "tables 4 and 8, algorithm 1: five alternations leave less of the error of 4 bits than one"
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
+        if options.quick:
+            return [cell(task, method, BEST) for task in RATES for method in METHODS]
         found = [cell(task, method, rate) for task, rates in RATES.items() for method in METHODS for rate in rates]
         return found + [cell(task, method, BEST, seed) for task in RATES for method in METHODS for seed in SEEDS[1:]]
 

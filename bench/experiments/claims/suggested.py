@@ -43,10 +43,10 @@ class Suggested(Experiment):
 
     def wanted(self, known: Known, options: Options) -> list[Cell]:
         suggestions = [SuggestionCell(task, method, 16) for task, method in GROUPS]
-        trials = [SuggestionCell(*group) for group in TRIAL_GROUPS]
+        groups = TRIAL_GROUPS[::6] if options.quick else TRIAL_GROUPS
+        trials = [SuggestionCell(*group) for group in groups]
         trained = [at_suggested(trial, known) for trial in trials if trial in known]
-        sweeps = [sweep_of(*group, options) for group in GROUPS]
-        sweeps += [trial_sweep(*group, options) for group in TRIAL_GROUPS]
+        sweeps = [sweep_of(*group, options) for group in GROUPS] + [trial_sweep(*group, options) for group in groups]
         return [*suggestions, *trials, *trained, *grid.wanted(sweeps, known, options)]
 
     def section(self, known: Known, options: Options) -> Section:

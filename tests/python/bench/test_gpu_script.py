@@ -185,16 +185,17 @@ def test_a_row_that_ends_its_process_is_a_failed_row(tmp_path: Path, monkeypatch
     assert log("2").begun == {"a | b", "c | d"}
 
 
-def test_rows_are_measured_on_the_cpu_and_shown(tmp_path: Path) -> None:
-    def run(module: str, *arguments: str) -> str:
-        command = [sys.executable, "-m", module, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_rows_are_measured_on_the_cpu_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.gpu import measure, table
 
     log, results = str(tmp_path / "rows.jsonl"), str(tmp_path / "card.json")
-    more = ("--quick", "--pairs", "1", "--log", log, "--tree", "now")
-    shown = run("bench.gpu.measure", "nf4", "--device", "cpu", *more)
-    rows = [line for line in shown.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 4
-    assert "FAILED" not in shown
-    table = run("bench.gpu.table", log, results, "later")
-    assert table.count("(of older sources, now)") == 4
+    more = ["--device", "cpu", "--quick", "--pairs", "1", "--log", log, "--tree", "now"]
+    monkeypatch.setattr(sys, "argv", ["measure", "nf4", *more])
+    assert measure.main() == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 1 + 4
+    monkeypatch.setattr(sys, "argv", ["table", log, results, "later"])
+    table.main()
+    assert capsys.readouterr().out.count("(of older sources, now)") == 4
