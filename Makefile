@@ -244,8 +244,9 @@ test-cuda-build: $(BUILD)/wheel-cuda.stamp $(BUILD)/venv-test.stamp
 	sh tests/cuda_wheel.sh $(BUILD)/dist-cuda/*.whl $(TEST_PYTHON) $(BUILD)/venv-cuda/lib/python*/site-packages/nvidia/cu13/bin/cuobjdump
 
 # bench/gpu.sh, with the simulated GPU in the place of one.
-test-gpu-rehearsal: $(BUILD)/venv-test.stamp build-cpp-release
-	sh tests/gpu_rehearsal.sh $(BUILD)/rehearsal $(abspath $(TEST_PYTHON))
+test-gpu-rehearsal: $(BUILD)/venv-test.stamp $(BUILD)/tree.stamp
+	cmake --build $(TREE) --target cuda_sim_test
+	sh tests/gpu_rehearsal.sh $(BUILD)/rehearsal $(abspath $(TEST_PYTHON)) $(abspath $(TREE))
 
 # PEFT's own tests, of the version that is installed, over our classes: tests/peft_suite says how. They come with its source
 # package; parameterized is what some of them need beside our own test dependencies.

@@ -4,7 +4,7 @@
 #   bash bench/gpu.sh [STAGE...] [--prepared DIR]    # of: build correctness start linear nf4 decode models sanitizer
 #                                                    # profile; all unless given
 #   bash bench/gpu.sh linear --rows "M = 2048"       # after a change: builds what has changed, measures these rows
-#   bash bench/gpu.sh --rehearse                     # with the simulated GPU of build/release, and the rows on the CPU
+#   bash bench/gpu.sh --rehearse                     # with the simulated GPU of the build CMAKE, and the rows on the CPU
 #
 # A call ends within --seconds (520); the next one goes on: what has passed with these sources on this card is not
 # repeated unless its stage is named, nor is a row measured again. A part that fails keeps no other from running. DIR is
@@ -41,7 +41,7 @@ card=$(sed 's/[^a-z0-9]\+/_/g;s/^_//;s/_$//' <<<"${card,,}")
 if [ -n "$rehearsal" ]; then build=${build:-build/rehearsal}; else build=${build:-build/gpu}; fi
 mkdir -p "$build" && build=$(cd "$build" && pwd) || exit
 cmake=$build/cmake site=$build/site logs=$build/logs results=${OUT:-bench/results}
-[ -z "$rehearsal" ] || cmake=$root/build/release results=${OUT:-$build/results}
+[ -z "$rehearsal" ] || cmake=${CMAKE:-$root/build/release} results=${OUT:-$build/results}
 sources="CMakeLists.txt pyproject.toml cpp python tests bench/cpp bench/compare bench/gpu bench/gpu.sh"
 # shellcheck disable=SC2086
 tree=$(find $sources -type f ! -name '*.so' ! -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
@@ -104,22 +104,19 @@ module() { # puts libraries and Python files together as `pissa` in the folder `
   cmake --install "$cmake" --component python --prefix "$site" &&
     (cd python && find pissa -name "*.py" -exec cp --parents {} "$site" \;) && "$python" -c "$SMOKE"
 }
-compile_tests() { # one that fails keeps no other from being built, and leaves no older one to be run
+compile_tests() { # a build that fails leaves no older one to be run
   has googletest gtest/gtest.h || left_out "C++ tests: no GoogleTest (GOOGLETEST_DIR, libgtest-dev)" || return
-  tests=$(cmake --build "$cmake" --target help | grep -oE '^cuda_[a-z0-9_]+_test\b' | grep -v '^cuda_sim_' | sort -u)
-  [ -n "$tests" ] || { echo "error: the build has no tests cuda_*_test"; return 1; }
-  (cd "$cmake/tests/cpp" 2>/dev/null && rm -f $tests)
-  # shellcheck disable=SC2086
-  make_targets $tests -- -k 0
+  rm -f "$cmake/tests/cpp/cuda_test"
+  make_targets cuda_test
 }
-tests_are_built() { # or as many as could be
+tests_are_built() {
   [ "$device" = cuda ] || return 0
   has googletest gtest/gtest.h || left_out "C++ tests: no GoogleTest" || return
-  ! grep -q ': not run' "$state/compile-tests" || { echo "for lack of compile-tests" && return 75; }
+  [ -e "$cmake/tests/cpp/cuda_test" ] || { echo "for lack of compile-tests" && return 75; }
 }
 cpp_tests() {
   tests_are_built || return
-  "$(dirname "$(command -v cmake)")/ctest" --test-dir "$cmake" -L "^$kind\$" -j 8 --no-tests=error --output-on-failure
+  "$(dirname "$(command -v cmake)")/ctest" --test-dir "$cmake" -L "^$kind\$" -j 4 --no-tests=error --output-on-failure
 }
 # Warnings are no errors here: the versions of torch and transformers are this machine's.
 py() { "$python" -m pytest -q -p no:cacheprovider -W default "$@"; }
@@ -158,20 +155,20 @@ measure() { # STAGE SECONDS ROWS...: in a process of its own, and in another one
   return $status
 }
 # Tests for the sanitizer and their cases, of few elements. Only our kernels are watched, which saves most of the time.
-export SANITIZED='elementwise=* philox=* nested_scales=* nf4_golden=* gemm_quantized=* weight_gemm=*FewRows*
-few_rows=*EveryEdge* gemm=*WithoutTerms*:*AddsToItsOutput*:*FewerColumns*:*InnerDimension* gram=*EigenvaluesAre*
-eigh=*EachMatrixOfAStack* orthonormalize=*LeavesOrthonormal*:*AgainAfter* linear=*ZeroTokens*:*ZeroDeltas*
-add_low_rank=* svd=*AWeightInNf4*:*TheSeedMatters*'
+export SANITIZED='Elementwise=* FillSigns=* NestedScales=* Nf4Golden=* GemmQuantized=* WeightGemm=*FewRows*
+FewRows=*EveryEdge* Gemm=*WithoutTerms*:*AddsToItsOutput*:*FewerColumns*:*InnerDimension* Gram=*EigenvaluesAre*
+Eigh=*EachMatrixOfAStack* Orthonormalize=*LeavesOrthonormal*:*AgainAfter* Linear=*ZeroTokens*:*ZeroDeltas*
+AddLowRank=* Svd=*AWeightInNf4*:*TheSeedMatters*'
 sanitize() { # TOOL: six tests at a time; one that was cut off or ran no case has not passed
   tests_are_built || return
   command -v compute-sanitizer || left_out "the sanitizer: no compute-sanitizer" || return
   xargs -n 1 -P 6 bash -c 'one "$@"' _ "$1" <<<"$SANITIZED" 2>&1 | sort
   [ "${PIPESTATUS[0]}" = 0 ]
 }
-one() { # TOOL NAME=CASES
-  local name=${2%%=*} out=$logs/$1-${2%%=*}.log
-  timeout 40 compute-sanitizer --tool "$1" --error-exitcode 99 --kernel-regex kns=pissa \
-    "$cmake/tests/cpp/${kind}_${name}_test" --gtest_filter="${2#*=}" >"$out" 2>&1
+one() { # TOOL NAME=CASES of the suite NAMETest
+  local name=${2%%=*} cases=${2#*=} out=$logs/$1-${2%%=*}.log
+  timeout 40 compute-sanitizer --tool "$1" --error-exitcode 99 --kernel-regex kns=pissa "$cmake/tests/cpp/cuda_test" \
+    --gtest_filter="*/${name}Test.${cases//:/:*\/${name}Test.}" >"$out" 2>&1
   local status=$? summary
   summary=$(grep -oE '(ERROR|RACECHECK) SUMMARY: .*' "$out" | tail -1)
   if [ $status = 0 ] && grep -q '\[ RUN ' "$out" && [[ $summary =~ SUMMARY:\ 0\  ]]; then

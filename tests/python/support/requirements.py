@@ -1,5 +1,5 @@
 """What pyproject.toml asks for, as pip's requirements, a line each: `python tests/python/support/requirements.py EXTRA`
-prints what pissa[EXTRA] needs; with --oldest the oldest release of each that is allowed, but for the names after --but."""
+prints what pissa[EXTRA] needs; with --oldest the oldest release of each, but for the names after --but."""
 
 from __future__ import annotations
 
