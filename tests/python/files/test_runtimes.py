@@ -17,7 +17,7 @@ from torch import nn
 
 import architecture_checks as checks
 import pissa
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, Architecture, each
 from oracle import change_all
 from pissa.layers.layer import pissa_layers
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
     pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning"),
 ]
-architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+architectures = pytest.mark.parametrize("name", each(ARCHITECTURES))
 
 
 def with_peft(base: nn.Module, folder: Path) -> nn.Module:
@@ -155,7 +155,7 @@ def objections_of_vllm(folder: Path, base: nn.Module) -> list[str]:
     return objections
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "gemma", "gemma2", "qwen2", "qwen3", "yi", "phi3"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
 @pytest.mark.parametrize("form", [{}, {"quant": "nf4"}, {"rank_pattern": {"o_proj": 7}}, {"use_rslora": True}])
 def test_vllm_can_load_it(name: str, form: dict[str, Any], tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]

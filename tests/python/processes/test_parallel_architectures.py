@@ -8,24 +8,27 @@ from typing import Any
 import pytest
 
 import matrix
-from architectures import ARCHITECTURES, FORMS
+from architectures import ARCHITECTURES, FORMS, each
 from processes import launch
 
 pytestmark = pytest.mark.cpu_only
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the first of two processes has found, all architectures in one start of them."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the first of two processes has found, the architectures of all selected tests in one start of them."""
+    names = {item.callspec.params["name"]: None for item in request.session.items if item.path == request.path}
     folder = tmp_path_factory.mktemp("architectures")
-    done = launch(2, "distributed_worker.py", "architectures", folder)
+    done = launch(2, "distributed_worker.py", "architectures", folder, *names)
     assert done.returncode == 0, done.stdout[-5000:]
     return json.loads((folder / "architectures-2-0.json").read_text())
 
 
 @pytest.mark.parametrize("column", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", each(ARCHITECTURES, daily=("llama3", "mixtral", "gpt_oss", "qwen2_5_vl", "t5", "resnet"))
+)
 def test_a_step_of_two_processes_is_that_of_one(
     name: str, form: str, column: str, found: dict[str, dict[str, Any]]
 ) -> None:

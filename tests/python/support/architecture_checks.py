@@ -1,11 +1,13 @@
-"""What an adapter has to be on every architecture. Each check makes its own model and raises AssertionError; the tests
-and the table in docs/architectures.md run the same ones."""
+"""What an adapter has to be on every architecture: `LIFE` has the checks, in the order in which one model goes through
+them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,14 +197,44 @@ def step(model: PissaModel, batch: dict[str, Tensor]) -> float:
 # ---- The checks ------------------------------------------------------------------------------------------------------
 
 
-def check_start(architecture: Architecture, form: Fields) -> None:
+@dataclass
+class Life:
+    """A wrapped model, and what it is compared with."""
+
+    architecture: Architecture
+    form: Fields
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.batch = self.architecture.batch()
+        # Frozen as well: torch multiplies by a weight that asks for a gradient in another way.
+        self.fresh = self.architecture.make().requires_grad_(False)
+        self.model = wrapped(self.architecture, self.form)
+        self.base = output(self.model, self.batch)
+
+    def is_base(self) -> bool:
+        return torch.equal(output(self.model, self.batch), self.base)
+
+    # From when they are first asked for: of the adapter as it is changed before it is saved.
+    @cached_property
+    def restored(self) -> PissaModel:
+        return PissaModel.from_pretrained(self.architecture.make(), self.folder)
+
+    @cached_property
+    def plain(self) -> Evaluation:
+        return definition(self.architecture, self.model, self.batch, torch.float32)
+
+    @cached_property
+    def exact(self) -> Evaluation:
+        return definition(self.architecture, self.model, self.batch, torch.float64)
+
+
+def check_start(life: Life) -> None:
     """Every layer starts from the principal part of its weight as a matrix."""
-    model = wrapped(architecture, {**form, "svd": "exact"})
-    fresh = architecture.make()
-    layers = pissa_layers(model.base_model.model, ADAPTER)
+    layers = pissa_layers(life.model.base_model.model, ADAPTER)
     assert layers
     for name, layer in layers.items():
-        weight = base_matrix(fresh, name).double()
+        weight = base_matrix(life.fresh, name).double()
         assert_principal(layer.start_of(ADAPTER), layer.scaling[ADAPTER], weight, name)
 
 
@@ -219,38 +251,17 @@ def base_matrix(base: nn.Module, name: str) -> Tensor:
     return weight.T if is_transposed(module) else weight.flatten(1)
 
 
-def check_step_0(architecture: Architecture, form: Fields) -> None:
+def check_step_0(life: Life) -> None:
     """Before the first step the model is its base, bit for bit; in 4 bits, the quantised base."""
-    batch = architecture.batch()
-    model = wrapped(architecture, form)
-    logits = output(model, batch)
-    if not form:
-        # Frozen as well: torch multiplies by a weight that asks for a gradient in another way.
-        assert torch.equal(logits, output(architecture.make().requires_grad_(False), batch))
-    with model.disable_adapter():
-        assert torch.equal(logits, output(model, batch))
+    if "quant" not in life.form:
+        assert torch.equal(life.base, output(life.fresh, life.batch))
+    with life.model.disable_adapter():
+        assert life.is_base()
 
 
-def check_gradients(architecture: Architecture, form: Fields) -> None:
-    """Loss, logits and gradients are those of the definition."""
-    batch = architecture.batch()
-    model = wrapped(architecture, form)
-    change_all(model)
-    ours = evaluation(model, batch)
-    plain = definition(architecture, model, batch, torch.float32)
-    exact = definition(architecture, model, batch, torch.float64)
-    assert_as_accurate(ours.loss, plain.loss, exact.loss, "loss")
-    assert_as_accurate(ours.logits, plain.logits, exact.logits, "logits")
-    assert ours.gradients.keys() == exact.gradients.keys()
-    assert any(gradient.any() for gradient in exact.gradients.values())
-    for name, gradient in exact.gradients.items():
-        assert_as_accurate(ours.gradients[name], plain.gradients[name], gradient, name)
-
-
-def check_training_step(architecture: Architecture, form: Fields) -> None:
+def check_training_step(life: Life) -> None:
     """One step lowers the loss, and nothing changes but what is to be trained."""
-    batch = architecture.batch()
-    model = wrapped(architecture, form)
+    model, batch = life.model, life.batch
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loss = step(model, batch)
     assert training_loss(model, batch) < loss
@@ -265,58 +276,67 @@ def check_training_step(architecture: Architecture, form: Fields) -> None:
         assert da.any() == db.any()
 
 
-def check_save_and_reload(architecture: Architecture, form: Fields, folder: Path) -> None:
+def check_save_and_reload(life: Life) -> None:
     """A fresh base with the saved adapter is the trained model, bit for bit."""
-    model, batch = wrapped(architecture, form), architecture.batch()
-    step(model, batch)
-    model.save_pretrained(folder)
-    restored = PissaModel.from_pretrained(architecture.make(), folder)
-    assert torch.equal(output(restored, batch), output(model, batch))
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
+    change_all(life.model)
+    life.model.save_pretrained(life.folder)
+    assert torch.equal(output(life.restored, life.batch), output(life.model, life.batch))
+    assert {path.suffix for path in life.folder.iterdir()} == {".json", ".safetensors", ".md"}
 
 
-def check_merge(architecture: Architecture, form: Fields) -> None:
+def check_gradients(life: Life) -> None:
+    """Loss, logits and gradients are those of the definition."""
+    ours, plain, exact = evaluation(life.model, life.batch), life.plain, life.exact
+    assert_as_accurate(ours.loss, plain.loss, exact.loss, "loss")
+    assert_as_accurate(ours.logits, plain.logits, exact.logits, "logits")
+    assert ours.gradients.keys() == exact.gradients.keys()
+    assert any(gradient.any() for gradient in exact.gradients.values())
+    for name, gradient in exact.gradients.items():
+        assert_as_accurate(ours.gradients[name], plain.gradients[name], gradient, name)
+
+
+def check_merge(life: Life) -> None:
     """Merged into one dense weight each, the layers are the adapted function up to rounding; unmerging is exact."""
-    model, batch = wrapped(architecture, form), architecture.batch()
-    base = output(model, batch)
-    change_all(model)
-    adapted = output(model, batch)
-    assert not torch.equal(adapted, base)
-    plain, exact = (definition(architecture, model, batch, dtype).logits for dtype in (torch.float32, torch.float64))
-    model.merge_adapter()
-    assert_as_accurate(output(model, batch), plain, exact, "merged")
-    model.unmerge_adapter()
-    assert torch.equal(output(model, batch), adapted)
-    dense = model.merge_and_unload()
-    assert_as_accurate(output(dense, batch), plain, exact, "merged and unloaded")
-    assert_plain(dense, architecture)
+    adapted = output(life.model, life.batch)
+    life.model.merge_adapter()
+    assert_as_accurate(output(life.model, life.batch), life.plain.logits, life.exact.logits, "merged")
+    life.model.unmerge_adapter()
+    assert torch.equal(output(life.model, life.batch), adapted)
+    dense = life.restored.merge_and_unload()
+    assert_as_accurate(output(dense, life.batch), life.plain.logits, life.exact.logits, "merged and unloaded")
+    assert_plain(dense, life)
 
 
-def check_disable_and_delete(architecture: Architecture, form: Fields) -> None:
+def check_disable_and_delete(life: Life) -> None:
     """A trained adapter that is disabled, deleted or unloaded leaves the base, bit for bit."""
-    batch = architecture.batch()
-    model = wrapped(architecture, form)
-    base = output(model, batch)
-    step(model, batch)
-    change_all(model)
-    assert not torch.equal(output(model, batch), base)
-    with model.disable_adapter():
-        assert torch.equal(output(model, batch), base)
-    model.delete_adapter(ADAPTER)
+    assert not life.is_base()
+    with life.model.disable_adapter():
+        assert life.is_base()
+    life.model.delete_adapter(ADAPTER)
     # PEFT's own forward asks for the active adapter's configuration, and there is none.
-    assert torch.equal(output(model.base_model.model, batch), base)
-    if not form:
-        unloaded = model.unload()
-        assert torch.equal(output(unloaded, batch), base)
-        assert_plain(unloaded, architecture)
+    assert torch.equal(output(life.model.base_model.model, life.batch), life.base)
+    if "quant" not in life.form:
+        unloaded = life.model.unload()
+        assert torch.equal(output(unloaded, life.batch), life.base)
+        assert_plain(unloaded, life)
 
 
-def assert_plain(model: nn.Module, architecture: Architecture) -> None:
+def assert_plain(model: nn.Module, life: Life) -> None:
     """Whether the model has the modules of one that was never wrapped."""
-    fresh = architecture.make()
-    kinds, expected = ({name: type(module) for name, module in m.named_modules()} for m in (model, fresh))
+    kinds, expected = ({name: type(module) for name, module in m.named_modules()} for m in (model, life.fresh))
     assert kinds == expected
-    assert model.state_dict().keys() == fresh.state_dict().keys()
+    assert model.state_dict().keys() == life.fresh.state_dict().keys()
+
+
+LIFE = (
+    check_start,
+    check_step_0,
+    check_training_step,
+    check_save_and_reload,
+    check_gradients,
+    check_merge,
+    check_disable_and_delete,
+)
 
 
 def check_nf4_is_refused(architecture: Architecture) -> None:

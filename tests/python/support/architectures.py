@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -402,6 +403,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+DAILY = ("llama3", "gemma2", "phi3", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "mamba", "qwen2_5_vl", "whisper")
+DAILY += ("gpt2", "t5", "roberta", "resnet")
+"""One of each mechanism; what only the others have is tested at night."""
+
+
+def each(cases: Iterable[Any], daily: Iterable[str] = DAILY) -> list[Any]:
+    """Parameters: names, or tuples that begin with one. Those of an architecture that is not daily are nightly."""
+    rows = [(case,) if isinstance(case, str) else case for case in cases]
+    return [pytest.param(*row, marks=() if row[0] in daily else pytest.mark.nightly) for row in rows]
+
+
 SUPPORTED = [
     (name, form)
     for name, architecture in ARCHITECTURES.items()
@@ -409,7 +421,3 @@ SUPPORTED = [
     if form == "implicit" or architecture.nf4_refused is None
 ]
 """Architectures and forms that fit."""
-
-# One of each kind of layer, and of each class of model.
-RELOADED = [case for case in SUPPORTED if case[0] in ("llama3", "mixtral", "gpt2", "t5", "deberta_v3", "resnet")]
-RELOADED += [("llama, embeddings targeted", "implicit")]

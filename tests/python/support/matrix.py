@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import architecture_checks as checks
 from architectures import ARCHITECTURES, FORMS
 
 ROOT = Path(__file__).parents[3]
@@ -61,19 +62,12 @@ FILES = (
     "processes/test_parallel_architectures.py",
 )
 ALONE = {
-    "wrap": (
-        "test_layers_start_from_their_principal_part",
-        "test_step_0_is_the_base",
-        "test_without_its_adapter_it_is_the_base",
-    ),
-    "train": (
-        "test_loss_and_gradients_are_those_of_the_definition",
-        "test_a_step_lowers_the_loss_and_changes_only_what_is_trained",
-    ),
-    "save, reload": ("test_it_is_restored_to_the_bit",),
-    "merge": ("test_merged_it_is_the_same_up_to_rounding",),
+    "wrap": {checks.check_start, checks.check_step_0, checks.check_disable_and_delete},
+    "train": {checks.check_gradients, checks.check_training_step},
+    "save, reload": {checks.check_save_and_reload},
+    "merge": {checks.check_merge},
 }
-"""The tests of the columns for one process; in 4 bits all of them are those of the column nf4."""
+"""The checks of the columns for one process; in 4 bits all of them are those of the column nf4."""
 COLUMNS = ("wrap", "nf4", "train", "save, reload", "merge", "DPO", "DDP", "FSDP2")
 NO = {(name, "FSDP2"): "FSDP does not support non-contiguous parameters yet" for name in ("gpt_oss", "llama4")}
 # TRL asks for the model below the head, which transformers does not find in its Llama4ForCausalLM.
@@ -94,8 +88,10 @@ def tests_of(name: str, column: str) -> set[str]:
     if column in ("DDP", "FSDP2"):
         return {f"test_a_step_of_two_processes_is_that_of_one[{name}-{form}-{column}]" for form in FORMS}
     if column == "nf4":
-        return {f"{test}[{name}-nf4]" for tests in ALONE.values() for test in tests}
-    return {f"{test}[{name}-implicit]" for test in ALONE[column]}
+        assert set().union(*ALONE.values()) == set(checks.LIFE)
+        return {f"test_its_life[{name}-nf4]"}
+    assert ALONE[column] <= set(checks.LIFE)
+    return {f"test_its_life[{name}-implicit]"}
 
 
 @cache

@@ -14,7 +14,7 @@ from packaging.version import Version
 import architecture_checks as checks
 import matrix
 import trainers
-from architectures import ARCHITECTURES, VOCABULARY
+from architectures import ARCHITECTURES, VOCABULARY, each
 
 pytestmark = [trainers.quiet, pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")]
 
@@ -30,7 +30,11 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[pad]", bos_token="[bos]", eos_token="[eos]")
 
 
-@pytest.mark.parametrize("name", [name for name, architecture in ARCHITECTURES.items() if architecture.is_causal])
+CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.is_causal]
+DAILY = ("llama3", "mixtral", "llama4", "mamba", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("name", each(CAUSAL, DAILY))
 def test_a_step_of_dpo(name: str, tmp_path: Path) -> None:
     """A step of TRL's DPOTrainer: it starts where policy and reference are one, so that the loss is ln 2, moves the
     policy and leaves the reference, which is the base, where it was."""
