@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from damage import BYTES, DTYPES, NUMBERS, changed, joined, split
+from damage import BYTES, DTYPES, NUMBERS, changed, few_or_many, hypothetical, joined, split
 from pissa.files import safetensors_header
 from pissa.files.source import INDEX, WEIGHTS, Source
 
@@ -354,13 +354,14 @@ def attempt(folder: Path) -> bool:
     return message is None
 
 
+@few_or_many
 @pytest.mark.parametrize("name", [WEIGHTS, INDEX])
-def test_damaged_bytes(name: str, tmp_path: Path) -> None:
+def test_damaged_bytes(name: str, examples: int, tmp_path: Path) -> None:
     path = save(tmp_path, values(), shards=name == INDEX) / name
     content = path.read_bytes()
     header = content if name == INDEX else content[: 8 + int.from_bytes(content[:8], "little")]
     outcomes = []
-    for seed in range(300):
+    for seed in range(60 * examples):
         dice = random.Random(seed)
         damaged, damage = bytearray(header), dice.choice(BYTES)
         damage(damaged, dice)
@@ -370,16 +371,17 @@ def test_damaged_bytes(name: str, tmp_path: Path) -> None:
         except BaseException:
             print(f"{damage.__name__}, seed {seed}")
             raise
-    assert 3 < sum(outcomes) < 150
+    assert 3 < sum(outcomes) < len(outcomes) / 2
 
 
+@few_or_many
 @pytest.mark.parametrize("name", [WEIGHTS, INDEX])
-def test_changed_json(name: str, tmp_path: Path) -> None:
+def test_changed_json(name: str, examples: int, tmp_path: Path) -> None:
     path = save(tmp_path, values(), shards=name == INDEX) / name
     content = path.read_bytes()
     value, data = (json.loads(content), b"") if name == INDEX else split(content)
 
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @hypothetical(4 * examples)
     @given(changed(value, lambda part: st.sampled_from([*DTYPES, ONE, "../x"] if isinstance(part, str) else NUMBERS)))
     def run(change: tuple[Any, set[Any]]) -> None:
         path.write_bytes(json.dumps(change[0]).encode() if name == INDEX else joined(change[0], data))

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from damage import (
     DTYPES,
@@ -33,6 +33,8 @@ from damage import (
     damage_bytes,
     damage_tensors,
     exchanged,
+    few_or_many,
+    hypothetical,
     joined,
     make_saved,
     remove,
@@ -40,17 +42,7 @@ from damage import (
     split,
 )
 from pissa import PissaModel
-
-
-def many(default: int) -> pytest.MarkDecorator:
-    """As many examples, and ten times as many with -m slow."""
-    return pytest.mark.parametrize("examples", [default, pytest.param(10 * default, marks=pytest.mark.slow)])
-
-
-def hypothetical(examples: int) -> settings:
-    return settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck]
-    )
+from pissa.files.tensor_file import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +68,14 @@ def test_undamaged_it_loads_in_every_way(saved: Saved) -> None:
     assert saved.attempt()
 
 
-@many(40)
+@few_or_many
 @forms
 def test_damaged_bytes(saved: Saved, examples: int) -> None:
     for seed in range(examples):
         damage_bytes(saved, seed)
 
 
-@many(40)
+@few_or_many
 @pytest.mark.parametrize("name", [WEIGHTS, STARTS])
 @implicit
 def test_changed_headers(saved: Saved, name: str, examples: int) -> None:
@@ -99,14 +91,14 @@ def test_changed_headers(saved: Saved, name: str, examples: int) -> None:
     run()
 
 
-@many(15)
+@few_or_many
 @forms
 def test_damaged_tensors(saved: Saved, examples: int) -> None:
     for seed in range(examples):
         damage_tensors(saved, seed)
 
 
-@many(4)
+@few_or_many
 @forms
 def test_exchanged_tensors(saved: Saved, examples: int) -> None:
     for seed in range(examples):
@@ -126,7 +118,7 @@ def test_exchanged_tensors(saved: Saved, examples: int) -> None:
         saved.reset()
 
 
-@many(60)
+@few_or_many
 @forms
 def test_changed_records(saved: Saved, examples: int) -> None:
     record = json.loads(saved.content[RECORD])
@@ -181,33 +173,59 @@ def test_a_name_that_is_there_twice(saved: Saved) -> None:
         saved.attempt(name, f"{key!r} is there twice", refused=True)
 
 
-TEXTS = {
-    "empty": "",
-    "a list": "[]",
-    "null": "null",
-    "deep": "[" * 1_000_000,
-    "deep objects": '{"a":' * 100_000,
-    "NaN": '{"format": NaN}',
-    "infinite": '{"format": 1e999}',
-    "many digits": '{"format": ' + "9" * 10_000 + "}",
-    "a lone surrogate": '{"\\ud800": 1, "format": 1}',
-    "twice": '{"format": 1, "format": 1}',
-    "NUL": "\0",
+def flip_last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def one_bit(path: Path) -> None:
+    """The checksums fit what the change leaves behind: it is found by what it breaks."""
+    tensors = load_file(path)
+    tensors[f"{Q}.a0"].view(torch.int32).view(-1)[3].bitwise_xor_(1 << 8)
+    write_tensors(path, tensors)
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """A record that says something else, and is signed."""
+
+    def damage(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(signed(content)))
+
+    return damage
+
+
+Q = "model.layers.0.self_attn.q_proj"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "no weights": (WEIGHTS, Path.unlink, "adapter_model.safetensors is missing"),
+    "a list": (RECORD, lambda path: path.write_text("[]"), "pissa.json cannot be read: the content: got []"),
+    "empty record": (RECORD, lambda path: path.write_text("{}"), "pissa.json cannot be read: 'format'"),
+    "newer format": (RECORD, edit(lambda c: c.update(format=2)), "pissa.json cannot be read: format 2"),
+    "unknown option": (RECORD, edit(lambda c: c["config"].update(nonsense=1)), "unknown field 'nonsense'"),
+    "passes in words": (
+        RECORD,
+        edit(lambda c: c["config"].update(svd_passes="many")),
+        "pissa.json cannot be read: config.svd_passes: got 'many'; needed: ",
+    ),
+    "a word of the record": (
+        RECORD,
+        lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1')),
+        "pissa.json cannot be read: sha256 is not the checksum",
+    ),
+    "a bit on the disk": (WEIGHTS, flip_last_bit, "v_proj.lora_B.weight' is damaged"),
+    "a bit of a start": (STARTS, flip_last_bit, ".a0' is damaged"),
+    "another bit": (STARTS, one_bit, f"do not belong together, or one is damaged: the tensor lora_A of layer {Q}"),
+    "no checksums": (WEIGHTS, lambda path: save_file(load_file(path), path), "has no checksums of its "),
 }
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("damage", DAMAGE)
 @implicit
-def test_records_of_other_json(saved: Saved, text: str) -> None:
-    (saved.folder / RECORD).write_text(TEXTS[text])
-    saved.attempt(RECORD, refused=True)
-
-
-@implicit
-def test_a_record_in_another_encoding(saved: Saved) -> None:
-    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
-        (saved.folder / RECORD).write_bytes(saved.content[RECORD].decode().encode(encoding))
-        saved.attempt(RECORD, refused=True)
+def test_damaged_files_are_refused_by_name(saved: Saved, damage: str) -> None:
+    name, change, words = DAMAGE[damage]
+    change(saved.folder / name)
+    saved.attempt(name, words, refused=True)
 
 
 # ---- Files that are something else -----------------------------------------------------------------------------------
@@ -293,15 +311,18 @@ def test_a_terabyte_that_is_declared_is_not_read(saved: Saved, name: str) -> Non
         saved.attempt(name, refused=True)
 
 
-@pytest.mark.parametrize("other", FIELDS)
-@forms
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [(form, other) for form in FIELDS for other in FIELDS if "implicit" in (form, other)],
+    indirect=["saved"],
+)
 def test_an_adapter_of_another_kind_in_the_model(saved: Saved, other: str, made: dict[str, Saved]) -> None:
     host = made[other]
     dataclasses.replace(saved, host=host.host, pristine=host.pristine).attempt(ways=("default", "fresh"))
     host.renew()
 
 
-@forms
+@implicit
 def test_links_to_the_files_are_followed(saved: Saved, tmp_path: Path) -> None:
     for name in FILES:
         (saved.folder / name).replace(tmp_path / name)

@@ -17,7 +17,8 @@ from torch import nn
 
 import architecture_checks as checks
 import pissa
-from architectures import ARCHITECTURES, Architecture, each
+from architectures import ARCHITECTURES, DAILY, Architecture
+from daily import each
 from oracle import change_all
 from pissa.layers.layer import pissa_layers
 
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
     pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning"),
 ]
-architectures = pytest.mark.parametrize("name", each(ARCHITECTURES))
+architectures = pytest.mark.parametrize("name", each(ARCHITECTURES, DAILY))
 
 
 def with_peft(base: nn.Module, folder: Path) -> nn.Module:

@@ -1,4 +1,5 @@
-"""Adapters on the disk, the ways to damage them, and what must hold when one is loaded: see test_loader_fuzz."""
+"""Adapters on the disk, the ways to damage them, and what must hold when one is loaded: see test_loader_fuzz. The ways
+are those of checkpoints, too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,6 +36,15 @@ FIELDS: dict[str, dict[str, Any]] = {
     "experts": {"target_modules": ["embed_tokens", "gate_up_proj", "down_proj"]},
     "second": {"quant": "nf4"},  # with an adapter of a rank of its own, which needs the base's factors beside its own
 }
+
+few_or_many = pytest.mark.parametrize("examples", [5, pytest.param(40, marks=pytest.mark.nightly)])
+"""Of random damage: few on every change, many at night."""
+
+
+def hypothetical(examples: int) -> settings:
+    return settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+    )
 
 
 @dataclasses.dataclass
