@@ -179,6 +179,7 @@ def alone(tmp_path: Path) -> tuple[list[str], dict[str, bytes]]:
     return arguments, found
 
 
+@pytest.mark.nightly
 def test_several_processes_write_the_same_bytes(alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
     arguments, expected = alone
     done = launch(3, "init_worker.py", "none", "0", *arguments)

@@ -18,6 +18,7 @@ import checkpoint_folders
 import mixtures
 import pissa
 from checkpoint_folders import contents
+from daily import each
 from interrupted import Interrupted
 from language_models import error, logits
 from live_bytes import LiveBytes
@@ -100,14 +101,24 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_it_is_the_trained_function(fields: dict[str, Any], tmp_path: Path) -> None:
+RANKS = {"lora on qpissa's base": 8, "pissa on qlora's base": 8, "olora on qpissa's base": 12}
+RANKS |= {"orthonormal on qpissa's base": 12, "orthonormal on qlora's base": 8}
+"""That of the training is 4. The plain LoRA of the unmodified base has twice that rank."""
+
+DAILY = ["qpissa", "lora on qpissa's base", "orthonormal on qpissa's base", "dora", "rslora, patterns", "more tensors"]
+
+
+@pytest.mark.parametrize("name", each(FIELDS, DAILY))
+def test_it_is_the_trained_function(name: str, tmp_path: Path) -> None:
     source = base(tmp_path, attention_bias=True)
-    model = trained(source, tmp_path / "run", **fields)
+    model = trained(source, tmp_path / "run", **FIELDS[name])
     done = pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
     assert packed(tmp_path / "out") == done.layers
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model, TOKENS)) < CLOSE
     assert done.error == 0
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == RANKS.get(name, 4)
+    assert bool(config["rank_pattern"]) == ("rank_pattern" in FIELDS[name])
 
 
 def test_a_second_adapter_of_another_rank_and_scaling(tmp_path: Path) -> None:
@@ -120,18 +131,6 @@ def test_a_second_adapter_of_another_rank_and_scaling(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "run", selected_adapters=["other"])
     pissa.export(tmp_path / "run" / "other", tmp_path / "out", "bnb4", base=source)
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model.eval(), TOKENS)) < CLOSE
-
-
-def test_the_rank_is_that_of_the_training(tmp_path: Path) -> None:
-    """The plain LoRA of the unmodified base has twice that rank."""
-    source = base(tmp_path)
-    ranks = {"qpissa": 4, "alternations": 4, "lora on qpissa's base": 8, "pissa on qlora's base": 8}
-    ranks |= {"olora on qpissa's base": 12, "orthonormal on qpissa's base": 12, "orthonormal on qlora's base": 8}
-    for name, rank in ranks.items():
-        trained(source, tmp_path / name, **FIELDS[name])
-        pissa.export(tmp_path / name, tmp_path / f"{name} out", "bnb4", base=source)
-        config = json.loads((tmp_path / f"{name} out" / "adapter" / "adapter_config.json").read_text())
-        assert (config["r"], config["rank_pattern"]) == (rank, {}), name
 
 
 def test_in_evaluation_it_is_as_accurate_as_ours_in_bfloat16(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import architecture_checks as checks
-from architectures import ARCHITECTURES, FORMS, SUPPORTED, each
+from architectures import ARCHITECTURES, DAILY, FORMS, SUPPORTED
+from daily import each
 from oracle import change_all
 
-supported = pytest.mark.parametrize(("name", "form"), each(SUPPORTED))
+GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
+supported = pytest.mark.parametrize(("name", "form"), each(SUPPORTED, DAILY))
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning"),
     pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning"),
@@ -37,7 +39,7 @@ def test_bfloat16_has_the_same_bits(name: str, form: str, tmp_path: Path) -> Non
     checks.check_disable_and_delete(life)
 
 
-@pytest.mark.parametrize("name", each(name for name, architecture in ARCHITECTURES.items() if architecture.generates))
+@pytest.mark.parametrize("name", each(GENERATING, DAILY))
 def test_it_generates_what_the_base_does(name: str) -> None:
     """At step 0, with the cache of keys and values, and other tokens once it is trained."""
     architecture = ARCHITECTURES[name]

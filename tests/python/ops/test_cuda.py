@@ -65,6 +65,7 @@ def test_the_library_is_loaded_beside_a_torch_for_cuda_13(library: Path) -> None
     assert str(library) in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch for CUDA has loaded CUDA's own libraries")
 @pytest.mark.parametrize("folders", [("cu13", "cu13"), ("cusparse", "cusolver")], ids=["one folder", "one a package"])

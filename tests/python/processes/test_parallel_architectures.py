@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 import matrix
-from architectures import ARCHITECTURES, FORMS, each
+from architectures import ARCHITECTURES, FORMS
+from daily import each
 from processes import launch
 
 pytestmark = pytest.mark.cpu_only
+
+DAILY = ("llama3", "mixtral", "gpt_oss", "qwen2_5_vl", "t5", "resnet")
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +29,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("column", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "name", each(ARCHITECTURES, daily=("llama3", "mixtral", "gpt_oss", "qwen2_5_vl", "t5", "resnet"))
-)
+@pytest.mark.parametrize("name", each(ARCHITECTURES, DAILY))
 def test_a_step_of_two_processes_is_that_of_one(
     name: str, form: str, column: str, found: dict[str, dict[str, Any]]
 ) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -406,12 +405,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 DAILY = ("llama3", "gemma2", "phi3", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "mamba", "qwen2_5_vl", "whisper")
 DAILY += ("gpt2", "t5", "roberta", "resnet")
 """One of each mechanism; what only the others have is tested at night."""
-
-
-def each(cases: Iterable[Any], daily: Iterable[str] = DAILY) -> list[Any]:
-    """Parameters: names, or tuples that begin with one. Those of an architecture that is not daily are nightly."""
-    rows = [(case,) if isinstance(case, str) else case for case in cases]
-    return [pytest.param(*row, marks=() if row[0] in daily else pytest.mark.nightly) for row in rows]
 
 
 SUPPORTED = [

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from daily import each
 from language_models import TWO_FORMS as FORMS
 
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", each(FORMS, ["implicit"]))
 
 TERMS = 2 * 7 * 112 + 97
 """Of the sums on a path through `tiny_llama` and its loss: products of up to 112 terms, seven in each of two layers,

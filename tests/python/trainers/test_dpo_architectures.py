@@ -14,7 +14,8 @@ from packaging.version import Version
 import architecture_checks as checks
 import matrix
 import trainers
-from architectures import ARCHITECTURES, VOCABULARY, each
+from architectures import ARCHITECTURES, VOCABULARY
+from daily import each
 
 pytestmark = [trainers.quiet, pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from daily import each
 from language_models import Make, logits
 from pissa import PissaModel
 from pissa.layers import PissaLinear
@@ -44,11 +45,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "bfloat16": {"bf16": True},
 }
-settings = pytest.mark.parametrize("setting", SETTINGS)
 
 
 @forms
-@settings
+@pytest.mark.parametrize("setting", each(SETTINGS, ["gradients accumulated", "bfloat16"]))
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     form: str, setting: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
-@settings
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_it_starts_at_the_loss_of_the_base(setting: str, tiny_llama: Make, tmp_path: Path) -> None:
     losses = [
         trainer(model, tmp_path, **SETTINGS[setting]).evaluate()["eval_loss"]
@@ -124,7 +124,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS, ["nf4, a head and norms", "dora"]))
 def test_everything_that_is_trained_is_resumed(kind: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     whole = trainer(pissa.wrap(tiny_llama(), r=4, **KINDS[kind]), tmp_path / "whole")
     before = state(whole.model)
