@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pissa
 from cuda_stand_in import CudaStandIn
+from daily import each
 from language_models import Make, logits, train
 from pissa import distributed, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
@@ -37,7 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "explicit": {"residual": "explicit"},
     "alternations": {"quant": "nf4", "quant_iters": 3},
 }
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", each(FORMS, ["nf4", "explicit"]))
 VARIANTS: dict[str, dict[str, Any]] = {
     "loftq": {"init": "loftq"},
     "loftq, alternations": {"init": "loftq", "quant_iters": 2},
@@ -116,7 +117,7 @@ def assert_trains_alike(model: Any, expected: Any, tokens: Tensor, tmp_path: Pat
 # ---- What transformers has saved in 4 bits ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"init": "lora"}], ids=str)
+@pytest.mark.parametrize("fields", each([{}, {"use_dora": True}, {"init": "lora"}], [{}]), ids=str)
 def test_packed_weights_are_what_wrap_makes_of_them(
     fields: dict[str, Any], packed: Path, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -226,7 +227,7 @@ def test_residuals_are_what_wrap_makes_of_the_dense_model(
     assert_trains_alike(model, expected, tokens, tmp_path)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", each(VARIANTS, ["loftq, alternations", "ranks"]))
 def test_variants_of_the_adapter(variant: str, source: Path, tokens: Tensor, tmp_path: Path) -> None:
     fields = VARIANTS[variant] | {"quant": "nf4"}
     folder = split_folder(source, tmp_path / "split", **({"r": R} | fields))
@@ -299,7 +300,7 @@ def test_an_error_is_told_to_the_other_processes_once(source: Path, monkeypatch:
     assert told == ["RuntimeError: no memory"]
 
 
-@pytest.mark.parametrize("form", ["nf4", "explicit"])
+@pytest.mark.parametrize("form", each(["nf4", "explicit"], ["nf4"]))
 def test_on_a_gpu_it_is_the_model_of_the_cpu(form: str, source: Path, tokens: Tensor, tmp_path: Path) -> None:
     """Its residuals and its start go there, and come from there into the files of an adapter."""
     folder = split_folder(source, tmp_path / "split", r=R, **FORMS[form])

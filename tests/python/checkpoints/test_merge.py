@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pissa
 from architectures import ARCHITECTURES
+from daily import each
 from interrupted import Interrupted
 from language_models import Make, error, logits
 from live_bytes import LiveBytes
@@ -97,9 +98,20 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_it_is_merge_and_unload_bit_for_bit(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
-    model = moved(pissa.wrap(load(base), r=4, **fields))
+DAILY = (
+    "implicit",
+    "nf4, dora",
+    "more tensors",
+    "adalora",
+    "rslora, patterns",
+    "orthonormal beside alternations",
+    "tokens",
+)
+
+
+@pytest.mark.parametrize("name", each(FIELDS, DAILY))
+def test_it_is_merge_and_unload_bit_for_bit(name: str, base: Path, tmp_path: Path) -> None:
+    model = moved(pissa.wrap(load(base), r=4, **FIELDS[name]))
     model.warned_of_plain_lora = True
     model.save_pretrained(tmp_path / "adapter")
     layers = len(pissa_layers(model.base_model.model))
@@ -117,7 +129,7 @@ NAMES += ["qwen2_5_vl", "mamba", "whisper", "modernbert"]
 
 
 @pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES, ["gpt2", "mixtral", "gpt_oss", "phi3", "resnet"]))
 def test_names_and_layouts_of_other_models(name: str, tmp_path: Path) -> None:
     """Conv1D, fused experts, tied embeddings, joined tensors, convolutions, heads that are trained whole."""
     architecture = ARCHITECTURES[name]

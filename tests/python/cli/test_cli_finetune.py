@@ -18,6 +18,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+from daily import each
 from pissa.cli import main
 from tiny_model import save_tiny_model
 
@@ -68,7 +69,7 @@ def exact(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.endswith(_MEASURED)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", each(METHODS, ["lora", "qpissa"]))
 def test_a_run_leaves_adapter_losses_and_picture(
     method: str, base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +136,7 @@ def test_methods_see_the_same_batches_and_start_from_the_same_function(base: Pat
     assert losses(tmp_path / "seed")[0] != ours[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", each(METHODS, ["qpissa"]))
 def test_a_resumed_run_equals_an_uninterrupted_one(method: str, base: Path, data: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [*METHODS[method], "--eval-data", str(data)]

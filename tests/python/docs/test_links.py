@@ -12,7 +12,3 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
     files = [link for link in links if not link.startswith("https://")]
     assert len(files) > 10
     assert [link for link in files if not (pages.ROOT / link).is_file()] == []
-
-
-def test_the_readme_is_short() -> None:
-    assert len((pages.ROOT / "README.md").read_text().splitlines()) <= 150

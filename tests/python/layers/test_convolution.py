@@ -22,7 +22,7 @@ from one_layer import (
     wrap,
 )
 from oracle import change_a_little
-from pissa import notices, ops
+from pissa import notices
 from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
 from reference import EPS, assert_close
 
@@ -94,15 +94,6 @@ def test_step_0_is_the_base_to_the_bit(case: str, dtype: torch.dtype) -> None:
         assert not torch.equal(model(x), base(x))
         with model.disable_adapter():
             assert torch.equal(model(x), base(x))
-
-
-@cases
-def test_it_starts_from_the_split_of_the_flattened_weight(case: str) -> None:
-    base = convolution(case)
-    start = adapted(wrap(base, r=R, lora_alpha=2, seed=5)).start_of("default")
-    split = ops.split(base.weight.detach().flatten(1), R, scaling=2 / R, passes=pissa.PissaConfig().svd_passes, seed=5)
-    assert torch.equal(start.a0, split.a0)
-    assert torch.equal(start.b0, split.b0)
 
 
 @cases

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import pissa
 from devices import fetch, put
-from language_models import Make, error, logits, train
 from one_layer import (
     OneLayer,
     adapted,
@@ -22,7 +21,6 @@ from one_layer import (
     wrap,
 )
 from oracle import change_a_little
-from pissa import ops
 from pissa.layers.embedding import PissaEmbedding
 from reference import EPS, assert_close
 
@@ -66,17 +64,6 @@ def test_step_0_is_the_base_to_the_bit(kind: str, dtype: torch.dtype) -> None:
         assert torch.equal(model(x), make(dtype)(x))
         with model.disable_adapter():
             assert torch.equal(model(x), make(dtype)(x))
-
-
-@kinds
-def test_it_starts_from_the_split_of_the_transposed_table(kind: str) -> None:
-    base = KINDS[kind][0]()
-    start = adapted(wrap(base, r=R, lora_alpha=3, seed=5)).start_of("default")
-    split = ops.split(base.weight.detach().mT, R, scaling=3 / R, passes=pissa.PissaConfig().svd_passes, seed=5)
-    assert torch.equal(start.a0, split.a0)
-    assert torch.equal(start.b0, split.b0)
-    assert start.a0.shape == (R, VOCABULARY)
-    assert start.b0.shape == (DIM, R)
 
 
 @kinds
@@ -153,36 +140,3 @@ def test_a_table_that_changes_itself_is_refused() -> None:
     with pytest.raises(TypeError, match=r"proj is an Embedding with max_norm=1.0, which changes its own weight; leave"):
         pissa.wrap(base, r=R, target_modules=["proj"])
     assert type(base.proj) is nn.Embedding
-
-
-# PEFT's advice for adapters that change the table itself
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
-def test_a_tied_output_layer_keeps_the_base(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """The table of a model whose output layer shares it: the output layer stays the base's, trained or merged."""
-    base = tiny_llama(tie_word_embeddings=True)
-    before, head = logits(base, tokens), base.lm_head.weight
-    model = pissa.wrap(base, r=R, target_modules=["embed_tokens", "q_proj"])
-    assert torch.equal(logits(model, tokens), before)
-    losses = train(model, tokens)
-    assert losses[-1] < losses[0]
-    assert base.lm_head.weight is head
-    model.save_pretrained(tmp_path)
-    again = pissa.PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens), before)
-    trained = logits(model, tokens)
-    merged = model.merge_and_unload()
-    assert merged.lm_head.weight is head
-    merged.save_pretrained(tmp_path / "merged")
-    loaded = type(merged).from_pretrained(tmp_path / "merged")
-    assert torch.equal(loaded.lm_head.weight, head)
-    assert error(logits(loaded, tokens), trained) < 1e-5  # float32, two layers
-
-
-def test_unloading_keeps_the_tie(tiny_llama: Make) -> None:
-    base = tiny_llama(tie_word_embeddings=True)
-    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):  # PEFT's
-        model = pissa.wrap(base, r=R, target_modules=["embed_tokens"])
-    assert model.unload().model.embed_tokens.weight is base.lm_head.weight

@@ -55,6 +55,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"init": "pissa_medium"},
     {"init": "pissa_minor"},
     {"start_norm": "unit"},
+    {"start_norm": "unit", "use_dora": True},
     {"init": "lora"},
     {"init": "olora", "use_rslora": True},
     {"lora_dropout": 0.3},

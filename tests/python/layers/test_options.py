@@ -65,26 +65,13 @@ def adapted(option: str, **fields: Any) -> tuple[pissa.PissaModel, dict[str, pis
 
 
 @options
-def test_function_and_gradients(option: str) -> None:
-    checks.check_step_0(architecture(option), {})
-    checks.check_gradients(architecture(option), {})
-
-
-@options
-def test_files_and_merging(option: str, tmp_path: Path) -> None:
-    checks.check_save_and_reload(architecture(option), {}, tmp_path)
-    checks.check_merge(architecture(option), {})
-
-
-@options
-def test_plain_peft_has_the_same_function(option: str, tmp_path: Path) -> None:
-    model, batch = checks.wrapped(architecture(option), {}), architecture(option).batch()
-    checks.step(model, batch)
-    change_all(model)
-    model.save_pretrained(tmp_path)
-    plain = peft.PeftModel.from_pretrained(architecture(option).make(), tmp_path)
-    exact = checks.definition(architecture(option), model, batch, torch.float64).logits
-    checks.assert_as_accurate(checks.output(plain, batch), checks.output(model, batch), exact, "logits in plain PEFT")
+def test_its_life(option: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    life = checks.Life(architecture(option), {"svd": "exact"}, tmp_path)
+    for check in checks.LIFE[:-1]:  # trained biases are the base's own, and stay
+        with subtests.test(check.__name__):
+            check(life)
+    plain = checks.output(peft.PeftModel.from_pretrained(architecture(option).make(), tmp_path), life.batch)
+    checks.assert_as_accurate(plain, life.plain.logits, life.exact.logits, "logits in plain PEFT")
 
 
 def test_rank_pattern() -> None:

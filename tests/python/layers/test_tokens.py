@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
+from daily import each
 from devices import put
 from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel
@@ -43,7 +44,7 @@ def seen(tokens: Tensor) -> Tensor:
 
 
 @tied
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", each(FORMS, ["implicit"]))
 @pytest.mark.parametrize("where", WHERE)
 def test_they_are_trained_saved_and_restored(
     where: str, form: str, tie: bool, tiny_llama: Make, seen: Tensor, tmp_path: Path

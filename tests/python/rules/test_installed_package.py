@@ -38,10 +38,6 @@ def test_a_program_finds_links_and_runs_it(tmp_path: Path) -> None:
     assert run(tmp_path / "program") == "4.00000 2.00000\n"
 
 
-def test_the_library_is_small() -> None:
-    assert (PACKAGE / "lib/libpissa_cpu.a").stat().st_size <= 3_000_000
-
-
 def test_the_parts_of_others_are_listed_with_their_licences() -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
