@@ -11,30 +11,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from pissa.files.json_file import parse_json, read_object
+from pissa.files.json_file import parse_json
 from pissa.files.messages import first_line, shown
 from pissa.files.model_folder import model_config, quantised_kind, read_config
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"[1]", r"it holds \[1\]; needed: an object"),
-        (b"[" * 100_000, "its lists or objects are nested too deeply"),
-        (b'{"a": 1e999, "b": NaN}', "it holds NaN, which is not JSON"),
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
-        (b"\xff", "can't decode byte 0xff"),
-        (None, "No such file or directory"),
-    ],
-)
-def test_an_object_is_read_or_the_file_named(content: bytes | None, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "it.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^{path} cannot be read: .*{words}.*\. Take another$"):
-        read_object(path, "Take another")
-    path.write_text('{"a": [1]}')
-    assert read_object(path, "Take another") == {"a": [1]}
 
 
 def test_a_name_that_is_there_twice_is_found_at_once() -> None:

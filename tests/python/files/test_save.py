@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pissa
+from daily import each
 from language_models import EVERY_FORM, FORMS, Make, error, logits, train
 from pissa import PissaConfig, PissaModel, notices
 from pissa.files.staged import Staged
 
-forms = pytest.mark.parametrize("form", EVERY_FORM)
+forms = pytest.mark.parametrize("form", each(EVERY_FORM, ["implicit", "nf4"]))
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
 

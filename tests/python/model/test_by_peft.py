@@ -132,6 +132,7 @@ def test_another_model_takes_the_configuration_of_an_adapter(tiny_llama: Make) -
     assert second.peft_config["default"] is not first.peft_config["default"]
 
 
+@pytest.mark.nightly
 def test_only_our_type_of_adapter_is_in_a_table() -> None:
     """In a process that has imported nothing of this package but a name; PEFT's own models are what they were."""
     code = """
