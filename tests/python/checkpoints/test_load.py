@@ -156,6 +156,7 @@ def test_wrap_copies_no_packed_weight(packed: Path) -> None:
     assert all(is_mapped(layer.base_layer.weight, packed / "model.safetensors") for layer in layers.values())
 
 
+@pytest.mark.nightly
 def test_bitsandbytes_is_not_needed(packed: Path, source: Path, tmp_path: Path) -> None:
     split = split_folder(source, tmp_path / "split", r=R, quant="nf4")
     code = f"""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
+from daily import each
 from language_models import EVERY_FORM, assert_same, error, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
 from pissa.checkpoints.init import init
@@ -25,9 +26,10 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYER = "model.layers.0.self_attn.q_proj"
 tokens = torch.arange(18).reshape(2, 9)
 
-stored = pytest.mark.parametrize("stored", FLOATS)
-trained = pytest.mark.parametrize("trained", FLOATS)
-here = pytest.mark.parametrize("here", FLOATS)
+WIDTHS = each(FLOATS, ["float32", "bfloat16"])
+stored = pytest.mark.parametrize("stored", WIDTHS)
+trained = pytest.mark.parametrize("trained", WIDTHS)
+here = pytest.mark.parametrize("here", WIDTHS)
 forms = pytest.mark.parametrize("form", EVERY_FORM)
 
 
@@ -166,7 +168,7 @@ def test_commands_on_the_checkpoint(
 
 @stored
 @trained
-@pytest.mark.parametrize("narrow", FLOATS)
+@pytest.mark.parametrize("narrow", WIDTHS)
 def test_a_checkpoint_that_was_narrowed_is_merged_with_a_warning(
     stored: str, trained: str, narrow: str, run: Callable[..., tuple[Path, Path, PissaModel]], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 
 import pissa
+from daily import each
 from pissa.cli import main
 from tiny_model import save_tiny_model
 
@@ -44,7 +45,10 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in history if "loss" in row]
 
 
-@pytest.mark.parametrize("options", [[], ["--quant", "nf4"], ["--quant", "int8", "--dtype", "bfloat16"]])
+OPTIONS = [["--quant", "nf4"], [], ["--quant", "int8", "--dtype", "bfloat16"]]
+
+
+@pytest.mark.parametrize("options", each(OPTIONS, OPTIONS[:1]))
 def test_preferences_are_learned_from_ln_2_on(
     options: list[str], base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +135,7 @@ class Suggestion(NamedTuple):
     text: str
 
 
-@pytest.mark.parametrize("name", ["finetune", "dpo"])
+@pytest.mark.parametrize("name", each(["finetune", "dpo"], ["dpo"]))
 def test_the_rate_is_found_and_recorded(
     name: str,
     base: Path,

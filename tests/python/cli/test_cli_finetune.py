@@ -220,6 +220,7 @@ def test_json_is_all_there_is_on_stdout(
     assert "\nsaved" in captured.err
 
 
+@pytest.mark.nightly
 def test_nothing_but_progress_bars_goes_to_stderr(base: Path, data: Path, tmp_path: Path) -> None:
     arguments = command(base, data, tmp_path / "run", "--quant", "nf4", "--eval-data", str(data), steps=1)
     run = subprocess.run(
@@ -340,10 +341,10 @@ def test_an_adapter_that_starts_wrong_is_not_trained(
     assert not (tmp_path / "run" / "run.yaml").exists()
 
 
-def test_bfloat16_trains(base: Path, data: Path, tmp_path: Path) -> None:
-    for method in METHODS:
-        assert main(command(base, data, tmp_path / method, "--dtype", "bfloat16", *METHODS[method])) == 0
-        assert losses(tmp_path / method)[-1] < losses(tmp_path / method)[0]
+@pytest.mark.parametrize("method", each(METHODS, ["qpissa"]))
+def test_bfloat16_trains(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    assert main(command(base, data, tmp_path / method, "--dtype", "bfloat16", *METHODS[method])) == 0
+    assert losses(tmp_path / method)[-1] < losses(tmp_path / method)[0]
 
 
 def test_epochs_count_steps_of_accumulated_batches(base: Path, data: Path, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def test_several_processes_write_the_same_bytes(alone: tuple[list[str], dict[str
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.nightly
 def test_a_process_that_dies_ends_the_others(alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
     """What both have done is not done again."""
     arguments, expected = alone

@@ -52,6 +52,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_two_processes_train_what_one_does(kind: str, one: Path, tmp_path: Path) -> None:
     how, command = LAUNCHES[kind]

@@ -9,27 +9,24 @@ import pytest
 
 import matrix
 from architectures import ARCHITECTURES, FORMS
-from daily import each
 from processes import launch
 
-pytestmark = pytest.mark.cpu_only
-
-DAILY = ("llama3", "mixtral", "gpt_oss", "qwen2_5_vl", "t5", "resnet")
+# processes/test_distributed.py has a Llama and a Mixtral on every change.
+pytestmark = [pytest.mark.cpu_only, pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the first of two processes has found, the architectures of all selected tests in one start of them."""
-    names = {item.callspec.params["name"]: None for item in request.session.items if item.path == request.path}
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the first of two processes has found, all architectures in one start of them."""
     folder = tmp_path_factory.mktemp("architectures")
-    done = launch(2, "distributed_worker.py", "architectures", folder, *names)
+    done = launch(2, "distributed_worker.py", "architectures", folder)
     assert done.returncode == 0, done.stdout[-5000:]
     return json.loads((folder / "architectures-2-0.json").read_text())
 
 
 @pytest.mark.parametrize("column", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", each(ARCHITECTURES, DAILY))
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_of_two_processes_is_that_of_one(
     name: str, form: str, column: str, found: dict[str, dict[str, Any]]
 ) -> None:

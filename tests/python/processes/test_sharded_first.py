@@ -11,7 +11,7 @@ import pytest
 
 from processes import launch
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.nightly]
 
 FILES = ["adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pissa
+from daily import each
 from pissa import PissaConfig, PissaModel
 from trainers import FORMS, TERMS, assert_equal, forms, logged, options, quiet, state, trainable
 
@@ -63,7 +64,7 @@ def config(**fields: Any) -> PissaConfig:
 
 
 @forms
-@pytest.mark.parametrize("method", ROWS)
+@pytest.mark.parametrize("method", each(ROWS, ["SFT", "DPO", "GRPO"]))
 def test_losses_are_those_of_the_wrapped_model(
     method: str, form: str, base: Base, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -91,7 +92,7 @@ def test_losses_are_those_of_the_wrapped_model(
 
 
 @pytest.mark.parametrize("method", ["DPO", "KTO"])
-@pytest.mark.parametrize("by_config", [True, False])
+@pytest.mark.parametrize("by_config", each([True, False], [True]))
 def test_a_reference_that_is_computed_before(
     method: str, by_config: bool, base: Base, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -280,7 +280,11 @@ def rewarded(method: str, model: nn.Module, folder: Path, tokenizer: Any, beta: 
 @pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")
 @pytest.mark.parametrize(
     ("method", "beta"),
-    [("GRPO", 0.0), pytest.param("GRPO", 0.1, marks=resumes_both), pytest.param("RLOO", 0.1, marks=resumes_both)],
+    [
+        pytest.param("GRPO", 0.0, marks=pytest.mark.nightly),
+        pytest.param("GRPO", 0.1, marks=resumes_both),
+        pytest.param("RLOO", 0.1, marks=[resumes_both, pytest.mark.nightly]),
+    ],
 )
 def test_rewards(form: str, method: str, beta: float, base: Base, tokenizer: Any, tmp_path: Path) -> None:
     run = rewarded(method, wrapped(base(), form), tmp_path / "whole", tokenizer, beta)
