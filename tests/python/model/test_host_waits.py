@@ -42,7 +42,7 @@ def wrapped(gpu: CudaStandIn, model: torch.nn.Module, **fields: Any) -> pissa.Pi
         return pissa.wrap(model, r=4, **fields)
 
 
-@pytest.mark.parametrize("form", each(FORMS, ["implicit", "nf4", "DoRA"]))
+@pytest.mark.parametrize("form", each(FORMS, ["implicit", "nf4", "AdaLoRA"]))
 def test_the_host_waits_as_often_for_few_layers_as_for_many(form: str, tiny_llama: Make) -> None:
     waits = []
     for layers in (2, 9):

@@ -145,13 +145,13 @@ def test_merging(form: str, tiny_llama: Make, tokens: Tensor) -> None:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    {"use_dora": True},
+    {"use_dora": True, "init": "lora"},
     {"use_adalora": True, "quant": "nf4"},
     {"init": "loftq", "quant": "nf4"},
     {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
     {"use_adalora": True},
     {"init": "pissa_minor"},
-    {"init": "lora"},
+    {"use_dora": True},
     {"start_norm": "unit"},
     {"svd": "exact"},
     {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
