@@ -198,7 +198,7 @@ ON_CUDA := ops/test_gpu.py $(addprefix layers/test_,layer.py kinds.py) model/tes
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST)
-	$(OUR_PYTEST) --device cuda-stand-in $(ON_CUDA:%=tests/python/%)
+	$(OUR_PYTEST) --device cuda-stand-in -m "not slow and not nightly" $(ON_CUDA:%=tests/python/%)
 
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
