@@ -212,7 +212,8 @@ QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_
 
 quick: module
 	cmake --build $(TREE) --target cpu_test tiles_test
-	ctest --test-dir $(TREE) --output-on-failure -j $(JOBS) -L '^(cpu|tiles)$$'
+	[ $(BUILD)/quick-cpp.stamp -nt $(TREE)/tests/cpp/cpu_test ] || \
+	  { ctest --test-dir $(TREE) --output-on-failure -j $(JOBS) -L '^(cpu|tiles)$$' && touch $(BUILD)/quick-cpp.stamp; }
 	PYTHONPATH=$(abspath python) $(OUR_PYTEST) $(QUICK:%=tests/python/%)
 
 # python/pissa as `PYTHONPATH=python` finds it, with its compiled module.
