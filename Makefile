@@ -197,18 +197,17 @@ ON_CUDA := ops/test_gpu.py $(addprefix layers/test_,layer.py kinds.py) model/tes
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
-	$(OUR_PYTEST)
+	$(OUR_PYTEST) --durations 20
 	$(OUR_PYTEST) --device cuda-stand-in -m "not slow and not nightly" $(ON_CUDA:%=tests/python/%)
 
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
 
-# The rules, the ops, a layer of each kind, files, conversion, the command line, a training of two processes: in the source
-# tree, with the module out of CMake's tree before what the environment may have installed. The first time it installs pissa.
+# The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
+# CMake's tree before what the environment may have installed. The first time it installs pissa.
 QUICK := $(addprefix rules/test_,style.py rooms.py bases.py peft_private.py cpp_layers.py built_module.py) \
   $(addprefix ops/test_,ops_linear.py ops_nf4.py low_rank.py) layers/test_kinds.py $(addprefix files/test_,save.py format_1.py) \
-  conversion/test_convert_ranks.py cli/test_cli_convert.py \
-  processes/test_distributed.py::test_a_process_that_dies_ends_the_others
+  conversion/test_convert_ranks.py cli/test_cli_convert.py
 
 quick: module
 	cmake --build $(TREE) --target cpu_test tiles_test
