@@ -32,7 +32,7 @@ export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
 endif
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test nightly quick module test-cpp test-cpp-asan test-cpp-tsan test-python test-python-nightly test-oldest \
+.PHONY: demo test nightly quick module build-cpp test-cpp test-cpp-asan test-cpp-tsan test-python test-python-nightly test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
   test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels clean
@@ -41,7 +41,9 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 demo: $(BUILD)/venv-demo.stamp $(BUILD)/smollm2.stamp
 	$(BUILD)/venv-demo/bin/pissa demo --out build/demo
 
-test: test-cpp test-torch-headers test-python
+test:
+	$(MAKE) -j 2 build-cpp $(BUILD)/venv-test-deps.stamp  # a compiler and pip, which waits for the network
+	$(MAKE) test-cpp test-torch-headers test-python
 	@echo "The instruction sets that were tested, and why not the others:"
 	@$(TEST_PYTHON) -m pissa | grep isas_
 
@@ -163,8 +165,10 @@ $(BUILD)/tree.stamp: $(BUILD)/venv-build.stamp build/googletest.stamp
 	  -Dpybind11_DIR=$$($(BUILD_PYTHON) -m pybind11 --cmakedir) -DPISSA_GOOGLETEST_DIR=$(abspath build/googletest)
 	touch $@
 
-test-cpp: $(BUILD)/tree.stamp
+build-cpp: $(BUILD)/tree.stamp
 	cmake --build $(TREE)
+
+test-cpp: build-cpp
 	ctest --test-dir $(TREE) --output-on-failure -j $(JOBS)
 
 test-cpp-%: build-cpp-%
