@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-# torch: each Python gets the newest that pip has for it, since the wheel promises to go on working beside later ones.
-LEFT_OUT = ("pip", "pissa", "setuptools", "torch", "wheel")
+# torch, and what its builds for CUDA bring: each Python gets the newest that pip has for it, since the wheel promises
+# to go on working beside later ones.
+LEFT_OUT = re.compile(r"pip|pissa|setuptools|wheel|torch|triton|(cuda|nvidia)-.*")
 
 
 def constraint(package: metadata.Distribution) -> str:
@@ -23,4 +25,4 @@ def constraint(package: metadata.Distribution) -> str:
 if __name__ == "__main__":
     print("# What CI installs, by tests/constraints.py; CONTRIBUTING.md says how it is renewed.")
     packages = {package.name.lower(): package for package in metadata.distributions()}
-    print(*(constraint(packages[name]) for name in sorted(packages.keys() - set(LEFT_OUT))), sep="\n")
+    print(*(constraint(packages[name]) for name in sorted(packages) if not LEFT_OUT.fullmatch(name)), sep="\n")
