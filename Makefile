@@ -32,7 +32,7 @@ export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
 endif
 JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
-.PHONY: demo test nightly quick module build-cpp test-cpp test-cpp-asan test-cpp-tsan test-python test-python-nightly test-oldest \
+.PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
   test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels clean

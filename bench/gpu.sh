@@ -116,7 +116,7 @@ tests_are_built() {
 }
 cpp_tests() {
   tests_are_built || return
-  "$(dirname "$(command -v cmake)")/ctest" --test-dir "$cmake" -L "^$kind\$" -j 4 --no-tests=error --output-on-failure
+  "$(dirname "$(command -v cmake)")/ctest" --test-dir "$cmake" -L "^$kind\$" -j 8 --no-tests=error --output-on-failure
 }
 # Warnings are no errors here: the versions of torch and transformers are this machine's.
 py() { "$python" -m pytest -q -p no:cacheprovider -W default "$@"; }
