@@ -21,6 +21,8 @@ def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MEMORY = """
 import mmap, sys, time
+
+pytestmark = pytest.mark.nightly
 private = bytearray(b"1") * (200 << 20)
 with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
     pages = sum(mapped[i] for i in range(0, len(mapped), 4096))

@@ -16,6 +16,8 @@ import torch
 from pissa import ops
 from tiny_model import tiny_tokenizer
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[3]
 WORDS = ["the", "film", "is", "a", "good", "bad", "plot", "and", "one", "of", "its", "kind", "not", "so", "much"]
 

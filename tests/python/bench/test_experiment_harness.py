@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[3]
 SHARDS = 100_000
 """Bytes: several files, one of them for an embedding alone."""

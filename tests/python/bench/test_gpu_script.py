@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[3]
 CARD = "nvidia_stand_in_1"
 PROGRAMS = {
