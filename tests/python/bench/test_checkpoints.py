@@ -1,4 +1,4 @@
-"""bench.checkpoints: what a process takes, whether killed runs end with the same bytes, and the table."""
+"""bench.checkpoints: what a process takes, and the table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
@@ -21,8 +23,6 @@ def _bench_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MEMORY = """
 import mmap, sys, time
-
-pytestmark = pytest.mark.nightly
 private = bytearray(b"1") * (200 << 20)
 with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
     pages = sum(mapped[i] for i in range(0, len(mapped), 4096))
