@@ -317,6 +317,7 @@ def test_all_processes_are_suggested_one_rate(some: Run) -> None:
     assert "batches: got 0" in last["error"][1]
 
 
+@pytest.mark.nightly
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     done = launch(2, "distributed_worker.py", "dies", tmp_path)
     assert done.returncode != 0

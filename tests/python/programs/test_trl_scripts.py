@@ -17,7 +17,7 @@ from programs import losses, run, tensors, write_chats, write_preferences, write
 from tiny_model import save_tiny_model
 from trainers import TERMS, assert_equal, logged, quiet
 
-pytestmark = quiet
+pytestmark = [quiet, pytest.mark.nightly]  # cli/test_cli_run.py is the daily one
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 3,
