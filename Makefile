@@ -1,9 +1,9 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
-# make test   build the wheel, install it into a clean environment, test it    (15 to 20 minutes on two cores; 10 once all is built)
+# make test   build the wheel, install it into a clean environment, test it    (15 to 20 minutes on two cores; 11 once all is built)
 # make quick  the core of everything, in the source tree, for work on the code (a minute after an edit of Python)
-# make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (40 minutes)
+# make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (45 minutes)
 # make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
-# make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (7 minutes)
+# make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
 # make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (10 to 15 minutes)
 # make test-wheels   those wheels in fresh systems, beside two releases of torch; needs debootstrap, too, and root    (5 minutes or more for each)
 # make docs   the book, into build/docs; needs doxygen, too    (half a minute, once all is built)
