@@ -24,23 +24,21 @@ from pissa.checkpoints.new_files import (
     INITIAL_CONFIG,
     INITIAL_WEIGHTS,
     config_text,
-    copy_small_files,
     has_taken,
-    index_text,
     layouts,
-    residual_tensors,
     start_tensors,
     taken_tensors,
 )
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
-from pissa.checkpoints.progress import bar_of_bytes
+from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.config import PissaConfig
+from pissa.files.model_folder import CONFIG
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.plain_lora import config_text as lora_config_text
 from pissa.files.record import AdapterRecord, LayerRecord
-from pissa.files.source import INDEX, Source
+from pissa.files.source import Source
 from pissa.ops.formats import FORMATS
 
 MEMORY = 10**9
@@ -106,7 +104,8 @@ def init(
     Raises:
         CompletedError: an earlier call with the same arguments has written all of it; nothing has been changed.
         ValueError, TypeError: a checkpoint that cannot be read, planned or split, naming file and tensor; a folder that
-            holds something else. What an unfinished run has done stays.
+            holds something else. Of a matrix that cannot be split, what was written goes, unless several processes
+            write.
         OSError: the disk is full, or fails.
         pissa.distributed.RankError: another process has failed.
     """
@@ -114,8 +113,21 @@ def init(
     with distributed.failing_together(), Source.open(source) as found:
         plan = Plan.of(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
-        run = _Run(plan, Path(target), memory, torch.device(device))
-        return run.do(begin, progressbar)
+        run = _Split(plan, Path(target), memory, torch.device(device))
+        run.run(progressbar)
+        need = {layer.name: run.in_flight(layer) for layer in plan.layers.values()}
+        largest = max(need, key=need.__getitem__)
+        return Initialised(
+            layers=len(plan.layers),
+            bytes_read=run.bytes_read,
+            bytes_written=run.bytes_written,
+            bytes_done_before=run.bytes_done_before,
+            seconds=time.perf_counter() - begin,
+            error=Errors.of(run.results).all,
+            memory=max(memory, need[largest]),
+            largest=largest,
+            only_ours=plan.has_quantised_experts,
+        )
 
 
 _NO_INFLUENCE = ("base_model_name_or_path", "runtime_config")
@@ -127,14 +139,17 @@ def _plain(value: Any) -> Any:
 
 
 class _Unit(NamedTuple):
-    """What the journal notes as one: layers whose factors share two tensors, or a tensor that is copied."""
+    """Layers whose factors share two tensors, or a tensor that is copied."""
 
     name: str
     layers: tuple[PlannedLayer, ...]
     factors: FactorTensors | None
     copied: str | None
-    nbytes: int
-    """Of the checkpoint."""
+
+    @property
+    def tensors(self) -> list[str]:
+        """Those of the checkpoint that it is made of."""
+        return [self.copied] if self.copied else [name for layer in self.layers for name in layer.tensors]
 
 
 class _Group(NamedTuple):
@@ -144,91 +159,73 @@ class _Group(NamedTuple):
     finished: list[_Unit]
     """The units whose last layers these are."""
 
+    @property
+    def tensors(self) -> list[str]:
+        """Those of the checkpoint that are read."""
+        copied = [unit.copied for unit in self.finished if unit.copied]
+        return [*(name for layer in self.layers for name in layer.tensors), *copied]
 
-class _Run:
-    """One run of `init`, of this process."""
+
+class _Split(Rewrite):
+    """One run of `init`."""
+
+    command = "init"
 
     def __init__(self, plan: Plan, target: Path, memory: int, device: torch.device) -> None:
-        self.plan, self.target, self.memory, self.device = plan, target, memory, device
-        self.files = layouts(plan)
-        self.units = _units(plan)
-        self.total = sum(unit.nbytes for unit in self.units)
+        super().__init__(plan.source, target, layouts(plan), _units(plan))
+        self.plan, self.memory, self.device = plan, memory, device
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._noted: dict[str, tuple[float, float, list[Any]]] = {}
 
-    def do(self, begin: float, progressbar: bool) -> Initialised:
-        owners = distributed.owners({unit.name: unit.nbytes for unit in self.units})
-        mine = [unit for unit in self.units if owners[unit.name] == distributed.rank()]
-        with Output(self.target, self._identity(), self.files) as out:
-            done = {unit.name: out.done[unit.name] for unit in self.units if unit.name in out.done}
-            before = sum(unit.nbytes for unit in self.units if unit.name in done)
-            left = [unit for unit in mine if unit.name not in done]
-            with _Bar(mine, left, done, progressbar and distributed.rank() == 0) as bar:
-                results = done | self._work(out, left, bar)
-            for others in distributed.agree(results):
-                results |= others
-            if distributed.rank() == 0:
-                self._write_small_files(out, results)
-            out.finish()
-        need = {layer.name: _in_flight(layer, self.plan.config_of(layer)) for layer in self.plan.layers.values()}
-        largest = max(need, key=need.__getitem__)
-        return Initialised(
-            layers=len(self.plan.layers),
-            bytes_read=self.total,
-            bytes_written=sum(layout.size for layout in self.files.values()),
-            bytes_done_before=before,
-            seconds=time.perf_counter() - begin,
-            error=_error(results.values()),
-            memory=max(self.memory, need[largest]),
-            largest=largest,
-            only_ours=self.plan.has_quantised_experts,
-        )
-
-    def _identity(self) -> dict[str, Any]:
-        """What has influence on the bytes."""
+    def identity(self) -> dict[str, Any]:
         config = self.plan.config
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         return {
-            "command": "init",
-            "pissa": ops.build_info()["version"],
             **{name: _plain(value) for name, value in fields.items() if name not in _NO_INFLUENCE},
             "experts": self.plan.experts,
             "device": self.device.type,
             "target": str(self.target),
-            **{f"source {name}": value for name, value in self.plan.source.identity().items()},
         }
 
-    def _work(self, out: Output, units: Sequence[_Unit], bar: _Bar) -> dict[str, Any]:
-        """The results of these units, when all of them have been written."""
-        source, results = self.plan.source, {}
-        records: dict[str, list[Any]] = {}
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        groups = list(_groups(units, self.memory, self.plan))
-        for number, group in enumerate(groups):
-            if number + 1 < len(groups):
-                source.ahead([name for layer in groups[number + 1].layers for name in layer.tensors])
-            if group.layers:
-                factors |= self._split(out, group.layers, records)
-            for unit in group.finished:
-                result = {}
-                if unit.factors is not None:
-                    pairs = [factors.pop(layer.name) for layer in unit.layers]
-                    for key, tensor in unit.factors.pack(pairs).items():
-                        out.write(INITIAL_WEIGHTS, key, tensor)
-                    result = {layer.name: records.pop(layer.name) for layer in unit.layers}
-                if unit.copied is not None:
-                    out.write(source.entry(unit.copied).path.name, unit.copied, source.read(unit.copied))
-                    source.release([unit.copied])
-                out.add(unit.name, result)
-                results[unit.name] = result
-                bar.add(unit, result)
+    def groups(self, units: Sequence[_Unit]) -> Iterator[_Group]:
+        """The layers of the units, in order, in groups that stay within the memory, or of a single layer."""
+        limit = _GROUP * torch.get_num_threads()
+        group, size, elements = _Group([], []), 0, 0
+        for unit in units:
+            for layer in unit.layers:
+                need, count = self.in_flight(layer), math.prod(layer.shape)
+                if group.layers and (size + need > self.memory or elements + count > limit):
+                    yield group
+                    group, size, elements = _Group([], []), 0, 0
+                group.layers.append(layer)
+                size += need
+                elements += count
+            group.finished.append(unit)
+        yield group
+
+    def write(self, out: Output, group: _Group) -> dict[str, Result]:
+        if group.layers:
+            self._split(out, group.layers)
+        results: dict[str, Result] = {}
+        for unit in group.finished:
+            results[unit.name] = {}
+            if unit.factors is not None:
+                pairs = [self._factors.pop(layer.name) for layer in unit.layers]
+                for key, tensor in unit.factors.pack(pairs).items():
+                    out.write(INITIAL_WEIGHTS, key, tensor)
+                noted = {layer.name: self._noted.pop(layer.name) for layer in unit.layers}
+                results[unit.name] = {
+                    "lost": sum(lost for lost, _, _ in noted.values()),
+                    "whole": sum(whole for _, whole, _ in noted.values()),
+                    "records": {name: record for name, (_, _, record) in noted.items()},
+                }
+            if unit.copied is not None:
+                self.copy(out, unit.copied)
         return results
 
-    def _split(
-        self, out: Output, layers: Sequence[PlannedLayer], records: dict[str, list[Any]]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Splits these layers, writes their residuals, and returns the start factors on the CPU."""
-        source = self.plan.source
-        weights = {layer.name: layer.matrix(source).to(self.device) for layer in layers}
-        factors = {}
+    def _split(self, out: Output, layers: Sequence[PlannedLayer]) -> None:
+        """Splits these layers, writes their residuals, and keeps their start factors, on the CPU."""
+        weights = {layer.name: layer.matrix(self.source).to(self.device) for layer in layers}
         for form in dict.fromkeys(layer.form for layer in layers):
             these = [layer for layer in layers if layer.form == form]
             config, names = self.plan.config_of(these[0]), [layer.name for layer in these]
@@ -246,45 +243,42 @@ class _Run:
             of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])
             of_starts = read([fingerprint(*start_tensors(start)) for start in starts])
             for i, (layer, weight, start, residual) in enumerate(zip(these, some, starts, residuals, strict=True)):
-                self._write(out, layer, start, residual)
-                found_here = of_weights[i], of_residuals[i], of_starts[i], start.rank_taken or None
-                records[layer.name] = [*found_here, *_sampled_error(weight, residual, start)]
-                factors[layer.name] = start.a0.cpu(), start.b0.cpu()
-        weights.clear()
-        source.release([name for layer in layers for name in layer.tensors])
-        return factors
+                self.write_layer(out, layer, residual)
+                if has_taken(config):
+                    for name, values in taken_tensors(layer, start).items():
+                        out.write(PISSA_WEIGHTS, name, values)
+                record = [of_weights[i], of_residuals[i], of_starts[i], start.rank_taken or None]
+                self._noted[layer.name] = (*_sampled_error(weight, residual, start), record)
+                self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()
 
-    def _write(
-        self, out: Output, layer: PlannedLayer, start: StartFactors, residual: Tensor | ops.QuantizedWeight
-    ) -> None:
-        for file, name, values, first in residual_tensors(self.plan, layer, residual):
-            out.write(file, name, values, first)
-        if has_taken(self.plan.config_of(layer)):
-            for name, values in taken_tensors(layer, start).items():
-                out.write(PISSA_WEIGHTS, name, values)
-
-    def _write_small_files(self, out: Output, results: dict[str, Any]) -> None:
+    def end(self, out: Output) -> None:
         plan = self.plan
-        copy_small_files(plan.source.folder, out)
-        out.path("config.json").write_text(config_text(plan))
-        if (index := index_text(plan.source, self.files)) is not None:
-            out.path(INDEX).write_text(index)
         plan.lora.base_model_name_or_path = str(self.target)
-        out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))
-        found = {name: record for result in results.values() for name, record in result.items()}
-        records = {
-            name: LayerRecord(
-                layer.origin.r,
-                layer.origin.scaling,
-                found[name][0],
-                layer.form,
-                stored=found[name][1],
-                start=found[name][2],
-                taken=found[name][3],
+        noted = {name: record for result in self.results.values() for name, record in result.get("records", {}).items()}
+        records = {}
+        for name, layer in plan.layers.items():
+            weight, stored, start, taken = noted[name]
+            records[name] = LayerRecord(
+                layer.origin.r, layer.origin.scaling, weight, layer.form, stored=stored, start=start, taken=taken
             )
-            for name, layer in plan.layers.items()
-        }
+        out.path(CONFIG).write_text(config_text(plan))
+        out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(plan.config, records).text())
+
+    def in_flight(self, layer: PlannedLayer) -> int:
+        """Bytes that a layer takes while it is split, beside the mapped file."""
+        config = self.plan.config_of(layer)
+        elements, sides, r = math.prod(layer.shape), sum(layer.shape), layer.origin.r
+        method = INIT_METHODS[config.init]
+        size = 4 * sides * (r + _sketch(r, config))
+        is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
+        size += 0 if is_view else elements * layer.dtype.itemsize
+        size += elements * 5 // 8 if layer.form.kind == "nf4" else elements * layer.dtype.itemsize
+        if method.copies or config.quant_iters > 1:
+            size += 8 * elements
+        if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):
+            size += 16 * elements
+        return size
 
 
 def _units(plan: Plan) -> list[_Unit]:
@@ -293,45 +287,9 @@ def _units(plan: Plan) -> list[_Unit]:
     found = []
     for factors in plan.factors:
         layers = tuple(plan.layers[name] for name in factors.layers)
-        found.append(_Unit(factors.keys[0], layers, factors, None, sum(map(_nbytes, layers))))
-    found += [_Unit(f"copy {name}", (), None, name, plan.source.entry(name).nbytes) for name in plan.copied]
-    return sorted(found, key=lambda unit: places[unit.copied or unit.layers[0].tensors[0]])
-
-
-def _nbytes(layer: PlannedLayer) -> int:
-    return math.prod(layer.shape) * layer.dtype.itemsize
-
-
-def _groups(units: Sequence[_Unit], memory: int, plan: Plan) -> Iterator[_Group]:
-    """The layers of the units, in order, in groups that stay within the memory, or of a single layer."""
-    limit = _GROUP * torch.get_num_threads()
-    group, size, elements = _Group([], []), 0, 0
-    for unit in units:
-        for layer in unit.layers:
-            need, count = _in_flight(layer, plan.config_of(layer)), math.prod(layer.shape)
-            if group.layers and (size + need > memory or elements + count > limit):
-                yield group
-                group, size, elements = _Group([], []), 0, 0
-            group.layers.append(layer)
-            size += need
-            elements += count
-        group.finished.append(unit)
-    yield group
-
-
-def _in_flight(layer: PlannedLayer, config: PissaConfig) -> int:
-    """Bytes that a layer takes while it is split, beside the mapped file."""
-    elements, sides, r = math.prod(layer.shape), sum(layer.shape), layer.origin.r
-    method = INIT_METHODS[config.init]
-    size = 4 * sides * (r + _sketch(r, config))
-    is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
-    size += 0 if is_view else elements * layer.dtype.itemsize
-    size += elements * 5 // 8 if layer.form.kind == "nf4" else elements * layer.dtype.itemsize
-    if method.copies or config.quant_iters > 1:
-        size += 8 * elements
-    if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):
-        size += 16 * elements
-    return size
+        found.append(_Unit(factors.keys[0], layers, factors, None))
+    found += [_Unit(f"copy {name}", (), None, name) for name in plan.copied]
+    return sorted(found, key=lambda unit: places[unit.tensors[0]])
 
 
 def _sketch(r: int, config: PissaConfig) -> int:
@@ -365,36 +323,3 @@ def _first_rows(weight: ops.QuantizedWeight, rows: int) -> ops.QuantizedWeight:
     nested = None if weight.nested_absmax is None else weight.nested_absmax[: count["nested_absmax"]]
     codes, absmax = weight.codes[: count["codes"]], weight.absmax[: count["absmax"]]
     return weight._replace(codes=codes, absmax=absmax, nested_absmax=nested, shape=shape)
-
-
-def _error(results: Any) -> float:
-    """The relative error of the units with these results."""
-    records = [record for result in results for record in result.values()]
-    lost, whole = (sum(record[which] for record in records) for which in (-2, -1))
-    return math.sqrt(lost / whole) if whole else 0.0
-
-
-class _Bar:
-    """The progress of this process: bytes of the checkpoint, and the error so far."""
-
-    def __init__(self, mine: Sequence[_Unit], left: Sequence[_Unit], done: dict[str, Any], shown: bool) -> None:
-        self._total, self._left = (sum(unit.nbytes for unit in some) for some in (mine, left))
-        self._results, self._shown = [done[unit.name] for unit in mine if unit.name in done], shown
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        if self._shown:
-            self._bar = bar_of_bytes("init", self._total, self._total - self._left)
-        return self
-
-    def add(self, unit: _Unit, result: dict[str, Any]) -> None:
-        """Notes that a unit is done."""
-        if self._bar is not None:
-            self._results.append(result)
-            if result:
-                self._bar.set_postfix_str(f"error {_error(self._results):.3%}", refresh=False)
-            self._bar.update(unit.nbytes)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -8,8 +8,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +15,15 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.bitsandbytes_state import to_bitsandbytes
 from pissa.checkpoints.fill import of_layer
-from pissa.checkpoints.merge_plan import MergedLayer, MergePlan, Unit
-from pissa.checkpoints.new_files import copy_small_files, index_text, quantization_config
+from pissa.checkpoints.merge_plan import MergePlan, Unit
+from pissa.checkpoints.new_files import quantization_config
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.progress import bar_of_bytes
+from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.model_folder import CONFIG, parts_of, read_config
-from pissa.files.source import INDEX, Source
+from pissa.files.model_folder import CONFIG, read_config
+from pissa.files.source import Source
 from pissa.ops.formats import FORMATS
 
 
@@ -102,11 +99,11 @@ def merge(
     with Source.open(source) as found, torch.no_grad():
         read = read_adapter(Path(adapter), found, initial)
         plan = MergePlan.of(found, read.folder, form)
-        run = _Run(plan, read, Path(target))
-        before = run.do(progressbar)
+        run = _Merge(plan, read, Path(target))
+        run.run(progressbar)
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
-        return run.merged(before, time.perf_counter() - begin)
+        return run.merged(time.perf_counter() - begin)
 
 
 def _form(quant: str, blocksize: int | None, double_quant: bool | None) -> Form:
@@ -115,88 +112,53 @@ def _form(quant: str, blocksize: int | None, double_quant: bool | None) -> Form:
     return Form.quantised(quant, *FORMATS[quant].options(blocksize, double_quant, 1))
 
 
-class _Run:
+class _Merge(Rewrite):
+    command = "merge"
+
     def __init__(self, plan: MergePlan, adapter: Adapter, target: Path) -> None:
-        self.plan, self.adapter, self.target = plan, adapter, target
-        self.sizes = {unit.name: _nbytes(plan.source, unit) for unit in plan.units}
-        self.results: dict[str, list[float]] = {}
+        super().__init__(plan.source, target, plan.files, plan.units)
+        self.plan, self.adapter = plan, adapter
 
-    def do(self, progressbar: bool) -> int:
-        """Writes all files. Returns the bytes of the checkpoint that an earlier run had done."""
-        plan, source = self.plan, self.plan.source
-        with Output(self.target, self._identity(), plan.files) as out:
-            self.results = {unit.name: out.done[unit.name] for unit in plan.units if unit.name in out.done}
-            before = sum(self.sizes[name] for name in self.results)
-            left = [unit for unit in plan.units if unit.name not in self.results]
-            with bar_of_bytes("merge", sum(self.sizes.values()), before) if progressbar else nullcontext() as bar:
-                for unit, following in zip(left, [*left[1:], None], strict=True):
-                    if following is not None:
-                        source.ahead(following.tensors)
-                    try:
-                        self.results[unit.name] = self._write(out, unit)
-                    except ValueError:
-                        out.discard()
-                        raise
-                    source.release(unit.tensors)
-                    out.add(unit.name, self.results[unit.name])
-                    if bar is not None:
-                        bar.update(self.sizes[unit.name])
-            copy_small_files(source.folder, out)
-            out.path("config.json").write_text(_config_text(plan))
-            if (index := index_text(source, plan.files)) is not None:
-                out.path(INDEX).write_text(index)
-            out.finish()
-        return before
-
-    def merged(self, before: int, seconds: float) -> Merged:
+    def merged(self, seconds: float) -> Merged:
         """The report."""
-        layers = list(self.plan.layers.values())
         adapted = [unit for unit in self.plan.units if unit.factors is not None]
-        lost, whole, _ = self._sums(self.plan.units)
-        lost_of_change, _, change = self._sums(adapted)
-        found = {name: math.sqrt(sums[0] / sums[1]) for name, sums in self.results.items() if sums and sums[1]}
-        worst = max(found, key=found.__getitem__, default=None)
+        changed = [self.results[unit.name] for unit in adapted]
+        lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
+        errors = Errors.of(self.results)
         return Merged(
             what=self.adapter.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=sum(layer.form != IMPLICIT for layer in layers),
-            bytes_read=sum(self.sizes.values()),
-            bytes_written=sum(layout.size for layout in self.plan.files.values()),
-            bytes_done_before=before,
+            quantised=sum(layer.form != IMPLICIT for layer in self.plan.layers.values()),
+            bytes_read=self.bytes_read,
+            bytes_written=self.bytes_written,
+            bytes_done_before=self.bytes_done_before,
             seconds=seconds,
-            error=math.sqrt(lost / whole) if whole else 0.0,
-            error_of_change=math.sqrt(lost_of_change / change) if change else 0.0,
-            worst=worst,
-            error_of_worst=0.0 if worst is None else found[worst],
-            mean_error=sum(found.values()) / max(1, len(found)),
+            error=errors.all,
+            error_of_change=math.sqrt(lost / change) if change else 0.0,
+            worst=errors.worst,
+            error_of_worst=errors.of_worst,
+            mean_error=errors.mean,
         )
 
-    def _sums(self, units: Iterable[Unit]) -> list[float]:
-        found = [self.results[unit.name] for unit in units if self.results[unit.name]]
-        return [sum(column) for column in zip(*found, strict=True)] if found else [0.0, 0.0, 0.0]
-
-    def _identity(self) -> dict[str, Any]:
-        """What has influence on the bytes."""
+    def identity(self) -> dict[str, Any]:
         return {
-            "command": "merge",
-            "pissa": ops.build_info()["version"],
             "form": self.plan.form.describe(),
             **{what: states(folder) for what, folder in self.adapter.folders.items()},
-            **{f"source {name}": value for name, value in self.plan.source.identity().items()},
         }
 
-    def _write(self, out: Output, unit: Unit) -> list[float]:
-        """Writes what becomes of a unit. Returns ‖Q - W'‖², ‖W'‖² and ‖change‖² of its layers, if it has any."""
+    def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
-            out.write(self._file(unit.tensor), unit.tensor, self._other_tensor(unit))
-            return []
-        sums = [0.0, 0.0, 0.0]
-        for trained in self.adapter.trained(unit):
-            for index, value in enumerate(self._write_layer(out, trained)):
-                sums[index] += value
-        return sums
+            out.write(self.file_of(unit.tensor), unit.tensor, self._other_tensor(unit))
+            return {unit.name: {}}
+        sums = zip(*(self._write(out, trained) for trained in self.adapter.trained(unit)), strict=True)
+        lost, whole, change = map(sum, sums)
+        return {unit.name: {"lost": lost, "whole": whole, "change": change}}
 
-    def _write_layer(self, out: Output, trained: Trained) -> tuple[float, float, float]:
+    def end(self, out: Output) -> None:
+        out.path(CONFIG).write_text(_config_text(self.plan))
+
+    def _write(self, out: Output, trained: Trained) -> tuple[float, float, float]:
+        """Writes a layer: ‖Q - W'‖², ‖W'‖² and ‖change‖²."""
         layer, weight, change = trained
         rounded, form, codes = weight.to(layer.dtype), layer.form, None
         if form != IMPLICIT:
@@ -207,18 +169,11 @@ class _Run:
         lost = 0.0 if written is weight else float(torch.linalg.vector_norm(weight.sub_(written)))
         if not math.isfinite(whole + lost):
             raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
-        if codes is None:
-            for name, values, first in self._dense_tensors(layer, rounded):
-                out.write(self._file(name), name, values, first)
+        if codes is None and layer.entries:
+            out.write(self.file_of(layer.tensors[0]), layer.parts[0].tensor, rounded)
         else:
-            for name, values in to_bitsandbytes(codes, layer.dtype).items():
-                out.write(self._file(layer.tensors[0]), f"{layer.target}.{name}", values)
+            self.write_layer(out, layer, rounded if codes is None else codes)
         return lost**2, whole**2, change
-
-    def _dense_tensors(self, layer: MergedLayer, matrix: Tensor) -> Iterable[tuple[str, Tensor, int | None]]:
-        if layer.entries:
-            return [(layer.parts[0].tensor, matrix, None)]
-        return parts_of(matrix, layer.parts, self.plan.source)
 
     def _other_tensor(self, unit: Unit) -> Tensor:
         assert unit.tensor is not None
@@ -231,13 +186,6 @@ class _Run:
         if unit.rows is None:
             return value.to(tensor.dtype)
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
-
-    def _file(self, tensor: str) -> str:
-        return self.plan.source.entry(tensor).path.name
-
-
-def _nbytes(source: Source, unit: Unit) -> int:
-    return sum(source.entry(tensor).nbytes for tensor in unit.tensors)
 
 
 def states(folder: Path) -> dict[str, str]:

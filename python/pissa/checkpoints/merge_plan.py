@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.bitsandbytes import from_state
-from pissa.base.bitsandbytes_state import entry_layout
 from pissa.base.kinds import adopted, base_of
+from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape, new_shards
 from pissa.checkpoints.packed import packed_layers
 from pissa.config import IMPLICIT, Form
 from pissa.files.composition import Composition, Part
@@ -28,23 +28,14 @@ from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key
 from pissa.files.safetensors_header import Layout
 from pissa.files.source import Source
 from pissa.layers.experts import is_transposed
-from pissa.ops.checks import FLOATS
 
 
-class MergedLayer(NamedTuple):
-    """A layer whose weight changes, or the form in which it is kept."""
+@dataclass(frozen=True)
+class MergedLayer(CheckpointLayer):
+    """A layer whose weight changes, or the form in which it is kept: IMPLICIT for dense."""
 
-    name: str
-    """In the model. Each matrix of fused experts is a layer."""
-    parts: tuple[Part, ...]
-    """What its matrix [out, in] consists of, one below the other."""
-    entries: Mapping[str, str]
+    entries: Mapping[str, str] = field(default_factory=dict)
     """If the checkpoint has its weight in codes: the tensors of bitsandbytes' entries, by the entries' names."""
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    """Of the dense weight."""
-    form: Form
-    """How it is written: IMPLICIT for dense."""
     transposed: bool = False
     """Whether the module's own weight is [in, out]."""
     own_key: str | None = None
@@ -54,14 +45,7 @@ class MergedLayer(NamedTuple):
 
     @property
     def tensors(self) -> list[str]:
-        """The tensors of the checkpoint that it is read from."""
-        return list(self.entries.values()) or [part.tensor for part in self.parts]
-
-    @property
-    def target(self) -> str:
-        """What its module is called in the new checkpoint, if it is written in codes."""
-        own = self.parts[0].tensor.removesuffix(".weight")
-        return own if len(self.parts) == 1 and own != self.parts[0].tensor else self.name
+        return list(self.entries.values()) or super().tensors
 
 
 class Unit(NamedTuple):
@@ -162,11 +146,7 @@ class Planner:
         units += [Unit(f"copy {name}", tensor=name) for name in self.source.names if name not in changed]
         places = {name: number for number, name in enumerate(self.source.names)}
         units.sort(key=lambda unit: min(places[tensor] for tensor in unit.tensors))
-        dense = [
-            name
-            for name, module in self.model.named_modules()
-            if base_of(module).kind in (nn.Linear, Conv1D) and name not in self.quantised
-        ]
+        dense = [name for name in linear_layers(self.model) if name not in self.quantised]
         return MergePlan(self.source, units, self.files(units), self.form, dense)
 
     def parts_of(self, name: str) -> tuple[Part, ...]:
@@ -218,7 +198,7 @@ class Planner:
             )
         key = base_weight_key(name)
         layer = self._layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
-        return layer._replace(own_key=key if key in self.adapter.other_keys else None)
+        return replace(layer, own_key=key if key in self.adapter.other_keys else None)
 
     def _experts(self, factors: LoraFactors) -> tuple[MergedLayer, ...]:
         key, (path, _, leaf) = factors.target, factors.target.rpartition(".")
@@ -233,7 +213,7 @@ class Planner:
             stack = self.composition.stack(key, len(weights), is_transposed(module))
         mirrored = is_mirrored(module)
         return tuple(
-            MergedLayer(name, parts, {}, *self._shape(name, parts, 2), IMPLICIT, mirrored=mirrored)
+            MergedLayer(name, parts, *matrix_shape(name, parts, self.source), IMPLICIT, mirrored=mirrored)
             for name, parts in zip(factors.layers, stack, strict=True)
         )
 
@@ -243,27 +223,10 @@ class Planner:
             form = self.form if name in self.quantised else IMPLICIT
             entries = self.packed.get(parts[0].tensor.removesuffix(".weight"), {})
             if not entries:
-                return MergedLayer(name, parts, {}, *self._shape(name, parts, dimensions), form, transposed)
+                shape, dtype = matrix_shape(name, parts, self.source, dimensions)
+                return MergedLayer(name, parts, shape, dtype, form, transposed=transposed)
             weight = from_state({entry: self.source.read(tensor) for entry, tensor in entries.items()})
-            return MergedLayer(name, parts, entries, weight.shape, self.model.config.dtype or torch.float32, form)
-
-    def _shape(self, name: str, parts: tuple[Part, ...], dimensions: int) -> tuple[tuple[int, int], torch.dtype]:
-        """The shape of the matrix that the tensors make, and their dtype."""
-        entries = [self.source.entry(part.tensor) for part in parts]
-        rows, columns = 0, set()
-        for part, entry in zip(parts, entries, strict=True):
-            shape = entry.shape if part.member is None else entry.shape[1:]
-            if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype or len(shape) != dimensions:
-                raise ValueError(
-                    f"{entry.path}: tensor {shown(part.tensor)} of layer {name} is {entry.dtype} {list(entry.shape)}; "
-                    f"needed: float32, bfloat16 or float16, one for a layer, and {dimensions} dimensions for a matrix"
-                )
-            out, inner = (shape[1], shape[0]) if part.transposed else (shape[0], math.prod(shape[1:]))
-            rows += out
-            columns.add(inner)
-        if len(columns) > 1:
-            raise ValueError(f"layer {name} is made of tensors with {sorted(columns)} columns; needed: one number")
-        return (rows, columns.pop()), entries[0].dtype
+            return MergedLayer(name, parts, weight.shape, self.model.config.dtype or torch.float32, form, entries)
 
     def _module(self, name: str) -> Any:
         try:
@@ -376,17 +339,9 @@ class Planner:
     # -- files
 
     def files(self, units: Iterable[Unit]) -> dict[str, Layout]:
-        """The new files. A tensor of no unit stays, and so does that of a layer which keeps its form."""
-        files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {path.name: {} for path in self.source.paths}
-        changed = {layer.tensors[0]: layer for unit in units for layer in unit.layers if _changes_form(layer)}
-        gone = {tensor for layer in changed.values() for tensor in layer.tensors}
-        for name in self.source.names:
-            entry = self.source.entry(name)
-            if (layer := changed.get(name)) is not None:
-                files[entry.path.name] |= _tensors(layer)
-            elif name not in gone:
-                files[entry.path.name][name] = (entry.dtype, entry.shape)
-        return {name: Layout(tensors, {"format": "pt"}) for name, tensors in files.items()}
+        """The new files."""
+        layers = [layer for unit in units for layer in unit.layers]
+        return new_shards(self.source, [layer for layer in layers if layer.entries or layer.is_packed])
 
 
 _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
@@ -395,15 +350,3 @@ _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from
 def _is_linear(module: nn.Module) -> bool:
     """Whether the module computes what nn.Linear does."""
     return base_of(module).kind is nn.Linear and adopted(module) is not None
-
-
-def _changes_form(layer: MergedLayer) -> bool:
-    return bool(layer.entries) or layer.form != IMPLICIT
-
-
-def _tensors(layer: MergedLayer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The tensors that a layer which changes its form is written in."""
-    if layer.form == IMPLICIT:
-        return {layer.parts[0].tensor: (layer.dtype, layer.shape)}
-    entries = entry_layout(layer.form, layer.shape, layer.dtype)
-    return {f"{layer.target}.{name}": kind for name, kind in entries.items()}

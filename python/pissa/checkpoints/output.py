@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,28 +17,32 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa.checkpoints import journal
 from pissa.checkpoints.planned_file import PlannedFile, create, is_finished
 from pissa.distributed import agree, rank
+from pissa.files.json_file import read_object
+from pissa.files.messages import printable, shown
 from pissa.files.safetensors_header import Layout
-from pissa.files.staged import CompletedError, check_unused, put_in_place
+from pissa.files.staged import CompletedError, Staged, check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
 
 UNFINISHED = ".unfinished"
 """The hidden folder."""
+
+IDENTITY = "identity.json"
+"""What decides the bytes that a run writes, in the hidden folder."""
 
 FINISHED = ".finished.json"
 """The identity of the run that wrote a folder, in that folder: a second run of it says that nothing is left to do."""
 
 
 class Output:
-    """A folder that is written unit by unit, by all ranks; an unfinished run of the same identity goes on.
+    """A folder that is written in batches, by all ranks; an unfinished run of the same identity goes on.
 
         with Output(folder, identity, layouts) as out:
-            for unit in mine:
-                if unit not in out.done:
+            for batch in mine:
+                if batch not in out.done:
                     out.write("model.safetensors", name, tensor)
-                    out.add(unit, result)
+                    out.add(batch, result)
             out.finish()
 
     All ranks enter the block together, inside `distributed.failing_together`, and call `finish` together. Until then
@@ -60,12 +65,12 @@ class Output:
         self._layouts = layouts
         self._hidden = folder / UNFINISHED
         self._files = self._hidden / "files"  # under their own names
-        self._records = self._hidden / "journal"
+        self._notes = self._hidden / "done"  # a file of JSON for each finished batch
         self.done: dict[str, Any] = {}
-        """The results of the finished units: of all earlier runs, and of this process."""
-        self._journal: journal.Journal | None = None
+        """The results of the finished batches: of all earlier runs, and of this process."""
         self._open: dict[str, PlannedFile] = {}
-        self._opening = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pissa-output")
+        self._noting: Future[None] | None = None
         self._lock: int | None = None
         self._made: list[Path] = []
 
@@ -79,11 +84,9 @@ class Output:
             agree()
             if rank() != 0:
                 self._lock = _locked(self._hidden, fcntl.LOCK_SH)
-                journal.check(self._records, self._identity)
-            self._journal = journal.Journal(self._records, self._flush)
-            self.done = self._journal.done
-            for found in agree(self.done):  # each machine knows which of its own lines count
-                self.done |= found
+                self._check_identity()
+            self.done = {path.stem: read_object(path, self._remedy()) for path in sorted(self._notes.glob("*.json"))}
+            agree()  # before the first batch of this run
         except BaseException:
             self._close()
             self._unlock()
@@ -101,16 +104,23 @@ class Output:
             ) from error
 
     def write(self, file: str, name: str, tensor: Tensor, first: int | None = None) -> None:
-        """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`. Any thread may."""
-        with self._opening:
-            if file not in self._open:
-                self._open[file] = PlannedFile(self._files / file, self._layouts[file])
+        """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`."""
+        if file not in self._open:
+            self._open[file] = PlannedFile(self._files / file, self._layouts[file])
         self._open[file].write(name, tensor, first)
 
-    def add(self, unit: str, result: Any) -> None:
-        """Notes that all tensors of a unit have been written; see `Journal.add`."""
-        assert self._journal is not None
-        self._journal.add(unit, result)
+    def add(self, batch: str, result: Mapping[str, Any]) -> None:
+        """Notes that all tensors of a batch have been written: as soon as they are on the disk, beside what follows.
+
+        Args:
+            result: an object of JSON.
+
+        Raises:
+            OSError: the disk is full or fails, at this batch or the one before.
+        """
+        self._wait()
+        self.done[batch] = result
+        self._noting = self._thread.submit(self._note, batch, json.dumps(result, allow_nan=False))
 
     def path(self, name: str) -> Path:
         """Where one rank writes another file, whole, which `finish` will call `name`."""
@@ -120,15 +130,16 @@ class Output:
 
     def finish(self) -> None:
         """Puts all files in place; raises as the class does."""
-        assert self._journal is not None
-        self._journal.flush()
+        self._wait()
+        for file in self._open.values():
+            file.flush()
         self._close()
         if rank() != 0:
             self._unlock()
         agree()
         if rank() == 0:
             self._place()
-            os.replace(self._records / journal.IDENTITY, self.folder / FINISHED)
+            os.replace(self._hidden / IDENTITY, self.folder / FINISHED)
             self._remove()
         agree()
 
@@ -146,19 +157,21 @@ class Output:
             check_unused(self.folder)
         self._hidden.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self._hidden, fcntl.LOCK_EX)
-        new = not (self._records / journal.IDENTITY).exists()  # or killed as it began, or when all was in place
+        new = not (self._hidden / IDENTITY).exists()  # or killed as it began, or when all was in place
         try:
             if new:
                 shutil.rmtree(self._files, ignore_errors=True)
+                shutil.rmtree(self._notes, ignore_errors=True)
                 check_unused(self.folder, besides=UNFINISHED)
             else:
-                journal.check(self._records, self._identity)
+                self._check_identity()
             files = {self._files / name: layout for name, layout in self._layouts.items() if not self._is_placed(name)}
             if not new:
                 self._check_whole(files)
             create(files)
             if new:
-                journal.begin(self._records, self._identity)
+                with Staged(self._hidden) as staged:
+                    staged.path(IDENTITY).write_text(_text(self._identity))
         except BaseException:
             if new:
                 self.discard()
@@ -167,16 +180,29 @@ class Output:
 
     def _is_complete(self) -> bool:
         """Whether a run of this identity has ended, and its files are still there."""
-        return journal.is_of(self.folder / FINISHED, self._identity) and all(
-            is_finished(self.folder / name, layout) for name, layout in self._layouts.items()
-        )
+        path = self.folder / FINISHED
+        is_mine = path.is_file() and path.read_text() == _text(self._identity)
+        return is_mine and all(is_finished(self.folder / name, layout) for name, layout in self._layouts.items())
+
+    def _check_identity(self) -> None:
+        """Raises ValueError, naming what differs, if the unfinished run is of another identity."""
+        found = read_object(self._hidden / IDENTITY, self._remedy())
+        if changed := list(_changes(found, json.loads(_text(self._identity)))):
+            what = "; ".join(f"{name} was {shown(was)}, is {shown(now)}" for name, was, now in changed[:3])
+            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ValueError(
+                f"{self._hidden} is of an unfinished run with another plan: {printable(what)}{more}. {self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        return f"To start anew, remove {self._hidden}, or choose a new folder"
 
     def _is_placed(self, name: str) -> bool:
         """Whether a run was killed after it had put this file in place."""
         return not (self._files / name).exists() and is_finished(self.folder / name, self._layouts[name])
 
     def _check_whole(self, files: Mapping[Path, Layout]) -> None:
-        """Whether the files are there of which the journal says what is in them: they are older than its identity."""
+        """Whether the files are there, of which batches may be written: they are older than the identity."""
         for path, layout in files.items():
             if not path.is_file() or path.stat().st_size != layout.size:
                 raise ValueError(
@@ -194,21 +220,25 @@ class Output:
 
     def _remove(self) -> None:
         """Removes the hidden folder: first what makes a run of it."""
-        (self._records / journal.IDENTITY).unlink(missing_ok=True)
+        self._thread.shutdown()
+        (self._hidden / IDENTITY).unlink(missing_ok=True)
         shutil.rmtree(self._hidden, ignore_errors=True)
         self._unlock()
         shutil.rmtree(self._hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock was
 
-    def _flush(self) -> None:
-        with self._opening:
-            files = list(self._open.values())
-        for file in files:
+    def _note(self, batch: str, result: str) -> None:
+        for file in list(self._open.values()):
             file.flush()
+        with Staged(self._notes) as staged:
+            staged.path(f"{batch}.json").write_text(result)
+
+    def _wait(self) -> None:
+        if self._noting is not None:
+            self._noting.result()
+            self._noting = None
 
     def _close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self._thread.shutdown()
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -217,6 +247,19 @@ class Output:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _text(identity: Mapping[str, Any]) -> str:
+    return json.dumps(identity, indent=2, allow_nan=False) + "\n"
+
+
+def _changes(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The paths at which two objects differ, with both values; None where there is none."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            yield from _changes(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield name, was, now
 
 
 def _locked(hidden: Path, mode: int) -> int:

@@ -7,20 +7,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa.base.init_methods import INIT_METHODS
-from pissa.base.kinds import base_of
 from pissa.base.start import Origin
-from pissa.config import Form, PissaConfig
+from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape
+from pissa.config import PissaConfig
 from pissa.files.composition import Composition, Part
 from pissa.files.expert_layout import check_uniform
-from pissa.files.messages import shown
 from pissa.files.model_folder import matrix_of, meta_model
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.plain_lora import factors_of, lora_config
@@ -31,36 +29,26 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
 from pissa.model.inject import own_config
 from pissa.model.pissa_model import model_class
-from pissa.ops.checks import FLOATS, check_choice
+from pissa.ops.checks import check_choice
 
 Experts = Literal["dense", "nf4"]
 
 
-class PlannedLayer(NamedTuple):
+@dataclass(frozen=True)
+class PlannedLayer(CheckpointLayer):
     """A layer that gets an adapter."""
 
-    name: str
-    """In the model."""
-    parts: tuple[Part, ...]
-    """What its matrix [out, in] consists of, one below the other."""
-    shape: tuple[int, int]
-    dtype: torch.dtype
     origin: Origin
-    form: Form
-    """How its residual is kept."""
     is_expert: bool
     """Of a fused weight."""
-    target: str
-    """What its module is called in the new checkpoint, if its residual is quantised."""
 
     def matrix(self, source: Source) -> Tensor:
         """The weight: a view of the mapped file, if it has one part."""
         return matrix_of(self.parts, source)
 
     @property
-    def tensors(self) -> list[str]:
-        """The tensors in which its parts are."""
-        return [part.tensor for part in self.parts]
+    def target(self) -> str:
+        return self.name if self.is_expert else super().target
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ class Plan:
                 "16 or 32 bits"
             )
         composition = Composition(model, source.names)
-        linears = [name for name, module in model.named_modules() if base_of(module).kind in (nn.Linear, Conv1D)]
+        linears = linear_layers(model)
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         wrapped = model_class(config)(model, config, "default")
@@ -132,7 +120,7 @@ class Plan:
         ]
         places = {name: number for number, name in enumerate(source.names)}
         planned.sort(key=lambda layer: (places[layer.parts[0].tensor], layer.parts[0].member or 0))
-        quantised = {layer.name for layer in planned if layer.form.kind != "explicit"}
+        packed = {layer.name for layer in planned if layer.is_packed}
         return Plan(
             source,
             config,
@@ -142,7 +130,7 @@ class Plan:
             factors_of(base, layers),
             lora_config(base, config, "default", layers, times=1),
             type(base),
-            [name for name in linears if name not in quantised],
+            [name for name in linears if name not in packed],
         )
 
     def config_of(self, layer: PlannedLayer) -> PissaConfig:
@@ -158,7 +146,7 @@ class Plan:
     @property
     def has_quantised_experts(self) -> bool:
         """Whether the residuals of fused experts are quantised."""
-        return any(layer.is_expert and layer.form.kind != "explicit" for layer in self.layers.values())
+        return any(layer.is_expert and layer.is_packed for layer in self.layers.values())
 
 
 def _check_config(config: PissaConfig, experts: Experts) -> None:
@@ -251,31 +239,10 @@ def _planned(
     source: Source,
     is_expert: bool,
 ) -> PlannedLayer:
-    entries = [source.entry(part.tensor) for part in parts]
-    rows = 0
-    for part, entry in zip(parts, entries, strict=True):
-        where = f"{entry.path}: tensor {shown(part.tensor)}"
-        if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype:
-            raise ValueError(
-                f"{where} of layer {name} is {entry.dtype}; allowed: float32, bfloat16 or float16, one for a layer"
-            )
-        shape = list(entry.shape if part.member is None else entry.shape[1:])
-        shape = shape[::-1] if part.transposed else shape
-        if len(shape) != 2 or shape[1] != layer.matrix_shape[1] or (part.member or 0) >= entry.shape[0]:
-            shape = [0, 0]
-        rows += shape[0]
-        if shape[0] == 0 or rows > layer.matrix_shape[0]:
-            raise ValueError(
-                f"{where} is {list(entry.shape)}, which is no part of layer {name}, {list(layer.matrix_shape)}: "
-                "config.json belongs to another checkpoint"
-            )
-    if rows != layer.matrix_shape[0]:
+    shape, dtype = matrix_shape(name, parts, source)
+    if shape != layer.matrix_shape:
         raise ValueError(
-            f"{entries[0].path}: layer {name} has {rows} rows, needed are {layer.matrix_shape[0]}: config.json belongs "
-            "to another checkpoint"
+            f"{source.entry(parts[0].tensor).path}: layer {name} is {list(shape)}, needed is "
+            f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint"
         )
-    # transformers finds the codes by the checkpoint's own names, unless they are of something that it has put together.
-    own = parts[0].tensor.removesuffix(".weight")
-    target = name if is_expert or len(parts) > 1 or own == parts[0].tensor else own
-    origin = layer.origin("default", config)
-    return PlannedLayer(name, parts, layer.matrix_shape, entries[0].dtype, origin, config.form, is_expert, target)
+    return PlannedLayer(name, parts, shape, dtype, config.form, layer.origin("default", config), is_expert)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Splits one checkpoint. Returns the exit code.
 
     Raises:
-        UserError: for wrong arguments, folders and files. What an unfinished run has done stays.
+        UserError: for wrong arguments, folders and files.
     """
     if args.is_process and "peft" not in sys.modules:
         # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.

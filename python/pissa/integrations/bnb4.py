@@ -4,35 +4,30 @@ Nothing is quantised once more, so the two are the model that was trained."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.bitsandbytes_state import to_bitsandbytes
 from pissa.base.init_methods import INIT_METHODS
-from pissa.base.kinds import base_of
+from pissa.checkpoints.layer import linear_layers
 from pissa.checkpoints.merge import states
-from pissa.checkpoints.merge_plan import MergedLayer, Planner, Unit
-from pissa.checkpoints.new_files import copy_small_files, index_text, quantization_config
+from pissa.checkpoints.merge_plan import Planner, Unit
+from pissa.checkpoints.new_files import quantization_config
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.progress import bar_of_bytes
-from pissa.checkpoints.trained import Ours, Weight, read_weight
+from pissa.checkpoints.rewrite import Errors, Result, Rewrite
+from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.files.checkpoint import LayerTensors
 from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
-from pissa.files.model_folder import parts_of, read_config
+from pissa.files.model_folder import CONFIG, read_config
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.record import LayerRecord
 from pissa.files.safetensors_header import Layout
-from pissa.files.source import INDEX
 from pissa.integrations.exported import Exported
 
 LORA = "adapter"
@@ -56,68 +51,30 @@ def export_bnb4(adapter: Ours, target: Path, progressbar: bool) -> Exported:
             then.
         OSError: the disk is full, or fails.
     """
-    run = _Run(adapter, target)
-    run.do(progressbar)
+    run = _Export(adapter, target)
+    run.run(progressbar)
     return run.exported()
 
 
-class _Errors(NamedTuple):
-    """Of the residuals of a unit that are written dense, ‖written - Q‖² and ‖Q‖²."""
+class _Export(Rewrite):
+    command = "export"
 
-    lost: float
-    whole: float
-
-
-class _Run:
     def __init__(self, adapter: Ours, target: Path) -> None:
-        self.adapter, self.source, self.folder, self.target = adapter, adapter.source, adapter.folder, target
+        self.adapter, self.source, self.folder = adapter, adapter.source, adapter.folder
         self.planner = Planner(self.source, self.folder, IMPLICIT)
-        self.units = list(self._units())
-        self.packed = [layer for unit in self.units for layer in unit.layers if layer.form != IMPLICIT]
+        units = list(self._units())
+        self.packed = [layer for unit in units for layer in unit.layers if layer.form != IMPLICIT]
         if not self.packed:
             raise ValueError(
                 f"{self.folder.config_path.parent} has no linear layer in 4 bits, the only kind that bitsandbytes "
                 "keeps so: export to merged"
             )
-        self.files = self.planner.files(self.units) | {_LORA_WEIGHTS: self._lora_layout()}
-        self.errors: dict[str, _Errors] = {}
-
-    def do(self, progressbar: bool) -> None:
-        """Writes all files."""
-        source, sizes = self.source, {unit.name: self._nbytes(unit) for unit in self.units}
-        with Output(self.target, self._identity(), self.files) as out:
-            self.errors = {unit.name: _Errors(*out.done[unit.name]) for unit in self.units if unit.name in out.done}
-            left = [unit for unit in self.units if unit.name not in self.errors]
-            before = sum(sizes[name] for name in self.errors)
-            with bar_of_bytes("export", sum(sizes.values()), before) if progressbar else nullcontext() as bar:
-                for unit, following in zip(left, [*left[1:], None], strict=True):
-                    if following is not None:
-                        source.ahead(following.tensors)
-                    try:
-                        self.errors[unit.name] = self._write(out, unit)
-                    except ValueError:
-                        out.discard()
-                        raise
-                    source.release(unit.tensors)
-                    out.add(unit.name, self.errors[unit.name])
-                    if bar is not None:
-                        bar.update(sizes[unit.name])
-            for key in self._kept_keys():
-                out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
-            copy_small_files(source.folder, out)
-            out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
-            out.path("config.json").write_text(self._model_config())
-            model_files = {name: layout for name, layout in self.files.items() if name != _LORA_WEIGHTS}
-            if (index := index_text(source, model_files)) is not None:
-                out.path(INDEX).write_text(index)
-            out.finish()
+        files = self.planner.files(units) | {_LORA_WEIGHTS: self._lora_layout()}
+        super().__init__(self.source, target, files, units)
 
     def exported(self) -> Exported:
         """The report."""
-        rounded = {name: errors for name, errors in self.errors.items() if errors.lost}
-        each = {name: math.sqrt(errors.lost / errors.whole) for name, errors in rounded.items()}
-        lost, whole = (sum(column) for column in zip(*rounded.values(), strict=True)) if rounded else (0.0, 0.0)
-        worst = max(each, key=each.__getitem__, default=None)
+        errors = Errors.of(self.results)
         in_codes = sum(
             self.adapter.records[layer.name].form.kind == "nf4" for unit in self.units for layer in unit.layers
         )
@@ -128,12 +85,12 @@ class _Run:
             what=self.adapter.what,
             layers=sum(len(factors.layers) for factors in self.folder.factors.values()),
             written=f"{len(self.packed)} residuals in nf4{dense}, and a LoRA on them in {LORA}",
-            bytes_written=sum(layout.size for layout in self.files.values()),
+            bytes_written=self.bytes_written,
             load=f"PeftModel.from_pretrained({model}, {str(self.target / LORA)!r})",
-            error=math.sqrt(lost / whole) if whole else 0.0,
-            worst=worst,
-            error_of_worst=0.0 if worst is None else each[worst],
-            mean_error=sum(each.values()) / max(1, len(each)),
+            error=errors.all,
+            worst=errors.worst,
+            error_of_worst=errors.of_worst,
+            mean_error=errors.mean,
         )
 
     def _units(self) -> Iterator[Unit]:
@@ -155,68 +112,50 @@ class _Run:
         for layer in unit.layers:
             form = self.adapter.records[layer.name].form
             is_kept = form.kind == "nf4" and layer.name == factors.target and not layer.transposed
-            layers.append(layer._replace(form=form if is_kept else IMPLICIT))
+            layers.append(replace(layer, form=form if is_kept else IMPLICIT))
         return unit._replace(layers=tuple(layers))
 
     def _is_stored(self, factors: LoraFactors) -> bool:
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
 
-    def _nbytes(self, unit: Unit) -> int:
-        return sum(self.source.entry(tensor).nbytes for tensor in unit.tensors)
-
-    def _identity(self) -> dict[str, Any]:
-        """What has influence on the bytes."""
+    def identity(self) -> dict[str, Any]:
         return {
-            "command": "export to bnb4",
-            "pissa": ops.build_info()["version"],
             "target": str(self.target),
             **{what: states(folder) for what, folder in self.adapter.folders.items()},
-            **{f"source {name}": value for name, value in self.source.identity().items()},
         }
 
     # -- the checkpoint
 
-    def _write(self, out: Output, unit: Unit) -> _Errors:
-        """Writes what becomes of a unit."""
+    def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.factors is None:
             assert unit.tensor is not None
-            out.write(self._file(unit.tensor), unit.tensor, self.source.read(unit.tensor))
-            return _Errors(0.0, 0.0)
+            self.copy(out, unit.tensor)
+            return {unit.name: {}}
         pairs, lost, whole = [], 0.0, 0.0
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.factors.target), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
             if layer.form == IMPLICIT:
-                errors = self._write_dense(out, layer, residual)
-                lost, whole = lost + errors.lost, whole + errors.whole
-            else:
-                assert isinstance(residual, ops.QuantizedWeight)
-                for name, values in to_bitsandbytes(residual, layer.dtype).items():
-                    out.write(self._file(layer.tensors[0]), f"{layer.target}.{name}", values)
+                exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
+                residual = exact.to(layer.dtype)
+                if error := float(torch.linalg.vector_norm(residual.float() - exact)):
+                    lost, whole = lost + error**2, whole + float(torch.linalg.vector_norm(exact)) ** 2
+            self.write_layer(out, layer, residual)
             pairs.append(on_residual(self.adapter.records[layer.name], self.adapter.tensors(layer.name, factors)))
         for key, tensor in unit.factors.pack(pairs).items():
             out.write(_LORA_WEIGHTS, key, tensor)
-        return _Errors(lost, whole)
+        return {unit.name: {"lost": lost, "whole": whole}}
 
-    def _write_dense(self, out: Output, layer: MergedLayer, residual: Weight) -> _Errors:
-        exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
-        written = exact.to(layer.dtype)
-        for name, values, member in parts_of(written, layer.parts, self.source):
-            out.write(self._file(name), name, values, member)
-        lost = torch.linalg.vector_norm(written.float() - exact)
-        return _Errors(float(lost) ** 2, float(torch.linalg.vector_norm(exact)) ** 2)
-
-    def _file(self, tensor: str) -> str:
-        return self.source.entry(tensor).path.name
+    def end(self, out: Output) -> None:
+        for key in self._kept_keys():
+            out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
+        out.path(CONFIG).write_text(self._model_config())
+        out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
 
     def _model_config(self) -> str:
         """config.json, with what transformers has to know of the packed layers."""
         config = read_config(self.source.folder)
         packed = {layer.name for layer in self.packed} | self.planner.packed.keys()
-        dense = [
-            name
-            for name, module in self.planner.model.named_modules()
-            if base_of(module).kind in (nn.Linear, Conv1D) and name not in packed
-        ]
+        dense = [name for name in linear_layers(self.planner.model) if name not in packed]
         first = self.packed[0]
         config["quantization_config"] = quantization_config(first.form, first.dtype, dense)
         return json.dumps(config, indent=2) + "\n"

@@ -23,6 +23,7 @@ from language_models import Make, error, logits
 from live_bytes import LiveBytes
 from peft_adapters import save_subtracted, train_on_residual, train_pissa
 from pissa import notices
+from pissa.checkpoints import rewrite
 from pissa.checkpoints import trained as trained_module
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
@@ -473,6 +474,7 @@ def test_memory_is_that_of_a_matrix(tiny_llama: Make, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "BATCH", 1)
     moved(pissa.wrap(load(base), r=4)).save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", base, tmp_path / "whole")
     with monkeypatch.context() as patch:

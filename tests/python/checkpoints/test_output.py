@@ -17,7 +17,7 @@ import pytest
 
 import checkpoint_writer
 import processes
-from checkpoint_writer import FILES, IDENTITY, SMALL, content, layouts, units, write
+from checkpoint_writer import FILES, IDENTITY, SMALL, batches, content, layouts, write, write_batch
 from pissa import notices
 from pissa.checkpoints import output
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
@@ -32,7 +32,7 @@ def test_nothing_is_there_before_all_is(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     with entered(folder) as out:
         assert [path.name for path in folder.iterdir()] == [UNFINISHED]
-        for file, name in units():
+        for file, name in batches():
             out.write(file, name, checkpoint_writer.tensors(file)[name])
         out.path("config.json").write_text("{}")
         assert [path.name for path in folder.iterdir()] == [UNFINISHED]
@@ -58,8 +58,8 @@ def test_every_process_flushes_before_the_first_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(output.PlannedFile, "flush", lambda file: events.append(file.path.name) or flush(file))
     monkeypatch.setattr(output, "put_in_place", lambda files: events.append("place") or place(files))
     write(tmp_path / "out")
-    assert sorted(events[:-1]) == sorted(Path(name).name for name in FILES)
     assert events[-1] == "place"
+    assert sorted(events[-1 - len(FILES) : -1]) == sorted(Path(name).name for name in FILES)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -75,9 +75,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path / "one")
     with entered(tmp_path / "two") as out:  # and go on with the work of one
-        file, name = units()[0]
-        out.write(file, name, checkpoint_writer.tensors(file)[name])
-        out.add(f"{file}/{name}", {"sum": 0.0})
+        write_batch(out, *batches()[0])
     run = processes.launch(2, "checkpoint_writer.py", "share", tmp_path / "two")
     assert run.returncode == 0, run.stdout
     # Not by lines: both write to one pipe, and unbuffered Python writes a line's end apart from its text.
@@ -87,35 +85,33 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         "again, 0: CompletedError: .*/two is complete",
         "again, 1: CompletedError: .*/two is complete",
         "other plans, 0: RankError: rank 1 failed, .*rank was 0, is 1",
-        r"other plans, 1: ValueError: .*/other/\.unfinished/journal is of an unfinished run.*rank was 0, is 1",
+        r"other plans, 1: ValueError: .*/other/\.unfinished is of an unfinished run.*rank was 0, is 1",
     ):
         assert re.search(text, run.stdout), run.stdout
     assert [path.name for path in (tmp_path / "other").iterdir()] == [UNFINISHED]
 
 
 def test_an_error_leaves_the_work_to_the_next_run(tmp_path: Path) -> None:
-    file, name = units()[0]
     out = entered(tmp_path / "out").__enter__()
-    out.write(file, name, checkpoint_writer.tensors(file)[name])
-    out.add(f"{file}/{name}", {"sum": 0.0})
+    write_batch(out, *batches()[0])
     out.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
-    assert write(tmp_path / "out") == len(units()) - 1
+    assert write(tmp_path / "out") == len(batches()) - 1
 
 
 def test_another_plan_does_not_go_on(tmp_path: Path) -> None:
     with entered(tmp_path / "out"):
         pass
     before = content(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"rank was 4, is 8: to start anew, remove .*/out/\.unfinished"):
+    with pytest.raises(ValueError, match=r"rank was 4, is 8\. To start anew, remove .*/out/\.unfinished"):
         entered(tmp_path / "out", rank=8).__enter__()
     assert content(tmp_path / "out") == before
-    assert write(tmp_path / "out") == len(units())
+    assert write(tmp_path / "out") == len(batches())
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 100)])
 def test_a_file_that_an_unfinished_run_lacks_is_not_made_again(change: Callable[[Path], None], tmp_path: Path) -> None:
-    """The journal says that some of it is written."""
+    """Some of it may be written."""
     with entered(tmp_path / "out"):
         pass
     path = tmp_path / "out" / UNFINISHED / "files" / "model-1.safetensors"
@@ -232,4 +228,4 @@ def test_a_disk_that_gets_full_names_the_folder(tmp_path: Path) -> None:
     message = f"{tmp_path}/out cannot be written: {os.strerror(errno.ENOSPC)}; make room, and the same command goes on"
     with pytest.raises(OSError, match=message), entered(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a small file
-    assert write(tmp_path / "out") == len(units())
+    assert write(tmp_path / "out") == len(batches())

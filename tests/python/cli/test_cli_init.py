@@ -12,6 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_folders import contents, save
+from pissa.checkpoints import rewrite
 from pissa.checkpoints.output import UNFINISHED, Output
 from pissa.cli import main
 from processes import launch
@@ -137,6 +138,7 @@ def test_wrong_arguments(options: list[str], capsys: pytest.CaptureFixture[str])
 def test_an_interrupted_run_goes_on(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rewrite, "BATCH", 1)
     arguments = ["init", str(source), str(tmp_path / "out"), "--rank", "4"]
     add, left = Output.add, [5]
 
@@ -169,8 +171,9 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> tuple[list[str], dict[str, bytes]]:
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, bytes]]:
     """The arguments for a mixture of experts in shards, and what one process makes of it."""
+    monkeypatch.setattr(rewrite, "BATCH", 20_000)
     save("mixtral", tmp_path / "src", torch.bfloat16, shards="100KB")
     arguments = [str(tmp_path / "src"), str(tmp_path / "out"), "--quant", "nf4", "--rank", "4"]
     assert main(["init", *arguments]) == 0

@@ -22,10 +22,10 @@ from daily import each
 from interrupted import Interrupted
 from language_models import error, logits
 from live_bytes import LiveBytes
+from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.files.staged import CompletedError
-from pissa.integrations import bnb4
 from pissa.integrations.exported import Exported
 
 with warnings.catch_warnings():
@@ -219,12 +219,13 @@ def test_decoded_experts_are_rounded_to_the_checkpoints_dtype(tmp_path: Path) ->
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "BATCH", 1)
     source = base(tmp_path, shards="30KB")
     trained(source, tmp_path / "run", rank_pattern={"q_proj": 3})
     pissa.export(tmp_path / "run", tmp_path / "whole", "bnb4", base=source)
-    stops = Interrupted(bnb4.to_bitsandbytes, at=6)
+    stops = Interrupted(rewrite.to_bitsandbytes, at=6)
     with monkeypatch.context() as patch:
-        patch.setattr(bnb4, "to_bitsandbytes", stops)
+        patch.setattr(rewrite, "to_bitsandbytes", stops)
         with pytest.raises(KeyboardInterrupt):
             pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]

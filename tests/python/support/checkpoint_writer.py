@@ -13,14 +13,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pissa.checkpoints import journal
 from pissa.checkpoints.output import FINISHED, Output
 from pissa.checkpoints.planned_file import Layout
 from pissa.distributed import RankError, agree, failing_together
@@ -50,24 +48,32 @@ def layouts() -> dict[str, Layout]:
     }
 
 
-def units() -> list[tuple[str, str]]:
-    """The file and the tensor of each unit."""
+def batches() -> list[tuple[str, str]]:
+    """The file and the tensor of each batch."""
     return [(file, name) for file in FILES for name in tensors(file)]
 
 
 def write(folder: Path, rank: int = 0, ranks: int = 1) -> int:
-    """The whole run; the number of units that it had to write."""
+    """The whole run; the number of batches that it had to write."""
     with failing_together(), Output(folder, IDENTITY, layouts()) as out:
-        mine = [unit for unit in units()[rank::ranks] if "/".join(unit) not in out.done]
+        mine = [batch for batch in batches()[rank::ranks] if batch_name(*batch) not in out.done]
         for file, name in mine:
-            out.write(file, name, tensors(file)[name])
-            out.add(f"{file}/{name}", {"sum": float(tensors(file)[name].sum())})
-        assert {unit for done in agree(out.done) for unit in done} == {"/".join(unit) for unit in units()}
+            write_batch(out, file, name)
+        assert {batch for done in agree(out.done) for batch in done} == {batch_name(*batch) for batch in batches()}
         if rank == 0:
             for small, text in SMALL.items():
                 out.path(small).write_text(text)
         out.finish()
     return len(mine)
+
+
+def batch_name(file: str, name: str) -> str:
+    return f"{batches().index((file, name)):06}"
+
+
+def write_batch(out: Output, file: str, name: str) -> None:
+    out.write(file, name, tensors(file)[name])
+    out.add(batch_name(file, name), {name: float(tensors(file)[name].sum())})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -112,13 +118,8 @@ def in_a_child(run: Callable[[], int]) -> int:
 
 
 def noted(folder: Path) -> int:
-    """The units that a journal in the folder has: up to a torn line, behind which the other thread may have come."""
-    found = set()
-    for path in folder.glob(".unfinished/journal/*.jsonl"):
-        with suppress(ValueError):
-            for line in path.read_bytes().split(b"\n")[:-1]:
-                found.add(json.loads(line).get("unit"))
-    return len(found - {None})
+    """The batches that are noted in the folder."""
+    return len([*folder.glob(".unfinished/done/*.json")])
 
 
 def killed(folder: Path, last: int) -> int:
@@ -128,7 +129,7 @@ def killed(folder: Path, last: int) -> int:
 
 def kill_everywhere(scratch: Path) -> None:
     whole = scratch / "whole"
-    assert in_a_child(lambda: write(whole)) == len(units())
+    assert in_a_child(lambda: write(whole)) == len(batches())
     expected = content(whole)
     assert sorted(expected) == sorted([*FILES, *SMALL, FINISHED])
     kills = resumed = 0
@@ -145,9 +146,9 @@ def kill_everywhere(scratch: Path) -> None:
         assert code == -signal.SIGKILL
         kills += 1
         before = noted(folder)
-        if found != expected or (folder / ".unfinished/journal/identity.json").exists():
+        if found != expected or (folder / ".unfinished/identity.json").exists():
             again = in_a_child(lambda folder=folder: write(folder))
-            assert again == len(units()) - before, f"kill {kills}: {again} units again, {before} were noted"
+            assert again == len(batches()) - before, f"kill {kills}: {again} batches again, {before} were noted"
             assert content(folder) == expected, f"kill {kills}: other bytes"
             resumed += before > 0
         else:  # all is in place; another run says so, and removes what is left of the hidden folder
@@ -169,7 +170,6 @@ def refused(folder: Path, rank: int = 0, ranks: int = 1) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1] == "kill":
-        journal.FLUSH_SECONDS = 0.0
         os.fsync = os.fdatasync = lambda handle: None  # a kill leaves all to the system, and disks are slow
         kill_everywhere(Path(sys.argv[2]))
     else:

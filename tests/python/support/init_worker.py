@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import Any
 
+from pissa.checkpoints import rewrite
 from pissa.checkpoints.output import Output
 from pissa.cli import main
 
@@ -33,4 +34,5 @@ def kill_after(writes: int) -> None:
 if __name__ == "__main__":
     if os.environ["RANK"] == sys.argv[1]:
         kill_after(int(sys.argv[2]))
+    rewrite.BATCH = 20_000
     sys.exit(main(["init", *sys.argv[3:]]))

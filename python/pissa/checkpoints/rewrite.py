@@ -1,0 +1,228 @@
+"""Rewrites a checkpoint on disk, a few matrices at a time: the one engine of `init`, `merge` and the exports."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import CHAT_TEMPLATE_DIR
+
+from pissa import distributed, ops
+from pissa.base.bitsandbytes_state import to_bitsandbytes
+from pissa.checkpoints.layer import CheckpointLayer
+from pissa.checkpoints.output import Output
+from pissa.files.model_folder import CONFIG, parts_of
+from pissa.files.pissa_layout import PISSA_RECORD
+from pissa.files.safetensors_header import Layout
+from pissa.files.source import INDEX, Source
+
+BATCH = 1 << 30
+"""Bytes of the checkpoint behind which a run notes what is done: a killed run does at most so many again, and several
+processes share out so many at a time."""
+
+Result = dict[str, Any]
+"""What is noted of a unit, an object of JSON: "lost" and "whole", ‖Q - W‖² and ‖W‖² of its layers, where Q is written
+in the place of W, and what the command needs besides. Nothing of a tensor that is copied."""
+
+
+class Unit(Protocol):
+    """What is noted as one: a layer, layers whose factors share two tensors, or another tensor."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tensors(self) -> list[str]:
+        """Those of the checkpoint that it is made of."""
+
+
+class Rewrite(ABC):
+    """One run over a checkpoint, of this process. All ranks make it, and call `run` together.
+
+    Args:
+        files: the safetensors files that it writes; the checkpoint's keep their names.
+        units: all of them, in the order of the files.
+    """
+
+    command: ClassVar[str]
+    """What the bar and the identity call it."""
+
+    def __init__(self, source: Source, target: Path, files: Mapping[str, Layout], units: Sequence[Unit]) -> None:
+        self.source, self.target, self.files = source, target, files
+        self.units: Sequence[Any] = units
+        self._sizes = {unit.name: sum(source.entry(name).nbytes for name in set(unit.tensors)) for unit in units}
+        self.results: dict[str, Result] = {}
+        """Of the units that are done, by name."""
+        self.bytes_read = sum(self._sizes.values())
+        """Of the checkpoint; by this run and by those that it goes on with."""
+        self.bytes_written = sum(layout.size for layout in files.values())
+        self.bytes_done_before = 0
+        """Of the checkpoint, by runs that this one goes on with."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What has influence on the bytes, beside the source: a value of JSON for each thing."""
+
+    def groups(self, units: Sequence[Any]) -> Iterable[Any]:
+        """What is read and computed at once, with its `tensors`: each unit, or several, or a part of one."""
+        return units
+
+    @abstractmethod
+    def write(self, out: Output, group: Any) -> dict[str, Result]:
+        """Computes and writes a group. The results of the units whose last part it is."""
+
+    @abstractmethod
+    def end(self, out: Output) -> None:
+        """Writes what depends on all units, config.json among it; one rank does."""
+
+    def run(self, progressbar: bool) -> None:
+        """Writes all files.
+
+        Raises:
+            CompletedError: an earlier run has written all of it; nothing has been changed.
+            ValueError: a unit cannot be written. What is written then goes, unless several processes write.
+            OSError: the disk is full, or fails.
+        """
+        batches = self._batches()
+        sizes = {name: sum(self._sizes[unit.name] for unit in units) for name, units in batches.items()}
+        owners = distributed.owners(sizes)
+        mine = [name for name in batches if owners[name] == distributed.rank()]
+        with Output(self.target, self._identity(), self.files) as out:
+            for units in out.done.values():
+                self.results |= units
+            self.bytes_done_before = sum(sizes[name] for name in out.done)
+            # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
+            hidden = {} if progressbar and distributed.rank() == 0 else {"disable": True}
+            left = {name: batches[name] for name in mine if name not in out.done}
+            with tqdm(
+                total=sum(sizes[name] for name in mine),
+                initial=sum(sizes[name] for name in mine if name in out.done),
+                desc=f"PiSSA {self.command}",
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1000,
+                **hidden,
+            ) as bar:
+                self._work(out, left, bar)
+            for others in distributed.agree(self.results):
+                self.results |= others
+            if distributed.rank() == 0:
+                self._copy_small_files(out)
+                self.end(out)
+            out.finish()
+
+    def _work(self, out: Output, batches: Mapping[str, Sequence[Unit]], bar: Any) -> None:
+        groups = [(name, group) for name, units in batches.items() for group in self.groups(units)]
+        lost, whole = (sum(result.get(name, 0.0) for result in self.results.values()) for name in ("lost", "whole"))
+        for number, (name, group) in enumerate(groups):
+            following = groups[number + 1] if number + 1 < len(groups) else None
+            if following is not None:
+                self.source.ahead(following[1].tensors)
+            try:
+                found = self.write(out, group)
+            except ValueError:
+                if distributed.world_size() == 1:
+                    out.discard()
+                raise
+            self.source.release(group.tensors)
+            self.results |= found
+            if following is None or following[0] != name:
+                out.add(name, {unit.name: self.results[unit.name] for unit in batches[name]})
+            for unit, result in found.items():
+                lost, whole = lost + result.get("lost", 0.0), whole + result.get("whole", 0.0)
+                bar.update(self._sizes[unit])
+            if whole:
+                bar.set_postfix_str(f"error {math.sqrt(lost / whole):.3%}", refresh=False)
+
+    def _batches(self) -> dict[str, list[Unit]]:
+        """The units, by the names of the batches: numbers, in the order of the files."""
+        found: list[list[Unit]] = []
+        size = BATCH
+        for unit in self.units:
+            if size >= BATCH:
+                found.append([])
+                size = 0
+            found[-1].append(unit)
+            size += self._sizes[unit.name]
+        return {f"{number:06}": units for number, units in enumerate(found)}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "command": self.command,
+            "pissa": ops.build_info()["version"],
+            **self.identity(),
+            **{f"source {name}": value for name, value in self.source.identity().items()},
+        }
+
+    def write_layer(self, out: Output, layer: CheckpointLayer, weight: Tensor | ops.QuantizedWeight) -> None:
+        """Writes the matrix [out, in] of a layer: in the places of its parts, or as bitsandbytes' entries."""
+        if isinstance(weight, ops.QuantizedWeight):
+            for name, values in to_bitsandbytes(weight, layer.dtype).items():
+                out.write(self.file_of(layer.parts[0].tensor), f"{layer.target}.{name}", values)
+            return
+        for name, values, member in parts_of(weight, layer.parts, self.source):
+            out.write(self.file_of(name), name, values, member)
+
+    def copy(self, out: Output, tensor: str) -> None:
+        """Writes a tensor as it is."""
+        out.write(self.file_of(tensor), tensor, self.source.read(tensor))
+
+    def file_of(self, tensor: str) -> str:
+        """The new file that has the place of a tensor of the checkpoint."""
+        return self.source.entry(tensor).path.name
+
+    def _copy_small_files(self, out: Output) -> None:
+        """Copies the files beside the weights and config.json: tokenizer, templates, card; and writes the index."""
+        folder = self.source.folder
+        paths = [path for path in folder.iterdir() if path.name not in (CONFIG, INDEX, PISSA_RECORD)]
+        paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
+        for path in paths:
+            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+                shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))
+        if self.source.index is not None:
+            out.path(INDEX).write_text(self._index())
+
+    def _index(self) -> str:
+        shards = {path.name: self.files[path.name] for path in self.source.paths}
+        size = sum(layout.size - len(layout.header) for layout in shards.values())
+        places = {tensor: name for name, layout in shards.items() for tensor in layout.names}
+        return (
+            json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
+        )
+
+
+class Errors(NamedTuple):
+    """What was lost in the units that are not written as they were."""
+
+    all: float
+    """‖Q - W‖ / ‖W‖ over all of them."""
+    worst: str | None
+    """The unit of the largest error; None if there is none."""
+    of_worst: float
+    mean: float
+    """Of the units, each by itself."""
+
+    @staticmethod
+    def of(results: Mapping[str, Result]) -> Errors:
+        found = {name: (result["lost"], result["whole"]) for name, result in results.items() if result.get("whole")}
+        each = {name: math.sqrt(lost / whole) for name, (lost, whole) in found.items()}
+        lost, whole = (sum(column) for column in zip(*found.values(), strict=True)) if found else (0.0, 1.0)
+        worst = max(each, key=each.__getitem__, default=None)
+        return Errors(
+            math.sqrt(lost / whole), worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each))
+        )
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+"""The endings of what holds, or lists, the weights of a model."""
+
+_FOLDERS = (CHAT_TEMPLATE_DIR, "*_tokenizer")
+"""What transformers makes folders of: named chat templates, and the further tokenizers of a processor. Any other folder
+is somebody else's: .git and .cache, original/ with the weights of another program, checkpoints of a training."""
