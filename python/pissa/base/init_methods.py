@@ -9,15 +9,34 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pissa import ops
 from pissa.base.start import Origin, Start
-from pissa.config import ALTERNATING, Form, PissaConfig
+from pissa.config import ALTERNATING, PissaConfig
 from pissa.ops.checks import check_weights
+
+
+class StartTask(NamedTuple):
+    """Weights at which adapters are to start."""
+
+    weights: Sequence[Tensor]
+    """[out, in], of any dtype that `ops.split` takes."""
+    origins: Sequence[Origin]
+    """Rank and scaling of each."""
+    config: PissaConfig
+    names: Sequence[str]
+    """What messages call the layers."""
+    data: Mapping[str, Tensor] | None = None
+    """What a method with "data" in its `needs` has to know of the inputs of each layer, by name."""
+
+    @property
+    def weight_names(self) -> list[str]:
+        """What messages call the weights."""
+        return [f"layer {name}: weight" for name in self.names]
 
 
 class InitMethod(ABC):
@@ -58,10 +77,8 @@ class InitMethod(ABC):
         return tuple(dict.fromkeys((*self.fields, "quant", "blocksize", "double_quant", "quant_iters")))
 
     @abstractmethod
-    def start(
-        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Start]:
-        """The start in each weight; the arguments and errors are those of `start_factors`."""
+    def start(self, task: StartTask) -> list[Start]:
+        """The start in each weight; raises as `start_factors`."""
 
 
 class Pissa(InitMethod):
@@ -70,10 +87,8 @@ class Pissa(InitMethod):
 
     name = "pissa"
 
-    def start(
-        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Start]:
-        return _principal(weights, origins, config, names, **_alternations(config, quantise_first=False))
+    def start(self, task: StartTask) -> list[Start]:
+        return _principal(task, **_alternations(task.config, quantise_first=False))
 
 
 class LoftQ(InitMethod):
@@ -85,36 +100,31 @@ class LoftQ(InitMethod):
     takes_nothing = True
     copies = True
 
-    def start(
-        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Start]:
-        if config.quant_iters > 1:
-            return _principal(weights, origins, config, names, **_alternations(config, quantise_first=True))
-        starts = _principal(_lost(weights, config.form, names), origins, config, names)
+    def start(self, task: StartTask) -> list[Start]:
+        if task.config.quant_iters > 1:
+            return _principal(task, **_alternations(task.config, quantise_first=True))
+        starts = _principal(task._replace(weights=_lost(task)))
         return [start._replace(taken=nothing_of(start.a0, start.b0)) for start in starts]
 
 
 class _OneByOne(InitMethod):
     """A method that takes each finite weight by itself. Where it decomposes, torch makes the host wait for a GPU."""
 
-    def start(
-        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Start]:
-        check_weights(weights, [f"layer {name}: weight" for name in names])
+    def start(self, task: StartTask) -> list[Start]:
+        check_weights(task.weights, task.weight_names)
         return [
-            self.factors(weight.detach(), origin, config.seed, name)
-            for weight, origin, name in zip(weights, origins, names, strict=True)
+            self.factors(weight.detach(), origin) for weight, origin in zip(task.weights, task.origins, strict=True)
         ]
 
     @abstractmethod
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Start:
+    def factors(self, weight: Tensor, origin: Origin) -> Start:
         """The factors of one weight."""
 
 
 class _Triplets(_OneByOne):
     """r singular triplets in a row, by a full SVD (figure 8)."""
 
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Start:
+    def factors(self, weight: Tensor, origin: Origin) -> Start:
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
         first = self.first(len(s) - origin.r)
         part = slice(first, first + origin.r)
@@ -150,18 +160,16 @@ class Lora(InitMethod):
     name = "lora"
     starts_from_zero = True
 
-    def start(
-        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Start]:
-        check_weights(weights, [f"layer {name}: weight" for name in names])
+    def start(self, task: StartTask) -> list[Start]:
+        check_weights(task.weights, task.weight_names)
         drawn = []
-        for weight, origin, name in zip(weights, origins, names, strict=True):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ config.seed)
+        for weight, origin, name in zip(task.weights, task.origins, task.names, strict=True):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ task.config.seed)
             bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
             drawn.append((2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound)
         return [
             Start(a0, torch.zeros(weight.shape[0], origin.r, device=weight.device))
-            for a0, weight, origin in zip(_sent(drawn, weights), weights, origins, strict=True)
+            for a0, weight, origin in zip(_sent(drawn, task.weights), task.weights, task.origins, strict=True)
         ]
 
 
@@ -170,7 +178,7 @@ class Olora(_OneByOne):
 
     name = "olora"
 
-    def factors(self, weight: Tensor, origin: Origin, seed: int, name: str) -> Start:
+    def factors(self, weight: Tensor, origin: Origin) -> Start:
         q, upper = torch.linalg.qr(weight.float())
         return Start(upper[: origin.r].contiguous(), q[:, : origin.r].contiguous())
 
@@ -181,9 +189,7 @@ class Given(InitMethod):
     name = "given"
     needs = ("factors",)
 
-    def start(
-        self, weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-    ) -> list[Start]:
+    def start(self, task: StartTask) -> list[Start]:
         raise NotImplementedError("an adapter whose factors are given is not started from weights")
 
 
@@ -192,44 +198,31 @@ INIT_METHODS: Mapping[str, InitMethod] = {
 }
 
 
-def start_factors(
-    weights: Sequence[Tensor], origins: Sequence[Origin], config: PissaConfig, names: Sequence[str]
-) -> list[Start]:
-    """Where adapters of these weights [out, in] start, by the method that `config.init` names, after as many
-    alternations as `config.quant_iters` says.
+def start_factors(task: StartTask) -> list[Start]:
+    """Where the adapters of the task start, by the method that `config.init` names, after as many alternations as
+    `config.quant_iters` says.
 
     With `config.start_norm` "unit" the rows of a0 and the columns of b0 have length 1.
-
-    Args:
-        weights: any dtype that `ops.split` takes.
-        origins: rank and scaling of each.
-        names: what messages call the layers.
 
     Raises:
         ValueError: NaN or Inf in a weight, naming it.
     """
-    starts = INIT_METHODS[config.init].start(weights, origins, config, names)
-    if config.start_norm == "unit":
+    starts = INIT_METHODS[task.config.init].start(task)
+    if task.config.start_norm == "unit":
         return [_orthonormal(start) for start in starts]
-    return [_unit_left(start) for start in starts] if config.use_adalora else starts
+    return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
 
 
-def _principal(
-    weights: Sequence[Tensor],
-    origins: Sequence[Origin],
-    config: PissaConfig,
-    names: Sequence[str],
-    **alternations: Any,
-) -> list[Start]:
+def _principal(task: StartTask, **alternations: Any) -> list[Start]:
     """The starts that `ops.split_many` finds."""
     splits = ops.split_many(
-        weights,
-        [origin.r for origin in origins],
-        [origin.scaling for origin in origins],
-        svd=config.svd,
-        passes=config.svd_passes,
-        seed=config.seed,
-        names=[f"layer {name}: weight" for name in names],
+        task.weights,
+        [origin.r for origin in task.origins],
+        [origin.scaling for origin in task.origins],
+        svd=task.config.svd,
+        passes=task.config.svd_passes,
+        seed=task.config.seed,
+        names=task.weight_names,
         **alternations,
     )
     return [Start(split.a0, split.b0, split.taken) for split in splits]
@@ -257,19 +250,19 @@ def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tens
     return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _lost(weights: Sequence[Tensor], form: Form, names: Sequence[str]) -> list[Tensor]:
-    """The errors of weights that are quantised in that form: as residuals of nothing, so that all are queued before
+def _lost(task: StartTask) -> list[Tensor]:
+    """The errors of the weights where they are quantised: as residuals of nothing, so that all are queued before
     the host waits."""
     quantised = ops.residual_many(
-        weights,
-        [weight.new_empty(0, weight.shape[1], dtype=torch.float32) for weight in weights],
-        [weight.new_empty(weight.shape[0], 0, dtype=torch.float32) for weight in weights],
-        [1.0] * len(weights),
-        names=[f"layer {name}: weight" for name in names],
-        **form.options(),
+        task.weights,
+        [weight.new_empty(0, weight.shape[1], dtype=torch.float32) for weight in task.weights],
+        [weight.new_empty(weight.shape[0], 0, dtype=torch.float32) for weight in task.weights],
+        [1.0] * len(task.weights),
+        names=task.weight_names,
+        **task.config.form.options(),
     )
     lost = []
-    for weight, code in zip(weights, quantised, strict=True):
+    for weight, code in zip(task.weights, quantised, strict=True):
         assert isinstance(code, ops.QuantizedWeight)  # LoftQ is refused without `quant`
         lost.append(weight.float() - ops.dequantize(code))
     return lost

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pissa import distributed, ops
 from pissa.base.digest import fingerprint, read
-from pissa.base.init_methods import INIT_METHODS, start_factors
+from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
@@ -231,7 +231,7 @@ class _Split(Rewrite):
             config, names = self.plan.config_of(these[0]), [layer.name for layer in these]
             some = [weights[name] for name in names]
             try:
-                found = start_factors(some, [layer.origin for layer in these], config, names)
+                found = start_factors(StartTask(some, [layer.origin for layer in these], config, names))
             except ValueError as error:
                 raise ValueError(f"{_places(self.plan, these)}: {error}") from error
             starts = [

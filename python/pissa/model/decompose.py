@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pissa import distributed
 from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
-from pissa.base.init_methods import INIT_METHODS, start_factors
+from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.protocol import Base
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residuals_of
@@ -159,7 +159,7 @@ def _decomposed(group: Mapping[str, Base], search: _Search, check: ResidualCheck
     """The starts of some layers. Nothing keeps their weights afterwards."""
     starts = {}
     weights = [base.matrix() for base in group.values()]
-    some = start_factors(weights, [search.origins[name] for name in group], search.config, list(group))
+    some = start_factors(StartTask(weights, [search.origins[name] for name in group], search.config, list(group)))
     for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
         starts[name] = StartFactors(a0, b0, search.origins[name], taken)
         if name in search.stored:

@@ -201,12 +201,11 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     save("llama", tmp_path / "src")
     given: dict[str, Any] = {}
 
-    def alternated(weights: Any, origins: Any, config: Any, names: Any) -> Any:
-        starts = start_factors(weights, origins, pissa.PissaConfig(r=4), names)
-        for name, start in zip(names, starts, strict=True):
+    def alternated(task: Any) -> Any:
+        for name, start in zip(task.names, start_factors(task._replace(config=pissa.PissaConfig(r=4))), strict=True):
             taken = (start.a0[:0], start.b0[:, :0]) if "q_proj" in name else (2 * start.a0, start.b0)
             given[name] = start._replace(taken=None if "k_proj" in name else taken)
-        return [given[name] for name in names]
+        return [given[name] for name in task.names]
 
     start_factors = init_module.start_factors
     monkeypatch.setattr(init_module, "start_factors", alternated)
@@ -332,9 +331,9 @@ def test_memory_does_not_change_the_bytes(kind: str, tmp_path: Path, monkeypatch
     sizes = []
     splitting = init_module.start_factors
 
-    def counted(weights: Any, *args: Any) -> Any:
-        sizes.append(len(weights))
-        return splitting(weights, *args)
+    def counted(task: Any) -> Any:
+        sizes.append(len(task.weights))
+        return splitting(task)
 
     monkeypatch.setattr(init_module, "start_factors", counted)
     done = split(tmp_path / "src", tmp_path / "out", **NF4)

@@ -101,9 +101,9 @@ def shares(folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     original = decomposition.start_factors
 
-    def counted(weights: Any, origins: Any, config: Any, names: Any) -> Any:
-        sizes.update({name: weight.numel() for name, weight in zip(names, weights, strict=True)})
-        return original(weights, origins, config, names)
+    def counted(task: Any) -> Any:
+        sizes.update({name: weight.numel() for name, weight in zip(task.names, task.weights, strict=True)})
+        return original(task)
 
     decomposition.start_factors = counted
     try:
