@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.bitsandbytes_state import ROWS
+from pissa.base.bitsandbytes_state import ROWS, STATE
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.codes import HoldsCodes
 from pissa.base.digest import Fingerprint
@@ -265,16 +265,12 @@ def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
     return ops.QuantizedWeight(packed, scales.reshape(-1), None, None, "int8", shape, shape[1])
 
 
-_STATE = "weight.quant_state.bitsandbytes__"
-"""The entry, with the name of the type behind it, that holds what is no tensor: JSON as bytes."""
-
-
 def _nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, Nf4State]:
     """The weight, and what the entries say of it beside tensors."""
-    kinds = [name.removeprefix(_STATE) for name in entries if name.startswith(_STATE)]
+    kinds = [name.removeprefix(STATE) for name in entries if name.startswith(STATE)]
     if kinds not in ([], ["nf4"]):
         raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
-    state = parse(entries[f"{_STATE}nf4"]) if kinds else None
+    state = parse(entries[f"{STATE}nf4"]) if kinds else None
     nested = state is not None and state.offset is not None
     needed = {"weight", "weight.absmax", "weight.quant_map"}
     needed |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()

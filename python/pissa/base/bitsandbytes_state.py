@@ -1,4 +1,5 @@
-"""Quantised weights as entries of a state dict of bitsandbytes, written without importing it.
+"""Quantised weights as entries of a state dict of bitsandbytes, and what config.json says of them, written without
+importing it.
 
 nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map
 and quant_state. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and "weight_format" uint8 [], 0 for
@@ -10,6 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +24,25 @@ from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 ROWS = 0
 """The `weight_format` of codes that lie row by row, the only one that bitsandbytes still has."""
 
-_STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE = "weight.quant_state.bitsandbytes__"
+"""The entry, with the name of the type behind it, that holds what is no tensor: JSON as bytes."""
+
+_STATE = f"{STATE}nf4"
+
+KEPT_IN_4_BITS = "nf4"
+"""The format that bitsandbytes' `Linear4bit` computes with."""
+
+ENTRIES = {
+    f".{STATE}": (
+        *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+        *(f"{STATE}{kind}" for kind in (KEPT_IN_4_BITS, "fp4")),
+    ),
+    ".SCB": ("weight", "SCB", "weight_format"),
+}
+"""The entries of a packed weight, by what a name has behind the layer's if the weight is packed so."""
+
+_FLAGS = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}
+"""How each format is declared to transformers, in `BitsAndBytesConfig`."""
 
 _LONGEST_FLOAT = 24
 """Characters of a float64 in JSON, at most. The offset's place is that long in every file, filled up with blanks behind
@@ -88,6 +109,34 @@ def _state_length(shape: tuple[int, int], blocksize: int, dtype: torch.dtype, ne
     if not nested:
         return len(_quant_state(shape, blocksize, dtype, None))
     return len(_quant_state(shape, blocksize, dtype, 0.0)) - len(json.dumps(0.0)) + _LONGEST_FLOAT
+
+
+def quantization_config(
+    form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
+) -> dict[str, Any]:
+    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. With experts in 4 bits, which transformers
+    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing.
+
+    Args:
+        form: of the quantised layers.
+        dtype: of their weights before.
+        dense_linears: the linear layers that are not quantised.
+        experts: whether fused experts are.
+    """
+    flag = _FLAGS[form.kind]
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    flags = {f"{hidden}{name}": name == flag for hidden in ("_", "") for name in _FLAGS.values()}
+    return {
+        **({"quant_method": "pissa"} if experts else {"quant_method": "bitsandbytes", **flags}),
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": list(dense_linears),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_compute_dtype": str(half).removeprefix("torch."),
+        "bnb_4bit_quant_type": form.kind if flag == "load_in_4bit" else "fp4",
+        "bnb_4bit_use_double_quant": bool(form.double_quant),
+        "bnb_4bit_quant_storage": "uint8",
+    }
 
 
 # The maps are what our own codes mean: decoded from one code each.

@@ -23,17 +23,15 @@ from pissa.base.stored import residuals_of
 from pissa.checkpoints.new_files import (
     INITIAL_CONFIG,
     INITIAL_WEIGHTS,
-    config_text,
     has_taken,
     layouts,
     start_tensors,
     taken_tensors,
 )
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.plan import Experts, Plan, PlannedLayer
+from pissa.checkpoints.plan import DENSE, Plan, PlannedLayer
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.config import PissaConfig
-from pissa.files.model_folder import CONFIG
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.plain_lora import config_text as lora_config_text
@@ -80,7 +78,7 @@ def init(
     *,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
-    experts: Experts = "dense",
+    experts: str = DENSE,
     progressbar: bool = False,
 ) -> Initialised:
     """Writes the residuals of a checkpoint as a checkpoint, and the start factors as a LoRA in its folder pissa_init:
@@ -126,7 +124,7 @@ def init(
             error=Errors.of(run.results).all,
             memory=max(memory, need[largest]),
             largest=largest,
-            only_ours=plan.has_quantised_experts,
+            only_ours=plan.has_packed_experts,
         )
 
 
@@ -261,7 +259,8 @@ class _Split(Rewrite):
             records[name] = LayerRecord(
                 layer.origin.r, layer.origin.scaling, weight, layer.form, stored=stored, start=start, taken=taken
             )
-        out.path(CONFIG).write_text(config_text(plan))
+        packed = [layer for layer in plan.layers.values() if layer.is_packed]
+        self.write_config(out, packed, plan.dense_linears, experts=plan.has_packed_experts)
         out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(plan.config, records).text())
 
@@ -273,7 +272,7 @@ class _Split(Rewrite):
         size = 4 * sides * (r + _sketch(r, config))
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
-        size += elements * 5 // 8 if layer.form.kind == "nf4" else elements * layer.dtype.itemsize
+        size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.copies or config.quant_iters > 1:
             size += 8 * elements
         if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):

@@ -3,7 +3,6 @@ its own, dense or in bitsandbytes' formats."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -17,12 +16,10 @@ from torch import Tensor
 from pissa import ops
 from pissa.checkpoints.fill import of_layer
 from pissa.checkpoints.merge_plan import MergePlan, Unit
-from pissa.checkpoints.new_files import quantization_config
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.model_folder import CONFIG, read_config
 from pissa.files.source import Source
 from pissa.ops.formats import FORMATS
 
@@ -128,7 +125,7 @@ class _Merge(Rewrite):
         return Merged(
             what=self.adapter.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=sum(layer.form != IMPLICIT for layer in self.plan.layers.values()),
+            quantised=sum(layer.is_packed for layer in self.plan.layers.values()),
             bytes_read=self.bytes_read,
             bytes_written=self.bytes_written,
             bytes_done_before=self.bytes_done_before,
@@ -155,7 +152,8 @@ class _Merge(Rewrite):
         return {unit.name: {"lost": lost, "whole": whole, "change": change}}
 
     def end(self, out: Output) -> None:
-        out.path(CONFIG).write_text(_config_text(self.plan))
+        packed = [layer for layer in self.plan.layers.values() if layer.is_packed]
+        self.write_config(out, packed, self.plan.dense_linears)
 
     def _write(self, out: Output, trained: Trained) -> tuple[float, float, float]:
         """Writes a layer: ‖Q - W'‖², ‖W'‖² and ‖change‖²."""
@@ -192,15 +190,3 @@ def states(folder: Path) -> dict[str, str]:
     """The files of an adapter as they are."""
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return {path.name: f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns" for path in paths}
-
-
-def _config_text(plan: MergePlan) -> str:
-    """config.json, with what transformers has to know of layers in codes."""
-    config = read_config(plan.source.folder)
-    was_packed = config.pop("quantization_config", None) is not None
-    if plan.form == IMPLICIT and not was_packed:
-        return (plan.source.folder / CONFIG).read_text(encoding="utf-8")
-    quantised = [layer for layer in plan.layers.values() if layer.form != IMPLICIT]
-    if quantised:
-        config["quantization_config"] = quantization_config(plan.form, quantised[0].dtype, plan.dense_linears)
-    return json.dumps(config, indent=2) + "\n"

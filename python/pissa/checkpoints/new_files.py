@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,18 +11,14 @@ from torch.nn import functional
 from pissa.base.start import StartFactors
 from pissa.checkpoints.layer import new_shards
 from pissa.checkpoints.plan import Plan, PlannedLayer
-from pissa.config import Form, PissaConfig
+from pissa.config import PissaConfig
 from pissa.conversion.lora_start import INITIAL_FOLDER
-from pissa.files.model_folder import CONFIG, read_config
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_WEIGHTS, TAKEN
 from pissa.files.safetensors_header import Layout
 
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
 INITIAL_CONFIG = f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}"
-
-_FLAGS = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}
-"""How each format is declared to transformers, in `BitsAndBytesConfig`."""
 
 
 def layouts(plan: Plan) -> dict[str, Layout]:
@@ -70,43 +64,3 @@ def start_tensors(start: StartFactors) -> list[Tensor]:
     others."""
     taken = start.taken if start.rank_taken else None
     return [start.a0, start.b0, *(taken or ())]
-
-
-def config_text(plan: Plan) -> str:
-    """config.json; with what transformers has to know of quantised layers."""
-    quantised = [layer for layer in plan.layers.values() if layer.is_packed]
-    if not quantised:
-        return (plan.source.folder / CONFIG).read_text(encoding="utf-8")
-    config = read_config(plan.source.folder)
-    config["quantization_config"] = quantization_config(
-        quantised[0].form, quantised[0].dtype, plan.dense_linears, experts=plan.has_quantised_experts
-    )
-    return json.dumps(config, indent=2) + "\n"
-
-
-def quantization_config(
-    form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
-) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. With experts in 4 bits, which transformers
-    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing.
-
-    Args:
-        form: of the quantised layers.
-        dtype: of their weights before.
-        dense_linears: the linear layers that are not quantised.
-        experts: whether fused experts are.
-    """
-    flag = _FLAGS[form.kind]
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    flags = {f"{hidden}{name}": name == flag for hidden in ("_", "") for name in _FLAGS.values()}
-    return {
-        **({"quant_method": "pissa"} if experts else {"quant_method": "bitsandbytes", **flags}),
-        "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": list(dense_linears),
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "bnb_4bit_compute_dtype": str(half).removeprefix("torch."),
-        "bnb_4bit_quant_type": form.kind if flag == "load_in_4bit" else "fp4",
-        "bnb_4bit_use_double_quant": bool(form.double_quant),
-        "bnb_4bit_quant_storage": "uint8",
-    }

@@ -13,15 +13,10 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pissa.base.bitsandbytes_state import ENTRIES
+
 Entries = dict[str, Tensor]
 """The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
-
-_STATE = "weight.quant_state.bitsandbytes__"
-_NF4 = (
-    *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
-    *(_STATE + kind for kind in ("nf4", "fp4")),
-)
-_INT8 = ("weight", "SCB", "weight_format")
 
 
 def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -33,7 +28,7 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """
     present, found = set(names), {}
     for name in present:
-        for mark, entries in ((f".{_STATE}", _NF4), (".SCB", _INT8)):
+        for mark, entries in ENTRIES.items():
             if mark in name:
                 layer = name.partition(mark)[0]
                 tensors = {entry: f"{layer}.{entry}" for entry in entries}
@@ -43,7 +38,10 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 _MARK = ".packed."
 _STACK = "stack"
-_ENTRIES = {re.escape(_MARK + entry): entry for entry in sorted({*_NF4, *_INT8, _STACK}, reverse=True)}
+_ENTRIES = {
+    re.escape(_MARK + entry): entry
+    for entry in sorted({_STACK, *(entry for entries in ENTRIES.values() for entry in entries)}, reverse=True)
+}
 """The entries, by the patterns of the names under which transformers' loader is given them. Of two that a name begins
 with, transformers 5.20 takes the first: no entry stands before one that it is the beginning of."""
 

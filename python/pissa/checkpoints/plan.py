@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -29,9 +29,8 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear
 from pissa.model.inject import own_config
 from pissa.model.pissa_model import model_class
-from pissa.ops.checks import check_choice
 
-Experts = Literal["dense", "nf4"]
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Plan:
     """As it was given, but with the names of the layers that it means, and with a stored form."""
     dense: PissaConfig
     """The same for layers whose residual stays dense if that of the others is quantised."""
-    experts: Experts
+    experts: str
     layers: dict[str, PlannedLayer]
     """By their names, in the order in which they lie in the files."""
     factors: list[FactorTensors]
@@ -72,13 +71,13 @@ class Plan:
     """The linear layers of the model that stay dense."""
 
     @staticmethod
-    def of(source: Source, config: PissaConfig, experts: Experts = "dense") -> Plan:
+    def of(source: Source, config: PissaConfig, experts: str = DENSE) -> Plan:
         """The plan for a checkpoint. `config` with neither `quant` nor `residual` stands for
         residual="explicit".
 
         Args:
-            experts: how the residual of fused experts is kept if that of other layers is quantised: dense, as in the
-                checkpoint; or in nf4, each expert by itself.
+            experts: how the residual of fused experts is kept if that of other layers is quantised: "dense", as in the
+                checkpoint; or in the same format, which it names, each expert by itself.
 
         Raises:
             ValueError, TypeError: no such model; a layer that cannot be split, naming it, or whose tensor the
@@ -108,7 +107,7 @@ class Plan:
         layers = pissa_layers(base)
         check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()})
         inside = unfused_experts(base)
-        dense = _dense(config) if inside and experts == "dense" else config
+        dense = _dense(config) if inside and experts == DENSE else config
         uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
         configs = {name: dense if _module_of(name) in inside else config for name in layers}
         for name, layer in layers.items():
@@ -144,15 +143,16 @@ class Plan:
         return [name for name in self.source.names if name not in parts]
 
     @property
-    def has_quantised_experts(self) -> bool:
-        """Whether the residuals of fused experts are quantised."""
+    def has_packed_experts(self) -> bool:
+        """Whether the residuals of fused experts are in codes."""
         return any(layer.is_expert and layer.is_packed for layer in self.layers.values())
 
 
-def _check_config(config: PissaConfig, experts: Experts) -> None:
-    check_choice("experts", experts, get_args(Experts))
-    if experts == "nf4" and config.quant != "nf4":
-        raise ValueError(f"experts='nf4' goes with quant='nf4': got quant={config.quant!r}; leave experts out")
+def _check_config(config: PissaConfig, experts: str) -> None:
+    if experts not in (DENSE, config.quant):
+        raise ValueError(
+            f"experts: got {experts!r}; allowed: {DENSE!r}, or the format of the other layers, quant={config.quant!r}"
+        )
     for name in ("modules_to_save", "trainable_token_indices", "use_dora", "use_adalora", "repair"):
         if value := getattr(config, name):
             raise ValueError(
@@ -178,7 +178,7 @@ def _dense(config: PissaConfig) -> PissaConfig:
     if config.init == "loftq":
         raise ValueError(
             "init='loftq' starts from the error of the format, which a dense residual, as that of fused experts, has "
-            "not: give experts='nf4' or another init, or leave the experts out with exclude_modules"
+            f"not: give experts={config.quant!r} or another init, or leave the experts out with exclude_modules"
         )
     changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "residual": "explicit"}
     return config if config.quant is None else dataclasses.replace(config, **changed)

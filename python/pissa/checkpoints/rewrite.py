@@ -15,10 +15,10 @@ from tqdm import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from pissa import distributed, ops
-from pissa.base.bitsandbytes_state import to_bitsandbytes
+from pissa.base.bitsandbytes_state import quantization_config, to_bitsandbytes
 from pissa.checkpoints.layer import CheckpointLayer
 from pissa.checkpoints.output import Output
-from pissa.files.model_folder import CONFIG, parts_of
+from pissa.files.model_folder import CONFIG, parts_of, read_config
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.safetensors_header import Layout
 from pissa.files.source import INDEX, Source
@@ -169,6 +169,18 @@ class Rewrite(ABC):
             return
         for name, values, member in parts_of(weight, layer.parts, self.source):
             out.write(self.file_of(name), name, values, member)
+
+    def write_config(
+        self, out: Output, packed: Sequence[CheckpointLayer], dense_linears: Sequence[str], *, experts: bool = False
+    ) -> None:
+        """Writes config.json, with what transformers has to know of packed layers; see `quantization_config`."""
+        text = (self.source.folder / CONFIG).read_text(encoding="utf-8")
+        config = read_config(self.source.folder)
+        was_packed = config.pop("quantization_config", None) is not None
+        if packed:
+            form, dtype = packed[0].form, packed[0].dtype
+            config["quantization_config"] = quantization_config(form, dtype, dense_linears, experts=experts)
+        out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n" if packed or was_packed else text)
 
     def copy(self, out: Output, tensor: str) -> None:
         """Writes a tensor as it is."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from pissa import ops
+from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import INIT_METHODS
 from pissa.checkpoints.layer import linear_layers
 from pissa.checkpoints.merge import states
 from pissa.checkpoints.merge_plan import Planner, Unit
-from pissa.checkpoints.new_files import quantization_config
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Ours, read_weight
@@ -24,7 +24,6 @@ from pissa.config import IMPLICIT
 from pissa.files.checkpoint import LayerTensors
 from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
-from pissa.files.model_folder import CONFIG, read_config
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.record import LayerRecord
 from pissa.files.safetensors_header import Layout
@@ -76,7 +75,7 @@ class _Export(Rewrite):
         """The report."""
         errors = Errors.of(self.results)
         in_codes = sum(
-            self.adapter.records[layer.name].form.kind == "nf4" for unit in self.units for layer in unit.layers
+            self.adapter.records[layer.name].form.kind == KEPT_IN_4_BITS for unit in self.units for layer in unit.layers
         )
         count = in_codes - len(self.packed)
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
@@ -111,7 +110,7 @@ class _Export(Rewrite):
         layers = []
         for layer in unit.layers:
             form = self.adapter.records[layer.name].form
-            is_kept = form.kind == "nf4" and layer.name == factors.target and not layer.transposed
+            is_kept = form.kind == KEPT_IN_4_BITS and layer.name == factors.target and not layer.transposed
             layers.append(replace(layer, form=form if is_kept else IMPLICIT))
         return unit._replace(layers=tuple(layers))
 
@@ -148,17 +147,9 @@ class _Export(Rewrite):
     def end(self, out: Output) -> None:
         for key in self._kept_keys():
             out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
-        out.path(CONFIG).write_text(self._model_config())
-        out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
-
-    def _model_config(self) -> str:
-        """config.json, with what transformers has to know of the packed layers."""
-        config = read_config(self.source.folder)
         packed = {layer.name for layer in self.packed} | self.planner.packed.keys()
-        dense = [name for name in linear_layers(self.planner.model) if name not in packed]
-        first = self.packed[0]
-        config["quantization_config"] = quantization_config(first.form, first.dtype, dense)
-        return json.dumps(config, indent=2) + "\n"
+        self.write_config(out, self.packed, [name for name in linear_layers(self.planner.model) if name not in packed])
+        out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
 
     # -- the LoRA
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.checkpoints.packed import packed_layers
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
@@ -80,7 +81,7 @@ def export(
     if to == "gguf":
         return _gguf(adapter, base, target, initial)
     folder = checkpoint_folder(base)
-    quant = "nf4" if requantise else None
+    quant = KEPT_IN_4_BITS if requantise else None
     if to == "merged" or requantise:
         return export_merged(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
     with Source.open(folder) as source, torch.no_grad():
@@ -112,7 +113,7 @@ def _gguf(
 def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
     """The adapter, if it was trained on residuals in nf4."""
     forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
-    if isinstance(found, Ours) and "nf4" in {form.kind for form in forms}:
+    if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.kind for form in forms}:
         return found
     if packed_layers(found.source.names):
         raise ValueError(

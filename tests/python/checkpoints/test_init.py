@@ -18,11 +18,11 @@ import pissa
 from checkpoint_folders import change_tensors, contents, save
 from language_models import logits
 from pissa.base.bitsandbytes import from_state
+from pissa.base.bitsandbytes_state import quantization_config
 from pissa.base.digest import is_fingerprint
 from pissa.checkpoints import init as init_module
 from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import Initialised, init
-from pissa.checkpoints.new_files import quantization_config
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
 from pissa.config import Form
 from pissa.files.record import AdapterRecord

@@ -44,12 +44,12 @@ def assert_alike(model: Any, expected: Any, tokens: Tensor) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("fields", [{"quant": "nf4"}, {"residual": "explicit"}], ids=str)
+@pytest.mark.parametrize("fields", [{"quant": "nf4"}, {"quant": "int8"}, {"residual": "explicit"}], ids=str)
 def test_they_are_what_wrap_makes_of_the_dense_model(
     kind: str, fields: dict[str, str], tokens: Tensor, tmp_path: Path
 ) -> None:
     source = saved(kind, tmp_path / "source")
-    init(source, tmp_path / "split", pissa.PissaConfig(r=R, **fields), experts="nf4" if "quant" in fields else "dense")
+    init(source, tmp_path / "split", pissa.PissaConfig(r=R, **fields), experts=fields.get("quant", "dense"))
     assert_alike(pissa.load(tmp_path / "split"), wrapped(source, **fields), tokens)
 
 

@@ -85,7 +85,7 @@ def test_experts_in_4_bits_are_for_pissa_only(tmp_path: Path, capsys: pytest.Cap
         (["--rank", "40", "--target-modules", "k_proj"], "rank 40 is too large for layer model.layers.0.self_attn.k"),
         (["--init", "loftq"], 'init="loftq" starts from'),
         (["--svd-passes", "3"], "svd_passes: got 3; allowed"),
-        (["--experts", "nf4"], "experts='nf4' goes with quant='nf4'"),
+        (["--experts", "nf4"], "experts: got 'nf4'; allowed: 'dense', or"),
         (["--target-modules", "nothing"], "nothing"),
     ],
 )
