@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pissa.checkpoints.kinds import kinds_of
-from pissa.checkpoints.quant_errors import PLAIN, QuantError, quant_errors
+from pissa.checkpoints.quant_errors import PLAIN, quant_errors
 from pissa.checkpoints.spectrum import Spectrum, spectrum_of
 
 Method = tuple[str, int]
@@ -22,8 +23,8 @@ class LayerReport:
     name: str
     shape: tuple[int, int]
     spectrum: Spectrum
-    errors: dict[Method, QuantError]
-    """Empty if nothing was to be quantised."""
+    errors: dict[Method, float]
+    """‖W - Q - s B A‖², Frobenius. Empty if nothing was to be quantised."""
 
     def rank(self, wanted: int) -> int:
         """The rank that the layer gets where `wanted` is asked for: at most its smaller side."""
@@ -51,7 +52,7 @@ def layer_reports(
         ranks: of the factors, where something is quantised.
         quant: the format of which errors are wanted.
         quantised: of which layers; of all by default.
-        exact: compute all singular values, also for the nuclear norm of errors.
+        exact: compute all singular values.
 
     Raises:
         ValueError: NaN or Inf, naming the layer.
@@ -69,7 +70,7 @@ def _layer_report(
 ) -> LayerReport:
     shape = (matrix.shape[0], matrix.shape[1])
     spectrum = spectrum_of(matrix, min(known, *shape), exact=exact)
-    found = () if quant is None else quant_errors(matrix, quant, ranks, exact=exact)
+    found = () if quant is None else quant_errors(matrix, quant, ranks)
     return LayerReport(name, shape, spectrum, {(method, rank): error for method, rank, error in found})
 
 
@@ -100,15 +101,14 @@ class Summary:
         return [layer for layer in self.layers if layer.errors]
 
     def error(self, method: Method) -> float:
-        """The Frobenius norm of the error, in units of that of the weights."""
-        return self._errors(method).relative(sum(layer.spectrum.total for layer in self.quantised))
+        """The Frobenius norm of the error, in units of that of the weights; 0 for weights of zeros."""
+        total = sum(layer.spectrum.total for layer in self.quantised)
+        return math.sqrt(sum(layer.errors[method] for layer in self.quantised) / total) if total else 0.0
 
-    def removed(self, method: Method) -> tuple[float, float]:
-        """The share of plain quantisation's nuclear norm that is gone, and its standard error."""
-        return self._errors(method).removed(self._errors((PLAIN, 0)))
-
-    def _errors(self, method: Method) -> QuantError:
-        return QuantError.total(layer.errors[method] for layer in self.quantised)
+    def removed(self, method: Method) -> float:
+        """The share of plain quantisation's error that is gone."""
+        plain = self.error((PLAIN, 0))
+        return 1 - self.error(method) / plain if plain else 0.0
 
 
 def by_kind(layers: Sequence[LayerReport]) -> dict[str, Summary]:

@@ -99,11 +99,10 @@ class Report:
     def _numbers(self, some: Summary) -> dict[str, Any]:
         numbers: dict[str, Any] = {"energy": {str(rank): some.energy(rank) for rank in self.ranks}}
         if some.quantised:
-            errors = numbers["errors"] = []
-            for method, rank in some.methods:
-                removed, standard_error = some.removed((method, rank))
-                found = {"method": method, "rank": rank, "relative_error": some.error((method, rank))}
-                errors.append({**found, "removed": removed, "removed_standard_error": standard_error})
+            numbers["errors"] = [
+                {"method": name, "rank": rank, "error": some.error((name, rank)), "removed": some.removed((name, rank))}
+                for name, rank in some.methods
+            ]
         return numbers
 
 

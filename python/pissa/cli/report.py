@@ -16,7 +16,7 @@ from pissa.files.staged import Staged
 if TYPE_CHECKING:
     from pissa.checkpoints.report import Report
 
-PAGE, NUMBERS = "report.html", "report.json"
+NUMBERS = "report.json"
 RANKS = (16, 64, 128)
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive_int, default=1, metavar="N", help="sequences of a step, for the memory"
     )
     parser.add_argument("--length", type=positive_int, default=512, metavar="N", help="tokens of a sequence")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for a page, pictures and the numbers")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the numbers and pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -80,17 +80,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_tables(found)
         if args.out is not None:
-            say("written", ", ".join(str(args.out / name) for name in (PAGE, NUMBERS)) + " and pictures")
+            say("written", f"{args.out / NUMBERS} and pictures")
     return 0
 
 
 def _write(found: Report, folder: Path) -> None:
-    from pissa.cli.report_page import page
-    from pissa.cli.report_pictures import pictures, png, svg
+    from pissa.cli.report_pictures import pictures, png
 
-    drawn = pictures(found)
     with Staged(folder) as staged:
-        for name, figure in drawn.items():
+        for name, figure in pictures(found).items():
             staged.path(f"{name}.png").write_bytes(png(figure))
         staged.path(NUMBERS).write_text(json.dumps(found.as_dict(), indent=2) + "\n")
-        staged.path(PAGE).write_text(page(found, {name: svg(figure, name) for name, figure in drawn.items()}))

@@ -1,10 +1,9 @@
-"""The pictures of a report: spectra, energy against rank, errors of quantised bases; for print and for a page."""
+"""The pictures of a report: spectra, energy against rank, errors of quantised bases."""
 
 from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,7 @@ from pissa.cli import colours
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Everything that a page shows in another colour when it is dark. No other element has these.
-INK, FAINT = "#1a1a1b", "#d7d7d8"
+_INK, _FAINT = "#1a1a1b", "#d7d7d8"
 
 _WIDTH = 4.4  # inches: what a telephone shows in about full size
 
@@ -27,7 +25,6 @@ _WIDTH = 4.4  # inches: what a telephone shows in about full size
 _COLOURS = (colours.BLUE, colours.RED, colours.GREEN, colours.PINK, colours.ORANGE, colours.SKY)
 _LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 _METHODS = {
-    "LoftQ": {"color": colours.LOFTQ, "marker": "s"},
     "QPiSSA T=1": {"color": colours.QPISSA, "marker": "D", "markerfacecolor": "none"},
     "QPiSSA T=5": {"color": colours.QPISSA, "marker": "D"},
 }
@@ -44,32 +41,10 @@ def pictures(report: Report) -> dict[str, Figure]:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture for print."""
+    """The picture as a file."""
     file = io.BytesIO()
     figure.savefig(file, dpi=200, format="png")
     return file.getvalue()
-
-
-def svg(figure: Figure, title: str) -> str:
-    """The picture as an element of a page: as wide as it may be, its text in the page's font, its colours `INK` and
-    `FAINT` those of the style sheet."""
-    import matplotlib as mpl
-
-    file = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    head, _, rest = text.partition(">")
-    view = re.search(r'viewBox="[^"]*"', head)
-    assert view is not None
-    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
-    for name in set(re.findall(r'\bid="([^"]*)"', rest)):
-        if f"#{name}" not in rest:
-            rest = rest.replace(f' id="{name}"', "")
-    rest = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", rest)
-    rest = rest.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")
-    return f'<svg {view[0]} role="img" aria-label="{title}" xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray[Any, Any]]:
@@ -79,10 +54,10 @@ def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tu
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for ax in axes.flat:
-        ax.tick_params(colors=INK, labelsize=8.5)
+        ax.tick_params(colors=_INK, labelsize=8.5)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(INK)
-        ax.grid(color=FAINT, linewidth=0.6)
+        ax.spines[["left", "bottom"]].set_color(_INK)
+        ax.grid(color=_FAINT, linewidth=0.6)
         ax.set_axisbelow(True)
     return figure, axes
 
@@ -103,7 +78,7 @@ def _spectra(report: Report) -> Figure:
                 values = layer.spectrum.values.numpy() / math.sqrt(layer.spectrum.total)
                 colour = depth(number / max(len(some.layers) - 1, 1))
                 ax.loglog(np.arange(1, len(values) + 1), values, color=colour, linewidth=0.9)
-        ax.set_title(kind, fontsize=9, loc="left", color=INK, pad=3)
+        ax.set_title(kind, fontsize=9, loc="left", color=_INK, pad=3)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.yaxis.set_major_formatter("{x:g}")
@@ -112,8 +87,8 @@ def _spectra(report: Report) -> Figure:
         ax.set_visible(False)
     for ax in axes.flat[max(len(kinds) - 2, 0) : len(kinds)]:  # the lowest of its column
         ax.tick_params(labelbottom=True)
-    figure.supxlabel("number of the singular value", fontsize=9, color=INK)
-    figure.supylabel("singular value / norm of the weight", fontsize=9, color=INK)
+    figure.supxlabel("number of the singular value", fontsize=9, color=_INK)
+    figure.supylabel("singular value / norm of the weight", fontsize=9, color=_INK)
     ends = [Line2D([], [], color=colour, linewidth=2) for colour in (_DEPTH[0], _DEPTH[-1])]
     _legend(figure, ends, ["first block", "last block"])
     return figure
@@ -129,11 +104,11 @@ def _energy(report: Report) -> Figure:
         energies = [100 * some.energy(int(rank)) for rank in ranks]
         style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number % len(_LINES)]}
         ax.plot(ranks, energies, linewidth=1.5, label=kind, **style)
-    ax.plot(ranks, [100 * report.whole.energy(int(rank)) for rank in ranks], color=INK, linewidth=2.4, label="all")
+    ax.plot(ranks, [100 * report.whole.energy(int(rank)) for rank in ranks], color=_INK, linewidth=2.4, label="all")
     ax.set_xlim(0, largest)
     ax.set_ylim(0, 100)
-    ax.set_xlabel("rank", fontsize=9, color=INK)
-    ax.set_ylabel("energy held (% of ‖W‖²)", fontsize=9, color=INK)
+    ax.set_xlabel("rank", fontsize=9, color=_INK)
+    ax.set_ylabel("energy held (% of ‖W‖²)", fontsize=9, color=_INK)
     _legend(figure, *ax.get_legend_handles_labels())
     return figure
 
@@ -146,19 +121,19 @@ def _errors(report: Report) -> Figure:
     for ax, rank in zip(axes.flat, report.ranks, strict=True):
         for method in methods:
             ax.plot(
-                [100 * some.removed((method, rank))[0] for some in kinds.values()],
+                [100 * some.removed((method, rank)) for some in kinds.values()],
                 range(len(kinds)),
                 linestyle="none",
                 markersize=6,
                 label=method,
                 **_METHODS[method],
             )
-        ax.set_title(f"rank {rank}", fontsize=9, loc="left", color=INK, pad=3)
+        ax.set_title(f"rank {rank}", fontsize=9, loc="left", color=_INK, pad=3)
         ax.grid(axis="x", visible=False)
         ax.set_yticks(range(len(kinds)), kinds)
     axes[0, 0].set_xlim(min(0.0, axes[0, 0].get_xlim()[0]), 103)
     axes[0, 0].invert_yaxis()
-    figure.supxlabel("error of plain quantisation removed (%, nuclear norm)", fontsize=9, color=INK)
+    figure.supxlabel("error of plain quantisation removed (%)", fontsize=9, color=_INK)
     _legend(figure, *axes[0, 0].get_legend_handles_labels())
     return figure
 
@@ -171,7 +146,7 @@ def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> No
         ncols=4,
         fontsize=8.5,
         frameon=False,
-        labelcolor=INK,
+        labelcolor=_INK,
         handlelength=2,
         columnspacing=1.2,
     )

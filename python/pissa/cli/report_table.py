@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 
-from pissa.checkpoints.layer_report import by_kind
+from pissa.checkpoints.layer_report import Summary, by_kind
 from pissa.checkpoints.quant_errors import PLAIN
 from pissa.checkpoints.report import Report
-from pissa.cli.report_words import MEMORY_PARTS, count, notes, paste, ranks_in_words, shape_of
+from pissa.checkpoints.suggestion import Suggestion
 from pissa.cli.terminal import as_size, format_table, say
 
 _WORST = 5
+
+_MEMORY_PARTS = {
+    "weights": "weights",
+    "start": "start factors A0, B0",
+    "trained": "trained dA, dB",
+    "gradients": "gradients",
+    "optimizer": "AdamW",
+    "activations": "activations, about",
+    "total": "total, about",
+}
+"""The parts of a `TrainingMemory`, in words."""
 
 
 def print_tables(report: Report) -> None:
@@ -28,7 +40,7 @@ def print_tables(report: Report) -> None:
 
 def _print_model(report: Report) -> None:
     adapted = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
-    say("model", f"{report.model}: {len(report.layers)} layers of {count(adapted)} parameters to adapt")
+    say("model", f"{report.model}: {len(report.layers)} layers of {_count(adapted)} parameters to adapt")
     if report.exact:
         say("spectrum", "all singular values, from Gram matrices in float64")
     else:
@@ -45,7 +57,7 @@ def _print_energy(report: Report) -> None:
     for kind, some in {**by_kind(report.layers), "all": report.whole}.items():
         stable = _range([layer.spectrum.stable_rank for layer in some.layers])
         energies = [f"{some.energy(rank):.1%}" for rank in report.ranks]
-        rows.append([kind, str(len(some.layers)), shape_of(some), stable, *energies])
+        rows.append([kind, str(len(some.layers)), _shape_of(some), stable, *energies])
     print(f"\n{format_table(header, rows)}\n")
 
 
@@ -60,11 +72,12 @@ def _print_errors(report: Report) -> None:
         for kind, some in {**kinds, "all": whole}.items():
             row = [kind, f"{some.error((PLAIN, 0)):.2%}"]
             for method in methods:
-                row += [f"{some.error(method):.2%}", f"{some.removed(method)[0]:.1%}"]
+                row += [f"{some.error(method):.2%}", f"{some.removed(method):.1%}"]
             rows.append(row)
         print(f"{format_table(header, rows)}\n")
-    for number, note in enumerate(notes(report)):
-        say("" if number else "notes", note)
+    say("notes", f"error: ‖W - Q - s B A‖ / ‖W‖, Frobenius norms; removed: the share of {PLAIN}'s that is gone.")
+    if len(whole.quantised) < len(report.layers):
+        say("", f"Of {len(whole.quantised)} of the {len(report.layers)} layers, evenly spaced in each kind.")
     print()
 
 
@@ -76,15 +89,15 @@ def _print_worst(report: Report) -> None:
 
 
 def _print_suggestion(report: Report) -> None:
-    for number, line in enumerate(textwrap.wrap(ranks_in_words(report.suggestion), 100)):
+    for number, line in enumerate(textwrap.wrap(_ranks_in_words(report.suggestion), 100)):
         say("" if number else "ranks", line)
-    print(f"\n{paste(report.suggestion)}")
+    print(f"\n{_paste(report.suggestion)}")
 
 
 def _print_memory(report: Report) -> None:
     rows = [
         (words, *(as_size(getattr(report.memory[checkpointing], part)) for checkpointing in (False, True)))
-        for part, words in MEMORY_PARTS.items()
+        for part, words in _MEMORY_PARTS.items()
     ]
     head = f"training at rank {report.ranks[0]},\n{report.batch} x {report.length} tokens"
     print("\n" + format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
@@ -93,3 +106,39 @@ def _print_memory(report: Report) -> None:
 def _range(numbers: Sequence[float]) -> str:
     low, high = f"{min(numbers):.0f}", f"{max(numbers):.0f}"
     return low if low == high else f"{low} to {high}"
+
+
+def _ranks_in_words(suggestion: Suggestion) -> str:
+    """What the suggested ranks take and lose, beside one rank for all."""
+    text = (
+        f"For {suggestion.budget:,} trained parameters, these ranks use {suggestion.parameters:,} and lose "
+        f"{suggestion.lost:.2%} of the energy; rank {suggestion.uniform} in every layer uses "
+        f"{suggestion.uniform_parameters:,} and loses {suggestion.uniform_lost:.2%}."
+    )
+    at_most = sum(rank >= suggestion.largest for rank in suggestion.ranks.values())
+    if at_most:
+        text += (
+            f" {at_most} layers have rank {suggestion.largest}, the largest that was looked at; give --rank a larger "
+            "one to look further."
+        )
+    return text
+
+
+def _paste(suggestion: Suggestion) -> str:
+    """The suggested ranks as Python, to be pasted."""
+    r, pattern = suggestion.pattern()
+    return f"PissaConfig(r={r}, rank_pattern={json.dumps(pattern)})" if pattern else f"PissaConfig(r={r})"
+
+
+def _shape_of(some: Summary) -> str:
+    """The shape of the matrices, or how many shapes they have."""
+    shapes = sorted({layer.shape for layer in some.layers})
+    return " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def _count(number: int) -> str:
+    """A number in three digits: "1.23 billion"."""
+    for limit, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= limit:
+            return f"{number / limit:.3g} {word}"
+    return str(number)
