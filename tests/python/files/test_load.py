@@ -1,4 +1,5 @@
-"""Folders that do not fit: refused by name, with the model as it was. Damaged ones: test_loader_fuzz."""
+"""A kept folder, which every version loads; and folders that do not fit: refused by name, with the model as it was.
+Damaged ones: test_loader_fuzz."""
 
 from __future__ import annotations
 
@@ -16,12 +17,75 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pissa
+from cuda_stand_in import CudaStandIn
 from language_models import FORMS, Make, logits, train
-from pissa import PissaConfig, PissaModel, notices
+from pissa import PissaConfig, PissaModel, config, notices
+from pissa.files import config_json
+from pissa.files.pissa_layout import ADAPTER_FILES
 from pissa.files.record import checksum
 from pissa.files.tensor_file import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+KEPT = Path(__file__).parents[1] / "fixtures" / "format_1"
+OWN = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+
+
+def kept_base() -> nn.Module:
+    base = nn.Sequential(nn.Linear(64, 16, bias=False))
+    base[0].weight.data = torch.arange(1024.0).mul(37).remainder(101).sub(50).div(512).reshape(16, 64)
+    return base
+
+
+def kept_adapter() -> PissaModel:
+    """What is in the folder, by `kept_adapter().save_pretrained(KEPT)`. That of an older format stays beside it."""
+    model = pissa.wrap(kept_base(), r=2, lora_alpha=3, target_modules=["0"], quant="nf4")
+    a, b, _ = model.base_model.model[0].deltas("default")
+    a.data.copy_(torch.arange(128.0).div(1024).reshape(2, 64))
+    b.data.copy_(torch.arange(32.0).div(-1024).reshape(16, 2))
+    return model
+
+
+@pytest.mark.cpu_only
+def test_a_folder_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    model = PissaModel.from_pretrained(kept_base(), KEPT)
+    layer, weights = model.base_model.model[0], load_file(KEPT / "adapter_model.safetensors")
+    start, deltas = layer.start_of("default"), layer.deltas("default")
+    a, b = (weights[f"base_model.model.0.lora_{side}.weight"] for side in "AB")
+    assert torch.equal(start.a0, load_file(KEPT / "pissa.safetensors")["0.a0"])
+    assert torch.equal(start.b0, b[:, 2:])
+    trained = kept_adapter().base_model.model[0].deltas("default")
+    for found, saved, expected in ((deltas.a, a[2:], trained.a), (deltas.b, b[:, :2], trained.b)):
+        assert torch.equal(found, saved)
+        assert torch.equal(found, expected)
+    model.save_pretrained(tmp_path)
+    for name in ADAPTER_FILES:
+        if name.endswith(".safetensors"):
+            assert (tmp_path / name).read_bytes() == (KEPT / name).read_bytes()
+    now, then = (json.loads((folder / "pissa.json").read_text()) for folder in (tmp_path, KEPT))
+    assert now["format"] == then["format"]
+    assert now["layers"]["0"] | {"stored": ""} == then["layers"]["0"] | {"stored": ""}
+    if pissa.ops.build_info()["isa"] != "baseline":  # which rounds the scales otherwise
+        assert now["layers"] == then["layers"]
+
+
+@pytest.mark.cpu_only
+def test_what_a_gpu_has_saved_keeps_its_fingerprints(tiny_llama: Make, tmp_path: Path) -> None:
+    fields = {"r": 2, "target_modules": ["q_proj"], "quant": "nf4"}
+    with CudaStandIn() as gpu:
+        pissa.wrap(gpu.put(tiny_llama()), **fields).save_pretrained(tmp_path / "a")
+    records = json.loads((tmp_path / "a" / "pissa.json").read_text())["layers"]
+    for record in records.values():
+        assert (record["weight"][:13], record["stored"][:11]) == ("sums:float32:", "sums:uint8:")
+    PissaModel.from_pretrained(tiny_llama(), tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "pissa.json").read_text())["layers"] == records
+    other = tiny_llama()
+    other.model.layers[1].self_attn.q_proj.weight.data[3, 5] *= 3
+    with pytest.raises(ValueError, match=r"first layer that differs is model\.layers\.1\.self_attn\.q_proj"):
+        PissaModel.from_pretrained(other, tmp_path / "a")
+    # Of the dense weight, which is gone, a stored base knows a fingerprint of the other kind only.
+    with pytest.raises(ValueError, match=r"was trained on another base function: .* model\.layers\.1\."):
+        pissa.wrap(other, **fields).load_adapter(tmp_path / "a", "second")
 
 
 def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -133,11 +197,12 @@ def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None
     path.write_text(json.dumps(content))
 
 
-def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(tiny_llama: Make, tmp_path: Path) -> None:
+def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(
+    tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pissa.wrap(tiny_llama(), r=4, target_modules=["v_proj", "q_proj"], use_rslora=True).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "pissa.json").read_text())["config"]
-    own = {field.name for field in dataclasses.fields(PissaConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
-    assert {name: value for name, value in config.items() if name not in own} == {
+    fields = json.loads((tmp_path / "pissa.json").read_text())["config"]
+    assert {name: value for name, value in fields.items() if name not in OWN} == {
         "r": 4,
         "lora_alpha": 4,  # PEFT has another default
         "target_modules": ["q_proj", "v_proj"],
@@ -145,7 +210,13 @@ def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(tiny_llam
         "peft_type": "PISSA",
         "peft_version": peft.__version__,
     }
-    assert config.keys() & own == own
+    assert fields.keys() & OWN == OWN
+    # So it is read under a PEFT that lacks the others.
+    saved, used = PissaConfig.from_pretrained(tmp_path), config._SUPPORTED | OWN | {"init_lora_weights"}
+    fewer = [field for field in config_json._config_fields() if field.name in used]
+    assert len(fewer) < len(config_json._config_fields())
+    monkeypatch.setattr(config_json, "_config_fields", lambda: fewer)
+    assert PissaConfig.from_pretrained(tmp_path) == saved
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
