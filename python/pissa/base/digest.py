@@ -167,6 +167,11 @@ def xxh3(*tensors: Tensor, dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()
 
 
+def xxh3_of_text(text: str) -> str:
+    """XXH3-128 of a text."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.view(-1).view(torch.uint8).numpy().data

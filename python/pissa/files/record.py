@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.digest import is_well_formed
+from pissa.base.digest import is_well_formed, xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
 from pissa.config import IMPLICIT, Form, PissaConfig, types_of_fields
@@ -124,7 +123,7 @@ class AdapterRecord:
             "config": config_as_json(self.config),
             "layers": {name: layer.as_json() for name, layer in self.layers.items()},
         }
-        return json.dumps(record | {"sha256": checksum(record)}, indent=2, sort_keys=True) + "\n"
+        return json.dumps(record | {"xxh3": checksum(record)}, indent=2, sort_keys=True) + "\n"
 
     @staticmethod
     def read(path: Path) -> AdapterRecord:
@@ -139,7 +138,7 @@ class AdapterRecord:
     @staticmethod
     def _parse(record: Any) -> AdapterRecord:
         fields = typed(record, dict[str, Any], "the content")
-        for name in ("format", "config", "layers", "sha256"):
+        for name in ("format", "config", "layers", "xxh3"):
             if name not in fields:
                 raise ValueError(f"{name!r} is missing")
         if typed(fields["format"], int, "format") != FORMAT:
@@ -159,14 +158,14 @@ class AdapterRecord:
                     raise ValueError(f"form: got {layers[name].form.describe()}; config has {config.form.describe()}")
             except ValueError as error:
                 raise ValueError(f"layer {shown(name)}: {error}") from error
-        if fields.pop("sha256") != checksum(fields):
-            raise ValueError("sha256 is not the checksum of the other fields: one of them has been changed")
+        if fields.pop("xxh3") != checksum(fields):
+            raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
         return AdapterRecord(config, layers)
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """SHA-256 of the fields of pissa.json besides its checksum."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    """XXH3-128 of the fields of pissa.json besides its checksum."""
+    return xxh3_of_text(json.dumps(record, sort_keys=True))
 
 
 _ORIGIN = {"r": int, "scaling": float, "init": str, "adalora": bool}

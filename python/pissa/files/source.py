@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import re
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pissa.base.digest import xxh3_of_text
 from pissa.files.json_file import read_object, typed
 from pissa.files.messages import shown
 from pissa.files.safetensors_header import Entry, read_entries
@@ -108,12 +108,12 @@ class Source:
 
     def identity(self) -> dict[str, str]:
         """For each file its size, its time of change, and a fingerprint of what its header says."""
-        headers: dict[Path, list[str]] = {path: [] for path in self._states}
+        headers = dict.fromkeys(self._states, "")
         for name, entry in self._entries.items():
-            headers[entry.path].append(f"{name} {entry.dtype} {entry.shape} {entry.offset}")
+            headers[entry.path] += f"{name} {entry.dtype} {entry.shape} {entry.offset}\n"
         return {
-            path.name: f"{self._states[path].size} bytes, {self._states[path].mtime_ns} ns, {_fingerprint(header)}"
-            for path, header in headers.items()
+            path.name: f"{state.size} bytes, {state.mtime_ns} ns, {xxh3_of_text(headers[path])}"
+            for path, state in self._states.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -198,11 +198,6 @@ class Source:
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Python names it since 3.13."""
-
-
-def _fingerprint(header: list[str]) -> str:
-    text = "\n".join(header).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(text).hexdigest()[:32]
 
 
 def _checked(path: Path, states: dict[Path, _State]) -> dict[str, Entry]:

@@ -193,7 +193,7 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
-    content["sha256"] = checksum({name: value for name, value in content.items() if name != "sha256"})
+    content["xxh3"] = checksum({name: value for name, value in content.items() if name != "xxh3"})
     path.write_text(json.dumps(content))
 
 

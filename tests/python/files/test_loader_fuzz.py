@@ -211,7 +211,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a word of the record": (
         RECORD,
         lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1')),
-        "pissa.json cannot be read: sha256 is not the checksum",
+        "pissa.json cannot be read: xxh3 is not the checksum",
     ),
     "a bit on the disk": (WEIGHTS, flip_last_bit, "v_proj.lora_B.weight' is damaged"),
     "a bit of a start": (STARTS, flip_last_bit, ".a0' is damaged"),

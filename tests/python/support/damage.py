@@ -357,4 +357,4 @@ def alike(part: Any) -> st.SearchStrategy[Any]:
 
 def signed(record: dict[str, Any]) -> dict[str, Any]:
     """With the checksum of what it says."""
-    return record | {"sha256": checksum({name: value for name, value in record.items() if name != "sha256"})}
+    return record | {"xxh3": checksum({name: value for name, value in record.items() if name != "xxh3"})}
