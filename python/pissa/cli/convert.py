@@ -82,7 +82,6 @@ def _as_json(conversion: Conversion, notes: list[str]) -> dict[str, Any]:
     return {
         "layout": conversion.layout,
         "kept": conversion.kept,
-        "worst": conversion.worst,
         "layers": layers,
         "notes": notes,
     }
@@ -100,7 +99,6 @@ def _report(args: argparse.Namespace, conversion: Conversion, notes: list[str]) 
     if lowered:
         name, least = min(conversion.layers.items(), key=lambda item: item[1].kept)
         say("energy", f"{conversion.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
-    say("check", f"read back, on random inputs: error {conversion.worst:.2f} of what rounding allows")
     say("saved", f"{args.target}: a plain LoRA for the unmodified base")
     for note in notes:
         say("note", note)

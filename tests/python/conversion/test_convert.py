@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import devices
 import pissa
 from architectures import ARCHITECTURES
+from daily import each
 from language_models import FORMS, Make, error, logits, train
-from lora_files import CLOSE, NAMES, PATTERNS, changes, check_best, config_of, files, train_ours
+from lora_files import CLOSE, NAMES, PATTERNS, changes, check_best, check_difference, config_of, files, train_ours
 from peft_adapters import plain_logits, save_subtracted, train_on_residual, train_pissa
 from pissa import notices
 
 FIELDS: dict[str, dict[str, object]] = {
-    "plain": {},
     "rslora, patterns": {"use_rslora": True, **PATTERNS},
     "dora": {"use_dora": True, "lora_alpha": 6},
     "more tensors": {"bias": "lora_only", "modules_to_save": ["norm"]},
@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, object]] = {
 # ---- Our own adapters ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [*FIELDS.values(), {"use_adalora": True}, {"start_norm": "unit"}], ids=str)
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_our_folder_becomes_a_plain_lora(
     fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -38,7 +38,6 @@ def test_our_folder_becomes_a_plain_lora(
     done = pissa.convert(tmp_path / "ours", tmp_path / "lora")
     assert files(tmp_path / "lora") == NAMES
     assert done.kept == 1
-    assert done.worst == 0
     ours, lora = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "lora"))
     assert ours.keys() == lora.keys()
     assert all(torch.equal(tensor, lora[name]) for name, tensor in ours.items())
@@ -61,18 +60,11 @@ def test_a_stored_residual_is_mentioned(form: str, tiny_llama: Make, tokens: Ten
     assert found <= max(2 * lacking, CLOSE)
 
 
-ARCHITECTURE = [
-    "mixtral",
-    "deepseek_v2",
-    "llama4",
-    "gpt2",
-    "llama, embeddings targeted",
-    "roberta",
-    "vit, patches targeted",
-]
+ARCHITECTURE = ["mixtral", "llama4", "llama, embeddings targeted", "vit, patches targeted"]
+NIGHTLY = ["deepseek_v2", "gpt2", "roberta"]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURE)
+@pytest.mark.parametrize("name", each([*ARCHITECTURE, *NIGHTLY], ARCHITECTURE))
 @pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
 def test_experts_embeddings_convolutions_and_conv1d(name: str, tmp_path: Path) -> None:
     """Unchanged, and of a lower rank: the best approximation of each matrix."""
@@ -103,7 +95,7 @@ def test_experts_embeddings_convolutions_and_conv1d(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize("known", ["initial", "base"])
+@pytest.mark.parametrize("known", each(["initial", "base"], ["initial"]))
 def test_pefts_pissa_on_the_unmodified_base(
     known: str, fields: dict[str, object], tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -112,18 +104,10 @@ def test_pefts_pissa_on_the_unmodified_base(
     done = pissa.convert(trained.adapter, tmp_path / "lora", **options)
     assert files(tmp_path / "lora") == NAMES
     assert all(layer.rank == 2 * layer.rank_before for layer in done.layers.values())
-    assert 0 < done.worst <= 1
+    check_difference(tmp_path / "lora", trained.adapter, trained.initial)
     assert config_of(tmp_path / "lora")["init_lora_weights"] is True
     # PEFT's residual is rounded to float32
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
-
-
-def test_the_start_from_the_base_is_pefts_to_the_bit(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    trained = train_pissa(tiny_llama(), tokens, tmp_path)
-    pissa.convert(trained.adapter, tmp_path / "a", initial=trained.initial)
-    pissa.convert(trained.adapter, tmp_path / "b", base=tiny_llama())
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_in_bfloat16_only_the_residual_s_rounding_is_lost(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -145,10 +129,10 @@ def test_in_bfloat16_only_the_residual_s_rounding_is_lost(tiny_llama: Make, toke
         assert ((weight + change[0] - residual - adapter[name][0]).abs() <= rounding + single).all(), name
 
 
-def test_singular_vectors_of_another_sign(
+def test_the_start_from_the_base_is_pefts_to_the_bit(
     tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another machine a pair of vectors may come out with the other sign: the differences stay small."""
+    """Also where a pair of singular vectors comes out with the other sign, as on another machine."""
     trained = train_pissa(tiny_llama(), tokens, tmp_path)
     decompose = torch.linalg.svd
 
@@ -160,12 +144,13 @@ def test_singular_vectors_of_another_sign(
         signs[::2] = -1
         return u * signs, s, signs[:, None] * vh
 
+    pissa.convert(trained.adapter, tmp_path / "a", initial=trained.initial)
+    pissa.convert(trained.adapter, tmp_path / "b", base=tiny_llama())
     monkeypatch.setattr(torch.linalg, "svd", flipped)
-    pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama())
-    monkeypatch.undo()
-    pissa.convert(trained.adapter, tmp_path / "same", base=tiny_llama())
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "same"))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    pissa.convert(trained.adapter, tmp_path / "c", base=tiny_llama())
+    expected, *others = (load_file(tmp_path / name / NAMES[1]) for name in "abc")
+    for found in others:
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 def test_a_start_that_depends_on_the_machine(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
@@ -187,23 +172,22 @@ def test_a_start_that_depends_on_the_machine(tiny_llama: Make, tokens: Tensor, t
     pissa.convert(trained.adapter, tmp_path / "exact", initial=trained.initial)
 
 
-def test_a_random_decomposition_cannot_be_repeated(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    trained = train_pissa(tiny_llama(), tokens, tmp_path, init="pissa_niter_4")
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("pissa_niter_4", r"'pissa_niter_4', a random decomposition that PEFT does not seed.*\(initial\)"),
+        ("olora", "init_lora_weights is 'olora', which changes the base"),
+    ],
+)
+def test_a_start_that_cannot_be_computed_again(
+    init: str, words: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+) -> None:
+    """With the initial adapter it does not matter how the start was found."""
+    trained = train_pissa(tiny_llama(), tokens, tmp_path, init=init)
     for options in ({}, {"base": tiny_llama()}):
-        with pytest.raises(
-            ValueError, match=r"'pissa_niter_4', a random decomposition that PEFT does not seed.*\(initial\)"
-        ):
+        with pytest.raises(ValueError, match=words):
             pissa.convert(trained.adapter, tmp_path / "lora", **options)
     assert not (tmp_path / "lora").exists()
-    pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
-    assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
-
-
-def test_another_start_that_changes_the_base(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """With the initial adapter it does not matter how the start was found."""
-    trained = train_pissa(tiny_llama(), tokens, tmp_path, init="olora")
-    with pytest.raises(ValueError, match="init_lora_weights is 'olora', which changes the base"):
-        pissa.convert(trained.adapter, tmp_path / "lora", base=tiny_llama())
     pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial)
     assert error(plain_logits(tiny_llama(), tmp_path / "lora", tokens), trained.logits) < CLOSE
 

@@ -20,7 +20,7 @@ from peft_adapters import plain_logits
 from pissa import notices
 from pissa.conversion.delta_weight import Converted, DeltaWeight
 from pissa.files.lora_config import with_sizes
-from pissa.files.lora_folder import LoraFactors, LoraFolder
+from pissa.files.lora_folder import LoraFolder
 
 
 @pytest.fixture
@@ -51,10 +51,9 @@ def test_the_smallest_rank_that_keeps_the_energy(energy: float, ours: Path, tmp_
 
 
 def test_experts_have_the_rank_that_each_of_them_needs() -> None:
-    target = LoraFactors(("a", "b"), ("experts.0", "experts.1"), (6,), 5, "experts", 4, 1.0)
     a, b = torch.eye(4, 6).double(), torch.eye(5, 4).double()
     deltas = [DeltaWeight(1.0, a, b * torch.tensor(scales).double()) for scales in ([9, 1, 1, 1], [1, 1, 1, 0.1])]
-    found = Converted.of(target, deltas, None, 0.9)
+    found = Converted.of(deltas, None, 0.9)
     assert found.rank == 3
     assert [len(factor) for factor, _ in found.written] == [3, 3]
 

@@ -50,6 +50,17 @@ def changes(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def check_difference(lora: Path, adapter: Path, initial: Path) -> None:
+    """The change in the first folder is that of the second less that of the third, but for one rounding to float32 of
+    each element of its factors."""
+    written, (trained, start) = LoraFolder.read(lora), map(changes, (adapter, initial))
+    assert written.factors.keys() == trained.keys() == start.keys()
+    for name, found in changes(lora).items():
+        factors = written.matrices(name)
+        size = written.factors[name].scaling * torch.stack([b.abs() @ a.abs() for a, b in factors])
+        assert ((found - (trained[name] - start[name])).abs() <= 2.01 * 2.0**-24 * size).all(), name
+
+
 def check_best(source: Path, target: Path, done: Conversion, rank: int) -> None:
     """What was left out is the energy of the singular values behind the rank, which dense decompositions find."""
     before, after = changes(source), changes(target)
