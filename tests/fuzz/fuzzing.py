@@ -1,11 +1,9 @@
 """What must hold of every parser, whatever bytes it is given: it returns, or refuses them by a ValueError that names
-the file; it takes at most a second, and memory of at most twice the input and 1 MB."""
+the file."""
 
 from __future__ import annotations
 
 import importlib
-import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,8 @@ FOLDER = Path(__file__).parent
 CORPUS = FOLDER / "corpus"
 PARSERS = sorted(path.stem for path in (FOLDER / "parsers").glob("*.py") if path.stem != "__init__")
 
-SECONDS = 1.0
-"""Of the processor."""
-
-SPARE = 1_000_000
-"""Bytes of memory beside twice the input."""
-
 LARGEST = 16_384
-"""Bytes of an input. Objects of Python are up to 33 times as large as their JSON: beyond this the bound holds only of
-files that are mostly values of tensors."""
+"""Bytes of an input that fuzzing makes."""
 
 
 def parser(name: str) -> Any:
@@ -39,37 +30,18 @@ def inputs(name: str) -> list[Path]:
     return sorted((CORPUS / name).iterdir())
 
 
-def check(module: Any, data: bytes, folder: Path) -> tuple[bool, int]:
-    """Gives the input to the parser.
-
-    Returns:
-        whether it was accepted, and the peak of memory.
+def check(module: Any, data: bytes, folder: Path) -> bool:
+    """Gives the input to the parser; whether it was accepted.
 
     Raises:
         Exception: what is written above does not hold.
     """
     (folder / module.FILE).write_bytes(data)
-    limit = 2 * len(data) + SPARE
-    accepted, taken, peak = _run(module, folder)
-    if taken > SECONDS or peak > limit:  # the first run may have imported something
-        accepted, taken, peak = _run(module, folder)
-    assert peak <= limit, f"{peak} bytes of memory for an input of {len(data)}"
-    assert taken <= SECONDS, f"{taken:.1f} s"
-    return accepted, peak
-
-
-def _run(module: Any, folder: Path) -> tuple[bool, float, int]:
-    """Whether the input was accepted, the seconds, and the peak of memory."""
     named = getattr(module, "NAMED", module.FILE)
-    accepted, began = True, time.process_time()
-    tracemalloc.start()
     try:
         module.parse(folder)
     except ValueError as error:
-        accepted, message = False, str(error)
+        message = str(error)
         assert named in message, f"the message does not name {named}: {message}"
-        message.encode()  # it can be printed
-    finally:
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    return accepted, time.process_time() - began, peak
+        return False
+    return True

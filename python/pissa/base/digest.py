@@ -17,7 +17,6 @@ The sample   eight elements as float32, 64 hexadecimal digits: what can be compa
 from __future__ import annotations
 
 import enum
-import re
 import struct
 from collections.abc import Sequence
 
@@ -37,8 +36,6 @@ _SAMPLE = 8
 times, all eight once in 10^20."""
 
 _PACKED = struct.Struct(f"<{_SAMPLE}f")
-
-_WELL_FORMED = re.compile(rf"(?:{XXH3}|{SUMS}):([a-z0-9_]+):[0-9a-f]{{32}}(?::[0-9a-f]{{{8 * _SAMPLE}}})?")
 
 
 class Match(enum.Enum):
@@ -111,12 +108,6 @@ def dtype_of(recorded: str) -> torch.dtype:
     """The dtype of the first tensor that a fingerprint was computed of."""
     found: torch.dtype = getattr(torch, recorded.split(":")[1])
     return found
-
-
-def is_well_formed(recorded: str) -> bool:
-    """Whether a text can be a fingerprint."""
-    found = _WELL_FORMED.fullmatch(recorded)
-    return found is not None and isinstance(getattr(torch, found[1], None), torch.dtype)
 
 
 def holds(dtype: torch.dtype, other: torch.dtype) -> bool:

@@ -12,12 +12,6 @@ from torch import Tensor
 
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
-_SIZE_LIMIT = 4096
-"""Bytes; bitsandbytes writes 200."""
-
-_SIDE_LIMIT = 2**31
-"""More than the rows or columns of any weight."""
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,8 +34,8 @@ def parse(packed: Tensor) -> Nf4State:
     Raises:
         ValueError: naming the entry and what of it is wrong.
     """
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) > _SIZE_LIMIT:
-        raise _refusal("the entry", f"{packed.dtype} {list(packed.shape)}", f"uint8, at most {_SIZE_LIMIT} bytes")
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise _refusal("the entry", f"{packed.dtype} {list(packed.shape)}", "uint8 in one dimension")
     content = bytes(packed.tolist())
     try:
         state: Any = json.loads(content.decode())
@@ -50,10 +44,10 @@ def parse(packed: Tensor) -> Nf4State:
     if not isinstance(state, dict):
         raise _refusal("the entry", content, "an object of JSON in UTF-8")
     shape = state.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_int(side, 1, _SIDE_LIMIT) for side in shape):
-        raise _refusal("shape", shape, f"[out, in], each from 1 to {_SIDE_LIMIT}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_positive(side) for side in shape):
+        raise _refusal("shape", shape, "[out, in], each from 1 on")
     blocksize, dtype = state.get("blocksize"), state.get("dtype")
-    if not _is_int(blocksize, 1, _SIDE_LIMIT) or blocksize not in FORMATS["nf4"].blocksizes:
+    if not _is_positive(blocksize) or blocksize not in FORMATS["nf4"].blocksizes:
         raise _refusal("blocksize", blocksize, ", ".join(map(str, FORMATS["nf4"].blocksizes)))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _refusal("dtype", dtype, ", ".join(_DTYPES))
@@ -68,8 +62,8 @@ def parse(packed: Tensor) -> Nf4State:
     return Nf4State((shape[0], shape[1]), blocksize, _DTYPES[dtype], float(offset))
 
 
-def _is_int(value: object, first: int, last: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and first <= value <= last
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _refusal(name: str, got: object, needed: str) -> ValueError:

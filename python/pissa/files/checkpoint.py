@@ -18,7 +18,6 @@ from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.config import PissaConfig
 from pissa.files.config_json import read_config_alone
 from pissa.files.hub import adapter_folder
-from pissa.files.messages import printable
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, magnitude_key
 from pissa.files.pissa_layout import CONFIG_FILES, PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.record import AdapterRecord, LayerRecord
@@ -79,8 +78,8 @@ class Checkpoint:
         except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
             if str(self.folder) in str(error):
                 raise
-            record, reason = self.folder / PISSA_RECORD, printable(error)
-            raise ValueError(f"the adapter that {record} describes cannot be put on this model: {reason}") from error
+            record = self.folder / PISSA_RECORD
+            raise ValueError(f"the adapter that {record} describes cannot be put on this model: {error}") from error
 
     def read_layer(self, name: str, a: Tensor, b: Tensor, origin: Origin) -> LayerTensors:
         """Reads the tensors of a layer.

@@ -8,9 +8,12 @@ from typing import Any
 
 from peft import LoraConfig
 
-from pissa.config import PissaConfig, default_of, types_of_fields
-from pissa.files.json_file import blaming, read_json, typed
+from pissa.config import PissaConfig, default_of
+from pissa.files.json_file import read_object, reading
 from pissa.files.messages import shown
+
+SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
+"""What is said of a file of ours that cannot be read."""
 
 
 def config_as_json(config: PissaConfig) -> dict[str, Any]:
@@ -30,22 +33,14 @@ def config_from_json(fields: dict[str, Any]) -> PissaConfig:
     Raises:
         ValueError, TypeError: naming the field, what was found and what is allowed.
     """
-    hints = types_of_fields(PissaConfig)
-    known = {f.name: f for f in _config_fields()}
-    given = {}
+    known = {f.name for f in _config_fields()}
     for name, value in fields.items():
-        if name not in known:
-            if value is None or value is False or value in ("", [], {}):
-                continue
+        if name not in known and not (value is None or value is False or value in ("", [], {})):
             raise ValueError(
                 f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
                 "or peft may know it"
             )
-        default = default_of(known[name])
-        if not (type(value) is type(default) and value == default):  # PEFT's hints leave some of its own defaults out
-            typed(value, hints[name], f"config.{name}")
-        given[name] = value
-    return PissaConfig(**given)
+    return PissaConfig(**{name: value for name, value in fields.items() if name in known})
 
 
 def read_config_alone(path: Path) -> PissaConfig | None:
@@ -55,8 +50,8 @@ def read_config_alone(path: Path) -> PissaConfig | None:
     Raises:
         ValueError: naming the file and the field, what was found and what is allowed.
     """
-    with blaming(path):
-        fields = typed(read_json(path), dict[str, Any], "the content")
+    with reading(path, SAVED):
+        fields = read_object(path)
         return config_from_json(fields) if {"svd", "svd_passes"} <= fields.keys() else None
 
 

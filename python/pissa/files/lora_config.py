@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,11 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from pissa.config import default_of, exactly
-from pissa.files.json_file import read_json
-from pissa.files.messages import printable, shown
+from pissa.files.json_file import read_object, reading, typed
+from pissa.files.messages import shown
 
-_SIZE_LIMIT = 10_000_000
-"""Bytes; PEFT's own have two thousand."""
-
-_RANK_LIMIT = 2**31
-"""More than any weight has rows."""
-
-_ALPHA_LIMIT = 2.0**64
-"""Its square, and the products with factors in float32, are far from float64's limit."""
+PLAIN_LORA = "Needed is the configuration of a plain LoRA, as PEFT writes it"
+"""What is said of a file that cannot be used."""
 
 # Fields of LoraConfig that may have any value: we know their meaning, or they do not touch the factors.
 _KNOWN = frozenset(
@@ -39,28 +32,50 @@ _KNOWN = frozenset(
 )
 
 
+_USED: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "target_parameters": list[str] | None,
+    "base_model_name_or_path": str | None,
+    "use_rslora": bool,
+    "use_dora": bool,
+}
+"""The types of the fields that are computed with: PEFT's, whose LoraConfig does not check them."""
+
+
 def read_lora_config(path: Path) -> dict[str, Any]:
     """Reads the file. Fields that it lacks and that are used here have PEFT's defaults.
 
     Raises:
         ValueError: naming the file and the field, and what is wrong with it; a variant of LoRA that is no plain LoRA.
     """
-    try:
-        config = read_json(path, _SIZE_LIMIT)
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds {shown(config)}; needed: an object")
-        return _checked(config)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used: {printable(error)}") from error
+    with reading(path, PLAIN_LORA):
+        config = read_object(path)
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type is {shown(config.get('peft_type'))}; needed: 'LORA'")
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(LoraConfig)}
+        for name, value in config.items():
+            if name not in _KNOWN and value != defaults.get(name) and value not in (None, False, {}, []):
+                raise ValueError(f"{name} is {shown(value)}, a variant of LoRA that cannot be converted")
+        used = {name: typed(config.get(name, defaults[name]), kind, name) for name, kind in _USED.items()}
+        return {"init_lora_weights": defaults["init_lora_weights"]} | config | used
 
 
 def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """The rank and the scaling that a configuration gives a target."""
+    """The rank and the scaling that a configuration gives a target.
+
+    Raises:
+        ValueError, re.error: it gives none, or its patterns are no regular expressions.
+    """
     rank_key, alpha_key = (
         get_pattern_key(list(config[name] or {}), target) for name in ("rank_pattern", "alpha_pattern")
     )
     rank: int = (config["rank_pattern"] or {}).get(rank_key, config["r"])
     alpha = (config["alpha_pattern"] or {}).get(alpha_key, config["lora_alpha"])
+    if rank < 1:
+        raise ValueError(f"the rank of {target} is {rank}; needed: 1 or more")
     return rank, alpha / _divisor(config, rank)
 
 
@@ -93,59 +108,3 @@ def _alpha(config: Mapping[str, Any], rank: int, scaling: float) -> float:
 
 def _divisor(config: Mapping[str, Any], rank: int) -> float:
     return math.sqrt(rank) if config["use_rslora"] else rank
-
-
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {shown(config.get('peft_type'))}; needed: 'LORA'")
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(LoraConfig)}
-    for name, value in config.items():
-        if name not in _KNOWN and value != defaults.get(name) and value not in (None, False, {}, []):
-            raise ValueError(f"{name} is {shown(value)}, a variant of LoRA that cannot be converted")
-    config = {name: defaults[name] for name in _CHECKS} | config
-    for name, (valid, needed) in _CHECKS.items():
-        if not valid(config[name]):
-            raise ValueError(f"{name} is {shown(config[name])}; needed: {needed}")
-    return config
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _RANK_LIMIT
-
-
-def _is_alpha(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _ALPHA_LIMIT
-
-
-def _is_pattern(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        value is None or (isinstance(value, dict) and all(map(valid, value.values())) and all(map(_is_regex, value)))
-    )
-
-
-def _is_regex(text: str) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({text})$")  # as PEFT does
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _is_parameters(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) and "." in name for name in value))
-
-
-_FLAG: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "true or false")
-_TEXT: tuple[Callable[[Any], bool], str] = (lambda value: value is None or isinstance(value, str), "null or text")
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a whole number from 1 to 2^31"),
-    "lora_alpha": (_is_alpha, "a number of at most 2^64"),
-    "rank_pattern": (_is_pattern(_is_rank), "an object of regular expressions and whole numbers from 1 to 2^31"),
-    "alpha_pattern": (_is_pattern(_is_alpha), "an object of regular expressions and numbers of at most 2^64"),
-    "target_parameters": (_is_parameters, 'null or a list of names "module.parameter"'),
-    "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or text"),
-    "base_model_name_or_path": _TEXT,
-    "use_rslora": _FLAG,
-    "use_dora": _FLAG,
-    "fan_in_fan_out": _FLAG,
-}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pissa.files.expert_layout import weight_at
-from pissa.files.lora_config import read_lora_config, size_of
+from pissa.files.json_file import reading
+from pissa.files.lora_config import PLAIN_LORA, read_lora_config, size_of
 from pissa.files.messages import shown
 from pissa.files.peft_layout import (
     ADAPTER_CONFIG,
@@ -21,6 +22,7 @@ from pissa.files.peft_layout import (
 )
 from pissa.files.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
+from pissa.ops.checks import check_scaling
 
 # PEFT has written magnitudes under both names.
 _MAGNITUDES = (MAGNITUDE, f"{MAGNITUDE}.weight")
@@ -99,7 +101,9 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
     for place, keys in _places(weights, config["use_dora"]).items():
         path, parameter = _module_and_parameter(place.removeprefix(PREFIX), config, weights)
         target = f"{path}.{parameter}" if parameter else path
-        rank, scaling = size_of(config, target)
+        with reading(config_path, PLAIN_LORA):
+            rank, scaling = size_of(config, target)
+            check_scaling(scaling)
         a, b = (weights.shape(key) for key in keys)
         is_fused = parameter in EXPERT_WEIGHTS
         experts = a[0] // rank if is_fused and a else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pissa.files.composition import Composition, Part
-from pissa.files.json_file import read_object
-from pissa.files.messages import first_line, shown
+from pissa.files.json_file import read_object, reading
+from pissa.files.messages import shown
 from pissa.files.source import Source
 
 CONFIG = "config.json"
-
-_UNNAMED_LABELS = 1000
-"""transformers makes up a name for each label that has none: 165 MB for 200,000, which 42 bytes can ask for. What it
-saves has names."""
 
 
 def class_of(config: Any) -> Any:
@@ -51,20 +47,8 @@ def model_config(folder: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: naming the file: transformers cannot read it.
     """
-    with _blamed(folder):
-        if (Path(folder) / CONFIG).is_file():
-            _check_labels(read_config(Path(folder)))
+    with _config_of(folder):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def _check_labels(fields: dict[str, Any]) -> None:
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            _check_labels(value)
-        elif name == "num_labels" and isinstance(value, int) and value > _UNNAMED_LABELS:
-            raise ValueError(
-                f"num_labels is {shown(value)}; allowed: at most {_UNNAMED_LABELS}; name them all in id2label instead"
-            )
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
@@ -74,21 +58,16 @@ def meta_model(folder: Path) -> PreTrainedModel:
         ValueError: it cannot be built.
     """
     config = model_config(folder)
-    with _blamed(folder), torch.device("meta"):
+    with _config_of(folder), torch.device("meta"):
         model: PreTrainedModel = class_of(config)(config)
     return model
 
 
-@contextmanager
-def _blamed(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes a ValueError, which names config.json, of every error in the block."""
-    try:
-        yield
-    except Exception as error:  # transformers', huggingface_hub's, and Python's, of values that they have not checked
-        raise ValueError(
-            f"{Path(folder) / CONFIG} describes no model that transformers {transformers.__version__} can build: "
-            f"{first_line(error)}"
-        ) from error
+def _config_of(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """For errors of transformers, of huggingface_hub, and Python's, of values that these have not checked."""
+    return reading(
+        Path(folder) / CONFIG, f"It describes no model that transformers {transformers.__version__} can build"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -97,7 +76,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file: there is none, or another thing in it.
     """
-    return read_object(folder / CONFIG, "It is damaged or no model's: take it from the model again")
+    with reading(folder / CONFIG, "It is damaged or no model's: take it from the model again"):
+        return read_object(folder / CONFIG)
 
 
 def quantised_kind(folder: Path) -> str | None:

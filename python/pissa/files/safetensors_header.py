@@ -1,18 +1,16 @@
-"""The header of a safetensors file: where each tensor lies. What is read here is not believed before it is checked."""
+"""The header of a safetensors file: where each tensor lies."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from pissa.files.json_file import parse_json, typed, typed_fields
 from pissa.files.messages import shown
 
 DTYPES = {
@@ -42,11 +40,6 @@ them."""
 METADATA = "__metadata__"
 """The entry of a header that is no tensor."""
 
-LIMIT = 100_000_000
-"""The longest header that safetensors reads, in bytes."""
-
-_FIELDS = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
-
 
 class Entry(NamedTuple):
     """Where a tensor lies, and what it is."""
@@ -59,81 +52,28 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Reads the header of the file, and no more than the file has.
-
-    Returns:
-        the header as an object, and the offset of the first byte behind it.
-
-    Raises:
-        OSError, ValueError: it cannot be read; the message does not name the file.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LIMIT):
-            raise ValueError(f"it has {size} bytes, and its first 8 announce a header of {length}")
-        header = parse_json(file.read(length))
-    return typed(header, dict[str, Any], "the header"), 8 + length
-
-
 def read_entries(path: Path) -> dict[str, Entry]:
-    """Reads the header and checks all of it.
+    """Reads the header, which safetensors checks: offsets, shapes and dtypes fit each other, and the file.
 
     Returns:
         the tensors in the order in which they lie in the file.
 
     Raises:
-        OSError, ValueError: it cannot be read, or describes another file than this one; the message does not name the
-            file.
+        OSError, ValueError, SafetensorError: it cannot be read, or describes another file than this one; the message
+            does not name the file.
     """
-    header, start = read_header(path)
+    cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     header.pop(METADATA, None)
-    size = path.stat().st_size
-    entries = [(name, _entry(path, name, fields, start, size)) for name, fields in header.items()]
-    try:  # that they neither overlap nor leave a hole
-        cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    return dict(sorted(entries, key=lambda item: (item[1].offset, item[1].nbytes)))
-
-
-def _entry(path: Path, name: str, fields: Any, start: int, size: int) -> Entry:
-    where = f"tensor {shown(name)}"
-    try:
-        found = typed_fields(fields, _FIELDS, "its entry")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
-    if dtype not in DTYPES:
-        raise ValueError(f"{where} has the dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
-    begin, end = offsets if len(offsets) == 2 else (0, -1)
-    nbytes = _nbytes(DTYPES[dtype], shape)
-    if nbytes is None or not 0 <= begin <= end < _TOO_MANY or end - begin != nbytes:
-        raise ValueError(f"{where}, {dtype} {shown(shape)}, cannot be at the offsets {shown(offsets)}")
-    if start + end > size:
-        raise ValueError(f"{where} ends at byte {start + end}, and the file has {size}: it is truncated")
-    return Entry(path, DTYPES[dtype], tuple(shape), start + begin, nbytes)
-
-
-_DIMENSIONS = 64
-"""Those of a tensor of torch, at most."""
-
-_TOO_MANY = 1 << 63
-"""Bytes, or elements between two of a tensor, that torch cannot count."""
-
-
-def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int | None:
-    """The bytes of a tensor; None if torch can have none of that shape. It counts no further than that: the product of
-    any sides that a header may have takes hours."""
-    if len(shape) > _DIMENSIONS:
-        return None
-    span = dtype.itemsize
-    for side in shape:
-        span *= max(side, 1)  # a side of 0 as well: torch has strides beside it
-        if side < 0 or span >= _TOO_MANY:
-            return None
-    return 0 if 0 in shape else span
+    entries = {}
+    for name, fields in header.items():
+        if (dtype := DTYPES.get(fields["dtype"])) is None:
+            raise ValueError(f"tensor {shown(name)} has the dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
+        begin, end = fields["data_offsets"]
+        entries[name] = Entry(path, dtype, tuple(fields["shape"]), 8 + length + begin, end - begin)
+    return dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from pissa.base.digest import xxh3_of_text
-from pissa.files.json_file import read_object, typed
+from pissa.files.json_file import read_object, reading, typed
 from pissa.files.messages import shown
 from pissa.files.safetensors_header import Entry, read_entries
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_REMEDY = "It is damaged, incomplete or no safetensors file: download or copy it again"
 
 
-_SHARD = re.compile(r"[^/\0\ud800-\udfff]+\.safetensors")
-"""A file's name; a half of a surrogate pair, which JSON can spell, has no place in one."""
+_SHARD = re.compile(r"[^/]+\.safetensors")
+"""The name of a file in the same folder: what is written has shards of these names, too."""
 
 
 class _State(NamedTuple):
@@ -126,13 +127,14 @@ class Source:
         """
         entry = self.entry(name)
         mapped = self._mapped(entry.path)
-        if entry.nbytes == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.offset % entry.dtype.itemsize == 0:
-            count = entry.nbytes // entry.dtype.itemsize
-            return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.offset).view(entry.shape)
-        with memoryview(mapped) as view, view[entry.offset : entry.offset + entry.nbytes] as part:
-            return torch.frombuffer(bytearray(part), dtype=entry.dtype).view(entry.shape)
+        with reading(entry.path, _REMEDY):
+            if entry.nbytes == 0:
+                return torch.empty(entry.shape, dtype=entry.dtype)
+            if entry.offset % entry.dtype.itemsize == 0:
+                count = entry.nbytes // entry.dtype.itemsize
+                return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.offset).view(entry.shape)
+            with memoryview(mapped) as view, view[entry.offset : entry.offset + entry.nbytes] as part:
+                return torch.frombuffer(bytearray(part), dtype=entry.dtype).view(entry.shape)
 
     def release(self, names: Sequence[str]) -> None:
         """Gives back the memory that these tensors' pages take; it is read again when it is used again.
@@ -206,15 +208,9 @@ def _checked(path: Path, states: dict[Path, _State]) -> dict[str, Entry]:
         if os.path.islink(path):
             found = f"a link to {os.readlink(path)}, which is {found}"
         raise ValueError(f"{path} is {found}: download or copy the checkpoint again")
-    try:
+    with reading(path, _REMEDY):
         states[path] = _State.of(path)
         return read_entries(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(
-            f"{path} cannot be read: {reason}. It is damaged, incomplete or no safetensors file: download or copy it "
-            "again"
-        ) from error
 
 
 def _index(folder: Path) -> Path | None:
@@ -251,14 +247,10 @@ def _instead(names: list[str]) -> str:
 
 def _shards(index: Path) -> dict[str, set[str]]:
     """The shards that the index names, each with the tensors that should be in it."""
-    remedy = "It is damaged: download or copy it again"
-    content = read_object(index, remedy)
-    try:
-        files = typed(content.get("weight_map"), dict[str, str], "weight_map")
+    with reading(index, "It is damaged: download or copy it again"):
+        files = typed(read_object(index)["weight_map"], dict[str, str], "weight_map")
         if not files:
             raise ValueError("weight_map names no tensor")
-    except ValueError as error:
-        raise ValueError(f"{index} cannot be read: {error}. {remedy}") from error
     shards: dict[str, set[str]] = {}
     for name, file in files.items():
         if not _SHARD.fullmatch(file):

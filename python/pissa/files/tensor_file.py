@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from pissa.base.digest import bytes_of, xxh3
+from pissa.files.json_file import reading
 from pissa.files.messages import shown
-from pissa.files.safetensors_header import DTYPES, Layout, read_header
+from pissa.files.safetensors_header import DTYPES, Layout
 from pissa.ops.checks import FLOATS
 
 SAVED_FLOATS = (*FLOATS, torch.float64)
@@ -21,6 +22,8 @@ SAVED_FLOATS = (*FLOATS, torch.float64)
 
 _CHECKSUMS = "xxh3"
 """The entry in a file's metadata with the XXH3-128 of each tensor, in the order of their names."""
+
+_REMEDY = "It is damaged, or not a safetensors file, the only kind that is read"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -56,13 +59,8 @@ class TensorFile:
         if not os.path.isfile(path):  # a pipe would be waited for
             found = "not a regular file" if os.path.lexists(path) else "missing"
             raise ValueError(f"{path} is {found}{_pickle_beside(path)}")
-        try:
+        with reading(path, _REMEDY):
             self._file = cast(Any, safe_open(path, "pt"))  # it has no types
-            read_header(path)  # refuses a name that is there twice
-        except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # RuntimeError: torch cannot map it
-            raise ValueError(
-                f"{path} cannot be read: {error}. It is damaged, or not a safetensors file, the only kind that is read"
-            ) from error
         self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
         self._checksums = dict(zip(sorted(self._declared), checksums, strict=False))
@@ -124,7 +122,8 @@ class TensorFile:
             ValueError: it is not, bit for bit, the one that was written, or holds NaN or Inf; the message names file
                 and tensor.
         """
-        tensor: Tensor = self._file.get_tensor(name).clone()
+        with reading(self.path, _REMEDY):
+            tensor: Tensor = self._file.get_tensor(name).clone()
         if self._has_checksums and xxh3(tensor) != self._checksums[name]:
             raise ValueError(
                 f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "

@@ -66,7 +66,7 @@ def test_incomplete_state_dicts_are_refused(nested: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shape": [OUT, IN, 1]}, r"shape: got \[64, 128, 1\]; needed: \[out, in\], each from 1 to"),
+        ({"shape": [OUT, IN, 1]}, r"shape: got \[64, 128, 1\]; needed: \[out, in\], each from 1 on"),
         ({"shape": [-OUT, -IN]}, r"shape: got \[-64, -128\]"),
         ({"shape": [OUT, 2.0**70]}, "shape: got"),
         ({"blocksize": True}, "blocksize: got True; needed: 32, 64"),
@@ -90,12 +90,10 @@ def test_what_is_no_state_is_refused(change: dict[str, object], words: str) -> N
 @pytest.mark.parametrize(
     ("packed", "words"),
     [
-        (torch.tensor(10**12), r"got 'torch.int64 \[\]'; needed: uint8, at most"),  # bytes(n) are n zeros
-        (torch.zeros(2**20, dtype=torch.uint8), "uint8, at most 4096 bytes"),
-        (torch.full((4000,), ord("["), dtype=torch.uint8), "needed: an object of JSON"),
+        (torch.tensor(10**12), r"got 'torch.int64 \[\]'; needed: uint8 in one"),  # bytes(n) are n zeros
         (torch.full((4,), 0xFF, dtype=torch.uint8), "needed: an object of JSON"),
     ],
-    ids=["scalar", "long", "deep", "no text"],
+    ids=["scalar", "no text"],
 )
 def test_bytes_that_are_no_state_are_refused(packed: Tensor, words: str) -> None:
     entries = to_bitsandbytes(ops.quantize(put(torch.ones(OUT, IN))), torch.float32)

@@ -75,10 +75,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: change(folder, flip(f"{LAYER}.weight")),
         rf"layer '{LAYER}': its residual is not the one of which .*pissa.json has the fingerprint",
     ),
-    "a scale": (
-        lambda folder: change(folder, flip(f"{LAYER}.weight.absmax")),
-        rf"layer '{LAYER}': its residual is not the one",
-    ),
     "no scales": (
         lambda folder: change(folder, lambda tensors: tensors.pop(f"{LAYER}.weight.absmax")),
         rf"layer '{LAYER}': no 4-bit weight of bitsandbytes: got the entries .*; needed: weight",
@@ -93,19 +89,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         rf"lacks 1 tensors of a LlamaForCausalLM, '{LAYER}.weight' the first",
     ),
-    "no norm": (
-        lambda folder: change(folder, lambda tensors: tensors.pop("model.norm.weight")),
-        r"lacks 1 tensors of a LlamaForCausalLM, 'model.norm.weight' the first",
-    ),
     "no start": (move, r"adapter_model.safetensors is missing"),
-    "a start that is not finite": (
-        lambda folder: change(
-            folder,
-            lambda tensors: tensors[f"base_model.model.{LAYER}.lora_A.weight"].fill_(float("nan")),
-            "pissa_init/adapter_model.safetensors",
-        ),
-        rf"tensor 'base_model.model.{LAYER}.lora_A.weight' holds NaN",
-    ),
     "a start of another rank": (
         lambda folder: change(
             folder,

@@ -219,8 +219,14 @@ def test_what_is_refused(kind: str, fields: dict[str, Any], words: str, tmp_path
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"architectures": ["NoSuchModel"]}, "config.json describes no model that transformers .* can build"),
-        ({"model_type": "no-such-type"}, "config.json describes no model that transformers .* can build"),
+        (
+            {"architectures": ["NoSuchModel"]},
+            "config.json cannot be read: .* describes no model that transformers .* can build",
+        ),
+        (
+            {"model_type": "no-such-type"},
+            "config.json cannot be read: .* describes no model that transformers .* can build",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantised already"),
     ],
 )
@@ -234,5 +240,5 @@ def test_configurations_that_cannot_be_used(fields: dict[str, Any], words: str, 
 def test_without_a_configuration(tmp_path: Path) -> None:
     save("llama", tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json describes no model"):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: .* describes no model"):
         plan_of(tmp_path)

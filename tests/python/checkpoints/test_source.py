@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import random
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from damage import BYTES, DTYPES, NUMBERS, changed, few_or_many, hypothetical, joined, split
+from damage import joined, split
 from pissa.files import safetensors_header
 from pissa.files.source import INDEX, WEIGHTS, Source
 
@@ -242,7 +236,7 @@ def unreadable(folder: Path) -> None:
 
 NEEDED = (f"needed: a folder with {WEIGHTS}, or with {INDEX}",)
 AGAIN = ("download or copy",)
-# Malformed JSON, headers and offsets are the corpora's: files/test_fuzz_corpora.py.
+# Malformed JSON, headers and offsets are the corpora's: files/test_damaged.py.
 REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (gone, ("missing", *NEEDED)),
     "empty folder": (only(), ("neither", *NEEDED)),
@@ -252,11 +246,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no shard": (lambda folder: (folder / TWO).unlink(), (TWO, "missing", *AGAIN)),
     "pipe": (pipe, (TWO, "not a regular file", *AGAIN)),
     "unreadable": (unreadable, (TWO, "cannot be read", *AGAIN)),
-    "truncated": (truncated, (TWO, "'layers.1.weight' ends at byte", "truncated", *AGAIN)),
-    "empty file": (lambda folder: (folder / TWO).write_bytes(b""), (TWO, "it has 0 bytes", *AGAIN)),
-    "larger shape": (bias(shape=[4]), (ONE, "'layers.0.bias', F32 [4]", "[0, 12]", *AGAIN)),
-    "behind the end": (bias(data_offsets=[2**40, 2**40 + 12]), (ONE, "'layers.0.bias' ends", *AGAIN)),
-    "unknown dtype": (bias(dtype="F4"), (ONE, "'layers.0.bias' has the dtype 'F4'; known: U64", *AGAIN)),
+    "truncated": (truncated, (TWO, "cannot be read", "incomplete", *AGAIN)),
+    "larger shape": (bias(shape=[4]), (ONE, "cannot be read", *AGAIN)),
+    "unknown dtype": (bias(dtype="F4", shape=[24]), (ONE, "'layers.0.bias' has the dtype 'F4'; known: U64", *AGAIN)),
     "bytes left over": (longer, (ONE, *AGAIN)),
     "tensor missing": (lacking, (TWO, "'empty' is missing", INDEX, *AGAIN)),
     "tensor in two": (in_two, (ONE, TWO, "'layers.0.bias' is in", *AGAIN)),
@@ -266,88 +258,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
-@contextmanager
-def little_memory(folder: Path) -> Iterator[None]:
-    """Python's memory grows by no more than the files could explain."""
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] <= 2 * size + MB
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize(("damage", "words"), REFUSED.values(), ids=REFUSED)
 def test_refused(damage: Callable[[Path], object], words: tuple[str, ...], tmp_path: Path) -> None:
     folder = save(tmp_path / "model", values())
     damage(folder)
-    with pytest.raises(ValueError, match=str(folder)) as caught, little_memory(tmp_path):
+    with pytest.raises(ValueError, match=str(folder)) as caught:
         Source.open(folder)
     message = str(caught.value)
     assert [word for word in words if word not in message] == [], message
     assert "\n" not in message
-
-
-def test_a_pickle_is_not_touched(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
-        Source.open(tmp_path)
-    assert not (tmp_path / "exploded").exists()
-
-
-def attempt(folder: Path) -> bool:
-    """Whether the folder is read, and whole. If not, it is refused in a line that names a file of it."""
-    message = None
-    try:
-        with little_memory(folder), Source.open(folder) as source:
-            for name in source.names:
-                source.read(name).clone()
-            source.release(source.names)
-    except ValueError as error:
-        message = str(error)
-    assert message is None or (str(folder) in message and "\n" not in message), message
-    return message is None
-
-
-@few_or_many
-@pytest.mark.parametrize("name", [WEIGHTS, INDEX])
-def test_damaged_bytes(name: str, examples: int, tmp_path: Path) -> None:
-    path = save(tmp_path, values(), shards=name == INDEX) / name
-    content = path.read_bytes()
-    header = content if name == INDEX else content[: 8 + int.from_bytes(content[:8], "little")]
-    outcomes = []
-    for seed in range(60 * examples):
-        dice = random.Random(seed)
-        damaged, damage = bytearray(header), dice.choice(BYTES)
-        damage(damaged, dice)
-        path.write_bytes(bytes(damaged) + content[len(header) :])
-        try:
-            outcomes.append(attempt(tmp_path))
-        except BaseException:
-            print(f"{damage.__name__}, seed {seed}")
-            raise
-    assert 3 < sum(outcomes) < len(outcomes) / 2
-
-
-@few_or_many
-@pytest.mark.parametrize("name", [WEIGHTS, INDEX])
-def test_changed_json(name: str, examples: int, tmp_path: Path) -> None:
-    path = save(tmp_path, values(), shards=name == INDEX) / name
-    content = path.read_bytes()
-    value, data = (json.loads(content), b"") if name == INDEX else split(content)
-
-    @hypothetical(4 * examples)
-    @given(changed(value, lambda part: st.sampled_from([*DTYPES, ONE, "../x"] if isinstance(part, str) else NUMBERS)))
-    def run(change: tuple[Any, set[Any]]) -> None:
-        path.write_bytes(json.dumps(change[0]).encode() if name == INDEX else joined(change[0], data))
-        attempt(tmp_path)
-
-    run()
 
 
 # ---- Changed later ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """A kept folder, which every version loads; and folders that do not fit: refused by name, with the model as it was.
-Damaged ones: test_loader_fuzz."""
+Damaged ones: test_damaged."""
 
 from __future__ import annotations
 
