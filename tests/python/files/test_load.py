@@ -23,7 +23,6 @@ from pissa import PissaConfig, PissaModel, config, notices
 from pissa.files import config_json
 from pissa.files.pissa_layout import ADAPTER_FILES
 from pissa.files.record import checksum
-from pissa.files.tensor_file import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -146,17 +145,6 @@ def test_an_adapter_of_another_shape_is_refused(other: dict[str, int], tiny_llam
     model.load_adapter(tmp_path, "second")
 
 
-def test_a_lost_module_to_save_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
-    name = "base_model.model.lm_head.weight"
-    pissa.wrap(tiny_llama(), r=4, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
-    edit(tmp_path / "adapter_model.safetensors", lambda t: t.update({name: t[name][:5].clone()}))
-    with pytest.raises(ValueError, match=rf"tensor '{name}' is torch.float32 \[5, 64\], expected .* \[97, 64\]"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
-    edit(tmp_path / "adapter_model.safetensors", lambda t: t.pop(name))
-    with pytest.raises(ValueError, match=f"adapter_model.safetensors: tensor '{name}' is missing"):
-        PissaModel.from_pretrained(tiny_llama(), tmp_path)
-
-
 @pytest.mark.parametrize("name", ["q", "model"])
 def test_a_model_without_the_layers_is_refused_with_the_folders_name(
     name: str, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,13 +169,6 @@ def test_plain_lora_is_sent_to_peft(tiny_llama: Make, tmp_path: Path) -> None:
 
 
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """The checksums fit what the change leaves behind: it is found by what it breaks."""
-    tensors = load_file(path)
-    change(tensors)
-    write_tensors(path, tensors)
 
 
 def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -219,7 +200,7 @@ def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(
     assert PissaConfig.from_pretrained(tmp_path) == saved
 
 
-@pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
+@pytest.mark.parametrize("value", [None, {}], ids=repr)
 def test_an_unknown_field_of_another_peft_is_harmless_where_it_says_nothing(
     value: object, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
@@ -230,7 +211,7 @@ def test_an_unknown_field_of_another_peft_is_harmless_where_it_says_nothing(
     assert torch.equal(logits(PissaModel.from_pretrained(tiny_llama(), tmp_path), tokens), logits(model, tokens))
 
 
-@pytest.mark.parametrize("value", [True, 0, 0.5, "x", [0], {"a": None}], ids=repr)
+@pytest.mark.parametrize("value", [True, 0, {"a": None}], ids=repr)
 def test_an_unknown_field_of_another_peft_is_refused_where_it_says_something(
     value: object, tiny_llama: Make, tmp_path: Path
 ) -> None:
