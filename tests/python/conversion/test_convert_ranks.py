@@ -103,34 +103,6 @@ def test_pefts_rules_give_each_layer_its_rank_and_scaling(sizes: dict[str, tuple
         assert alpha / (rank**0.5 if rslora else rank) == pytest.approx(scaling, rel=8 * 2**-52)
 
 
-def test_a_pattern_belongs_to_one_layer(tmp_path: Path) -> None:
-    """PEFT's patterns match the end of a name: that of layer "proj" would match "inner.proj" as well."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(16, 16, bias=False)
-            self.inner = nn.ModuleDict({"proj": nn.Linear(16, 16, bias=False)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.proj(x) + self.inner["proj"](x)
-
-    torch.manual_seed(0)
-    model = peft.get_peft_model(Model(), peft.LoraConfig(r=6, target_modules=["proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape))
-                if "inner" in name and "lora_A" in name:
-                    parameter[2:] *= 1e-3
-    model.save_pretrained(tmp_path / "source")
-    done = pissa.convert(tmp_path / "source", tmp_path / "lora", energy=0.99)
-    assert done.layers["inner.proj"].rank == 2 < done.layers["proj"].rank
-    plain = peft.PeftModel.from_pretrained(Model(), tmp_path / "lora").base_model.model
-    assert plain.inner["proj"].r["default"] == 2
-    assert plain.proj.r["default"] == done.layers["proj"].rank
-
-
 def test_dora_keeps_its_magnitudes_and_says_so(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = train_ours(tiny_llama, tokens, tmp_path / "ours", use_dora=True)
     with pytest.warns(

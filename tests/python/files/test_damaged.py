@@ -31,11 +31,9 @@ from damage import (
     WEIGHTS,
     Saved,
     damage_tensors,
-    joined,
     make_saved,
     remove,
     signed,
-    split,
 )
 from pissa import PissaModel
 from pissa.files.messages import first_line
@@ -162,25 +160,6 @@ def test_damaged_tensors(saved: Saved) -> None:
     for file in (WEIGHTS, STARTS):
         for damage in TENSORS:
             damage_tensors(saved, file, damage, random.Random(damage.__name__))
-
-
-@forms
-def test_exchanged_tensors(saved: Saved) -> None:
-    """Two of one shape, under each other's names, by somebody who leaves the checksums as they are."""
-    for file in (WEIGHTS, STARTS):
-        saved.reset()
-        header, data = split(saved.content[file])
-        tensors = load_file(saved.folder / file)
-        pairs = [
-            (one, other)
-            for one in sorted(tensors)
-            for other in sorted(tensors)
-            if one < other and tensors[one].shape == tensors[other].shape
-        ]
-        one, other = random.Random(file).choice(pairs)
-        header[one], header[other] = header[other], header[one]
-        (saved.folder / file).write_bytes(joined(header, data))
-        saved.attempt(file, repr(one), refused=True)
 
 
 def write_signed(saved: Saved, fields: dict[str, Any]) -> None:
