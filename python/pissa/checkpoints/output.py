@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pissa.checkpoints.planned_file import PlannedFile, create, is_finished
 from pissa.distributed import agree, rank
-from pissa.files.json_file import read_object
-from pissa.files.messages import printable, shown
+from pissa.files.json_file import read_object, reading
+from pissa.files.messages import shown
 from pissa.files.safetensors_header import Layout
 from pissa.files.staged import CompletedError, Staged, check_unused, put_in_place
 from pissa.notices import UnlockedFolderWarning
@@ -85,7 +85,9 @@ class Output:
             if rank() != 0:
                 self._lock = _locked(self._hidden, fcntl.LOCK_SH)
                 self._check_identity()
-            self.done = {path.stem: read_object(path, self._remedy()) for path in sorted(self._notes.glob("*.json"))}
+            for path in sorted(self._notes.glob("*.json")):
+                with reading(path, self._remedy()):
+                    self.done[path.stem] = read_object(path)
             agree()  # before the first batch of this run
         except BaseException:
             self._close()
@@ -186,12 +188,13 @@ class Output:
 
     def _check_identity(self) -> None:
         """Raises ValueError, naming what differs, if the unfinished run is of another identity."""
-        found = read_object(self._hidden / IDENTITY, self._remedy())
+        with reading(self._hidden / IDENTITY, self._remedy()):
+            found = read_object(self._hidden / IDENTITY)
         if changed := list(_changes(found, json.loads(_text(self._identity)))):
             what = "; ".join(f"{name} was {shown(was)}, is {shown(now)}" for name, was, now in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
-                f"{self._hidden} is of an unfinished run with another plan: {printable(what)}{more}. {self._remedy()}"
+                f"{self._hidden} is of an unfinished run with another plan: {what}{more}. {self._remedy()}"
             )
 
     def _remedy(self) -> str:
