@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from torch import nn
 import pissa
 from daily import each
 from distributed_checks import logged, started, trainer_of
-from distributed_worker import FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
+from distributed_worker import DAILY, FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel, distributed
-from processes import launch
+from processes import checked, launch
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -25,25 +26,8 @@ pytestmark = [
 ]
 
 
-class Run(NamedTuple):
-    """A launch of `distributed_checks`."""
-
-    found: list[dict[str, Any]]
-    """What each process has written."""
-    done: subprocess.CompletedProcess[str]
-
-    def __getitem__(self, name: str) -> list[Any]:
-        """What the check of that name has returned in each process."""
-        for rank, found in enumerate(self.found):
-            assert name in found, f"rank {rank} ended before it came to {name}:\n{self.done.stdout[-5000:]}"
-            assert "error" not in found[name], f"rank {rank}: {found[name]['error']}"
-        return [found[name]["value"] for found in self.found]
-
-
-def run(processes: int, folder: Path) -> Run:
-    done = launch(processes, "distributed_worker.py", "checks", folder)
-    written = [folder / f"checks-{processes}-{rank}.json" for rank in range(processes)]
-    return Run([json.loads(path.read_text()) if path.exists() else {} for path in written], done)
+Found = dict[str, list[Any]]
+"""What the checks have returned in each process, by name."""
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("distributed")
 
 
-@pytest.fixture(scope="module")
-def two(folder: Path) -> Run:
-    return run(2, folder)
+@pytest.fixture(scope="module", params=each([2, 3], [2]))
+def some(request: pytest.FixtureRequest, folder: Path) -> Found:
+    """Two processes check the daily forms, three all of them."""
+    return checked(request.param, "checks", folder)
 
 
-@pytest.fixture(scope="module")
-def three(folder: Path, two: Run) -> Run:
-    """These go on from what the two have saved."""
-    return run(3, folder)
-
-
-@pytest.fixture(params=each([2, 3], [2]))
-def some(request: pytest.FixtureRequest) -> Run:
-    return request.getfixturevalue("two" if request.param == 2 else "three")
-
-
+@cache
 def one_process(form: str, build: Any = llama, columns: int = 11) -> list[float]:
     return train(pissa.wrap(build(), r=4, **FORMS[form]), tokens(columns))
-
-
-def test_the_processes_end_well(some: Run) -> None:
-    assert some.done.returncode == 0, some.done.stdout[-5000:]
 
 
 @pytest.mark.nightly
@@ -89,7 +60,7 @@ def test_they_meet_where_the_machine_s_own_name_does_not_resolve(tmp_path: Path)
 # ---- The start -------------------------------------------------------------------------------------------------------
 
 
-def test_processes_start_together_with_the_bits_of_one(some: Run) -> None:
+def test_processes_start_together_with_the_bits_of_one(some: Found) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each process: LAPACK's QR, which olora starts from, rounds otherwise with more
     try:
@@ -100,11 +71,11 @@ def test_processes_start_together_with_the_bits_of_one(some: Run) -> None:
         assert found == expected
 
 
-def test_all_processes_combine_adapters_to_the_same_bits(some: Run) -> None:
+def test_all_processes_combine_adapters_to_the_same_bits(some: Found) -> None:
     assert len(set(some["combined"])) == 1
 
 
-def test_each_process_decomposes_a_share(some: Run) -> None:
+def test_each_process_decomposes_a_share(some: Found) -> None:
     shares = some["shares"]
     names = [name for share in shares for name in share]
     linear = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear)]
@@ -119,7 +90,7 @@ def test_work_is_divided_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.owners(sizes) == {"large": 0, "middle": 1, "other": 1, "small": 1}
 
 
-def test_an_error_in_one_process_is_one_in_all(some: Run) -> None:
+def test_an_error_in_one_process_is_one_in_all(some: Found) -> None:
     *others, last = some["failing"]
     assert {name: error for name, (error, _) in last.items()} == {
         "while PEFT injects": "ValueError",
@@ -135,15 +106,15 @@ def test_an_error_in_one_process_is_one_in_all(some: Run) -> None:
             assert last[name][1] in words
 
 
-def test_what_one_process_finds_in_its_share_ends_all(some: Run) -> None:
+def test_what_one_process_finds_in_its_share_ends_all(some: Found) -> None:
     found = some["nan"]
     assert sorted(error for error, _ in found) == sorted(["ValueError", *["RankError"] * (len(found) - 1)])
     for _, words in found:
-        assert "layer model.layers.1.mlp.up_proj: weight: contains NaN" in words
+        assert "layer model.layers.0.mlp.up_proj: weight: contains NaN" in words
 
 
-def test_processes_with_different_models_say_so(two: Run) -> None:
-    for found in two["other_models"]:
+def test_processes_with_different_models_say_so(some: Found) -> None:
+    for found in some["other_models"]:
         assert {error for error, _ in found.values()} == {"ValueError"}
         assert "layer model.layers.0.self_attn.q_proj has other weights on rank 1" in found["weights"][1]
         assert "seed is 0 on rank 0 and 1 on rank 1" in found["configuration"][1]
@@ -151,8 +122,8 @@ def test_processes_with_different_models_say_so(two: Run) -> None:
         assert "layer model.layers.0.self_attn.q_proj has other weights" in found["adapters"][1]
 
 
-def test_adapters_that_are_sharded_are_not_added_to_nor_saved_in_parts(two: Run) -> None:
-    for found in two["sharded_weights"]:
+def test_adapters_that_are_sharded_are_not_added_to_nor_saved_in_parts(some: Found) -> None:
+    for found in some["sharded_weights"]:
         assert "add it before fully_shard" in found["add_adapter"][1]
         assert "Gather it on all ranks" in found["save_pretrained"][1]
 
@@ -177,8 +148,9 @@ def test_a_model_that_deepspeed_has_partitioned_is_saved_from_what_was_gathered(
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_losses_are_those_of_one_process(parallel: str, some: Run) -> None:
-    expected = {form: one_process(form) for form in FORMS}
+def test_losses_are_those_of_one_process(parallel: str, some: Found) -> None:
+    expected = {form: one_process(form) for form in FORMS if form in some[parallel][0]}
+    assert expected.keys() >= {*DAILY}
     expected["nf4, recomputed"] = expected["nf4"]
     assert all(losses[2] < losses[1] < losses[0] for losses in expected.values())
     if parallel == "ddp":
@@ -190,19 +162,15 @@ def test_losses_are_those_of_one_process(parallel: str, some: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "accelerate_ddp", "accelerate_fsdp2"])
-def test_other_loops_train_the_same(name: str, two: Run) -> None:
-    for found in two[name]:
+def test_other_loops_train_the_same(name: str, some: Found) -> None:
+    for found in some[name]:
         for form, losses in found.items():
             assert losses == pytest.approx(one_process(form), **SAME), form
 
 
-def test_an_adapted_embedding_trains_where_fsdp_computes_in_bfloat16(two: Run) -> None:
-    for found in two["mixed_precision"]:
+def test_fsdp_computes_in_bfloat16_and_casts_no_codes(some: Found) -> None:
+    for found in some["mixed_precision"]:
         assert found["embeddings"][2] < found["embeddings"][0]
-
-
-def test_fsdp_casts_no_codes(two: Run) -> None:
-    for found in two["mixed_precision"]:
         assert found["bfloat16"] == found["uint8"]
         assert found["bfloat16"][2] < found["bfloat16"][0]
         error, words = found["float32"]
@@ -210,14 +178,14 @@ def test_fsdp_casts_no_codes(two: Run) -> None:
         assert "were cast to torch.bfloat16" in words
 
 
-def test_parts_of_a_layer_cannot_be_sharded_alone(two: Run) -> None:
-    for found in two["parts_sharded_alone"]:
+def test_parts_of_a_layer_cannot_be_sharded_alone(some: Found) -> None:
+    for found in some["parts_sharded_alone"]:
         for error, words in found.values():
             assert error == "TypeError"
             assert "call fully_shard on the blocks of the model" in words
 
 
-def test_experts_that_are_at_rest_in_some_processes_train_as_in_one(some: Run) -> None:
+def test_experts_that_are_at_rest_in_some_processes_train_as_in_one(some: Found) -> None:
     found = some["experts"]
     assert len({tuple(entry.pop("busy")) for entry in found}) > 1  # or it would show nothing
     expected = one_process("nf4", mixtral, columns=3)
@@ -229,26 +197,29 @@ def test_experts_that_are_at_rest_in_some_processes_train_as_in_one(some: Run) -
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_sharded_model_is_saved_by_one_process(form: str, two: Run, folder: Path) -> None:
-    gathered = two["saved_while_sharded"][0]
-    saved = folder / "saved-2" / form
-    model = PissaModel.from_pretrained(llama(), saved)
-    assert bits(model.state_dict()) == gathered[form]
-    files = ["adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"]
-    for other in ("trained_only", "gathered"):
-        assert all((saved / other / name).read_bytes() == (saved / name).read_bytes() for name in files)
+def test_a_sharded_model_is_saved_by_one_process_had_in_memory_by_each_and_loaded(some: Found, folder: Path) -> None:
+    for found in some["files"]:
+        states = {form: found[form] for form in FORMS if form in found}
+        assert states.keys() >= {*DAILY}
+        for form, state in states.items():
+            saved = folder / f"saved-{len(some['files'])}" / form
+            assert bits(PissaModel.from_pretrained(llama(), saved).state_dict()) == state["gathered"]
+            for name in ("adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"):
+                for other in ("trained_only", "gathered"):
+                    assert (saved / other / name).read_bytes() == (saved / name).read_bytes(), (form, name)
+            assert state["lora"], form
+            assert state["loaded"], form
 
 
-def test_a_sharded_model_is_not_saved_without_its_fingerprints(two: Run, folder: Path) -> None:
-    error, words = two["saved_while_sharded"][0]["of unknown weights"]
+def test_a_sharded_model_is_not_saved_without_its_fingerprints(some: Found, folder: Path) -> None:
+    error, words = some["files"][0]["of unknown weights"]
     assert error == "ValueError"
     assert "give save_pretrained a state_dict that has the frozen weights too" in words
-    assert not (folder / "saved-2" / "implicit" / "refused" / "adapter_model.safetensors").exists()
+    assert not (folder / f"saved-{len(some['files'])}/implicit/refused/adapter_model.safetensors").exists()
 
 
-def test_what_peft_hands_out_of_a_gathered_state_is_the_plain_lora(two: Run) -> None:
-    found = two["saved_while_sharded"][0]
+def test_what_peft_hands_out_of_a_gathered_state_is_the_plain_lora(some: Found) -> None:
+    found = some["files"][0]
     assert found["handed out whole"] is True
     error, words = found["handed out in parts"]
     assert error == "ValueError"
@@ -256,37 +227,32 @@ def test_what_peft_hands_out_of_a_gathered_state_is_the_plain_lora(two: Run) -> 
 
 
 @pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in bfloat16"])
-def test_what_accelerate_has_gathered_is_saved(form: str, two: Run, folder: Path) -> None:
-    two["accelerate_fsdp2"]
-    model = PissaModel.from_pretrained(llama(), folder / "accelerate-2" / form, is_trainable=True)
+def test_what_accelerate_has_gathered_is_saved(form: str, some: Found, folder: Path) -> None:
+    saved = folder / f"accelerate-{len(some['accelerate_fsdp2'])}" / form
+    model = PissaModel.from_pretrained(llama(), saved, is_trainable=True)
     expected = pissa.wrap(llama(), r=4, **FORMS[form])
     train(expected, tokens())
     assert train(model, tokens(), steps=1) == pytest.approx(train(expected, tokens(), steps=1), **SAME)
 
 
-def test_each_process_has_the_lora_of_a_sharded_model(two: Run) -> None:
-    for found in two["lora_in_memory"]:
-        assert found.keys() == FORMS.keys()
-        assert all(found.values()), found
-
-
-def test_an_engine_gets_the_trained_function_of_a_sharded_model(two: Run) -> None:
-    for found in two["merged_while_sharded"]:
-        assert found.keys() == {"implicit", "nf4", "experts"}
+def test_an_engine_gets_the_trained_function_of_a_sharded_model(some: Found) -> None:
+    for found in some["merged_while_sharded"]:
+        assert found.keys() == {"nf4", "experts"}
         assert all(difference < 1e-5 for difference in found.values()), found  # of sums of hundreds of terms below 1
 
 
-def test_a_sharded_model_takes_saved_values(two: Run) -> None:
-    for found in two["loaded_while_sharded"]:
-        assert all(found.values()), found
+@pytest.fixture(scope="module")
+def resumes(folder: Path) -> dict[int, Found]:
+    """What two processes begin and three go on with."""
+    return {processes: checked(processes, "resumes", folder) for processes in (2, 3)}
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", ["implicit", "nf4", "nf4 in float32"])
-def test_a_run_goes_on_with_other_numbers_of_processes(form: str, two: Run, three: Run, folder: Path) -> None:
+def test_a_run_goes_on_with_other_numbers_of_processes(form: str, resumes: dict[int, Found], folder: Path) -> None:
     whole = pissa.wrap(llama(), r=4, **FORMS[form])
     expected = train(whole, tokens(), steps=6, optimizer=sgd(whole, momentum=0.9))
-    losses = two["resumed"][0][form] + three["resumed"][0][form]
+    losses = resumes[2]["resumed"][0][form] + resumes[3]["resumed"][0][form]
 
     model = PissaModel.from_pretrained(llama(), folder / "resumed-3" / form, is_trainable=True)
     optimizer = sgd(model, momentum=0.9)
@@ -300,14 +266,14 @@ def test_a_run_goes_on_with_other_numbers_of_processes(form: str, two: Run, thre
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", ["implicit", "nf4"])
-def test_trainer_resumes_with_another_number_of_processes(form: str, two: Run, three: Run, tmp_path: Path) -> None:
+def test_trainer_resumes_with_another_number_of_processes(form: str, resumes: dict[int, Found], tmp_path: Path) -> None:
     alone = trainer_of(pissa.wrap(llama(), r=4, **FORMS[form]), tmp_path)
     alone.train()
-    for found in (*two["trainer"], *three["trainer"]):
+    for found in (*resumes[2]["trainer"], *resumes[3]["trainer"]):
         assert found[form] == pytest.approx(logged(alone), **SAME)
 
 
-def test_all_processes_are_suggested_one_rate(some: Run) -> None:
+def test_all_processes_are_suggested_one_rate(some: Found) -> None:
     *others, last = some["suggested"]
     for found in others:
         assert (found["rate"], found["losses"]) == (last["rate"], last["losses"])

@@ -3,17 +3,17 @@ processes run `sharded_checks` by `distributed_worker.py`, in one launch."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import launch
+from processes import checked
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.nightly]
 
-FILES = ["adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"]
+Found = dict[str, list[Any]]
+"""What the checks have returned in each process, by name."""
 
 
 @pytest.fixture(scope="module")
@@ -22,84 +22,67 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What each process has found, by the checks' names."""
-    done = launch(2, "distributed_worker.py", "sharded", folder)
-    assert done.returncode == 0, done.stdout[-5000:]
-    found = []
-    for rank in range(2):
-        written = json.loads((folder / f"sharded-2-{rank}.json").read_text())
-        for name, result in written.items():
-            assert "error" not in result, f"rank {rank}, {name}: {result['error']}"
-        found.append({name: result["value"] for name, result in written.items()})
-    return found
+def found(folder: Path) -> Found:
+    return checked(2, "sharded", folder)
 
 
 @pytest.fixture(scope="module")
-def losses(ranks: list[dict[str, Any]]) -> list[float]:
+def losses(found: Found) -> list[float]:
     """Of the model that was wrapped first."""
-    return ranks[0]["trained"]["implicit"][0]
+    return found["trained"][0]["implicit"][0]
 
 
-def test_training_is_that_of_a_model_wrapped_first(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        for way, (first, losses, same_bits) in found["trained"].items():
+def test_training_is_that_of_a_model_wrapped_first(found: Found) -> None:
+    for ways in found["trained"]:
+        for way, (first, losses, same_bits) in ways.items():
             assert first == losses, way
             assert same_bits, way
             assert losses[-1] < losses[0]
 
 
-def test_one_process_saves_the_same_files_without_gathering_the_base(ranks: list[dict[str, Any]], folder: Path) -> None:
-    for name in FILES:
+def test_one_process_saves_the_same_files_without_gathering_the_base(found: Found, folder: Path) -> None:
+    for name in ("adapter_model.safetensors", "pissa.safetensors", "pissa.json", "adapter_config.json"):
         first, other = (folder / way / name for way in ("wrapped_first", "sharded_first"))
         assert first.read_bytes() == other.read_bytes(), name
 
 
-def test_a_folder_is_loaded_onto_sharded_weights(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        whole = found["loaded"].pop("whole")
-        assert found["loaded"] == {"sharded": whole, "later": whole, "again": whole}
+def test_a_folder_is_loaded_onto_sharded_weights(found: Found) -> None:
+    for losses in found["loaded"]:
+        assert losses == dict.fromkeys(["whole", "sharded", "later", "again"], losses["whole"])
 
 
-def test_adapters_are_added(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        assert found["more_adapters"][0] == found["more_adapters"][1]
+def test_adapters_are_added_and_transformers_trains_what_it_has_sharded_while_loading(found: Found) -> None:
+    for whole, sharded in (*found["more_adapters"], *found["loaded_by_transformers"]):
+        assert whole == sharded
 
 
-def test_gradients_are_accumulated_and_clipped_as_in_one_process(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        for whole, sharded in found["accumulated"].values():
-            # Four gradients are added in another order, each a sum over 30 tokens.
-            assert sharded == pytest.approx(whole, rel=4 * 30 * 2**-24)
-    assert ranks[0]["accumulated"]["norms"][1] == ranks[1]["accumulated"]["norms"][1]
+def test_gradients_are_accumulated_and_clipped_as_in_one_process(found: Found) -> None:
+    for whole, sharded in (pair for ends in found["accumulated"] for pair in ends.values()):
+        # Four gradients are added in another order, each a sum over 30 tokens.
+        assert sharded == pytest.approx(whole, rel=4 * 30 * 2**-24)
+    assert len({ends["norms"][1] for ends in found["accumulated"]}) == 1
 
 
-def test_any_mesh_of_all_processes_will_do(ranks: list[dict[str, Any]], losses: list[float]) -> None:
-    for found in ranks:
-        assert found["meshes"] == dict.fromkeys(["named", "replicated", "replicas", "offloaded"], losses)
+def test_any_mesh_of_all_processes_and_weights_left_whole_will_do(found: Found, losses: list[float]) -> None:
+    for meshes in found["meshes"]:
+        assert meshes == dict.fromkeys(["named", "replicated", "replicas", "offloaded"], losses)
+    assert found["after_a_forward_pass"] == [losses, losses]
 
 
-def test_weights_that_fsdp_has_left_whole_are_sharded_ones(ranks: list[dict[str, Any]], losses: list[float]) -> None:
-    for found in ranks:
-        assert found["after_a_forward_pass"] == losses
-
-
-def test_an_adapter_is_merged_and_taken_out_again(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        before, merged, after = found["merged"]
+def test_an_adapter_is_merged_and_taken_out_again(found: Found) -> None:
+    for before, merged, after in found["merged"]:
         assert before == after
         assert merged == pytest.approx(before, rel=1e-5)
 
 
-def test_a_process_holds_one_weight_of_its_own_and_one_that_passes(ranks: list[dict[str, Any]]) -> None:
-    assert max(found["peak"] for found in ranks) == 2
+def test_a_process_holds_one_weight_of_its_own_and_one_that_passes(found: Found) -> None:
+    assert max(found["peak"]) == 2
 
 
-def test_what_one_process_finds_ends_all(ranks: list[dict[str, Any]], losses: list[float]) -> None:
-    assert sorted(found["nan"][0][0] for found in ranks) == ["RankError", "ValueError"]
-    for found in ranks:
-        error, afterwards = found["nan"]
-        assert "layer model.layers.1.mlp.up_proj: weight: contains NaN" in error[1]
+def test_what_one_process_finds_ends_all(found: Found, losses: list[float]) -> None:
+    assert sorted(error for (error, _), _ in found["nan"]) == ["RankError", "ValueError"]
+    for (_, words), afterwards in found["nan"]:
+        assert "layer model.layers.0.mlp.up_proj: weight: contains NaN" in words
         assert afterwards == losses
 
 
@@ -120,15 +103,9 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("what", WORDS)
-def test_what_cannot_be_wrapped_says_why(what: str, ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        error, words = found["refused"][what]
-        assert error in ("TypeError", "ValueError")
-        assert WORDS[what] in words
-
-
-def test_transformers_trains_what_it_has_sharded_while_loading(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        replicated, sharded = found["loaded_by_transformers"]
-        assert replicated == sharded
+def test_what_cannot_be_wrapped_says_why(found: Found) -> None:
+    for refused in found["refused"]:
+        assert refused.keys() == WORDS.keys()
+        for what, (error, words) in refused.items():
+            assert error in ("TypeError", "ValueError")
+            assert WORDS[what] in words

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pissa
-from distributed_worker import FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
+from distributed_worker import DAILY, FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, logits, snapshot
 from oracle import change_a_little
 from pissa import PissaModel
@@ -52,15 +52,22 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
-    """By name: with two processes all of them, with three those where the number could matter."""
-    found: list[Callable[[Path], Any]] = [start_factors, combined, shares, failing, nan, ddp, fsdp2, resumed, trainer]
-    found += [suggested]
-    if world_size() == 2:
-        found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
-        found += [accelerate_ddp, accelerate_fsdp2]
-        found += [saved_while_sharded, loaded_while_sharded, lora_in_memory, merged_while_sharded]
+    """By name."""
+    found: list[Callable[[Path], Any]] = [start_factors, combined, shares, failing, nan, ddp, fsdp2, suggested]
+    found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
+    found += [accelerate_ddp, accelerate_fsdp2, files, merged_while_sharded]
     # Last what can end the process, where gradients of different parameters meet.
     return {check.__name__: partial(check, folder) for check in [*found, experts]}
+
+
+def resumes(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Those that two processes begin and three go on with."""
+    return {"resumed": partial(resumed, folder), "trainer": partial(trainer, folder)}
+
+
+def forms() -> dict[str, dict[str, Any]]:
+    """Those of a launch: of three processes, which runs at night, all of them."""
+    return {form: fields for form, fields in FORMS.items() if form in DAILY or world_size() == 3}
 
 
 # ---- Starts ----------------------------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ def nan(folder: Path) -> list[str]:
     """A weight with NaN, which only the rank that decomposes it finds."""
     model = llama()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = float("nan")
     before = snapshot(model)
     found = message(lambda: pissa.wrap(model, r=4))
     assert_same(model, before)
@@ -201,7 +208,7 @@ def recomputing(model: nn.Module) -> nn.Module:
 def ddp(folder: Path) -> dict[str, list[float]]:
     """Losses."""
     found = {}
-    for form, fields in FORMS.items():
+    for form, fields in forms().items():
         found[form] = train(DistributedDataParallel(pissa.wrap(llama(), r=4, **fields)), tokens())
     found["nf4, recomputed"] = train(
         DistributedDataParallel(recomputing(pissa.wrap(llama(), r=4, quant="nf4"))), tokens()
@@ -214,7 +221,7 @@ def ddp(folder: Path) -> dict[str, list[float]]:
 def fsdp2(folder: Path) -> dict[str, list[float]]:
     """Losses. Packed weights are sharded, and hold the same bits at the end."""
     found = {}
-    for form, fields in FORMS.items():
+    for form, fields in forms().items():
         model = pissa.wrap(llama(), r=4, **fields)
         packed = {name: module for name, module in model.named_modules() if isinstance(module, HoldsCodes)}
         before = {name: module.quantized.codes.clone() for name, module in packed.items()}
@@ -246,7 +253,7 @@ def fsdp1(folder: Path) -> dict[str, Any]:
         sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
         return train(sharded, tokens())
 
-    return {form: losses(form) for form in ("implicit", "explicit", "nf4 in float32")}
+    return {form: losses(form) for form in ("explicit", "nf4 in float32")}
 
 
 def mixed_precision(folder: Path) -> dict[str, Any]:
@@ -287,8 +294,9 @@ def experts(folder: Path) -> dict[str, Any]:
     busy: set[int] = set()
     router.register_forward_hook(lambda module, args, output: busy.update(output[2].flatten().tolist()))
     found: dict[str, Any] = {"ddp": train(DistributedDataParallel(model), batch)}
-    unused = DistributedDataParallel(pissa.wrap(mixtral(), r=4, quant="nf4"), find_unused_parameters=True)
-    found["ddp, find_unused_parameters"] = train(unused, batch)
+    if world_size() == 3:
+        unused = DistributedDataParallel(pissa.wrap(mixtral(), r=4, quant="nf4"), find_unused_parameters=True)
+        found["ddp, find_unused_parameters"] = train(unused, batch)
     found["fsdp2"] = train(shard(pissa.wrap(mixtral(), r=4, quant="nf4")), batch)
     return found | {"busy": sorted(busy)}
 
@@ -345,15 +353,20 @@ def accelerate_fsdp2(folder: Path) -> dict[str, list[float]]:
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def saved_while_sharded(folder: Path) -> dict[str, Any]:
-    """Rank 0 writes what all have gathered; nothing is asked of the others. Returns the bits that were gathered, and
-    the error where a fingerprint is asked of weights that nobody gathered, and what PEFT hands out."""
+def files(folder: Path) -> dict[str, Any]:
+    """Of a sharded model that was trained, for each form: the bits that all have gathered and rank 0 writes; whether
+    this process has in memory the plain LoRA that follows from them; and whether the saved values, loaded after one
+    more step, are there again. And the error where a fingerprint is asked of weights that nobody gathered, and what
+    PEFT hands out."""
     found: dict[str, Any] = {}
-    for form, fields in FORMS.items():
+    for form, fields in forms().items():
         model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields))
-        train(model, tokens())
-        state = get_model_state_dict(model, options=FULL)
+        train(model, tokens(), steps=2)
+        state = get_model_state_dict(model, options=ALL)
         trained_only = get_model_state_dict(model, options=replace(FULL, ignore_frozen_params=True))
+        expected = get_peft_model_state_dict(model, state_dict=state)
+        lora = pissa.lora_state_dict(model)
+        assert any(is_sharded(parameter) for parameter in model.parameters())
         target = folder / f"saved-{world_size()}" / form
         model.save_pretrained(target, state_dict=state, is_main_process=rank() == 0)
         if rank() == 0:
@@ -366,24 +379,16 @@ def saved_while_sharded(folder: Path) -> dict[str, Any]:
                 call = partial(model.save_pretrained, target / "refused", state_dict=trained_only)
                 found["of unknown weights"] = message(call)
                 found["handed out in parts"] = message(partial(get_peft_model_state_dict, model))
-                whole = get_peft_model_state_dict(model, state_dict=state)
-                written = load_file(target / "adapter_model.safetensors")
-                found["handed out whole"] = bits(whole) == bits(written)
+                found["handed out whole"] = bits(expected) == bits(load_file(target / "adapter_model.safetensors"))
             model.save_pretrained(target / "gathered", state_dict=state)
-        found[form] = bits(state)
         dist.barrier()
-    return found
-
-
-def lora_in_memory(folder: Path) -> dict[str, bool]:
-    """Whether each process has, of a sharded model, the plain LoRA that follows from all that can be gathered."""
-    found = {}
-    for form, fields in FORMS.items():
-        model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **fields))
-        train(model, tokens())
-        expected = get_peft_model_state_dict(model, state_dict=get_model_state_dict(model, options=ALL))
-        lora = pissa.lora_state_dict(model)
-        found[form] = lora.keys() == expected.keys() and bits(lora) == bits(expected)
+        train(model, tokens(), steps=1)
+        model.load_adapter(target, "default", is_trainable=True)
+        found[form] = {
+            "gathered": bits(state),
+            "lora": lora.keys() == expected.keys() and bits(lora) == bits(expected),
+            "loaded": bits(get_model_state_dict(model, options=ALL)) == bits(state),
+        }
         assert any(is_sharded(parameter) for parameter in model.parameters())
     return found
 
@@ -392,10 +397,10 @@ def merged_while_sharded(folder: Path) -> dict[str, float]:
     """What TRL sends to an engine from a sharded model, merged for a while: the largest difference of logits in an
     engine that has the names of the model without adapters; infinity if the model is another one afterwards."""
     found = {}
-    for form in ("implicit", "nf4", "experts"):
+    for form in ("nf4", "experts"):
         make = mixtral if form == "experts" else llama
         model = shard(pissa.wrap(make(), r=4, **FORMS.get(form, {})))
-        train(model, tokens())
+        train(model, tokens(), steps=1)
         before = bits(get_model_state_dict(model, options=ALL))
         model.merge_adapter()
         sent = {
@@ -409,24 +414,6 @@ def merged_while_sharded(folder: Path) -> dict[str, float]:
         engine.load_state_dict(sent)  # all names, and no more
         difference = (logits(engine, tokens()) - logits(model, tokens())).abs().max().item()
         found[form] = difference if bits(get_model_state_dict(model, options=ALL)) == before else math.inf
-    return found
-
-
-def loaded_while_sharded(folder: Path) -> dict[str, bool]:
-    """Whether a sharded model that was trained on has the saved bits again."""
-    found = {}
-    for form in ("implicit", "nf4", "dora"):
-        model = shard(pissa.wrap(llama(), r=4, modules_to_save=["lm_head"], **FORMS[form]))
-        train(model, tokens(), steps=1)
-        target = folder / f"loaded-{world_size()}" / form
-        state = get_model_state_dict(model, options=FULL)
-        model.save_pretrained(target, state_dict=state, is_main_process=rank() == 0)
-        dist.barrier()
-        train(model, tokens(), steps=1)
-        model.load_adapter(target, "default", is_trainable=True)
-        again = get_model_state_dict(model, options=FULL)
-        found[form] = all(torch.equal(value, again[name]) for name, value in state.items())
-        assert all(is_sharded(parameter) for parameter in model.parameters())
     return found
 
 

@@ -1,6 +1,7 @@
 """What runs in several processes (torchrun), and writes what it finds as JSON for the test that has launched it.
 
     torchrun --standalone --nproc-per-node=2 distributed_worker.py checks FOLDER
+    torchrun --standalone --nproc-per-node=2 distributed_worker.py resumes FOLDER
     torchrun --standalone --nproc-per-node=2 distributed_worker.py sharded FOLDER
     torchrun --standalone --nproc-per-node=2 distributed_worker.py architectures FOLDER [NAME ...]
     torchrun --standalone --nproc-per-node=2 distributed_worker.py dies FOLDER
@@ -48,6 +49,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Fields of PissaConfig, beside r = 4."""
 
+DAILY = ("implicit", "nf4", "nf4 in float32", "dora", "adalora")
+"""Those that run on every change."""
+
 ROWS = 6
 """Of a batch: as many for each of 1, 2 or 3 processes."""
 
@@ -69,7 +73,7 @@ SIZES = {
     "vocab_size": 97,
     "hidden_size": 34,  # sizes that no number of processes divides, and codes that do not fill the last float32
     "intermediate_size": 55,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -78,7 +82,7 @@ SIZES = {
 
 
 def llama(seed: int = 0) -> nn.Module:
-    """A random model of two blocks."""
+    """A random model of one block, which is a group of FSDP beside the rest."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), seed)
@@ -234,10 +238,10 @@ def main(mode: str, folder: Path, names: Sequence[str]) -> None:
     if mode == "dies":
         train_and_die(folder)
         return
-    if mode == "checks":
+    if mode in ("checks", "resumes"):
         import distributed_checks
 
-        checks = distributed_checks.checks(folder)
+        checks = getattr(distributed_checks, mode)(folder)
     elif mode == "sharded":
         import sharded_checks
 

@@ -5,12 +5,14 @@ Left to itself, torchrun waits for minutes where the machine's own name does not
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 TIMEOUT = 600.0
 """Seconds after which processes are taken to hang: many times what a launch needs."""
@@ -43,3 +45,13 @@ def launch(
         os.killpg(running.pid, signal.SIGKILL)
         raise TimeoutError(f"{processes} processes hang:\n{running.communicate()[0][-5000:]}") from None
     return subprocess.CompletedProcess(running.args, running.returncode, output)
+
+
+def checked(processes: int, mode: str, folder: Path) -> dict[str, list[Any]]:
+    """What the checks of `distributed_worker.py` in that mode have returned in each process, by their names."""
+    done = launch(processes, "distributed_worker.py", mode, folder)
+    assert done.returncode == 0, done.stdout[-5000:]
+    written = [json.loads((folder / f"{mode}-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+    errors = [entry["error"] for found in written for entry in found.values() if "error" in entry]
+    assert not errors, "\n".join(errors)
+    return {name: [found[name]["value"] for found in written] for name in written[0]}
