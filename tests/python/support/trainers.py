@@ -51,6 +51,44 @@ def options(folder: Path, **others: Any) -> dict[str, Any]:
     }
 
 
+PREFERENCES = [{"prompt": f"{i}+{i}=", "chosen": f"{2 * i}", "rejected": f"{2 * i + 1}."} for i in range(16)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "SFT": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PREFERENCES],
+    "DPO": PREFERENCES,
+    "KTO": [
+        {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
+        for row in PREFERENCES
+        for kind in ("chosen", "rejected")
+    ],
+    "Reward": PREFERENCES,
+    "GRPO": [{"prompt": row["prompt"]} for row in PREFERENCES],
+    "RLOO": [{"prompt": row["prompt"]} for row in PREFERENCES],
+}
+"""The data of each method of TRL."""
+
+
+def digits(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward: the share of digits in what was generated."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def trl_trainer(method: str, model: nn.Module, folder: Path, tokenizer: Any, **others: Any) -> Any:
+    """The trainer of a method of TRL, with `peft_config` and `ref_model` if `others`, its options, has them."""
+    import trl
+    from datasets import Dataset
+
+    given = {name: others.pop(name) for name in ("peft_config", "ref_model") if name in others}
+    data = Dataset.from_list(ROWS[method])
+    if method in ("GRPO", "RLOO"):
+        given["reward_funcs"] = digits
+        others = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1} | others
+    else:
+        given["eval_dataset"] = data
+    arguments = getattr(trl, f"{method}Config")(**options(folder, **others))
+    kind = getattr(trl, f"{method}Trainer")
+    return kind(model, args=arguments, train_dataset=data, processing_class=tokenizer, **given)
+
+
 def logged(run: Any, key: str = "loss") -> list[float]:
     """What a trainer has logged under `key`, step by step."""
     return [entry[key] for entry in run.state.log_history if key in entry]

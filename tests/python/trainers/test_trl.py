@@ -14,19 +14,17 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import pissa
+import trainers
 from daily import each
 from language_models import logits
 from pissa import PissaModel
-from trainers import FORMS, assert_equal, forms, logged, options, quiet, state, trainable, unchanged
+from trainers import FORMS, PREFERENCES, assert_equal, forms, logged, quiet, state, trainable, trl_trainer, unchanged
 
 pytestmark = quiet
 # It resumes TRL's "ref", which has a folder of its own; "default", beside it, starts again. So does plain PEFT's.
 resumes_both = pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="transformers before 5.23")
 
 Base = Callable[[], nn.Module]
-
-SUMS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}"} for i in range(16)]
-PREFERENCES = [{"prompt": f"{i}+{i}=", "chosen": f"{2 * i}", "rejected": f"{2 * i + 1}."} for i in range(16)]
 
 
 def wrapped(model: nn.Module, form: str, **fields: Any) -> PissaModel:
@@ -42,24 +40,19 @@ def without_autocast(run: Any) -> nn.Module:
 
 
 def sft(model: nn.Module, folder: Path, tokenizer: Any, **others: Any) -> Any:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    data = Dataset.from_list(SUMS)
-    arguments = SFTConfig(**options(folder, max_length=32, **others))
-    return SFTTrainer(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    return trl_trainer("SFT", model, folder, tokenizer, max_length=32, **others)
 
 
 def loss_of(run: Any) -> float:
     return run.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@forms
 @pytest.mark.parametrize("packing", each([False, True], [False]))
 def test_supervised_fine_tuning(form: str, packing: bool, base: Base, tokenizer: Any, tmp_path: Path) -> None:
     """It starts at the base's loss, leaves the base alone, and its folder holds what was trained."""
     run = sft(wrapped(base(), form), tmp_path, tokenizer, packing=packing)
-    assert (len(run.train_dataset) < len(SUMS)) == packing
+    assert (len(run.train_dataset) < len(PREFERENCES)) == packing
     assert run.args.bf16  # TRL's default: autocast
     assert run.args.gradient_checkpointing
     start = loss_of(run)
@@ -76,49 +69,12 @@ def test_supervised_fine_tuning(form: str, packing: bool, base: Base, tokenizer:
     assert loss_of(sft(again, tmp_path, tokenizer, packing=packing)) == loss_of(run)
 
 
-def test_tokens_that_a_chat_template_adds(base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    """TRL grows the vocabulary, and trains the new rows and the output layer: with these fields of a configuration."""
-    from transformers import AutoTokenizer
-    from trl import clone_chat_template
-
-    tokenizer.add_tokens(["<|turn|>", "<|end|>"])
-    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m['role'] }}:{{ m['content'] }}<|end|>{% endfor %}"
-    tokenizer.eos_token = "<|end|>"
-    tokenizer.save_pretrained(tmp_path / "chat")
-    size = base().config.vocab_size
-
-    def cloned(seed: int) -> tuple[nn.Module, Any, list[int]]:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            plain = AutoTokenizer.from_pretrained(base().name_or_path)
-            return clone_chat_template(base(), plain, str(tmp_path / "chat"), resize_to_multiple_of=8)
-
-    model, chat, added = cloned(1)
-    assert added == list(range(size, model.config.vocab_size))
-    fields = {"trainable_token_indices": {"embed_tokens": added}, "modules_to_save": ["lm_head"]}
-    run = sft(wrapped(model, "implicit", **fields), tmp_path, chat)
-    start = loss_of(run)
-    with unchanged(run.model):
-        run.train()
-    assert loss_of(run) < start
-    assert any("trainable_tokens_delta" in name for name in trainable(run.model))
-    run.save_model(tmp_path / "end")
-    again = PissaModel.from_pretrained(cloned(2)[0], tmp_path / "end", is_trainable=True)
-    assert loss_of(sft(again, tmp_path, chat)) == loss_of(run)
-
-
 # -- preferences
 
 
 def dpo(model: nn.Module, folder: Path, tokenizer: Any, **others: Any) -> Any:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    reference = others.pop("ref_model", None)
     # Without autocast: before 1.16 TRL asks for a reference with it or without, as the model then is.
-    arguments = DPOConfig(**options(folder, bf16=False, **others))
-    data = Dataset.from_list(PREFERENCES)
-    return DPOTrainer(model, reference, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    return trl_trainer("DPO", model, folder, tokenizer, bf16=False, **others)
 
 
 def batch_of(run: Any) -> dict[str, Tensor]:
@@ -130,18 +86,14 @@ def reference_of(run: Any) -> Tensor:
     return torch.stack(run.compute_ref_log_probs(run.model, batch_of(run)))
 
 
+@resumes_both
 @forms
-@pytest.mark.parametrize("route", ["a copy of the adapter", "the adapter switched off"])
-def test_preferences_start_from_the_base(form: str, route: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    """Both ways in which TRL finds a reference: for a model that comes with an adapter it adds a copy, "ref"; with
-    `peft_config=` there is none, and it switches the adapter off."""
-    run = dpo(wrapped(base(), form), tmp_path, tokenizer)
-    if route == "a copy of the adapter":
-        assert list(run.model.peft_config) == ["default", "ref"]
-        assert not any(".ref." in name for name in trainable(run.model))
-    else:
-        run.model.delete_adapter("ref")
-
+def test_preferences_start_from_the_base_and_go_on(form: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    """For a model that comes with an adapter TRL adds a copy of it, "ref". With `peft_config=` it switches the adapter
+    off instead, in test_peft_config.py."""
+    run = dpo(wrapped(base(), form), tmp_path / "whole", tokenizer)
+    assert list(run.model.peft_config) == ["default", "ref"]
+    assert not any(".ref." in name for name in trainable(run.model))
     reference = reference_of(run)
     with run.model.disable_adapter():
         assert torch.equal(reference, reference_of(run))
@@ -152,13 +104,17 @@ def test_preferences_start_from_the_base(form: str, route: str, base: Base, toke
     with unchanged(run.model):
         run.train()
     assert logged(run)[0] == torch.tensor(2.0).log().item()  # exactly: log-probabilities of equal bits
-    assert logged(run)[0] == pytest.approx(math.log(2), rel=2**-24)
     assert logged(run, "rewards/margins")[0] == 0
     assert logged(run)[-1] < math.log(2)
     assert torch.equal(reference_of(run), reference)
 
-    run.save_model(tmp_path / "end")
-    again = PissaModel.from_pretrained(base(), tmp_path / "end")
+    resumed = dpo(wrapped(base(), form), tmp_path / "resumed", tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert logged(resumed) == logged(run)
+    assert_equal(state(resumed.model), state(run.model))
+    assert trainable(resumed.model) == trainable(run.model)
+
+    again = PissaModel.from_pretrained(base(), tmp_path / "whole" / "checkpoint-6")
     ids = batch_of(run)["input_ids"]
     assert torch.equal(logits(again, ids), logits(without_autocast(run), ids))
 
@@ -194,47 +150,10 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(
     for layer in (module for module in run.model.modules() if isinstance(module, pissa.layers.PissaLinear)):
         assert layer.start_of("ref") is layer.start_of("default")
 
-    with unchanged(run.model):
-        run.train()
-    assert logged(run)[0] == torch.tensor(2.0).log().item()
-    assert torch.equal(reference_of(run), start)
-
-
-@resumes_both
-@forms
-def test_interrupted_preferences_go_on(form: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    whole = dpo(wrapped(base(), form), tmp_path / "whole", tokenizer)
-    whole.train()
-    resumed = dpo(wrapped(base(), form), tmp_path / "resumed", tokenizer)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert logged(resumed) == logged(whole)
-    assert_equal(state(resumed.model), state(whole.model))
-    assert trainable(resumed.model) == trainable(whole.model)
-
-
-@forms
-def test_preferences_without_pairs(form: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import KTOConfig, KTOTrainer
-
-    data = Dataset.from_list(
-        [{"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"} for row in PREFERENCES
-         for kind in ("chosen", "rejected")]
-    )  # fmt: skip
-    arguments = KTOConfig(**options(tmp_path))
-    run = KTOTrainer(wrapped(base(), form), args=arguments, train_dataset=data, processing_class=tokenizer)
-    with unchanged(run.model):
-        run.train()
-    assert logged(run)[0] == 0.5  # 1 - sigmoid(0)
-    assert logged(run, "kl")[0] == 0
-    assert logged(run)[-1] < 0.5
-
 
 @forms
 def test_a_reward_model(form: str, folder: Path, tokenizer: Any, tmp_path: Path) -> None:
-    from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
-    from trl import RewardConfig, RewardTrainer
 
     def base() -> nn.Module:
         with torch.random.fork_rng():
@@ -242,9 +161,7 @@ def test_a_reward_model(form: str, folder: Path, tokenizer: Any, tmp_path: Path)
             return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
 
     def trainer(model: nn.Module) -> Any:
-        data = Dataset.from_list(PREFERENCES)
-        arguments = RewardConfig(**options(tmp_path))
-        return RewardTrainer(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+        return trl_trainer("Reward", model, tmp_path, tokenizer)
 
     run = trainer(pissa.wrap(base(), r=4, task_type="SEQ_CLS", **FORMS[form]))
     start = loss_of(run)
@@ -260,47 +177,17 @@ def test_a_reward_model(form: str, folder: Path, tokenizer: Any, tmp_path: Path)
 # -- rewards
 
 
-def digits(completions: list[str], **kwargs: Any) -> list[float]:
-    """A reward: the share of digits in what was generated."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
-
-
-def rewarded(method: str, model: nn.Module, folder: Path, tokenizer: Any, beta: float) -> Any:
-    import trl
-    from datasets import Dataset
-
-    sampling = {"num_generations": 4, "max_completion_length": 6, "beta": beta}
-    arguments = getattr(trl, f"{method}Config")(**options(folder, **sampling))
-    data = Dataset.from_list([{"prompt": row["prompt"]} for row in SUMS])
-    trainer = getattr(trl, f"{method}Trainer")
-    return trainer(model, digits, arguments, train_dataset=data, processing_class=tokenizer)
-
-
 @forms
 @pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")
-@pytest.mark.parametrize(
-    ("method", "beta"),
-    [
-        pytest.param("GRPO", 0.0, marks=pytest.mark.nightly),
-        pytest.param("GRPO", 0.1, marks=resumes_both),
-        pytest.param("RLOO", 0.1, marks=[resumes_both, pytest.mark.nightly]),
-    ],
-)
-def test_rewards(form: str, method: str, beta: float, base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    run = rewarded(method, wrapped(base(), form), tmp_path / "whole", tokenizer, beta)
+@pytest.mark.parametrize("method", each(["GRPO", "RLOO"], ["GRPO"]))
+def test_rewards(form: str, method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
+    run = trl_trainer(method, wrapped(base(), form), tmp_path, tokenizer)
     with unchanged(run.model):
         run.train()
-    if beta:
-        assert list(run.model.peft_config) == ["default", "ref"]
-        assert logged(run, "kl")[0] == 0
-        assert logged(run, "kl")[-1] != 0
-
-    resumed = rewarded(method, wrapped(base(), form), tmp_path / "resumed", tokenizer, beta)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert logged(resumed, "reward") == logged(run, "reward")
-    assert_equal(state(resumed.model), state(run.model))
-
-    again = PissaModel.from_pretrained(base(), tmp_path / "whole" / "checkpoint-6")
+    assert list(run.model.peft_config) == ["default", "ref"]
+    assert logged(run, "kl")[0] == 0
+    assert logged(run, "kl")[-1] != 0
+    again = PissaModel.from_pretrained(base(), tmp_path / "checkpoint-6")
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(logits(again, ids), logits(without_autocast(run), ids))
 
@@ -312,9 +199,9 @@ REWARDS_WARNING = r'Reinforcement learning with init="pissa".*2512\.23165.*pissa
 def test_rewards_from_pissas_start_are_warned_of_once(method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
     model = wrapped(base(), "implicit")
     with pytest.warns(pissa.notices.RewardsWarning, match=REWARDS_WARNING) as caught:
-        rewarded(method, model, tmp_path, tokenizer, 0.0)
+        trl_trainer(method, model, tmp_path, tokenizer, beta=0.0)
     (warning,) = (found for found in caught if found.category is pissa.notices.RewardsWarning)
-    assert warning.filename == __file__  # the line that makes the trainer
+    assert warning.filename == trainers.__file__  # the line that makes the trainer
     model.add_model_tags(["trl", method.lower()])  # again, it would be an error
     assert model.base_model.model.model_tags == ["trl", method.lower()]
 
@@ -322,10 +209,4 @@ def test_rewards_from_pissas_start_are_warned_of_once(method: str, base: Base, t
 @pytest.mark.parametrize("fields", [{"init": "lora"}, {"preset": "rl"}, {"preset": "rl", "repair": "pissa"}])
 def test_rewards_from_loras_start_are_not(fields: dict[str, Any], base: Base, tokenizer: Any, tmp_path: Path) -> None:
     form = "nf4" if "repair" in fields else "implicit"
-    rewarded("GRPO", wrapped(base(), form, **fields), tmp_path, tokenizer, 0.0)  # a warning would be an error
-    sft(wrapped(base(), form, **fields), tmp_path, tokenizer)
-
-
-def test_other_trainers_are_not_warned(base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    sft(wrapped(base(), "implicit"), tmp_path, tokenizer)
-    dpo(wrapped(base(), "implicit"), tmp_path, tokenizer)
+    trl_trainer("GRPO", wrapped(base(), form, **fields), tmp_path, tokenizer, beta=0.0)  # a warning would be an error
