@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pissa
+from daily import each
 from language_models import Make, logits
 from pissa import PissaModel
 from trainers import FORMS, assert_equal, forms, quiet, state, unchanged
@@ -66,7 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @forms
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", each(OPTIONS, ["gradients accumulated"]))
 def test_an_interrupted_fit_goes_on(form: str, option: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     whole, resumed = (module_of(pissa.wrap(tiny_llama(), r=4, **FORMS[form])) for _ in range(2))
     with unchanged(whole.model):

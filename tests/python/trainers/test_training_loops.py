@@ -82,11 +82,17 @@ class Loop:
             self.losses.append(loss.item())
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gradients accumulated": {"gradient_accumulation_steps": 2},
+    "bfloat16": {"mixed_precision": "bf16"},
+}
+
+
 @pytest.mark.usefixtures("accelerate_alone")
 @forms
-@pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}], ids=str)
-def test_accelerate(form: str, settings: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    whole, resumed = (Loop(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), **settings) for _ in range(2))
+@pytest.mark.parametrize("setting", each(SETTINGS, ["gradients accumulated"]))
+def test_accelerate(form: str, setting: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    whole, resumed = (Loop(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), **SETTINGS[setting]) for _ in range(2))
     with unchanged(whole.model):
         whole.epoch()
         whole.accelerator.save_state(str(tmp_path / "state"))

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import mixtures
 import pissa
+from daily import each
 from language_models import logits
 from oracle import change_all
 from pissa import PissaModel
 from tiny_model import save_tiny_model
-from trainers import TERMS, assert_equal, logged, options, quiet, state
+from trainers import TERMS, assert_equal, logged, quiet, state, trl_trainer
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")]
 
@@ -103,8 +104,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "dense": (small_llama, {}),
     "explicit": (small_llama, {"residual": "explicit"}),
     "nf4": (small_llama, {"quant": "nf4"}),
-    "int8": (small_llama, {"quant": "int8"}),
-    "a preset for rewards, nf4": (small_llama, {"preset": "rl", "quant": "nf4"}),
     "dora": (small_llama, {"use_dora": True}),
     "embeddings and output layer": (small_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "a head of its own": (small_llama, {"modules_to_save": ["lm_head"]}),
@@ -114,9 +113,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     **{kind: (lambda kind=kind: mixtures.make(kind), {"r": 2}) for kind in ("mixtral", "gpt_oss")},
     "mixtral, nf4": (lambda: mixtures.make("mixtral"), {"r": 2, "quant": "nf4"}),
 }
+DAILY = ["dense", "nf4", "dora", "embeddings and output layer", "a head of its own", "tied, tokens", "gpt_oss"]
+DAILY += ["mixtral, nf4"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(CASES, DAILY))
 def test_the_engine_gets_the_trained_function(case: str, server: Callable[[nn.Module], Engine]) -> None:
     make, fields = CASES[case]
     model = pissa.wrap(make(), **{"r": 4, **fields}).eval()
@@ -159,28 +160,17 @@ def test_merged_parameters_have_the_names_of_the_model(kind: str) -> None:
     assert [name for name, _ in model.named_parameters()] == apart
 
 
-@pytest.mark.parametrize("fields", [{"quant": "nf4"}, {"preset": "rl"}, {"preset": "rl", "quant": "nf4"}])
-@pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")
-def test_rewards_are_of_what_is_trained(
-    fields: dict[str, Any], server: Callable[[nn.Module], Engine], tmp_path: Path
-) -> None:
+def test_rewards_are_of_what_is_trained(server: Callable[[nn.Module], Engine], tmp_path: Path) -> None:
     """In each step the engine gives the tokens that it samples the probabilities that the trainer gives them."""
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
     folder = save_tiny_model(tmp_path / "model")
     engine = server(AutoModelForCausalLM.from_pretrained(folder))
     start = engine.model.state_dict()["lm_head.weight"].clone()
-    sampling = {"num_generations": 4, "max_completion_length": 4, "use_vllm": True, "vllm_mode": "server"}
-    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), r=4, task_type="CAUSAL_LM", **fields)
-    run = GRPOTrainer(
-        model,
-        lambda completions, **kwargs: [float(sum(map(ord, text)) % 7) for text in completions],
-        GRPOConfig(**options(tmp_path, **sampling, bf16=False, max_steps=3, save_strategy="no")),
-        train_dataset=Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(16)]),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = pissa.wrap(base, r=4, task_type="CAUSAL_LM", preset="rl", quant="nf4")
+    others = {"use_vllm": True, "vllm_mode": "server", "bf16": False, "max_steps": 3, "save_strategy": "no"}
+    run = trl_trainer("GRPO", model, tmp_path, AutoTokenizer.from_pretrained(folder), beta=0.0, **others)
     before = state(model)
     run.train()
     assert engine.syncs == 3
