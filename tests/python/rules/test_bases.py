@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
 BASE = PACKAGE / "base"
 
@@ -47,23 +45,6 @@ def asked(source: str) -> Iterator[tuple[int, str]]:
             found = {getattr(node, "id", getattr(node, "name", ""))} & {"is_bitsandbytes"}
         for name in sorted(found & (KINDS | OURS | {"is_bitsandbytes"})):
             yield node.lineno, name
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "isinstance(base, StoredLinear)",
-        "isinstance(base, (Tensor, nn.Linear))",
-        "isinstance(base, QuantizedLinear | Tensor)",
-        "issubclass(kind, Conv1D)",
-        "type(base) is nn.Embedding",
-        "base.__class__ in () or type(base) in (Dense, OwnBase)",
-        "match base:\n    case BnbLinear4bit():\n        pass",
-        "from pissa.base.bitsandbytes import is_bitsandbytes",
-    ],
-)
-def test_a_question_is_found(source: str) -> None:
-    assert list(asked(source))
 
 
 def test_only_base_knows_the_kinds_of_bases() -> None:

@@ -8,7 +8,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 from torch import nn
 
 PACKAGE = Path(__file__).parents[3] / "python" / "pissa"
@@ -67,19 +66,6 @@ def used(source: str) -> Iterator[tuple[int, str]]:
             name = node.id
         if isinstance(name, str) and name in private_names():
             yield node.lineno, name
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from peft.tuners.tuners_utils import _maybe_include_all_linear_layers",
-        "place = 1 - layer._kernel_dim",
-        "getattr(config, '_register_custom_module')",
-        "class Model(PeftModel):\n    def _enable_peft_forward_hooks(self): ...",
-    ],
-)
-def test_a_private_name_is_found(source: str) -> None:
-    assert list(used(source))
 
 
 def test_private_names_of_peft_are_in_one_file() -> None:
