@@ -133,67 +133,6 @@ def test_mnist_is_split_by_digit_and_seen_in_the_components_of_the_odd_ones(tmp_
         np.testing.assert_allclose(np.abs(found.inputs.numpy()), np.abs(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: content[:-1], r"1199 bytes after the header, which says 60 x 4 x 5"),
-        (lambda content: content + b"\0", r"1201 bytes after the header"),
-        (lambda content: b"\x1f\x8b\x08\x00" + content[4:], r"begins with 1f8b0800, .*unpacked"),
-        (lambda content: content[:10], r"begins with 00000803, .* and 3 sizes"),
-        (lambda content: None, r"no such file"),
-    ],
-)
-def test_a_damaged_file_of_digits_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
-    from bench.experiments.experiment import Options
-    from bench.experiments.mnist import load
-
-    mnist_folder(tmp_path)
-    path = tmp_path / "train-images-idx3-ubyte"
-    damaged = damage(path.read_bytes())
-    path.unlink()
-    if damaged is not None:
-        path.write_bytes(damaged)
-    with pytest.raises(SystemExit, match=rf"train-images-idx3-ubyte: {message}"):
-        load(Options(data=(("mnist", tmp_path),)))
-
-
-def test_images_need_as_many_labels(tmp_path: Path) -> None:
-    from bench.experiments.experiment import Options
-    from bench.experiments.mnist import load
-
-    mnist_folder(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(29, np.uint8)))
-    with pytest.raises(SystemExit, match="30 images but 29 labels in t10k-"):
-        load(Options(data=(("mnist", tmp_path),)))
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_digits_are_learned_from_one_base_by_each_method(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.experiments import mnist
-    from bench.experiments.claims.mnist import Mnist, sweeps
-    from bench.experiments.mnist import MnistCell
-
-    monkeypatch.setattr(mnist, "_pretrained", mnist._pretrain)  # here: starting a process takes most of a minute
-    known = measured(Mnist(), options)
-    each = sweeps(options)
-    for sweep in each.values():
-        rates = sweep.losses(known)
-        assert list(rates) == [2e-3]
-        assert all(sweep.at(2e-3, seed) in known for seed in (0, 1))
-    results = {method: known[MnistCell(method, 2e-3)] for method in each}
-    assert {result["losses"][0] for result in results.values()} == {results["full"]["losses"][0]}
-    assert results["full"]["losses"][0] != known[MnistCell("full", 2e-3, 1)]["losses"][0]
-    assert all(result["losses"][-1] < result["losses"][0] for result in results.values())
-    # Rank 8 of 8 x 128, rank 5 of 128 x 5.
-    adapters = 8 * (8 + 128) + 5 * (128 + 5)
-    assert [result["trained_parameters"] for result in results.values()] == [adapters, adapters, 8 * 128 + 128 * 5]
-
-    section = Mnist().section(known, options)
-    losses = [known[MnistCell("lora", 2e-3, seed)]["losses"][-1] for seed in (0, 1)]
-    assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in row(section.text, "2e-3")[0]
-    drawn(section)
-
-
 def test_ranks_of_single_layers_keep_the_scaling_and_exact_is_an_svd(options: Any) -> None:
     from bench.experiments.methods import METHODS, Setting
 
@@ -244,28 +183,6 @@ def test_errors_are_those_of_numpy_in_float64(options: Any, format: str) -> None
     least = nuclear(error - best(error, r))
     assert least * (1 - 1e-5) < norms["LoftQ, T = 1"] < 1.02 * least
     assert norms["LoftQ, T = 5"] < norms["LoftQ, T = 1"]
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_each_layer_type_has_its_own_weights_and_its_column(options: Any) -> None:
-    from bench.experiments.claims.quant_errors import QuantErrors, cells
-    from bench.experiments.quant_error import PARTS, removed, weights
-
-    shapes = {part: tuple(each[0].shape) for part, each in weights("minilm", options).items()}
-    assert shapes == dict(
-        zip(PARTS["minilm"], [(64, 64)] * 4 + [(96, 64), (64, 96)], strict=True)  # attention.output is no output
-    )
-    assert {tuple(each[0].shape) for each in weights("smollm2", options).values()} >= {(256, 128), (128, 256)}
-    found = weights("minilm", options)
-    assert not torch.equal(found["output.dense"][0], found["output.dense"][-1])
-
-    known = measured(QuantErrors(), options)
-    section = QuantErrors().section(known, options)
-    average = np.mean([removed(known[cell], "LoftQ, T = 5") for cell in cells("minilm", "int8", 4)])
-    assert row(section.text, "MiniLM, 384 to 1536", "4")[6] == f"{100 * average:.1f}"
-    of_up = removed(known[cells("minilm", "nf4", 4)[4]], "QPiSSA, T = 1")
-    assert row(section.text, "MiniLM", "QPiSSA, T = 1")[4:6] == ["", f"{100 * of_up:.1f}"]
-    drawn(section)
 
 
 # ---- Truncated SVDs --------------------------------------------------------------------------------------------------

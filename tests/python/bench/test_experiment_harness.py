@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -79,13 +78,6 @@ def test_a_cell_runs_once_and_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert record["result"]["peak_memory_mib"] > 10
 
 
-def test_without_git_the_sources_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.experiments.results import sources
-
-    monkeypatch.setenv("PATH", "")
-    assert sources.__wrapped__() == "unknown"
-
-
 def test_a_cell_that_fails_or_is_killed_is_named_and_the_others_go_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,92 +128,3 @@ def test_a_damaged_line_is_refused_by_file_and_line(tmp_path: Path) -> None:
         file.write('{"cell": {"what"')
     with pytest.raises(SystemExit, match=r"toy.jsonl, line 2: no record of a cell .* delete it"):
         Results(tmp_path)
-
-
-# ---- Sweeps ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trained:
-    rate: float
-    seed: int = 0
-    kind: ClassVar[str] = "trained"
-
-    @property
-    def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-
-def swept(loss: Callable[[float, int], float | None], middle: float, **fields: Any) -> tuple[Any, Any]:
-    """A sweep that has run to its end, and what is known after it."""
-    from bench.experiments.experiment import Known
-    from bench.experiments.sweep import Sweep
-
-    sweep, known = Sweep(Trained(middle), **fields), Known()
-    for _ in range(30):
-        missing = [cell for cell in sweep.wanted(known) if cell not in known]
-        if not missing:
-            return sweep, known
-        cell = missing[0]
-        record = {"cell": dataclasses.asdict(cell), "result": {"after": {"loss": loss(cell.rate, cell.seed)}}}
-        known.put("trained", record)
-    raise AssertionError("the sweep has no end")
-
-
-def valley(best: float) -> Callable[[float, int], float]:
-    """Loss 1 at `best`, 1 + d squared at d decades from it."""
-    return lambda rate, seed: 1 + math.log10(rate / best) ** 2 + 0.01 * seed
-
-
-def test_five_rates_and_two_seeds_at_the_best() -> None:
-    sweep, known = swept(valley(1e-3), 1e-3)
-    assert list(sweep.losses(known)) == pytest.approx([2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
-    assert sweep.best(known) == pytest.approx(1e-3)
-    assert len(known) == 7
-    assert [result["after"]["loss"] for result in sweep.at_best(known)] == pytest.approx([1.0, 1.01, 1.02])
-
-
-@pytest.mark.parametrize("best", [1e-5, 5e-4, 1e-2, 0.1])
-def test_an_end_is_never_the_best(best: float) -> None:
-    sweep, known = swept(valley(best), 1e-3)
-    losses = list(sweep.losses(known))
-    assert sweep.best(known) == pytest.approx(best)
-    assert losses[0] < best < losses[-1]
-
-
-def test_the_best_is_not_known_before_the_sweep_is_done() -> None:
-    from bench.experiments.experiment import Known
-    from bench.experiments.sweep import Sweep
-
-    sweep, known = swept(valley(5e-3), 1e-3)
-    fewer = Known()
-    for cell in sweep.wanted(known)[:5]:
-        fewer.put("trained", known.record(cell))
-    assert Sweep(Trained(1e-3)).best(fewer) is None  # 5e-3 is the end of these
-    assert sweep.at_best(fewer) == []
-
-
-def test_a_training_that_diverged_is_not_the_best() -> None:
-    sweep, known = swept(lambda rate, seed: None if rate > 6e-4 else 2 + rate, 1e-3)
-    assert max(sweep.losses(known).values()) == math.inf
-    assert sweep.best(known) < 6e-4
-
-
-def test_the_width_of_a_valley_is_between_its_crossings() -> None:
-    sweep, known = swept(valley(1e-3), 1e-3)
-    # On the grid's straight lines: from 1 at d = 0 to 1 + 0.3010^2 at 2e-3 and 1 + 0.3010^2 at 5e-4.
-    slope = math.log10(2)  # the loss rises by d squared over d decades
-    assert sweep.width(known) == pytest.approx(2 * 0.02 / slope)
-    assert sweep.bounded(known)
-    flat, known = swept(lambda rate, seed: valley(1e-3)(rate, seed) / 100 + 1, 1e-3)
-    assert flat.width(known) == pytest.approx(math.log10(5e-3 / 2e-4))
-    assert not flat.bounded(known)
-
-
-def test_a_spread_has_the_deviation_of_its_seeds() -> None:
-    from bench.experiments.sweep import spread
-
-    found = spread([1.0, 2.0, 4.0])
-    assert found.mean == pytest.approx(7 / 3)
-    assert found.deviation == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
-    assert found.error == pytest.approx(found.deviation / math.sqrt(3))

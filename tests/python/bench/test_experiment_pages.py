@@ -12,6 +12,8 @@ import pytest
 
 from experiment_results import fill, record
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -106,6 +108,15 @@ def test_two_methods_differ_beyond_two_standard_errors_of_the_differences() -> N
         assert differ(one, other) is differ(other, one) is apart
         assert winner({"one": one, "other": other}) == ("one" if apart else None)
         assert winner({"one": one, "other": other}, largest=True) == ("other" if apart else None)
+
+
+def test_a_spread_has_the_deviation_of_its_seeds() -> None:
+    from bench.experiments.sweep import spread
+
+    found = spread([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.deviation == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
+    assert found.error == pytest.approx(found.deviation / math.sqrt(3))
 
 
 def test_only_seeds_that_both_have_are_compared() -> None:
@@ -309,32 +320,3 @@ def test_a_method_has_one_colour_in_all_pictures() -> None:
         assert style(method).color == Curve(name, [], []).style["color"]
     assert style("loftq").color == style("LoftQ, T = 1").color
     assert len({style(method).color for method in ("lora", "pissa", "qpissa_1", "loftq")}) == 4
-
-
-def test_the_page_says_what_was_run_and_what_is_missing(tmp_path: Path, everything: list[Any]) -> None:
-    from bench.experiments.experiment import Options
-    from bench.experiments.page import write_page
-    from bench.experiments.registry import EXPERIMENTS
-
-    class WithoutPictures(type(EXPERIMENTS["components"])):  # type: ignore[misc]
-        def section(self, known: Any, options: Any) -> Any:
-            from bench.experiments.experiment import Section
-
-            return Section("what it means")
-
-    page = tmp_path / "README.md"
-    write_page([WithoutPictures()], _some(everything), Options(), tmp_path)
-    text = page.read_text(encoding="utf-8")
-    assert "21 cells took 0.3 hours of a processor on a processor (avx2)" in text
-    assert "`python -m bench.experiments components --data …`: 21 cells, 1,260 s" in text
-    assert text.endswith("what it means\n")
-    (tmp_path / "conclusions.md").write_text("## What to use when\n\nThis.\n")
-    films = [
-        (kind, line)
-        for kind, line in everything
-        if kind == "encoder" and line["cell"]["rate"] == 2e-3 and line["cell"]["method"] == "pissa"
-    ]
-    write_page([WithoutPictures()], _some(films), Options(), tmp_path)
-    text = page.read_text(encoding="utf-8")
-    assert "**1 of 15 cells so far**, 60 s" in text
-    assert text.endswith("what it means\n\n## What to use when\n\nThis.\n")

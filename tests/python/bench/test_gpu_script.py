@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import tarfile
 from argparse import Namespace
 from dataclasses import dataclass
@@ -144,13 +143,6 @@ def test_left_out_broken_and_found_by_the_sanitizer(machine: Machine) -> None:
     )
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    run = subprocess.run(["bash", ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == "no GPU: nvidia-smi names none on this machine\n"
-
-
 def test_the_tests_that_it_names_exist() -> None:
     script = (ROOT / "bench/gpu.sh").read_text()
     tests = [path.read_text() for path in (ROOT / "tests/cpp").rglob("*_test.cc")]
@@ -186,19 +178,3 @@ def test_a_row_that_ends_its_process_is_a_failed_row(tmp_path: Path, monkeypatch
     assert (log("1").killed, log("2").killed) == ({"a | b"}, set())
     assert (log("2").done, log("2", again=True).done) == ({"c | d"}, set())
     assert log("2").begun == {"a | b", "c | d"}
-
-
-def test_rows_are_measured_on_the_cpu_and_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    from bench.gpu import measure, table
-
-    log, results = str(tmp_path / "rows.jsonl"), str(tmp_path / "card.json")
-    more = ["--device", "cpu", "--quick", "--pairs", "1", "--log", log, "--tree", "now"]
-    monkeypatch.setattr(sys, "argv", ["measure", "nf4", *more])
-    assert measure.main() == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 1 + 4
-    monkeypatch.setattr(sys, "argv", ["table", log, results, "later"])
-    table.main()
-    assert capsys.readouterr().out.count("(of older sources, now)") == 4
