@@ -55,15 +55,6 @@ def write_chats(file: Path) -> Path:
     return write_rows(file, rows)
 
 
-def write_preferences(file: Path) -> Path:
-    """Writes a JSONL file of `prompt`, `chosen` and `rejected`, and returns it."""
-    rows = (
-        {"prompt": [turn("user", p)], "chosen": [turn("assistant", a)], "rejected": [turn("assistant", p)]}
-        for p, a in PAIRS
-    )
-    return write_rows(file, rows)
-
-
 def write_rows(file: Path, rows: Any) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
