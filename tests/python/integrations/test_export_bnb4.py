@@ -26,7 +26,6 @@ from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.files.staged import CompletedError
-from pissa.integrations.exported import Exported
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download
@@ -112,10 +111,12 @@ DAILY = ["qpissa", "lora on qpissa's base", "orthonormal on qpissa's base", "dor
 def test_it_is_the_trained_function(name: str, tmp_path: Path) -> None:
     source = base(tmp_path, attention_bias=True)
     model = trained(source, tmp_path / "run", **FIELDS[name])
-    done = pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
+    done = pissa.export(tmp_path / "run", tmp_path / "out", "bnb4")  # of the base that the adapter names
     assert packed(tmp_path / "out") == done.layers
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model, TOKENS)) < CLOSE
     assert done.error == 0
+    out = str(tmp_path / "out")
+    assert done.load == f"PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained({out!r}), {f'{out}/adapter'!r})"
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == RANKS.get(name, 4)
     assert bool(config["rank_pattern"]) == ("rank_pattern" in FIELDS[name])
@@ -131,17 +132,6 @@ def test_a_second_adapter_of_another_rank_and_scaling(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "run", selected_adapters=["other"])
     pissa.export(tmp_path / "run" / "other", tmp_path / "out", "bnb4", base=source)
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model.eval(), TOKENS)) < CLOSE
-
-
-def test_in_evaluation_it_is_as_accurate_as_ours_in_bfloat16(tmp_path: Path) -> None:
-    """There bitsandbytes repacks its bytes on a CPU, and computes in bfloat16 whatever its input is."""
-    source = base(tmp_path)
-    model = trained(source, tmp_path / "run")
-    exact = logits(model, TOKENS)
-    pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
-    theirs = error(logits(exported(tmp_path / "out").eval(), TOKENS), exact)
-    ours = error(logits(model.to(torch.bfloat16), TOKENS), exact)
-    assert 0 < theirs < 2 * ours < 0.05
 
 
 def test_a_bfloat16_checkpoint_in_shards(tmp_path: Path) -> None:
@@ -163,7 +153,7 @@ def holds(path: Path, name: str) -> bool:
     return f"{name}.weight" in load_file(path)
 
 
-@pytest.mark.parametrize("fields", [{}, {"quant_iters": 3}], ids=str)
+@pytest.mark.parametrize("fields", each([{}, {"quant_iters": 3}], [{"quant_iters": 3}]), ids=str)
 def test_the_codes_of_a_folder_that_was_split_are_taken(fields: dict[str, Any], tmp_path: Path) -> None:
     """The adapter names that folder as its base, or the checkpoint is given: the same model."""
     source = base(tmp_path)
@@ -194,7 +184,7 @@ CANNOT_KEEP: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CANNOT_KEEP)
+@pytest.mark.parametrize("kind", each(CANNOT_KEEP, ["qwen3_moe", "gpt_oss", "gpt2"]))
 def test_what_bitsandbytes_cannot_keep_is_decoded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused experts and Conv1D: dense, exactly in a checkpoint in float32."""
     # Blocks of 64 in whole rows: on a CPU bitsandbytes 0.50.2 decodes nothing else rightly.
@@ -330,18 +320,10 @@ def test_refusals_by_name(tmp_path: Path) -> None:
         pissa.export(tmp_path / "run 2", tmp_path / "full", "bnb4", base=source)
 
 
-def test_the_base_that_the_adapter_names_is_taken(tmp_path: Path) -> None:
-    source = base(tmp_path)
-    trained(source, tmp_path / "run")
-    done: Exported = pissa.export(tmp_path / "run", tmp_path / "out", "bnb4")
-    out = str(tmp_path / "out")
-    assert done.load == f"PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained({out!r}), {f'{out}/adapter'!r})"
-
-
 def test_memory_is_that_of_one_matrix(tmp_path: Path) -> None:
     """However many layers there are."""
     peaks = []
-    for layers in (2, 6):
+    for layers in (1, 3):
         folder = tmp_path / str(layers)
         config = transformers.LlamaConfig(
             **{**checkpoint_folders.SIZES, "num_hidden_layers": layers}, **checkpoint_folders.HEADS

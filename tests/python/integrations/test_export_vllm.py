@@ -151,7 +151,7 @@ def test_a_stack_of_experts_stays_one(read: Reader, tmp_path: Path) -> None:
         assert torch.allclose(before[name] + change, after[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("r", "allowed"), [(1, 8), (4, 8), (5, 16), (40, 128)])
+@pytest.mark.parametrize(("r", "allowed"), [(4, 8), (5, 16), (40, 128)])
 def test_the_engines_rank(r: int, allowed: int, tmp_path: Path) -> None:
     base, run = trained("llama", tmp_path, r=r, target_modules=["down_proj"])
     out, done = export(base, run)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pissa
+from daily import each
 from language_models import Make, train
 from pissa.integrations.fused_kernels import refuse_fused_kernels
 from pissa.layers.layer import pissa_layers
@@ -37,7 +38,7 @@ def test_a_fused_kernel_is_refused(tiny_llama: Make, tokens: Tensor) -> None:
 
 
 @quiet
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", each([False, True], [True]))
 def test_training_is_as_it_was(checkpointing: bool, tiny_llama: Make, tokens: Tensor) -> None:
     plain, guarded = (pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM") for _ in range(2))
     refuse_fused_kernels(guarded)
