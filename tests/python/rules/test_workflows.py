@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pissa.cli.main import COMMANDS
-
 if sys.version_info < (3, 11):
     pytest.skip("Python 3.10 cannot read TOML", allow_module_level=True)
 import tomllib
@@ -84,12 +82,3 @@ def test_wheels_are_built_with_what_the_build_requires() -> None:
     for package, version in re.findall(r"(nvidia-[\w-]+)~=([\d.]+)", cuda["before-build"]):
         short = package.removeprefix("nvidia-")
         assert re.search(rf"\b{short}\b.*~={re.escape(version)}'", makefile), package
-
-
-def test_forms_of_issues_are_read_and_ask_for_commands_that_exist() -> None:
-    forms = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
-    assert set(forms) == {"bug.yml", "config.yml", "question.yml"}
-    asked = [field["attributes"].get("label", "") for field in forms["bug.yml"]["body"]]
-    commands = re.findall(r"`pissa (\w+)`", " ".join(asked))
-    assert commands == ["env", "selftest"]
-    assert set(commands) <= COMMANDS.keys()
