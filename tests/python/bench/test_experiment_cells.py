@@ -1,9 +1,8 @@
-"""bench.experiments: digits, quantisation errors, truncated SVDs and first gradients; their cells and sections."""
+"""bench.experiments: quantisation errors, truncated SVDs and first gradients; their cells and sections."""
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -92,62 +91,6 @@ def drawn(section: Any) -> None:
         figure.savefig(io.BytesIO(), format="png")
 
 
-# ---- Digits ----------------------------------------------------------------------------------------------------------
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def mnist_folder(folder: Path, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """MNIST's four files with few and small digits; what is in them."""
-    generator = np.random.default_rng(seed)
-    found = {}
-    for name, count in (("train", 60), ("t10k", 30)):
-        images = generator.integers(0, 256, (count, 4, 5), dtype=np.uint8)
-        labels = generator.integers(0, 10, count, dtype=np.uint8)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels))
-        found[name] = (images, labels)
-    return found
-
-
-def test_mnist_is_split_by_digit_and_seen_in_the_components_of_the_odd_ones(tmp_path: Path) -> None:
-    from bench.experiments.experiment import Options
-    from bench.experiments.mnist import load
-
-    files = mnist_folder(tmp_path)
-    digits = load(Options(data=(("mnist", tmp_path),)))
-    images, labels = files["train"]
-    odd = images[labels % 2 == 1].reshape(-1, 20).astype(np.float64)
-    _, _, axes = np.linalg.svd(odd - odd.mean(0))
-    for found, (pixels, of), remainder in (
-        (digits.odd, files["train"], 1),
-        (digits.even, files["train"], 0),
-        (digits.held_out, files["t10k"], 0),
-    ):
-        chosen = of % 2 == remainder
-        assert found.classes.tolist() == [label // 2 for label in of[chosen].tolist()]
-        expected = (pixels[chosen].reshape(-1, 20) - odd.mean(0)) @ axes[:8].T
-        # float32 holds numbers up to 2^10 to 2^-14 and the axes have no sign.
-        np.testing.assert_allclose(np.abs(found.inputs.numpy()), np.abs(expected), atol=1e-4)
-
-
-def test_ranks_of_single_layers_keep_the_scaling_and_exact_is_an_svd(options: Any) -> None:
-    from bench.experiments.methods import METHODS, Setting
-
-    def wrapped(name: str, **fields: Any) -> Any:
-        model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 3))
-        return METHODS[name].wrap(model, Setting(4, 0, 1, None, ["0", "1"], rank_pattern={"1": 3}, **fields))
-
-    for name in ("lora", "pissa"):
-        layers = wrapped(name).get_base_model()
-        assert [layer.r["default"] for layer in layers] == [4, 3]
-        assert [layer.scaling["default"] for layer in layers] == [1, 1]
-    found = wrapped("pissa", svd_passes="exact").peft_config["default"]
-    assert (found.svd, wrapped("pissa", svd_passes=4).peft_config["default"].svd_passes) == ("exact", 4)
-
-
 # ---- Quantisation errors ---------------------------------------------------------------------------------------------
 
 
@@ -218,34 +161,6 @@ def test_torch_reads_the_weight_as_often_as_ours(options: Any, monkeypatch: pyte
         SvdCell("spikes", "torch", passes, 4).run(options)
         assert set(reads) == {passes}
         reads.clear()
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_losses_stand_beside_the_exact_ones(options: Any) -> None:
-    from bench.experiments.claims.fast_svd import FastSvd, sweep, trainings
-
-    known = measured(FastSvd(), options)
-    for r in (4, 64):
-        swept = sweep(r, options)
-        for cell in swept.wanted(known):
-            put(known, cell, {"after": {"loss": 0.6}, "losses": [0.7] * 80})
-        wanted = [c for c in FastSvd().wanted(known, options) if c.kind == "encoder" and c.r == r and c not in known]
-        assert {cell.rate for cell in wanted} == {swept.best(known)}
-        assert {(cell.svd_passes, cell.seed) for cell in wanted} == {
-            (passes, seed) for passes in (2, 4, 8, 16, "exact") for seed in (0, 1)
-        }
-        for cell in wanted:
-            above, slope = (0.1, 0.002) if cell.svd_passes == 2 else (0.0, 0.001)
-            loss = 0.5 + above + slope * cell.seed
-            put(known, cell, {"after": {"loss": loss}, "losses": [9.0] * 70 + [loss + 0.1] * 10})
-    section = FastSvd().section(known, options)
-    assert "Rank 64: the held-out loss differs from the exact decomposition's with 2 passes." in section.text
-    training, held_out = section.text.split("Held-out loss of the same")
-    assert row(training, "films", "2")[0] == "0.7010 ± 0.0014"
-    assert row(held_out, "films", "2")[1] == "**+0.1005 ± 0.0010**"  # of 0.1 and 0.101, seed by seed
-    assert row(held_out, "films", "4")[1] == "+0.0000 ± 0.0000"
-    assert len(trainings(4, 4, known, options)) == 2
-    drawn(section)
 
 
 # ---- First gradients -------------------------------------------------------------------------------------------------
