@@ -12,7 +12,6 @@ import pytest
 from peft import LoraConfig
 
 import pissa
-from pissa.config import _SUPPORTED
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/api/python.md").read_text()
@@ -38,10 +37,3 @@ def test_the_configuration_has_its_fields_and_defaults() -> None:
     inherited = {field.name for field in dataclasses.fields(LoraConfig)}
     own = {field.name: field.default for field in dataclasses.fields(pissa.PissaConfig) if field.name not in inherited}
     assert written == own | {"preset": None}
-
-
-def test_fields_of_lora_config_that_mean_the_same_are_named() -> None:
-    [text] = re.findall(r"mean the same here: (.*?)\. Any other", PAGE, re.DOTALL)
-    # What PEFT sets itself, and what is detected whatever is given.
-    inner = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "fan_in_fan_out"}
-    assert set(re.findall(r"`(\w+)`", text)) == _SUPPORTED - inner

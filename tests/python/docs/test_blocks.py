@@ -14,11 +14,15 @@ import torch
 
 import mixtures
 import pages
+from daily import each
 from pissa.cli import main
 from tiny_model import save_tiny_model, tiny_tokenizer
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the hub: a folder stands for it
 SHORT = ["--batch-size", "2", "--grad-accum", "1"]
+NIGHTLY = ("trainers", "troubleshooting", "large-checkpoints", "choices")
+"""Pages that take half of the time, in trainings and checkpoints that other tests have, too."""
+DAILY = [page for page in pages.PAGES if page.stem not in NIGHTLY]
 TEXT = "text"  # what a program prints, or what needs several processes, or files that only others have
 
 
@@ -56,7 +60,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("default")  # pages say what warns
-@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name_of)
+@pytest.mark.parametrize("page", each(pages.PAGES, DAILY), ids=pages.name_of)
 def test_every_block_runs(page: Path, here: Path) -> None:
     names: dict[str, Any] = {"name": "base"}
     for language, text in pages.blocks(page):
