@@ -18,9 +18,7 @@ from torch import Tensor
 
 import checkpoint_folders
 import pissa
-from language_models import Make
 from oracle import change_all
-from peft_adapters import train_on_residual
 from pissa import notices
 from pissa.checkpoints.merge import merge
 from pissa.integrations.exported import Exported
@@ -167,17 +165,6 @@ def test_names_of_layers_need_no_base(tmp_path: Path) -> None:
     (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     done = pissa.export(run, tmp_path / "out", "vllm")
     assert done.load.startswith("vllm serve BASE --enable-lora ")
-
-
-def test_loras_of_others(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    """PEFT's, trained on a residual: the change of the unmodified base."""
-    tiny_llama().save_pretrained(tmp_path / "base")
-    theirs = train_on_residual(tiny_llama, tokens, tmp_path / "theirs")
-    done = pissa.export(theirs.adapter, tmp_path / "out", "vllm", base=tmp_path / "base", initial=theirs.initial)
-    merge(theirs.adapter, tmp_path / "base", tmp_path / "merged", initial=theirs.initial)
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
-    for name, (scaling, a, b) in by_rules(tmp_path / "out", done, DENSE).items():
-        assert torch.allclose(before[f"{name}.weight"] + scaling * (b @ a), after[f"{name}.weight"], rtol=0, atol=1e-6)
 
 
 def test_a_residual_in_4_bits_is_missed(tmp_path: Path) -> None:

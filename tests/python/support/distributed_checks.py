@@ -55,7 +55,7 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name."""
     found: list[Callable[[Path], Any]] = [start_factors, combined, shares, failing, nan, ddp, fsdp2, suggested]
     found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
-    found += [accelerate_ddp, accelerate_fsdp2, files, merged_while_sharded]
+    found += [accelerate_fsdp2, files, merged_while_sharded]
     # Last what can end the process, where gradients of different parameters meet.
     return {check.__name__: partial(check, folder) for check in [*found, experts]}
 
@@ -299,27 +299,6 @@ def experts(folder: Path) -> dict[str, Any]:
         found["ddp, find_unused_parameters"] = train(unused, batch)
     found["fsdp2"] = train(shard(pissa.wrap(mixtral(), r=4, quant="nf4")), batch)
     return found | {"busy": sorted(busy)}
-
-
-def accelerate_ddp(folder: Path) -> dict[str, list[float]]:
-    """Losses by accelerate's loop."""
-    from accelerate import Accelerator
-
-    found = {}
-    for form in ("implicit", "nf4"):
-        accelerator = Accelerator(cpu=True)
-        model = pissa.wrap(llama(), r=4, **FORMS[form])
-        model, optimizer = accelerator.prepare(model, sgd(model))
-        assert isinstance(model, DistributedDataParallel)
-        losses = []
-        for _ in range(3):
-            loss = model(input_ids=share(tokens()), labels=share(tokens())).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
-        found[form] = losses
-    return found
 
 
 def accelerate_fsdp2(folder: Path) -> dict[str, list[float]]:

@@ -4,7 +4,6 @@
     torchrun --standalone --nproc-per-node=2 distributed_worker.py resumes FOLDER
     torchrun --standalone --nproc-per-node=2 distributed_worker.py sharded FOLDER
     torchrun --standalone --nproc-per-node=2 distributed_worker.py architectures FOLDER [NAME ...]
-    torchrun --standalone --nproc-per-node=2 distributed_worker.py dies FOLDER
 
 Starting a process costs seconds, so that one launch does all checks of `distributed_checks`, or of `sharded_checks`.
 """
@@ -12,8 +11,6 @@ Starting a process costs seconds, so that one launch does all checks of `distrib
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import traceback
 import warnings
@@ -214,30 +211,10 @@ def architectures(names: Sequence[str]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def train_and_die(folder: Path) -> None:
-    """Saves after every step; the last process is killed in the middle of the third."""
-    model = pissa.wrap(llama(), r=4)
-    parallel = DistributedDataParallel(model)
-    optimizer, batch = sgd(parallel), tokens()
-    for step in range(1, 50):
-        loss = parallel(input_ids=share(batch), labels=share(batch)).loss
-        if step == 3 and rank() == world_size() - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank() == 0:
-            model.save_pretrained(folder / "last")
-            (folder / "saved.json").write_text(json.dumps({"step": step, "bits": bits(model.state_dict())}))
-
-
 def main(mode: str, folder: Path, names: Sequence[str]) -> None:
     for message, category in QUIET:
         warnings.filterwarnings("ignore", message, category)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    if mode == "dies":
-        train_and_die(folder)
-        return
     if mode in ("checks", "resumes"):
         import distributed_checks
 

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,14 @@ TIMEOUT = 600.0
 """Seconds after which processes are taken to hang: many times what a launch needs."""
 
 
-def launch(
-    processes: int, worker: str, *arguments: str | Path, under: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Runs a file of this folder in so many processes, each with one thread; `under` a command that runs a command.
+def launch(processes: int, worker: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a file of this folder in so many processes, each with one thread.
 
     Raises:
         TimeoutError: they hang. They are killed, and the message has what they have written.
     """
     running = subprocess.Popen(
         [
-            *under,
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"),
             *(str(Path(__file__).with_name(worker)), *map(str, arguments)),

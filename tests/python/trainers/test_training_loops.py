@@ -1,9 +1,7 @@
-"""Training loops without a trainer: accelerate's, plain PyTorch's, under autocast, checkpointing and torch.compile."""
+"""Training loops without a trainer: plain PyTorch, under autocast, checkpointing and torch.compile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 import pissa
 from daily import each
 from language_models import Make, error, logits, train
-from pissa import PissaModel
 from trainers import FORMS, TERMS, assert_equal, compiles, forms, quiet, state, trainable, unchanged
 
 pytestmark = quiet
@@ -34,87 +31,6 @@ def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(input_ids=tokens, labels=tokens).loss.backward()
     return {name: model.get_parameter(name).grad.clone() for name in trainable(model)}
-
-
-# -- accelerate
-
-
-@pytest.fixture
-def accelerate_alone() -> Iterator[None]:
-    """accelerate keeps its settings in the process; those of other tests must not reach these, nor these theirs."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
-
-
-class Loop:
-    """accelerate's plain loop, as its documentation has it: prepare, accumulate, backward."""
-
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator(cpu=True, **settings)
-        optimizer = optimizer_of(model)
-        loader = torch.utils.data.DataLoader(batches(), batch_size=4)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
-        self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
-            model, optimizer, loader, schedule
-        )
-        self.losses: list[float] = []
-
-    def epoch(self) -> None:
-        self.model.train()
-        for ids in self.loader:
-            with self.accelerator.accumulate(self.model):
-                loss = self.model(input_ids=ids, labels=ids).loss
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.schedule.step()
-                self.optimizer.zero_grad()
-            self.losses.append(loss.item())
-
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "gradients accumulated": {"gradient_accumulation_steps": 2},
-    "bfloat16": {"mixed_precision": "bf16"},
-}
-
-
-@pytest.mark.usefixtures("accelerate_alone")
-@forms
-@pytest.mark.parametrize("setting", each(SETTINGS, ["gradients accumulated"]))
-def test_accelerate(form: str, setting: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    whole, resumed = (Loop(pissa.wrap(tiny_llama(), r=4, **FORMS[form]), **SETTINGS[setting]) for _ in range(2))
-    with unchanged(whole.model):
-        whole.epoch()
-        whole.accelerator.save_state(str(tmp_path / "state"))
-        whole.epoch()
-    assert whole.losses[-1] < whole.losses[0]
-    resumed.accelerator.load_state(str(tmp_path / "state"))
-    resumed.epoch()
-    assert resumed.losses == whole.losses[4:]
-    assert_equal(state(resumed.model), state(whole.model))
-
-    model = whole.accelerator.unwrap_model(whole.model, keep_fp32_wrapper=False)
-    model.save_pretrained(
-        tmp_path / "adapter",
-        is_main_process=whole.accelerator.is_main_process,
-        save_function=whole.accelerator.save,
-        state_dict=whole.accelerator.get_state_dict(whole.model),
-    )
-    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
-    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
-
-
-# -- plain PyTorch
 
 
 @forms

@@ -146,20 +146,6 @@ def test_the_engine_gets_the_trained_function(case: str, server: Callable[[nn.Mo
     assert torch.equal(logits(model, ids), trained)
 
 
-@pytest.mark.parametrize("kind", mixtures.KINDS)
-def test_merged_parameters_have_the_names_of_the_model(kind: str) -> None:
-    """Those that are not LoRA's, as TRL tells them."""
-    base = mixtures.make(kind)
-    expected = [name for name, _ in base.named_parameters()]
-    model = pissa.wrap(base, r=2)
-    apart = [name for name, _ in model.named_parameters()]
-    model.merge_adapter()
-    names = [name.removeprefix("base_model.model.") for name, _ in model.named_parameters()]
-    assert sorted(name.replace(".base_layer", "") for name in names if "lora_" not in name) == sorted(expected)
-    model.unmerge_adapter()
-    assert [name for name, _ in model.named_parameters()] == apart
-
-
 def test_rewards_are_of_what_is_trained(server: Callable[[nn.Module], Engine], tmp_path: Path) -> None:
     """In each step the engine gives the tokens that it samples the probabilities that the trainer gives them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
