@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from bench.experiments.experiment import Cell, Options, Result
-from bench.experiments.methods import METHODS, MoveRanks, Setting
+from bench.experiments.methods import METHODS, MoveRanks, Setting, warm
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.sources import find_package
 
@@ -107,6 +107,7 @@ class Data:
 
 @cache
 def load(task: str, options: Options) -> Data:
+    warm()
     return Data(task, options)
 
 

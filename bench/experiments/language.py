@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.language_tasks import LanguageTask, load_task
-from bench.experiments.methods import METHODS, Method, MoveRanks, Setting
+from bench.experiments.methods import METHODS, Method, MoveRanks, Setting, warm
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.encode import IGNORED
 
@@ -85,6 +85,7 @@ class LanguageCell(Cell):
 
 @cache
 def task_of(name: str, options: Options) -> LanguageTask:
+    warm()
     return load_task(name, options)
 
 

@@ -7,6 +7,7 @@ bitsandbytes 0.50 has no gradient in evaluation mode and an error of 14 % in the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import pissa
 from pissa import PissaConfig
@@ -51,6 +52,15 @@ class Method(NamedTuple):
     """Whether all weights are trained: in float32, with bfloat16 products."""
     moves_ranks: bool = False
     """Whether ranks move between layers while it trains."""
+
+
+@cache
+def warm() -> None:
+    """Adapts a tiny model, for which transformers and PEFT prepare what every later one finds: a second of patterns to
+    compile, in the process of which each cell is a fork."""
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+    METHODS["lora"].wrap(model, Setting(1, 0, 1, "CAUSAL_LM"))
 
 
 class MoveRanks(TrainerCallback):
