@@ -24,23 +24,19 @@ PROGRAMS = {
     "ninja": "",
     "cmake": """
         case "$*" in
-          *"--target _C"*) [ "$FAILS" != compile ] || { echo "gemm.cc:95:3: error: no blas"; exit 1; } ;;
           *"--target cuda_test"*) mkdir -p "$2/tests/cpp" && touch "$2/tests/cpp/cuda_test" ;;
         esac""",
     "ctest": '[ "$FAILS" != svd ] || { echo "2/4 Test #2: cuda_test_1 ....***Failed"; exit 8; }',
     "compute-sanitizer": """
         echo "[ RUN      ] Test.Case"
-        case "$*" in */GramTest.*) [ "$FAILS" != gram ] || { echo "ERROR SUMMARY: 3 errors"; exit 99; } ;; esac
+        case "$*" in */GramTest.*) [ "$FAILS" != svd ] || { echo "ERROR SUMMARY: 3 errors"; exit 99; } ;; esac
         echo "ERROR SUMMARY: 0 errors" """,
     "python": """
         case "$*" in
-          *import*peft*) [ "$FAILS" != peft ] ;;
           *bench.gpu.table*) echo "a table" ;;
           *bench.gpu.measure*)
             while [ "$1" != --log ]; do shift; done
-            echo "{}" >>"$2"
-            [ "$FAILS" != broken ] || [ "$(wc -l <"$2")" -gt 2 ] || exit 3
-            [ "$FAILS" != slow ] || { echo "no time for 2 rows, from this"; exit 75; } ;;
+            echo "{}" >>"$2" ;;
           *pytest*) echo "3 passed in 1 s" ;;
         esac""",
 }
@@ -97,7 +93,8 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_every_part_runs_and_a_second_call_goes_on(machine: Machine) -> None:
     summary = machine.run(status=1, fails="svd")
-    assert summary[0] == "FAILED: correctness, cpp-tests (2/4 Test #2: cuda_test_1 ....***Failed)"
+    assert summary[0].startswith("FAILED: correctness, cpp-tests (2/4 Test #2: cuda_test_1 ....***Failed)")
+    assert "sanitizer, memcheck (error: memcheck Gram: ERROR SUMMARY: 3 errors, status 99" in summary[0]
     ends = [line.partition(",")[0] for line in summary if re.match(r"[a-z0-9]+, [a-z0-9-]+: ", line)]
     assert list(dict.fromkeys(ends)) == [
         *("build", "correctness", "start", "linear", "nf4", "decode", "models", "sanitizer", "profile")
@@ -112,35 +109,10 @@ def test_every_part_runs_and_a_second_call_goes_on(machine: Machine) -> None:
     assert [call for call in calls if call.endswith("--target cuda_test")]
 
     assert machine.run(status=0)[0] == "nothing failed"
-    assert [call.split()[0] for call in machine.asked("^c|measure")] == ["cmake", "ctest"]  # the first for its version
+    assert [call.split()[0] for call in machine.asked("^c[mt]|measure")] == ["cmake", "ctest"]  # its version
     assert machine.run("nf4", "--rows", "M = 1", status=0)[0] == "nothing failed"
     (measured,) = machine.asked("measure|cmake -S|--target")
     assert measured.endswith("--again --seconds 40 --rows=M = 1")
-
-
-def test_what_a_part_needs_and_lacks(machine: Machine) -> None:
-    assert machine.run("nf4", status=1, fails="compile")[0] == (
-        "FAILED: build, compile (gemm.cc:95:3: error: no blas); not run: build, module;nf4, nf4"
-    )
-    assert machine.run("nf4", status=0)[0] == "nothing failed"
-    machine.asked("")
-    summary = machine.run("correctness", "linear", status=1, fails="slow")
-    assert summary[0] == "nothing failed; not run: linear, linear"
-    assert machine.asked("--target cuda_test")
-    assert machine.run("start", "--seconds", "5", status=1)[0].endswith("not run: start, start;linear, linear")
-
-
-def test_left_out_broken_and_found_by_the_sanitizer(machine: Machine) -> None:
-    summary = machine.run("correctness", status=0, fails="peft")
-    assert summary[0] == "nothing failed; left out: pytest -m gpu: no pytest, peft, transformers, xxhash"
-    assert "ops_svd: 3 passed in 1 s" in summary
-    assert not any(line.startswith("layer:") for line in summary)
-    assert machine.run("decode", status=0, fails="broken")[0].startswith("nothing failed")
-    assert len(machine.asked("bench.gpu.measure")) == 3  # the first two processes have left a GPU that computes nothing
-    summary = machine.run("sanitizer", status=1, fails="gram")
-    assert summary[0].startswith(
-        "FAILED: sanitizer, memcheck (error: memcheck Gram: ERROR SUMMARY: 3 errors, status 99"
-    )
 
 
 def test_the_tests_that_it_names_exist() -> None:

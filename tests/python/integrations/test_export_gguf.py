@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def test_loras_of_others(tiny_llama: Any, tokens: Tensor, tmp_path: Path) -> Non
     """PEFT's, trained on a residual: the change of the unmodified base."""
     tiny_llama().save_pretrained(tmp_path / "base")
     theirs = train_on_residual(tiny_llama, tokens, tmp_path / "theirs")
+    config = theirs.adapter / "adapter_config.json"  # which is not to name the residual, where the initial one is found
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     done = pissa.export(theirs.adapter, tmp_path / "a.gguf", "gguf", base=tmp_path / "base", initial=theirs.initial)
     assert done.what == "an adapter on a residual, and its initial adapter"
     pissa.convert(theirs.adapter, tmp_path / "lora", initial=theirs.initial)
