@@ -54,7 +54,7 @@ def test_processes_start_together_with_the_bits_of_one(some: Found) -> None:
         expected = started()
     finally:
         torch.set_num_threads(threads)
-    for found in some["start_factors"]:
+    for found in some["started"]:
         assert found == expected
 
 

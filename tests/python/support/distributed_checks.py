@@ -53,11 +53,11 @@ def message(call: Callable[[], Any]) -> list[str]:
 
 def checks(folder: Path) -> dict[str, Callable[[], Any]]:
     """By name."""
-    found: list[Callable[[Path], Any]] = [start_factors, combined, shares, failing, nan, ddp, fsdp2, suggested]
+    found: list[Callable[[Path], Any]] = [combined, shares, failing, nan, ddp, fsdp2, suggested]
     found += [other_models, sharded_weights, mixed_precision, parts_sharded_alone, fsdp1]
     found += [accelerate_fsdp2, files, merged_while_sharded]
     # Last what can end the process, where gradients of different parameters meet.
-    return {check.__name__: partial(check, folder) for check in [*found, experts]}
+    return {"started": started} | {check.__name__: partial(check, folder) for check in [*found, experts]}
 
 
 def resumes(folder: Path) -> dict[str, Callable[[], Any]]:
@@ -73,13 +73,8 @@ def forms() -> dict[str, dict[str, Any]]:
 # ---- Starts ----------------------------------------------------------------------------------------------------------
 
 
-def start_factors(folder: Path) -> dict[str, str]:
-    """The bits of every model that is wrapped together."""
-    return started()
-
-
 def started() -> dict[str, str]:
-    """The same, of the models that this process wraps, alone or not."""
+    """The bits of every model that this process wraps, alone or with others."""
     found = {form: bits(pissa.wrap(llama(), r=4, **fields).state_dict()) for form, fields in FORMS.items()}
     found["experts"] = bits(pissa.wrap(mixtral(), r=4).state_dict())
     for repair, iters in (("pissa", 2), ("loftq", 1)):

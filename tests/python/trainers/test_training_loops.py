@@ -16,16 +16,6 @@ from trainers import FORMS, TERMS, assert_equal, compiles, forms, quiet, state, 
 pytestmark = quiet
 
 
-def batches() -> Tensor:
-    """Token ids [16, 9]."""
-    return torch.randint(0, 97, (16, 9), generator=torch.Generator().manual_seed(2))
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-
-
 def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """Of the loss on a batch, for what is trained."""
     model.zero_grad()
@@ -36,14 +26,15 @@ def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 @forms
 def test_autocast(form: str, tiny_llama: Make) -> None:
     """bfloat16 products, float32 parameters and gradients; and it still starts at the base."""
-    ids = batches()
+    ids = torch.randint(0, 97, (16, 9), generator=torch.Generator().manual_seed(2))
 
     @torch.autocast("cpu", dtype=torch.bfloat16)
     def loss_of(model: nn.Module) -> Tensor:
         return model(input_ids=ids, labels=ids).loss
 
     model = pissa.wrap(tiny_llama(), r=4, **FORMS[form]).train()
-    optimizer = optimizer_of(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     losses = []
     with unchanged(model):
         for _ in range(4):
