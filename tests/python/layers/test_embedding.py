@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import pissa
 from devices import fetch, put
 from one_layer import (
-    OneLayer,
     adapted,
     assert_comes_back,
     assert_function_and_gradients,
@@ -62,20 +60,26 @@ def test_step_0_is_the_base_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     assert isinstance(adapted(model), PissaEmbedding)
     with torch.no_grad():
         assert torch.equal(model(x), make(dtype)(x))
-        with model.disable_adapter():
-            assert torch.equal(model(x), make(dtype)(x))
 
 
 @kinds
-def test_function_and_gradients(kind: str) -> None:
-    make, apply = KINDS[kind]
-    model, x = wrap(make(), r=R, lora_alpha=3), ids()
-    base = fetch(adapted(model).base_layer.weight.detach()).double().T
+def test_function_gradients_files_and_merging(kind: str, tmp_path: Path) -> None:
+    (make, apply), x = KINDS[kind], ids()
+    model = wrap(make(), r=R, lora_alpha=3)
+    base = fetch(make().weight.detach()).double().T
     # A token's column of dA collects from all its places and features, the columns of dB from all places.
     assert_function_and_gradients(model, x, base, None, apply, terms=x.numel() + DIM)
+    plain = assert_comes_back(model, make, x, tmp_path)
+    with torch.no_grad():
+        assert_output(plain(x), adapted(model), x, base, None, apply, terms=1, what="plain PEFT")
+    merged = assert_merges(model, base)
+    assert type(merged) is type(make())
+    assert merged.weight.is_contiguous()
+    expected = apply(fetch(x), fetch(merged.weight.detach()).double().T)
+    assert_close(merged(x).detach(), expected, 0 * base[0, 0], "merged")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_bfloat16_rounds_the_change_once(kind: str) -> None:
     make, apply = KINDS[kind]
     model, x = wrap(make(torch.bfloat16), r=R), ids()
@@ -90,33 +94,6 @@ def test_bfloat16_rounds_the_change_once(kind: str) -> None:
         assert_close(model(x), expected, 3 * EPS[torch.bfloat16] * magnitude, "bfloat16")
 
 
-@kinds
-def test_merge_unmerge_and_unload(kind: str) -> None:
-    make, apply = KINDS[kind]
-    model, x = wrap(make(), r=R, lora_alpha=3), ids()
-    base = fetch(make().weight.detach()).double().T
-    merged = assert_merges(model, base)
-    assert type(merged) is type(make())
-    assert merged.weight.is_contiguous()
-    assert_close(
-        merged(x).detach(), apply(fetch(x), fetch(merged.weight.detach()).double().T), 0 * base[0, 0], "merged"
-    )
-
-    kept = make()
-    unloaded = wrap(kept, r=R).unload().proj
-    assert unloaded is kept
-
-
-@kinds
-def test_a_saved_adapter_comes_back_and_plain_peft_computes_it(kind: str, tmp_path: Path) -> None:
-    (make, apply), x = KINDS[kind], ids()
-    model = wrap(make(), r=R, lora_alpha=3)
-    plain = assert_comes_back(model, make, x, tmp_path)
-    with torch.no_grad():
-        base = fetch(make().weight).double().T
-        assert_output(plain(x), adapted(model), x, base, None, apply, terms=1, what="plain PEFT")
-
-
 def test_the_row_of_the_padding_token_collects_no_gradient() -> None:
     """torch trains no row of padding_idx; an adapter that did would move what the base keeps at zero."""
     model, x = wrap(table(padding_idx=2), r=R), ids()
@@ -128,15 +105,3 @@ def test_the_row_of_the_padding_token_collects_no_gradient() -> None:
     assert not gradient[:, 2].any()
     seen = [token for token in x.unique().tolist() if token != 2]
     assert gradient[:, seen].abs().amax(0).min() > 0
-
-
-def test_rank_is_limited_by_the_table() -> None:
-    with pytest.raises(ValueError, match=r"rank 21 is too large for layer proj: its weight is 20 x 29, so at most 20"):
-        wrap(table(), r=DIM + 1)
-
-
-def test_a_table_that_changes_itself_is_refused() -> None:
-    base = OneLayer(table(max_norm=1.0))
-    with pytest.raises(TypeError, match=r"proj is an Embedding with max_norm=1.0, which changes its own weight; leave"):
-        pissa.wrap(base, r=R, target_modules=["proj"])
-    assert type(base.proj) is nn.Embedding

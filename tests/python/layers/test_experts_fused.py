@@ -14,9 +14,8 @@ from torch import Tensor
 
 import pissa
 from daily import each
-from devices import fetch
 from language_models import FORMS, error, logits, train
-from mixtures import EXPERTS, KINDS, ROUTED, TRANSPOSED, R, expert_layers, fused_parameters, make
+from mixtures import KINDS, ROUTED, R, make
 from oracle import change_a_little, change_all
 from pissa import notices
 from pissa.layers.layer import pissa_layers
@@ -85,30 +84,6 @@ def test_unloading_gives_the_fused_weights_back(kind: str, form: str, tokens: Te
         assert torch.equal(logits(unloaded, tokens), output)
     assert error(logits(unloaded, tokens), stored) < 100 * EPS[torch.float32]
     assert pissa_layers(pissa.wrap(unloaded, r=R).base_model.model, "default")
-
-
-@kinds
-def test_merging_gives_fused_weights_with_the_change(kind: str, tokens: Tensor) -> None:
-    base = make(kind)
-    stacked = {name: fetch(value.detach()).double() for name, value in fused_parameters(base).items()}
-    model = pissa.wrap(base, r=R, lora_alpha=3)
-    change_all(model)
-    trained = logits(model, tokens)
-    delta = {name: fetch(layer.get_delta_weight("default")).double() for name, layer in expert_layers(model).items()}
-    model.merge_adapter()
-    assert error(logits(model, tokens), trained) < 100 * EPS[torch.float32]
-    model.unmerge_adapter()
-    assert torch.equal(logits(model, tokens), trained)
-    merged = model.merge_and_unload()
-    for name, weights in fused_parameters(merged).items():
-        path, _, leaf = name.rpartition(".")
-        expected = stacked[name]
-        if weights.dim() == 3:
-            changes = torch.stack([delta[f"{path}.{index}.{leaf}"] for index in range(EXPERTS)])
-            expected = expected + (changes.mT if kind in TRANSPOSED else changes)
-        assert error(fetch(weights.detach()), expected) < 4 * EPS[torch.float32]
-        assert weights.is_contiguous()
-    assert error(logits(merged, tokens), trained) < 100 * EPS[torch.float32]
 
 
 def test_biases_are_trained_as_in_plain_peft(tokens: Tensor, tmp_path: Path) -> None:

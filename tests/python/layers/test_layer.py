@@ -91,27 +91,6 @@ def test_function_and_gradients_are_the_papers(form: str, fields: dict[str, obje
 
 
 @forms
-def test_one_step_of_adamw_is_the_papers_step(form: str) -> None:
-    """Training dA, dB and training A, B themselves give the same A, B."""
-    model = wrapped(form)
-    layer, x = model.base_model.model.proj, inputs(6)
-    start, target = layer.start_of("default"), put(torch.ones(6, OUT))
-    a, b = start.a0.clone().requires_grad_(), start.b0.clone().requires_grad_()
-    rest = put(base64(layer).float()) - start.b0 @ start.a0
-    ours = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0)
-    papers = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0)
-    for _ in range(3):
-        ours.zero_grad()
-        (model(x) - target).square().sum().backward()
-        ours.step()
-        papers.zero_grad()
-        (x @ (rest + b @ a).T + layer.bias - target).square().sum().backward()
-        papers.step()
-    assert error(start.a0 + layer.lora_A["default"].weight, a) < 1e-4
-    assert error(layer.lora_A["default"].weight, a - start.a0) < 1e-3
-
-
-@forms
 @pytest.mark.parametrize("second", [{"r": R, "lora_alpha": 3}, {"r": 2}, {"r": R, "lora_alpha": 9}])
 def test_active_adapters_add_up(form: str, second: dict[str, int]) -> None:
     model, x = wrapped(form, lora_alpha=3), inputs(5)
@@ -225,8 +204,12 @@ def test_merge_rounds_once_and_unmerge_is_exact(form: str) -> None:
     assert layer.base_layer.weight.dtype == torch.bfloat16
     exact = fetch(layer.base_layer.weight) == expected.to(torch.bfloat16)
     assert exact.float().mean() > 0.99  # all but ties that float32 decides the other way
-    with torch.no_grad(), model.disable_adapter():
-        assert torch.equal(model(x), base)
+    with torch.no_grad():
+        merged = model(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), merged)  # which it is still
+    assert not torch.equal(merged, base)
     model.unmerge_adapter()
     assert layer.base_layer is before
     assert all(torch.equal(tensor, state[name]) for name, tensor in before.state_dict().items())
@@ -258,14 +241,6 @@ def test_safe_merge_changes_nothing_when_it_fails() -> None:
         model.merge_adapter(safe_merge=True)
     assert layer.base_layer is before
     assert not layer.merged
-
-
-@forms
-def test_delta_weight(form: str) -> None:
-    model = wrapped(form)
-    layer = model.base_model.model.proj
-    change_a_little(layer, size=1e-3)
-    assert error(layer.get_delta_weight("default"), change64(layer, *deltas64(layer))) < R * EPS * 8
 
 
 @forms
@@ -379,15 +354,3 @@ def test_int8_holds_eight_bits_and_a_scale_for_each_row() -> None:
     assert (linear.form, linear.numel) == (pissa.PissaConfig(quant="int8").form, IN * OUT)
     assert linear.extra_repr().endswith("bias=True, form=int8")
     assert error(layer.base.matrix(), Toy().proj.weight) < 0.01
-
-
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_base_keeps_trained_parameters_in_float32(adapter_dtype: torch.dtype) -> None:
-    model = wrapped(dtype=torch.bfloat16, autocast_adapter_dtype=adapter_dtype == torch.float32)
-    layer, x = model.base_model.model.proj, inputs(3, dtype=torch.bfloat16)
-    assert layer.lora_A["default"].weight.dtype == adapter_dtype
-    assert layer.start_of("default").a0.dtype == torch.float32
-    y = model(x)
-    y.sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert layer.lora_B["default"].weight.grad.dtype == adapter_dtype

@@ -15,6 +15,7 @@ from torch import nn
 import architecture_checks as checks
 import pissa
 from architectures import ARCHITECTURES, Architecture
+from daily import each
 from oracle import change_all
 from pissa.layers.layer import pissa_layers
 
@@ -50,7 +51,9 @@ pytestmark = [
     # PEFT heeds patterns of parameters, but looks for them among modules only before it says this.
     pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
-options = pytest.mark.parametrize("option", OPTIONS)
+DAILY = ("rank_pattern and alpha_pattern of experts", "use_rslora", "modules_to_save", "bias of adapted layers")
+DAILY += ("tied head", "tied, both")
+"""The others are told from these by their targets, sizes and scalings alone, or by what is trained: tests below."""
 
 
 def architecture(option: str) -> Architecture:
@@ -64,7 +67,7 @@ def adapted(option: str, **fields: Any) -> tuple[pissa.PissaModel, dict[str, pis
     return model, pissa_layers(model.base_model.model, ADAPTER)
 
 
-@options
+@pytest.mark.parametrize("option", each(OPTIONS, DAILY))
 def test_its_life(option: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
     life = checks.Life(architecture(option), {"svd": "exact"}, tmp_path)
     for check in checks.LIFE[:-1]:  # trained biases are the base's own, and stay
@@ -74,28 +77,20 @@ def test_its_life(option: str, tmp_path: Path, subtests: pytest.Subtests) -> Non
     checks.assert_as_accurate(plain, life.plain.logits, life.exact.logits, "logits in plain PEFT")
 
 
-def test_rank_pattern() -> None:
-    _, layers = adapted("rank_pattern")
-    ranks = {name: layer.lora_A[ADAPTER].weight.shape[0] for name, layer in layers.items()}
-    assert len(ranks) == 14
-    for name, rank in ranks.items():
-        expected = 7 if name.endswith("q_proj") else 2 if name == "model.layers.1.mlp.up_proj" else 4
-        assert rank == expected, name
-        assert layers[name].start_of(ADAPTER).a0.shape[0] == rank
-        assert layers[name].scaling[ADAPTER] == 1.0, "lora_alpha follows the rank"
-
-
-def test_alpha_pattern() -> None:
-    _, layers = adapted("alpha_pattern")
-    assert {name.rpartition(".")[2]: layer.scaling[ADAPTER] for name, layer in layers.items()} == {
-        **dict.fromkeys(["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 6 / 4),
-        "k_proj": 3 / 4,
-    }
-
-
-def test_use_rslora() -> None:
-    _, layers = adapted("use_rslora")
-    assert {layer.scaling[ADAPTER] for layer in layers.values()} == {6 / math.sqrt(4), 6 / math.sqrt(7)}
+def test_ranks_and_scalings() -> None:
+    """The rank in the parameters and in the start; lora_alpha follows it unless given."""
+    root = math.sqrt
+    for option, others, particular in (
+        ("rank_pattern", (4, 1.0), {"q_proj": (7, 1.0), "model.layers.1.mlp.up_proj": (2, 1.0)}),
+        ("alpha_pattern", (4, 6 / 4), {"k_proj": (4, 3 / 4)}),
+        ("use_rslora", (4, 6 / root(4)), {"q_proj": (7, 6 / root(7))}),
+    ):
+        _, layers = adapted(option)
+        assert len(layers) == 14
+        for name, layer in layers.items():
+            rank, scaling = next((found for end, found in particular.items() if name.endswith(end)), others)
+            assert len(layer.lora_A[ADAPTER].weight) == len(layer.start_of(ADAPTER).a0) == rank, name
+            assert layer.scaling[ADAPTER] == scaling, name
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import devices
 import pissa
-from daily import each
-from language_models import FORMS, Make, assert_same, error, logits, snapshot, train
+from language_models import FORMS, Make, error, logits, train
 from pissa import PissaModel, ops
 from pissa.layers.dora import Magnitude
 from pissa.layers.layer import pissa_layers
@@ -110,30 +109,6 @@ def test_output_and_gradients_are_those_of_the_definition(variant: str, form: st
             assert error(devices.fetch(owner.grad), tensors[name].grad) < bound, name
 
 
-@pytest.mark.parametrize("form", each([form for form in BASES if form != "implicit"], ["nf4"]))
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_starts_as_the_base_learns_and_is_restored_to_the_bit(
-    variant: str, form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
-) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, task_type="CAUSAL_LM", **VARIANTS[variant], **BASES[form])
-    start = logits(model, tokens)
-    with model.disable_adapter():
-        base = logits(model, tokens)
-    assert error(start, base) < 1e-5  # one product with the residual, and two: the same sums in another order
-    model.train()
-    losses = train(model, tokens)
-    model.eval()
-    assert losses[-1] < losses[0]
-    trained = logits(model, tokens)
-    model.save_pretrained(tmp_path)
-
-    again = PissaModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True).eval()
-    assert torch.equal(logits(again, tokens), trained)
-    assert train(again, tokens) == train(model, tokens)
-    with again.disable_adapter():
-        assert torch.equal(logits(again, tokens), base)
-
-
 def test_two_adapters_with_magnitudes_add_their_own_changes(tmp_path: Path) -> None:
     model, twin = one_layer({"use_dora": True})
     model.add_adapter("other", pissa.PissaConfig(r=2, target_modules=["0"], use_dora=True))
@@ -168,14 +143,6 @@ def test_lengths_of_rows_without_the_dense_change(rows: int, columns: int, r: in
     for i in range(1, rows):
         square = (magnitude.weight[i].double() / got[i].double()).square()
         assert abs(square - lengths[i].square()) <= 8 * (columns + 2 * r) * EPS[torch.float32] * terms[i]
-
-
-def test_dora_is_refused_where_it_has_no_meaning(tiny_llama: Make) -> None:
-    model = tiny_llama()
-    before = snapshot(model)
-    with pytest.raises(TypeError, match=r"model\.embed_tokens is a Embedding, and use_dora is for linear layers"):
-        pissa.wrap(model, r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True)
-    assert_same(model, before)
 
 
 # ---- AdaLoRA ---------------------------------------------------------------------------------------------------------
@@ -312,15 +279,26 @@ def test_loftq_starts_from_what_four_bits_lose() -> None:
     assert error(now.norm(), s[4:].norm()) < 1e-4
 
 
-@pytest.mark.parametrize("init", ["pissa_medium", "pissa_minor", "lora", "olora", "loftq"])
-def test_every_start_on_four_bits_is_the_base_and_is_restored(
-    init: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+INITS = ("pissa_medium", "pissa_minor", "lora", "olora", "loftq")
+ON_FOUR_BITS: dict[str, dict[str, object]] = {**VARIANTS, **{init: {"init": init} for init in INITS}}
+
+
+@pytest.mark.parametrize("variant", ON_FOUR_BITS)
+def test_every_variant_on_four_bits_starts_as_the_base_learns_and_is_restored(
+    variant: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, init=init, quant="nf4")
+    model = pissa.wrap(
+        tiny_llama(num_hidden_layers=1), r=4, task_type="CAUSAL_LM", quant="nf4", **ON_FOUR_BITS[variant]
+    )
     with model.disable_adapter():
         base = logits(model, tokens)
-    assert error(logits(model, tokens), base) < 1e-5
-    train(model, tokens)
+    assert error(logits(model, tokens), base) < 1e-5  # one product with the residual, and two
+    losses = train(model.train(), tokens)
+    assert losses[-1] < losses[0]
+    trained = logits(model.eval(), tokens)
     model.save_pretrained(tmp_path)
-    again = PissaModel.from_pretrained(tiny_llama(), tmp_path)
-    assert torch.equal(logits(again, tokens), logits(model.eval(), tokens))
+    again = PissaModel.from_pretrained(tiny_llama(num_hidden_layers=1), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(again, tokens), trained)
+    assert train(again, tokens) == train(model, tokens)
+    with again.disable_adapter():
+        assert torch.equal(logits(again, tokens), base)

@@ -64,9 +64,14 @@ def one(module: Callable[[], nn.Module], message: str, **fields: Any) -> Refused
 
 
 REFUSED: dict[str, Refused] = {
-    "grouped convolution": one(lambda: nn.Conv2d(8, 8, 3, groups=2), "it is a Conv2d with groups=2"),
+    "grouped convolution": one(
+        lambda: nn.Conv2d(8, 8, 3, groups=2),
+        "it is a Conv2d with groups=2, whose weight is not one matrix; leave it out",
+    ),
     "depthwise convolution": one(lambda: nn.Conv1d(8, 8, 3, groups=8), "it is a Conv1d with groups=8"),
-    "transposed convolution": one(lambda: nn.ConvTranspose2d(8, 8, 3), "it is a .*ConvTranspose2d"),
+    "transposed convolution": one(
+        lambda: nn.ConvTranspose2d(8, 8, 3), "it is a .*ConvTranspose2d; PiSSA adapts nn.Linear"
+    ),
     "LSTM": one(lambda: nn.LSTM(8, 8), "it is a .*LSTM"),
     "GRU": one(lambda: nn.GRU(8, 8), "it is a .*GRU"),
     "RNN": one(lambda: nn.RNN(8, 8), "it is a .*RNN"),
@@ -84,7 +89,10 @@ REFUSED: dict[str, Refused] = {
     ),
     "Bilinear": one(lambda: nn.Bilinear(8, 8, 8), "it is a .*Bilinear"),
     "EmbeddingBag": one(lambda: nn.EmbeddingBag(8, 8), "it is a .*EmbeddingBag"),
-    "embedding with max_norm": one(lambda: nn.Embedding(8, 8, max_norm=1.0), "it is an Embedding with max_norm=1.0"),
+    "embedding with max_norm": one(
+        lambda: nn.Embedding(8, 8, max_norm=1.0),
+        "it is an Embedding with max_norm=1.0, which changes its own weight; leave",
+    ),
     "norm": one(lambda: nn.LayerNorm(8), "it is a .*LayerNorm"),
     "no weight": one(nn.Identity, "it is a .*Identity"),
     "container": one(lambda: nn.Sequential(nn.Linear(8, 8)), "it is a .*Sequential"),
