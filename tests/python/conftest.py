@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
@@ -90,6 +91,12 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
         return devices.put(model.to(dtype)).eval()
 
     return make
+
+
+@pytest.fixture
+def small_llama(tiny_llama: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """The same of one layer, which takes half the time."""
+    return partial(tiny_llama, num_hidden_layers=1)
 
 
 @pytest.fixture

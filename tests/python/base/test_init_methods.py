@@ -29,10 +29,10 @@ def test_the_configuration_offers_the_registry() -> None:
 
 @pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
-def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> None:
+def test_starts_of_loftq_from_other_block_sizes_are_two(small_llama: Make) -> None:
     """On a tied weight, which stays dense beside any form."""
     fields = {"r": 4, "quant": "nf4", "init": "loftq", "target_modules": ["lm_head"]}
-    model = pissa.wrap(tiny_llama(tie_word_embeddings=True), blocksize=64, **fields)
+    model = pissa.wrap(small_llama(tie_word_embeddings=True), blocksize=64, **fields)
     model.add_adapter("same", PissaConfig(blocksize=64, **fields))
     model.add_adapter("other", PissaConfig(blocksize=128, **fields))
     head = pissa_layers(model.base_model.model)["lm_head"]
@@ -40,10 +40,10 @@ def test_starts_of_loftq_from_other_block_sizes_are_two(tiny_llama: Make) -> Non
     assert not torch.equal(head.start_of("other").b0, head.start_of("default").b0)
 
 
-def test_alternations_are_no_part_of_an_orthonormal_start(tiny_llama: Make) -> None:
+def test_alternations_are_no_part_of_an_orthonormal_start(small_llama: Make) -> None:
     """They are the residual's, of which it is not a part."""
     fields = {"r": 4, "target_modules": ["q_proj"]}
-    model = pissa.wrap(tiny_llama(), quant="nf4", quant_iters=2, start_norm="unit", **fields)
+    model = pissa.wrap(small_llama(), quant="nf4", quant_iters=2, start_norm="unit", **fields)
     model.add_adapter("plain", PissaConfig(start_norm="unit", **fields))
     model.add_adapter("singular", PissaConfig(quant="nf4", quant_iters=2, **fields))
     layer = pissa_layers(model.base_model.model)[Q]
@@ -53,10 +53,10 @@ def test_alternations_are_no_part_of_an_orthonormal_start(tiny_llama: Make) -> N
     assert layer.base.start.rank_taken == 4
 
 
-def test_alternations_are_part_of_a_start(tiny_llama: Make) -> None:
+def test_alternations_are_part_of_a_start(small_llama: Make) -> None:
     """They are a residual's: another adapter shares what they have found, or starts in the base function."""
     fields = {"r": 4, "target_modules": ["q_proj"]}
-    model = pissa.wrap(tiny_llama(), quant="nf4", quant_iters=2, **fields)
+    model = pissa.wrap(small_llama(), quant="nf4", quant_iters=2, **fields)
     model.add_adapter("same", model.peft_config["default"])
     model.add_adapter("plain", PissaConfig(**fields))
     model.add_adapter("rank", PissaConfig(**{**fields, "r": 2}, quant="nf4", quant_iters=2))
@@ -68,15 +68,15 @@ def test_alternations_are_part_of_a_start(tiny_llama: Make) -> None:
         split = ops.split(matrix, r)
         assert torch.equal(layer.start_of(name).a0, split.a0), name
         assert layer.start_of(name).taken is None
-    quantised = ops.residual(tiny_llama().get_submodule(Q).weight, start.taken_a, start.taken_b, form="nf4")
+    quantised = ops.residual(small_llama().get_submodule(Q).weight, start.taken_a, start.taken_b, form="nf4")
     assert torch.equal(layer.base.residual.codes, quantised.codes)
 
 
 @pytest.mark.filterwarnings("ignore::pissa.notices.TiedWeightWarning")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("fields", [{"quant_iters": 2}, {"repair": "lora"}])
-def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], tiny_llama: Make, tmp_path: Path) -> None:
-    base = tiny_llama(tie_word_embeddings=True)
+def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], small_llama: Make, tmp_path: Path) -> None:
+    base = small_llama(tie_word_embeddings=True)
     split = ops.split(base.lm_head.weight, 4)
     model = pissa.wrap(base, r=4, quant="nf4", target_modules=["lm_head", "q_proj"], **fields)
     layers = pissa_layers(model.base_model.model)
@@ -84,16 +84,16 @@ def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], tiny_lla
     assert layers["lm_head"].base.start is None
     assert layers[Q].base.start is not None
     model.save_pretrained(tmp_path)
-    again = pissa_layers(PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path).base_model.model)
+    again = pissa_layers(PissaModel.from_pretrained(small_llama(tie_word_embeddings=True), tmp_path).base_model.model)
     for name, layer in layers.items():
         assert torch.equal(layer.base.matrix(), again[name].base.matrix())
         assert torch.equal(layer.start_of("default").b0, again[name].start_of("default").b0)
 
 
-def test_loftq_starts_from_what_the_format_loses(tiny_llama: Make) -> None:
+def test_loftq_starts_from_what_the_format_loses(small_llama: Make) -> None:
     """Of INT8, beside the weight in that format."""
-    weight = tiny_llama().model.layers[0].self_attn.q_proj.weight.detach()
-    model = pissa.wrap(tiny_llama(), r=4, quant="int8", init="loftq", target_modules=["q_proj"], svd="exact")
+    weight = small_llama().model.layers[0].self_attn.q_proj.weight.detach()
+    model = pissa.wrap(small_llama(), r=4, quant="int8", init="loftq", target_modules=["q_proj"], svd="exact")
     base = pissa_layers(model.base_model.model)[Q].base
     quantised = ops.quantize(weight, "int8")
     assert torch.equal(base.residual.codes, quantised.codes)
@@ -103,10 +103,10 @@ def test_loftq_starts_from_what_the_format_loses(tiny_llama: Make) -> None:
 
 
 @pytest.mark.parametrize(("init", "iters"), [("pissa", 1), ("loftq", 1), ("pissa", 2), ("loftq", 2)])
-def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, tiny_llama: Make, tmp_path: Path) -> None:
+def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, small_llama: Make, tmp_path: Path) -> None:
     fields = {"quant": "nf4", "blocksize": 32, "double_quant": False, "quant_iters": iters}
     targets = {"target_modules": ["q_proj"]}
-    model = pissa.wrap(tiny_llama(), r=4, init=init, **fields, **targets)
+    model = pissa.wrap(small_llama(), r=4, init=init, **fields, **targets)
     model.add_adapter("second", PissaConfig(r=2, **targets))
     model.save_pretrained(tmp_path)
     path = tmp_path / "second" / "pissa.json"
@@ -116,7 +116,7 @@ def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, tiny_lla
     identity = fields if init == "loftq" or iters > 1 else {}
     always = {"r", "scaling", "svd", "svd_passes", "seed", "init", "adalora"}
     assert written == {name: written[name] for name in always} | identity
-    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "second", adapter_name="second")
+    again = PissaModel.from_pretrained(small_llama(), tmp_path / "second", adapter_name="second")
     bases = [pissa_layers(loaded.base_model.model)[Q].base for loaded in (model, again)]
     assert bases[0].start.origin == bases[1].start.origin
 
@@ -132,9 +132,9 @@ def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, tiny_lla
     ],
 )
 def test_an_origin_that_cannot_be_is_refused(
-    field: str, value: object, words: str, tiny_llama: Make, tmp_path: Path
+    field: str, value: object, words: str, small_llama: Make, tmp_path: Path
 ) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, quant="nf4", target_modules=["q_proj"])
+    model = pissa.wrap(small_llama(), r=4, quant="nf4", target_modules=["q_proj"])
     model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     path = tmp_path / "second" / "pissa.json"
@@ -142,5 +142,5 @@ def test_an_origin_that_cannot_be_is_refused(
     record["layers"][Q]["base"][field] = value
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=words) as caught:
-        PissaModel.from_pretrained(tiny_llama(), tmp_path / "second")
+        PissaModel.from_pretrained(small_llama(), tmp_path / "second")
     assert Q in str(caught.value)

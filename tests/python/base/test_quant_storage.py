@@ -42,9 +42,9 @@ def same(model: nn.Module, other: list[Tensor]) -> bool:
 @storages
 @formats
 def test_function_and_training_have_the_bits_of_uint8(
-    quant: str, storage: str, tiny_llama: Make, tokens: Tensor
+    quant: str, storage: str, small_llama: Make, tokens: Tensor
 ) -> None:
-    model, plain = wrapped(tiny_llama, storage, quant), wrapped(tiny_llama, "uint8", quant)
+    model, plain = wrapped(small_llama, storage, quant), wrapped(small_llama, "uint8", quant)
     held = [module for module in model.modules() if isinstance(module, HoldsCodes)]
     assert {module.weight.dtype for module in held} == {getattr(torch, storage)}
     assert same(model, codes(plain))
@@ -56,8 +56,8 @@ def test_function_and_training_have_the_bits_of_uint8(
 
 
 @storages
-def test_codes_that_are_no_numbers_survive(storage: str, tiny_llama: Make) -> None:
-    model = wrapped(tiny_llama, storage)
+def test_codes_that_are_no_numbers_survive(storage: str, small_llama: Make) -> None:
+    model = wrapped(small_llama, storage)
     with torch.no_grad():  # every pattern of 16 bits, signalling NaN among them
         for module in model.modules():
             if isinstance(module, HoldsCodes):
@@ -71,7 +71,7 @@ def test_codes_that_are_no_numbers_survive(storage: str, tiny_llama: Make) -> No
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other = wrapped(tiny_llama, storage)
+    other = wrapped(small_llama, storage)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert same(other, before)
 
@@ -79,29 +79,29 @@ def test_codes_that_are_no_numbers_survive(storage: str, tiny_llama: Make) -> No
 @storages
 @formats
 def test_a_saved_adapter_says_how_its_codes_are_stored(
-    quant: str, storage: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    quant: str, storage: str, small_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = wrapped(tiny_llama, storage, quant)
+    model = wrapped(small_llama, storage, quant)
     train(model, tokens)
     model.save_pretrained(tmp_path)
-    again = PissaModel.from_pretrained(tiny_llama(**ODD), tmp_path)
+    again = PissaModel.from_pretrained(small_llama(**ODD), tmp_path)
     state = again.state_dict()
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == state[name].dtype
         assert torch.equal(tensor.view(-1).view(torch.uint8), state[name].view(-1).view(torch.uint8)), name
 
 
-def test_codes_that_were_cast_are_refused(tiny_llama: Make, tokens: Tensor) -> None:
-    model = wrapped(tiny_llama, "bfloat16")
+def test_codes_that_were_cast_are_refused(small_llama: Make, tokens: Tensor) -> None:
+    model = wrapped(small_llama, "bfloat16")
     weight = next(module for module in model.modules() if isinstance(module, HoldsCodes)).weight
     weight.data = weight.data.float()  # as peft.prepare_model_for_kbit_training does
     with pytest.raises(TypeError, match=r"stored as torch.bfloat16 were cast to torch.float32.*quant_storage"):
         logits(model, tokens)
 
 
-def test_parameters_count_the_same(tiny_llama: Make) -> None:
-    counts = {wrapped(tiny_llama, storage).get_nb_trainable_parameters() for storage in STORAGES}
-    counts.add(wrapped(tiny_llama, "uint8", "int8").get_nb_trainable_parameters())
+def test_parameters_count_the_same(small_llama: Make) -> None:
+    counts = {wrapped(small_llama, storage).get_nb_trainable_parameters() for storage in STORAGES}
+    counts.add(wrapped(small_llama, "uint8", "int8").get_nb_trainable_parameters())
     assert len(counts) == 1
 
 

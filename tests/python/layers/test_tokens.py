@@ -47,11 +47,11 @@ def seen(tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", each(FORMS, ["implicit"]))
 @pytest.mark.parametrize("where", WHERE)
 def test_they_are_trained_saved_and_restored(
-    where: str, form: str, tie: bool, tiny_llama: Make, seen: Tensor, tmp_path: Path
+    where: str, form: str, tie: bool, small_llama: Make, seen: Tensor, tmp_path: Path
 ) -> None:
     indices, places = WHERE[where]
     fields = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": indices, **FORMS[form]}
-    base = tiny_llama(tie_word_embeddings=tie)
+    base = small_llama(tie_word_embeddings=tie)
     before = logits(base, seen)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items() if "q_proj" not in name}
     model = pissa.wrap(base, **fields)
@@ -70,15 +70,15 @@ def test_they_are_trained_saved_and_restored(
 
     kept = {name for name in load_file(tmp_path / "adapter_model.safetensors") if ".lora_" not in name}
     assert kept == {f"{place}.{DELTA}" for place in places}
-    again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=tie), tmp_path)
+    again = PissaModel.from_pretrained(small_llama(tie_word_embeddings=tie), tmp_path)
     assert not trainable(again)
     assert torch.equal(logits(again, seen), expected)
-    again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=tie), tmp_path, is_trainable=True)
+    again = PissaModel.from_pretrained(small_llama(tie_word_embeddings=tie), tmp_path, is_trainable=True)
     assert train(again, seen) == goes_on
     again.load_adapter(tmp_path, "default")
     assert torch.equal(logits(again, seen), expected)
     if form == "implicit":
-        plain = peft.PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=tie), tmp_path)
+        plain = peft.PeftModel.from_pretrained(small_llama(tie_word_embeddings=tie), tmp_path)
         assert error(logits(plain, seen), expected) < 1e-5  # float32, two layers
         unloaded = model.unload()
         assert torch.equal(logits(unloaded, seen), before)
@@ -96,8 +96,8 @@ def moved(model: nn.Module) -> list[Tensor]:
 
 @tied
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_and_the_way_back(tie: bool, dtype: torch.dtype, tiny_llama: Make, seen: Tensor) -> None:
-    base = tiny_llama(tie_word_embeddings=tie, dtype=dtype)
+def test_merging_and_the_way_back(tie: bool, dtype: torch.dtype, small_llama: Make, seen: Tensor) -> None:
+    base = small_llama(tie_word_embeddings=tie, dtype=dtype)
     before = logits(base, seen)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = pissa.wrap(base, r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS)
@@ -123,9 +123,11 @@ def test_merging_and_the_way_back(tie: bool, dtype: torch.dtype, tiny_llama: Mak
 
 
 @tied
-def test_adapters_with_and_without_tokens(tie: bool, tiny_llama: Make, seen: Tensor, tmp_path: Path) -> None:
+def test_adapters_with_and_without_tokens(tie: bool, small_llama: Make, seen: Tensor, tmp_path: Path) -> None:
     """PEFT 0.21 can neither save nor load nor merge the one that has none, beside one that has."""
-    model = pissa.wrap(tiny_llama(tie_word_embeddings=tie), r=4, target_modules=["q_proj"], trainable_token_indices=[1])
+    model = pissa.wrap(
+        small_llama(tie_word_embeddings=tie), r=4, target_modules=["q_proj"], trainable_token_indices=[1]
+    )
     model.add_adapter("none", PissaConfig(r=4, target_modules=["v_proj"]))
     model.add_adapter("other", PissaConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 5]))
     expected = {}
@@ -137,10 +139,10 @@ def test_adapters_with_and_without_tokens(tie: bool, tiny_llama: Make, seen: Ten
     for row, name in enumerate(expected):
         assert error(rows[row].detach(), expected[name][row]) < 1e-6  # float32, other batch sizes
     model.save_pretrained(tmp_path)
-    again = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=tie), tmp_path)
+    again = PissaModel.from_pretrained(small_llama(tie_word_embeddings=tie), tmp_path)
     for name in ("none", "other"):
         again.load_adapter(tmp_path / name, name)
-        alone = PissaModel.from_pretrained(tiny_llama(tie_word_embeddings=tie), tmp_path / name)
+        alone = PissaModel.from_pretrained(small_llama(tie_word_embeddings=tie), tmp_path / name)
         assert torch.equal(logits(alone, seen), expected[name])
     again.load_adapter(tmp_path / "none", "none")
     for name in expected:
@@ -159,11 +161,11 @@ def test_adapters_with_and_without_tokens(tie: bool, tiny_llama: Make, seen: Ten
     assert torch.equal(logits(again, seen), expected["other"])
 
 
-def test_a_grown_vocabulary_and_its_tokens(tiny_llama: Make, seen: Tensor, tmp_path: Path) -> None:
+def test_a_grown_vocabulary_and_its_tokens(small_llama: Make, seen: Tensor, tmp_path: Path) -> None:
     """Rows that are new, random and trained: the file has what they are, and what they were."""
     from transformers import LlamaForCausalLM
 
-    tiny_llama().save_pretrained(tmp_path / "base")
+    small_llama().save_pretrained(tmp_path / "base")
 
     def grown(seed: int) -> nn.Module:
         model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -194,12 +196,12 @@ def test_a_grown_vocabulary_and_its_tokens(tiny_llama: Make, seen: Tensor, tmp_p
         assert torch.equal(logits(again, seen), logits(grown(1), seen))
 
 
-def test_a_plain_lora_of_them(tiny_llama: Make, seen: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS)
+def test_a_plain_lora_of_them(small_llama: Make, seen: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(small_llama(), r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS)
     train(model, seen)
     model.save_pretrained(tmp_path / "ours")
     pissa.convert(tmp_path / "ours", tmp_path / "plain", rank=8)
-    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
+    plain = peft.PeftModel.from_pretrained(small_llama(), tmp_path / "plain")
     assert error(logits(plain, seen), logits(model, seen)) < 1e-5  # float32, two layers
 
 
@@ -248,10 +250,10 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type '<class 'peft.utils.other.ModulesToSaveWrapper'>'")  # PEFT's
 @pytest.mark.parametrize("what", REFUSED)
-def test_it_is_refused_and_the_model_is_as_it_was(what: str, tiny_llama: Make) -> None:
+def test_it_is_refused_and_the_model_is_as_it_was(what: str, small_llama: Make) -> None:
     tie, fields, words = REFUSED[what]
     fields = {"r": 4, "target_modules": ["q_proj"], **fields}
-    base = tiny_llama(tie_word_embeddings=tie)
+    base = small_llama(tie_word_embeddings=tie)
     before = snapshot(base)
     with pytest.raises((ValueError, TypeError, IndexError), match=words):
         pissa.wrap(base, **fields)
@@ -266,10 +268,10 @@ def test_it_is_refused_and_the_model_is_as_it_was(what: str, tiny_llama: Make) -
 
 @pytest.mark.parametrize("field", [{"trainable_token_indices": [1, 5]}, {"modules_to_save": ["lm_head"]}])
 def test_an_adapter_that_failed_can_be_added_again(
-    field: dict[str, Any], tiny_llama: Make, seen: Tensor, monkeypatch: pytest.MonkeyPatch
+    field: dict[str, Any], small_llama: Make, seen: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT keeps the names of the adapters that a wrapper serves in a set."""
-    model = pissa.wrap(tiny_llama(), r=4, target_modules=["q_proj"], **field)
+    model = pissa.wrap(small_llama(), r=4, target_modules=["q_proj"], **field)
     with monkeypatch.context() as patch:
         patch.setattr(pissa.model.pissa_model, "decompose", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -281,10 +283,10 @@ def test_an_adapter_that_failed_can_be_added_again(
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
-def test_tokens_of_one_of_two_tied_layers_are_not_merged(targets: list[str], tiny_llama: Make, seen: Tensor) -> None:
+def test_tokens_of_one_of_two_tied_layers_are_not_merged(targets: list[str], small_llama: Make, seen: Tensor) -> None:
     """They would be written into the other as well, as PEFT 0.21 does."""
     model = pissa.wrap(
-        tiny_llama(tie_word_embeddings=True), r=4, target_modules=targets, trainable_token_indices={"lm_head": [1, 2]}
+        small_llama(tie_word_embeddings=True), r=4, target_modules=targets, trainable_token_indices={"lm_head": [1, 2]}
     )
     model.merge_adapter()  # rows that are still the base's
     model.unmerge_adapter()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,38 +24,37 @@ REFUSED = [*NO_FOLDER, *TOO_LONG, *NOT_STRINGS, *IN_PARAMETERS, *IN_TORCH]
 
 
 @pytest.fixture
-def saved(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
-    model = pissa.wrap(tiny_llama(num_hidden_layers=1), r=2, target_modules=["q_proj"])
+def saved(small_llama: Make, tokens: Tensor, tmp_path: Path) -> Path:
+    model = pissa.wrap(small_llama(), r=2, target_modules=["q_proj"])
     train(model, tokens)
     model.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("name", REFUSED, ids=ascii)
-def test_a_name_that_could_not_be_saved_is_refused(name: str, tiny_llama: Make, saved: Path) -> None:
-    base = tiny_llama(num_hidden_layers=1)
+def test_a_name_that_could_not_be_saved_is_refused(small_llama: Make, saved: Path) -> None:
+    base = small_llama()
     wrapped = pissa.wrap(copy.deepcopy(base), r=2, target_modules=["q_proj"])
     before, wrapped_before = snapshot(base), snapshot(wrapped)
     files = sorted(saved.parent.rglob("*"))
-    for call in (
-        lambda: pissa.wrap(base, r=2, adapter_name=name),
-        lambda: PissaModel.from_pretrained(base, saved, adapter_name=name),
-        lambda: wrapped.add_adapter(name, PissaConfig(r=2, target_modules=["q_proj"])),
-        lambda: wrapped.load_adapter(saved, name),
-    ):
-        with pytest.raises(ValueError, match=r"adapter_name: got .*(allowed: a string|give another name)"):
-            call()
-    assert_same(base, before)
-    assert_same(wrapped, wrapped_before)
+    calls: list[Callable[[Any], Any]] = [
+        lambda name: pissa.wrap(base, r=2, adapter_name=name),
+        lambda name: PissaModel.from_pretrained(base, saved, adapter_name=name),
+        lambda name: wrapped.add_adapter(name, PissaConfig(r=2, target_modules=["q_proj"])),
+        lambda name: wrapped.load_adapter(saved, name),
+    ]
+    for name in REFUSED:
+        for call in calls:
+            with pytest.raises(ValueError, match=r"adapter_name: got .*(allowed: a string|give another name)"):
+                call(name)
+        assert_same(base, before.copy())
+        assert_same(wrapped, wrapped_before.copy())
     assert sorted(saved.parent.rglob("*")) == files
 
 
-@pytest.mark.parametrize(
-    "name", ["second", "v 2", "übung", "lora", "a-b_c", "q", "Model", "~", "con", "x" * 200], ids=ascii
-)
+@pytest.mark.parametrize("name", ["v 2", "übung", "lora", "Model", "x" * 200], ids=ascii)
 @pytest.mark.filterwarnings("ignore:Adapter name 'lora' should not be contained in the prefix:UserWarning")
-def test_any_other_name_is_saved_and_restored(name: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+def test_any_other_name_is_saved_and_restored(name: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(small_llama(), r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.add_adapter(name, PissaConfig(r=3, target_modules=["v_proj"], modules_to_save=["lm_head"]))
     expected = {}
     for adapter in ("default", name):
@@ -61,17 +62,9 @@ def test_any_other_name_is_saved_and_restored(name: str, tiny_llama: Make, token
         train(model, tokens)
         expected[adapter] = logits(model, tokens)
     model.save_pretrained(tmp_path)
-    alone = PissaModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
-    assert torch.equal(logits(alone, tokens), expected[name])
-    both = PissaModel.from_pretrained(tiny_llama(), tmp_path)
-    both.load_adapter(tmp_path / name, name)
-    for adapter, values in expected.items():
-        both.set_adapter(adapter)
-        assert torch.equal(logits(both, tokens), values)
-
-
-def test_the_same_name_can_be_loaded_again(tiny_llama: Make, saved: Path, tokens: Tensor) -> None:
-    model = PissaModel.from_pretrained(tiny_llama(num_hidden_layers=1), saved)
-    expected = logits(model, tokens)
-    model.load_adapter(saved, "default")
-    assert torch.equal(logits(model, tokens), expected)
+    both = PissaModel.from_pretrained(small_llama(), tmp_path)
+    for _ in range(2):  # in the place of itself, too
+        both.load_adapter(tmp_path / name, name)
+        for adapter, values in expected.items():
+            both.set_adapter(adapter)
+            assert torch.equal(logits(both, tokens), values)

@@ -21,8 +21,8 @@ BOUND = 2**-24 * 1000
 """Relative: sums of up to 700 terms in another order."""
 
 
-def test_a_lora_config_is_an_adapter_with_loras_start(tiny_llama: Make, tokens: Tensor) -> None:
-    model = pissa.wrap(tiny_llama(), r=4)
+def test_a_lora_config_is_an_adapter_with_loras_start(small_llama: Make, tokens: Tensor) -> None:
+    model = pissa.wrap(small_llama(), r=4)
     start = logits(model.eval(), tokens)
     lora = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     model.add_adapter("plain", lora)
@@ -47,8 +47,8 @@ def test_a_lora_config_is_an_adapter_with_loras_start(tiny_llama: Make, tokens: 
         ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias=True is not supported"),
     ],
 )
-def test_a_lora_config_that_is_refused(fields: dict[str, Any], words: str, tiny_llama: Make) -> None:
-    model = pissa.wrap(tiny_llama(), r=2)
+def test_a_lora_config_that_is_refused(fields: dict[str, Any], words: str, small_llama: Make) -> None:
+    model = pissa.wrap(small_llama(), r=2)
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
         model.add_adapter("plain", peft.LoraConfig(**fields))
@@ -80,9 +80,9 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.filterwarnings("ignore::pissa.notices.UnknownVocabularyWarning")
-def test_a_plain_lora_is_loaded(case: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    folder, expected = saved(tiny_llama(), tmp_path / "plain", **CASES[case])
-    model = pissa.wrap(tiny_llama(), r=2)
+def test_a_plain_lora_is_loaded(case: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    folder, expected = saved(small_llama(), tmp_path / "plain", **CASES[case])
+    model = pissa.wrap(small_llama(), r=2)
     start = logits(model.eval(), tokens)
     model.load_adapter(folder, "plain")
     assert torch.equal(logits(model, tokens), start)
@@ -92,7 +92,7 @@ def test_a_plain_lora_is_loaded(case: str, tiny_llama: Make, tokens: Tensor, tmp
     assert model.peft_config["plain"].init == "given"
 
     model.save_pretrained(tmp_path / "ours", selected_adapters=["plain"])
-    again = PissaModel.from_pretrained(tiny_llama(), tmp_path / "ours" / "plain", is_trainable=True).eval()
+    again = PissaModel.from_pretrained(small_llama(), tmp_path / "ours" / "plain", is_trainable=True).eval()
     assert torch.equal(logits(again, tokens), found)
     losses = train(again, tokens)
     assert losses[-1] < losses[0]
@@ -109,23 +109,23 @@ def test_of_fused_experts(tmp_path: Path) -> None:
     assert error(logits(model.eval(), ids), expected(ids)) < BOUND
 
 
-def test_on_a_stored_base_it_is_a_change_of_that(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=4, quant="nf4").eval()
-    folder, expected = saved(pissa.wrap(tiny_llama(), r=4, quant="nf4").unload(), tmp_path, target_modules=["q_proj"])
+def test_on_a_stored_base_it_is_a_change_of_that(small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(small_llama(), r=4, quant="nf4").eval()
+    folder, expected = saved(pissa.wrap(small_llama(), r=4, quant="nf4").unload(), tmp_path, target_modules=["q_proj"])
     model.load_adapter(folder, "plain")
     model.set_adapter("plain")
     assert error(logits(model, tokens), expected(tokens)) < BOUND
 
 
-def test_a_folder_that_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
-    pissas, _ = saved(tiny_llama(), tmp_path / "pissa", target_modules=["q_proj"], init_lora_weights="pissa")
-    dora, _ = saved(tiny_llama(), tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
-    larger, _ = saved(tiny_llama(), tmp_path / "larger", target_modules=["q_proj"])
+def test_a_folder_that_is_refused(small_llama: Make, tmp_path: Path) -> None:
+    pissas, _ = saved(small_llama(), tmp_path / "pissa", target_modules=["q_proj"], init_lora_weights="pissa")
+    dora, _ = saved(small_llama(), tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    larger, _ = saved(small_llama(), tmp_path / "larger", target_modules=["q_proj"])
     path = larger / "adapter_model.safetensors"
     stray = "base_model.model.model.layers.9.self_attn.q_proj"
     tensors = {f"{stray}.lora_A.weight": torch.zeros(4, 64), f"{stray}.lora_B.weight": torch.zeros(64, 4)}
     save_file(load_file(path) | tensors, path)
-    model = pissa.wrap(tiny_llama(), r=2)
+    model = pissa.wrap(small_llama(), r=2)
     before = snapshot(model)
     for folder, words in {
         pissas: r"init_lora_weights='pissa', and .* see pissa\.convert",
@@ -138,9 +138,9 @@ def test_a_folder_that_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_embeddings_of_another_base_do_not_replace_the_models(tiny_llama: Make, tmp_path: Path) -> None:
-    folder, _ = saved(tiny_llama(seed=1), tmp_path, target_modules=["embed_tokens", "q_proj"])
-    model = pissa.wrap(tiny_llama(), r=2)
+def test_embeddings_of_another_base_do_not_replace_the_models(small_llama: Make, tmp_path: Path) -> None:
+    folder, _ = saved(small_llama(seed=1), tmp_path, target_modules=["embed_tokens", "q_proj"])
+    model = pissa.wrap(small_llama(), r=2)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight is another one than the model's"):
         model.load_adapter(folder, "plain")

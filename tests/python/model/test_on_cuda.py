@@ -80,9 +80,9 @@ def state(model: nn.Module, begin: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("form", EVERY_FORM)
 @pytest.mark.parametrize("dtype", each([torch.float32, torch.bfloat16], [torch.bfloat16]))
-def test_training(form: str, dtype: torch.dtype, tiny_llama: Make, tokens: Tensor) -> None:
+def test_training(form: str, dtype: torch.dtype, small_llama: Make, tokens: Tensor) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(tiny_llama(dtype=dtype)), form), put(tokens)
+        model, ids = adapted(put(small_llama(dtype=dtype)), form), put(tokens)
         found = {"start": logits(model, ids), "losses": train(model, ids), "trained": logits(model, ids)}
         with model.disable_adapter():
             found["base"] = logits(model, ids)
@@ -93,9 +93,9 @@ def test_training(form: str, dtype: torch.dtype, tiny_llama: Make, tokens: Tenso
 
 @forms
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_gradient_checkpointing_and_autocast(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+def test_gradient_checkpointing_and_autocast(form: str, small_llama: Make, tokens: Tensor) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(tiny_llama()), form).train(), put(tokens)
+        model, ids = adapted(put(small_llama()), form).train(), put(tokens)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": name == "cuda"})
         model.enable_input_require_grads()
         found = {"losses": train(model, ids)}
@@ -108,11 +108,11 @@ def test_gradient_checkpointing_and_autocast(form: str, tiny_llama: Make, tokens
 
 
 @forms
-def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+def test_several_adapters(form: str, small_llama: Make, tokens: Tensor) -> None:
     """One beside the other, and a frozen reference as TRL's DPO makes it."""
 
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(tiny_llama()), form), put(tokens)
+        model, ids = adapted(put(small_llama()), form), put(tokens)
         train(model, ids)
         model.add_adapter("second", PissaConfig(r=2, target_modules=["q_proj", "down_proj"]))
         model.set_adapter("second")
@@ -131,9 +131,9 @@ def test_several_adapters(form: str, tiny_llama: Make, tokens: Tensor) -> None:
 
 
 @forms
-def test_merging(form: str, tiny_llama: Make, tokens: Tensor) -> None:
+def test_merging(form: str, small_llama: Make, tokens: Tensor) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(tiny_llama()), form), put(tokens)
+        model, ids = adapted(put(small_llama()), form), put(tokens)
         train(model, ids)
         model.merge_adapter()
         found = {"merged": logits(model, ids)}
@@ -161,13 +161,13 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", each(VARIANTS, VARIANTS[:4]), ids=str)
 @pytest.mark.filterwarnings("ignore::pissa.notices.DropoutWarning")
-def test_variants(fields: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_variants(fields: dict[str, Any], small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = pissa.wrap(put(tiny_llama()), r=4, task_type="CAUSAL_LM", **fields), put(tokens)
+        model, ids = pissa.wrap(put(small_llama()), r=4, task_type="CAUSAL_LM", **fields), put(tokens)
         torch.manual_seed(0)  # for dropout
         found = {"losses": train(model.train(), ids), "trained": logits(model.eval(), ids)}
         model.save_pretrained(tmp_path / name)
-        again = PissaModel.from_pretrained(put(tiny_llama()), tmp_path / name)
+        again = PissaModel.from_pretrained(put(small_llama()), tmp_path / name)
         assert torch.equal(logits(again, ids), found["trained"])
         return found | state(model.merge_and_unload(), "unloaded")
 
@@ -175,12 +175,12 @@ def test_variants(fields: dict[str, Any], tiny_llama: Make, tokens: Tensor, tmp_
 
 
 @forms
-def test_folders_cross_devices(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_folders_cross_devices(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """Each writes the fingerprints that it computes best, and reads those of the other."""
     expected = {}
     for written in ("cpu", "cuda"):
         with device(written) as put:
-            model, ids = adapted(put(tiny_llama()), form), put(tokens)
+            model, ids = adapted(put(small_llama()), form), put(tokens)
             train(model, ids)
             model.save_pretrained(tmp_path / written)
             expected[written] = logits(model, ids).cpu()
@@ -190,7 +190,7 @@ def test_folders_cross_devices(form: str, tiny_llama: Make, tokens: Tensor, tmp_
     for written in ("cpu", "cuda"):
         for read in ("cpu", "cuda"):
             with device(read) as put:
-                base, ids = put(tiny_llama()), put(tokens)
+                base, ids = put(small_llama()), put(tokens)
                 again = PissaModel.from_pretrained(base, tmp_path / written, is_trainable=True)
                 assert {tensor.device.type for tensor in (*again.parameters(), *again.buffers())} == {read}
                 assert torch.equal(logits(again, ids).cpu(), expected[written])
@@ -201,40 +201,40 @@ def test_folders_cross_devices(form: str, tiny_llama: Make, tokens: Tensor, tmp_
 
 
 @pytest.mark.parametrize("form", each(["explicit", "nf4", "int8"], ["nf4"]))
-def test_a_residual_in_the_folder(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_a_residual_in_the_folder(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     """An output layer that is asked for, and is stored, is written whole."""
 
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(tiny_llama()), form, target_modules=["lm_head", "q_proj"]), put(tokens)
+        model, ids = adapted(put(small_llama()), form, target_modules=["lm_head", "q_proj"]), put(tokens)
         train(model, ids)
         model.save_pretrained(tmp_path / name, save_embedding_layers=True)
-        again = PissaModel.from_pretrained(put(tiny_llama()), tmp_path / name)
+        again = PissaModel.from_pretrained(put(small_llama()), tmp_path / name)
         return {"saved": logits(model, ids), "again": logits(again, ids)}
 
     assert_same_bits(life)
 
 
 @forms
-def test_the_plain_lora_of_what_a_gpu_saves(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_the_plain_lora_of_what_a_gpu_saves(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        model, ids = adapted(put(tiny_llama()), form), put(tokens)
+        model, ids = adapted(put(small_llama()), form), put(tokens)
         train(model, ids)
         model.save_pretrained(tmp_path / name)
         pissa.convert(tmp_path / name, tmp_path / f"{name}-lora", rank=4)
-        lora = peft.PeftModel.from_pretrained(put(tiny_llama()), tmp_path / f"{name}-lora", torch_device=name)
+        lora = peft.PeftModel.from_pretrained(put(small_llama()), tmp_path / f"{name}-lora", torch_device=name)
         return {"lora": logits(lora, ids)}
 
     assert_same_bits(life)
 
 
-def test_pefts_pissa_is_converted_with_a_base_that_is_there(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_pefts_pissa_is_converted_with_a_base_that_is_there(small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")
-    model = peft.get_peft_model(tiny_llama(), config)
+    model = peft.get_peft_model(small_llama(), config)
     train(model, tokens)
     model.save_pretrained(tmp_path / "peft")
 
     def life(name: str, put: Put) -> dict[str, Tensor]:
-        pissa.convert(tmp_path / "peft", tmp_path / name, base=put(tiny_llama()))
+        pissa.convert(tmp_path / "peft", tmp_path / name, base=put(small_llama()))
         tensors = load_file(tmp_path / name / "adapter_model.safetensors")
         return {key: put(tensor) for key, tensor in tensors.items()}
 
@@ -242,19 +242,19 @@ def test_pefts_pissa_is_converted_with_a_base_that_is_there(tiny_llama: Make, to
 
 
 @forms
-def test_a_state_dict_moves(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    here = adapted(tiny_llama(), form)
+def test_a_state_dict_moves(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    here = adapted(small_llama(), form)
     train(here, tokens)
     expected = logits(here, tokens)
     with CudaStandIn() as gpu:
-        there, ids = adapted(gpu.put(tiny_llama(seed=5)), form), gpu.put(tokens)
+        there, ids = adapted(gpu.put(small_llama(seed=5)), form), gpu.put(tokens)
         there.load_state_dict(here.state_dict())
         assert torch.equal(gpu.fetch(logits(there, ids)), expected)
         torch.save(there.state_dict(), tmp_path / "state.pt")
         moved = there.to("cpu")
         assert not any(tensor.is_cuda for tensor in (*moved.parameters(), *moved.buffers()))
         assert torch.equal(logits(moved, tokens), expected)
-        back = adapted(tiny_llama(seed=6), form)
+        back = adapted(small_llama(seed=6), form)
         back.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu"))
         assert torch.equal(logits(back, tokens), expected)
         assert torch.equal(gpu.fetch(logits(here.to("cuda"), ids)), expected)

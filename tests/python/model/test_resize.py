@@ -28,9 +28,9 @@ def resized(model: nn.Module, size: int, seed: int) -> nn.Module:
 @pytest.mark.parametrize("size", [104, 90])
 @pytest.mark.parametrize("fields", [{}, {"quant": "nf4"}])
 def test_embeddings_that_nobody_trains(
-    fields: dict[str, Any], size: int, tied: bool, tiny_llama: Make, tokens: Tensor, tmp_path: Path
+    fields: dict[str, Any], size: int, tied: bool, small_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
-    model = pissa.wrap(tiny_llama(tie_word_embeddings=tied), r=4, **fields)
+    model = pissa.wrap(small_llama(tie_word_embeddings=tied), r=4, **fields)
     tokens = tokens.clamp(max=min(size, SIZE) - 1)
     train(model, tokens)
     before = logits(model, tokens)
@@ -46,7 +46,7 @@ def test_embeddings_that_nobody_trains(
     assert losses[-1] < losses[0]
     expected = logits(model.eval(), tokens)
     model.save_pretrained(tmp_path)  # with the vocabulary: its new rows are random
-    again = PissaModel.from_pretrained(resized(tiny_llama(tie_word_embeddings=tied), size, seed=2), tmp_path)
+    again = PissaModel.from_pretrained(resized(small_llama(tie_word_embeddings=tied), size, seed=2), tmp_path)
     assert torch.equal(logits(again, tokens), expected)
 
 
@@ -65,9 +65,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")  # PEFT's advice
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
-def test_embeddings_that_are_trained(case: str, tied: bool, tiny_llama: Make) -> None:
+def test_embeddings_that_are_trained(case: str, tied: bool, small_llama: Make) -> None:
     fields, words = REFUSED[case]
-    model = pissa.wrap(tiny_llama(tie_word_embeddings=tied), r=4, **fields)
+    model = pissa.wrap(small_llama(tie_word_embeddings=tied), r=4, **fields)
     before = snapshot(model)
     for arguments in ((104,), (None, 8), (90,)):
         with pytest.raises(ValueError, match=rf"{words}\. Resize it before pissa\.wrap; .*merge_and_unload\(\)"):

@@ -155,9 +155,9 @@ def test_variants_are_summed_as_what_they_change(fields: dict[str, Any]) -> None
 # ---- A model ---------------------------------------------------------------------------------------------------------
 
 
-def trained(tiny_llama: Make, tokens: Tensor, form: str = "implicit") -> PissaModel:
+def trained(small_llama: Make, tokens: Tensor, form: str = "implicit") -> PissaModel:
     """A model with adapters of other layers, and of other ranks where they have a layer in common."""
-    model = pissa.wrap(tiny_llama(), r=4, adapter_name="a", target_modules=["q_proj", "v_proj"], **FORMS[form])
+    model = pissa.wrap(small_llama(), r=4, adapter_name="a", target_modules=["q_proj", "v_proj"], **FORMS[form])
     second = PissaConfig(r=3, target_modules=["v_proj", "down_proj", "embed_tokens"], rank_pattern={"down_proj": 2})
     model.add_adapter("b", second)
     for name in ("a", "b"):
@@ -168,8 +168,8 @@ def trained(tiny_llama: Make, tokens: Tensor, form: str = "implicit") -> PissaMo
 
 @forms
 @pytest.mark.filterwarnings("ignore:Adapter b again was active which is now deleted:UserWarning")
-def test_it_is_an_adapter_like_others(form: str, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = trained(tiny_llama, tokens, form)
+def test_it_is_an_adapter_like_others(form: str, small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = trained(small_llama, tokens, form)
     base = model.base_model.model
     with model.disable_adapter():
         before = logits(model, tokens)
@@ -202,10 +202,10 @@ def test_it_is_an_adapter_like_others(form: str, tiny_llama: Make, tokens: Tenso
 
     model.save_pretrained(tmp_path)
     for name, values in expected.items():
-        restored = PissaModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
+        restored = PissaModel.from_pretrained(small_llama(), tmp_path / name, adapter_name=name)
         assert torch.equal(logits(restored, tokens), values), name
         if form != "nf4":  # there PEFT's base lacks the error of the 4 bits
-            plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
+            plain = peft.PeftModel.from_pretrained(small_llama(), tmp_path / name)
             assert error(logits(plain, tokens), values) < tolerance
     restored.load_adapter(tmp_path / "both", "both")
     restored.set_adapter("both")
@@ -248,8 +248,8 @@ def test_fused_experts(kind: str, tokens: Tensor, tmp_path: Path) -> None:
     assert torch.equal(logits(restored, tokens), logits(model.eval(), tokens))
 
 
-def test_a_module_to_save_is_the_one_of_its_adapter(tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    model = pissa.wrap(tiny_llama(), r=2, adapter_name="a", target_modules=["q_proj"])
+def test_a_module_to_save_is_the_one_of_its_adapter(small_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    model = pissa.wrap(small_llama(), r=2, adapter_name="a", target_modules=["q_proj"])
     model.add_adapter("b", PissaConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.set_adapter("b")
     train(model, tokens)
@@ -289,9 +289,9 @@ def test_a_module_to_save_is_the_one_of_its_adapter(tiny_llama: Make, tokens: Te
     ],
 )
 def test_refusals_leave_the_model_as_it_was(
-    arguments: dict[str, Any], words: str, tiny_llama: Make, tokens: Tensor
+    arguments: dict[str, Any], words: str, small_llama: Make, tokens: Tensor
 ) -> None:
-    model = trained(tiny_llama, tokens)
+    model = trained(small_llama, tokens)
     model.add_adapter("dora", PissaConfig(r=2, target_modules=["q_proj"], use_dora=True))
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
@@ -301,12 +301,12 @@ def test_refusals_leave_the_model_as_it_was(
     assert_same(model, before)
 
 
-def test_biases_are_not_summed(tiny_llama: Make) -> None:
-    model = pissa.wrap(tiny_llama(attention_bias=True), r=2, target_modules=["q_proj"], bias="lora_only")
+def test_biases_are_not_summed(small_llama: Make) -> None:
+    model = pissa.wrap(small_llama(attention_bias=True), r=2, target_modules=["q_proj"], bias="lora_only")
     with pytest.raises(ValueError, match="default has bias='lora_only', which trains more than factors"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
-def test_its_init_cannot_be_asked_for(tiny_llama: Make, tokens: Tensor) -> None:
+def test_its_init_cannot_be_asked_for(small_llama: Make, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match=r"init='given' marks an adapter whose factors came from elsewhere"):
-        pissa.wrap(tiny_llama(), r=2, init="given")
+        pissa.wrap(small_llama(), r=2, init="given")
