@@ -196,8 +196,11 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $
 # Ours: a file stays in one process, which makes its models once.
 OUR_PYTEST = $(PYTEST) --dist loadfile
 
-# The tests of layers and models on a GPU's stand-in: tests/python/support/unrun.py lists those that need a real one.
-ON_CUDA := ops/test_gpu.py $(addprefix layers/test_,layer.py kinds.py) model/test_model.py base/test_bitsandbytes.py
+# The tests of layers and models on a GPU's stand-in: tests/python/support/unrun.py lists those that need a real one. At
+# night those that a GPU is needed for, which compute what the CPU does here, and of whole models: model/test_on_cuda.py
+# has those in every run.
+ON_CUDA := $(addprefix layers/test_,layer.py kinds.py) base/test_bitsandbytes.py
+ON_CUDA_NIGHTLY := ops/test_gpu.py model/test_model.py
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
@@ -206,6 +209,7 @@ test-python: $(BUILD)/venv-test.stamp
 
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
+	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA_NIGHTLY:%=tests/python/%)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
 # CMake's tree before what the environment may have installed. The first time it installs pissa.

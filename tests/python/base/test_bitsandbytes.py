@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import pissa
-from architectures import ARCHITECTURES
 from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, linear8bit, nesting, storages
 from devices import fetch, put
 from language_models import Make, assert_same, error, logits, snapshot, train
@@ -33,7 +31,6 @@ from oracle import change_a_little, deltas64, weight64
 from pissa import notices, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
 from pissa.base.stored import QuantizedLinear, ResidualLinear
-from pissa.layers.layer import pissa_layers
 from reference import EPS, assert_close
 
 # ---- 4 bits, taken as they are ---------------------------------------------------------------------------------------
@@ -230,12 +227,6 @@ def test_an_explicit_residual_of_quantised_layers_warns_as_well() -> None:
     assert isinstance(adapted(model).base_layer, ResidualLinear)
 
 
-def test_without_quant_nothing_is_said() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        wrap(linear4bit(), r=R)
-
-
 def test_what_was_quantised_again_comes_back(tmp_path: Path) -> None:
     with pytest.warns(notices.RequantizedWarning, match="bitsandbytes has quantised 1 of 1 layers already"):
         model = wrap(linear4bit(), r=R, quant="nf4")
@@ -340,37 +331,6 @@ def test_8_bits_stored_anew_in_4_and_back_from_files(tmp_path: Path) -> None:
 # ---- A whole model ---------------------------------------------------------------------------------------------------
 
 
-def quantised(model: nn.Module, bits: int) -> nn.Module:
-    """The model with bitsandbytes' layers, as transformers makes them: all but the output layer."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            size = (module.in_features, module.out_features)
-            kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
-            options = {"quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
-            twin = kind(*size, bias=False, **options)
-            twin.load_state_dict(module.state_dict())
-            model.set_submodule(name, twin.to(module.weight.device))
-    return model.train()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_language_model_trains_saves_and_unloads(bits: int, tiny_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        return quantised(tiny_llama(intermediate_size=128), bits)
-
-    before = logits(make(), tokens)
-    model = pissa.wrap(make(), r=R)
-    assert error(logits(model, tokens), before) < 1e-5 if bits == 4 else torch.equal(logits(model, tokens), before)
-    losses = train(model, tokens)
-    assert losses[-1] < losses[0]
-    model.save_pretrained(tmp_path)
-    again = pissa.PissaModel.from_pretrained(make(), tmp_path, is_trainable=True)
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
-    with model.disable_adapter():
-        assert error(logits(model, tokens), before) < 1e-5
-    assert torch.equal(logits(model.unload().train(), tokens), before)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_model_that_transformers_has_loaded_quantised(
@@ -414,38 +374,3 @@ def test_a_model_that_transformers_has_loaded_quantised(
     unloaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map=str(tokens.device)).train()
     assert error(logits(again, tokens), before) < 4 * EPS[torch.bfloat16]
-
-
-def test_the_language_part_of_a_model_that_sees(tmp_path: Path) -> None:
-    """transformers has quantised both parts. The vision tower stays bitsandbytes'."""
-    from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
-
-    architecture = ARCHITECTURES["qwen2_5_vl"].in_bfloat16()
-    sizes: Any = architecture.make().config
-    sizes.text_config.intermediate_size = 64  # on the CPU bitsandbytes decodes rows that are no whole blocks wrongly
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Qwen2_5_VLForConditionalGeneration(sizes).bfloat16().save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    batch = architecture.batch()
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map=str(batch["input_ids"].device)
-    ).train()
-    with torch.no_grad():
-        before = base(**batch).logits
-    model = pissa.wrap(base, r=R, task_type="CAUSAL_LM")
-    names = pissa_layers(model.base_model.model, "default").keys()
-    assert len(names) == 14
-    assert all(name.startswith("model.language_model.") for name in names)
-    assert type(base.model.visual.blocks[0].attn.qkv) is bnb.nn.Linear4bit
-    with torch.no_grad():
-        assert error(model(**batch).logits, before) < 4 * EPS[torch.bfloat16]  # two layers
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]

@@ -90,18 +90,6 @@ def test_a_tied_weight_has_nothing_to_repair(fields: dict[str, object], small_ll
         assert torch.equal(layer.start_of("default").b0, again[name].start_of("default").b0)
 
 
-def test_loftq_starts_from_what_the_format_loses(small_llama: Make) -> None:
-    """Of INT8, beside the weight in that format."""
-    weight = small_llama().model.layers[0].self_attn.q_proj.weight.detach()
-    model = pissa.wrap(small_llama(), r=4, quant="int8", init="loftq", target_modules=["q_proj"], svd="exact")
-    base = pissa_layers(model.base_model.model)[Q].base
-    quantised = ops.quantize(weight, "int8")
-    assert torch.equal(base.residual.codes, quantised.codes)
-    assert torch.equal(base.residual.absmax, quantised.absmax)
-    split = ops.split(weight - ops.dequantize(quantised), 4, svd="exact")
-    assert torch.equal(base.start.b0 @ base.start.a0, split.b0 @ split.a0)
-
-
 @pytest.mark.parametrize(("init", "iters"), [("pissa", 1), ("loftq", 1), ("pissa", 2), ("loftq", 2)])
 def test_the_origin_of_a_stored_base_is_restored(init: str, iters: int, small_llama: Make, tmp_path: Path) -> None:
     fields = {"quant": "nf4", "blocksize": 32, "double_quant": False, "quant_iters": iters}

@@ -14,6 +14,7 @@ import language_models
 import pissa
 from devices import fetch, put
 from language_models import error
+from one_layer import OneLayer, filled
 from oracle import assert_papers_function, base64, change64, change_a_little, deltas64, weight64
 from pissa import notices, ops
 from pissa.base.start import StartFactors
@@ -26,33 +27,21 @@ forms = pytest.mark.parametrize("form", FORMS)
 EPS = torch.finfo(torch.float32).eps
 
 
-class Toy(nn.Module):
-    """One linear layer with a name."""
-
-    def __init__(self, seed: int = 0, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.proj = nn.Linear(IN, OUT, bias=bias)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(IN))
-        self.to(devices.current, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+def toy(bias: bool = True, dtype: torch.dtype = torch.float32) -> OneLayer:
+    return put(OneLayer(filled(nn.Linear(IN, OUT, bias=bias)).to(dtype)))
 
 
 def inputs(*shape: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> Tensor:
     return put(torch.randn(*shape, IN, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
-def wrapped(form: str = "implicit", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
-    return pissa.wrap(Toy(seed, dtype=dtype), r=R, **FORMS[form], **fields)
+def wrapped(form: str = "implicit", dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
+    return pissa.wrap(toy(dtype=dtype), r=R, **FORMS[form], **fields)
 
 
 @forms
 def test_start_is_the_base_and_zero_in_the_parameters(form: str) -> None:
-    original, model, x = Toy(), wrapped(form, lora_alpha=3), inputs(5)
+    original, model, x = toy(), wrapped(form, lora_alpha=3), inputs(5)
     layer = model.base_model.model.proj
     assert isinstance(layer, PissaLinear)
     assert not layer.lora_A["default"].weight.any()
@@ -83,7 +72,7 @@ def test_the_weight_that_models_ask_for_is_the_bases(form: str, dtype: torch.dty
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"start_norm": "unit"}], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_function_and_gradients_are_the_papers(form: str, fields: dict[str, object], bias: bool) -> None:
-    model = pissa.wrap(Toy(bias=bias), r=R, lora_alpha=3, **fields, **FORMS[form])
+    model = pissa.wrap(toy(bias=bias), r=R, lora_alpha=3, **fields, **FORMS[form])
     assert_papers_function(model, inputs(2, 5))
     model.zero_grad()
     change_a_little(model.base_model.model.proj)
@@ -353,4 +342,4 @@ def test_int8_holds_eight_bits_and_a_scale_for_each_row() -> None:
     assert (linear.absmax.dtype, linear.absmax.shape, linear.nested_absmax) == (torch.float32, (OUT,), None)
     assert (linear.form, linear.numel) == (pissa.PissaConfig(quant="int8").form, IN * OUT)
     assert linear.extra_repr().endswith("bias=True, form=int8")
-    assert error(layer.base.matrix(), Toy().proj.weight) < 0.01
+    assert error(layer.base.matrix(), toy().proj.weight) < 0.01

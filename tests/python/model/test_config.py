@@ -10,7 +10,6 @@ from pathlib import Path
 
 import peft
 import pytest
-from torch import nn
 
 import pissa.model  # noqa: F401  makes the type of our adapters known to PEFT
 from pissa import PissaConfig, config
@@ -189,12 +188,6 @@ def test_copies_and_pickles() -> None:
     config = PissaConfig(r=4, target_modules=["q_proj"], quant="nf4")
     assert copy.deepcopy(config) == config
     assert pickle.loads(pickle.dumps(config)) == config
-
-
-def test_functions_below_get_peft_model_refuse_it_with_a_hint() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(TypeError, match=r"needs pissa\.wrap\(model, config\), or peft\.get_peft_model"):
-        peft.inject_adapter_in_model(PissaConfig(r=2, target_modules=["0"]), model)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 import pissa
+from daily import each
 from language_models import Make
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.views import own_memory
@@ -58,7 +59,7 @@ def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("form", STORED)
+@pytest.mark.parametrize("form", each(STORED, ["explicit", "nf4"]))
 def test_the_peak_is_the_dense_model_and_one_layer(
     form: str, tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,10 +25,9 @@ def resized(model: nn.Module, size: int, seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("size", [104, 90])
-@pytest.mark.parametrize("fields", [{}, {"quant": "nf4"}])
+@pytest.mark.parametrize(("size", "fields"), [(104, {}), (90, {"quant": "nf4"})])
 def test_embeddings_that_nobody_trains(
-    fields: dict[str, Any], size: int, tied: bool, small_llama: Make, tokens: Tensor, tmp_path: Path
+    size: int, fields: dict[str, Any], tied: bool, small_llama: Make, tokens: Tensor, tmp_path: Path
 ) -> None:
     model = pissa.wrap(small_llama(tie_word_embeddings=tied), r=4, **fields)
     tokens = tokens.clamp(max=min(size, SIZE) - 1)

@@ -16,7 +16,7 @@ from language_models import Make, logits
 from oracle import change_all
 from pissa.layers.layer import PissaLayer
 
-THREADS = 16
+THREADS = 8
 
 
 def merged(base: nn.Module, tokens: Tensor) -> list[Tensor]:

@@ -83,7 +83,7 @@ def test_cat_is_the_weighted_sum_of_the_changes(kind: str, start_norm: str, weig
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("method", "rank"), [("svd", None), ("svd", 1), ("svd", 4), ("svd", 99), ("linear", None)])
+@pytest.mark.parametrize(("method", "rank"), [("svd", None), ("svd", 1), ("svd", 99), ("linear", None)])
 def test_svd_and_linear_are_the_best_of_their_rank(
     kind: str, weights: list[float], method: str, rank: int | None
 ) -> None:
@@ -267,38 +267,35 @@ def test_a_module_to_save_is_the_one_of_its_adapter(small_llama: Make, tokens: T
 # ---- Refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"adapters": ["a", "nope"]}, r"Adapter nope does not exist; the model has a, b, dora"),
-        ({"adapters": []}, r"got 0 adapters and 2 weights"),
-        ({"weights": [1.0]}, r"got 2 adapters and 1 weights"),
-        ({"weights": [1.0, float("nan")]}, r"weights must be finite numbers, got nan"),
-        ({"weights": [1.0, "2"]}, r"weights must be finite numbers, got '2'"),
-        ({"adapter_name": "a"}, r"Adapter with name 'a' already exists"),
-        ({"adapter_name": "q_proj"}, r"adapter_name: got 'q_proj'"),
-        ({"combination_type": "sum"}, r"Invalid combination_type: 'sum'; allowed: svd, linear, cat, ties"),
-        ({"combination_type": "linear"}, r"must have the same r value .*Got \{'a': 4, 'b': 3\}; take svd"),
-        ({"combination_type": "ties", "density": 0.5}, r"must have the same r value .*take svd, ties_svd or cat"),
-        ({"combination_type": "ties_svd"}, r"density must be a number above 0 and at most 1 with ties_svd, got None"),
-        ({"combination_type": "dare_ties_svd", "density": 0}, r"density must be a number above 0 .* got 0"),
-        ({"majority_sign_method": "most"}, r"majority_sign_method must be 'total' or 'frequency', got 'most'"),
-        ({"svd_rank": 0}, r"svd_rank must be a positive integer or None, got 0"),
-        ({"svd_clamp": 0.9}, r"svd_clamp=0.9 is not supported: leave it out"),
-        ({"adapters": ["a", "dora"]}, r"dora has use_dora=True, which trains more than factors: merge it"),
-    ],
-)
-def test_refusals_leave_the_model_as_it_was(
-    arguments: dict[str, Any], words: str, small_llama: Make, tokens: Tensor
-) -> None:
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"adapters": ["a", "nope"]}, r"Adapter nope does not exist; the model has a, b, dora"),
+    ({"adapters": []}, r"got 0 adapters and 2 weights"),
+    ({"weights": [1.0]}, r"got 2 adapters and 1 weights"),
+    ({"weights": [1.0, float("nan")]}, r"weights must be finite numbers, got nan"),
+    ({"weights": [1.0, "2"]}, r"weights must be finite numbers, got '2'"),
+    ({"adapter_name": "a"}, r"Adapter with name 'a' already exists"),
+    ({"adapter_name": "q_proj"}, r"adapter_name: got 'q_proj'"),
+    ({"combination_type": "sum"}, r"Invalid combination_type: 'sum'; allowed: svd, linear, cat, ties"),
+    ({"combination_type": "linear"}, r"must have the same r value .*Got \{'a': 4, 'b': 3\}; take svd"),
+    ({"combination_type": "ties", "density": 0.5}, r"must have the same r value .*take svd, ties_svd or cat"),
+    ({"combination_type": "ties_svd"}, r"density must be a number above 0 and at most 1 with ties_svd, got None"),
+    ({"combination_type": "dare_ties_svd", "density": 0}, r"density must be a number above 0 .* got 0"),
+    ({"majority_sign_method": "most"}, r"majority_sign_method must be 'total' or 'frequency', got 'most'"),
+    ({"svd_rank": 0}, r"svd_rank must be a positive integer or None, got 0"),
+    ({"svd_clamp": 0.9}, r"svd_clamp=0.9 is not supported: leave it out"),
+    ({"adapters": ["a", "dora"]}, r"dora has use_dora=True, which trains more than factors: merge it"),
+]
+
+
+def test_refusals_leave_the_model_as_it_was(small_llama: Make, tokens: Tensor) -> None:
     model = trained(small_llama, tokens)
     model.add_adapter("dora", PissaConfig(r=2, target_modules=["q_proj"], use_dora=True))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
-        model.add_weighted_adapter(
-            **{"adapters": ["a", "b"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
-        )
-    assert_same(model, before)
+    for arguments, words in REFUSED:
+        given = {"adapters": ["a", "b"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
+        with pytest.raises(ValueError, match=words):
+            model.add_weighted_adapter(**given)
+        assert_same(model, before.copy())
 
 
 def test_biases_are_not_summed(small_llama: Make) -> None:
@@ -307,6 +304,6 @@ def test_biases_are_not_summed(small_llama: Make) -> None:
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
-def test_its_init_cannot_be_asked_for(small_llama: Make, tokens: Tensor) -> None:
+def test_its_init_cannot_be_asked_for(small_llama: Make) -> None:
     with pytest.raises(ValueError, match=r"init='given' marks an adapter whose factors came from elsewhere"):
         pissa.wrap(small_llama(), r=2, init="given")

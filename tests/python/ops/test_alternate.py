@@ -180,9 +180,9 @@ def test_factors_of_an_early_result_have_all_passes() -> None:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("form", [{}, {"form": "explicit"}, *FORMS])
-@pytest.mark.parametrize("how", [{}, {"quant_iters": 3}, {"quant_iters": 2, "quantise_first": True}])
+@pytest.mark.parametrize("how", [{"svd": "subspace"}, {"quant_iters": 3}, {"quant_iters": 2, "quantise_first": True}])
 def test_many_weights_are_split_as_one_by_one(form: dict[str, Any], how: dict[str, Any]) -> None:
-    if how and form.get("form") not in ops.formats.FORMATS:
+    if "quant_iters" in how and form.get("form") not in ops.formats.FORMATS:
         return
     weights = [weight(*[(40, 96), (96, 33)][i % 2], i, DTYPES[i % 3]) for i in range(6)]
     ranks, scalings = [4, 3, 1, 2, 4, 5], [1.0, 0.5, 2.0, 1.0, 0.25, 3.0]
@@ -197,24 +197,6 @@ def _parts(split: ops.Split) -> list[Tensor]:
     rest = split.residual
     stored = [] if rest is None else [rest] if isinstance(rest, Tensor) else list(rest.tensors().values())
     return [split.a0, split.b0, *stored, *(split.taken or ())]
-
-
-@pytest.mark.cpu_only
-def test_the_same_bits_on_any_number_of_threads() -> None:
-    weights = [
-        power_law(700, 900, 0.3).bfloat16(),
-        *(weight(seed=i) for i in range(5)),
-        power_law(90, 4000, 0.3).float(),
-    ]
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            found.append(ops.split_many(weights, [8] * 7, [1.0] * 7, form="nf4", quant_iters=3))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(map(same, found[0], found[1]))
-    assert all(map(same, found[0], found[2]))
 
 
 @pytest.mark.cpu_only

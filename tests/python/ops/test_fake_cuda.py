@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import pissa
-from one_layer import filled
 from pissa import ops
-from pissa.ops import _load
 
 pytestmark = pytest.mark.cpu_only
 
@@ -90,25 +87,3 @@ def test_an_op_leaves_its_results_where_its_arguments_are(name: str) -> None:
         with FakeTensorMode():
             fake = tree_leaves(op(*tree_map(on_cuda, args)))
         assert [described(t, str(t.device))[0] for t in fake] == expected
-
-
-FORMS: dict[str, dict[str, Any]] = {
-    "implicit": {},
-    "explicit": {"residual": "explicit"},
-    "nf4": {"quant": "nf4"},
-    "int8": {"quant": "int8"},
-    "DoRA": {"use_dora": True},
-    "AdaLoRA": {"use_adalora": True},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_layer_computes_where_its_tensors_are(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only its parameters and buffers are put there: whatever else it computes from would be on the CPU, an error."""
-    monkeypatch.setattr(_load, "cuda_problem", None)
-    model = pissa.wrap(nn.Sequential(filled(nn.Linear(COLS, ROWS))), r=R, **FORMS[form])
-    tensors = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    with FakeTensorMode(), torch.no_grad():
-        there = {name: on_cuda(tensor) for name, tensor in tensors.items()}
-        y = torch.func.functional_call(model, there, on_cuda(torch.ones(TOKENS, COLS)))
-    assert (y.device, y.shape) == (torch.device("cuda:0"), (TOKENS, ROWS))

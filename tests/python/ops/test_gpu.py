@@ -278,28 +278,6 @@ def test_forward_and_backward_in_a_graph(tokens: int) -> None:
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
-def tensors_of_linear() -> dict[str, Any]:
-    side = {"x": randn(3, 64), "weight": randn(32, 64), "bias": randn(32)}
-    return side | {"a": randn(2, 64), "b": randn(32, 2), "a0": randn(2, 64), "b0": randn(32, 2)}
-
-
-@pytest.mark.parametrize("left", list(tensors_of_linear()))
-def test_mixed_devices_are_refused_by_name(left: str) -> None:
-    tensors = tensors_of_linear()
-    ops.linear(**put(tensors))
-    with pytest.raises(ValueError, match=rf"\b{left}\b.* on cpu.*one device") as raised:
-        ops.linear(**put(tensors) | {left: tensors[left]})
-    assert "cuda:0" in str(raised.value)
-
-
-def test_a_4_bit_weight_on_the_cpu_is_refused() -> None:
-    weight = ops.quantize(randn(32, 64))
-    with pytest.raises(ValueError, match=r"weight on cpu; x on cuda:0; .*one device"):
-        ops.linear(put(randn(3, 64)), weight)
-    with pytest.raises(ValueError, match=r"weight\.absmax on cpu"):
-        ops.dequantize(put(weight)._replace(absmax=weight.absmax))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("form", WEIGHTS)
@@ -381,32 +359,6 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 def adapted(model: nn.Module, form: str) -> PissaModel:
     return pissa.wrap(model, r=4, task_type="CAUSAL_LM", **FORMS[form])
-
-
-@forms
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_from_wrapping_to_merging(
-    form: str, dtype: torch.dtype, tiny_llama: Make, tokens: Tensor, tmp_path: Path
-) -> None:
-    base = logits(tiny_llama(dtype=dtype), tokens)
-    assert base.is_cuda
-    model = adapted(tiny_llama(dtype=dtype), form)
-    assert all(tensor.is_cuda for tensor in (*model.parameters(), *model.buffers()))
-    start = logits(model, tokens)
-    if form == "implicit":
-        assert torch.equal(start, base)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens), start)
-    losses = train(model, tokens, steps=4)
-    assert losses[-1] < losses[0]
-    trained = logits(model, tokens)
-    assert error(trained, start) > 1e-3
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens), start)
-    model.save_pretrained(tmp_path)
-    again = PissaModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path)
-    assert torch.equal(logits(again, tokens), trained)
-    assert error(logits(model.merge_and_unload(), tokens), trained) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @forms

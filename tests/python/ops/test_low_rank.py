@@ -55,17 +55,6 @@ def test_what_is_kept_is_the_best_and_as_much_as_stated(pair: tuple[torch.Tensor
     assert torch.allclose(kept_a.norm(), kept_b.norm(), rtol=1e-9, atol=noise**0.5)
 
 
-@settings(max_examples=100, deadline=None)
-@given(factors(), st.floats(0.01, 1.0))
-def test_the_smallest_rank_is_the_smallest(pair: tuple[torch.Tensor, torch.Tensor], share: float) -> None:
-    spectrum = Spectrum.of(*pair)
-    rank, energy = spectrum.smallest_rank(share), spectrum.energy
-    slack = 1e-12 * energy[0]
-    assert 1 <= rank <= max(1, len(spectrum.values))
-    assert energy[rank] <= (1 - share) * energy[0] + slack
-    assert rank == 1 or energy[rank - 1] > (1 - share) * energy[0]
-
-
 def test_all_of_the_energy_takes_the_rank_that_there_is() -> None:
     """Not one more for values that are roundoff."""
     generator = torch.Generator().manual_seed(0)

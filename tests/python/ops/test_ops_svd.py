@@ -152,6 +152,7 @@ def test_every_instruction_set_computes_the_formulas(isa: str) -> None:
     assert run.stdout == f"{isa} []\n", run.stderr
 
 
+@pytest.mark.nightly  # cpu/isa_test.cc has it
 @pytest.mark.cpu_only
 def test_unknown_instruction_set_is_refused() -> None:
     run = _run("import pissa; pissa.ops.build_info()", "sse9")
@@ -159,6 +160,7 @@ def test_unknown_instruction_set_is_refused() -> None:
     assert "PISSA_ISA: got 'sse9'; this build on this machine has: baseline" in run.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.cpu_only
 def test_faster_instruction_sets_say_why_they_are_not_used() -> None:
     run = _run("from pissa import ops; print(*ops.build_info()['isas_unused'], sep='\\n')", "baseline")
@@ -249,51 +251,7 @@ def test_split_takes_the_nuclear_norm_of_the_quantisation_error_down(form: str) 
 
 
 # ---- Many at once ----------------------------------------------------------------------------------------------------
-
-MANY = [(40, 60), (300, 520), (70, 33), (1, 90), (64, 64), (90, 1), (128, 96), (200, 80)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def _many(dominated: bool) -> tuple[list[Tensor], list[int], list[float]]:
-    """Weights of every shape, dtype and rank; if `dominated`, one is larger than the rest together."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = MANY if dominated else [shape for shape in MANY if shape != (300, 520)] * 2
-    weights = [torch.randn(s, generator=generator).to(DTYPES[i % 3]) for i, s in enumerate(shapes)]
-    weights[-1] = weights[-1].T  # not contiguous
-    return weights, [min(1 + 3 * i, *s) for i, s in enumerate(shapes)], [0.5 + i for i in range(len(shapes))]
-
-
-@pytest.mark.cpu_only  # CUDA has stacks of equal shapes instead, equal but for rounding: test_gpu.py
-@pytest.mark.parametrize("dominated", [False, True])
-@pytest.mark.parametrize("svd", METHODS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_many_are_split_one_by_one_bit_for_bit(threads: int, svd: str, dominated: bool) -> None:
-    many = _many(dominated)
-    options = {"svd": svd, "passes": 4, "seed": 3}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = [ops.split(w, r, scaling=s, **options) for w, r, s in zip(*many, strict=True)]
-        # LAPACK's bits, for "exact", depend on the threads; ours do not.
-        torch.set_num_threads(1 if svd == "exact" else threads)
-        got = ops.split_many(*many, **options)
-    finally:
-        torch.set_num_threads(before)
-    assert len(got) == len(expected)
-    for ours, alone in zip(got, expected, strict=True):
-        assert ours.residual is None
-        assert torch.equal(ours.a0, alone.a0)
-        assert torch.equal(ours.b0, alone.b0)
-
-
-@pytest.mark.cpu_only
-def test_a_weight_that_all_threads_share_has_the_same_bits() -> None:
-    weights = [torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(48, 64), torch.randn(64, 48)]
-    got = ops.split_many(weights, [4, 4, 4], [1.0, 1.0, 1.0], passes=2)
-    for weight, ours in zip(weights, got, strict=True):
-        alone = ops.split(weight, 4, passes=2)
-        assert torch.equal(ours.a0, alone.a0)
-        assert torch.equal(ours.b0, alone.b0)
 
 
 def test_no_weights_make_no_splits() -> None:

@@ -43,12 +43,6 @@ def linear(
     return y + scaling * (x @ (a0 + a).T) @ (b0 + b).T
 
 
-def magnitude(formula, *tensors, **kwargs):  # type: ignore[no-untyped-def]
-    """The formula on absolute values: what rounding errors of its sums are relative to."""
-    absolute = [t.abs() if isinstance(t, Tensor) else t for t in tensors]
-    return formula(*absolute, **{k: v.abs() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
-
-
 def assert_close(got: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
     """|got - expected| <= bound + half an ulp of got's dtype, elementwise; prints the worst element."""
     got = devices.fetch(got)

@@ -24,7 +24,6 @@ FAILS = {
     "ops/test_ops_linear.py::test_compiles_without_a_graph_break": _COMPILE,
     "ops/test_ops_svd.py::test_opcheck_of_the_op_that_writes_into_its_argument": _WRITES,
     "base/test_bitsandbytes.py::test_a_model_that_transformers_has_loaded_quantised": "transformers asks for the GPU",
-    "base/test_bitsandbytes.py::test_the_language_part_of_a_model_that_sees": "transformers asks for the GPU",
     "ops/test_gpu.py::test_a_weight_of_more_than_2_to_the_31_elements": "asks for 16 GiB of a GPU's memory",
 }
 """Why a test does not pass on the stand-in."""
