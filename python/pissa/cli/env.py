@@ -7,10 +7,7 @@ import json
 import platform
 import re
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pissa.cli.findings import Finding
+from typing import Any
 
 _COMPARED_WITH = ("bitsandbytes",)
 
@@ -76,6 +73,10 @@ def _needed() -> dict[str, str]:
 
 
 def _verdict() -> tuple[bool, str]:
+    import torch
+
+    from pissa.cli.checks import wrong_in_linear
+
     needed = _needed()
     old = [
         f"{name} {version} is older than {least}"
@@ -84,22 +85,12 @@ def _verdict() -> tuple[bool, str]:
     ]
     if old:
         return False, f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
-    if wrong := _core_errors():
+    if wrong := list(wrong_in_linear("nf4", torch.float32, torch.device("cpu"))):
         return False, f"the compiled core computes wrongly here ({wrong[0]}); report this with `pissa selftest`"
     missing = [name for name in needed if _version(name) is None]
     if missing:
         return True, f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({", ".join(missing)} missing)'
     return True, "everything works"
-
-
-def _core_errors() -> list[Finding]:
-    """What is wrong with a fused 4-bit layer, forward and backward."""
-    import torch
-
-    from pissa.cli.op_checks import linear_findings
-
-    found = linear_findings("nf4", torch.float32, torch.device("cpu"))
-    return [finding for finding in found if not finding.passed]
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`pissa selftest`: checks the ops and small models on this machine; what to run before reporting a problem."""
+"""`pissa selftest`: checks the fused layer and small models on this machine; what to run before reporting a problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ from pissa.cli.terminal import UserError, silence_third_parties
 if TYPE_CHECKING:
     import torch
 
-    from pissa.cli.findings import Check, Finding
+Check = Callable[[], Iterable[str]]
+"""What is wrong, a line each."""
 
 _WIDTH = 58
 """Of a check's name with the dots behind it. The whole line fits into 80 columns."""
@@ -39,92 +41,65 @@ def run(args: argparse.Namespace) -> int:
         UserError: a device that cannot be used.
     """
     print(f"Python {platform.python_version()}, {platform.platform()}")
-    tally = _Tally()
-    tally.section("Imports")
+    began = time.perf_counter()
     # If torch or the core does not load, that is what is to be reported: nothing above imports either.
-    has_ops = tally.passes("torch, the compiled core of pissa", _import_ops)
-    devices, not_tested = _devices(args.device) if has_ops else ([], "")
-    has_peft = _is_installed("peft")
-    has_models = has_ops and has_peft and tally.passes("PEFT, transformers", _import_models)
+    passed = {"torch, the compiled core of pissa": _passes("torch, the compiled core of pissa", _import_ops)}
+    devices, not_tested = _devices(args.device) if all(passed.values()) else ([], "")
     for device in devices:
-        from pissa.cli.op_checks import op_checks
-
-        tally.section(f"Ops on {device.type}", _details(device))
-        for name, check in op_checks(device).items():
-            tally.passes(name, check)
-    for device in devices if has_models else []:
-        from pissa.cli.model_checks import model_checks
-
-        tally.section(f"Small models on {device.type}")
-        for name, check in model_checks(device).items():
-            tally.passes(name, check)
+        print(f"\n{_described(device)}")
+        for name, check in _checks(device).items():
+            passed[f"{device.type}: {name}"] = _passes(name, check)
     if not_tested:
         print(f"\nThe GPU was not tested: {not_tested}")
-    if not has_peft:
+    if not _is_installed("peft"):
         print('\nModels were not tested: PEFT is not installed; run `pip install "pissa[cli]"`')
-    tally.end()
-    return 1 if tally.failed else 0
+    print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
+    for name in (name for name, right in passed.items() if not right):
+        print(f"FAILED: {name}")
+    print(_REPORT)
+    return 0 if all(passed.values()) else 1
 
 
-class _Tally:
-    """Runs checks, prints them, and counts."""
+def _checks(device: torch.device) -> dict[str, Check]:
+    import torch
 
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-        self._count = 0
-        self._section = ""
-        self._began = time.perf_counter()
+    from pissa.cli import checks
+    from pissa.ops.formats import FORMATS
 
-    def section(self, title: str, details: str = "") -> None:
-        self._section = title
-        print(f"\n{title}{details and f': {details}'}")
-
-    def passes(self, name: str, check: Check) -> bool:
-        """Whether the check passes. An error that it raises is a failure too."""
-        # Before it runs: this line tells which check has hung, or ended the process.
-        print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
-        began = time.perf_counter()
-        wrong = []
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for finding in check():
-                    if not finding.passed:
-                        wrong.append(str(finding))
-        except Exception as error:
-            wrong.append(_told(error))
-        print(f"{'FAILED' if wrong else 'ok':<6} {time.perf_counter() - began:7.2f} s", flush=True)
-        for text in wrong:
-            print(textwrap.indent(text, "      "))
-        self._count += 1
-        if wrong:
-            self.failed.append(f"{self._section}: {name}")
-        return not wrong
-
-    def end(self) -> None:
-        seconds = time.perf_counter() - self._began
-        print(f"\n{self._count - len(self.failed)} of {self._count} checks passed, in {seconds:.0f} s.")
-        for name in self.failed:
-            print(f"FAILED: {name}")
-        print(_REPORT)
+    found: dict[str, Check] = {}
+    for form in ("dense", *FORMATS):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
+            found[name] = partial(checks.wrong_in_linear, form, dtype, device)
+    for form in ("implicit", *FORMATS) if _is_installed("peft") else ():
+        found[f"a model, {form}: trained, saved, loaded"] = partial(checks.wrong_in_model, form, device)
+    return found
 
 
-def _told(error: Exception) -> str:
-    """What was raised, and where."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {where.name} ({Path(where.filename).name}, line {where.lineno}): {error}"
+def _passes(name: str, check: Check) -> bool:
+    """Runs and prints a check. An error that it raises is a failure too."""
+    # Before it runs: this line tells which check has hung, or ended the process.
+    print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
+    began = time.perf_counter()
+    wrong = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrong.extend(check())
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{where.name} ({Path(where.filename).name}, line {where.lineno})"
+        wrong.append(f"{type(error).__name__} in {at}: {error}")
+    print(f"{'FAILED' if wrong else 'ok':<6} {time.perf_counter() - began:7.2f} s", flush=True)
+    for text in wrong:
+        print(textwrap.indent(text, "      "))
+    return not wrong
 
 
-def _import_ops() -> Iterable[Finding]:
-    import pissa.cli.op_checks  # noqa: F401
+def _import_ops() -> tuple[str, ...]:
+    import pissa.cli.checks  # noqa: F401
 
-    return ()
-
-
-def _import_models() -> Iterable[Finding]:
     silence_third_parties()
-    import pissa.cli.model_checks  # noqa: F401
-
     return ()
 
 
@@ -151,12 +126,12 @@ def _devices(asked: str | None) -> tuple[list[torch.device], str]:
     return [torch.device(name) for name in names], not_tested or ""
 
 
-def _details(device: torch.device) -> str:
+def _described(device: torch.device) -> str:
     import torch
 
     import pissa
 
     versions = f"pissa {pissa.__version__}, torch {torch.__version__}"
     if device.type == "cuda":
-        return f"{versions}, {torch.cuda.get_device_name()}"
-    return f"{versions}, {pissa.build_info()['isa']}, {torch.get_num_threads()} threads"
+        return f"{device.type}: {versions}, {torch.cuda.get_device_name()}"
+    return f"{device.type}: {versions}, {pissa.build_info()['isa']}, {torch.get_num_threads()} threads"
