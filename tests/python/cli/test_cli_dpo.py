@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -15,8 +14,10 @@ import yaml
 from datasets import Dataset
 
 import pissa
+import runs
 from daily import each
 from pissa.cli import main
+from runs import cut_last_step, exact, logged, same_weights, save_preferences, save_sums
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -29,20 +30,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
-    rows = [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": "no"} for i in range(16)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return save_preferences(tmp_path_factory.mktemp("data"))
 
 
-def command(base: Path, data: Path, out: Path, *more: str, name: str = "dpo") -> list[str]:
-    fixed = [name, "--model", str(base), "--data", str(data), "--out", str(out), "--steps", "4", "--rank", "4"]
-    return [*fixed, "--batch-size", "4", "--grad-accum", "1", "--lr", "1e-2", "--save-steps", "2", *more]
-
-
-def losses(out: Path) -> list[float]:
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [row["loss"] for row in history if "loss" in row]
+def command(base: Path, data: Path, out: Path, *more: str, name: str = "dpo", steps: int = 4) -> list[str]:
+    return runs.command(name, base, data, out, "--rank", "4", *more, steps=steps)
 
 
 OPTIONS = [["--quant", "nf4"], [], ["--quant", "int8", "--dtype", "bfloat16"]]
@@ -53,8 +45,8 @@ def test_preferences_are_learned_from_ln_2_on(
     options: list[str], base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(command(base, data, out, *options, "--eval-data", str(data))) == 0
-    first, *_, last = losses(out)
+    assert main(command(base, data, out, *options, "--eval-data", str(data), steps=3)) == 0
+    first, _, last = logged(out)
     said = re.search(r"; first loss ([\d.]+), ln 2 = 0.693147 ", capfd.readouterr().out)
     assert said
     assert float(said[1]) == pytest.approx(first, abs=1e-4)
@@ -63,16 +55,31 @@ def test_preferences_are_learned_from_ln_2_on(
     assert not (out / "ref").exists()  # TRL's copy of the adapter as it was
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_of_every_option_goes_on_bit_for_bit(base: Path, data: Path, tmp_path: Path) -> None:
+    """Every field of the configuration is an option, and so are those of the model's class: run.yaml has them."""
+    patterns = ["--rank_pattern", '{"v_proj": 2}', "--alpha_pattern", '{"v_proj": 8}']
+    options = ["--target-modules", "q_proj", "v_proj", *patterns, "--use_dora", "--use_rslora", "--svd-passes", "8"]
+    options += ["--init", "pissa_minor", "--start-norm", "unit"]
+    options += ["--model_init_kwargs", '{"attn_implementation": "eager"}']
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(command(base, data, whole)) == 0
+    assert main(command(base, data, whole, *options)) == 0
+    config = pissa.PissaConfig.from_pretrained(whole)
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+    assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 8})
+    assert (config.use_dora, config.use_rslora, config.svd_passes) == (True, True, 8)
+    assert (config.init, config.start_norm) == ("pissa_minor", "unit")
+    recorded = yaml.safe_load((whole / "run.yaml").read_text())
+    assert recorded["target_modules"] == ["q_proj", "v_proj"]
+    assert recorded["rank_pattern"] == {"v_proj": 2}
+    assert recorded["model_init_kwargs"] == {"attn_implementation": "eager"}
+
     shutil.copytree(whole, cut)
-    for name in ("adapter_model.safetensors", "trainer_state.json", "checkpoint-4/trainer_state.json"):
-        (cut / name).unlink()
-    assert main(command(base, data, cut, "--resume")) == 0
-    assert losses(cut) == losses(whole)
-    name = "adapter_model.safetensors"
-    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    cut_last_step(cut)
+    assert main(["dpo", f"--config={whole / 'run.yaml'}", "--out", str(cut), "--resume"]) == 0
+    assert exact(cut) == exact(whole)
+    assert same_weights(cut, whole)
+    assert main(command(base, data, cut, *options, "--resume")) == 0  # there is nothing left to do
+    assert exact(cut) == exact(whole)
 
 
 def test_a_wrong_reference_is_not_trained_against(
@@ -122,8 +129,8 @@ def test_a_data_set_of_trl_is_taken_as_it_is(base: Path, tmp_path: Path, capsys:
     for split in ("train", "test"):
         Dataset.from_list(rows).to_parquet(tmp_path / "set" / f"{split}.parquet")
     options = ["--eval_strategy", "steps", "--eval_steps", "2", "--packing", "--max-length", "32"]
-    assert main(command(base, tmp_path / "set", tmp_path / "run", *options, name="finetune")) == 0
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert main(command(base, tmp_path / "set", tmp_path / "run", *options, name="finetune", steps=3)) == 0
+    assert logged(tmp_path / "run")[-1] < logged(tmp_path / "run")[0]
     assert "held out  loss" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert main(command(base, tmp_path / "empty", tmp_path / "other", name="finetune")) == 2
@@ -150,66 +157,29 @@ def test_the_rate_is_found_and_recorded(
         assert torch.isfinite(value)
         return Suggestion(3e-3, "the best of two")
 
-    if name == "finetune":
-        rows = [{"question": f"{i}+1", "answer": f"{i + 1}"} for i in range(16)]
-        data = tmp_path / "sums.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = save_sums(tmp_path) if name == "finetune" else data
     monkeypatch.setattr(pissa, "suggest_lr", suggest_lr, raising=False)
     out = tmp_path / "run"
     assert main(command(base, data, out, "--lr", "auto", name=name)) == 0
     assert "rate      the best of two" in capsys.readouterr().out
     assert yaml.safe_load((out / "run.yaml").read_text())["learning_rate"] == 3e-3
-    found = losses(out)
-    assert main([name, "--config", str(out / "run.yaml"), "--out", str(tmp_path / "again")]) == 0
-    assert losses(tmp_path / "again") == found
+    assert logged(out, "learning_rate")[1] == 3e-3
+    monkeypatch.delattr(pissa, "suggest_lr")
     assert main(command(base, data, out, "--lr", "auto", "--resume", name=name)) == 0
-
-
-def test_every_field_of_the_configuration_is_an_option(base: Path, data: Path, tmp_path: Path) -> None:
-    options = [
-        "--target-modules",
-        "q_proj",
-        "v_proj",
-        "--rank_pattern",
-        '{"v_proj": 2}',
-        "--alpha_pattern",
-        '{"v_proj": 8}',
-    ]
-    options += ["--use_dora", "--use_rslora", "--init", "pissa_minor", "--start-norm", "unit", "--svd-passes", "8"]
-    out = tmp_path / "run"
-    assert main(command(base, data, out, *options)) == 0
-    config = pissa.PissaConfig.from_pretrained(out)
-    assert set(config.target_modules) == {"q_proj", "v_proj"}
-    assert (config.rank_pattern, config.alpha_pattern) == ({"v_proj": 2}, {"v_proj": 8})
-    assert (config.use_dora, config.use_rslora, config.svd_passes) == (True, True, 8)
-    assert (config.init, config.start_norm) == ("pissa_minor", "unit")
-    recorded = yaml.safe_load((out / "run.yaml").read_text())
-    assert recorded["target_modules"] == ["q_proj", "v_proj"]
-    assert recorded["rank_pattern"] == {"v_proj": 2}
-    assert main(["dpo", f"--config={out / 'run.yaml'}", "--out", str(tmp_path / "again")]) == 0
-    assert losses(tmp_path / "again") == losses(out)
 
 
 def test_a_preset_is_for_what_is_not_given(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, options = tmp_path / "run", ["--preset", "rl", "--lora_alpha", "3"]
-    assert main(command(base, data, out, *options)) == 0
+    assert main(command(base, data, out, *options, steps=1)) == 0
     config = pissa.PissaConfig.from_pretrained(out)
     assert (config.init, config.use_rslora, config.lora_alpha, config.r) == ("lora", True, 3, 4)
     recorded = yaml.safe_load((out / "run.yaml").read_text())
     assert (recorded["init"], recorded["use_rslora"], recorded["lora_alpha"]) == ("lora", True, 3)
-    assert main(command(base, data, out, *options, "--resume")) == 0
+    assert main(command(base, data, out, *options, "--resume", steps=1)) == 0
     assert main(command(base, data, tmp_path / "other", "--preset", "grpo")) == 2
     assert "preset: got 'grpo'; allowed: None, 'rl'" in capsys.readouterr().err
-
-
-def test_options_of_the_models_class_are_recorded(base: Path, data: Path, tmp_path: Path) -> None:
-    options = ["--model_init_kwargs", '{"attn_implementation": "eager"}']
-    assert main(command(base, data, tmp_path / "run", *options)) == 0
-    recorded = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
-    assert recorded["model_init_kwargs"] == {"attn_implementation": "eager"}
-    assert main(command(base, data, tmp_path / "run", *options, "--resume")) == 0
 
 
 def test_yaml_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pissa
+import runs
 from pissa.checkpoints.init import init
 from pissa.cli import main
+from runs import WEIGHTS, cut_last_step, exact, logged, same_weights, save_sums
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -33,76 +35,70 @@ def split(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"{i + 1}"}) + "\n" for i in range(24)))
-    return path
+    return save_sums(tmp_path_factory.mktemp("data"))
 
 
-def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    fixed = ["finetune", "--model", str(model), "--data", str(data), "--out", str(out), "--steps", "4"]
-    return [*fixed, "--batch-size", "4", "--grad-accum", "1", "--lr", "1e-2", "--save-steps", "2", *more]
+def command(model: Path, data: Path, out: Path, *more: str, steps: int = 4) -> list[str]:
+    return runs.command("finetune", model, data, out, *more, steps=steps)
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    exact = ("step", "loss", "learning_rate")
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [{key: row[key] for key in exact} for row in history if "loss" in row]
-
-
-WEIGHTS = "adapter_model.safetensors"
+@pytest.fixture(scope="module")
+def trained(split: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run on the split model, and what it said. It is not to be changed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert main(command(split, data, out)) == 0
+    return out, said.getvalue(), errors.getvalue()
 
 
 def test_it_is_the_run_of_the_dense_model(
-    base: Path, split: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    base: Path, split: Path, data: Path, tmp_path: Path, trained: tuple[Path, str, str]
 ) -> None:
-    assert main(command(split, data, tmp_path / "split")) == 0
-    said = capfd.readouterr()
-    assert "QPiSSA (nf4), rank 4" in said.out
-    assert "PiSSA init" not in said.err
-    assert "Warning" not in said.err
+    out, said, errors = trained
+    assert "QPiSSA (nf4), rank 4" in said
+    assert f'pissa.load("{split}", adapter="{out}") has it exactly' in said
+    assert "PiSSA init" not in errors
+    assert "Warning" not in errors
     assert main(command(base, data, tmp_path / "dense", "--rank", "4", "--quant", "nf4")) == 0
-    assert rows(tmp_path / "split") == rows(tmp_path / "dense")
+    assert exact(out) == exact(tmp_path / "dense")
     for name in (WEIGHTS, "pissa.safetensors", "adapter_config.json"):
-        assert (tmp_path / "split" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
-    run, dense = (yaml.safe_load((tmp_path / name / "run.yaml").read_text()) for name in ("split", "dense"))
+        assert (out / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    run, dense = (yaml.safe_load((folder / "run.yaml").read_text()) for folder in (out, tmp_path / "dense"))
     assert (run["quant"], run["r"], run["svd"], run["dtype"]) == ("nf4", 4, "krylov", "float32")
     assert {name for name in run if run[name] != dense[name]} <= {"model_name_or_path", "output_dir", "target_modules"}
-    assert f'pissa.load("{split}", adapter="{tmp_path / "split"}") has it exactly' in said.out
 
 
-def test_it_is_resumed(split: Path, data: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(command(split, data, whole)) == 0
-    shutil.copytree(whole, cut)
-    for path in (cut / WEIGHTS, cut / "trainer_state.json", cut / "checkpoint-4" / "trainer_state.json"):
-        path.unlink()
-    assert main(command(split, data, cut, "--resume")) == 0
-    assert rows(cut) == rows(whole)
-    assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+def test_it_is_resumed(split: Path, data: Path, tmp_path: Path, trained: tuple[Path, str, str]) -> None:
+    """What the folder has settled may be said."""
+    cut = Path(shutil.copytree(trained[0], tmp_path / "cut"))
+    cut_last_step(cut)
+    assert main(command(split, data, cut, "--resume", "--rank", "4", "--quant", "nf4")) == 0
+    assert exact(cut) == exact(trained[0])
+    assert same_weights(cut, trained[0])
 
 
 def test_gradient_checkpointing_changes_no_bit(
-    split: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    split: Path, data: Path, tmp_path: Path, trained: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(self) or forward(self, x))
-    assert main(command(split, data, tmp_path / "kept")) == 0
-    once = len(calls)
-    assert main(command(split, data, tmp_path / "computed again", "--gradient-checkpointing")) == 0
-    assert len(calls) == 2 * once + 2 * 4  # two layers in four steps are computed again
-    assert rows(tmp_path / "computed again") == rows(tmp_path / "kept")
-    assert (tmp_path / "computed again" / WEIGHTS).read_bytes() == (tmp_path / "kept" / WEIGHTS).read_bytes()
+    assert main(command(split, data, tmp_path / "run", "--gradient-checkpointing")) == 0
+    # Of two layers: twice to check the start, once in each of four steps, and once again in each.
+    assert len(calls) == 2 * (2 + 4 + 4)
+    assert logged(tmp_path / "run") == logged(trained[0])
+    assert same_weights(tmp_path / "run", trained[0])
 
 
-def test_alternations_are_those_of_the_folder(base: Path, data: Path, tmp_path: Path) -> None:
+def test_alternations_are_those_of_the_folder(
+    base: Path, data: Path, tmp_path: Path, trained: tuple[Path, str, str]
+) -> None:
     init(base, tmp_path / "model", pissa.PissaConfig(r=4, quant="nf4", quant_iters=2))
-    assert main(command(tmp_path / "model", data, tmp_path / "split")) == 0
-    options = ["--quant", "nf4", "--rank", "4"]
-    assert main(command(base, data, tmp_path / "dense", *options, "--quant-iters", "2")) == 0
-    assert rows(tmp_path / "split") == rows(tmp_path / "dense")
-    assert main(command(base, data, tmp_path / "once", *options)) == 0
-    assert rows(tmp_path / "split") != rows(tmp_path / "once")
+    assert main(command(tmp_path / "model", data, tmp_path / "split", steps=1)) == 0
+    options = ["--rank", "4", "--quant", "nf4", "--quant-iters", "2"]
+    assert main(command(base, data, tmp_path / "dense", *options, steps=1)) == 0
+    assert exact(tmp_path / "split") == exact(tmp_path / "dense")
+    assert logged(tmp_path / "split")[0] != logged(trained[0])[0]
 
 
 @pytest.mark.parametrize(
@@ -121,10 +117,6 @@ def test_what_the_folder_has_settled_is_not_asked_for(
     assert main(command(split, data, tmp_path / "run", *options)) == 2
     assert words.format(model=split) in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_what_it_has_settled_may_be_said(split: Path, data: Path, tmp_path: Path) -> None:
-    assert main(command(split, data, tmp_path / "run", "--rank", "4", "--quant", "nf4", "--steps", "1")) == 0
 
 
 def test_a_damaged_folder_is_named(split: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
