@@ -16,6 +16,7 @@ import pytest
 from pissa.cli import demo, main
 from pissa.cli.data import Chat
 from pissa.cli.sources import find_package
+from runs import logged
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -24,14 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarnin
 def sums(source: str, seed: int) -> list[Chat]:
     turns = [({"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": f"{i + 1}"}) for i in range(30)]
     return [Chat(f"{source}:{i}", list(turn)) for i, turn in enumerate(turns)]
-
-
-def logged(out: Path) -> tuple[list[float], list[float]]:
-    """The losses of the steps of a run, and those of the held-out data."""
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [row["loss"] for row in history if "loss" in row], [
-        row["eval_loss"] for row in history if "eval_loss" in row
-    ]
 
 
 @pytest.fixture
@@ -64,7 +57,7 @@ def test_the_demo_compares_three_methods(tmp_path: Path, capsys: pytest.CaptureF
     cells = {line.split()[0]: line.split()[1:] for line in lines[head + 2 : head + 5]}
     assert list(cells) == ["PiSSA", "QPiSSA", "LoRA"]
     for method, folder in (("PiSSA", "pissa"), ("QPiSSA", "qpissa"), ("LoRA", "lora")):
-        losses, held_out = logged(out / folder)
+        losses, held_out = logged(out / folder), logged(out / folder, "eval_loss")
         expected = [statistics.mean(losses[:5]), statistics.mean(losses[1:]), *held_out]
         assert cells[method][:4] == [f"{value:.4f}" for value in expected]
         assert cells[method][6] == "3,904"
@@ -98,6 +91,6 @@ def test_every_method_learns_on_the_real_model(tmp_path: Path, capfd: pytest.Cap
             pytest.skip(f"the package {module} is not installed")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     for method in demo.METHODS:
-        _, held_out = logged(tmp_path / "demo" / method.lower())
+        held_out = logged(tmp_path / "demo" / method.lower(), "eval_loss")
         assert held_out[-1] < held_out[0]
     assert "after 60 steps of PiSSA" in capfd.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from pissa.cli import main
 from processes import TIMEOUT
+from runs import logged, save_sums
 from tiny_model import save_tiny_model
 
 SHARDED = {
@@ -33,17 +33,11 @@ LAUNCHES: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-def history(out: Path) -> list[tuple[int, float]]:
-    rows = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, with its options in options.yaml beside it."""
     folder = tmp_path_factory.mktemp("one")
-    base, data = save_tiny_model(folder / "base"), folder / "sums.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"{i + 1}"}) + "\n" for i in range(24)))
+    base, data = save_tiny_model(folder / "base"), save_sums(folder)
     options = {"model_name_or_path": str(base), "dataset_name": str(data), "max_steps": 4, "r": 4, "seed": 0}
     options |= {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     (folder / "options.yaml").write_text(yaml.safe_dump(options))
@@ -76,7 +70,7 @@ def test_two_processes_train_what_one_does(kind: str, one: Path, tmp_path: Path)
     assert done.stdout.count("\nsaved  ") == 1
     # Sums over the 4 x 4 tokens of answers are taken in another order in a loss and in the gradients of the 3 steps
     # before it; a sum of n terms has a relative error of n units roundoff in any order, and its terms one each.
-    assert history(out) == [(step, pytest.approx(loss, rel=4 * 17 * 2**-24)) for step, loss in history(one)]
+    assert logged(out) == pytest.approx(logged(one), rel=4 * 17 * 2**-24)
     assert (out / "checkpoint-2" / "optimizer.bin").exists() == (kind == "FSDP2")
     alone, together = (load_file(folder / "adapter_model.safetensors") for folder in (one, out))
     assert alone.keys() == together.keys()

@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pissa
+from daily import each
 from language_models import train
 from pissa.cli import main
+from pissa.cli.startup import sitecustomize
 from tiny_model import save_tiny_model
 
 PROGRAM = Path(__file__).parents[1] / "support" / "peft_program.py"
@@ -40,12 +42,13 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("pissa run: ")]
 
 
-def test_a_program_trains_what_wrap_makes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trains", each(["child", "both"], ["child"]))
+def test_a_program_trains_what_wrap_makes(trains: str, tmp_path: Path) -> None:
     """Bit for bit, and so does the process that it starts. A sitecustomize.py of the user's is run in that, too."""
     save_tiny_model(tmp_path / "base")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "sitecustomize.py").write_text("print('the own one of', __name__, flush=True)\n")
-    done = run("--", PROGRAM, tmp_path / "base", "--flag", "convert", path=tmp_path / "own")
+    done = run("--", PROGRAM, tmp_path / "base", trains, "--flag", path=tmp_path / "own")
     assert done.returncode == 7, done.stderr
     own = "the own one of sitecustomize"
     before, parent, between, child = done.stdout.splitlines()
@@ -53,17 +56,32 @@ def test_a_program_trains_what_wrap_makes(tmp_path: Path) -> None:
 
     model = pissa.wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), r=4)
     expected = train(model, torch.arange(24).view(2, 12))
-    for text, arguments in ((parent, ["--flag", "convert"]), (child, ["child"])):
-        found = json.loads(text)
-        assert found == {"arguments": arguments, "path": str(PROGRAM.parent), "losses": expected}
+    count = 1 if trains == "child" else 2
+    for text, arguments, losses in ((parent, [trains, "--flag"], expected * (count - 1)), (child, ["last"], expected)):
+        assert json.loads(text) == {"arguments": arguments, "path": str(PROGRAM.parent), "losses": losses}
     took = (
         "pissa run: LoraConfig(init_lora_weights='pissa_niter_16') became PiSSA: rank 4, 14 layers, the base unchanged"
     )
-    assert lines(done.stderr) == [
-        f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {PROGRAM}",
-        took,
-        took,
-    ]
+    enabled = f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {PROGRAM}"
+    assert lines(done.stderr) == [enabled, *count * [took]]
+
+
+def test_the_program_s_own_process_has_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pissa.integrations import peft
+
+    (tmp_path / "program.py").write_text("import sys; sys.exit(sys.argv[1])\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.delenv(sitecustomize.INIT, raising=False)
+    try:
+        with pytest.raises(SystemExit, match="argument"):
+            main(["run", "--init", "pissa", str(tmp_path / "program.py"), "argument"])
+        assert peft.is_enabled()
+        assert os.environ[sitecustomize.INIT] == "pissa"
+    finally:
+        peft.disable()
+        os.environ.pop(sitecustomize.INIT, None)
 
 
 def test_modules_and_commands(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A program that knows nothing of this package: it trains PEFT's PiSSA on a model, and starts itself once more."""
+"""A program that knows nothing of this package: it trains PEFT's PiSSA on a model, if its argument
+says so, and starts itself once more."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ import json
 import subprocess
 import sys
 
-import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import is_peft_available
-
 
 def losses(folder: str) -> list[float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_peft_available
+
     assert is_peft_available()  # asks where peft is, as trainers do, before anybody imports it
     from peft import LoraConfig, get_peft_model
 
@@ -32,5 +33,6 @@ def losses(folder: str) -> list[float]:
 
 if __name__ == "__main__":
     script, folder, *others = sys.argv
-    print(json.dumps({"arguments": others, "path": sys.path[0], "losses": losses(folder)}), flush=True)
-    sys.exit(0 if "child" in others else 7 + subprocess.run([sys.executable, script, folder, "child"]).returncode)
+    found = losses(folder) if others[0] in ("both", "last") else []
+    print(json.dumps({"arguments": others, "path": sys.path[0], "losses": found}), flush=True)
+    sys.exit(0 if others == ["last"] else 7 + subprocess.run([sys.executable, script, folder, "last"]).returncode)
