@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or that of a run that was interrupted")
     parser.add_argument(
         "--quant",
-        choices=("nf4", "int8"),
-        help="keep the residual in 4 or 8 bits, in the format of transformers with bitsandbytes; dense unless given",
+        metavar="FORMAT",
+        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes; dense unless given",
     )
     parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
     parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha; the rank unless given")
@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--experts",
-        choices=("dense", "nf4"),
+        metavar="FORMAT",
         default="dense",
-        help="with --quant, fused experts: a dense residual, which every program reads, or 4 bits, which only "
+        help="with --quant, fused experts: a dense residual, which every program reads, or in that format, which only "
         "pissa.load reads",
     )
     parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
@@ -175,7 +175,7 @@ def _report(args: argparse.Namespace, done: Initialised) -> None:
     say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
-        say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in 4 bits")
+        say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in {args.experts}")
     else:
         say("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
         say("", f"with the LoRA adapter {args.target / 'pissa_init'}")

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=("nf4", "int8"),
-        help="write the linear layers in 4 or 8 bits, in the format of transformers with bitsandbytes; dense unless "
+        metavar="FORMAT",
+        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; dense unless "
         "given",
     )
     parser.add_argument("--json", action="store_true", help="report as one JSON object")

@@ -73,8 +73,9 @@ def test_codes_and_json(base: Path, adapter: Path, tmp_path: Path, capsys: pytes
         ({"adapter": "nowhere"}, r"nowhere is missing; needed: an adapter's folder"),
         ({"base": "nowhere"}, r"'nowhere' is no model: there is no such folder"),
         ({"options": ["--initial", "x"]}, r"is an adapter of pissa; initial is of no use with it: leave it out"),
+        ({"options": ["--quant", "q4"]}, r"quant: got 'q4'; allowed: "),
     ],
-    ids=["adapter", "base", "initial"],
+    ids=["adapter", "base", "initial", "quant"],
 )
 def test_refusals_are_one_line(
     change: dict[str, object],
