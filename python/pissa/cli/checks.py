@@ -161,4 +161,4 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _off(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
+    return float((got - expected).norm() / expected.norm())

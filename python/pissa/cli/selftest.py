@@ -81,7 +81,7 @@ def _passes(name: str, check: Check) -> bool:
     # Before it runs: this line tells which check has hung, or ended the process.
     print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
     began = time.perf_counter()
-    wrong = []
+    wrong: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
