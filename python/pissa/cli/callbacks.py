@@ -61,6 +61,22 @@ class LossBar(ProgressCallback):  # type: ignore[misc]
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
 
+class CompleteError(Exception):
+    """All steps of a run have been made."""
+
+
+class EndIfComplete(TrainerCallback):  # type: ignore[misc]
+    """Ends a training that is resumed behind its last step. Trainer makes one more, in an epoch that has more batches.
+
+    Raises:
+        CompleteError: out of `train`, when the checkpoint has been loaded.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise CompleteError
+
+
 class SaveAndStop(TrainerCallback):  # type: ignore[misc]
     """At Ctrl-C the step is finished, a checkpoint written, and the training ends. A second one ends it at once."""
 

@@ -27,7 +27,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl.trainer.utils import create_model_from_path
 
 import pissa
-from pissa.cli.callbacks import Costs, LossBar, SaveAndStop
+from pissa.cli.callbacks import CompleteError, Costs, EndIfComplete, LossBar, SaveAndStop
 from pissa.cli.data import is_records
 from pissa.cli.options import AUTO, adapter_config, go_on, parse, record, settle
 from pissa.cli.plot import Curve, plot_losses
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda t
         names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
         recorded, training.model_init_kwargs = training.model_init_kwargs, None  # TRL would say that it ignores them
         with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
-            trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=[Costs(), stop], **names)
+            callbacks = [EndIfComplete(), Costs(), stop]
+            trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=callbacks, **names)
         training.model_init_kwargs = recorded
         if not training.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
@@ -247,7 +248,8 @@ def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
         # Said once at the end, not across the progress bar at the first checkpoint.
         warnings.simplefilter("ignore", InexactLoraWarning)
         # Several processes would not all hear of it in the same step.
-        with stop.listening() if args.world_size == 1 else contextlib.nullcontext():
+        listening = stop.listening() if args.world_size == 1 else contextlib.nullcontext()
+        with listening, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop.requested:
             raise KeyboardInterrupt(
