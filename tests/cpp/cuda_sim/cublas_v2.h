@@ -7,35 +7,24 @@
 enum cublasStatus_t {
   CUBLAS_STATUS_SUCCESS = 0,
   CUBLAS_STATUS_NOT_INITIALIZED = 1,
-  CUBLAS_STATUS_ALLOC_FAILED = 3,
   CUBLAS_STATUS_INVALID_VALUE = 7,
-  CUBLAS_STATUS_ARCH_MISMATCH = 8,
-  CUBLAS_STATUS_MAPPING_ERROR = 11,
   CUBLAS_STATUS_EXECUTION_FAILED = 13,
-  CUBLAS_STATUS_INTERNAL_ERROR = 14,
   CUBLAS_STATUS_NOT_SUPPORTED = 15,
-  CUBLAS_STATUS_LICENSE_ERROR = 16,
 };
 
-enum cublasFillMode_t { CUBLAS_FILL_MODE_LOWER = 0, CUBLAS_FILL_MODE_UPPER = 1, CUBLAS_FILL_MODE_FULL = 2 };
-enum cublasDiagType_t { CUBLAS_DIAG_NON_UNIT = 0, CUBLAS_DIAG_UNIT = 1 };
-enum cublasSideMode_t { CUBLAS_SIDE_LEFT = 0, CUBLAS_SIDE_RIGHT = 1 };
-enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 };
-enum cublasPointerMode_t { CUBLAS_POINTER_MODE_HOST = 0, CUBLAS_POINTER_MODE_DEVICE = 1 };
+// One of each of these is all that our code uses.
+enum cublasFillMode_t { CUBLAS_FILL_MODE_UPPER = 1 };
+enum cublasDiagType_t { CUBLAS_DIAG_NON_UNIT = 0 };
+enum cublasSideMode_t { CUBLAS_SIDE_RIGHT = 1 };
+enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1 };
+
+enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
 
 enum cublasComputeType_t {
-  CUBLAS_COMPUTE_16F = 64,
   CUBLAS_COMPUTE_32F = 68,
-  CUBLAS_COMPUTE_32F_PEDANTIC = 69,
   CUBLAS_COMPUTE_64F = 70,
-  CUBLAS_COMPUTE_64F_PEDANTIC = 71,
-  CUBLAS_COMPUTE_32I = 72,
-  CUBLAS_COMPUTE_32F_FAST_16F = 74,
-  CUBLAS_COMPUTE_32F_FAST_16BF = 75,
   CUBLAS_COMPUTE_32F_FAST_TF32 = 77,
 };
-
-enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1 };
 
 enum cublasMath_t {
   CUBLAS_DEFAULT_MATH = 0,
@@ -47,26 +36,17 @@ enum cublasMath_t {
 using cublasHandle_t = struct cublasContext*;
 
 const char* cublasGetStatusName(cublasStatus_t status);
-const char* cublasGetStatusString(cublasStatus_t status);
 
 cublasStatus_t cublasCreate_v2(cublasHandle_t* handle);
-cublasStatus_t cublasDestroy_v2(cublasHandle_t handle);
 cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream);
-cublasStatus_t cublasGetStream_v2(cublasHandle_t handle, cudaStream_t* stream);
-cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, std::size_t bytes);
-cublasStatus_t cublasSetPointerMode_v2(cublasHandle_t handle, cublasPointerMode_t mode);
 
 /// Whether parts of a sum may be added in the type of an output that is smaller than f32: they are, unless the mode
-/// disallows it; and whether f32 is multiplied in TF32. It holds for cublasGemmEx and cublasGemmStridedBatchedEx.
+/// disallows it; and whether f32 is multiplied in TF32. It holds for cublasGemmStridedBatchedEx.
 cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode);
 cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t* mode);
 
 /// C = alpha op(A) op(B) + beta C, op(A) [m, k], op(B) [k, n], at any alignment of elements; the matrices of a batch
 /// are `stride` elements apart. alpha and beta are on the host, in the compute type. How exactly: sim/product.h.
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n,
-                            int k, const void* alpha, const void* A, cudaDataType Atype, int lda, const void* B,
-                            cudaDataType Btype, int ldb, const void* beta, void* C, cudaDataType Ctype, int ldc,
-                            cublasComputeType_t computeType, cublasGemmAlgo_t algo);
 cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb,
                                           int m, int n, int k, const void* alpha, const void* A, cudaDataType Atype,
                                           int lda, long long int strideA, const void* B, cudaDataType Btype, int ldb,
@@ -74,17 +54,13 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           long long int strideC, int batchCount, cublasComputeType_t computeType,
                                           cublasGemmAlgo_t algo);
 
-/// op(A) X = alpha B, or X op(A) = alpha B, X in the place of B; the arrays of pointers are in device memory.
+/// X A = alpha B, A upper triangular, X in the place of B; the arrays of pointers are in device memory.
 cublasStatus_t cublasDtrsmBatched(cublasHandle_t handle, cublasSideMode_t side, cublasFillMode_t uplo,
                                   cublasOperation_t op, cublasDiagType_t diag, int m, int n, const double* alpha,
                                   const double* const a[], int lda, double* const b[], int ldb, int batch_count);
 
 #define cublasCreate cublasCreate_v2
-#define cublasDestroy cublasDestroy_v2
 #define cublasSetStream cublasSetStream_v2
-#define cublasGetStream cublasGetStream_v2
-#define cublasSetWorkspace cublasSetWorkspace_v2
-#define cublasSetPointerMode cublasSetPointerMode_v2
 
 namespace cuda_sim {
 /// As fail_next(cudaError_t), for the functions of cuBLAS and cuBLASLt.

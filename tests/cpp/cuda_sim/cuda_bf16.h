@@ -4,8 +4,6 @@
 #include <bit>
 #include <cstdint>
 
-#include "vector_types.h"
-
 struct alignas(2) __nv_bfloat16 {
   std::uint16_t bits;
 };
@@ -21,7 +19,6 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   // fraction raises the exponent, up to infinity.
   return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
-inline __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }
 
 inline float __bfloat162float(__nv_bfloat16 value) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
@@ -30,10 +27,3 @@ inline float __bfloat162float(__nv_bfloat16 value) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
-inline float2 __bfloat1622float2(__nv_bfloat162 value) {
-  return {__bfloat162float(value.x), __bfloat162float(value.y)};
-}
-inline float __low2float(__nv_bfloat162 value) { return __bfloat162float(value.x); }
-inline float __high2float(__nv_bfloat162 value) { return __bfloat162float(value.y); }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }

@@ -2,10 +2,7 @@
 #pragma once
 
 #include <bit>
-#include <cmath>
 #include <cstdint>
-
-#include "vector_types.h"
 
 struct alignas(2) __half {
   std::uint16_t bits;
@@ -14,9 +11,6 @@ struct alignas(2) __half {
 struct alignas(4) __half2 {
   __half x, y;
 };
-
-using half = __half;
-using half2 = __half2;
 
 inline __half __float2half_rn(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
@@ -34,7 +28,6 @@ inline __half __float2half_rn(float value) {
   }
   return {static_cast<std::uint16_t>(sign | result)};
 }
-inline __half __float2half(float value) { return __float2half_rn(value); }
 
 inline float __half2float(__half value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
@@ -48,8 +41,3 @@ inline float __half2float(__half value) {
 }
 
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
-inline float2 __half22float2(__half2 value) { return {__half2float(value.x), __half2float(value.y)}; }
-inline float __low2float(__half2 value) { return __half2float(value.x); }
-inline float __high2float(__half2 value) { return __half2float(value.y); }
-inline unsigned short __half_as_ushort(__half value) { return value.bits; }
-inline __half __ushort_as_half(unsigned short bits) { return {bits}; }

@@ -9,24 +9,17 @@
 enum cusolverStatus_t {
   CUSOLVER_STATUS_SUCCESS = 0,
   CUSOLVER_STATUS_NOT_INITIALIZED = 1,
-  CUSOLVER_STATUS_ALLOC_FAILED = 2,
   CUSOLVER_STATUS_INVALID_VALUE = 3,
-  CUSOLVER_STATUS_ARCH_MISMATCH = 4,
-  CUSOLVER_STATUS_MAPPING_ERROR = 5,
   CUSOLVER_STATUS_EXECUTION_FAILED = 6,
   CUSOLVER_STATUS_INTERNAL_ERROR = 7,
-  CUSOLVER_STATUS_MATRIX_TYPE_NOT_SUPPORTED = 8,
-  CUSOLVER_STATUS_NOT_SUPPORTED = 9,
-  CUSOLVER_STATUS_INVALID_WORKSPACE = 31,
 };
 
 using cusolverDnHandle_t = struct cusolverDnContext*;
 
 cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t* handle);
-cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle);
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream);
 
-/// Cholesky factors in the triangle `uplo`; the other one is lost. info: 0, or the first pivot (from 1) that is not
+/// Cholesky factors in the upper triangle; the other one is lost. info: 0, or the first pivot (from 1) that is not
 /// positive. The array of pointers is in device memory.
 cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMode_t uplo, int n, double* a[], int lda,
                                          int* info, int batch_size);
@@ -36,7 +29,7 @@ cusolverStatus_t cusolverDnDgeqrf_bufferSize(cusolverDnHandle_t handle, int m, i
 cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, double* a, int lda, double* tau,
                                   double* workspace, int lwork, int* info);
 
-/// The first n columns of the product of k reflections, in the place of their vectors.
+/// The product of n reflections, as many columns, in the place of their vectors: k must be n.
 cusolverStatus_t cusolverDnDorgqr_bufferSize(cusolverDnHandle_t handle, int m, int n, int k, const double* a, int lda,
                                              const double* tau, int* lwork);
 cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k, double* a, int lda, const double* tau,

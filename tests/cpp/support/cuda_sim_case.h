@@ -21,7 +21,7 @@ inline void expect_success(cudaError_t error) { EXPECT_EQ(error, cudaSuccess) <<
 template <class T>
 T* device_memory(std::size_t count) {
   T* result = nullptr;
-  expect_success(cudaMalloc(&result, count * sizeof(T)));
+  expect_success(cudaMallocAsync(&result, count * sizeof(T), nullptr));
   return result;
 }
 
@@ -37,7 +37,8 @@ template <class T>
 std::vector<T> download(const T* from, std::size_t count) {
   expect_success(cudaDeviceSynchronize());
   std::vector<T> result(count);
-  expect_success(cudaMemcpy(result.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost));
+  expect_success(cudaMemcpyAsync(result.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost));
+  expect_success(cudaStreamSynchronize(nullptr));
   return result;
 }
 
@@ -48,6 +49,18 @@ cudaError_t launch(void (*kernel)(ExpTypes...), dim3 grid, dim3 block, cudaStrea
   config.blockDim = block;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+inline cudaStream_t make_stream() {
+  cudaStream_t stream;
+  expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return stream;
+}
+
+inline cudaEvent_t make_event() {
+  cudaEvent_t event;
+  expect_success(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return event;
 }
 
 /// Launches and waits.
@@ -64,7 +77,8 @@ class CudaSimTest : public ::testing::Test {
   void TearDown() override {
     cuda_sim::clear_failures();
     cuda_sim::reset_libraries();
-    cudaGetLastError();
+    cuda_sim::set_dry(false);
+    cudaSetDevice(0);
   }
 };
 

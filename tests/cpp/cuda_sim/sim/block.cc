@@ -317,21 +317,9 @@ void sync_threads(Where where) {
   tsan_acquire(order);
 }
 
-void sync_warp(unsigned mask, Where where) { meet(mask, "__syncwarp", where, kNothing, kNothing); }
-
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source, Where where) {
   const Slot* slots = meet(mask, "a shuffle", where, [bits](Slot& slot) { slot.bits = bits; }, kNothing);
   return slots[source & (kWarpSize - 1)].bits;
-}
-
-unsigned ballot(unsigned mask, bool value, Where where) {
-  const auto combine = [](Slot* slots) {
-    unsigned votes = 0;
-    for (int i = 0; i < kWarpSize; ++i) votes |= static_cast<unsigned>(slots[i].bits) << i;
-    for (int i = 0; i < kWarpSize; ++i) slots[i].bits = votes;
-  };
-  const Slot* slots = meet(mask, "a vote", where, [value](Slot& slot) { slot.bits = value; }, combine);
-  return static_cast<unsigned>(slots[lane()].bits);
 }
 
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16, Where where) {

@@ -102,10 +102,6 @@ cudaError_t check_wait_for_device() {
   return invalidate_if([](const Capture&) { return true; }, cudaErrorStreamCaptureUnsupported);
 }
 
-cudaError_t check_null_stream() {
-  return invalidate_if([](const Capture& capture) { return capture.blocking; }, cudaErrorStreamCaptureImplicit);
-}
-
 }  // namespace cuda_sim::detail
 
 using namespace cuda_sim::detail;
@@ -113,9 +109,9 @@ using namespace cuda_sim::detail;
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  if (!stream) return call.fail(cudaErrorStreamCaptureUnsupported);
-  if (captured(stream).capture) return call.fail(cudaErrorIllegalState);
+  if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
+  if (!stream) return cudaErrorStreamCaptureUnsupported;
+  if (captured(stream).capture) return cudaErrorIllegalState;
   const auto capture = std::make_shared<Capture>(Capture{mode});
   join(stream, capture);
   captures().push_back(capture);
@@ -125,23 +121,15 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  if (!graph) return call.fail(cudaErrorInvalidValue);
+  if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
   *graph = nullptr;
   const auto [capture, lane] = captured(stream);
-  if (!capture) return call.fail(cudaErrorIllegalState);
-  if (lane != 0) {
-    capture->valid = false;
-    return call.fail(cudaErrorStreamCaptureUnmatched);
-  }
-  if (capture->mode != cudaStreamCaptureModeRelaxed && capture->thread != std::this_thread::get_id()) {
-    return call.fail(cudaErrorStreamCaptureWrongThread);
-  }
+  if (!capture || lane != 0) return cudaErrorIllegalState;
   capture->ended = true;
   leave(*capture);
   std::erase(captures(), capture);
-  if (!capture->valid) return call.fail(cudaErrorStreamCaptureInvalidated);
-  if (!capture->graph->is_joined()) return call.fail(cudaErrorStreamCaptureUnjoined);
+  if (!capture->valid) return cudaErrorStreamCaptureInvalidated;
+  if (!capture->graph->is_joined()) return cudaErrorStreamCaptureUnjoined;
   *graph = new CUgraph_st{capture->graph};
   return cudaSuccess;
 }
@@ -149,26 +137,13 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!mode) return call.fail(cudaErrorInvalidValue);
   std::swap(*mode, mode_of_thread);
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  const Call call;
-  if (call.failed()) return call.error();
-  if (!is_stream(stream)) return call.fail(cudaErrorInvalidResourceHandle);
-  const auto& capture = captured(stream).capture;
-  *status = !capture         ? cudaStreamCaptureStatusNone
-            : capture->valid ? cudaStreamCaptureStatusActive
-                             : cudaStreamCaptureStatusInvalidated;
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!exec || !graph) return call.fail(cudaErrorInvalidValue);
   *exec = new CUgraphExec_st{graph->graph};
   return cudaSuccess;
 }
@@ -176,8 +151,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!exec) return call.fail(cudaErrorInvalidValue);
-  if (const cudaError_t error = check_stream(stream)) return call.fail(error);
+  if (const cudaError_t error = check_stream(stream)) return error;
   enqueue(stream, [graph = exec->graph] { graph->run(); });
   return cudaSuccess;
 }

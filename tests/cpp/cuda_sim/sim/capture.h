@@ -53,17 +53,14 @@ struct Capture {
   cudaStreamCaptureMode mode;
   std::thread::id thread = std::this_thread::get_id();  // that began it
   std::shared_ptr<Graph> graph = std::make_shared<Graph>();
-  bool blocking = false;  // has a stream that the null stream waits for
   bool valid = true;
   bool ended = false;
 };
 
 /// What a call of a kind that captures forbid has to return; one that is forbidden ends the captures that forbid it.
 /// Potentially unsafe ones, to which the making of streams and events is counted, are forbidden by a capture that is
-/// not relaxed, unless the thread is; those that wait for the device by any; work on the null stream by one of a stream
-/// that it is ordered with.
+/// not relaxed, unless the thread is; those that wait for the device by any.
 cudaError_t check_unsafe_call();
 cudaError_t check_wait_for_device();
-cudaError_t check_null_stream();
 
 }  // namespace cuda_sim::detail

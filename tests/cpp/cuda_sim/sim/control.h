@@ -16,17 +16,15 @@ void set_compute_capability(int major, int minor);
 std::int64_t launches();
 void reset_launches();
 
-/// Times that the host waited: for a stream, an event, the device, or a copy that is not asynchronous.
+/// Times that the host waited, for a stream or for the device.
 std::int64_t synchronizations();
 void reset_synchronizations();
 
-/// Bytes that are allocated. An asynchronous free counts when it is called, as in a pool that is ordered by the stream.
+/// Bytes that are allocated, of 1 GiB or, dry, 80. A free counts when it is called, as in a pool that is ordered by the
+/// stream.
 std::size_t bytes_in_use();
 std::size_t peak_bytes();
 void reset_peak_bytes();
-
-/// How much memory the device has from now on: 1 GiB at first, which is also the most; dry, 80 GiB of at most 512.
-void set_memory(std::size_t bytes);
 
 /// Dry, calls are checked and written into the ledger (sim/ledger.h), and nothing is computed: no kernel runs, no
 /// library works, nothing is copied, and the host reads zeros. Memory is addresses alone, of which there may be more
@@ -50,10 +48,6 @@ void clear_failures();
 /// write. Not at first.
 void set_flush_denormals(bool flush);
 
-/// By how many bytes the algorithm for a bias epilogue loads the bias: 16 at first. At any other alignment that is a
-/// misaligned address, after which a device is of no use any more: the work aborts.
-void set_bias_bytes(std::uint32_t bytes);
-
 /// How cublasLt says that it knows no algorithm: the heuristic returns success and a count of 0, or
 /// CUBLAS_STATUS_NOT_SUPPORTED; or it returns an algorithm, with which cublasLtMatmul is not supported.
 enum class NoAlgorithm { none_returned, not_supported, refused_later };
@@ -65,10 +59,9 @@ void set_no_algorithm_for(std::uint64_t m, NoAlgorithm how = NoAlgorithm::none_r
 
 /// What a solver does that is given NaN.
 enum class OnNaN {
-  info,                     // at first: as LAPACK. Cholesky stops at the pivot; NaN from QR
-  info_zero,                // success, info 0, and NaN in what it computes
-  status_invalid_value,     // CUSOLVER_STATUS_INVALID_VALUE, and nothing is computed for any matrix of the batch
-  status_execution_failed,  // the same with CUSOLVER_STATUS_EXECUTION_FAILED
+  info,       // at first: as LAPACK. Cholesky stops at the pivot; NaN from QR
+  info_zero,  // success, info 0, and NaN in what it computes
+  status,     // CUSOLVER_STATUS_EXECUTION_FAILED, and nothing is computed for any matrix of the batch
 };
 void set_solver_on_nan(OnNaN mode);
 

@@ -14,10 +14,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __align__(n) __attribute__((aligned(n)))
 
 // Of the running thread. All threads of the device run on one thread of the host, one at a time.
 extern uint3 threadIdx;
@@ -36,9 +34,7 @@ constexpr std::size_t kMaxSharedBytes = 48 << 10;
 /// Collectives: each returns when all threads that take part have called it. `where` tells one call in the source from
 /// another, to find threads that wait at different ones.
 void sync_threads(Where where);
-void sync_warp(unsigned mask, Where where);
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source, Where where);
-unsigned ballot(unsigned mask, bool value, Where where);
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16, Where where);
 
 /// The lane of the running thread in its warp.
@@ -83,11 +79,6 @@ inline void __syncthreads(cuda_sim::detail::Where where = cuda_sim::detail::Wher
   cuda_sim::detail::sync_threads(where);
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu,
-                       cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
-  cuda_sim::detail::sync_warp(mask, where);
-}
-
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize,
               cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
@@ -102,33 +93,4 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize,
   const int source = lane ^ lanes;
   // A later group is out of reach; an earlier one is not, says PTX.
   return cuda_sim::detail::shuffle_value(mask, value, source > (lane | (width - 1)) ? lane : source, where);
-}
-
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = warpSize,
-                   cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
-  const int lane = cuda_sim::detail::lane();
-  const int source = lane + static_cast<int>(lanes);
-  return cuda_sim::detail::shuffle_value(mask, value, source > (lane | (width - 1)) ? lane : source, where);
-}
-
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = warpSize,
-                 cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
-  const int lane = cuda_sim::detail::lane();
-  const int source = lane - static_cast<int>(lanes);
-  return cuda_sim::detail::shuffle_value(mask, value, source < (lane & ~(width - 1)) ? lane : source, where);
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
-  return cuda_sim::detail::ballot(mask, predicate != 0, where);
-}
-inline int __any_sync(unsigned mask, int predicate,
-                      cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
-  return cuda_sim::detail::ballot(mask, predicate != 0, where) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate,
-                      cuda_sim::detail::Where where = cuda_sim::detail::Where::current()) {
-  return cuda_sim::detail::ballot(mask, predicate != 0, where) == 0xffffffffu;
 }

@@ -1,4 +1,4 @@
-// cublasGemmEx and cublasGemmStridedBatchedEx.
+// cublasGemmStridedBatchedEx.
 #include <algorithm>
 
 #include "sim/blas.h"
@@ -19,7 +19,6 @@ cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t* mode) {
   const BlasCall call;
   if (call.failed()) return call.status();
   if (const cublasStatus_t status = check_handle(handle)) return status;
-  if (!mode) return CUBLAS_STATUS_INVALID_VALUE;
   *mode = handle->math;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -35,8 +34,8 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
   if (const cublasStatus_t status = check_handle(handle)) return status;
   const int a_rows = transa == CUBLAS_OP_N ? m : k, a_cols = transa == CUBLAS_OP_N ? k : m;
   const int b_rows = transb == CUBLAS_OP_N ? k : n, b_cols = transb == CUBLAS_OP_N ? n : k;
-  if (transa < CUBLAS_OP_N || transa > CUBLAS_OP_C || transb < CUBLAS_OP_N || transb > CUBLAS_OP_C || m < 0 || n < 0 ||
-      k < 0 || batch_count < 0 || lda < std::max(1, a_rows) || ldb < std::max(1, b_rows) || ldc < std::max(1, m)) {
+  if (m < 0 || n < 0 || k < 0 || batch_count < 0 || lda < std::max(1, a_rows) || ldb < std::max(1, b_rows) ||
+      ldc < std::max(1, m)) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   const cudaDataType scale = compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F : CUDA_R_32F;
@@ -48,7 +47,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                  static_cast<std::uint64_t>(cols), ld,   stride};
   };
   const Stack out = stack(c, c_type, m, n, ldc, stride_c);
-  const Product product{.call = batch_count == 1 ? "cublasGemmEx" : "cublasGemmStridedBatchedEx",
+  const Product product{.call = "cublasGemmStridedBatchedEx",
                         .op_a = transa,
                         .op_b = transb,
                         .a = stack(a, a_type, a_rows, a_cols, lda, stride_a),
@@ -59,7 +58,6 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                         .alpha = load_scalar(scale, alpha),
                         .beta = load_scalar(scale, beta),
                         .bias = nullptr,
-                        .bias_bytes = 1,
                         .rounds_parts = (handle->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) == 0,
                         .rounds_before_bias = false,
                         .tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32 ||
@@ -68,13 +66,4 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
   record_product(product);
   enqueue(handle->stream, [=] { product.run(); });
   return CUBLAS_STATUS_SUCCESS;
-}
-
-// A batch of one.
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n,
-                            int k, const void* alpha, const void* a, cudaDataType a_type, int lda, const void* b,
-                            cudaDataType b_type, int ldb, const void* beta, void* c, cudaDataType c_type, int ldc,
-                            cublasComputeType_t compute, cublasGemmAlgo_t algo) {
-  return cublasGemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta,
-                                    c, c_type, ldc, 0, 1, compute, algo);
 }

@@ -33,12 +33,6 @@ void count_from_here(std::size_t& from) {
   from = kept().entries.size();
 }
 
-void add(Sum& sum, const Entry& entry) {
-  ++sum.calls;
-  sum.flops += entry.flops;
-  sum.bytes += entry.bytes;
-}
-
 }  // namespace
 
 void record(const Entry& entry) { kept().entries.push_back(entry); }
@@ -58,14 +52,11 @@ void reset_ledger() {
 Sum sum_if(const std::function<bool(const Entry&)>& counts) {
   Sum result;
   for (const Entry& entry : ledger()) {
-    if (counts(entry)) detail::add(result, entry);
+    if (!counts(entry)) continue;
+    ++result.calls;
+    result.flops += entry.flops;
+    result.bytes += entry.bytes;
   }
-  return result;
-}
-
-std::map<std::pair<std::string, Type>, Sum> sums() {
-  std::map<std::pair<std::string, Type>, Sum> result;
-  for (const Entry& entry : ledger()) detail::add(result[{std::string(entry.name), entry.type}], entry);
   return result;
 }
 

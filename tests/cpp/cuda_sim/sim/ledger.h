@@ -5,10 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
-#include <map>
-#include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace cuda_sim {
@@ -25,7 +22,7 @@ struct Entry {
   std::int64_t m = 0, n = 0, k = 0;  // as the function takes them, column-major
   std::int64_t batch = 1;
   double flops = 0;              // of all of the batch, by the usual formulas (sim/flops.h)
-  double bytes = 0;              // of operands, each read or written once; allocated; copied; 0 for a launch
+  double bytes = 0;              // allocated or copied
   const void* kernel = nullptr;  // of a launch: the function that the grid runs
   std::array<unsigned, 3> grid = {}, block = {};
 
@@ -43,9 +40,6 @@ void reset_ledger();
 
 /// Of the entries for which `counts` is true.
 Sum sum_if(const std::function<bool(const Entry&)>& counts);
-
-/// Of each function and type.
-std::map<std::pair<std::string, Type>, Sum> sums();
 
 namespace detail {
 using cuda_sim::Kind, cuda_sim::Type;

@@ -32,9 +32,6 @@ inline std::size_t extent(std::size_t rows, std::size_t cols, std::size_t ld, st
   return rows == 0 || cols == 0 ? 0 : ((cols - 1) * ld + rows) * element;
 }
 
-/// Of one triangle of a matrix, with its diagonal.
-constexpr double triangle_elements(double n) { return n * (n + 1) / 2; }
-
 /// What a library leaves in its workspace: nothing that anyone may rely on.
 inline void spoil(void* workspace, std::size_t bytes, const char* what) {
   if (bytes == 0) return;

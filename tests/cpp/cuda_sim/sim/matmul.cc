@@ -3,7 +3,6 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 
 #include "sim/blas.h"
 #include "sim/modes.h"
@@ -44,10 +43,9 @@ struct Algorithm {
   std::uint64_t kind;  // of product that it was asked for
   std::uint64_t workspace_bytes;
   std::uint32_t alignments[4];
-  std::uint32_t bias_bytes;  // loaded at once
-  bool rounds_parts;         // adds up parts of a sum in the output's type
-  bool rounds_before_bias;   // splits a sum into parts, and rounds it before the bias is added
-  bool refused;              // by cublasLtMatmul
+  bool rounds_parts;        // adds up parts of a sum in the output's type
+  bool rounds_before_bias;  // splits a sum into parts, and rounds it before the bias is added
+  bool refused;             // by cublasLtMatmul
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
@@ -73,9 +71,7 @@ struct Problem {
 
   bool supported() const {
     if (!types_supported(desc.compute, desc.scale, a.type, b.type, c.type, d.type)) return false;
-    if (desc.op_a == CUBLAS_OP_C || desc.op_b == CUBLAS_OP_C) return false;
-    if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS) return desc.bias_type == -1 || desc.bias_type == d.type;
-    return desc.epilogue == CUBLASLT_EPILOGUE_DEFAULT;
+    return desc.epilogue == CUBLASLT_EPILOGUE_DEFAULT || desc.bias_type == -1 || desc.bias_type == d.type;
   }
 
   bool consistent() const {
@@ -95,12 +91,6 @@ struct Problem {
   }
 };
 
-std::optional<Problem> problem_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                  cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d) {
-  if (!desc || !a || !b || !c || !d) return {};
-  return Problem{*desc, *a, *b, *c, *d};
-}
-
 Stack stack(const void* data, const Layout& layout) {
   return {const_cast<void*>(data), layout.type, layout.rows, layout.cols, layout.ld, layout.batch_stride};
 }
@@ -112,7 +102,7 @@ bool is_aligned(const void* pointer, std::uint32_t alignment) {
 /// Sets one attribute; its size must be that of the real one's type.
 template <class Stored, class Given = Stored>
 cublasStatus_t assign(Stored& stored, const void* value, std::size_t bytes) {
-  if (!value || bytes != sizeof(Given)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (bytes != sizeof(Given)) return CUBLAS_STATUS_INVALID_VALUE;
   Given given;
   std::memcpy(&given, value, sizeof given);
   stored = static_cast<Stored>(given);
@@ -123,7 +113,6 @@ template <class T, class... Args>
 cublasStatus_t create(T** result, Args... args) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!result) return CUBLAS_STATUS_INVALID_VALUE;
   *result = new T{args...};
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -139,13 +128,6 @@ cublasStatus_t destroy(T* object) {
 
 using namespace cuda_sim::detail;
 
-cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
-  return cublasCreate_v2(reinterpret_cast<cublasHandle_t*>(handle));
-}
-cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
-  return cublasDestroy_v2(reinterpret_cast<cublasHandle_t>(handle));
-}
-
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
   return create(desc, compute, scale);
 }
@@ -155,7 +137,6 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasL
                                               const void* value, std::size_t bytes) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
   switch (attribute) {
     case CUBLASLT_MATMUL_DESC_TRANSA:
       return assign<cublasOperation_t, std::int32_t>(desc->op_a, value, bytes);
@@ -183,7 +164,6 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
                                                 std::size_t bytes) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!layout) return CUBLAS_STATUS_INVALID_VALUE;
   switch (attribute) {
     case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
       return assign(layout->batch, value, bytes);
@@ -202,7 +182,6 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     std::size_t bytes) {
   const BlasCall call;
   if (call.failed()) return call.status();
-  if (!preference) return CUBLAS_STATUS_INVALID_VALUE;
   switch (attribute) {
     case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
       return assign(preference->workspace_bytes, value, bytes);
@@ -226,23 +205,22 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   const BlasCall call;
   if (call.failed()) return call.status();
   if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
-  const auto problem = problem_of(desc, a, b, c, d);
-  if (!problem || !preference || requested < 1 || !results || !returned) return CUBLAS_STATUS_INVALID_VALUE;
+  if (requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
+  const Problem problem{*desc, *a, *b, *c, *d};
   *returned = 0;
-  if (const cublasStatus_t status = problem->check()) return status;
+  if (const cublasStatus_t status = problem.check()) return status;
   for (const std::uint32_t alignment : preference->alignments) {
     if (!std::has_single_bit(alignment)) return CUBLAS_STATUS_INVALID_VALUE;
   }
   const bool knows_none = std::ranges::min(preference->alignments) < library_modes.no_algorithm_below ||
-                          problem->m() == library_modes.no_algorithm_for;
+                          problem.m() == library_modes.no_algorithm_for;
   if (knows_none && library_modes.no_algorithm == cuda_sim::NoAlgorithm::none_returned) return CUBLAS_STATUS_SUCCESS;
   if (knows_none && library_modes.no_algorithm == cuda_sim::NoAlgorithm::not_supported)
     return CUBLAS_STATUS_NOT_SUPPORTED;
   constexpr std::uint32_t kRounding = CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
-  Algorithm algorithm{problem->kind(),
+  Algorithm algorithm{problem.kind(),
                       preference->workspace_bytes < kWorkspaceBytes ? 0 : kWorkspaceBytes,
                       {},
-                      library_modes.bias_bytes,
                       (preference->reduction_schemes & kRounding) != 0,
                       preference->reduction_schemes != CUBLASLT_REDUCTION_SCHEME_NONE,
                       knows_none};
@@ -263,10 +241,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   const BlasCall call;
   if (call.failed()) return call.status();
   if (const cublasStatus_t status = check_handle(reinterpret_cast<cublasHandle_t>(handle))) return status;
-  const auto problem = problem_of(desc, a_layout, b_layout, c_layout, d_layout);
-  if (!problem || !alpha || !beta || !a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (!a || !b || !d || !is_stream(stream)) return CUBLAS_STATUS_INVALID_VALUE;
   if (device_of(stream) != current_device()) return CUBLAS_STATUS_EXECUTION_FAILED;
-  if (const cublasStatus_t status = problem->check()) return status;
+  const Problem problem{*desc, *a_layout, *b_layout, *c_layout, *d_layout};
+  if (const cublasStatus_t status = problem.check()) return status;
   Product product{.call = "cublasLtMatmul",
                   .op_a = desc->op_a,
                   .op_b = desc->op_b,
@@ -278,7 +256,6 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                   .alpha = load_scalar(desc->scale, alpha),
                   .beta = load_scalar(desc->scale, beta),
                   .bias = desc->epilogue == CUBLASLT_EPILOGUE_BIAS ? desc->bias : nullptr,
-                  .bias_bytes = library_modes.bias_bytes,
                   .rounds_parts = false,
                   .rounds_before_bias = false,
                   .tf32 = desc->compute == CUBLAS_COMPUTE_32F_FAST_TF32,
@@ -293,14 +270,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (algo) {
     Algorithm algorithm;
     std::memcpy(&algorithm, algo, sizeof algorithm);
-    if (algorithm.kind != problem->kind()) return CUBLAS_STATUS_INVALID_VALUE;
+    if (algorithm.kind != problem.kind()) return CUBLAS_STATUS_INVALID_VALUE;
     if (algorithm.refused) return CUBLAS_STATUS_NOT_SUPPORTED;
     const void* pointers[] = {a, b, product.beta == 0 ? nullptr : c, d};
     for (int i = 0; i < 4; ++i) {
       if (!is_aligned(pointers[i], algorithm.alignments[i])) return CUBLAS_STATUS_INVALID_VALUE;
     }
     needed = algorithm.workspace_bytes;
-    product.bias_bytes = algorithm.bias_bytes;
     product.rounds_parts = algorithm.rounds_parts;
     product.rounds_before_bias = algorithm.rounds_before_bias;
   }

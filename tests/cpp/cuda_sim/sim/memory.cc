@@ -46,7 +46,7 @@ struct Arena {
   // Freed memory is not used again at once, or a late access would find another allocation there.
   std::deque<std::pair<std::size_t, std::size_t>> quarantine;
   std::size_t quarantine_bytes = 0;
-  std::size_t limit;
+  const std::size_t limit;
   std::size_t held = 0;    // not yet freed by a stream
   std::size_t in_use = 0;  // not yet asked to be freed
   std::size_t peak = 0;
@@ -327,7 +327,6 @@ void check_redzones() {
 
 namespace cuda_sim {
 
-void set_memory(std::size_t bytes) { detail::arena().limit = std::min(bytes, detail::arena().capacity); }
 std::size_t bytes_in_use() { return detail::arena().in_use; }
 std::size_t peak_bytes() { return detail::arena().peak; }
 void reset_peak_bytes() { detail::arena().peak = detail::arena().in_use; }

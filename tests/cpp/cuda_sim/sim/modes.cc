@@ -8,8 +8,6 @@ LibraryModes library_modes;
 
 void set_flush_denormals(bool flush) { detail::library_modes.flush_denormals = flush; }
 
-void set_bias_bytes(std::uint32_t bytes) { detail::library_modes.bias_bytes = bytes; }
-
 void set_no_algorithm_below(std::uint32_t bytes, NoAlgorithm how) {
   detail::library_modes.no_algorithm_below = bytes;
   detail::library_modes.no_algorithm = how;

@@ -10,7 +10,6 @@ namespace cuda_sim::detail {
 /// As a call finds them; work that it has queued keeps them.
 struct LibraryModes {
   bool flush_denormals = false;
-  std::uint32_t bias_bytes = 16;
   std::uint32_t no_algorithm_below = 0;
   std::uint64_t no_algorithm_for = 0;
   NoAlgorithm no_algorithm = NoAlgorithm::none_returned;

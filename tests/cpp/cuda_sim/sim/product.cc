@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -96,7 +95,7 @@ void multiply(const Product& product, int index) {
   std::vector<Sum> sums(m), bias(m);
   if (product.bias) {
     require_allocated(product.bias, m * size_of(product.d.type), (call + ": bias").c_str());
-    require_aligned(product.bias, product.bias_bytes, (call + ": bias").c_str());
+    require_aligned(product.bias, 16, (call + ": bias").c_str());
     for (std::uint64_t i = 0; i < m; ++i) bias[i] = out.load(product.bias, i);
   }
   const auto alpha = static_cast<Sum>(product.alpha), beta = static_cast<Sum>(product.beta);
@@ -134,12 +133,6 @@ Type type_of(cudaDataType_t type) {
   }
 }
 
-/// Of all different matrices of the batch: one without a stride is the same each time.
-double bytes_of(const Stack& stack, int batch) {
-  const int different = stack.stride == 0 ? 1 : batch;
-  return 1.0 * different * static_cast<double>(stack.rows * stack.cols * size_of(stack.type));
-}
-
 }  // namespace
 
 bool types_supported(cublasComputeType_t compute, cudaDataType_t scale, cudaDataType_t a, cudaDataType_t b,
@@ -170,20 +163,16 @@ void Product::run() const {
 }
 
 void record_product(const Product& product) {
-  const auto& [a, b, c, d, batch] = std::tie(product.a, product.b, product.c, product.d, product.batch);
-  const auto m = static_cast<std::int64_t>(d.rows), n = static_cast<std::int64_t>(d.cols),
+  const auto m = static_cast<std::int64_t>(product.d.rows), n = static_cast<std::int64_t>(product.d.cols),
              k = static_cast<std::int64_t>(product.inner());
-  const double read = bytes_of(a, batch) + bytes_of(b, batch) + (product.beta == 0 ? 0.0 : bytes_of(c, batch));
-  const double bias = product.bias ? static_cast<double>(d.rows * size_of(d.type)) : 0.0;
   record({.kind = Kind::library,
           .name = product.call,
-          .type = type_of(a.type),
+          .type = type_of(product.a.type),
           .m = m,
           .n = n,
           .k = k,
-          .batch = batch,
-          .flops = batch * gemm_flops(static_cast<double>(m), static_cast<double>(n), static_cast<double>(k)),
-          .bytes = read + bytes_of(d, batch) + bias});
+          .batch = product.batch,
+          .flops = product.batch * gemm_flops(static_cast<double>(m), static_cast<double>(n), static_cast<double>(k))});
 }
 
 }  // namespace cuda_sim::detail

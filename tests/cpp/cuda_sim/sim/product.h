@@ -32,9 +32,8 @@ struct Product {
   cublasOperation_t op_a, op_b;
   Stack a, b, c, d;
   int batch;
-  double alpha, beta;  // where beta is 0, C is not read
-  const void* bias;    // null, or of D's type
-  std::uint32_t bias_bytes;
+  double alpha, beta;       // where beta is 0, C is not read
+  const void* bias;         // null, or of D's type and loaded by 16 bytes
   bool rounds_parts;        // the first half of each sum is rounded to D's type
   bool rounds_before_bias;  // D is rounded before the bias is added, and after it
   bool tf32;                // f32 elements of A and B lose their lowest 13 bits, as in tensor cores

@@ -17,26 +17,15 @@ int current_device();
 /// For what is a mistake in the program and would be undefined on a device.
 [[noreturn]] void die(const char* what);
 
-/// Kept for cudaGetLastError of this thread.
-void set_last_error(cudaError_t error);
-
-/// Waits as the host does for a stream, in the function `name`: runs its work, checks the memory.
-void synchronize(cudaStream_t stream, const char* name);
-
 /// One call of the runtime: alone, and failing where a test wants it to.
 class Call {
  public:
   enum Kind { kCanFail, kNeverFails };
   explicit Call(Kind kind = kCanFail) : lock_(runtime_mutex()) {
     if (kind == kCanFail) error_ = static_cast<cudaError_t>(runtime_failure.take());
-    if (failed()) set_last_error(error_);
   }
   bool failed() const { return error_ != cudaSuccess; }
   cudaError_t error() const { return error_; }
-  cudaError_t fail(cudaError_t error) const {
-    set_last_error(error);
-    return error;
-  }
 
  private:
   std::lock_guard<std::recursive_mutex> lock_;

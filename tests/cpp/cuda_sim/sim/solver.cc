@@ -39,39 +39,23 @@ struct View {
   double* column(int j) const { return data + j * ld; }
 };
 
-/// The lower triangle of a matrix of which one triangle is stored.
-struct Symmetric {
-  View a;
-  bool upper;
-  double& operator()(int i, int j) const { return upper ? a(j, i) : a(i, j); }
-  double& other(int i, int j) const { return upper ? a(i, j) : a(j, i); }
-};
-
 bool has_nan(const double* first, int count) {
   return std::any_of(first, first + count, [](double value) { return std::isnan(value); });
 }
 
-bool has_nan(const Symmetric& a, int n) {
-  for (int j = 0; j < n; ++j) {
-    for (int i = j; i < n; ++i) {
-      if (std::isnan(a(i, j))) return true;
-    }
-  }
-  return false;
-}
-
-/// Returns the first pivot that is not positive, from 1, or 0. NaN is such a pivot or, where it `passes`, none.
-int cholesky(const Symmetric& a, int n, bool nan_passes) {
+/// A = U^T U. Returns the first pivot that is not positive, from 1, or 0. NaN is such a pivot or, where it `passes`,
+/// none.
+int cholesky(const View& a, int n, bool nan_passes) {
   for (int j = 0; j < n; ++j) {
     double pivot = a(j, j);
-    for (int k = 0; k < j; ++k) pivot -= a(j, k) * a(j, k);
+    for (int k = 0; k < j; ++k) pivot -= a(k, j) * a(k, j);
     if (pivot <= 0 || (std::isnan(pivot) && !nan_passes)) return j + 1;
     const double root = std::sqrt(pivot);
     a(j, j) = root;
     for (int i = j + 1; i < n; ++i) {
-      double value = a(i, j);
-      for (int k = 0; k < j; ++k) value -= a(i, k) * a(j, k);
-      a(i, j) = value / root;
+      double value = a(j, i);
+      for (int k = 0; k < j; ++k) value -= a(k, i) * a(k, j);
+      a(j, i) = value / root;
     }
   }
   return 0;
@@ -88,7 +72,7 @@ void reflect(const View& a, int m, int j, double tau, int first, int last) {
 }
 
 void householder_qr(const View& a, int m, int n, double* tau) {
-  for (int j = 0; j < std::min(m, n); ++j) {
+  for (int j = 0; j < n; ++j) {
     double rest = 0;
     for (int i = j + 1; i < m; ++i) rest = std::hypot(rest, a(i, j));
     tau[j] = 0;
@@ -102,11 +86,8 @@ void householder_qr(const View& a, int m, int n, double* tau) {
   }
 }
 
-void form_q(const View& a, int m, int n, int k, const double* tau) {
-  for (int j = k; j < n; ++j) {
-    for (int i = 0; i < m; ++i) a(i, j) = i == j;
-  }
-  for (int j = k - 1; j >= 0; --j) {
+void form_q(const View& a, int m, int n, const double* tau) {
+  for (int j = n - 1; j >= 0; --j) {
     reflect(a, m, j, tau[j], j + 1, n);
     for (int i = 0; i < j; ++i) a(i, j) = 0;
     for (int i = j + 1; i < m; ++i) a(i, j) *= -tau[j];
@@ -122,14 +103,11 @@ int qr_workspace(int n) { return 32 * n + 64; }
 /// status depends on the data, what makes the data has to run first.
 template <class Work>
 cusolverStatus_t submit(cudaStream_t stream, const Work& work) {
-  const OnNaN on_nan = library_modes.solver_on_nan;
-  if (!is_dry() && (on_nan == OnNaN::status_invalid_value || on_nan == OnNaN::status_execution_failed)) {
+  if (!is_dry() && library_modes.solver_on_nan == OnNaN::status) {
     run_queued(stream);
     const DeviceOpen open(device_of(stream));
     work.require_memory();
-    if (work.has_nan()) {
-      return on_nan == OnNaN::status_invalid_value ? CUSOLVER_STATUS_INVALID_VALUE : CUSOLVER_STATUS_EXECUTION_FAILED;
-    }
+    if (work.has_nan()) return CUSOLVER_STATUS_EXECUTION_FAILED;
   }
   enqueue(stream, [work] {
     work.require_memory();
@@ -138,10 +116,7 @@ cusolverStatus_t submit(cudaStream_t stream, const Work& work) {
   return CUSOLVER_STATUS_SUCCESS;
 }
 
-bool nan_passes() { return library_modes.solver_on_nan == OnNaN::info_zero; }
-
 struct Potrf {
-  bool upper;
   int n;
   double* const* a;
   int lda;
@@ -149,7 +124,7 @@ struct Potrf {
   int count;
   bool nan_passes;
 
-  Symmetric matrix(int k) const { return {{a[k], lda}, upper}; }
+  View matrix(int k) const { return {a[k], lda}; }
   void require_memory() const {
     require_allocated(a, count * sizeof(*a), "cusolverDnDpotrfBatched: array of A");
     require_allocated(info, count * sizeof(*info), "cusolverDnDpotrfBatched: info");
@@ -157,7 +132,9 @@ struct Potrf {
   }
   bool has_nan() const {
     for (int k = 0; k < count; ++k) {
-      if (detail::has_nan(matrix(k), n)) return true;
+      for (int j = 0; j < n; ++j) {
+        if (detail::has_nan(matrix(k).column(j), j + 1)) return true;
+      }
     }
     return false;
   }
@@ -165,7 +142,7 @@ struct Potrf {
     for (int k = 0; k < count; ++k) {
       info[k] = cholesky(matrix(k), n, nan_passes);
       for (int j = 0; j < n; ++j) {
-        for (int i = j + 1; i < n; ++i) matrix(k).other(i, j) = kNaN;  // workspace to the real one
+        for (int i = j + 1; i < n; ++i) matrix(k)(i, j) = kNaN;  // workspace to the real one
       }
     }
   }
@@ -182,7 +159,7 @@ struct Geqrf {
   void require_memory() const {
     require_allocated(info, sizeof(*info), "cusolverDnDgeqrf: info");
     require_allocated(a, extent(m, n, lda, 8), "cusolverDnDgeqrf: A");
-    require_allocated(tau, static_cast<std::size_t>(std::min(m, n)) * 8, "cusolverDnDgeqrf: tau");
+    require_allocated(tau, static_cast<std::size_t>(n) * 8, "cusolverDnDgeqrf: tau");
   }
   bool has_nan() const {
     for (int j = 0; j < n; ++j) {
@@ -198,7 +175,7 @@ struct Geqrf {
 };
 
 struct Orgqr {
-  int m, n, k;
+  int m, n;
   double* a;
   int lda;
   const double* tau;
@@ -209,18 +186,18 @@ struct Orgqr {
   void require_memory() const {
     require_allocated(info, sizeof(*info), "cusolverDnDorgqr: info");
     require_allocated(a, extent(m, n, lda, 8), "cusolverDnDorgqr: A");
-    require_allocated(tau, static_cast<std::size_t>(k) * 8, "cusolverDnDorgqr: tau");
+    require_allocated(tau, static_cast<std::size_t>(n) * 8, "cusolverDnDorgqr: tau");
   }
   /// Of the vectors of the reflections: what lies above them is not read.
   bool has_nan() const {
-    for (int j = 0; j < k; ++j) {
+    for (int j = 0; j < n; ++j) {
       if (detail::has_nan(View{a, lda}.column(j) + j + 1, m - j - 1)) return true;
     }
-    return detail::has_nan(tau, k);
+    return detail::has_nan(tau, n);
   }
   void solve() const {
     spoil(workspace, static_cast<std::size_t>(lwork) * 8, "cusolverDnDorgqr: workspace");
-    form_q({a, lda}, m, n, k, tau);
+    form_q({a, lda}, m, n, tau);
     *info = 0;
   }
 };
@@ -238,11 +215,6 @@ cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t* handle) {
   return CUSOLVER_STATUS_SUCCESS;
 }
 
-cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) {
-  delete handle;
-  return CUSOLVER_STATUS_SUCCESS;
-}
-
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream) {
   const SolverCall call;
   if (call.failed()) return call.status();
@@ -252,30 +224,28 @@ cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t str
   return CUSOLVER_STATUS_SUCCESS;
 }
 
-cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMode_t uplo, int n, double* a[], int lda,
+cusolverStatus_t cusolverDnDpotrfBatched(cusolverDnHandle_t handle, cublasFillMode_t, int n, double* a[], int lda,
                                          int* info, int batch_size) {
   const SolverCall call;
   if (call.failed()) return call.status();
   if (const cusolverStatus_t status = check_handle(handle)) return status;
-  if (n < 0 || batch_size < 0 || lda < std::max(1, n) || uplo == CUBLAS_FILL_MODE_FULL) {
-    return CUSOLVER_STATUS_INVALID_VALUE;
-  }
+  if (n < 0 || batch_size < 0 || lda < std::max(1, n)) return CUSOLVER_STATUS_INVALID_VALUE;
   if (n == 0 || batch_size == 0) return CUSOLVER_STATUS_SUCCESS;
   record({.kind = Kind::library,
           .name = "cusolverDnDpotrfBatched",
           .type = Type::f64,
           .n = n,
           .batch = batch_size,
-          .flops = batch_size * potrf_flops(n),
-          .bytes = batch_size * 8.0 * 2 * triangle_elements(n)});
-  return submit(handle->stream, Potrf{uplo == CUBLAS_FILL_MODE_UPPER, n, a, lda, info, batch_size, nan_passes()});
+          .flops = batch_size * potrf_flops(n)});
+  const bool nan_passes = library_modes.solver_on_nan == cuda_sim::OnNaN::info_zero;
+  return submit(handle->stream, Potrf{n, a, lda, info, batch_size, nan_passes});
 }
 
 cusolverStatus_t cusolverDnDgeqrf_bufferSize(cusolverDnHandle_t handle, int m, int n, double*, int lda, int* lwork) {
   const SolverCall call;
   if (call.failed()) return call.status();
   if (const cusolverStatus_t status = check_handle(handle)) return status;
-  if (m < 0 || n < 0 || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (n < 0 || m < n || lda < std::max(1, m)) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
 }
@@ -285,14 +255,13 @@ cusolverStatus_t cusolverDnDgeqrf(cusolverDnHandle_t handle, int m, int n, doubl
   const SolverCall call;
   if (call.failed()) return call.status();
   if (const cusolverStatus_t status = check_handle(handle)) return status;
-  if (m < 0 || n < 0 || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (n < 0 || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
   record({.kind = Kind::library,
           .name = "cusolverDnDgeqrf",
           .type = Type::f64,
           .m = m,
           .n = n,
-          .flops = geqrf_flops(m, n),
-          .bytes = 8.0 * (2.0 * m * n + std::min(m, n))});
+          .flops = geqrf_flops(m, n)});
   return submit(handle->stream, Geqrf{m, n, a, lda, tau, workspace, lwork, info});
 }
 
@@ -301,7 +270,7 @@ cusolverStatus_t cusolverDnDorgqr_bufferSize(cusolverDnHandle_t handle, int m, i
   const SolverCall call;
   if (call.failed()) return call.status();
   if (const cusolverStatus_t status = check_handle(handle)) return status;
-  if (k < 0 || n < k || m < n || lda < std::max(1, m) || !lwork) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (n < 0 || k != n || m < n || lda < std::max(1, m)) return CUSOLVER_STATUS_INVALID_VALUE;
   *lwork = qr_workspace(n);
   return CUSOLVER_STATUS_SUCCESS;
 }
@@ -311,14 +280,13 @@ cusolverStatus_t cusolverDnDorgqr(cusolverDnHandle_t handle, int m, int n, int k
   const SolverCall call;
   if (call.failed()) return call.status();
   if (const cusolverStatus_t status = check_handle(handle)) return status;
-  if (k < 0 || n < k || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
+  if (n < 0 || k != n || m < n || lda < std::max(1, m) || lwork < qr_workspace(n)) return CUSOLVER_STATUS_INVALID_VALUE;
   record({.kind = Kind::library,
           .name = "cusolverDnDorgqr",
           .type = Type::f64,
           .m = m,
           .n = n,
           .k = k,
-          .flops = orgqr_flops(m, n, k),
-          .bytes = 8.0 * (1.0 * m * k + 1.0 * m * n + k)});
-  return submit(handle->stream, Orgqr{m, n, k, a, lda, tau, workspace, lwork, info});
+          .flops = geqrf_flops(m, n)});  // of as many reflectors as columns, the same
+  return submit(handle->stream, Orgqr{m, n, a, lda, tau, workspace, lwork, info});
 }

@@ -1,7 +1,5 @@
 #include "sim/stream.h"
 
-#include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -25,11 +23,9 @@ int running = 0;  // device
 
 struct Stream {
   int device = 0;
-  std::deque<std::function<void()>> queue;
+  std::deque<std::function<void()>> queue = {};
   std::uint64_t queued = 0;
   std::uint64_t done = 0;
-  bool blocking = true;  // ordered with the null stream
-  bool destroyed = false;
   Captured captured = {};
 
   void run_until(std::uint64_t position) {
@@ -47,32 +43,23 @@ struct Stream {
   }
   void run() { run_until(queued); }
 };
-using StreamPtr = std::shared_ptr<Stream>;
 
 struct Event {
   int device = 0;
-  StreamPtr stream;  // null: never recorded
+  Stream* stream = nullptr;  // null: never recorded
   std::uint64_t position = 0;
   Captured captured = {};  // where it was last recorded, at `position`, if that was captured
-  bool timed = true;
-  std::chrono::steady_clock::time_point time;
-  bool complete() const { return !stream || stream->done >= position; }
 };
-using EventPtr = std::shared_ptr<Event>;
 
+/// Nothing is destroyed: our code keeps its streams and events to the end.
 struct Runtime {
   std::recursive_mutex mutex;
-  std::vector<StreamPtr> null_streams;  // of each device
-  std::vector<StreamPtr> streams;       // these, too; those that are destroyed stay until their work is done
-  std::vector<EventPtr> events;
+  std::vector<std::unique_ptr<Stream>> streams;  // first the null stream of each device
+  std::vector<std::unique_ptr<Event>> events;
   bool dry = false;
 
   Runtime() {
-    for (int device = 0; device < kDevices; ++device) {
-      null_streams.push_back(std::make_shared<Stream>());
-      null_streams.back()->device = device;
-    }
-    streams = null_streams;
+    for (int device = 0; device < kDevices; ++device) streams.push_back(std::make_unique<Stream>(Stream{device}));
   }
 };
 
@@ -81,17 +68,17 @@ Runtime& runtime() {
   return result;
 }
 
-StreamPtr find(cudaStream_t handle) {
-  if (!handle) return runtime().null_streams[current_device()];
-  for (const StreamPtr& stream : runtime().streams) {
-    if (reinterpret_cast<cudaStream_t>(stream.get()) == handle && !stream->destroyed) return stream;
+Stream* find(cudaStream_t handle) {
+  if (!handle) return runtime().streams[static_cast<std::size_t>(current_device())].get();
+  for (const auto& stream : runtime().streams) {
+    if (reinterpret_cast<cudaStream_t>(stream.get()) == handle) return stream.get();
   }
   return nullptr;
 }
 
-EventPtr find(cudaEvent_t handle) {
-  for (const EventPtr& event : runtime().events) {
-    if (reinterpret_cast<cudaEvent_t>(event.get()) == handle) return event;
+Event* find(cudaEvent_t handle) {
+  for (const auto& event : runtime().events) {
+    if (reinterpret_cast<cudaEvent_t>(event.get()) == handle) return event.get();
   }
   return nullptr;
 }
@@ -99,20 +86,6 @@ EventPtr find(cudaEvent_t handle) {
 void push(Stream& stream, std::function<void()> work) {
   stream.queue.push_back(std::move(work));
   ++stream.queued;
-}
-
-void push_wait(Stream& stream, const StreamPtr& other, std::uint64_t position) {
-  if (other->done < position) push(stream, [other, position] { other->run_until(position); });
-}
-
-/// What the null stream and the others owe each other: work of either begins when earlier work of the other is done.
-void push_legacy_waits(Stream& stream) {
-  if (!stream.blocking) return;
-  for (const StreamPtr& other : runtime().streams) {
-    const StreamPtr& null_stream = runtime().null_streams[stream.device];
-    const bool ordered = (&stream == null_stream.get()) != (other == null_stream);
-    if (ordered && other->device == stream.device && other->blocking) push_wait(stream, other, other->queued);
-  }
 }
 
 cudaError_t invalidate(Capture& capture, cudaError_t error) {
@@ -127,11 +100,6 @@ cudaError_t check_wait(cudaStream_t stream) {
   return capture ? invalidate(*capture, cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
 
-cudaError_t check_not_captured(const Event& event) {
-  const auto& capture = event.captured.capture;
-  return capture ? invalidate(*capture, cudaErrorCapturedEvent) : cudaSuccess;
-}
-
 /// cudaStreamWaitEvent where the stream or the event, or both, are captured.
 cudaError_t wait_in_capture(cudaStream_t stream, const Event& event) {
   const auto& [from, from_lane] = event.captured;
@@ -140,7 +108,7 @@ cudaError_t wait_in_capture(cudaStream_t stream, const Event& event) {
   }
   if (from->ended) return cudaErrorCapturedEvent;
   if (!from->valid) return cudaErrorStreamCaptureInvalidated;
-  if (!stream) return invalidate(*from, cudaErrorStreamCaptureImplicit);
+  if (!stream) return invalidate(*from, cudaErrorStreamCaptureUnsupported);
   if (!captured(stream).capture) join(stream, from);
   const auto& [into, lane] = captured(stream);
   if (into != from) {
@@ -154,7 +122,6 @@ cudaError_t wait_in_capture(cudaStream_t stream, const Event& event) {
 void after_wait(const char* name) {
   record({.kind = Kind::wait, .name = name});
   check_redzones();
-  std::erase_if(runtime().streams, [](const StreamPtr& stream) { return stream->destroyed && stream->queue.empty(); });
 }
 
 }  // namespace
@@ -174,21 +141,18 @@ cudaError_t check_stream_here(cudaStream_t stream) {
 
 cudaError_t check_stream(cudaStream_t stream) {
   if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
-  if (!stream) return check_null_stream();
   const Captured& in = captured(stream);
   return in.capture && !in.capture->valid ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
 
 const Captured& captured(cudaStream_t stream) { return find(stream)->captured; }
 
-void join(cudaStream_t handle, const std::shared_ptr<Capture>& capture) {
-  const StreamPtr stream = find(handle);
-  stream->captured = {capture, capture->graph->add_lane()};
-  capture->blocking |= stream->blocking;
+void join(cudaStream_t stream, const std::shared_ptr<Capture>& capture) {
+  find(stream)->captured = {capture, capture->graph->add_lane()};
 }
 
 void leave(const Capture& capture) {
-  for (const StreamPtr& stream : runtime().streams) {
+  for (const auto& stream : runtime().streams) {
     if (stream->captured.capture.get() == &capture) stream->captured = {};
   }
 }
@@ -200,31 +164,15 @@ void enqueue(cudaStream_t stream, std::function<void()> work) {
 }
 
 void enqueue_always(cudaStream_t handle, std::function<void()> work) {
-  const StreamPtr stream = find(handle);
-  if (const auto& [capture, lane] = stream->captured; capture) return capture->graph->add(lane, std::move(work));
-  push_legacy_waits(*stream);
-  push(*stream, std::move(work));
+  Stream& stream = *find(handle);
+  if (const auto& [capture, lane] = stream.captured; capture) return capture->graph->add(lane, std::move(work));
+  push(stream, std::move(work));
 }
 
-void run_queued(cudaStream_t stream) {
-  enqueue_always(stream, [] {});  // behind what the null stream owes
-  find(stream)->run();
-}
-
-void run_device(int device) {
-  const std::vector<StreamPtr> streams = runtime().streams;
-  visit_shuffled(streams.size(), [&](std::uint64_t i) {
-    if (streams[i]->device == device) streams[i]->run();
-  });
-}
+void run_queued(cudaStream_t stream) { find(stream)->run(); }
 
 void run_everything() {
-  for (int device = 0; device < kDevices; ++device) run_device(device);
-}
-
-void synchronize(cudaStream_t stream, const char* name) {
-  run_queued(stream);
-  after_wait(name);
+  visit_shuffled(runtime().streams.size(), [](std::uint64_t i) { runtime().streams[i]->run(); });
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> thread) {
@@ -236,10 +184,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
     die("a kernel was launched with more than 1024 threads");
   if (block.x == 0 || block.y == 0 || block.z == 0 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    return call.fail(cudaErrorInvalidConfiguration);
+    return cudaErrorInvalidConfiguration;
   }
-  if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return call.fail(cudaErrorNotSupported);
-  if (const cudaError_t error = check_stream_here(config.stream)) return call.fail(error);
+  if (config.numAttrs != 0 || config.dynamicSmemBytes != 0) return cudaErrorNotSupported;
+  if (const cudaError_t error = check_stream_here(config.stream)) return error;
   record({.kind = Kind::launch,
           .name = "cudaLaunchKernelEx",
           .kernel = kernel,
@@ -266,138 +214,78 @@ using namespace cuda_sim::detail;
 cudaError_t cudaDeviceSynchronize() {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = check_wait_for_device()) return call.fail(error);
-  run_device(current_device());
+  if (const cudaError_t error = check_wait_for_device()) return error;
+  visit_shuffled(runtime().streams.size(), [](std::uint64_t i) {
+    if (Stream& stream = *runtime().streams[i]; stream.device == current_device()) stream.run();
+  });
   after_wait("cudaDeviceSynchronize");
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
-
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!stream || flags > cudaStreamNonBlocking) return call.fail(cudaErrorInvalidValue);
-  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
-  const StreamPtr& made = runtime().streams.emplace_back(std::make_shared<Stream>());
-  made->device = current_device();
-  made->blocking = flags != cudaStreamNonBlocking;
+  if (!stream || flags != cudaStreamNonBlocking) return cudaErrorInvalidValue;
+  if (const cudaError_t error = check_unsafe_call()) return error;
+  const auto& made = runtime().streams.emplace_back(std::make_unique<Stream>(Stream{current_device()}));
   *stream = reinterpret_cast<cudaStream_t>(made.get());
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamDestroy(cudaStream_t handle) {
-  const Call call(Call::kNeverFails);
-  const StreamPtr stream = find(handle);
-  if (!stream || !handle) return call.fail(cudaErrorInvalidResourceHandle);
-  stream->destroyed = true;  // its work still runs, when something waits for all
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = check_wait(stream)) return call.fail(error);
-  synchronize(stream, "cudaStreamSynchronize");
+  if (const cudaError_t error = check_wait(stream)) return error;
+  run_queued(stream);
+  after_wait("cudaStreamSynchronize");
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = check_wait(handle)) return call.fail(error);
+  if (const cudaError_t error = check_wait(handle)) return error;
   return find(handle)->queue.empty() ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = check_stream(handle)) return call.fail(error);
-  const StreamPtr stream = find(handle);
-  const EventPtr event = find(event_handle);
-  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
-  if (event->captured.capture || stream->captured.capture) {
-    const cudaError_t error = wait_in_capture(handle, *event);
-    return error ? call.fail(error) : cudaSuccess;
-  }
-  push_legacy_waits(*stream);
+  if (const cudaError_t error = check_stream(handle)) return error;
+  const Event* event = find(event_handle);
+  if (!event) return cudaErrorInvalidResourceHandle;
+  Stream& stream = *find(handle);
+  if (event->captured.capture || stream.captured.capture) return wait_in_capture(handle, *event);
   // What the event stands for now, whatever is recorded in it later.
-  if (event->stream && event->stream != stream) push_wait(*stream, event->stream, event->position);
+  if (event->stream && event->stream != &stream && event->stream->done < event->position) {
+    push(stream, [other = event->stream, position = event->position] { other->run_until(position); });
+  }
   return cudaSuccess;
 }
-
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   const Call call;
   if (call.failed()) return call.error();
-  if (!event || flags > (cudaEventBlockingSync | cudaEventDisableTiming)) return call.fail(cudaErrorInvalidValue);
-  if (const cudaError_t error = check_unsafe_call()) return call.fail(error);
-  const EventPtr& made = runtime().events.emplace_back(std::make_shared<Event>());
-  made->device = current_device();
-  made->timed = !(flags & cudaEventDisableTiming);
+  if (!event || flags > cudaEventDisableTiming) return cudaErrorInvalidValue;
+  if (const cudaError_t error = check_unsafe_call()) return error;
+  const auto& made = runtime().events.emplace_back(std::make_unique<Event>(Event{current_device()}));
   *event = reinterpret_cast<cudaEvent_t>(made.get());
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventDestroy(cudaEvent_t handle) {
-  const Call call(Call::kNeverFails);
-  const EventPtr event = find(handle);
-  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
-  std::erase(runtime().events, event);
   return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
   const Call call;
   if (call.failed()) return call.error();
-  if (const cudaError_t error = check_stream(handle)) return call.fail(error);
-  const StreamPtr stream = find(handle);
-  const EventPtr event = find(event_handle);
-  if (!event || event->device != stream->device) return call.fail(cudaErrorInvalidResourceHandle);
-  event->captured = stream->captured;
+  if (const cudaError_t error = check_stream(handle)) return error;
+  Stream& stream = *find(handle);
+  Event* event = find(event_handle);
+  if (!event || event->device != stream.device) return cudaErrorInvalidResourceHandle;
+  event->captured = stream.captured;
   if (const auto& [capture, lane] = event->captured; capture) {
     event->position = capture->graph->position(lane);
     return cudaSuccess;
   }
-  enqueue_always(handle, [event] { event->time = std::chrono::steady_clock::now(); });
-  event->stream = stream;
-  event->position = stream->queued;
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
-  const Call call;
-  if (call.failed()) return call.error();
-  const EventPtr event = find(handle);
-  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
-  if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
-  if (event->stream) event->stream->run_until(event->position);
-  after_wait("cudaEventSynchronize");
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventQuery(cudaEvent_t handle) {
-  const Call call;
-  if (call.failed()) return call.error();
-  const EventPtr event = find(handle);
-  if (!event) return call.fail(cudaErrorInvalidResourceHandle);
-  if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
-  return event->complete() ? cudaSuccess : cudaErrorNotReady;
-}
-
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, cudaEvent_t end_handle) {
-  const Call call;
-  if (call.failed()) return call.error();
-  const EventPtr start = find(start_handle);
-  const EventPtr end = find(end_handle);
-  if (!start || !end || !start->stream || !end->stream || !start->timed || !end->timed) {
-    return call.fail(cudaErrorInvalidResourceHandle);
-  }
-  for (const EventPtr& event : {start, end}) {
-    if (const cudaError_t error = check_not_captured(*event)) return call.fail(error);
-  }
-  if (!start->complete() || !end->complete()) return call.fail(cudaErrorNotReady);
-  *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
+  event->stream = &stream;
+  event->position = stream.queued;
   return cudaSuccess;
 }

@@ -19,7 +19,8 @@ std::recursive_mutex& runtime_mutex();
 /// False for a handle that was never made or is destroyed. The null stream is one.
 bool is_stream(cudaStream_t stream);
 
-/// The device that was current when the stream was made. Null is the null stream of the current device.
+/// The device that was current when the stream was made. Null is the null stream of the current device, which no other
+/// is ordered with.
 int device_of(cudaStream_t stream);
 
 /// The device whose work runs.
@@ -54,8 +55,7 @@ void enqueue_always(cudaStream_t stream, std::function<void()> work);
 /// Runs what the stream has queued, as a library does that looks at its results; the program does not wait.
 void run_queued(cudaStream_t stream);
 
-/// Runs all work of all streams, of one device or of all.
-void run_device(int device);
+/// Runs all work of all streams.
 void run_everything();
 
 }  // namespace cuda_sim::detail
