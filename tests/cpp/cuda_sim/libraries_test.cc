@@ -272,6 +272,18 @@ TEST_F(SolverTest, CholeskyLosesTheOtherTriangleAndNamesABadPivot) {
   EXPECT_EQ(download(info, 2), (std::vector<int>{0, 2}));
 }
 
+// X U = B, for U the upper triangle of B itself: the identity in it, and whole numbers below.
+TEST_F(SolverTest, ATriangleIsSolvedFor) {
+  matrix = {2, 77, 77, 4, 1, 77, 6, 3, 4};
+  double *u = upload(matrix), *b = upload(std::vector<double>{2, 4, 6, 5, 10, 15, 13, 26, 43});
+  double **left = upload(std::vector<double*>{u}), **right = upload(std::vector<double*>{b});
+  const double two = 2;
+  EXPECT_EQ(cublasDtrsmBatched(blas(), CUBLAS_SIDE_RIGHT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT, kN,
+                               kN, &two, left, kN, right, kN, 1),
+            CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(download(b, 9), (std::vector<double>{2, 4, 6, 2, 4, 6, 2, 4, 8}));
+}
+
 // Also where the data is still on its way, and fresh memory is NaN, when the solver is called; and nobody waits for it.
 TEST_F(SolverTest, WhatNaNLeadsToIsWhatWasAskedFor) {
   struct Row {

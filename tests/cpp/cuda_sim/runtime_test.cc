@@ -106,6 +106,18 @@ TEST_F(CudaSimTest, WhatIsRefused) {
   EXPECT_DEATH(run(add, 1, 1025, memory, 1.0f), "more than 1024");
 }
 
+// The next call that can fail, or one after it; what frees is not counted.
+TEST_F(CudaSimTest, OneCallFailsAndDoesNothing) {
+  float *memory = upload(std::vector<float>{0}), *other = device_memory<float>(1);
+  cuda_sim::fail_next(cudaErrorLaunchFailure, 1);
+  expect_success(cudaStreamSynchronize(nullptr));
+  expect_success(cudaFreeAsync(other, nullptr));
+  EXPECT_TRUE(cuda_sim::failure_pending());
+  EXPECT_EQ(launch(add, 1, 1, nullptr, memory, 1.0f), cudaErrorLaunchFailure);
+  EXPECT_FALSE(cuda_sim::failure_pending());
+  EXPECT_EQ(download(memory, 1)[0], 0);
+}
+
 // ---- Streams --------------------------------------------------------------------------------------------------------
 
 TEST_F(CudaSimTest, WorkWaitsUntilItIsWaitedFor) {

@@ -21,7 +21,7 @@ struct Entry {
   Type type = Type::none;
   std::int64_t m = 0, n = 0, k = 0;  // as the function takes them, column-major
   std::int64_t batch = 1;
-  double flops = 0;              // of all of the batch, by the usual formulas (sim/flops.h)
+  double flops = 0;              // of all of the batch, by the usual formulas (sim/library.h)
   double bytes = 0;              // allocated or copied
   const void* kernel = nullptr;  // of a launch: the function that the grid runs
   std::array<unsigned, 3> grid = {}, block = {};
