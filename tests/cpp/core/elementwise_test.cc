@@ -20,40 +20,40 @@ class ElementwiseTest : public BackendTest {
     auto tested = backend();
     return max_abs(tested, matrix);
   }
-};
 
-const std::vector<std::pair<std::int64_t, std::int64_t>> kShapes = {{0, 5},    {5, 0},    {1, 1},    {3, 33},
-                                                                    {4, 1023}, {2, 1024}, {3, 1025}, {2, 2100}};
-
-TEST_P(ElementwiseTest, CopyConvertsExactlyOrRounds) {
-  Random random(1);
-  for (const auto& [rows, cols] : kShapes) {
-    for (const Form form : kForms) {
-      for (const Format format : kFloatFormats) {
-        const Operand a(random, rows, cols, form);
-        Stored out = Stored::poisoned(rows, cols, format);
-        backend().copy(a.view(), out.mutable_view());
-        EXPECT_EQ(out.values().values, Stored(a.values(), format).values().values)
-            << name(form) << " to " << name(format);
-        EXPECT_TRUE(out.padding_intact());
+  /// check(operand, out) for an operand of every form and an output of every format, of every shape.
+  template <class Check>
+  static void for_each_case(Random& random, Check check) {
+    const std::pair<std::int64_t, std::int64_t> shapes[] = {{0, 5},    {5, 0},    {1, 1},    {3, 33},
+                                                            {4, 1023}, {2, 1024}, {3, 1025}, {2, 2100}};
+    for (const auto& [rows, cols] : shapes) {
+      for (const Form form : kForms) {
+        for (const Format format : kFloatFormats) {
+          SCOPED_TRACE(::testing::Message() << rows << " x " << cols << ", " << name(form) << ", " << name(format));
+          Stored out = Stored::poisoned(rows, cols, format);
+          check(Operand(random, rows, cols, form), out);
+          EXPECT_TRUE(out.padding_intact());
+        }
       }
     }
   }
+};
+
+TEST_P(ElementwiseTest, CopyConvertsExactlyOrRounds) {
+  Random random(1);
+  for_each_case(random, [&](const Operand& a, Stored& out) {
+    backend().copy(a.view(), out.mutable_view());
+    EXPECT_EQ(out.values().values, Stored(a.values(), out.format()).values().values);
+  });
 }
 
 TEST_P(ElementwiseTest, AddRoundsOnce) {
   Random random(2);
-  for (const auto& [rows, cols] : kShapes) {
-    for (const Form form : kForms) {
-      for (const Format format : kFloatFormats) {
-        const Operand a(random, rows, cols, form);
-        const Operand b(random, rows, cols, Form::f32);
-        Stored out = Stored::poisoned(rows, cols, format);
-        backend().add(a.view(), b.view(), out.mutable_view());
-        expect_close(out, {a.values() + b.values(), absolute(a.values()) + absolute(b.values())}, 1);
-      }
-    }
-  }
+  for_each_case(random, [&](const Operand& a, Stored& out) {
+    const Operand b(random, a.view().rows, a.view().cols, Form::f32);
+    backend().add(a.view(), b.view(), out.mutable_view());
+    expect_close(out, {a.values() + b.values(), absolute(a.values()) + absolute(b.values())}, 1);
+  });
 }
 
 TEST_P(ElementwiseTest, AddWorksInPlace) {
@@ -75,28 +75,20 @@ void expect_squares(double squares, const Stored& out) {
 
 TEST_P(ElementwiseTest, SubtractRoundsOnceAndAddsUpTheSquares) {
   Random random(9);
-  for (const auto& [rows, cols] : kShapes) {
-    for (const Form form : kForms) {
-      for (const Format format : kFloatFormats) {
-        SCOPED_TRACE(::testing::Message() << rows << " x " << cols << ", " << name(form) << " to " << name(format));
-        const Stored a(random.dense(rows, cols), format);
-        const Operand b(random, rows, cols, form);
-        Stored out = Stored::poisoned(rows, cols, format);
-        double squares = std::nan("");
-        backend().subtract(a.view(), b.view(), out.mutable_view(), &squares);
-        expect_close(out, {a.values() - b.values(), absolute(a.values()) + absolute(b.values())}, 1);
-        EXPECT_TRUE(out.padding_intact());
-        expect_squares(squares, out);
-      }
-    }
-  }
+  for_each_case(random, [&](const Operand& b, Stored& out) {
+    const Stored a(random.dense(b.view().rows, b.view().cols), out.format());
+    double squares = std::nan("");
+    backend().subtract(a.view(), b.view(), out.mutable_view(), &squares);
+    expect_close(out, {a.values() - b.values(), absolute(a.values()) + absolute(b.values())}, 1);
+    expect_squares(squares, out);
+  });
 }
 
 // A quantised matrix of more than a chunk is decoded in several; squares may be more than f32 holds.
 TEST_P(ElementwiseTest, SubtractOfALargeMatrix) {
   Random random(10);
   const std::int64_t rows = 4200, cols = 2048;
-  const Operand b(random, rows, cols, Form::nf4);
+  const Operand b(random, rows, cols, Form::nf4_nested);
   Dense values = b.values();
   for (std::int64_t i = 0; i < rows * cols; ++i) values.values[i] = i % 1000 == 0 ? 0x1p100 : 0;
   const Stored a(values, Format::bf16);
@@ -152,8 +144,7 @@ TEST_P(ElementwiseTest, NormalizeRowsBringsEachNearOne) {
 TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
   for (std::int64_t cols = 1; cols <= 70; ++cols) {
     for (std::int64_t at = 0; at < cols; ++at) {
-      Dense values(2, cols);
-      for (double& value : values.values) value = 0.5;
+      Dense values(2, cols, 0.5);
       values(1, at) = at % 2 == 0 ? -3.25 : 3.25;
       EXPECT_EQ(max_abs_of(Stored(values, Format::f32).view()), 3.25f) << at << " of " << cols;
     }
@@ -165,11 +156,6 @@ TEST_P(ElementwiseTest, MaxAbsFindsTheLargestAnywhere) {
     for (const double value : a.values().values) largest = std::max(largest, std::fabs(value));
     EXPECT_EQ(max_abs_of(a.view()), largest) << name(form);
   }
-}
-
-TEST_P(ElementwiseTest, MaxAbsOfNothingAndOfZerosIsZero) {
-  EXPECT_EQ(max_abs_of(Matrix{nullptr, 0, 7, 7, Format::f32}), 0.0f);
-  EXPECT_EQ(max_abs_of(Stored(Dense(3, 20), Format::bf16).view()), 0.0f);
 }
 
 // Of 130 matrices, more than a launch takes, each gets its own: whatever its form and size, and beside NaN.
@@ -209,8 +195,7 @@ TEST_P(ElementwiseTest, MaxAbsIsNotFiniteIfAnyElementIsNot) {
   for (const double special : {std::nan(""), kInf, -kInf}) {
     for (const std::int64_t cols : {1, 3, 16, 17, 40, 1030}) {
       for (std::int64_t at = 0; at < 3 * cols; at += cols > 100 ? 101 : 1) {
-        Dense values(3, cols);
-        for (double& value : values.values) value = 2;
+        Dense values(3, cols, 2);
         values.values[at] = special;
         for (const Format format : kFloatFormats) {
           EXPECT_FALSE(std::isfinite(max_abs_of(Stored(values, format).view())))

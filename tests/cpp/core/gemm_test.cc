@@ -119,10 +119,7 @@ TEST_P(GemmTest, PassesNanAndInfinityOn) {
   for (const double special : {std::nan(""), HUGE_VAL}) {
     Dense a(3, 20);
     a(1, 13) = special;
-    Dense b(20, 5);
-    for (double& value : b.values) value = 1;
-    const Stored a_stored(a, Format::f32);
-    const Stored b_stored(b, Format::f32);
+    const Stored a_stored(a, Format::f32), b_stored(Dense(20, 5, 1), Format::f32);
     Stored out = Stored::poisoned(3, 5, Format::bf16);
     const Term terms[] = {{a_stored.view(), Op::n, b_stored.view(), Op::n, 1.0f}};
     backend().gemm(terms, {}, out.mutable_view());

@@ -59,19 +59,8 @@ TEST_P(FormatTest, DecodesEveryBitPattern) {
   }
 }
 
-TEST_P(FormatTest, EncodingUndoesDecoding) {
-  for (const Format format : kHalves) {
-    const std::vector<std::uint16_t> bits = all_patterns();
-    const std::vector<std::uint16_t> again = encode(format, decode(format, bits));
-    for (std::size_t i = 0; i < bits.size(); ++i) {
-      if (std::isnan(float_format(format).decode(bits[i])))
-        ASSERT_TRUE(std::isnan(float_format(format).decode(again[i]))) << i;
-      else ASSERT_EQ(again[i], bits[i]);
-    }
-  }
-}
-
-// Between each pair of neighbours: the middle, the f32 numbers next to it, and those next to the neighbours.
+// Each number, and between it and its neighbour the middle, the f32 numbers next to it, and those next to the
+// neighbours.
 TEST_P(FormatTest, RoundsToNearestEven) {
   for (const Format format : kHalves) {
     const std::uint32_t infinity = float_format(format).encode(std::numeric_limits<double>::infinity());
@@ -84,8 +73,8 @@ TEST_P(FormatTest, RoundsToNearestEven) {
           static_cast<float>((low + high) / 2);  // exact, except beyond the largest bf16: Inf, as it should
       for (const float sign : {1.0f, -1.0f}) {
         for (const float value :
-             {std::nextafter(static_cast<float>(low), INFINITY), std::nextafter(middle, 0.0f), middle,
-              std::nextafter(middle, INFINITY), std::nextafter(static_cast<float>(high), 0.0f)}) {
+             {static_cast<float>(low), std::nextafter(static_cast<float>(low), INFINITY), std::nextafter(middle, 0.0f),
+              middle, std::nextafter(middle, INFINITY), std::nextafter(static_cast<float>(high), 0.0f)}) {
           values.push_back(sign * value);
         }
       }
@@ -129,16 +118,6 @@ TEST_P(FormatTest, EveryLengthAndAlignment) {
         ASSERT_EQ(again.back(), kUntouched);
       }
     }
-  }
-}
-
-TEST_P(FormatTest, FindsTheRowByItsLeadingDimension) {
-  for (const Format format : kHalves) {
-    std::vector<std::uint16_t> bits(5 * 23);
-    for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<std::uint16_t>(0x3000 + i);
-    float values[7];
-    kernels().decode({bits.data(), 5, 20, 23, format}, 4, 13, 7, values);
-    for (int i = 0; i < 7; ++i) EXPECT_EQ(values[i], float_format(format).decode(bits[4 * 23 + 13 + i]));
   }
 }
 

@@ -68,10 +68,7 @@ class CudaFailures : public ::testing::Test {
 TEST_F(CudaFailures, EveryCallOfALinearLayer) {
   for (const std::int64_t tokens : {2, 20}) {
     DeviceLayer layer(tokens, 40, 64, 3);
-    const auto run = [&] {
-      layer.forward();
-      layer.backward();
-    };
+    const auto run = [&] { layer.run(); };
     fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
     fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
   }
@@ -175,14 +172,7 @@ TEST_F(CudaFailures, NoSolverIsGivenNan) {
     for (const Format format : {Format::f32, Format::bf16}) {
       std::vector<SplitLayer> layers;
       for (const Dense& dense : values) layers.emplace_back(dense, format, 4, 1.0f);
-      Staging at(cuda::standalone_context());
-      std::vector<SplitTask> tasks;
-      for (SplitLayer& layer : layers) {
-        const SplitTask task = layer.task();
-        tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0)});
-      }
-      cuda::split_many(tasks, {}, cuda::standalone_context());
-      at.finish();
+      split_on_device(layers, cuda::standalone_context());
       for (const SplitLayer& layer : layers) {
         if (mode == cuda_sim::OnNaN::info) {
           EXPECT_LE(norm(layer.a0.values()), 100.0) << "NaN";
@@ -200,8 +190,6 @@ TEST_F(CudaFailures, NoSolverIsGivenNan) {
 // A message says the call, the device, the status, and how large the problem was.
 TEST_F(CudaFailures, AMessageHasTheSizes) {
   DeviceLayer layer(20, 40, 64, 3);
-  cuda_sim::fail_next(CUBLAS_STATUS_EXECUTION_FAILED, 1000);
-  cuda_sim::clear_failures();
   std::string text;
   for (int call = 0; call < 200 && text.find("cublasLtMatmul failed") != 0; ++call) {
     cuda_sim::fail_next(CUBLAS_STATUS_EXECUTION_FAILED, call);

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "pissa/core/fused_linear.h"
@@ -201,15 +202,13 @@ TEST_F(LibraryModes, StacksWithoutAnAlgorithm) {
   target.stride = m * n;
   cuda::sum_of_products(context, terms, {}, target, count);
   at.finish();
-  Bounded expected{Dense(count * m, n), Dense(count * m, n)};
-  const Dense a_values = a.values(), b_values = b.values();
-  for (std::int64_t i = 0; i < count * m; ++i) {
-    for (std::int64_t p = 0; p < k; ++p) {
-      for (std::int64_t j = 0; j < n; ++j) {
-        const double product = a_values(i, p) * b_values(i / m * k + p, j);
-        expected.value(i, j) += product;
-        expected.magnitude(i, j) += std::fabs(product);
-      }
+  Bounded expected{Dense(0, n), Dense(0, n)};
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Dense left = rows_of(a.values(), i * m, m), right = rows_of(b.values(), i * k, k);
+    for (auto& [part, product] :
+         {std::pair(&expected.value, left * right), {&expected.magnitude, absolute(left) * absolute(right)}}) {
+      part->rows += m;
+      part->values.insert(part->values.end(), product.values.begin(), product.values.end());
     }
   }
   expect_close(out, expected, k + 1);
@@ -227,15 +226,13 @@ TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
   cuda_sim::set_no_algorithm_below(16);
   const cuda::Context& context = cuda::standalone_context();
   cublasSetMathMode(context.blas, CUBLAS_DEFAULT_MATH);
-  Dense a_values(20, 4), ones(4, 30), expected(20, 30);
+  Dense a_values(20, 4);
   for (std::int64_t i = 0; i < 20; ++i) a_values(i, 0) = 1, a_values(i, 1) = 0x1p-9, a_values(i, 2) = -1;
-  for (double& value : ones.values) value = 1;
-  for (double& value : expected.values) value = 0x1p-9;
-  const Stored a(a_values, Format::bf16), b(ones, Format::bf16);
+  const Stored a(a_values, Format::bf16), b(Dense(4, 30, 1), Format::bf16);
   Stored out = Stored::poisoned(20, 30, Format::bf16);
   const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
   backend.gemm(terms, {}, out.mutable_view());
-  EXPECT_EQ(out.values().values, expected.values);
+  EXPECT_EQ(out.values().values, Dense(20, 30, 0x1p-9).values);
   cublasMath_t mode = CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
   cublasGetMathMode(context.blas, &mode);
   EXPECT_EQ(mode, CUBLAS_DEFAULT_MATH);
@@ -243,18 +240,12 @@ TEST_F(LibraryModes, WithoutAnAlgorithmPartsOfASumAreNotRounded) {
 
 // ---- TF32 -----------------------------------------------------------------------------------------------------------
 
-Dense all(std::int64_t rows, std::int64_t cols, double value) {
-  Dense result(rows, cols);
-  for (double& element : result.values) element = value;
-  return result;
-}
-
 // 1 + 2^-11 is 1 in TF32: what a layer in f32 multiplies is, forward and backward, where its user allows it. With an
 // algorithm and without.
 TEST_F(LibraryModes, ALayerInTf32WhereItIsAllowed) {
   const double fine = 1 + 0x1p-11;
   const auto matrix = [](std::int64_t rows, std::int64_t cols, double value) {
-    return Stored(all(rows, cols, value), Format::f32);
+    return Stored(Dense(rows, cols, value), Format::f32);
   };
   const Stored x = matrix(20, 4, fine), x_one = matrix(20, 4, 1), dy = matrix(20, 30, fine), xa_four = matrix(20, 2, 4);
   const Stored weight = matrix(30, 4, 1), a = matrix(2, 4, 1), b = matrix(30, 2, 1);

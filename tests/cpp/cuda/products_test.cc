@@ -28,12 +28,6 @@ Stored aligned_poisoned(std::int64_t rows, std::int64_t cols, Format format) {
   return Stored::poisoned(rows, cols, format, Stored::kAligned, Stored::kAligned);
 }
 
-Dense all(std::int64_t rows, std::int64_t cols, double value) {
-  Dense result(rows, cols);
-  for (double& element : result.values) element = value;
-  return result;
-}
-
 class ProductsTest : public BackendTest {};
 
 // Every width up to several groups of eight and beyond a block's share of a row.
@@ -191,9 +185,9 @@ TEST_P(ProductsTest, PiecesOfAResidualGiveTheSameCodes) {
 
 // Thin products in half precision and what they are added to take one rounding: 1 + 2^-9 - 2 * 2^-9 + 2^-9 is 1.
 TEST_P(ProductsTest, ThinProductsAreRoundedOnce) {
-  const Stored one(all(20, 1, 1), Format::f32), two(all(20, 2, 1), Format::f32);
-  const Stored small(all(1, 30, 0x1p-9), Format::f32), minus(all(2, 30, -0x1p-9), Format::f32);
-  const Stored addend(all(20, 30, 1), Format::bf16);
+  const Stored one(Dense(20, 1, 1), Format::f32), two(Dense(20, 2, 1), Format::f32);
+  const Stored small(Dense(1, 30, 0x1p-9), Format::f32), minus(Dense(2, 30, -0x1p-9), Format::f32);
+  const Stored addend(Dense(20, 30, 1), Format::bf16);
   const Term terms[] = {{one.view(), Op::n, small.view(), Op::n, 1.0f, Precision::bf16},
                         {two.view(), Op::n, minus.view(), Op::n, 1.0f, Precision::bf16},
                         {one.view(), Op::n, small.view(), Op::n, 1.0f, Precision::bf16}};
@@ -224,7 +218,7 @@ TEST_P(ProductsTest, TheSmallerFactorCarriesAScaleOfItsOwn) {
   const double scale = kBf16.decode(kBf16.encode(0.3f));
   const Dense large = Stored(random.dense(40, 2), Format::bf16).values();
   for (const bool left : {true, false}) {  // where the larger factor stands
-    const Dense ones = left ? all(2, 20, 1) : all(20, 2, 1);
+    const Dense ones = left ? Dense(2, 20, 1) : Dense(20, 2, 1);
     const Stored a(left ? large : ones, Format::bf16), b(left ? ones : transposed(large), Format::bf16);
     const Term terms[] = {{a.view(), Op::n, b.view(), Op::n, 0.3f, Precision::bf16},
                           {a.view(), Op::n, b.view(), Op::n, 1.0f, Precision::bf16}};
@@ -251,12 +245,12 @@ TEST_P(ProductsTest, ThinProductsThatCannotBeOne) {
 
 // Below half a unit, both, and together above it.
 TEST_P(ProductsTest, AnAddendInF32IsNotRoundedFirst) {
-  const Stored a(all(20, 1, 1), Format::bf16), b(all(1, 30, 3 * 0x1p-10), Format::bf16);
-  const Stored addend(all(20, 30, 1 + 3 * 0x1p-10), Format::f32);
+  const Stored a(Dense(20, 1, 1), Format::bf16), b(Dense(1, 30, 3 * 0x1p-10), Format::bf16);
+  const Stored addend(Dense(20, 30, 1 + 3 * 0x1p-10), Format::f32);
   const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
   Stored out = Stored::poisoned(20, 30, Format::bf16);
   backend().gemm(terms, addend.view(), out.mutable_view());
-  EXPECT_EQ(out.values().values, all(20, 30, 1 + 0x1p-7).values);
+  EXPECT_EQ(out.values().values, Dense(20, 30, 1 + 0x1p-7).values);
 }
 
 TEST_P(ProductsTest, ABiasAndNothingToMultiply) {
@@ -265,7 +259,7 @@ TEST_P(ProductsTest, ABiasAndNothingToMultiply) {
       bias(random.dense(1, 30), Format::bf16);
   Stored y = Stored::poisoned(20, 30, Format::bf16);
   backend().weight_gemm_nt(x.view(), weight.view(), 1.0f, Precision::f32, {}, bias.view(), y.mutable_view());
-  EXPECT_EQ(y.values().values, (all(20, 1, 1) * bias.values()).values);
+  EXPECT_EQ(y.values().values, (Dense(20, 1, 1) * bias.values()).values);
 }
 
 // Where cuBLAS divides a sum among blocks, its parts are not rounded: (1 + 2^-9) - 1 is 2^-9.
@@ -274,11 +268,11 @@ TEST_P(ProductsTest, PartsOfASumAreNotRounded) {
     const double small = format == Format::bf16 ? 0x1p-9 : 0x1p-12;
     Dense a_values(20, 4);
     for (std::int64_t i = 0; i < 20; ++i) a_values(i, 0) = 1, a_values(i, 1) = small, a_values(i, 2) = -1;
-    const Stored a(a_values, format), b(all(4, 30, 1), format);
+    const Stored a(a_values, format), b(Dense(4, 30, 1), format);
     Stored out = Stored::poisoned(20, 30, format);
     const Term terms[] = {{a.view(), Op::n, b.view(), Op::n}};
     backend().gemm(terms, {}, out.mutable_view());
-    EXPECT_EQ(out.values().values, all(20, 30, small).values);
+    EXPECT_EQ(out.values().values, Dense(20, 30, small).values);
   }
 }
 

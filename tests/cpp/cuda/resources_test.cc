@@ -5,8 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <deque>
 #include <map>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
@@ -27,34 +27,29 @@
 namespace pissa::test {
 namespace {
 
+/// What a pass of a layer costs: launches, and memory beside the layer's.
+std::pair<std::int64_t, std::size_t> cost_of(void (DeviceLayer::*pass)(), DeviceLayer& layer) {
+  const std::size_t before = cuda_sim::bytes_in_use();
+  cuda_sim::reset_peak_bytes();
+  cuda_sim::reset_launches();
+  (layer.*pass)();
+  return {cuda_sim::launches(), cuda_sim::peak_bytes() - before};
+}
+
 // Decoding one or more tokens: x A^T, and then all the rest in one kernel.
 TEST(CudaResources, AFewTokensTakeTwoLaunchesAndNoMemory) {
   for (const std::int64_t tokens : {1, 4, 16}) {
     DeviceLayer layer(tokens, 64, 128, 8);
-    const std::size_t before = cuda_sim::bytes_in_use();
-    cuda_sim::reset_peak_bytes();
-    cuda_sim::reset_launches();
-    layer.forward();
-    EXPECT_EQ(cuda_sim::launches(), 2);
-    EXPECT_EQ(cuda_sim::peak_bytes(), before);
+    EXPECT_EQ(cost_of(&DeviceLayer::forward, layer), (std::pair<std::int64_t, std::size_t>{2, 0}));
   }
 }
 
 // No operand is copied for it: dy alone would take 300 x 64 elements.
 TEST(CudaResources, AScalingCostsNothing) {
-  std::vector<std::pair<std::size_t, std::int64_t>> costs;
-  for (const float scaling : {1.0f, 0.3f}) {
-    DeviceLayer layer(300, 64, 64, 8, scaling);
-    const std::size_t before = cuda_sim::bytes_in_use();
-    cuda_sim::reset_launches();
-    for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
-      cuda_sim::reset_peak_bytes();
-      (layer.*pass)();
-      costs.emplace_back(cuda_sim::peak_bytes() - before, cuda_sim::launches());
-    }
+  DeviceLayer plain(300, 64, 64, 8, 1.0f), scaled(300, 64, 64, 8, 0.3f);
+  for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
+    EXPECT_EQ(cost_of(pass, scaled), cost_of(pass, plain));
   }
-  EXPECT_EQ(costs[0], costs[2]) << "forward";
-  EXPECT_EQ(costs[1], costs[3]) << "backward";
 }
 
 // Without memory for them each pass has a launch for the sum of a factor, and one to round it.
@@ -66,11 +61,8 @@ TEST(CudaResources, FactorsAreSummedOnceForBothPasses) {
       ASSERT_TRUE(layer.keeps_sums);
       layer.adapter.implicit = implicit;
       layer.keeps_sums = keeps;
-      for (const auto pass : {&DeviceLayer::forward, &DeviceLayer::backward}) {
-        cuda_sim::reset_launches();
-        (layer.*pass)();
-        launches.push_back(cuda_sim::launches());
-      }
+      launches.push_back(cost_of(&DeviceLayer::forward, layer).first);
+      launches.push_back(cost_of(&DeviceLayer::backward, layer).first);
     }
     // Of the change only A is summed; its backward puts A beside dA, which is a copy anyway.
     EXPECT_EQ(launches[0] - launches[2], implicit ? 1 : 3) << "forward";
@@ -85,23 +77,15 @@ TEST(CudaResources, AGraphCanCaptureTheLinearLayer) {
   for (const auto mode : {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed}) {
     for (const std::int64_t tokens : {1, 16, 40}) {
       DeviceLayer layer(tokens, 64, 128, 8);
-      layer.forward();
-      layer.backward();
+      layer.run();
       const std::vector<unsigned char> expected = layer.take_results();
       cudaStreamSynchronize(stream);
-      ASSERT_EQ(cudaStreamBeginCapture(stream, mode), cudaSuccess);
-      layer.forward();
-      layer.backward();
-      cudaGraph_t graph;
-      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
-      cudaGraphExec_t exec;
-      ASSERT_EQ(cudaGraphInstantiate(&exec, graph), cudaSuccess);
+      const cudaGraphExec_t exec = layer.capture(mode);
       for (int i = 0; i < 2; ++i) {
         ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
         EXPECT_TRUE(layer.take_results() == expected) << tokens;
       }
       cudaGraphExecDestroy(exec);
-      cudaGraphDestroy(graph);
     }
   }
 }
@@ -137,69 +121,36 @@ TEST(CudaResources, NothingAssumedIsNothingToWaitFor) {
   EXPECT_EQ(cuda_sim::synchronizations(), 0);
 }
 
-TEST(CudaResources, ADecompositionWaitsTwice) {
-  const cuda::Context& context = cuda::standalone_context();
-  Random random(2);
-  const Stored weight(random.dense(40, 60), Format::bf16);
-  Staging at(context);
-  const Matrix w = at(weight.view());
-  const cuda::Buffer a0(context, 4, 60, Format::f32), b0(context, 40, 4, Format::f32);
-  at.finish();
-  cuda::CudaBackend cuda(context);
+struct SplitCost {
+  std::int64_t waits, launches;
+};
+
+/// Of a start of these weights; copies from and to the host do not count, each of which waits once.
+SplitCost cost_of_split(int full, int deficient, std::optional<float> largest = {},
+                        std::int64_t stack_bytes = cuda::kStackBytes) {
+  Random random(11);
+  std::vector<SplitLayer> layers;
+  for (int i = 0; i < full; ++i) layers.emplace_back(random.dense(20, 30), Format::f32, 4, 1.0f);
+  const Dense of_rank_2 = random.dense(20, 2) * random.dense(2, 30);
+  for (int i = 0; i < deficient; ++i) layers.emplace_back(of_rank_2, Format::f32, 4, 1.0f);
   cuda_sim::reset_synchronizations();
-  split(cuda, w, 1.0f, {}, a0.view(), b0.view());
-  EXPECT_EQ(cuda_sim::synchronizations(), 2) << "for the largest element, and to know whether all went well";
+  cuda_sim::reset_launches();
+  split_on_device(layers, cuda::standalone_context(), {}, largest, stack_bytes);
+  return {cuda_sim::synchronizations() - 2, cuda_sim::launches()};
 }
 
 // A stack of weights waits no more often than one of them: for their largest elements, if it is not told, and to know
 // whether all went well.
 TEST(CudaResources, AStackWaitsOnceForAll) {
-  const cuda::Context& context = cuda::standalone_context();
-  Random random(3);
-  const Stored weight(random.dense(40, 60), Format::bf16);
-  Staging at(context);
-  const Matrix w = at(weight.view());
-  std::vector<cuda::Buffer> factors;
-  std::vector<SplitTask> tasks;
-  for (int i = 0; i < 10; ++i) {
-    factors.emplace_back(context, 4, 60, Format::f32);
-    factors.emplace_back(context, 40, 4, Format::f32);
-    tasks.push_back({w, 1.0f, (factors.end() - 2)->view(), factors.back().view()});
-  }
-  at.finish();
-  cuda_sim::reset_synchronizations();
-  cuda_sim::reset_launches();
-  cuda::split_many(tasks, {}, context);
-  EXPECT_EQ(cuda_sim::synchronizations(), 2);
-  const std::int64_t together = cuda_sim::launches();
-  for (SplitTask& task : tasks) task.largest = 5.0f;
-  cuda_sim::reset_synchronizations();
-  cuda::split_many(tasks, {}, context);
-  EXPECT_EQ(cuda_sim::synchronizations(), 1);
-  cuda_sim::reset_launches();
-  cuda::split_many(tasks, {}, context, 1);
-  EXPECT_LT(2 * together, cuda_sim::launches()) << "one by one";
+  EXPECT_EQ(cost_of_split(1, 0).waits, 2);
+  EXPECT_EQ(cost_of_split(10, 0).waits, 2);
+  EXPECT_EQ(cost_of_split(10, 0, 5.0f).waits, 1);
+  EXPECT_LT(2 * cost_of_split(10, 0).launches, cost_of_split(10, 0, 5.0f, 1).launches) << "one by one";
 }
 
 // The careful way waits after each step, so the number of waits tells how many weights took it.
 TEST(CudaResources, OnlyAWeightWithoutFullRankIsDecomposedAgain) {
-  const auto waits = [](int full, int deficient) {
-    Random random(11);
-    std::deque<SplitLayer> layers;
-    for (int i = 0; i < full; ++i) layers.emplace_back(random.dense(20, 30), Format::f32, 4, 1.0f);
-    const Dense of_rank_2 = random.dense(20, 2) * random.dense(2, 30);
-    for (int i = 0; i < deficient; ++i) layers.emplace_back(of_rank_2, Format::f32, 4, 1.0f);
-    Staging at(cuda::standalone_context());
-    std::vector<SplitTask> tasks;
-    for (SplitLayer& layer : layers) {
-      const SplitTask task = layer.task();
-      tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0), 5.0f});
-    }
-    at.finish();
-    cuda_sim::reset_synchronizations();
-    cuda::split_many(tasks, {}, cuda::standalone_context());
-    return cuda_sim::synchronizations();
-  };
+  const auto waits = [](int full, int deficient) { return cost_of_split(full, deficient, 5.0f).waits; };
   EXPECT_EQ(waits(3, 0), 1);
   const std::int64_t careful = waits(1, 1) - 1;
   EXPECT_GT(careful, 1);
@@ -273,16 +224,9 @@ class LimitedMemory final : public cuda::Allocator {
 // back. With too little for one, nothing is written.
 TEST(CudaResources, FewerWeightsAtOnceWhereMemoryRunsOut) {
   const auto split_within = [](const LimitedMemory& memory, std::vector<SplitLayer>& layers) {
-    Staging at(cuda::standalone_context());
-    std::vector<SplitTask> tasks;
-    for (SplitLayer& layer : layers) {
-      const SplitTask task = layer.task();
-      tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0), 5.0f});
-    }
     cuda::Context context = cuda::standalone_context();
     context.allocator = &memory;
-    cuda::split_many(tasks, {SvdMethod::krylov, 12, 5}, context);
-    at.finish();
+    split_on_device(layers, context, {SvdMethod::krylov, 12, 5}, 5.0f);
   };
   const auto make = [] {
     Random random(10);

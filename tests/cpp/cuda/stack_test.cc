@@ -29,15 +29,7 @@ namespace {
 Dense product_of(const SplitLayer& layer) { return double{layer.scaling} * (layer.b0.values() * layer.a0.values()); }
 
 void split_stack(std::deque<SplitLayer>& layers, std::int64_t stack_bytes = cuda::kStackBytes) {
-  const cuda::Context& context = cuda::standalone_context();
-  Staging at(context);
-  std::vector<SplitTask> tasks;
-  for (SplitLayer& layer : layers) {
-    const SplitTask task = layer.task();
-    tasks.push_back({at(task.w), task.scaling, at(task.a0), at(task.b0), std::nullopt, at(task.s)});
-  }
-  cuda::split_many(tasks, {SvdMethod::krylov, 12, 5}, context, stack_bytes);
-  at.finish();
+  split_on_device(layers, cuda::standalone_context(), {SvdMethod::krylov, 12, 5}, {}, stack_bytes);
 }
 
 // The residual is as small as the weight's own decomposition leaves it. (Factors themselves may differ where singular

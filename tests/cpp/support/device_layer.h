@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <gtest/gtest.h>
 
 #include <cstdint>
 #include <vector>
@@ -47,6 +48,21 @@ class DeviceLayer {
   void backward() {
     cuda::CudaBackend cuda(context_);
     linear_backward(cuda, dy, x, weight, adapter, xa_.view(), dx_.view(), grad_a_.view(), grad_b_.view(), sums());
+  }
+  void run() {
+    forward();
+    backward();
+  }
+  /// A graph of both passes, for its stream.
+  cudaGraphExec_t capture(cudaStreamCaptureMode mode) {
+    EXPECT_EQ(cudaStreamBeginCapture(context_.stream, mode), cudaSuccess);
+    run();
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    EXPECT_EQ(cudaStreamEndCapture(context_.stream, &graph), cudaSuccess);
+    EXPECT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    cudaGraphDestroy(graph);
+    return exec;
   }
   /// y, dx and the gradients of the factors, byte by byte; on the device 0xff from then on, which is NaN.
   std::vector<unsigned char> take_results() {

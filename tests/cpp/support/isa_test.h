@@ -1,5 +1,5 @@
-// A test that runs once per instruction set of this machine; or, with PISSA_TEST_TILES, by the kernels for tile
-// registers, which are emulated.
+// A test that runs once per instruction set of this machine; or, in tiles_test, by the kernels for tile registers,
+// which are emulated.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -12,31 +12,11 @@
 #include "pissa/cpu/isa.h"
 #include "pissa/cpu/kernels.h"
 
-#if defined(PISSA_TEST_TILES)
-namespace pissa::cpu::amxbf16_emulated {
-const Kernels& kernels();
-}
-#endif
-
 namespace pissa::test {
 
-#if defined(PISSA_TEST_TILES)
-
-/// "amxbf16_emulated" where the rest of these kernels, which is avx512bf16's, can run.
-inline std::vector<std::string> tested_isas() {
-  for (const std::string& isa : cpu::available_isas()) {
-    if (isa == "avx512bf16") return {"amxbf16_emulated"};
-  }
-  return {};
-}
-inline const cpu::Kernels& tested_kernels(const std::string&) { return cpu::amxbf16_emulated::kernels(); }
-
-#else
-
-inline std::vector<std::string> tested_isas() { return cpu::available_isas(); }
-inline const cpu::Kernels& tested_kernels(const std::string& isa) { return cpu::kernels(isa); }
-
-#endif
+/// What a program tests: support/tested_isas.cc or, of its tile registers, support/tested_tiles.cc.
+std::vector<std::string> tested_isas();
+const cpu::Kernels& tested_kernels(const std::string& isa);
 
 class IsaTest : public ::testing::TestWithParam<std::string> {
  protected:

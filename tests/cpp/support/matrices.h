@@ -29,7 +29,8 @@ struct Dense {
   std::vector<double> values;
 
   Dense() = default;
-  Dense(std::int64_t rows_, std::int64_t cols_) : rows(rows_), cols(cols_), values(rows_ * cols_) {}
+  Dense(std::int64_t rows_, std::int64_t cols_, double value = 0)
+      : rows(rows_), cols(cols_), values(rows_ * cols_, value) {}
   double& operator()(std::int64_t i, std::int64_t j) { return values[i * cols + j]; }
   double operator()(std::int64_t i, std::int64_t j) const { return values[i * cols + j]; }
 };
@@ -234,7 +235,7 @@ class Operand {
   static Any make(Random& random, std::int64_t rows, std::int64_t cols, Form form) {
     if (form == Form::int8) return StoredInt8(random, rows, cols);
     if (form == Form::nf4 || form == Form::nf4_nested) {
-      return StoredNf4(random, rows, cols, random.pick({32, 64, 128}), form == Form::nf4_nested);
+      return StoredNf4(random, rows, cols, random.pick({32, 64, 4096}), form == Form::nf4_nested);
     }
     return Stored(random.dense(rows, cols), static_cast<Format>(form), random.below(5));
   }

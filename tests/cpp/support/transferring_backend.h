@@ -9,7 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <span>
-#include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "pissa/core/backend.h"
@@ -61,6 +61,13 @@ class Staging {
       term.b = (*this)(term.b);
     }
     return result;
+  }
+  Sum operator()(const Sum& sum) { return {(*this)(sum.a), (*this)(sum.b), (*this)(sum.out)}; }
+  /// What lies nowhere.
+  template <class T>
+    requires std::is_arithmetic_v<T> || std::is_enum_v<T> || std::is_same_v<T, cuda::Weight>
+  const T& operator()(const T& value) {
+    return value;
   }
   /// Waits for the call and brings back what it wrote.
   void finish() {
@@ -125,39 +132,25 @@ class TransferringBackend {
   cuda::Buffer alloc(std::int64_t rows, std::int64_t cols, Format format) const {
     return cuda_.alloc(rows, cols, format);
   }
-  void copy(const Matrix& a, const MutableMatrix& out) const {
-    call([&](Staging& at) { cuda_.copy(at(a), at(out)); });
-  }
-  void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const {
-    call([&](Staging& at) {
-      const MutableMatrix target = at(out);
-      cuda_.add(at(a), at(b), target);
-    });
-  }
+  void copy(const Matrix& a, const MutableMatrix& out) const { call(&Cuda::copy, a, out); }
+  void add(const Matrix& a, const Matrix& b, const MutableMatrix& out) const { call(&Cuda::add, a, b, out); }
   void subtract(const Matrix& a, const Matrix& b, const MutableMatrix& out, double* squares) const {
-    call([&](Staging& at) {
+    staged([&](Staging& at) {
       const MutableMatrix target = at(out);
       cuda_.subtract(at(a), at(b), target, at.upload(squares, 1, true));
     });
   }
-  void add_both(const Sum& first, const Sum& second) const {
-    call([&](Staging& at) {
-      const Sum there{at(first.a), at(first.b), at(first.out)};
-      cuda_.add_both(there, {at(second.a), at(second.b), at(second.out)});
-    });
-  }
+  void add_both(const Sum& first, const Sum& second) const { call(&Cuda::add_both, first, second); }
   void fill_signs(const MutableMatrix& out, std::uint64_t seed, float scale) const {
-    call([&](Staging& at) { cuda_.fill_signs(at(out), seed, scale); });
+    call(&Cuda::fill_signs, out, seed, scale);
   }
   void scale_rows(const Matrix& a, const Matrix& s, float divisor, const MutableMatrix& out, Op op) const {
-    call([&](Staging& at) { cuda_.scale_rows(at(a), at(s), divisor, at(out), op); });
+    call(&Cuda::scale_rows, a, s, divisor, out, op);
   }
-  void normalize_rows(const Matrix& a, const MutableMatrix& out) const {
-    call([&](Staging& at) { cuda_.normalize_rows(at(a), at(out)); });
-  }
+  void normalize_rows(const Matrix& a, const MutableMatrix& out) const { call(&Cuda::normalize_rows, a, out); }
   bool multiplies_in(Format format) const { return cuda_.multiplies_in(format); }
   void max_abs(std::span<const Matrix> matrices, float* largest) const {
-    call([&](Staging& at) {
+    staged([&](Staging& at) {
       std::vector<Matrix> on_device;
       for (const Matrix& matrix : matrices) on_device.push_back(at(matrix));
       cuda_.max_abs(on_device, largest);
@@ -165,14 +158,11 @@ class TransferringBackend {
   }
   std::vector<float> read(const float* from, std::int64_t count) const { return cuda_.read(from, count); }
   void gemm(std::span<const Term> terms, const Matrix& addend, const MutableMatrix& out) const {
-    call([&](Staging& at) {
-      const MutableMatrix target = at(out);
-      cuda_.gemm(at(terms), at(addend), target);
-    });
+    call(&Cuda::gemm, terms, addend, out);
   }
   void gemm_quantized(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const {
     const std::int64_t count = addend.rows * addend.cols;
-    call([&](Staging& at) {
+    staged([&](Staging& at) {
       cuda_.gemm_quantized(at(terms), at(addend),
                            {out.format, out.blocksize, at.upload(out.codes, code_bytes(out.format, count), true),
                             at.upload(out.scales, ceil_div(count, out.blocksize), true)});
@@ -180,11 +170,11 @@ class TransferringBackend {
   }
   void weight_gemm_nt(const Matrix& x, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
-    call([&](Staging& at) { cuda_.weight_gemm_nt(at(x), at(weight), scale, precision, at(tail), at(bias), at(y)); });
+    call(&Cuda::weight_gemm_nt, x, weight, scale, precision, tail, bias, y);
   }
   void weight_gemm_nn(const Matrix& dy, const Matrix& weight, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const {
-    call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), at(weight), scale, precision, at(tail), at(dx)); });
+    call(&Cuda::weight_gemm_nn, dy, weight, scale, precision, tail, dx);
   }
 
   /// A weight being decoded, and the device's copy of what it is decoded from.
@@ -200,27 +190,27 @@ class TransferringBackend {
   }
   void weight_gemm_nt(const Matrix& x, const Ahead& ahead, float scale, Precision precision, std::span<const Term> tail,
                       const Matrix& bias, const MutableMatrix& y) const {
-    call([&](Staging& at) { cuda_.weight_gemm_nt(at(x), ahead.weight, scale, precision, at(tail), at(bias), at(y)); });
+    call(&Cuda::weight_gemm_nt, x, ahead.weight, scale, precision, tail, bias, y);
   }
   void weight_gemm_nn(const Matrix& dy, const Ahead& ahead, float scale, Precision precision,
                       std::span<const Term> tail, const MutableMatrix& dx) const {
-    call([&](Staging& at) { cuda_.weight_gemm_nn(at(dy), ahead.weight, scale, precision, at(tail), at(dx)); });
+    call(&Cuda::weight_gemm_nn, dy, ahead.weight, scale, precision, tail, dx);
   }
 
   void orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
-    call([&](Staging& at) { cuda_.orthonormalize(at(basis), done, rows, rank); });
+    call(&Cuda::orthonormalize, basis, done, rows, rank);
   }
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t rows) {
-    call([&](Staging& at) { cuda_.reorthonormalize(at(basis), at(companion), done, rows); });
+    call(&Cuda::reorthonormalize, basis, companion, done, rows);
   }
   bool had_full_rank() { return cuda_.had_full_rank(); }
   void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
-    call([&](Staging& at) { cuda_.gram_svd(at(rows), scale, at(s), at(vectors)); });
+    call(&Cuda::gram_svd, rows, scale, s, vectors);
   }
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const {
-    call([&](Staging& at) {
+    staged([&](Staging& at) {
       cuda_.quantize_absmax(
           at.upload(absmax, count), count, given ? at.upload(given, 1) : nullptr, at.upload(codes8, count, true),
           at.upload(nested_absmax, ceil_div(count, kNestedBlocksize), true), at.upload(offset, 1, true));
@@ -228,15 +218,28 @@ class TransferringBackend {
   }
 
  private:
+  using Cuda = cuda::CudaBackend;
+
   template <class F>
-  void call(F f) const {
+  void staged(F f) const {
     Staging staging(context_);
     f(staging);
     staging.finish();
   }
+  // Outputs are placed first: an operand may be a part of one.
+  template <class Function, class... Args>
+  void call(Function function, const Args&... args) const {
+    staged([&](Staging& at) {
+      const auto place_output = [&]<class T>(const T& arg) {
+        if constexpr (std::is_same_v<T, MutableMatrix>) at(arg);
+      };
+      (place_output(args), ...);
+      (cuda_.*function)(at(args)...);
+    });
+  }
 
   const cuda::Context& context_;
-  cuda::CudaBackend cuda_;
+  mutable Cuda cuda_;
 };
 
 static_assert(Backend<TransferringBackend>);

@@ -48,15 +48,13 @@ inline std::vector<WeightClass> weight_classes(std::int64_t rows, std::int64_t c
   add("equal singular values", with_spectrum(random, rows, cols, [](std::int64_t) { return 2.0; }));
   add("pairs of singular values",
       with_spectrum(random, rows, cols, [](std::int64_t i) { return 8.0 / static_cast<double>(i / 2 + 1); }));
-  Dense ones(rows, cols), outlier = 1e-3 * random.dense(rows, cols), single(rows, cols),
-                          sparse = random.dense(rows, cols);
-  for (double& value : ones.values) value = 1;
+  Dense outlier = 1e-3 * random.dense(rows, cols), single(rows, cols), sparse = random.dense(rows, cols);
   outlier(rows / 3, cols / 2) = -1e4;
   single(rows - 1, cols - 1) = 3;
   for (std::int64_t i = 0; i < rows * cols; ++i) {
     if (i / cols % 3 != 0) sparse.values[i] = 0;
   }
-  add("ones", ones);
+  add("ones", Dense(rows, cols, 1));
   add("one outlier", outlier);
   add("one element", single);
   add("zero rows", sparse);
@@ -74,12 +72,7 @@ inline std::vector<WeightClass> weight_classes(std::int64_t rows, std::int64_t c
   add("identity", identity);
   add("row", random.dense(1, cols));
   add("column", random.dense(rows, 1));
-  add(
-      "1 x 1", -2.5 * [] {
-        Dense one(1, 1);
-        one(0, 0) = 1;
-        return one;
-      }());
+  add("1 x 1", Dense(1, 1, -2.5));
   add("two rows", random.dense(2, cols));
   return classes;
 }

@@ -1,6 +1,6 @@
 """Writes nf4.bin, the golden vectors of nf4_golden_test.cc, with bitsandbytes 0.50 on the CPU.
 
-    python tests/cpp/golden/make_nf4.py        (needs torch and bitsandbytes; the tests need neither)
+    python tests/cpp/core/golden/make_nf4.py        (needs torch and bitsandbytes; the tests need neither)
 
 Inputs are not stored: both sides compute them from the case's numbers (`source` here, `source_of` in the
 test). Little endian; for each case seven int32 (rows, cols, blocksize, dtype 0 f32 / 1 bf16 / 2 f16, fill,
