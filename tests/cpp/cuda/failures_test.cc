@@ -68,7 +68,10 @@ class CudaFailures : public ::testing::Test {
 TEST_F(CudaFailures, EveryCallOfALinearLayer) {
   for (const std::int64_t tokens : {2, 20}) {
     DeviceLayer layer(tokens, 40, 64, 3);
-    const auto run = [&] { layer.run(); };
+    const auto run = [&] {
+      layer.run();
+      layer.run_low_rank();
+    };
     fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
     fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);
   }
@@ -96,10 +99,13 @@ TEST_F(CudaFailures, EveryCallOfADecomposition) {
     Staging at(context);
     const Matrix w = at(weight.view());
     const cuda::Buffer a0(context, 4, 30, Format::f32), b0(context, 20, 4, Format::f32);
+    const cuda::Array<std::uint8_t> codes(context, 300);
+    const cuda::Array<float> scales(context, 10);
     at.finish();
     const auto run = [&] {
       cuda::CudaBackend cuda(context);
-      split(cuda, w, 1.0f, {SvdMethod::krylov, 2, 0}, a0.view(), b0.view());
+      split_quantized(cuda, w, 1.0f, {SvdMethod::krylov, 2, 0}, a0.view(), b0.view(),
+                      {Format::nf4, 64, codes.data(), scales.data()});
     };
     fail_each(cudaErrorLaunchFailure, "cudaErrorLaunchFailure", run);
     fail_each(CUBLAS_STATUS_EXECUTION_FAILED, "CUBLAS_STATUS_EXECUTION_FAILED", run);

@@ -53,6 +53,12 @@ class DeviceLayer {
     forward();
     backward();
   }
+  /// Both passes of the adapter's part alone, on top of y.
+  void run_low_rank() {
+    cuda::CudaBackend cuda(context_);
+    add_low_rank_forward(cuda, y_.view(), x, adapter, y_.view(), xa_.view(), sums());
+    add_low_rank_backward(cuda, dy, x, adapter, xa_.view(), {}, grad_a_.view(), grad_b_.view(), sums());
+  }
   /// A graph of both passes, for its stream.
   cudaGraphExec_t capture(cudaStreamCaptureMode mode) {
     EXPECT_EQ(cudaStreamBeginCapture(context_.stream, mode), cudaSuccess);
