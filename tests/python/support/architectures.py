@@ -26,8 +26,6 @@ TEXT: dict[str, Any] = {
     "initializer_range": 0.1,  # large enough for every layer to matter to the loss
 }
 GROUPED = {"num_key_value_heads": 2}  # grouped-query attention
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,12 @@ class Architecture:
     task_type: str | None
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Of PissaConfig, beside r."""
-    paper: bool = False
-    """Whether the paper trains this family."""
     speaks: bool = False
-    """Whether it generates text without having a task type that says so."""
+    """Whether it generates text, whatever its task type is."""
     nf4_refused: str | None = None
     """Words of the message by which quant="nf4" is refused; None where it works."""
+    fails: Mapping[str, str] = field(default_factory=dict)
+    """What does not work with a dense base, as docs/architectures.md calls it, and words of the error."""
 
     def make(self, seed: int = 0) -> nn.Module:
         """The model in evaluation mode: the same one for the same seed, whatever ran before."""
@@ -147,13 +145,20 @@ def _model(name: str, head: str = "ForCausalLM", **fields: Any) -> Callable[[], 
     return build
 
 
-def _causal(name: str, paper: bool = False, config: Mapping[str, Any] | None = None, **fields: Any) -> Architecture:
-    return Architecture(_model(name, **{**TEXT, **fields}), _text, "CAUSAL_LM", config or {}, paper)
+def _causal(name: str, fails: Mapping[str, str] | None = None, **fields: Any) -> Architecture:
+    return Architecture(_model(name, **{**TEXT, **fields}), _text, "CAUSAL_LM", fails=fails or {})
 
 
-def _classifier(name: str, saved: list[str], paper: bool, **fields: Any) -> Architecture:
+def _generator(
+    name: str, inputs: Callable[[torch.Generator], dict[str, Tensor]], task_type: str | None, **fields: Any
+) -> Architecture:
+    """One that reads something else than the text that it writes, or more."""
+    return Architecture(_model(name, "ForConditionalGeneration", **fields), inputs, task_type, speaks=True)
+
+
+def _classifier(name: str, *saved: str, **fields: Any) -> Architecture:
     build = _model(name, "ForSequenceClassification", **{**TEXT, "num_labels": 3, **fields})
-    return Architecture(build, _classes, "SEQ_CLS", {"modules_to_save": saved}, paper)
+    return Architecture(build, _classes, "SEQ_CLS", {"modules_to_save": ["classifier", *saved]})
 
 
 class LinearExpert(nn.Module):
@@ -201,187 +206,97 @@ class ListedMixtral(transformers.MixtralForCausalLM):
 
 
 # The bits of unfused experts are those of transformers' eager implementation.
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-DEEPSEEK = {**MLA, **MOE, "first_k_dense_replace": 1, "experts_implementation": "eager"}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+EAGER = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+EXPERTS = {"num_local_experts": 4, **EAGER}
+ROUTED = {"num_experts": 4, **EAGER}
+DEEPSEEK: dict[str, Any] = {
+    **{"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, **EAGER},
 }
-
-ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-LLAMA4 = {
-    **GROUPED,
-    "num_local_experts": 4,
-    "interleave_moe_layer_step": 2,
-    "head_dim": 16,
-    "intermediate_size_mlp": 48,
-}
-LLAMA4 |= {"no_rope_layers": [1, 0], "attention_chunk_size": 8, "pad_token_id": 0}
-MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
-MAMBA2 = {**MAMBA, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4}
-WHISPER = {
-    "vocab_size": VOCABULARY,
-    "d_model": HIDDEN,
-    "num_mel_bins": 8,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_source_positions": 8,
-    "max_target_positions": 16,
-    "init_std": 0.1,
-}
-WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16}
+LLAMA3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA4 = {**GROUPED, "num_local_experts": 4, "interleave_moe_layer_step": 2, "head_dim": 16}
+LLAMA4 |= {"no_rope_layers": [1, 0], "attention_chunk_size": 8, "pad_token_id": 0, "intermediate_size_mlp": 48}
+GEMMA3 = {**GROUPED, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+TWO_SIDES = {**TEXT, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_attention_heads": 4, "init_std": 0.1}
+WHISPER = {"num_hidden_layers": 1, "decoder_layers": 1, "max_source_positions": 8, "max_target_positions": 16}
+WHISPER |= {"num_mel_bins": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+DEBERTA = {"pos_att_type": ["p2c", "c2p"], "relative_attention": True, "position_buckets": 8, "share_att_key": True}
+DEBERTA |= {"norm_rel_ebd": "layer_norm", "type_vocab_size": 0, "position_biased_input": False}
 
 VISION = {"image_token_id": 80, "vision_start_token_id": 81, "vision_end_token_id": 82, "video_token_id": 83}
+EYE = {"hidden_size": 32, "intermediate_size": 24, "patch_size": 4}
 QWEN_VISION = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "patch_size": 4,
-    "window_size": 16,
-    "fullatt_block_indexes": [0],
-    "out_hidden_size": HIDDEN,
-    "initializer_range": 0.1,
+    **{**EYE, "depth": 1, "num_heads": 2, "window_size": 16, "fullatt_block_indexes": [0]},
+    **{"out_hidden_size": HIDDEN, "initializer_range": 0.1},
 }
-SIGLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-GEMMA3 = {**GROUPED, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+SIGLIP = {**EYE, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
 M_ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 
-IMAGES = "ForImageClassification"
-_VIT = _model("ViT", IMAGES, **{**TEXT, "image_size": 16, "patch_size": 4, "num_labels": 3})
-GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
-GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
-
-FALCON = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.1,
-    "bias": True,
-}
-FALCON |= {"bos_token_id": 1, "eos_token_id": 2}
+_VIT = _model("ViT", "ForImageClassification", **TEXT, image_size=16, patch_size=4, num_labels=3)
+_RESNET = _model(
+    "ResNet", "ForImageClassification", num_labels=3, embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1]
+)
+NOT_CONTIGUOUS = "FSDP does not support non-contiguous parameters yet"
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama2": _causal("Llama", paper=True),
-    "llama3": _causal("Llama", paper=True, **GROUPED, rope_parameters=LLAMA3_ROPE),
-    "mistral": _causal("Mistral", paper=True, **GROUPED, sliding_window=4),
-    "gemma": _causal("Gemma", paper=True, num_key_value_heads=1, head_dim=16),
+    "llama2": _causal("Llama"),
+    "llama3": _causal("Llama", **GROUPED, rope_parameters=LLAMA3_ROPE),
+    "mistral": _causal("Mistral", **GROUPED, sliding_window=4),
+    "gemma": _causal("Gemma", num_key_value_heads=1, head_dim=16),
     "gemma2": _causal("Gemma2", **GROUPED, head_dim=16, sliding_window=4),
-    "qwen2": _causal("Qwen2", paper=True, **GROUPED),
+    "qwen2": _causal("Qwen2", **GROUPED),
     "qwen3": _causal("Qwen3", **GROUPED, head_dim=16),
-    "yi": _causal("Llama", paper=True, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e6}),
+    "yi": _causal("Llama", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e6}),
     "phi3": _causal("Phi3", **GROUPED, pad_token_id=0, eos_token_id=2),
-    "mixtral": _causal("Mixtral", paper=True, **GROUPED, **EXPERTS),
+    "mixtral": _causal("Mixtral", **GROUPED, **EXPERTS),
     "mixtral, experts of linear layers": Architecture(
         lambda: ListedMixtral(ListedMixtralConfig(**TEXT, **GROUPED, **EXPERTS)), _text, "CAUSAL_LM"
     ),
-    "deepseek_v2": _causal("DeepseekV2", paper=True, **DEEPSEEK),
+    "deepseek_v2": _causal("DeepseekV2", **DEEPSEEK),
     "deepseek_v3": _causal("DeepseekV3", **DEEPSEEK, n_group=2, topk_group=1),
     # Experts' weights are [in, out], and have biases.
-    "gpt_oss": _causal("GptOss", **GROUPED, **EXPERTS, head_dim=16, sliding_window=4),
+    "gpt_oss": _causal("GptOss", {"FSDP2": NOT_CONTIGUOUS}, **GROUPED, **EXPERTS, head_dim=16, sliding_window=4),
     "gemma3": _causal("Gemma3", **GEMMA3),
     "qwen3_moe": _causal("Qwen3Moe", **GROUPED, **ROUTED, head_dim=16, moe_intermediate_size=24),
     "olmoe": _causal("Olmoe", **GROUPED, **ROUTED),
-    "llama4": _causal("Llama4", **LLAMA4),
-    "mamba": Architecture(_model("Mamba", **MAMBA, time_step_rank=2), _text, "CAUSAL_LM"),
-    "mamba2": Architecture(_model("Mamba2", **MAMBA2), _text, "CAUSAL_LM"),
-    "qwen2_5_vl": Architecture(
-        _model(
-            "Qwen2_5_VL",
-            "ForConditionalGeneration",
-            text_config={**TEXT, **GROUPED, "rope_parameters": M_ROPE},
-            vision_config=QWEN_VISION,
-            **VISION,
-        ),
+    # TRL asks for the model below the head, which transformers does not find in its Llama4ForCausalLM.
+    "llama4": _causal("Llama4", {"FSDP2": NOT_CONTIGUOUS, "DPO": "has no attribute 'last_hidden_state'"}, **LLAMA4),
+    "mamba": _causal("Mamba", hidden_size=32, intermediate_size=64, time_step_rank=2),
+    "mamba2": _causal("Mamba2", hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=4),
+    "qwen2_5_vl": _generator(
+        "Qwen2_5_VL",
         _text_with_images(_patches),
         "CAUSAL_LM",
+        text_config={**TEXT, **GROUPED, "rope_parameters": M_ROPE},
+        vision_config=QWEN_VISION,
+        **VISION,
     ),
-    "gemma3, vision-language": Architecture(
-        _model(
-            "Gemma3",
-            "ForConditionalGeneration",
-            text_config={**TEXT, **GEMMA3},
-            vision_config=SIGLIP,
-            mm_tokens_per_image=4,
-            image_token_id=VISION["image_token_id"],
-        ),
+    "gemma3, vision-language": _generator(
+        "Gemma3",
         _text_with_images(_pixels),
         "CAUSAL_LM",
+        text_config={**TEXT, **GEMMA3},
+        vision_config=SIGLIP,
+        mm_tokens_per_image=4,
+        image_token_id=VISION["image_token_id"],
     ),
-    "whisper": Architecture(_model("Whisper", "ForConditionalGeneration", **WHISPER), _speech, None, speaks=True),
+    "whisper": _generator("Whisper", _speech, None, **{**TWO_SIDES, **WHISPER}),
     # Its linear layers are a class of their own.
-    "falcon": Architecture(_model("Falcon", vocab_size=VOCABULARY, **FALCON), _text, "CAUSAL_LM"),
-    "gpt2": Architecture(_model("GPT2", "LMHeadModel", vocab_size=VOCABULARY, **GPT2), _text, "CAUSAL_LM"),
-    "llama, embeddings targeted": Architecture(
-        _model("Llama", **TEXT),
-        _text,
-        "CAUSAL_LM",
-        {"target_modules": ["embed_tokens", "q_proj", "v_proj"]},
+    "falcon": _causal("Falcon", bias=True, bos_token_id=1, eos_token_id=2),
+    "gpt2": Architecture(_model("GPT2", "LMHeadModel", **TEXT, bos_token_id=1, eos_token_id=2), _text, "CAUSAL_LM"),
+    "llama, embeddings targeted": replace(
+        _causal("Llama"),
+        fields={"target_modules": ["embed_tokens", "q_proj", "v_proj"]},
         nf4_refused="embed_tokens is a Embedding",
     ),
-    "t5": Architecture(
-        _model(
-            "T5",
-            "ForConditionalGeneration",
-            vocab_size=VOCABULARY,
-            d_model=HIDDEN,
-            d_kv=16,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-        ),
-        _pair,
-        "SEQ_2_SEQ_LM",
+    "t5": _generator(
+        "T5", _pair, "SEQ_2_SEQ_LM", **TEXT, num_decoder_layers=2, d_kv=16, d_ff=48, decoder_start_token_id=0
     ),
-    "bart": Architecture(
-        _model(
-            "Bart",
-            "ForConditionalGeneration",
-            vocab_size=VOCABULARY,
-            d_model=HIDDEN,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            max_position_embeddings=64,
-            init_std=0.1,
-        ),
-        _pair,
-        "SEQ_2_SEQ_LM",
-    ),
-    "roberta": _classifier("Roberta", ["classifier"], paper=True),
-    "deberta_v3": _classifier(
-        "DebertaV2",
-        ["classifier", "pooler"],
-        paper=True,
-        relative_attention=True,
-        position_buckets=8,
-        pos_att_type=["p2c", "c2p"],
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        type_vocab_size=0,
-        position_biased_input=False,
-        pooler_hidden_size=HIDDEN,
-    ),
-    "modernbert": _classifier("ModernBert", ["classifier"], paper=False, pad_token_id=0, local_attention=4),
+    "bart": _generator("Bart", _pair, "SEQ_2_SEQ_LM", **TWO_SIDES, decoder_layers=2),
+    "roberta": _classifier("Roberta"),
+    "deberta_v3": _classifier("DebertaV2", "pooler", **DEBERTA, pooler_hidden_size=HIDDEN),
+    "modernbert": _classifier("ModernBert", pad_token_id=0, local_attention=4),
     "vit": Architecture(_VIT, _image, None, {"modules_to_save": ["classifier"]}),
     "vit, patches targeted": Architecture(
         _VIT,
@@ -391,9 +306,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         nf4_refused="projection is a Conv2d",
     ),
     "resnet": Architecture(
-        _model(
-            "ResNet", "ForImageClassification", num_labels=3, embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1]
-        ),
+        _RESNET,
         _image,
         None,
         # Batch norm counts while it trains: its statistics belong to the adapter.
