@@ -1,10 +1,8 @@
-"""bench.experiments: quantisation errors, truncated SVDs and first gradients; their cells and sections."""
+"""bench.experiments: quantisation errors, truncated SVDs and first gradients."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,36 +57,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def measured(experiment: Any, options: Any) -> Any:
-    """The results of all cells of an experiment but trainings of language models and encoders."""
-    from bench.experiments.experiment import Known
-
-    known = Known()
-    while missing := [c for c in experiment.wanted(known, options) if c not in known and c.kind not in TRAININGS]:
-        put(known, missing[0], missing[0].run(options))
-    return known
-
-
-TRAININGS = ("encoder", "language")
-
-
-def put(known: Any, cell: Any, result: dict[str, Any]) -> None:
-    known.put(cell.kind, {"cell": asdict(cell), "result": result})
-
-
-def row(text: str, *begin: str) -> list[str]:
-    """The columns of the one row of a table that begins so."""
-    lines = [[part.strip() for part in line.strip("| ").split(" | ")] for line in text.splitlines() if "|" in line]
-    [found] = [line for line in lines if line[: len(begin)] == list(begin)]
-    return found[len(begin) :]
-
-
-def drawn(section: Any) -> None:
-    """Pictures that cannot be drawn raise."""
-    for figure in section.pictures.values():
-        figure.savefig(io.BytesIO(), format="png")
 
 
 # ---- Quantisation errors ---------------------------------------------------------------------------------------------
@@ -192,12 +160,10 @@ def test_gradients_of_starts_are_products_with_the_gradient_of_the_weight(option
 
 @pytest.mark.usefixtures("one_thread")
 def test_of_loras_gradients_one_is_zero_and_one_random_and_pissas_are_the_same_for_all_seeds(options: Any) -> None:
-    from bench.experiments.claims.first_steps import FirstSteps, sweeps
     from bench.experiments.gradient import GradientCell, cosine
 
-    known = measured(FirstSteps(), options)
     lora, pissa, redrawn = (
-        [known[GradientCell(method, seed)] for seed in (0, 1)] for method in ("lora", "pissa", "pissa_sketch")
+        [GradientCell(method, seed).run(options) for seed in (0, 1)] for method in ("lora", "pissa", "pissa_sketch")
     )
     assert [result["norms"]["a"] for result in lora] == [0, 0]
     assert min(result["norms"]["b"] for result in lora) > 0
@@ -206,19 +172,6 @@ def test_of_loras_gradients_one_is_zero_and_one_random_and_pissas_are_the_same_f
     assert pissa[0] == pissa[1]
     assert redrawn[0]["sketches"]["a"] != redrawn[1]["sketches"]["a"]
     assert cosine(*redrawn, "step") > 0.99
-
-    curves = {"lora": [1.0 + i for i in range(80)], "pissa": [2.0 + i for i in range(80)]}
-    for method, sweep in sweeps("films", options).items():
-        while missing := [cell for cell in sweep.wanted(known) if cell not in known]:
-            loss = 0.5 if missing[0].rate == sweep.cell.rate else 0.6
-            shifted = [value + missing[0].seed for value in curves[method]]
-            put(known, missing[0], {"after": {"loss": loss}, "losses": shifted})
-    section = FirstSteps().section(known, options)
-    # Seeds 0 and 1: half above the curve; the mean of steps 3 to 7 is step 5's.
-    assert row(section.text, "MiniLM on films", "PiSSA")[1:] == ["2.5000", "7.5000", "22.5000", "52.5000", "79.5000"]
-    assert row(section.text, "LoRA")[0] == "0.0000 ± 0.0000"
-    assert "exactly 0 for 2 of 2 seeds; PiSSA's gradients are the same numbers for 2 of 2." in section.text
-    drawn(section)
 
 
 def test_sketches_keep_cosines() -> None:

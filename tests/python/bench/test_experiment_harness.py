@@ -92,12 +92,6 @@ def test_a_cell_that_fails_or_is_killed_is_named_and_the_others_go_on(
     assert error.count("failed: ") == 2
 
 
-def test_cells_that_follow_from_results_are_asked_for_again(tmp_path: Path) -> None:
-    first, second = toy()("found['x'] = 1"), toy()("found['x'] = 2")
-    results, _ = run_all(lambda known: [first, second] if first in known else [first], tmp_path)
-    assert results[second]["x"] == 2
-
-
 def test_ending_the_program_ends_its_cells_and_keeps_the_finished_ones(tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
         import sys
