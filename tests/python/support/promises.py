@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -30,9 +30,7 @@ def python_api() -> list[str]:
     What a class inherits from PEFT is PEFT's promise."""
     page = (ROOT / "docs/api/python.md").read_text()
     lines: set[str] = set()
-    for directive in re.finditer(
-        r"^\.\. (?:auto|py:)(\w+):: ([\w.]+)(.*)\n((?:\n?   .*\n)*)", page, flags=re.MULTILINE
-    ):
+    for directive in _DIRECTIVE.finditer(page):
         kind, name, written, body = directive.groups()
         named = resolve_name(name)
         if kind in ("data", "module"):
@@ -90,33 +88,6 @@ class _Text:
 
 
 KEPT: dict[str, Callable[[], list[str]]] = {"op_schemas.txt": op_schemas, "python_api.txt": python_api}
-
-
-def differences(kept: list[str], found: list[str]) -> Iterator[str]:
-    """What is no longer as it was promised, and what is not promised yet: a message each, with what to do."""
-    write = "run `python tests/python/support/promises.py` and commit what it writes"
-    before, after = ({_name(line): line for line in lines} for lines in (kept, found))
-    for name in sorted(before.keys() | after.keys()):
-        if name not in before:
-            yield f"{name} is new, and not promised yet: {write}"
-        elif name not in after:
-            yield (
-                f"{name} is promised, and gone: bring it back. If it has been deprecated for a minor version "
-                f"(docs/compatibility.md), list it under Removed in CHANGELOG.md; then {write}"
-            )
-        elif before[name] != after[name]:
-            yield (
-                f"{name} is not as promised.\n  promised: {before[name]}\n  now:      {after[name]}\n"
-                f"Whatever worked must go on working: a new parameter has a default and comes last. If it does, "
-                f"{write}; if not, keep the old form, and deprecate it (docs/compatibility.md)"
-            )
-
-
-def _name(line: str) -> str:
-    """pissa::quantize, pissa.ops.quantize."""
-    found = re.match(r"[\w.]+(?:::\w+)?", line)
-    assert found, line
-    return found[0]
 
 
 if __name__ == "__main__":
