@@ -13,7 +13,7 @@ from torch import nn
 
 import pissa
 from daily import each
-from distributed_checks import logged, started, trainer_of
+from distributed_checks import started
 from distributed_worker import DAILY, FORMS, SAME, bits, llama, mixtral, sgd, tokens, train
 from pissa import PissaModel, distributed
 from processes import checked
@@ -249,15 +249,6 @@ def test_a_run_goes_on_with_other_numbers_of_processes(form: str, resumes: dict[
             optimizer.state[parameter] = saved[name]
     losses += train(model, tokens(), steps=2, optimizer=optimizer)
     assert losses == pytest.approx(expected, **SAME)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("form", ["implicit", "nf4"])
-def test_trainer_resumes_with_another_number_of_processes(form: str, resumes: dict[int, Found], tmp_path: Path) -> None:
-    alone = trainer_of(pissa.wrap(llama(), r=4, **FORMS[form]), tmp_path)
-    alone.train()
-    for found in (*resumes[2]["trainer"], *resumes[3]["trainer"]):
-        assert found[form] == pytest.approx(logged(alone), **SAME)
 
 
 def test_all_processes_are_suggested_one_rate(some: Found) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import pissa
 from distributed_checks import message
-from distributed_worker import FORMS, QUIET, llama, mean, sgd, share, tokens
+from distributed_worker import FORMS, QUIET, counted, llama, mean, sgd, share, tokens
 from pissa import PissaModel, distributed
 from pissa.base import weights
 from pissa.distributed import rank
@@ -87,20 +86,6 @@ def train(model: nn.Module) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, engine._zero3_consolidated_16bit_state_dict()
 
 
-def counted(most: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`whole_tensor`, which adds to `most` how many of its results are alive."""
-    original, alive = distributed.whole_tensor, []
-
-    def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-        found = original(tensor)
-        if found is not tensor:
-            alive.append(StorageWeakRef(found.untyped_storage()))
-        most.append(sum(not storage.expired() for storage in alive))
-        return found
-
-    return whole_tensor
-
-
 def main(folder: Path) -> None:
     for text, category in QUIET:
         warnings.filterwarnings("ignore", text, category)
@@ -110,7 +95,7 @@ def main(folder: Path) -> None:
     torch.distributed.barrier()
     decompose._GROUP = 1  # a group is a layer
     losses, most = {}, []
-    distributed.whole_tensor = weights.whole_tensor = counted(most)
+    distributed.whole_tensor = weights.whole_tensor = counted([], most)
     for way in WAYS:
         for form in FORMS_TRIED:
             with loading_partitioned(way):

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pissa
-from distributed_worker import DAILY, FORMS, ROWS, bits, llama, mixtral, sgd, shard, share, tokens, train
+from distributed_worker import DAILY, FORMS, bits, llama, mixtral, sgd, shard, share, tokens, train
 from language_models import assert_same, logits, snapshot
 from oracle import change_a_little
 from pissa import PissaModel
@@ -61,8 +61,8 @@ def checks(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def resumes(folder: Path) -> dict[str, Callable[[], Any]]:
-    """Those that two processes begin and three go on with."""
-    return {"resumed": partial(resumed, folder), "trainer": partial(trainer, folder)}
+    """What two processes begin and three go on with."""
+    return {"resumed": partial(resumed, folder)}
 
 
 def forms() -> dict[str, dict[str, Any]]:
@@ -412,48 +412,6 @@ def resumed(folder: Path) -> dict[str, list[float]]:
         model.save_pretrained(target, state_dict=state, is_main_process=rank() == 0)
         if rank() == 0:
             torch.save(moments, target / "optimizer.pt")
-        dist.barrier()
-    return found
-
-
-def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Any:
-    """transformers' Trainer for six steps, with the same six rows a step whatever the number of processes is."""
-    from transformers import Trainer, TrainingArguments
-
-    generator = torch.Generator().manual_seed(2)
-    rows = torch.randint(0, 97, (4 * ROWS, 9), generator=generator)
-    fields: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": ROWS // world_size(),
-        "max_steps": 6,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 0.2,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 11,
-    }
-    arguments = TrainingArguments(**fields | options)
-    return Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-
-
-def logged(run: Any) -> list[float]:
-    """The losses of each step."""
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
-def trainer(folder: Path) -> dict[str, list[float]]:
-    """Losses: with two processes of six steps, with three of the last three of these, from the two's checkpoint."""
-    found = {}
-    for form in ("implicit", "nf4"):
-        target = folder / "trainer" / form
-        run = trainer_of(pissa.wrap(llama(), r=4, **FORMS[form]), target)
-        run.train(resume_from_checkpoint=str(target / "checkpoint-3") if world_size() == 3 else None)
-        found[form] = logged(run)
         dist.barrier()
     return found
 

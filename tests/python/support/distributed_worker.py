@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import language_models
 import pissa
-from pissa import notices
+from pissa import distributed, notices
 from pissa.base.digest import xxh3
 from pissa.distributed import rank, world_size
 
@@ -145,6 +146,20 @@ def bits(state: Mapping[str, Tensor]) -> str:
     return xxh3(*(state[name].detach().reshape(-1).view(torch.uint8) for name in sorted(state)))
 
 
+def counted(alive: list[StorageWeakRef], most: list[int]) -> Callable[[Tensor], Tensor]:
+    """`whole_tensor`, which adds what it gathers to `alive`, and to `most` how much of that is in memory then."""
+    original = distributed.whole_tensor
+
+    def whole_tensor(tensor: Tensor) -> Tensor:
+        found = original(tensor)
+        if found is not tensor:
+            alive.append(StorageWeakRef(found.untyped_storage()))
+        most.append(sum(not storage.expired() for storage in alive))
+        return found
+
+    return whole_tensor
+
+
 # ---- Launched --------------------------------------------------------------------------------------------------------
 
 
@@ -201,12 +216,11 @@ def step_of_architecture(name: str, fields: dict[str, Any], parallel: str) -> st
 def architectures(names: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Checks of DDP and FSDP2 for architectures, all by default, dense and in 4 bits."""
     from architectures import ARCHITECTURES
-    from architectures import FORMS as FORMS_OF_ARCHITECTURES
 
     return {
         f"{name}, {form}, {parallel}": lambda case=(name, fields, parallel): step_of_architecture(*case)
         for name in names or ARCHITECTURES
-        for form, fields in FORMS_OF_ARCHITECTURES.items()
+        for form, fields in language_models.TWO_FORMS.items()
         for parallel in ("ddp", "fsdp2")
     }
 

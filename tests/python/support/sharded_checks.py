@@ -20,8 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import pissa
-from distributed_checks import logged, message, trainer_of
-from distributed_worker import FORMS, bits, llama, mixtral, sgd, shard, share, tokens, train
+import trainers
+from distributed_checks import message
+from distributed_worker import FORMS, ROWS, bits, counted, llama, mixtral, sgd, shard, share, tokens, train
 from pissa import PissaModel, distributed
 from pissa.base import weights
 from pissa.distributed import is_sharded, rank, world_size
@@ -164,27 +165,18 @@ def merged(folder: Path) -> list[float]:
 def peak(folder: Path) -> int:
     """Whole weights that are alive at once, at most, where a group is a layer."""
     alive: list[StorageWeakRef] = []
-    most = 0
-    original, limit = distributed.whole_tensor, decomposition._GROUP
-
-    def counted(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal most
-        found = original(tensor)
-        if found is not tensor:
-            alive.append(StorageWeakRef(found.untyped_storage()))
-        most = max(most, sum(not storage.expired() for storage in alive))
-        return found
-
-    distributed.whole_tensor = weights.whole_tensor = counted
+    most: list[int] = []
+    whole_tensor, limit = distributed.whole_tensor, decomposition._GROUP
+    distributed.whole_tensor = weights.whole_tensor = counted(alive, most)
     decomposition._GROUP = 1
     try:
         pissa.wrap(shard(llama()), r=4, use_dora=True)
     finally:
-        distributed.whole_tensor = weights.whole_tensor = original
+        distributed.whole_tensor = weights.whole_tensor = whole_tensor
         decomposition._GROUP = limit
     assert len(alive) == 3 * 7  # for its fingerprint, for its start, and for the lengths of its rows
     assert all(storage.expired() for storage in alive)
-    return most
+    return max(most)
 
 
 def nan(folder: Path) -> list[Any]:
@@ -238,7 +230,7 @@ def refused(folder: Path) -> dict[str, list[str]]:
 
 def loaded_by_transformers(folder: Path) -> list[list[float]]:
     """Losses of transformers' Trainer, of a model that DDP replicates and of one that from_pretrained has sharded."""
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
     from transformers.distributed import DistributedConfig
 
     base = folder / "base"
@@ -249,8 +241,11 @@ def loaded_by_transformers(folder: Path) -> list[list[float]]:
     for options in ({}, {"distributed_config": DistributedConfig(fsdp_size=world_size())}):
         model = pissa.wrap(LlamaForCausalLM.from_pretrained(base, **options), r=4)
         assert any(is_sharded(parameter) for parameter in model.parameters()) == bool(options)
-        run = trainer_of(model, folder / f"trainer-{len(found)}", save_only_model=True, max_grad_norm=0.5)
+        target = folder / f"trainer-{len(found)}"
+        fields = trainers.options(target, per_device_train_batch_size=ROWS // world_size(), save_only_model=True)
+        arguments = TrainingArguments(**fields | {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0.5})
+        run = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens()])
         run.train()
-        found.append(logged(run))
+        found.append(trainers.logged(run))
         dist.barrier()
     return found
