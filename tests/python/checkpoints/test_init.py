@@ -26,7 +26,6 @@ from pissa.checkpoints.init import Initialised, init
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
 from pissa.config import Form
 from pissa.files.record import AdapterRecord
-from pissa.files.staged import CompletedError
 from pissa.layers.layer import pissa_layers
 from pissa.ops.formats import FORMATS
 from reference import assert_close
@@ -111,6 +110,7 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
     [
         ("llama", NF4, 2**-7),
         ("qwen2", NF4, 2**-7),
+        ("llama", INT8, 2**-5),
         ("llama", DENSE, 1e-5),
         ("gpt2", DENSE, 1e-5),
         ("mixtral", DENSE, 1e-5),
@@ -120,9 +120,9 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning")
+@pytest.mark.filterwarnings("ignore::pissa.notices.AllLinearWarning", "ignore:MatMul8bitLt")
 def test_logits_in_plain_transformers_and_peft(kind: str, fields: dict[str, Any], bound: float, tmp_path: Path) -> None:
-    """bitsandbytes computes in bfloat16 on the CPU, whatever it is asked for."""
+    """bitsandbytes computes in bfloat16 on the CPU, whatever it is asked for, and in 8 bits rounds activations too."""
     model: Any = save(kind, tmp_path / "src")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
@@ -130,16 +130,6 @@ def test_logits_in_plain_transformers_and_peft(kind: str, fields: dict[str, Any]
     ours = logits(pissa.wrap(model, r=4, **fields).eval(), TOKENS)
     theirs = logits(plain(tmp_path / "out"), TOKENS)
     assert (theirs - ours).abs().max() <= bound * ours.abs().max()
-
-
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_loss_in_8_bits(tmp_path: Path) -> None:
-    """bitsandbytes rounds activations too."""
-    model = save("llama", tmp_path / "src", torch.bfloat16)
-    split(tmp_path / "src", tmp_path / "out", **INT8)
-    ours = pissa.wrap(model, r=4, **INT8).eval()(input_ids=TOKENS, labels=TOKENS).loss
-    theirs = plain(tmp_path / "out")(input_ids=TOKENS, labels=TOKENS).loss
-    assert abs(theirs - ours) <= 0.01 * ours
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
@@ -181,8 +171,6 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
         for got, expected in zip(from_state(entries(found, name)), layer.base.residual, strict=True):
             assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
     assert not [name for name in found if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))]
-    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|pissa\.load"):  # not experts with random weights
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["pissa_medium", "pissa_minor", "lora", "olora", "loftq"])
@@ -427,19 +415,6 @@ def test_another_plan_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         split(tmp_path / "src", tmp_path / "out", **NF4)
 
 
-def test_a_finished_or_foreign_folder_is_left_alone(tmp_path: Path) -> None:
-    save("llama", tmp_path / "src")
-    split(tmp_path / "src", tmp_path / "out", **NF4)
-    before = contents(tmp_path / "out")
-    with pytest.raises(CompletedError, match="out is complete"):
-        split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
-    with pytest.raises(ValueError, match=r"out is not empty .* nothing is overwritten"):
-        split(tmp_path / "src", tmp_path / "out", seed=1, **NF4)
-    assert contents(tmp_path / "out") == before
-    with pytest.raises(ValueError, match=r"src is not empty"):
-        split(tmp_path / "src", tmp_path / "src", **NF4)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_matrix_that_is_not_finite(value: float, tmp_path: Path) -> None:
     save("llama", tmp_path / "src")
@@ -453,11 +428,4 @@ def test_a_matrix_that_is_not_finite(value: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors.*layer model\.layers\.1\.mlp\.up_proj: weight") as error:
         split(tmp_path / "src", tmp_path / "out", memory=1, **NF4)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_nothing_is_made_of_what_cannot_be_planned(tmp_path: Path) -> None:
-    save("gpt2", tmp_path / "src")
-    with pytest.raises(ValueError, match="Conv1D"):
-        split(tmp_path / "src", tmp_path / "out", **NF4)
     assert not (tmp_path / "out").exists()

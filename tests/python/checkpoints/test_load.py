@@ -37,13 +37,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {"quant": "int8"},
     "explicit": {"residual": "explicit"},
     "alternations": {"quant": "nf4", "quant_iters": 3},
-}
-forms = pytest.mark.parametrize("form", each(FORMS, ["nf4", "explicit"]))
-VARIANTS: dict[str, dict[str, Any]] = {
-    "loftq": {"init": "loftq"},
-    "loftq, alternations": {"init": "loftq", "quant_iters": 2},
-    "ranks": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "lora_alpha": 8},
-    "storage": {"quant_storage": "bfloat16"},
+    "loftq": {"quant": "nf4", "init": "loftq"},
+    "loftq, alternations": {"quant": "nf4", "init": "loftq", "quant_iters": 2},
+    "ranks": {"quant": "nf4", "rank_pattern": {"q_proj": 2, "down_proj": 7}, "lora_alpha": 8},
+    "storage": {"quant": "nf4", "quant_storage": "bfloat16"},
 }
 
 
@@ -210,7 +207,7 @@ def test_wrap_names_load_for_a_folder() -> None:
 # ---- What is split already -------------------------------------------------------------------------------------------
 
 
-@forms
+@pytest.mark.parametrize("form", each(FORMS, ["nf4", "explicit", "loftq, alternations", "ranks"]))
 def test_residuals_are_what_wrap_makes_of_the_dense_model(
     form: str, source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,16 +225,6 @@ def test_residuals_are_what_wrap_makes_of_the_dense_model(
     assert_trains_alike(model, expected, tokens, tmp_path)
 
 
-@pytest.mark.parametrize("variant", each(VARIANTS, ["loftq, alternations", "ranks"]))
-def test_variants_of_the_adapter(variant: str, source: Path, tokens: Tensor, tmp_path: Path) -> None:
-    fields = VARIANTS[variant] | {"quant": "nf4"}
-    folder = split_folder(source, tmp_path / "split", **({"r": R} | fields))
-    expected = pissa.wrap(dense_model(source), task_type="CAUSAL_LM", **({"r": R} | fields))
-    model = pissa.load(folder)
-    assert_same_model(model, expected)
-    assert_trains_alike(model, expected, tokens, tmp_path)
-
-
 def test_dora_is_asked_for_when_the_folder_is_loaded(source: Path, tokens: Tensor, tmp_path: Path) -> None:
     folder = split_folder(source, tmp_path / "split", r=R, quant="nf4")
     fields = {"r": R, "quant": "nf4", "use_dora": True}
@@ -247,7 +234,7 @@ def test_dora_is_asked_for_when_the_folder_is_loaded(source: Path, tokens: Tenso
     assert_trains_alike(model, expected, tokens, tmp_path)
 
 
-@forms
+@pytest.mark.parametrize("form", each(["nf4", "int8", "explicit", "alternations"], ["nf4", "explicit"]))
 def test_a_saved_adapter_comes_back(form: str, source: Path, tokens: Tensor, tmp_path: Path) -> None:
     folder = split_folder(source, tmp_path / "split", r=R, **FORMS[form])
     model = pissa.load(folder)

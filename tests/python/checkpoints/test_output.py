@@ -17,7 +17,7 @@ import pytest
 
 import checkpoint_writer
 import processes
-from checkpoint_writer import FILES, IDENTITY, SMALL, batches, content, layouts, write, write_batch
+from checkpoint_writer import FILES, IDENTITY, batches, content, layouts, write, write_batch
 from pissa import notices
 from pissa.checkpoints import output
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
@@ -38,17 +38,6 @@ def test_nothing_is_there_before_all_is(tmp_path: Path) -> None:
         assert [path.name for path in folder.iterdir()] == [UNFINISHED]
         out.finish()
     assert sorted(content(folder)) == sorted([*FILES, "config.json", FINISHED])
-
-
-def test_config_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what makes a model of a folder."""
-    placed: list[str] = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: placed.append(str(new)) or replace(old, new))
-    write(tmp_path / "out")
-    placed = [name.removeprefix(f"{tmp_path}/out/") for name in placed if UNFINISHED not in name]
-    assert placed[:3] == sorted(FILES)
-    assert placed[3:] == [*sorted(SMALL.keys() - {"config.json"}), "config.json", FINISHED]
 
 
 def test_every_process_flushes_before_the_first_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,14 +78,6 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     ):
         assert re.search(text, run.stdout), run.stdout
     assert [path.name for path in (tmp_path / "other").iterdir()] == [UNFINISHED]
-
-
-def test_an_error_leaves_the_work_to_the_next_run(tmp_path: Path) -> None:
-    out = entered(tmp_path / "out").__enter__()
-    write_batch(out, *batches()[0])
-    out.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
-    assert write(tmp_path / "out") == len(batches()) - 1
 
 
 def test_another_plan_does_not_go_on(tmp_path: Path) -> None:

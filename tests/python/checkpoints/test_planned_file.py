@@ -5,10 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
-import subprocess
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,45 +158,7 @@ def test_created_again_it_keeps_what_is_there(tmp_path: Path, monkeypatch: pytes
     assert not is_finished(tmp_path / "y", layout)
 
 
-def test_several_write_one_file(tmp_path: Path) -> None:
-    """Each its rows of one tensor, all at once; processes do in test_output."""
-    path, layout = tmp_path / "x", Layout({"x": (torch.int32, (4000, 50))})
-    expected = torch.arange(200_000, dtype=torch.int32).view(4000, 50)
-    create({path: layout})
-
-    def write(begin: int) -> None:
-        file = PlannedFile(path, layout)
-        for row in range(begin, begin + 1000, 10):
-            file.write("x", expected[row : row + 10], row)
-        file.close()
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(write, range(0, 4000, 1000)))
-    assert load_file(path)["x"].equal(expected)
-
-
 # ---- A full disk -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = shutil.which("mount") or ""
-    if (
-        not command
-        or subprocess.run([command, "-t", "tmpfs", "-o", "size=1M", "tmpfs", folder], capture_output=True).returncode
-    ):
-        pytest.skip("only root can mount a small disk")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk_shows_at_once(small_disk: Path) -> None:
-    layout = Layout({"x": (torch.uint8, (600_000,))})
-    with pytest.raises(OSError, match=r"0\.0006 GB are needed, and 0\.0004\d* GB free"):
-        create({small_disk / "x": layout, small_disk / "y": layout})
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from damage import joined, split
-from pissa.files import safetensors_header
 from pissa.files.source import INDEX, WEIGHTS, Source
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -67,14 +66,6 @@ def test_reads_what_was_saved(shards: bool, tmp_path: Path) -> None:
     assert entries == sorted(entries, key=lambda entry: (entry.path, entry.offset, entry.nbytes))
     with pytest.raises(ValueError, match=f"{folder} has no tensor 'nope'"):
         source.read("nope")
-
-
-@pytest.mark.parametrize("dtype", safetensors_header.DTYPES.values(), ids=str)
-def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    codes = torch.randint(0, 2, (3, 8 * dtype.itemsize), generator=torch.Generator().manual_seed(0))
-    assert_holds(
-        save(tmp_path, {"x": codes.to(torch.uint8).view(dtype)}, shards=False), {"x": codes.byte().view(dtype)}
-    )
 
 
 def test_one_file_is_read_rather_than_an_index(tmp_path: Path) -> None:

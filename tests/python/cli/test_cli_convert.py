@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pissa
-from language_models import error, logits, train
-from peft_adapters import plain_logits, train_on_residual, train_pissa
+from language_models import train
 from pissa.cli import main
 from tiny_model import save_tiny_model
 
@@ -25,39 +24,32 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def ours(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A trained adapter, and its logits."""
+def ours(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained adapter."""
     model = pissa.wrap(load(base), r=4)
     train(model, TOKENS)
     folder = tmp_path_factory.mktemp("ours")
     model.save_pretrained(folder)
-    return folder, logits(model, TOKENS)
+    return folder
 
 
-def test_our_adapter_as_plain_lora(
-    base: Path, ours: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, expected = ours
-    assert main(["convert", str(folder), str(tmp_path / "lora")]) == 0
+def test_our_adapter_as_plain_lora(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(ours), str(tmp_path / "lora")]) == 0
     out = capsys.readouterr().out
-    assert f"source    {folder}: an adapter of pissa\n" in out
+    assert f"source    {ours}: an adapter of pissa\n" in out
     assert re.search(r"^q_proj +2 +8 +8$", out, flags=re.MULTILINE)
     assert "energy" not in out
     assert f"saved     {tmp_path / 'lora'}: a plain LoRA for the unmodified base\n" in out
-    assert error(plain_logits(load(base), tmp_path / "lora", TOKENS), expected) < 1e-5
 
 
-def test_what_a_lower_rank_leaves_out(
-    ours: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = ours
-    done = pissa.convert(folder, tmp_path / "expected", energy=0.8)
-    assert main(["convert", str(folder), str(tmp_path / "lora"), "--energy", "0.8"]) == 0
+def test_what_a_lower_rank_leaves_out(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = pissa.convert(ours, tmp_path / "expected", energy=0.8)
+    assert main(["convert", str(ours), str(tmp_path / "lora"), "--energy", "0.8"]) == 0
     out = capsys.readouterr().out
     layers = [layer for name, layer in done.layers.items() if name.endswith("up_proj")]
     least, whole = min(layer.kept for layer in layers), sum(layer.energy for layer in layers)
@@ -68,26 +60,12 @@ def test_what_a_lower_rank_leaves_out(
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "lora" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
 
-    assert main(["convert", str(folder), str(tmp_path / "json"), "--energy", "0.8", "--json"]) == 0
+    assert main(["convert", str(ours), str(tmp_path / "json"), "--energy", "0.8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kept"] == done.kept
     assert {name: layer["kept"] for name, layer in report["layers"].items()} == {
         name: layer.kept for name, layer in done.layers.items()
     }
-
-
-def test_adapters_of_peft_and_of_the_authors(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = train_pissa(load(base), TOKENS, tmp_path / "peft")
-    theirs = train_on_residual(lambda dtype: load(base, dtype), TOKENS, tmp_path / "authors")
-    for trained, options in [
-        (mine, ["--base", str(base)]),
-        (mine, ["--initial", str(mine.initial)]),
-        (theirs, ["--initial", str(theirs.initial), "--base", str(base)]),
-    ]:
-        target = tmp_path / f"lora{len(list(tmp_path.iterdir()))}"
-        assert main(["convert", str(trained.adapter), str(target), *options]) == 0
-        assert error(plain_logits(load(base), target, TOKENS), trained.logits) < 1e-5
-    assert "Warning" not in capsys.readouterr().err
 
 
 def test_notes_are_lines_of_their_own(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,10 +108,7 @@ def test_wrong_numbers(options: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_interrupted_conversion_leaves_nothing(
-    ours: tuple[Path, torch.Tensor],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pissa.conversion import adapters
 
@@ -141,6 +116,6 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(adapters, "write_tensors", interrupted)
-    assert main(["convert", str(ours[0]), str(tmp_path / "lora")]) == 130
+    assert main(["convert", str(ours), str(tmp_path / "lora")]) == 130
     assert capsys.readouterr().err.endswith("\npissa convert: interrupted; nothing is written\n")
     assert not (tmp_path / "lora").exists()

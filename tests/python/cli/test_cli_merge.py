@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import pissa
 from interrupted import Interrupted
@@ -22,10 +22,7 @@ TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny_model(tmp_path_factory.mktemp("base"))
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +43,6 @@ def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: p
     assert "error     dense, rounded once: 0.000% of the weights' norm, 0.000% of the change's\n" in captured.out
     assert f"saved     {out}: " in captured.out
     assert "PiSSA merge: 100%" in captured.err
-    assert AutoTokenizer.from_pretrained(out).chat_template["rag"] == "{{ documents }}"
-    merged = pissa.PissaModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
-    found = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in merged.state_dict().items())
 
 
 def test_codes_and_json(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,30 +60,11 @@ def test_codes_and_json(base: Path, adapter: Path, tmp_path: Path, capsys: pytes
     assert "model.layers.0.self_attn.q_proj.weight.absmax" in load_file(tmp_path / "a" / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"adapter": "nowhere"}, r"nowhere is missing; needed: an adapter's folder"),
-        ({"base": "nowhere"}, r"'nowhere' is no model: there is no such folder"),
-        ({"options": ["--initial", "x"]}, r"is an adapter of pissa; initial is of no use with it: leave it out"),
-        ({"options": ["--quant", "q4"]}, r"quant: got 'q4'; allowed: "),
-    ],
-    ids=["adapter", "base", "initial", "quant"],
-)
-def test_refusals_are_one_line(
-    change: dict[str, object],
-    message: str,
-    base: Path,
-    adapter: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    options = change.get("options", [])
-    assert isinstance(options, list)
-    places = [str(change.get("adapter", adapter)), "--base", str(change.get("base", base)), str(tmp_path / "out")]
-    assert main(["merge", *places, *options]) == 2
+def test_a_refusal_is_one_line(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(adapter), "--base", str(base), "--initial", "x", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
+    message = "is an adapter of pissa; initial is of no use with it: leave it out"
     assert re.fullmatch(rf"pissa merge: .*{message}.*\n", captured.err)
     assert not (tmp_path / "out").exists()
 
@@ -109,5 +83,3 @@ def test_a_merge_that_is_interrupted_goes_on(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
     assert main(options) == 0
     assert " by an earlier run; " in capsys.readouterr().out
-    assert main(options) == 0
-    assert "out is complete" in capsys.readouterr().err

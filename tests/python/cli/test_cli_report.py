@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +169,6 @@ def test_a_budget(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def damaged(model: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for path in model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The message, one line, of a report that is refused."""
     assert main(["report", *arguments]) == 2
@@ -200,21 +194,12 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "budget: got 10 parameters; needed: at least" in refused([str(model), "--budget", "10"], capsys)
 
     weights = load_file(model / "model.safetensors")
-    for name, value, message in [
-        ("nan", math.nan, "layer model.layers.1.mlp.up_proj: weight: "),
-        ("inf", math.inf, "layer model.layers.1.mlp.up_proj: weight: "),
-    ]:
-        folder = damaged(model, tmp_path / name)
-        bad = {key: weight.clone() for key, weight in weights.items()}
-        bad["model.layers.1.mlp.up_proj.weight"][3, 4] = value
-        save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
-        assert message in refused([str(folder), "--out", str(tmp_path / "out")], capsys)
-        assert not (tmp_path / "out").exists()
-
-    folder = damaged(model, tmp_path / "cut")
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:-100])
-    assert "model.safetensors cannot be read" in refused([str(folder)], capsys)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    folder = shutil.copytree(model, tmp_path / "nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refused([str(folder), "--out", str(tmp_path / "out")], capsys)
+    assert "layer model.layers.1.mlp.up_proj: weight: " in message
+    assert not (tmp_path / "out").exists()
 
     for arguments in (["--rank", "0"], ["--quant", "int4"], ["--sample", "x"]):
         with pytest.raises(SystemExit, match="2"):

@@ -103,18 +103,6 @@ def test_errors_are_those_of_exact_alternations(form: dict[str, Any], first: boo
     assert expected[1] < 0.96 * expected[0]
 
 
-def test_one_alternation_is_as_it_was() -> None:
-    """Factors of the weight, and their residual: nothing of what is quantised is decomposed."""
-    w = put(weight())
-    for form in FORMS:
-        split, implicit = ops.split(w, 4, **form), ops.split(w, 4)
-        assert split.taken is None
-        assert torch.equal(split.a0, implicit.a0)
-        assert torch.equal(split.b0, implicit.b0)
-        residual = ops.residual(w, split.a0, split.b0, **form)
-        assert all(map(torch.equal, split.residual.tensors().values(), residual.tensors().values()))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_loftq_starts_from_the_quantised_weight(form: dict[str, Any]) -> None:
     w = weight(dtype=torch.bfloat16)

@@ -132,28 +132,6 @@ def test_a_seed_gives_the_same_decomposition(shape: tuple[int, int], svd: str, d
         assert (q.double().T @ q.double() - torch.eye(12)).norm() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_weights_are_split_as_one_by_one_but_for_rounding(dtype: torch.dtype) -> None:
-    weights = [power_law(*shape, 0.6, seed=i).to(dtype) for i, shape in enumerate([(96, 160)] * 5 + [(200, 64)] * 3)]
-    weights[3] = weights[3].T.contiguous().T  # not contiguous
-    many = ops.split_many([put(w) for w in weights], [8] * 8, [0.5] * 8, passes=12)
-    for weight, split in zip(weights, many, strict=True):
-        alone = fetch(ops.split(put(weight), 8, scaling=0.5, passes=12))
-        product = fetch(split.b0).double() @ fetch(split.a0).double()
-        assert error(product, alone.b0.double() @ alone.a0.double()) < 1e-3
-        assert energy_loss(weight, split.a0.mT) <= energy_loss(weight, alone.a0.mT) + 1e-4
-
-
-def test_qpissas_split_is_as_close_to_the_weight_as_on_the_cpu() -> None:
-    weight = power_law(300, 500, 0.6).bfloat16()
-
-    def distance(split: ops.Split) -> float:
-        return error(ops.dequantize(split.residual) + split.b0 @ split.a0, weight)
-
-    here, there = (distance(fetch(ops.split(w, 16, form="nf4"))) for w in (weight, put(weight)))
-    assert abs(there - here) < 0.01 * here
-
-
 @pytest.mark.parametrize("form", ops.formats.FORMATS)
 def test_alternations_are_as_close_to_the_weight_as_on_the_cpu(form: str) -> None:
     """Of weights in stacks of one shape, and alone."""
@@ -302,27 +280,6 @@ def test_strided_and_misaligned_inputs(form: str, tokens: int, dtype: torch.dtyp
     turned = {name: tensor.mT.contiguous().mT for name, tensor in layer.factors.items()}
     weight = layer.weight.mT.contiguous().mT if form == "dense" else layer.weight
     assert torch.equal(ops.linear(layer.x.mT.contiguous().mT, weight, **turned), expected)
-
-
-def test_empty_batches() -> None:
-    for form in WEIGHTS:
-        y, dx, grad_a, grad_b = Layer(0, torch.bfloat16, form).on_gpu().backward()
-        assert y.shape == dx.shape == (0, 512)
-        assert not grad_a.any()
-        assert not grad_b.any()
-
-
-@pytest.mark.parametrize("tokens", [6, 20])  # with and without sums of factors, which only many tokens keep
-@pytest.mark.parametrize("form", WEIGHTS)
-def test_opcheck(form: str, tokens: int) -> None:
-    layer = Layer(tokens, torch.float32 if tokens == 6 else torch.bfloat16, form, side=64, r=3).on_gpu()
-    head = [layer.weight] if form == "dense" else [*layer.weight[:5], 64, 64]
-    factors = list(layer.factors.values())
-    op = torch.ops.pissa.linear if form == "dense" else torch.ops.pissa.quantized_linear
-    backward = torch.ops.pissa.linear_backward if form == "dense" else torch.ops.pissa.quantized_linear_backward
-    torch.library.opcheck(op.default, (layer.x.requires_grad_(), *head, None, *factors, 0.5, False))
-    _, kept = op(layer.x.detach(), *head, None, *factors, 0.5, False)
-    torch.library.opcheck(backward.default, (layer.dy, layer.x.detach(), *head, *factors, kept, 0.5, False, True))
 
 
 # ---- Large weights ---------------------------------------------------------------------------------------------------

@@ -101,14 +101,3 @@ def test_the_compiled_op_refuses_blocks_that_are_no_rows_and_nested_scales() -> 
         torch.ops.pissa.dequantize(weight, scales, None, None, "int8", 64, 4, 5, torch.float32)
     with pytest.raises((RuntimeError, ValueError), match="no nested scales"):
         torch.ops.pissa.dequantize(weight, scales.byte(), scales[:1], one, "int8", 5, 4, 5, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("op", "args"),
-    [
-        ("quantize", (torch.randn(20, 33), "int8", 33)),
-        ("dequantize", (*ops.quantize(torch.ones(20, 33), "int8")[:5], 33, 20, 33, torch.bfloat16)),
-    ],
-)
-def test_opcheck(op: str, args: tuple[object, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))

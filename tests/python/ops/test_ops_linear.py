@@ -174,24 +174,6 @@ def test_only_wanted_gradients_are_returned() -> None:
     assert x.grad is None
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("form", each(FORMS, ["stored"]))
-def test_opcheck(form: str, weight: str) -> None:
-    case = Case(form, weight, torch.float32, tokens=6, n_in=64, n_out=32, r=3)
-    factors = [case.options.get(name) for name in ("a", "b", "a0", "b0")]
-    scaling, implicit = 0.5, form == "implicit"
-    head = [case.weight] if weight == "dense" else [*case.weight[:5], 64, 32]
-    op = torch.ops.pissa.linear if weight == "dense" else torch.ops.pissa.quantized_linear
-    backward = torch.ops.pissa.linear_backward if weight == "dense" else torch.ops.pissa.quantized_linear_backward
-    forward_args = (case.x, *head, case.bias, *factors, scaling, implicit)
-    torch.library.opcheck(op.default, forward_args)
-    _, kept = op(*forward_args)
-    frozen = [None if f is None else f.detach() for f in factors]
-    for need_dx in (True, False):
-        args = (case.dy, case.x.detach(), *head, *frozen, kept.detach(), scaling, implicit, need_dx)
-        torch.library.opcheck(backward.default, args)
-
-
 @pytest.mark.parametrize("weight", each(["dense", "nf4-nested", "int8"], ["nf4-nested"]))
 def test_compiles_without_a_graph_break(weight: str) -> None:
     case = Case("implicit", weight, torch.float32, tokens=8, n_in=64, n_out=32, r=3)
@@ -391,17 +373,9 @@ def test_add_low_rank_keeps_the_dtype_of_y(dtype: torch.dtype) -> None:
         torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("form", ["lora", "implicit"])
-def test_add_low_rank_opcheck_and_compile(form: str) -> None:
-    case = Case(form, "dense", torch.float32, tokens=6, n_in=64, n_out=32, r=3)
+def test_add_low_rank_compiles() -> None:
+    case = Case("implicit", "dense", torch.float32, tokens=6, n_in=64, n_out=32, r=3)
     base = put(torch.randn(6, 32, requires_grad=True))
-    factors = [case.options.get(name) for name in ("a", "b", "a0", "b0")]
-    args = (base, case.x, *factors, 0.5, form == "implicit")
-    torch.library.opcheck(torch.ops.pissa.add_low_rank.default, args)
-    _, kept = torch.ops.pissa.add_low_rank(*args)
-    frozen = [None if f is None else f.detach() for f in factors]
-    backward = torch.ops.pissa.add_low_rank_backward.default
-    torch.library.opcheck(backward, (case.dy, case.x.detach(), *frozen, kept.detach(), 0.5, form == "implicit", True))
     options = {k: v for k, v in case.options.items() if k != "implicit"}
     compiled = torch.compile(lambda b, x: ops.add_low_rank(b, x, **options), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(base, case.x), ops.add_low_rank(base, case.x, **options))

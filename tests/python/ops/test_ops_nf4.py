@@ -92,16 +92,6 @@ def test_nested_scales_cost_little() -> None:
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=2e-3)
 
 
-def test_what_is_on_the_grid_comes_back_exactly() -> None:
-    codes = torch.randint(0, 16, (64 * 50,), generator=torch.Generator().manual_seed(0))
-    codes[::64] = 15  # every block has its absmax
-    absmax = torch.rand(50) + 0.5
-    weight = (LEVELS[codes] * absmax.repeat_interleave(64)).view(40, 80)
-    quantized = quantize(weight, double_quant=False)
-    assert torch.equal(unpack(quantized.codes, weight.numel()), codes)
-    assert torch.equal(dequantize(quantized), weight)
-
-
 def test_layout_does_not_matter() -> None:
     weight = put(torch.randn(40, 70))
     for got, want in zip(ops.quantize(weight.mT), ops.quantize(weight.mT.contiguous()), strict=True):
@@ -166,23 +156,6 @@ def test_dequantize_refuses_other_dtypes() -> None:
         ops.dequantize(put(quantize(torch.ones(4, 4))), torch.int8)
     with pytest.raises(TypeError, match="weight: got Tensor; needed: QuantizedWeight"):
         ops.dequantize(torch.ones(4, 4))
-
-
-@pytest.mark.parametrize(
-    ("op", "args"),
-    [
-        ("quantize", (torch.randn(21, 33), "nf4", 64)),  # an odd number of codes
-        ("quantize_absmax", (torch.rand(300), torch.tensor(0.5))),
-        ("quantize_absmax", (torch.rand(300), None)),
-        ("dequantize", (*ops.quantize(torch.ones(20, 33))[:5], 64, 20, 33, torch.bfloat16)),
-        (
-            "dequantize",
-            (*ops.quantize(torch.ones(20, 33), double_quant=False)[:5], 64, 20, 33, torch.float32),
-        ),
-    ],
-)
-def test_opcheck(op: str, args: tuple[object, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
 
 
 @pytest.mark.parametrize("form", ["explicit", "nf4", "int8"])

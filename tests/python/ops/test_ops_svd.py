@@ -10,8 +10,6 @@ from runpy import run_path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import devices
@@ -26,32 +24,15 @@ METHODS = ["krylov", "subspace", *(["exact"] if devices.on_cpu() else [])]
 U32 = EPS[torch.float32]
 
 
-def _duplicates() -> Tensor:
-    u, _ = torch.linalg.qr(torch.randn(80, 80, dtype=torch.float64))
-    v, _ = torch.linalg.qr(torch.randn(120, 120, dtype=torch.float64))
-    return (u * torch.tensor([3.0] * 10 + [1.0] * 70, dtype=torch.float64)) @ v[:, :80].T
-
-
 def _matrices() -> dict[str, Tensor]:
+    """Some of the classes on which tests/cpp/core/svd_test.cc tries every format and number of passes."""
     torch.manual_seed(0)
-    low = torch.randn(90, 3).double() @ torch.randn(3, 60).double()
-    outlier = torch.randn(70, 90).double() * 1e-3
-    outlier[3, 5] = 100.0
     return {
         "flat": torch.randn(96, 160).double(),
         "power law": power_law(120, 80, 1.0),
-        "steep": power_law(100, 100, 4.0),
-        "rank 3": low,
+        "rank 3": torch.randn(90, 3).double() @ torch.randn(3, 60).double(),
         "zero": torch.zeros(40, 70).double(),
-        "identity": torch.eye(50).double(),
-        "duplicate singular values": _duplicates(),
         "one row": torch.randn(1, 30).double(),
-        "one column": torch.randn(30, 1).double(),
-        "one element": torch.full((1, 1), -2.0).double(),
-        "outlier": outlier,
-        "constant": torch.full((64, 32), 0.5).double(),
-        "huge": power_law(60, 50, 1.0) * 1e38,
-        "tiny": power_law(60, 50, 1.0) * 1e-36,
     }
 
 
@@ -62,10 +43,7 @@ def _orthogonality(q: Tensor) -> float:
 @pytest.mark.parametrize("svd", METHODS)
 @pytest.mark.parametrize("kind", list(_matrices()))
 def test_factors_are_orthonormal_and_best(kind: str, svd: str) -> None:
-    dtype = DTYPE_OF[svd]
-    weight = _matrices()[kind].to(dtype)
-    if not weight.isfinite().all() or (dtype == torch.float16 and kind == "tiny"):
-        weight = (_matrices()[kind] / _matrices()[kind].abs().max()).to(dtype)  # beyond float16's range
+    weight = _matrices()[kind].to(DTYPE_OF[svd])
     r = min(12, *weight.shape)
     u, s, v = fetch(ops.svd_lowrank(put(weight), r, svd=svd, passes=12))
     assert (u.shape, s.shape, v.shape) == ((weight.shape[0], r), (r,), (weight.shape[1], r))
@@ -141,28 +119,6 @@ def _run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.nightly
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("isa", ops.build_info()["isas_available"])
-def test_every_instruction_set_computes_the_formulas(isa: str) -> None:
-    code = (
-        "import torch; from pissa import ops; from pissa.cli.checks import wrong_in_linear;"
-        "forms, cpu = ('dense', *ops.formats.FORMATS), torch.device('cpu');"
-        "wrong = [wrong_in_linear(form, torch.float32, cpu) for form in forms];"
-        "print(ops.build_info()['isa'], [text for texts in wrong for text in texts])"
-    )
-    run = _run(code, isa)
-    assert run.stdout == f"{isa} []\n", run.stderr
-
-
-@pytest.mark.nightly  # cpu/isa_test.cc has it
-@pytest.mark.cpu_only
-def test_unknown_instruction_set_is_refused() -> None:
-    run = _run("import pissa; pissa.ops.build_info()", "sse9")
-    assert run.returncode == 1
-    assert "PISSA_ISA: got 'sse9'; this build on this machine has: baseline" in run.stderr
-
-
-@pytest.mark.nightly
-@pytest.mark.cpu_only
 def test_faster_instruction_sets_say_why_they_are_not_used() -> None:
     run = _run("from pissa import ops; print(*ops.build_info()['isas_unused'], sep='\\n')", "baseline")
     reasons = dict(line.split(": ") for line in run.stdout.splitlines())
@@ -195,30 +151,9 @@ def test_split_is_the_scaled_svd(scaling: float, svd: str) -> None:
     root = (s.double() / scaling).sqrt()
     torch.testing.assert_close(a0.double(), root[:, None] * v.double().T, rtol=4 * U32, atol=0)
     torch.testing.assert_close(b0.double(), u.double() * root, rtol=4 * U32, atol=0)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 90),
-    cols=st.integers(1, 90),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    seed=st.integers(0, 2**63 - 1),
-    data=st.data(),
-)
-def test_residual_plus_factors_is_the_weight(
-    rows: int, cols: int, dtype: torch.dtype, seed: int, data: st.DataObject
-) -> None:
-    r = data.draw(st.integers(1, min(rows, cols)))
-    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed % 1000)).to(dtype)
-    a0, b0, residual, _ = fetch(ops.split(put(weight), r, scaling=2.0, seed=seed, form="explicit"))
-    assert residual.dtype == dtype
-    product = 2.0 * b0.double() @ a0.double()
-    exact = weight.double() - product
-    bound = (r + 4) * U32 * (weight.double().abs() + 2.0 * b0.double().abs() @ a0.double().abs()) + EPS[
-        dtype
-    ] * exact.abs()
-    tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # half a subnormal step
-    assert ((residual.double() - exact).abs() <= bound + tiny).all()
+    explicit = fetch(ops.split(put(weight), 8, scaling=scaling, svd=svd, form="explicit").residual)
+    exact = weight.double() - scaling * b0.double() @ a0.double()
+    torch.testing.assert_close(explicit.double(), exact, rtol=0, atol=32 * U32 * float(weight.abs().max()))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (65, 33), (1, 100), (100, 1), (40, 300)])
@@ -232,6 +167,7 @@ def test_quantised_residual_in_one_pass_is_the_quantised_residual(
     r = min(5, *shape)
     options = {"blocksize": blocksize, "double_quant": double_quant}
     split = ops.split(weight, r, form=form, **options)
+    assert split.taken is None
     explicit = ops.residual(weight, split.a0, split.b0)
     again = ops.quantize(explicit, form, **options)
     given_factors = ops.residual(weight, split.a0, split.b0, form=form, **options)
@@ -382,31 +318,3 @@ def test_the_largest_element_is_found_in_any_layout_and_nothing_beside_the_weigh
 def test_rank_larger_than_the_weight_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"r: got 7; allowed: 1 to min\(out, in\) = 6 for a weight of shape \[8, 6\]"):
         ops.split(put(torch.ones(8, 6)), 7)
-
-
-@pytest.mark.parametrize(
-    ("op", "args"),
-    [
-        ("max_abs", ([torch.randn(20, 30), torch.randn(9, 8).half()],)),
-        ("svd_lowrank", (torch.randn(20, 30), 4.0, 4, "krylov", 4, 0)),
-        ("split", (torch.randn(20, 30), 4.0, 4, 0.5, "krylov", 4, 0)),
-        (
-            "split_many",
-            ([torch.randn(20, 30), torch.randn(9, 8).half()], [4.0, 4.0], [4, 2], [0.5, 1.0], "krylov", 4, 0),
-        ),
-        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, "nf4", 64)),
-        ("split_quantized", (torch.randn(20, 30), 4.0, 4, 0.5, "subspace", 4, 0, "int8", 30)),
-        ("residual", (torch.randn(20, 30).bfloat16(), torch.randn(4, 30), torch.randn(20, 4), 0.5)),
-        ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "nf4", 64)),
-        ("residual_quantized", (torch.randn(20, 30), torch.randn(4, 30), torch.randn(20, 4), 0.5, "int8", 30)),
-    ],
-)
-def test_opcheck(op: str, args: tuple[object, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.pissa, op).default, put(args))
-
-
-def test_opcheck_of_the_op_that_writes_into_its_argument() -> None:
-    weight, error = torch.randn(20, 30), torch.empty(20, 30)
-    torch.library.opcheck(
-        torch.ops.pissa.quantization_error.default, put((weight, *ops.quantize(weight)[:5], 64, error))
-    )
