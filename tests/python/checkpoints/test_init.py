@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import devices
 import pissa
-from checkpoint_folders import change_tensors, contents, save
+from checkpoint_folders import change_tensors, contents, save, tensors_of
+from interrupted import Interrupted
 from language_models import logits
 from pissa.base.bitsandbytes import from_state
 from pissa.base.bitsandbytes_state import quantization_config
@@ -38,13 +39,6 @@ NF4, INT8, DENSE = {"quant": "nf4"}, {"quant": "int8"}, {"residual": "explicit"}
 
 def split(source: Path, target: Path, *, memory: int = 10**9, experts: Any = "dense", **fields: Any) -> Initialised:
     return init(source, target, pissa.PissaConfig(**({"r": 4} | fields)), memory=memory, experts=experts)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
 
 
 def entries(found: dict[str, Tensor], module: str) -> dict[str, Tensor]:
@@ -74,7 +68,7 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
     before = contents(tmp_path / "src")
     done = split(tmp_path / "src", tmp_path / "out", **fields)
     assert contents(tmp_path / "src") == before
-    layers, found = wrapped_layers(model, **fields), tensors(tmp_path / "out")
+    layers, found = wrapped_layers(model, **fields), tensors_of(tmp_path / "out")
     factors = load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
     record = AdapterRecord.read(tmp_path / "out" / "pissa.json")
     assert record.layers.keys() == layers.keys()
@@ -96,10 +90,10 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
         assert record.layers[name].weight == str(known.of_weight(base))
         assert record.layers[name].stored == str(known.of_residual(base))
         assert (record.layers[name].form, record.layers[name].r) == (base.form, 4)
-    untouched = tensors(tmp_path / "src").keys() - {f"{name}.weight" for name in layers}
-    assert all(torch.equal(found[name], tensors(tmp_path / "src")[name]) for name in untouched)
+    untouched = tensors_of(tmp_path / "src").keys() - {f"{name}.weight" for name in layers}
+    assert all(torch.equal(found[name], tensors_of(tmp_path / "src")[name]) for name in untouched)
     assert done.layers == len(layers)
-    weights, kept = tensors(tmp_path / "src"), {name: layer.base.matrix() for name, layer in layers.items()}
+    weights, kept = tensors_of(tmp_path / "src"), {name: layer.base.matrix() for name, layer in layers.items()}
     lost = sum((weights[f"{name}.weight"] - matrix).square().sum() for name, matrix in kept.items())
     whole = sum(matrix.square().sum() for matrix in kept.values())
     assert done.error == pytest.approx(float((lost / whole).sqrt()), rel=0.25)
@@ -138,7 +132,7 @@ def test_fused_experts_stay_dense_beside_4_bits(kind: str, tmp_path: Path) -> No
     model: Any = save(kind, tmp_path / "src")
     model.set_experts_implementation("eager")
     split(tmp_path / "src", tmp_path / "out", **NF4)
-    found, source = tensors(tmp_path / "out"), tensors(tmp_path / "src")
+    found, source = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "src")
     assert {name for name in source if ".experts." in name} == {name for name in found if ".experts." in name}
     config = json.loads((tmp_path / "out" / "pissa_init" / "adapter_config.json").read_text())
     assert [name.rpartition(".")[2] for name in config["target_parameters"]] == ["down_proj", "gate_up_proj"] * 2
@@ -166,7 +160,7 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
     model = save("mixtral", tmp_path / "src", torch.bfloat16)
     done = split(tmp_path / "src", tmp_path / "out", experts="nf4", **NF4)
     assert done.only_ours
-    found, layers = tensors(tmp_path / "out"), wrapped_layers(model, **NF4)
+    found, layers = tensors_of(tmp_path / "out"), wrapped_layers(model, **NF4)
     for name, layer in layers.items():
         for got, expected in zip(from_state(entries(found, name)), layer.base.residual, strict=True):
             assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
@@ -177,7 +171,7 @@ def test_experts_in_4_bits(tmp_path: Path) -> None:
 def test_init_methods(method: str, tmp_path: Path) -> None:
     model = save("llama", tmp_path / "src", torch.bfloat16)
     split(tmp_path / "src", tmp_path / "out", init=method, **NF4)
-    layers, found = wrapped_layers(model, init=method, **NF4), tensors(tmp_path / "out")
+    layers, found = wrapped_layers(model, init=method, **NF4), tensors_of(tmp_path / "out")
     factors = load_file(tmp_path / "out" / "pissa_init" / "adapter_model.safetensors")
     for name, layer in layers.items():
         assert torch.equal(from_state(entries(found, name)).codes, layer.base.residual.codes)
@@ -201,8 +195,8 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     kept = load_file(tmp_path / "out" / "pissa.safetensors")
     record, found, source = (
         AdapterRecord.read(tmp_path / "out" / "pissa.json"),
-        tensors(tmp_path / "out"),
-        tensors(tmp_path / "src"),
+        tensors_of(tmp_path / "out"),
+        tensors_of(tmp_path / "src"),
     )
     for name, start in given.items():
         a, b = kept.pop(f"{name}.base.taken_a"), kept.pop(f"{name}.base.taken_b")
@@ -222,9 +216,9 @@ def test_matrices_go_through_the_device(tmp_path: Path) -> None:
     init(tmp_path / "src", tmp_path / "out", config, device=devices.current)
     split(tmp_path / "src", tmp_path / "cpu", **NF4)
     record = AdapterRecord.read(tmp_path / "out" / "pissa.json")
-    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "cpu")
+    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "cpu")
     for name, layer in record.layers.items():
-        weight = tensors(tmp_path / "src")[f"{name}.weight"]
+        weight = tensors_of(tmp_path / "src")[f"{name}.weight"]
         codes, expected = (from_state(entries(found, name)) for found in (ours, theirs))
         assert is_fingerprint(layer.weight, weight)
         assert is_fingerprint(layer.stored, *codes.tensors().values())
@@ -337,68 +331,38 @@ def test_memory_does_not_change_the_bytes(kind: str, tmp_path: Path, monkeypatch
     assert contents(tmp_path / "out") == first
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(
     ("kind", "fields"), [("llama", NF4), ("mixtral", NF4 | {"experts": "nf4"}), ("gpt_oss", DENSE)], ids=str
 )
 def test_a_killed_run_goes_on(kind: str, fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each write, and after each batch: a run, another that is killed, and so on to the end."""
+    """With what is its own: test_output kills the writing of any checkpoint everywhere."""
     monkeypatch.setattr(rewrite, "BATCH", 30_000)
-    add, added = Output.add, [0]
-
-    def noted(*args: Any) -> None:
-        add(*args)
-        added[0] += 1
-
-    monkeypatch.setattr(Output, "add", noted)
     save(kind, tmp_path / "src")
-    split(tmp_path / "src", tmp_path / "out", **fields)
-    expected, batches = contents(tmp_path / "out"), added[0]
-    added[0] = 0
-    (tmp_path / "out").rename(tmp_path / "whole")
-    left = [0]
-
-    def counting(method: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-            return method(*args, **kwargs)
-
-        return counted
-
-    for name in ("write", "add", "path", "finish"):
-        monkeypatch.setattr(Output, name, counting(getattr(Output, name)))
-    runs, allowed, before = 0, 1, []
-    while True:
-        left[0] = allowed
-        allowed += 7
-        runs += 1
-        try:
-            done = split(tmp_path / "src", tmp_path / "out", memory=1, **fields)
-        except Killed:
-            assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
-            continue
-        before.append(done.bytes_done_before)
-        break
-    assert runs > 3
-    assert before[-1] > 0
-    assert added[0] == batches  # none is done twice
-    assert contents(tmp_path / "out") == expected
+    add = Interrupted(Output.add, at=0)
+    monkeypatch.setattr(Output, "add", lambda *args: add(*args))
+    whole = split(tmp_path / "src", tmp_path / "whole", **fields)
+    add.at = batches = add.calls
+    add.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        split(tmp_path / "src", tmp_path / "out", **fields)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED]
+    done = split(tmp_path / "src", tmp_path / "out", memory=1, **fields)
+    assert add.calls == batches + 1  # none is done twice
+    assert done.bytes_done_before > 0
+    assert done.error == whole.error
+    expected, found = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        if name not in (FINISHED, "pissa_init/adapter_config.json"):  # which name the folder
+            assert found[name] == content, name
 
 
 def test_another_plan_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("llama", tmp_path / "src")
 
-    def killed(*args: Any) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "add", killed)
-        with pytest.raises(Killed):
+        patch.setattr(Output, "add", Interrupted(Output.add, at=1))
+        with pytest.raises(KeyboardInterrupt):
             split(tmp_path / "src", tmp_path / "out", **NF4)
     others: dict[str, dict[str, Any]] = {
         "r was 4, is 8": {"r": 8},

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import pissa
 from architectures import ARCHITECTURES
+from checkpoint_folders import tensors_of
 from daily import each
 from interrupted import Interrupted
-from language_models import Make, error, logits
+from language_models import Make, error, logits, moved
 from live_bytes import LiveBytes
 from peft_adapters import save_subtracted, train_on_residual, train_pissa
 from pissa import notices
@@ -58,24 +59,10 @@ def load(folder: Path, **options: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def assert_equal(found: nn.Module, expected: nn.Module) -> None:
     state, needed = found.state_dict(), expected.state_dict()
     assert state.keys() == needed.keys()
     assert [name for name, tensor in needed.items() if not torch.equal(state[name], tensor)] == []
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The model, its trained parameters moved a little."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 # ---- Our adapters ----------------------------------------------------------------------------------------------------
@@ -496,11 +483,8 @@ def test_a_run_does_not_go_on_from_another_start(base: Path, tmp_path: Path, mon
         init(base, tmp_path / name, pissa.PissaConfig(r=4, seed=seed))
     adapter = tmp_path / "initial" / "pissa_init"
 
-    def killed(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(trained_module, "read_weight", killed)
+        patch.setattr(trained_module, "read_weight", Interrupted(trained_module.read_weight, at=1))
         with pytest.raises(KeyboardInterrupt):
             merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
     with pytest.raises(ValueError, match=r"another plan: initial\.adapter_.* was"):

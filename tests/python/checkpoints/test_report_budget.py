@@ -69,25 +69,6 @@ def test_layers_of_other_shapes_lose_less_than_a_step(seed: int) -> None:
     assert found_exactly > 4
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_what_is_spent_before_a_step_does_not_fit_is_spent_best(seed: int) -> None:
-    layers = candidates(seed, (3, 8, 13), 5)
-    order = sorted(
-        (
-            (layer.gains[rank] / layer.cost, number)
-            for number, layer in enumerate(layers)
-            for rank in range(1, len(layer.gains))
-        ),
-        reverse=True,
-    )
-    ranks = [1, 1, 1]
-    for _, number in order:
-        budget = spent(layers, ranks)
-        assert allocate(layers, budget, 1) == ranks
-        assert gain(layers, ranks) == pytest.approx(best(layers, budget, 1), rel=1e-12)
-        ranks[number] += 1
-
-
 def test_steps_and_sides() -> None:
     layers = [Candidate([1.0] * 20, 10), Candidate([0.5] * 5, 10)]
     assert allocate(layers, 10**9) == [20, 5]

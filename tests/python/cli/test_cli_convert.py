@@ -14,42 +14,23 @@ from transformers import AutoModelForCausalLM
 import pissa
 from language_models import train
 from pissa.cli import main
-from tiny_model import save_tiny_model
-
-TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
-
 
 def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def ours(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained adapter."""
-    model = pissa.wrap(load(base), r=4)
-    train(model, TOKENS)
-    folder = tmp_path_factory.mktemp("ours")
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_our_adapter_as_plain_lora(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(ours), str(tmp_path / "lora")]) == 0
+def test_our_adapter_as_plain_lora(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(adapter), str(tmp_path / "lora")]) == 0
     out = capsys.readouterr().out
-    assert f"source    {ours}: an adapter of pissa\n" in out
+    assert f"source    {adapter}: an adapter of pissa\n" in out
     assert re.search(r"^q_proj +2 +8 +8$", out, flags=re.MULTILINE)
     assert "energy" not in out
     assert f"saved     {tmp_path / 'lora'}: a plain LoRA for the unmodified base\n" in out
 
 
-def test_what_a_lower_rank_leaves_out(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = pissa.convert(ours, tmp_path / "expected", energy=0.8)
-    assert main(["convert", str(ours), str(tmp_path / "lora"), "--energy", "0.8"]) == 0
+def test_what_a_lower_rank_leaves_out(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = pissa.convert(adapter, tmp_path / "expected", energy=0.8)
+    assert main(["convert", str(adapter), str(tmp_path / "lora"), "--energy", "0.8"]) == 0
     out = capsys.readouterr().out
     layers = [layer for name, layer in done.layers.items() if name.endswith("up_proj")]
     least, whole = min(layer.kept for layer in layers), sum(layer.energy for layer in layers)
@@ -60,7 +41,7 @@ def test_what_a_lower_rank_leaves_out(ours: Path, tmp_path: Path, capsys: pytest
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "lora" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
 
-    assert main(["convert", str(ours), str(tmp_path / "json"), "--energy", "0.8", "--json"]) == 0
+    assert main(["convert", str(adapter), str(tmp_path / "json"), "--energy", "0.8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kept"] == done.kept
     assert {name: layer["kept"] for name, layer in report["layers"].items()} == {
@@ -108,7 +89,7 @@ def test_wrong_numbers(options: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_interrupted_conversion_leaves_nothing(
-    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pissa.conversion import adapters
 
@@ -116,6 +97,6 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(adapters, "write_tensors", interrupted)
-    assert main(["convert", str(ours), str(tmp_path / "lora")]) == 130
+    assert main(["convert", str(adapter), str(tmp_path / "lora")]) == 130
     assert capsys.readouterr().err.endswith("\npissa convert: interrupted; nothing is written\n")
     assert not (tmp_path / "lora").exists()

@@ -18,14 +18,8 @@ import runs
 from daily import each
 from pissa.cli import main
 from runs import cut_last_step, exact, logged, same_weights, save_preferences, save_sums
-from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -14,32 +14,14 @@ from transformers import AutoModelForCausalLM
 import pissa
 from language_models import train
 from pissa.cli import main
-from tiny_model import save_tiny_model
-
-TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-def adapter(base: Path, folder: Path, **fields: str) -> Path:
-    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(base), r=4, **fields)
-    train(model, TOKENS)
-    model.warned_of_plain_lora = True
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter(base, tmp_path_factory.mktemp("plain"))
-
 
 @pytest.fixture(scope="module")
 def qpissa(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter(base, tmp_path_factory.mktemp("qpissa"), quant="nf4")
+    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(base), r=4, quant="nf4")
+    model.warned_of_plain_lora = True
+    folder = tmp_path_factory.mktemp("qpissa")
+    model.save_pretrained(folder)
+    return folder
 
 
 def test_bnb4(qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,9 +39,9 @@ def test_bnb4(qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_error_of_a_requantised_one(
-    base: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["export", str(plain), "--to", "bnb4", "--base", str(base), "--requantise"]
+    options = ["export", str(adapter), "--to", "bnb4", "--base", str(base), "--requantise"]
     assert main([*options, str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
     assert main([*options, str(tmp_path / "b"), "--json"]) == 0
@@ -85,19 +67,19 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert re.fullmatch(rf"pissa export: .*{message}.*\n", captured.err), captured.err
 
 
-def test_refusals_are_one_line(plain: Path, qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_are_one_line(adapter: Path, qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     message = r"is an adapter of pissa; initial is of no use with it"
     refused([str(qpissa), out, "--to", "vllm", "--initial", "x"], message, capsys)
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        main(["export", str(plain), out, "--to", "onnx"])
+        main(["export", str(adapter), out, "--to", "onnx"])
 
 
 def test_gguf_that_is_not_installed(
-    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "pissa.integrations.gguf", raising=False)
     message = r'export to gguf needs the package gguf, which is not installed: run `pip install "pissa\[gguf\]"`'
-    refused([str(plain), str(tmp_path / "out"), "--to", "gguf"], message, capsys)
+    refused([str(adapter), str(tmp_path / "out"), "--to", "gguf"], message, capsys)

@@ -25,8 +25,7 @@ from packaging.requirements import Requirement
 import runs
 from daily import each
 from pissa.cli import main
-from runs import cut_last_step, exact, history, logged, same_weights, save_sums
-from tiny_model import save_tiny_model
+from runs import cut_last_step, exact, history, logged, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -45,17 +44,6 @@ class Run(NamedTuple):
     folder: Path
     out: str
     err: str
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a small model."""
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sums(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,14 @@ import torch
 import runs
 from pissa.cli import main
 from runs import logged
-from tiny_vision_models import COLOURS, save_gemma3, save_images, save_qwen2_5_vl
-
-VIDEOS = "Qwen2.5-VL's processor of videos needs torchvision"
-MODELS: dict[str, Callable[[Path], Path]] = {"gemma3": save_gemma3, "qwen2_5_vl": save_qwen2_5_vl}
+from tiny_vision_models import COLOURS, save_gemma3, save_images
 
 ANSWERS = {"finetune": {"completion": COLOURS}, "dpo": {"chosen": COLOURS, "rejected": COLOURS[::-1]}}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a small model with its processor."""
-    if request.param == "qwen2_5_vl":
-        pytest.importorskip("torchvision", reason=VIDEOS)
-    return MODELS[request.param](tmp_path_factory.mktemp(request.param))
-
-
 @pytest.fixture(scope="module")
-def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small model with its processor."""
     return save_gemma3(tmp_path_factory.mktemp("base"))
 
 
@@ -98,7 +87,7 @@ def changed(model: Any) -> set[str]:
     parts: dict[str, bool] = {}
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
-            (part,) = re.findall(r"\.(language_model|vision_tower|visual)\.", name)
+            (part,) = re.findall(r"\.(language_model|vision_tower)\.", name)
             parts[part] = parts.get(part, True) and bool(parameter.any())
     return {part for part, all_have in parts.items() if all_have}
 
@@ -109,10 +98,9 @@ def test_a_pattern_that_names_the_tower_trains_it_too(base: Path, data: Path, tm
     import pissa
 
     out = tmp_path / "run"
-    assert main(command(base, data, out, "--target-modules", r".*\.(q_proj|qkv)")) == 0
+    assert main(command(base, data, out, "--target-modules", r".*\.q_proj")) == 0
     trained = pissa.PissaModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), out)
-    assert len(found := changed(trained)) == 2
-    assert "language_model" in found
+    assert changed(trained) == {"language_model", "vision_tower"}
 
 
 def test_a_folder_of_images_with_their_rows_is_the_same_data(base: Path, trained: Path, tmp_path: Path) -> None:
@@ -131,10 +119,10 @@ def test_a_folder_of_images_with_their_rows_is_the_same_data(base: Path, trained
     assert logged(tmp_path / "run") == logged(trained)
 
 
-def test_text_alone_trains_a_model_that_sees(gemma3: Path, tmp_path: Path) -> None:
+def test_text_alone_trains_a_model_that_sees(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "sums.jsonl"
     path.write_text('{"question": "1+1", "answer": "2", "images": []}\n' * 8)
-    assert main(command(gemma3, path, tmp_path / "run")) == 0
+    assert main(command(base, path, tmp_path / "run")) == 0
     assert logged(tmp_path / "run")[2] < logged(tmp_path / "run")[0]
 
 
@@ -167,18 +155,18 @@ def test_an_image_that_is_cut_is_refused(
 
 @pytest.mark.parametrize("name", ["image", "images"])
 def test_images_in_a_file_of_records_are_refused(
-    name: str, gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
     for kind, row in {"finetune": {"completion": "b"}, "dpo": {"chosen": "b", "rejected": "c"}}.items():
         path.write_text(json.dumps({"prompt": "a", **row, name: "1.png"}))
-        message = refused(command(gemma3, path, tmp_path / "run", name=kind), capsys)
+        message = refused(command(base, path, tmp_path / "run", name=kind), capsys)
         assert f'{path}:1: found "{name}"; a file of records is text alone' in message
         assert "metadata.jsonl" in message
 
 
 def test_what_a_processor_lacks_is_named(
-    gemma3: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
         raise ImportError(
@@ -186,5 +174,5 @@ def test_what_a_processor_lacks_is_named(
         )
 
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", load)
-    message = refused(command(gemma3, data, tmp_path / "run"), capsys)
-    assert message.endswith(f"{gemma3}: AProcessor requires the Torchvision library but it was not found; install it")
+    message = refused(command(base, data, tmp_path / "run"), capsys)
+    assert message.endswith(f"{base}: AProcessor requires the Torchvision library but it was not found; install it")

@@ -15,15 +15,9 @@ import pissa
 import runs
 from pissa.checkpoints.init import init
 from pissa.cli import main
-from runs import WEIGHTS, cut_last_step, exact, logged, same_weights, save_sums
-from tiny_model import save_tiny_model
+from runs import WEIGHTS, cut_last_step, exact, logged, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +25,6 @@ def split(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "split"
     init(base, folder, pissa.PissaConfig(r=4, quant="nf4"))
     return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sums(tmp_path_factory.mktemp("data"))
 
 
 def command(model: Path, data: Path, out: Path, *more: str, steps: int = 4) -> list[str]:

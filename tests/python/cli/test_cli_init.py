@@ -15,19 +15,13 @@ from pissa.checkpoints import rewrite
 from pissa.checkpoints.output import UNFINISHED, Output
 from pissa.cli import main
 from processes import launch
-from tiny_model import save_tiny_model
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("source"))
-
-
-def test_what_it_says_and_writes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_says_and_writes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(["init", str(source), str(out), "--quant", "int8", "--rank", "4", "--alpha", "8"]) == 0
+    assert main(["init", str(base), str(out), "--quant", "int8", "--rank", "4", "--alpha", "8"]) == 0
     captured = capsys.readouterr()
-    assert f"split     {source}: 14 layers, rank 4, residual int8, start pissa\n" in captured.out
+    assert f"split     {base}: 14 layers, rank 4, residual int8, start pissa\n" in captured.out
     assert re.search(r"^read      \d+ kB; \d+\.\d s, \d+(\.\d+)? [kM]B/s$", captured.out, re.MULTILINE)
     assert re.search(r"^error     0\.\d+% of the weights' norm", captured.out, re.MULTILINE)
     assert re.search(rf"^saved     {out}: \d+ kB, the adapter in pissa_init$", captured.out, re.MULTILINE)
@@ -36,11 +30,11 @@ def test_what_it_says_and_writes(source: Path, tmp_path: Path, capsys: pytest.Ca
     assert "PiSSA init: 100%" in captured.err
     config = json.loads((out / "pissa_init" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
-    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(source))
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(base))
 
 
-def test_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["init", str(source), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40", "--json"]) == 0
+def test_json(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(base), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["layers"] == 14
     assert report["bytes_done_before"] == 0
@@ -50,9 +44,9 @@ def test_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_notes_come_before_the_work_and_memory_is_exceeded_only_with_a_word(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["init", str(source), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40"]) == 0
+    assert main(["init", str(base), str(tmp_path / "out"), "--memory", "1kB", "--rank", "40"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("note ")] == lines[:1]
     assert "r=40 is more than the smaller side" in lines[0]
@@ -78,9 +72,9 @@ def test_experts_in_a_format_are_for_pissa_only(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_refusals(
-    options: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["init", str(source), str(tmp_path / "out"), *options]) == 2
+    assert main(["init", str(base), str(tmp_path / "out"), *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("pissa init: ")
@@ -90,22 +84,19 @@ def test_refusals(
 
 
 def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    assert main(["init", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
-    assert "holds neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
-    assert main(["init", str(tmp_path / "empty" / "none" / "such"), str(tmp_path / "out")]) == 2
+    assert main(["init", str(tmp_path / "none" / "such"), str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert "is no model: there is no such folder" in message
     assert message.endswith(", and a repository's name is NAME or OWNER/NAME\n")
 
 
-def test_a_model_of_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetched without the weights in other formats."""
     asked = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
         asked.append((name, allow_patterns))
-        return str(source)
+        return str(base)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert main(["init", "some/model", str(tmp_path / "out"), "--rank", "4"]) == 0
@@ -124,10 +115,10 @@ def test_wrong_arguments(options: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_an_interrupted_run_goes_on(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewrite, "BATCH", 1)
-    arguments = ["init", str(source), str(tmp_path / "out"), "--rank", "4"]
+    arguments = ["init", str(base), str(tmp_path / "out"), "--rank", "4"]
     add, left = Output.add, [5]
 
     def interrupted(*args: object) -> None:

@@ -15,24 +15,6 @@ import pissa
 from interrupted import Interrupted
 from language_models import train
 from pissa.cli import main
-from tiny_model import save_tiny_model
-
-TOKENS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = pissa.wrap(AutoModelForCausalLM.from_pretrained(base), r=4)
-    train(model, TOKENS)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder
-
 
 def test_a_model_of_its_own(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"

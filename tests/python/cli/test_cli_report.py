@@ -15,28 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from pissa.cli import main
 from pissa.config import PissaConfig
-from tiny_model import save_tiny_model
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a report with everything."""
     folder = tmp_path_factory.mktemp("report") / "new"
-    assert main(["report", str(model), "--quant", "nf4", "--rank", "8", "4", "--out", str(folder)]) == 0
+    assert main(["report", str(base), "--quant", "nf4", "--rank", "8", "4", "--out", str(folder)]) == 0
     return folder
 
 
-def test_tables(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(model), "--quant", "nf4", "--rank", "4", "8"]) == 0
+def test_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(base), "--quant", "nf4", "--rank", "4", "8"]) == 0
     captured = capsys.readouterr()
     out = captured.out
     assert max(map(len, (line for line in out.splitlines() if "PissaConfig(" not in line))) <= 120
-    weights = load_file(model / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
     ups = [w.double() for name, w in weights.items() if "up_proj" in name]
     kept = sum(float(torch.linalg.svdvals(w)[:4].square().sum()) for w in ups)
     energy = 100 * kept / sum(float(w.square().sum()) for w in ups)
@@ -57,8 +51,8 @@ def test_tables(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert eval(pasted[0], {"PissaConfig": PissaConfig}).r > 0
 
 
-def test_without_quantisation_there_are_no_errors(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(model), "--rank", "4", "--exact"]) == 0
+def test_without_quantisation_there_are_no_errors(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(base), "--rank", "4", "--exact"]) == 0
     out = capsys.readouterr().out
     assert "all singular values" in out
     assert "QLoRA" not in out
@@ -113,12 +107,12 @@ def check(value: Any, expected: Any, where: str = "report") -> None:
         assert type(value) is expected, where
 
 
-def test_json(model: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(model), "--quant", "nf4", "--rank", "4", "8", "--json"]) == 0
+def test_json(base: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(base), "--quant", "nf4", "--rank", "4", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     check(found, EXPECTED)
-    assert (found["model"], found["quant"], found["ranks"]) == (str(model), "nf4", [4, 8])
-    weights = load_file(model / "model.safetensors")
+    assert (found["model"], found["quant"], found["ranks"]) == (str(base), "nf4", [4, 8])
+    weights = load_file(base / "model.safetensors")
     assert {f"{name}.weight" for name in found["layers"]} == {name for name in weights if "_proj" in name}
     for name, layer in found["layers"].items():
         check(layer, LAYER, name)
@@ -150,20 +144,20 @@ def test_pictures(written: Path) -> None:
         assert 0.02 < float((picture[..., :3].mean(-1) < 0.9).mean()) < 0.5
 
 
-def test_a_sample_of_layers(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(model), "--quant", "int8", "--rank", "4", "--sample", "1", "--json"]) == 0
+def test_a_sample_of_layers(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(base), "--quant", "int8", "--rank", "4", "--sample", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum("errors" in layer for layer in found["layers"].values()) == len(found["kinds"]) == 7
-    assert main(["report", str(model), "--quant", "int8", "--rank", "4", "--sample", "1"]) == 0
+    assert main(["report", str(base), "--quant", "int8", "--rank", "4", "--sample", "1"]) == 0
     assert "Of 7 of the 14 layers" in capsys.readouterr().out
 
 
-def test_a_budget(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(model), "--rank", "4", "8", "--budget", "9000", "--json"]) == 0
+def test_a_budget(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(base), "--rank", "4", "8", "--budget", "9000", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["suggestion"]
     assert 8000 < found["parameters"] <= 9000 == found["budget"]
     assert found["largest_rank"] == 16
-    assert main(["report", str(model), "--rank", "4", "--budget", "90000"]) == 0
+    assert main(["report", str(base), "--rank", "4", "--budget", "90000"]) == 0
     assert "14 layers have rank 16, the largest that was looked at; give --rank" in " ".join(
         capsys.readouterr().out.split()
     )
@@ -180,22 +174,22 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_model_of_the_hub(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(model))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(base))
     assert main(["report", "some/model", "--rank", "4", "--json", "--out", str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "some/model"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["model"] == "some/model"
 
 
-def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere' is no model: there is no such folder" in refused([str(tmp_path / "nowhere")], capsys)
-    assert "is not empty" in refused([str(model), "--out", str(model)], capsys)
-    assert "budget: got 10 parameters; needed: at least" in refused([str(model), "--budget", "10"], capsys)
+    assert "is not empty" in refused([str(base), "--out", str(base)], capsys)
+    assert "budget: got 10 parameters; needed: at least" in refused([str(base), "--budget", "10"], capsys)
 
-    weights = load_file(model / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
-    folder = shutil.copytree(model, tmp_path / "nan")
+    folder = shutil.copytree(base, tmp_path / "nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = refused([str(folder), "--out", str(tmp_path / "out")], capsys)
     assert "layer model.layers.1.mlp.up_proj: weight: " in message
@@ -203,5 +197,5 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     for arguments in (["--rank", "0"], ["--quant", "int4"], ["--sample", "x"]):
         with pytest.raises(SystemExit, match="2"):
-            main(["report", str(model), *arguments])
+            main(["report", str(base), *arguments])
     capsys.readouterr()

@@ -20,7 +20,7 @@ import pissa
 from checkpoint_folders import contents
 from daily import each
 from interrupted import Interrupted
-from language_models import error, logits
+from language_models import error, logits, moved
 from live_bytes import LiveBytes
 from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
@@ -50,19 +50,10 @@ def load(folder: Path) -> nn.Module:
     return getattr(transformers, kind).from_pretrained(folder).eval()
 
 
-def move(model: nn.Module) -> None:
-    """Moves whatever is trained away from its start."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-
-
 def trained(source: Path, folder: Path, **fields: Any) -> pissa.PissaModel:
     """An adapter far from its start, saved to `folder`."""
     model = pissa.wrap(load(source), **{"r": 4, "quant": "nf4"} | fields)
-    move(model)
+    moved(model)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -128,7 +119,7 @@ def test_a_second_adapter_of_another_rank_and_scaling(tmp_path: Path) -> None:
     model = pissa.wrap(load(source), r=4, quant="nf4")
     model.add_adapter("other", pissa.PissaConfig(r=3, lora_alpha=6, quant="nf4"))
     model.set_adapter("other")
-    move(model)
+    moved(model)
     model.save_pretrained(tmp_path / "run", selected_adapters=["other"])
     pissa.export(tmp_path / "run" / "other", tmp_path / "out", "bnb4", base=source)
     assert error(logits(exported(tmp_path / "out"), TOKENS), logits(model.eval(), TOKENS)) < CLOSE
@@ -159,7 +150,7 @@ def test_the_codes_of_a_folder_that_was_split_are_taken(fields: dict[str, Any], 
     source = base(tmp_path)
     init(source, tmp_path / "split", pissa.PissaConfig(r=4, quant="nf4", **fields))
     model = pissa.load(tmp_path / "split")
-    move(model)
+    moved(model)
     model.save_pretrained(tmp_path / "run")
     for name, given in {"a": tmp_path / "split", "b": source}.items():
         pissa.export(tmp_path / "run", tmp_path / name, "bnb4", base=given)

@@ -232,18 +232,8 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 @pytest.mark.parametrize("form", WEIGHTS)
 @pytest.mark.parametrize("tokens", [1, 4, 16, 300])
-def test_decoding_in_a_graph(tokens: int, form: str) -> None:
+def test_forward_and_backward_in_a_graph(tokens: int, form: str) -> None:
     layer = Layer(tokens, torch.bfloat16, form).on_gpu()
-    graph, y = captured(layer.forward)
-    for seed in (11, 12):
-        layer.x.copy_(randn(*layer.x.shape, seed=seed))
-        graph.replay()
-        assert torch.equal(y, layer.forward())
-
-
-@pytest.mark.parametrize("tokens", [16, 300])
-def test_forward_and_backward_in_a_graph(tokens: int) -> None:
-    layer = Layer(tokens, torch.bfloat16).on_gpu()
     graph, results = captured(layer.backward)
     for seed in (11, 12):
         layer.x.copy_(randn(*layer.x.shape, seed=seed))
@@ -259,8 +249,8 @@ def test_forward_and_backward_in_a_graph(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("form", WEIGHTS)
-def test_strided_and_misaligned_inputs(form: str, tokens: int, dtype: torch.dtype) -> None:
-    """Every tensor begins one element behind an aligned address, or is transposed in memory."""
+def test_misaligned_inputs(form: str, tokens: int, dtype: torch.dtype) -> None:
+    """Every tensor begins one element behind an aligned address."""
     layer = Layer(tokens, dtype, form, side=128, r=5).on_gpu()
     expected = layer.forward()
 
@@ -277,9 +267,6 @@ def test_strided_and_misaligned_inputs(form: str, tokens: int, dtype: torch.dtyp
         parts = ops.QuantizedWeight(*map(misaligned, layer.weight[:4]), *layer.weight[4:])
     y = ops.linear(misaligned(layer.x), parts, **shifted)
     assert error(y, expected) < CLOSE[dtype]
-    turned = {name: tensor.mT.contiguous().mT for name, tensor in layer.factors.items()}
-    weight = layer.weight.mT.contiguous().mT if form == "dense" else layer.weight
-    assert torch.equal(ops.linear(layer.x.mT.contiguous().mT, weight, **turned), expected)
 
 
 # ---- Large weights ---------------------------------------------------------------------------------------------------

@@ -291,9 +291,7 @@ def test_bad_arguments_are_refused_by_name(function: object, change: dict[str, o
     [
         {"scaling": 0},
         {"scaling": float("inf")},
-        {"form": "int4"},
         {"blocksize": 48},
-        {"blocksize": 64, "form": "int8"},
         {"double_quant": True, "form": "int8"},
     ],
 )

@@ -83,6 +83,11 @@ def change_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All of a checkpoint, sharded or not."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below the folder."""
     return {

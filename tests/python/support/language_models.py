@@ -29,6 +29,16 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens).logits
 
 
+def moved(model: nn.Module) -> nn.Module:
+    """The model, all that is trained in it moved away from its start."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def add_reference(model: Any) -> None:
     """An adapter "ref" as TRL's DPO makes it: like "default", whose parameters it copies by name."""
     model.add_adapter("ref", model.peft_config["default"])

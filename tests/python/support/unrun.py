@@ -18,7 +18,6 @@ _OPCHECK = "torch traces below its modes, with tensors that have no memory of wh
 FAILS = {
     "ops/test_gpu.py::test_work_is_ordered_by_the_current_stream": _STREAMS,
     "ops/test_gpu.py::test_a_decomposition_on_a_stream_of_its_own": _STREAMS,
-    "ops/test_gpu.py::test_decoding_in_a_graph": _GRAPHS,
     "ops/test_gpu.py::test_forward_and_backward_in_a_graph": _GRAPHS,
     "ops/test_ops_linear.py::test_add_low_rank_compiles": _COMPILE,
     "ops/test_ops_linear.py::test_compiles_without_a_graph_break": _COMPILE,
