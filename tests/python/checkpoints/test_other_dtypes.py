@@ -116,6 +116,9 @@ def test_from_pretrained_on_a_model_in_another_dtype(
     step = 0.0 if form in ("implicit", "explicit") else 1 / 4  # another code of a residual: a level of its format
     difference = (weights(model) - weights(loaded)).abs().max()
     assert difference <= (2 * unit + step) * weights(model).abs().max()
+    again, also = warned(lambda: pissa.load(checkpoint, adapter=adapter, dtype=FLOATS[here]))
+    assert also == said
+    assert torch.equal(weights(again), weights(loaded))
 
 
 @trained
@@ -176,20 +179,6 @@ def test_a_checkpoint_that_was_narrowed_is_merged_with_a_warning(
     load(checkpoint, narrow).save_pretrained(tmp_path / "narrow")
     _, said = warned(lambda: merge(adapter, tmp_path / "narrow", tmp_path / "out"))
     assert len(said) == (0 if is_exact(checkpoint, trained, narrow) else 1)
-
-
-@trained
-@here
-@pytest.mark.parametrize("form", ["implicit", "nf4"])
-def test_load_of_a_dense_folder(
-    trained: str, here: str, form: str, run: Callable[..., tuple[Path, Path, PissaModel]]
-) -> None:
-    """As from_pretrained on the model of the folder."""
-    checkpoint, adapter, _ = run("float32", trained, form)
-    loaded, said = warned(lambda: pissa.load(checkpoint, adapter=adapter, dtype=FLOATS[here]))
-    other, expected = warned(lambda: PissaModel.from_pretrained(load(checkpoint, here), adapter))
-    assert said == expected
-    assert torch.equal(weights(loaded), weights(other))
 
 
 @stored

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import pissa
-from language_models import train
 from pissa.cli import main
+from runs import refused
+
 
 @pytest.fixture(scope="module")
 def qpissa(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,17 +60,10 @@ def test_vllm_and_what_it_misses(qpissa: Path, tmp_path: Path, capsys: pytest.Ca
     assert "note      The residual of the base is stored as nf4. On the unmodified base" in shown
 
 
-def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert re.fullmatch(rf"pissa export: .*{message}.*\n", captured.err), captured.err
-
-
-def test_refusals_are_one_line(adapter: Path, qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(adapter: Path, qpissa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    message = r"is an adapter of pissa; initial is of no use with it"
-    refused([str(qpissa), out, "--to", "vllm", "--initial", "x"], message, capsys)
+    message = refused(["export", str(qpissa), out, "--to", "vllm", "--initial", "x"], capsys)
+    assert "is an adapter of pissa; initial is of no use with it" in message
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         main(["export", str(adapter), out, "--to", "onnx"])
@@ -81,5 +74,5 @@ def test_gguf_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "pissa.integrations.gguf", raising=False)
-    message = r'export to gguf needs the package gguf, which is not installed: run `pip install "pissa\[gguf\]"`'
-    refused([str(adapter), str(tmp_path / "out"), "--to", "gguf"], message, capsys)
+    message = refused(["export", str(adapter), str(tmp_path / "out"), "--to", "gguf"], capsys)
+    assert 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`' in message

@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 import runs
 from daily import each
 from pissa.cli import main
-from runs import cut_last_step, exact, history, logged, same_weights
+from runs import cut_last_step, exact, history, logged, refused, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -209,17 +209,6 @@ def test_nothing_but_progress_bars_goes_to_stderr(base: Path, data: Path, tmp_pa
 
 
 # ---- Refusals ----
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr of a command that ends with exit code 2."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    message = captured.err.strip()
-    assert "\n" not in message
-    assert message.startswith(f"pissa {arguments[0]}: ")
-    return message
 
 
 def test_nothing_is_overwritten(

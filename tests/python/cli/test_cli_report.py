@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pissa.cli import main
 from pissa.config import PissaConfig
+from runs import refused
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +164,6 @@ def test_a_budget(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message, one line, of a report that is refused."""
-    assert main(["report", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    [line] = [line for line in captured.err.splitlines() if line.startswith("pissa report: ")]
-    assert captured.err.endswith(f"{line}\n")
-    return line
-
-
 def test_a_model_of_the_hub(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,15 +174,15 @@ def test_a_model_of_the_hub(
 
 
 def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere' is no model: there is no such folder" in refused([str(tmp_path / "nowhere")], capsys)
-    assert "is not empty" in refused([str(base), "--out", str(base)], capsys)
-    assert "budget: got 10 parameters; needed: at least" in refused([str(base), "--budget", "10"], capsys)
+    assert "nowhere' is no model: there is no such folder" in refused(["report", str(tmp_path / "nowhere")], capsys)
+    assert "is not empty" in refused(["report", str(base), "--out", str(base)], capsys)
+    assert "budget: got 10 parameters; needed: at least" in refused(["report", str(base), "--budget", "10"], capsys)
 
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
     folder = shutil.copytree(base, tmp_path / "nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    message = refused([str(folder), "--out", str(tmp_path / "out")], capsys)
+    message = refused(["report", str(folder), "--out", str(tmp_path / "out")], capsys)
     assert "layer model.layers.1.mlp.up_proj: weight: " in message
     assert not (tmp_path / "out").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,21 +308,16 @@ STAYS: dict[str, tuple[dict[str, Any], str]] = {
 def test_lora_on_4_bits_stays_peft_s(case: str, tiny_llama: Make, tokens: Tensor) -> None:
     """What we do not have: one warning, and PEFT's own model, random numbers included."""
     fields, quant_type = STAYS[case]
-    runs = []
-    for switch in (enable, disable):
-        switch()
-        torch.manual_seed(3)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", notices.NotTakenOverWarning)
-            model = get_peft_model(in_4_bits(tiny_llama, quant_type), LoraConfig(r=4, **fields))
-        assert type(model) is PeftModel
-        runs.append(([w for w in caught if w.category is notices.NotTakenOverWarning], state(model), trainable(model)))
-    (ours, tensors, names), (none, before, expected) = runs
-    assert len(ours) == 1
-    assert "stays PEFT's own, which computes 4-bit layers slower: " in str(ours[0].message)
-    assert not none
-    assert names == expected
-    assert_equal(tensors, before)
+    torch.manual_seed(3)
+    with pytest.warns(notices.NotTakenOverWarning, match="own, which computes 4-bit layers slower: ") as said:
+        ours = get_peft_model(in_4_bits(tiny_llama, quant_type), LoraConfig(r=4, **fields))
+    assert [warning.category for warning in said].count(notices.NotTakenOverWarning) == 1
+    disable()
+    torch.manual_seed(3)
+    theirs = get_peft_model(in_4_bits(tiny_llama, quant_type), LoraConfig(r=4, **fields))
+    assert type(ours) is type(theirs) is PeftModel
+    assert trainable(ours) == trainable(theirs)
+    assert_equal(state(ours), state(theirs))
 
 
 def test_dora_and_dropout_on_4_bits(tiny_llama: Make, tokens: Tensor) -> None:

@@ -79,17 +79,6 @@ class Layer:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", WEIGHTS)
-@pytest.mark.parametrize("tokens", [1, 4, 16, 17, 300])
-def test_a_layer_computes_what_it_does_on_the_cpu(tokens: int, form: str, dtype: torch.dtype) -> None:
-    here = Layer(tokens, dtype, form)
-    for name, got, want in zip(("y", "dx", "dA", "dB"), here.on_gpu().backward(), here.backward(), strict=True):
-        assert got.is_cuda
-        assert got.dtype == want.dtype
-        assert error(got.cpu(), want) < CLOSE[dtype], name
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(256, 512), (33, 65), (1, 1), (7, 4097)])
 @pytest.mark.parametrize(("form", "blocksize"), [("nf4", 32), ("nf4", 64), ("nf4", 4096), ("int8", None)])
 def test_codes_are_the_cpus(form: str, blocksize: int | None, shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -1,10 +1,26 @@
-"""`pissa finetune` and `pissa dpo` on small data: what is given to them, and what they have logged."""
+"""Commands: what a refused one says; of `pissa finetune` and `pissa dpo` on small data, what is given to them, and what
+they have logged."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from pissa.cli import main
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line, besides progress bars, of a command that ends with exit code 2."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [message] = [line for line in captured.err.splitlines() if line.startswith(f"pissa {arguments[0]}: ")]
+    assert captured.err.endswith(f"{message}\n")
+    return message
 
 
 def save_sums(folder: Path, rows: int = 24) -> Path:
