@@ -262,7 +262,7 @@ def test_wrong_arguments_are_refused(
     assert "needs --method pissa" in refused(command(base, data, out, "--method", "lora", "--quant", "nf4"), capsys)
     message = "--quant-iters 2 needs --quant: nothing else is quantised"
     assert message in refused(command(base, data, out, "--quant-iters", "2"), capsys)
-    assert "no prompt of 16 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
+    assert "no prompt of 24 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
     assert not out.exists()
 
 
@@ -311,7 +311,7 @@ def test_bfloat16_trains_for_epochs_of_accumulated_batches(method: str, base: Pa
     del arguments[arguments.index("--steps") : arguments.index("--steps") + 2]
     assert main([*arguments, "--dtype", "bfloat16"]) == 0
     losses = logged(tmp_path / "run")
-    assert len(losses) == 3  # ceil(1.5 * 16 / (4 * 2))
+    assert len(losses) == 5  # ceil(1.5 * 24 / (4 * 2))
     assert losses[-1] < losses[0]
 
 
