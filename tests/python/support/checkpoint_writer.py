@@ -1,12 +1,13 @@
 """A run that writes a small checkpoint, as a test, in several processes, and killed wherever a kill leaves something.
 
-python checkpoint_writer.py kill FOLDER SECONDS   the run, killed at its first call that changes the disk, and
-                                                  finished by another; then at its second; and so on
-torchrun checkpoint_writer.py share FOLDER        the run on all ranks
+python checkpoint_writer.py kill FOLDER EVERY   the run, killed at its first call that changes the disk, and finished
+                                                by another; then EVERY calls later; and so on
+torchrun checkpoint_writer.py share FOLDER      the run on all ranks
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -127,19 +128,19 @@ def killed(folder: Path, last: int) -> int:
     return write(folder)
 
 
-def kill_everywhere(scratch: Path) -> None:
+def kill_everywhere(scratch: Path, every: int) -> None:
     whole = scratch / "whole"
     assert in_a_child(lambda: write(whole)) == len(batches())
     expected = content(whole)
     assert sorted(expected) == sorted([*FILES, *SMALL, FINISHED])
     kills = resumed = 0
-    while True:
+    for last in itertools.count(1, every):
         folder = scratch / "killed"
-        code = in_a_child(lambda last=kills + 1, folder=folder: killed(folder, last))
+        code = in_a_child(lambda last=last, folder=folder: killed(folder, last))
         found = {name: data for name, data in content(folder).items() if ".unfinished" not in name}
-        assert all(data == expected[name] for name, data in found.items()), f"kill {kills + 1}: half a file in place"
+        assert all(data == expected[name] for name, data in found.items()), f"kill {last}: half a file in place"
         placed = expected.keys() - {FINISHED}
-        assert "config.json" not in found or found.keys() >= placed, f"kill {kills + 1}: config.json too early"
+        assert "config.json" not in found or found.keys() >= placed, f"kill {last}: config.json too early"
         if code >= 0:
             assert found == expected
             break
@@ -148,8 +149,8 @@ def kill_everywhere(scratch: Path) -> None:
         before = noted(folder)
         if found != expected or (folder / ".unfinished/identity.json").exists():
             again = in_a_child(lambda folder=folder: write(folder))
-            assert again == len(batches()) - before, f"kill {kills}: {again} batches again, {before} were noted"
-            assert content(folder) == expected, f"kill {kills}: other bytes"
+            assert again == len(batches()) - before, f"kill {last}: {again} batches again, {before} were noted"
+            assert content(folder) == expected, f"kill {last}: other bytes"
             resumed += before > 0
         else:  # all is in place; another run says so, and removes what is left of the hidden folder
             assert in_a_child(lambda folder=folder: "CompletedError" in refused(folder)) == 1
@@ -171,7 +172,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1] == "kill":
         os.fsync = os.fdatasync = lambda handle: None  # a kill leaves all to the system, and disks are slow
-        kill_everywhere(Path(sys.argv[2]))
+        kill_everywhere(Path(sys.argv[2]), int(sys.argv[3]))
     else:
         torch.distributed.init_process_group("gloo")
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
