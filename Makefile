@@ -1,5 +1,5 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
-# make test   build the wheel, install it into a clean environment, test it    (15 to 20 minutes on two cores; 11 once all is built)
+# make test   build the wheel, install it into a clean environment, test it    (12 minutes on two cores; 7 once all is built)
 # make quick  the core of everything, in the source tree, for work on the code (a minute after an edit of Python)
 # make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (45 minutes)
 # make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
@@ -196,20 +196,17 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_PYTHON) -m pytest -n $
 # Ours: a file stays in one process, which makes its models once.
 OUR_PYTEST = $(PYTEST) --dist loadfile
 
-# The tests of layers and models on a GPU's stand-in: tests/python/support/unrun.py lists those that need a real one. At
-# night those that a GPU is needed for, which compute what the CPU does here, and of whole models: model/test_on_cuda.py
-# has those in every run.
-ON_CUDA := $(addprefix layers/test_,layer.py kinds.py) base/test_bitsandbytes.py
-ON_CUDA_NIGHTLY := ops/test_gpu.py model/test_model.py
+# Tests on a GPU's stand-in, at night: tests/python/support/unrun.py lists those that need a real one. Of whole models
+# model/test_on_cuda.py shows the same in every run.
+ON_CUDA := $(addprefix layers/test_,layer.py kinds.py) base/test_bitsandbytes.py ops/test_gpu.py model/test_model.py
 
 test-python: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pissa
 	$(OUR_PYTEST) --durations 20
-	$(OUR_PYTEST) --device cuda-stand-in -m "not slow and not nightly" $(ON_CUDA:%=tests/python/%)
 
 test-python-nightly: $(BUILD)/venv-test.stamp
 	$(OUR_PYTEST) -m "nightly and not slow and not gpu"
-	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA_NIGHTLY:%=tests/python/%)
+	$(OUR_PYTEST) --device cuda-stand-in -m "not slow" $(ON_CUDA:%=tests/python/%)
 
 # The rules, the ops, a layer of each kind, files, conversion, the command line: in the source tree, with the module out of
 # CMake's tree before what the environment may have installed. The first time it installs pissa.

@@ -37,7 +37,6 @@ def with_transformers(base: nn.Module, folder: Path) -> nn.Module:
 
 
 RUNTIMES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {"peft": with_peft, "transformers": with_transformers}
-runtimes = pytest.mark.parametrize("runtime", RUNTIMES)
 
 # Experts are left out, but not the layers beside them that PEFT calls by the names that experts once had.
 BESIDE_EXPERTS: dict[str, dict[str, Any]] = {
@@ -63,23 +62,24 @@ def assert_same_function(other: nn.Module, model: checks.PissaModel, architectur
     checks.assert_as_accurate(checks.output(other, batch), plain, exact, what)
 
 
+def assert_loaded_by_others(architecture: Architecture, folder: Path, subtests: pytest.Subtests) -> None:
+    model = trained(architecture, folder)
+    for runtime, load in RUNTIMES.items():
+        with subtests.test(runtime):
+            assert_same_function(load(architecture.make(), folder), model, architecture, f"logits in {runtime}")
+
+
 @architectures
-@runtimes
-def test_others_load_it_onto_the_unmodified_base(runtime: str, name: str, tmp_path: Path) -> None:
-    architecture = ARCHITECTURES[name]
-    model = trained(architecture, tmp_path)
-    other = RUNTIMES[runtime](architecture.make(), tmp_path)
-    assert_same_function(other, model, architecture, f"logits of {name} in {runtime}")
+def test_others_load_it_onto_the_unmodified_base(name: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    assert_loaded_by_others(ARCHITECTURES[name], tmp_path, subtests)
 
 
 @pytest.mark.parametrize("case", BESIDE_EXPERTS)
 @pytest.mark.parametrize("name", each(["deepseek_v2", "deepseek_v3"], ["deepseek_v3"]))
-@runtimes
-def test_layers_beside_experts_are_not_taken_for_them(runtime: str, name: str, case: str, tmp_path: Path) -> None:
-    architecture = dataclasses.replace(ARCHITECTURES[name], fields=BESIDE_EXPERTS[case])
-    model = trained(architecture, tmp_path)
-    other = RUNTIMES[runtime](architecture.make(), tmp_path)
-    assert_same_function(other, model, architecture, f"logits of {name} in {runtime}")
+def test_layers_beside_experts_are_not_taken_for_them(
+    name: str, case: str, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    assert_loaded_by_others(dataclasses.replace(ARCHITECTURES[name], fields=BESIDE_EXPERTS[case]), tmp_path, subtests)
 
 
 @architectures
