@@ -146,7 +146,7 @@ def test_the_rate_is_found_and_recorded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def suggest_lr(model: Any, batches: list[Any], loss: Any) -> Suggestion:
-        assert len(batches) == 4
+        assert len(batches) == (6 if name == "finetune" else 4)
         value = model(**batches[0]).loss if loss is None else loss(model, batches[0])
         assert torch.isfinite(value)
         return Suggestion(3e-3, "the best of two")
