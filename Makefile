@@ -1,7 +1,7 @@
 # make demo   fine-tune a small language model three ways, side by side   (6 to 10 minutes on two cores)
 # make test   build the wheel, install it into a clean environment, test it    (12 minutes on two cores; 7 once all is built)
 # make quick  the core of everything, in the source tree, for work on the code (a minute after an edit of Python)
-# make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (45 minutes)
+# make nightly what is too long to wait for: sanitizers, the CUDA library, PEFT's tests, every architecture (about 50 minutes, by its parts)
 # make test-oldest   our Python tests beside the oldest release of everything that pyproject.toml allows
 # make test-arm   the kernels for ARM, under an emulator; needs g++-aarch64-linux-gnu and qemu-user, too    (9 minutes)
 # make wheels the sdist and wheels for other machines, for every Python found; needs g++-aarch64-linux-gnu, too    (10 to 15 minutes)

@@ -114,14 +114,15 @@ def _state_length(shape: tuple[int, int], blocksize: int, dtype: torch.dtype, ne
 def quantization_config(
     form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
 ) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. With experts in 4 bits, which transformers
-    would take for missing and draw at random, the method is one that it does not know, so that it loads nothing.
+    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. transformers would take packed
+    experts for missing and draw them at random: with them the method is one that it does not know, and it loads
+    nothing.
 
     Args:
         form: of the quantised layers.
         dtype: of their weights before.
         dense_linears: the linear layers that are not quantised.
-        experts: whether fused experts are.
+        experts: whether fused experts are quantised, too.
     """
     flag = _FLAGS[form.kind]
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32

@@ -30,8 +30,6 @@ class StartTask(NamedTuple):
     config: PissaConfig
     names: Sequence[str]
     """What messages call the layers."""
-    data: Mapping[str, Tensor] | None = None
-    """What a method with "data" in its `needs` has to know of the inputs of each layer, by name."""
 
     @property
     def weight_names(self) -> list[str]:

@@ -68,7 +68,7 @@ class Initialised(NamedTuple):
     largest: str
     """The layer that needs most of it by itself."""
     only_ours: bool
-    """Whether only `pissa.load` reads the result: fused experts in 4 bits."""
+    """Whether only `pissa.load` reads the result: quantised fused experts."""
 
 
 def init(

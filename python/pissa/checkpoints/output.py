@@ -230,7 +230,7 @@ class Output:
         shutil.rmtree(self._hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock was
 
     def _note(self, batch: str, result: str) -> None:
-        for file in list(self._open.values()):
+        for file in list(self._open.values()):  # the other thread may open one meanwhile
             file.flush()
         with Staged(self._notes) as staged:
             staged.path(f"{batch}.json").write_text(result)

@@ -93,7 +93,7 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.quantization_config.is_mapped:
             raise ValueError(
-                "the experts of this model are in 4 bits, which pissa.load(folder) reads, not from_pretrained"
+                "the experts of this model are quantised, which pissa.load(folder) reads, not from_pretrained"
             )
 
     def is_serializable(self) -> bool:

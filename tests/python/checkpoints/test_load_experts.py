@@ -81,5 +81,5 @@ def test_plain_transformers_says_who_reads_experts_in_4_bits(tmp_path: Path) -> 
     config = json.loads((tmp_path / "split" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "pissa"
     assert pissa.load  # its import tells transformers of the method; without, transformers misses the weights
-    with pytest.raises(ValueError, match=r"in 4 bits, which pissa\.load"):
+    with pytest.raises(ValueError, match=r"are quantised, which pissa\.load"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "split")
