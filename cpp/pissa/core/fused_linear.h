@@ -43,17 +43,6 @@ struct Adapter {
 /// again.
 inline constexpr std::int64_t kFewTokens = 16;
 
-namespace detail {
-
-/// Half-precision activations ask for products in it, of the factors too: mixed precision as it is usually meant. For
-/// f32 the user's choice of TF32 holds, as for the layer that is adapted.
-inline Precision precision_for(const Matrix& x) {
-  if (x.format == Format::bf16) return Precision::bf16;
-  return x.format == Format::f16 ? Precision::f16 : Precision::tf32;
-}
-
-}  // namespace detail
-
 /// A0 + dA and B0 + dB rounded to x's half precision, which the forward may keep for the backward.
 struct FactorSums {
   MutableMatrix a;  ///< [r, in]
@@ -131,7 +120,7 @@ template <Backend B, class F>
 void with_forward_tail(B& backend, const Matrix& x, const Adapter& adapter, const MutableMatrix& xa,
                        const FactorSums& sums, F write) {
   const float s = adapter.scaling;
-  const Precision precision = precision_for(x);
+  const Precision precision = precision_of(x.format);
   const bool apart = x.rows <= kFewTokens;
   if constexpr (KeepsFactorSums<B>) {
     if (sums.a) backend.add_both({adapter.a0, adapter.a, sums.a}, {adapter.b0, adapter.b, sums.b});
@@ -158,7 +147,7 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
   const float s = adapter.scaling;
   const bool change = adapter.adds_change();
   const bool apart = x.rows <= kFewTokens;
-  const Precision precision = precision_for(x);
+  const Precision precision = precision_of(x.format);
   product(backend, dy, Op::t, xa, Op::n, s, precision, grad_b);
 
   auto dy_b = backend.alloc(dy.rows, r, Format::f32);  // dy B, or dy dB and dy B0 apart
@@ -191,7 +180,7 @@ void with_backward_tail(B& backend, const Matrix& dy, const Matrix& x, const Ada
 template <Backend B>
 void linear_forward(B& backend, const Matrix& x, const Matrix& weight, const Matrix& bias, const Adapter& adapter,
                     const MutableMatrix& y, const MutableMatrix& xa, const FactorSums& sums = {}) {
-  const Precision precision = detail::precision_for(x);
+  const Precision precision = precision_of(x.format);
   if (!adapter) return backend.weight_gemm_nt(x, weight, 1.0f, precision, {}, bias, y);
   const auto ahead = backend.decode_ahead(weight, precision, x.rows);
   detail::with_forward_tail(backend, x, adapter, xa, sums, [&](std::span<const Term> tail) {
@@ -215,7 +204,7 @@ template <Backend B>
 void linear_backward(B& backend, const Matrix& dy, const Matrix& x, const Matrix& weight, const Adapter& adapter,
                      const Matrix& xa, const MutableMatrix& dx, const MutableMatrix& grad_a,
                      const MutableMatrix& grad_b, const FactorSums& sums = {}) {
-  const Precision precision = detail::precision_for(dy);
+  const Precision precision = precision_of(dy.format);
   if (!adapter) {
     if (dx) backend.weight_gemm_nn(dy, weight, 1.0f, precision, {}, dx);
     return;

@@ -97,6 +97,18 @@ enum class Op : std::uint8_t { n, t };
 /// device has it and its user has allowed it, and f32 elsewhere; `f32` keeps every digit given.
 enum class Precision : std::uint8_t { f32, bf16, f16, tf32 };
 
+/// What operands are rounded to; those that keep their digits are f32.
+PISSA_INLINE constexpr Format format_of(Precision precision) {
+  return precision == Precision::bf16 ? Format::bf16 : precision == Precision::f16 ? Format::f16 : Format::f32;
+}
+
+/// Mixed precision as it is usually meant: half-precision activations ask for products in it, of the factors too. For
+/// f32 the user's choice of TF32 holds, as for the layer that is adapted.
+PISSA_INLINE constexpr Precision precision_of(Format activations) {
+  if (activations == Format::bf16) return Precision::bf16;
+  return activations == Format::f16 ? Precision::f16 : Precision::tf32;
+}
+
 /// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
 enum class Rank : std::uint8_t { assumed_full, any };
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "pissa/core/cholesky_qr.h"
 #include "pissa/core/error.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/quantized.h"
@@ -304,17 +305,8 @@ double least_share_kept(const std::vector<double>& pivots, const double* gram, c
 
 }  // namespace
 
-// Block Gram-Schmidt against the earlier rows and Cholesky QR with the Gram matrix in f64. Once brings the rows within
-// condition * eps of orthonormal, a second time within a few eps (Yamamoto et al., CholeskyQR2, 2015): needed unless
-// every row kept a quarter of its length. Rows too dependent for that, which f32 rounding would make worse than 1e-2
-// after the first round, go to Householder; so do rows, of length 1 by then, that the second round shortens by half:
-// rounding errors inside the span of the earlier; and rows shorter than 1e-30, where those of a weight have elements
-// around 1: the inverse of such a length may be more than f32 holds.
+// The second round is needed unless every row kept a quarter of its length.
 void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank) const {
-  struct Round {
-    double least_ratio, least_pivot;
-  };
-  constexpr Round kRounds[] = {{1e-5, 1e-30}, {0.5, 0.5}};
   constexpr double kOnceIsEnough = 0.25;
   const MutableMatrix earlier = rows_of(basis, 0, done);
   const MutableMatrix rows = rows_of(basis, done, count);
@@ -323,7 +315,7 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
   const Buffer other(count, basis.cols);
   MutableMatrix from = rows;
   MutableMatrix to = other.view();
-  for (const auto& [least_ratio, least_pivot] : kRounds) {
+  for (const auto& [least_ratio, least_pivot] : kCholeskyRounds) {
     if (done > 0) {
       const std::array projection{Term{from, Op::n, earlier, Op::t}};
       const std::array removal{Term{overlap.view(), Op::n, earlier, Op::n, -1.0f}};

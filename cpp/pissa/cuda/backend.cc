@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "pissa/core/cholesky_qr.h"
 #include "pissa/cuda/codes.h"
 #include "pissa/cuda/eigh.h"
 #include "pissa/cuda/elementwise.h"
@@ -165,7 +166,7 @@ Weight CudaBackend::decode_ahead(const Matrix& weight, Precision precision, std:
   return {context_, weight, format};
 }
 
-// As the CPU's (cpu/backend.cc says why), but always twice: looking whether once is enough would make the host wait.
+// Always both rounds: looking whether one is enough would make the host wait.
 void CudaBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank) {
   if (rank == Rank::assumed_full) return orthonormalize_one(basis, done, rows, rank, flags(), count());
   for (std::int64_t i = 0; i < count(); ++i) orthonormalize_one(one_of(basis, i), done, rows, rank, flags() + i, 1);
@@ -174,10 +175,6 @@ void CudaBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, 
 void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t done, std::int64_t rows, Rank rank,
                                      int* flags, std::int64_t count) {
   if (rows == 0) return;
-  struct Round {
-    double least_share, least_pivot;
-  };
-  constexpr Round kRounds[] = {{1e-5, 1e-30}, {0.5, 0.5}};
   const MutableMatrix target = rows_of(basis, done, rows);
   const Buffer other(context_, rows, basis.cols, Format::f32, count);
   // What is asked at once has a word of its own: what is left for had_full_rank stays there.
@@ -188,7 +185,7 @@ void CudaBackend::orthonormalize_one(const MutableMatrix& basis, std::int64_t do
   }
   MutableMatrix from = target;
   MutableMatrix to = other.view();
-  for (const auto& [least_share, least_pivot] : kRounds) {
+  for (const auto& [least_share, least_pivot] : kCholeskyRounds) {
     remove_earlier(context_, rows_of(basis, 0, done), from, count);
     const Buffer normalization =
         normalization_of(context_, from, least_share, least_pivot, asked ? asked->data() : flags, count);

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "pissa/cuda/formats_device.h"
+#include "pissa/cuda/reduce_device.h"
 
 namespace pissa::cuda {
 namespace {
@@ -12,8 +13,8 @@ namespace {
 // ---- Decoding ----------------------------------------------------------------------------------------------------
 
 constexpr unsigned kDecodeThreads = 128;
-constexpr int kDecodeGroups = 4;  // of a thread: that many loads are under way before the first is used
-constexpr std::int64_t kSegment = kDecodeThreads * kDecodeGroups * kGroup;  // of a row, one block's share
+constexpr int kDecodeOctets = 4;  // of a thread: that many loads are under way before the first is used
+constexpr std::int64_t kSegment = kDecodeThreads * kDecodeOctets * kOctet;  // of a row, one block's share
 
 // Rows, columns and the start are multiples of 8, so that eight elements share a load of codes, a scale and a row.
 template <class Codes>
@@ -25,28 +26,28 @@ __global__ void decode_kernel(Matrix weight, int shift, std::int64_t first_row, 
   const std::int64_t first = (first_row + row) * weight.cols + first_col;
   const typename Codes::Decoder decoder;
   const BlockScales<Codes> scales(weight.scales, shift);
-  typename Codes::Group codes[kDecodeGroups] = {};
-  typename BlockScales<Codes>::Part parts[kDecodeGroups];
-  std::int64_t cols[kDecodeGroups];
+  typename Codes::Octet codes[kDecodeOctets] = {};
+  typename BlockScales<Codes>::Part parts[kDecodeOctets];
+  std::int64_t cols[kDecodeOctets];
 #pragma unroll
-  for (int i = 0; i < kDecodeGroups; ++i) {
-    cols[i] = segment * kSegment + (i * static_cast<int>(kDecodeThreads) + static_cast<int>(threadIdx.x)) * kGroup;
+  for (int i = 0; i < kDecodeOctets; ++i) {
+    cols[i] = segment * kSegment + (i * static_cast<int>(kDecodeThreads) + static_cast<int>(threadIdx.x)) * kOctet;
     if (cols[i] >= out.cols) continue;
     const std::int64_t at = first + cols[i];
-    codes[i] = static_cast<const typename Codes::Group*>(weight.data)[at / kGroup];
+    codes[i] = static_cast<const typename Codes::Octet*>(weight.data)[at / kOctet];
     parts[i] = scales.load(first_row + row, at);
   }
-  float scale[kDecodeGroups];
+  float scale[kDecodeOctets];
 #pragma unroll
-  for (int i = 0; i < kDecodeGroups; ++i) scale[i] = scales.value(parts[i]);
+  for (int i = 0; i < kDecodeOctets; ++i) scale[i] = scales.value(parts[i]);
 #pragma unroll
-  for (int i = 0; i < kDecodeGroups; ++i) {
-    float values[kGroup];
+  for (int i = 0; i < kDecodeOctets; ++i) {
+    float values[kOctet];
     decoder.levels(codes[i], values);  // by all lanes
     if (cols[i] >= out.cols) continue;
 #pragma unroll
     for (float& value : values) value = Codes::element(value, scale[i]);
-    store_group(out.data, out.format, row * out.ld + cols[i], kGroup, values);
+    store_octet(out.data, out.format, row * out.ld + cols[i], kOctet, values);
   }
 }
 
@@ -67,7 +68,7 @@ __global__ void decode_any_kernel(Matrix weight, int shift, std::int64_t first_r
 // ---- Quantisation ------------------------------------------------------------------------------------------------
 
 constexpr unsigned kQuantizeThreads = 256;
-constexpr int kStep = kWarp * kGroup;  // elements that a warp reads at a time, of each of its units
+constexpr int kStep = kWarp * kOctet;  // elements that a warp reads at a time, of each of its units
 constexpr int kUnits = 2;
 
 struct QuantizeArgs {
@@ -77,23 +78,23 @@ struct QuantizeArgs {
   QuantOutput out;
 };
 
-// A group of each unit, from `at` on; zeros beyond `end`.
+// An octet of each unit, from `at` on; zeros beyond `end`.
 __device__ __forceinline__ void load_values(const QuantizeArgs& args, const std::int64_t (&at)[kUnits],
-                                            const std::int64_t (&end)[kUnits], float (&values)[kUnits][kGroup]) {
+                                            const std::int64_t (&end)[kUnits], float (&values)[kUnits][kOctet]) {
   int counts[kUnits];
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
     const std::int64_t left = end[unit] - at[unit];
-    counts[unit] = left <= 0 ? 0 : left < kGroup ? static_cast<int>(left) : kGroup;
+    counts[unit] = left <= 0 ? 0 : left < kOctet ? static_cast<int>(left) : kOctet;
   }
   const Matrix& from = args.values;
   if (from.ld == from.cols) {
-    load_groups(from.data, from.format, at, counts, values);
+    load_octets(from.data, from.format, at, counts, values);
   } else {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < kOctet; ++i) {
         std::int64_t col = 0;
         const std::int64_t row = i < counts[unit] ? divide(at[unit] + i, from.cols, col) : 0;
         values[unit][i] = i < counts[unit] ? load(from.data, from.format, row * from.ld + col) : 0.0f;
@@ -102,14 +103,14 @@ __device__ __forceinline__ void load_values(const QuantizeArgs& args, const std:
   }
   if (!args.change) return;
   std::int64_t change_at[kUnits];
-  float change[kUnits][kGroup];
+  float change[kUnits][kOctet];
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) change_at[unit] = at[unit] - args.change_first;
-  load_groups(args.change, Format::f32, change_at, counts, change);
+  load_octets(args.change, Format::f32, change_at, counts, change);
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[unit][i] += change[unit][i];
+    for (int i = 0; i < kOctet; ++i) values[unit][i] += change[unit][i];
   }
 }
 
@@ -122,7 +123,7 @@ struct Share {
   std::int64_t elements;
 
   __host__ __device__ explicit Share(std::int64_t blocksize)
-      : lanes(kByRow || blocksize >= kStep ? kWarp : static_cast<int>(blocksize) / kGroup),
+      : lanes(kByRow || blocksize >= kStep ? kWarp : static_cast<int>(blocksize) / kOctet),
         elements(lanes == kWarp ? blocksize : kStep) {}
 };
 
@@ -137,32 +138,32 @@ struct LaneBlock {
 
 // bitsandbytes multiplies whole blocks by a factor and divides the short last one; the codes can differ.
 template <class Codes>
-__device__ __forceinline__ void scale_values(const float (&values)[kGroup], bool whole, float divisor, float factor,
-                                             float (&scaled)[kGroup]) {
+__device__ __forceinline__ void scale_values(const float (&values)[kOctet], bool whole, float divisor, float factor,
+                                             float (&scaled)[kOctet]) {
   if (Share<Codes>::kByRow || whole) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) scaled[i] = values[i] * factor;
+    for (int i = 0; i < kOctet; ++i) scaled[i] = values[i] * factor;
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) scaled[i] = values[i] / divisor;
+    for (int i = 0; i < kOctet; ++i) scaled[i] = values[i] / divisor;
   }
 }
 
-// Those of a group's codes that are before `end`.
-template <class Group>
+// Those of an octet's codes that are before `end`.
+template <class Octet>
 __device__ __forceinline__ void store_codes(std::uint8_t* codes, std::int64_t at, std::int64_t end,
-                                            const Group& group) {
-  constexpr int kBytes = sizeof group;
-  std::uint8_t* to = codes + at * kBytes / kGroup;
-  if (at + kGroup <= end && reinterpret_cast<std::uintptr_t>(to) % kBytes == 0) {
-    *reinterpret_cast<Group*>(to) = group;
+                                            const Octet& octet) {
+  constexpr int kBytes = sizeof octet;
+  std::uint8_t* to = codes + at * kBytes / kOctet;
+  if (at + kOctet <= end && reinterpret_cast<std::uintptr_t>(to) % kBytes == 0) {
+    *reinterpret_cast<Octet*>(to) = octet;
     return;
   }
   std::uint8_t bytes[kBytes];
-  memcpy(bytes, &group, kBytes);
+  memcpy(bytes, &octet, kBytes);
 #pragma unroll
   for (int byte = 0; byte < kBytes; ++byte) {
-    if (at + byte * kGroup / kBytes < end) to[byte] = bytes[byte];
+    if (at + byte * kOctet / kBytes < end) to[byte] = bytes[byte];
   }
 }
 
@@ -181,8 +182,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeA
 
   // As the bits of what is not negative: above all numbers is Inf, and NaN above that. fmaxf would lose NaN.
   unsigned largest[kUnits] = {};
-  float values[kUnits][kGroup];
-  const std::int64_t starts[kUnits] = {first + lane * kGroup, first + share.elements + lane * kGroup};
+  float values[kUnits][kOctet];
+  const std::int64_t starts[kUnits] = {first + lane * kOctet, first + share.elements + lane * kOctet};
   for (std::int64_t step = 0; step < share.elements; step += kStep) {
     load_values(args, {starts[0] + step, starts[1] + step}, ends, values);
 #pragma unroll
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeA
     if (share.elements > kStep) load_values(args, {starts[0] + step, starts[1] + step}, ends, values);
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      float scaled[kGroup];
+      float scaled[kOctet];
       scale_values<Codes>(values[unit], blocks[unit].whole, divisors[unit], factors[unit], scaled);
       store_codes(args.out.codes, starts[unit] + step, ends[unit], encoder.codes(scaled));  // codes by all lanes
     }
@@ -225,28 +226,12 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeA
 constexpr unsigned kNestedThreads = kNestedBlocksize;
 constexpr std::int64_t kMostSums = kNestedThreads;  // a thread takes one of them
 
-// The sum of all threads' values, to each of them.
-__device__ __forceinline__ double block_sum(double value) {
-  struct Shared {
-    double sums[kNestedThreads / kWarp];
-  };
-  Shared& shared = shared_memory<Shared>();
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double total = 0.0;
-#pragma unroll
-  for (const double sum : shared.sums) total += sum;
-  return total;
-}
-
 // sums[i] = the sum of values [i * share, (i + 1) * share)
 __global__ void sums_kernel(const float* values, std::int64_t count, std::int64_t share, double* sums) {
   const std::int64_t first = blockIdx.x * share;
   double sum = 0.0;
   for (std::int64_t i = first + threadIdx.x; i < min(first + share, count); i += kNestedThreads) sum += values[i];
-  sum = block_sum(sum);
+  sum = block_reduce(sum, Add{});
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
@@ -263,10 +248,6 @@ struct NestedArgs {
 
 // A block takes one of the nested blocks, a thread one scale.
 __global__ void quantize_absmax_kernel(NestedArgs args) {
-  struct Shared {
-    unsigned largest[kNestedThreads / kWarp];
-  };
-  Shared& shared = shared_memory<Shared>();
   const std::int64_t at = blockIdx.x * kNestedBlocksize + threadIdx.x;
   const bool inside = at < args.count;
   const float absmax = inside ? args.absmax[at] : 0.0f;
@@ -274,20 +255,12 @@ __global__ void quantize_absmax_kernel(NestedArgs args) {
   if (args.given) {
     offset = *args.given;
   } else {
-    const double sum = block_sum(threadIdx.x < args.sum_count ? args.sums[threadIdx.x] : 0.0);
+    const double sum = block_reduce(threadIdx.x < args.sum_count ? args.sums[threadIdx.x] : 0.0, Add{});
     offset = static_cast<float>(sum / static_cast<double>(args.count));
   }
   const float value = inside ? absmax - offset : 0.0f;
-  unsigned bits = __float_as_uint(fabsf(value));  // as in quantize_kernel
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
-  }
-  if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = bits;
-  __syncthreads();
-#pragma unroll
-  for (const unsigned other : shared.largest) bits = max(bits, other);
-  const float largest = __uint_as_float(bits);
+  // As bits, for quantize_kernel's reason.
+  const float largest = __uint_as_float(block_reduce(__float_as_uint(fabsf(value)), Larger{}));
   if (threadIdx.x == 0) args.nested_absmax[blockIdx.x] = largest;
   if (threadIdx.x == 0 && blockIdx.x == 0) *args.offset = offset;
   if (!inside) return;
@@ -311,11 +284,11 @@ __global__ void quantize_absmax_kernel(NestedArgs args) {
 void decode_codes(const Context& context, const Matrix& weight, std::int64_t row, std::int64_t col,
                   const MutableMatrix& out) {
   if (out.rows == 0 || out.cols == 0) return;
-  const auto fits = [](std::int64_t n) { return n % kGroup == 0; };
+  const auto fits = [](std::int64_t n) { return n % kOctet == 0; };
   const int shift = shift_of(weight.scales.blocksize);
   with_codes(weight.format, [&](auto codes) {
     using Codes = decltype(codes);
-    const bool aligned = reinterpret_cast<std::uintptr_t>(weight.data) % sizeof(typename Codes::Group) == 0;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(weight.data) % sizeof(typename Codes::Octet) == 0;
     if (aligned && fits(weight.cols) && fits(col) && fits(out.cols)) {
       const std::int64_t blocks = out.rows * ceil_div(out.cols, kSegment);
       launch(context, "decode", decode_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,

@@ -73,6 +73,13 @@ __device__ __forceinline__ void store(void* data, Format format, std::int64_t i,
   else static_cast<__half*>(data)[i] = __float2half_rn(value);
 }
 
+/// A value as an element of a dense format holds it.
+__device__ __forceinline__ float rounded(float value, Format format) {
+  if (format == Format::bf16) return __bfloat162float(__float2bfloat16_rn(value));
+  if (format == Format::f16) return __half2float(__float2half_rn(value));
+  return value;
+}
+
 /// Two values as the halves of a register, the first in the lower one.
 template <Format format>
 __device__ __forceinline__ unsigned pack_halves(float first, float second) {
@@ -101,24 +108,24 @@ __device__ __forceinline__ void unpack_halves(unsigned bits, float& first, float
 }
 
 /// Elements that a thread handles together: 16 bytes of a half-precision row, and one load of codes.
-inline constexpr int kGroup = 8;
+inline constexpr int kOctet = 8;
 
 /// Codes that a thread of few_rows handles together: of one block in every format.
 inline constexpr int kLine = 32;
 
-__device__ __forceinline__ bool aligned_to_16(const void* pointer) {
+__host__ __device__ __forceinline__ bool aligned_to_16(const void* pointer) {
   return (reinterpret_cast<std::uintptr_t>(pointer) & 15u) == 0;
 }
 
 template <Format format>
-__device__ __forceinline__ void store_halves(void* to, const float (&values)[kGroup]) {
+__device__ __forceinline__ void store_halves(void* to, const float (&values)[kOctet]) {
   *static_cast<uint4*>(to) =
       make_uint4(pack_halves<format>(values[0], values[1]), pack_halves<format>(values[2], values[3]),
                  pack_halves<format>(values[4], values[5]), pack_halves<format>(values[6], values[7]));
 }
 
 template <Format format>
-__device__ __forceinline__ void unpack_group(const uint4 (&words)[2], float (&values)[kGroup]) {
+__device__ __forceinline__ void unpack_octet(const uint4 (&words)[2], float (&values)[kOctet]) {
   if constexpr (format == Format::f32) {
     memcpy(values, words, sizeof values);
   } else {
@@ -129,10 +136,10 @@ __device__ __forceinline__ void unpack_group(const uint4 (&words)[2], float (&va
   }
 }
 
-// Groups at addresses of 16 bytes, each whole or empty.
+// Octets at addresses of 16 bytes, each whole or empty.
 template <Format format, int n>
-__device__ __forceinline__ void load_whole_groups(const char* const (&from)[n], const int (&counts)[n],
-                                                  float (&values)[n][kGroup]) {
+__device__ __forceinline__ void load_whole_octets(const char* const (&from)[n], const int (&counts)[n],
+                                                  float (&values)[n][kOctet]) {
   uint4 words[n][2] = {};
 #pragma unroll
   for (int i = 0; i < n; ++i) {
@@ -141,46 +148,46 @@ __device__ __forceinline__ void load_whole_groups(const char* const (&from)[n], 
     if constexpr (format == Format::f32) words[i][1] = reinterpret_cast<const uint4*>(from[i])[1];
   }
 #pragma unroll
-  for (int i = 0; i < n; ++i) unpack_group<format>(words[i], values[i]);
+  for (int i = 0; i < n; ++i) unpack_octet<format>(words[i], values[i]);
 }
 
 /// values[i] = elements [firsts[i], firsts[i] + counts[i]), counts[i] <= 8; the rest are 0. Where the addresses allow
-/// loads of 16 bytes, those of all the groups are under way before the first is used: a wait for memory for n groups.
+/// loads of 16 bytes, those of all the octets are under way before the first is used: a wait for memory for n octets.
 template <int n>
-__device__ __forceinline__ void load_groups(const void* data, Format format, const std::int64_t (&firsts)[n],
-                                            const int (&counts)[n], float (&values)[n][kGroup]) {
+__device__ __forceinline__ void load_octets(const void* data, Format format, const std::int64_t (&firsts)[n],
+                                            const int (&counts)[n], float (&values)[n][kOctet]) {
   const char* from[n];
   bool whole = true;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     from[i] = static_cast<const char*>(data) + firsts[i] * dense_size(format);
-    whole = whole && (counts[i] <= 0 || (counts[i] == kGroup && aligned_to_16(from[i])));
+    whole = whole && (counts[i] <= 0 || (counts[i] == kOctet && aligned_to_16(from[i])));
   }
   if (whole) {
-    if (format == Format::bf16) return load_whole_groups<Format::bf16>(from, counts, values);
-    if (format == Format::f16) return load_whole_groups<Format::f16>(from, counts, values);
-    return load_whole_groups<Format::f32>(from, counts, values);
+    if (format == Format::bf16) return load_whole_octets<Format::bf16>(from, counts, values);
+    if (format == Format::f16) return load_whole_octets<Format::f16>(from, counts, values);
+    return load_whole_octets<Format::f32>(from, counts, values);
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) {
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) values[i][j] = j < counts[i] ? load(data, format, firsts[i] + j) : 0.0f;
+    for (int j = 0; j < kOctet; ++j) values[i][j] = j < counts[i] ? load(data, format, firsts[i] + j) : 0.0f;
   }
 }
 
-/// The same of one group.
-__device__ __forceinline__ void load_group(const void* data, Format format, std::int64_t first, int count,
-                                           float (&values)[kGroup]) {
-  float groups[1][kGroup];
-  load_groups(data, format, {first}, {count}, groups);
+/// The same of one octet.
+__device__ __forceinline__ void load_octet(const void* data, Format format, std::int64_t first, int count,
+                                           float (&values)[kOctet]) {
+  float octets[1][kOctet];
+  load_octets(data, format, {first}, {count}, octets);
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) values[j] = groups[0][j];
+  for (int j = 0; j < kOctet; ++j) values[j] = octets[0][j];
 }
 
-__device__ __forceinline__ void store_group(void* data, Format format, std::int64_t i, int count,
-                                            const float (&values)[kGroup]) {
+__device__ __forceinline__ void store_octet(void* data, Format format, std::int64_t i, int count,
+                                            const float (&values)[kOctet]) {
   char* to = static_cast<char*>(data) + i * dense_size(format);
-  if (count == kGroup && aligned_to_16(to)) {
+  if (count == kOctet && aligned_to_16(to)) {
     if (format == Format::bf16) return store_halves<Format::bf16>(to, values);
     if (format == Format::f16) return store_halves<Format::f16>(to, values);
     reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
@@ -188,7 +195,7 @@ __device__ __forceinline__ void store_group(void* data, Format format, std::int6
     return;
   }
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) {
+  for (int j = 0; j < kOctet; ++j) {
     if (j < count) store(data, format, i + j, values[j]);
   }
 }
@@ -203,13 +210,6 @@ __device__ __forceinline__ std::int64_t divide(std::int64_t a, std::int64_t b, s
   const std::int64_t quotient = a / b;
   remainder = a - quotient * b;
   return quotient;
-}
-
-template <class T>
-__device__ __forceinline__ T warp_sum(T value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
 }
 
 }  // namespace pissa::cuda

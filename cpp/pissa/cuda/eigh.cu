@@ -5,10 +5,10 @@
 #include "pissa/core/format.h"
 #include "pissa/core/philox.h"
 #include "pissa/core/tridiagonal.h"
-#include "pissa/cuda/device.h"
 #include "pissa/cuda/elementwise.h"
 #include "pissa/cuda/factorize.h"
 #include "pissa/cuda/gemm.h"
+#include "pissa/cuda/reduce_device.h"
 
 namespace pissa::cuda {
 namespace {
@@ -51,21 +51,6 @@ __device__ __forceinline__ Reduction of_block(Reduction all) {
           k};
 }
 
-struct WarpSums {
-  double of_warp[kMostWarps];
-};
-
-// Over the block, the same bits for every thread. Between two calls the block synchronises.
-__device__ __forceinline__ double block_sum(double value) {
-  WarpSums& sums = shared_memory<WarpSums>();
-  value = warp_sum(value);
-  if (threadIdx.x % kWarp == 0) sums.of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sum = 0.0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += sums.of_warp[warp];
-  return sum;
-}
-
 // Products of the panel's rows so far with a vector: V's and then W's.
 struct Overlaps {
   double of_lane[2 * kPanel][kWarp + 1];
@@ -99,7 +84,7 @@ __global__ void __launch_bounds__(kMostThreads) reduce_panel_kernel(Reduction al
       w[i] = value;  // for now
       if (i > j + 1) squares += value * value;
     }
-    squares = block_sum(squares);
+    squares = block_reduce(squares, Add{});
     const double alpha = j + 1 < k ? w[j + 1] : 0.0;
     const bool reflects = squares > 0.0;  // if not, there is nothing to remove: H = I
     const double norm = sqrt(alpha * alpha + squares);
@@ -156,7 +141,7 @@ __global__ void __launch_bounds__(kMostThreads) reduce_panel_kernel(Reduction al
       w[i] = value;
       product += v[i] * value;
     }
-    product = block_sum(product);
+    product = block_reduce(product, Add{});
     for (std::int64_t i = first + thread; i < k; i += threads) w[i] -= 0.5 * product * v[i];
     __syncthreads();
   }

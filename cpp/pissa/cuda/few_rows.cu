@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "pissa/cuda/formats_device.h"
+#include "pissa/cuda/reduce_device.h"
 
 namespace pissa::cuda {
 namespace {
@@ -14,52 +15,46 @@ constexpr int kMostTerms = 2;
 constexpr int kRowsAtOnce = 4;  // of x: that many loads are under way before the first is used
 
 // The terms of a sum, and what is added to it, as a kernel's argument.
-struct Sum {
+struct RowSum {
   Term terms[kMostTerms];
   int count;
   Matrix addend, bias;
   MutableMatrix out;
 };
 
-Sum sum_of(std::span<const Term> terms, const Matrix& addend, const Matrix& bias, const MutableMatrix& out) {
-  Sum sum{{}, static_cast<int>(terms.size()), addend, bias, out};
+RowSum sum_of(std::span<const Term> terms, const Matrix& addend, const Matrix& bias, const MutableMatrix& out) {
+  RowSum sum{{}, static_cast<int>(terms.size()), addend, bias, out};
   std::copy(terms.begin(), terms.end(), sum.terms);
   return sum;
-}
-
-__device__ __forceinline__ float rounded(float value, Precision precision) {
-  if (precision == Precision::bf16) return __bfloat162float(__float2bfloat16_rn(value));
-  if (precision == Precision::f16) return __half2float(__float2half_rn(value));
-  return value;
 }
 
 // values[i] = elements [col, col + 8) of row `row + i * step`; zeros beyond the matrix.
 template <int n>
 __device__ __forceinline__ void load_rows(const Matrix& matrix, std::int64_t row, std::int64_t step, std::int64_t col,
-                                          float (&values)[n][kGroup]) {
+                                          float (&values)[n][kOctet]) {
   const std::int64_t left = matrix.cols - col;
   std::int64_t firsts[n];
   int counts[n];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     firsts[i] = (row + i * step) * matrix.ld + col;
-    counts[i] = left <= 0 || row + i * step >= matrix.rows ? 0 : left < kGroup ? static_cast<int>(left) : kGroup;
+    counts[i] = left <= 0 || row + i * step >= matrix.rows ? 0 : left < kOctet ? static_cast<int>(left) : kOctet;
   }
-  load_groups(matrix.data, matrix.format, firsts, counts, values);
+  load_octets(matrix.data, matrix.format, firsts, counts, values);
 }
 
 template <int n>
 __device__ __forceinline__ void load_rounded(const Matrix& matrix, std::int64_t row, std::int64_t col, float scale,
-                                             Precision precision, float (&values)[n][kGroup]) {
+                                             Format format, float (&values)[n][kOctet]) {
   load_rows(matrix, row, 1, col, values);
 #pragma unroll
-  for (auto& group : values) {
+  for (auto& octet : values) {
 #pragma unroll
-    for (float& value : group) value = rounded(scale * value, precision);
+    for (float& value : octet) value = rounded(scale * value, format);
   }
 }
 
-__device__ __forceinline__ void finish(const Sum& sum, int row, std::int64_t col, float value) {
+__device__ __forceinline__ void finish(const RowSum& sum, int row, std::int64_t col, float value) {
   if (sum.addend) value += load(sum.addend.data, sum.addend.format, row * sum.addend.ld + col);
   if (sum.bias) value += load(sum.bias.data, sum.bias.format, col);
   store(sum.out.data, sum.out.format, row * sum.out.ld + col, value);
@@ -67,7 +62,7 @@ __device__ __forceinline__ void finish(const Sum& sum, int row, std::int64_t col
 
 // kSplit threads, a warp or the block, share a column of the output and divide its inner dimension.
 template <int kSplit>
-__global__ void few_rows_kernel(Sum sum) {
+__global__ void few_rows_kernel(RowSum sum) {
   struct Shared {
     float partial[kWarps][kRows];
   };
@@ -78,25 +73,25 @@ __global__ void few_rows_kernel(Sum sum) {
   float total[kRows] = {};
   for (int i = 0; i < sum.count && inside; ++i) {
     const Term& term = sum.terms[i];
-    for (std::int64_t k = part * kGroup; k < term.a.cols; k += kSplit * kGroup) {
-      float b[1][kGroup];
-      load_rounded(term.b, col, k, 1.0f, term.precision, b);
+    for (std::int64_t k = part * kOctet; k < term.a.cols; k += kSplit * kOctet) {
+      float b[1][kOctet];
+      load_rounded(term.b, col, k, 1.0f, format_of(term.precision), b);
 #pragma unroll
       for (int first = 0; first < kRows; first += kRowsAtOnce) {
         if (first >= rows) break;
-        float a[kRowsAtOnce][kGroup];
-        load_rounded(term.a, first, k, term.scale, term.precision, a);
+        float a[kRowsAtOnce][kOctet];
+        load_rounded(term.a, first, k, term.scale, format_of(term.precision), a);
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i) {
 #pragma unroll
-          for (int j = 0; j < kGroup; ++j) total[first + i] = fmaf(a[i][j], b[0][j], total[first + i]);
+          for (int j = 0; j < kOctet; ++j) total[first + i] = fmaf(a[i][j], b[0][j], total[first + i]);
         }
       }
     }
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    if (row < rows) total[row] = warp_sum(total[row]);
+    if (row < rows) total[row] = warp_reduce(total[row], Add{});
   }
   if constexpr (kSplit == kWarp) {
 #pragma unroll
@@ -130,7 +125,7 @@ constexpr int kTileCols = 8;
 constexpr int kBlockCols = kTiles * kTileCols;
 constexpr int kChunk = 4 * kLine;
 constexpr int kSteps = kChunk / 16;  // products of 16 k in a chunk
-constexpr int kTailChunk = 4 * kGroup;
+constexpr int kTailChunk = 4 * kOctet;
 constexpr int kTailSteps = kTailChunk / 16;
 
 __device__ __forceinline__ unsigned word_of(const uint4 (&words)[4], int i) {
@@ -146,7 +141,7 @@ __device__ __forceinline__ void load_x(const Matrix& x, int row, std::int64_t k,
 }
 
 // The rows of the tail's second factors that a block needs.
-__device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first_col) {
+__device__ __forceinline__ void prefetch_tail(const RowSum& sum, std::int64_t first_col) {
   constexpr std::int64_t kBytes = 128;  // that one prefetch brings
   constexpr int kThreadsOfRow = kThreads / kBlockCols;
   const std::int64_t col = first_col + threadIdx.x / kThreadsOfRow;
@@ -163,7 +158,7 @@ __device__ __forceinline__ void prefetch_tail(const Sum& sum, std::int64_t first
 
 // totals += the warp's share of the tail; the terms are rounded to `format`.
 template <Format format>
-__device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col, float (&totals)[kTiles][4]) {
+__device__ __forceinline__ void add_tail(const RowSum& sum, std::int64_t first_col, float (&totals)[kTiles][4]) {
   const int group = threadIdx.x % kWarp / 4;
   const int quad = threadIdx.x % 4;
   int turn = static_cast<int>(threadIdx.x) / kWarp;
@@ -171,9 +166,9 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
     const Term& term = sum.terms[i];
     const int chunks = static_cast<int>((term.a.cols + kTailChunk - 1) / kTailChunk);
     for (; turn < chunks; turn += kWarps) {
-      const std::int64_t k = turn * kTailChunk + quad * kGroup;
-      float a[2][kGroup];
-      float b[kTiles][kGroup];
+      const std::int64_t k = turn * kTailChunk + quad * kOctet;
+      float a[2][kOctet];
+      float b[kTiles][kOctet];
       load_rows(term.b, first_col + group, kTileCols, k, b);
       load_rows(term.a, group, 8, k, a);
       const auto scaled = [&](int row, int j) {
@@ -196,14 +191,15 @@ __device__ __forceinline__ void add_tail(const Sum& sum, std::int64_t first_col,
 }
 
 template <Format format, class Codes>
-__global__ void __launch_bounds__(kThreads, 3) few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, Sum sum) {
+__global__ void __launch_bounds__(kThreads, 3)
+    few_rows_quantized_kernel(Matrix x, Matrix weight, int shift, RowSum sum) {
   struct Shared {
     float partial[kWarps][kRows][kBlockCols];
   };
   Shared& shared = shared_memory<Shared>();
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int group = lane / 4;  // row of x, column of a tile
+  const int group = lane / 4;  // as the PTX ISA calls it: row of x, column of a tile
   const int quad = lane % 4;
   const std::int64_t first_col = static_cast<std::int64_t>(blockIdx.x) * kBlockCols;
   const typename Codes::Decoder decoder;
@@ -268,8 +264,6 @@ __global__ void __launch_bounds__(kThreads, 3) few_rows_quantized_kernel(Matrix 
   finish(sum, row, col, value);
 }
 
-bool at_16_bytes(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
-
 }  // namespace
 
 bool few_rows_fit(std::span<const Term> terms, const MutableMatrix& out) {
@@ -293,10 +287,9 @@ void few_rows_gemm(const Context& context, std::span<const Term> terms, const Ma
 
 bool few_rows_quantized_fits(const Matrix& x, const Matrix& weight, std::span<const Term> tail) {
   return x.rows <= kFewRows && (x.format == Format::bf16 || x.format == Format::f16) && is_quantized(weight.format) &&
-         weight.cols % kLine == 0 && x.ld % 8 == 0 && at_16_bytes(x.data) && at_16_bytes(weight.data) &&
-         few_rows_fit(tail, {nullptr, x.rows}) && std::ranges::all_of(tail, [&](const Term& term) {
-           return term.precision == (x.format == Format::bf16 ? Precision::bf16 : Precision::f16);
-         });
+         weight.cols % kLine == 0 && x.ld % 8 == 0 && aligned_to_16(x.data) && aligned_to_16(weight.data) &&
+         few_rows_fit(tail, {nullptr, x.rows}) &&
+         std::ranges::all_of(tail, [&](const Term& term) { return term.precision == precision_of(x.format); });
 }
 
 void few_rows_quantized(const Context& context, const Matrix& x, const Matrix& weight, std::span<const Term> tail,

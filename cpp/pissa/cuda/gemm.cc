@@ -17,7 +17,7 @@ namespace {
 constexpr std::int64_t kWorkspaceBytes = 32 << 20;
 
 // An operand as BLAS sees it: column-major, so a row-major matrix is its own transpose.
-struct Operand {
+struct BlasOperand {
   const void* data;
   cudaDataType_t type;
   std::int64_t rows, cols, ld, stride;
@@ -28,7 +28,7 @@ cudaDataType_t type_of(Format format) {
   return format == Format::f32 ? CUDA_R_32F : format == Format::bf16 ? CUDA_R_16BF : CUDA_R_16F;
 }
 
-Operand operand(const Matrix& matrix, Op op = Op::n) {
+BlasOperand operand(const Matrix& matrix, Op op = Op::n) {
   return {matrix.data,
           type_of(matrix.format),
           matrix.cols,
@@ -38,7 +38,7 @@ Operand operand(const Matrix& matrix, Op op = Op::n) {
           op == Op::n ? CUBLAS_OP_N : CUBLAS_OP_T};
 }
 
-Operand operand(const WideMatrix& matrix, Op op = Op::n) {
+BlasOperand operand(const WideMatrix& matrix, Op op = Op::n) {
   return {matrix.data,
           CUDA_R_64F,
           matrix.cols,
@@ -49,7 +49,7 @@ Operand operand(const WideMatrix& matrix, Op op = Op::n) {
 }
 
 // Of a pointer and of the distances between columns and matrices: what a kernel may rely on.
-std::uint32_t alignment(const Operand& operand) {
+std::uint32_t alignment(const BlasOperand& operand) {
   const std::int64_t size = operand.type == CUDA_R_64F ? 8 : operand.type == CUDA_R_32F ? 4 : 2;
   const std::uint64_t all = reinterpret_cast<std::uintptr_t>(operand.data) |
                             static_cast<std::uint64_t>((operand.ld | operand.stride) * size) | 256u;
@@ -79,8 +79,8 @@ class PreciseMath {
 
 class Product {
  public:
-  Product(const Context& context, cublasComputeType_t compute, cudaDataType_t scale_type, const Operand& left,
-          const Operand& right, const Operand& out, std::int64_t count)
+  Product(const Context& context, cublasComputeType_t compute, cudaDataType_t scale_type, const BlasOperand& left,
+          const BlasOperand& right, const BlasOperand& out, std::int64_t count)
       : context_(context),
         left_(left),
         right_(right),
@@ -173,7 +173,7 @@ class Product {
     verify(cublasLtMatmulDescSetAttribute(description_.get(), attribute, &value, sizeof value),
            "cublasLtMatmulDescSetAttribute");
   }
-  Owned<cublasLtMatrixLayout_t> layout(const Operand& operand, std::int64_t count) const {
+  Owned<cublasLtMatrixLayout_t> layout(const BlasOperand& operand, std::int64_t count) const {
     auto result =
         make<cublasLtMatrixLayout_t>("cublasLtMatrixLayoutCreate", cublasLtMatrixLayoutDestroy, [&](auto* to) {
           return cublasLtMatrixLayoutCreate(to, operand.type, static_cast<std::uint64_t>(operand.rows),
@@ -194,7 +194,7 @@ class Product {
   }
 
   const Context& context_;
-  Operand left_, right_, out_;
+  BlasOperand left_, right_, out_;
   std::int64_t count_;
   cublasComputeType_t compute_;
   bool has_bias_ = false;
@@ -211,8 +211,8 @@ bool allows_tf32(const Context& context) {
 
 // Row-major out = op(a) op(b) is column-major out^T = op(b)^T op(a)^T.
 Product product_of(const Context& context, const Matmul& problem) {
-  const Operand left = operand(problem.b, problem.op_b);
-  const Operand right = operand(problem.a, problem.op_a);
+  const BlasOperand left = operand(problem.b, problem.op_b);
+  const BlasOperand right = operand(problem.a, problem.op_a);
   const bool tf32 = problem.may_use_tf32 && problem.a.format == Format::f32 && allows_tf32(context);
   Product product(context, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F, left, right,
                   operand(problem.out), problem.count);

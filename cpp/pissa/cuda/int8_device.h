@@ -11,7 +11,7 @@ namespace {
 
 struct Int8 {
   static constexpr Format kFormat = Format::int8;
-  using Group = uint2;  // the codes of kGroup neighbours
+  using Octet = uint2;  // the codes of kOctet neighbours
   struct Line {         // the codes of kLine neighbours
     uint4 half[2];
   };
@@ -24,9 +24,9 @@ struct Int8 {
 
   class Decoder {
    public:
-    __device__ __forceinline__ void levels(const Group& codes, float (&values)[kGroup]) const {
+    __device__ __forceinline__ void levels(const Octet& codes, float (&values)[kOctet]) const {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) values[i] = code(i < 4 ? codes.x : codes.y, i % 4);
+      for (int i = 0; i < kOctet; ++i) values[i] = code(i < 4 ? codes.x : codes.y, i % 4);
     }
     /// Elements [4 * i, 4 * i + 4) of a line.
     __device__ __forceinline__ void four_levels(const Line& codes, int i, float (&values)[4]) const {
@@ -48,7 +48,7 @@ struct Int8 {
     static __device__ __forceinline__ float factor(float divisor) { return int8_factor(divisor); }
 
     /// Of elements times their row's factor.
-    __device__ __forceinline__ Group codes(const float (&scaled)[kGroup]) const {
+    __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {
       return make_uint2(word(scaled), word(scaled + 4));
     }
 

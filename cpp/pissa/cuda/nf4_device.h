@@ -14,7 +14,7 @@ __device__ const Nf4Search kDeviceNf4Search = kNf4Search;
 
 struct Nf4 {
   static constexpr Format kFormat = Format::nf4;
-  using Group = unsigned;  // the codes of kGroup neighbours
+  using Octet = unsigned;  // the codes of kOctet neighbours
   using Line = uint4;      // the codes of kLine neighbours
 
   /// An element from its level and its block's scale.
@@ -30,7 +30,7 @@ struct Nf4 {
     __device__ __forceinline__ Decoder() : lane_level_(kDeviceNf4Levels.value[threadIdx.x % 16]) {}
 
     /// In each byte the high nibble comes first.
-    __device__ __forceinline__ void levels(Group codes, float (&values)[kGroup]) const {
+    __device__ __forceinline__ void levels(Octet codes, float (&values)[kOctet]) const {
 #pragma unroll
       for (int byte = 0; byte < 4; ++byte) {
         values[2 * byte] = level(codes >> (8 * byte + 4));
@@ -67,10 +67,10 @@ struct Nf4 {
     static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
 
     /// Of elements divided by their block's absmax, the first of a pair in the high nibble.
-    __device__ __forceinline__ Group codes(const float (&scaled)[kGroup]) const {
+    __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {
       unsigned word = 0;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) word |= code(scaled[i]) << (4 * (i ^ 1));
+      for (int i = 0; i < kOctet; ++i) word |= code(scaled[i]) << (4 * (i ^ 1));
       return word;
     }
 

@@ -25,9 +25,9 @@ void convert_scaled(const Context& context, const Matrix& a, float scale, const 
 }
 
 // scale * matrix in the format wanted: itself, or a copy.
-class Operand {
+class Converted {
  public:
-  Operand(const Context& context, const Matrix& matrix, Format format, std::int64_t count, float scale = 1.0f)
+  Converted(const Context& context, const Matrix& matrix, Format format, std::int64_t count, float scale = 1.0f)
       : view_(matrix) {
     if (matrix.format == format && scale == 1.0f) return;
     const std::int64_t copies = matrix.stride == 0 ? 1 : count;
@@ -102,8 +102,8 @@ bool can_concatenate(std::span<const Term> terms, Format format) {
 // sum (+)= scale * op(a) op(b)
 void add_product(const Context& context, const Term& term, Format format, bool accumulate, const MutableMatrix& sum,
                  std::int64_t count) {
-  const Operand a(context, term.a, format, count);
-  const Operand b(context, term.b, format, count);
+  const Converted a(context, term.a, format, count);
+  const Converted b(context, term.b, format, count);
   matmul(context, {.a = a.view(),
                    .op_a = term.op_a,
                    .b = b.view(),
@@ -115,17 +115,21 @@ void add_product(const Context& context, const Term& term, Format format, bool a
                    .count = count});
 }
 
-// Where the scale of a product with a weight goes: in half precision after the sum; in f32 before it, onto x, for sums
-// of elements near 1e37 overflow. Beyond 2^+-64 onto the weight, which is then so small or so large that a product
-// might take denormals for zero: those of the weight, or what the scale makes of x. A power of two loses nothing.
-struct WeightScale {
-  float x = 1.0f, weight = 1.0f, sum = 1.0f;
+// How a product with a weight is computed: a function of formats, shapes and the scale.
+struct WeightPlan {
+  Format format;  // of both factors
+  bool in_place;  // whether y takes the sum, or a conversion of it from f32
+  // Where the scale goes: in half precision after the sum; in f32 before it, onto x, for sums of elements near 1e37
+  // overflow. Beyond 2^+-64 onto the weight, which is then so small or so large that a product might take denormals for
+  // zero: those of the weight, or what the scale makes of x. A power of two loses nothing.
+  float x_scale = 1.0f, weight_scale = 1.0f, sum_scale = 1.0f;
 
-  WeightScale(float scale, Format format, const Matrix& matrix) {
+  WeightPlan(const Matrix& x, const Matrix& weight, float scale, Precision precision, const MutableMatrix& y)
+      : format(common_format(x, weight, precision)), in_place(y.format == Format::f32 || y.format == format) {
     const float size = std::fabs(scale);
-    if (format != Format::f32) sum = scale;
-    else if (is_quantized(matrix.format) || (size >= 0x1p-64f && size <= 0x1p64f)) x = scale;
-    else weight = scale;
+    if (format != Format::f32) sum_scale = scale;
+    else if (is_quantized(weight.format) || (size >= 0x1p-64f && size <= 0x1p64f)) x_scale = scale;
+    else weight_scale = scale;
   }
 };
 
@@ -139,8 +143,7 @@ void fill_zero(const Context& context, const MutableMatrix& out, std::int64_t co
 }  // namespace
 
 Format common_format(const Matrix& a, const Matrix& b, Precision precision) {
-  if (precision == Precision::bf16) return Format::bf16;
-  if (precision == Precision::f16) return Format::f16;
+  if (format_of(precision) != Format::f32) return format_of(precision);
   return a.format == b.format && !is_quantized(a.format) ? a.format : Format::f32;
 }
 
@@ -189,27 +192,25 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
                     std::int64_t chunk_bytes) {
   check_terms(tail, kMostTail);
   if (y.rows == 0 || y.cols == 0) return;
-  const Format format = common_format(x, weight.view(), precision);
-  if (op == Op::t && scale == 1.0f && format == x.format && few_rows_quantized_fits(x, weight.view(), tail)) {
+  const WeightPlan plan(x, weight.view(), scale, precision, y);
+  if (op == Op::t && scale == 1.0f && plan.format == x.format && few_rows_quantized_fits(x, weight.view(), tail)) {
     return few_rows_quantized(context, x, weight.view(), tail, bias, y);
   }
 
-  const bool in_place = y.format == Format::f32 || y.format == format;
   std::optional<Buffer> f32_sum;
-  if (!in_place) f32_sum.emplace(context, y.rows, y.cols, Format::f32);
-  const MutableMatrix sum = in_place ? y : f32_sum->view();
+  if (!plan.in_place) f32_sum.emplace(context, y.rows, y.cols, Format::f32);
+  const MutableMatrix sum = plan.in_place ? y : f32_sum->view();
 
   const Matrix bias_rows = bias ? Matrix{bias.data, y.rows, y.cols, 0, bias.format} : Matrix{};  // the same everywhere
   if (x.cols == 0) {
     sum_of_products(context, tail, bias_rows, sum);
   } else {
-    const WeightScale scales(scale, format, weight.view());
-    WeightChunks chunks(context, weight, op, scales.weight, format, chunk_bytes, !tail.empty());
-    const Operand x_operand(context, x, format, 1, scales.x);
-    Matmul product{.a = x_operand.view(),
+    WeightChunks chunks(context, weight, op, plan.weight_scale, plan.format, chunk_bytes, !tail.empty());
+    const Converted x_converted(context, x, plan.format, 1, plan.x_scale);
+    Matmul product{.a = x_converted.view(),
                    .b = chunks.front(),
                    .op_b = op,
-                   .alpha = scales.sum,
+                   .alpha = plan.sum_scale,
                    .may_use_tf32 = precision == Precision::tf32,
                    .out = cols_of(sum, 0, chunks.step())};
     // The thin products first: the large one then adds to them what it computes, which costs it nothing.
@@ -223,7 +224,7 @@ void weight_product(const Context& context, const Matrix& x, const Weight& weigh
       matmul(context, product);
     });
   }
-  if (!in_place) convert(context, sum, 1.0f, y);
+  if (!plan.in_place) convert(context, sum, 1.0f, y);
 }
 
 void quantized_sum(const Context& context, std::span<const Term> terms, const Matrix& addend, const QuantOutput& out,
