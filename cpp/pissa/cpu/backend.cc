@@ -305,7 +305,8 @@ double least_share_kept(const std::vector<double>& pivots, const double* gram, c
 
 }  // namespace
 
-// The second round is needed unless every row kept a quarter of its length.
+// What the first round leaves in a row of the others grows as one over the share of its length that it kept: where that
+// is large enough for every row, once is enough.
 void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, std::int64_t count, Rank) const {
   constexpr double kOnceIsEnough = 0.25;
   const MutableMatrix earlier = rows_of(basis, 0, done);
