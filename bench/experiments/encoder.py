@@ -28,7 +28,7 @@ from transformers import (
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.methods import METHODS, MoveRanks, Setting, warm
 from bench.experiments.numbers import log_of, rounded
-from pissa.cli.sources import find_package
+from pissa.cli.data import find_package
 
 _FILMS, _PRODUCTS = "movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt"
 

@@ -21,7 +21,7 @@ from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.language_tasks import LanguageTask, load_task
 from bench.experiments.methods import METHODS, Method, MoveRanks, Setting, warm
 from bench.experiments.numbers import log_of, rounded
-from pissa.cli.encode import IGNORED
+from pissa.cli.data import IGNORED
 
 CURVE = 8
 """Steps between evaluations, for seeds above 0."""

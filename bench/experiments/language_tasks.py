@@ -11,9 +11,7 @@ from transformers import AutoTokenizer
 
 from bench.compare.weights import smollm2
 from bench.experiments.experiment import Options
-from pissa.cli.data import Chat, read_chats
-from pissa.cli.encode import encode
-from pissa.cli.sources import find_package
+from pissa.cli.data import Chat, encode, find_package, read_chats
 
 Row = dict[str, list[int]]
 

@@ -1,15 +1,11 @@
-"""What `pissa selftest` checks: the fused linear layer against its formula, which needs only torch, and a small model.
-
-The op sums products of float32 numbers. A sum of k terms, in any order, is off by at most k u Σ|terms|, u = 2^-24: the
-bound of an element is the formula on absolute values, times k u.
-"""
+"""Whether a layer and a model compute what they should: what `pissa selftest` checks, and what every training does."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +13,29 @@ from torch import Tensor
 import pissa
 from pissa import ops
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _FEW, _MANY = 4, 150
 """Rows of x: few are multiplied by other kernels than many."""
 _IN, _OUT = 392, 264
 _SCALING = 0.5
 _TRAINED = ("x", "a", "b")
+_NOT_THE_MODELS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
+# ---- A layer ---------------------------------------------------------------------------------------------------------
 
 
 def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    """What is wrong with the fused linear layer, forward and backward: a line each.
+    """What is wrong with the fused linear layer, forward and backward, beside its formula in float64: a line each.
+
+    A sum of k random terms in float32 is off by about √k u of its size, u = 2^-24. In half precision factors and
+    products are rounded to their dtype up to five times, eps / 2 each. The bound is four times as much.
 
     Args:
         form: of the weight, "dense" or a format.
         dtype: of the activations, and of a dense weight.
     """
-    terms = max(_IN, _OUT, _MANY) + 16  # of the longest sum, with the few operations around it
     for rows in (_FEW, _MANY):
         given = _tensors(rows, dtype)
         weight: Any = given["weight"].to(device)
@@ -39,12 +43,12 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
             weight = ops.quantize(weight.float(), form)
             given["weight"] = ops.dequantize(weight).cpu()
         tensors = {name: tensor.to(device) for name, tensor in given.items()}
-        got = _values(lambda x, kept=weight, **rest: ops.linear(x, kept, **rest, scaling=_SCALING), tensors, "weight")
+        got = _values(lambda x, weight, kept=weight, **rest: ops.linear(x, kept, **rest, scaling=_SCALING), tensors)
         exact = _values(_linear64, {name: tensor.double() for name, tensor in given.items()})
-        sizes = _values(_linear64, {name: tensor.double().abs() for name, tensor in given.items()})
-        unit = terms * 2.0**-24 + _half_precision(dtype, device)
-        for name, tensor in got.items():
-            yield from _wrong(f"{name} ({rows} rows)", tensor, exact[name], unit * sizes[name])
+        bound = 4 * (math.sqrt(_IN) * 2.0**-24 + torch.finfo(dtype).eps)
+        for name, tensor in exact.items():
+            error = (got[name].cpu().double() - tensor).abs().max() / tensor.abs().max()
+            yield from _above(f"error of {name} ({rows} rows)", error.item(), bound)
 
 
 def _linear64(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
@@ -62,38 +66,68 @@ def _tensors(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return made | {name: made[name].to(dtype) for name in ("x", "dy", "weight")}
 
 
-def _values(function: Any, given: dict[str, Tensor], *left_out: str) -> dict[str, Tensor]:
+def _values(function: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output and the gradients of x, a and b."""
-    tensors = {name: given[name].detach().requires_grad_(name in _TRAINED) for name in given.keys() - {*left_out}}
+    tensors = {name: tensor.detach().requires_grad_(name in _TRAINED) for name, tensor in given.items()}
     dy = tensors.pop("dy")
     y = function(**tensors)
     gradients = torch.autograd.grad(y, [tensors[name] for name in _TRAINED], dy)
-    return {"y": y.detach()} | {
-        f"the gradient of {name}": found for name, found in zip(_TRAINED, gradients, strict=True)
-    }
-
-
-def _half_precision(dtype: torch.dtype, device: torch.device) -> float:
-    """What activations in half precision add to the bound: factors are rounded to their dtype, and products between two
-    factors. Thrice on the CPU, in bfloat16 only; on CUDA the output may be twice more."""
-    if dtype == torch.float32 or (device.type == "cpu" and dtype == torch.float16):
-        return 0.0
-    return (3.03 if device.type == "cpu" else 5.05) * torch.finfo(dtype).eps / 2
-
-
-def _wrong(what: str, got: Tensor, exact: Tensor, bound: Tensor) -> Iterator[str]:
-    """The element that is farthest off for its bound, if it is too far. Its rounding to got's dtype is allowed besides;
-    among the subnormal numbers, to the nearest of them."""
-    format = torch.finfo(got.dtype)
-    limit = bound + format.eps / 2 * exact.abs() + format.smallest_normal * format.eps
-    error = (got.cpu().double() - exact).abs()
-    worst = (error / limit).argmax()  # NaN counts as the largest
-    yield from _above(f"error of {what}", error.flatten()[worst].item(), limit.flatten()[worst].item())
+    names = [f"the gradient of {name}" for name in _TRAINED]
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 def _above(what: str, got: float, allowed: float) -> Iterator[str]:
     if not got <= allowed:  # NaN is wrong too
         yield f"{what}: got {got:.3g}, allowed {allowed:.3g}"
+
+
+# ---- A model ---------------------------------------------------------------------------------------------------------
+
+
+class Step0(NamedTuple):
+    """The relative difference of the logits with and without the adapter, the largest that rounding explains, and the
+    norm of the logits, over a number of `tokens`."""
+
+    difference: float
+    bound: float
+    norm: float
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.bound  # False for NaN
+
+
+def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
+    """Compares the logits before training with the adapter enabled (the model) and disabled (the base). An adapter that
+    starts wrong (PiSSA on a base that has lost its principal part) differs by about 1.
+
+    Args:
+        model: with one active adapter. Afterwards it is in evaluation mode.
+        batch: as a trainer of TRL collates it, on the model's device; tokens that attention_mask leaves out are not
+            compared.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_THE_MODELS}
+    enabled = _logits(model, inputs)
+    with model.disable_adapter():
+        disabled = _logits(model, inputs)
+    return Step0(_off(enabled, disabled), _rounding_bound(model), disabled.norm().item(), len(disabled))
+
+
+def _rounding_bound(model: PeftModel) -> float:
+    """The largest relative difference of logits that rounding explains, between two passes that compute the same
+    function and may round differently.
+
+    With k the inner dimension of an adapted layer, a sum of k products in float32 (u = eps/2) is off by about √k u of
+    its norm, once in each of the two passes; the layer's output is then rounded to the base's dtype, eps at most
+    between the two. These errors are independent from layer to layer and pass the layers above with a gain near 1, so
+    they add up as a random walk does: √(Σ 2 k u²) + √n eps(dtype) for n layers.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    summation = math.sqrt(sum(2 * layer.in_features for layer in layers)) * torch.finfo(torch.float32).eps / 2
+    return summation + math.sqrt(len(layers)) * torch.finfo(model.get_base_model().dtype).eps
 
 
 def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
@@ -104,14 +138,12 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
     """
     from peft import PeftModel
 
-    from pissa.cli.step0 import rounding_bound, step0_check
     from pissa.layers.layer import pissa_layers
 
-    tokens = (20 * torch.arange(4)[:, None] + torch.arange(24) % 3).to(device)  # easily learnt
+    tokens = {"input_ids": (20 * torch.arange(4)[:, None] + torch.arange(24) % 3).to(device)}  # easily learnt
     given = _logits(_llama(device), tokens)
     model: Any = pissa.wrap(_llama(device), r=8, quant=None if form == "implicit" else form)
-    rounding = rounding_bound(model)
-    start = step0_check(model, {"input_ids": tokens})
+    start = step0_check(model, tokens)
     yield from _above("difference of the logits with and without the adapter", start.difference, start.bound)
     # What the format loses of a weight, which adds up from layer to layer as roundings do.
     lost = 0.0
@@ -119,14 +151,15 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
         kept = ops.dequantize(ops.quantize(weight, form))
         lost = math.sqrt(len(pissa_layers(model.base_model.model))) * _off(kept, weight)
-    yield from _above("difference of the logits from the given model's", _off(_logits(model, tokens), given), lost)
+    off = _off(_logits(model, tokens), given)
+    yield from _above("difference of the logits from the given model's", off, lost)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
     losses = []
     model.train()
     for _ in range(8):
         optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(**tokens, labels=tokens["input_ids"]).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -136,11 +169,12 @@ def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="pissa-selftest-") as folder:
         model.save_pretrained(folder)
         loaded = pissa.PissaModel.from_pretrained(_llama(device), folder)
-        yield from _above("difference of the loaded model's logits", _off(_logits(loaded, tokens), trained), 0.0)
+        off = _off(_logits(loaded, tokens), trained)
+        yield from _above("difference of the loaded model's logits", off, 0.0)
         if form == "implicit":  # a quantised base's rounding error a plain LoRA lacks
             plain = PeftModel.from_pretrained(_llama(device), folder)
-            found = _off(_logits(plain, tokens), trained)
-            yield from _above("difference of the logits by PEFT's LoRA of the same files", found, rounding)
+            off = _off(_logits(plain, tokens), trained)
+            yield from _above("difference of the logits by PEFT's LoRA of the same files", off, start.bound)
 
 
 def _llama(device: torch.device) -> Any:
@@ -154,10 +188,12 @@ def _llama(device: torch.device) -> Any:
         return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(device)
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.eval()(input_ids=tokens).logits
-    return logits.double()
+@torch.no_grad()
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """The logits, in evaluation mode, of the tokens that attention_mask has."""
+    logits: Tensor = model.eval()(**inputs, use_cache=False).logits
+    mask = inputs.get("attention_mask")
+    return (logits.flatten(0, 1) if mask is None else logits[mask.bool()]).float()
 
 
 def _off(got: Tensor, expected: Tensor) -> float:

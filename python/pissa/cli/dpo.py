@@ -6,11 +6,10 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from pissa.cli.data import read_preferences
-from pissa.cli.encode import prompt_and_answer
+from pissa.cli.data import prompt_and_answer, read_preferences
 
 if TYPE_CHECKING:
-    from pissa.cli.step0 import Step0
+    from pissa.cli.checks import Step0
 
 TRAINER = "DPO"
 

@@ -9,8 +9,6 @@ import re
 from importlib import metadata
 from typing import Any
 
-_COMPARED_WITH = ("bitsandbytes",)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
@@ -41,7 +39,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
-    names = [name for name in (*_needed(), *_COMPARED_WITH) if name != "torch"]
+    names = [name for name in (*_needed(), "bitsandbytes") if name != "torch"]
     report |= {name: _version(name) or "not installed" for name in names}
     info = pissa.build_info()
     report |= {f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")}

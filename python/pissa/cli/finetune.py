@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pissa.cli.data import read_chats
-from pissa.cli.encode import encode
+from pissa.cli.data import encode, read_chats
 
 TRAINER = "SFT"
 

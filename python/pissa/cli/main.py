@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from pissa.cli.terminal import UserError, silence_third_parties
 from pissa.files.staged import CompletedError
 
-# The commands and their help. Each is a module of its name with `run(args)`, and with `add_arguments(parser)`, or
-# TRAINER, the trainer of TRL whose options it has; it is imported only if its command is given.
+# The commands and their help. Each is a module of its name, or what `_HOMES` names, with `run(args)`, and with
+# `add_arguments(parser)`, or TRAINER, the trainer of TRL whose options it has. It is imported only if it is given.
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
@@ -28,16 +28,16 @@ COMMANDS = {
     "completion": "print what a shell needs to complete these commands",
 }
 
-# What an interrupted command leaves.
+_HOMES = {"init": "folders:INIT", "merge": "folders:MERGE", "export": "folders:EXPORT", "convert": "folders:CONVERT"}
+
+# What an interrupted command leaves, if it leaves something.
 _INTERRUPTED = {
-    "completion": "nothing is written",
-    "convert": "nothing is written",
-    "env": "nothing is written",
-    "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
+    "finetune": "a run that has begun goes on with --resume",
+    "dpo": "a run that has begun goes on with --resume",
+    "demo": "to start it again, remove its folder",
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
-    "report": "nothing is written",
-    "selftest": "nothing is written",
+    "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
     "run": "what is left is the program's",
 }
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
     except KeyboardInterrupt as stop:
-        left = str(stop) or _INTERRUPTED.get(command, "a run that has begun goes on with --resume")
+        left = str(stop) or _INTERRUPTED.get(command, "nothing is written")
         message, code = f"interrupted; {left}", 130
     print(f"pissa {command}: {message}", file=sys.stderr)
     return code
@@ -85,7 +85,7 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        module = import_module(f"pissa.cli.{name}") if name in named else None
+        module = resolve_name(f"pissa.cli.{_HOMES.get(name, name)}") if name in named else None
         own: dict[str, Any] = {}
         if trainer := getattr(module, "TRAINER", None):
             silence_third_parties()

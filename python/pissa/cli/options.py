@@ -18,14 +18,13 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
 from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.run_folder import RUN_FILE
 from pissa.cli.terminal import UserError, told
 from pissa.config import default_of, types_of_fields
-from pissa.files.messages import shown
 from pissa.files.staged import Staged
 from pissa.ops.formats import FORMATS
 
 AUTO = "auto"
+RUN_FILE = "run.yaml"
 
 # Of LoraConfig's fields, those that mean the same to PiSSA and are the user's to choose.
 _STRUCTURES = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
@@ -184,26 +183,20 @@ def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
     Raises:
         UserError: the folder holds no run, or naming every option that differs.
     """
-    if not (out / RUN_FILE).is_file():
+    path = out / RUN_FILE
+    if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
-    before = _options_of(out / RUN_FILE)
+    after = "; needed: options by name; leave --resume out and give another --out to start anew"
+    errors = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)
+    with told(*errors, before=f"{path} cannot be read: ", after=after):
+        # An earlier version has had fewer options of the method.
+        before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:
         training.learning_rate = before.get("learning_rate", AUTO)
     now = _as_dict(ours, training, mixture)
-    before = _METHOD | before  # an earlier version has had no such option
     if names := [name for name in now if not name.startswith(_FREE) and before.get(name) != now[name]]:
         what = "; ".join(f"{flag(name)} was {before.get(name)}, is {now[name]}" for name in names)
         raise UserError(f"--resume: {out} holds another run: {what}; give the same options or another --out")
-
-
-def _options_of(path: Path) -> dict[str, Any]:
-    """The options in a run.yaml."""
-    after = "; leave --resume out and give another --out to start anew"
-    with told(OSError, ValueError, RecursionError, yaml.YAMLError, before=f"{path} cannot be read: ", after=after):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds {shown(found)}; needed: options by name")
-    return found
 
 
 def _as_dict(*options: Any) -> dict[str, Any]:

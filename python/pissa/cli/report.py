@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pissa.cli.arguments import positive_int
-from pissa.cli.run_folder import check_new_folder
-from pissa.cli.terminal import UserError, say, silence_third_parties
-from pissa.files.staged import Staged
+from pissa.cli.terminal import UserError, say, silence_third_parties, told
+from pissa.files.staged import Staged, check_unused
 
 if TYPE_CHECKING:
     from pissa.checkpoints.report import Report
@@ -53,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """
     silence_third_parties()
     if args.out is not None:
-        check_new_folder(args.out)
+        with told(ValueError, before="--out "):
+            check_unused(args.out)
     from pissa.checkpoints.report import report
     from pissa.cli.report_table import print_tables
     from pissa.files.hub import checkpoint_folder

@@ -8,9 +8,9 @@ import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,16 +42,17 @@ def run(args: argparse.Namespace) -> int:
     """
     print(f"Python {platform.python_version()}, {platform.platform()}")
     began = time.perf_counter()
+    core = "torch, the compiled core of pissa"
     # If torch or the core does not load, that is what is to be reported: nothing above imports either.
-    passed = {"torch, the compiled core of pissa": _passes("torch, the compiled core of pissa", _import_ops)}
-    devices, not_tested = _devices(args.device) if all(passed.values()) else ([], "")
+    passed = {core: _passes(core, _import_ops)}
+    devices, not_tested = _devices(args.device) if passed[core] else ([], "")
     for device in devices:
         print(f"\n{_described(device)}")
-        for name, check in _checks(device).items():
+        for name, check in _checks(device):
             passed[f"{device.type}: {name}"] = _passes(name, check)
     if not_tested:
         print(f"\nThe GPU was not tested: {not_tested}")
-    if not _is_installed("peft"):
+    if not find_spec("peft"):
         print('\nModels were not tested: PEFT is not installed; run `pip install "pissa[cli]"`')
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
     for name in (name for name, right in passed.items() if not right):
@@ -60,20 +61,25 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(passed.values()) else 1
 
 
-def _checks(device: torch.device) -> dict[str, Check]:
+def _import_ops() -> tuple[str, ...]:
+    import pissa.cli.checks  # noqa: F401
+
+    silence_third_parties()
+    return ()
+
+
+def _checks(device: torch.device) -> Iterator[tuple[str, Check]]:
     import torch
 
-    from pissa.cli import checks
+    from pissa.cli.checks import wrong_in_linear, wrong_in_model
     from pissa.ops.formats import FORMATS
 
-    found: dict[str, Check] = {}
     for form in ("dense", *FORMATS):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
-            found[name] = partial(checks.wrong_in_linear, form, dtype, device)
-    for form in ("implicit", *FORMATS) if _is_installed("peft") else ():
-        found[f"a model, {form}: trained, saved, loaded"] = partial(checks.wrong_in_model, form, device)
-    return found
+            yield name, partial(wrong_in_linear, form, dtype, device)
+    for form in ("implicit", *FORMATS) if find_spec("peft") else ():
+        yield f"a model, {form}: trained, saved, loaded", partial(wrong_in_model, form, device)
 
 
 def _passes(name: str, check: Check) -> bool:
@@ -94,21 +100,6 @@ def _passes(name: str, check: Check) -> bool:
     for text in wrong:
         print(textwrap.indent(text, "      "))
     return not wrong
-
-
-def _import_ops() -> tuple[str, ...]:
-    import pissa.cli.checks  # noqa: F401
-
-    silence_third_parties()
-    return ()
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _devices(asked: str | None) -> tuple[list[torch.device], str]:

@@ -23,16 +23,6 @@ def told(*errors: type[Exception], before: str = "", after: str = "") -> Iterato
         raise UserError(f"{before}{first_line(error)}{after}") from error
 
 
-@contextmanager
-def noted() -> Iterator[list[str]]:
-    """A list that has, after the block, the texts of its warnings, each once: a command says them at its end."""
-    texts: list[str] = []
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        yield texts
-    texts += dict.fromkeys(str(note.message) for note in notes)
-
-
 def say(label: str, text: str) -> None:
     """Prints one line: its subject, and the text. Progress bars and errors go to stderr instead."""
     print(f"{label:<9} {text}", flush=True)

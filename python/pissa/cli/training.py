@@ -7,8 +7,11 @@ import contextlib
 import io
 import json
 import os
+import resource
+import signal
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,24 +25,25 @@ import trl
 from accelerate import DistributedType
 from accelerate.utils import send_to_device
 from peft import get_peft_model
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl.trainer.utils import create_model_from_path
 
 import pissa
-from pissa.cli.callbacks import CompleteError, Costs, EndIfComplete, LossBar, SaveAndStop
+from pissa.cli.checks import Step0, step0_check
 from pissa.cli.data import is_records
-from pissa.cli.options import AUTO, adapter_config, go_on, parse, record, settle
+from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record, settle
 from pissa.cli.plot import Curve, plot_losses
-from pissa.cli.run_folder import PICTURE_FILE, RUN_FILE, check_new_folder, last_checkpoint
-from pissa.cli.step0 import Step0, step0_check
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.files.plain_lora import inexact_lora
 from pissa.files.record import AdapterRecord
+from pissa.files.staged import check_unused
 from pissa.notices import InexactLoraWarning
+
+PICTURE_FILE = "loss.png"
 
 Rows = Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
 """Reads a file of records, or the built-in data, for the trainer, with a note on what was cut: (source, seed,
@@ -118,8 +122,6 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
         if not value:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out")
     folder, out = Path(ours.model_name_or_path), Path(training.output_dir)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"--model {folder}: found no config.json in it; needed: a folder of a model, or a name")
     split = (folder / PISSA_RECORD).is_file()
     if ours.method == "lora" and split:
         raise UserError(
@@ -127,8 +129,6 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
         )
     if ours.method == "lora" and ours.quant:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
-    if ours.quant_iters not in (None, 1) and not ours.quant and not split:
-        raise UserError(f"--quant-iters {ours.quant_iters} needs --quant: nothing else is quantised")
     with told(OSError, ValueError, before=f"--model {folder}: "):
         config = AdapterRecord.read(folder / PISSA_RECORD).config if split else adapter_config(ours, training.seed)
         base = read_config(folder) if split else {}
@@ -137,7 +137,8 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
     if ours.resume:
         go_on(out, ours, training, mixture)
     elif training.process_index == 0:
-        check_new_folder(out)
+        with told(ValueError, before="--out "):
+            check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
     return config, split
 
 
@@ -240,7 +241,7 @@ def _check(trainer: Any, more: Check) -> dict[str, Any]:
 def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
     """Trains, from a checkpoint on if asked, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
-    checkpoint = args.resume_from_checkpoint or (last_checkpoint(out) if ours.resume else None)
+    checkpoint = args.resume_from_checkpoint or (_last_checkpoint(out) if ours.resume else None)
     if checkpoint:
         say("resume", f"from {checkpoint}")
     args.eval_on_start = trainer.eval_dataset is not None and not checkpoint
@@ -259,6 +260,12 @@ def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
             trainer.evaluate()
         trainer.save_model()
         trainer.save_state()
+
+
+def _last_checkpoint(out: Path) -> Path | None:
+    """The last complete checkpoint. The Trainer writes trainer_state.json last, so only a complete one has it."""
+    complete = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
@@ -286,3 +293,91 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
         say("note", f'pissa.load("{model}", adapter="{out}") has it exactly')
     costs = {"seconds_per_step": seconds, "peak_memory_mib": memory}
     return {"learning_rate": trainer.args.learning_rate, "losses": losses, "held_out": held_out, **costs}
+
+
+# ---- While it trains -------------------------------------------------------------------------------------------------
+
+
+def peak_memory_mib() -> float:
+    """Highest memory so far, in MiB: what a GPU has allocated, without one what is resident of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if (status := Path("/proc/self/status")).is_file():
+        # Not getrusage: its maximum survives exec, so a child would start with that of the process that made it.
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
+class Costs(TrainerCallback):  # type: ignore[misc]
+    """Notes `seconds` of the step and `peak_memory_mib` with each logged loss, in trainer_state.json."""
+
+    started = seconds = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" in logs:
+            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory_mib(), 1)}
+            state.log_history[-1].update(costs)
+
+
+class LossBar(ProgressCallback):  # type: ignore[misc]
+    """One progress bar, with the loss. ProgressCallback has a second one, and prints a line for each step."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training", refresh=False)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.training_bar is None:
+            super().on_prediction_step(*args, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+
+
+class CompleteError(Exception):
+    """All steps of a run have been made."""
+
+
+class EndIfComplete(TrainerCallback):  # type: ignore[misc]
+    """Ends a training that is resumed behind its last step. Trainer makes one more, in an epoch that has more batches.
+
+    Raises:
+        CompleteError: out of `train`, when the checkpoint has been loaded.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise CompleteError
+
+
+class SaveAndStop(TrainerCallback):  # type: ignore[misc]
+    """At Ctrl-C the step is finished, a checkpoint written, and the training ends. A second one ends it at once."""
+
+    requested = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes Ctrl-C for the block."""
+        before = signal.signal(signal.SIGINT, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nending after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.requested:
+            control.should_save = control.should_training_stop = True

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pissa.cli.data import read_chats
-from pissa.cli.encode import ALPACA, prompt_and_answer
+from pissa.cli.data import ALPACA, prompt_and_answer, read_chats
 from pissa.cli.options import adapter_config, parse
 from tiny_model import tiny_tokenizer
 

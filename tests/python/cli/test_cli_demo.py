@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from pissa.cli import demo, main
-from pissa.cli.data import Chat
-from pissa.cli.sources import find_package
+from pissa.cli.data import Chat, find_package
 from runs import logged
 from tiny_model import save_tiny_model
 

@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def interrupted(times: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     """The exit code of a command that gets so many Ctrl-C in its second step."""
-    from pissa.cli.callbacks import Costs
+    from pissa.cli.training import Costs
 
     begun = []
 
@@ -240,7 +240,7 @@ def test_wrong_paths_and_models_are_refused(
 ) -> None:
     out = tmp_path / "run"
     assert "no such file" in refused(command(base, tmp_path / "no.jsonl", out), capsys)
-    assert "no config.json" in refused(command(tmp_path, data, out), capsys)
+    assert "needed: a folder that save_pretrained wrote" in refused(command(tmp_path, data, out), capsys)
     assert "needed: a folder that save_pretrained wrote" in refused(command(tmp_path / "no", data, out), capsys)
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
@@ -260,7 +260,7 @@ def test_wrong_arguments_are_refused(
     out = tmp_path / "run"
     assert "--model is missing" in refused(["finetune", "--data", str(data), "--out", str(out)], capsys)
     assert "needs --method pissa" in refused(command(base, data, out, "--method", "lora", "--quant", "nf4"), capsys)
-    message = "--quant-iters 2 needs --quant: nothing else is quantised"
+    message = "quant_iters: got 2 without quant; allowed: 1, since nothing is quantised"
     assert message in refused(command(base, data, out, "--quant-iters", "2"), capsys)
     assert "no prompt of 24 is shorter" in refused(command(base, data, out, "--max-length", "2"), capsys)
     assert not out.exists()

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from pissa.cli.data import Chat, read_chats, read_preferences
-from pissa.cli.encode import IGNORED, encode, prompt_and_answer
+from pissa.cli.data import IGNORED, Chat, encode, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.terminal import UserError
 
 CHAT = (
@@ -80,17 +79,18 @@ GOOD = '{"question": "q", "answer": "a"}\n'
     [
         ('{"question": "q", "reply": "a"}', "an object with the keys 'question', 'reply'", '"prompt" and "completion"'),
         ("{}", "the keys none", '"messages"'),
-        ('{"question": "q", "answer": 5}', "answer is a number", "a string"),
-        ('{"question": " ", "answer": "a"}', "question is empty", "text"),
-        ('["q", "a"]', "a list", "an object"),
-        ("null", "null", "an object"),
-        ('{"question": "q", ', "not JSON", '"answer"'),
+        ('{"question": "q", "answer": 5}', "the assistant's content is 5", "needed: a text"),
+        ('{"question": " ", "answer": "a"}', "the user's content is ' '", "not empty"),
+        ('["q", "a"]', "found ['q', 'a']", "an object"),
+        ("null", "found None", "an object"),
+        ('{"question": "q", ', "not JSON", "in JSON"),
         ('{"messages": []}', "are: none", "the last two are user, assistant"),
-        ('{"messages": "hello"}', '"messages" is a string', '"role"'),
-        ('{"messages": [{"role": "user"}]}', "messages[0] is {'role': 'user'}", '"content"'),
+        ('{"messages": "hello"}', "are: user;", "the last two are user, assistant"),
+        ('{"messages": [{"role": "user"}]}', "the message {'role': 'user'}", '"content"'),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "the role 'bot'", "system, user, assistant"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "are: user;", "the last two are user, assistant"),
-        ('{"messages": [{"role": "user", "content": ["x"]}]}', 'messages[0]["content"] is a list', "a string"),
+        ('{"messages": [{"role": "user", "content": ["x"]}]}', "the user's content is ['x']", "needed: a text"),
+        ('{"question": "\\ud83d", "answer": "a"}', "the user's content is '\\ud83d'", "surrogate pair"),
     ],
 )
 def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed: str, tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_a_bad_line_is_refused_by_file_and_number(line: str, found: str, allowed
     [
         ("data.jsonl", "", "is empty"),
         ("data.jsonl", " \n\n", "is empty"),
-        ("data.json", "[]", "an empty list"),
-        ("data.json", GOOD, "an object"),
+        ("data.json", "[]", "found []"),
+        ("data.json", GOOD, "found {'question': 'q', 'answer': 'a'}"),
         ("data.json", "[1,", "not JSON"),
         ("data.json", '[{"question": "q"}]', "record 1: "),
     ],
@@ -247,10 +247,10 @@ def test_preferences_are_two_chats(record: dict[str, Any], tmp_path: Path) -> No
     ("line", "found", "allowed"),
     [
         (GOOD, "an object with the keys 'question', 'answer'", '"chosen" and "rejected"'),
-        ("[1]", "a list", "an object"),
-        ("{", "not JSON", '"rejected"'),
-        ('{"prompt": "q", "chosen": "a", "rejected": 3}', "rejected is a number", "a string"),
-        ('{"prompt": "q", "chosen": " ", "rejected": "b"}', "chosen is empty", "text"),
+        ("[1]", "found [1]", "an object"),
+        ("{", "not JSON", "in JSON"),
+        ('{"prompt": "q", "chosen": "a", "rejected": 3}', "the assistant's content is 3", "needed: a text"),
+        ('{"prompt": "q", "chosen": " ", "rejected": "b"}', "the assistant's content is ' '", "not empty"),
         (
             '{"prompt": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}',
             "are: user, user",

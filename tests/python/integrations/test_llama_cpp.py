@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import pissa
-from pissa.cli.sources import find_package, unpack_smollm2
+from pissa.cli.data import find_package
+from pissa.cli.demo import unpack_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu_only]
 

@@ -1,0 +1,371 @@
+"""`pissa init`, `merge`, `export` and `convert`: functions of the package that write a folder, as commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pissa.cli.arguments import number, passes, positive_int
+from pissa.cli.terminal import UserError, as_size, format_table, say, silence_third_parties
+
+if TYPE_CHECKING:
+    from pissa.checkpoints.init import Initialised
+    from pissa.checkpoints.merge import Merged
+    from pissa.conversion import Conversion, ConvertedLayer
+    from pissa.integrations.exported import Exported
+
+
+class FolderCommand(NamedTuple):
+    """A command that calls a function and reports what it has done."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    call: Callable[[argparse.Namespace], Any]
+    report: Callable[[argparse.Namespace, Any], None]
+    """Says what has been done, in lines."""
+    as_json: Callable[[Any], dict[str, Any]] = lambda done: done._asdict()
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Runs the command. Returns the exit code.
+
+        Raises:
+            UserError: for wrong arguments, folders and files. What an interrupted run has done stays.
+        """
+        silence_third_parties()
+        from pissa.distributed import RankError
+
+        with _noted(shown=_is_first() and not args.json) as notes:
+            try:
+                done = self.call(args)
+            except (OSError, ValueError, TypeError, RankError) as error:
+                raise UserError(str(error)) from error
+        if _is_first() and args.json:
+            print(json.dumps({**self.as_json(done), "notes": notes}, indent=2))
+        elif _is_first():
+            self.report(args, done)
+        return 0
+
+
+@contextmanager
+def _noted(shown: bool) -> Iterator[list[str]]:
+    """The warnings of the block, said as they come: before hours of work that they may call in question."""
+    texts: list[str] = []
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := str(message)) not in texts:
+            texts.append(text)
+            if shown:
+                say("note", text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
+        yield texts
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that speaks, of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_is_required: bool = False) -> None:
+    """Adds the arguments of all commands that read an adapter."""
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="folder of the adapter: of pissa, PEFT, or a LoRA"
+    )
+    parser.add_argument("target", type=Path, metavar="OUT", help=target)
+    parser.add_argument("--base", required=base_is_required, metavar="DIR_OR_NAME", help=base)
+    parser.add_argument(
+        "--initial",
+        type=Path,
+        metavar="DIR",
+        help="of an adapter that PEFT trained on a residual: the adapter as it was saved before training, or a "
+        "residual model that has it in pissa_init",
+    )
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+
+
+def _options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options of those names, which are those of a function's arguments too."""
+    return {name: getattr(args, name) for name in names}
+
+
+def _read(done: Initialised | Merged) -> str:
+    """What a run has read of a checkpoint, and how fast."""
+    before = f", {as_size(done.bytes_done_before)} by an earlier run" if done.bytes_done_before else ""
+    rate = round((done.bytes_read - done.bytes_done_before) / done.seconds)
+    return f"{as_size(done.bytes_read)}{before}; {done.seconds:.1f} s, {as_size(rate)}/s"
+
+
+# ---- pissa init ------------------------------------------------------------------------------------------------------
+
+_METHOD = ("target_modules", "exclude_modules", "init", "svd_passes", "seed", "quant", "quant_iters")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _as_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if match is None:
+        raise ValueError
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_memory = number(_as_bytes, "a size above 0, e.g. 500MB or 2GB", lambda value: value > 0)
+_alpha = number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of the model, or its name on the Hugging Face Hub")
+    parser.add_argument("target", type=Path, metavar="OUT", help="new folder, or that of a run that was interrupted")
+    parser.add_argument(
+        "--quant",
+        metavar="FORMAT",
+        help="keep the residual in nf4 or int8, in the format of transformers with bitsandbytes; dense unless given",
+    )
+    parser.add_argument("--rank", type=positive_int, default=16, metavar="R", help="rank of the adapter")
+    parser.add_argument("--alpha", type=_alpha, metavar="A", help="LoRA alpha; the rank unless given")
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt; all linear ones but the output layer"
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
+    parser.add_argument(
+        "--init",
+        choices=("pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq"),
+        default="pissa",
+        help="where the adapter starts; lora is plain QLoRA",
+    )
+    parser.add_argument(
+        "--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation"
+    )
+    parser.add_argument("--svd-passes", type=passes, default="auto", metavar="N", help="reads of each matrix, even")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random sketch")
+    parser.add_argument(
+        "--memory", type=_memory, default="1GB", metavar="SIZE", help="matrices and results in memory at a time"
+    )
+    parser.add_argument(
+        "--experts",
+        metavar="FORMAT",
+        default="dense",
+        help="with --quant, fused experts: a dense residual, which every program reads, or in that format, which only "
+        "pissa.load reads",
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
+    _add_json(parser)
+
+
+def _init(args: argparse.Namespace) -> Initialised:
+    if args.is_process and "peft" not in sys.modules:
+        # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    from pissa.checkpoints.init import init
+    from pissa.config import PissaConfig
+    from pissa.files.hub import checkpoint_folder
+
+    with _processes():
+        return init(
+            checkpoint_folder(args.source),
+            args.target,
+            PissaConfig(r=args.rank, lora_alpha=args.alpha, **_options(args, *_METHOD)),
+            **_options(args, "memory", "device", "experts"),
+            progressbar=True,
+        )
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Joins the processes that torchrun has started, for the block."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    # The last process to end may be days behind; one that dies is torchrun's to notice.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _report_init(args: argparse.Namespace, done: Initialised) -> None:
+    kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
+    say("split", f"{args.source}: {kept}, start {args.init}")
+    say("read", _read(done))
+    if done.memory > args.memory:
+        needed = f"{as_size(done.memory)}, which {done.largest} needs by itself"
+        say("memory", f"{needed}; --memory is {as_size(args.memory)}")
+    say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
+    say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
+    if done.only_ours:
+        say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in {args.experts}")
+    else:
+        say("next", f"pissa.load({str(args.target)!r}); or, in any trainer, the model {args.target}")
+        say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
+
+
+INIT = FolderCommand(_add_init, _init, _report_init)
+
+# ---- pissa merge -----------------------------------------------------------------------------------------------------
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    _add_adapter(
+        parser,
+        "new folder, or that of a run that was interrupted",
+        "folder of the model that the adapter was trained on, or its name on the Hugging Face Hub; also what pissa "
+        "init has written",
+        base_is_required=True,
+    )
+    parser.add_argument(
+        "--quant",
+        metavar="FORMAT",
+        help="write the linear layers in nf4 or int8, in the format of transformers with bitsandbytes; dense unless "
+        "given",
+    )
+
+
+def _merge(args: argparse.Namespace) -> Merged:
+    from pissa.checkpoints.merge import merge
+    from pissa.files.hub import checkpoint_folder
+
+    base = checkpoint_folder(args.base)
+    return merge(args.adapter, base, args.target, **_options(args, "quant", "initial"), progressbar=True)
+
+
+def _report_merge(args: argparse.Namespace, done: Merged) -> None:
+    say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
+    say("read", _read(done))
+    written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
+    say("error", f"{written}: {done.error:.3%} of the weights' norm, {done.error_of_change:.3%} of the change's")
+    say("saved", f"{args.target}: {as_size(done.bytes_written)}")
+
+
+MERGE = FolderCommand(_add_merge, _merge, _report_merge)
+
+# ---- pissa export ----------------------------------------------------------------------------------------------------
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_adapter(
+        parser,
+        "new folder; of gguf a new file",
+        "the model that the adapter was trained on, a folder or a name on the Hugging Face Hub; the one that the "
+        "adapter names unless given",
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("bnb4", "vllm", "gguf", "merged"),
+        help="bnb4: the 4-bit base of a QPiSSA adapter in bitsandbytes' format and a LoRA on it, exactly the trained "
+        "model; vllm: a LoRA with experts one by one; gguf: a LoRA for llama.cpp; merged: one dense checkpoint",
+    )
+    parser.add_argument(
+        "--requantise",
+        action="store_true",
+        help="bnb4 of an adapter whose base was not in 4 bits: merge and quantise it, with the error that is reported",
+    )
+
+
+def _export(args: argparse.Namespace) -> Exported:
+    from pissa.integrations.export import export
+
+    try:
+        options = _options(args, "base", "initial", "requantise")
+        return export(args.adapter, args.target, args.to, **options, progressbar=True)
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError(str(error)) from error
+
+
+def _report_export(args: argparse.Namespace, done: Exported) -> None:
+    say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
+    say("written", done.written)
+    if done.worst is not None:
+        layers = f"{done.mean_error:.3%} on average, {done.error_of_worst:.3%} at most, in {done.worst}"
+        say("error", f"{done.error:.3%} of the weights' norm; of a layer {layers}")
+    say("saved", f"{args.target}: {as_size(done.bytes_written)}")
+    say("load", done.load)
+
+
+EXPORT = FolderCommand(_add_export, _export, _report_export)
+
+# ---- pissa convert ---------------------------------------------------------------------------------------------------
+
+_share = number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    _add_adapter(
+        parser,
+        "new folder for the LoRA",
+        'the unmodified model: the start of PEFT\'s exact "pissa" is computed from it, a residual model compared',
+    )
+    lower = parser.add_mutually_exclusive_group()
+    lower.add_argument("--rank", type=positive_int, metavar="N", help="largest rank of a layer; what is best is kept")
+    lower.add_argument(
+        "--energy", type=_share, metavar="X", help="share of the change's square that each layer keeps, e.g. 0.99"
+    )
+    parser.add_argument(
+        "--subtracted",
+        action="store_true",
+        default=None,
+        help="the adapter is [B, -B0] [A ; A0], as PEFT's path_initial_model_for_weight_conversion writes it; usually "
+        "recognised without",
+    )
+
+
+def _convert(args: argparse.Namespace) -> Conversion:
+    from pissa.conversion import convert
+
+    options = _options(args, "base", "initial", "rank", "energy", "subtracted")
+    return convert(args.adapter, args.target, **options, progressbar=True)
+
+
+def _conversion_as_json(done: Conversion) -> dict[str, Any]:
+    layers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
+    return {"layout": done.layout, "kept": done.kept, "layers": layers}
+
+
+def _report_conversion(args: argparse.Namespace, done: Conversion) -> None:
+    from pissa.conversion import total_kept
+
+    say("source", f"{args.adapter}: {done.layout}")
+    kinds: dict[str, list[ConvertedLayer]] = defaultdict(list)
+    for name, layer in done.layers.items():
+        kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
+    header, rows = ["layers", "number", "rank", "new rank"], []
+    for kind, layers in kinds.items():
+        ranks = _range([layer.rank_before for layer in layers]), _range([layer.rank for layer in layers])
+        rows.append([kind, str(len(layers)), *ranks])
+    lowered = args.rank is not None or args.energy is not None
+    if lowered:
+        header += ["energy kept\nleast", "\nof all"]
+        for row, layers in zip(rows, kinds.values(), strict=True):
+            row += [f"{min(layer.kept for layer in layers):.4%}", f"{total_kept(layers):.4%}"]
+    print(format_table(header, rows))
+    if lowered:
+        name, least = min(done.layers.items(), key=lambda item: item[1].kept)
+        say("energy", f"{done.kept:.4%} of the change of all layers; least, {least.kept:.4%}, in {name}")
+    say("saved", f"{args.target}: a plain LoRA for the unmodified base")
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+CONVERT = FolderCommand(_add_convert, _convert, _report_conversion, _conversion_as_json)
