@@ -6,7 +6,7 @@ All of them are there from peft 0.21 on. Each is here because no public name doe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from types import FunctionType
@@ -80,28 +80,12 @@ def models_made_by(make: Callable[..., nn.Module]) -> Iterator[None]:
     `PeftModel.from_pretrained` as well, which restores an adapter that PEFT has written, and is left alone.
     """
     table, kind = mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel
-    mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING = _Made(table, make)
+    mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task: partial(make, model) for task, model in table.items()}
     mapping_func.PeftModel = partial(make, kind)
     try:
         yield
     finally:
         mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel = table, kind
-
-
-class _Made(Mapping[str, Callable[..., nn.Module]]):
-    """A view of a table of classes, each of which is called by `make`."""
-
-    def __init__(self, table: Mapping[str, Any], make: Callable[..., nn.Module]) -> None:
-        self.table, self.make = table, make
-
-    def __getitem__(self, key: str) -> Callable[..., nn.Module]:
-        return partial(self.make, self.table[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.table)
-
-    def __len__(self) -> int:
-        return len(self.table)
 
 
 @contextmanager
