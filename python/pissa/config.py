@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Optional, get_args, get_type_hints
 
@@ -294,38 +294,29 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 setattr(self, name, value)
 
     def _check_lora_fields(self) -> None:
-        if self.init_lora_weights is not True:
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported: PiSSA starts from the "
-                "principal singular vectors; leave it out, and choose the decomposition with svd, svd_passes"
-            )
         for f in dataclasses.fields(LoraConfig):
-            if f.name in _SUPPORTED or f.name == "init_lora_weights":
-                continue
             default, value = default_of(f), getattr(self, f.name)
-            if value != default:
+            if f.name not in _SUPPORTED and value != default:
                 raise ValueError(
                     f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
                     "use peft.LoraConfig for a plain LoRA adapter"
                 )
 
     def _check_scaling(self) -> None:
-        ranks = {
-            "r": self.r,
-            **{f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()},
-        }
-        for name, rank in ranks.items():
+        for name, rank in self._of_layers("r", "rank_pattern"):
             if not _is_int(rank) or rank < 1:  # PEFT's words
                 raise ValueError(f"`{name}` should be a positive integer value but the value passed is {rank!r}")
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()},
-        }
-        for name, alpha in alphas.items():
+        for name, alpha in self._of_layers("lora_alpha", "alpha_pattern"):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
                 raise ValueError(f"{name}: got {alpha!r}; allowed: a positive number (factors are scaled by 1/alpha)")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: got {self.lora_dropout!r}; allowed: 0 to 1, without 1")
+
+    def _of_layers(self, name: str, pattern: str) -> Iterator[tuple[str, Any]]:
+        """A field, and what a pattern has instead for some layers, by the names that messages have for them."""
+        yield name, getattr(self, name)
+        for key, value in (getattr(self, pattern) or {}).items():
+            yield f"{pattern}[{key!r}]", value
 
     def _check_own_fields(self) -> None:
         check_choice("init", self.init, get_args(Init))

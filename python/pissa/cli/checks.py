@@ -30,7 +30,8 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
     """What is wrong with the fused linear layer, forward and backward, beside its formula in float64: a line each.
 
     A sum of k random terms in float32 is off by about √k u of its size, u = 2^-24. In half precision factors and
-    products are rounded to their dtype up to five times, eps / 2 each. The bound is four times as much.
+    products are rounded to their dtype up to five times, eps / 2 each, to either side: by about one eps. The bound is
+    four times as much.
 
     Args:
         form: of the weight, "dense" or a format.

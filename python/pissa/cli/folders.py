@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import UserError, as_size, format_table, say, silence_third_parties
+from pissa.cli.terminal import UserError, as_size, format_table, say, silence_third_parties, told
 
 if TYPE_CHECKING:
     from pissa.checkpoints.init import Initialised
@@ -46,7 +46,7 @@ class FolderCommand(NamedTuple):
         with _noted(shown=_is_first() and not args.json) as notes:
             try:
                 done = self.call(args)
-            except (OSError, ValueError, TypeError, RankError) as error:
+            except (OSError, ValueError, RankError) as error:
                 raise UserError(str(error)) from error
         if _is_first() and args.json:
             print(json.dumps({**self.as_json(done), "notes": notes}, indent=2))
@@ -174,7 +174,7 @@ def _init(args: argparse.Namespace) -> Initialised:
     from pissa.config import PissaConfig
     from pissa.files.hub import checkpoint_folder
 
-    with _processes():
+    with told(TypeError), _processes():  # a layer of a kind that cannot be adapted
         return init(
             checkpoint_folder(args.source),
             args.target,
