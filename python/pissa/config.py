@@ -108,9 +108,8 @@ IMPLICIT = Form("implicit")
 class PissaConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of a PiSSA adapter: `peft.LoraConfig` with the paper's defaults and the fields below.
 
-    Defaults that differ from LoraConfig: `lora_alpha` is the rank, of each layer in `rank_pattern` as well,
-    so that the scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as PEFT
-    does.
+    Defaults that differ from LoraConfig: `lora_alpha` is the rank, of each layer in `rank_pattern` as well, so that the
+    scaling is 1; `target_modules` is "all-linear", which leaves out the output layer as PEFT does.
 
     "all-linear", given or by default, leaves the choice of layers to us. A layer whose smaller side is less than `r`
     then gets that side as its rank, with the scaling that `r` would give it. Left out are layers whose weights the
@@ -118,12 +117,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     their class only (Llama 4's router). One warning says so. Names and patterns in `target_modules`, and ranks in
     `rank_pattern`, are taken as given: such a layer is then an error.
 
-    In a multimodal model of transformers that generates text (its configuration has a text_config),
-    "all-linear" is the language part, `get_decoder()`: without vision tower, audio tower and projector. (PEFT takes
-    these too.) Nothing warns of that; the logger "pissa" tells it as INFO, and `target_modules` of the wrapped model's
-    configuration has the names. Names and patterns reach every part, as in PEFT: `target_modules=["q_proj", "v_proj"]`
-    is all layers of these names, with `exclude_modules=r".*vision_tower.*"` those outside the tower. Every linear layer
-    is `[name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]`.
+    In a multimodal model of transformers that generates text (its configuration has a text_config), "all-linear" is the
+    language part, `get_decoder()`, which the logger "pissa" tells as INFO; PEFT takes vision tower, audio tower and
+    projector too. Names and patterns reach every part, as in PEFT: `target_modules=["q_proj", "v_proj"]` is all layers
+    of these names, with `exclude_modules=r".*vision_tower.*"` those outside the tower. Every linear layer is
+    `[name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]`.
 
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and

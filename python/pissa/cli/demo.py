@@ -133,9 +133,7 @@ def _show_answers(problem: Chat, out: Path, tokenizer: Any) -> None:
     import pissa
 
     question, reference = problem.messages
-    inputs = tokenizer.apply_chat_template(
-        [question], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt")
 
     def answer(model: Any) -> str:
         tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -91,10 +91,6 @@ def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_i
         help="of an adapter that PEFT trained on a residual: the adapter as it was saved before training, or a "
         "residual model that has it in pissa_init",
     )
-    _add_json(parser)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
@@ -163,7 +159,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         "pissa.load reads",
     )
     parser.add_argument("--device", default="cpu", metavar="DEV", help="where matrices are split, e.g. cuda")
-    _add_json(parser)
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
 def _init(args: argparse.Namespace) -> Initialised:
