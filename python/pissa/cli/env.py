@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
-    names = [name for name in (*_needed(), "bitsandbytes") if name != "torch"]
+    names = [name for name in (*needed(), "bitsandbytes") if name != "torch"]
     report |= {name: _version(name) or "not installed" for name in names}
     info = pissa.build_info()
     report |= {f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")}
@@ -60,7 +60,7 @@ def _cuda(build: dict[str, Any] | None) -> str:
     return f"{build['runtime']}, for {' '.join(build['architectures'])}; {device}"
 
 
-def _needed() -> dict[str, str]:
+def needed() -> dict[str, str]:
     """The least versions of the packages that `pissa[cli]` asks for, as its metadata has them. Without those of the
     extras only `pissa.ops` works."""
     asked = (
@@ -75,17 +75,17 @@ def _verdict() -> tuple[bool, str]:
 
     from pissa.cli.checks import wrong_in_linear
 
-    needed = _needed()
+    versions = {name: (_version(name), least) for name, least in needed().items()}
     old = [
         f"{name} {version} is older than {least}"
-        for name, least in needed.items()
-        if (version := _version(name)) is not None and _numbers(version) < _numbers(least)
+        for name, (version, least) in versions.items()
+        if version is not None and _numbers(version) < _numbers(least)
     ]
     if old:
         return False, f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
     if wrong := list(wrong_in_linear("nf4", torch.float32, torch.device("cpu"))):
         return False, f"the compiled core computes wrongly here ({wrong[0]}); report this with `pissa selftest`"
-    missing = [name for name in needed if _version(name) is None]
+    missing = [name for name, (version, _) in versions.items() if version is None]
     if missing:
         return True, f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({", ".join(missing)} missing)'
     return True, "everything works"

@@ -41,9 +41,6 @@ _INTERRUPTED = {
     "run": "what is left is the program's",
 }
 
-# What `pip install "pissa[cli]"` and `"pissa[demo]"` add to a plain `pip install pissa`.
-_CLI_PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "safetensors", "shtab", "tqdm", "transformers", "trl")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the `pissa` command.
@@ -68,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CompletedError as done:
         message, code = f"{done}; nothing is written", 0
     except ModuleNotFoundError as error:
-        if error.name not in _CLI_PACKAGES:
+        from pissa.cli.env import needed
+
+        if error.name not in needed():
             raise
         message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
     except KeyboardInterrupt as stop:

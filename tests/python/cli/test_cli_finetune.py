@@ -371,7 +371,7 @@ def test_the_environment_report_asks_for_what_the_package_asks_for() -> None:
     extras = [{"extra": extra} for extra in ("", "hf", "cli")]
     ours = [one for one in asked if one.marker is None or any(map(one.marker.evaluate, extras))]
     least = {one.name: str(one.specifier) for one in ours if one.name != "pissa"}
-    assert {name: f">={version}" for name, version in env._needed().items()} == least
+    assert {name: f">={version}" for name, version in env.needed().items()} == least
 
 
 def test_the_environment_report_says_what_is_wrong(
