@@ -154,7 +154,7 @@ def _chat(where: str, record: dict[str, Any], *keys: str) -> Chat:
 def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
     """Grade-school problems with worked answers, which reasoning-gym makes. As in GSM8K, the last line of every answer
     is "#### " and the number."""
-    installed("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
+    required_package("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
     import reasoning_gym
 
     for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=_GSM_SYMBOLIC_SIZE):
@@ -168,7 +168,7 @@ def find_package(module: str) -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
-def installed(module: str, requirement: str, purpose: str) -> Path:
+def required_package(module: str, requirement: str, purpose: str) -> Path:
     """The folder of a package.
 
     Raises:

