@@ -94,10 +94,6 @@ class Step0(NamedTuple):
     norm: float
     tokens: int
 
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.bound  # False for NaN
-
 
 def step0_check(model: PeftModel, batch: dict[str, Any]) -> Step0:
     """Compares the logits before training with the adapter enabled (the model) and disabled (the base). An adapter that
