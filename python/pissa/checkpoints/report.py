@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget
-from pissa.checkpoints.fill import of_layer
 from pissa.checkpoints.kinds import kinds_of, sample
+from pissa.checkpoints.packed import of_layer
 from pissa.checkpoints.plan import Plan
 from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form, PissaConfig

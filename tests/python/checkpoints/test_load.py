@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -22,7 +21,6 @@ from daily import each
 from language_models import Make, logits, train
 from pissa import distributed, ops
 from pissa.base.bitsandbytes import BnbLinear4bit
-from pissa.checkpoints import packed as packed_entries
 from pissa.checkpoints.init import init
 from pissa.layers.layer import PissaLayer, pissa_layers
 
@@ -123,14 +121,6 @@ def test_packed_weights_are_what_wrap_makes_of_them(
     assert type(model) is type(expected)
     assert_same_model(model, expected)
     assert_trains_alike(model, expected, tokens, tmp_path)
-
-
-def test_no_entry_is_taken_for_a_longer_one() -> None:
-    """As transformers 5.20 finds them: by the first pattern that is the beginning of the name."""
-    for entry in packed_entries._ENTRIES.values():
-        name = packed_entries.packed_key("q_proj", entry)
-        pattern = next(one for one in packed_entries._ENTRIES if re.search(one, name))
-        assert packed_entries._ENTRIES[pattern] == entry
 
 
 def test_nothing_of_a_file_is_copied(packed: Path, tokens: Tensor) -> None:
@@ -312,6 +302,6 @@ def test_a_packed_weight_of_another_shape(packed: Path) -> None:
     config = json.loads((packed / "config.json").read_text()) | {"intermediate_size": 256}
     (packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"proj': its weight is \[128, \d+\] in the folder and \[256, \d+\] in the model"
+        ValueError, match=r"down_proj\.weight' is \[64, 128\] in the folder and \[64, 256\] in the model"
     ):
         pissa.load(packed, r=R)

@@ -183,7 +183,7 @@ def test_what_the_folder_cannot_be(name: str, fields: dict[str, Any], words: str
 
 
 def test_the_dtype_to_compute_in(made: Path, tmp_path: Path) -> None:
-    folder = copy(made, "fp4", tmp_path)
+    folder = copy(made, "8 bits", tmp_path)
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     edit(folder, quantization_config=quantization | {"bnb_4bit_compute_dtype": "int8"})
     with pytest.raises(ValueError, match=r"config\.json: bnb_4bit_compute_dtype is 'int8'; needed: float32"):
