@@ -194,34 +194,22 @@ class SuggestedRanks:
 
     budget: int
     ranks: dict[str, int]
+    """Of each layer."""
+    r: int
+    rank_pattern: dict[str, int]
+    """With `r`, the fields of a PissaConfig that gives the layers these ranks."""
     parameters: int
     lost: float
     """The share of the energy that the ranks leave, each kind's weighted by its error if something is quantised."""
-    largest: int
+    largest_rank: int
     """The largest rank that was looked at. A layer that has it might want more."""
-    uniform: int
-    """The largest rank, a multiple of 8 if it can be, that the budget allows in all layers."""
-    uniform_parameters: int
-    uniform_lost: float
-
-    @property
-    def config(self) -> tuple[int, dict[str, int]]:
-        """`r` and `rank_pattern` of a PissaConfig."""
-        return as_pattern(self.ranks)
+    uniform: dict[str, Any]
+    """The same of the largest rank, a multiple of 8 if it can be, that the budget allows in all layers: "r",
+    "parameters", "lost"."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the rank of each layer, of which the pattern is made."""
-        r, pattern = self.config
-        uniform = {"r": self.uniform, "parameters": self.uniform_parameters, "lost": self.uniform_lost}
-        return {
-            "budget": self.budget,
-            "r": r,
-            "rank_pattern": pattern,
-            "parameters": self.parameters,
-            "lost": self.lost,
-            "largest_rank": self.largest,
-            "uniform": uniform,
-        }
+        """Everything but the rank of each layer, which the pattern has."""
+        return {name: value for name, value in vars(self).items() if name != "ranks"}
 
 
 def suggest(
@@ -267,7 +255,8 @@ def suggest(
 
     if lost(even) < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
         ranks = even
-    return SuggestedRanks(budget, ranks, parameters(ranks), lost(ranks), largest, uniform, parameters(even), lost(even))
+    uniformly = {"r": uniform, "parameters": parameters(even), "lost": lost(even)}
+    return SuggestedRanks(budget, ranks, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniformly)
 
 
 # ---- A checkpoint ----------------------------------------------------------------------------------------------------
@@ -334,17 +323,9 @@ def report(
     batch: int = 1,
     length: int = 512,
 ) -> Report:
-    """Looks at every matrix of a checkpoint that PiSSA would adapt, one after the other, with a bar on stderr.
-
-    Args:
-        model: a folder of config.json and safetensors, or a repository of the Hub.
-        ranks: of adapters. Spectra are known up to the largest, or up to four times the smallest if that is more, so
-            that a suggestion has a choice.
-        quant: "nf4" or "int8": report the errors of bases in that format too.
-        budget: trained parameters that the suggested ranks may have; by default as many as the smallest of `ranks` has.
-        sampled: quantise only so many layers of each kind, evenly spaced.
-        exact: compute all singular values.
-        batch, length: sequences and tokens of a step, for the memory of training.
+    """Looks at every matrix of a checkpoint that PiSSA would adapt, one after the other, with a bar on stderr. Spectra
+    are known up to the largest of `ranks`, or up to four times the smallest if that is more, so that a suggestion has a
+    choice. The arguments are those of the command.
 
     Raises:
         OSError, ValueError: naming file, tensor or argument.

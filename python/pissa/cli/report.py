@@ -164,22 +164,20 @@ def _print_errors(report: Report) -> None:
 
 def _print_ranks(report: Report) -> None:
     """The ranks for the budget: what they use and lose, beside one rank for all, and a configuration to paste."""
-    found = report.suggestion
+    found, even = report.suggestion, report.suggestion.uniform
     text = (
         f"For {found.budget:,} trained parameters, these ranks use {found.parameters:,} and lose {found.lost:.2%} of "
-        f"the energy; rank {found.uniform} in every layer uses {found.uniform_parameters:,} and loses "
-        f"{found.uniform_lost:.2%}."
+        f"the energy; rank {even['r']} in every layer uses {even['parameters']:,} and loses {even['lost']:.2%}."
     )
-    if at_most := sum(rank >= found.largest for rank in found.ranks.values()):
+    if at_most := sum(rank >= found.largest_rank for rank in found.ranks.values()):
         text += (
-            f" {at_most} layers have rank {found.largest}, the largest that was looked at; give --rank a larger one to "
-            "look further."
+            f" {at_most} layers have rank {found.largest_rank}, the largest that was looked at; give --rank a larger "
+            "one to look further."
         )
     for number, line in enumerate(textwrap.wrap(text, 100)):
         say("" if number else "ranks", line)
-    r, pattern = found.config
-    fields = f"r={r}, rank_pattern={json.dumps(pattern)}" if pattern else f"r={r}"
-    print(f"\nPissaConfig({fields})\n")
+    pattern = f", rank_pattern={json.dumps(found.rank_pattern)}" if found.rank_pattern else ""
+    print(f"\nPissaConfig(r={found.r}{pattern})\n")
 
 
 def _print_memory(report: Report) -> None:

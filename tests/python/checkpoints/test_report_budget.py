@@ -160,13 +160,11 @@ def test_a_suggestion_can_be_pasted(model: nn.Module, quant: str | None) -> None
     layers = reports(model, quant)
     budget = sum(layer.parameters(4) for layer in layers)
     found = suggest(layers, budget, step=2)
-    assert found.uniform == 4
-    assert found.uniform_parameters == budget
+    assert (found.uniform["r"], found.uniform["parameters"]) == (4, budget)
     assert found.parameters <= budget
-    assert found.lost < found.uniform_lost
+    assert found.lost < found.uniform["lost"]
     assert len(set(found.ranks.values())) > 1
-    r, pattern = found.config
-    wrapped = pissa.wrap(model, r=r, rank_pattern=pattern)
+    wrapped = pissa.wrap(model, r=found.r, rank_pattern=found.rank_pattern)
     adapters = pissa_layers(wrapped.base_model.model, "default")
     assert {name: layer.r["default"] for name, layer in adapters.items()} == found.ranks
     assert {layer.scaling["default"] for layer in adapters.values()} == {1.0}
@@ -181,5 +179,5 @@ def test_one_rank_for_all_is_suggested_where_a_large_step_does_not_fit() -> None
     layers = [layer_report(name, matrix, 8) for name, matrix in matrices]
     together = [["alone"], [f"experts.{i}.up" for i in range(8)]]
     found = suggest(layers, 16 * 2 * 9, 1, together)
-    assert (found.uniform, set(found.ranks.values())) == (2, {2})
-    assert found.lost == found.uniform_lost
+    assert (found.uniform["r"], set(found.ranks.values())) == (2, {2})
+    assert found.lost == found.uniform["lost"]
