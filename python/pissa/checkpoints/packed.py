@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -89,15 +90,16 @@ def mapped_model(
         left = _left_packed(kind, config, shapes)
         state |= {weight.name: weight for weight in left.values()}
         generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG).is_file() else None
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype or "auto",
-            generation_config=generation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with _unpartitioned() if packed else nullcontext():
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype or "auto",
+                generation_config=generation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
@@ -110,6 +112,18 @@ def mapped_model(
     used = {layer: weight for layer, weight in left.items() if id(weight.parameter) in names}
     of_model = {names[id(w.parameter)] if w.is_whole else layer: packed[layer] for layer, w in used.items()}
     return model, of_model, quantization
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    """Hides DeepSpeed's ZeRO-3 from transformers' loader, which would partition weights that are not there yet."""
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 class _LeftPacked:

@@ -27,6 +27,7 @@ from pissa.layers.layer import PissaLayer, pissa_layers
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of kernels that bitsandbytes could download
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import deepspeed
 
 R = 4
 FORMS: dict[str, dict[str, Any]] = {
@@ -121,6 +122,20 @@ def test_packed_weights_are_what_wrap_makes_of_them(
     assert type(model) is type(expected)
     assert_same_model(model, expected)
     assert_trains_alike(model, expected, tokens, tmp_path)
+
+
+def test_packed_weights_are_loaded_whole_where_zero_3_partitions_others(packed: Path) -> None:
+    class Zero3:
+        def is_zero3(self) -> bool:
+            return True
+
+    config = Zero3()
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        assert isinstance(pissa.load(packed, r=R).base_model.model.lm_head.weight, nn.Parameter)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
 
 
 def test_nothing_of_a_file_is_copied(packed: Path, tokens: Tensor) -> None:
