@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pissa import ops
 from pissa.base.bitsandbytes import from_state, linear4bit
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.init_methods import INIT_METHODS, nothing_of
@@ -22,7 +21,7 @@ from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries, mapped_model, of_layer
-from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.checkpoint import Checkpoint
 from pissa.files.fit import other_dtype
@@ -31,7 +30,7 @@ from pissa.files.load import restore
 from pissa.files.messages import shown
 from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, TAKEN
 from pissa.files.plain_lora import factors_of
-from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.record import AdapterRecord
 from pissa.files.source import Source
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -195,7 +194,7 @@ def _fill_split(
         config: that of the adapter.
 
     Raises:
-        ValueError: naming the layer: a residual that is not the one which was written, or has another shape or form,
+        ValueError: naming the layer: a residual that is not the one which was written, or has another shape,
             factors that a file lacks or has other values of, or a layer that has no adapter.
     """
     adapted, records = pissa_layers(model), split.layers
@@ -212,8 +211,14 @@ def _fill_split(
     narrower = {}
     for name, layer in layers.items():
         record, start = records[name], starts[name]
+        entries = packed.get(name)
+        residual = layer.base.matrix().detach().contiguous() if entries is None else from_state(entries)
         with of_layer(name):
-            residual, found = _residual(record, layer, packed.get(name))
+            if tuple(residual.shape) != layer.matrix_shape:
+                raise ValueError(
+                    f"its weight is {list(residual.shape)} in the folder and {list(layer.matrix_shape)} in the model"
+                )
+            found = match(record.stored, *residual_tensors(residual).values())
             if found is Match.OTHER:
                 raise ValueError(
                     f"its residual is not the one of which {folder / PISSA_RECORD} has the fingerprint: a file is "
@@ -235,28 +240,6 @@ def _fill_split(
     if narrower:
         was = dtype_of(str(records[next(iter(narrower))].stored))
         warnings.warn(other_dtype(folder, narrower, was), stacklevel=3)  # the caller of load
-
-
-def _residual(
-    record: LayerRecord, layer: PissaLayer, entries: Entries | None
-) -> tuple[Tensor | ops.QuantizedWeight, Match]:
-    """The residual of a layer, and whether it is the one of the record."""
-    if entries is None:
-        residual: Tensor | ops.QuantizedWeight = layer.base.matrix().detach().contiguous()
-        form = Form("explicit")
-    else:
-        residual = from_state(entries)
-        form = Form.quantised(residual.format, residual.blocksize, residual.nested)
-    if tuple(residual.shape) != layer.matrix_shape:
-        raise ValueError(
-            f"its weight is {list(residual.shape)} in the folder and {list(layer.matrix_shape)} in the model"
-        )
-    if form != record.form:
-        raise ValueError(
-            f"its residual is {form.describe()} in the folder's tensors and {record.form.describe()} in "
-            f"{PISSA_RECORD}: the files do not belong together"
-        )
-    return residual, match(record.stored, *residual_tensors(residual).values())
 
 
 def _starts(

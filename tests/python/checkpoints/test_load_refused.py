@@ -135,15 +135,11 @@ def test_damaged_factors_that_a_residual_lacks(made: Path, tmp_path: Path) -> No
         pissa.load(folder)
 
 
-def test_the_record_of_another_folder(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["other", "explicit"])
+def test_the_record_of_another_folder(other: str, made: Path, tmp_path: Path) -> None:
     folder = copy(made, "split", tmp_path)
-    shutil.copy(made / "other" / "pissa.json", folder)
+    shutil.copy(made / other / "pissa.json", folder)
     with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': its residual is not the one"):
-        pissa.load(folder)
-    shutil.copy(made / "explicit" / "pissa.json", folder)
-    with pytest.raises(
-        ValueError, match=r"q_proj': its residual is nf4 \(.*\) in the folder's tensors and explicit in"
-    ):
         pissa.load(folder)
 
 
