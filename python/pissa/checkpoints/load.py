@@ -260,10 +260,7 @@ def _starts(
             origin = record.base or Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
             taken = nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
             if record.taken is not None:
-                keys = [f"{name}.{factor}" for factor in TAKEN]
-                shapes = (record.taken, a0.shape[1]), (b0.shape[0], record.taken)
-                for key, shape in zip(keys, shapes, strict=True):
-                    others.expect(key, shape, (torch.float32,), f"the factors that the residual of layer {name} lacks")
-                taken = others.read(keys[0]), others.read(keys[1])
+                a, b = (others.read(f"{name}.{factor}") for factor in TAKEN)
+                taken = a, b
             starts[name] = StartFactors(a0, b0, origin, taken)
     return starts
