@@ -1,4 +1,4 @@
-"""Programs that build a `peft.LoraConfig` themselves: for the process, what of it PiSSA stands for becomes ours::
+"""Programs that build a `peft.LoraConfig` themselves: pissa takes over what it can, for the process::
 
     import pissa.integrations.peft
 

@@ -23,16 +23,18 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 class _EnableAfterPeft(MetaPathFinder):
     """Finds peft, as often as somebody asks whether it is there, with a loader that enables ours afterwards."""
 
+    is_asking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.is_asking:
             return None
-        sys.meta_path.remove(self)
+        self.is_asking = True
         try:
             spec = find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)
+            self.is_asking = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
