@@ -4,8 +4,7 @@ read.
 - `planned_file`, `output`, `layer`, `rewrite`: a folder that several processes write from another, and that a killed
   run goes on with
 - `plan`, `new_files`, `init`: residuals as a checkpoint, start factors as a LoRA beside it
-- `packed`, `mapped_model`, `fill`, `residuals`, `load`: a PissaModel over the mapped files of such a folder
+- `packed`, `load`: a PissaModel over the mapped files of such a folder
 - `merge_plan`, `trained`, `merge`: a checkpoint with an adapter merged into it
-- `spectrum`, `quant_errors`, `kinds`, `layer_report`, `budget`, `suggestion`, `training_memory`, `report`:
-  what a checkpoint holds for PiSSA
+- `kinds`, `budget`, `training_memory`, `report`: what a checkpoint holds for PiSSA
 """

@@ -1,24 +1,39 @@
-"""load: a PissaModel over a folder whose weights are packed, or split, already."""
+"""load: a PissaModel over a folder whose weights are packed, or split, already: nothing that is split is decomposed
+again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from pissa.checkpoints.fill import fill_packed
-from pissa.checkpoints.mapped_model import mapped_model
-from pissa.checkpoints.residuals import Residuals
+from pissa.base.bitsandbytes import from_state, linear4bit
+from pissa.base.digest import Match, dtype_of, is_fingerprint, match
+from pissa.base.init_methods import INIT_METHODS, nothing_of
+from pissa.base.kinds import base_of
+from pissa.base.start import Origin, StartFactors
+from pissa.base.stored import residual_tensors
+from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
+from pissa.checkpoints.packed import Entries, mapped_model, of_layer
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.checkpoint import Checkpoint
+from pissa.files.fit import other_dtype
 from pissa.files.hub import adapter_folder
 from pissa.files.load import restore
-from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD
+from pissa.files.messages import shown
+from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, TAKEN
+from pissa.files.plain_lora import factors_of
+from pissa.files.record import AdapterRecord
 from pissa.files.source import Source
+from pissa.files.tensor_file import TensorFile
+from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
 from pissa.model.inject import materialise, own_config, warn_of_dropout
@@ -72,9 +87,11 @@ def load(
     """
     with failing_together():
         source = Source.open(folder)
-        residuals = Residuals.open(source.folder) if (source.folder / PISSA_RECORD).is_file() else None
+        folder = source.folder
+        split = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
         checkpoint = None if adapter is None else Checkpoint.read(adapter_folder(adapter, ADAPTER_FILES))
-        config = _config(config, config_fields, residuals, checkpoint)
+        blamed: Callable[[], AbstractContextManager[None]] = nullcontext if checkpoint is None else checkpoint.blamed
+        config = _config(config, config_fields, folder, split, checkpoint)
         config.inference_mode = not is_trainable
         warn_of_dropout(config)
         model, packed, quantization = mapped_model(source, dtype)
@@ -82,53 +99,168 @@ def load(
         if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
             config.task_type = "CAUSAL_LM"
         # The model card names what the plain LoRA is for: the dense model that was split.
-        config.base_model_name_or_path = config.base_model_name_or_path or str(source.folder)
+        config.base_model_name_or_path = config.base_model_name_or_path or str(folder)
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
-        with _blamed(checkpoint):
+        with blamed():
             wrapped = model_class(config)(model, config, adapter_name)
-        if residuals is None:
-            fill_packed(model, packed, quantization)
+        if split is None:
+            _fill_packed(model, packed, quantization)
         else:
-            residuals.fill(model, packed, config)
+            _fill_split(model, packed, folder, split, config)
         materialise(model, adapter_name)
         wrapped.to(device)
         left = {}
         if checkpoint is None:
-            keep = residuals is not None
+            keep = split is not None
             left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
         else:
-            with _blamed(checkpoint):
+            with blamed():
                 restore(checkpoint, wrapped, adapter_name)
     store(model, adapter_name, config, left)  # which tells the other processes of its errors itself
     return wrapped if is_trainable else wrapped.eval()
 
 
-def _blamed(checkpoint: Checkpoint | None) -> AbstractContextManager[None]:
-    return nullcontext() if checkpoint is None else checkpoint.blamed()
-
-
 def _config(
     config: PissaConfig | None,
     fields: Mapping[str, Any],
-    residuals: Residuals | None,
+    folder: Path,
+    split: AdapterRecord | None,
     checkpoint: Checkpoint | None,
 ) -> PissaConfig:
-    """The configuration of the adapter."""
+    """The configuration of the adapter; `split` is the record of a folder that `pissa init` has written."""
     given = {"config": config is not None, "its fields": bool(fields), "adapter": checkpoint is not None}
     if sum(given.values()) > 1:
         raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(given.get, given))}")
     if checkpoint is not None:
         return checkpoint.config
-    if residuals is not None and config is None and not fields:
-        return own_config(residuals.record.config)
+    if split is not None and config is None and not fields:
+        return own_config(split.config)
     config = own_config(PissaConfig(**fields) if config is None else config)
     config.base_model_name_or_path = None
-    if residuals is not None:
-        own = residuals.record.config
-        if config.form not in (IMPLICIT, own.form):
+    if split is not None:
+        form = split.config.form
+        if config.form not in (IMPLICIT, form):
             raise ValueError(
-                f"the residuals of {residuals.folder} are {own.form.describe()} and cannot become "
-                f"{config.form.describe()}: leave quant, blocksize, double_quant and residual out"
+                f"the residuals of {folder} are {form.describe()} and cannot become {config.form.describe()}: leave "
+                "quant, blocksize, double_quant and residual out"
             )
-        config.base_model_name_or_path = own.base_model_name_or_path
+        config.base_model_name_or_path = split.config.base_model_name_or_path
     return config
+
+
+def _fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: Mapping[str, Any]) -> None:
+    """Gives a model the 4-bit weights that bitsandbytes has made, as they are in a folder.
+
+    Args:
+        model: the (unwrapped) model, adapted.
+        packed: the weights, by the layers' names.
+        quantization: the folder's `quantization_config`.
+
+    Raises:
+        ValueError: naming the layer whose weight is in 8 bits; or no dtype is to compute in.
+    """
+    name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
+    compute_dtype = getattr(torch, name, None)
+    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
+        raise ValueError(f"config.json: bnb_4bit_compute_dtype is {shown(name)}; needed: float32, bfloat16 or float16")
+    for layer, entries in packed.items():
+        with of_layer(layer):
+            if "SCB" in entries:
+                raise ValueError(
+                    "its weight is in 8 bits, with which only bitsandbytes computes: "
+                    "pissa.wrap(AutoModelForCausalLM.from_pretrained(folder), ...)"
+                )
+        module = model.get_submodule(layer)
+        dense = module.base if isinstance(module, PissaLayer) else base_of(module)
+        base = linear4bit(entries, dense.bias, compute_dtype).train(dense.module.training)
+        if isinstance(module, PissaLayer):
+            module.base_layer = base
+        else:
+            model.set_submodule(layer, base)
+
+
+def _fill_split(
+    model: nn.Module, packed: Mapping[str, Entries], folder: Path, split: AdapterRecord, config: PissaConfig
+) -> None:
+    """Puts a stored base, with the start that it lacks, into every layer of the record.
+
+    Each residual and its start are compared with their fingerprints: a residual's pages are read once, as a first step
+    of training would.
+
+    Args:
+        model: the (unwrapped) model, adapted. Residuals that are not packed are its weights.
+        packed: the other ones.
+        split: the folder's record.
+        config: that of the adapter.
+
+    Raises:
+        ValueError: naming the layer: a residual that is not the one which was written, or has another shape,
+            factors that a file lacks or has other values of, or a layer that has no adapter.
+    """
+    adapted, records = pissa_layers(model), split.layers
+    for name in [*records, *packed]:
+        if name not in records:
+            raise ValueError(f"{folder / PISSA_RECORD} has no layer {shown(name)}, whose weight is packed")
+        if name not in adapted:
+            raise ValueError(
+                f"layer {shown(name)} has no adapter, but {folder} keeps a residual of it, which lacks its principal "
+                "part: let target_modules have it, as it has if no configuration is given"
+            )
+    layers = {name: layer for name, layer in adapted.items() if name in records}
+    starts = _starts(model, layers, folder, split)
+    narrower = {}
+    for name, layer in layers.items():
+        record, start = records[name], starts[name]
+        entries = packed.get(name)
+        residual = layer.base.matrix().detach().contiguous() if entries is None else from_state(entries)
+        with of_layer(name):
+            if tuple(residual.shape) != layer.matrix_shape:
+                raise ValueError(
+                    f"its weight is {list(residual.shape)} in the folder and {list(layer.matrix_shape)} in the model"
+                )
+            found = match(record.stored, *residual_tensors(residual).values())
+            if found is Match.OTHER:
+                raise ValueError(
+                    f"its residual is not the one of which {folder / PISSA_RECORD} has the fingerprint: a file is "
+                    "damaged, or belongs to another folder"
+                )
+            if not is_fingerprint(record.start, *start_tensors(start)):
+                files = [INITIAL_WEIGHTS, *([PISSA_WEIGHTS] if record.taken is not None else [])]
+                raise ValueError(
+                    f"its start factors are not those of which {folder / PISSA_RECORD} has the fingerprint: "
+                    f"{' or '.join(str(folder / file) for file in files)} is damaged, or belongs to another folder; "
+                    "take it from a copy, or split the model again"
+                )
+        layer.fingerprints.learn_weight(layer.base, record.weight)
+        layer.store_base(residual, start, config)
+        if found is Match.ROUNDED:
+            narrower[name] = layer.dense_dtype
+        else:
+            layer.fingerprints.learn_residual(layer.base, str(record.stored))
+    if narrower:
+        was = dtype_of(str(records[next(iter(narrower))].stored))
+        warnings.warn(other_dtype(folder, narrower, was), stacklevel=3)  # the caller of load
+
+
+def _starts(
+    model: nn.Module, layers: Mapping[str, PissaLayer], folder: Path, split: AdapterRecord
+) -> dict[str, StartFactors]:
+    """The start factors of the layers, with those that their residuals lack if alternations have found others."""
+    factors = TensorFile(folder / INITIAL_WEIGHTS)
+    has_taken = any(record.taken is not None for record in split.layers.values())
+    others = TensorFile(folder / PISSA_WEIGHTS) if has_taken else factors
+    config = split.config.of_base()
+    identity = INIT_METHODS[config.init].identity(config)
+    starts = {}
+    for part in factors_of(model, layers):
+        for key, shape in part.shapes(split.layers[part.layers[0]].r).items():
+            factors.expect(key, shape, (torch.float32,), f"the start factors of layer {part.layers[0]}")
+        for name, (a0, b0) in part.unpack(*(factors.read(key) for key in part.keys)).items():
+            record = split.layers[name]
+            origin = record.base or Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
+            taken = nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
+            if record.taken is not None:
+                a, b = (others.read(f"{name}.{factor}") for factor in TAKEN)
+                taken = a, b
+            starts[name] = StartFactors(a0, b0, origin, taken)
+    return starts

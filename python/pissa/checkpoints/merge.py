@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.checkpoints.fill import of_layer
 from pissa.checkpoints.merge_plan import MergePlan, Unit
 from pissa.checkpoints.output import Output
+from pissa.checkpoints.packed import of_layer
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form

@@ -1,19 +1,28 @@
-"""The packed weights of a checkpoint: which tensors are the codes and scales of one weight, and a loader of
-transformers' that leaves them packed."""
+"""The packed weights of a checkpoint, and a model over its mapped files: transformers' own loader, given tensors that
+nothing has read yet, leaves the packed ones packed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import deepspeed
+from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pissa.base.bitsandbytes import from_state
 from pissa.base.bitsandbytes_state import ENTRIES
+from pissa.files.messages import first_line, shown
+from pissa.files.model_folder import class_of, model_config
+from pissa.files.source import Source
+from pissa.layers.experts import WEIGHTS
+
+GENERATION_CONFIG = "generation_config.json"
 
 Entries = dict[str, Tensor]
 """The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
@@ -36,93 +45,130 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-_MARK = ".packed."
-_STACK = "stack"
-_ENTRIES = {
-    re.escape(_MARK + entry): entry
-    for entry in sorted({_STACK, *(entry for entries in ENTRIES.values() for entry in entries)}, reverse=True)
-}
-"""The entries, by the patterns of the names under which transformers' loader is given them. Of two that a name begins
-with, transformers 5.20 takes the first: no entry stands before one that it is the beginning of."""
+@contextmanager
+def of_layer(name: str) -> Iterator[None]:
+    """Names the layer in errors of the block.
 
-
-def packed_key(layer: str, entry: str) -> str:
-    """The name under which transformers' loader is given an entry of a layer's weight."""
-    return f"{layer}.weight{_MARK}{entry}"
-
-
-def stack_key(parameter: str) -> str:
-    """The name under which it is given any tensor, for a parameter of the model whose matrices are all packed."""
-    return f"{parameter}{_MARK}{_STACK}"
-
-
-LEAVE_PACKED = {"quant_method": "pissa", "is_mapped": True}
-"""The `quantization_config` of a model whose packed weights are to stay packed."""
-
-
-def packed_weights(model: PreTrainedModel) -> dict[str, Entries]:
-    """The entries of the packed weights, by the layers' names in a model that was loaded with LEAVE_PACKED.
-
-    The weights of these layers are on the meta device. The model keeps no sign of having been loaded so: what becomes
-    of the layers, their bases know.
+    Raises:
+        ValueError: for a ValueError.
     """
-    quantizer = model.hf_quantizer
-    conversions = [one for one in model._weight_conversions if not _is_ours(one)]
-    quantizer.remove_quantization_config(model)
-    model._weight_conversions = conversions  # which save_pretrained reverts
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            vars(module.config).pop("_is_quantized", None)
-    return {name: vars(module).pop(_KEPT) for name, module in model.named_modules() if _KEPT in vars(module)}
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {shown(name)}: {error}") from error
 
 
-_KEPT = "pissa_packed"
-"""The attribute in which a module keeps its entries while the model is loaded."""
+def mapped_model(
+    source: Source, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Entries], Mapping[str, Any]]:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files, except for
+    one that transformers has cast, or put together of several, which is a copy.
+
+    Args:
+        dtype: of the floating tensors that are not packed; None: the one in the folder's config.json.
+
+    Returns:
+        The model, whose packed weights are on the meta device; their entries, by the layers' names in the model; the
+        `quantization_config` of the folder, which the model has not.
+
+    Raises:
+        ValueError: a folder that transformers cannot load, or whose tensors are not those of the model; a packed weight
+            that is damaged, naming the layer.
+    """
+    folder, tensors = source.folder, packed_layers(source.names)
+    packed = {layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors}
+    shapes = {}
+    for layer, entries in packed.items():
+        with of_layer(layer):
+            shapes[layer] = from_state(entries).shape
+    codes = {name for entries in tensors.values() for name in entries.values()}
+    state: dict[str, Any] = {name: source.read(name) for name in source.names if name not in codes}
+    try:
+        config = model_config(folder)
+        kind = class_of(config)
+        quantization = vars(config).pop("quantization_config", {})
+        left = _left_packed(kind, config, shapes)
+        state |= {weight.name: weight for weight in left.values()}
+        generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG).is_file() else None
+        with _unpartitioned() if packed else nullcontext():
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype or "auto",
+                generation_config=generation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind.__name__}, {shown(missing[0])} the first")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, needed = mismatched[0]
+        raise ValueError(f"{folder}: {shown(name)} is {list(found)} in the folder and {list(needed)} in the model")
+    model.config._name_or_path = model.name_or_path = str(folder)
+    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    used = {layer: weight for layer, weight in left.items() if id(weight.parameter) in names}
+    of_model = {names[id(w.parameter)] if w.is_whole else layer: packed[layer] for layer, w in used.items()}
+    return model, of_model, quantization
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    """Hides DeepSpeed's ZeRO-3 from transformers' loader, which would partition weights that are not there yet."""
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+class _LeftPacked:
+    """Stands in a state dict for a weight whose values are packed. transformers' loader slices what it is given, and
+    moves it to a device and a dtype. What it gets of this is a parameter on the meta device.
+
+    Args:
+        name: of the tensor, in the checkpoint.
+        is_whole: whether the weight is that of one layer; else it is fused of those of all experts.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], is_whole: bool) -> None:
+        self.name, self.shape, self.is_whole = name, shape, is_whole
+        self.parameter: nn.Parameter | None = None
+
+    def __getitem__(self, _: object) -> _LeftPacked:
+        return self
+
+    def to(self, device: object, dtype: torch.dtype) -> nn.Parameter:
+        self.parameter = nn.Parameter(torch.empty(self.shape, dtype=dtype, device="meta"))
+        return self.parameter
+
+
+_EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
+
+
+def _left_packed(kind: Any, config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _LeftPacked]:
+    """The stand-ins of packed layers, given with their shapes. `pissa init` names experts as they are named once they
+    are unfused; their stand-in is that of the fused weight."""
+    left = {layer: _LeftPacked(f"{layer}.weight", shape, is_whole=True) for layer, shape in shapes.items()}
+    experts = {layer: f"{match[1]}.{match[2]}" for layer in shapes if (match := _EXPERT.fullmatch(layer))}
+    if experts:
+        with torch.device("meta"):
+            parameters = dict(kind(config).named_parameters())
+        fused = {
+            name: _LeftPacked(name, parameters[name].shape, is_whole=False)
+            for name in parameters.keys() & experts.values()
+        }
+        left |= {layer: fused[name] for layer, name in experts.items() if name in fused}
+    return left
 
 
 @register_quantization_config("pissa")
-class _LeavePacked(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, is_mapped: bool = False, **_: Any) -> None:
-        self.quant_method, self.is_mapped = "pissa", is_mapped
+class _ReadByLoad(QuantizationConfigMixin):  # type: ignore[misc]
+    """Refuses a model whose experts are quantised: transformers would take them for missing, and draw them."""
 
-
-@register_quantizer("pissa")
-class _Loader(HfQuantizer):  # type: ignore[misc]
-    """transformers' loader renames, casts and places all other tensors, as always. It gives the entries to `_Keep`."""
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.quantization_config.is_mapped:
-            raise ValueError(
-                "the experts of this model are quantised, which pissa.load(folder) reads, not from_pretrained"
-            )
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    def get_weight_conversions(self) -> list[WeightConverter]:
-        return [WeightConverter(list(_ENTRIES), "", [_Keep(self)])]
-
-
-class _Keep(ConversionOps):  # type: ignore[misc]
-    """Keeps the entries of one weight with its module, and leaves the parameter where it is, on the meta device."""
-
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer  # transformers casts nothing that is for an operation with it
-
-    def convert(
-        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, model: nn.Module, **_: Any
-    ) -> dict[str, Tensor]:
-        module: Any = model.get_submodule(full_layer_name.rpartition(".")[0])
-        module._is_hf_initialized = True
-        entries = {_ENTRIES[pattern]: tensor for pattern, [tensor] in input_dict.items()}
-        if _STACK not in entries:
-            setattr(module, _KEPT, entries)
-        return {full_layer_name: model.get_parameter(full_layer_name)}
-
-
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(one, _Keep) for one in getattr(conversion, "operations", ()))
+    def __init__(self, **_: Any) -> None:
+        raise ValueError("the experts of this model are quantised, which pissa.load(folder) reads, not from_pretrained")

@@ -3,96 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 
 from pissa.config import Form
 from pissa.ops.formats import FORMATS
 
-_FLOAT = 4  # bytes of a float32
-
-
-class Shape(NamedTuple):
-    """An adapted layer: its weight [out, in] and the adapter's rank."""
-
-    name: str
-    out: int
-    inner: int
-    r: int
-
-
-class ModelSizes(NamedTuple):
-    """What of a model is not its adapted weights."""
-
-    rest: int
-    """Bytes of the tensors that are not adapted: embeddings, norms, biases, the output layer."""
-    dtype: torch.dtype
-    """Of the dense weights, and of what flows between layers."""
-    hidden: int
-    """Elements that a block hands on for each token."""
-    vocabulary: int
-    """Elements of a token's logits; 0 if the model has none."""
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes, by what takes them."""
-
-    weights: int
-    """Adapted weights in their form, and the rest of the model as it is on disk."""
-    start: int
-    """A0 and B0, float32."""
-    trained: int
-    """dA and dB, float32."""
-    gradients: int
-    optimizer: int
-    """AdamW's two averages, float32."""
-    activations: int
-    """What forward keeps for backward, and the logits with their gradients."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.start + self.trained + self.gradients + self.optimizer + self.activations
-
 
 def training_memory(
-    layers: Iterable[Shape], model: ModelSizes, form: Form, *, batch: int, length: int, checkpointing: bool
-) -> TrainingMemory:
-    """The memory of a training step of `batch` sequences of `length` tokens, without what Python and torch take
-    themselves.
+    layers: Mapping[str, tuple[int, int]],
+    r: int,
+    form: Form,
+    *,
+    rest: int,
+    dtype: torch.dtype,
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves.
 
     Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
     element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
     only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
     each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
     counts as if it saw every token: an upper bound.
+
+    Args:
+        layers: the shapes [out, in] of the adapted weights, by the layers' names.
+        r: the rank of the adapter; of a layer with a smaller side, that side.
+        form: how the adapted weights are kept.
+        rest: bytes of the tensors that are not adapted: embeddings, norms, biases, the output layer.
+        dtype: of the dense weights, and of what flows between layers.
+        hidden: elements that a block hands on for each token.
+        vocabulary: elements of a token's logits; 0 if the model has none.
+        tokens: of a step.
     """
-    layers = list(layers)
-    parameters = sum(layer.r * (layer.out + layer.inner) for layer in layers)
-    weights = model.rest + sum(_weight_bytes(layer, model.dtype, form) for layer in layers)
+    factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
     blocks: dict[str, int] = {}
-    for layer in layers:
-        block = _block(layer.name)
-        blocks[block] = blocks.get(block, 0) + (layer.out + layer.inner) * model.dtype.itemsize
-    logits = 16 * model.vocabulary
+    for name, shape in layers.items():
+        block = _block(name)
+        blocks[block] = blocks.get(block, 0) + sum(shape) * dtype.itemsize
+    logits = 16 * vocabulary
     if checkpointing:
-        a_token = len(blocks) * model.hidden * model.dtype.itemsize + max(*blocks.values(), logits)
+        of_a_token = len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits)
     else:
-        a_token = sum(blocks.values()) + logits
-    floats = _FLOAT * parameters
-    return TrainingMemory(weights, floats, floats, floats, 2 * floats, batch * length * a_token)
+        of_a_token = sum(blocks.values()) + logits
+    found = {
+        "weights": rest + sum(_weight_bytes(shape, dtype, form) for shape in layers.values()),
+        "start": factors,  # A0 and B0
+        "trained": factors,  # dA and dB
+        "gradients": factors,
+        "optimizer": 2 * factors,  # AdamW's two averages
+        "activations": tokens * of_a_token,
+    }
+    return found | {"total": sum(found.values())}
 
 
-def _weight_bytes(layer: Shape, dtype: torch.dtype, form: Form) -> int:
+def _weight_bytes(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> int:
     if form.kind not in FORMATS:
-        return layer.out * layer.inner * dtype.itemsize
+        return math.prod(shape) * dtype.itemsize
     format = FORMATS[form.kind]
-    options = format.options(form.blocksize, form.double_quant, layer.inner)
-    tensors = format.tensors((layer.out, layer.inner), *options)
-    return sum(math.prod(shape) * kept.itemsize for shape, kept in tensors.values())
+    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
+    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
 
 
 def _block(name: str) -> str:

@@ -38,7 +38,6 @@ _INTERRUPTED = {
     "init": "the same command goes on with it",
     "merge": "the same command goes on with it",
     "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
-    "run": "what is left is the program's",
 }
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pissa.cli import colours
 from pissa.files.staged import Staged
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # By method; the line styles differ in grey.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -50,17 +47,14 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "an
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    longest = max(len(curve.losses) for curve in curves)
-    window = max(1, longest // 6) | 1
-    ends = []
+    window = max(1, max(len(curve.losses) for curve in curves) // 6) | 1
     for curve in curves:
         mean = smoothed(curve.losses, window)
         if window > 1:
             axes.plot(curve.steps, curve.losses, color=curve.style["color"], linewidth=0.7, alpha=0.3)
         marker = "o" if len(mean) == 1 else None
-        axes.plot(curve.steps, mean, linewidth=2.2, marker=marker, **curve.style)
-        ends.append((mean[-1], curve))
-    _label_ends(axes, ends)
+        axes.plot(curve.steps, mean, linewidth=2.2, marker=marker, label=curve.label, **curve.style)
+    axes.legend(frameon=False, labelcolor="linecolor")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20 if window > 1 else 6)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(f"training loss (nats per {unit})")
@@ -73,22 +67,3 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "an
         axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="0.35")
     with Staged(path.parent) as staged:
         figure.savefig(staged.path(path.name), dpi=160, format="png")
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve]]) -> None:
-    """Writes the name of each curve at its end. Names whose curves end close together are moved apart."""
-    low, high = axes.get_ylim()
-    apart = 0.055 * (high - low)
-    place = -float("inf")
-    for height, curve in sorted(ends, key=lambda end: end[0]):
-        place = max(height, place + apart)
-        axes.annotate(
-            curve.label,
-            (curve.steps[-1], height),
-            xytext=(1.015, place),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            color=curve.style["color"],
-            fontweight="bold",
-            annotation_clip=False,
-        )

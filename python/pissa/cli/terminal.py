@@ -48,13 +48,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     heads = [[""] * (depth - len(head)) + head for head in heads]
     lines = [[head[i] for head in heads] for i in range(depth)] + [list(row) for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join(_aligned(cell, i, widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines]
-    text.insert(depth, "  ".join("-" * width for width in widths))
-    return "\n".join(text)
-
-
-def _aligned(cell: str, column: int, width: int) -> str:
-    return cell.ljust(width) if column == 0 else cell.rjust(width)
+    lines.insert(depth, ["-" * width for width in widths])
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
 def silence_third_parties() -> None:

@@ -1,4 +1,4 @@
-"""Programs that build a `peft.LoraConfig` themselves: for the process, what of it PiSSA stands for becomes ours::
+"""Programs that build a `peft.LoraConfig` themselves: pissa takes over what it can, for the process::
 
     import pissa.integrations.peft
 
@@ -62,10 +62,10 @@ def enable(notify: Notify | None = None, init: Start | None = None) -> None:
 
 def disable() -> None:
     """Turns it off: PEFT is what it was. Models that were made stay what they are. Where it is off, nothing happens."""
-    global _undo, _notify, _init
+    global _undo
     if _undo is not None:
         _undo.close()
-    _undo = _notify = _init = None
+    _undo = None
 
 
 def is_enabled() -> bool:
@@ -76,15 +76,10 @@ def is_enabled() -> bool:
 def _made(kind: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
     from pissa.integrations.takeover import made
 
-    return made(kind, model, config, _init, _tell, **kwargs)
+    return made(kind, model, config, _init, _notify, **kwargs)
 
 
 def _loaded(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     from pissa.integrations.takeover import loaded
 
     return loaded(plain, *args, **kwargs)
-
-
-def _tell(sentence: str) -> None:
-    if _notify is not None:
-        _notify(sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from peft import LoraConfig, get_peft_model_state_dict
@@ -52,18 +51,16 @@ def lora_state_dict(
         ValueError: no such adapter; a parameter that DeepSpeed has partitioned; with base="residual", a base that is
             not stored, or one that lacks a start which does not fit into rank 2r with the adapter.
     """
-    name, layers = _adapter(model, adapter_name, base)
-    served = _served(layers, name, base)
-    state = _whole(model, name)
+    adapter = _adapter(model, adapter_name, base)
+    state = _whole(model, adapter.name)
     found: dict[str, Tensor] = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=name, save_embedding_layers=False
+        model, state_dict=state, adapter_name=adapter.name, save_embedding_layers=False
     )
-    times = _times(served, layers, name)
     factors = {}
-    for key, layer in layers.items():
-        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", name)
-        factors[key] = pad_rank(*served[key].factors(deltas), times * layer.r[name])
-    for part in factors_of(model.base_model.model, layers):
+    for key, layer in adapter.layers.items():
+        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", adapter.name)
+        factors[key] = pad_rank(*adapter.served[key].factors(deltas), adapter.times * layer.r[adapter.name])
+    for part in factors_of(model.base_model.model, adapter.layers):
         found |= part.pack([factors[key] for key in part.layers])
     if base == "original":
         warn_of_plain_lora(model)
@@ -71,38 +68,10 @@ def lora_state_dict(
 
 
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
-    """The configuration of what `lora_state_dict` gives for the same arguments. An engine's limit of ranks has to allow
-    its `r`.
-
-    Args:
-        model: see `lora_state_dict`.
-        adapter_name: see `lora_state_dict`.
-        base: see `lora_state_dict`.
-
-    Raises:
-        TypeError, ValueError: as `lora_state_dict`.
-    """
-    name, layers = _adapter(model, adapter_name, base)
-    times = _times(_served(layers, name, base), layers, name)
+    """The configuration of what `lora_state_dict` gives for the same arguments, which raises the same errors. An
+    engine's limit of ranks has to allow its `r`."""
+    name, layers, _, times = _adapter(model, adapter_name, base)
     return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
-
-
-def _adapter(model: Any, adapter_name: str | None, base: str) -> tuple[str, dict[str, PissaLayer]]:
-    """The adapter's name, and its layers by their names in the (unwrapped) model."""
-    if not isinstance(model, PissaModel):
-        raise TypeError(
-            f"model must be a pissa.PissaModel, got {type(model).__name__}; accelerator.unwrap_model(model) takes off "
-            "what a trainer has put around one"
-        )
-    check_choice("base", base, get_args(ServedBase))
-    names = model.active_adapters if adapter_name is None else [adapter_name]
-    if len(names) != 1:
-        raise ValueError(f"adapter_name: several adapters are active; give one of {', '.join(map(repr, names))}")
-    check_choice("adapter_name", names[0], model.peft_config)
-    layers = pissa_layers(model.base_model.model, names[0])
-    if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
-        raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
-    return names[0], layers
 
 
 class _Served(NamedTuple):
@@ -137,22 +106,43 @@ class _Served(NamedTuple):
         return self.start.factors_on(deltas, self.keeps_start, lacked, self.ratio)
 
 
-def _served(layers: Mapping[str, PissaLayer], adapter_name: str, base: ServedBase) -> dict[str, _Served]:
-    served = {name: _Served.of(layer, adapter_name, base) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        lacked, limit = served[name].lacked, 2 * layer.r[adapter_name]
-        if lacked is not None and served[name].rank > limit:
-            raise ValueError(
-                f'base: got "residual", but that of layer {name} lacks another start than that of adapter '
-                f"{adapter_name!r}, of rank {lacked.origin.r}; both together have rank {served[name].rank}, and at "
-                f'most {limit} is possible: take base="original", or give the adapter LoRA\'s start and that rank'
-            )
-    return served
+class _Adapter(NamedTuple):
+    """An adapter as a plain LoRA."""
 
-
-def _times(served: Mapping[str, _Served], layers: Mapping[str, PissaLayer], adapter_name: str) -> int:
+    name: str
+    layers: dict[str, PissaLayer]
+    """By their names in the (unwrapped) model, as `served`."""
+    served: dict[str, _Served]
+    times: int
     """How many times the adapter's rank all factors have: 1 or 2."""
-    return 1 if all(served[name].rank <= layer.r[adapter_name] for name, layer in layers.items()) else 2
+
+
+def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter:
+    if not isinstance(model, PissaModel):
+        raise TypeError(
+            f"model must be a pissa.PissaModel, got {type(model).__name__}; accelerator.unwrap_model(model) takes off "
+            "what a trainer has put around one"
+        )
+    check_choice("base", base, get_args(ServedBase))
+    names = model.active_adapters if adapter_name is None else [adapter_name]
+    if len(names) != 1:
+        raise ValueError(f"adapter_name: several adapters are active; give one of {', '.join(map(repr, names))}")
+    name = names[0]
+    check_choice("adapter_name", name, model.peft_config)
+    layers = pissa_layers(model.base_model.model, name)
+    if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
+        raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
+    served = {key: _Served.of(layer, name, base) for key, layer in layers.items()}
+    for key, layer in layers.items():
+        lacked, limit = served[key].lacked, 2 * layer.r[name]
+        if lacked is not None and served[key].rank > limit:
+            raise ValueError(
+                f'base: got "residual", but that of layer {key} lacks another start than that of adapter {name!r}, of '
+                f"rank {lacked.origin.r}; both together have rank {served[key].rank}, and at most {limit} is possible: "
+                'take base="original", or give the adapter LoRA\'s start and that rank'
+            )
+    times = 1 if all(served[key].rank <= layer.r[name] for key, layer in layers.items()) else 2
+    return _Adapter(name, layers, served, times)
 
 
 def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:

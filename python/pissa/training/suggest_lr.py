@@ -118,8 +118,10 @@ class _Trial:
             )
         self.parameters = list(trained.values())
         self.devices = sorted({parameter.device.index for parameter in self.parameters if parameter.is_cuda})
-        self._start = [parameter.detach().clone() for parameter in self.parameters]
-        self._statistics = [(buffer, buffer.clone()) for buffer in _statistics(model)]
+        # A forward pass in training mode changes running statistics, too, and the generators.
+        tracking = (module for module in model.modules() if getattr(module, "track_running_stats", False))
+        statistics = [buffer for module in tracking for buffer in module.buffers(recurse=False)]
+        self._start = [(tensor, tensor.detach().clone()) for tensor in (*self.parameters, *statistics)]
         self._model = model
         self._loss = loss
         half = len(batches) // 2
@@ -165,11 +167,9 @@ class _Trial:
     @torch.no_grad()
     def reset(self) -> None:
         """Puts the model to where it was, without gradients, and the generators that it uses to a fixed seed."""
-        for parameter, value in zip(self.parameters, self._start, strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
-        for buffer, value in self._statistics:
-            buffer.copy_(value)
+        for tensor, value in self._start:
+            tensor.copy_(value)
+            tensor.grad = None
         torch.default_generator.manual_seed(0)
         for device in self.devices:
             torch.cuda.default_generators[device].manual_seed(0)
@@ -230,12 +230,6 @@ def _method_of(model: nn.Module) -> str:
     if isinstance(start, str) and start.startswith("pissa"):
         return "unit" if getattr(config, "start_norm", "singular") == "unit" else "pissa"
     return "lora" if start in ("lora", True, "gaussian") else ""
-
-
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """What a forward pass in training mode changes beside the generators: running statistics."""
-    tracking = (module for module in model.modules() if getattr(module, "track_running_stats", False))
-    return [buffer for module in tracking for buffer in module.buffers(recurse=False)]
 
 
 @contextmanager

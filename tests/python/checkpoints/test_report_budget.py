@@ -13,8 +13,7 @@ from torch import nn
 import pissa
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern
 from pissa.checkpoints.kinds import kinds_of, sample
-from pissa.checkpoints.layer_report import LayerReport, layer_reports
-from pissa.checkpoints.suggestion import suggest
+from pissa.checkpoints.report import LayerReport, layer_report, suggest
 from pissa.layers.layer import pissa_layers
 
 
@@ -112,7 +111,7 @@ def test_experts_of_a_module_get_one_rank() -> None:
         for i in range(2)
         for e in range(2)
     ]
-    layers = list(layer_reports(matrices, 12))
+    layers = [layer_report(name, matrix, 12) for name, matrix in matrices]
     together = [[f"layers.{i}.experts.{e}.up" for e in range(2)] for i in range(2)]
     found = suggest(layers, 40 * 4 * 4, 2, together)
     ranks = [{found.ranks[name] for name in names} for names in together]
@@ -152,8 +151,8 @@ def model(tiny_llama: Callable[..., nn.Module]) -> nn.Module:
 
 
 def reports(model: nn.Module, quant: str | None = None) -> list[LayerReport]:
-    matrices = [(name, m.weight.detach()) for name, m in model.named_modules() if name.endswith("_proj")]
-    return list(layer_reports(matrices, 24, [4], quant=quant))
+    matrices = {name: m.weight.detach() for name, m in model.named_modules() if name.endswith("_proj")}
+    return [layer_report(name, matrix, 24, [4], quant) for name, matrix in matrices.items()]
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])
@@ -161,13 +160,11 @@ def test_a_suggestion_can_be_pasted(model: nn.Module, quant: str | None) -> None
     layers = reports(model, quant)
     budget = sum(layer.parameters(4) for layer in layers)
     found = suggest(layers, budget, step=2)
-    assert found.uniform == 4
-    assert found.uniform_parameters == budget
+    assert (found.uniform["r"], found.uniform["parameters"]) == (4, budget)
     assert found.parameters <= budget
-    assert found.lost < found.uniform_lost
+    assert found.lost < found.uniform["lost"]
     assert len(set(found.ranks.values())) > 1
-    r, pattern = found.pattern()
-    wrapped = pissa.wrap(model, r=r, rank_pattern=pattern)
+    wrapped = pissa.wrap(model, r=found.r, rank_pattern=found.rank_pattern)
     adapters = pissa_layers(wrapped.base_model.model, "default")
     assert {name: layer.r["default"] for name, layer in adapters.items()} == found.ranks
     assert {layer.scaling["default"] for layer in adapters.values()} == {1.0}
@@ -179,8 +176,8 @@ def test_one_rank_for_all_is_suggested_where_a_large_step_does_not_fit() -> None
     """A single layer with the best gain for each parameter, after which the 8 others, together, find no room."""
     drawn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     matrices = [("alone", 1.01 * drawn), *((f"experts.{i}.up", drawn) for i in range(8))]
-    layers = list(layer_reports(matrices, 8))
+    layers = [layer_report(name, matrix, 8) for name, matrix in matrices]
     together = [["alone"], [f"experts.{i}.up" for i in range(8)]]
     found = suggest(layers, 16 * 2 * 9, 1, together)
-    assert (found.uniform, set(found.ranks.values())) == (2, {2})
-    assert found.lost == found.uniform_lost
+    assert (found.uniform["r"], set(found.ranks.values())) == (2, {2})
+    assert found.lost == found.uniform["lost"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pissa
-from pissa.checkpoints.training_memory import ModelSizes, Shape, TrainingMemory, training_memory
+from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form
 from pissa.layers.layer import pissa_layers
 
@@ -23,13 +23,21 @@ FORMS = {
 BATCH, LENGTH = 2, 24
 
 
-def predicted(model: nn.Module, form: Form, checkpointing: bool) -> TrainingMemory:
+def predicted(model: nn.Module, form: Form) -> dict[str, int]:
     layers = pissa_layers(model.base_model.model, "default")
-    adapted = [Shape(name, *layer.matrix_shape, layer.r["default"]) for name, layer in layers.items()]
     config = model.base_model.model.config
     rest = (config.vocab_size * config.hidden_size * 2 + (2 * config.num_hidden_layers + 1) * config.hidden_size) * 2
-    sizes = ModelSizes(rest, torch.bfloat16, config.hidden_size, config.vocab_size)
-    return training_memory(adapted, sizes, form, batch=BATCH, length=LENGTH, checkpointing=checkpointing)
+    return training_memory(
+        {name: layer.matrix_shape for name, layer in layers.items()},
+        4,
+        form,
+        rest=rest,
+        dtype=torch.bfloat16,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tokens=BATCH * LENGTH,
+        checkpointing=False,
+    )
 
 
 def nbytes(tensors: list[torch.Tensor]) -> int:
@@ -41,21 +49,21 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
 def test_stored_tensors(name: str, tiny_llama: Callable[..., nn.Module]) -> None:
     options, form = FORMS[name]
     model: Any = pissa.wrap(tiny_llama(dtype=torch.bfloat16), r=4, **options)
-    found = predicted(model, form, checkpointing=False)
+    found = predicted(model, form)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert found.trained == found.gradients == nbytes(trained)
+    assert found["trained"] == found["gradients"] == nbytes(trained)
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    assert found.optimizer == nbytes(moments)
+    assert found["optimizer"] == nbytes(moments)
     starts = [layer.start_of("default") for layer in pissa_layers(model.base_model.model, "default").values()]
     factors = [factor for start in starts for factor in (start.a0, start.b0)]
-    assert found.start == nbytes(factors)
+    assert found["start"] == nbytes(factors)
     kept = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     kept += [buffer for name, buffer in model.named_buffers() if "rotary" not in name]
-    assert found.weights == nbytes(kept) - nbytes(factors)
+    assert found["weights"] == nbytes(kept) - nbytes(factors)
 
 
 @pytest.mark.cpu_only
@@ -77,24 +85,30 @@ def test_what_a_forward_keeps(name: str, tiny_llama: Callable[..., nn.Module]) -
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=tokens).logits.sum()
-    found = predicted(model, form, checkpointing=False).activations
+    found = predicted(model, form)["activations"]
     logits = 16 * model.base_model.model.config.vocab_size * BATCH * LENGTH
     saved = nbytes(list(kept.values()))
     assert saved / 1.5 < found - logits < saved * 1.5
 
 
 def test_formula() -> None:
-    layers = [Shape("h.0.q", 6, 4, 2), Shape("h.0.v", 3, 4, 2), Shape("h.1.q", 6, 4, 2)]
-    sizes = ModelSizes(1000, torch.bfloat16, 4, 10)
+    layers = {"h.0.q": (6, 4), "h.0.v": (3, 4), "h.1.q": (6, 4)}
+    sizes: dict[str, Any] = {"rest": 1000, "dtype": torch.bfloat16, "hidden": 4, "vocabulary": 10, "tokens": 15}
     parameters = 2 * (10 + 7 + 10)
-    plain = training_memory(layers, sizes, Form("implicit"), batch=3, length=5, checkpointing=False)
-    assert plain == TrainingMemory(
-        1000 + 2 * (24 + 12 + 24), 4 * parameters, 4 * parameters, 4 * parameters, 8 * parameters, 15 * (27 * 2 + 160)
-    )
-    assert plain.total == sum(vars(plain).values())
-    less = training_memory(layers, sizes, Form("implicit"), batch=3, length=5, checkpointing=True)
-    assert less.activations == 15 * (2 * 4 * 2 + 160)
-    no_logits = training_memory(
-        layers, sizes._replace(vocabulary=0), Form("implicit"), batch=3, length=5, checkpointing=True
-    )
-    assert no_logits.activations == 15 * (2 * 4 * 2 + 17 * 2)
+    plain = training_memory(layers, 2, Form("implicit"), **sizes, checkpointing=False)
+    total = plain.pop("total")
+    assert plain == {
+        "weights": 1000 + 2 * (24 + 12 + 24),
+        "start": 4 * parameters,
+        "trained": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "activations": 15 * (27 * 2 + 160),
+    }
+    assert total == sum(plain.values())
+    less = training_memory(layers, 2, Form("implicit"), **sizes, checkpointing=True)
+    assert less["activations"] == 15 * (2 * 4 * 2 + 160)
+    no_logits = training_memory(layers, 2, Form("implicit"), **sizes | {"vocabulary": 0}, checkpointing=True)
+    assert no_logits["activations"] == 15 * (2 * 4 * 2 + 17 * 2)
+    of_a_small_side = training_memory(layers, 4, Form("implicit"), **sizes, checkpointing=False)
+    assert of_a_small_side["trained"] == 4 * (4 * 10 + 3 * 7 + 4 * 10)

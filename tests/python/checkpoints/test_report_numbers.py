@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from pissa import ops
-from pissa.checkpoints.layer_report import Summary, by_kind, layer_reports
-from pissa.checkpoints.quant_errors import METHODS, PLAIN, quant_errors
-from pissa.checkpoints.spectrum import singular_values, spectrum_of
+from pissa.checkpoints.report import METHODS, PLAIN, Summary, by_kind, layer_report, quant_errors, singular_values
 
 
 def power_law(rows: int, columns: int, exponent: float, seed: int = 0) -> torch.Tensor:
@@ -26,7 +24,7 @@ def power_law(rows: int, columns: int, exponent: float, seed: int = 0) -> torch.
 @pytest.mark.parametrize("shape", [(40, 24), (24, 5000), (1, 7)])
 def test_exact_spectrum(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = power_law(*shape, 0.5).to(dtype)
-    found = spectrum_of(weight, 1, exact=True)
+    found = layer_report("layer", weight, 1, exact=True)
     expected = torch.linalg.svdvals(weight.double())
     # The Gram matrix has errors of eps |W|^2 for each of its sums; a root near 0 makes sqrt(eps) of them.
     torch.testing.assert_close(found.values, expected, rtol=0, atol=float(1e-7 * expected[0]))
@@ -41,7 +39,7 @@ def test_exact_spectrum(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_leading_values_are_never_above_the_true_ones() -> None:
     for exponent in (0.0, 0.3, 1.0):
         weight = power_law(96, 160, exponent)
-        found, true = spectrum_of(weight, 16), torch.linalg.svdvals(weight.double())
+        found, true = layer_report("layer", weight, 16), torch.linalg.svdvals(weight.double())
         assert found.values.shape == (16,)
         assert (found.values <= true[:16] * (1 + 1e-6)).all()
         assert found.energy(16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
@@ -49,14 +47,14 @@ def test_leading_values_are_never_above_the_true_ones() -> None:
 
 
 def test_a_weight_of_zeros_loses_nothing() -> None:
-    found = spectrum_of(torch.zeros(8, 8), 2)
+    found = layer_report("layer", torch.zeros(8, 8), 2)
     assert (found.energy(2), found.lost(2), found.stable_rank) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_errors_of_quantised_bases(format: str) -> None:
     weight = power_law(48, 80, 0.5).bfloat16()
-    found = {(method, rank): error for method, rank, error in quant_errors(weight, format, [4, 100])}
+    found = quant_errors(weight, format, [4, 100])
     assert list(found) == [(PLAIN, 0), *((method, rank) for rank in (4, 100) for method in METHODS)]
 
     expected = {(PLAIN, 0): weight.double() - ops.dequantize(ops.quantize(weight, format)).double()}
@@ -78,7 +76,7 @@ def layers(count: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_summaries_weigh_layers_by_their_squares() -> None:
     matrices = dict(layers(3))
-    found = list(layer_reports(matrices.items(), 30, [2, 30], quant="nf4"))
+    found = [layer_report(name, matrix, 30, [2, 30], "nf4") for name, matrix in matrices.items()]
     assert [layer.name for layer in found] == list(matrices)
     kinds = by_kind(found)
     assert {kind: len(some.layers) for kind, some in kinds.items()} == {"q_proj": 3, "up_proj": 3}
@@ -94,36 +92,26 @@ def test_summaries_weigh_layers_by_their_squares() -> None:
         assert some.removed(("QPiSSA T=1", 2)) == 1 - some.error(("QPiSSA T=1", 2)) / some.error((PLAIN, 0)) > 0.05
 
 
-def test_only_chosen_layers_are_quantised() -> None:
-    found = list(layer_reports(layers(2), 2, [2], quant="nf4", quantised=lambda name: name.endswith("0.attn.q_proj")))
-    assert [layer.name for layer in found if layer.errors] == ["model.layers.0.attn.q_proj"]
-    assert len(Summary(found).quantised) == 1
-    assert Summary(found).error((PLAIN, 0)) == Summary(found[:1]).error((PLAIN, 0))
+def test_summaries_of_errors_are_those_of_the_quantised_layers() -> None:
+    found = [layer_report(name, weight, 2, [2], None if i else "nf4") for i, (name, weight) in enumerate(layers(2))]
+    assert Summary(found).quantised == found[:1]
+    assert Summary(found).error() == Summary(found[:1]).error() > 0
 
 
-def test_one_matrix_at_a_time() -> None:
-    alive: list[weakref.ref[torch.Tensor]] = []
-    most = 0
-
-    def matrices() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal most
-        for name, matrix in layers(4):
-            most = max(most, sum(ref() is not None for ref in alive))
-            alive.append(weakref.ref(matrix))
-            yield name, matrix
-            del matrix
-
-    found = list(layer_reports(matrices(), 2, [2], quant="nf4"))
-    assert len(found) == len(alive) == 8
-    assert most == 0
-    assert all(ref() is None for ref in alive)
+def test_nothing_of_a_matrix_is_kept() -> None:
+    weight = power_law(24, 32, 0.3)
+    alive = weakref.ref(weight)
+    found = layer_report("layer", weight, 2, [2], "nf4")
+    del weight
+    assert alive() is None
+    assert found.errors
 
 
 def test_nan_is_named() -> None:
     bad = power_law(8, 8, 0.5)
     bad[1, 2] = math.nan
-    with pytest.raises(ValueError, match=r"layer b: weight: .*(NaN|finite)"):
-        list(layer_reports([("a", power_law(8, 8, 0.5)), ("b", bad)], 2))
+    with pytest.raises(ValueError, match=r"layer 'b': weight: .*(NaN|finite)"):
+        layer_report("b", bad, 2)
 
 
 def test_singular_values_of_a_transposed_view() -> None:

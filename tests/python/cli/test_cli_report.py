@@ -183,7 +183,7 @@ def test_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder = shutil.copytree(base, tmp_path / "nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = refused(["report", str(folder), "--out", str(tmp_path / "out")], capsys)
-    assert "layer model.layers.1.mlp.up_proj: weight: " in message
+    assert "layer 'model.layers.1.mlp.up_proj': weight: " in message
     assert not (tmp_path / "out").exists()
 
     for arguments in (["--rank", "0"], ["--quant", "int4"], ["--sample", "x"]):

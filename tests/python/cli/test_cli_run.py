@@ -16,7 +16,6 @@ import pissa
 from daily import each
 from language_models import train
 from pissa.cli import main
-from pissa.cli.startup import sitecustomize
 from tiny_model import save_tiny_model
 
 PROGRAM = Path(__file__).parents[1] / "support" / "peft_program.py"
@@ -51,8 +50,8 @@ def test_a_program_trains_what_wrap_makes(trains: str, tmp_path: Path) -> None:
     done = run("--", PROGRAM, tmp_path / "base", trains, "--flag", path=tmp_path / "own")
     assert done.returncode == 7, done.stderr
     own = "the own one of sitecustomize"
-    before, parent, between, child = done.stdout.splitlines()
-    assert (before, between) == (own, own)
+    before, replaced, parent, between, child = done.stdout.splitlines()
+    assert (before, replaced, between) == (own, own, own)
 
     model = pissa.wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), r=4)
     expected = train(model, torch.arange(24).view(2, 12))
@@ -66,24 +65,6 @@ def test_a_program_trains_what_wrap_makes(trains: str, tmp_path: Path) -> None:
     assert lines(done.stderr) == [enabled, *count * [took]]
 
 
-def test_the_program_s_own_process_has_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pissa.integrations import peft
-
-    (tmp_path / "program.py").write_text("import sys; sys.exit(sys.argv[1])\n")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.delenv(sitecustomize.INIT, raising=False)
-    try:
-        with pytest.raises(SystemExit, match="argument"):
-            main(["run", "--init", "pissa", str(tmp_path / "program.py"), "argument"])
-        assert peft.is_enabled()
-        assert os.environ[sitecustomize.INIT] == "pissa"
-    finally:
-        peft.disable()
-        os.environ.pop(sitecustomize.INIT, None)
-
-
 def test_modules_and_commands(tmp_path: Path) -> None:
     """A module of the current folder; a command of this environment; a command that is no Python."""
     (tmp_path / "mine").mkdir()
@@ -93,10 +74,12 @@ def test_modules_and_commands(tmp_path: Path) -> None:
     assert lines(done.stderr) == ["pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in -m mine"]
     done = run("pytest", "--version", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"pytest {pytest.__version__}\n")
-    done = run("--", "sh", "-c", 'echo "$PYTHONPATH"; exit 5', folder=tmp_path)
-    assert done.returncode == 5
-    startup = Path(done.stdout.split(os.pathsep)[0])
-    assert (startup / "sitecustomize.py").is_file()
+    done = run(
+        "--init", "pissa", "--", "sh", "-c", 'echo "$PYTHONPATH"; echo "$PISSA_RUN_INIT"; exit 5', folder=tmp_path
+    )
+    path, init = done.stdout.splitlines()
+    assert (done.returncode, init) == (5, "pissa")
+    assert Path(path.split(os.pathsep)[0], "sitecustomize.py").is_file()
 
 
 @pytest.mark.parametrize(
@@ -104,24 +87,11 @@ def test_modules_and_commands(tmp_path: Path) -> None:
     [
         ([], "got no program"),
         (["--"], "got no program"),
-        (["-m"], "got -m without a module"),
-        (["-m", "no.such"], "there is no module no.such"),
-        (["missing.py"], "missing.py is no file"),
         (["no-such-command"], "no-such-command is no command of this environment, and not on PATH"),
     ],
 )
-def test_no_program(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = dict(os.environ), list(sys.meta_path)
+def test_no_program(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--", *arguments] if arguments != ["--"] else ["run", "--"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"pissa run: {message}; give a command, a .py file, or -m MODULE")
     assert error.count("\n") == 1
-    assert (dict(os.environ), list(sys.meta_path)) == before

@@ -13,7 +13,7 @@ from torch import Tensor
 import pissa
 from daily import each
 from language_models import Make, train
-from pissa.integrations.fused_kernels import refuse_fused_kernels
+from pissa.integrations.takeover import refuse_fused_kernels
 from pissa.layers.layer import pissa_layers
 from trainers import quiet
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -20,7 +20,7 @@ INIT = "PISSA_RUN_INIT"
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-class _AfterPeft(MetaPathFinder):
+class _EnableAfterPeft(MetaPathFinder):
     """Finds peft, as often as somebody asks whether it is there, with a loader that enables ours afterwards."""
 
     is_asking = False
@@ -36,29 +36,17 @@ class _AfterPeft(MetaPathFinder):
         finally:
             self.is_asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Enabling(spec.loader, self)
+            load = spec.loader.exec_module
+
+            def load_and_enable(module: ModuleType) -> None:
+                load(module)
+                _enable()
+
+            spec.loader.exec_module = load_and_enable  # type: ignore[method-assign]
         return spec
 
 
-class _Enabling(Loader):
-    """peft's loader, and then `enable`."""
-
-    def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
-        self.loader, self.finder = loader, finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        sys.meta_path.remove(self.finder)
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        enable()
-
-
-def enable() -> None:
+def _enable() -> None:
     """Enables ours. The first of several processes says what it takes over."""
     from pissa.integrations import peft
 
@@ -68,14 +56,6 @@ def enable() -> None:
 
 def _say(sentence: str) -> None:
     print(f"pissa run: {sentence}", file=sys.stderr, flush=True)
-
-
-def install() -> None:
-    """Sees to it that `enable` is called when peft is there."""
-    if "peft" in sys.modules:
-        enable()
-    else:
-        sys.meta_path.insert(0, _AfterPeft())
 
 
 def _run_hidden() -> None:
@@ -89,5 +69,5 @@ def _run_hidden() -> None:
 
 
 if __name__ == "sitecustomize":
-    install()
+    sys.meta_path.insert(0, _EnableAfterPeft())
     _run_hidden()
