@@ -38,7 +38,7 @@ _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default: a field that a later PEFT
 # adds is refused by name until somebody has thought about it.
-_SUPPORTED = frozenset(
+SUPPORTED = frozenset(
     {
         "task_type",
         "peft_type",
@@ -196,7 +196,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     preset: InitVar[Preset | None] = None
 
     reader: ClassVar[Callable[..., PissaConfig]]
-    """What `from_pretrained` calls. `files.checkpoint` sets it: files stand on the configuration, which cannot know
+    """What `from_pretrained` calls. `files.pissa_layout` sets it: files stand on the configuration, which cannot know
     them."""
 
     def __post_init__(self, preset: Preset | None) -> None:
@@ -300,7 +300,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 "principal singular vectors; leave it out, and choose the decomposition with svd, svd_passes"
             )
         for f in dataclasses.fields(LoraConfig):
-            if f.name in _SUPPORTED or f.name == "init_lora_weights":
+            if f.name in SUPPORTED or f.name == "init_lora_weights":
                 continue
             default, value = default_of(f), getattr(self, f.name)
             if value != default:

@@ -33,9 +33,8 @@ from pissa.checkpoints.plan import DENSE, Plan, PlannedLayer
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.config import PissaConfig
 from pissa.files.peft_layout import FactorTensors
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
-from pissa.files.plain_lora import config_text as lora_config_text
-from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.peft_layout import config_text as lora_config_text
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, LayerRecord
 from pissa.files.source import Source
 from pissa.ops.formats import FORMATS
 

@@ -14,10 +14,9 @@ from pissa.checkpoints.mapped_model import mapped_model
 from pissa.checkpoints.residuals import Residuals
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
-from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder
 from pissa.files.load import restore
-from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD
+from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PissaFolder
 from pissa.files.source import Source
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
@@ -73,8 +72,8 @@ def load(
     with failing_together():
         source = Source.open(folder)
         residuals = Residuals.open(source.folder) if (source.folder / PISSA_RECORD).is_file() else None
-        checkpoint = None if adapter is None else Checkpoint.read(adapter_folder(adapter, ADAPTER_FILES))
-        config = _config(config, config_fields, residuals, checkpoint)
+        saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))
+        config = _config(config, config_fields, residuals, saved)
         config.inference_mode = not is_trainable
         warn_of_dropout(config)
         model, packed, quantization = mapped_model(source, dtype)
@@ -84,7 +83,7 @@ def load(
         # The model card names what the plain LoRA is for: the dense model that was split.
         config.base_model_name_or_path = config.base_model_name_or_path or str(source.folder)
         model.config._name_or_path = model.name_or_path = config.base_model_name_or_path
-        with _blamed(checkpoint):
+        with _blamed(saved):
             wrapped = model_class(config)(model, config, adapter_name)
         if residuals is None:
             fill_packed(model, packed, quantization)
@@ -93,32 +92,32 @@ def load(
         materialise(model, adapter_name)
         wrapped.to(device)
         left = {}
-        if checkpoint is None:
+        if saved is None:
             keep = residuals is not None
             left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
         else:
-            with _blamed(checkpoint):
-                restore(checkpoint, wrapped, adapter_name)
+            with _blamed(saved):
+                restore(saved, wrapped, adapter_name)
     store(model, adapter_name, config, left)  # which tells the other processes of its errors itself
     return wrapped if is_trainable else wrapped.eval()
 
 
-def _blamed(checkpoint: Checkpoint | None) -> AbstractContextManager[None]:
-    return nullcontext() if checkpoint is None else checkpoint.blamed()
+def _blamed(saved: PissaFolder | None) -> AbstractContextManager[None]:
+    return nullcontext() if saved is None else saved.blamed()
 
 
 def _config(
     config: PissaConfig | None,
     fields: Mapping[str, Any],
     residuals: Residuals | None,
-    checkpoint: Checkpoint | None,
+    saved: PissaFolder | None,
 ) -> PissaConfig:
     """The configuration of the adapter."""
-    given = {"config": config is not None, "its fields": bool(fields), "adapter": checkpoint is not None}
+    given = {"config": config is not None, "its fields": bool(fields), "adapter": saved is not None}
     if sum(given.values()) > 1:
         raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(given.get, given))}")
-    if checkpoint is not None:
-        return checkpoint.config
+    if saved is not None:
+        return saved.config
     if residuals is not None and config is None and not fields:
         return own_config(residuals.record.config)
     config = own_config(PissaConfig(**fields) if config is None else config)

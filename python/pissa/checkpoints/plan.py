@@ -18,10 +18,8 @@ from pissa.base.start import Origin
 from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape
 from pissa.config import PissaConfig
 from pissa.files.composition import Composition, Part
-from pissa.files.expert_layout import check_uniform
 from pissa.files.model_folder import matrix_of, meta_model
-from pissa.files.peft_layout import FactorTensors
-from pissa.files.plain_lora import factors_of, lora_config
+from pissa.files.peft_layout import FactorTensors, check_uniform, factors_of, lora_config
 from pissa.files.source import Source
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out

@@ -20,11 +20,10 @@ from pissa.checkpoints.fill import check_shape, of_layer, put
 from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries
 from pissa.config import Form, PissaConfig
-from pissa.files.fit import other_dtype
+from pissa.files.load import other_dtype
 from pissa.files.messages import shown
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN
-from pissa.files.plain_lora import factors_of
-from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.peft_layout import factors_of
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer, pissa_layers
 

@@ -36,9 +36,8 @@ from pissa.cli.step0 import Step0, step0_check
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
-from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.plain_lora import inexact_lora
-from pissa.files.record import AdapterRecord
+from pissa.files.peft_layout import inexact_lora
+from pissa.files.pissa_layout import PISSA_RECORD, AdapterRecord
 from pissa.notices import InexactLoraWarning
 
 Rows = Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,10 @@ import torch
 from peft import LoraConfig, set_peft_model_state_dict
 
 from pissa.config import PissaConfig
-from pissa.files.lora_folder import LoraFolder
+from pissa.files.lora_folder import LoraFolder, open_adapter
 from pissa.files.peft_layout import ADAPTER_CONFIG
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.vocabulary import vocabulary
-
-_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
-"""Of `init_lora_weights`: starts for which PEFT leaves the base alone."""
 
 
 def as_pissa(config: LoraConfig) -> PissaConfig:
@@ -45,9 +43,9 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
 
 
 def is_plain_lora(folder: Path) -> bool:
-    """Whether the folder holds an adapter of PEFT's and none of ours."""
-    ours = (PISSA_RECORD, PISSA_WEIGHTS)  # of which damage may leave one
-    return (folder / ADAPTER_CONFIG).is_file() and not any(os.path.lexists(folder / name) for name in ours)
+    """Whether the folder holds an adapter of PEFT's and none of ours, not even a part of one that is damaged."""
+    ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
+    return (folder / ADAPTER_CONFIG).is_file() and not ours
 
 
 def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
@@ -56,18 +54,20 @@ def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
     Raises:
         ValueError: naming the file, and the field or tensor that cannot be used.
     """
-    found = LoraFolder.read(folder)
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.init_lora_weights not in _UNCHANGED or config.use_dora:
-        what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+    found = open_adapter(folder)
+    if not found.leaves_base or found.config["use_dora"]:
+        name = "use_dora" if found.config["use_dora"] else "init_lora_weights"
         raise ValueError(
-            f"{found.config_path} has {what}, and such an adapter is a plain LoRA only once it is converted, or "
-            "merged: see pissa.convert, peft.PeftModel.merge_and_unload"
+            f"{found.config_path} has {name}={found.config[name]!r}, and such an adapter is a plain LoRA only once it "
+            "is converted, or merged: see pissa.convert, peft.PeftModel.merge_and_unload"
         )
-    config.init_lora_weights = True  # the factors are in the file
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"runtime_config"}
+    fields = {name: value for name, value in found.config.items() if name in known}
     try:
+        config = LoraConfig(**fields)
+        config.init_lora_weights = True  # the factors are in the file
         return as_pissa(config), found
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{found.config_path} cannot be used: {error}") from error
 
 
