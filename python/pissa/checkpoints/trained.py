@@ -16,13 +16,13 @@ from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_l
 from pissa.checkpoints.merge_plan import MergedLayer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import check_start
-from pissa.conversion.plain_lora import OURS, PlainLora, check_unused
+from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given
 from pissa.files.hub import Name
 from pissa.files.load import base_doubts
 from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
-from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder, read_stored
+from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
 from pissa.files.source import Source
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.dora import Magnitude
@@ -192,7 +192,7 @@ class Ours(Adapter):
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
                 raise ValueError(self._another(layer, "residual"))
             return weight
-        saved = read_stored(name, record, layer.shape, self._files.starts, torch.device("cpu"))
+        saved = self._files.read_stored(name, layer.shape, torch.device("cpu"))
         if saved is not None:
             return saved
         known = self._as_trained(layer, weight)
@@ -242,11 +242,11 @@ def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
     initial_here = source.folder / INITIAL_FOLDER
     at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
     if folder.record is not None:
-        check_unused(f"{path} is an adapter of pissa", initial=initial)
+        check_not_given(f"{path} is an adapter of pissa", initial=initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
         return Ours(folder, source, layers)
     if at_start is not None:
-        check_unused(f"{source.folder} has the initial adapter itself", initial=initial)
+        check_not_given(f"{source.folder} has the initial adapter itself", initial=initial)
         if not folder.leaves_base:
             raise ValueError(
                 f"{folder.config_path}: init_lora_weights is {folder.config['init_lora_weights']!r}, which changes the "

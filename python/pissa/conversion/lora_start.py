@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -37,45 +37,73 @@ _DOUBT = 0.01
 
 
 class BaseModel:
-    """A model in memory, or one in a folder, whose layers get their weights when they are asked for.
+    """The base of an adapter: a model in memory, or one in a folder, of which a layer at a time is read.
 
-    One in a folder is loaded as a whole, with a warning, if the weights of `layers` cannot be read one by one.
+    One in a folder is loaded as a whole, with a warning, if the weights of the adapter's layers cannot be read one by
+    one.
+
+    Args:
+        what: what messages call it.
 
     Raises:
-        ValueError: it cannot be loaded, or is a model with an adapter.
+        ValueError: it cannot be loaded, is a model with an adapter, or lacks a layer.
     """
 
-    def __init__(self, base: nn.Module | Name, layers: Iterable[str]) -> None:
+    def __init__(self, base: nn.Module | Name, adapter: LoraFolder, what: str = "base") -> None:
         self.model: nn.Module
         """Without values if it is in a folder."""
         self._folder: ModelFolder | None = None
+        self._adapter, self._what = adapter, what
         if isinstance(base, nn.Module):
             self.model = load_base(base)
-            return
-        try:
-            folder, wanted = ModelFolder(checkpoint_folder(base)), set(layers)
-            uses = Counter(id(parameter) for _, parameter in folder.model.named_parameters(remove_duplicate=False))
-            for name, module in folder.model.named_modules():
-                if name in wanted and uses[id(getattr(module, "weight", None))] == 1:
-                    folder.check(name)
-            self.model, self._folder = folder.model, folder
-        except ValueError as reason:
-            self.model = load_base(base)
-            warnings.warn(
-                f"{base} is loaded as a whole, into memory, because its weights cannot be read one by one: {reason}",
-                WholeModelWarning,
-                stacklevel=5,
-            )
+        else:
+            try:
+                folder = ModelFolder(checkpoint_folder(base))
+                uses = Counter(id(parameter) for _, parameter in folder.model.named_parameters(remove_duplicate=False))
+                for name, module in folder.model.named_modules():
+                    if name in adapter.factors and uses[id(getattr(module, "weight", None))] == 1:
+                        folder.check(name)
+                self.model, self._folder = folder.model, folder
+            except ValueError as reason:
+                self.model = load_base(base)
+                warnings.warn(
+                    f"{base} is loaded as a whole, into memory, because its weights cannot be read one by one: "
+                    f"{reason}",
+                    WholeModelWarning,
+                    stacklevel=5,
+                )
+        self.bases = {target: self._checked(target, self._layer(target)) for target in adapter.factors}
+        """By target; without values if it is in a folder."""
 
     @contextmanager
-    def layer(self, name: str) -> Iterator[nn.Module]:
-        """The layer of that name, which the model has, with its weight."""
-        layer = self.model.get_submodule(name)
+    def matrix(self, target: str) -> Iterator[Tensor]:
+        """The weight [out, in] of a layer."""
         if self._folder is None:
-            yield layer
+            yield self.bases[target].matrix()
             return
-        yield with_weight(layer, self._folder.weight(name))
-        self._folder.release(name)
+        yield self._checked(target, with_weight(self._layer(target), self._folder.weight(target))).matrix()
+        self._folder.release(target)
+
+    def _layer(self, target: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(target)
+        except AttributeError:
+            raise ValueError(
+                f"{self._adapter.weights.path}: the {self._what} has no layer {target}; is it the one that the adapter "
+                "was trained on?"
+            ) from None
+
+    def _checked(self, target: str, layer: nn.Module) -> Base:
+        base, factors = base_of(layer), self._adapter.factors[target]
+        if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
+            raise ValueError(f"layer {target} is a {type(layer).__name__}, which PEFT starts no PiSSA adapter in")
+        weight, shape = base.parameter, (factors.out, math.prod(factors.row))
+        if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
+            raise ValueError(
+                f"layer {target} is {weight.dtype} {list(weight.shape)} in the {self._what}; needed: a float weight, "
+                f"{list(shape)} as a matrix, from which the adapter comes"
+            )
+        return base
 
 
 def load_base(base: nn.Module | Name) -> nn.Module:
@@ -145,18 +173,24 @@ class ComputedStart:
                 f"{trained.config_path}: layer_replication gives layers other numbers than the base's; give the "
                 "initial adapter (initial)"
             )
-        self._trained, self._base = trained, BaseModel(base, trained.factors)
-        bases = {target: _base(trained, target, self._base.model) for target in trained.factors}
-        self._embeddings = {target for target, found in bases.items() if found.kind is nn.Embedding}
-        _check_untied(self._base.model, bases)
+        self._trained, self._base = trained, BaseModel(base, trained)
+        bases = self._base.bases.items()
+        adapted = {id(base.parameter): target for target, base in bases if base.kind is not nn.Embedding}
+        for name, parameter in self._base.model.named_parameters(remove_duplicate=False):
+            target = adapted.get(id(parameter))
+            if target is not None and name != f"{target}.weight":
+                raise ValueError(
+                    f"layer {target} shares its weight with {name}: PEFT put the residual in both, so the model that "
+                    "was trained is no LoRA on the base"
+                )
         self._doubts: dict[str, float] = {}
 
     def starts(self, target: str) -> list[Matrices]:
         """A0 [r, in] and B0 [out, r] of a layer, float32's values in float64; none of an embedding."""
-        if target in self._embeddings:
+        if self._base.bases[target].kind is nn.Embedding:
             return []
-        with self._base.layer(target) as layer:
-            start, doubt = _aligned_start(self._trained, target, _checked(self._trained, target, layer).matrix())
+        with self._base.matrix(target) as weight:
+            start, doubt = _aligned_start(self._trained, target, weight)
         if doubt > _DOUBT:
             self._doubts[target] = doubt
         return [start]
@@ -172,40 +206,6 @@ class ComputedStart:
             f"what was learnt, by about {self._doubts[worst]:.0%} in {worst}. If the adapter was not trained on this "
             "machine, with this torch, give the initial adapter (initial), with which the conversion is exact"
         )
-
-
-def _base(adapter: LoraFolder, target: str, model: nn.Module, what: str = "base") -> Base:
-    """The base that a layer of the model is, with or without values."""
-    try:
-        return _checked(adapter, target, model.get_submodule(target), what)
-    except AttributeError:
-        raise ValueError(
-            f"{adapter.weights.path}: the {what} has no layer {target}; is it the one that the adapter was trained on?"
-        ) from None
-
-
-def _checked(adapter: LoraFolder, target: str, layer: nn.Module, what: str = "base") -> Base:
-    base, factors = base_of(layer), adapter.factors[target]
-    if base.kind not in (nn.Linear, Conv1D, nn.Embedding):
-        raise ValueError(f"layer {target} is a {type(layer).__name__}, which PEFT starts no PiSSA adapter in")
-    weight, shape = base.parameter, (factors.out, math.prod(factors.row))
-    if weight.dtype not in FLOATS or tuple(base.matrix().shape) != shape:
-        raise ValueError(
-            f"layer {target} is {weight.dtype} {list(weight.shape)} in the {what}; needed: a float weight, "
-            f"{list(shape)} as a matrix, from which the adapter comes"
-        )
-    return base
-
-
-def _check_untied(model: nn.Module, bases: Mapping[str, Base]) -> None:
-    adapted = {id(base.parameter): target for target, base in bases.items() if base.kind is not nn.Embedding}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        target = adapted.get(id(parameter))
-        if target is not None and name != f"{target}.weight":
-            raise ValueError(
-                f"layer {target} shares its weight with {name}: PEFT put the residual in both, so the model that was "
-                "trained is no LoRA on the base"
-            )
 
 
 def _aligned_start(adapter: LoraFolder, target: str, weight: Tensor) -> tuple[Matrices, float]:
@@ -243,14 +243,10 @@ def check_sum(initial: LoraFolder, residual: Path, base: nn.Module | Name) -> No
     Raises:
         ValueError: naming the first layer that differs by more.
     """
-    of_residual, of_base = BaseModel(residual, initial.factors), BaseModel(base, initial.factors)
-    for model, what in ((of_residual, "residual model"), (of_base, "base")):
-        for target in initial.factors:
-            _base(initial, target, model.model, what)
+    of_residual, of_base = BaseModel(residual, initial, "residual model"), BaseModel(base, initial)
     for target, factors in initial.factors.items():
-        with of_residual.layer(target) as kept_layer, of_base.layer(target) as layer:
-            kept = _checked(initial, target, kept_layer, "residual model").matrix().detach().cpu()
-            weight = _checked(initial, target, layer).matrix().detach().cpu().double()
+        with of_residual.matrix(target) as residual_weight, of_base.matrix(target) as base_weight:
+            kept, weight = residual_weight.detach().cpu(), base_weight.detach().cpu().double()
             [(a0, b0)] = initial.matrices(target)
             product = factors.scaling * (b0 @ a0)
             size = abs(factors.scaling) * (b0.abs() @ a0.abs())

@@ -46,17 +46,17 @@ class PlainLora:
         """
         init = folder.config["init_lora_weights"]
         if folder.record is not None:
-            check_unused(f"{folder.path} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
+            check_not_given(f"{folder.path} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
             forms = {layer.form.kind for layer in folder.record.layers.values()} - {"implicit"}
             if forms:
                 warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
             return PlainLora(folder, OURS)
         given = folder.residual if initial is None else initial
         if given is not None:
-            check_unused(f"{folder.path} is trained on a residual", subtracted=subtracted)
+            check_not_given(f"{folder.path} is trained on a residual", subtracted=subtracted)
             return PlainLora(folder, INITIAL, initial=_read_initial(folder, given, base))
         if folder.is_pefts_pissa:
-            check_unused(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
+            check_not_given(f"{folder.config_path} has init_lora_weights {init!r}", subtracted=subtracted)
             _check_no_parameters(folder)
             return PlainLora(folder, PEFT, computed=ComputedStart(folder, base))
         if not folder.leaves_base:
@@ -64,7 +64,7 @@ class PlainLora:
                 f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base. Give the adapter as it "
                 "was saved before training (initial)"
             )
-        check_unused(
+        check_not_given(
             f"{folder.path} is a LoRA; if it was trained on a residual model, initial has to say so", base=base
         )
         if subtracted or (subtracted is None and _is_subtracted(folder)):
@@ -140,7 +140,7 @@ class PlainLora:
         return None if self.computed is None else self.computed.doubt()
 
 
-def check_unused(reason: str, **arguments: object) -> None:
+def check_not_given(reason: str, **arguments: object) -> None:
     """Raises ValueError for an argument that is given."""
     for name, value in arguments.items():
         if value not in (None, False):

@@ -18,7 +18,7 @@ from pissa.config import IMPLICIT
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
 from pissa.files.messages import shown
 from pissa.files.peft_layout import PREFIX, FactorTensors, factors_of, is_of_a_layer, magnitude_key
-from pissa.files.pissa_layout import PISSA_RECORD, LayerTensors, PissaFolder, read_stored, start_shapes, stored_shapes
+from pissa.files.pissa_layout import PISSA_RECORD, LayerTensors, PissaFolder
 from pissa.files.tensor_file import SAVED_FLOATS
 from pissa.files.vocabulary import VocabularyTensor, vocabulary
 from pissa.layers.factory import check_values
@@ -100,9 +100,8 @@ def _residuals(folder: PissaFolder, layers: Mapping[str, PissaLayer]) -> dict[st
     """The residuals in the folder that dense bases are to be replaced by."""
     found = {}
     for name, layer in layers.items():
-        record, base = folder.records[name], layer.base
-        if record.form != base.form:
-            residual = read_stored(name, record, layer.matrix_shape, folder.starts, base.device)
+        if folder.records[name].form != layer.base.form:
+            residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
             if residual is not None:
                 found[name] = residual
     return found
@@ -199,7 +198,7 @@ def _check_headers(
 ) -> None:
     """Checks that the two files hold the tensors of these layers and modules, and perhaps embeddings, by name, dtype
     and shape, with checksums, and no others."""
-    weights, starts, records = folder.weights, folder.starts, folder.records
+    weights, starts = folder.weights, folder.starts
     known = {weights: modules.keys() | tables.keys(), starts: set[str]()}
     for key, table in tables.items():
         if key in weights.names:
@@ -207,9 +206,9 @@ def _check_headers(
             if (rows := weights.shape(key)[:1]) != table.parameter.shape[:1]:
                 demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
             weights.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
-    expected = [(weights, part.layers[0], part.shapes(2 * records[part.layers[0]].r)) for part in factors]
+    expected = [(weights, part.layers[0], part.shapes(2 * folder.records[part.layers[0]].r)) for part in factors]
     for name, layer in layers.items():
-        expected.append((starts, name, start_shapes(name, records[name], layer.matrix_shape, folder.config)))
+        expected.append((starts, name, folder.start_shapes(name, layer.matrix_shape)))
         if folder.config.use_dora:
             expected.append((weights, name, {magnitude_key(name): layer.matrix_shape[:1]}))
     for file, name, shapes in expected:
@@ -224,7 +223,7 @@ def _check_headers(
         allowed = SAVED_FLOATS if value.is_floating_point() else [value.dtype]
         weights.expect(key, value.shape, allowed, "a module that is trained beside the layers")
     for name, layer in layers.items():
-        for key, (shape, dtypes) in stored_shapes(name, records[name], layer.matrix_shape, starts).items():
+        for key, (shape, dtypes) in folder.stored_shapes(name, layer.matrix_shape).items():
             starts.expect(key, shape, dtypes, f"the residual of layer {name}")
             known[starts].add(key)
     for file, keys in known.items():

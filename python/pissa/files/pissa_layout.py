@@ -184,45 +184,9 @@ def start_tensors(
     return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
-def start_shapes(
-    name: str, record: LayerRecord, matrix_shape: tuple[int, int], config: PissaConfig
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `start_tensors` gives, all of it float32."""
-    rows, columns = matrix_shape
-    parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
-    if record.base is not None:
-        parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
-    if record.taken is not None:
-        parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
-    if config.use_adalora:
-        parts |= {"delta_a": (record.r, columns), "delta_e": (record.r, 1)}
-    if config.use_dora:
-        parts["norm"] = (rows,)
-    return {f"{name}.{part}": shape for part, shape in parts.items()}
-
-
 def stored_tensors(name: str, residual: Tensor | QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a layer's residual."""
     return {f"{name}.base.{part}": tensor for part, tensor in residual_tensors(residual).items()}
-
-
-def stored_shapes(
-    name: str, record: LayerRecord, matrix_shape: tuple[int, int], file: TensorFile
-) -> dict[str, Expected]:
-    """The shapes and dtypes of what `stored_tensors` gives; none if the file has no residual of that layer."""
-    shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
-    return shapes if record.stored and shapes.keys() & set(file.names) else {}
-
-
-def read_stored(
-    name: str, record: LayerRecord, matrix_shape: tuple[int, int], file: TensorFile, device: torch.device
-) -> Tensor | QuantizedWeight | None:
-    """The residual of a layer, on a device; None if the file has none."""
-    keys = stored_shapes(name, record, matrix_shape, file)
-    if not keys:
-        return None
-    parts = {key.rpartition(".")[2]: file.read(key).to(device) for key in keys}
-    return residual_from(parts, record.form, matrix_shape)
 
 
 # -- the folder
@@ -310,6 +274,34 @@ class PissaFolder:
             base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base, taken)
         magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
         return LayerTensors(start, deltas, base, magnitude)
+
+    def start_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `start_tensors` has written of a layer, all of it float32."""
+        record, (rows, columns) = self.records[name], matrix_shape
+        parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
+        if record.base is not None:
+            parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
+        if record.taken is not None:
+            parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
+        if self.config.use_adalora:
+            parts |= {"delta_a": (record.r, columns), "delta_e": (record.r, 1)}
+        if self.config.use_dora:
+            parts["norm"] = (rows,)
+        return {f"{name}.{part}": shape for part, shape in parts.items()}
+
+    def stored_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
+        """The shapes and dtypes of what `stored_tensors` has written of a layer; none if it has written nothing."""
+        record = self.records[name]
+        shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
+        return shapes if record.stored and shapes.keys() & set(self.starts.names) else {}
+
+    def read_stored(
+        self, name: str, matrix_shape: tuple[int, int], device: torch.device
+    ) -> Tensor | QuantizedWeight | None:
+        """The residual of a layer, on a device; None if the file has none."""
+        keys = self.stored_shapes(name, matrix_shape)
+        parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
+        return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
 
     def _taken(self, name: str, a0: Tensor, b0: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
         """What the residual of a layer lacks instead of the start factors of its base, whose origin this is."""
