@@ -16,7 +16,7 @@ from pissa.base.kinds import base_of
 from pissa.base.protocol import whole
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
-from pissa.distributed import check_whole, sharded_as
+from pissa.distributed import check_whole, sharded_as, whole_shape
 from pissa.files.peft_layout import PREFIX
 from pissa.layers.layer import PissaLayer
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
@@ -127,4 +127,5 @@ def _is_dense(module: Any) -> bool:
     if base.form != IMPLICIT:
         return True
     weight = getattr(module, "weight", None)
-    return not base.is_bnb_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    is_table = isinstance(weight, Tensor) and len(whole_shape(weight)) == 2 and weight.is_floating_point()
+    return is_table and not base.is_bnb_quantised
