@@ -27,7 +27,7 @@ from pissa.files.peft_layout import (
     Matrices,
     weight_at,
 )
-from pissa.files.pissa_layout import PISSA_RECORD, AdapterRecord
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord
 from pissa.files.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 from pissa.ops.checks import check_scaling
@@ -112,6 +112,12 @@ class LoraFolder:
         factors = self.factors[target]
         a, b = (self.weights.read(key).double() for key in factors.keys)
         return list(factors.unpack(a, b).values())
+
+
+def is_plain_lora(folder: Path) -> bool:
+    """Whether the folder holds an adapter of PEFT's and none of ours, not even a part of one that is damaged."""
+    ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
+    return (folder / ADAPTER_CONFIG).is_file() and not ours
 
 
 def open_adapter(folder: Path) -> LoraFolder:

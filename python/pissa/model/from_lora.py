@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from peft import LoraConfig, set_peft_model_state_dict
 
 from pissa.config import PissaConfig
 from pissa.files.lora_folder import LoraFolder, open_adapter
-from pissa.files.peft_layout import ADAPTER_CONFIG
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
 from pissa.files.vocabulary import vocabulary
 
 
@@ -40,12 +37,6 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
             '"all-linear"'
         )
     return PissaConfig.from_lora(config, init="lora")
-
-
-def is_plain_lora(folder: Path) -> bool:
-    """Whether the folder holds an adapter of PEFT's and none of ours, not even a part of one that is damaged."""
-    ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
-    return (folder / ADAPTER_CONFIG).is_file() and not ours
 
 
 def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
