@@ -185,7 +185,7 @@ def weight_at(place: str, names: Collection[str]) -> tuple[str, str] | None:
 _TAKEN_FOR_EXPERTS = {"gate"}.union(*(names for former in FORMER_NAMES.values() for names in former))
 
 
-def lora_config(
+def plain_config(
     model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer], times: int = 2
 ) -> LoraConfig:
     """The configuration of the plain LoRA of so many times the adapter's rank."""
@@ -223,7 +223,7 @@ def lora_config(
     return lora
 
 
-def config_text(config: LoraConfig, base_class: type[nn.Module]) -> str:
+def plain_config_text(config: LoraConfig, base_class: type[nn.Module]) -> str:
     """adapter_config.json as PEFT itself writes it for a plain LoRA on a model of that class."""
     auto_mapping = None
     if config.task_type is None:

@@ -25,9 +25,9 @@ from pissa.files.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_weight_key,
-    config_text,
     inexact_lora,
-    lora_config,
+    plain_config,
+    plain_config_text,
 )
 from pissa.files.pissa_layout import (
     PISSA_RECORD,
@@ -83,8 +83,8 @@ def save_adapter(
     with Staged(folder) as staged:
         staged.path(PISSA_RECORD).write_text(AdapterRecord(config, records).text())
         write_tensors(staged.path(PISSA_WEIGHTS), starts)
-        plain = lora_config(model.base_model.model, config, adapter_name, layers)
-        staged.path(ADAPTER_CONFIG).write_text(config_text(plain, _class_of(model.base_model.model)))
+        plain = plain_config(model.base_model.model, config, adapter_name, layers)
+        staged.path(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
         write_tensors(staged.path(ADAPTER_WEIGHTS), lora)
 

@@ -62,7 +62,7 @@ def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
         raise ValueError(f"{found.config_path} cannot be used: {error}") from error
 
 
-def fill(model: Any, adapter_name: str, found: LoraFolder) -> None:
+def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
     """Gives an adapter, which a PissaModel has just got, the factors of a plain LoRA: it starts from zero.
 
     Raises:

@@ -34,7 +34,7 @@ from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.from_lora import as_pissa, fill, read_plain_lora
+from pissa.model.from_lora import as_pissa, load_factors, read_plain_lora
 from pissa.model.inject import complete, prepare, restored_on_error, warn_of_dropout
 from pissa.model.merged_names import is_merged, with_unwrapped_names
 from pissa.model.resize import check_can_be_resized, new_size
@@ -394,7 +394,7 @@ class PissaModel(MendedPeftModel):
             lora_config.inference_mode = not is_trainable
             with restored_on_error(self):
                 self._inject(adapter_name, lora_config, autocast_adapter_dtype)
-                fill(self, adapter_name, lora)
+                load_factors(self, adapter_name, lora)
         else:
             saved = PissaFolder.read(folder, config)
             if known:

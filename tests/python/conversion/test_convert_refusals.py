@@ -94,10 +94,6 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         spoil_tensors(lambda tensors: tensors.update({f"{Q}.lora_C.weight": torch.ones(4)})),
         rf"module '{Q}' has the tensors \['lora_A.weight', 'lora_B.weight', 'lora_C.weight'\]; needed: ",
     ),
-    "a magnitude alone": (
-        spoil_tensors(lambda tensors: tensors.update({f"{Q}x.lora_magnitude_vector": torch.ones(4)})),
-        rf"module '{Q}x' has the tensors \['lora_magnitude_vector'\]; needed: ",
-    ),
 }
 
 
@@ -132,9 +128,6 @@ def test_files_of_two_saves_are_refused(ours: Path, tmp_path: Path) -> None:
     ):
         pissa.convert(ours, tmp_path / "lora")
     (ours / NAMES[0]).write_text(json.dumps(config))
-    save_file(tensors | {"base_model.model.more.lora_A.weight": torch.ones(8, 2)}, ours / NAMES[1])
-    with pytest.raises(ValueError, match=r"'base_model\.model\.more' has the tensors \['lora_A\.weight'\]; needed"):
-        pissa.convert(ours, tmp_path / "lora")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][0, 0] += 1
     save_file(tensors, ours / NAMES[1])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no checksums|is damaged"):
