@@ -26,7 +26,7 @@ from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
 from pissa.files.source import Source
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.dora import Magnitude
-from pissa.notices import PissaWarning, UncertainStartWarning
+from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
@@ -83,8 +83,7 @@ class Adapter:
 
     def doubts(self) -> list[PissaWarning]:
         """What is to be known of the weights, once all have been asked for."""
-        text = self.lora.doubt()
-        return [] if text is None else [UncertainStartWarning(text)]
+        return self.lora.doubts()
 
     def trained(self, unit: Unit) -> Iterator[Trained]:
         """The layers of a unit, one at a time; without gradients.

@@ -19,7 +19,7 @@ from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, b
 from pissa.files.scratch import Scratch
 from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
-from pissa.notices import KeptMagnitudesWarning, UncertainStartWarning
+from pissa.notices import KeptMagnitudesWarning
 from pissa.ops.low_rank import Spectrum
 
 
@@ -149,8 +149,8 @@ def convert(
             KeptMagnitudesWarning,
             stacklevel=2,
         )
-    if doubt := lora.doubt():
-        warnings.warn(doubt, UncertainStartWarning, stacklevel=2)
+    for doubt in lora.doubts():
+        warnings.warn(doubt, stacklevel=2)
     return Conversion(lora.what, layers)
 
 

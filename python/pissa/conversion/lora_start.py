@@ -25,7 +25,7 @@ from pissa.files.lora_folder import LoraFolder
 from pissa.files.messages import first_line
 from pissa.files.model_folder import ModelFolder, class_of, model_config
 from pissa.files.peft_layout import Matrices
-from pissa.notices import WholeModelWarning
+from pissa.notices import PissaWarning, UncertainStartWarning, WholeModelWarning
 from pissa.ops.checks import FLOATS
 from pissa.ops.low_rank import Spectrum, join_difference
 
@@ -195,17 +195,18 @@ class ComputedStart:
             self._doubts[target] = doubt
         return [start]
 
-    def doubt(self) -> str | None:
-        """A warning, once all have been asked for."""
+    def doubts(self) -> list[PissaWarning]:
+        """What is to be known of the starts, once all have been asked for."""
         if not self._doubts:
-            return None
+            return []
         worst = max(self._doubts, key=lambda target: self._doubts[target])
-        return (
+        text = (
             f"{self._trained.weights.path}: in {len(self._doubts)} layers the singular values at the adapter's rank "
             f"and behind it are so close that another machine's rounding moves the start by more than {_DOUBT:.0%} of "
             f"what was learnt, by about {self._doubts[worst]:.0%} in {worst}. If the adapter was not trained on this "
             "machine, with this torch, give the initial adapter (initial), with which the conversion is exact"
         )
+        return [UncertainStartWarning(text)]
 
 
 def _aligned_start(adapter: LoraFolder, target: str, weight: Tensor) -> tuple[Matrices, float]:

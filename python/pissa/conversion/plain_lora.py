@@ -15,7 +15,7 @@ from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
 from pissa.files.messages import shown
 from pissa.files.model_folder import CONFIG, quantised_kind
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
-from pissa.notices import InexactLoraWarning
+from pissa.notices import InexactLoraWarning, PissaWarning
 from pissa.ops.low_rank import join_difference
 
 OURS = "an adapter of pissa"
@@ -135,9 +135,9 @@ class PlainLora:
             return getattr(base, "name_or_path", None) or None
         return str(base)
 
-    def doubt(self) -> str | None:
-        """A warning, once all factors have been asked for."""
-        return None if self.computed is None else self.computed.doubt()
+    def doubts(self) -> list[PissaWarning]:
+        """What is to be known of the factors, once all have been asked for."""
+        return [] if self.computed is None else self.computed.doubts()
 
 
 def check_not_given(reason: str, **arguments: object) -> None:
