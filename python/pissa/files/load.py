@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from pissa.base.digest import Match, dtype_of, holds, is_fingerprint
 from pissa.base.fingerprint import match_with
 from pissa.base.stored import residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
-from pissa.config import IMPLICIT
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
+from pissa.files.lora_folder import LoraFolder, open_adapter
 from pissa.files.messages import shown
 from pissa.files.peft_layout import PREFIX, FactorTensors, factors_of, is_of_a_layer, magnitude_key
 from pissa.files.pissa_layout import PISSA_RECORD, LayerTensors, PissaFolder
@@ -313,6 +317,76 @@ def _check_form(folder: PissaFolder, name: str, layer: PissaLayer, is_fresh: boo
             f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "
             "values. Load the folder onto an unmodified base of its own with from_pretrained"
         )
+
+
+# -- a LoRA of PEFT's beside our adapters
+
+
+def as_pissa(config: LoraConfig) -> PissaConfig:
+    """The configuration of an adapter of ours that is, and starts, as PEFT's LoRA of this one; a PissaConfig as it is.
+
+    Raises:
+        ValueError: naming a field that our adapters do not have, or of which PEFT decides later.
+        TypeError: no LoraConfig.
+    """
+    if isinstance(config, PissaConfig):
+        return copy.deepcopy(config)
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a pissa.PissaConfig or a peft.LoraConfig, got {type(config).__name__}")
+    if config.init_lora_weights is not True:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} is not supported beside a PiSSA adapter: leave it out, "
+            "for LoRA's start, or give a pissa.PissaConfig with init"
+        )
+    if config.target_modules is None and not config.target_parameters:
+        raise ValueError(
+            "target_modules: got None, for which PEFT has a choice for each family of models; needed: the names, or "
+            '"all-linear"'
+        )
+    return PissaConfig.from_lora(config, init="lora")
+
+
+def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
+    """A plain LoRA's configuration as one of ours, and what is in its folder.
+
+    Raises:
+        ValueError: naming the file, and the field or tensor that cannot be used.
+    """
+    found = open_adapter(folder)
+    if not found.leaves_base or found.config["use_dora"]:
+        name = "use_dora" if found.config["use_dora"] else "init_lora_weights"
+        raise ValueError(
+            f"{found.config_path} has {name}={found.config[name]!r}, and such an adapter is a plain LoRA only once it "
+            "is converted, or merged: see pissa.convert, peft.PeftModel.merge_and_unload"
+        )
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"runtime_config"}
+    fields = {name: value for name, value in found.config.items() if name in known}
+    try:
+        config = LoraConfig(**fields)
+        config.init_lora_weights = True  # the factors are in the file
+        return as_pissa(config), found
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{found.config_path} cannot be used: {error}") from error
+
+
+def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
+    """Gives an adapter, which a PissaModel has just got, the factors of a plain LoRA: it starts from zero.
+
+    Raises:
+        ValueError: tensors that the adapter has no place for, other shapes, or embeddings of another base.
+    """
+    weights = found.weights
+    tensors = {name: weights.read(name) for name in weights.names}
+    for key, table in vocabulary(model, adapter_name).items():
+        value = tensors.pop(key, None)  # PEFT writes the base's own beside an adapter
+        if value is not None and not torch.equal(value, table.value({}).to(value.dtype)):
+            raise ValueError(
+                f"{weights.path}: {key} is another one than the model's, which all its adapters share: load the "
+                "adapter onto its own base, with peft.PeftModel.from_pretrained"
+            )
+    result = set_peft_model_state_dict(model, tensors, adapter_name)
+    if result.unexpected_keys:
+        raise ValueError(f"{weights.path}: the model has no place for tensor {result.unexpected_keys[0]}")
 
 
 # -- what is to be known of the base

@@ -23,7 +23,7 @@ from torch import nn
 from pissa.config import PissaConfig
 from pissa.distributed import failing_together, is_of_an_engine, is_sharded
 from pissa.files.hub import adapter_folder, refuse_unsupported
-from pissa.files.load import restore
+from pissa.files.load import as_pissa, load_factors, read_plain_lora, restore
 from pissa.files.lora_folder import is_plain_lora
 from pissa.files.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
@@ -34,7 +34,6 @@ from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.from_lora import as_pissa, load_factors, read_plain_lora
 from pissa.model.inject import complete, prepare, restored_on_error, warn_of_dropout
 from pissa.model.merged_names import is_merged, with_unwrapped_names
 from pissa.model.resize import check_can_be_resized, new_size
