@@ -38,7 +38,7 @@ _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True
 
 # The fields of LoraConfig that mean the same here. Every other one must keep its default: a field that a later PEFT
 # adds is refused by name until somebody has thought about it.
-_SUPPORTED = frozenset(
+SUPPORTED = frozenset(
     {
         "task_type",
         "peft_type",
@@ -194,7 +194,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     preset: InitVar[Preset | None] = None
 
     reader: ClassVar[Callable[..., PissaConfig]]
-    """What `from_pretrained` calls. `files.checkpoint` sets it: files stand on the configuration, which cannot know
+    """What `from_pretrained` calls. `files.pissa_layout` sets it: files stand on the configuration, which cannot know
     them."""
 
     def __post_init__(self, preset: Preset | None) -> None:
@@ -294,7 +294,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def _check_lora_fields(self) -> None:
         for f in dataclasses.fields(LoraConfig):
             default, value = default_of(f), getattr(self, f.name)
-            if f.name not in _SUPPORTED and value != default:
+            if f.name not in SUPPORTED and value != default:
                 raise ValueError(
                     f"{f.name}={value!r} is not supported with PiSSA; leave it out (default {default!r}), or "
                     "use peft.LoraConfig for a plain LoRA adapter"

@@ -32,10 +32,8 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import DENSE, Plan, PlannedLayer
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.config import PissaConfig
-from pissa.files.peft_layout import FactorTensors
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS
-from pissa.files.plain_lora import config_text as lora_config_text
-from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.peft_layout import FactorTensors, plain_config_text
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, LayerRecord
 from pissa.files.source import Source
 from pissa.ops.formats import FORMATS
 
@@ -261,7 +259,7 @@ class _Split(Rewrite):
             )
         packed = [layer for layer in plan.layers.values() if layer.is_packed]
         self.write_config(out, packed, plan.dense_linears, experts=plan.has_packed_experts)
-        out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))
+        out.path(INITIAL_CONFIG).write_text(plain_config_text(plan.lora, plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(plan.config, records).text())
 
     def in_flight(self, layer: PlannedLayer) -> int:

@@ -23,14 +23,18 @@ from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries, mapped_model, of_layer
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
-from pissa.files.checkpoint import Checkpoint
-from pissa.files.fit import other_dtype
 from pissa.files.hub import adapter_folder
-from pissa.files.load import restore
+from pissa.files.load import other_dtype, restore
 from pissa.files.messages import shown
-from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, TAKEN
-from pissa.files.plain_lora import factors_of
-from pissa.files.record import AdapterRecord
+from pissa.files.peft_layout import factors_of
+from pissa.files.pissa_layout import (
+    ADAPTER_FILES,
+    PISSA_RECORD,
+    PISSA_WEIGHTS,
+    TAKEN,
+    AdapterRecord,
+    PissaFolder,
+)
 from pissa.files.source import Source
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer, pissa_layers
@@ -89,9 +93,9 @@ def load(
         source = Source.open(folder)
         folder = source.folder
         split = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
-        checkpoint = None if adapter is None else Checkpoint.read(adapter_folder(adapter, ADAPTER_FILES))
-        blamed: Callable[[], AbstractContextManager[None]] = nullcontext if checkpoint is None else checkpoint.blamed
-        config = _config(config, config_fields, folder, split, checkpoint)
+        saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))
+        blamed: Callable[[], AbstractContextManager[None]] = nullcontext if saved is None else saved.blamed
+        config = _config(config, config_fields, folder, split, saved)
         config.inference_mode = not is_trainable
         warn_of_dropout(config)
         model, packed, quantization = mapped_model(source, dtype)
@@ -110,12 +114,12 @@ def load(
         materialise(model, adapter_name)
         wrapped.to(device)
         left = {}
-        if checkpoint is None:
+        if saved is None:
             keep = split is not None
             left = decompose(model, adapter_name, config, first=True, progressbar=progressbar, keep_bases=keep)
         else:
             with blamed():
-                restore(checkpoint, wrapped, adapter_name)
+                restore(saved, wrapped, adapter_name)
     store(model, adapter_name, config, left)  # which tells the other processes of its errors itself
     return wrapped if is_trainable else wrapped.eval()
 
@@ -125,14 +129,14 @@ def _config(
     fields: Mapping[str, Any],
     folder: Path,
     split: AdapterRecord | None,
-    checkpoint: Checkpoint | None,
+    saved: PissaFolder | None,
 ) -> PissaConfig:
     """The configuration of the adapter; `split` is the record of a folder that `pissa init` has written."""
-    given = {"config": config is not None, "its fields": bool(fields), "adapter": checkpoint is not None}
+    given = {"config": config is not None, "its fields": bool(fields), "adapter": saved is not None}
     if sum(given.values()) > 1:
         raise TypeError(f"give one of config, its fields and adapter, got {' and '.join(filter(given.get, given))}")
-    if checkpoint is not None:
-        return checkpoint.config
+    if saved is not None:
+        return saved.config
     if split is not None and config is None and not fields:
         return own_config(split.config)
     config = own_config(PissaConfig(**fields) if config is None else config)

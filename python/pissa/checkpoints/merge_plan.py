@@ -20,11 +20,10 @@ from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape
 from pissa.checkpoints.packed import packed_layers
 from pissa.config import IMPLICIT, Form
 from pissa.files.composition import Composition, Part
-from pissa.files.expert_layout import is_mirrored
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import meta_model
-from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key
+from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
 from pissa.files.safetensors_header import Layout
 from pissa.files.source import Source
 from pissa.layers.experts import is_transposed

@@ -12,7 +12,7 @@ from pissa.base.start import StartFactors
 from pissa.checkpoints.layer import new_shards
 from pissa.checkpoints.plan import Plan, PlannedLayer
 from pissa.config import PissaConfig
-from pissa.conversion.lora_start import INITIAL_FOLDER
+from pissa.files.lora_folder import INITIAL_FOLDER
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_WEIGHTS, TAKEN
 from pissa.files.safetensors_header import Layout

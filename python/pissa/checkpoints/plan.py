@@ -18,10 +18,8 @@ from pissa.base.start import Origin
 from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape
 from pissa.config import PissaConfig
 from pissa.files.composition import Composition, Part
-from pissa.files.expert_layout import check_uniform
 from pissa.files.model_folder import matrix_of, meta_model
-from pissa.files.peft_layout import FactorTensors
-from pissa.files.plain_lora import factors_of, lora_config
+from pissa.files.peft_layout import FactorTensors, check_uniform, factors_of, plain_config
 from pissa.files.source import Source
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
@@ -127,7 +125,7 @@ class Plan:
             experts,
             {layer.name: layer for layer in planned},
             factors_of(base, layers),
-            lora_config(base, config, "default", layers, times=1),
+            plain_config(base, config, "default", layers, times=1),
             type(base),
             [name for name in linears if name not in packed],
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,23 +12,21 @@ from torch import Tensor, nn
 from pissa import ops
 from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
-from pissa.base.init_methods import INIT_METHODS
-from pissa.base.start import Origin
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.merge_plan import MergedLayer, Unit
 from pissa.config import IMPLICIT
-from pissa.conversion.lora_start import INITIAL_FOLDER, initial_folder, residual_of, start_from_initial
-from pissa.conversion.source import OURS, PLAIN_STARTS, check_described, check_unused
-from pissa.conversion.source import Source as Foreign
-from pissa.files.checkpoint import Checkpoint, LayerTensors
-from pissa.files.fit import base_doubts
-from pissa.files.lora_folder import LoraFolder
+from pissa.conversion.lora_start import check_start
+from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given
+from pissa.files.hub import Name
+from pissa.files.load import base_doubts
+from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
-from pissa.files.pissa_layout import PISSA_RECORD, read_stored
+from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
 from pissa.files.source import Source
+from pissa.files.tensor_file import TensorFile
 from pissa.layers.dora import Magnitude
-from pissa.notices import PissaWarning, UncertainStartWarning
+from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
@@ -46,7 +43,7 @@ class Trained(NamedTuple):
     """‖change‖², Frobenius."""
 
 
-class Base(NamedTuple):
+class BaseFunction(NamedTuple):
     """The base function of a layer."""
 
     weight: Tensor
@@ -58,22 +55,24 @@ class Base(NamedTuple):
 class Adapter:
     """An adapter in a folder, for the layers of a checkpoint."""
 
-    def __init__(self, folder: LoraFolder, source: Source, what: str) -> None:
-        self.folder, self.source = folder, source
-        self.what = what
+    def __init__(self, lora: PlainLora, source: Source) -> None:
+        self.lora, self.folder, self.source = lora, lora.folder, source
+        self.what = lora.what
         """What it is, in words."""
-        self.folders = {"adapter": folder.config_path.parent}
+        self.folders = {"adapter": lora.folder.path}
         """Where its files are, by what is in them."""
+        if lora.initial is not None:
+            self.folders["initial"] = lora.initial.path
 
     def factors(self, target: str) -> list[Matrices]:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
-        return [(a.float(), b.float()) for a, b in self.folder.matrices(target)]
+        return [(a.float(), b.float()) for a, b in self.lora.matrices(target)]
 
     def scaling(self, layer: MergedLayer, target: str) -> float:
         """The factor of their product."""
         return self.folder.factors[target].scaling
 
-    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Base:
+    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> BaseFunction:
         """The base function."""
         return _dense(weight)
 
@@ -82,14 +81,9 @@ class Adapter:
         found: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         return found
 
-    def own_weight(self, layer: MergedLayer, target: str) -> Tensor:
-        """The weight that the adapter's file has in the place of the checkpoint's, in the module's shape."""
-        assert layer.own_key is not None
-        return self.folder.weights.read(layer.own_key)
-
     def doubts(self) -> list[PissaWarning]:
         """What is to be known of the weights, once all have been asked for."""
-        return []
+        return self.lora.doubts()
 
     def trained(self, unit: Unit) -> Iterator[Trained]:
         """The layers of a unit, one at a time; without gradients.
@@ -107,7 +101,7 @@ class Adapter:
             if layer.mirrored:
                 a, b = b.mT, a.mT
             if layer.own_key is not None:
-                own = self.own_weight(layer, target).to(layer.dtype)
+                own = self.lora.own_weight(target, self.lora.starts(target)).to(layer.dtype)
                 weight = own.mT if layer.transposed else own.flatten(1)
             yield self._trained(layer, target, weight, a.contiguous(), b.contiguous())
 
@@ -130,31 +124,6 @@ class Adapter:
         return magnitude
 
 
-class Converted(Adapter):
-    """An adapter of another tool for the unmodified base, as `pissa.convert` reads it.
-
-    Args:
-        initial: what has the adapter before training, if it is read.
-    """
-
-    def __init__(self, found: Foreign, source: Source, initial: str | os.PathLike[str] | None) -> None:
-        super().__init__(found.folder, source, found.layout)
-        self._found = found
-        if initial is not None:
-            self.folders["initial"], _ = initial_folder(initial)
-
-    def factors(self, target: str) -> list[Matrices]:
-        pairs = (delta.factors() for delta in self._found.deltas(target))
-        return [(a.float(), b.float()) for a, b in pairs]
-
-    def own_weight(self, layer: MergedLayer, target: str) -> Tensor:
-        return self._found.own_weight(target, self._found.deltas(target))
-
-    def doubts(self) -> list[PissaWarning]:
-        text = self._found.starts.doubt()
-        return [] if text is None else [UncertainStartWarning(text)]
-
-
 class Ours(Adapter):
     """An adapter of pissa, with the base function that it was trained on: a stored residual is computed once more, or
     is the checkpoint's own.
@@ -166,14 +135,15 @@ class Ours(Adapter):
         ValueError: the files are damaged, or do not belong together, or to this checkpoint.
     """
 
-    def __init__(self, path: Path, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
-        super().__init__(folder, source, OURS)
-        self._checkpoint = Checkpoint.read(path)
-        self._checkpoint.starts.expect_checksums()
-        self.records = self._checkpoint.records
+    def __init__(self, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
+        super().__init__(PlainLora(folder, OURS), source)
+        assert folder.record is not None
+        path, record, starts = folder.path, folder.record, TensorFile(folder.path / PISSA_WEIGHTS)
+        starts.expect_checksums()
+        self._files = PissaFolder(path, record.config, record.layers, folder.weights, starts)
+        self.records = record.layers
         """Of the layers, by name."""
-        check_described(folder, self.records)
-        self.init = self._checkpoint.config.init
+        self.init = record.config.init
         """The name of the method that the adapter starts by."""
         self._residuals = residuals
         self._narrower: dict[str, torch.dtype] = {}
@@ -194,9 +164,9 @@ class Ours(Adapter):
         return self.records[layer.name].scaling
 
     def lengths(self, layer: MergedLayer, weight: Tensor) -> Tensor:
-        return self._checkpoint.starts.read(f"{layer.name}.norm")
+        return self._files.starts.read(f"{layer.name}.norm")
 
-    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Base:
+    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> BaseFunction:
         record = self.records[layer.name]
         if record.form == IMPLICIT:
             return _dense(self._as_trained(layer, weight))
@@ -204,7 +174,7 @@ class Ours(Adapter):
         replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(record.weight))
         start = self.tensors(layer.name, factors).base
         stored = stored_linear(replaced, residual, start, torch.uint8)
-        return Base(stored.matrix(), stored.product)
+        return BaseFunction(stored.matrix(), stored.product)
 
     def residual(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Weight:
         """The residual that a layer was trained on whose base is stored.
@@ -221,7 +191,7 @@ class Ours(Adapter):
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
                 raise ValueError(self._another(layer, "residual"))
             return weight
-        saved = read_stored(name, record, layer.shape, self._checkpoint.starts, torch.device("cpu"))
+        saved = self._files.read_stored(name, layer.shape, torch.device("cpu"))
         if saved is not None:
             return saved
         known = self._as_trained(layer, weight)
@@ -248,48 +218,43 @@ class Ours(Adapter):
 
     def tensors(self, name: str, factors: Matrices) -> LayerTensors:
         """What the files hold of a layer, whose pair in PEFT's file is given."""
-        config, record = self._checkpoint.config, self.records[name]
-        identity = INIT_METHODS[config.init].identity(config)
-        origin = Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
-        return self._checkpoint.read_layer(name, *factors, origin)
+        return self._files.read_layer(name, *factors)
 
     def doubts(self) -> list[PissaWarning]:
-        return base_doubts(self._checkpoint, self._narrower, self._other_bits)
+        return base_doubts(self._files, self._narrower, self._other_bits)
 
     def _another(self, layer: MergedLayer, what: str) -> str:
         return (
-            f"{self.source.folder} is not the base that {self._checkpoint.folder} was trained on: the {what} of layer "
+            f"{self.source.folder} is not the base that {self._files.path} was trained on: the {what} of layer "
             f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
             f"convert the adapter to a plain LoRA first"
         )
 
 
-def read_adapter(path: Path, source: Source, initial: str | os.PathLike[str] | None) -> Adapter:
+def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
     """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
 
     Raises:
         ValueError: it cannot be read, or does not belong to the checkpoint.
     """
-    folder = LoraFolder.read(path)
-    is_residual = (source.folder / INITIAL_FOLDER / ADAPTER_CONFIG).is_file()
-    at_start = LoraFolder.read(source.folder / INITIAL_FOLDER) if is_residual else None
-    if (path / PISSA_RECORD).is_file():
-        check_unused(f"{path} is an adapter of pissa", initial=initial)
+    folder = open_adapter(path)
+    initial_here = source.folder / INITIAL_FOLDER
+    at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
+    if folder.record is not None:
+        check_not_given(f"{path} is an adapter of pissa", initial=initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
-        return Ours(path, folder, source, layers)
-    init = folder.config["init_lora_weights"]
+        return Ours(folder, source, layers)
     if at_start is not None:
-        check_unused(f"{source.folder} has the initial adapter itself", initial=initial)
-        if init not in PLAIN_STARTS:
+        check_not_given(f"{source.folder} has the initial adapter itself", initial=initial)
+        if not folder.leaves_base:
             raise ValueError(
-                f"{folder.config_path}: init_lora_weights is {init!r}, which changes the base, and {source.folder} is "
-                "a residual: an adapter on it starts from its pissa_init"
+                f"{folder.config_path}: init_lora_weights is {folder.config['init_lora_weights']!r}, which changes the "
+                f"base, and {source.folder} is a residual: an adapter on it starts from its pissa_init"
             )
-        start_from_initial(folder, at_start)  # checks that it can be the start of this one
-        return Adapter(folder, source, ON_RESIDUAL)
-    initial = residual_of(folder) if initial is None else initial
-    base = source.folder if isinstance(init, str) and init.startswith("pissa") and initial is None else None
-    return Converted(Foreign.read(path, base, initial, None), source, initial)
+        check_start(folder, at_start)
+        return Adapter(PlainLora(folder, ON_RESIDUAL), source)
+    base = source.folder if folder.is_pefts_pissa and initial is None else None
+    return Adapter(PlainLora.of(folder, base, initial, None), source)
 
 
 ON_RESIDUAL = "an adapter on a residual, which is the base"
@@ -302,7 +267,7 @@ def read_weight(layer: MergedLayer, source: Source) -> Weight:
     return matrix_of(layer.parts, source).flatten(1)
 
 
-def _dense(weight: Weight) -> Base:
+def _dense(weight: Weight) -> BaseFunction:
     if isinstance(weight, QuantizedWeight):
-        return Base(ops.dequantize(weight), lambda x: ops.linear(x, weight))
-    return Base(weight.to(torch.float32, copy=True), lambda x: ops.linear(x, weight))
+        return BaseFunction(ops.dequantize(weight), lambda x: ops.linear(x, weight))
+    return BaseFunction(weight.to(torch.float32, copy=True), lambda x: ops.linear(x, weight))

@@ -37,9 +37,8 @@ from pissa.cli.plot import Curve, plot_losses
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
-from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.plain_lora import inexact_lora
-from pissa.files.record import AdapterRecord
+from pissa.files.peft_layout import inexact_lora
+from pissa.files.pissa_layout import PISSA_RECORD, AdapterRecord
 from pissa.files.staged import check_unused
 from pissa.notices import InexactLoraWarning
 

@@ -1,5 +1,5 @@
-"""Any adapter as a plain LoRA: `source` finds out what it is, `lora_start` where it started, `delta_weight` computes
-its factors, and `adapters` writes and checks."""
+"""Any adapter as a plain LoRA: `lora_start` finds where it started, `plain_lora` computes its factors, and `adapters`
+writes them."""
 
 from pissa.conversion.adapters import Conversion, ConvertedLayer, convert, total_kept
 

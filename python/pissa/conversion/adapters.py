@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from typing import NamedTuple
 from torch import nn
 from tqdm import tqdm
 
-from pissa.conversion.delta_weight import Converted
-from pissa.conversion.source import PLAIN, Source
-from pissa.files.lora_config import with_sizes
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
+from pissa.conversion.plain_lora import PLAIN, PlainLora
+from pissa.files.lora_folder import open_adapter, with_sizes
+from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.scratch import Scratch
 from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
-from pissa.notices import KeptMagnitudesWarning, UncertainStartWarning
+from pissa.notices import KeptMagnitudesWarning
+from pissa.ops.low_rank import Spectrum
 
 
 class ConvertedLayer(NamedTuple):
@@ -92,17 +92,13 @@ def convert(
     - Otherwise a plain LoRA, which needs `rank` or `energy`. An adapter that was trained on a residual model looks the
       same, unless its base_model_name_or_path says so: give `initial`.
 
-    The delta weight s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], which has no cancellation, of rank 2r, in
-    float32. Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are. An adapted layer's own
-    weight, which PEFT saves of embeddings and output layers, becomes W. If the adapter was trained on a residual that
-    was rounded (bfloat16, 4 bits), it lacks that error on the unmodified base; with `initial` it also lacks that of A0
-    and B0, which PEFT rounds as well. If input embeddings and output layer are tied, PEFT put the residual of one into
-    both. No file shows that; such an adapter is refused only with `base`.
-
-    DoRA's magnitudes belong to W + dW in every layout and are kept. With a lower rank dW is approximated, and the
-    magnitudes are still those of the old one; the energy is that of dW.
-
-    One layer at a time is read, converted and written.
+    The delta weight s (B A - B0 A0) is written as s [dB | B0]·[A ; dA], of rank 2r, in float32, a layer at a time.
+    Other tensors (biases, magnitudes, `modules_to_save`, embeddings) stay as they are. An adapted layer's own weight,
+    which PEFT saves of embeddings and output layers, becomes W. If the adapter was trained on a residual that was
+    rounded (bfloat16, 4 bits), it lacks that error on the unmodified base; with `initial` it also lacks that of A0 and
+    B0, which PEFT rounds as well. If input embeddings and output layer are tied, PEFT put the residual of one into
+    both. No file shows that; such an adapter is refused only with `base`. DoRA's magnitudes belong to W + dW and are
+    kept, also where a lower rank approximates dW.
 
     Args:
         source: folder of an adapter.
@@ -121,9 +117,9 @@ def convert(
     source, target = Path(source), Path(target)
     _check_sizes(rank, energy)
     check_unused(target)
-    found = Source.read(source, base, initial, subtracted)
-    folder = found.folder
-    if found.layout == PLAIN and rank is None and energy is None:
+    lora = PlainLora.of(open_adapter(source), base, initial, subtracted)
+    folder = lora.folder
+    if lora.what == PLAIN and rank is None and energy is None:
         raise ValueError(
             f"{source} is a plain LoRA already. Give rank or energy to lower its rank, initial if it was trained on "
             "a residual, subtracted if it is [B, -B0]·[A ; A0]"
@@ -133,17 +129,17 @@ def convert(
     with Staged(target) as staged, Scratch(target) as tensors:
         targets = folder.factors.items()
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
-            deltas = found.deltas(name)
-            part = Converted.of(deltas, rank, energy)
-            for key, tensor in factors.pack(part.written).items():
+            starts = lora.starts(name)
+            pairs, whole, lost = approximated(lora.factors(name, starts), factors.scaling, rank, energy)
+            for key, tensor in factors.pack(pairs).items():
                 tensors.put(key, tensor)
             if (key := base_weight_key(name)) in others:
-                tensors.put(key, found.own_weight(name, deltas))
-            layers[name] = ConvertedLayer(factors.rank, part.rank, part.energy, part.lost)
-            sizes[name] = part.rank, factors.scaling
+                tensors.put(key, lora.own_weight(name, starts))
+            layers[name] = ConvertedLayer(factors.rank, len(pairs[0][0]), whole, lost)
+            sizes[name] = layers[name].rank, factors.scaling
         for key in others - tensors.keys():
             tensors.put(key, folder.weights.read(key))
-        config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": found.base_name(base)}
+        config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": lora.base_name(base)}
         staged.path(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(staged.path(ADAPTER_WEIGHTS), tensors)
     if folder.config["use_dora"] and any(layer.lost for layer in layers.values()):
@@ -153,9 +149,9 @@ def convert(
             KeptMagnitudesWarning,
             stacklevel=2,
         )
-    if doubt := found.starts.doubt():
-        warnings.warn(doubt, UncertainStartWarning, stacklevel=2)
-    return Conversion(found.layout, layers)
+    for doubt in lora.doubts():
+        warnings.warn(doubt, stacklevel=2)
+    return Conversion(lora.what, layers)
 
 
 def _check_sizes(rank: int | None, energy: float | None) -> None:
@@ -165,3 +161,18 @@ def _check_sizes(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ValueError(f"energy must be a number above 0 and at most 1, got {energy!r}")
+
+
+def approximated(
+    exact: Sequence[Matrices], scaling: float, rank: int | None, energy: float | None
+) -> tuple[Sequence[Matrices], float, float]:
+    """The best approximations of changes s b a: of rank at most `rank`, or of the smallest rank that keeps the share
+    `energy` of the energy of each. With their factors ‖s b a‖² of all, and the part of it that is left out."""
+    spectra = [Spectrum.of(*factors) for factors in exact]
+    if energy is not None:
+        rank = max(spectrum.smallest_rank(energy) for spectrum in spectra)
+    total = scaling**2 * sum(float(spectrum.energy[0]) for spectrum in spectra)
+    if rank is None or rank >= len(exact[0][0]):
+        return exact, total, 0.0
+    lost = scaling**2 * sum(float(spectrum.energy[len(spectrum.values[:rank])]) for spectrum in spectra)
+    return [spectrum.factors(slice(rank)) for spectrum in spectra], total, lost

@@ -9,8 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from pissa.config import PissaConfig, default_of
-from pissa.files.json_file import read_object, reading
-from pissa.files.messages import shown
+from pissa.files.messages import read_object, reading, shown
 
 SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
 """What is said of a file of ours that cannot be read."""

@@ -4,40 +4,25 @@ are refused."""
 from __future__ import annotations
 
 import glob
+import inspect
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from pissa.files.messages import first_line, shown
 
-_HUB_OPTIONS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "local_dir",
-    "repo_type",
-    "endpoint",
-    "headers",
-    "etag_timeout",
-    "user_agent",
-)
-"""The options that PEFT hands on to huggingface_hub, as far as a download of several files has them."""
+Name = str | os.PathLike[str]
+"""A folder, or, as a string, the id of a repository of the Hub; a folder of that name wins."""
 
 
-def adapter_folder(
-    model_id: str | os.PathLike[str], files: Iterable[str], *, subfolder: str | None = None, **kwargs: Any
-) -> Path:
+def adapter_folder(model_id: Name, files: Iterable[str], *, subfolder: str | None = None, **kwargs: Any) -> Path:
     """The folder of an adapter: `model_id`, or the one into which huggingface_hub has fetched the files.
 
     Args:
-        model_id: a folder, or, as a string, the id of a repository; a folder of that name wins.
         files: the names of the files to fetch. Files that the repository lacks are left out.
         subfolder: of the folder, or of the repository.
         kwargs: options of huggingface_hub (`revision`, `token`, `cache_dir`, ...), without effect on a folder. Other
@@ -47,42 +32,33 @@ def adapter_folder(
         ValueError: the string is no folder, and huggingface_hub finds no such repository; the message has its reason.
     """
     inside = subfolder or ""
-    if not isinstance(model_id, str) or os.path.exists(model_id):
-        return Path(model_id, inside)
-    options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
     patterns = [glob.escape(str(PurePosixPath(inside, name))) for name in files]
-    try:
-        folder = huggingface_hub.snapshot_download(model_id, allow_patterns=patterns, **options)
-    except Exception as error:  # its own, the system's, and those of the package that it speaks HTTP with
-        raise ValueError(
-            f"{shown(model_id)} holds no PiSSA adapter: there is no such folder (the working directory is "
-            f"{os.getcwd()}), and huggingface_hub, asked for a repository of that name, says: {error}"
-        ) from error
-    return Path(folder, inside)
+    known = inspect.signature(huggingface_hub.hf_hub_download).parameters  # PEFT hands on what this takes
+    options = {name: value for name, value in kwargs.items() if name in known}
+    return Path(_fetched(model_id, "holds no PiSSA adapter", patterns, options), inside)
 
 
-def checkpoint_folder(model_id: str | os.PathLike[str]) -> Path:
+def checkpoint_folder(model_id: Name) -> Path:
     """The folder of a model in safetensors: `model_id`, or the one into which huggingface_hub has fetched it.
 
     Raises:
-        ValueError: the string is no folder, and huggingface_hub finds no such repository; the message has its reason.
+        ValueError: as `adapter_folder`.
     """
+    # Of a model and its tokenizer, without the same weights in other formats.
+    files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
+    return _fetched(model_id, "is no model", files, {})
+
+
+def _fetched(model_id: Name, what: str, patterns: list[str], options: dict[str, Any]) -> Path:
     if not isinstance(model_id, str) or os.path.exists(model_id):
         return Path(model_id)
-    missing = f"{shown(model_id)} is no model: there is no such folder (the working directory is {os.getcwd()})"
+    missing = f"{shown(model_id)} {what}: there is no such folder (the working directory is {os.getcwd()})"
     try:
-        folder = huggingface_hub.snapshot_download(model_id, allow_patterns=_CHECKPOINT_FILES)
-    except HFValidationError as error:
-        raise ValueError(f"{missing}, and a repository's name is NAME or OWNER/NAME") from error
-    except Exception as error:  # as in adapter_folder
+        return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns, **options))
+    except Exception as error:  # its own, the system's, and those of the package that it speaks HTTP with
         raise ValueError(
             f"{missing}, and huggingface_hub, asked for a repository of that name, says: {first_line(error)}"
         ) from error
-    return Path(folder)
-
-
-_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
-"""Of a model and its tokenizer, without the same weights in other formats."""
 
 
 def refuse_unsupported(

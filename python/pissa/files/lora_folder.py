@@ -1,16 +1,22 @@
-"""A plain LoRA in a folder, as PEFT writes it, read without a model: its tensors, and the rank and scaling of each."""
+"""An adapter's folder, of anybody, read without a model: what it is, and the plain LoRA in it, as PEFT writes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pissa.files.expert_layout import weight_at
-from pissa.files.json_file import reading
-from pissa.files.lora_config import PLAIN_LORA, read_lora_config, size_of
-from pissa.files.messages import shown
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from pissa.config import SUPPORTED, default_of, exactly
+from pissa.files.messages import read_object, reading, shown
 from pissa.files.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -19,10 +25,18 @@ from pissa.files.peft_layout import (
     PREFIX,
     FactorTensors,
     Matrices,
+    weight_at,
 )
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord
 from pissa.files.tensor_file import SAVED_FLOATS, TensorFile
 from pissa.layers.experts import WEIGHTS as EXPERT_WEIGHTS
 from pissa.ops.checks import check_scaling
+
+PLAIN_LORA = "Needed is the configuration of a plain LoRA, as PEFT writes it"
+"""What is said of an adapter_config.json that cannot be used."""
+
+INITIAL_FOLDER = "pissa_init"
+"""The sub-folder of a residual model in which the paper's authors keep the adapter before training."""
 
 # PEFT has written magnitudes under both names.
 _MAGNITUDES = (MAGNITUDE, f"{MAGNITUDE}.weight")
@@ -53,35 +67,39 @@ class LoraFactors(FactorTensors):
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """adapter_config.json and the header of adapter_model.safetensors, checked against each other."""
+    """adapter_config.json and the header of adapter_model.safetensors, checked against each other, and against
+    pissa.json. `open_adapter` reads them."""
 
+    path: Path
     config: dict[str, Any]
-    config_path: Path
+    """The fields of adapter_config.json; those that are used here are all there."""
     weights: TensorFile
     factors: dict[str, LoraFactors]
     """By target."""
+    record: AdapterRecord | None
+    """Of an adapter of pissa, whose plain LoRA this is."""
 
-    @staticmethod
-    def read(folder: Path) -> LoraFolder:
-        """Reads the folder.
+    @property
+    def config_path(self) -> Path:
+        """The path of adapter_config.json."""
+        return self.path / ADAPTER_CONFIG
 
-        Raises:
-            ValueError: naming the file and the field or the tensor, and what is wrong with it.
-        """
-        if not folder.is_dir():
-            raise ValueError(
-                f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder"
-            )
-        if not (folder / ADAPTER_CONFIG).is_file():
-            raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
-        return LoraFolder.of(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    @property
+    def leaves_base(self) -> bool:
+        """Whether the adapter's start has left the base as it was."""
+        return self.config["init_lora_weights"] in (True, False, "gaussian", "eva", "orthogonal")
 
-    @staticmethod
-    def of(config_path: Path, weights_path: Path) -> LoraFolder:
-        """Reads the two files; as `read`."""
-        config = read_lora_config(config_path)
-        weights = TensorFile(weights_path)
-        return LoraFolder(config, config_path, weights, _factors(config, config_path, weights))
+    @property
+    def residual(self) -> Path | None:
+        """The residual model that the adapter says it was trained on, if that is a folder with the initial adapter."""
+        name = self.config["base_model_name_or_path"]
+        return Path(name) if name and os.path.isfile(Path(name) / INITIAL_FOLDER / ADAPTER_CONFIG) else None
+
+    @property
+    def is_pefts_pissa(self) -> bool:
+        """Whether PEFT has computed the adapter's start from the base, and taken it out of that."""
+        init = self.config["init_lora_weights"]
+        return isinstance(init, str) and init.startswith("pissa") and self.residual is None
 
     @property
     def other_keys(self) -> list[str]:
@@ -96,6 +114,141 @@ class LoraFolder:
         return list(factors.unpack(a, b).values())
 
 
+def is_plain_lora(folder: Path) -> bool:
+    """Whether the folder holds an adapter of PEFT's and none of ours, not even a part of one that is damaged."""
+    ours = any(os.path.lexists(folder / name) for name in (PISSA_RECORD, PISSA_WEIGHTS))
+    return (folder / ADAPTER_CONFIG).is_file() and not ours
+
+
+def open_adapter(folder: Path) -> LoraFolder:
+    """Finds out what an adapter's folder is: the one place that asks.
+
+    Raises:
+        ValueError: naming the file and the field or the tensor, and what is wrong with it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
+    config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
+    factors = _factors(config, folder / ADAPTER_CONFIG, weights)
+    record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
+    found = LoraFolder(folder, config, weights, factors, record)
+    if record is not None:
+        _check_described(found, record)
+    return found
+
+
+def _check_described(folder: LoraFolder, record: AdapterRecord) -> None:
+    """Checks that the plain LoRA of an adapter of ours is the one that the records of its layers describe."""
+    folder.weights.expect_checksums()
+    present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
+    for name, layer in record.layers.items():
+        found = present.pop(name, None)
+        if found is None:
+            raise ValueError(f"{folder.weights.path} holds no factors of layer {name}, which is in {PISSA_RECORD}")
+        if found.rank != 2 * layer.r or not math.isclose(found.scaling, layer.scaling, rel_tol=1e-12):
+            raise ValueError(
+                f"{folder.config_path}: layer {name} has rank {found.rank} and scaling {found.scaling:g}; in "
+                f"{PISSA_RECORD} it has {2 * layer.r} and {layer.scaling:g}: the files do not belong together"
+            )
+    if present:
+        raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
+
+
+# -- the configuration
+
+# Fields of LoraConfig that may have any value: we know their meaning, or they do not touch the factors.
+_KNOWN = SUPPORTED | {
+    *("lora_bias", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "layer_replication"),
+    "runtime_config",
+}
+
+_USED: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": int | float,
+    "rank_pattern": dict | None,
+    "alpha_pattern": dict | None,
+    "target_parameters": list | None,
+    "base_model_name_or_path": str | None,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "init_lora_weights": object,
+}
+"""The types of the fields that are used here, which PEFT's LoraConfig does not check."""
+
+
+def read_lora_config(path: Path) -> dict[str, Any]:
+    """Reads adapter_config.json. Fields that it lacks and that are used here have PEFT's defaults.
+
+    Raises:
+        ValueError: naming the file and the field, and what is wrong with it; a variant of LoRA that is no plain LoRA.
+    """
+    with reading(path, PLAIN_LORA):
+        config = read_object(path)
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type is {shown(config.get('peft_type'))}; needed: 'LORA'")
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(LoraConfig)}
+        for name, value in config.items():
+            if name not in _KNOWN and value != defaults.get(name) and value not in (None, False, {}, []):
+                raise ValueError(f"{name} is {shown(value)}, a variant of LoRA that cannot be converted")
+        config = {name: defaults[name] for name in _USED} | config
+        for name, kind in _USED.items():
+            if not isinstance(config[name], kind):
+                raise ValueError(f"{name} is {shown(config[name])}, which PEFT does not write")
+        return config
+
+
+def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
+    """The rank and the scaling that a configuration gives a target. To be called in a block of `reading`.
+
+    Raises:
+        Exception: it gives none, or its patterns are no regular expressions.
+    """
+    ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
+    rank: int = ranks.get(get_pattern_key(list(ranks), target), config["r"])
+    alpha = alphas.get(get_pattern_key(list(alphas), target), config["lora_alpha"])
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"the rank of {target} is {shown(rank)}; needed: 1 or more")
+    scaling = alpha / _divisor(config, rank)
+    check_scaling(scaling)
+    return rank, scaling
+
+
+def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The configuration of a plain LoRA that has, in each target, the given rank and scaling.
+
+    If all scalings are equal the alphas are in proportion to the ranks. A runtime that reads tensors of any rank but
+    knows no patterns then scales them right.
+    """
+    wanted = {target: (rank, _alpha(config, rank, scaling)) for target, (rank, scaling) in sizes.items()}
+    (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
+    patterns = {exactly(target): size for target, size in wanted.items()}
+    return {
+        **config,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern: size[0] for pattern, size in patterns.items() if size[0] != r},
+        "alpha_pattern": {pattern: size[1] for pattern, size in patterns.items() if size[1] != alpha},
+        "init_lora_weights": True,
+        **dict.fromkeys(["eva_config", "corda_config", "lora_ga_config"] & config.keys()),
+        "inference_mode": True,
+    }
+
+
+def _alpha(config: Mapping[str, Any], rank: int, scaling: float) -> float:
+    alpha = scaling * _divisor(config, rank)
+    near = round(alpha)  # 16 rather than 15.999999999999998
+    return near if abs(alpha - near) <= 4 * sys.float_info.epsilon * abs(alpha) else alpha
+
+
+def _divisor(config: Mapping[str, Any], rank: int) -> float:
+    return math.sqrt(rank) if config["use_rslora"] else rank
+
+
+# -- the tensors
+
+
 def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> dict[str, LoraFactors]:
     found: dict[str, LoraFactors] = {}
     for place, keys in _places(weights, config["use_dora"]).items():
@@ -103,72 +256,54 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         target = f"{path}.{parameter}" if parameter else path
         with reading(config_path, PLAIN_LORA):
             rank, scaling = size_of(config, target)
-            check_scaling(scaling)
         a, b = (weights.shape(key) for key in keys)
         is_fused = parameter in EXPERT_WEIGHTS
-        experts = a[0] // rank if is_fused and a else 1
-        if not _fit(a, b, experts * rank, is_fused):
-            raise ValueError(
-                f"{weights.path}: tensors {shown(keys[0])} {list(a)} and {shown(keys[1])} {list(b)} are no factors of "
-                f"rank {rank}{' for each expert' if is_fused else ''}, which {config_path.name} gives them; that many "
-                "rows and columns are needed"
-            )
-        for key, shape in zip(keys, (a, b), strict=True):
-            weights.expect(key, shape, SAVED_FLOATS, f"the adapter of {target}")
+        experts = max(1, a[0] // rank) if is_fused and a and all(a) else 1
         layers = tuple(f"{path}.{index}.{parameter}" for index in range(experts)) if is_fused else (path,)
-        found[target] = LoraFactors(keys, layers, a[1:], b[0], target, rank, scaling)
+        # A factor has a row and a column, and more dimensions, a kernel, if it is a convolution's.
+        row = tuple(max(1, size) for size in a[1 : 2 if is_fused else None]) or (1,)
+        factors = LoraFactors(keys, layers, row, max((1, *b[:1])), target, rank, scaling)
+        for key, shape in factors.shapes(rank).items():
+            weights.expect(key, shape, SAVED_FLOATS, f"{target}, whose rank is {rank} in {config_path.name}")
+        found[target] = factors
     if not found:
         raise ValueError(f"{weights.path} holds no factors: no tensor is called lora_A or lora_embedding_A")
     return found
 
 
-def _fit(a: Sequence[int], b: Sequence[int], rank: int, is_fused: bool) -> bool:
-    """Whether the shapes are those of factors a [rank, in] and b [out, rank], or of a convolution's, a [rank, in,
-    *kernel] and b [out, rank, 1, ...]."""
-    if len(a) != len(b) or len(a) < 2 or (is_fused and len(a) > 2) or 0 in (*a, *b) or set(b[2:]) - {1}:
-        return False
-    return a[0] == b[1] == rank
-
-
 def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
     """The keys of the two factors of each module, by its name in PEFT's file."""
-    names = set(weights.names)
-    places: dict[str, tuple[str, str]] = {}
-    beside: dict[str, str] = {}
+    kinds: dict[str, set[str]] = {}
     for name in weights.names:
-        if ".lora_" not in name:
-            continue
-        place, _, suffix = name.rpartition(".lora_")
-        suffix = f"lora_{suffix}"
-        pair = next((pair for pair in FACTOR_KEYS if suffix in pair), None)
-        if not place.startswith(PREFIX) or (pair is None and suffix not in _BESIDE):
+        place, separator, kind = name.rpartition(".lora_")
+        if separator:
+            kinds.setdefault(place, set()).add(f"lora_{kind}")
+    places: dict[str, tuple[str, str]] = {}
+    for place, found in kinds.items():
+        pair = next((pair for pair in FACTOR_KEYS if found.issuperset(pair)), ())
+        if not pair or not place.startswith(PREFIX) or not found.issubset((*pair, *_BESIDE)):
             raise ValueError(
-                f"{weights.path}: tensor {shown(name)} is no part of a LoRA that is known here; those are called "
-                f"{PREFIX}<layer>.<{', '.join([*FACTOR_KEYS[0], *FACTOR_KEYS[1], *_BESIDE])}>"
+                f"{weights.path}: module {shown(place)} has the tensors {shown(sorted(found))}; needed: "
+                f"{' and '.join(FACTOR_KEYS[0])}, or {' and '.join(FACTOR_KEYS[1])}, and perhaps {', '.join(_BESIDE)}, "
+                f"of a module whose name begins with {PREFIX}"
             )
-        if pair is None:
-            beside[place] = name
-            continue
-        keys = (f"{place}.{pair[0]}", f"{place}.{pair[1]}")
-        if places.setdefault(place, keys) != keys or not names.issuperset(keys):
-            raise ValueError(f"{weights.path}: tensor {shown(name)} has no other factor beside it, of {shown(keys)}")
-    for place, name in beside.items():
-        if place not in places:
-            raise ValueError(f"{weights.path}: tensor {shown(name)} belongs to no layer that has factors")
-    for place in places if dora else ():
-        if not names & {f"{place}.{suffix}" for suffix in _MAGNITUDES}:
+        if dora and not found & set(_MAGNITUDES):
             raise ValueError(
                 f"{weights.path}: tensor {shown(f'{place}.{MAGNITUDE}')} is missing, of DoRA (PEFT leaves magnitudes "
                 "out when it subtracts the initial adapter: convert the adapter that was trained)"
             )
+        places[place] = (f"{place}.{pair[0]}", f"{place}.{pair[1]}")
     return places
 
 
 def _module_and_parameter(place: str, config: dict[str, Any], weights: TensorFile) -> tuple[str, str]:
     """The module whose factors are at a place, and its parameter if that is named in `target_parameters`: "weight", or
     a weight of fused experts. "" stands for none."""
-    path = place.split(".base_layer")[0]
-    leaves = {name.rpartition(".")[2] for name in config["target_parameters"] or () if _is_parameter_of(path, name)}
+    path, leaves = place.split(".base_layer")[0], set()
+    for name in map(str, config["target_parameters"] or ()):
+        leaf = name.rpartition(".")[2]
+        if f".{path}.{leaf}".endswith(f".{name}"):
+            leaves.add(leaf)
     if path == place and (not leaves or leaves == {"weight"}):
         return path, "".join(leaves)
     if found := weight_at(place, leaves):
@@ -177,8 +312,3 @@ def _module_and_parameter(place: str, config: dict[str, Any], weights: TensorFil
         f"{weights.path}: the tensors of {shown(PREFIX + place)} are those of a parameter, but of target_parameters "
         f"{sorted(leaves)} belong to that module; known are {', '.join(EXPERT_WEIGHTS)} of fused experts"
     )
-
-
-def _is_parameter_of(path: str, name: str) -> bool:
-    parameter = f"{path}.{name.rpartition('.')[2]}"
-    return parameter == name or parameter.endswith(f".{name}")

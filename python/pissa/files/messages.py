@@ -1,10 +1,16 @@
-"""Foreign text in messages of ours: on one line, and no longer than a line."""
+"""Files that somebody else may have written: an error about one is a ValueError that names it, in one line."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 
 def shown(name: object) -> str:
-    """A name out of a file, quoted."""
+    """A name or a value out of a file, quoted, and no longer than a line."""
     text = repr(name)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
@@ -14,3 +20,36 @@ def first_line(error: Exception) -> str:
     error's class."""
     first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
     return (f"{first} {second}" if first.endswith(":") else first).strip() or type(error).__name__
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Names the file in whatever goes wrong in the block, which only reads it.
+
+    Args:
+        remedy: what the message says of how to go on.
+
+    Raises:
+        ValueError: for every error in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif isinstance(error, KeyError):
+            reason = f"{error} is missing"
+        raise ValueError(f"{path} cannot be read: {reason.rstrip('.')}. {remedy}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON. To be called in a block of `reading`.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else; the message does not name the file.
+    """
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"the content: got {shown(found)}; needed: an object")
+    return found

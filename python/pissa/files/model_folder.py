@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pissa.files.composition import Composition, Part
-from pissa.files.json_file import read_object, reading
-from pissa.files.messages import shown
+from pissa.files.messages import read_object, reading, shown
 from pissa.files.source import Source
 
 CONFIG = "config.json"

@@ -1,15 +1,23 @@
-"""PEFT's layout of a LoRA on disk: its two files, and the names and shapes of the tensors in one of them."""
+"""PEFT's files of an adapter, the plain LoRA that it is to every other runtime: the names and shapes of the tensors,
+and the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from pissa.files.expert_layout import stack, unstack
+from pissa.config import PissaConfig, exactly
 from pissa.layers.embedding import PissaEmbedding
+from pissa.layers.experts import FORMER_NAMES, WEIGHTS, UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.layer import PissaLayer
+from pissa.peft_private import rewritten_by_peft
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +36,9 @@ Matrices = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FactorTensors:
-    """Two tensors: the factors of one layer, or, stacked, those of one weight of all experts of a module."""
+    """Two tensors: the factors of one layer, or, stacked, those of one weight of all experts of a module. PEFT stacks
+    the experts' a to [experts * r, in], one expert after another, and their b to [out, r * experts], the expert being
+    the faster index."""
 
     keys: tuple[str, str]
     layers: tuple[str, ...]
@@ -36,18 +46,31 @@ class FactorTensors:
     row: tuple[int, ...]
     """The shape of a row of factor a: [in], or, of a convolution, [in, *kernel]."""
     out: int
+    mirrored: bool = field(default=False, kw_only=True)
+    """Whether PEFT takes the weights for the other way round: the factors are bᵀ and aᵀ, `row` [out] and `out` in."""
 
     def pack(self, matrices: Sequence[Matrices]) -> dict[str, Tensor]:
         """The tensors under their names, float32, from the matrices of each layer, which may have any one rank."""
-        a, b = stack(matrices) if len(self.layers) > 1 else matrices[0]
-        pair = a.reshape(-1, *self.row), b.reshape(self.out, -1, *self._point)
-        return {key: tensor.float().contiguous() for key, tensor in zip(self.keys, pair, strict=True)}
+        pairs = [self._turned(pair) for pair in matrices]
+        a, b = pairs[0]
+        if len(self.layers) > 1:
+            a = torch.cat([a for a, _ in pairs])
+            b = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
+        tensors = a.reshape(-1, *self.row), b.reshape(self.out, -1, *self._point)
+        return {key: tensor.float().contiguous() for key, tensor in zip(self.keys, tensors, strict=True)}
 
     def unpack(self, a: Tensor, b: Tensor) -> dict[str, Matrices]:
         """The matrices of each layer, from the tensors."""
-        matrices = a.flatten(1), b.flatten(1)
-        experts = unstack(*matrices, len(self.layers)) if len(self.layers) > 1 else [matrices]
-        return dict(zip(self.layers, experts, strict=True))
+        a, b, count = a.flatten(1), b.flatten(1), len(self.layers)
+        pairs = [(a, b)]
+        if count > 1:
+            a, b = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
+            pairs = [(a[index], b[..., index]) for index in range(count)]
+        return {layer: self._turned(pair) for layer, pair in zip(self.layers, pairs, strict=True)}
+
+    def _turned(self, pair: Matrices) -> Matrices:
+        a, b = pair
+        return (b.mT, a.mT) if self.mirrored else pair
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """The tensors' shapes for factors of that rank."""
@@ -60,16 +83,24 @@ class FactorTensors:
         return (1,) * (len(self.row) - 1)
 
 
-@dataclass(frozen=True)
-class MirroredTensors(FactorTensors):
-    """The same of weights that PEFT takes for the other way round: their factors are bᵀ and aᵀ. `row` is [out], and
-    `out` is in."""
+def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[FactorTensors]:
+    """The tensors of all layers of an adapter, given by their names in the (unwrapped) model."""
+    rest, found = dict(layers), []
+    for path, experts in unfused_experts(model).items():
+        for name, place in _places(path, _adapted_names(path, experts, layers)).items():
+            members = {key: rest.pop(key) for key in (f"{path}.{index}.{name}" for index in range(len(experts)))}
+            found.append(_factors(place, members, is_mirrored(experts.fused)))
+    return found + [_factors(name, {name: layer}) for name, layer in rest.items()]
 
-    def pack(self, matrices: Sequence[Matrices]) -> dict[str, Tensor]:
-        return super().pack([(b.mT, a.mT) for a, b in matrices])
 
-    def unpack(self, a: Tensor, b: Tensor) -> dict[str, Matrices]:
-        return {layer: (b.mT, a.mT) for layer, (a, b) in super().unpack(a, b).items()}
+def _factors(place: str, layers: Mapping[str, PissaLayer], mirrored: bool = False) -> FactorTensors:
+    layer = next(iter(layers.values()))
+    out, columns = layer.matrix_shape
+    key_a, key_b = (f"{PREFIX}{place}.{key}" for key in layer.factor_keys)
+    if mirrored:
+        return FactorTensors((key_a, key_b), tuple(layers), (out,), columns, mirrored=True)
+    a, _ = layer.as_parameters(torch.empty(1, columns, device="meta"), torch.empty(out, 1, device="meta"))
+    return FactorTensors((key_a, key_b), tuple(layers), tuple(a.shape[1:]), out)
 
 
 def magnitude_key(layer: str) -> str:
@@ -90,3 +121,123 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
     """
     kept = key.endswith(".bias") and ".lora_unmerged." not in key
     return not kept and key.startswith(tuple(f"{PREFIX}{name}." for name in layers))
+
+
+# -- fused experts
+
+
+def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
+    """Checks that PEFT's layout can hold the adapter: one rank and scaling for all experts of a module.
+
+    Args:
+        factors: rank and scaling of each adapted layer, by its name in the model.
+
+    Raises:
+        ValueError: naming the first layer that differs.
+    """
+    for path, experts in unfused_experts(model).items():
+        for name in experts.names:
+            first = factors.get(f"{path}.0.{name}")
+            for index in range(1, len(experts)):
+                if factors.get(layer := f"{path}.{index}.{name}") != first:
+                    raise ValueError(
+                        f"layer {layer} is adapted otherwise than {path}.0.{name}; the experts of a module need one "
+                        "rank and alpha, or none of them an adapter: see target_modules, rank_pattern, alpha_pattern"
+                    )
+
+
+def _adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) -> list[str]:
+    """The weights of the experts that have an adapter; `layers` names the adapted layers of the model."""
+    return [name for name in experts.names if f"{path}.0.{name}" in layers]
+
+
+def is_mirrored(fused: nn.Module) -> bool:
+    """Whether PEFT takes the weights of fused experts for [experts, out, in], and they are [experts, in, out]. Its
+    factors of them are those of the transposed matrices: bᵀ in the place of a, aᵀ in the place of b."""
+    return is_transposed(fused) and not getattr(fused, "is_transposed", False)
+
+
+def _places(path: str, names: Sequence[str]) -> dict[str, str]:
+    """The prefix under which PEFT's files hold the factors of each adapted weight of an experts module. PEFT wraps the
+    module once for each weight, in the parameters' order; the last wrapper is the outermost."""
+    return {name: path + ".base_layer" * (len(names) - 1 - i) for i, name in enumerate(names)}
+
+
+def weight_at(place: str, names: Collection[str]) -> tuple[str, str] | None:
+    """The experts module and the weight whose factors are under a prefix in PEFT's files.
+
+    Args:
+        names: the weights of that module that have an adapter, in any order.
+
+    Returns:
+        The module's name and the weight's; None if no adapter of fused experts can have such a prefix.
+    """
+    path = place.split(".base_layer")[0]
+    ordered = [name for name in WEIGHTS if name in names]
+    found = {place: name for name, place in _places(path, ordered).items()}
+    return (path, found[place]) if len(ordered) == len(names) and place in found else None
+
+
+# -- the configuration
+
+# Names of layers that PEFT takes for former names of fused experts' weights in a list of target modules. It finds the
+# layers all the same if their weights are listed as target parameters.
+_TAKEN_FOR_EXPERTS = {"gate"}.union(*(names for former in FORMER_NAMES.values() for names in former))
+
+
+def plain_config(
+    model: nn.Module, config: PissaConfig, adapter_name: str, layers: Mapping[str, PissaLayer], times: int = 2
+) -> LoraConfig:
+    """The configuration of the plain LoRA of so many times the adapter's rank."""
+    lora = config.as_lora(times)
+    lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
+    experts = {path: module for path, module in unfused_experts(model).items() if _adapted_names(path, module, layers)}
+    if not experts and not rewritten_by_peft(lora, model):
+        return lora
+    modules, parameters = {}, {}
+    for name, layer in layers.items():
+        path, _, index = name.rpartition(".")[0].rpartition(".")
+        leaf = name.rpartition(".")[2]
+        if path in experts:
+            if index == "0":
+                parameters[f"{path}.{leaf}"] = layer
+        elif leaf in _TAKEN_FOR_EXPERTS:
+            parameters[f"{name}.weight"] = layer
+        else:
+            modules[name] = layer
+    lora.target_modules, lora.target_parameters = sorted(modules), sorted(parameters)
+    lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None
+    lora.lora_dropout = 0.0  # PEFT has none for parameters, and a saved adapter is for inference
+    targets = modules | parameters
+    grow = lora.lora_alpha / config.lora_alpha
+    lora.rank_pattern = {
+        exactly(target): times * layer.r[adapter_name]
+        for target, layer in targets.items()
+        if layer.r[adapter_name] != config.r
+    }
+    lora.alpha_pattern = {
+        exactly(target): grow * layer.lora_alpha[adapter_name]
+        for target, layer in targets.items()
+        if layer.lora_alpha[adapter_name] != config.lora_alpha
+    }
+    return lora
+
+
+def plain_config_text(config: LoraConfig, base_class: type[nn.Module]) -> str:
+    """adapter_config.json as PEFT itself writes it for a plain LoRA on a model of that class."""
+    auto_mapping = None
+    if config.task_type is None:
+        auto_mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch, auto_mapping_dict=auto_mapping)
+        return Path(scratch, ADAPTER_CONFIG).read_text()
+
+
+def inexact_lora(forms: Iterable[str]) -> str:
+    """What InexactLoraWarning says of an adapter whose base was stored in these forms."""
+    return (
+        f"The residual of the base is stored as {' and '.join(sorted(forms))}. On the unmodified base, the plain LoRA "
+        "lacks the error of that storage, so it is only approximately the function that was trained: Quant(W_res) + BA "
+        "!= W + (BA - B0 A0). PissaModel.from_pretrained, on the folder that save_pretrained wrote, restores the "
+        "trained function exactly."
+    )

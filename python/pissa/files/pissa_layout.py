@@ -1,8 +1,8 @@
-"""The files of an adapter of ours, and the tensors of each layer in pissa.safetensors.
+"""An adapter of ours in a folder, as far as it can be read without a model.
 
 adapter_config.json         PEFT's, for a plain LoRA of rank 2r on the unmodified base
 adapter_model.safetensors   PEFT's: lora_A = [A ; dA], lora_B = [dB | B0]
-pissa.json                  the PissaConfig, and a fingerprint of each layer's base
+pissa.json                  the PissaConfig, and a record of each layer: its base's fingerprint; under a checksum
 pissa.safetensors           of each layer:
     a0                      B0, dA and dB are in PEFT's file
     base.a0, base.b0        the start factors of a stored base, if they are not the adapter's own
@@ -14,27 +14,151 @@ pissa.safetensors           of each layer:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from pissa import ops
+from pissa.base.digest import xxh3_of_text
+from pissa.base.init_methods import INIT_METHODS, nothing_of
+from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
-from pissa.config import PissaConfig
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
-from pissa.files.record import LayerRecord
+from pissa.config import Form, PissaConfig
+from pissa.files.config_json import SAVED, config_as_json, config_from_json, read_config_alone
+from pissa.files.hub import adapter_folder
+from pissa.files.messages import read_object, reading, shown
+from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer
 from pissa.ops import QuantizedWeight
+from pissa.ops.low_rank import split_difference
 
 PISSA_RECORD = "pissa.json"
 PISSA_WEIGHTS = "pissa.safetensors"
 CONFIG_FILES = (ADAPTER_CONFIG, PISSA_RECORD)
 ADAPTER_FILES = (*CONFIG_FILES, ADAPTER_WEIGHTS, PISSA_WEIGHTS)
 
+FORMAT = 1
+"""The format of pissa.json that is written, and read."""
 
 TAKEN = ("base.taken_a", "base.taken_b")
+
+
+# -- pissa.json
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """The record of one layer: the adapter's rank and scaling, and the base that it belongs to."""
+
+    r: int
+    scaling: float
+    weight: str
+    """Fingerprint of the base's dense weight."""
+    form: Form
+    stored: str | None = None
+    """Fingerprint of the stored residual."""
+    base: Origin | None = None
+    """Origin of a stored base's start factors, if they are not the adapter's."""
+    taken: int | None = None
+    """Rank of the factors that the stored residual lacks, if they are others than the base's start factors, and some.
+    Only alternations have such factors."""
+    start: str | None = None
+    """Fingerprint of the start factors a0 and b0, and of the factors taken, if there are such, where `pissa init` has
+    written them: beside an adapter that was saved, the files have checksums."""
+
+    @staticmethod
+    def of(layer: PissaLayer, adapter_name: str, gathered: Tensor | None = None) -> LayerRecord:
+        """The record of a layer as it is. `gathered`: see `Fingerprints`."""
+        base, start, known = layer.base, layer.start_of(adapter_name), layer.fingerprints
+        return LayerRecord(
+            start.origin.r,
+            start.origin.scaling,
+            str(known.of_weight(base, gathered)),
+            base.form,
+            stored=None if base.start is None else str(known.of_residual(base, gathered)),
+            base=None if base.start in (None, start) else base.start.origin,
+            taken=None if base.start is None else base.start.rank_taken or None,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as an object of JSON."""
+        form, base = dict(zip(_FORM, self.form, strict=True)), self.base
+        return dataclasses.asdict(self) | {"form": form, "base": None if base is None else _origin_as_json(base)}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> LayerRecord:
+        """The way back from `as_json`."""
+        form, base = Form(*(record["form"][name] for name in _FORM)), record["base"]
+        return LayerRecord(**record | {"form": form, "base": None if base is None else _origin_from_json(base)})
+
+
+_FORM = ("residual", "blocksize", "double_quant")
+"""What the file calls the fields of a Form."""
+_ORIGIN = ("r", "scaling", "init", "adalora")
+
+
+def _origin_as_json(origin: Origin) -> dict[str, Any]:
+    return {name: getattr(origin, name) for name in _ORIGIN} | dict(origin.identity)
+
+
+def _origin_from_json(fields: dict[str, Any]) -> Origin:
+    names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
+    return Origin(**{name: fields[name] for name in _ORIGIN}, identity=tuple((name, fields[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The record of one adapter: its configuration, and its layers by their name in the base model."""
+
+    config: PissaConfig
+    layers: dict[str, LayerRecord]
+
+    def text(self) -> str:
+        """The content of the file."""
+        record = {
+            "format": FORMAT,
+            "pissa_version": ops.build_info()["version"],
+            "config": config_as_json(self.config),
+            "layers": {name: layer.as_json() for name, layer in self.layers.items()},
+        }
+        return json.dumps(record | {"xxh3": checksum(record)}, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> AdapterRecord:
+        """Reads the file.
+
+        Raises:
+            ValueError: naming the file, and what is wrong with it.
+        """
+        with reading(path, SAVED):
+            fields = read_object(path)
+            if fields["format"] != FORMAT:
+                raise ValueError(
+                    f"format {shown(fields['format'])} of pissa {fields.get('pissa_version')!r} is not {FORMAT}, which "
+                    f"pissa {ops.build_info()['version']} reads"
+                )
+            if fields.pop("xxh3") != checksum(fields):
+                raise ValueError("xxh3 is not the checksum of the other fields: one of them has been changed")
+            layers = {name: LayerRecord.from_json(layer) for name, layer in fields["layers"].items()}
+            return AdapterRecord(config_from_json(fields["config"]), layers)
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """XXH3-128 of the fields of pissa.json besides its checksum."""
+    return xxh3_of_text(json.dumps(record, sort_keys=True))
+
+
+# -- pissa.safetensors
 
 
 def start_tensors(
@@ -60,42 +184,181 @@ def start_tensors(
     return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
-def start_shapes(
-    name: str, record: LayerRecord, matrix_shape: tuple[int, int], config: PissaConfig
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `start_tensors` gives, all of it float32."""
-    rows, columns = matrix_shape
-    parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
-    if record.base is not None:
-        parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
-    if record.taken is not None:
-        parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
-    if config.use_adalora:
-        parts |= {"delta_a": (record.r, columns), "delta_e": (record.r, 1)}
-    if config.use_dora:
-        parts["norm"] = (rows,)
-    return {f"{name}.{part}": shape for part, shape in parts.items()}
-
-
 def stored_tensors(name: str, residual: Tensor | QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a layer's residual."""
     return {f"{name}.base.{part}": tensor for part, tensor in residual_tensors(residual).items()}
 
 
-def stored_shapes(
-    name: str, record: LayerRecord, matrix_shape: tuple[int, int], file: TensorFile
-) -> dict[str, Expected]:
-    """The shapes and dtypes of what `stored_tensors` gives; none if the file has no residual of that layer."""
-    shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
-    return shapes if record.stored and shapes.keys() & set(file.names) else {}
+# -- the folder
 
 
-def read_stored(
-    name: str, record: LayerRecord, matrix_shape: tuple[int, int], file: TensorFile, device: torch.device
-) -> Tensor | QuantizedWeight | None:
-    """The residual of a layer, on a device; None if the file has none."""
-    keys = stored_shapes(name, record, matrix_shape, file)
-    if not keys:
-        return None
-    parts = {key.rpartition(".")[2]: file.read(key).to(device) for key in keys}
-    return residual_from(parts, record.form, matrix_shape)
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors of one layer, float32, as they were in memory."""
+
+    start: StartFactors
+    deltas: Deltas
+    base: StartFactors
+    """The part that a stored base lacks: the adapter's own start unless the record says otherwise."""
+    magnitude: tuple[Tensor, Tensor] | None
+    """With DoRA, the trained lengths and the norms of the base's rows."""
+
+
+@dataclass(frozen=True)
+class PissaFolder:
+    """An adapter of ours: its record, and the headers of its tensors."""
+
+    path: Path
+    config: PissaConfig
+    records: dict[str, LayerRecord]
+    """By the layer's name in the (unwrapped) model."""
+    weights: TensorFile
+    starts: TensorFile
+
+    @staticmethod
+    def read(path: Path, config: PissaConfig | None = None) -> PissaFolder:
+        """Reads the folder that `save_pretrained` wrote for one adapter.
+
+        Args:
+            config: the user's, which takes the place of the saved one.
+
+        Raises:
+            ValueError: no PiSSA adapter there, a damaged file, naming the file, or a `config` of another adapter.
+            TypeError: `config` is no PissaConfig.
+        """
+        path = path.absolute()  # `blamed` looks for it in messages, where "q" is a part of "q_proj"
+        record = _read_record(path)
+        if config is not None:
+            _check_alike(config, record.config, path)
+        weights, starts = TensorFile(path / ADAPTER_WEIGHTS), TensorFile(path / PISSA_WEIGHTS)
+        return PissaFolder(path, config or record.config, record.layers, weights, starts)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Names the folder in errors of the block, which puts its adapter on a model.
+
+        Raises:
+            ValueError: naming the file, for any error that PEFT or our layers raise about a configuration.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
+            if str(self.path) in str(error):
+                raise
+            record = self.path / PISSA_RECORD
+            raise ValueError(f"the adapter that {record} describes cannot be put on this model: {error}") from error
+
+    def read_layer(self, name: str, a: Tensor, b: Tensor) -> LayerTensors:
+        """Reads the tensors of a layer, whose factors in PEFT's file are a = [A ; dA] and b = [dB | B0].
+
+        Raises:
+            ValueError: the two files do not belong together.
+        """
+        record, read = self.records[name], self.starts.read
+        a0 = read(f"{name}.a0")
+        upper, *rest = split_difference(a, b)
+        da, db, b0 = (part.contiguous() for part in rest)
+        if not torch.equal(upper, a0 + da):
+            raise ValueError(self._mismatch(name, "does not start with a0 + dA"))
+        identity = INIT_METHODS[self.config.init].identity(self.config)
+        origin = Origin(record.r, record.scaling, self.config.init, self.config.use_adalora, identity)
+        taken = self._taken(name, a0, b0, record.base or origin)
+        start, deltas = StartFactors(a0, b0, origin, None if record.base else taken), Deltas(da, db)
+        if self.config.use_adalora:
+            deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
+            # Not to the bit: other machines sum norms in another order.
+            if not torch.allclose(start.change(deltas)[0], da, rtol=1e-5, atol=1e-6 * float(a0.abs().max())):
+                raise ValueError(self._mismatch(name, "is not made of delta_a and delta_e"))
+        base = start
+        if record.base is not None:
+            base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base, taken)
+        magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
+        return LayerTensors(start, deltas, base, magnitude)
+
+    def start_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `start_tensors` has written of a layer, all of it float32."""
+        record, (rows, columns) = self.records[name], matrix_shape
+        parts: dict[str, tuple[int, ...]] = {"a0": (record.r, columns)}
+        if record.base is not None:
+            parts |= {"base.a0": (record.base.r, columns), "base.b0": (rows, record.base.r)}
+        if record.taken is not None:
+            parts |= zip(TAKEN, ((record.taken, columns), (rows, record.taken)), strict=True)
+        if self.config.use_adalora:
+            parts |= {"delta_a": (record.r, columns), "delta_e": (record.r, 1)}
+        if self.config.use_dora:
+            parts["norm"] = (rows,)
+        return {f"{name}.{part}": shape for part, shape in parts.items()}
+
+    def stored_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, Expected]:
+        """The shapes and dtypes of what `stored_tensors` has written of a layer; none if it has written nothing."""
+        record = self.records[name]
+        shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
+        return shapes if record.stored and shapes.keys() & set(self.starts.names) else {}
+
+    def read_stored(
+        self, name: str, matrix_shape: tuple[int, int], device: torch.device
+    ) -> Tensor | QuantizedWeight | None:
+        """The residual of a layer, on a device; None if the file has none."""
+        keys = self.stored_shapes(name, matrix_shape)
+        parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
+        return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
+
+    def _taken(self, name: str, a0: Tensor, b0: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
+        """What the residual of a layer lacks instead of the start factors of its base, whose origin this is."""
+        if self.records[name].taken is not None:
+            a, b = (self.starts.read(f"{name}.{part}") for part in TAKEN)
+            return a, b
+        return nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
+
+    def _mismatch(self, name: str, reason: str) -> str:
+        return (
+            f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor lora_A "
+            f"of layer {name} {reason}"
+        )
+
+
+def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
+    """The configuration of an adapter, or the one that `PissaConfig.save_pretrained` wrote, from a folder or a
+    repository of the Hub; see `PissaConfig.from_pretrained`.
+
+    Raises:
+        ValueError: neither is there, or a damaged file, naming the file.
+    """
+    folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
+    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
+        config = read_config_alone(folder / ADAPTER_CONFIG)
+        if config is not None:
+            return config
+    return _read_record(folder).config
+
+
+PissaConfig.reader = staticmethod(read_config)
+
+
+def _read_record(folder: Path) -> AdapterRecord:
+    if not os.path.isfile(folder / PISSA_RECORD):  # Path.is_file fails if a name is too long
+        if os.path.isfile(folder / ADAPTER_CONFIG):
+            raise ValueError(
+                f"{folder} holds a plain PEFT adapter (no {PISSA_RECORD}): use peft.PeftModel.from_pretrained, or "
+                "peft.PeftConfig.from_pretrained for its configuration"
+            )
+        raise ValueError(f"{folder} holds no PiSSA adapter: there is no {PISSA_RECORD}")
+    return AdapterRecord.read(folder / PISSA_RECORD)
+
+
+def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
+    """Checks that the user's configuration describes the adapter in the folder. Layers, ranks, scalings and tensors are
+    compared later, with those of the model."""
+    if not isinstance(config, PissaConfig):
+        raise TypeError(
+            f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
+            "the one in the folder"
+        )
+    of_start = ("init", "repair", "start_norm", "svd", "svd_passes", "seed", "quant_iters")
+    for name in (*of_start, "form", "use_adalora", "use_dora"):
+        given, needed = getattr(config, name), getattr(saved, name)
+        if given != needed:
+            raise ValueError(
+                f"config: {name} is {given!r}, the adapter in {folder} was saved with {needed!r}: leave config out, or "
+                "change the one that pissa.PissaConfig.from_pretrained reads there"
+            )

@@ -10,27 +10,45 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PretrainedConfig
 
 from pissa.base.protocol import whole
 from pissa.config import IMPLICIT
 from pissa.distributed import check_whole, is_sharded
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, start_tensors, stored_tensors
-from pissa.files.plain_lora import config_text, lora_config, warn_of_inexact_lora
-from pissa.files.record import AdapterRecord, LayerRecord
+from pissa.files.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_weight_key,
+    inexact_lora,
+    plain_config,
+    plain_config_text,
+)
+from pissa.files.pissa_layout import (
+    PISSA_RECORD,
+    PISSA_WEIGHTS,
+    AdapterRecord,
+    LayerRecord,
+    start_tensors,
+    stored_tensors,
+)
 from pissa.files.staged import Staged
 from pissa.files.tensor_file import write_tensors
-from pissa.files.vocabulary import is_to_be_saved, vocabulary
+from pissa.files.vocabulary import vocabulary
 from pissa.layers.convolution import PissaConvolution
 from pissa.layers.layer import pissa_layers
-from pissa.notices import ModelCardWarning, UnmergedConvolutionWarning
+from pissa.notices import (
+    InexactLoraWarning,
+    ModelCardWarning,
+    NoEmbeddingsWarning,
+    UnknownVocabularyWarning,
+    UnmergedConvolutionWarning,
+)
 
 
 def save_adapter(
@@ -43,7 +61,7 @@ def save_adapter(
     """Writes one adapter to `directory`, or, unless it is called "default", to a sub-folder of its name."""
     config = model.peft_config[adapter_name]
     layers = pissa_layers(model.base_model.model, adapter_name)
-    with_vocabulary = is_to_be_saved(model, adapter_name, save_embedding_layers)
+    with_vocabulary = _with_vocabulary(model, adapter_name, save_embedding_layers)
     state = _own_state(model) if state_dict is None else state_dict
     check_whole(state)
     lora = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
@@ -61,15 +79,60 @@ def save_adapter(
                 starts |= stored_tensors(name, residual)
     check_whole(lora)
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
-    record = AdapterRecord(config, records)
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with Staged(folder) as staged:
-        staged.path(PISSA_RECORD).write_text(record.text())
-        write_tensors(staged.path(PISSA_WEIGHTS), _on_cpu(starts))
-        plain = lora_config(model.base_model.model, config, adapter_name, layers)
-        staged.path(ADAPTER_CONFIG).write_text(config_text(plain, _class_of(model.base_model.model)))
+        staged.path(PISSA_RECORD).write_text(AdapterRecord(config, records).text())
+        write_tensors(staged.path(PISSA_WEIGHTS), starts)
+        plain = plain_config(model.base_model.model, config, adapter_name, layers)
+        staged.path(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
-        write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
+        write_tensors(staged.path(ADAPTER_WEIGHTS), lora)
+
+
+def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
+    """Whether the vocabulary's weights are written with the adapter.
+
+    With "auto" they are if the vocabulary has another size than in the files that the base was loaded from. If these
+    are not at hand, they are if the adapter changes the vocabulary. (PEFT's own "auto" asks the Hub, and writes them
+    with every adapter that targets embeddings.)
+
+    Raises:
+        ValueError: `save_embedding_layers` is something else.
+    """
+    if save_embedding_layers is True and not vocabulary(model, adapter_name):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
+            NoEmbeddingsWarning,
+            stacklevel=4,
+        )
+    if isinstance(save_embedding_layers, bool):
+        return save_embedding_layers
+    if save_embedding_layers != "auto":
+        raise ValueError(f'save_embedding_layers must be "auto", True or False, got {save_embedding_layers!r}')
+    if model.vocabulary_was_resized:  # since it was wrapped
+        return True
+    base = model.base_model.model
+    name = str(getattr(base, "name_or_path", None) or model.peft_config[adapter_name].base_model_name_or_path or "")
+    config = getattr(base, "config", None)
+    if isinstance(config, PretrainedConfig) and name:
+        try:
+            fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model has been loaded from
+            if fields:
+                before = type(config).from_dict(fields)
+                return bool(before.get_text_config().vocab_size != config.get_text_config().vocab_size)
+        except (OSError, ValueError, AttributeError):
+            pass
+    layers = pissa_layers(base, adapter_name).values()
+    if any(tensor.is_of(layer) for tensor in vocabulary(model, adapter_name).values() for layer in layers):
+        return True
+    if name:
+        warnings.warn(
+            f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
+            "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
+            UnknownVocabularyWarning,
+            stacklevel=4,
+        )
+    return False
 
 
 def _class_of(model: nn.Module) -> type[nn.Module]:
@@ -94,18 +157,6 @@ def _own_state(model: PeftModel) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if name not in base or not is_sharded(parameters[name])
     }
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous. Those that share memory are copied, since safetensors refuses them."""
-    found: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if storage in storages else value
-        storages.add(storage)
-    return found
 
 
 def save_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
@@ -141,7 +192,7 @@ def warn_of_plain_lora(model: PeftModel) -> None:
     }
     if forms:
         model.warned_of_plain_lora = True
-        warn_of_inexact_lora(forms, stacklevel=3)
+        warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
     unlike_peft = [
         name for name, layer in layers.items() if isinstance(layer, PissaConvolution) and not layer.is_peft_compatible
     ]

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pissa.base.digest import bytes_of, xxh3
-from pissa.files.json_file import reading
-from pissa.files.messages import shown
+from pissa.files.messages import reading, shown
 from pissa.files.safetensors_header import DTYPES, Layout
 from pissa.ops.checks import FLOATS
 

@@ -3,7 +3,6 @@ resizing the base again would not give the same ones."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,17 +11,15 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from pissa.base.kinds import base_of
 from pissa.base.protocol import whole
 from pissa.base.weights import in_memory
 from pissa.config import IMPLICIT
-from pissa.distributed import check_whole, sharded_as
+from pissa.distributed import check_whole, sharded_as, whole_shape
 from pissa.files.peft_layout import PREFIX
-from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.layer import PissaLayer
 from pissa.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
-from pissa.notices import NoEmbeddingsWarning, UnknownVocabularyWarning
 
 
 @dataclass(frozen=True)
@@ -130,55 +127,5 @@ def _is_dense(module: Any) -> bool:
     if base.form != IMPLICIT:
         return True
     weight = getattr(module, "weight", None)
-    return not base.is_bnb_quantised and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
-
-
-def is_to_be_saved(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:
-    """Whether the vocabulary's weights are written with the adapter.
-
-    With "auto" they are if the vocabulary has another size than in the files that the base was loaded from. If these
-    are not at hand, they are if the adapter changes the vocabulary.
-
-    Raises:
-        ValueError: `save_embedding_layers` is something else.
-    """
-    if save_embedding_layers is True and not vocabulary(model, adapter_name):
-        warnings.warn(
-            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
-            NoEmbeddingsWarning,
-            stacklevel=4,
-        )
-    if isinstance(save_embedding_layers, bool):
-        return save_embedding_layers
-    if save_embedding_layers != "auto":
-        raise ValueError(f'save_embedding_layers must be "auto", True or False, got {save_embedding_layers!r}')
-    if model.vocabulary_was_resized:  # since it was wrapped
-        return True
-    config, name = getattr(model.base_model.model, "config", None), _base_name(model, adapter_name)
-    if isinstance(config, PretrainedConfig) and name:
-        try:
-            fields, _ = config.get_config_dict(name, local_files_only=True)  # where the model has been loaded from
-            if fields:
-                return bool(_size(type(config).from_dict(fields)) != _size(config))
-        except (OSError, ValueError, AttributeError):
-            pass
-    layers = pissa_layers(model.base_model.model, adapter_name).values()
-    if any(tensor.is_of(layer) for tensor in vocabulary(model, adapter_name).values() for layer in layers):
-        return True
-    if name:
-        warnings.warn(
-            f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
-            "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
-            UnknownVocabularyWarning,
-            stacklevel=4,
-        )
-    return False
-
-
-def _base_name(model: PeftModel, adapter_name: str) -> str:
-    name = getattr(model.base_model.model, "name_or_path", None)
-    return str(name or model.peft_config[adapter_name].base_model_name_or_path or "")
-
-
-def _size(config: PretrainedConfig) -> int:
-    return cast(int, config.get_text_config().vocab_size)
+    is_table = isinstance(weight, Tensor) and len(whole_shape(weight)) == 2 and weight.is_floating_point()
+    return is_table and not base.is_bnb_quantised

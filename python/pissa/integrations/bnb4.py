@@ -21,11 +21,9 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
-from pissa.files.checkpoint import LayerTensors
-from pissa.files.lora_config import with_sizes
-from pissa.files.lora_folder import LoraFactors
+from pissa.files.lora_folder import LoraFactors, with_sizes
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
-from pissa.files.record import LayerRecord
+from pissa.files.pissa_layout import LayerRecord, LayerTensors
 from pissa.files.safetensors_header import Layout
 from pissa.integrations.exported import Exported
 
@@ -65,7 +63,7 @@ class _Export(Rewrite):
         self.packed = [layer for unit in units for layer in unit.layers if layer.form != IMPLICIT]
         if not self.packed:
             raise ValueError(
-                f"{self.folder.config_path.parent} has no linear layer in 4 bits, the only kind that bitsandbytes "
+                f"{self.folder.path} has no linear layer in 4 bits, the only kind that bitsandbytes "
                 "keeps so: export to merged"
             )
         files = self.planner.files(units) | {_LORA_WEIGHTS: self._lora_layout()}

@@ -14,7 +14,7 @@ from pissa.checkpoints.packed import packed_layers
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
 from pissa.files.hub import checkpoint_folder
-from pissa.files.lora_folder import LoraFolder
+from pissa.files.lora_folder import open_adapter
 from pissa.files.source import Source
 from pissa.integrations.bnb4 import export_bnb4
 from pissa.integrations.exported import Exported
@@ -93,7 +93,7 @@ def export(
 
 
 def _named_base(adapter: Path) -> str | None:
-    name = LoraFolder.read(adapter).config["base_model_name_or_path"]
+    name = open_adapter(adapter).config["base_model_name_or_path"]
     return name or None
 
 

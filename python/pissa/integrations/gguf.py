@@ -12,12 +12,14 @@ import gguf
 import torch
 from torch import Tensor
 
+from pissa.conversion.plain_lora import PlainLora
+from pissa.files.hub import Name
 from pissa.files.lora_folder import LoraFactors
 from pissa.files.messages import shown
 from pissa.files.model_folder import class_of, model_config
 from pissa.files.staged import Staged
 from pissa.integrations.exported import Exported
-from pissa.integrations.plain import Name, PlainLora, padded
+from pissa.integrations.plain import padded, read_factors
 
 
 class _Family(NamedTuple):
@@ -60,7 +62,7 @@ def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -
     """
     if target.exists():
         raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
-    lora = PlainLora.read(adapter, base, initial, "llama.cpp")
+    lora = read_factors(adapter, base, initial, "llama.cpp")
     names = _Names.of(base, lora)
     rank = max(lora.rank(name) for name in lora.folder.factors)
     alpha = rank * lora.scaling

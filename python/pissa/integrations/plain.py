@@ -2,94 +2,45 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from pissa.checkpoints.merge_plan import Planner
 from pissa.config import IMPLICIT
-from pissa.conversion.lora_start import residual_of
-from pissa.conversion.source import INITIAL, PEFT
-from pissa.conversion.source import Source as Foreign
-from pissa.files.hub import checkpoint_folder
-from pissa.files.lora_folder import LoraFolder
+from pissa.conversion.plain_lora import PlainLora
+from pissa.files.hub import Name, checkpoint_folder
+from pissa.files.lora_folder import LoraFolder, open_adapter
 from pissa.files.messages import shown
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import PREFIX, Matrices
 from pissa.files.source import Source
 from pissa.ops.low_rank import pad_rank
 
-Name = str | os.PathLike[str]
 
+def read_factors(adapter: Path, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
+    """Reads the folder of an adapter.
 
-class PlainLora(NamedTuple):
-    """What the adapter is to the unmodified base, s b a in each layer."""
+    Args:
+        base: the model; None if it is not known. It is looked at only if the adapter cannot be read without it.
+        initial: of an adapter on a residual; see `pissa.convert`.
+        runtime: its name, for messages.
 
-    folder: LoraFolder
-    what: str
-    """What it is, in words."""
-    found: Foreign
-
-    @staticmethod
-    def read(adapter: Path, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
-        """Reads the folder.
-
-        Args:
-            base: the model, a folder or a name on the Hub; None if it is not known. It is looked at only if the adapter
-                cannot be read without it.
-            initial: of an adapter on a residual; see `pissa.convert`.
-            runtime: its name, for messages.
-
-        Raises:
-            ValueError: an adapter that cannot be read, or that has more than factors of layers.
-        """
-        folder = LoraFolder.read(adapter)
-        init = folder.config["init_lora_weights"]
-        is_peft_pissa = isinstance(init, str) and init.startswith("pissa") and residual_of(folder) is None
-        found = Foreign.read(adapter, base if is_peft_pissa and initial is None else None, initial, None)
-        _check_factors_only(folder, base, runtime)
-        return PlainLora(folder, found.layout, found)
-
-    def matrices(self, target: str) -> list[Matrices]:
-        """Factors a [k, in] and b [out, k] of a target, of each expert, float64."""
-        return [delta.factors() for delta in self.found.deltas(target)]
-
-    def rank(self, target: str) -> int:
-        """The largest rank k that they may have."""
-        return self.folder.factors[target].rank * (2 if self.found.layout in (INITIAL, PEFT) else 1)
-
-    @property
-    def layers(self) -> int:
-        """The number of layers that it changes."""
-        return sum(len(factors.layers) for factors in self.folder.factors.values())
-
-    @property
-    def scaling(self) -> float:
-        """The scaling of the first target that has one, which is usually that of all."""
-        return next((factors.scaling for factors in self.folder.factors.values() if factors.scaling), 1.0)
-
-
-def _check_factors_only(folder: LoraFolder, base: Name | None, runtime: str) -> None:
-    config, adapter = folder.config, folder.config_path.parent
-    extra = {
-        "use_dora": config["use_dora"],
-        "modules_to_save": config.get("modules_to_save"),
-        "trainable_token_indices": config.get("trainable_token_indices"),
-        "bias": None if config.get("bias", "none") == "none" else config["bias"],
-        "lora_bias": config.get("lora_bias"),
-    }
-    if given := {name: value for name, value in extra.items() if value}:
+    Raises:
+        ValueError: an adapter that cannot be read, or that has more than factors of layers.
+    """
+    folder = open_adapter(adapter)
+    lora = PlainLora.of(folder, base if folder.is_pefts_pissa and initial is None else None, initial, None)
+    extra = {name: folder.config.get(name) for name in ("use_dora", "modules_to_save", "trainable_token_indices")}
+    extra |= {"bias": folder.config.get("bias", "none"), "lora_bias": folder.config.get("lora_bias")}
+    if given := {name: value for name, value in extra.items() if value and value != "none"}:
         text = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
         raise ValueError(
             f"{adapter} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to merged, "
             "which has them in the weights, and serve that"
         )
-    if not folder.other_keys:
-        return
-    own = set[str]() if base is None else _unchanged(folder, checkpoint_folder(base))
+    own = set[str]() if base is None or not folder.other_keys else _unchanged(folder, checkpoint_folder(base))
     for key in folder.other_keys:
         if key not in own:
             hint = "if it is the base's own, give that (base); else e" if base is None else "E"
@@ -97,6 +48,7 @@ def _check_factors_only(folder: LoraFolder, base: Name | None, runtime: str) -> 
                 f"{folder.weights.path}: tensor {shown(key)} is no factor of a layer, the only thing that {runtime} "
                 f"takes from an adapter. {hint}xport to merged, which has it in the weights, and serve that"
             )
+    return lora
 
 
 def _unchanged(folder: LoraFolder, base: Path) -> set[str]:

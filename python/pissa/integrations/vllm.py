@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pissa.checkpoints.merge_plan import MergedLayer, Planner
 from pissa.config import IMPLICIT
-from pissa.files.hub import checkpoint_folder
-from pissa.files.lora_config import with_sizes
-from pissa.files.lora_folder import LoraFactors
+from pissa.conversion.plain_lora import PlainLora
+from pissa.files.hub import Name, checkpoint_folder
+from pissa.files.lora_folder import LoraFactors, with_sizes
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
 from pissa.files.scratch import Scratch
@@ -22,7 +22,7 @@ from pissa.files.source import Source
 from pissa.files.staged import Staged, check_unused
 from pissa.files.tensor_file import write_tensors
 from pissa.integrations.exported import Exported
-from pissa.integrations.plain import Name, PlainLora, padded
+from pissa.integrations.plain import padded, read_factors
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -48,7 +48,7 @@ def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | 
         ValueError: what vLLM does not take from an adapter, by name. Nothing is written then.
     """
     check_unused(target)
-    lora = PlainLora.read(adapter, base, initial, "vLLM")
+    lora = read_factors(adapter, base, initial, "vLLM")
     rank = max(lora.rank(name) for name in lora.folder.factors)
     allowed = [number for number in RANKS if number >= rank]
     if not allowed:

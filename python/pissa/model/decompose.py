@@ -23,7 +23,7 @@ from pissa.base.protocol import Base
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residuals_of
 from pissa.config import IMPLICIT, Form, PissaConfig
-from pissa.files.expert_layout import check_uniform
+from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.linear import PissaLinear

@@ -22,10 +22,10 @@ from torch import nn
 
 from pissa.config import PissaConfig
 from pissa.distributed import failing_together, is_of_an_engine, is_sharded
-from pissa.files.checkpoint import Checkpoint
 from pissa.files.hub import adapter_folder, refuse_unsupported
-from pissa.files.load import restore
-from pissa.files.pissa_layout import ADAPTER_FILES
+from pissa.files.load import as_pissa, load_factors, read_plain_lora, restore
+from pissa.files.lora_folder import is_plain_lora
+from pissa.files.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
 from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
 from pissa.layers.experts import fuse
@@ -34,7 +34,6 @@ from pissa.layers.tokens import check_tokens_can_be_merged
 from pissa.model.adapter_names import check_adapter_name
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.from_lora import as_pissa, fill, is_plain_lora, read_plain_lora
 from pissa.model.inject import complete, prepare, restored_on_error, warn_of_dropout
 from pissa.model.merged_names import is_merged, with_unwrapped_names
 from pissa.model.resize import check_can_be_resized, new_size
@@ -339,13 +338,13 @@ class PissaModel(MendedPeftModel):
             )
         check_adapter_name(adapter_name, model)
         refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
-        checkpoint = Checkpoint.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
-        checkpoint.config.inference_mode = not is_trainable
-        with checkpoint.blamed(), restored_on_error(model):
-            wrapped = model_class(checkpoint.config)(
-                model, checkpoint.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        saved = PissaFolder.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
+        saved.config.inference_mode = not is_trainable
+        with saved.blamed(), restored_on_error(model):
+            wrapped = model_class(saved.config)(
+                model, saved.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
-            restore(checkpoint, wrapped, adapter_name)
+            restore(saved, wrapped, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -394,16 +393,16 @@ class PissaModel(MendedPeftModel):
             lora_config.inference_mode = not is_trainable
             with restored_on_error(self):
                 self._inject(adapter_name, lora_config, autocast_adapter_dtype)
-                fill(self, adapter_name, lora)
+                load_factors(self, adapter_name, lora)
         else:
-            checkpoint = Checkpoint.read(folder, config)
+            saved = PissaFolder.read(folder, config)
             if known:
-                restore(checkpoint, self, adapter_name)
+                restore(saved, self, adapter_name)
             else:
-                checkpoint.config.inference_mode = not is_trainable
-                with checkpoint.blamed(), restored_on_error(self):
-                    self._inject(adapter_name, checkpoint.config, autocast_adapter_dtype)
-                    restore(checkpoint, self, adapter_name)
+                saved.config.inference_mode = not is_trainable
+                with saved.blamed(), restored_on_error(self):
+                    self._inject(adapter_name, saved.config, autocast_adapter_dtype)
+                    restore(saved, self, adapter_name)
         if is_trainable and not known:
             self.set_requires_grad(adapter_name)
         if not is_trainable:

@@ -10,9 +10,7 @@ from torch import Tensor
 from pissa.base.start import Deltas, StartFactors
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
-from pissa.files.peft_layout import PREFIX, Matrices
-from pissa.files.plain_lora import factors_of
-from pissa.files.plain_lora import lora_config as plain_config
+from pissa.files.peft_layout import PREFIX, Matrices, factors_of, plain_config
 from pissa.files.save import warn_of_plain_lora
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pissa.files.config_json import read_config_alone
-from pissa.files.json_file import reading
-from pissa.files.lora_config import PLAIN_LORA, read_lora_config, size_of
+from pissa.files.lora_folder import PLAIN_LORA, read_lora_config, size_of
+from pissa.files.messages import reading
 
 FILE = "adapter_config.json"
 

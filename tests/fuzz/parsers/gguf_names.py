@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from pissa.files.lora_folder import LoraFolder
+from pissa.files.lora_folder import open_adapter
 from pissa.integrations import gguf
 
 FILE, HEADER = "adapter_model.safetensors", 8
@@ -19,7 +19,7 @@ def parse(folder: Path) -> None:
     config = folder / "adapter_config.json"
     if not config.exists():
         config.write_text(json.dumps(LORA))
-    lora = LoraFolder.of(config, folder / FILE)
+    lora = open_adapter(folder)
     names = gguf._Names(gguf._FAMILIES["LlamaForCausalLM"], LLAMA)
     for target, factors in lora.factors.items():
         names.check(factors, folder / FILE)

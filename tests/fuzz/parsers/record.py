@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.record import AdapterRecord
+from pissa.files.pissa_layout import AdapterRecord
 
 FILE = "pissa.json"
 

@@ -26,7 +26,7 @@ from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import Initialised, init
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
 from pissa.config import Form
-from pissa.files.record import AdapterRecord
+from pissa.files.pissa_layout import AdapterRecord
 from pissa.layers.layer import pissa_layers
 from pissa.ops.formats import FORMATS
 from reference import assert_close

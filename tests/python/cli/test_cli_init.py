@@ -81,7 +81,7 @@ def test_refusals(
 def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["init", str(tmp_path / "none" / "such"), str(tmp_path / "out")], capsys)
     assert "is no model: there is no such folder" in message
-    assert message.endswith(", and a repository's name is NAME or OWNER/NAME")
+    assert "Repo id must be in the form 'repo_name' or 'namespace/repo_name'" in message
 
 
 def test_a_model_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

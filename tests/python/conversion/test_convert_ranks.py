@@ -18,9 +18,8 @@ from language_models import Make, error, logits
 from lora_files import NAMES, PATTERNS, changes, check_best, config_of, train_ours
 from peft_adapters import plain_logits
 from pissa import notices
-from pissa.conversion.delta_weight import Converted, DeltaWeight
-from pissa.files.lora_config import with_sizes
-from pissa.files.lora_folder import LoraFolder
+from pissa.conversion.adapters import approximated
+from pissa.files.lora_folder import open_adapter, with_sizes
 
 
 @pytest.fixture
@@ -52,10 +51,9 @@ def test_the_smallest_rank_that_keeps_the_energy(energy: float, ours: Path, tmp_
 
 def test_experts_have_the_rank_that_each_of_them_needs() -> None:
     a, b = torch.eye(4, 6).double(), torch.eye(5, 4).double()
-    deltas = [DeltaWeight(1.0, a, b * torch.tensor(scales).double()) for scales in ([9, 1, 1, 1], [1, 1, 1, 0.1])]
-    found = Converted.of(deltas, None, 0.9)
-    assert found.rank == 3
-    assert [len(factor) for factor, _ in found.written] == [3, 3]
+    exact = [(a, b * torch.tensor(scales).double()) for scales in ([9, 1, 1, 1], [1, 1, 1, 0.1])]
+    found, _, _ = approximated(exact, 1.0, None, 0.9)
+    assert [len(factor) for factor, _ in found] == [3, 3]
 
 
 def test_an_adapter_that_learnt_nothing(tiny_llama: Make, tmp_path: Path) -> None:
@@ -76,7 +74,7 @@ def test_runtimes_that_know_no_patterns_scale_right(tiny_llama: Make, tmp_path: 
     assert sorted(layer.rank for layer in done.layers.values()) == [1, 1, 4, 8]
     config = config_of(tmp_path / "lora")
     assert config["lora_alpha"] / config["r"] == 1.5
-    lora = LoraFolder.read(tmp_path / "lora")
+    lora = open_adapter(tmp_path / "lora")
     assert {factors.scaling for factors in lora.factors.values()} == {1.5}
     for name, factors in lora.factors.items():
         key = get_pattern_key(list(config["rank_pattern"]), name)

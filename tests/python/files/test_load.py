@@ -21,8 +21,7 @@ from cuda_stand_in import CudaStandIn
 from language_models import FORMS, Make, logits, train
 from pissa import PissaConfig, PissaModel, config, notices
 from pissa.files import config_json
-from pissa.files.pissa_layout import ADAPTER_FILES
-from pissa.files.record import checksum
+from pissa.files.pissa_layout import ADAPTER_FILES, checksum
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -193,7 +192,7 @@ def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(
     }
     assert fields.keys() & OWN == OWN
     # So it is read under a PEFT that lacks the others.
-    saved, used = PissaConfig.from_pretrained(tmp_path), config._SUPPORTED | OWN | {"init_lora_weights"}
+    saved, used = PissaConfig.from_pretrained(tmp_path), config.SUPPORTED | OWN | {"init_lora_weights"}
     fewer = [field for field in config_json._config_fields() if field.name in used]
     assert len(fewer) < len(config_json._config_fields())
     monkeypatch.setattr(config_json, "_config_fields", lambda: fewer)

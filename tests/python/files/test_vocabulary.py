@@ -248,6 +248,14 @@ def test_an_offloaded_embedding_is_read_and_not_overwritten(grown: Grown, new_to
     refuse(offloaded(2), tmp_path / "a", "differs from the model's embedding, which is offloaded: give it a device")
 
 
+def test_an_embedding_that_is_partitioned_is_refused_by_that(grown: Grown, tmp_path: Path) -> None:
+    pissa.wrap(grown(1), r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
+    base: Any = grown(2)
+    weight = base.lm_head.weight
+    weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)
+    refuse(base, tmp_path / "a", r"has the base's .*lm_head\.weight, which DeepSpeed ZeRO-3 has partitioned here")
+
+
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"]])
 def test_modules_to_save_have_an_original(modules: list[str], grown: Grown, new_tokens: Tensor, tmp_path: Path) -> None:
     model = pissa.wrap(grown(1), r=4, target_modules=["q_proj"], modules_to_save=modules)

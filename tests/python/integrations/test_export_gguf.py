@@ -15,7 +15,7 @@ import pissa
 from checkpoint_folders import change_config
 from oracle import change_all
 from peft_adapters import train_on_residual
-from pissa.files.lora_folder import LoraFolder
+from pissa.files.lora_folder import open_adapter
 from pissa.layers.layer import pissa_layers
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
@@ -133,7 +133,7 @@ def test_loras_of_others(tiny_llama: Any, tokens: Tensor, tmp_path: Path) -> Non
     one, other = changes(tmp_path / "a.gguf"), changes(tmp_path / "b.gguf")
     assert one.keys() == other.keys()
     assert all(torch.allclose(change, other[name], rtol=1e-5, atol=1e-7) for name, change in one.items())
-    lora = LoraFolder.read(tmp_path / "lora")
+    lora = open_adapter(tmp_path / "lora")
     assert math.isclose(contents(tmp_path / "b.gguf")[0]["adapter.lora.alpha"], lora.config["lora_alpha"])
 
 

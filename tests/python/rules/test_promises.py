@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import promises
-from pissa.files import record
+from pissa.files.pissa_layout import FORMAT
 
 WHAT_TO_DO = """
 Whatever worked must go on working: a new parameter has a default and comes last. If it does, or a name is new, run
@@ -21,5 +21,5 @@ def test_all_is_as_promised(file: str) -> None:
 
 
 def test_every_format_of_adapters_that_was_ever_written_is_tested() -> None:
-    for number in range(1, record.FORMAT + 1):
+    for number in range(1, FORMAT + 1):
         assert (promises.FOLDER / f"format_{number}" / "pissa.json").is_file(), f"no adapter of format {number} is kept"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import pissa
 from language_models import assert_same, logits, snapshot, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.files.record import checksum
+from pissa.files.pissa_layout import checksum
 from pissa.files.tensor_file import write_tensors
 
 RECORD, WEIGHTS, STARTS = FILES = ("pissa.json", "adapter_model.safetensors", "pissa.safetensors")

@@ -12,7 +12,7 @@ from torch import Tensor
 import pissa
 from language_models import Make, train
 from pissa.conversion import Conversion
-from pissa.files.lora_folder import LoraFolder
+from pissa.files.lora_folder import open_adapter
 
 # float32, two layers: the products are summed in another order
 CLOSE = 1e-5
@@ -43,7 +43,7 @@ def config_of(folder: Path) -> dict[str, object]:
 
 def changes(folder: Path) -> dict[str, Tensor]:
     """The change s B A of each weight in a LoRA folder, in float64; of experts the one after the other."""
-    lora = LoraFolder.read(folder)
+    lora = open_adapter(folder)
     return {
         name: factors.scaling * torch.stack([b @ a for a, b in lora.matrices(name)])
         for name, factors in lora.factors.items()
@@ -53,7 +53,7 @@ def changes(folder: Path) -> dict[str, Tensor]:
 def check_difference(lora: Path, adapter: Path, initial: Path) -> None:
     """The change in the first folder is that of the second less that of the third, but for one rounding to float32 of
     each element of its factors."""
-    written, (trained, start) = LoraFolder.read(lora), map(changes, (adapter, initial))
+    written, (trained, start) = open_adapter(lora), map(changes, (adapter, initial))
     assert written.factors.keys() == trained.keys() == start.keys()
     for name, found in changes(lora).items():
         factors = written.matrices(name)
