@@ -299,7 +299,7 @@ def _sketch(r: int, config: PissaConfig) -> int:
 
 def _places(plan: Plan, layers: Sequence[PlannedLayer]) -> str:
     """The files in which layers lie, for messages."""
-    paths = dict.fromkeys(str(plan.source.entry(name).path) for layer in layers for name in layer.tensors)
+    paths = dict.fromkeys(str(plan.source.path_of(name)) for layer in layers for name in layer.tensors)
     return ", ".join(paths)
 
 

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from pissa.base.bitsandbytes_state import entry_layout
 from pissa.base.kinds import base_of
 from pissa.config import Form
-from pissa.files.composition import Part
 from pissa.files.messages import shown
-from pissa.files.safetensors_header import Layout
+from pissa.files.model_folder import Part
 from pissa.files.source import Source
+from pissa.files.tensor_file import Layout
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS
 
@@ -83,7 +83,8 @@ def matrix_shape(
         is_member = part.member is None or part.member < entry.shape[0]
         if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype or len(shape) != dimensions or not is_member:
             raise ValueError(
-                f"{entry.path}: tensor {shown(part.tensor)} of layer {name} is {entry.dtype} {list(entry.shape)}; "
+                f"{source.path_of(part.tensor)}: tensor {shown(part.tensor)} of layer {name} is {entry.dtype} "
+                f"{list(entry.shape)}; "
                 f"needed: float32, bfloat16 or float16, one for a layer, and {dimensions} dimensions for a matrix"
             )
         out, inner = (shape[1], shape[0]) if part.transposed else (shape[0], math.prod(shape[1:]))
@@ -108,7 +109,7 @@ def new_shards(source: Source, changed: Iterable[CheckpointLayer]) -> dict[str, 
             new.setdefault(tensor, {})
     for name in source.names:
         entry = source.entry(name)
-        files[entry.path.name] |= new.get(name, {name: (entry.dtype, entry.shape)})
+        files[source.path_of(name).name] |= new.get(name, {name: (entry.dtype, entry.shape)})
     return {name: Layout(tensors, {"format": "pt"}) for name, tensors in files.items()}
 
 

@@ -19,14 +19,13 @@ from pissa.base.kinds import adopted, base_of
 from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape, new_shards
 from pissa.checkpoints.packed import packed_layers
 from pissa.config import IMPLICIT, Form
-from pissa.files.composition import Composition, Part
 from pissa.files.expert_layout import is_mirrored
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
-from pissa.files.model_folder import meta_model
+from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key
-from pissa.files.safetensors_header import Layout
 from pissa.files.source import Source
+from pissa.files.tensor_file import Layout
 from pissa.layers.experts import is_transposed
 
 
@@ -140,7 +139,7 @@ class Planner:
         changed = {tensor for unit in units for tensor in unit.tensors}
         if left := sorted(self.codes - changed):
             raise ValueError(
-                f"{self.source.entry(left[0]).path}: tensor {shown(left[0])} is a part of codes of which only "
+                f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes of which only "
                 f"pissa.load makes a model; {_IN_MEMORY}"
             )
         units += [Unit(f"copy {name}", tensor=name) for name in self.source.names if name not in changed]
@@ -332,7 +331,7 @@ class Planner:
             if count > 1:
                 names = [unit.name for unit in units if tensor in unit.tensors]
                 raise ValueError(
-                    f"{self.source.entry(tensor).path}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
+                    f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
                     f"{_IN_MEMORY}"
                 )
 

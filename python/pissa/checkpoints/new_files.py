@@ -15,7 +15,7 @@ from pissa.config import PissaConfig
 from pissa.conversion.lora_start import INITIAL_FOLDER
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pissa.files.pissa_layout import PISSA_WEIGHTS, TAKEN
-from pissa.files.safetensors_header import Layout
+from pissa.files.tensor_file import Layout
 
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
 INITIAL_CONFIG = f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}"

@@ -21,8 +21,8 @@ from pissa.checkpoints.planned_file import PlannedFile, create, is_finished
 from pissa.distributed import agree, rank
 from pissa.files.json_file import read_object, reading
 from pissa.files.messages import shown
-from pissa.files.safetensors_header import Layout
 from pissa.files.staged import CompletedError, Staged, check_unused, put_in_place
+from pissa.files.tensor_file import Layout
 from pissa.notices import UnlockedFolderWarning
 
 UNFINISHED = ".unfinished"

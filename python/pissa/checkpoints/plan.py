@@ -17,9 +17,8 @@ from pissa.base.init_methods import INIT_METHODS
 from pissa.base.start import Origin
 from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape
 from pissa.config import PissaConfig
-from pissa.files.composition import Composition, Part
 from pissa.files.expert_layout import check_uniform
-from pissa.files.model_folder import matrix_of, meta_model
+from pissa.files.model_folder import Composition, Part, matrix_of, meta_model
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.plain_lora import factors_of, lora_config
 from pissa.files.source import Source
@@ -242,7 +241,7 @@ def _planned(
     shape, dtype = matrix_shape(name, parts, source)
     if shape != layer.matrix_shape:
         raise ValueError(
-            f"{source.entry(parts[0].tensor).path}: layer {name} is {list(shape)}, needed is "
+            f"{source.path_of(parts[0].tensor)}: layer {name} is {list(shape)}, needed is "
             f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint"
         )
     return PlannedLayer(name, parts, shape, dtype, config.form, layer.origin("default", config), is_expert)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pissa.files.messages import shown
-from pissa.files.safetensors_header import Layout
 from pissa.files.staged import flush_folder
+from pissa.files.tensor_file import Layout
 
 _CHUNK = 1 << 26
 """Bytes that are written by one call, or copied at once."""
@@ -78,7 +78,9 @@ class PlannedFile:
             ValueError: no such tensor, another dtype or another shape.
             OSError: the disk is full after all, or fails.
         """
-        entry = self._layout.entry(self.path, name)
+        if name not in self._layout.entries:
+            raise ValueError(f"{self.path}: no tensor {shown(name)} is planned")
+        entry = self._layout.entries[name]
         whole, given = list(entry.shape), list(tensor.shape)
         if first is None:
             fits, start = given == whole, entry.offset

@@ -20,8 +20,8 @@ from pissa.checkpoints.layer import CheckpointLayer
 from pissa.checkpoints.output import Output
 from pissa.files.model_folder import CONFIG, parts_of, read_config
 from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.safetensors_header import Layout
 from pissa.files.source import INDEX, Source
+from pissa.files.tensor_file import Layout
 
 BATCH = 1 << 30
 """Bytes of the checkpoint behind which a run notes what is done: a killed run does at most so many again, and several
@@ -188,7 +188,7 @@ class Rewrite(ABC):
 
     def file_of(self, tensor: str) -> str:
         """The new file that has the place of a tensor of the checkpoint."""
-        return self.source.entry(tensor).path.name
+        return self.source.path_of(tensor).name
 
     def _copy_small_files(self, out: Output) -> None:
         """Copies the files beside the weights and config.json: tokenizer, templates, card; and writes the index."""
@@ -204,7 +204,7 @@ class Rewrite(ABC):
     def _index(self) -> str:
         shards = {path.name: self.files[path.name] for path in self.source.paths}
         size = sum(layout.size - len(layout.header) for layout in shards.values())
-        places = {tensor: name for name, layout in shards.items() for tensor in layout.names}
+        places = {tensor: name for name, layout in shards.items() for tensor in layout.entries}
         return (
             json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
         )

@@ -17,9 +17,8 @@ from pissa.conversion.delta_weight import Converted
 from pissa.conversion.source import PLAIN, Source
 from pissa.files.lora_config import with_sizes
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
-from pissa.files.scratch import Scratch
 from pissa.files.staged import Staged, check_unused
-from pissa.files.tensor_file import write_tensors
+from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.notices import KeptMagnitudesWarning, UncertainStartWarning
 
 

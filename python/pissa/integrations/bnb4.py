@@ -26,7 +26,7 @@ from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.record import LayerRecord
-from pissa.files.safetensors_header import Layout
+from pissa.files.tensor_file import Layout
 from pissa.integrations.exported import Exported
 
 LORA = "adapter"

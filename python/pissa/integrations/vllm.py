@@ -17,10 +17,9 @@ from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
-from pissa.files.scratch import Scratch
 from pissa.files.source import Source
 from pissa.files.staged import Staged, check_unused
-from pissa.files.tensor_file import write_tensors
+from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 from pissa.integrations.plain import Name, PlainLora, padded
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pissa.checkpoints import planned_file
 from pissa.checkpoints.planned_file import Layout, PlannedFile, create, is_finished
-from pissa.files.safetensors_header import DTYPES, read_entries
 from pissa.files.source import Source
+from pissa.files.tensor_file import DTYPES, MappedFile
 
 
 def values() -> dict[str, Tensor]:
@@ -69,8 +69,8 @@ def test_written_in_any_order_it_is_the_file_that_was_planned(tmp_path: Path) ->
     file.close()
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
-        assert {name: opened.get_slice(name).get_shape() for name in layout.names} == {
-            name: list(tensors[name].shape) for name in layout.names
+        assert {name: opened.get_slice(name).get_shape() for name in [*layout.entries]} == {
+            name: list(tensors[name].shape) for name in [*layout.entries]
         }
     with Source.open(tmp_path) as source:
         assert set(source.names) == tensors.keys()
@@ -80,16 +80,15 @@ def test_written_in_any_order_it_is_the_file_that_was_planned(tmp_path: Path) ->
 
 def test_every_tensor_is_aligned_and_the_order_is_the_given_one(tmp_path: Path) -> None:
     layout = plan(values())
-    entries = [layout.entry(tmp_path, name) for name in layout.names]
+    entries = layout.entries.values()
     assert all(entry.offset % entry.dtype.itemsize == 0 for entry in entries)
-    assert [*values()] != layout.names
-    assert layout.names == sorted(values(), key=lambda name: -values()[name].dtype.itemsize)
+    assert [*values()] != [*layout.entries]
+    assert [*layout.entries] == sorted(values(), key=lambda name: -values()[name].dtype.itemsize)
     assert len(layout.header) % 8 == 0
     assert plan(values()).header == layout.header
     assert plan(dict(reversed(values().items()))).header != layout.header
     create({tmp_path / "x": layout})
-    found = read_entries(tmp_path / "x")
-    assert found == {name: layout.entry(tmp_path / "x", name) for name in layout.names}
+    assert MappedFile(tmp_path / "x").entries == layout.entries
 
 
 @pytest.mark.usefixtures("chunk")
