@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pissa.checkpoints.kinds import kinds_of
+from pissa.checkpoints.budget import kinds_of
 from pissa.checkpoints.quant_errors import PLAIN, quant_errors
 from pissa.checkpoints.spectrum import Spectrum, spectrum_of
 

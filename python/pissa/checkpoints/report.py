@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pissa.checkpoints.budget import check_budget
-from pissa.checkpoints.kinds import kinds_of, sample
+from pissa.checkpoints.budget import check_budget, kinds_of, sample
 from pissa.checkpoints.layer_report import LayerReport, Summary, by_kind, layer_reports
-from pissa.checkpoints.plan import Plan
+from pissa.checkpoints.split_plan import SplitPlan
 from pissa.checkpoints.suggestion import Suggestion, suggest
 from pissa.checkpoints.training_memory import ModelSizes, Shape, TrainingMemory, training_memory
 from pissa.config import Form, PissaConfig
@@ -137,7 +136,7 @@ def report(
     ranks = sorted(set(ranks))
     known = max(ranks[-1], 4 * ranks[0])
     with Source.open(folder) as source:
-        plan = Plan.of(source, PissaConfig(r=1))
+        plan = SplitPlan.of(source, PissaConfig(r=1))
         sizes = _sizes(source, plan)
         sides = [(min(layer.shape), sum(layer.shape)) for layer in plan.layers.values()]
         if budget is None:
@@ -177,7 +176,7 @@ def _step(rank: int) -> int:
     return step if step < rank else max(1, rank // 2)
 
 
-def _matrices(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+def _matrices(source: Source, plan: SplitPlan) -> Iterator[tuple[str, Tensor]]:
     """The matrix of each layer; its pages are given back when the next one is asked for."""
     layers = list(plan.layers.values())
     for layer, following in itertools.zip_longest(layers, layers[1:]):
@@ -187,7 +186,7 @@ def _matrices(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
         source.release(layer.tensors)
 
 
-def _sizes(source: Source, plan: Plan) -> ModelSizes:
+def _sizes(source: Source, plan: SplitPlan) -> ModelSizes:
     config = model_config(source.folder).get_text_config()
     rest = sum(source.entry(name).nbytes for name in plan.copied)
     dtype = next(iter(plan.layers.values())).dtype

@@ -17,8 +17,8 @@ from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import Replaced, residual_tensors, stored_linear
 from pissa.checkpoints.fill import check_shape, of_layer, put
-from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries
+from pissa.checkpoints.split_plan import INITIAL_WEIGHTS, start_tensors
 from pissa.config import Form, PissaConfig
 from pissa.files.fit import other_dtype
 from pissa.files.messages import shown

@@ -220,15 +220,14 @@ def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
 
 
 def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[tuple[str, Tensor, int | None]]:
-    """The way back from `matrix_of`: what a new matrix puts into the tensors of the parts, each with its number in
-    it if that is a stack."""
+    """The way back from `matrix_of`: what a new matrix puts into the tensors of the parts, or into that member of
+    them if they are stacks."""
     row = 0
     for part in parts:
         shape = source.entry(part.tensor).shape[0 if part.member is None else 1 :]
         rows = matrix[row : row + shape[1 if part.transposed else 0]]
         row += len(rows)
-        values = (rows.mT if part.transposed else rows).reshape(shape)
-        yield part.tensor, values if part.member is None else values[None], part.member
+        yield part.tensor, (rows.mT if part.transposed else rows).reshape(shape), part.member
 
 
 class ModelFolder:

@@ -4,7 +4,6 @@ Nothing is quantised once more, so the two are the model that was trained."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import INIT_METHODS
-from pissa.checkpoints.layer import linear_layers
 from pissa.checkpoints.merge import states
-from pissa.checkpoints.merge_plan import Planner, Unit
+from pissa.checkpoints.merge_plan import Planner
 from pissa.checkpoints.output import Output
+from pissa.checkpoints.plan import Plan, Unit, in_order, linear_layers, new_shards
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
@@ -59,54 +58,45 @@ class _Export(Rewrite):
     command = "export"
 
     def __init__(self, adapter: Ours, target: Path) -> None:
-        self.adapter, self.source, self.folder = adapter, adapter.source, adapter.folder
-        self.planner = Planner(self.source, self.folder, IMPLICIT)
-        units = list(self._units())
-        self.packed = [layer for unit in units for layer in unit.layers if layer.form != IMPLICIT]
-        if not self.packed:
+        self.adapter, self.folder = adapter, adapter.folder
+        planner = Planner(adapter.source, self.folder)
+        units = [self._unit(planner, factors) for factors in self.folder.factors.values() if self._is_stored(factors)]
+        packed = {layer.name for unit in units for layer in unit.layers if layer.is_packed}
+        if not packed:
             raise ValueError(
                 f"{self.folder.config_path.parent} has no linear layer in 4 bits, the only kind that bitsandbytes "
                 "keeps so: export to merged"
             )
-        files = self.planner.files(units) | {_LORA_WEIGHTS: self._lora_layout()}
-        super().__init__(self.source, target, files, units)
+        self.model_name = type(planner.model).__name__
+        files = new_shards(adapter.source, units) | {_LORA_WEIGHTS: self._lora_layout()}
+        dense = [name for name in linear_layers(planner.model) if name not in packed | planner.packed.keys()]
+        all_units = [*in_order(adapter.source, units), Unit(_LORA_WEIGHTS)]
+        super().__init__(Plan(adapter.source, all_units, files, dense), target)
 
     def exported(self) -> Exported:
         """The report."""
-        errors = Errors.of(self.results)
-        in_codes = sum(
-            self.adapter.records[layer.name].form.kind == KEPT_IN_4_BITS for unit in self.units for layer in unit.layers
-        )
-        count = in_codes - len(self.packed)
+        packed = len(self.plan.packed)
+        in_codes = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers)
+        count = in_codes - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
-        model = f"{type(self.planner.model).__name__}.from_pretrained({str(self.target)!r})"
+        model = f"{self.model_name}.from_pretrained({str(self.target)!r})"
         return Exported(
             what=self.adapter.what,
             layers=sum(len(factors.layers) for factors in self.folder.factors.values()),
-            written=f"{len(self.packed)} residuals in nf4{dense}, and a LoRA on them in {LORA}",
+            written=f"{packed} residuals in nf4{dense}, and a LoRA on them in {LORA}",
             bytes_written=self.bytes_written,
             load=f"PeftModel.from_pretrained({model}, {str(self.target / LORA)!r})",
-            error=errors.all,
-            worst=errors.worst,
-            error_of_worst=errors.of_worst,
-            mean_error=errors.mean,
+            **Errors.of(self.results)._asdict(),
         )
 
-    def _units(self) -> Iterator[Unit]:
-        """The stored layers, and the tensors that are copied, in the order of the files."""
-        stored = [self._stored_unit(factors) for factors in self.folder.factors.values() if self._is_stored(factors)]
-        changed = {tensor for unit in stored for tensor in unit.tensors}
-        copied = [Unit(f"copy {name}", tensor=name) for name in self.source.names if name not in changed]
-        places = {name: number for number, name in enumerate(self.source.names)}
-        yield from sorted([*stored, *copied], key=lambda unit: min(places[tensor] for tensor in unit.tensors))
-
-    def _stored_unit(self, factors: LoraFactors) -> Unit:
-        if factors.is_fused and factors.layers[0] in self.planner.packed:
+    def _unit(self, planner: Planner, factors: LoraFactors) -> Unit:
+        """The unit of layers whose base was stored."""
+        if factors.is_fused and factors.layers[0] in planner.packed:
             raise ValueError(
-                f"{self.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
+                f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
                 "give the checkpoint that was split (base)"
             )
-        unit = self.planner.unit_of(factors)
+        unit = planner.unit_of(factors)
         layers = []
         for layer in unit.layers:
             form = self.adapter.records[layer.name].form
@@ -118,22 +108,23 @@ class _Export(Rewrite):
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "target": str(self.target),
-            **{what: states(folder) for what, folder in self.adapter.folders.items()},
-        }
+        return {"target": str(self.target), **states(self.adapter)}
 
     # -- the checkpoint
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        if unit.factors is None:
-            assert unit.tensor is not None
+        if unit.name == _LORA_WEIGHTS:
+            for key in self._kept_keys():
+                out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
+            return {unit.name: {}}
+        if unit.tensor is not None:
             self.copy(out, unit.tensor)
             return {unit.name: {}}
+        assert unit.factors is not None
         pairs, lost, whole = [], 0.0, 0.0
-        for layer, factors in zip(unit.layers, self.adapter.factors(unit.factors.target), strict=True):
+        for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
-            if layer.form == IMPLICIT:
+            if not layer.is_packed:
                 exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
                 residual = exact.to(layer.dtype)
                 if error := float(torch.linalg.vector_norm(residual.float() - exact)):
@@ -145,10 +136,6 @@ class _Export(Rewrite):
         return {unit.name: {"lost": lost, "whole": whole}}
 
     def end(self, out: Output) -> None:
-        for key in self._kept_keys():
-            out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
-        packed = {layer.name for layer in self.packed} | self.planner.packed.keys()
-        self.write_config(out, self.packed, [name for name in linear_layers(self.planner.model) if name not in packed])
         out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
 
     # -- the LoRA
@@ -166,7 +153,7 @@ class _Export(Rewrite):
             if self._is_stored(factors):
                 shapes = factors.shapes(self._rank(factors))
                 tensors |= {key: (torch.float32, shape) for key, shape in shapes.items()}
-        return Layout(tensors, {"format": "pt"})
+        return Layout(tensors)
 
     def _rank(self, factors: LoraFactors) -> int:
         record = self.adapter.records[factors.layers[0]]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from pissa.checkpoints.merge_plan import Planner
-from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import residual_of
 from pissa.conversion.source import INITIAL, PEFT
 from pissa.conversion.source import Source as Foreign
@@ -103,7 +102,7 @@ def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
     """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
     found = set()
     with Source.open(base) as source:
-        planner = Planner(source, folder, IMPLICIT)
+        planner = Planner(source, folder)
         for key in folder.other_keys:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             with suppress(ValueError):
