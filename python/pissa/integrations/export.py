@@ -10,15 +10,16 @@ from typing import Literal, get_args
 import torch
 
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
+from pissa.checkpoints.merge import merge
 from pissa.checkpoints.packed import packed_layers
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
 from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_folder import LoraFolder
+from pissa.files.model_folder import meta_model
 from pissa.files.source import Source
 from pissa.integrations.bnb4 import export_bnb4
 from pissa.integrations.exported import Exported
-from pissa.integrations.merged import export_merged
 from pissa.integrations.vllm import export_vllm
 from pissa.ops.checks import check_choice
 
@@ -81,9 +82,20 @@ def export(
     if to == "gguf":
         return _gguf(adapter, base, target, initial)
     folder = checkpoint_folder(base)
-    quant = KEPT_IN_4_BITS if requantise else None
     if to == "merged" or requantise:
-        return export_merged(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
+        quant = KEPT_IN_4_BITS if requantise else None
+        merged = merge(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
+        return Exported(
+            what=merged.what,
+            layers=merged.layers,
+            written=f"a checkpoint with {merged.quantised} layers in {quant}" if quant else "a dense checkpoint",
+            bytes_written=merged.bytes_written,
+            load=f"{type(meta_model(target)).__name__}.from_pretrained({str(target)!r})",
+            error=merged.error,
+            worst=merged.worst,
+            error_of_worst=merged.error_of_worst,
+            mean_error=merged.mean_error,
+        )
     with Source.open(folder) as source, torch.no_grad():
         found = _trained_in_4_bits(read_adapter(adapter, source, initial), adapter)
         done = export_bnb4(found, target, progressbar)

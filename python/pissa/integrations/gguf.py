@@ -3,7 +3,6 @@ converted base has."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +38,8 @@ _FAMILIES = {
 }
 """By the class of transformers."""
 
-_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(\..+)")
-"""The name of a layer in a block: the block's number, and the rest."""
-
-_INPUT, _OUTPUT = "model.embed_tokens", "lm_head"
-_BESIDE = {_INPUT: "token_embd", _OUTPUT: "output"}
-"""What llama.cpp calls the layers outside of blocks."""
+_INPUT, _OUTPUT = "token_embd", "output"
+"""What llama.cpp calls the embedding and the output layer."""
 
 
 def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -> Exported:
@@ -106,7 +101,7 @@ class _Names:
 
     def __init__(self, family: _Family, config: Any) -> None:
         self.family, self._config = family, config
-        self._map = gguf.get_tensor_name_map(family.arch, 1)  # config.json may say a billion blocks
+        self._map = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
 
     @staticmethod
     def of(base: Name, lora: PlainLora) -> _Names:
@@ -118,9 +113,6 @@ class _Names:
                 f"{base} is a {kind}; known here, of what llama.cpp has, are {', '.join(_FAMILIES)}: export to merged, "
                 "and convert that with llama.cpp's own converter"
             )
-        for name in ("num_hidden_layers", "num_attention_heads"):
-            if not isinstance(count := getattr(config, name, None), int) or count < 1:
-                raise ValueError(f"{base}: config.json has {name} {shown(count)}; needed: a whole number from 1 on")
         names = _Names(_FAMILIES[kind], config)
         for factors in lora.folder.factors.values():
             names.check(factors, lora.folder.weights.path)
@@ -151,22 +143,15 @@ class _Names:
         return heads.get(str(self._name(factors)).rpartition(".")[2])
 
     def _name(self, factors: LoraFactors) -> str | None:
-        """The name, from that in the first block, which alone is in the table."""
-        layer = factors.layers[0]
-        if (block := _BLOCK.fullmatch(layer)) is None:
-            return _BESIDE.get(layer)
-        number, rest = block.groups()
-        if int(number) >= self._config.num_hidden_layers:
-            return None
-        name: str | None = self._map.get_name(f"model.layers.0{rest}")
-        return None if name is None else name.replace(".0.", f".{number}.", 1)
+        name: str | None = self._map.get_name(factors.layers[0])
+        return name
 
     def check(self, factors: LoraFactors, path: Path) -> None:
         """Raises ValueError, naming the layer, if llama.cpp has no such factors of it. `path`: of their file."""
-        name, tied = factors.layers[0], self._config.tie_word_embeddings
-        if len(factors.layers) > 1 or self._name(factors) is None:
+        name = self._name(factors)
+        if len(factors.layers) > 1 or name is None:
             reason = "which llama.cpp has under no name known here"
-        elif name in (_INPUT, _OUTPUT) and tied:
+        elif name in (_INPUT, _OUTPUT) and self._config.tie_word_embeddings:
             reason = "whose weight is tied to another's, and llama.cpp has but one"
         elif len(factors.row) != 1 or factors.is_embedding != (name == _INPUT):
             reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
