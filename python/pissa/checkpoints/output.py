@@ -50,7 +50,8 @@ class Output:
             out.finish()
 
     All ranks enter the block together, inside `distributed.failing_together`, and call `finish` together. Until then
-    there is only the hidden folder, which stays after an error or a kill.
+    there is only the hidden folder, which stays after an error or a kill. Every tensor belongs to a batch: a noted
+    batch is on the disk.
 
     Args:
         identity: of the plan, the same on all ranks: a value of JSON for each thing that decides what is written.
@@ -153,7 +154,6 @@ class Output:
     def finish(self) -> None:
         """Puts all files in place; raises as the class does."""
         self._wait()
-        self._flush()
         agree()
         if rank() == 0:
             self._place()
@@ -259,14 +259,10 @@ class Output:
         shutil.rmtree(self._hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock was
 
     def _note(self, batch: str, result: str) -> None:
-        self._flush()
-        with Staged(self._notes) as staged:
-            staged.path(f"{batch}.json").write_text(result)
-
-    def _flush(self) -> None:
-        """Waits until what this process has written is on the disk."""
         for handle in list(self._handles.values()):  # the other thread may open one meanwhile
             os.fdatasync(handle)
+        with Staged(self._notes) as staged:
+            staged.path(f"{batch}.json").write_text(result)
 
     def _wait(self) -> None:
         if self._noting is not None:

@@ -74,13 +74,19 @@ def export(
     if requantise and to != "bnb4":
         raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
     adapter, target = Path(adapter), Path(target)
-    base = _named_base(adapter) if base is None else base
+    if base is None:
+        base = LoraFolder.read(adapter).config["base_model_name_or_path"] or None
     if to == "vllm":
         return export_vllm(adapter, base, target, initial)
     if base is None:
         raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it (base)")
     if to == "gguf":
-        return _gguf(adapter, base, target, initial)
+        try:
+            from pissa.integrations.gguf import export_gguf
+        except ModuleNotFoundError as error:
+            text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
+            raise ModuleNotFoundError(text, name=error.name) from error
+        return export_gguf(adapter, base, target, initial)
     folder = checkpoint_folder(base)
     if to == "merged" or requantise:
         quant = KEPT_IN_4_BITS if requantise else None
@@ -102,24 +108,6 @@ def export(
         for doubt in found.doubts():
             warnings.warn(doubt, stacklevel=2)
         return done
-
-
-def _named_base(adapter: Path) -> str | None:
-    name = LoraFolder.read(adapter).config["base_model_name_or_path"]
-    return name or None
-
-
-def _gguf(
-    adapter: Path, base: str | os.PathLike[str], target: Path, initial: str | os.PathLike[str] | None
-) -> Exported:
-    try:
-        from pissa.integrations.gguf import export_gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
-        raise ModuleNotFoundError(text, name="gguf") from error
-    return export_gguf(adapter, base, target, initial)
 
 
 def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
