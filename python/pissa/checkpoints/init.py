@@ -141,11 +141,8 @@ class _LayerResult(NamedTuple):
     """Its start factors, on the CPU."""
     lost: float
     whole: float
-    record: list[Any]
-    """The fingerprints of its weight, its residual and its start, and the rank of the factors taken."""
-
-
-_NO_INFLUENCE = ("base_model_name_or_path", "runtime_config")
+    record: dict[str, Any]
+    """What pissa.json says of it."""
 
 
 class _Split(Rewrite):
@@ -160,17 +157,10 @@ class _Split(Rewrite):
         self._waiting: dict[str, _LayerResult] = {}
 
     def identity(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self.plan.config, field.name) for field in dataclasses.fields(PissaConfig)}
-        return {
-            **{
-                name: sorted(value) if isinstance(value, set) else value
-                for name, value in fields.items()
-                if name not in _NO_INFLUENCE
-            },
-            "experts": self.plan.experts,
-            "device": self.device.type,
-            "target": str(self.target),
-        }
+        others = {"experts": self.plan.experts, "device": self.device.type, "target": str(self.target)}
+        values = {field.name: getattr(self.plan.config, field.name) for field in dataclasses.fields(PissaConfig)}
+        del values["base_model_name_or_path"], values["runtime_config"]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()} | others
 
     def groups(self, units: Sequence[Unit]) -> Iterator[_Group]:
         """The layers of the units, in order, in groups that stay within the memory, or of a single layer."""
@@ -229,22 +219,26 @@ class _Split(Rewrite):
                 self.write_layer(out, layer, residual)
                 for name, values in self.plan.taken_tensors(layer, start).items():
                     out.write(PISSA_WEIGHTS, name, values)
-                record = [of_weights[i], of_residuals[i], of_starts[i], start.rank_taken or None]
+                record = LayerRecord(
+                    start.origin.r,
+                    start.origin.scaling,
+                    of_weights[i],
+                    form,
+                    stored=of_residuals[i],
+                    start=of_starts[i],
+                    taken=start.rank_taken or None,
+                )
+                lost, whole = _sampled_error(weight, residual, start)
                 factors = start.a0.cpu(), start.b0.cpu()
-                self._waiting[layer.name] = _LayerResult(factors, *_sampled_error(weight, residual, start), record)
+                self._waiting[layer.name] = _LayerResult(factors, lost, whole, record.as_json())
 
     def end(self, out: Output) -> None:
-        plan = self.plan
-        plan.lora.base_model_name_or_path = str(self.target)
-        noted = {name: record for result in self.results.values() for name, record in result["records"].items()}
-        records = {}
-        for name, layer in plan.layers.items():
-            origin, (weight, stored, start, taken) = plan.origins[name], noted[name]
-            records[name] = LayerRecord(
-                origin.r, origin.scaling, weight, layer.form, stored=stored, start=start, taken=taken
-            )
-        out.path(INITIAL_CONFIG).write_text(lora_config_text(plan.lora, plan.model_type))
-        out.path(PISSA_RECORD).write_text(AdapterRecord(plan.config, records).text())
+        lora, records = self.plan.lora, dict[str, LayerRecord]()
+        lora.base_model_name_or_path = str(self.target)
+        for result in self.results.values():
+            records |= {name: LayerRecord.from_json(record) for name, record in result["records"].items()}
+        out.path(INITIAL_CONFIG).write_text(lora_config_text(lora, self.plan.model_type))
+        out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
     def in_flight(self, layer: Layer) -> int:
         """Bytes that a layer takes while it is split, beside the mapped file."""
