@@ -200,7 +200,7 @@ class _Split(Rewrite):
         weights = {layer.name: layer.matrix(self.source).to(self.device) for layer in layers}
         for form in dict.fromkeys(layer.form for layer in layers):
             these = [layer for layer in layers if layer.form == form]
-            config, names = self.plan.config_of(these[0]), [layer.name for layer in these]
+            config, names = self.plan.configs[these[0].name], [layer.name for layer in these]
             some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
             try:
                 found = start_factors(StartTask(some, origins, config, names))
@@ -242,7 +242,7 @@ class _Split(Rewrite):
 
     def in_flight(self, layer: Layer) -> int:
         """Bytes that a layer takes while it is split, beside the mapped file."""
-        config = self.plan.config_of(layer)
+        config = self.plan.configs[layer.name]
         elements, sides, r = math.prod(layer.shape), sum(layer.shape), self.plan.origins[layer.name].r
         method = INIT_METHODS[config.init]
         size = 4 * sides * (r + _sketch(r, config))

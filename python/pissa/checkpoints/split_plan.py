@@ -46,8 +46,8 @@ class SplitPlan(Plan):
 
     config: PissaConfig
     """As it was given, but with the names of the layers that it means, and with a stored form."""
-    dense: PissaConfig
-    """The same for layers whose residual stays dense if that of the others is quantised."""
+    configs: dict[str, PissaConfig]
+    """By which each layer is split: the same; or, of fused experts, with a residual that stays dense."""
     experts: str
     origins: dict[str, Origin]
     """Of the layers' start factors, by the layers' names."""
@@ -125,7 +125,7 @@ class SplitPlan(Plan):
             files,
             [name for name in linears if name not in layers or not layers[name].is_packed],
             config,
-            dense,
+            configs,
             experts,
             origins,
             factors,
@@ -133,14 +133,10 @@ class SplitPlan(Plan):
             type(base),
         )
 
-    def config_of(self, layer: Layer) -> PissaConfig:
-        """The configuration by which a layer is split."""
-        return self.config if layer.form == self.config.form else self.dense
-
     def taken_tensors(self, layer: Layer, start: StartFactors) -> dict[str, Tensor]:
         """The factors that a layer's residual lacks, if alternations may have found others than those of the start,
         whose rank they have: zeros fill them up."""
-        if self.config_of(layer).quant_iters == 1:
+        if self.configs[layer.name].quant_iters == 1:
             return {}
         a, b = start.lacked
         missing = start.origin.r - len(a)

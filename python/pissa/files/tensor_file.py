@@ -96,11 +96,11 @@ class MappedFile:
         with reading(path, _REMEDY):
             # safetensors checks that offsets, shapes and dtypes fit each other, and the file.
             cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
-            self._state = _State.of(path)
+            self._state = _state(path)
             with open(path, "rb") as file:
                 # Writable, as torch wants it, but private: without a reserve the system sets no memory aside.
                 flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                self._map = mmap.mmap(file.fileno(), self._state.size, flags=flags, prot=access)
+                self._map = mmap.mmap(file.fileno(), self._state[0], flags=flags, prot=access)
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
             header = json.loads(self._header)
@@ -111,7 +111,8 @@ class MappedFile:
     @property
     def identity(self) -> str:
         """The file's size, its time of change, and a fingerprint of its header."""
-        return f"{self._state.size} bytes, {self._state.mtime_ns} ns, {xxh3_of_text(self._header)}"
+        size, changed, _ = self._state
+        return f"{size} bytes, {changed} ns, {xxh3_of_text(self._header)}"
 
     def view(self, name: str) -> Tensor:
         """The tensor, whose values are the mapped file's; a copy if it is not aligned in the file to its elements.
@@ -122,7 +123,7 @@ class MappedFile:
             ValueError: the file has changed since its header was read.
         """
         with reading(self.path, "Start again when nobody writes to it"):
-            if _State.of(self.path) != self._state:
+            if _state(self.path) != self._state:
                 raise ValueError("it has changed since its header was read")
         dtype, shape, offset, nbytes = self.entries[name]
         with reading(self.path, _REMEDY):
@@ -160,17 +161,11 @@ class MappedFile:
         return found
 
 
-class _State(NamedTuple):
-    """A file as it was when its header was read. Other values: somebody has written to it, or replaced it."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @staticmethod
-    def of(path: Path) -> _State:
-        found = os.stat(path)
-        return _State(found.st_size, found.st_mtime_ns, found.st_ino)
+def _state(path: Path) -> tuple[int, int, int]:
+    """The size, the time of change and the number of a file: others later show that somebody has written to it, or
+    replaced it."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
