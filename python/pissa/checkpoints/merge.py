@@ -22,6 +22,7 @@ from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.files.source import Source
+from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
 
@@ -59,8 +60,6 @@ def merge(
     target: str | os.PathLike[str],
     *,
     quant: str | None = None,
-    blocksize: int | None = None,
-    double_quant: bool | None = None,
     initial: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> Merged:
@@ -83,7 +82,6 @@ def merge(
     Args:
         quant: a format, "nf4" or "int8": all linear layers but the output layer are written in it, as transformers with
             bitsandbytes makes it of the merged weights. None: dense.
-        blocksize, double_quant: of the format; see `pissa.ops.quantize`.
         initial: the adapter before training, or the residual model that has it; see `pissa.convert`.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
@@ -93,7 +91,8 @@ def merge(
         OSError: the disk is full, or fails.
     """
     begin = time.perf_counter()
-    form = IMPLICIT if quant is None else _form(quant, blocksize, double_quant)
+    check_choice("quant", quant, (None, *FORMATS))
+    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
     with Source.open(source) as found, torch.no_grad():
         read = read_adapter(Path(adapter), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
@@ -101,12 +100,6 @@ def merge(
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
         return run.merged(time.perf_counter() - begin)
-
-
-def _form(quant: str, blocksize: int | None, double_quant: bool | None) -> Form:
-    if quant not in FORMATS:
-        raise ValueError(f"quant: got {quant!r}; allowed: None, {', '.join(map(repr, FORMATS))}")
-    return Form.quantised(quant, *FORMATS[quant].options(blocksize, double_quant, 1))
 
 
 class _Merge(Rewrite):
