@@ -70,14 +70,10 @@ def merge(
     these are, bit for bit, the weights of `PissaModel.merge_and_unload`; in another, W is cast to that one first. A run
     that was killed goes on when it is called again with the same arguments, and ends with the same bytes.
 
-    The base function is the one of the training:
-
-    - An adapter of ours, on the checkpoint that it was trained on, which a fingerprint of each weight shows. If it was
-      trained with a stored residual (`quant`), that is computed from the weight once more: exact, where the plain LoRA
-      is not.
-    - `source` may be what `pissa init` has written, a residual and its start: then the residual is decoded.
-    - A plain LoRA, and all that `pissa.convert` reads, on the checkpoint that is given; nothing shows whether it is the
-      right one, but for names and shapes. One that was trained on a residual lacks that one's rounding.
+    The base function is the one of the training. A stored residual of ours (`quant`) is computed from the weight once
+    more, which a fingerprint shows to be the right one: exact, where the plain LoRA is not. `source` may also be what
+    `pissa init` has written: then the residual is decoded. For a plain LoRA, and all else that `pissa.convert` reads,
+    nothing shows whether the checkpoint is the right one, but names and shapes.
 
     Args:
         quant: a format, "nf4" or "int8": all linear layers but the output layer are written in it, as transformers with

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -168,7 +169,7 @@ def _state(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 """Python names it since 3.13."""
 
 
