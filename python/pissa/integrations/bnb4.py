@@ -25,13 +25,11 @@ from pissa.files.lora_config import with_sizes
 from pissa.files.lora_folder import LoraFactors
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.record import LayerRecord
-from pissa.files.tensor_file import Layout
+from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 
 LORA = "adapter"
 """The folder of the LoRA, in that of the checkpoint."""
-
-_LORA_WEIGHTS = f"{LORA}/{ADAPTER_WEIGHTS}"
 
 
 def export_bnb4(adapter: Ours, target: Path, progressbar: bool) -> Exported:
@@ -68,10 +66,9 @@ class _Export(Rewrite):
                 "keeps so: export to merged"
             )
         self.model_name = type(planner.model).__name__
-        files = new_shards(adapter.source, units) | {_LORA_WEIGHTS: self._lora_layout()}
-        dense = [name for name in linear_layers(planner.model) if name not in packed | planner.packed.keys()]
-        all_units = [*in_order(adapter.source, units), Unit(_LORA_WEIGHTS)]
-        super().__init__(Plan(adapter.source, all_units, files, dense), target)
+        source, left = adapter.source, packed | planner.packed.keys()
+        dense = [name for name in linear_layers(planner.model) if name not in left]
+        super().__init__(Plan(source, in_order(source, units), new_shards(source, units), dense), target)
 
     def exported(self) -> Exported:
         """The report."""
@@ -110,18 +107,11 @@ class _Export(Rewrite):
     def identity(self) -> dict[str, Any]:
         return {"target": str(self.target), **states(self.adapter)}
 
-    # -- the checkpoint
-
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        if unit.name == _LORA_WEIGHTS:
-            for key in self._kept_keys():
-                out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
-            return {unit.name: {}}
         if unit.tensor is not None:
             self.copy(out, unit.tensor)
             return {unit.name: {}}
-        assert unit.factors is not None
-        pairs, lost, whole = [], 0.0, 0.0
+        lost, whole = 0.0, 0.0
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
             if not layer.is_packed:
@@ -130,48 +120,31 @@ class _Export(Rewrite):
                 if error := float(torch.linalg.vector_norm(residual.float() - exact)):
                     lost, whole = lost + error**2, whole + float(torch.linalg.vector_norm(exact)) ** 2
             self.write_layer(out, layer, residual)
-            pairs.append(on_residual(self.adapter.records[layer.name], self.adapter.tensors(layer.name, factors)))
-        for key, tensor in unit.factors.pack(pairs).items():
-            out.write(_LORA_WEIGHTS, key, tensor)
         return {unit.name: {"lost": lost, "whole": whole}}
 
     def end(self, out: Output) -> None:
-        out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
-
-    # -- the LoRA
-
-    def _kept_keys(self) -> list[str]:
-        """The tensors of the adapter that stay as they are. A layer's own weight does not: its residual is written."""
-        stored = [factors for factors in self.folder.factors.values() if self._is_stored(factors)]
-        gone = {key for factors in stored for key in (*factors.keys, base_weight_key(factors.target))}
-        return [name for name in self.folder.weights.names if name not in gone]
-
-    def _lora_layout(self) -> Layout:
-        weights = self.folder.weights
-        tensors = {name: (weights.dtype(name), weights.shape(name)) for name in self._kept_keys()}
-        for factors in self.folder.factors.values():
-            if self._is_stored(factors):
-                shapes = factors.shapes(self._rank(factors))
-                tensors |= {key: (torch.float32, shape) for key, shape in shapes.items()}
-        return Layout(tensors)
-
-    def _rank(self, factors: LoraFactors) -> int:
-        record = self.adapter.records[factors.layers[0]]
-        return factors.rank if record.form == IMPLICIT else rank_on_residual(record, self.adapter.init)
-
-    def _lora_config(self) -> str:
-        """adapter_config.json."""
-        sizes = {target: (self._rank(factors), factors.scaling) for target, factors in self.folder.factors.items()}
+        """Writes the LoRA. The tensors beside the factors stay as they are, but for a layer's own weight: its residual
+        is written."""
+        kept, sizes, path = set(self.folder.weights.names), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
+        with Scratch(path.parent) as tensors:
+            for target, factors in self.folder.factors.items():
+                rank = factors.rank
+                if self._is_stored(factors):
+                    pairs = [
+                        on_residual(self.adapter.records[name], self.adapter.tensors(name, pair))
+                        for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True)
+                    ]
+                    rank = len(pairs[0][0])
+                    kept -= {*factors.keys, base_weight_key(target)}
+                    for key, tensor in factors.pack(pairs).items():
+                        tensors.put(key, tensor)
+                sizes[target] = rank, factors.scaling
+            for key in kept:
+                tensors.put(key, self.folder.weights.read(key))
+            write_tensors(path, tensors)
+        self.bytes_written += path.stat().st_size
         config = with_sizes(self.folder.config, sizes) | {"base_model_name_or_path": str(self.target)}
-        return json.dumps(config, indent=2, sort_keys=True)
-
-
-def rank_on_residual(record: LayerRecord, init: str) -> int:
-    """The rank of what `on_residual` gives."""
-    if record.base is None:
-        return record.r
-    lacks = 0 if INIT_METHODS[record.base.init].starts_from_zero else record.base.r
-    return lacks + (1 if INIT_METHODS[init].starts_from_zero else 2) * record.r
+        path.with_name(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def on_residual(record: LayerRecord, tensors: LayerTensors) -> Matrices:
