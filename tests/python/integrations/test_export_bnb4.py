@@ -22,7 +22,7 @@ from daily import each
 from interrupted import Interrupted
 from language_models import error, logits, moved
 from live_bytes import LiveBytes
-from pissa.checkpoints import output, rewrite
+from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import init
 from pissa.checkpoints.merge import merge
 from pissa.files.staged import CompletedError
@@ -204,22 +204,13 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     source = base(tmp_path, shards="30KB")
     trained(source, tmp_path / "run", rank_pattern={"q_proj": 3})
     pissa.export(tmp_path / "run", tmp_path / "whole", "bnb4", base=source)
-    stops, place = Interrupted(rewrite.to_bitsandbytes, at=6), output.put_in_place
-
-    def in_part(files: dict[Path, Path]) -> None:
-        place(dict([*files.items()][:2]))
-        raise KeyboardInterrupt
-
+    stops = Interrupted(rewrite.to_bitsandbytes, at=6)
     with monkeypatch.context() as patch:
         patch.setattr(rewrite, "to_bitsandbytes", stops)
         with pytest.raises(KeyboardInterrupt):
             pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
-        patch.setattr(output, "put_in_place", in_part)
-        with pytest.raises(KeyboardInterrupt):
-            pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
-    assert len([*(tmp_path / "out").glob("*.safetensors")]) == 2
-    pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
+        pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
     with pytest.raises(CompletedError, match="out is complete"):
         pissa.export(tmp_path / "run", tmp_path / "out", "bnb4", base=source)
     assert 6 < stops.calls < 2 * 14
