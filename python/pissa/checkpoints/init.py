@@ -20,19 +20,12 @@ from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
-from pissa.checkpoints.new_files import (
-    INITIAL_CONFIG,
-    INITIAL_WEIGHTS,
-    has_taken,
-    layouts,
-    start_tensors,
-    taken_tensors,
-)
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.plan import DENSE, Plan, PlannedLayer
+from pissa.checkpoints.plan import Layer, Unit
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
+from pissa.checkpoints.split_plan import DENSE, INITIAL_CONFIG, INITIAL_WEIGHTS, SplitPlan, start_tensors
 from pissa.config import PissaConfig
-from pissa.files.peft_layout import FactorTensors, plain_config_text
+from pissa.files.peft_layout import plain_config_text
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, LayerRecord
 from pissa.files.source import Source
 from pissa.ops.formats import FORMATS
@@ -94,7 +87,7 @@ def init(
             counted are the start factors of a stack of experts, which wait for those of its last expert: float32, r
             times its rows and columns for each.
         device: where they are split.
-        experts: see `Plan.of`.
+        experts: see `SplitPlan.of`.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
@@ -107,11 +100,11 @@ def init(
     """
     begin = time.perf_counter()
     with distributed.failing_together(), Source.open(source) as found:
-        plan = Plan.of(found, config, experts)
+        plan = SplitPlan.of(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
         run = _Split(plan, Path(target), memory, torch.device(device))
         run.run(progressbar)
-        need = {layer.name: run.in_flight(layer) for layer in plan.layers.values()}
+        need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
         largest = max(need, key=need.__getitem__)
         return Initialised(
             layers=len(plan.layers),
@@ -119,71 +112,56 @@ def init(
             bytes_written=run.bytes_written,
             bytes_done_before=run.bytes_done_before,
             seconds=time.perf_counter() - begin,
-            error=Errors.of(run.results).all,
+            error=Errors.of(run.results).error,
             memory=max(memory, need[largest]),
             largest=largest,
             only_ours=plan.has_packed_experts,
         )
 
 
-_NO_INFLUENCE = ("base_model_name_or_path", "runtime_config")
-
-
-def _plain(value: Any) -> Any:
-    """A field of a configuration as a value of JSON."""
-    return sorted(value) if isinstance(value, set) else value
-
-
-class _Unit(NamedTuple):
-    """Layers whose factors share two tensors, or a tensor that is copied."""
-
-    name: str
-    layers: tuple[PlannedLayer, ...]
-    factors: FactorTensors | None
-    copied: str | None
-
-    @property
-    def tensors(self) -> list[str]:
-        """Those of the checkpoint that it is made of."""
-        return [self.copied] if self.copied else [name for layer in self.layers for name in layer.tensors]
-
-
 class _Group(NamedTuple):
     """Layers that are split at once."""
 
-    layers: list[PlannedLayer]
-    finished: list[_Unit]
+    layers: list[Layer]
+    finished: list[Unit]
     """The units whose last layers these are."""
 
     @property
     def tensors(self) -> list[str]:
         """Those of the checkpoint that are read."""
-        copied = [unit.copied for unit in self.finished if unit.copied]
+        copied = [unit.tensor for unit in self.finished if unit.tensor]
         return [*(name for layer in self.layers for name in layer.tensors), *copied]
+
+
+class _LayerResult(NamedTuple):
+    """What is known of a layer that is split, until all of its unit are."""
+
+    factors: tuple[Tensor, Tensor]
+    """Its start factors, on the CPU."""
+    lost: float
+    whole: float
+    record: dict[str, Any]
+    """What pissa.json says of it."""
 
 
 class _Split(Rewrite):
     """One run of `init`."""
 
     command = "init"
+    plan: SplitPlan
 
-    def __init__(self, plan: Plan, target: Path, memory: int, device: torch.device) -> None:
-        super().__init__(plan.source, target, layouts(plan), _units(plan))
-        self.plan, self.memory, self.device = plan, memory, device
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self._noted: dict[str, tuple[float, float, list[Any]]] = {}
+    def __init__(self, plan: SplitPlan, target: Path, memory: int, device: torch.device) -> None:
+        super().__init__(plan, target)
+        self.memory, self.device = memory, device
+        self._waiting: dict[str, _LayerResult] = {}
 
     def identity(self) -> dict[str, Any]:
-        config = self.plan.config
-        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        return {
-            **{name: _plain(value) for name, value in fields.items() if name not in _NO_INFLUENCE},
-            "experts": self.plan.experts,
-            "device": self.device.type,
-            "target": str(self.target),
-        }
+        others = {"experts": self.plan.experts, "device": self.device.type, "target": str(self.target)}
+        values = {field.name: getattr(self.plan.config, field.name) for field in dataclasses.fields(PissaConfig)}
+        del values["base_model_name_or_path"], values["runtime_config"]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()} | others
 
-    def groups(self, units: Sequence[_Unit]) -> Iterator[_Group]:
+    def groups(self, units: Sequence[Unit]) -> Iterator[_Group]:
         """The layers of the units, in order, in groups that stay within the memory, or of a single layer."""
         limit = _GROUP * torch.get_num_threads()
         group, size, elements = _Group([], []), 0, 0
@@ -200,39 +178,37 @@ class _Split(Rewrite):
         yield group
 
     def write(self, out: Output, group: _Group) -> dict[str, Result]:
-        if group.layers:
-            self._split(out, group.layers)
+        self._split(out, group.layers)
         results: dict[str, Result] = {}
         for unit in group.finished:
-            results[unit.name] = {}
+            if unit.tensor is not None:
+                self.copy(out, unit.tensor)
+            done = {layer.name: self._waiting.pop(layer.name) for layer in unit.layers}
             if unit.factors is not None:
-                pairs = [self._factors.pop(layer.name) for layer in unit.layers]
-                for key, tensor in unit.factors.pack(pairs).items():
+                for key, tensor in unit.factors.pack([one.factors for one in done.values()]).items():
                     out.write(INITIAL_WEIGHTS, key, tensor)
-                noted = {layer.name: self._noted.pop(layer.name) for layer in unit.layers}
-                results[unit.name] = {
-                    "lost": sum(lost for lost, _, _ in noted.values()),
-                    "whole": sum(whole for _, whole, _ in noted.values()),
-                    "records": {name: record for name, (_, _, record) in noted.items()},
-                }
-            if unit.copied is not None:
-                self.copy(out, unit.copied)
+            results[unit.name] = {
+                "lost": sum(one.lost for one in done.values()),
+                "whole": sum(one.whole for one in done.values()),
+                "records": {name: one.record for name, one in done.items()},
+            }
         return results
 
-    def _split(self, out: Output, layers: Sequence[PlannedLayer]) -> None:
-        """Splits these layers, writes their residuals, and keeps their start factors, on the CPU."""
+    def _split(self, out: Output, layers: Sequence[Layer]) -> None:
+        """Splits these layers, and writes their residuals."""
         weights = {layer.name: layer.matrix(self.source).to(self.device) for layer in layers}
         for form in dict.fromkeys(layer.form for layer in layers):
             these = [layer for layer in layers if layer.form == form]
-            config, names = self.plan.config_of(these[0]), [layer.name for layer in these]
-            some = [weights[name] for name in names]
+            config, names = self.plan.configs[these[0].name], [layer.name for layer in these]
+            some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
             try:
-                found = start_factors(StartTask(some, [layer.origin for layer in these], config, names))
+                found = start_factors(StartTask(some, origins, config, names))
             except ValueError as error:
-                raise ValueError(f"{_places(self.plan, these)}: {error}") from error
+                paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
+                raise ValueError(f"{', '.join(paths)}: {error}") from error
             starts = [
-                StartFactors(start.a0, start.b0, layer.origin, start.taken)
-                for start, layer in zip(found, these, strict=True)
+                StartFactors(start.a0, start.b0, origin, start.taken)
+                for start, origin in zip(found, origins, strict=True)
             ]
             residuals = residuals_of(some, starts, form, names)
             of_weights = read([fingerprint(weight) for weight in some])
@@ -240,32 +216,33 @@ class _Split(Rewrite):
             of_starts = read([fingerprint(*start_tensors(start)) for start in starts])
             for i, (layer, weight, start, residual) in enumerate(zip(these, some, starts, residuals, strict=True)):
                 self.write_layer(out, layer, residual)
-                if has_taken(config):
-                    for name, values in taken_tensors(layer, start).items():
-                        out.write(PISSA_WEIGHTS, name, values)
-                record = [of_weights[i], of_residuals[i], of_starts[i], start.rank_taken or None]
-                self._noted[layer.name] = (*_sampled_error(weight, residual, start), record)
-                self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()
+                for name, values in self.plan.taken_tensors(layer, start).items():
+                    out.write(PISSA_WEIGHTS, name, values)
+                record = LayerRecord(
+                    start.origin.r,
+                    start.origin.scaling,
+                    of_weights[i],
+                    form,
+                    stored=of_residuals[i],
+                    start=of_starts[i],
+                    taken=start.rank_taken or None,
+                )
+                lost, whole = _sampled_error(weight, residual, start)
+                factors = start.a0.cpu(), start.b0.cpu()
+                self._waiting[layer.name] = _LayerResult(factors, lost, whole, record.as_json())
 
     def end(self, out: Output) -> None:
-        plan = self.plan
-        plan.lora.base_model_name_or_path = str(self.target)
-        noted = {name: record for result in self.results.values() for name, record in result.get("records", {}).items()}
-        records = {}
-        for name, layer in plan.layers.items():
-            weight, stored, start, taken = noted[name]
-            records[name] = LayerRecord(
-                layer.origin.r, layer.origin.scaling, weight, layer.form, stored=stored, start=start, taken=taken
-            )
-        packed = [layer for layer in plan.layers.values() if layer.is_packed]
-        self.write_config(out, packed, plan.dense_linears, experts=plan.has_packed_experts)
-        out.path(INITIAL_CONFIG).write_text(plain_config_text(plan.lora, plan.model_type))
-        out.path(PISSA_RECORD).write_text(AdapterRecord(plan.config, records).text())
+        lora, records = self.plan.lora, dict[str, LayerRecord]()
+        lora.base_model_name_or_path = str(self.target)
+        for result in self.results.values():
+            records |= {name: LayerRecord.from_json(record) for name, record in result["records"].items()}
+        out.path(INITIAL_CONFIG).write_text(plain_config_text(lora, self.plan.model_type))
+        out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
-    def in_flight(self, layer: PlannedLayer) -> int:
+    def in_flight(self, layer: Layer) -> int:
         """Bytes that a layer takes while it is split, beside the mapped file."""
-        config = self.plan.config_of(layer)
-        elements, sides, r = math.prod(layer.shape), sum(layer.shape), layer.origin.r
+        config = self.plan.configs[layer.name]
+        elements, sides, r = math.prod(layer.shape), sum(layer.shape), self.plan.origins[layer.name].r
         method = INIT_METHODS[config.init]
         size = 4 * sides * (r + _sketch(r, config))
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
@@ -278,27 +255,10 @@ class _Split(Rewrite):
         return size
 
 
-def _units(plan: Plan) -> list[_Unit]:
-    """All units, in the order in which their first tensors lie in the files."""
-    places = {name: number for number, name in enumerate(plan.source.names)}
-    found = []
-    for factors in plan.factors:
-        layers = tuple(plan.layers[name] for name in factors.layers)
-        found.append(_Unit(factors.keys[0], layers, factors, None))
-    found += [_Unit(f"copy {name}", (), None, name) for name in plan.copied]
-    return sorted(found, key=lambda unit: places[unit.tensors[0]])
-
-
 def _sketch(r: int, config: PissaConfig) -> int:
     """Columns of the bases that a decomposition keeps, about."""
     passes = 14 if config.svd_passes == "auto" else config.svd_passes
     return (r + 16) * (passes // 2 + 1)
-
-
-def _places(plan: Plan, layers: Sequence[PlannedLayer]) -> str:
-    """The files in which layers lie, for messages."""
-    paths = dict.fromkeys(str(plan.source.entry(name).path) for layer in layers for name in layer.tensors)
-    return ", ".join(paths)
 
 
 # ---- The error -------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.kinds import base_of
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import residual_tensors
-from pissa.checkpoints.new_files import INITIAL_WEIGHTS, start_tensors
 from pissa.checkpoints.packed import Entries, mapped_model, of_layer
+from pissa.checkpoints.split_plan import INITIAL_WEIGHTS, start_tensors
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.hub import adapter_folder

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.checkpoints.merge_plan import MergePlan, Unit
+from pissa.checkpoints.merge_plan import Planner
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.packed import of_layer
+from pissa.checkpoints.plan import Plan, Unit
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.files.source import Source
+from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
 
@@ -58,8 +60,6 @@ def merge(
     target: str | os.PathLike[str],
     *,
     quant: str | None = None,
-    blocksize: int | None = None,
-    double_quant: bool | None = None,
     initial: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> Merged:
@@ -70,19 +70,14 @@ def merge(
     these are, bit for bit, the weights of `PissaModel.merge_and_unload`; in another, W is cast to that one first. A run
     that was killed goes on when it is called again with the same arguments, and ends with the same bytes.
 
-    The base function is the one of the training:
-
-    - An adapter of ours, on the checkpoint that it was trained on, which a fingerprint of each weight shows. If it was
-      trained with a stored residual (`quant`), that is computed from the weight once more: exact, where the plain LoRA
-      is not.
-    - `source` may be what `pissa init` has written, a residual and its start: then the residual is decoded.
-    - A plain LoRA, and all that `pissa.convert` reads, on the checkpoint that is given; nothing shows whether it is the
-      right one, but for names and shapes. One that was trained on a residual lacks that one's rounding.
+    The base function is the one of the training. A stored residual of ours (`quant`) is computed from the weight once
+    more, which a fingerprint shows to be the right one: exact, where the plain LoRA is not. `source` may also be what
+    `pissa init` has written: then the residual is decoded. For a plain LoRA, and all else that `pissa.convert` reads,
+    nothing shows whether the checkpoint is the right one, but names and shapes.
 
     Args:
         quant: a format, "nf4" or "int8": all linear layers but the output layer are written in it, as transformers with
             bitsandbytes makes it of the merged weights. None: dense.
-        blocksize, double_quant: of the format; see `pissa.ops.quantize`.
         initial: the adapter before training, or the residual model that has it; see `pissa.convert`.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
@@ -92,56 +87,43 @@ def merge(
         OSError: the disk is full, or fails.
     """
     begin = time.perf_counter()
-    form = IMPLICIT if quant is None else _form(quant, blocksize, double_quant)
+    check_choice("quant", quant, (None, *FORMATS))
+    form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
     with Source.open(source) as found, torch.no_grad():
         read = read_adapter(Path(adapter), found, initial)
-        plan = MergePlan.of(found, read.folder, form)
-        run = _Merge(plan, read, Path(target))
+        run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
         return run.merged(time.perf_counter() - begin)
 
 
-def _form(quant: str, blocksize: int | None, double_quant: bool | None) -> Form:
-    if quant not in FORMATS:
-        raise ValueError(f"quant: got {quant!r}; allowed: None, {', '.join(map(repr, FORMATS))}")
-    return Form.quantised(quant, *FORMATS[quant].options(blocksize, double_quant, 1))
-
-
 class _Merge(Rewrite):
     command = "merge"
 
-    def __init__(self, plan: MergePlan, adapter: Adapter, target: Path) -> None:
-        super().__init__(plan.source, target, plan.files, plan.units)
-        self.plan, self.adapter = plan, adapter
+    def __init__(self, plan: Plan, adapter: Adapter, form: Form, target: Path) -> None:
+        super().__init__(plan, target)
+        self.adapter, self.form = adapter, form
 
     def merged(self, seconds: float) -> Merged:
         """The report."""
         adapted = [unit for unit in self.plan.units if unit.factors is not None]
         changed = [self.results[unit.name] for unit in adapted]
         lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
-        errors = Errors.of(self.results)
         return Merged(
             what=self.adapter.what,
             layers=sum(len(unit.layers) for unit in adapted),
-            quantised=sum(layer.is_packed for layer in self.plan.layers.values()),
+            quantised=len(self.plan.packed),
             bytes_read=self.bytes_read,
             bytes_written=self.bytes_written,
             bytes_done_before=self.bytes_done_before,
             seconds=seconds,
-            error=errors.all,
             error_of_change=math.sqrt(lost / change) if change else 0.0,
-            worst=errors.worst,
-            error_of_worst=errors.of_worst,
-            mean_error=errors.mean,
+            **Errors.of(self.results)._asdict(),
         )
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "form": self.plan.form.describe(),
-            **{what: states(folder) for what, folder in self.adapter.folders.items()},
-        }
+        return {"form": self.form.describe(), **states(self.adapter)}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
@@ -151,31 +133,25 @@ class _Merge(Rewrite):
         lost, whole, change = map(sum, sums)
         return {unit.name: {"lost": lost, "whole": whole, "change": change}}
 
-    def end(self, out: Output) -> None:
-        packed = [layer for layer in self.plan.layers.values() if layer.is_packed]
-        self.write_config(out, packed, self.plan.dense_linears)
-
     def _write(self, out: Output, trained: Trained) -> tuple[float, float, float]:
         """Writes a layer: ‖Q - W'‖², ‖W'‖² and ‖change‖²."""
         layer, weight, change = trained
-        rounded, form, codes = weight.to(layer.dtype), layer.form, None
-        if form != IMPLICIT:
+        dense, form = weight.to(layer.dtype), layer.form
+        new: Tensor | ops.QuantizedWeight = dense
+        if layer.is_packed:
             with of_layer(layer.name):
-                codes = ops.quantize(rounded, form.kind, blocksize=form.blocksize, double_quant=form.double_quant)
-        written = rounded if codes is None else ops.dequantize(codes)
+                new = ops.quantize(dense, form.kind, blocksize=form.blocksize, double_quant=form.double_quant)
+        written = ops.dequantize(new) if isinstance(new, ops.QuantizedWeight) else new
         whole = float(torch.linalg.vector_norm(weight))
         lost = 0.0 if written is weight else float(torch.linalg.vector_norm(weight.sub_(written)))
         if not math.isfinite(whole + lost):
             raise ValueError(f"layer {layer.name}: its merged weight is not finite in {layer.dtype}")
-        if codes is None and layer.entries:
-            out.write(self.file_of(layer.tensors[0]), layer.parts[0].tensor, rounded)
-        else:
-            self.write_layer(out, layer, rounded if codes is None else codes)
+        self.write_layer(out, layer, new)
         return lost**2, whole**2, change
 
     def _other_tensor(self, unit: Unit) -> Tensor:
         assert unit.tensor is not None
-        tensor = self.plan.source.read(unit.tensor)
+        tensor = self.source.read(unit.tensor)
         if unit.key is None:
             return tensor
         value = self.adapter.folder.weights.read(unit.key)
@@ -186,7 +162,10 @@ class _Merge(Rewrite):
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
 
 
-def states(folder: Path) -> dict[str, str]:
-    """The files of an adapter as they are."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns" for path in paths}
+def states(adapter: Adapter) -> dict[str, str]:
+    """The files of an adapter as they are, for the identity of a run."""
+    found = {}
+    for what, folder in adapter.folders.items():
+        for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
+            found[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
+    return found

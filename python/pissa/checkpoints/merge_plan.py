@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,98 +16,28 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa.base.bitsandbytes import from_state
 from pissa.base.kinds import adopted, base_of
-from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape, new_shards
 from pissa.checkpoints.packed import packed_layers
+from pissa.checkpoints.plan import Layer, Plan, Unit, in_order, linear_layers, matrix_shape, new_shards
 from pissa.config import IMPLICIT, Form
-from pissa.files.composition import Composition, Part
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
-from pissa.files.model_folder import meta_model
+from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
-from pissa.files.safetensors_header import Layout
 from pissa.files.source import Source
 from pissa.layers.experts import is_transposed
-
-
-@dataclass(frozen=True)
-class MergedLayer(CheckpointLayer):
-    """A layer whose weight changes, or the form in which it is kept: IMPLICIT for dense."""
-
-    entries: Mapping[str, str] = field(default_factory=dict)
-    """If the checkpoint has its weight in codes: the tensors of bitsandbytes' entries, by the entries' names."""
-    transposed: bool = False
-    """Whether the module's own weight is [in, out]."""
-    own_key: str | None = None
-    """The adapter's tensor that the adapter was trained on in the place of the checkpoint's weight."""
-    mirrored: bool = False
-    """Whether the factors in the adapter's file are those of the transposed matrix."""
-
-    @property
-    def tensors(self) -> list[str]:
-        return list(self.entries.values()) or super().tensors
-
-
-class Unit(NamedTuple):
-    """What is done at once: all layers of a pair of factors, a layer without any, or one other tensor."""
-
-    name: str
-    layers: tuple[MergedLayer, ...] = ()
-    factors: LoraFactors | None = None
-    tensor: str | None = None
-    """The other tensor; it is copied, unless there is a key."""
-    key: str | None = None
-    """The adapter's tensor that takes its place."""
-    rows: tuple[int, ...] | None = None
-    """The rows whose place the adapter's tensor takes, if not all."""
-    scaling: float | None = None
-    """With it, the adapter's tensor is added."""
-
-    @property
-    def tensors(self) -> list[str]:
-        """The tensors of the checkpoint that it is made of."""
-        found = [tensor for layer in self.layers for tensor in layer.tensors]
-        return list(dict.fromkeys([*found, *([self.tensor] if self.tensor else [])]))
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What is to be done with a checkpoint."""
-
-    source: Source
-    units: list[Unit]
-    """In the order of the files."""
-    files: dict[str, Layout]
-    """The new safetensors files, by name."""
-    form: Form
-    dense_linears: list[str]
-    """The linear layers of the model that are dense in the new checkpoint."""
-
-    @staticmethod
-    def of(source: Source, adapter: LoraFolder, form: Form) -> MergePlan:
-        """The plan for a checkpoint.
-
-        Args:
-            form: how the linear layers, without the output layer, are written: IMPLICIT for dense.
-
-        Raises:
-            ValueError: a checkpoint that cannot be read, or what cannot be merged, naming the layer or the tensor.
-        """
-        return Planner(source, adapter, form).plan()
-
-    @property
-    def layers(self) -> dict[str, MergedLayer]:
-        """All layers, by name."""
-        return {layer.name: layer for unit in self.units for layer in unit.layers}
 
 
 class Planner:
     """Finds in a checkpoint what an adapter changes.
 
+    Args:
+        form: how the linear layers, without the output layer, are written: IMPLICIT for dense.
+
     Raises:
-        ValueError: as `MergePlan.of`.
+        ValueError: a checkpoint that cannot be read.
     """
 
-    def __init__(self, source: Source, adapter: LoraFolder, form: Form) -> None:
+    def __init__(self, source: Source, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
         self.source, self.adapter, self.form = source, adapter, form
         self.model: Any = meta_model(source.folder)
         self.packed = packed_layers(source.names)
@@ -127,26 +57,28 @@ class Planner:
             output = self.model.get_output_embeddings()
             self.quantised = {name for name in self.linears if linears[name] is not output}
 
-    def plan(self) -> MergePlan:
+    def plan(self) -> Plan:
+        """The plan of a merge.
+
+        Raises:
+            ValueError: what cannot be merged, naming the layer or the tensor.
+        """
         units = [self.unit_of(factors) for factors in self.adapter.factors.values()]
         adapted = {layer.name for unit in units for layer in unit.layers}
         for name in self.linears if self.packed else self.quantised:
             if name not in adapted:
                 layer = self._layer(name, False, 2)
-                units += [Unit(name, (layer,))] if layer.entries or layer.form != IMPLICIT else []
+                units += [Unit(name, (layer,))] if layer.entries or layer.is_packed else []
         units += self._beside_factors(adapted)
         self._check_changed_once(units)
         changed = {tensor for unit in units for tensor in unit.tensors}
         if left := sorted(self.codes - changed):
             raise ValueError(
-                f"{self.source.entry(left[0]).path}: tensor {shown(left[0])} is a part of codes of which only "
+                f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes of which only "
                 f"pissa.load makes a model; {_IN_MEMORY}"
             )
-        units += [Unit(f"copy {name}", tensor=name) for name in self.source.names if name not in changed]
-        places = {name: number for number, name in enumerate(self.source.names)}
-        units.sort(key=lambda unit: min(places[tensor] for tensor in unit.tensors))
         dense = [name for name in linear_layers(self.model) if name not in self.quantised]
-        return MergePlan(self.source, units, self.files(units), self.form, dense)
+        return Plan(self.source, in_order(self.source, units), new_shards(self.source, units), dense)
 
     def parts_of(self, name: str) -> tuple[Part, ...]:
         """What a parameter that is no matrix [in, out] consists of.
@@ -156,7 +88,10 @@ class Planner:
         """
         if name not in self.tensors:
             raise ValueError(f"the model in {self.source.folder} has no {name}")
-        return self.composition.matrix(self._stored_name(name), transposed=False)
+        for other in [name, *self._sharing(name)]:  # the checkpoint has a tied parameter under one of its names
+            with suppress(ValueError):
+                return self.composition.matrix(other, transposed=False)
+        return self.composition.matrix(name, transposed=False)
 
     def _sharing(self, name: str) -> list[str]:
         """The names of all parameters that are this one."""
@@ -165,7 +100,7 @@ class Planner:
     # -- layers
 
     def unit_of(self, factors: LoraFactors) -> Unit:
-        """The unit of a target of the adapter; raises as `MergePlan.of`."""
+        """The unit of a target of the adapter; raises as `plan`."""
         layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
         needed = (factors.out, math.prod(factors.row))
         if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
@@ -175,7 +110,7 @@ class Planner:
             )
         return Unit(factors.target, layers, factors)
 
-    def _adapted(self, factors: LoraFactors) -> MergedLayer:
+    def _adapted(self, factors: LoraFactors) -> Layer:
         """The layer of factors that are not those of fused experts."""
         name = factors.layers[0]
         module = self._module(name)
@@ -199,7 +134,7 @@ class Planner:
         layer = self._layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
         return replace(layer, own_key=key if key in self.adapter.other_keys else None)
 
-    def _experts(self, factors: LoraFactors) -> tuple[MergedLayer, ...]:
+    def _experts(self, factors: LoraFactors) -> tuple[Layer, ...]:
         key, (path, _, leaf) = factors.target, factors.target.rpartition(".")
         module = self._module(path)
         weights = getattr(module, leaf, None)
@@ -212,20 +147,20 @@ class Planner:
             stack = self.composition.stack(key, len(weights), is_transposed(module))
         mirrored = is_mirrored(module)
         return tuple(
-            MergedLayer(name, parts, *matrix_shape(name, parts, self.source), IMPLICIT, mirrored=mirrored)
+            Layer(name, parts, *matrix_shape(name, parts, self.source), is_expert=True, mirrored=mirrored)
             for name, parts in zip(factors.layers, stack, strict=True)
         )
 
-    def _layer(self, name: str, transposed: bool, dimensions: int) -> MergedLayer:
+    def _layer(self, name: str, transposed: bool, dimensions: int) -> Layer:
         with self._blamed(name):
             parts = self.composition.matrix(f"{name}.weight", transposed)
             form = self.form if name in self.quantised else IMPLICIT
             entries = self.packed.get(parts[0].tensor.removesuffix(".weight"), {})
             if not entries:
                 shape, dtype = matrix_shape(name, parts, self.source, dimensions)
-                return MergedLayer(name, parts, shape, dtype, form, transposed=transposed)
+                return Layer(name, parts, shape, dtype, form, transposed=transposed)
             weight = from_state({entry: self.source.read(tensor) for entry, tensor in entries.items()})
-            return MergedLayer(name, parts, weight.shape, self.model.config.dtype or torch.float32, form, entries)
+            return Layer(name, parts, weight.shape, self.model.config.dtype or torch.float32, form, entries=entries)
 
     def _module(self, name: str) -> Any:
         try:
@@ -297,20 +232,7 @@ class Planner:
         indices = self.adapter.config.get("trainable_token_indices")
         if isinstance(indices, dict):
             indices = next((value for name, value in indices.items() if f".{place}".endswith(f".{name}")), None)
-        if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
-            raise ValueError(
-                f"{self.adapter.config_path}: trainable_token_indices is {shown(indices)}; needed: the rows of {place} "
-                f"that {self.adapter.weights.path} has values of"
-            )
-        return tuple(indices)
-
-    def _stored_name(self, name: str) -> str:
-        """The name of a tied parameter under which the checkpoint has it."""
-        for other in [name, *self._sharing(name)]:
-            with suppress(ValueError):
-                self.composition.matrix(other, transposed=False)
-                return other
-        return name
+        return tuple(indices or ())
 
     def _check_shared(self, units: list[Unit]) -> None:
         """Refuses what would change a tied weight although the adapter has it for one of its layers only. Tokens of the
@@ -331,16 +253,9 @@ class Planner:
             if count > 1:
                 names = [unit.name for unit in units if tensor in unit.tensors]
                 raise ValueError(
-                    f"{self.source.entry(tensor).path}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
+                    f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
                     f"{_IN_MEMORY}"
                 )
-
-    # -- files
-
-    def files(self, units: Iterable[Unit]) -> dict[str, Layout]:
-        """The new files."""
-        layers = [layer for unit in units for layer in unit.layers]
-        return new_shards(self.source, [layer for layer in layers if layer.entries or layer.is_packed])
 
 
 _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"

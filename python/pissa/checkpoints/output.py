@@ -1,4 +1,8 @@
-"""The folder that a run writes: all of it is in a hidden folder until all of it is finished."""
+"""The folder that a run writes: all of it is in a hidden folder until all of it is finished.
+
+Its safetensors files have their whole length and their header from the beginning. Their tensors come in any order, from
+all ranks, and what is done is noted batch by batch: a run that was killed goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +21,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa.checkpoints.planned_file import PlannedFile, create, is_finished
+from pissa.base.digest import bytes_of
 from pissa.distributed import agree, rank
 from pissa.files.messages import read_object, reading, shown
-from pissa.files.safetensors_header import Layout
-from pissa.files.staged import CompletedError, Staged, check_unused, put_in_place
+from pissa.files.staged import CompletedError, Staged, check_unused, flush_folder, put_in_place
+from pissa.files.tensor_file import Layout
 from pissa.notices import UnlockedFolderWarning
 
 UNFINISHED = ".unfinished"
@@ -45,7 +49,8 @@ class Output:
             out.finish()
 
     All ranks enter the block together, inside `distributed.failing_together`, and call `finish` together. Until then
-    there is only the hidden folder, which stays after an error or a kill.
+    there is only the hidden folder, which stays after an error or a kill. Every tensor belongs to a batch: a noted
+    batch is on the disk.
 
     Args:
         identity: of the plan, the same on all ranks: a value of JSON for each thing that decides what is written.
@@ -60,14 +65,14 @@ class Output:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], layouts: Mapping[str, Layout]) -> None:
         self.folder = folder
-        self._identity = identity
+        self._identity = json.dumps(identity, indent=2, allow_nan=False) + "\n"
         self._layouts = layouts
         self._hidden = folder / UNFINISHED
         self._files = self._hidden / "files"  # under their own names
         self._notes = self._hidden / "done"  # a file of JSON for each finished batch
         self.done: dict[str, Any] = {}
         """The results of the finished batches: of all earlier runs, and of this process."""
-        self._open: dict[str, PlannedFile] = {}
+        self._handles: dict[str, int] = {}  # of the files that this process writes to
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pissa-output")
         self._noting: Future[None] | None = None
         self._lock: int | None = None
@@ -81,16 +86,13 @@ class Output:
             if rank() == 0:
                 self._begin()
             agree()
-            if rank() != 0:
-                self._lock = _locked(self._hidden, fcntl.LOCK_SH)
-                self._check_identity()
+            self._check_identity()
             for path in sorted(self._notes.glob("*.json")):
                 with reading(path, self._remedy()):
                     self.done[path.stem] = read_object(path)
             agree()  # before the first batch of this run
         except BaseException:
             self._close()
-            self._unlock()
             raise
         return self
 
@@ -98,17 +100,36 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        self._unlock()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                f"{self.folder} cannot be written: {error.strerror}; make room, and the same command goes on"
-            ) from error
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and error.strerror and (is_full or error.filename is None):
+            remedy = "; make room, and the same command goes on" if is_full else ""
+            raise OSError(f"{self.folder} cannot be written: {error.strerror}{remedy}") from error
 
-    def write(self, file: str, name: str, tensor: Tensor, first: int | None = None) -> None:
-        """Writes a tensor of the file, or some of its rows; see `PlannedFile.write`."""
-        if file not in self._open:
-            self._open[file] = PlannedFile(self._files / file, self._layouts[file])
-        self._open[file].write(name, tensor, first)
+    def write(self, file: str, name: str, tensor: Tensor, member: int | None = None) -> None:
+        """Writes a tensor of a file, or one matrix of a stack.
+
+        Args:
+            tensor: of the planned dtype and shape.
+            member: the number of the matrix in the stack.
+
+        Raises:
+            ValueError: another dtype or another shape.
+            OSError: the disk is full after all, or fails.
+        """
+        dtype, shape, offset, _ = self._layouts[file].entries[name]
+        if member is not None:
+            shape, offset = shape[1:], offset + member * tensor.nbytes
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise ValueError(
+                f"{self._files / file}: tensor {shown(name)}: got {tensor.dtype} {list(tensor.shape)}; planned: "
+                f"{dtype} {list(shape)}"
+            )
+        if file not in self._handles:
+            self._handles[file] = os.open(self._files / file, os.O_RDWR)
+        left = bytes_of(tensor.detach().cpu().contiguous())
+        while left:
+            written = os.pwrite(self._handles[file], left, offset)
+            left, offset = left[written:], offset + written
 
     def add(self, batch: str, result: Mapping[str, Any]) -> None:
         """Notes that all tensors of a batch have been written: as soon as they are on the disk, beside what follows.
@@ -132,11 +153,6 @@ class Output:
     def finish(self) -> None:
         """Puts all files in place; raises as the class does."""
         self._wait()
-        for file in self._open.values():
-            file.flush()
-        self._close()
-        if rank() != 0:
-            self._unlock()
         agree()
         if rank() == 0:
             self._place()
@@ -157,60 +173,74 @@ class Output:
         if not self._hidden.exists():
             check_unused(self.folder)
         self._hidden.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._hidden, fcntl.LOCK_EX)
-        new = not (self._hidden / IDENTITY).exists()  # or killed as it began, or when all was in place
-        try:
-            if new:
-                shutil.rmtree(self._files, ignore_errors=True)
-                shutil.rmtree(self._notes, ignore_errors=True)
-                check_unused(self.folder, besides=UNFINISHED)
-            else:
-                self._check_identity()
-            files = {self._files / name: layout for name, layout in self._layouts.items() if not self._is_placed(name)}
-            if not new:
-                self._check_whole(files)
-            create(files)
-            if new:
-                with Staged(self._hidden) as staged:
-                    staged.path(IDENTITY).write_text(_text(self._identity))
+        self._lock = _locked(self._hidden)
+        if (self._hidden / IDENTITY).exists():
+            self._check_identity()
+            self._check_whole()
+            return
+        try:  # or an earlier run was killed as it began, or when all was in place
+            shutil.rmtree(self._files, ignore_errors=True)
+            shutil.rmtree(self._notes, ignore_errors=True)
+            check_unused(self.folder, besides=UNFINISHED)
+            self._allocate()
+            with Staged(self._hidden) as staged:
+                staged.path(IDENTITY).write_text(self._identity)
         except BaseException:
-            if new:
-                self.discard()
+            self.discard()
             raise
-        _take(self._lock, self._hidden, fcntl.LOCK_SH)
+
+    def _allocate(self) -> None:
+        """Makes the safetensors files: the whole of each on the disk, so that a full disk shows before anything is
+        computed.
+
+        Raises:
+            OSError: the disk is full, or cannot be written to; the message says how much is needed.
+        """
+        needed, free = sum(layout.size for layout in self._layouts.values()), shutil.disk_usage(self._hidden).free
+        for name, layout in self._layouts.items():
+            path = self.path(name)
+            try:
+                with open(path, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, layout.size)
+                    file.write(layout.header)
+            except OSError as error:
+                raise OSError(
+                    f"{path} cannot be written ({error.strerror}): {needed / 1e9:.3g} GB are needed, and "
+                    f"{free / 1e9:.3g} GB free there: make room, or take a folder on another disk"
+                ) from error
+        for folder in {(self._files / name).parent for name in self._layouts}:
+            flush_folder(folder)
 
     def _is_complete(self) -> bool:
         """Whether a run of this identity has ended, and its files are still there."""
         path = self.folder / FINISHED
-        is_mine = path.is_file() and path.read_text() == _text(self._identity)
-        return is_mine and all(is_finished(self.folder / name, layout) for name, layout in self._layouts.items())
+        is_mine = path.is_file() and path.read_text() == self._identity
+        return is_mine and all(_holds(self.folder / name, layout) for name, layout in self._layouts.items())
 
     def _check_identity(self) -> None:
         """Raises ValueError, naming what differs, if the unfinished run is of another identity."""
         with reading(self._hidden / IDENTITY, self._remedy()):
-            found = read_object(self._hidden / IDENTITY)
-        if changed := list(_changes(found, json.loads(_text(self._identity)))):
-            what = "; ".join(f"{name} was {shown(was)}, is {shown(now)}" for name, was, now in changed[:3])
+            was = read_object(self._hidden / IDENTITY)
+        now = json.loads(self._identity)
+        if changed := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+            what = "; ".join(f"{name} was {shown(was.get(name))}, is {shown(now.get(name))}" for name in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
                 f"{self._hidden} is of an unfinished run with another plan: {what}{more}. {self._remedy()}"
             )
 
+    def _check_whole(self) -> None:
+        """Raises ValueError unless each file is where the unfinished run made it, or in place already: batches of it
+        may be written."""
+        for name, layout in self._layouts.items():
+            if not _holds(self._files / name, layout) and not _holds(self.folder / name, layout):
+                raise ValueError(
+                    f"{self._files / name} is missing or has not the {layout.size} bytes that this unfinished run gave "
+                    f"it: remove {self._hidden} to start anew"
+                )
+
     def _remedy(self) -> str:
         return f"To start anew, remove {self._hidden}, or choose a new folder"
-
-    def _is_placed(self, name: str) -> bool:
-        """Whether a run was killed after it had put this file in place."""
-        return not (self._files / name).exists() and is_finished(self.folder / name, self._layouts[name])
-
-    def _check_whole(self, files: Mapping[Path, Layout]) -> None:
-        """Whether the files are there, of which batches may be written: they are older than the identity."""
-        for path, layout in files.items():
-            if not path.is_file() or path.stat().st_size != layout.size:
-                raise ValueError(
-                    f"{path} is missing or has not the {layout.size} bytes that this unfinished run gave it: remove "
-                    f"{self._hidden} to start anew"
-                )
 
     def _place(self) -> None:
         """Renames all files: config.json, which makes a model of the folder, when the others are there."""
@@ -222,15 +252,14 @@ class Output:
 
     def _remove(self) -> None:
         """Removes the hidden folder: first what makes a run of it."""
-        self._thread.shutdown()
         (self._hidden / IDENTITY).unlink(missing_ok=True)
         shutil.rmtree(self._hidden, ignore_errors=True)
-        self._unlock()
+        self._close()
         shutil.rmtree(self._hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock was
 
     def _note(self, batch: str, result: str) -> None:
-        for file in list(self._open.values()):  # the other thread may open one meanwhile
-            file.flush()
+        for handle in list(self._handles.values()):  # the other thread may open one meanwhile
+            os.fdatasync(handle)
         with Staged(self._notes) as staged:
             staged.path(f"{batch}.json").write_text(result)
 
@@ -241,59 +270,40 @@ class Output:
 
     def _close(self) -> None:
         self._thread.shutdown()
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-
-    def _unlock(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
-def _text(identity: Mapping[str, Any]) -> str:
-    return json.dumps(identity, indent=2, allow_nan=False) + "\n"
+def _holds(path: Path, layout: Layout) -> bool:
+    """Whether the file is there, with the size and the header of its layout."""
+    try:
+        with open(path, "rb") as file:
+            return path.stat().st_size == layout.size and file.read(len(layout.header)) == layout.header
+    except FileNotFoundError:
+        return False
 
 
-def _changes(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The paths at which two objects differ, with both values; None where there is none."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in {**was, **now}:
-            yield from _changes(was.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif was != now:
-        yield name, was, now
-
-
-def _locked(hidden: Path, mode: int) -> int:
-    """An open file with the lock of a run. Rank 0 takes it for itself, and then, like the others, shared: a second run
-    cannot have it for itself before all of them have ended."""
+def _locked(hidden: Path) -> int:
+    """An open file with the lock of a run, which rank 0 holds for all of them."""
     handle = os.open(hidden / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _take(handle, hidden, mode)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _take(handle: int, hidden: Path, mode: int) -> None:
-    try:
-        fcntl.flock(handle, mode | fcntl.LOCK_NB)
-        taken = os.fstat(handle).st_nlink > 0  # no run has finished and removed it meanwhile
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_mine = os.fstat(handle).st_nlink > 0  # no run has finished and removed it meanwhile
     except BlockingIOError:
-        taken = False
+        is_mine = False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
         warnings.warn(
             f"the file system of {hidden.parent} has no locks ({error.strerror}): start no second run into this folder "
             "before this one has ended",
             UnlockedFolderWarning,
             stacklevel=2,
         )
-        taken = True
-    if not taken:
+        is_mine = True
+    if not is_mine:
+        os.close(handle)
         raise ValueError(f"another run is writing to {hidden.parent}: wait until it has ended, or choose a new folder")
-
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+    return handle

@@ -1,246 +1,197 @@
-"""What is to be done with each tensor of a checkpoint: which of them are layers of an adapter, by the model's
-configuration alone. The model is built on the meta device, without values."""
+"""What becomes of each tensor of a checkpoint, by names and shapes alone."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from peft import LoraConfig
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.init_methods import INIT_METHODS
-from pissa.base.start import Origin
-from pissa.checkpoints.layer import CheckpointLayer, linear_layers, matrix_shape
-from pissa.config import PissaConfig
-from pissa.files.composition import Composition, Part
-from pissa.files.model_folder import matrix_of, meta_model
-from pissa.files.peft_layout import FactorTensors, check_uniform, factors_of, plain_config
+from pissa.base.bitsandbytes_state import entry_layout
+from pissa.base.kinds import base_of
+from pissa.config import IMPLICIT, Form
+from pissa.files.messages import shown
+from pissa.files.model_folder import Part, matrix_of
+from pissa.files.peft_layout import FactorTensors
 from pissa.files.source import Source
-from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
-from pissa.layers.factory import leave_out
-from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.linear import PissaLinear
-from pissa.model.inject import own_config
-from pissa.model.pissa_model import model_class
+from pissa.files.tensor_file import Layout
+from pissa.ops.checks import FLOATS
+from pissa.ops.formats import FORMATS
 
-DENSE = "dense"
+_Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtypes and shapes, by name."""
 
 
 @dataclass(frozen=True)
-class PlannedLayer(CheckpointLayer):
-    """A layer that gets an adapter."""
+class Layer:
+    """A layer of a checkpoint that is written anew."""
 
-    origin: Origin
-    is_expert: bool
+    name: str
+    """In the model. Each matrix of fused experts is a layer."""
+    parts: tuple[Part, ...]
+    """What its matrix [out, in] consists of, one below the other."""
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """Of the dense weight."""
+    form: Form = IMPLICIT
+    """How it is written: in codes, if the form is a format; else dense."""
+    is_expert: bool = False
     """Of a fused weight."""
+    entries: Mapping[str, str] = field(default_factory=dict)
+    """If the checkpoint has its weight in codes: the tensors of bitsandbytes' entries, by the entries' names."""
+    transposed: bool = False
+    """Whether the module's own weight is [in, out]."""
+    own_key: str | None = None
+    """The adapter's tensor that the adapter was trained on in the place of the checkpoint's weight."""
+    mirrored: bool = False
+    """Whether the factors in the adapter's file are those of the transposed matrix."""
 
-    def matrix(self, source: Source) -> Tensor:
-        """The weight: a view of the mapped file, if it has one part."""
-        return matrix_of(self.parts, source)
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of the checkpoint that it is read from."""
+        return list(self.entries.values()) or [part.tensor for part in self.parts]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is written in codes."""
+        return self.form.kind in FORMATS
 
     @property
     def target(self) -> str:
-        return self.name if self.is_expert else super().target
+        """What its module is called in the new checkpoint, if it is written in codes: transformers finds them by the
+        checkpoint's own names, unless they are of something that it has put together."""
+        part = self.parts[0]
+        own = part.tensor.removesuffix(".weight")
+        is_own = len(self.parts) == 1 and part.member is None and own != part.tensor and not self.is_expert
+        return own if is_own else self.name
+
+    @property
+    def written(self) -> _Tensors:
+        """The tensors that it is written in, if it changes its form."""
+        if not self.is_packed:
+            return {self.parts[0].tensor: (self.dtype, self.shape)}
+        entries = entry_layout(self.form, self.shape, self.dtype)
+        return {f"{self.target}.{name}": kind for name, kind in entries.items()}
+
+    def matrix(self, source: Source) -> Tensor:
+        """The dense weight: a view of the mapped file, if it has one part."""
+        return matrix_of(self.parts, source)
+
+
+class Unit(NamedTuple):
+    """What is done, and noted, at once: all layers of a pair of factors, a layer without any, or one other tensor."""
+
+    name: str
+    layers: tuple[Layer, ...] = ()
+    factors: FactorTensors | None = None
+    tensor: str | None = None
+    """The other tensor; it is copied, unless there is a key."""
+    key: str | None = None
+    """The adapter's tensor that takes its place."""
+    rows: tuple[int, ...] | None = None
+    """The rows whose place the adapter's tensor takes, if not all."""
+    scaling: float | None = None
+    """With it, the adapter's tensor is added."""
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of the checkpoint that it is made of."""
+        found = [tensor for layer in self.layers for tensor in layer.tensors]
+        return list(dict.fromkeys([*found, *([self.tensor] if self.tensor else [])]))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a checkpoint."""
+    """What a run makes of a checkpoint."""
 
     source: Source
-    config: PissaConfig
-    """As it was given, but with the names of the layers that it means, and with a stored form."""
-    dense: PissaConfig
-    """The same for layers whose residual stays dense if that of the others is quantised."""
-    experts: str
-    layers: dict[str, PlannedLayer]
-    """By their names, in the order in which they lie in the files."""
-    factors: list[FactorTensors]
-    """Where the plain LoRA keeps their factors."""
-    lora: LoraConfig
-    """The configuration of the plain LoRA of the same rank."""
-    model_type: type[nn.Module]
+    units: list[Unit]
+    """In the order of the files."""
+    files: dict[str, Layout]
+    """The safetensors files that it writes, by their names in the folder; the checkpoint's keep theirs."""
     dense_linears: list[str]
-    """The linear layers of the model that stay dense."""
+    """The linear layers of the model that are dense in the new checkpoint, of which config.json has a list if others
+    are packed."""
 
-    @staticmethod
-    def of(source: Source, config: PissaConfig, experts: str = DENSE) -> Plan:
-        """The plan for a checkpoint. `config` with neither `quant` nor `residual` stands for
-        residual="explicit".
-
-        Args:
-            experts: how the residual of fused experts is kept if that of other layers is quantised: "dense", as in the
-                checkpoint; or in the same format, which it names, each expert by itself.
-
-        Raises:
-            ValueError, TypeError: no such model; a layer that cannot be split, naming it, or whose tensor the
-                checkpoint lacks; what a plain LoRA on a residual cannot hold.
-        """
-        config = own_config(config)
-        if config.quant is None and config.residual is None:
-            config.residual = "explicit"
-        _check_config(config, experts)
-        model = meta_model(source.folder)
-        if getattr(model.config, "quantization_config", None):
-            raise ValueError(
-                f"{source.folder} is quantised already (quantization_config in config.json); needed: the checkpoint in "
-                "16 or 32 bits"
-            )
-        composition = Composition(model, source.names)
-        linears = linear_layers(model)
-        if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
-            config.task_type = "CAUSAL_LM"
-        wrapped = model_class(config)(model, config, "default")
-        if config.modules_to_save:
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
-                "whole, and begins with the training: leave it out here, and name it to the trainer"
-            )
-        base = wrapped.base_model.model
-        layers = pissa_layers(base)
-        check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()})
-        inside = unfused_experts(base)
-        dense = _dense(config) if inside and experts == DENSE else config
-        uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
-        configs = {name: dense if _module_of(name) in inside else config for name in layers}
-        for name, layer in layers.items():
-            _check_layer(name, layer, configs[name], uses)
-        parts = _parts(layers, inside, composition)
-        planned = [
-            _planned(name, layer, parts[name], configs[name], source, _module_of(name) in inside)
-            for name, layer in layers.items()
-        ]
-        places = {name: number for number, name in enumerate(source.names)}
-        planned.sort(key=lambda layer: (places[layer.parts[0].tensor], layer.parts[0].member or 0))
-        packed = {layer.name for layer in planned if layer.is_packed}
-        return Plan(
-            source,
-            config,
-            dense,
-            experts,
-            {layer.name: layer for layer in planned},
-            factors_of(base, layers),
-            plain_config(base, config, "default", layers, times=1),
-            type(base),
-            [name for name in linears if name not in packed],
-        )
-
-    def config_of(self, layer: PlannedLayer) -> PissaConfig:
-        """The configuration by which a layer is split."""
-        return self.config if layer.form == self.config.form else self.dense
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """All layers, by name."""
+        return {layer.name: layer for unit in self.units for layer in unit.layers}
 
     @property
     def copied(self) -> list[str]:
-        """The tensors that no layer has a part of."""
-        parts = {part.tensor for layer in self.layers.values() for part in layer.parts}
-        return [name for name in self.source.names if name not in parts]
+        """The tensors that are copied."""
+        return [unit.tensor for unit in self.units if unit.tensor is not None and unit.key is None]
+
+    @property
+    def packed(self) -> list[Layer]:
+        """The layers that are written in codes."""
+        return [layer for layer in self.layers.values() if layer.is_packed]
 
     @property
     def has_packed_experts(self) -> bool:
-        """Whether the residuals of fused experts are in codes."""
-        return any(layer.is_expert and layer.is_packed for layer in self.layers.values())
+        """Whether some of these are of fused experts, which only we read."""
+        return any(layer.is_expert for layer in self.packed)
 
 
-def _check_config(config: PissaConfig, experts: str) -> None:
-    if experts not in (DENSE, config.quant):
-        raise ValueError(
-            f"experts: got {experts!r}; allowed: {DENSE!r}, or the format of the other layers, quant={config.quant!r}"
-        )
-    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "use_adalora", "repair"):
-        if value := getattr(config, name):
+def in_order(source: Source, units: Iterable[Unit]) -> list[Unit]:
+    """The units and one for each tensor that is copied, in the order of the files."""
+    units = list(units)
+    changed = {tensor for unit in units for tensor in unit.tensors}
+    units += [Unit(f"copy {name}", tensor=name) for name in source.names if name not in changed]
+    places = {name: number for number, name in enumerate(source.names)}
+    return sorted(units, key=lambda unit: min(places[tensor] for tensor in unit.tensors))
+
+
+def new_shards(source: Source, units: Iterable[Unit]) -> dict[str, Layout]:
+    """The safetensors files of the new checkpoint, by name: every tensor in the place that it has in the old one. The
+    new tensors of a layer that changes its form lie where the first old one did."""
+    files: dict[str, _Tensors] = {path.name: {} for path in source.paths}
+    new: dict[str, _Tensors] = {}
+    for layer in (layer for unit in units for layer in unit.layers if layer.entries or layer.is_packed):
+        new.setdefault(layer.tensors[0], {}).update(layer.written)
+        for tensor in layer.tensors[1:]:
+            new.setdefault(tensor, {})
+    for name in source.names:
+        entry = source.entry(name)
+        files[source.path_of(name).name] |= new.get(name, {name: (entry.dtype, entry.shape)})
+    return {name: Layout(tensors) for name, tensors in files.items()}
+
+
+def matrix_shape(
+    name: str, parts: Sequence[Part], source: Source, dimensions: int = 2
+) -> tuple[tuple[int, int], torch.dtype]:
+    """The shape of the matrix [out, in] that a layer's parts make, and their dtype.
+
+    Args:
+        dimensions: of each part: more than 2 of a convolution.
+
+    Raises:
+        ValueError: parts that make no matrix, naming the file, the tensor and the layer.
+    """
+    entries = [source.entry(part.tensor) for part in parts]
+    rows, columns = 0, set()
+    for part, entry in zip(parts, entries, strict=True):
+        shape = entry.shape if part.member is None else entry.shape[1:]
+        is_member = part.member is None or part.member < entry.shape[0]
+        if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype or len(shape) != dimensions or not is_member:
             raise ValueError(
-                f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the "
-                "residual: leave it out, and give it to the trainer"
+                f"{source.path_of(part.tensor)}: tensor {shown(part.tensor)} of layer {name} is {entry.dtype} "
+                f"{list(entry.shape)}; needed: float32, bfloat16 or float16, one for a layer, and {dimensions} "
+                "dimensions for a matrix"
             )
-    if config.start_norm != "singular":
-        raise ValueError(
-            f"start_norm={config.start_norm!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual, "
-            "and starts from what that lacks: leave it out, and give it to pissa.load with the folder"
-        )
-    if INIT_METHODS[config.init].needs:
-        raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
-    if config.residual == "implicit":
-        raise ValueError(
-            'residual="implicit" leaves the weights as they are, so there is nothing to write: load the model and call '
-            "pissa.wrap"
-        )
+        out, inner = (shape[1], shape[0]) if part.transposed else (shape[0], math.prod(shape[1:]))
+        rows += out
+        columns.add(inner)
+    if len(columns) > 1:
+        raise ValueError(f"layer {name} is made of tensors with {sorted(columns)} columns; needed: one number")
+    return (rows, columns.pop()), entries[0].dtype
 
 
-def _dense(config: PissaConfig) -> PissaConfig:
-    """The configuration of layers whose residual stays dense, whatever that of the others is."""
-    if config.init == "loftq":
-        raise ValueError(
-            "init='loftq' starts from the error of the format, which a dense residual, as that of fused experts, has "
-            f"not: give experts={config.quant!r} or another init, or leave the experts out with exclude_modules"
-        )
-    changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "residual": "explicit"}
-    return config if config.quant is None else dataclasses.replace(config, **changed)
-
-
-def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counter[int]) -> None:
-    """Raises ValueError if the layer's residual cannot be kept as `config` says in a checkpoint."""
-    module, form = layer.base.module, config.form
-    if not isinstance(layer, PissaLinear):
-        raise ValueError(
-            f"layer {name} is a {type(module).__name__}, whose weight stays as it is in every form; {leave_out(name)}"
-        )
-    if form.kind != "explicit" and layer.base.kind is Conv1D:
-        raise ValueError(
-            f"layer {name} is a Conv1D, which transformers cannot load in {form.kind} as it would have to be kept: "
-            f"leave quant out, or {leave_out(name)}"
-        )
-    if uses[id(layer.base.parameter)] > 1:
-        raise ValueError(
-            f"the weight of layer {name} is tied to another module's, which would get the residual too; "
-            f"{leave_out(name)}"
-        )
-
-
-def _module_of(name: str) -> str:
-    """The module of fused experts in which a layer of this name would be."""
-    return name.rpartition(".")[0].rpartition(".")[0]
-
-
-def _parts(
-    layers: Mapping[str, PissaLayer], inside: Mapping[str, UnfusedExperts], composition: Composition
-) -> dict[str, tuple[Part, ...]]:
-    """The parts of every layer."""
-    stacks: dict[str, list[tuple[Part, ...]]] = {}
-    found = {}
-    for name, layer in layers.items():
-        path, leaf = name.rpartition(".")[::2]
-        path, index = path.rpartition(".")[::2]
-        try:
-            if path not in inside:
-                found[name] = composition.matrix(f"{name}.weight", layer.base.kind is Conv1D)
-                continue
-            key = f"{path}.{leaf}"
-            if key not in stacks:
-                experts = inside[path]
-                stacks[key] = composition.stack(key, len(experts), is_transposed(experts.fused))
-            found[name] = stacks[key][int(index)]
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None
-    return found
-
-
-def _planned(
-    name: str,
-    layer: PissaLayer,
-    parts: tuple[Part, ...],
-    config: PissaConfig,
-    source: Source,
-    is_expert: bool,
-) -> PlannedLayer:
-    shape, dtype = matrix_shape(name, parts, source)
-    if shape != layer.matrix_shape:
-        raise ValueError(
-            f"{source.entry(parts[0].tensor).path}: layer {name} is {list(shape)}, needed is "
-            f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint"
-        )
-    return PlannedLayer(name, parts, shape, dtype, config.form, layer.origin("default", config), is_expert)
+def linear_layers(model: nn.Module) -> list[str]:
+    """The names of the linear layers of a model."""
+    return [name for name, module in model.named_modules() if base_of(module).kind in (nn.Linear, Conv1D)]

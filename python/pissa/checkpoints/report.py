@@ -16,10 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pissa import ops
-from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget
-from pissa.checkpoints.kinds import kinds_of, sample
+from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
 from pissa.checkpoints.packed import of_layer
-from pissa.checkpoints.plan import Plan
+from pissa.checkpoints.split_plan import SplitPlan
 from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
@@ -334,7 +333,7 @@ def report(
     ranks = sorted(set(ranks))
     known = max(ranks[-1], 4 * ranks[0])
     with Source.open(checkpoint_folder(model)) as source:
-        plan = Plan.of(source, PissaConfig(r=1))
+        plan = SplitPlan.of(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
         memory = _memory(plan, ranks[0], quant, batch, length)
         sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]
@@ -365,7 +364,7 @@ def _step(rank: int) -> int:
     return step if step < rank else max(1, rank // 2)
 
 
-def _memory(plan: Plan, rank: int, quant: str | None, batch: int, length: int) -> dict[str, Any]:
+def _memory(plan: SplitPlan, rank: int, quant: str | None, batch: int, length: int) -> dict[str, Any]:
     form = Form("implicit") if quant is None else Form.quantised(quant, PissaConfig.blocksize, PissaConfig.double_quant)
     config = model_config(plan.source.folder).get_text_config()
     layers = list(plan.layers.values())

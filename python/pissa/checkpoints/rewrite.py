@@ -8,7 +8,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -16,12 +16,11 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from pissa import distributed, ops
 from pissa.base.bitsandbytes_state import quantization_config, to_bitsandbytes
-from pissa.checkpoints.layer import CheckpointLayer
 from pissa.checkpoints.output import Output
+from pissa.checkpoints.plan import Layer, Plan, Unit
 from pissa.files.model_folder import CONFIG, parts_of, read_config
 from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.safetensors_header import Layout
-from pissa.files.source import INDEX, Source
+from pissa.files.source import INDEX
 
 BATCH = 1 << 30
 """Bytes of the checkpoint behind which a run notes what is done: a killed run does at most so many again, and several
@@ -32,37 +31,22 @@ Result = dict[str, Any]
 in the place of W, and what the command needs besides. Nothing of a tensor that is copied."""
 
 
-class Unit(Protocol):
-    """What is noted as one: a layer, layers whose factors share two tensors, or another tensor."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def tensors(self) -> list[str]:
-        """Those of the checkpoint that it is made of."""
-
-
 class Rewrite(ABC):
-    """One run over a checkpoint, of this process. All ranks make it, and call `run` together.
-
-    Args:
-        files: the safetensors files that it writes; the checkpoint's keep their names.
-        units: all of them, in the order of the files.
-    """
+    """One run over a checkpoint, of this process. All ranks make it, and call `run` together."""
 
     command: ClassVar[str]
     """What the bar and the identity call it."""
 
-    def __init__(self, source: Source, target: Path, files: Mapping[str, Layout], units: Sequence[Unit]) -> None:
-        self.source, self.target, self.files = source, target, files
-        self.units: Sequence[Any] = units
-        self._sizes = {unit.name: sum(source.entry(name).nbytes for name in set(unit.tensors)) for unit in units}
+    def __init__(self, plan: Plan, target: Path) -> None:
+        self.plan, self.source, self.target = plan, plan.source, target
+        self._sizes = {
+            unit.name: sum(self.source.entry(name).nbytes for name in set(unit.tensors)) for unit in plan.units
+        }
         self.results: dict[str, Result] = {}
         """Of the units that are done, by name."""
         self.bytes_read = sum(self._sizes.values())
         """Of the checkpoint; by this run and by those that it goes on with."""
-        self.bytes_written = sum(layout.size for layout in files.values())
+        self.bytes_written = sum(layout.size for layout in plan.files.values())
         self.bytes_done_before = 0
         """Of the checkpoint, by runs that this one goes on with."""
 
@@ -70,7 +54,7 @@ class Rewrite(ABC):
     def identity(self) -> dict[str, Any]:
         """What has influence on the bytes, beside the source: a value of JSON for each thing."""
 
-    def groups(self, units: Sequence[Any]) -> Iterable[Any]:
+    def groups(self, units: Sequence[Unit]) -> Iterable[Any]:
         """What is read and computed at once, with its `tensors`: each unit, or several, or a part of one."""
         return units
 
@@ -78,9 +62,8 @@ class Rewrite(ABC):
     def write(self, out: Output, group: Any) -> dict[str, Result]:
         """Computes and writes a group. The results of the units whose last part it is."""
 
-    @abstractmethod
-    def end(self, out: Output) -> None:
-        """Writes what depends on all units, config.json among it; one rank does."""
+    def end(self, out: Output) -> None:  # noqa: B027  most have nothing else to write
+        """Writes what depends on all units, beside config.json and the index; one rank does."""
 
     def run(self, progressbar: bool) -> None:
         """Writes all files.
@@ -94,7 +77,7 @@ class Rewrite(ABC):
         sizes = {name: sum(self._sizes[unit.name] for unit in units) for name, units in batches.items()}
         owners = distributed.owners(sizes)
         mine = [name for name in batches if owners[name] == distributed.rank()]
-        with Output(self.target, self._identity(), self.files) as out:
+        with Output(self.target, self._identity(), self.plan.files) as out:
             for units in out.done.values():
                 self.results |= units
             self.bytes_done_before = sum(sizes[name] for name in out.done)
@@ -115,6 +98,7 @@ class Rewrite(ABC):
                 self.results |= others
             if distributed.rank() == 0:
                 self._copy_small_files(out)
+                self._write_config(out)
                 self.end(out)
             out.finish()
 
@@ -145,7 +129,7 @@ class Rewrite(ABC):
         """The units, by the names of the batches: numbers, in the order of the files."""
         found: list[list[Unit]] = []
         size = BATCH
-        for unit in self.units:
+        for unit in self.plan.units:
             if size >= BATCH:
                 found.append([])
                 size = 0
@@ -161,26 +145,18 @@ class Rewrite(ABC):
             **{f"source {name}": value for name, value in self.source.identity().items()},
         }
 
-    def write_layer(self, out: Output, layer: CheckpointLayer, weight: Tensor | ops.QuantizedWeight) -> None:
-        """Writes the matrix [out, in] of a layer: in the places of its parts, or as bitsandbytes' entries."""
+    def write_layer(self, out: Output, layer: Layer, weight: Tensor | ops.QuantizedWeight) -> None:
+        """Writes the matrix [out, in] of a layer: codes as bitsandbytes' entries, a dense one in the places of its
+        parts, or in that of codes."""
         if isinstance(weight, ops.QuantizedWeight):
             for name, values in to_bitsandbytes(weight, layer.dtype).items():
                 out.write(self.file_of(layer.parts[0].tensor), f"{layer.target}.{name}", values)
-            return
-        for name, values, member in parts_of(weight, layer.parts, self.source):
-            out.write(self.file_of(name), name, values, member)
-
-    def write_config(
-        self, out: Output, packed: Sequence[CheckpointLayer], dense_linears: Sequence[str], *, experts: bool = False
-    ) -> None:
-        """Writes config.json, with what transformers has to know of packed layers; see `quantization_config`."""
-        text = (self.source.folder / CONFIG).read_text(encoding="utf-8")
-        config = read_config(self.source.folder)
-        was_packed = config.pop("quantization_config", None) is not None
-        if packed:
-            form, dtype = packed[0].form, packed[0].dtype
-            config["quantization_config"] = quantization_config(form, dtype, dense_linears, experts=experts)
-        out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n" if packed or was_packed else text)
+        elif layer.entries:
+            tensor = layer.parts[0].tensor
+            out.write(self.file_of(tensor), tensor, weight)
+        else:
+            for name, values, member in parts_of(weight, layer.parts, self.source):
+                out.write(self.file_of(name), name, values, member)
 
     def copy(self, out: Output, tensor: str) -> None:
         """Writes a tensor as it is."""
@@ -188,7 +164,7 @@ class Rewrite(ABC):
 
     def file_of(self, tensor: str) -> str:
         """The new file that has the place of a tensor of the checkpoint."""
-        return self.source.entry(tensor).path.name
+        return self.source.path_of(tensor).name
 
     def _copy_small_files(self, out: Output) -> None:
         """Copies the files beside the weights and config.json: tokenizer, templates, card; and writes the index."""
@@ -202,23 +178,35 @@ class Rewrite(ABC):
             out.path(INDEX).write_text(self._index())
 
     def _index(self) -> str:
-        shards = {path.name: self.files[path.name] for path in self.source.paths}
+        shards = {path.name: self.plan.files[path.name] for path in self.source.paths}
         size = sum(layout.size - len(layout.header) for layout in shards.values())
-        places = {tensor: name for name, layout in shards.items() for tensor in layout.names}
+        places = {tensor: name for name, layout in shards.items() for tensor in layout.entries}
         return (
             json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
         )
+
+    def _write_config(self, out: Output) -> None:
+        """Writes config.json, with what transformers has to know of packed layers; see `quantization_config`."""
+        config, packed = read_config(self.source.folder), self.plan.packed
+        was_packed = config.pop("quantization_config", None) is not None
+        if packed:
+            form, dtype, experts = packed[0].form, packed[0].dtype, self.plan.has_packed_experts
+            config["quantization_config"] = quantization_config(form, dtype, self.plan.dense_linears, experts=experts)
+        if packed or was_packed:
+            out.path(CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            shutil.copyfile(self.source.folder / CONFIG, out.path(CONFIG))
 
 
 class Errors(NamedTuple):
     """What was lost in the units that are not written as they were."""
 
-    all: float
+    error: float
     """‖Q - W‖ / ‖W‖ over all of them."""
     worst: str | None
     """The unit of the largest error; None if there is none."""
-    of_worst: float
-    mean: float
+    error_of_worst: float
+    mean_error: float
     """Of the units, each by itself."""
 
     @staticmethod

@@ -13,7 +13,7 @@ from pissa import ops
 from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
-from pissa.checkpoints.merge_plan import MergedLayer, Unit
+from pissa.checkpoints.plan import Layer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import check_start
 from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given
@@ -36,7 +36,7 @@ Weight = Tensor | QuantizedWeight
 class Trained(NamedTuple):
     """The weight that a layer was trained to."""
 
-    layer: MergedLayer
+    layer: Layer
     weight: Tensor
     """float32 [out, in]; it is the caller's."""
     change: float
@@ -68,15 +68,15 @@ class Adapter:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
         return [(a.float(), b.float()) for a, b in self.lora.matrices(target)]
 
-    def scaling(self, layer: MergedLayer, target: str) -> float:
+    def scaling(self, layer: Layer, target: str) -> float:
         """The factor of their product."""
         return self.folder.factors[target].scaling
 
-    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> BaseFunction:
+    def base(self, layer: Layer, weight: Weight, factors: Matrices) -> BaseFunction:
         """The base function."""
         return _dense(weight)
 
-    def lengths(self, layer: MergedLayer, weight: Tensor) -> Tensor:
+    def lengths(self, layer: Layer, weight: Tensor) -> Tensor:
         """With DoRA, the lengths of the base's rows."""
         found: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         return found
@@ -91,13 +91,13 @@ class Adapter:
         Raises:
             ValueError: the checkpoint is not the base that the adapter was trained on, naming the layer.
         """
-        factors = None if unit.factors is None else self.factors(unit.factors.target)
+        factors = None if unit.factors is None else self.factors(unit.name)
         for index, layer in enumerate(unit.layers):
             weight = read_weight(layer, self.source)
             if factors is None or unit.factors is None:
                 yield Trained(layer, _dense(weight).weight, 0.0)
                 continue
-            target, (a, b) = unit.factors.target, factors[index]
+            target, (a, b) = unit.name, factors[index]
             if layer.mirrored:
                 a, b = b.mT, a.mT
             if layer.own_key is not None:
@@ -105,7 +105,7 @@ class Adapter:
                 weight = own.mT if layer.transposed else own.flatten(1)
             yield self._trained(layer, target, weight, a.contiguous(), b.contiguous())
 
-    def _trained(self, layer: MergedLayer, target: str, weight: Weight, a: Tensor, b: Tensor) -> Trained:
+    def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> Trained:
         base, scaling = self.base(layer, weight, (a, b)), self.scaling(layer, target)
         delta = (b @ a).mul_(scaling)  # as PissaLayer.delta_matrix rounds it
         if self.folder.config["use_dora"]:
@@ -115,7 +115,7 @@ class Adapter:
         change = float(torch.linalg.vector_norm(delta)) ** 2
         return Trained(layer, base.weight.add_(delta), change)
 
-    def _magnitude(self, layer: MergedLayer, weight: Tensor) -> Magnitude:
+    def _magnitude(self, layer: Layer, weight: Tensor) -> Magnitude:
         key = magnitude_key(layer.name)
         key = key if key in self.folder.weights.names else f"{key}.weight"
         lengths = self.folder.weights.read(key).float()
@@ -160,13 +160,13 @@ class Ours(Adapter):
                     "give the unmodified base"
                 )
 
-    def scaling(self, layer: MergedLayer, target: str) -> float:
+    def scaling(self, layer: Layer, target: str) -> float:
         return self.records[layer.name].scaling
 
-    def lengths(self, layer: MergedLayer, weight: Tensor) -> Tensor:
+    def lengths(self, layer: Layer, weight: Tensor) -> Tensor:
         return self._files.starts.read(f"{layer.name}.norm")
 
-    def base(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> BaseFunction:
+    def base(self, layer: Layer, weight: Weight, factors: Matrices) -> BaseFunction:
         record = self.records[layer.name]
         if record.form == IMPLICIT:
             return _dense(self._as_trained(layer, weight))
@@ -176,7 +176,7 @@ class Ours(Adapter):
         stored = stored_linear(replaced, residual, start, torch.uint8)
         return BaseFunction(stored.matrix(), stored.product)
 
-    def residual(self, layer: MergedLayer, weight: Weight, factors: Matrices) -> Weight:
+    def residual(self, layer: Layer, weight: Weight, factors: Matrices) -> Weight:
         """The residual that a layer was trained on whose base is stored.
 
         Args:
@@ -201,7 +201,7 @@ class Ours(Adapter):
             self._other_bits.append(name)
         return residual
 
-    def _as_trained(self, layer: MergedLayer, weight: Weight) -> Weight:
+    def _as_trained(self, layer: Layer, weight: Weight) -> Weight:
         """The weight as it was in the training: codes as they are, a dense one in the dtype that the record names.
 
         Raises:
@@ -223,7 +223,7 @@ class Ours(Adapter):
     def doubts(self) -> list[PissaWarning]:
         return base_doubts(self._files, self._narrower, self._other_bits)
 
-    def _another(self, layer: MergedLayer, what: str) -> str:
+    def _another(self, layer: Layer, what: str) -> str:
         return (
             f"{self.source.folder} is not the base that {self._files.path} was trained on: the {what} of layer "
             f"{layer.name} has other values. Give the same checkpoint; to merge into another base all the same, "
@@ -260,7 +260,7 @@ def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
 ON_RESIDUAL = "an adapter on a residual, which is the base"
 
 
-def read_weight(layer: MergedLayer, source: Source) -> Weight:
+def read_weight(layer: Layer, source: Source) -> Weight:
     """The matrix of a layer, a view of the mapped file if it is one tensor there."""
     if layer.entries:
         return from_state({entry: source.read(tensor) for entry, tensor in layer.entries.items()})

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from pissa.conversion.plain_lora import PLAIN, PlainLora
 from pissa.files.lora_folder import open_adapter, with_sizes
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
-from pissa.files.scratch import Scratch
 from pissa.files.staged import Staged, check_unused
-from pissa.files.tensor_file import write_tensors
+from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.notices import KeptMagnitudesWarning
 from pissa.ops.low_rank import Spectrum
 

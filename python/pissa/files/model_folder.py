@@ -1,19 +1,32 @@
-"""A model in a folder, of which one matrix at a time is read: it is built without values, and its files are mapped."""
+"""A model in a folder: it is built without values, its files are mapped, and one matrix at a time is read.
+
+transformers renames the tensors of many architectures as it loads them, and joins some: its own tables say how.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
-from pissa.files.composition import Composition, Part
 from pissa.files.messages import read_object, reading, shown
 from pissa.files.source import Source
 
@@ -87,6 +100,114 @@ def quantised_kind(folder: Path) -> str | None:
     return str(config.get("quant_method", "by an unknown method")) if isinstance(config, dict) else shown(config)
 
 
+# ---- Which tensors make each parameter -------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Rows of a matrix [out, in]: a tensor of the checkpoint, or one matrix of a stack, either of them transposed."""
+
+    tensor: str
+    member: int | None = None
+    """The number of the matrix in a stack [number, ..., ...]."""
+    transposed: bool = False
+
+
+class _Joined(NamedTuple):
+    """How a parameter is made of tensors."""
+
+    lists: tuple[tuple[str, ...], ...]
+    """The tensors of each pattern, in the order in which transformers takes them."""
+    operations: tuple[object, ...]
+
+
+class Composition:
+    """Which tensors of a checkpoint make the parameters of a model.
+
+    Args:
+        model: on any device; its weights are not read.
+        names: of the checkpoint's tensors.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        names = set(names)
+        # A checkpoint in the model's own names needs no table, which takes transformers a second to build.
+        is_own = all(name in names for name, _ in model.named_parameters())
+        mapping = [] if is_own else get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        expected, prefix = model.state_dict(), model.base_model_prefix
+        found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        # As core_model_loading.convert_and_load_state_dict_in_model goes about it, in its order.
+        for name in sorted(names, key=dot_natural_key):
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+            if renamed not in expected and name in expected:
+                renamed, pattern = rename_source_key(name, [], [], prefix, expected)
+            found[renamed][pattern or ""].append(name)
+        self._joined = {}
+        for renamed, lists in found.items():
+            converter = next((by_pattern[pattern] for pattern in lists if pattern), None)
+            order: Sequence[str] = [""] if converter is None else converter.source_patterns
+            operations = () if converter is None else tuple(converter.operations)
+            self._joined[renamed] = _Joined(tuple(tuple(lists[key]) for key in order if key in lists), operations)
+
+    def matrix(self, parameter: str, transposed: bool) -> tuple[Part, ...]:
+        """The parts, one below the other, of the matrix [out, in] that a parameter is.
+
+        Args:
+            transposed: the parameter is [in, out].
+
+        Raises:
+            ValueError: the checkpoint lacks it, or transformers makes it in a way that is not known here.
+        """
+        (parts,) = self._matrices(parameter, None, transposed)
+        return parts
+
+    def stack(self, parameter: str, number: int, transposed: bool) -> list[tuple[Part, ...]]:
+        """The same for each of the matrices of a parameter [number, out, in], or [number, in, out]."""
+        return self._matrices(parameter, number, transposed)
+
+    def _matrices(self, parameter: str, number: int | None, transposed: bool) -> list[tuple[Part, ...]]:
+        lists, operations = self._joined.get(parameter, _Joined((), ()))
+        if not lists:
+            raise ValueError(f"the checkpoint has no tensor {parameter}")
+        left, first = list(operations), 0 if number is None else 1
+        if number is not None and left and isinstance(left[0], MergeModulelist) and left[0].dim == 0:
+            del left[0]
+            columns = [[Part(name) for name in names] for names in lists]
+            if any(len(column) != number for column in columns):
+                counts = " and ".join(str(len(column)) for column in columns)
+                raise ValueError(f"{parameter} needs {number} tensors of a kind, and the checkpoint has {counts}")
+        else:
+            indices = [None] if number is None else range(number)
+            columns = [[Part(name, index) for index in indices] for names in lists for name in names]
+        if left and len(columns) == 1 and _transposes(left[0], first):
+            del left[0]
+            columns = [[part._replace(transposed=True) for part in column] for column in columns]
+        # The rows of the matrix are the parameter's columns where that is transposed.
+        if left and isinstance(left[0], Concatenate) and left[0].dim == first + transposed:
+            del left[0]
+        elif len(columns) > 1:
+            left = list(operations)
+        if left:
+            raise ValueError(
+                f"transformers makes {parameter} of {len(columns)} tensors by {', '.join(map(repr, operations))}; what "
+                "can be split is a tensor, transposed or not, one of a stack, or several joined by their rows"
+            )
+        if transposed:
+            columns = [[part._replace(transposed=not part.transposed) for part in column] for column in columns]
+        return list(zip(*columns, strict=True))
+
+
+def _transposes(operation: object, first: int) -> bool:
+    """Whether an operation exchanges the rows, dimension `first`, and the columns."""
+    return (
+        isinstance(operation, Transpose)
+        and not operation.check_dims
+        and {operation.dim0, operation.dim1} == {first, first + 1}
+    )
+
+
 def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
     """The matrix that these parts are, one below the other: a view of the mapped file, if it is one part."""
     views = []
@@ -98,15 +219,14 @@ def matrix_of(parts: Sequence[Part], source: Source) -> Tensor:
 
 
 def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[tuple[str, Tensor, int | None]]:
-    """The way back from `matrix_of`: what a new matrix puts into the tensors of the parts, each with its number in
-    it if that is a stack."""
+    """The way back from `matrix_of`: what a new matrix puts into the tensors of the parts, or into that member of
+    them if they are stacks."""
     row = 0
     for part in parts:
         shape = source.entry(part.tensor).shape[0 if part.member is None else 1 :]
         rows = matrix[row : row + shape[1 if part.transposed else 0]]
         row += len(rows)
-        values = (rows.mT if part.transposed else rows).reshape(shape)
-        yield part.tensor, values if part.member is None else values[None], part.member
+        yield part.tensor, (rows.mT if part.transposed else rows).reshape(shape), part.member
 
 
 class ModelFolder:

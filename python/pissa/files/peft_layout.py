@@ -87,7 +87,7 @@ def factors_of(model: nn.Module, layers: Mapping[str, PissaLayer]) -> list[Facto
     """The tensors of all layers of an adapter, given by their names in the (unwrapped) model."""
     rest, found = dict(layers), []
     for path, experts in unfused_experts(model).items():
-        for name, place in _places(path, _adapted_names(path, experts, layers)).items():
+        for name, place in _places(path, adapted_names(path, experts, layers)).items():
             members = {key: rest.pop(key) for key in (f"{path}.{index}.{name}" for index in range(len(experts)))}
             found.append(_factors(place, members, is_mirrored(experts.fused)))
     return found + [_factors(name, {name: layer}) for name, layer in rest.items()]
@@ -146,7 +146,7 @@ def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) ->
                     )
 
 
-def _adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) -> list[str]:
+def adapted_names(path: str, experts: UnfusedExperts, layers: Container[str]) -> list[str]:
     """The weights of the experts that have an adapter; `layers` names the adapted layers of the model."""
     return [name for name in experts.names if f"{path}.0.{name}" in layers]
 
@@ -191,7 +191,7 @@ def plain_config(
     """The configuration of the plain LoRA of so many times the adapter's rank."""
     lora = config.as_lora(times)
     lora.fan_in_fan_out = any(layer.base.kind is Conv1D for layer in layers.values())
-    experts = {path: module for path, module in unfused_experts(model).items() if _adapted_names(path, module, layers)}
+    experts = {path: module for path, module in unfused_experts(model).items() if adapted_names(path, module, layers)}
     if not experts and not rewritten_by_peft(lora, model):
         return lora
     modules, parameters = {}, {}

@@ -1,91 +1,209 @@
-"""Safetensors files with a checksum, checked by their header before a tensor of them is read."""
+"""Safetensors files: how they are laid out, written, and read."""
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pissa.base.digest import bytes_of, xxh3
+from pissa.base.digest import bytes_of, xxh3, xxh3_of_text
 from pissa.files.messages import reading, shown
-from pissa.files.safetensors_header import DTYPES, Layout
 from pissa.ops.checks import FLOATS
+
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""torch's dtype for each of the format's whose elements are whole bytes, in the order in which safetensors writes
+them."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SAVED_FLOATS = (*FLOATS, torch.float64)
 """The dtypes in which a file may hold real numbers."""
 
+_METADATA = "__metadata__"
+"""The entry of a header that is no tensor."""
+
 _CHECKSUMS = "xxh3"
 """The entry in a file's metadata with the XXH3-128 of each tensor, in the order of their names."""
 
-_REMEDY = "It is damaged, or not a safetensors file, the only kind that is read"
+_REMEDY = "It is damaged, incomplete or no safetensors file: download or copy it again"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. They are
-    taken from the mapping one at a time, each twice. A file that is there is replaced: they may be views of it."""
-    kinds, checksums = {}, []
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        kinds[name] = tensor.dtype, tuple(tensor.shape)
-        checksums.append(xxh3(tensor))
-    order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
-    layout = Layout({name: kinds[name] for name in order}, {"format": "pt", _CHECKSUMS: " ".join(checksums)})
-    path.unlink(missing_ok=True)  # not written over: the tensors may be views of it
-    with open(path, "wb") as file:
-        file.write(layout.header)
-        for name in layout.names:
-            file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
+class Entry(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+    nbytes: int
 
 
-class TensorFile:
-    """The tensors of a safetensors file. Its header is read at once, a tensor's values on demand, and compared with
-    their checksum if the file has checksums.
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
-    safetensors guarantees that the tensors fill the file exactly, so a header cannot make us allocate more than the
-    file holds.
+
+class MappedFile:
+    """A safetensors file. Its header is checked at once; it is mapped, so that values are read where they are used.
+
+    The mapping is private to this process: who writes to a tensor by mistake changes a copy, never the file.
+
+    The file must not become shorter: the system kills a process (SIGBUS) that reads a page which is gone. `view` looks
+    at the file right before; nobody can for the time after.
 
     Raises:
-        ValueError: no such file, or a damaged one, or one that is not safetensors.
+        ValueError: no such file, or a damaged one, or one that is not safetensors; the message names the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not os.path.isfile(path):  # a pipe would be waited for
-            found = "not a regular file" if os.path.lexists(path) else "missing"
-            raise ValueError(f"{path} is {found}{_pickle_beside(path)}")
+            found = "not a regular file" if os.path.exists(path) else "missing"
+            if os.path.islink(path):
+                found = f"a link to {os.readlink(path)}, which is {found}"
+            pickle = path.with_suffix(".bin")
+            beside = f" ({pickle.name}, beside it, is a pickle, which is never read)" if os.path.lexists(pickle) else ""
+            raise ValueError(f"{path} is {found}: download or copy it again{beside}")
         with reading(path, _REMEDY):
-            self._file = cast(Any, safe_open(path, "pt"))  # it has no types
-        self._declared = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        checksums = (self._file.metadata() or {}).get(_CHECKSUMS, "").split(" ")
-        self._checksums = dict(zip(sorted(self._declared), checksums, strict=False))
-        self._has_checksums = len(checksums) == len(self._declared)
+            # safetensors checks that offsets, shapes and dtypes fit each other, and the file.
+            cast(Any, safe_open)(path, "numpy").__exit__(None, None, None)
+            self._state = _state(path)
+            with open(path, "rb") as file:
+                # Writable, as torch wants it, but private: without a reserve the system sets no memory aside.
+                flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                self._map = mmap.mmap(file.fileno(), self._state[0], flags=flags, prot=access)
+            start = 8 + int.from_bytes(self._map[:8], "little")
+            self._header = self._map[8:start].decode()
+            header = json.loads(self._header)
+            self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
+            self.entries = _entries(header, start)
+            """The tensors, in the order in which they lie in the file."""
+
+    @property
+    def identity(self) -> str:
+        """The file's size, its time of change, and a fingerprint of its header."""
+        size, changed, _ = self._state
+        return f"{size} bytes, {changed} ns, {xxh3_of_text(self._header)}"
+
+    def view(self, name: str) -> Tensor:
+        """The tensor, whose values are the mapped file's; a copy if it is not aligned in the file to its elements.
+
+        It must not be written to. It keeps the mapping alive.
+
+        Raises:
+            ValueError: the file has changed since its header was read.
+        """
+        with reading(self.path, "Start again when nobody writes to it"):
+            if _state(self.path) != self._state:
+                raise ValueError("it has changed since its header was read")
+        dtype, shape, offset, nbytes = self.entries[name]
+        with reading(self.path, _REMEDY):
+            if nbytes == 0:
+                return torch.empty(shape, dtype=dtype)
+            content = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+            return (content.clone() if offset % dtype.itemsize else content).view(dtype).view(shape)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Gives back the memory that these tensors' pages take; it is read again when it is used again.
+
+        A page that a tensor shares with one that is not named stays.
+        """
+        for begin, end in self._ranges(names):
+            begin += -begin % mmap.PAGESIZE
+            end -= end % mmap.PAGESIZE if end < len(self._map) else 0
+            if begin < end:
+                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def ahead(self, names: Sequence[str]) -> None:
+        """Asks the system to read these tensors from the disk now; returns at once."""
+        # madvise would do the same, but keep Python's other threads waiting.
+        with suppress(OSError), open(self.path, "rb") as file:
+            for begin, end in self._ranges(names):
+                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """The bytes of these tensors, in as few ranges as possible."""
+        found: list[tuple[int, int]] = []
+        for entry in sorted((self.entries[name] for name in names), key=lambda entry: entry.offset):
+            begin, end = entry.offset, entry.offset + entry.nbytes
+            if found and found[-1][1] == begin:
+                begin, _ = found.pop()
+            found.append((begin, end))
+        return found
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """The size, the time of change and the number of a file: others later show that somebody has written to it, or
+    replaced it."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Python names it since 3.13."""
+
+
+def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
+    """The tensors of a header, in the order in which they lie in the file; the first one at `start`."""
+    found = {}
+    for name, fields in header.items():
+        if (dtype := DTYPES.get(fields["dtype"])) is None:
+            raise ValueError(f"tensor {shown(name)} has the dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
+        begin, end = fields["data_offsets"]
+        found[name] = Entry(dtype, tuple(fields["shape"]), start + begin, end - begin)
+    return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+
+
+class TensorFile(MappedFile):
+    """An adapter's file. What is read of it is compared with its checksum, if the file has checksums."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        checksums = self.metadata.get(_CHECKSUMS, "").split()
+        self._checksums = dict(zip(sorted(self.entries), checksums, strict=False))
+        self._has_checksums = len(checksums) == len(self.entries)
 
     @property
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
-        return list(self._declared)
+        return list(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor of that name."""
-        return tuple(self._declared[name].get_shape())
+        return self.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the tensor of that name.
-
-        Raises:
-            ValueError: elements that are not whole bytes.
-        """
-        dtype = self._declared[name].get_dtype()
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"{self.path}: tensor {shown(name)} has the dtype {shown(dtype)}; known: {', '.join(DTYPES)}"
-            )
-        return DTYPES[dtype]
+        """The dtype of the tensor of that name."""
+        return self.entries[name].dtype
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
         """Checks that the file has a tensor of that shape and of one of these dtypes.
@@ -96,10 +214,9 @@ class TensorFile:
         Raises:
             ValueError: naming the file, the tensor and `demand`.
         """
-        if name not in self._declared:
+        if name not in self.entries:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
-        declared = self._declared[name]
-        dtype, found = DTYPES.get(declared.get_dtype(), declared.get_dtype()), list(declared.get_shape())
+        dtype, found = self.dtype(name), list(self.shape(name))
         if dtype not in dtypes or found != list(shape):
             allowed = " or ".join(map(str, dtypes))
             raise ValueError(
@@ -110,7 +227,7 @@ class TensorFile:
         """Raises ValueError, naming the file, unless it has a checksum of every tensor."""
         if not self._has_checksums:
             raise ValueError(
-                f"{self.path} has no checksums of its {len(self._declared)} tensors: save_pretrained did not write it; "
+                f"{self.path} has no checksums of its {len(self.entries)} tensors: save_pretrained did not write it; "
                 "save the adapter again, or take the file from a copy"
             )
 
@@ -121,8 +238,7 @@ class TensorFile:
             ValueError: it is not, bit for bit, the one that was written, or holds NaN or Inf; the message names file
                 and tensor.
         """
-        with reading(self.path, _REMEDY):
-            tensor: Tensor = self._file.get_tensor(name).clone()
+        tensor = self.view(name).clone()
         if self._has_checksums and xxh3(tensor) != self._checksums[name]:
             raise ValueError(
                 f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
@@ -134,6 +250,96 @@ class TensorFile:
         return tensor
 
 
-def _pickle_beside(path: Path) -> str:
-    pickle = path.with_suffix(".bin")
-    return f"; {pickle.name}, beside it, is a pickle, which is never read" if os.path.lexists(pickle) else ""
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+class Layout:
+    """Where the tensors of a file will lie: dtypes of large elements first, so that each tensor is aligned to its
+    elements without holes, which the format forbids; those of one size in the given order.
+
+    Args:
+        tensors: by name, the dtype and the shape.
+        metadata: of the file, beside what transformers wants.
+
+    Raises:
+        ValueError: a dtype that the format does not have, or a name that it reserves.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
+            dtype, shape = tensors[name]
+            if dtype not in _NAMES or name == _METADATA:
+                raise ValueError(f"tensor {shown(name)}, {dtype}, has no place in a safetensors file")
+            begin, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        described = {_METADATA: {"format": "pt"} | dict(metadata or {})} | header
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        """The first bytes of the file."""
+        self.entries = _entries(header, len(self.header))
+        """The tensors, in the order in which they lie in the file."""
+        self.size = len(self.header) + end
+        """Bytes of the file."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file with checksums: the same bytes for the same tensors, in safetensors' order. They are
+    taken from the mapping one at a time, each twice. A file that is there is replaced: they may be views of it."""
+    kinds, checksums = {}, []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        kinds[name] = tensor.dtype, tuple(tensor.shape)
+        checksums.append(xxh3(tensor))
+    order = sorted(kinds, key=lambda name: list(DTYPES.values()).index(kinds[name][0]))
+    layout = Layout({name: kinds[name] for name in order}, {_CHECKSUMS: " ".join(checksums)})
+    path.unlink(missing_ok=True)  # not written over: the tensors may be views of it
+    with open(path, "wb") as file:
+        file.write(layout.header)
+        for name in layout.entries:
+            file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
+
+
+class Scratch(Mapping[str, Tensor]):
+    """Tensors that wait on the disk until all of them are known, each read when it is asked for. Their file has no
+    name: it is gone when the block ends, or the process.
+
+    Args:
+        folder: on whose disk they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
+        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Takes the values of a contiguous tensor on the CPU.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tuple(tensor.shape)
+        self._file.write(bytes_of(tensor))
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, dtype, shape = self._places[name]
+        content = torch.empty(shape, dtype=dtype)
+        self._file.seek(place)
+        self._file.readinto(bytes_of(content))
+        return content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

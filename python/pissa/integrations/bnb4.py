@@ -4,7 +4,6 @@ Nothing is quantised once more, so the two are the model that was trained."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,21 @@ import torch
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import INIT_METHODS
-from pissa.checkpoints.layer import linear_layers
 from pissa.checkpoints.merge import states
-from pissa.checkpoints.merge_plan import Planner, Unit
+from pissa.checkpoints.merge_plan import Planner
 from pissa.checkpoints.output import Output
+from pissa.checkpoints.plan import Plan, Unit, in_order, linear_layers, new_shards
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.files.lora_folder import LoraFactors, with_sizes
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
 from pissa.files.pissa_layout import LayerRecord, LayerTensors
-from pissa.files.safetensors_header import Layout
+from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 
 LORA = "adapter"
 """The folder of the LoRA, in that of the checkpoint."""
-
-_LORA_WEIGHTS = f"{LORA}/{ADAPTER_WEIGHTS}"
 
 
 def export_bnb4(adapter: Ours, target: Path, progressbar: bool) -> Exported:
@@ -57,54 +54,44 @@ class _Export(Rewrite):
     command = "export"
 
     def __init__(self, adapter: Ours, target: Path) -> None:
-        self.adapter, self.source, self.folder = adapter, adapter.source, adapter.folder
-        self.planner = Planner(self.source, self.folder, IMPLICIT)
-        units = list(self._units())
-        self.packed = [layer for unit in units for layer in unit.layers if layer.form != IMPLICIT]
-        if not self.packed:
+        self.adapter, self.folder = adapter, adapter.folder
+        planner = Planner(adapter.source, self.folder)
+        units = [self._unit(planner, factors) for factors in self.folder.factors.values() if self._is_stored(factors)]
+        packed = {layer.name for unit in units for layer in unit.layers if layer.is_packed}
+        if not packed:
             raise ValueError(
                 f"{self.folder.path} has no linear layer in 4 bits, the only kind that bitsandbytes "
                 "keeps so: export to merged"
             )
-        files = self.planner.files(units) | {_LORA_WEIGHTS: self._lora_layout()}
-        super().__init__(self.source, target, files, units)
+        self.model_name = type(planner.model).__name__
+        source, left = adapter.source, packed | planner.packed.keys()
+        dense = [name for name in linear_layers(planner.model) if name not in left]
+        super().__init__(Plan(source, in_order(source, units), new_shards(source, units), dense), target)
 
     def exported(self) -> Exported:
         """The report."""
-        errors = Errors.of(self.results)
-        in_codes = sum(
-            self.adapter.records[layer.name].form.kind == KEPT_IN_4_BITS for unit in self.units for layer in unit.layers
-        )
-        count = in_codes - len(self.packed)
+        packed = len(self.plan.packed)
+        in_codes = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers)
+        count = in_codes - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
-        model = f"{type(self.planner.model).__name__}.from_pretrained({str(self.target)!r})"
+        model = f"{self.model_name}.from_pretrained({str(self.target)!r})"
         return Exported(
             what=self.adapter.what,
             layers=sum(len(factors.layers) for factors in self.folder.factors.values()),
-            written=f"{len(self.packed)} residuals in nf4{dense}, and a LoRA on them in {LORA}",
+            written=f"{packed} residuals in nf4{dense}, and a LoRA on them in {LORA}",
             bytes_written=self.bytes_written,
             load=f"PeftModel.from_pretrained({model}, {str(self.target / LORA)!r})",
-            error=errors.all,
-            worst=errors.worst,
-            error_of_worst=errors.of_worst,
-            mean_error=errors.mean,
+            **Errors.of(self.results)._asdict(),
         )
 
-    def _units(self) -> Iterator[Unit]:
-        """The stored layers, and the tensors that are copied, in the order of the files."""
-        stored = [self._stored_unit(factors) for factors in self.folder.factors.values() if self._is_stored(factors)]
-        changed = {tensor for unit in stored for tensor in unit.tensors}
-        copied = [Unit(f"copy {name}", tensor=name) for name in self.source.names if name not in changed]
-        places = {name: number for number, name in enumerate(self.source.names)}
-        yield from sorted([*stored, *copied], key=lambda unit: min(places[tensor] for tensor in unit.tensors))
-
-    def _stored_unit(self, factors: LoraFactors) -> Unit:
-        if factors.is_fused and factors.layers[0] in self.planner.packed:
+    def _unit(self, planner: Planner, factors: LoraFactors) -> Unit:
+        """The unit of layers whose base was stored."""
+        if factors.is_fused and factors.layers[0] in planner.packed:
             raise ValueError(
-                f"{self.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
+                f"{planner.source.folder} has the experts of {factors.target} in 4 bits, which only pissa.load reads: "
                 "give the checkpoint that was split (base)"
             )
-        unit = self.planner.unit_of(factors)
+        unit = planner.unit_of(factors)
         layers = []
         for layer in unit.layers:
             form = self.adapter.records[layer.name].form
@@ -116,73 +103,46 @@ class _Export(Rewrite):
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "target": str(self.target),
-            **{what: states(folder) for what, folder in self.adapter.folders.items()},
-        }
-
-    # -- the checkpoint
+        return {"target": str(self.target), **states(self.adapter)}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
-        if unit.factors is None:
-            assert unit.tensor is not None
+        if unit.tensor is not None:
             self.copy(out, unit.tensor)
             return {unit.name: {}}
-        pairs, lost, whole = [], 0.0, 0.0
-        for layer, factors in zip(unit.layers, self.adapter.factors(unit.factors.target), strict=True):
+        lost, whole = 0.0, 0.0
+        for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
             residual = self.adapter.residual(layer, read_weight(layer, self.source), factors)
-            if layer.form == IMPLICIT:
+            if not layer.is_packed:
                 exact = ops.dequantize(residual) if isinstance(residual, ops.QuantizedWeight) else residual.float()
                 residual = exact.to(layer.dtype)
                 if error := float(torch.linalg.vector_norm(residual.float() - exact)):
                     lost, whole = lost + error**2, whole + float(torch.linalg.vector_norm(exact)) ** 2
             self.write_layer(out, layer, residual)
-            pairs.append(on_residual(self.adapter.records[layer.name], self.adapter.tensors(layer.name, factors)))
-        for key, tensor in unit.factors.pack(pairs).items():
-            out.write(_LORA_WEIGHTS, key, tensor)
         return {unit.name: {"lost": lost, "whole": whole}}
 
     def end(self, out: Output) -> None:
-        for key in self._kept_keys():
-            out.write(_LORA_WEIGHTS, key, self.folder.weights.read(key))
-        packed = {layer.name for layer in self.packed} | self.planner.packed.keys()
-        self.write_config(out, self.packed, [name for name in linear_layers(self.planner.model) if name not in packed])
-        out.path(f"{LORA}/{ADAPTER_CONFIG}").write_text(self._lora_config())
-
-    # -- the LoRA
-
-    def _kept_keys(self) -> list[str]:
-        """The tensors of the adapter that stay as they are. A layer's own weight does not: its residual is written."""
-        stored = [factors for factors in self.folder.factors.values() if self._is_stored(factors)]
-        gone = {key for factors in stored for key in (*factors.keys, base_weight_key(factors.target))}
-        return [name for name in self.folder.weights.names if name not in gone]
-
-    def _lora_layout(self) -> Layout:
-        weights = self.folder.weights
-        tensors = {name: (weights.dtype(name), weights.shape(name)) for name in self._kept_keys()}
-        for factors in self.folder.factors.values():
-            if self._is_stored(factors):
-                shapes = factors.shapes(self._rank(factors))
-                tensors |= {key: (torch.float32, shape) for key, shape in shapes.items()}
-        return Layout(tensors, {"format": "pt"})
-
-    def _rank(self, factors: LoraFactors) -> int:
-        record = self.adapter.records[factors.layers[0]]
-        return factors.rank if record.form == IMPLICIT else rank_on_residual(record, self.adapter.init)
-
-    def _lora_config(self) -> str:
-        """adapter_config.json."""
-        sizes = {target: (self._rank(factors), factors.scaling) for target, factors in self.folder.factors.items()}
+        """Writes the LoRA. The tensors beside the factors stay as they are, but for a layer's own weight: its residual
+        is written."""
+        kept, sizes, path = set(self.folder.weights.names), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
+        with Scratch(path.parent) as tensors:
+            for target, factors in self.folder.factors.items():
+                rank = factors.rank
+                if self._is_stored(factors):
+                    pairs = [
+                        on_residual(self.adapter.records[name], self.adapter.tensors(name, pair))
+                        for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True)
+                    ]
+                    rank = len(pairs[0][0])
+                    kept -= {*factors.keys, base_weight_key(target)}
+                    for key, tensor in factors.pack(pairs).items():
+                        tensors.put(key, tensor)
+                sizes[target] = rank, factors.scaling
+            for key in kept:
+                tensors.put(key, self.folder.weights.read(key))
+            write_tensors(path, tensors)
+        self.bytes_written += path.stat().st_size
         config = with_sizes(self.folder.config, sizes) | {"base_model_name_or_path": str(self.target)}
-        return json.dumps(config, indent=2, sort_keys=True)
-
-
-def rank_on_residual(record: LayerRecord, init: str) -> int:
-    """The rank of what `on_residual` gives."""
-    if record.base is None:
-        return record.r
-    lacks = 0 if INIT_METHODS[record.base.init].starts_from_zero else record.base.r
-    return lacks + (1 if INIT_METHODS[init].starts_from_zero else 2) * record.r
+        path.with_name(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def on_residual(record: LayerRecord, tensors: LayerTensors) -> Matrices:

@@ -10,15 +10,16 @@ from typing import Literal, get_args
 import torch
 
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
+from pissa.checkpoints.merge import merge
 from pissa.checkpoints.packed import packed_layers
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
 from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_folder import open_adapter
+from pissa.files.model_folder import meta_model
 from pissa.files.source import Source
 from pissa.integrations.bnb4 import export_bnb4
 from pissa.integrations.exported import Exported
-from pissa.integrations.merged import export_merged
 from pissa.integrations.vllm import export_vllm
 from pissa.ops.checks import check_choice
 
@@ -73,41 +74,40 @@ def export(
     if requantise and to != "bnb4":
         raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
     adapter, target = Path(adapter), Path(target)
-    base = _named_base(adapter) if base is None else base
+    if base is None:
+        base = open_adapter(adapter).config["base_model_name_or_path"] or None
     if to == "vllm":
         return export_vllm(adapter, base, target, initial)
     if base is None:
         raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it (base)")
     if to == "gguf":
-        return _gguf(adapter, base, target, initial)
+        try:
+            from pissa.integrations.gguf import export_gguf
+        except ModuleNotFoundError as error:
+            text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
+            raise ModuleNotFoundError(text, name=error.name) from error
+        return export_gguf(adapter, base, target, initial)
     folder = checkpoint_folder(base)
-    quant = KEPT_IN_4_BITS if requantise else None
     if to == "merged" or requantise:
-        return export_merged(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
+        quant = KEPT_IN_4_BITS if requantise else None
+        merged = merge(adapter, folder, target, quant=quant, initial=initial, progressbar=progressbar)
+        return Exported(
+            what=merged.what,
+            layers=merged.layers,
+            written=f"a checkpoint with {merged.quantised} layers in {quant}" if quant else "a dense checkpoint",
+            bytes_written=merged.bytes_written,
+            load=f"{type(meta_model(target)).__name__}.from_pretrained({str(target)!r})",
+            error=merged.error,
+            worst=merged.worst,
+            error_of_worst=merged.error_of_worst,
+            mean_error=merged.mean_error,
+        )
     with Source.open(folder) as source, torch.no_grad():
         found = _trained_in_4_bits(read_adapter(adapter, source, initial), adapter)
         done = export_bnb4(found, target, progressbar)
         for doubt in found.doubts():
             warnings.warn(doubt, stacklevel=2)
         return done
-
-
-def _named_base(adapter: Path) -> str | None:
-    name = open_adapter(adapter).config["base_model_name_or_path"]
-    return name or None
-
-
-def _gguf(
-    adapter: Path, base: str | os.PathLike[str], target: Path, initial: str | os.PathLike[str] | None
-) -> Exported:
-    try:
-        from pissa.integrations.gguf import export_gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
-        raise ModuleNotFoundError(text, name="gguf") from error
-    return export_gguf(adapter, base, target, initial)
 
 
 def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:

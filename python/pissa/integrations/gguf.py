@@ -3,8 +3,7 @@ converted base has."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name
-from pissa.files.lora_folder import LoraFactors
+from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import class_of, model_config
 from pissa.files.staged import Staged
@@ -41,12 +40,8 @@ _FAMILIES = {
 }
 """By the class of transformers."""
 
-_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})(\..+)")
-"""The name of a layer in a block: the block's number, and the rest."""
-
-_INPUT, _OUTPUT = "model.embed_tokens", "lm_head"
-_BESIDE = {_INPUT: "token_embd", _OUTPUT: "output"}
-"""What llama.cpp calls the layers outside of blocks."""
+_INPUT, _OUTPUT = "token_embd", "output"
+"""What llama.cpp calls the embedding and the output layer."""
 
 
 def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -> Exported:
@@ -63,119 +58,94 @@ def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -
     if target.exists():
         raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
     lora = read_factors(adapter, base, initial, "llama.cpp")
-    names = _Names.of(base, lora)
+    config = model_config(base)
+    arch, places = _places(class_of(config).__name__, config, lora.folder)
     rank = max(lora.rank(name) for name in lora.folder.factors)
     alpha = rank * lora.scaling
     with Staged(target.parent) as staged:
-        writer = gguf.GGUFWriter(staged.path(target.name), gguf.MODEL_ARCH_NAMES[names.family.arch])
+        writer = gguf.GGUFWriter(staged.path(target.name), arch)
         try:
-            _write(writer, lora, names, alpha)
+            _write(writer, lora, places, alpha)
         finally:
             writer.close()
     return Exported(
         what=lora.what,
         layers=lora.layers,
-        written=f"a LoRA of rank {rank} in GGUF, architecture {gguf.MODEL_ARCH_NAMES[names.family.arch]}",
+        written=f"a LoRA of rank {rank} in GGUF, architecture {arch}",
         bytes_written=target.stat().st_size,
         load=f"llama-cli -m BASE.gguf --lora {target}",
     )
 
 
-def _write(writer: gguf.GGUFWriter, lora: PlainLora, names: _Names, alpha: float) -> None:
+def _write(writer: gguf.GGUFWriter, lora: PlainLora, places: dict[str, _Place], alpha: float) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     kind = torch.empty(0).numpy().dtype
     for target, factors in lora.folder.factors.items():
-        for name, (rows, columns) in names.shapes(factors, lora.rank(target)).items():
-            writer.add_tensor_info(name, (rows, columns), kind, 4 * rows * columns)
+        for ending, shape in zip("ab", _shapes(factors, lora.rank(target)), strict=True):
+            writer.add_tensor_info(f"{places[target].name}.weight.lora_{ending}", shape, kind, 4 * math.prod(shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for target, factors in lora.folder.factors.items():
         (pair,), rank = lora.matrices(target), lora.rank(target)
         pair = padded(pair, rank, factors.scaling * rank / alpha)  # llama.cpp scales by alpha / rank
-        for tensor in names.arranged(factors, *pair):
+        for tensor in _arranged(factors, places[target].heads, *pair):
             writer.write_tensor_data(tensor.float().contiguous().numpy())
 
 
-class _Names:
-    """What llama.cpp calls the layers of a model.
+def _shapes(factors: LoraFactors, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Those of the two tensors of a layer: an embedding's first is transposed."""
+    (columns,) = factors.row
+    return (columns, rank) if factors.is_embedding else (rank, columns), (factors.out, rank)
 
-    Args:
-        config: of the model.
+
+def _arranged(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tensors, from the factors a [rank, in] and b [out, rank]."""
+    if heads is not None:
+        b = b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return a.mT if factors.is_embedding else a, b
+
+
+class _Place(NamedTuple):
+    """What llama.cpp makes of a layer."""
+
+    name: str
+    heads: int | None
+    """The heads in whose rows the halves that are rotated together alternate there; None if none do."""
+
+
+def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, _Place]]:
+    """The architecture of a model of that class, and the place of each target.
+
+    Raises:
+        ValueError: llama.cpp has no adapter of such a layer, or the class is not known here.
     """
-
-    def __init__(self, family: _Family, config: Any) -> None:
-        self.family, self._config = family, config
-        self._map = gguf.get_tensor_name_map(family.arch, 1)  # config.json may say a billion blocks
-
-    @staticmethod
-    def of(base: Name, lora: PlainLora) -> _Names:
-        """Those of the base; refuses layers that llama.cpp has no adapter of."""
-        config = model_config(base)
-        kind = class_of(config).__name__
-        if kind not in _FAMILIES:
-            raise ValueError(
-                f"{base} is a {kind}; known here, of what llama.cpp has, are {', '.join(_FAMILIES)}: export to merged, "
-                "and convert that with llama.cpp's own converter"
-            )
-        for name in ("num_hidden_layers", "num_attention_heads"):
-            if not isinstance(count := getattr(config, name, None), int) or count < 1:
-                raise ValueError(f"{base}: config.json has {name} {shown(count)}; needed: a whole number from 1 on")
-        names = _Names(_FAMILIES[kind], config)
-        for factors in lora.folder.factors.values():
-            names.check(factors, lora.folder.weights.path)
-        return names
-
-    def shapes(self, factors: LoraFactors, rank: int) -> dict[str, tuple[int, int]]:
-        """The tensors of a layer, with their shapes."""
-        (columns,), rows = factors.row, factors.out
-        first = (columns, rank) if factors.is_embedding else (rank, columns)
-        name = f"{self._name(factors)}.weight"
-        return {f"{name}.lora_a": first, f"{name}.lora_b": (rows, rank)}
-
-    def arranged(self, factors: LoraFactors, a: Tensor, b: Tensor) -> Iterator[Tensor]:
-        """The same tensors, from the factors a [rank, in] and b [out, rank]: a is an embedding's transposed, and the
-        rows of q and k are in llama.cpp's order."""
-        yield a.mT if factors.is_embedding else a
-        heads = self._heads(factors)
-        yield b if heads is None else b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
-
-    def _heads(self, factors: LoraFactors) -> int | None:
-        """The heads in whose rows the halves that are rotated together alternate in llama.cpp; None if none do."""
-        if not self.family.permutes:
-            return None
-        heads = {
-            "attn_q": self._config.num_attention_heads,
-            "attn_k": getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads,
-        }
-        return heads.get(str(self._name(factors)).rpartition(".")[2])
-
-    def _name(self, factors: LoraFactors) -> str | None:
-        """The name, from that in the first block, which alone is in the table."""
-        layer = factors.layers[0]
-        if (block := _BLOCK.fullmatch(layer)) is None:
-            return _BESIDE.get(layer)
-        number, rest = block.groups()
-        if int(number) >= self._config.num_hidden_layers:
-            return None
-        name: str | None = self._map.get_name(f"model.layers.0{rest}")
-        return None if name is None else name.replace(".0.", f".{number}.", 1)
-
-    def check(self, factors: LoraFactors, path: Path) -> None:
-        """Raises ValueError, naming the layer, if llama.cpp has no such factors of it. `path`: of their file."""
-        name, tied = factors.layers[0], self._config.tie_word_embeddings
-        if len(factors.layers) > 1 or self._name(factors) is None:
+    if kind not in _FAMILIES:
+        raise ValueError(
+            f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_FAMILIES)}: export to merged, "
+            "and convert that with llama.cpp's own converter"
+        )
+    family, queries = _FAMILIES[kind], config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    permuted = {"attn_q": queries, "attn_k": keys} if family.permutes else {}
+    names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+    places = {}
+    for target, factors in adapter.factors.items():
+        name = names.get_name(factors.layers[0]) or ""
+        places[target] = _Place(name, heads := permuted.get(name.rpartition(".")[2]))
+        if len(factors.layers) > 1 or not name:
             reason = "which llama.cpp has under no name known here"
-        elif name in (_INPUT, _OUTPUT) and tied:
+        elif name in (_INPUT, _OUTPUT) and config.tie_word_embeddings:
             reason = "whose weight is tied to another's, and llama.cpp has but one"
         elif len(factors.row) != 1 or factors.is_embedding != (name == _INPUT):
             reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
-        elif (heads := self._heads(factors)) is not None and factors.out % (2 * heads):
+        elif heads is not None and factors.out % (2 * heads):
             reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"
         else:
-            return
+            continue
         raise ValueError(
-            f"{path} has factors of layer {shown(factors.target)}, {reason}: export to merged, and convert that"
+            f"{adapter.weights.path} has factors of layer {shown(target)}, {reason}: export to merged, and convert that"
         )
+    return gguf.MODEL_ARCH_NAMES[family.arch], places

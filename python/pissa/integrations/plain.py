@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from pissa.checkpoints.merge_plan import Planner
-from pissa.config import IMPLICIT
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFolder, open_adapter
@@ -55,7 +54,7 @@ def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
     """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
     found = set()
     with Source.open(base) as source:
-        planner = Planner(source, folder, IMPLICIT)
+        planner = Planner(source, folder)
         for key in folder.other_keys:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             with suppress(ValueError):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pissa.checkpoints.merge_plan import MergedLayer, Planner
-from pissa.config import IMPLICIT
+from pissa.checkpoints.merge_plan import Planner
+from pissa.checkpoints.plan import Layer
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFactors, with_sizes
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
-from pissa.files.scratch import Scratch
 from pissa.files.source import Source
 from pissa.files.staged import Staged, check_unused
-from pissa.files.tensor_file import write_tensors
+from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 from pissa.integrations.plain import padded, read_factors
 
@@ -56,9 +55,8 @@ def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | 
             f"{adapter} has rank {rank} as a LoRA; vLLM allows {RANKS[-1]}: lower it with pissa convert --rank "
             f"{RANKS[-1]}"
         )
-    with ExitStack() as stack:
-        places = _places(lora, base)
-        staged, tensors = stack.enter_context(Staged(target)), stack.enter_context(Scratch(target))
+    places = _places(lora, base)
+    with Staged(target) as staged, Scratch(target) as tensors:
         for name, factors in lora.folder.factors.items():
             pairs = [padded(pair, rank, factors.scaling / lora.scaling) for pair in lora.matrices(name)]
             for key, tensor in _tensors(factors, pairs, places.get(name)):
@@ -95,7 +93,7 @@ def _tensors(factors: LoraFactors, pairs: list[Matrices], places: Places | None)
 
 def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
     """Of the targets that vLLM may call otherwise than the adapter does, if it has fused experts."""
-    all_factors = lora.folder.factors
+    all_factors, path = lora.folder.factors, lora.folder.weights.path
     for target, factors in all_factors.items():
         if len(factors.row) > 1:
             raise ValueError(f"layer {target} is a convolution, which vLLM takes no adapter of: export to merged")
@@ -104,36 +102,33 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
         return {}
     if base is None:
         raise ValueError(
-            f"{lora.folder.weights.path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the "
-            "checkpoint of the base does: give the unmodified model (base)"
+            f"{path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the checkpoint of the "
+            "base does: give the unmodified model (base)"
         )
     with Source.open(checkpoint_folder(base)) as source:
-        return _places_in(source, lora, fused)
-
-
-def _places_in(source: Source, lora: PlainLora, fused: set[str]) -> dict[str, Places]:
-    """The same, found in the checkpoint."""
-    all_factors = lora.folder.factors
-    planner = Planner(source, lora.folder, IMPLICIT)
-    is_linear = {target for target, factors in all_factors.items() if not factors.is_embedding}
-    layers = {target: planner.unit_of(all_factors[target]).layers for target in is_linear}
-    stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
-    kind = planner.model.config.model_type
-    if stacked and kind not in _STACKED:
-        raise ValueError(
-            f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
-            f"{', '.join(_STACKED)}, not for {kind}: export to merged"
-        )
-    for path in {target.rpartition(".")[0] for target in stacked}:
-        names = {target.rpartition(".")[2] for target in stacked if target.rpartition(".")[0] == path}
-        if len(names) == 1:
+        planner = Planner(source, lora.folder)
+        layers = {
+            target: planner.unit_of(factors).layers
+            for target, factors in all_factors.items()
+            if not factors.is_embedding
+        }
+        stacked = {target for target in fused if layers[target][0].parts[0].member is not None}
+        kind = planner.model.config.model_type
+        if stacked and kind not in _STACKED:
             raise ValueError(
-                f"{lora.folder.weights.path} has factors of {shown(*names)} alone in {path}: of a stack of experts "
-                "vLLM takes gate_up_proj and down_proj, or neither; export to merged"
+                f"the checkpoint in {source.folder} has {min(stacked)} as a stack, whose factors vLLM reads for "
+                f"{', '.join(_STACKED)}, not for {kind}: export to merged"
             )
-    return {target: [_parts(one, source) for one in layers[target]] for target in is_linear - stacked}
+        modules = Counter(target.rpartition(".")[0] for target in stacked)
+        for module, leaf in (target.rpartition(".")[::2] for target in sorted(stacked)):
+            if modules[module] == 1:
+                raise ValueError(
+                    f"{path} has factors of {shown(leaf)} alone in {module}: of a stack of experts vLLM takes "
+                    "gate_up_proj and down_proj, or neither; export to merged"
+                )
+        return {target: [_parts(one, source) for one in layers[target]] for target in layers.keys() - stacked}
 
 
-def _parts(layer: MergedLayer, source: Source) -> list[tuple[str, int]]:
+def _parts(layer: Layer, source: Source) -> list[tuple[str, int]]:
     rows = [source.entry(part.tensor).shape[0] for part in layer.parts] if len(layer.parts) > 1 else [layer.shape[0]]
     return [(part.tensor.removesuffix(".weight"), count) for part, count in zip(layer.parts, rows, strict=True)]

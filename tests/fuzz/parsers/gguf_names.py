@@ -20,9 +20,8 @@ def parse(folder: Path) -> None:
     if not config.exists():
         config.write_text(json.dumps(LORA))
     lora = open_adapter(folder)
-    names = gguf._Names(gguf._FAMILIES["LlamaForCausalLM"], LLAMA)
+    _, places = gguf._places("LlamaForCausalLM", LLAMA, lora)
     for target, factors in lora.factors.items():
-        names.check(factors, folder / FILE)
-        shapes = names.shapes(factors, factors.rank)
         (pair,) = lora.matrices(target)
-        assert [tuple(tensor.shape) for tensor in names.arranged(factors, *pair)] == list(shapes.values())
+        tensors = gguf._arranged(factors, places[target].heads, *pair)
+        assert tuple(tuple(tensor.shape) for tensor in tensors) == gguf._shapes(factors, factors.rank)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,15 +15,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
 import checkpoint_writer
 import processes
-from checkpoint_writer import FILES, IDENTITY, batches, content, layouts, write, write_batch
+from checkpoint_writer import (
+    FILES,
+    IDENTITY,
+    batches,
+    content,
+    layout_of,
+    layouts,
+    same_bits,
+    tensors_of_all_dtypes,
+    write,
+    write_batch,
+)
 from daily import each
 from pissa import notices
 from pissa.checkpoints import output
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
+from pissa.files.source import Source
 from pissa.files.staged import CompletedError
+from pissa.files.tensor_file import Layout
 
 
 def entered(folder: Path, **identity: object) -> Output:
@@ -43,13 +60,13 @@ def test_nothing_is_there_before_all_is(tmp_path: Path) -> None:
 
 def test_every_process_flushes_before_the_first_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 puts the files in place, and can flush only what its own machine has."""
-    events: list[str] = []
-    flush, place = output.PlannedFile.flush, output.put_in_place
-    monkeypatch.setattr(output.PlannedFile, "flush", lambda file: events.append(file.path.name) or flush(file))
+    events: list[object] = []
+    flush, place = os.fdatasync, output.put_in_place
+    monkeypatch.setattr(os, "fdatasync", lambda handle: events.append(handle) or flush(handle))
     monkeypatch.setattr(output, "put_in_place", lambda files: events.append("place") or place(files))
     write(tmp_path / "out")
     assert events[-1] == "place"
-    assert sorted(events[-1 - len(FILES) : -1]) == sorted(Path(name).name for name in FILES)
+    assert len({*events[-1 - len(FILES) : -1]}) == len(FILES)
 
 
 @pytest.mark.parametrize("every", each([5, 1], [5]))
@@ -157,18 +174,6 @@ def test_a_second_run_of_a_complete_folder_says_so(tmp_path: Path) -> None:
         entered(tmp_path / "out").__enter__()
 
 
-def test_as_long_as_one_rank_is_alive_its_run_is(tmp_path: Path) -> None:
-    """Rank 0 has died, another holds its shared lock."""
-    with entered(tmp_path):
-        pass
-    other = output._locked(tmp_path / UNFINISHED, fcntl.LOCK_SH)
-    with pytest.raises(ValueError, match="another run is writing"):
-        entered(tmp_path).__enter__()
-    os.close(other)
-    with entered(tmp_path):
-        pass
-
-
 def test_a_lock_that_its_run_has_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock = fcntl.flock
 
@@ -178,7 +183,7 @@ def test_a_lock_that_its_run_has_removed_is_not_taken(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(ValueError, match="another run is writing"):
-        output._locked(tmp_path, fcntl.LOCK_EX)
+        output._locked(tmp_path)
 
 
 def test_without_locks_it_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,18 +198,97 @@ def test_without_locks_it_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         out.finish()
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- Tensors ---------------------------------------------------------------------------------------------------------
+
+
+def of(folder: Path, tensors: dict[str, Tensor]) -> Output:
+    return Output(folder, IDENTITY, {"model.safetensors": layout_of(tensors)})
+
+
+def test_written_in_any_order_it_is_the_file_that_was_planned(tmp_path: Path) -> None:
+    tensors = tensors_of_all_dtypes() | {"transposed": torch.rand(7, 6).T}
+    layout = layout_of(tensors)
+    with of(tmp_path, tensors) as out:
+        hidden = tmp_path / UNFINISHED / "files" / "model.safetensors"
+        assert hidden.stat().st_size == layout.size
+        assert hidden.stat().st_blocks * 512 >= layout.size, "on the disk before anything is written"
+        names = list(tensors)
+        random.Random(0).shuffle(names)
+        for name in names:
+            out.write("model.safetensors", name, tensors[name])
+        out.finish()
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            assert opened.get_slice(name).get_shape() == list(tensor.shape)
+            assert same_bits(opened.get_tensor(name), tensor)
+    with Source.open(tmp_path) as source:
+        assert set(source.names) == tensors.keys()
+        assert all(same_bits(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_matrices_of_a_stack_are_written_by_themselves(tmp_path: Path) -> None:
+    tensors = tensors_of_all_dtypes()
+    with of(tmp_path, tensors) as out:
+        for member in (3, 0, 1):
+            out.write("model.safetensors", "cube", tensors["cube"][member], member)
+        out.finish()
+    found = Source.open(tmp_path).read("cube")
+    assert same_bits(found[[0, 1, 3]], tensors["cube"][[0, 1, 3]])
+    assert not found[2].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "member"),
+    [
+        ("cube", torch.zeros(4, 3, 5), None),
+        ("cube", torch.zeros(4, 3, 6).bfloat16(), None),
+        ("cube", torch.zeros(4, 15).bfloat16(), None),
+        ("cube", torch.zeros(3, 3, 5).bfloat16(), None),
+        ("cube", torch.zeros(1, 3, 5).bfloat16(), 0),
+        ("cube", torch.zeros(3, 4).bfloat16(), 0),
+        ("point", torch.zeros(1), None),
+    ],
+)
+def test_another_tensor_than_planned_is_refused(name: str, tensor: Tensor, member: int | None, tmp_path: Path) -> None:
+    with of(tmp_path, tensors_of_all_dtypes()) as out:
+        path = tmp_path / UNFINISHED / "files" / "model.safetensors"
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=f"{path}: tensor '{name}': got .*; planned: "):
+            out.write("model.safetensors", name, tensor, member)
+        assert path.read_bytes() == before
+
+
+# ---- A full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_leaves_nothing(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {name: Layout({"x": (torch.uint8, (3_000_000_000,))}) for name in ("a.safetensors", "b.safetensors")}
     calls = []
 
     def fail(handle: int, offset: int, length: int) -> None:
         calls.append(length)
         if len(calls) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "posix_fallocate", fail)
-    with pytest.raises(OSError, match=r"No space left on device\): .* GB are needed"):
-        entered(tmp_path / "a" / "out").__enter__()
+    message = (
+        rf"b\.safetensors cannot be written \({os.strerror(number)}\): 6 GB are needed, and [\d.]+ GB free there: make"
+    )
+    with pytest.raises(OSError, match=message) as caught:
+        Output(tmp_path / "a" / "out", IDENTITY, files).__enter__()
+    assert "\n" not in str(caught.value)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_disk_that_fails_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OSError, match=f"{tmp_path}/out cannot be written: Input/output error"):
+        write(tmp_path / "out")
 
 
 def test_a_disk_that_gets_full_names_the_folder(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from transformers.core_model_loading import Concatenate, Interleave, Transpose, 
 import pissa
 from architectures import ARCHITECTURES
 from checkpoint_folders import KINDS, change_config, change_tensors, save
-from pissa.checkpoints.plan import Plan
+from pissa.checkpoints.split_plan import SplitPlan
 from pissa.files.source import Source
 from pissa.layers.layer import pissa_layers
 from pissa.model.pissa_model import model_class
 
 
-def plan_of(folder: Path, experts: Any = "dense", **fields: Any) -> Plan:
-    return Plan.of(Source.open(folder), pissa.PissaConfig(**({"r": 4} | fields)), experts)
+def plan_of(folder: Path, experts: Any = "dense", **fields: Any) -> SplitPlan:
+    return SplitPlan.of(Source.open(folder), pissa.PissaConfig(**({"r": 4} | fields)), experts)
 
 
 def injected(model: nn.Module, **fields: Any) -> dict[str, Any]:
@@ -31,13 +31,14 @@ def injected(model: nn.Module, **fields: Any) -> dict[str, Any]:
     return pissa_layers(model_class(config)(model, config, "default").base_model.model)
 
 
-def assert_planned(plan: Plan, layers: dict[str, Any]) -> None:
+def assert_planned(plan: SplitPlan, layers: dict[str, Any]) -> None:
     assert plan.layers.keys() == layers.keys()
     for name, layer in plan.layers.items():
         matrix = layer.matrix(plan.source)
         assert torch.equal(matrix, layers[name].base.matrix()), name
         assert (layer.shape, layer.dtype) == (tuple(matrix.shape), matrix.dtype)
-        assert (layer.origin.r, layer.origin.scaling) == (layers[name].r["default"], layers[name].scaling["default"])
+        origin = plan.origins[name]
+        assert (origin.r, origin.scaling) == (layers[name].r["default"], layers[name].scaling["default"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +52,7 @@ def test_layers_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     parts = {part.tensor for layer in plan.layers.values() for part in layer.parts}
     assert parts.isdisjoint(plan.copied)
     assert parts | {*plan.copied} == {*plan.source.names}
-    places = [plan.source.names.index(layer.tensors[0]) for layer in plan.layers.values()]
+    places = [min(map(plan.source.names.index, unit.tensors)) for unit in plan.units]
     assert places == sorted(places)
 
 

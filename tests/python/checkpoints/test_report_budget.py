@@ -11,8 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 import pissa
-from pissa.checkpoints.budget import Candidate, allocate, as_pattern
-from pissa.checkpoints.kinds import kinds_of, sample
+from pissa.checkpoints.budget import Candidate, allocate, as_pattern, kinds_of, sample
 from pissa.checkpoints.report import LayerReport, layer_report, suggest
 from pissa.layers.layer import pissa_layers
 

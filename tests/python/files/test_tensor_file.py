@@ -1,4 +1,4 @@
-"""Files of tensors: the bytes that are written, and tensors that wait on the disk."""
+"""Files of tensors: where tensors lie, the bytes that are written, and tensors that wait on the disk."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint_writer import layout_of, tensors_of_all_dtypes
 from pissa.base.digest import xxh3
-from pissa.files.safetensors_header import DTYPES
-from pissa.files.scratch import Scratch
-from pissa.files.tensor_file import SAVED_FLOATS, TensorFile, write_tensors
+from pissa.files.tensor_file import SAVED_FLOATS, Layout, MappedFile, Scratch, TensorFile, write_tensors
 
 
-def tensors_of_all_dtypes() -> dict[str, Tensor]:
-    """Of odd sizes, in an order that is neither that of the file nor that of their names."""
-    bits = torch.randint(0, 2, (3 * 8,), dtype=torch.uint8)
-    found = {f"{i % 3}{name} ü": bits.view(dtype).clone() for i, (name, dtype) in enumerate(DTYPES.items())}
-    return found | {"point": torch.tensor(1.5), "empty": torch.empty(0, 3), "z": torch.ones(5), "a": torch.ones(1, 3)}
+def test_every_tensor_is_aligned_and_the_order_is_the_given_one(tmp_path: Path) -> None:
+    tensors = tensors_of_all_dtypes()
+    layout = layout_of(tensors)
+    assert all(entry.offset % entry.dtype.itemsize == 0 for entry in layout.entries.values())
+    assert [*tensors] != [*layout.entries] == sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    assert len(layout.header) % 8 == 0
+    assert layout_of(tensors).header == layout.header != layout_of(dict(reversed(tensors.items()))).header
+    (tmp_path / "x").write_bytes(layout.header.ljust(layout.size, b"\0"))
+    assert MappedFile(tmp_path / "x").entries == layout.entries
+
+
+def test_a_dtype_without_a_place_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tensor 'x', torch\.complex128, has no place"):
+        Layout({"x": (torch.complex128, (1,))})
 
 
 def test_the_bytes_are_safetensors_own(tmp_path: Path) -> None:

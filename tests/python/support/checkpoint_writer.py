@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from pissa.checkpoints.output import FINISHED, Output
-from pissa.checkpoints.planned_file import Layout
 from pissa.distributed import RankError, agree, failing_together
 from pissa.files.staged import CompletedError
+from pissa.files.tensor_file import DTYPES, Layout
 
 IDENTITY: dict[str, Any] = {"version": "1", "rank": 4, "source": {"a.safetensors": "12 bytes"}}
 FILES = {"model-1.safetensors": 3, "model-2.safetensors": 1, "adapter/adapter_model.safetensors": 1}
@@ -42,11 +42,27 @@ def tensors(file: str) -> dict[str, Tensor]:
     return dict([*found.items()][: FILES[file]])
 
 
+def tensors_of_all_dtypes() -> dict[str, Tensor]:
+    """Of odd sizes and all kinds of shapes, in an order that is neither that of the file nor that of their names."""
+    bits = torch.randint(0, 2, (3 * 8,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = {f"{i % 3}{name} ü": bits.view(dtype).clone() for i, (name, dtype) in enumerate(DTYPES.items())}
+    shapes = {"point": (), "empty": (0, 3), "z": (5,), "a": (1, 3)}
+    found |= {name: torch.full(shape, 1.5) for name, shape in shapes.items()}
+    return found | {"cube": torch.rand(4, 3, 5).bfloat16()}
+
+
+def layout_of(tensors: dict[str, Tensor]) -> Layout:
+    return Layout({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    """For every dtype."""
+    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (found, expected)]
+    return (found.dtype, found.shape) == (expected.dtype, expected.shape) and torch.equal(*bits)
+
+
 def layouts() -> dict[str, Layout]:
-    return {
-        file: Layout({name: (tensor.dtype, tensor.shape) for name, tensor in tensors(file).items()}, {"format": "pt"})
-        for file in FILES
-    }
+    return {file: layout_of(tensors(file)) for file in FILES}
 
 
 def batches() -> list[tuple[str, str]]:
