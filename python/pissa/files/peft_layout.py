@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pissa.files.expert_layout import stack, unstack
-from pissa.layers.embedding import PissaEmbedding
+from pissa.layers.kinds import PissaEmbedding
 from pissa.layers.layer import PissaLayer
 
 ADAPTER_CONFIG = "adapter_config.json"

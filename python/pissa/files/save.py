@@ -28,7 +28,7 @@ from pissa.files.record import AdapterRecord, LayerRecord
 from pissa.files.staged import Staged
 from pissa.files.tensor_file import write_tensors
 from pissa.files.vocabulary import is_to_be_saved, vocabulary
-from pissa.layers.convolution import PissaConvolution
+from pissa.layers.kinds import PissaConvolution
 from pissa.layers.layer import pissa_layers
 from pissa.notices import ModelCardWarning, UnmergedConvolutionWarning
 

@@ -15,18 +15,15 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pissa.base.kinds import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_data_parallel, is_managed, is_of_an_engine, is_partitioned, is_sharded
-from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
-from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.experts import unfused_experts
+from pissa.layers.kinds import KINDS, PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.linear import PissaLinear
 from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft
@@ -161,22 +158,12 @@ def pissa_layer(
         )
     base = _base_for(target, name)
     _check_weight(base, name)
-    kind = _KINDS[base.kind]
+    kind = KINDS[base.kind]
     if config.use_dora and kind is not PissaLinear:
         raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
     layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
     layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
     return layer
-
-
-_KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
-    nn.Linear: PissaLinear,
-    Conv1D: PissaLinear,
-    nn.Embedding: PissaEmbedding,
-    nn.Conv1d: PissaConv1d,
-    nn.Conv2d: PissaConv2d,
-    nn.Conv3d: PissaConv3d,
-}
 
 
 def _base_for(target: nn.Module, name: str) -> Base:
@@ -207,8 +194,14 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
             "before deepspeed.initialize. It may have been loaded under zero.Init"
         )
-    if is_sharded(weight):
-        _check_sharded(base, name)
+    # Of another sharded weight no process can be given a copy with which its module computes.
+    if is_sharded(weight) and not (is_partitioned(weight) or (is_managed(base.module) and is_data_parallel(weight))):
+        placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
+        raise TypeError(
+            f"the weight of {name} is a DTensor with the placements {placements} on {mesh}: not one that fully_shard "
+            "has sharded over all processes. With a tensor-parallel plan each process computes a part of the product, "
+            "and PiSSA decomposes whole weights: load the model without tp_plan, and shard it with fully_shard"
+        )
     if base.is_bnb_quantised:
         return
     if (type(weight) is not nn.Parameter and not is_sharded(weight)) or weight.dtype not in FLOATS:
@@ -216,21 +209,6 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
             "(quant then stores it in a quantised format)"
-        )
-
-
-def _check_sharded(base: Base, name: str) -> None:
-    """Checks that the module of a sharded weight computes with the whole of it, of which each process can be given a
-    copy."""
-    weight: Any = base.parameter
-    if is_partitioned(weight):
-        return
-    if not (is_managed(base.module) and is_data_parallel(weight)):
-        placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
-        raise TypeError(
-            f"the weight of {name} is a DTensor with the placements {placements} on {mesh}: not one that fully_shard "
-            "has sharded over all processes. With a tensor-parallel plan each process computes a part of the product, "
-            "and PiSSA decomposes whole weights: load the model without tp_plan, and shard it with fully_shard"
         )
 
 

@@ -25,8 +25,8 @@ from pissa.base.stored import ResidualCheck, residuals_of
 from pissa.config import IMPLICIT, Form, PissaConfig
 from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
+from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.linear import PissaLinear
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
