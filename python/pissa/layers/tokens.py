@@ -136,7 +136,7 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
         merging = _training(layer, adapter_names)
         _check_disjoint(layer, dict.fromkeys([*layer.merged_adapters, *merging]))
         for other, module in _sharing(model, layer.base_layer) if _changes(layer, merging) else ():
-            owner = next((found for found in layers.values() if found.base_layer is module), None)
+            owner = next((one for one in layers.values() if one.base_layer is module), None)
             if owner is None or owner.trainable_tokens_delta is not layer.trainable_tokens_delta:
                 raise ValueError(
                     f"the tokens of {name.removesuffix('.token_adapter')} are trained apart from {other}, with which "
