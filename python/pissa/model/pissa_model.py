@@ -153,13 +153,13 @@ class PissaModel(MendedPeftModel):
             self._check_new_name(adapter_name)
             if svd_clamp is not None:
                 raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
-            base = self.base_model.model
-            combination = Combination.of(
-                base, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
+            base, configs = self.base_model.model, self.peft_config
+            combination = Combination(
+                base, configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method
             )
-            config = combination.config(base, self.peft_config)
+            config = combination.config()
             self._inject(adapter_name, config, autocast_adapter_dtype=True)
-            combination.start(base, adapter_name, config)
+            combination.start(adapter_name, config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that take the base's place, as in PEFT. Trained tokens are merged into
