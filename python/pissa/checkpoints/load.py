@@ -19,9 +19,8 @@ from pissa.files.hub import adapter_folder
 from pissa.files.load import restore
 from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD
 from pissa.files.source import Source
-from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
-from pissa.model.inject import materialise, own_config, warn_of_dropout
+from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 
