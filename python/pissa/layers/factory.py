@@ -173,18 +173,18 @@ def _base_for(target: nn.Module, name: str) -> Base:
         raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
     if base is not None:
         return base
-    found = f"{type(target).__module__}.{type(target).__qualname__}"
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, FSDPModule):
         raise TypeError(
-            f"{name} is sharded by a fully_shard of its own ({found}), and PiSSA computes with its weight outside of "
+            f"{name} is sharded by a fully_shard of its own ({kind}), and PiSSA computes with its weight outside of "
             f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
         )
     if isinstance(target, BaseTunerLayer):
-        raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
-    raise TypeError(f"{name} is a {found}; PiSSA adapts {_ADAPTED}; {leave_out(name)}")
-
-
-_ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and transformers' fused experts"
+        raise TypeError(f"{name} already carries an adapter of another kind ({kind}); unload it first")
+    raise TypeError(
+        f"{name} is a {kind}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and "
+        f"transformers' fused experts; {leave_out(name)}"
+    )
 
 
 def _check_weight(base: Base, name: str) -> None:

@@ -22,7 +22,7 @@ from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.protocol import Base
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residuals_of
-from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.expert_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
 from pissa.layers.kinds import PissaLinear
@@ -35,6 +35,8 @@ _GROUP = 1 << 22
 # The same on a GPU, of layers whose weights have to be copied first: float32 copies of 4 GiB. A GPU decomposes all
 # weights of one shape together, so that where nothing is copied a group has no limit.
 _GPU_GROUP = 1 << 30
+
+_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
 
 
 class Replacement(NamedTuple):
@@ -98,9 +100,9 @@ def decompose(
     total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        lacked = _find_starts(layers, adapter_name, of_bases, config.of_base(), config.form, bar)
+        lacked = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, are_lacked=True)
         starts |= lacked if config.starts_as_base else {}
-        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), None, bar)
+        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, are_lacked=False)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
@@ -114,18 +116,19 @@ def _find_starts(
     adapter_name: str,
     origins: Mapping[str, Origin],
     config: PissaConfig,
-    form: Form | None,
     bar: tqdm[Any] | None,
+    *,
+    are_lacked: bool,
 ) -> dict[str, StartFactors]:
     """The starts of these origins, by the names of their layers: each rank finds some of them, and sends them to the
     others.
 
     Args:
         config: of the starts.
-        form: the residuals in that form which will lack the starts must be finite.
+        are_lacked: whether residuals will lack the starts, which must be finite then.
     """
     starts: dict[str, StartFactors] = {}
-    check = None if form is None else ResidualCheck(form)
+    check = ResidualCheck(config.form) if are_lacked else None
     searched = {name: layers[name] for name in origins}
     copied = INIT_METHODS[config.init].copies or config.quant_iters > 1
     for group in own_groups(searched, copied=copied):
@@ -133,18 +136,20 @@ def _find_starts(
         if bar is not None:
             bar.update(len(group))
     # From here to the last broadcast nothing can fail on one rank alone.
-    found = distributed.agree({name: start.rank_taken for name, start in starts.items()})
-    for owner, ranks in enumerate(found):
-        for name, rank_taken in ranks.items():
+    shares = distributed.agree({name: start.rank_taken for name, start in starts.items()})
+    for owner, share in enumerate(shares):
+        for name, rank_taken in share.items():
             if owner != distributed.rank():
                 starts[name] = layers[name].empty_start(adapter_name, origins[name], rank_taken)
             for factor in starts[name].buffers():
                 if factor.numel():
                     factor.copy_(distributed.broadcast(factor, owner))
-    if form is not None and check is not None:
+    if check is not None:
         uncertain = {name: layers[name] for names in distributed.agree(check.uncertain()) for name in names}
         for group in own_groups(uncertain):
-            residuals_of([base.matrix() for base in group.values()], [starts[name] for name in group], form, [*group])
+            weights = [base.matrix() for base in group.values()]
+            residuals_of(weights, [starts[name] for name in group], config.form, list(group))
+            del weights
     return starts
 
 
@@ -210,12 +215,9 @@ def share_fingerprints(
     mine: dict[str, Fingerprint] = {}
     for group in own_groups(layers):
         mine |= {name: compute(layers[name].fingerprints, base) for name, base in group.items()}
-    for found in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
-        for name, value in found.items():
+    for share in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
+        for name, value in share.items():
             learn(layers[name].fingerprints, layers[name].base, value)
-
-
-_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
 
 
 def _to_store(
