@@ -40,18 +40,22 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         return
     names: Any = all_linear(config, model)
     if part := _language_part(model):
-        others = {name for name in names if not name.startswith(f"{part}.")}
-        names = names - others
-        _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(others))
+        beside = {name for name in names if not name.startswith(f"{part}.")}
+        names = names - beside
+        _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(beside))
     config.target_modules = names
     layers = {
         name: layer
         for name, layer in model.named_modules()
         if name in names and check_target_module_exists(config, name)
     }
-    refused = [name for name in layers if is_refused_by_peft(config, model, name) or _is_read(model, name)]
-    own = [name for name, layer in layers.items() if _is_of_its_own(layer)]
-    config.target_modules = names.difference(refused, own)
+    left_out = {}
+    for name, layer in layers.items():
+        if is_refused_by_peft(config, model, name) or _is_read(model, name):
+            left_out[name] = "the code of this model may read their weights past an adapter"
+        elif _is_of_its_own(layer):
+            left_out[name] = f"a {type(layer).__name__} computes in a way of its own"
+    config.target_modules = names.difference(left_out)
     small = {
         name: side
         for name, layer in layers.items()
@@ -67,16 +71,9 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
             f"r={config.r} is more than the smaller side of {len(small)} of {len(layers)} layers, {name} the first; "
             f"the rank of each is that side, {side} for the first"
         )
-    if refused:
-        said.append(
-            f"{len(refused)} of {len(layers)} layers, {refused[0]} the first, are left out: the code of this "
-            "model may read their weights past an adapter"
-        )
-    if own:
-        said.append(
-            f"{len(own)} of {len(layers)} layers, {own[0]} the first, are left out: a {type(layers[own[0]]).__name__} "
-            "computes in a way of its own"
-        )
+    for why in dict.fromkeys(left_out.values()):
+        first, *others = (name for name, reason in left_out.items() if reason == why)
+        said.append(f"{1 + len(others)} of {len(layers)} layers, {first} the first, are left out: {why}")
     if said:
         warnings.warn(
             f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "

@@ -174,15 +174,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def state_keys(self, adapter_name: str) -> list[str]:
         """The names of the parameters of `deltas` in the layer's state dict."""
         names = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
-        parts = (name.partition(".") for name in names)
-        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in parts]
+        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in (name.partition(".") for name in names)]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
         """The same, float32 on the adapter's device, from a state dict that has the layer's parameters under
         `prefix`."""
         device = self.device_of(adapter_name)
-        keys = self.state_keys(adapter_name)
-        a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in keys)
+        a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
         return Deltas(*self.as_matrices(a, b), *e)
 
     def changed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -226,11 +224,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
         """Gives an adapter these start factors, or the layer's own if it has the same already."""
-        for own in self._starts():
-            if own.origin == start.origin and torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0):
-                start = own
-                break
-        self.lora_start[adapter_name] = start
+        alike = (own for own in self._starts() if own.origin == start.origin)
+        same = (own for own in alike if torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0))
+        self.lora_start[adapter_name] = next(same, start)
 
     def _starts(self) -> list[StartFactors]:
         starts = [self.start_of(name) for name in self.lora_start]

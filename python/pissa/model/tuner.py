@@ -55,14 +55,13 @@ class PissaTuner(LoraTuner):
         tensors = super().adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
         tensors = {key: value for key, value in tensors.items() if not is_of_a_layer(key, adapted)}
-        matrices, present = {}, {}
+        matrices = {}
         _check_names(state_dict, layers, adapter_name)
         for name, layer in layers.items():
             keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]
             if not all(key in state_dict for key in keys):
                 continue
             check_whole({key: state_dict[key] for key in keys})
-            present[name] = layer
             deltas = layer.deltas_in(state_dict, f"{PREFIX}{name}.", adapter_name)
             matrices[name] = layer.start_of(adapter_name).factors_of_change(deltas)
             if config.use_dora:
@@ -70,7 +69,7 @@ class PissaTuner(LoraTuner):
                 magnitude = layer.magnitude(adapter_name)
                 weight = state_dict[f"{key}.{adapter_name}.weight"].detach()
                 tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
-        for factors in factors_of(inner, present):
+        for factors in factors_of(inner, {name: layers[name] for name in matrices}):
             tensors |= factors.pack([matrices[name] for name in factors.layers])
         return tensors
 
@@ -164,16 +163,14 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
         ValueError: a factor is missing, or has another shape.
     """
     given = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
-    misfits = []
+    misfits = {}
     for times in (1, 2):
-        needed: dict[str, tuple[int, ...]] = {}
-        for part in parts:
-            needed |= part.shapes(times * ranks[part.layers[0]])
-        if given == needed:
-            return times == 1
-        misfits.append({key: shape for key, shape in needed.items() if given.get(key) != shape})
-    nearest = min(misfits, key=len)
-    key, shape = next(iter(nearest.items()))
+        needed = [item for part in parts for item in part.shapes(times * ranks[part.layers[0]]).items()]
+        misfits[times] = [(key, shape) for key, shape in needed if given.get(key) != shape]
+    nearest = min(misfits, key=lambda times: len(misfits[times]))
+    if not misfits[nearest]:
+        return nearest == 1
+    key, shape = misfits[nearest][0]
     raise ValueError(
         f"the state dict does not fit the adapter: {key} is {list(given[key]) if key in given else 'missing'}; needed: "
         f"{list(shape)}. All layers of the adapter need factors of its rank, or of twice that, as "
