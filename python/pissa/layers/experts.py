@@ -31,10 +31,6 @@ _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExpert
 _OF_THEIR_OWN = ("OpenAIPrivacyFilterExperts",)
 
 
-class Expert(nn.Module):
-    """The linear layers of one expert: gate_up_proj (without a gate: up_proj) and down_proj."""
-
-
 class UnfusedExperts(nn.Module):
     """An experts module of transformers whose experts are linear layers, named "0", "1", ...
 
@@ -49,7 +45,7 @@ class UnfusedExperts(nn.Module):
         self.fused = fused
         self.names = list(_weight_names(fused))
         for index in range(fused.num_experts):
-            self.add_module(str(index), Expert())
+            self.add_module(str(index), nn.Module())
         for name in self.names:
             weights = getattr(fused, name)
             for index, weight in enumerate(weights.detach()):
@@ -61,9 +57,9 @@ class UnfusedExperts(nn.Module):
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # keeps the parameter's slot, so fuse() restores the order
 
-    def expert(self, index: int) -> Expert:
-        """The expert of that number."""
-        return cast(Expert, self.get_submodule(str(index)))
+    def expert(self, index: int) -> nn.Module:
+        """The linear layers of the expert of that number: gate_up_proj (without a gate: up_proj) and down_proj."""
+        return self.get_submodule(str(index))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
