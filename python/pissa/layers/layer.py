@@ -149,10 +149,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """None of PEFT's own classes: DoRA is computed here."""
         return {(): None, ("use_dora",): None}
 
-    def parts(self, adapter_name: str) -> list[Any]:
-        """The adapter's entries in PEFT's dictionaries of what is trained: modules, or an embedding's parameters."""
-        dictionaries = [getattr(self, name) for name in self.adapter_layer_names]
-        return [entries[adapter_name] for entries in dictionaries if adapter_name in entries]
+    def dictionaries(self, adapter_name: str) -> list[Any]:
+        """PEFT's dictionaries of what is trained, modules or an embedding's parameters, that have the adapter."""
+        return [entries for name in self.adapter_layer_names if adapter_name in (entries := getattr(self, name))]
 
     def device_of(self, adapter_name: str) -> torch.device:
         """The device of the adapter's parameters. (An offloaded base is on the meta device.)"""

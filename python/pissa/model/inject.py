@@ -114,8 +114,7 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
     weights are; for a base that accelerate offloads, or that is to be filled later, that is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
         device = layer.base.device
-        dictionaries = [getattr(layer, name) for name in layer.adapter_layer_names]
-        for entries in (entries for entries in dictionaries if adapter_name in entries):
+        for entries in layer.dictionaries(adapter_name):
             entry = entries[adapter_name]
             if isinstance(entry, Tensor):
                 if entry.is_meta:

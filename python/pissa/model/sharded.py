@@ -58,6 +58,6 @@ def average_gradients(model: nn.Module, adapter_name: str) -> None:
     holds the base."""
     for layer in pissa_layers(model, adapter_name).values():
         if is_managed(layer.base.module):
-            for part in layer.parts(adapter_name):
-                for parameter in [part] if isinstance(part, Tensor) else part.parameters():
+            for entry in (entries[adapter_name] for entries in layer.dictionaries(adapter_name)):
+                for parameter in [entry] if isinstance(entry, Tensor) else entry.parameters():
                     average_gradient(parameter)
