@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # `pissa --help` not even torch.
 _HOMES = {
     "CompletedError": "pissa.files.staged:CompletedError",
-    "PissaConfig": "pissa.model.by_peft:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
+    "PissaConfig": "pissa.model.wrap:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",
     "bitsandbytes": "pissa.base.bitsandbytes:",

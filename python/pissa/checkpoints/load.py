@@ -38,9 +38,8 @@ from pissa.files.pissa_layout import (
 from pissa.files.source import Source
 from pissa.files.tensor_file import TensorFile
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
-from pissa.model.inject import materialise, own_config, warn_of_dropout
+from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 

@@ -35,8 +35,8 @@ from pissa.files.source import Source
 from pissa.files.tensor_file import Layout
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
+from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.linear import PissaLinear
 from pissa.model.inject import own_config
 from pissa.model.pissa_model import model_class
 

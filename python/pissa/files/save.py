@@ -40,7 +40,7 @@ from pissa.files.pissa_layout import (
 from pissa.files.staged import Staged
 from pissa.files.tensor_file import write_tensors
 from pissa.files.vocabulary import vocabulary
-from pissa.layers.convolution import PissaConvolution
+from pissa.layers.kinds import PissaConvolution
 from pissa.layers.layer import pissa_layers
 from pissa.notices import (
     InexactLoraWarning,
@@ -82,11 +82,16 @@ def save_adapter(
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     with Staged(folder) as staged:
         staged.path(PISSA_RECORD).write_text(AdapterRecord(config, records).text())
-        write_tensors(staged.path(PISSA_WEIGHTS), starts)
+        write_tensors(staged.path(PISSA_WEIGHTS), _on_cpu(starts))
         plain = plain_config(model.base_model.model, config, adapter_name, layers)
         staged.path(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
-        write_tensors(staged.path(ADAPTER_WEIGHTS), lora)
+        write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, read off a GPU once: a file's checksum and the file itself take each."""
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers: str | bool) -> bool:

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import peft
@@ -21,7 +22,7 @@ from pissa.distributed import RankError
 from pissa.files.hub import adapter_folder
 from pissa.files.pissa_layout import PISSA_RECORD
 from pissa.layers.layer import pissa_layers
-from pissa.model.inject import restored, restored_on_error
+from pissa.model.inject import restored_on_error, way_back
 from pissa.model.pissa_model import PissaModel
 from pissa.model.wrap import wrap
 from pissa.notices import NotTakenOverWarning
@@ -93,7 +94,8 @@ def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, **kwar
         raise ValueError("init_lora_weights=False with use_dora starts from magnitudes that are not the base's")
     _configuration(config, model, init="lora")
     with torch.random.fork_rng(devices=()):
-        with restored(model):
+        with ExitStack() as stack:
+            stack.callback(way_back(model))
             plain: Any = kind(model, copy.deepcopy(config), **{**kwargs, "low_cpu_mem_usage": False})
             name = plain.active_adapter
             state = peft.get_peft_model_state_dict(plain, adapter_name=name, save_embedding_layers=False)

@@ -31,10 +31,6 @@ _SUMMED_IN_FLOAT32 = ("Inkling2Experts", "Inkling2LoopExperts", "NemotronHExpert
 _OF_THEIR_OWN = ("OpenAIPrivacyFilterExperts",)
 
 
-class Expert(nn.Module):
-    """The linear layers of one expert: gate_up_proj (without a gate: up_proj) and down_proj."""
-
-
 class UnfusedExperts(nn.Module):
     """An experts module of transformers whose experts are linear layers, named "0", "1", ...
 
@@ -49,7 +45,7 @@ class UnfusedExperts(nn.Module):
         self.fused = fused
         self.names = list(_weight_names(fused))
         for index in range(fused.num_experts):
-            self.add_module(str(index), Expert())
+            self.add_module(str(index), nn.Module())
         for name in self.names:
             weights = getattr(fused, name)
             for index, weight in enumerate(weights.detach()):
@@ -61,9 +57,9 @@ class UnfusedExperts(nn.Module):
                 self.expert(index).add_module(name, linear.train(fused.training))
             setattr(fused, name, None)  # keeps the parameter's slot, so fuse() restores the order
 
-    def expert(self, index: int) -> Expert:
-        """The expert of that number."""
-        return cast(Expert, self.get_submodule(str(index)))
+    def expert(self, index: int) -> nn.Module:
+        """The linear layers of the expert of that number: gate_up_proj (without a gate: up_proj) and down_proj."""
+        return self.get_submodule(str(index))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -131,10 +127,6 @@ class UnfusedLlama4Experts(UnfusedExperts):
         return cast(Tensor, expert.down_proj(up * self.fused.act_fn(gate)))
 
 
-def _unfused(fused: nn.Module) -> UnfusedExperts:
-    return UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused)
-
-
 def _is_llama4(fused: nn.Module) -> bool:
     return type(fused).__name__ == "Llama4TextExperts"
 
@@ -164,7 +156,6 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
         TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may then be half
             changed; see `model.inject.restored_on_error`.
     """
-    parameters = set(config.target_parameters or ())
     for path, fused in _fused_experts(model):
         if not _wanted(path, fused, config):
             continue
@@ -175,15 +166,9 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
                 f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
             )
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _unfused(fused))
-    for path, experts in unfused_experts(model).items():
-        _target(path, experts, config, parameters)
-    if parameters:
-        raise ValueError(
-            f"target_parameters: {sorted(parameters)} are no weights of fused experts; PiSSA adapts layers: name them "
-            "in target_modules"
-        )
-    config.target_parameters = None
+        unfused = UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused)
+        setattr(model.get_submodule(parent), name, unfused)
+    _target(unfused_experts(model), config)
 
 
 def _fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -196,23 +181,21 @@ def _fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
-    names = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.dim() == 3]
-    if any(_ends_with(f"{path}.{name}", target) for name in names for target in config.target_parameters or ()):
+    weights = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.dim() == 3]
+    if any(_ends_with(f"{path}.{name}", target) for name in weights for target in config.target_parameters or ()):
         return True
-    if config.target_modules is None:
-        return False
     probe: Any = copy.copy(config)
     probe.target_modules = {path}
     if not check_target_module_exists(probe, path):  # excluded, or in a layer that is not to be adapted
         return False
-    probe.target_modules = set(names) if is_all_linear(config) else _with_present_names(config.target_modules)
-    found = [bool(check_target_module_exists(probe, f"{path}.0.{name}")) for name in names]
-    if not any(found) and any(check_target_module_exists(probe, f"{path}.{name}") for name in names):
+    probe.target_modules = set(weights) if is_all_linear(config) else _with_present_names(config.target_modules)
+    is_wanted = any(check_target_module_exists(probe, f"{path}.0.{name}") for name in weights)
+    if not is_wanted and any(check_target_module_exists(probe, f"{path}.{name}") for name in weights):
         raise ValueError(
             f"target_modules={config.target_modules!r} matches a parameter of {path}, whose experts are adapted as "
-            f"layers of their own: let the pattern match {path}.0.{names[0]}"
+            f"layers of their own: let the pattern match {path}.0.{weights[0]}"
         )
-    return any(found)
+    return is_wanted
 
 
 def _ends_with(key: str, target: str) -> bool:
@@ -223,7 +206,7 @@ def _with_present_names(targets: Any) -> Any:
     """The targets, and their names in fused experts; a pattern stays as it is."""
     if isinstance(targets, str):
         return targets
-    present = set(targets)
+    present = set(targets or ())
     for name, former in FORMER_NAMES.items():
         if any(names <= present for names in former):
             present.add(name)
@@ -240,29 +223,33 @@ def _check_experts(path: str, fused: Any) -> None:
     for name in _weight_names(fused):
         weights = fused._parameters.get(name)
         if type(weights) is not nn.Parameter or weights.dim() != 3:
-            found = type(weights).__name__
-            raise TypeError(f"{path}.{name} is a {found}, not a dense parameter [experts, ...]; {advice}")
-
-
-def _target(path: str, experts: UnfusedExperts, config: PissaConfig, parameters: set[str]) -> None:
-    """Moves the names of the experts' weights from `parameters` to config.target_modules, as names of layers."""
-    names = set()
-    for name in experts.names:
-        named = {target for target in config.target_parameters or () if _ends_with(f"{path}.{name}", target)}
-        parameters -= named
-        if named:
-            names |= {f"{path}.{index}.{name}" for index in range(len(experts))}
-    if config.target_modules is None:
-        config.target_modules = set()
-    if isinstance(config.target_modules, str):
-        if names:
-            raise ValueError(
-                f"target_parameters={sorted(config.target_parameters or ())} beside "
-                f"target_modules={config.target_modules!r}: give target_modules as a list, or leave target_parameters "
-                'out ("all-linear" has the experts too)'
+            raise TypeError(
+                f"{path}.{name} is a {type(weights).__name__}, not a dense parameter [experts, ...]; {advice}"
             )
-        return
-    config.target_modules = _with_present_names(config.target_modules) | names
+
+
+def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
+    """Moves the names of the experts' weights from `target_parameters` to `target_modules`, as names of layers."""
+    parameters = set(config.target_parameters or ())
+    layers, known = set(), set()
+    for path, experts in unfused.items():
+        for name in experts.names:
+            if named := {target for target in parameters if _ends_with(f"{path}.{name}", target)}:
+                known |= named
+                layers |= {f"{path}.{index}.{name}" for index in range(len(experts))}
+    if parameters - known:
+        raise ValueError(
+            f"target_parameters: {sorted(parameters - known)} are no weights of fused experts; PiSSA adapts layers: "
+            "name them in target_modules"
+        )
+    if layers and isinstance(config.target_modules, str):
+        raise ValueError(
+            f"target_parameters={sorted(parameters)} beside target_modules={config.target_modules!r}: give "
+            'target_modules as a list, or leave target_parameters out ("all-linear" has the experts too)'
+        )
+    if unfused and not isinstance(config.target_modules, str):
+        config.target_modules = _with_present_names(config.target_modules) | layers
+    config.target_parameters = None
 
 
 # ---- Fusing again ----------------------------------------------------------------------------------------------------

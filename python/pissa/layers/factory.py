@@ -15,18 +15,15 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pissa.base.kinds import adopted, computing_parameters
 from pissa.base.protocol import Base
 from pissa.base.weights import is_offloaded
 from pissa.config import PissaConfig, exactly, is_all_linear
 from pissa.distributed import is_data_parallel, is_managed, is_of_an_engine, is_partitioned, is_sharded
-from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
-from pissa.layers.embedding import PissaEmbedding
 from pissa.layers.experts import unfused_experts
+from pissa.layers.kinds import KINDS, PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.linear import PissaLinear
 from pissa.notices import AllLinearWarning
 from pissa.ops.checks import FLOATS
 from pissa.peft_private import all_linear, is_refused_by_peft
@@ -43,18 +40,22 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         return
     names: Any = all_linear(config, model)
     if part := _language_part(model):
-        others = {name for name in names if not name.startswith(f"{part}.")}
-        names = names - others
-        _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(others))
+        beside = {name for name in names if not name.startswith(f"{part}.")}
+        names = names - beside
+        _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(beside))
     config.target_modules = names
     layers = {
         name: layer
         for name, layer in model.named_modules()
         if name in names and check_target_module_exists(config, name)
     }
-    refused = [name for name in layers if is_refused_by_peft(config, model, name) or _is_read(model, name)]
-    own = [name for name, layer in layers.items() if _is_of_its_own(layer)]
-    config.target_modules = names.difference(refused, own)
+    left_out = {}
+    for name, layer in layers.items():
+        if is_refused_by_peft(config, model, name) or _is_read(model, name):
+            left_out[name] = "the code of this model may read their weights past an adapter"
+        elif _is_of_its_own(layer):
+            left_out[name] = f"a {type(layer).__name__} computes in a way of its own"
+    config.target_modules = names.difference(left_out)
     small = {
         name: side
         for name, layer in layers.items()
@@ -70,16 +71,9 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
             f"r={config.r} is more than the smaller side of {len(small)} of {len(layers)} layers, {name} the first; "
             f"the rank of each is that side, {side} for the first"
         )
-    if refused:
-        said.append(
-            f"{len(refused)} of {len(layers)} layers, {refused[0]} the first, are left out: the code of this "
-            "model may read their weights past an adapter"
-        )
-    if own:
-        said.append(
-            f"{len(own)} of {len(layers)} layers, {own[0]} the first, are left out: a {type(layers[own[0]]).__name__} "
-            "computes in a way of its own"
-        )
+    for why in dict.fromkeys(left_out.values()):
+        first, *others = (name for name, reason in left_out.items() if reason == why)
+        said.append(f"{1 + len(others)} of {len(layers)} layers, {first} the first, are left out: {why}")
     if said:
         warnings.warn(
             f"target_modules is 'all-linear': {'; '.join(said)}. To choose otherwise give r, rank_pattern, "
@@ -161,22 +155,12 @@ def pissa_layer(
         )
     base = _base_for(target, name)
     _check_weight(base, name)
-    kind = _KINDS[base.kind]
+    kind = KINDS[base.kind]
     if config.use_dora and kind is not PissaLinear:
         raise TypeError(f"{name} is a {type(target).__name__}, and use_dora is for linear layers; {leave_out(name)}")
     layer = kind(target, adapter_name, config, model_dtype=model_dtype, **kwargs)
     layer.base_layer = base.module  # set after construction: PEFT would warn about an unknown layer type
     return layer
-
-
-_KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
-    nn.Linear: PissaLinear,
-    Conv1D: PissaLinear,
-    nn.Embedding: PissaEmbedding,
-    nn.Conv1d: PissaConv1d,
-    nn.Conv2d: PissaConv2d,
-    nn.Conv3d: PissaConv3d,
-}
 
 
 def _base_for(target: nn.Module, name: str) -> Base:
@@ -186,18 +170,18 @@ def _base_for(target: nn.Module, name: str) -> Base:
         raise TypeError(f"{name} is {error}; {leave_out(name)}") from None
     if base is not None:
         return base
-    found = f"{type(target).__module__}.{type(target).__qualname__}"
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
     if isinstance(target, FSDPModule):
         raise TypeError(
-            f"{name} is sharded by a fully_shard of its own ({found}), and PiSSA computes with its weight outside of "
+            f"{name} is sharded by a fully_shard of its own ({kind}), and PiSSA computes with its weight outside of "
             f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
         )
     if isinstance(target, BaseTunerLayer):
-        raise TypeError(f"{name} already carries an adapter of another kind ({found}); unload it first")
-    raise TypeError(f"{name} is a {found}; PiSSA adapts {_ADAPTED}; {leave_out(name)}")
-
-
-_ADAPTED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and transformers' fused experts"
+        raise TypeError(f"{name} already carries an adapter of another kind ({kind}); unload it first")
+    raise TypeError(
+        f"{name} is a {kind}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and "
+        f"transformers' fused experts; {leave_out(name)}"
+    )
 
 
 def _check_weight(base: Base, name: str) -> None:
@@ -207,8 +191,14 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} belongs to a DeepSpeed engine, which would not see a new adapter: wrap the model "
             "before deepspeed.initialize. It may have been loaded under zero.Init"
         )
-    if is_sharded(weight):
-        _check_sharded(base, name)
+    # Of another sharded weight no process can be given a copy with which its module computes.
+    if is_sharded(weight) and not (is_partitioned(weight) or (is_managed(base.module) and is_data_parallel(weight))):
+        placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
+        raise TypeError(
+            f"the weight of {name} is a DTensor with the placements {placements} on {mesh}: not one that fully_shard "
+            "has sharded over all processes. With a tensor-parallel plan each process computes a part of the product, "
+            "and PiSSA decomposes whole weights: load the model without tp_plan, and shard it with fully_shard"
+        )
     if base.is_bnb_quantised:
         return
     if (type(weight) is not nn.Parameter and not is_sharded(weight)) or weight.dtype not in FLOATS:
@@ -216,21 +206,6 @@ def _check_weight(base: Base, name: str) -> None:
             f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, but PiSSA decomposes "
             "plain float32, bfloat16 and float16 weights: load the model in one of these "
             "(quant then stores it in a quantised format)"
-        )
-
-
-def _check_sharded(base: Base, name: str) -> None:
-    """Checks that the module of a sharded weight computes with the whole of it, of which each process can be given a
-    copy."""
-    weight: Any = base.parameter
-    if is_partitioned(weight):
-        return
-    if not (is_managed(base.module) and is_data_parallel(weight)):
-        placements, mesh = ", ".join(map(str, weight.placements)), weight.device_mesh
-        raise TypeError(
-            f"the weight of {name} is a DTensor with the placements {placements} on {mesh}: not one that fully_shard "
-            "has sharded over all processes. With a tensor-parallel plan each process computes a part of the product, "
-            "and PiSSA decomposes whole weights: load the model without tp_plan, and shard it with fully_shard"
         )
 
 

@@ -1,5 +1,5 @@
-"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `linear`,
-`embedding` and `convolution` have the parts that depend on the kind."""
+"""The adapted layer, for any kind of module: a base, and for each adapter a change that starts at zero. `kinds` has the
+parts that depend on the kind."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     # -- what depends on the kind of module
 
-    @abstractmethod
     def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """PEFT's parameters for A and B."""
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
     @abstractmethod
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
@@ -149,6 +149,10 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """None of PEFT's own classes: DoRA is computed here."""
         return {(): None, ("use_dora",): None}
 
+    def dictionaries(self, adapter_name: str) -> list[Any]:
+        """PEFT's dictionaries of what is trained, modules or an embedding's parameters, that have the adapter."""
+        return [entries for name in self.adapter_layer_names if adapter_name in (entries := getattr(self, name))]
+
     def device_of(self, adapter_name: str) -> torch.device:
         """The device of the adapter's parameters. (An offloaded base is on the meta device.)"""
         return self.factor_parameters(adapter_name)[0].device
@@ -169,15 +173,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def state_keys(self, adapter_name: str) -> list[str]:
         """The names of the parameters of `deltas` in the layer's state dict."""
         names = [*self.factor_keys, *(["lora_E.weight"] if adapter_name in self.lora_E else [])]
-        parts = (name.partition(".") for name in names)
-        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in parts]
+        return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in (name.partition(".") for name in names)]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
         """The same, float32 on the adapter's device, from a state dict that has the layer's parameters under
         `prefix`."""
         device = self.device_of(adapter_name)
-        keys = self.state_keys(adapter_name)
-        a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in keys)
+        a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
         return Deltas(*self.as_matrices(a, b), *e)
 
     def changed_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -193,21 +195,19 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def empty_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
         """Memory for start factors where the adapter is; `rank_taken`: of the factors that a residual lacks, if they
         are others."""
-        a0, b0 = self._empty_factors(adapter_name, origin.r)
-        taken = None if rank_taken is None else self._empty_factors(adapter_name, rank_taken)
-        return StartFactors(a0, b0, origin, taken)
+        (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
 
-    def _empty_factors(self, adapter_name: str, r: int) -> tuple[Tensor, Tensor]:
-        out_features, in_features = self.matrix_shape
-        device = self.device_of(adapter_name)
-        return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+        def factors(r: int) -> tuple[Tensor, Tensor]:
+            return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+
+        return StartFactors(*factors(origin.r), origin, None if rank_taken is None else factors(rank_taken))
 
     def known_start(self, origin: Origin) -> StartFactors | None:
         """The start factors of an adapter, or of the base, that agrees on the origin."""
         return next((start for start in self._starts() if start.origin == origin), None)
 
     def start_from(self, adapter_name: str, start: StartFactors) -> None:
-        """Gives an adapter its start factors, the principal part of the base."""
+        """Starts a new adapter: gives it these start factors and, with DoRA, the lengths of the base's rows."""
         self.lora_start[adapter_name] = start
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.base.matrix().detach(), dim=1, dtype=torch.float32)
@@ -223,11 +223,9 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
         """Gives an adapter these start factors, or the layer's own if it has the same already."""
-        for own in self._starts():
-            if own.origin == start.origin and torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0):
-                start = own
-                break
-        self.lora_start[adapter_name] = start
+        alike = (own for own in self._starts() if own.origin == start.origin)
+        same = (own for own in alike if torch.equal(own.a0, start.a0) and torch.equal(own.b0, start.b0))
+        self.lora_start[adapter_name] = next(same, start)
 
     def _starts(self) -> list[StartFactors]:
         starts = [self.start_of(name) for name in self.lora_start]

@@ -134,28 +134,24 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
     for name, layer in layers.items():
         merging = _training(layer, adapter_names)
-        _check_disjoint(layer, dict.fromkeys([*layer.merged_adapters, *merging]))
+        seen: set[int] = set()
+        for adapter in dict.fromkeys([*layer.merged_adapters, *merging]):
+            if both := seen.intersection(layer.token_indices[adapter]):
+                raise ValueError(
+                    f"Token indices of adapter {adapter} are already defined and would result in undefined merging "
+                    f"behavior: {sorted(both)} are trained by another adapter too; merge one of the adapters only"
+                )
+            seen.update(layer.token_indices[adapter])
+        rows = layer.trainable_tokens_delta  # which layers that PEFT has tied share
+        alike = {one.base_layer for one in layers.values() if one.trainable_tokens_delta is rows}
         for other, module in _sharing(model, layer.base_layer) if _changes(layer, merging) else ():
-            owner = next((found for found in layers.values() if found.base_layer is module), None)
-            if owner is None or owner.trainable_tokens_delta is not layer.trainable_tokens_delta:
+            if module not in alike:
                 raise ValueError(
                     f"the tokens of {name.removesuffix('.token_adapter')} are trained apart from {other}, with which "
                     "it shares its weight, and merging would write them into both: give both layers the same "
                     "trainable_token_indices, or load the adapter onto a model with tie_word_embeddings=False and "
                     "merge it there"
                 )
-
-
-def _check_disjoint(layer: TrainableTokensLayer, adapter_names: Iterable[str]) -> None:
-    seen: set[int] = set()
-    for name in adapter_names:
-        indices = set(layer.token_indices[name])
-        if seen & indices:
-            raise ValueError(
-                f"Token indices of adapter {name} are already defined and would result in undefined merging behavior: "
-                f"{sorted(seen & indices)} are trained by another adapter too; merge one of the adapters only"
-            )
-        seen |= indices
 
 
 def _training(layer: PeftTokensLayer, adapter_names: Iterable[str] | None) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -33,30 +33,19 @@ COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _P
 _FACTORS_ALONE = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
 
 
-class Parts(NamedTuple):
-    """The start factors and deltas of a layer, float32 matrices, for a scaling of 1."""
-
-    a0: Tensor
-    b0: Tensor
-    da: Tensor
-    db: Tensor
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+"""a0, b0, dA and dB of a layer, float32 matrices, for a scaling of 1."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Combination:
-    """The arguments of `PissaModel.add_weighted_adapter`, checked."""
+    """The arguments of `PissaModel.add_weighted_adapter`, checked against the (unwrapped) model and its adapters.
 
-    terms: Sequence[tuple[str, float]]
-    """Adapters and their weights."""
-    method: str
-    """"cat", "svd" or "linear", or a key of `_PRUNED`."""
-    ranks: Mapping[str, int]
-    """The ranks of the new adapter's layers, by name."""
-    density: float | None
-    majority_sign_method: str
+    Raises:
+        ValueError: naming the argument, what was given and what is allowed.
+    """
 
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         model: nn.Module,
         configs: Mapping[str, PissaConfig],
         adapters: Sequence[str],
@@ -65,44 +54,47 @@ class Combination:
         svd_rank: int | None,
         density: float | None,
         majority_sign_method: str,
-    ) -> Combination:
-        """Checks the arguments of `add_weighted_adapter` against the (unwrapped) model and its adapters.
-
-        Raises:
-            ValueError: naming the argument, what was given and what is allowed.
-        """
-        _check_adapters(model, configs, adapters, weights)
-        method = combination_type.removesuffix("_svd") if combination_type in COMBINATIONS else ""
-        if not method:
+    ) -> None:
+        _check_adapters(model, configs, adapters)
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
+            )
+        for weight in weights:
+            if not math.isfinite(weight):
+                raise ValueError(f"weights must be finite numbers, got {weight!r}")
+        if combination_type not in COMBINATIONS:
             raise ValueError(f"Invalid combination_type: {combination_type!r}; allowed: {', '.join(COMBINATIONS)}")
-        if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
+        if svd_rank is not None and svd_rank < 1:
             raise ValueError(f"svd_rank must be a positive integer or None, got {svd_rank!r}")
-        if method in _PRUNED and (not isinstance(density, (int, float)) or not 0 < density <= 1):
-            raise ValueError(f"density must be a number above 0 and at most 1 with {combination_type}, got {density!r}")
         if majority_sign_method not in ("total", "frequency"):
             raise ValueError(f"majority_sign_method must be 'total' or 'frequency', got {majority_sign_method!r}")
+        method, with_svd = combination_type.removesuffix("_svd"), combination_type.endswith("svd")
+        if method in _PRUNED and not (density is not None and 0 < density <= 1):
+            raise ValueError(f"density must be a number above 0 and at most 1 with {combination_type}, got {density!r}")
         layers: dict[str, PissaLayer] = {}
         for adapter in adapters:
             layers |= pissa_layers(model, adapter)
         largest = [max(layer.r.get(adapter, 0) for layer in layers.values()) for adapter in adapters]
-        with_svd = combination_type.endswith("svd")
         if len(set(largest)) > 1 and not with_svd and method != "cat":
             raise ValueError(
                 "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
                 f"dare_linear. Got {dict(zip(adapters, largest, strict=True))}; take svd, {method}_svd or cat"
             )
         limit = sum(largest) if method == "cat" else (svd_rank if with_svd else None) or max(largest)
-        ranks = {}
+        self.model, self.configs = model, configs
+        self.terms = list(zip(adapters, weights, strict=True))
+        self.method = method  # "cat", "svd" or "linear", or a key of _PRUNED
+        self.density, self.majority_sign_method = density, majority_sign_method
+        self.ranks: dict[str, int] = {}  # of the new adapter's layers
         for name, layer in layers.items():
             held = limit if method in _PRUNED else sum(layer.r.get(adapter, 0) for adapter in adapters)
-            ranks[name] = min(limit, held, *layer.matrix_shape)
-        terms = list(zip(adapters, weights, strict=True))
-        return Combination(terms, method, ranks, density, majority_sign_method)
+            self.ranks[name] = min(limit, held, *layer.matrix_shape)
 
-    def config(self, model: nn.Module, configs: Mapping[str, PissaConfig]) -> PissaConfig:
+    def config(self) -> PissaConfig:
         """The new adapter's configuration: the first adapter's, but for the fields that the combination determines."""
         ((r, _),) = Counter(self.ranks.values()).most_common(1)
-        saved = [name for adapter, _ in self.terms for name in configs[adapter].modules_to_save or ()]
+        saved = [name for adapter, _ in self.terms for name in self.configs[adapter].modules_to_save or ()]
         fields: dict[str, Any] = {
             "r": r,
             "lora_alpha": None,  # the rank
@@ -118,17 +110,17 @@ class Combination:
             **dict.fromkeys(["quant", "residual", "repair"]),  # the base stays what it is
             "quant_iters": 1,
         }
-        config = dataclasses.replace(configs[self.terms[0][0]], **fields)
+        config = dataclasses.replace(self.configs[self.terms[0][0]], **fields)
         # PEFT also takes a name for a target if it ends with one of these.
-        found = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
-        config.exclude_modules = found.difference(self.ranks) or None
+        targets = {name for name, _ in self.model.named_modules() if check_target_module_exists(config, name)}
+        config.exclude_modules = targets.difference(self.ranks) or None
         return config
 
     @torch.no_grad()
-    def start(self, model: nn.Module, adapter_name: str, config: PissaConfig) -> None:
-        """Gives an adapter that has just been injected into the (unwrapped) model its factors. With several processes
-        all take those of rank 0, because random pruning draws other numbers in each."""
-        layers = pissa_layers(model, adapter_name)
+    def start(self, adapter_name: str, config: PissaConfig) -> None:
+        """Gives the new adapter, which has just been injected, its factors. With several processes all take those of
+        rank 0, because random pruning draws other numbers in each."""
+        layers = pissa_layers(self.model, adapter_name)
         parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
         distributed.agree()  # from here to the last broadcast nothing can fail on one rank alone
         for name, layer in layers.items():
@@ -137,7 +129,7 @@ class Combination:
             deltas = layer.deltas(adapter_name)
             deltas.a.copy_(da)
             deltas.b.copy_(db)
-        for wrapper in model.modules():
+        for wrapper in self.model.modules():
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                 owner = next(adapter for adapter, _ in self.terms if adapter in wrapper.modules_to_save)
                 wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
@@ -155,7 +147,7 @@ class Combination:
         b0 = torch.cat([start.b0 for start in starts], dim=1)
         db = torch.cat([change.float() for _, change in changes], dim=1)
         if len(a0) == rank:
-            return Parts(a0, b0, da, db)
+            return a0, b0, da, db
         right = torch.cat([a0.double() + da.double(), da.double()])
         return _split(Spectrum.of(right, torch.cat([db, b0], dim=1).double()), rank)
 
@@ -178,12 +170,11 @@ def _split(spectrum: Spectrum, rank: int) -> Parts:
     left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
     values = nn.functional.pad(values, (0, missing))
     db, da = left[:, :rank] * values[:rank], values[rank:, None] * right[rank:]
-    return Parts(*(part.float().contiguous() for part in (right[:rank] - da, left[:, rank:], da, db)))
+    a0, b0 = right[:rank] - da, left[:, rank:]
+    return a0.float().contiguous(), b0.float().contiguous(), da.float().contiguous(), db.float().contiguous()
 
 
-def _check_adapters(
-    model: nn.Module, configs: Mapping[str, PissaConfig], adapters: Sequence[str], weights: Sequence[float]
-) -> None:
+def _check_adapters(model: nn.Module, configs: Mapping[str, PissaConfig], adapters: Sequence[str]) -> None:
     for adapter in adapters:
         if adapter not in configs:
             raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
@@ -193,14 +184,6 @@ def _check_adapters(
                     f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
                     "trains more than factors: merge it with merge_and_unload"
                 )
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(
-            f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
-        )
-    for weight in weights:
-        number: Any = weight
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"weights must be finite numbers, got {weight!r}")
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
     if shared:

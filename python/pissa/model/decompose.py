@@ -7,12 +7,12 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from pissa import distributed
@@ -22,11 +22,11 @@ from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.protocol import Base
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck, residuals_of
-from pissa.config import IMPLICIT, Form, PissaConfig
+from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
+from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.layers.linear import PissaLinear
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
@@ -35,6 +35,8 @@ _GROUP = 1 << 22
 # The same on a GPU, of layers whose weights have to be copied first: float32 copies of 4 GiB. A GPU decomposes all
 # weights of one shape together, so that where nothing is copied a group has no limit.
 _GPU_GROUP = 1 << 30
+
+_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
 
 
 class Replacement(NamedTuple):
@@ -83,95 +85,105 @@ def decompose(
         )
     check_values(model, adapter_name)
     layers = pissa_layers(model, adapter_name)
-    stored = set[str]() if keep_bases else _to_store(model, layers, config, first)
+    stored = {} if keep_bases else _to_store(model, layers, config, first)
     _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     if distributed.world_size() > 1:
         _check_same_on_all_ranks(layers, starts, config)
-    _share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
-    unknown = {name: origin for name, origin in origins.items() if name not in starts}
-    by_base, by_adapter = config.of_base(), config.of_adapter()
-    if by_base is by_adapter:
-        searches = [_Search(config, unknown, stored)]
-    else:
-        of_bases = {name: layers[name].origin(adapter_name, by_base) for name in layers if name in stored}
-        if config.starts_as_base:
-            unknown = {name: origin for name, origin in unknown.items() if name not in stored}
-        searches = [_Search(by_base, of_bases, stored), _Search(by_adapter, unknown, set())]
-    found = _starts(layers, adapter_name, searches, config.form, progressbar)
-    for some in found:
-        starts |= some
+    share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
+
+    of_bases = {name: layer.origin(adapter_name, config.of_base()) for name, layer in stored.items()}
+    known = {*starts, *(stored if config.starts_as_base else ())}
+    others = {name: origin for name, origin in origins.items() if name not in known}
+    total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
+    # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
+    with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
+        lacked = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, are_lacked=True)
+        starts |= lacked if config.starts_as_base else {}
+        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, are_lacked=False)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
-    share_residuals({name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT})
-    return {name: Replacement(layers[name], found[0][name], starts[name]) for name in layers if name in stored}
+    residuals = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
+    share_fingerprints(residuals, Fingerprints.of_residual, Fingerprints.learn_residual)
+    return {name: Replacement(layer, lacked[name], starts[name]) for name, layer in stored.items()}
 
 
-class _Search(NamedTuple):
-    """Starts to be found by one configuration."""
+def _find_starts(
+    layers: dict[str, PissaLayer],
+    adapter_name: str,
+    origins: Mapping[str, Origin],
+    config: PissaConfig,
+    bar: tqdm[Any] | None,
+    *,
+    are_lacked: bool,
+) -> dict[str, StartFactors]:
+    """The starts of these origins, by the names of their layers: each rank finds some of them, and sends them to the
+    others.
 
-    config: PissaConfig
-    origins: dict[str, Origin]
-    """By the names of the layers."""
-    stored: set[str]
-    """Those of them whose residuals will lack the start."""
-
-
-def _starts(
-    layers: dict[str, PissaLayer], adapter_name: str, searches: Sequence[_Search], form: Form, progressbar: bool
-) -> list[dict[str, StartFactors]]:
-    """What each search finds, decomposed by one rank and sent to the others."""
-    sizes = {name: math.prod(layers[name].matrix_shape) for search in searches for name in search.origins}
-    owners = distributed.owners(sizes)
-    total = sum(owners[name] == distributed.rank() for search in searches for name in search.origins)
-    found: list[dict[str, StartFactors]] = []
-    check = ResidualCheck(form)
-    # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
-    with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        for search in searches:
-            starts: dict[str, StartFactors] = {}
-            copied = INIT_METHODS[search.config.init].copies or search.config.quant_iters > 1
-            for group in own_groups({name: layers[name] for name in search.origins}, owners, copied=copied):
-                starts |= _decomposed(group, search, check)
-                if bar is not None:
-                    bar.update(len(group))
-            found.append(starts)
-    uncertain = {name: layers[name] for names in distributed.agree(check.uncertain()) for name in names}
-    for group in own_groups(uncertain, owners):
-        residuals_of([base.matrix() for base in group.values()], [found[0][name] for name in group], form, list(group))
-    ranks = [{name: start.rank_taken for name, start in starts.items()} for starts in found]
-    everywhere = distributed.agree(ranks)  # from here to the last broadcast nothing can fail on one rank alone
-    for number, search in enumerate(searches):
-        for name, origin in search.origins.items():
-            if name not in found[number]:
-                rank_taken = everywhere[owners[name]][number][name]
-                found[number][name] = layers[name].empty_start(adapter_name, origin, rank_taken)
-            for factor in found[number][name].buffers():
+    Args:
+        config: of the starts.
+        are_lacked: whether residuals will lack the starts, which must be finite then.
+    """
+    starts: dict[str, StartFactors] = {}
+    check = ResidualCheck(config.form) if are_lacked else None
+    searched = {name: layers[name] for name in origins}
+    copied = INIT_METHODS[config.init].copies or config.quant_iters > 1
+    for group in own_groups(searched, copied=copied):
+        starts |= _decomposed(group, origins, config, check)
+        if bar is not None:
+            bar.update(len(group))
+    # From here to the last broadcast nothing can fail on one rank alone.
+    shares = distributed.agree({name: start.rank_taken for name, start in starts.items()})
+    for owner, share in enumerate(shares):
+        for name, rank_taken in share.items():
+            if owner != distributed.rank():
+                starts[name] = layers[name].empty_start(adapter_name, origins[name], rank_taken)
+            for factor in starts[name].buffers():
                 if factor.numel():
-                    factor.copy_(distributed.broadcast(factor, owners[name]))
-    return found
+                    factor.copy_(distributed.broadcast(factor, owner))
+    if check is not None:
+        uncertain = {name: layers[name] for names in distributed.agree(check.uncertain()) for name in names}
+        for group in own_groups(uncertain):
+            weights = [base.matrix() for base in group.values()]
+            residuals_of(weights, [starts[name] for name in group], config.form, list(group))
+            del weights
+    return starts
 
 
-def _decomposed(group: Mapping[str, Base], search: _Search, check: ResidualCheck) -> dict[str, StartFactors]:
+def _decomposed(
+    group: Mapping[str, Base], origins: Mapping[str, Origin], config: PissaConfig, check: ResidualCheck | None
+) -> dict[str, StartFactors]:
     """The starts of some layers. Nothing keeps their weights afterwards."""
     starts = {}
     weights = [base.matrix() for base in group.values()]
-    some = start_factors(StartTask(weights, [search.origins[name] for name in group], search.config, list(group)))
+    some = start_factors(StartTask(weights, [origins[name] for name in group], config, list(group)))
     for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
-        starts[name] = StartFactors(a0, b0, search.origins[name], taken)
-        if name in search.stored:
+        starts[name] = StartFactors(a0, b0, origins[name], taken)
+        if check is not None:
             check.add(name, weight, starts[name])
     return starts
 
 
 def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
     """Raises ValueError on every rank if any rank's model or config differs from rank 0's, or it already holds start
-    factors for other layers."""
-    checksums = _checksums([layer.base.parameter for layer in layers.values()])
-    mine = {name: (found, name in starts) for name, found in zip(layers, checksums, strict=True)}
+    factors for other layers. Of weights that are in memory and not sharded, a hash is compared that ignores the order
+    of their values, and is as fast as memory is. The host waits once for a GPU."""
+    weights = {name: layer.base.parameter for name, layer in layers.items()}
+    hashes = {
+        name: torch.hash_tensor(weight.detach())
+        for name, weight in weights.items()
+        if not weight.is_meta and not distributed.is_sharded(weight)
+    }
+    device = next((value.device for value in hashes.values()), None)
+    read_back = torch.stack([value.to(device) for value in hashes.values()]).tolist() if hashes else []
+    values = dict(zip(hashes, read_back, strict=True))
+    mine = {
+        name: (tuple(distributed.whole_shape(weight)), values.get(name), name in starts)
+        for name, weight in weights.items()
+    }
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
@@ -190,22 +202,7 @@ def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[st
                 )
 
 
-def _checksums(weights: Sequence[Tensor]) -> list[tuple[tuple[int, ...], int | None]]:
-    """The shape of each weight, and a hash of its values if they are in memory, and not sharded: the processes hold
-    other parts then, of one weight. The hash ignores their order, and is as fast as memory is. The host waits once for
-    each device."""
-    hashed = [not weight.is_meta and not distributed.is_sharded(weight) for weight in weights]
-    hashes: dict[torch.device, list[Tensor]] = {}
-    for weight in itertools.compress(weights, hashed):
-        hashes.setdefault(weight.device, []).append(torch.hash_tensor(weight.detach()))
-    read_back = {device: iter(torch.stack(found).tolist()) for device, found in hashes.items()}
-    return [
-        (tuple(distributed.whole_shape(weight)), next(read_back[weight.device]) if has_hash else None)
-        for weight, has_hash in zip(weights, hashed, strict=True)
-    ]
-
-
-def _share_fingerprints(
+def share_fingerprints(
     layers: dict[str, PissaLayer],
     compute: Callable[[Fingerprints, Base], Fingerprint],
     learn: Callable[[Fingerprints, Base, str], None],
@@ -215,24 +212,17 @@ def _share_fingerprints(
     for a GPU."""
     if distributed.world_size() == 1 and not _any_sharded(layers):
         return
-    owners = distributed.owners({name: math.prod(layer.matrix_shape) for name, layer in layers.items()})
     mine: dict[str, Fingerprint] = {}
-    for group in own_groups(layers, owners):
+    for group in own_groups(layers):
         mine |= {name: compute(layers[name].fingerprints, base) for name, base in group.items()}
-    for found in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
-        for name, value in found.items():
+    for share in distributed.agree(dict(zip(mine, read(list(mine.values())), strict=True))):
+        for name, value in share.items():
             learn(layers[name].fingerprints, layers[name].base, value)
 
 
-def share_residuals(layers: dict[str, PissaLayer]) -> None:
-    """Gives every process the fingerprints of the residuals that these layers keep."""
-    _share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
-
-
-_MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
-
-
-def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool) -> set[str]:
+def _to_store(
+    model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool
+) -> dict[str, PissaLayer]:
     """The layers whose dense base is to be replaced by a residual. Weights that are tied to another module's stay as
     they are, with a warning.
 
@@ -240,7 +230,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
         ValueError: naming a layer whose base cannot be replaced.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    stored, tied = set(), []
+    stored, tied = {}, []
     for name, layer in layers.items():
         if config.form in (IMPLICIT, layer.base.form):
             continue
@@ -263,7 +253,7 @@ def _to_store(model: nn.Module, layers: dict[str, PissaLayer], config: PissaConf
                 f"the weight of layer {name} is sharded by fully_shard, which keeps it, so that its base cannot become "
                 f"{config.form.describe()}: wrap the model first and shard it then, fully_shard(pissa.wrap(model, ...))"
             )
-        stored.add(name)
+        stored[name] = layer
     if tied:
         warnings.warn(
             f"the weight of layer {', '.join(tied)} is tied to another module's, so it stays dense and its adapter is "
@@ -288,48 +278,27 @@ def _warn_of_requantising(layers: dict[str, PissaLayer], config: PissaConfig) ->
         )
 
 
-def groups(
-    layers: dict[str, PissaLayer], *, copied: bool = False, threads: int | None = None
-) -> Iterator[dict[str, PissaLayer]]:
-    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. The groups
-    of a device have at most `_GROUP` elements a thread, or `_GPU_GROUP` where the weights are copied first, or a single
-    layer.
-
-    Args:
-        copied: whether what is done with the groups copies every weight.
-        threads: of the CPU that have a layer each; all by default.
-    """
-    count = torch.get_num_threads() if threads is None else threads
-    alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
-    for name, layer in layers.items():
-        key: tuple[Any, ...] = (layer.base.device,)
-        if layer.base.device.type != "cpu":
-            key += (layer.matrix_shape, layer.base.dtype, copied or layer.base.matrix_is_copy)
-        alike.setdefault(key, {})[name] = layer
-    for (device, *rest), some in alike.items():
-        if device.type == "cpu":
-            yield from _cut(some, _GROUP * count)
-        elif rest[-1]:
-            yield from _cut(some, _GPU_GROUP)
-        else:
-            yield some
+# ---- Each rank does its share ----------------------------------------------------------------------------------------
 
 
-def own_groups(
-    layers: dict[str, PissaLayer], owners: Mapping[str, int], *, copied: bool = False
-) -> Iterator[dict[str, Base]]:
-    """The bases of the layers that this process owns, in groups. A base whose weight is sharded is given with the whole
-    weight: all processes gather the weights that one of them needs, one after the other, and only that one keeps them,
-    until it asks for its next group. An error in one process then ends the others at their next group."""
-    mine = {name: layer for name, layer in layers.items() if owners[name] == distributed.rank()}
-    if not _any_sharded(layers):
-        for group in groups(mine, copied=copied):
-            yield {name: layer.base for name, layer in group.items()}
-        return
-    threads = min(distributed.agree(torch.get_num_threads()))
+def _owners(layers: Mapping[str, PissaLayer], names: Iterable[str]) -> dict[str, int]:
+    """The rank that works on each of the layers of these names."""
+    return distributed.owners({name: math.prod(layers[name].matrix_shape) for name in names})
+
+
+def own_groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterator[dict[str, Base]]:
+    """The bases of the layers that this process works on, in groups. A base whose weight is sharded is given with the
+    whole weight: all processes gather the weights that one of them needs, one after the other, and only that one keeps
+    them, until it asks for its next group. An error in one process then ends the others at their next group."""
+    owners = _owners(layers, layers)
     shares: list[dict[str, PissaLayer]] = [{} for _ in range(distributed.world_size())]
     for name, layer in layers.items():
         shares[owners[name]][name] = layer
+    if not _any_sharded(layers):
+        for group in groups(shares[distributed.rank()], copied=copied):
+            yield {name: layer.base for name, layer in group.items()}
+        return
+    threads = min(distributed.agree(torch.get_num_threads()))
     each = (groups(share, copied=copied, threads=threads) for share in shares)
     for together in itertools.zip_longest(*each, fillvalue=dict[str, PissaLayer]()):
         distributed.agree()
@@ -353,16 +322,33 @@ def _whole(base: Base) -> Base:
     return base if weight is base.parameter else base.holding(weight)
 
 
-def _cut(layers: dict[str, PissaLayer], limit: int) -> Iterator[dict[str, PissaLayer]]:
-    """The layers, in order, in groups of at most so many elements, or of a single layer."""
-    group: dict[str, PissaLayer] = {}
-    size = 0
+def groups(
+    layers: dict[str, PissaLayer], *, copied: bool = False, threads: int | None = None
+) -> Iterator[dict[str, PissaLayer]]:
+    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. The groups
+    of a device have at most `_GROUP` elements a thread, or `_GPU_GROUP` where the weights are copied first, or a single
+    layer.
+
+    Args:
+        copied: whether what is done with the groups copies every weight.
+        threads: of the CPU that have a layer each; all by default.
+    """
+    count = torch.get_num_threads() if threads is None else threads
+    alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
     for name, layer in layers.items():
-        elements = math.prod(layer.matrix_shape)
-        if group and size + elements > limit:
-            yield group
-            group, size = {}, 0
-        group[name] = layer
-        size += elements
-    if group:
+        key: tuple[Any, ...] = (layer.base.device,)
+        if layer.base.device.type != "cpu":
+            key += (layer.matrix_shape, layer.base.dtype, copied or layer.base.matrix_is_copy)
+        alike.setdefault(key, {})[name] = layer
+    for (device, *rest), some in alike.items():
+        limit = _GROUP * count if device.type == "cpu" else _GPU_GROUP if rest[-1] else math.inf
+        group: dict[str, PissaLayer] = {}
+        size = 0
+        for name, layer in some.items():
+            elements = math.prod(layer.matrix_shape)
+            if group and size + elements > limit:
+                yield group
+                group, size = {}, 0
+            group[name] = layer
+            size += elements
         yield group

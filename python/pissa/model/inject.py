@@ -1,4 +1,5 @@
-"""The injection of an adapter's layers: what is done before and after PEFT puts them in, the way back on failure."""
+"""The injection of an adapter's layers: what is checked and done before and after PEFT puts them in, and the way back
+on failure."""
 
 from __future__ import annotations
 
@@ -8,16 +9,58 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pissa.config import PissaConfig
+from pissa.files.messages import shown
 from pissa.layers.experts import unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import mend_token_layers
 from pissa.model.sharded import average_gradients, check_trained, reshard
 from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
+
+# Parts of the names of parameters in a model with adapters, and the word for "no adapter" in adapter_names.
+_PEFTS_NAMES = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "weight", "bias", "__base__"}
+_PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param_names)
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Checks that `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part of the names
+    of parameters in `model`, by which PEFT tells the adapters of a state dict apart.
+
+    Raises:
+        ValueError: it cannot be all of these.
+    """
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()  # printable names can be encoded, too
+        or not 0 < len(name.encode()) <= 200
+        or set(name) & set("./\\")
+    ):
+        raise ValueError(
+            f"adapter_name: got {shown(name)}; allowed: a string of 1 to 200 bytes, printable, without '.', '/' "
+            "and '\\'"
+        )
+    taken = {part for key, _ in model.named_parameters() for part in key.split(".")}
+    if name in taken | _PEFTS_NAMES or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(
+            f"adapter_name: got {name!r}, which is part of the names of the model's parameters or an attribute of "
+            f"torch's modules, so the adapter could not be told from it; give another name, such as {name + '_1'!r}"
+        )
+
+
+def check_plain(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError for a model that is wrapped already, or of which no adapter can have that name."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
+            "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
+            "second adapter: model.add_adapter(name, config), model.load_adapter(folder, name)"
+        )
+    check_adapter_name(adapter_name, model)
 
 
 def own_config(config: PissaConfig) -> PissaConfig:
@@ -71,15 +114,14 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
     weights are; for a base that accelerate offloads, or that is to be filled later, that is the meta device."""
     for layer in pissa_layers(model, adapter_name).values():
         device = layer.base.device
-        parts = [getattr(layer, name) for name in layer.adapter_layer_names]
-        for part in (part for part in parts if adapter_name in part):
-            found = part[adapter_name]
-            if isinstance(found, Tensor):
-                if found.is_meta:
-                    zeros = torch.zeros_like(found, device=device)
-                    part[adapter_name] = nn.Parameter(zeros, requires_grad=found.requires_grad)
-            elif any(parameter.is_meta for parameter in found.parameters()):
-                for parameter in found.to_empty(device=device).parameters():
+        for entries in layer.dictionaries(adapter_name):
+            entry = entries[adapter_name]
+            if isinstance(entry, Tensor):
+                if entry.is_meta:
+                    zeros = torch.zeros_like(entry, device=device)
+                    entries[adapter_name] = nn.Parameter(zeros, requires_grad=entry.requires_grad)
+            elif any(parameter.is_meta for parameter in entry.parameters()):
+                for parameter in entry.to_empty(device=device).parameters():
                     nn.init.zeros_(parameter)
 
 
@@ -91,7 +133,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     Nothing is copied. A parameter that the block writes into is therefore not restored, and the dense weights that the
     block replaces stay in memory until it ends.
     """
-    restore = _way_back(model)
+    restore = way_back(model)
     try:
         yield
     except BaseException:
@@ -99,18 +141,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Leaves `model` as it was, whatever the block does, as `restored_on_error`."""
-    restore = _way_back(model)
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _way_back(model: nn.Module) -> Callable[[], None]:
-    """Puts the model back into the state of now."""
+def way_back(model: nn.Module) -> Callable[[], None]:
+    """What puts the model back into the state of now, as `restored_on_error` does."""
     modules = [(module, vars(module).copy()) for module in model.modules()]
     # PEFT shares one dictionary of configurations among several modules, and lists of adapters' names among others.
     # Their content is restored in place.

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from pissa.config import PissaConfig
-from pissa.distributed import failing_together, is_of_an_engine, is_sharded
+from pissa.distributed import failing_together, is_of_an_engine, is_sharded, whole_with_gradient
 from pissa.files.hub import adapter_folder, refuse_unsupported
 from pissa.files.load import as_pissa, load_factors, read_plain_lora, restore
 from pissa.files.lora_folder import is_plain_lora
+from pissa.files.peft_layout import PREFIX
 from pissa.files.pissa_layout import ADAPTER_FILES, PissaFolder
 from pissa.files.save import save_adapter, save_card, warn_of_plain_lora
-from pissa.layers.adalora import add_orthogonality_loss, orthogonality_loss
-from pissa.layers.experts import fuse
-from pissa.layers.layer import pissa_layers
-from pissa.layers.tokens import check_tokens_can_be_merged
-from pissa.model.adapter_names import check_adapter_name
+from pissa.layers.experts import fuse, unfused_experts
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.tokens import TrainableTokensWrapper, check_tokens_can_be_merged
 from pissa.model.combination import Combination
 from pissa.model.decompose import decompose
-from pissa.model.inject import complete, prepare, restored_on_error, warn_of_dropout
-from pissa.model.merged_names import is_merged, with_unwrapped_names
-from pissa.model.resize import check_can_be_resized, new_size
-from pissa.model.rewards import starts_warned_of, warn_of_rewards
+from pissa.model.inject import check_adapter_name, check_plain, complete, prepare, restored_on_error, warn_of_dropout
 from pissa.model.store import store
-from pissa.model.tuner import building, guard_state_dict, load_whole, register, unguard_state_dict
+from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
+from pissa.notices import RewardsWarning
 from pissa.peft_private import MendedPeftModel
 
-register()
+_OF_REWARDS = frozenset({"grpo", "rloo", "gmpo"})
+"""What TRL tags a model with that it trains by rewards alone."""
 
 
 class PissaModel(MendedPeftModel):
@@ -55,11 +47,14 @@ class PissaModel(MendedPeftModel):
         """Injects the adapter's layers, which have no start factors yet. `wrap` and `from_pretrained` give them theirs,
         and put the model back on failure."""
         prepare(model, peft_config)
-        with building():
+        token = BUILDING.set(True)
+        try:
             super().__init__(model, peft_config, adapter_name, **kwargs)
+        finally:
+            BUILDING.reset(token)
         complete(model, peft_config, adapter_name)
-        guard_state_dict(model)
-        self.register_forward_hook(add_orthogonality_loss)
+        model.register_state_dict_pre_hook(refuse_residuals)  # type: ignore[no-untyped-call]
+        self.register_forward_hook(_add_orthogonality_loss)
         self.warned_of_plain_lora = False
         self.warned_of_rewards = False
         self.vocabulary_was_resized = False
@@ -137,8 +132,7 @@ class PissaModel(MendedPeftModel):
             svd_rank: for the types that end in "svd"; by default the largest rank of the adapters. A layer that needs
                 less has less.
             svd_clamp: must be None. It would clip factors, and one change has many pairs of factors.
-            svd_full_matrices: accepted as in PEFT; without effect.
-            svd_driver: the same.
+            svd_full_matrices, svd_driver: accepted as in PEFT; without effect.
             density: share of the values that pruning keeps, above 0 and at most 1.
             majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
@@ -152,13 +146,13 @@ class PissaModel(MendedPeftModel):
             self._check_new_name(adapter_name)
             if svd_clamp is not None:
                 raise ValueError(f"svd_clamp={svd_clamp!r} is not supported: leave it out, no factor needs clipping")
-            base = self.base_model.model
-            combination = Combination.of(
-                base, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
+            base, configs = self.base_model.model, self.peft_config
+            combination = Combination(
+                base, configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method
             )
-            config = combination.config(base, self.peft_config)
+            config = combination.config()
             self._inject(adapter_name, config, autocast_adapter_dtype=True)
-            combination.start(base, adapter_name, config)
+            combination.start(adapter_name, config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges the adapters into dense weights that take the base's place, as in PEFT. Trained tokens are merged into
@@ -179,9 +173,11 @@ class PissaModel(MendedPeftModel):
     ) -> Iterator[tuple[str, Any]]:
         """As in torch. While adapters are merged, what is merged has the names of the model without adapters, but for
         PEFT's "base_layer" in them."""
-        named = super().named_parameters(prefix, recurse, remove_duplicate)
+        named: Iterator[tuple[str, Any]] = super().named_parameters(prefix, recurse, remove_duplicate)
         base = self.base_model.model
-        return with_unwrapped_names(base, named) if recurse and not prefix and is_merged(base) else named
+        if recurse and not prefix and any(layer.merged for layer in pissa_layers(base).values()):
+            return _with_unwrapped_names(base, named)
+        return named
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but what `peft.set_peft_model_state_dict` loads is loaded whole or not at all."""
@@ -190,10 +186,20 @@ class PissaModel(MendedPeftModel):
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Tags the base, as in transformers. Trainers do so before they train; those of reinforcement learning are
         warned of PiSSA's start, once."""
-        inits = starts_warned_of(self, [tags] if isinstance(tags, str) else tags)
-        if inits and not self.warned_of_rewards:
+        inits = {self.peft_config[name].init for name in self.active_adapters}
+        starts = ", ".join(sorted(f'init="{init}"' for init in inits if init.startswith("pissa")))
+        is_of_rewards = not _OF_REWARDS.isdisjoint([tags] if isinstance(tags, str) else tags)
+        if starts and is_of_rewards and not self.warned_of_rewards:
             self.warned_of_rewards = True
-            warn_of_rewards(inits, stacklevel=3)
+            warnings.warn(
+                f"Reinforcement learning with {starts}: arXiv 2512.23165 saw adapters that start from singular "
+                "components, principal or minor ones, collapse when they were trained by verifiable rewards, where "
+                "LoRA's start did not. Give preset=\"rl\" instead, LoRA's start with rank-stabilised scaling: "
+                'pissa.wrap(model, preset="rl", r=16), with quant="nf4" for a 4-bit base, and repair="pissa" with it '
+                "for QPiSSA's.",
+                RewardsWarning,
+                stacklevel=3,  # what makes the trainer
+            )
         self.base_model.model.add_model_tags(tags)
 
     def resize_token_embeddings(
@@ -206,10 +212,13 @@ class PissaModel(MendedPeftModel):
             ValueError: naming the layer that is trained. Nothing is changed then.
         """
         base: Any = self.base_model.model
-        found: Any = base.get_input_embeddings()
-        if new_size(len(found.weight), new_num_tokens, pad_to_multiple_of) == len(found.weight):
-            return cast(nn.Module, found)
-        check_can_be_resized(base)
+        embeddings: Any = base.get_input_embeddings()
+        size = len(embeddings.weight) if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size == len(embeddings.weight):
+            return cast(nn.Module, embeddings)
+        _check_can_be_resized(base)
         self.vocabulary_was_resized = True
         return cast(nn.Module, base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing))
 
@@ -232,10 +241,21 @@ class PissaModel(MendedPeftModel):
         return _as_given(self.base_model.unload())
 
     def orthogonality_loss(self, adapter_name: str = "default") -> torch.Tensor:
-        """How far the singular vectors of an adapter with `use_adalora` are from orthogonal; see
-        `layers.adalora.orthogonality_loss`. In training mode the model adds it, times `orth_reg_weight`, to the loss
-        that it returns. A loss of your own has to add it itself."""
-        return orthogonality_loss(self.base_model.model, adapter_name)
+        """How far the singular vectors of an adapter with `use_adalora` (arXiv 2303.10512) are from orthogonal: the
+        mean of ‖V Vᵀ - I‖² and ‖Uᵀ U - I‖² (eq. 4 there) over all V = V0 + dV [r, in] and U = B0 + dB [out, r],
+        float32. It is 0 at the start, where V0 and B0 are singular vectors.
+
+        In training mode the model adds it, times `orth_reg_weight`, to the loss that it returns. A loss of your own has
+        to add it itself. If fully_shard has sharded the adapter, all processes have to call this.
+        """
+        squares = []
+        for layer in pissa_layers(self.base_model.model, adapter_name).values():
+            start = layer.start_of(adapter_name)
+            a, b = map(whole_with_gradient, layer.deltas(adapter_name)[:2])
+            for vectors in (start.values_and_vectors()[1] + a, (start.b0 + b).mT):
+                identity = torch.eye(len(vectors), device=vectors.device)
+                squares.append((vectors @ vectors.mT - identity).square().sum())
+        return torch.stack(squares).mean()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The numbers of trainable parameters and of all parameters. A quantised element counts as a parameter."""
@@ -319,8 +339,7 @@ class PissaModel(MendedPeftModel):
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
             config: takes the place of the saved configuration, without a copy. It has to describe the same adapter; see
                 `PissaConfig.from_pretrained`.
-            ephemeral_gpu_offload: accepted as in PEFT; without effect.
-            low_cpu_mem_usage: the same.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
             key_mapping: must be empty: the layers have the names that they were saved with.
             kwargs: `subfolder`; for the Hub `revision`, `token`, `cache_dir`, `local_files_only` and the like. Unknown
                 options are ignored, as in PEFT. `torch_device` is ignored because the adapter goes where its layer is;
@@ -331,12 +350,7 @@ class PissaModel(MendedPeftModel):
                 base than the adapter was trained on, naming the first layer that differs.
             TypeError: `config` is not a PissaConfig.
         """
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError(
-                "the model carries an adapter already. To restore onto the base alone: model = model.unload() first; "
-                "to load beside what it has: model.load_adapter(folder, name)"
-            )
-        check_adapter_name(adapter_name, model)
+        check_plain(model, adapter_name)
         refuse_unsupported(model, key_mapping=key_mapping, **kwargs)
         saved = PissaFolder.read(adapter_folder(model_id, ADAPTER_FILES, **kwargs), config)
         saved.config.inference_mode = not is_trainable
@@ -370,8 +384,7 @@ class PissaModel(MendedPeftModel):
             is_trainable: whether a new adapter is trained; False puts the model into evaluation mode.
             torch_device: accepted as in PEFT; without effect. The adapter goes where its layer is.
             autocast_adapter_dtype: keep the adapter's parameters in float32 on a 16-bit base.
-            ephemeral_gpu_offload: accepted as in PEFT; without effect.
-            low_cpu_mem_usage: the same.
+            ephemeral_gpu_offload, low_cpu_mem_usage: accepted as in PEFT; without effect.
             key_mapping: see `from_pretrained`.
             config: see `from_pretrained`. For an adapter that the model has, it is only compared with the saved one.
             kwargs: see `from_pretrained`.
@@ -410,47 +423,74 @@ class PissaModel(MendedPeftModel):
         return nn.Module().load_state_dict({})  # torch has no public name for the type
 
 
-class PissaModelForCausalLM(PissaModel, PeftModelForCausalLM):  # type: ignore[misc]
-    """PissaModel for task type CAUSAL_LM."""
-
-
-class PissaModelForSeq2SeqLM(PissaModel, PeftModelForSeq2SeqLM):  # type: ignore[misc]
-    """PissaModel for task type SEQ_2_SEQ_LM."""
-
-
-class PissaModelForSequenceClassification(
-    PissaModel,
-    PeftModelForSequenceClassification,  # type: ignore[misc]
-):
-    """PissaModel for task type SEQ_CLS."""
-
-
-class PissaModelForTokenClassification(PissaModel, PeftModelForTokenClassification):  # type: ignore[misc]
-    """PissaModel for task type TOKEN_CLS."""
-
-
-class PissaModelForQuestionAnswering(PissaModel, PeftModelForQuestionAnswering):  # type: ignore[misc]
-    """PissaModel for task type QUESTION_ANS."""
-
-
-class PissaModelForFeatureExtraction(PissaModel, PeftModelForFeatureExtraction):  # type: ignore[misc]
-    """PissaModel for task type FEATURE_EXTRACTION."""
+# A PissaModel over each of PEFT's classes for a task: PissaModelForCausalLM and so on, names of this module for pickle.
+_CLASSES: dict[str | None, type[PissaModel]] = {}
+for _task, _peft_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items():
+    _name = f"Pissa{_peft_class.__name__.removeprefix('Peft')}"
+    _namespace = {"__module__": __name__, "__doc__": f"PissaModel for task type {_task}."}
+    _CLASSES[_task] = globals()[_name] = cast("type[PissaModel]", type(_name, (PissaModel, _peft_class), _namespace))
 
 
 def model_class(config: PissaConfig) -> type[PissaModel]:
     """The class of the model for the configuration's task type."""
-    return {
-        "CAUSAL_LM": PissaModelForCausalLM,
-        "SEQ_2_SEQ_LM": PissaModelForSeq2SeqLM,
-        "SEQ_CLS": PissaModelForSequenceClassification,
-        "TOKEN_CLS": PissaModelForTokenClassification,
-        "QUESTION_ANS": PissaModelForQuestionAnswering,
-        "FEATURE_EXTRACTION": PissaModelForFeatureExtraction,
-    }.get(config.task_type, PissaModel)
+    return _CLASSES.get(config.task_type, PissaModel)
 
 
 def _as_given(model: nn.Module) -> nn.Module:
     """An unloaded model, put back into the state before it was wrapped."""
     fuse(model)
-    unguard_state_dict(model)
+    hooks = model._state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is refuse_residuals]:
+        del hooks[key]
     return model
+
+
+def _add_orthogonality_loss(model: PissaModel, inputs: Any, outputs: Any) -> None:
+    """A forward hook: in training mode, adds the orthogonality loss of each active adapter with `use_adalora` to the
+    model's loss. A loss that is computed elsewhere from the logits lacks it, as with PEFT's AdaLoraModel."""
+    if not model.training or not isinstance(getattr(outputs, "loss", None), Tensor):
+        return
+    for name in model.active_adapters:
+        config = model.peft_config.get(name)
+        if config is not None and config.use_adalora:
+            loss = model.orthogonality_loss(name)
+            outputs.loss = outputs.loss + config.orth_reg_weight * loss.to(outputs.loss.device)
+
+
+def _check_can_be_resized(base: Any) -> None:
+    """Raises ValueError if an adapter trains the embeddings or the output layer of an (unwrapped) transformers model,
+    which transformers replaces without knowing of it."""
+    names = {module: name for name, module in base.named_modules()}
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            field = "target_modules" if isinstance(module, PissaLayer) else "modules_to_save"
+            field = "trainable_token_indices" if isinstance(module, TrainableTokensWrapper) else field
+            raise ValueError(
+                f"the vocabulary cannot be resized: {names[module]} is trained ({field}). Resize it before pissa.wrap; "
+                "or, for what has been trained so far: model = model.merge_and_unload(), resize that, and wrap it anew"
+            )
+
+
+def _with_unwrapped_names(base: nn.Module, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a PissaModel over the (unwrapped) model `base`, which is merged, under the names that the model
+    has without adapters. TRL, for one, sends them to the engine that generates: it merges, takes "base_layer" out of
+    the names, and leaves out what is LoRA's. The experts that we have made linear layers are one parameter again, a
+    copy; trained tokens are in their embedding's weight alone."""
+    experts = {f"{PREFIX}{path}.": module for path, module in unfused_experts(base).items()}
+    tokens = [f"{PREFIX}{name}." for name, module in base.named_modules() if isinstance(module, TrainableTokensWrapper)]
+    for name, parameter in named:
+        if path := next((path for path in experts if name.startswith(path)), None):
+            module, rest = experts[path], name.removeprefix(path)
+            index, _, inner = rest.partition(".")
+            if index == "fused":
+                yield path + inner, parameter
+            elif "lora_" in inner:
+                yield name, parameter
+            elif index == "0":
+                weight = inner.partition(".")[0]
+                yield path + weight, module.fused_weight(weight)
+        elif path := next((path for path in tokens if name.startswith(path)), None):
+            if "trainable_tokens" not in name:
+                yield path + name.removeprefix(f"{path}token_adapter."), parameter
+        else:
+            yield name, parameter

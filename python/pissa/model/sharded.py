@@ -6,14 +6,12 @@ every process, therefore, and its gradients are averaged here, as DDP does it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
 from pissa.distributed import average_gradient, is_managed
-from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.layers.layer import pissa_layers
 
 
 def reshard(model: nn.Module) -> None:
@@ -60,12 +58,6 @@ def average_gradients(model: nn.Module, adapter_name: str) -> None:
     holds the base."""
     for layer in pissa_layers(model, adapter_name).values():
         if is_managed(layer.base.module):
-            for parameter in _parameters(layer, adapter_name):
-                average_gradient(parameter)
-
-
-def _parameters(layer: PissaLayer, adapter_name: str) -> Iterator[Tensor]:
-    for part in (getattr(layer, name) for name in layer.adapter_layer_names):
-        if adapter_name in part:
-            found = part[adapter_name]
-            yield from [found] if isinstance(found, Tensor) else found.parameters()
+            for entry in (entries[adapter_name] for entries in layer.dictionaries(adapter_name)):
+                for parameter in [entry] if isinstance(entry, Tensor) else entry.parameters():
+                    average_gradient(parameter)

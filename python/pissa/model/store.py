@@ -1,15 +1,19 @@
 """The bases of a model replaced by residuals, layer by layer: each dense weight is let go as soon as its residual is
-there."""
+there, and so is the file that it may be a view of."""
 
 from __future__ import annotations
 
-from torch import nn
+import itertools
+from collections import defaultdict
 
+import torch
+from torch import Tensor, nn
+
+from pissa.base.fingerprint import Fingerprints
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together
-from pissa.model.decompose import Replacement, groups, share_residuals
-from pissa.model.views import is_view, own_memory
+from pissa.model.decompose import Replacement, groups, share_fingerprints
 
 _PARTLY_STORED = (
     "pissa was replacing the model's dense weights by residuals, and freed each when it was replaced: some are gone, "
@@ -38,7 +42,7 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
     if not replacements:
         return
     layers = {name: replacement.layer for name, replacement in replacements.items()}
-    are_views = any(is_view(layer.base.parameter) for layer in layers.values())
+    are_views = any(_is_view(layer.base.parameter) for layer in layers.values())
     try:
         with failing_together():
             for group in groups(layers, threads=1):
@@ -54,8 +58,41 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
                     layer.start_from(adapter_name, replacement.start)
             if are_views:
                 own_memory(model)
-            share_residuals(layers)
+            share_fingerprints(layers, Fingerprints.of_residual, Fingerprints.learn_residual)
     except BaseException as error:
         # What add_note does, which Python 3.10 does not have.
         vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), _PARTLY_STORED]
         raise
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Whether the tensor keeps more memory than it fills, or memory that torch has not allocated. A parameter that
+    safetensors or torch have read is such a view: the whole file is mapped as long as one of its tensors is left."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return False
+    storage = tensor.untyped_storage()
+    return not storage.resizable() or storage.nbytes() > tensor.numel() * tensor.element_size()
+
+
+@torch.no_grad()
+def own_memory(model: nn.Module) -> None:
+    """Gives parameters and buffers that are views memory of their own. They stay the same objects, and those at one
+    place have one place afterwards. Views that overlap otherwise stay as they are."""
+    places: dict[tuple[int, int, torch.dtype, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if _is_view(tensor) and tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            first = tensor.data_ptr()
+            end = first + (last + 1) * tensor.element_size()
+            places[first, end, tensor.dtype, tensor.stride()].append(tensor)
+    overlapping, reached = set(), None
+    for place in sorted(places, key=lambda place: place[:2]):
+        if reached is not None and place[0] < reached[1]:
+            overlapping |= {place, reached}
+        if reached is None or place[1] > reached[1]:
+            reached = place
+    for place, tensors in places.items():
+        if place not in overlapping:
+            memory = tensors[0].detach().clone()
+            for tensor in tensors:
+                tensor.data = memory

@@ -7,8 +7,7 @@ its own there. Everything else about it is LoRA's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -52,27 +51,26 @@ class PissaTuner(LoraTuner):
         """
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
-        found = super().adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = super().adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
-        found = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
-        matrices, present = {}, {}
+        tensors = {key: value for key, value in tensors.items() if not is_of_a_layer(key, adapted)}
+        matrices = {}
         _check_names(state_dict, layers, adapter_name)
         for name, layer in layers.items():
             keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]
             if not all(key in state_dict for key in keys):
                 continue
             check_whole({key: state_dict[key] for key in keys})
-            present[name] = layer
             deltas = layer.deltas_in(state_dict, f"{PREFIX}{name}.", adapter_name)
             matrices[name] = layer.start_of(adapter_name).factors_of_change(deltas)
             if config.use_dora:
                 key = magnitude_key(name)
                 magnitude = layer.magnitude(adapter_name)
                 weight = state_dict[f"{key}.{adapter_name}.weight"].detach()
-                found[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
-        for factors in factors_of(inner, present):
-            found |= factors.pack([matrices[name] for name in factors.layers])
-        return found
+                tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
+        for factors in factors_of(inner, {name: layers[name] for name in matrices}):
+            tensors |= factors.pack([matrices[name] for name in factors.layers])
+        return tensors
 
     @classmethod
     def parameters_to_load(
@@ -106,13 +104,13 @@ class PissaTuner(LoraTuner):
             starts = {name: layer.start_of(adapter_name) for name, layer in layers.items()}
             deltas = {name: _without_start(*pair, starts[name], name) for name, pair in deltas.items()}
         rest = {key: value for key, value in state_dict.items() if key not in taken}
-        found = remap(model, config, adapter_name, rest)
+        tensors = remap(model, config, adapter_name, rest)
         for name, layer in layers.items():
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
-                found[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
-        found[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(is_any_lora)
-        return found
+                tensors[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
+        tensors[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(is_any_lora)
+        return tensors
 
 
 _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
@@ -163,19 +161,17 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
     Raises:
         ValueError: a factor is missing, or has another shape.
     """
-    found = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
-    misfits = []
+    given = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
+    misfits = {}
     for times in (1, 2):
-        needed: dict[str, tuple[int, ...]] = {}
-        for part in parts:
-            needed |= part.shapes(times * ranks[part.layers[0]])
-        if found == needed:
-            return times == 1
-        misfits.append({key: shape for key, shape in needed.items() if found.get(key) != shape})
-    nearest = min(misfits, key=len)
-    key, shape = next(iter(nearest.items()))
+        needed = [item for part in parts for item in part.shapes(times * ranks[part.layers[0]]).items()]
+        misfits[times] = [(key, shape) for key, shape in needed if given.get(key) != shape]
+    nearest = min(misfits, key=lambda times: len(misfits[times]))
+    if not misfits[nearest]:
+        return nearest == 1
+    key, shape = misfits[nearest][0]
     raise ValueError(
-        f"the state dict does not fit the adapter: {key} is {list(found[key]) if key in found else 'missing'}; needed: "
+        f"the state dict does not fit the adapter: {key} is {list(given[key]) if key in given else 'missing'}; needed: "
         f"{list(shape)}. All layers of the adapter need factors of its rank, or of twice that, as "
         "get_peft_model_state_dict gives them"
     )
@@ -198,41 +194,16 @@ def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matr
     return da, db
 
 
-_building = ContextVar("building", default=False)
+BUILDING = ContextVar("BUILDING", default=False)
+"""Whether a PissaModel is being made: its constructor asks for a tuner, and no PeftModel of PEFT's own."""
 
 
-@contextmanager
-def building() -> Iterator[None]:
-    """The constructor of a PissaModel: in the block the tuner is made for one, not for a PeftModel of PEFT's own."""
-    token = _building.set(True)
-    try:
-        yield
-    finally:
-        _building.reset(token)
-
-
-def is_building() -> bool:
-    """Whether a PissaModel is being made."""
-    return _building.get()
-
-
-def guard_state_dict(base: nn.Module) -> None:
-    """Makes `base.state_dict()` raise ValueError as long as layers keep residuals in the place of their weights.
+def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A hook of `base.state_dict()`: raises ValueError as long as layers keep residuals in the place of their weights.
 
     `peft.get_base_model_state_dict` calls it, and would give the residuals under the weights' names. The state dict of
     a PissaModel has the parameters of `base` as they are.
     """
-    base.register_state_dict_pre_hook(_refuse_residuals)  # type: ignore[no-untyped-call]
-
-
-def unguard_state_dict(base: nn.Module) -> None:
-    """Undoes `guard_state_dict`."""
-    hooks = base._state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _refuse_residuals]:
-        del hooks[key]
-
-
-def _refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
     if prefix:
         return
     for name, layer in pissa_layers(base).items():
@@ -245,10 +216,9 @@ def _refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
             )
 
 
-def register() -> None:
-    """Adds our classes to the public tables of PEFT and transformers. Nobody else's entries change."""
-    PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[PissaType.PISSA] = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA]
-    for names in SUPPORTED_PEFT_TASKS.values():
-        ours = [f"Pissa{name.removeprefix('Peft')}" for name in names if name.startswith("Peft")]
-        names.extend(name for name in ours if name not in names)
+# Our classes in the public tables of PEFT and transformers. Nobody else's entries change.
+PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTuner
+PEFT_TYPE_TO_PREFIX_MAPPING[PissaType.PISSA] = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA]
+for _names in SUPPORTED_PEFT_TASKS.values():
+    _ours = [f"Pissa{name.removeprefix('Peft')}" for name in _names if name.startswith("Peft")]
+    _names.extend(name for name in _ours if name not in _names)

@@ -1,19 +1,23 @@
-"""wrap: a PiSSA adapter on a model, from nothing but a configuration."""
+"""wrap: a PiSSA adapter on a model, from nothing but a configuration; by PEFT's functions, too."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from pissa.config import PissaConfig
+from pissa.config import PissaConfig, PissaType
 from pissa.distributed import failing_together
-from pissa.model.adapter_names import check_adapter_name
 from pissa.model.decompose import decompose
-from pissa.model.inject import own_config, restored_on_error, warn_of_dropout
+from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
+from pissa.model.tuner import BUILDING, PissaTuner
+from pissa.peft_private import TunerToCome
 
 
 def wrap(
@@ -72,16 +76,65 @@ def wrap(
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
         config = own_config(PissaConfig(**config_fields) if config is None else config)
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError(
-                "the model carries an adapter already, for wrapping changes it in place. To wrap it anew: model = "
-                "model.unload() first, or load it again if its base was stored (quant, residual='explicit'); for a "
-                "second adapter: model.add_adapter(name, config)"
-            )
-        check_adapter_name(adapter_name, model)
+        check_plain(model, adapter_name)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         warn_of_dropout(config)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         replacements = decompose(model, adapter_name, config, first=True, progressbar=progressbar)
     store(model, adapter_name, config, replacements)
     return wrapped
+
+
+# ---- A PissaConfig that is given to PEFT -----------------------------------------------------------------------------
+#
+# By `peft.get_peft_model(model, config)`, a trainer's `peft_config=`, or the class itself, `PeftModel(model, config)`.
+# PEFT makes its PeftModel in several places, with or without its table of task types. Each goes through the constructor
+# of PeftModel, which looks the tuner up in a public table. There our `peft_type` has `PissaTunerOrToCome`: the model
+# that PEFT makes becomes the one that `wrap` gives. No entry of anybody else changes, and nothing of PEFT is replaced.
+
+
+class PissaTunerOrToCome(PissaTuner):
+    """What PEFT's table of tuners has: PissaTuner, except for the constructor of a PeftModel that is not ours."""
+
+    def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
+        """A PissaTuner; for a PeftModel that PEFT makes, which alone gives a dictionary, what makes it ours."""
+        if BUILDING.get() or not isinstance(peft_config, Mapping):
+            return PissaTuner(model, peft_config, adapter_name, **kwargs)
+        return _TunerToCome(model, peft_config[adapter_name])
+
+
+class _TunerToCome(TunerToCome):
+    """Turns the PeftModel that it is put into into the PissaModel of a model and a configuration."""
+
+    def __init__(self, model: nn.Module, config: PissaConfig) -> None:
+        super().__init__()
+        self.given = (model, config)  # a tuple, so that the model is no child
+        self.parents: list[nn.Module] = []
+        self.hook = register_module_module_registration_hook(self._note)
+
+    def _note(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is self:
+            self.parents.append(parent)
+
+    def start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Wraps the model.
+
+        Raises:
+            TypeError: a subclass of PEFT's classes, which would lose what it adds.
+            Exception: as `wrap`. The model is left as it was.
+        """
+        self.hook.remove()
+        (made,) = self.parents
+        if not type(made).__module__.startswith(PeftModel.__module__):
+            raise TypeError(
+                f"a PissaConfig makes a pissa.PissaModel, and {type(made).__name__} is a class of its own; use "
+                "pissa.wrap(model, config), or one of PEFT's classes"
+            )
+        model, config = self.given
+        ours = wrap(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        made.__class__ = type(ours)
+        vars(made).clear()
+        vars(made).update(vars(ours))
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[PissaType.PISSA] = PissaTunerOrToCome

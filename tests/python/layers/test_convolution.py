@@ -21,7 +21,7 @@ from one_layer import (
 )
 from oracle import change_a_little
 from pissa import notices
-from pissa.layers.convolution import PissaConv1d, PissaConv2d, PissaConv3d
+from pissa.layers import PissaConv1d, PissaConv2d, PissaConv3d
 from reference import EPS, assert_close
 
 IN, OUT, R = 5, 8, 3

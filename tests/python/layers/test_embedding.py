@@ -19,7 +19,7 @@ from one_layer import (
     wrap,
 )
 from oracle import change_a_little
-from pissa.layers.embedding import PissaEmbedding
+from pissa.layers import PissaEmbedding
 from reference import EPS, assert_close
 
 VOCABULARY, DIM, R = 29, 20, 4

@@ -18,7 +18,7 @@ import pissa
 from daily import each
 from language_models import Make
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.model.views import own_memory
+from pissa.model.store import own_memory
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")]
 

@@ -1,0 +1,173 @@
+"""The adapted layer of each kind of module: nn.Linear, transformers' Conv1D and bitsandbytes' layers; embeddings, the
+linear layer W = weightᵀ [dim, vocabulary] of one-hot vectors; convolutions, whose W [out, in * kernel] is the weight,
+flattened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import Conv1d as LoraConv1d
+from peft.tuners.lora.layer import Conv2d as LoraConv2d
+from peft.tuners.lora.layer import Conv3d as LoraConv3d
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  everybody's name for it
+from transformers.pytorch_utils import Conv1D
+
+from pissa import ops
+from pissa.layers.layer import PissaLayer
+
+
+class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
+    """A PissaLayer over a linear module: lora_A[adapter].weight is dA [r, in], lora_B[adapter].weight dB [out, r];
+    with DoRA lora_magnitude_vector[adapter] is a Magnitude."""
+
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        if len(names) == 1 and not self._drops_out(names[0]):
+            fused = self.base.fused(self.start_of(names[0]), self.scaling[names[0]], x.dtype)
+            if fused is not None:
+                return self._scaled(self._fused(x, *fused, names[0]), names[0])
+        if not any(name in self.lora_magnitude_vector for name in names):
+            return super().adapted(x, names)
+        # As PEFT composes them: each magnitude scales the base with its own adapter's change, not the others'.
+        base = y = cast(Tensor, self.base_layer(x))
+        for name in names:
+            alone = self.change(base, x, name)
+            y = alone if y is base else y + (alone - base)
+        return y
+
+    def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
+        x = self.lora_dropout[adapter_name](x)
+        y = ops.add_low_rank(y, x, da, db, a0=start.a0, b0=start.b0, scaling=self.scaling[adapter_name])
+        return self._scaled(y, adapter_name)
+
+    def _fused(self, x: Tensor, weight: Tensor | ops.QuantizedWeight, implicit: bool, name: str) -> Tensor:
+        """The output by one product of the base's weight, which is implicit or lacks the start, and the factors."""
+        (da, db), start = self.changed_factors(name), self.start_of(name)
+        return ops.linear(
+            x,
+            weight,
+            self.base_layer.bias,
+            a=da,
+            b=db,
+            a0=start.a0,
+            b0=start.b0,
+            scaling=self.scaling[name],
+            implicit=implicit,
+        )
+
+    def _drops_out(self, adapter_name: str) -> bool:
+        dropout = self.lora_dropout[adapter_name]
+        return isinstance(dropout, nn.Dropout) and dropout.training
+
+    def _scaled(self, y: Tensor, name: str) -> Tensor:
+        """`y`, of the base and this adapter alone, with each feature scaled by DoRA; y's own bits where the scale is
+        1."""
+        if name not in self.lora_magnitude_vector:
+            return y
+        bias = self.base.bias
+        linear = y if bias is None else y - bias
+        return y + ((self._scale(name) - 1) * linear).to(y.dtype)
+
+    def _scale(self, name: str) -> Tensor:
+        with torch.no_grad():
+            right, left = self.start_of(name).factors_of_change(self.deltas(name))
+            product = self.base.product(right)
+        return self.magnitude(name).scale(left, right, product, self.scaling[name])
+
+    def delta_matrix(self, adapter_name: str) -> Tensor:
+        delta = super().delta_matrix(adapter_name)
+        if adapter_name not in self.lora_magnitude_vector:
+            return delta
+        weight = self.base.matrix().float()
+        return self._scale(adapter_name)[:, None] * (weight + delta) - weight
+
+
+class PissaEmbedding(PissaLayer, LoraEmbedding):  # type: ignore[misc]
+    """A PissaLayer over nn.Embedding: lora_embedding_A[adapter] is dA [r, vocabulary], lora_embedding_B[adapter] dB
+    [dim, r]. A product with A is a look-up of its columns."""
+
+    factor_keys = ("lora_embedding_A", "lora_embedding_B")
+
+    def factor_parameters(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+
+    def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        (da, db), start = self.changed_factors(adapter_name), self.start_of(adapter_name)
+        looked_up = F.embedding(x, da.mT, padding_idx=self.base_layer.padding_idx).float()  # no gradient for that row
+        change = (F.embedding(x, start.a0.mT) + looked_up) @ db.float().mT + looked_up @ start.b0.mT
+        # Gemma's and BART's embeddings multiply what they look up.
+        scale: float | Tensor = self.scaling[adapter_name] * getattr(self.base_layer, "embed_scale", 1.0)
+        return y + (scale * change).to(y.dtype)
+
+
+class PissaConvolution(PissaLayer):
+    """A PissaLayer over a convolution without groups. lora_A[adapter] is a convolution like the base's to r channels,
+    its weight dA [r, in, *kernel]; lora_B[adapter] is one of a single point, its weight dB [out, r, 1, ...]."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        weight = self.base_layer.weight
+        return weight.shape[0], weight[0].numel()
+
+    @property
+    def is_peft_compatible(self) -> bool:
+        """Whether PEFT's LoRA layer moves over the input as the base does: it has its kernel, stride and padding."""
+        base = cast(nn.Conv2d, self.base.module)
+        return set(base.dilation) == {1} and base.padding_mode == "zeros"
+
+    def as_parameters(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        kernel = self.base_layer.weight.shape[1:]
+        return a.reshape(-1, *kernel), b.reshape(*b.shape, *(1 for _ in kernel[1:]))
+
+    def as_matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(1), b.flatten(1)
+
+    def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        (da, db), start = (delta.float() for delta in self.changed_factors(adapter_name)), self.start_of(adapter_name)
+        x = self.lora_dropout[adapter_name](x).float()
+        moved = self._convolve(x, da)
+        change = self._mix(self._convolve(x, start.a0) + moved, db) + self._mix(moved, start.b0)
+        scaling: float = self.scaling[adapter_name]
+        return y + (scaling * change).to(y.dtype)
+
+    def _convolve(self, x: Tensor, a: Tensor) -> Tensor:
+        """The base's convolution, its padding and stride, with the rows of a [r, in * kernel] as filters."""
+        base = cast(nn.Conv2d, self.base_layer)
+        return cast(Tensor, base._conv_forward(x, a.reshape(-1, *base.weight.shape[1:]), None))
+
+    def _mix(self, channels: Tensor, b: Tensor) -> Tensor:
+        """b [out, r] at each point of `channels` [batch, r, ...]; the batch may be missing."""
+        place = 1 - self.base_layer.weight.dim()  # of the channels
+        points = channels.reshape(-1, b.shape[1], math.prod(channels.shape[place + 1 :]))
+        # `@` would choose another product, and other bits, for a b that collects no gradient.
+        mixed = torch.bmm(b.expand(len(points), -1, -1), points)
+        return mixed.reshape(*channels.shape[:place], len(b), *channels.shape[place + 1 :])
+
+
+class PissaConv1d(PissaConvolution, LoraConv1d):  # type: ignore[misc]
+    """Over nn.Conv1d."""
+
+
+class PissaConv2d(PissaConvolution, LoraConv2d):  # type: ignore[misc]
+    """Over nn.Conv2d."""
+
+
+class PissaConv3d(PissaConvolution, LoraConv3d):  # type: ignore[misc]
+    """Over nn.Conv3d."""
+
+
+KINDS: dict[type[nn.Module] | None, type[PissaLayer]] = {
+    nn.Linear: PissaLinear,
+    Conv1D: PissaLinear,
+    nn.Embedding: PissaEmbedding,
+    nn.Conv1d: PissaConv1d,
+    nn.Conv2d: PissaConv2d,
+    nn.Conv3d: PissaConv3d,
+}
+"""The classes of layers by what the function of a base is, `Base.kind`."""
