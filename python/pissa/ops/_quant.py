@@ -50,13 +50,8 @@ class QuantizedWeight(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts that are tensors, by name; what `formats` says of them is in the same order."""
-        parts = {
-            "codes": self.codes,
-            "absmax": self.absmax,
-            "nested_absmax": self.nested_absmax,
-            "offset": self.offset,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+        parts = zip(("codes", "absmax", "nested_absmax", "offset"), self[:4], strict=True)
+        return {name: part for name, part in parts if part is not None}
 
 
 def quantized_weight(
@@ -92,13 +87,6 @@ def check_offset(offset: float, name: str = "weight") -> None:
         raise ValueError(
             f"{name}: the mean of its scales overflows float32; use double_quant=False, or smaller weights"
         )
-
-
-def check_quantized_offset(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight, if its scales have a finite mean or are not nested. The host waits for the mean."""
-    if weight.offset is not None:
-        check_offset(weight.offset.item())
-    return weight
 
 
 def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
@@ -165,15 +153,14 @@ def check_quantized(weight: object) -> QuantizedWeight:
         raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
     codes, absmax, nested_absmax, offset, name, shape, blocksize = weight
     check_choice("weight.format", name, FORMATS)
-    format = FORMATS[name]
-    format.check_options(blocksize if format.blocksizes else None, weight.nested)
+    format, nested = FORMATS[name], nested_absmax is not None
+    format.check_options(blocksize if format.blocksizes else None, nested)
     if not format.blocksizes and blocksize != shape[1]:
         raise ValueError(f"weight.blocksize: got {blocksize}; needed: {shape[1]}, a row")
-    check_tensor("weight.absmax", absmax, (torch.float32, torch.uint8))
-    nested = absmax.dtype == torch.uint8
-    if nested != (nested_absmax is not None) or nested != (offset is not None):
-        raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
     expected = format.tensors(shape, blocksize, nested)
+    check_tensor("weight.absmax", absmax, (torch.float32, torch.uint8))
+    if absmax.dtype != expected["absmax"][1] or nested != (offset is not None):
+        raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
     check_tensor("weight.codes", codes, (expected["codes"][1],))
     for part, tensor in (("codes", codes), ("absmax", absmax)):
         size = math.prod(expected[part][0])
