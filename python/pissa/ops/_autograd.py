@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 _FEW_TOKENS: int = _C.limits()["few_tokens"]
 
 # ---- Fakes -----------------------------------------------------------------------------------------------------------
+# torch calls each with all arguments of its op, by position.
 
 
 def _bytes(like: Tensor, count: int) -> Tensor:
@@ -41,62 +41,35 @@ def _(weights: list[Tensor]) -> Tensor:
 
 
 @register_fake("pissa::svd_lowrank")
-def _(weight: Tensor, largest: float, r: int, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(weight: Tensor, largest: float, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _floats(weight, r, weight.shape[0]), _floats(weight, r), _floats(weight, r, weight.shape[1])
 
 
 @register_fake("pissa::split")
-def _(
-    weight: Tensor, largest: float, r: int, scaling: float, svd: str, passes: int | None, seed: int
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, largest: float, r: int, *_: Any) -> tuple[Tensor, Tensor]:
     return _factors(weight, r)
 
 
 @register_fake("pissa::split_many")
 def _(
-    weights: list[Tensor],
-    largest: list[float],
-    ranks: list[int],
-    scalings: list[float],
-    svd: str,
-    passes: int | None,
-    seed: int,
+    weights: list[Tensor], largest: list[float], ranks: list[int], *_: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     a0, b0 = zip(*map(_factors, weights, ranks), strict=True)
     return list(a0), list(b0), [_floats(weight, r) for weight, r in zip(weights, ranks, strict=True)]
 
 
 @register_fake("pissa::quantization_error")
-def _(
-    weight: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    blocksize: int,
-    error: Tensor,
-) -> Tensor:
+def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty((), dtype=torch.float64)
 
 
 @register_fake("pissa::split_quantized")
-def _(
-    weight: Tensor,
-    largest: float,
-    r: int,
-    scaling: float,
-    svd: str,
-    passes: int | None,
-    seed: int,
-    format: str,
-    blocksize: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*_factors(weight, r), *_quantized(weight, format, blocksize))
+def _(weight: Tensor, largest: float, r: int, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_factors(weight, r), *_quantized(weight, *options[-2:]))
 
 
 @register_fake("pissa::residual")
-def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> Tensor:
+def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -116,17 +89,8 @@ def _(absmax: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register_fake("pissa::dequantize")
-def _(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    blocksize: int,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(codes: Tensor, *others: Any) -> Tensor:
+    *_, rows, cols, dtype = others
     return codes.new_empty((rows, cols), dtype=dtype)
 
 
@@ -171,101 +135,60 @@ for _op in ("linear", "quantized_linear"):
 
 
 @register_fake("pissa::add_low_rank")
-def _(
-    base: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    implicit: bool,
-) -> tuple[Tensor, Tensor]:
+def _(base: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    a, _b, a0, _b0, _scaling, implicit = args
     return base.new_empty(base.shape), _kept(x, base.shape[-1], a, a0, implicit)
 
 
 @register_fake("pissa::add_low_rank_backward")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    kept: Tensor,
-    scaling: float,
-    implicit: bool,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, dy.shape[-1], a, need_dx)
+def _(dy: Tensor, x: Tensor, a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(x, dy.shape[-1], a, need_dx=args[-1])
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Saved for the backward: x and what the forward keeps.
+# Saved for the backward: x and what the forward keeps. The ops that multiply take x, what holds the weight, bias, a, b,
+# a0, b0, scaling, implicit. In add_low_rank, which has no weight, base and x have changed places.
 
-_TAIL = 7  # arguments behind the weight
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *weight = inputs[:-_TAIL]
-    _, *factors, scaling, implicit = inputs[-_TAIL:]
-    _, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.weight_tensors = sum(value is None or isinstance(value, Tensor) for value in weight)
-    ctx.save_for_backward(x, kept, *weight[: ctx.weight_tensors], *factors)
-    ctx.weight_numbers = weight[ctx.weight_tensors :]
-    ctx.scaling, ctx.implicit = scaling, implicit
-    ctx.has_adapter = factors[0] is not None
+_ADDEND, _A, _B = -7, -6, -5  # places from the end of the bias, or of add_low_rank's x, and of a and b
 
 
-def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    weight_slots = [None] * (ctx.weight_tensors + len(ctx.weight_numbers))
-    if dy is None:
-        return (None, *weight_slots, *[None] * _TAIL)
-    x, kept, *saved = ctx.saved_tensors
-    weight, factors = saved[: ctx.weight_tensors], saved[ctx.weight_tensors :]
-    need_dx = ctx.needs_input_grad[0]
-    need_bias, need_a, need_b = ctx.needs_input_grad[-_TAIL : -_TAIL + 3]
-    bias_grad = dy.flatten(0, -2).sum(0) if need_bias else None
-    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, kept, ctx.scaling, ctx.implicit, need_dx)
-    return (
-        dx if need_dx else None,
-        *weight_slots,
-        bias_grad,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        *[None] * (_TAIL - 3),
-    )
+class _Gradients(NamedTuple):
+    """How an op is differentiated."""
+
+    op: Any
+    """Computes the gradients."""
+    x: int
+    """The place of x."""
+    tensors: int
+    """How many of the arguments that hold the weight are tensors."""
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight = inputs[1:_ADDEND]
+        _, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[self.x], kept, *weight[: self.tensors], *inputs[_A:-2])
+        ctx.numbers = weight[self.tensors :]
+        ctx.scaling, ctx.implicit = inputs[-2:]
+
+    def backward(self, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * len(needed)
+        if dy is None:
+            return tuple(gradients)
+        x, kept, *saved = ctx.saved_tensors
+        weight, factors = saved[: self.tensors], saved[self.tensors :]
+        found = self.op(dy, x, *weight, *ctx.numbers, *factors, kept, ctx.scaling, ctx.implicit, needed[self.x])
+        for place, gradient in zip((self.x, _A, _B), found, strict=True):
+            if needed[place]:
+                gradients[place] = gradient
+        if self.x == 0 and needed[_ADDEND]:
+            gradients[_ADDEND] = dy.flatten(0, -2).sum(0)  # of the bias
+        if self.x != 0 and needed[0]:
+            gradients[0] = dy  # of the base
+        return tuple(gradients)
 
 
-def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, *factors, scaling, implicit = inputs
-    _, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, kept, *factors)
-    ctx.scaling, ctx.implicit = scaling, implicit
-
-
-def _low_rank_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    x, kept, *factors = ctx.saved_tensors
-    need_base, need_dx, need_a, need_b = ctx.needs_input_grad[:4]
-    dx, grad_a, grad_b = torch.ops.pissa.add_low_rank_backward(
-        dy, x, *factors, kept, ctx.scaling, ctx.implicit, need_dx
-    )
-    return (
-        dy if need_base else None,
-        dx if need_dx else None,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        *(None,) * 4,
-    )
-
-
-for _op in ("linear", "quantized_linear"):
-    _gradients = partial(_backward, getattr(torch.ops.pissa, f"{_op}_backward"))
-    register_autograd(f"pissa::{_op}", _gradients, setup_context=_setup_context)
-register_autograd("pissa::add_low_rank", _low_rank_backward, setup_context=_low_rank_setup_context)
+for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
+    _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _x, _tensors)
+    register_autograd(f"pissa::{_op}", _gradients.backward, setup_context=_gradients.save)
