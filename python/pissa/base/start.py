@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.base.keeps_dtype import KeepsDtype
+from pissa.base.frozen import KeepsDtype
 from pissa.ops.low_rank import join_difference
 
 
