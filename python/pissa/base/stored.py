@@ -143,11 +143,10 @@ def residuals_of(
     Raises:
         ValueError: naming the layer whose weight or factors are not finite.
     """
-    lacked = [start.lacked for start in starts]
     return ops.residual_many(
         weights,
-        [a for a, _ in lacked],
-        [b for _, b in lacked],
+        [start.taken[0] for start in starts],
+        [start.taken[1] for start in starts],
         [start.origin.scaling for start in starts],
         names=[f"layer {name}: weight" for name in names],
         **form.options(),
@@ -165,7 +164,7 @@ class ResidualCheck:
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
         """One more layer: its name, its weight [out, in] and the start that its residual will lack."""
-        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.lacked]
+        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
         self._sizes.setdefault(weight.device, []).append((name, torch.stack([largest, *norms])))
         self._layers.append((name, start, weight.numel()))

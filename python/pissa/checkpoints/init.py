@@ -229,13 +229,9 @@ class _Split(Rewrite):
             config, names = self.plan.config_of(these[0]), [layer.name for layer in these]
             some = [weights[name] for name in names]
             try:
-                found = start_factors(StartTask(some, [layer.origin for layer in these], config, names))
+                starts = start_factors(StartTask(some, [layer.origin for layer in these], config, names))
             except ValueError as error:
                 raise ValueError(f"{_places(self.plan, these)}: {error}") from error
-            starts = [
-                StartFactors(start.a0, start.b0, layer.origin, start.taken)
-                for start, layer in zip(found, these, strict=True)
-            ]
             residuals = residuals_of(some, starts, form, names)
             of_weights = read([fingerprint(weight) for weight in some])
             of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])

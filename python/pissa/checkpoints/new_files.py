@@ -52,8 +52,8 @@ def _taken_shapes(layer: PlannedLayer) -> dict[str, tuple[int, int]]:
 
 
 def taken_tensors(layer: PlannedLayer, start: StartFactors) -> dict[str, Tensor]:
-    """The factors that the residual lacks, which have the rank of the start: zeros fill them up."""
-    a, b = start.lacked
+    """The factors that are taken out of the weight, with the rank of the start: zeros fill them up."""
+    a, b = start.taken
     missing = layer.origin.r - len(a)
     pair = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     return dict(zip(_taken_shapes(layer), pair, strict=True))
@@ -62,5 +62,4 @@ def taken_tensors(layer: PlannedLayer, start: StartFactors) -> dict[str, Tensor]
 def start_tensors(start: StartFactors) -> list[Tensor]:
     """The tensors of a start of which the record has the fingerprint: the factors, and those taken, if they are
     others."""
-    taken = start.taken if start.rank_taken else None
-    return [start.a0, start.b0, *(taken or ())]
+    return [start.a0, start.b0, *(start.taken if start.rank_taken else ())]

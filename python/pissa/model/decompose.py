@@ -157,11 +157,10 @@ def _starts(
 
 def _decomposed(group: Mapping[str, Base], search: _Search, check: ResidualCheck) -> dict[str, StartFactors]:
     """The starts of some layers. Nothing keeps their weights afterwards."""
-    starts = {}
     weights = [base.matrix() for base in group.values()]
-    some = start_factors(StartTask(weights, [search.origins[name] for name in group], search.config, list(group)))
-    for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
-        starts[name] = StartFactors(a0, b0, search.origins[name], taken)
+    task = StartTask(weights, [search.origins[name] for name in group], search.config, list(group))
+    starts = dict(zip(group, start_factors(task), strict=True))
+    for name, weight in zip(group, weights, strict=True):
         if name in search.stored:
             check.add(name, weight, starts[name])
     return starts
