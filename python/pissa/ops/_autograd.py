@@ -45,11 +45,6 @@ def _(weight: Tensor, largest: float, r: int, *_: Any) -> tuple[Tensor, Tensor, 
     return _floats(weight, r, weight.shape[0]), _floats(weight, r), _floats(weight, r, weight.shape[1])
 
 
-@register_fake("pissa::split")
-def _(weight: Tensor, largest: float, r: int, *_: Any) -> tuple[Tensor, Tensor]:
-    return _factors(weight, r)
-
-
 @register_fake("pissa::split_many")
 def _(
     weights: list[Tensor], largest: list[float], ranks: list[int], *_: Any
@@ -61,11 +56,6 @@ def _(
 @register_fake("pissa::quantization_error")
 def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty((), dtype=torch.float64)
-
-
-@register_fake("pissa::split_quantized")
-def _(weight: Tensor, largest: float, r: int, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*_factors(weight, r), *_quantized(weight, *options[-2:]))
 
 
 @register_fake("pissa::residual")
