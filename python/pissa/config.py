@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from pissa.ops.checks import Passes, Svd, check_choice, check_svd
-from pissa.ops.formats import FORMATS
+from pissa.ops.formats import DEFAULT, FORMATS
 from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
@@ -395,7 +395,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     def _check_blocks(self) -> None:
         """Checks `blocksize` and `double_quant`, whose defaults go with any format."""
-        format = FORMATS[self.quant or "nf4"]
+        format = FORMATS[self.quant or DEFAULT]
         if format.blocksizes:
             format.check_options(self.blocksize, self.double_quant and format.has_double_quant)
         elif self.blocksize != PissaConfig.blocksize:

@@ -82,6 +82,7 @@ def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str
     return entries
 
 
+@functools.cache  # the layers of a model share a few shapes
 def entry_layout(
     form: Form, shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
-from pissa.ops.formats import FORMATS
+from pissa.ops.formats import DEFAULT, FORMATS
 
 _OPS = torch.ops.pissa
 
@@ -104,7 +104,7 @@ def check_offsets(parts: Sequence[Tensor | QuantizedWeight], names: Sequence[str
 
 
 def quantize(
-    weight: Tensor, format: str = "nf4", *, blocksize: int | None = None, double_quant: bool | None = None
+    weight: Tensor, format: str = DEFAULT, *, blocksize: int | None = None, double_quant: bool | None = None
 ) -> QuantizedWeight:
     """A weight as codes and scales: bitsandbytes' bytes.
 

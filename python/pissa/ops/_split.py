@@ -259,10 +259,9 @@ def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
     ]
     active = every
     for t in range(1, how.quant_iters + 1):
-        residuals = [_quantised(one, how.form) for one in active]
         svds = [how.svd if t == how.quant_iters else _fast(how.svd, one.task.r) for one in active]
         going_on = []
-        for one, iterate in zip(active, _iterates(active, residuals, svds), strict=True):
+        for one, iterate in zip(active, _iterates(active, how.form, svds), strict=True):
             if one.best is None or iterate.error < one.best.error:
                 one.best = iterate
             gain = 1 - iterate.error / one.error if one.error > 0 else 0.0
@@ -272,33 +271,27 @@ def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
         active = going_on
         if not active:
             break
-    best = [one.best for one in every if one.best is not None]
-    again = [i for i, iterate in enumerate(best) if iterate.svd != how.svd]
+    again = []
+    for one in every:
+        assert one.best is not None  # there is an alternation at least
+        if one.best.svd != how.svd:
+            one.taken = one.best.taken
+            again.append(one)
     if again:
-        for i in again:
-            every[i].taken = best[i].taken
-        found = _iterates([every[i] for i in again], [best[i].residual for i in again], [how.svd] * len(again))
-        for i, iterate in zip(again, found, strict=True):
-            best[i] = iterate
-    return [Split(*iterate[:4]) for iterate in best]
+        for one, iterate in zip(again, _iterates(again, how.form, [how.svd] * len(again)), strict=True):
+            one.best = iterate
+    return [Split(*one.best[:4]) for one in every if one.best is not None]
 
 
-def _quantised(one: _Alternation, form: str) -> QuantizedWeight:
-    rest = _residual(one.task, one.taken, form)
-    assert isinstance(rest, QuantizedWeight)  # `check_alternation` refuses other forms
-    return rest
-
-
-def _iterates(
-    some: Sequence[_Alternation], residuals: Sequence[QuantizedWeight], svds: Sequence[SvdOptions]
-) -> list[_Iterate]:
-    """The iterates with these residuals. The host waits for a GPU twice, besides the decompositions, which wait once
-    for each shape of weights."""
-    tasks, rooms = [one.task for one in some], [one.room for one in some]
-    squares = [
-        _OPS.quantization_error(task.weight, *rest[:5], rest.blocksize, room)
-        for task, rest, room in zip(tasks, residuals, rooms, strict=True)
-    ]
+def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions]) -> list[_Iterate]:
+    """The iterates whose residuals lack what is taken. The host waits for a GPU twice, besides the decompositions,
+    which wait once for each shape of weights."""
+    tasks, rooms, residuals, squares = [one.task for one in some], [one.room for one in some], [], []
+    for one in some:
+        rest = _residual(one.task, one.taken, form)
+        assert isinstance(rest, QuantizedWeight)  # `check_alternation` refuses other forms
+        residuals.append(rest)
+        squares.append(_OPS.quantization_error(one.task.weight, *rest[:5], rest.blocksize, one.room))
     largest, offsets = torch.stack([_OPS.max_abs(rooms), offsets_of(residuals)]).tolist()
     for task, bound, offset in zip(tasks, largest, offsets, strict=True):
         check_offset(offset, task.name)
