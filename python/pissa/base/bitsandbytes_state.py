@@ -105,7 +105,8 @@ def entry_layout(
 def _nf4_map() -> Tensor:
     """float32 [16]: the value of each code."""
     pairs = torch.tensor([16 * code + code + 1 for code in range(0, 16, 2)], dtype=torch.uint8)
-    return ops.dequantize(ops.QuantizedWeight(pairs, torch.ones(1), None, None, "nf4", (1, 16), 32))[0]
+    one = torch.ones(1, dtype=torch.float32)
+    return ops.dequantize(ops.QuantizedWeight(pairs, one, None, None, "nf4", (1, 16), 32))[0]
 
 
 @functools.cache
@@ -113,8 +114,8 @@ def _nested_map() -> Tensor:
     """float32 [256]: the value of each code of a nested scale. Each is the scale of a block of ones."""
     blocksize, shape = 32, (256, 32)
     ones = torch.full((math.prod(shape) // 2,), 0xFF, dtype=torch.uint8)
-    scales = torch.arange(256, dtype=torch.uint8)
-    weight = ops.QuantizedWeight(ones, scales, torch.ones(1), torch.zeros(()), "nf4", shape, blocksize)
+    scales, one = torch.arange(256, dtype=torch.uint8), torch.ones(1, dtype=torch.float32)
+    weight = ops.QuantizedWeight(ones, scales, one, 0 * one[0], "nf4", shape, blocksize)
     return ops.dequantize(weight)[:, 0].contiguous()
 
 

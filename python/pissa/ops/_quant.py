@@ -96,13 +96,6 @@ def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
     return torch.stack([zero if offset is None else offset for offset in offsets])
 
 
-def check_offsets(parts: Sequence[Tensor | QuantizedWeight], names: Sequence[str]) -> None:
-    """`check_offset` of each; the host waits once, if any scales are nested."""
-    if any(isinstance(part, QuantizedWeight) and part.nested for part in parts):
-        for offset, name in zip(offsets_of(parts).tolist(), names, strict=True):
-            check_offset(offset, name)
-
-
 def quantize(
     weight: Tensor, format: str = DEFAULT, *, blocksize: int | None = None, double_quant: bool | None = None
 ) -> QuantizedWeight:

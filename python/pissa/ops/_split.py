@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops._principal import Factors, SvdOptions, quant_options, unchecked_factors, unchecked_residual
-from pissa.ops._quant import QuantizedWeight, check_offset, check_offsets, offsets_of
+from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of
 from pissa.ops.checks import (
     check_alternation,
     check_finite,
@@ -31,6 +31,7 @@ from pissa.ops.checks import (
     check_svd,
     check_weights,
 )
+from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import nothing
 
 _OPS = torch.ops.pissa
@@ -189,7 +190,9 @@ def _splits(
     if how.form == "implicit":
         return [Split(a0, b0, None) for a0, b0, _ in factors]
     rests = [_residual(task, (a0, b0), how.form) for task, (a0, b0, _) in zip(tasks, factors, strict=True)]
-    check_offsets(rests, [task.name for task in tasks])
+    if how.form in FORMATS:
+        for task, offset in zip(tasks, offsets_of(rests).tolist(), strict=True):
+            check_offset(offset, task.name)
     return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
 
 

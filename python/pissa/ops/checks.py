@@ -102,7 +102,7 @@ def check_lengths(lists: Mapping[str, Sequence[object]], count: int) -> None:
             raise ValueError(f"{name}: got {len(values)}; needed: one for each of the {count} weights")
 
 
-def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
+def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
     limit = min(weight.shape)
@@ -110,7 +110,6 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
         raise ValueError(
             f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of shape {list(weight.shape)}"
         )
-    return r
 
 
 def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> int | None:

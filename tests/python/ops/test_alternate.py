@@ -263,8 +263,6 @@ def test_errors_name_the_weight_before_anything_is_decomposed() -> None:
 def test_bad_options_are_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ops.split(put(weight()), 4, **change)
-    with pytest.raises(ValueError, match=words):
-        ops.split_many([put(weight())], [4], [1.0], **change)
 
 
 # ---- The op, and factors of rank 0 -----------------------------------------------------------------------------------
