@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,35 +159,29 @@ def nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, 
     kinds = [name.removeprefix(_STATES) for name in entries if name.startswith(_STATES)]
     if kinds not in ([], ["nf4"]):
         raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
-    state = _parse(entries[_STATE]) if kinds else None
-    nested = state is not None and state.offset is not None
     needed = {"weight", "weight.absmax", "weight.quant_map"}
-    needed |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
-    if state is None or not needed <= entries.keys():
+    if kinds:
+        shape, blocksize, dtype, mean = _parse(entries[_STATE])
+        needed |= set() if mean is None else {"weight.nested_absmax", "weight.nested_quant_map"}
+    if not kinds or not needed <= entries.keys():
         raise ValueError(
             f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
             "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
         )
-    absmax = entries["weight.absmax"]
-    weight = ops.QuantizedWeight(
-        as_bytes(entries["weight"]),
-        absmax,
-        entries["weight.nested_absmax"] if nested else None,
-        torch.tensor(state.offset, dtype=torch.float32, device=absmax.device) if nested else None,
-        "nf4",
-        state.shape,
-        state.blocksize,
-    )
-    if (absmax.dtype == torch.uint8) != nested or ("weight.nested_absmax" in entries) != nested:
+    codes, absmax, nested = as_bytes(entries["weight"]), entries["weight.absmax"], entries.get("weight.nested_absmax")
+    is_nested = mean is not None
+    if (nested is not None) != is_nested or (absmax.dtype == torch.uint8) != is_nested:
         raise ValueError("weight.nested_absmax: needed just where weight.absmax is quantised, in uint8")
-    for name, (shape, dtype) in FORMATS["nf4"].tensors(weight.shape, weight.blocksize, nested).items():
+    offset = None if mean is None else torch.tensor(mean, dtype=torch.float32, device=absmax.device)
+    weight = ops.QuantizedWeight(codes, absmax, nested, offset, "nf4", shape, blocksize)
+    for name, (size, kind) in FORMATS["nf4"].tensors(shape, blocksize, is_nested).items():
         part = weight.tensors()[name]
-        if (part.numel(), part.dtype) != (math.prod(shape), dtype):
+        if (part.numel(), part.dtype) != (math.prod(size), kind):
             raise ValueError(
-                f"weight: {name} of a matrix {list(weight.shape)} in blocks of {weight.blocksize}: got {part.dtype} "
-                f"{list(part.shape)}; needed: {dtype} {list(shape)}"
+                f"weight: {name} of a matrix {list(shape)} in blocks of {blocksize}: got {part.dtype} "
+                f"{list(part.shape)}; needed: {kind} {list(size)}"
             )
-    return weight, state.dtype
+    return weight, dtype
 
 
 def as_bytes(packed: Tensor) -> Tensor:
@@ -195,19 +189,9 @@ def as_bytes(packed: Tensor) -> Tensor:
     return packed.reshape(-1).view(torch.uint8)
 
 
-class _Nf4State(NamedTuple):
-    """What bitsandbytes keeps of a weight beside tensors."""
-
-    shape: tuple[int, int]
-    blocksize: int
-    dtype: torch.dtype
-    """What the weight is dequantised to."""
-    offset: float | None
-    """The mean of the scales, if these are quantised too."""
-
-
-def _parse(packed: Tensor) -> _Nf4State:
-    """Every value is checked before it is used."""
+def _parse(packed: Tensor) -> tuple[tuple[int, int], int, torch.dtype, float | None]:
+    """What bitsandbytes keeps of a weight beside tensors: its shape, its block size, the dtype that it is dequantised
+    to, the mean of its scales, if these are quantised too. Every value is checked before it is used."""
     if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise _refusal("the entry", f"{packed.dtype} {list(packed.shape)}", "uint8 in one dimension")
     content = bytes(packed.tolist())
@@ -232,7 +216,7 @@ def _parse(packed: Tensor) -> _Nf4State:
         if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
             raise _refusal("nested_offset", offset, "a finite number")
         offset = float(offset)
-    return _Nf4State((shape[0], shape[1]), blocksize, _DTYPES[dtype], offset)
+    return (shape[0], shape[1]), blocksize, _DTYPES[dtype], offset
 
 
 def _refusal(name: str, got: object, needed: str) -> ValueError:

@@ -87,7 +87,7 @@ class Pissa(InitMethod):
     name = "pissa"
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _principal(task, **_alternations(task.config, quantise_first=False))
+        return _principal(task, quantise_first=False)
 
 
 class LoftQ(InitMethod):
@@ -101,8 +101,8 @@ class LoftQ(InitMethod):
 
     def start(self, task: StartTask) -> list[StartFactors]:
         if task.config.quant_iters > 1:
-            return _principal(task, **_alternations(task.config, quantise_first=True))
-        starts = _principal(task._replace(weights=_lost(task)))
+            return _principal(task, quantise_first=True)
+        starts = _principal(task._replace(weights=_lost(task)), quantise_first=False)
         return [StartFactors(one.a0, one.b0, one.origin, nothing_of(one.a0, one.b0)) for one in starts]
 
 
@@ -206,15 +206,18 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
 
 
-def _principal(task: StartTask, **alternations: Any) -> list[StartFactors]:
-    """The starts that `ops.split_many` finds."""
+def _principal(task: StartTask, quantise_first: bool) -> list[StartFactors]:
+    """The starts that `ops.split_many` finds, with alternations if the configuration asks for them."""
+    config, alternations = task.config, dict[str, Any]()
+    if config.quant_iters > 1:
+        alternations = {**config.form.options(), "quant_iters": config.quant_iters, "quantise_first": quantise_first}
     splits = ops.split_many(
         task.weights,
         [origin.r for origin in task.origins],
         [origin.scaling for origin in task.origins],
-        svd=task.config.svd,
-        passes=task.config.svd_passes,
-        seed=task.config.seed,
+        svd=config.svd,
+        passes=config.svd_passes,
+        seed=config.seed,
         names=task.weight_names,
         **alternations,
     )
@@ -222,13 +225,6 @@ def _principal(task: StartTask, **alternations: Any) -> list[StartFactors]:
         StartFactors(split.a0, split.b0, origin, split.taken)
         for split, origin in zip(splits, task.origins, strict=True)
     ]
-
-
-def _alternations(config: PissaConfig, quantise_first: bool) -> dict[str, Any]:
-    """The arguments of `ops.split_many` that ask for alternations, if the configuration does."""
-    if config.quant_iters == 1:
-        return {}
-    return {**config.form.options(), "quant_iters": config.quant_iters, "quantise_first": quantise_first}
 
 
 def nothing_of(a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
