@@ -217,19 +217,6 @@ def _fast(svd: SvdOptions, r: int) -> SvdOptions:
     return svd._replace(passes=passes if svd.passes is None else min(svd.passes, passes))
 
 
-class _Iterate(NamedTuple):
-    """One of a weight, named as in `Split`."""
-
-    a0: Tensor
-    b0: Tensor
-    residual: QuantizedWeight
-    taken: tuple[Tensor, Tensor]
-    error: float
-    """‖W - Q - L‖."""
-    svd: SvdOptions
-    """By which the factors were found."""
-
-
 @dataclass
 class _Alternation:
     """What the alternations of a weight have come to."""
@@ -240,8 +227,12 @@ class _Alternation:
     room: Tensor
     """Memory for what a residual loses of the weight."""
     error: float = math.inf
-    """Of the last iterate."""
-    best: _Iterate | None = None
+    """‖W - Q - L‖ of the last iterate."""
+    best: Split | None = None
+    least: float = math.inf
+    """The error of the best iterate."""
+    svd: SvdOptions | None = None
+    """By which the factors of the best iterate were found."""
 
 
 def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
@@ -264,31 +255,29 @@ def _alternated(tasks: Sequence[_Task], how: _How) -> list[Split]:
     for t in range(1, how.quant_iters + 1):
         svds = [how.svd if t == how.quant_iters else _fast(how.svd, one.task.r) for one in active]
         going_on = []
-        for one, iterate in zip(active, _iterates(active, how.form, svds), strict=True):
-            if one.best is None or iterate.error < one.best.error:
-                one.best = iterate
-            gain = 1 - iterate.error / one.error if one.error > 0 else 0.0
+        for one, svd, (found, error) in zip(active, svds, _iterates(active, how.form, svds), strict=True):
+            if one.best is None or error < one.least:
+                one.best, one.least, one.svd = found, error, svd
+            gain = 1 - error / one.error if one.error > 0 else 0.0
             if gain >= how.tolerance or how.tolerance == 0:
                 going_on.append(one)
-            one.taken, one.error = (iterate.a0, iterate.b0), iterate.error
+            one.taken, one.error = (found.a0, found.b0), error
         active = going_on
         if not active:
             break
-    again = []
-    for one in every:
-        assert one.best is not None  # there is an alternation at least
-        if one.best.svd != how.svd:
-            one.taken = one.best.taken
-            again.append(one)
+    again = [one for one in every if one.svd != how.svd]
     if again:
-        for one, iterate in zip(again, _iterates(again, how.form, [how.svd] * len(again)), strict=True):
-            one.best = iterate
-    return [Split(*one.best[:4]) for one in every if one.best is not None]
+        for one in again:
+            if one.best is not None and one.best.taken is not None:
+                one.taken = one.best.taken
+        for one, (found, _) in zip(again, _iterates(again, how.form, [how.svd] * len(again)), strict=True):
+            one.best = found
+    return [one.best for one in every if one.best is not None]
 
 
-def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions]) -> list[_Iterate]:
-    """The iterates whose residuals lack what is taken. The host waits for a GPU twice, besides the decompositions,
-    which wait once for each shape of weights."""
+def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions]) -> list[tuple[Split, float]]:
+    """The iterates whose residuals lack what is taken, and their errors. The host waits for a GPU twice, besides the
+    decompositions, which wait once for each shape of weights."""
     tasks, rooms, residuals, squares = [one.task for one in some], [one.room for one in some], [], []
     for one in some:
         rest = _residual(one.task, one.taken, form)
@@ -300,11 +289,11 @@ def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions
         check_offset(offset, task.name)
         check_finite(bound, task.name)
     factors = _factors(tasks, rooms, largest, svds)
+    found = [Split(a0, b0, rest, one.taken) for (a0, b0, _), rest, one in zip(factors, residuals, some, strict=True)]
     # By Pythagoras: the projection L of an error E leaves ‖E‖² - ‖L‖², up to some 2^-22 of ‖E‖².
-    kept = torch.stack([found.s.double().square().sum() for found in factors])
+    kept = torch.stack([s.double().square().sum() for _, _, s in factors])
     norms = (torch.stack(squares) - kept).clamp_min(0).sqrt().tolist()
-    parts = zip(factors, residuals, some, norms, svds, strict=True)
-    return [_Iterate(a0, b0, rest, one.taken, error, svd) for (a0, b0, _), rest, one, error, svd in parts]
+    return list(zip(found, norms, strict=True))
 
 
 def _factors(
