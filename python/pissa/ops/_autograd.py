@@ -157,21 +157,23 @@ class _Gradients(NamedTuple):
         _, kept = output
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[self.x], kept, *weight[: self.tensors], *inputs[_A:-2])
-        ctx.numbers = weight[self.tensors :]
-        ctx.scaling, ctx.implicit = inputs[-2:]
+        ctx.save_for_backward(kept, inputs[self.x], *weight[: self.tensors], *inputs[_A:-2])
+        ctx.weight_numbers, ctx.numbers = weight[self.tensors :], inputs[-2:]
 
     def backward(self, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * len(needed)
         if dy is None:
             return tuple(gradients)
-        x, kept, *saved = ctx.saved_tensors
-        weight, factors = saved[: self.tensors], saved[self.tensors :]
-        found = self.op(dy, x, *weight, *ctx.numbers, *factors, kept, ctx.scaling, ctx.implicit, needed[self.x])
-        for place, gradient in zip((self.x, _A, _B), found, strict=True):
-            if needed[place]:
-                gradients[place] = gradient
+        kept, *operands = ctx.saved_tensors
+        operands[self.tensors + 1 : self.tensors + 1] = ctx.weight_numbers
+        dx, grad_a, grad_b = self.op(dy, *operands, kept, *ctx.numbers, needed[self.x])
+        if needed[self.x]:
+            gradients[self.x] = dx
+        if needed[_A]:
+            gradients[_A] = grad_a
+        if needed[_B]:
+            gradients[_B] = grad_b
         if self.x == 0 and needed[_ADDEND]:
             gradients[_ADDEND] = dy.flatten(0, -2).sum(0)  # of the bias
         if self.x != 0 and needed[0]:

@@ -29,11 +29,10 @@ def _checked_factors(
     check_factors("a", a, "b", b, out_features, in_features)
     if a0 is None or b0 is None:
         return a.float(), b.float(), None, None
-    if check_tensor("a0", a0).shape != a.shape:
-        raise ValueError(f"a0: got shape {list(a0.shape)}; needed: that of a, {list(a.shape)}")
-    check_factors("a0", a0, "b0", b0, out_features, in_features)
-    check_frozen("a0", a0)
-    check_frozen("b0", b0)
+    for name, start, factor in (("a0", a0, a), ("b0", b0, b)):
+        if check_tensor(name, start).shape != factor.shape:
+            raise ValueError(f"{name}: got shape {list(start.shape)}; needed: that of {name[0]}, {list(factor.shape)}")
+        check_frozen(name, start)
     return a.float(), b.float(), a0.float(), b0.float()
 
 
