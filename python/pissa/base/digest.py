@@ -201,7 +201,8 @@ def sums(*tensors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensors: float32, bfloat16, float16 or integers, on one device. The rows of all count as one below the other.
         dtype: a floating dtype that floating tensors are cast to first.
     """
-    head = xxhash.xxh3_128(";".join(map(_described, tensors)).encode()).digest()
+    shapes = (f"{'floats' if tensor.is_floating_point() else 'integers'} {tuple(tensor.shape)}" for tensor in tensors)
+    head = xxhash.xxh3_128_digest(";".join(shapes).encode())
     device = tensors[0].device
     total = torch.stack(
         [torch.full((), int.from_bytes(part, "big", signed=True), device=device) for part in (head[:8], head[8:])]
@@ -224,10 +225,6 @@ def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def as_text(values: list[int]) -> str:
     """The two sums, once read, as 32 hexadecimal digits."""
     return "".join(f"{value % 2**64:016x}" for value in values)
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{'floats' if tensor.is_floating_point() else 'integers'} {tuple(tensor.shape)}"
 
 
 def _matrices(tensor: Tensor) -> list[Tensor]:

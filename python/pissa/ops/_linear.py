@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.ops import (
-    _autograd,  # noqa: F401  registers fakes and gradients
-    _checkpointed,
-)
+from pissa.ops import _autograd
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor
 
@@ -109,8 +106,8 @@ def linear(
         a, b, a0, b0 = _checked_factors(a, b, a0, b0, out_features, in_features)
     check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
     factors = (bias, a, b, a0, b0, float(scaling), implicit)
-    if _checkpointed.is_possible(x, a):
-        return _checkpointed.linear(op, x, slots, factors)
+    if _autograd.can_be_two_nodes(x, a):
+        return _autograd.linear_in_two_nodes(op, x, slots, factors)
     y: Tensor
     y, _ = getattr(_OPS, op)(x, *slots, *factors)
     return y
