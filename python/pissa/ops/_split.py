@@ -31,7 +31,6 @@ from pissa.ops.checks import (
     check_svd,
     check_weights,
 )
-from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import nothing
 
 _OPS = torch.ops.pissa
@@ -190,7 +189,7 @@ def _splits(
     if how.form == "implicit":
         return [Split(a0, b0, None) for a0, b0, _ in factors]
     rests = [_residual(task, (a0, b0), how.form) for task, (a0, b0, _) in zip(tasks, factors, strict=True)]
-    if how.form in FORMATS:
+    if any(isinstance(rest, QuantizedWeight) and rest.nested for rest in rests):  # or a GPU need not be waited for
         for task, offset in zip(tasks, offsets_of(rests).tolist(), strict=True):
             check_offset(offset, task.name)
     return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
