@@ -54,7 +54,11 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
         self.bias = bias
         self.decoded_dtype, self.compute_dtype = decoded_dtype, compute_dtype
         # The layer without its tensors, which would not follow ours to a device. A list keeps it out of our modules.
-        self._rest = [] if linear is None else [_without_tensors(linear)]
+        self._rest: list[Any] = []
+        if linear is not None:
+            rest = copy_without_hooks(linear)
+            rest._parameters, rest.quant_state = {}, None
+            self._rest.append(rest)
 
     def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""
@@ -168,13 +172,6 @@ def linear4bit(
     weight, decoded_dtype = nf4_from_state(entries)
     storage = entries["weight"].dtype
     return BnbLinear4bit(weight, bias, quant_storage=storage, decoded_dtype=decoded_dtype, compute_dtype=compute_dtype)
-
-
-def _without_tensors(linear: Any) -> Any:
-    rest = copy_without_hooks(linear)
-    rest._parameters = {}
-    rest.quant_state = None
-    return rest
 
 
 def check_int8(linear: Any) -> None:

@@ -47,7 +47,7 @@ class Base(ABC):
     """The frozen function of a layer, y = x Wᵀ + b on the weight W as a matrix [out, in]. `kinds.base_of` gives that
     of a module. What is answered here is so for a dense weight that is kept as it was given."""
 
-    # No values here: a base that is a module has them among its parameters and modules, which a value would hide.
+    # Three without a value: nn.Module keeps them among its parameters and modules, which a value here would hide.
     module: Any
     """The module that computes the function."""
     bias: nn.Parameter | None
