@@ -150,9 +150,10 @@ class Lora(InitMethod):
         for weight, origin, name in zip(task.weights, task.origins, task.names, strict=True):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ task.config.seed)
             bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
-            drawn.append((2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound)
+            uniform = torch.rand(origin.r, weight.shape[1], generator=generator, dtype=torch.float32)
+            drawn.append((2 * uniform - 1) * bound)
         return [
-            StartFactors(a0, torch.zeros(weight.shape[0], origin.r, device=weight.device), origin)
+            StartFactors(a0, weight.new_zeros(weight.shape[0], origin.r, dtype=torch.float32), origin)
             for a0, weight, origin in zip(_sent(drawn, task.weights), task.weights, task.origins, strict=True)
         ]
 
