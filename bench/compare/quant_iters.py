@@ -33,7 +33,7 @@ from bench.compare.records import machine, write
 from bench.compare.svd_quality import power_law
 from bench.compare.weights import hard_spectrum
 from pissa import ops
-from pissa.ops import _alternate
+from pissa.ops import _split
 
 RANKS = (16, 64, 128)
 ITERS = 5
@@ -114,12 +114,12 @@ def exact_left(weight: Tensor, r: int) -> Tensor:
 
 
 def with_passes(passes: int, weight: Tensor, r: int) -> Tensor:
-    usual = _alternate._fast_passes
-    _alternate._fast_passes = lambda r: passes
+    usual = _split._fast_passes
+    _split._fast_passes = lambda r: passes
     try:
         return left(weight, r=r, quant_iters=ITERS)
     finally:
-        _alternate._fast_passes = usual
+        _split._fast_passes = usual
 
 
 def removed(weights: list[Tensor], r: int) -> dict[str, list[float]]:

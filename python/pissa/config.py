@@ -17,8 +17,8 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from pissa.ops.checks import Passes, Svd, check_choice, check_passes, check_seed
-from pissa.ops.formats import FORMATS
+from pissa.ops.checks import Passes, Svd, check_choice, check_svd
+from pissa.ops.formats import DEFAULT, FORMATS
 from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
@@ -319,9 +319,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     def _check_own_fields(self) -> None:
         check_choice("init", self.init, get_args(Init))
         check_choice("start_norm", self.start_norm, get_args(StartNorm))
-        check_choice("svd", self.svd, get_args(Svd))
-        check_passes(self.svd_passes, "svd_passes")
-        check_seed(self.seed)
+        check_svd(self.svd, self.svd_passes, self.seed, "svd_passes")
         check_choice("quant", self.quant, (None, *FORMATS))
         check_choice("quant_storage", self.quant_storage, get_args(Storage))
         check_choice("residual", self.residual, (None, *get_args(Residual)))
@@ -386,7 +384,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
 
     def _check_blocks(self) -> None:
         """Checks `blocksize` and `double_quant`, whose defaults go with any format."""
-        format = FORMATS[self.quant or "nf4"]
+        format = FORMATS[self.quant or DEFAULT]
         if format.blocksizes:
             format.check_options(self.blocksize, self.double_quant and format.has_double_quant)
         elif self.blocksize != PissaConfig.blocksize:

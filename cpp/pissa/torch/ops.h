@@ -20,14 +20,12 @@ template <class Device, class Library>
 void implement(Library& m) {
   m.impl("max_abs", TORCH_BOX(&max_abs<Device>));
   m.impl("svd_lowrank", TORCH_BOX(&svd_lowrank<Device>));
-  m.impl("split", TORCH_BOX(&split<Device>));
   m.impl("split_many", TORCH_BOX(&split_many<Device>));
   m.impl("residual", TORCH_BOX(&residual<Device>));
   m.impl("quantize", TORCH_BOX(&quantize<Device>));
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<Device>));
   m.impl("dequantize", TORCH_BOX(&dequantize<Device>));
   m.impl("quantization_error", TORCH_BOX(&quantization_error<Device>));
-  m.impl("split_quantized", TORCH_BOX(&split_quantized<Device>));
   m.impl("residual_quantized", TORCH_BOX(&residual_quantized<Device>));
   m.impl("linear", TORCH_BOX(&linear<Device>));
   m.impl("linear_backward", TORCH_BOX(&linear_backward<Device>));

@@ -144,24 +144,6 @@ Tensor quantization_error(const Tensor& weight, const Tensor& codes, const Tenso
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> split_quantized(const Tensor& weight, double largest, std::int64_t r,
-                                                           double scaling, const std::string& svd,
-                                                           std::optional<std::int64_t> passes, std::int64_t seed,
-                                                           const std::string& format, std::int64_t blocksize) {
-  Device device(weight);
-  const Tensor w_tensor = torch::stable::contiguous(weight);
-  const Matrix w = matrix(w_tensor);
-  const SvdOptions options = svd_options(svd, passes, seed);
-  check_svd(w, r, options);  // before r becomes a size
-  const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
-  const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
-  const NewQuantized q(weight, w, format, blocksize);
-  pissa::split_quantized(device.backend(), w, static_cast<float>(scaling), options, mutable_matrix(a0),
-                         mutable_matrix(b0), q.output, static_cast<float>(largest));
-  return {a0, b0, q.codes, q.absmax};
-}
-
-template <class Device>
 std::tuple<Tensor, Tensor> residual_quantized(const Tensor& weight, const Tensor& a0, const Tensor& b0, double scaling,
                                               const std::string& format, std::int64_t blocksize) {
   Device device(weight, a0, b0);

@@ -13,9 +13,6 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "svd_lowrank(Tensor weight, float largest, int r, str svd, int? passes, int seed) -> (Tensor u, Tensor s, "
       "Tensor v)");
   m.def(
-      "split(Tensor weight, float largest, int r, float scaling, str svd, int? passes, int seed) -> (Tensor a0, "
-      "Tensor b0)");
-  m.def(
       "split_many(Tensor[] weights, float[] largest, int[] ranks, float[] scalings, str svd, int? passes, int seed) "
       "-> (Tensor[] a0, Tensor[] b0, Tensor[] s)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
@@ -27,9 +24,6 @@ STABLE_TORCH_LIBRARY(pissa, m) {
   m.def(
       "quantization_error(Tensor weight, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
       "str format, int blocksize, Tensor(a!) error) -> Tensor squares");
-  m.def(
-      "split_quantized(Tensor weight, float largest, int r, float scaling, str svd, int? passes, int seed, "
-      "str format, int blocksize) -> (Tensor a0, Tensor b0, Tensor codes, Tensor absmax)");
   m.def(
       "residual_quantized(Tensor weight, Tensor a0, Tensor b0, float scaling, str format, int blocksize) "
       "-> (Tensor codes, Tensor absmax)");

@@ -63,22 +63,6 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, double larg
   return {u, s, v};
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor> split(const Tensor& weight, double largest, std::int64_t r, double scaling,
-                                 const std::string& svd, std::optional<std::int64_t> passes, std::int64_t seed) {
-  Device device(weight);
-  auto& backend = device.backend();
-  const Tensor w_tensor = torch::stable::contiguous(weight);
-  const Matrix w = matrix(w_tensor);
-  const SvdOptions options = svd_options(svd, passes, seed);
-  check_svd(w, r, options);  // before r becomes a size
-  const Tensor a0 = new_tensor(weight, {r, w.cols}, ScalarType::Float);
-  const Tensor b0 = new_tensor(weight, {w.rows, r}, ScalarType::Float);
-  pissa::split(backend, w, static_cast<float>(scaling), options, mutable_matrix(a0), mutable_matrix(b0),
-               static_cast<float>(largest));
-  return {a0, b0};
-}
-
 // (a0 [r, in], b0 [out, r], singular values [r]) of each weight.
 template <class Device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> split_many(

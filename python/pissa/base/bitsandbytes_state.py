@@ -1,9 +1,9 @@
-"""Quantised weights as entries of a state dict of bitsandbytes, and what config.json says of them, written without
-importing it.
+"""Quantised weights as entries of a state dict of bitsandbytes, there and back, and what config.json says of them,
+without importing it.
 
 nf4, `Linear4bit`: "weight" uint8 [bytes, 1] and, behind "weight.", absmax, quant_map, nested_absmax, nested_quant_map
-and quant_state. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and "weight_format" uint8 [], 0 for
-rows.
+and quant_state, which is JSON as bytes. int8, `Linear8bitLt`: "weight" int8 [out, in], "SCB" float32 [out], and
+"weight_format" uint8 [], 0 for rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,21 +21,19 @@ from pissa import ops
 from pissa.config import Form
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
-ROWS = 0
-"""The `weight_format` of codes that lie row by row, the only one that bitsandbytes still has."""
-
-STATE = "weight.quant_state.bitsandbytes__"
-"""The entry, with the name of the type behind it, that holds what is no tensor: JSON as bytes."""
-
-_STATE = f"{STATE}nf4"
-
 KEPT_IN_4_BITS = "nf4"
 """The format that bitsandbytes' `Linear4bit` computes with."""
 
+_ROWS = 0
+"""The `weight_format` of codes that lie row by row, the only one that bitsandbytes still has."""
+
+_STATES = "weight.quant_state.bitsandbytes__"
+_STATE = f"{_STATES}{KEPT_IN_4_BITS}"
+
 ENTRIES = {
-    f".{STATE}": (
+    f".{_STATES}": (
         *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
-        *(f"{STATE}{kind}" for kind in (KEPT_IN_4_BITS, "fp4")),
+        *(f"{_STATES}{kind}" for kind in (KEPT_IN_4_BITS, "fp4")),
     ),
     ".SCB": ("weight", "SCB", "weight_format"),
 }
@@ -44,9 +42,13 @@ ENTRIES = {
 _FLAGS = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}
 """How each format is declared to transformers, in `BitsAndBytesConfig`."""
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 _LONGEST_FLOAT = 24
 """Characters of a float64 in JSON, at most. The offset's place is that long in every file, filled up with blanks behind
 the object, so that the size of a tensor does not depend on values."""
+
+# ---- To entries ------------------------------------------------------------------------------------------------------
 
 
 def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -58,65 +60,182 @@ def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str
     """
     if weight.format == "int8":
         codes = weight.codes.view(torch.int8).reshape(weight.shape)
-        return {"weight": codes, "SCB": weight.absmax, "weight_format": torch.tensor(ROWS, dtype=torch.uint8)}
+        return {"weight": codes, "SCB": weight.absmax, "weight_format": torch.tensor(_ROWS, dtype=torch.uint8)}
     entries = {"weight": weight.codes.reshape(-1, 1), "weight.absmax": weight.absmax}
     entries["weight.quant_map"] = _nf4_map().to(weight.device, copy=True)
-    offset = None
+    state = {
+        "quant_type": weight.format,
+        "blocksize": weight.blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    length = len(json.dumps(state))
     if weight.nested_absmax is not None and weight.offset is not None:
         entries["weight.nested_absmax"] = weight.nested_absmax
         entries["weight.nested_quant_map"] = _nested_map().to(weight.device, copy=True)
-        offset = weight.offset.item()
-    text = _quant_state(weight.shape, weight.blocksize, dtype, offset)
-    length = _state_length(weight.shape, weight.blocksize, dtype, weight.nested)
-    entries[_STATE] = torch.frombuffer(bytearray(text.encode().ljust(length)), dtype=torch.uint8).to(weight.device)
+        state |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": 0.0}
+        length = len(json.dumps(state)) - len(json.dumps(0.0)) + _LONGEST_FLOAT
+        if not weight.offset.is_meta:
+            state["nested_offset"] = weight.offset.item()
+    text = json.dumps(state).encode().ljust(length)
+    entries[_STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(weight.device)
     return entries
 
 
+@functools.cache  # the layers of a model share a few shapes
 def entry_layout(
     form: Form, shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtypes and shapes of what `to_bitsandbytes` gives for any weight [out, in] quantised in that form."""
     format = FORMATS[form.kind]
     blocksize, nested = format.options(form.blocksize, form.double_quant, shape[1])
-    tensors = {name: (kind, size) for name, (size, kind) in format.tensors(shape, blocksize, nested).items()}
-    if form.kind == "int8":
-        return {"weight": (torch.int8, shape), "SCB": tensors["absmax"], "weight_format": (torch.uint8, ())}
-    entries = {
-        "weight": (torch.uint8, (*tensors["codes"][1], 1)),
-        "weight.absmax": tensors["absmax"],
-        "weight.quant_map": (torch.float32, (16,)),
+    parts = {
+        name: torch.empty(size, dtype=kind, device="meta")
+        for name, (size, kind) in format.tensors(shape, blocksize, nested).items()
     }
-    if nested:
-        entries["weight.nested_absmax"] = tensors["nested_absmax"]
-        entries["weight.nested_quant_map"] = (torch.float32, (256,))
-    return entries | {_STATE: (torch.uint8, (_state_length(shape, blocksize, dtype, nested),))}
+    scales = parts["absmax"], parts.get("nested_absmax"), parts.get("offset")
+    weight = ops.QuantizedWeight(parts["codes"], *scales, form.kind, shape, blocksize)
+    return {name: (value.dtype, tuple(value.shape)) for name, value in to_bitsandbytes(weight, dtype).items()}
 
 
-def _quant_state(shape: tuple[int, int], blocksize: int, dtype: torch.dtype, offset: float | None) -> str:
-    """What bitsandbytes keeps of a weight beside its tensors. `offset`: of nested scales."""
-    state = {
-        "quant_type": "nf4",
-        "blocksize": blocksize,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
-    }
-    if offset is not None:
-        state |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
-    return json.dumps(state)
+# The maps are what our own codes mean: decoded from one code each.
 
 
-def _state_length(shape: tuple[int, int], blocksize: int, dtype: torch.dtype, nested: bool) -> int:
-    if not nested:
-        return len(_quant_state(shape, blocksize, dtype, None))
-    return len(_quant_state(shape, blocksize, dtype, 0.0)) - len(json.dumps(0.0)) + _LONGEST_FLOAT
+@functools.cache
+def _nf4_map() -> Tensor:
+    """float32 [16]: the value of each code."""
+    pairs = torch.tensor([16 * code + code + 1 for code in range(0, 16, 2)], dtype=torch.uint8)
+    one = torch.ones(1, dtype=torch.float32)
+    return ops.dequantize(ops.QuantizedWeight(pairs, one, None, None, "nf4", (1, 16), 32))[0]
+
+
+@functools.cache
+def _nested_map() -> Tensor:
+    """float32 [256]: the value of each code of a nested scale. Each is the scale of a block of ones."""
+    blocksize, shape = 32, (256, 32)
+    ones = torch.full((math.prod(shape) // 2,), 0xFF, dtype=torch.uint8)
+    scales, one = torch.arange(256, dtype=torch.uint8), torch.ones(1, dtype=torch.float32)
+    weight = ops.QuantizedWeight(ones, scales, one, 0 * one[0], "nf4", shape, blocksize)
+    return ops.dequantize(weight)[:, 0].contiguous()
+
+
+# ---- From entries ----------------------------------------------------------------------------------------------------
+
+
+def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+    """The way back from `to_bitsandbytes`, without copying bytes.
+
+    Args:
+        entries: of one layer in bitsandbytes' state dict, by their names in it ("weight", "weight.absmax", ... of
+            `Linear4bit`; "weight", "SCB", ... of `Linear8bitLt`). "bias" is not read.
+
+    Raises:
+        ValueError: an entry is missing, or they describe a matrix in neither format.
+    """
+    if "SCB" in entries or ("weight" in entries and entries["weight"].dtype == torch.int8):
+        return _int8_from_state(entries)
+    return nf4_from_state(entries)[0]
+
+
+def _int8_from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
+    if not {"weight", "SCB"} <= entries.keys():
+        raise ValueError(
+            f"no 8-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight and its scales SCB"
+        )
+    codes, scales = entries["weight"], entries["SCB"]
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ValueError(f"weight: got {codes.dtype} {list(codes.shape)}; needed: torch.int8 [out, in]")
+    if scales.dtype != torch.float32 or scales.numel() != len(codes):
+        raise ValueError(f"SCB: got {scales.dtype} {list(scales.shape)}; needed: torch.float32 [{len(codes)}]")
+    # As bitsandbytes reads it: what is missing is rows.
+    if (order := entries.get("weight_format")) is not None and order.flatten().tolist() != [_ROWS]:
+        raise ValueError(f"weight_format: got {order.tolist()}; allowed: {_ROWS}, for codes row by row")
+    shape = (codes.shape[0], codes.shape[1])
+    return ops.QuantizedWeight(as_bytes(codes.contiguous()), scales.reshape(-1), None, None, "int8", shape, shape[1])
+
+
+def nf4_from_state(entries: Mapping[str, Tensor]) -> tuple[ops.QuantizedWeight, torch.dtype]:
+    """The weight, and the dtype that bitsandbytes decodes it to; see `from_state`."""
+    kinds = [name.removeprefix(_STATES) for name in entries if name.startswith(_STATES)]
+    if kinds not in ([], ["nf4"]):
+        raise ValueError(f"weight: quantised as {', '.join(kinds)}; allowed: nf4")
+    needed = {"weight", "weight.absmax", "weight.quant_map"}
+    if kinds:
+        shape, blocksize, dtype, mean = _parse(entries[_STATE])
+        needed |= set() if mean is None else {"weight.nested_absmax", "weight.nested_quant_map"}
+    if not kinds or not needed <= entries.keys():
+        raise ValueError(
+            f"no 4-bit weight of bitsandbytes: got the entries {sorted(entries)}; needed: weight, and of it absmax, "
+            "quant_map, quant_state.bitsandbytes__nf4; with double quantisation also nested_absmax, nested_quant_map"
+        )
+    codes, absmax, nested = as_bytes(entries["weight"]), entries["weight.absmax"], entries.get("weight.nested_absmax")
+    is_nested = mean is not None
+    if (nested is not None) != is_nested or (absmax.dtype == torch.uint8) != is_nested:
+        raise ValueError("weight.nested_absmax: needed just where weight.absmax is quantised, in uint8")
+    offset = None if mean is None else torch.tensor(mean, dtype=torch.float32, device=absmax.device)
+    weight = ops.QuantizedWeight(codes, absmax, nested, offset, "nf4", shape, blocksize)
+    for name, (size, kind) in FORMATS["nf4"].tensors(shape, blocksize, is_nested).items():
+        part = weight.tensors()[name]
+        if (part.numel(), part.dtype) != (math.prod(size), kind):
+            raise ValueError(
+                f"weight: {name} of a matrix {list(shape)} in blocks of {blocksize}: got {part.dtype} "
+                f"{list(part.shape)}; needed: {kind} {list(size)}"
+            )
+    return weight, dtype
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """The codes in a tensor of any dtype (bitsandbytes' `quant_storage`), as bytes."""
+    return packed.reshape(-1).view(torch.uint8)
+
+
+def _parse(packed: Tensor) -> tuple[tuple[int, int], int, torch.dtype, float | None]:
+    """What bitsandbytes keeps of a weight beside tensors: its shape, its block size, the dtype that it is dequantised
+    to, the mean of its scales, if these are quantised too. Every value is checked before it is used."""
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise _refusal("the entry", f"{packed.dtype} {list(packed.shape)}", "uint8 in one dimension")
+    content = bytes(packed.tolist())
+    try:
+        state: Any = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise _refusal("the entry", content, "an object of JSON in UTF-8")
+    shape, blocksize, dtype = (state.get(name) for name in ("shape", "blocksize", "dtype"))
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+        raise _refusal("shape", shape, "[out, in], each from 1 on")
+    if type(blocksize) is not int or blocksize not in FORMATS["nf4"].blocksizes:
+        raise _refusal("blocksize", blocksize, ", ".join(map(str, FORMATS["nf4"].blocksizes)))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise _refusal("dtype", dtype, ", ".join(_DTYPES))
+    for name, needed in {"quant_type": "nf4", "nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}.items():
+        if (found := state.get(name, needed)) != needed:
+            raise _refusal(name, found, str(needed))
+    offset: Any = state.get("nested_offset")
+    if "nested_offset" in state:
+        if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
+            raise _refusal("nested_offset", offset, "a finite number")
+        offset = float(offset)
+    return (shape[0], shape[1]), blocksize, _DTYPES[dtype], offset
+
+
+def _refusal(name: str, got: object, needed: str) -> ValueError:
+    text = repr(got)
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return ValueError(
+        f"{_STATE}: {name}: got {text}; needed: {needed}. The state dict is damaged, or not bitsandbytes' own: "
+        "quantise the weight again"
+    )
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
 
 
 def quantization_config(
     form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
 ) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON, written without importing bitsandbytes. transformers would take packed
-    experts for missing and draw them at random: with them the method is one that it does not know, and it loads
-    nothing.
+    """`BitsAndBytesConfig` as JSON. transformers would take packed experts for missing and draw them at random: with
+    them the method is one that it does not know, and it loads nothing.
 
     Args:
         form: of the quantised layers.
@@ -138,23 +257,3 @@ def quantization_config(
         "bnb_4bit_use_double_quant": bool(form.double_quant),
         "bnb_4bit_quant_storage": "uint8",
     }
-
-
-# The maps are what our own codes mean: decoded from one code each.
-
-
-@functools.cache
-def _nf4_map() -> Tensor:
-    """float32 [16]: the value of each code."""
-    pairs = torch.tensor([16 * code + code + 1 for code in range(0, 16, 2)], dtype=torch.uint8)
-    return ops.dequantize(ops.QuantizedWeight(pairs, torch.ones(1), None, None, "nf4", (1, 16), 32))[0]
-
-
-@functools.cache
-def _nested_map() -> Tensor:
-    """float32 [256]: the value of each code of a nested scale. Each is the scale of a block of ones."""
-    blocksize, shape = 32, (256, 32)
-    ones = torch.full((math.prod(shape) // 2,), 0xFF, dtype=torch.uint8)
-    scales = torch.arange(256, dtype=torch.uint8)
-    weight = ops.QuantizedWeight(ones, scales, torch.ones(1), torch.zeros(()), "nf4", shape, blocksize)
-    return ops.dequantize(weight)[:, 0].contiguous()

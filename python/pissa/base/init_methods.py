@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pissa import ops
-from pissa.base.start import Origin, Start
+from pissa.base.start import Origin, StartFactors
 from pissa.config import ALTERNATING, PissaConfig
 from pissa.ops.checks import check_weights
+from pissa.ops.low_rank import nothing
 
 
 class StartTask(NamedTuple):
@@ -40,7 +41,7 @@ class StartTask(NamedTuple):
 class InitMethod(ABC):
     """A way to start an adapter."""
 
-    name: ClassVar[str]
+    name: str
     """What `PissaConfig.init` calls it."""
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -75,7 +76,7 @@ class InitMethod(ABC):
         return tuple(dict.fromkeys((*self.fields, "quant", "blocksize", "double_quant", "quant_iters")))
 
     @abstractmethod
-    def start(self, task: StartTask) -> list[Start]:
+    def start(self, task: StartTask) -> list[StartFactors]:
         """The start in each weight; raises as `start_factors`."""
 
 
@@ -85,8 +86,8 @@ class Pissa(InitMethod):
 
     name = "pissa"
 
-    def start(self, task: StartTask) -> list[Start]:
-        return _principal(task, **_alternations(task.config, quantise_first=False))
+    def start(self, task: StartTask) -> list[StartFactors]:
+        return _principal(task, quantise_first=False)
 
 
 class LoftQ(InitMethod):
@@ -98,58 +99,43 @@ class LoftQ(InitMethod):
     takes_nothing = True
     copies = True
 
-    def start(self, task: StartTask) -> list[Start]:
+    def start(self, task: StartTask) -> list[StartFactors]:
         if task.config.quant_iters > 1:
-            return _principal(task, **_alternations(task.config, quantise_first=True))
-        starts = _principal(task._replace(weights=_lost(task)))
-        return [start._replace(taken=nothing_of(start.a0, start.b0)) for start in starts]
+            return _principal(task, quantise_first=True)
+        starts = _principal(task._replace(weights=_lost(task)), quantise_first=False)
+        return [StartFactors(one.a0, one.b0, one.origin, nothing_of(one.a0, one.b0)) for one in starts]
 
 
 class _OneByOne(InitMethod):
     """A method that takes each finite weight by itself. Where it decomposes, torch makes the host wait for a GPU."""
 
-    def start(self, task: StartTask) -> list[Start]:
+    def start(self, task: StartTask) -> list[StartFactors]:
         check_weights(task.weights, task.weight_names)
         return [
             self.factors(weight.detach(), origin) for weight, origin in zip(task.weights, task.origins, strict=True)
         ]
 
     @abstractmethod
-    def factors(self, weight: Tensor, origin: Origin) -> Start:
+    def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
         """The factors of one weight."""
 
 
-class _Triplets(_OneByOne):
-    """r singular triplets in a row, by a full SVD (figure 8)."""
+class Triplets(_OneByOne):
+    """r singular triplets in a row, by a full SVD (figure 8).
 
-    def factors(self, weight: Tensor, origin: Origin) -> Start:
+    Args:
+        first: the number of the first one, of the greatest number that leaves r of them.
+    """
+
+    def __init__(self, name: str, first: Callable[[int], int]) -> None:
+        self.name, self._first = name, first
+
+    def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        first = self.first(len(s) - origin.r)
+        first = self._first(len(s) - origin.r)
         part = slice(first, first + origin.r)
         root = (s[part] / origin.scaling).sqrt()
-        return Start(root[:, None] * vh[part], u[:, part] * root)
-
-    @abstractmethod
-    def first(self, last: int) -> int:
-        """The number of the first triplet; `last` is the greatest that leaves r of them."""
-
-
-class PissaMedium(_Triplets):
-    """The triplets in the middle of the spectrum."""
-
-    name = "pissa_medium"
-
-    def first(self, last: int) -> int:
-        return last // 2
-
-
-class PissaMinor(_Triplets):
-    """The triplets at the end of the spectrum."""
-
-    name = "pissa_minor"
-
-    def first(self, last: int) -> int:
-        return last
+        return StartFactors(root[:, None] * vh[part], u[:, part] * root, origin)
 
 
 class Lora(InitMethod):
@@ -158,15 +144,16 @@ class Lora(InitMethod):
     name = "lora"
     starts_from_zero = True
 
-    def start(self, task: StartTask) -> list[Start]:
+    def start(self, task: StartTask) -> list[StartFactors]:
         check_weights(task.weights, task.weight_names)
         drawn = []
         for weight, origin, name in zip(task.weights, task.origins, task.names, strict=True):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ task.config.seed)
             bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), nn.Linear's
-            drawn.append((2 * torch.rand(origin.r, weight.shape[1], generator=generator) - 1) * bound)
+            uniform = torch.rand(origin.r, weight.shape[1], generator=generator, dtype=torch.float32)
+            drawn.append((2 * uniform - 1) * bound)
         return [
-            Start(a0, torch.zeros(weight.shape[0], origin.r, device=weight.device))
+            StartFactors(a0, weight.new_zeros(weight.shape[0], origin.r, dtype=torch.float32), origin)
             for a0, weight, origin in zip(_sent(drawn, task.weights), task.weights, task.origins, strict=True)
         ]
 
@@ -176,9 +163,9 @@ class Olora(_OneByOne):
 
     name = "olora"
 
-    def factors(self, weight: Tensor, origin: Origin) -> Start:
+    def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
         q, upper = torch.linalg.qr(weight.float())
-        return Start(upper[: origin.r].contiguous(), q[:, : origin.r].contiguous())
+        return StartFactors(upper[: origin.r], q[:, : origin.r], origin)
 
 
 class Given(InitMethod):
@@ -187,16 +174,25 @@ class Given(InitMethod):
     name = "given"
     needs = ("factors",)
 
-    def start(self, task: StartTask) -> list[Start]:
+    def start(self, task: StartTask) -> list[StartFactors]:
         raise NotImplementedError("an adapter whose factors are given is not started from weights")
 
 
 INIT_METHODS: Mapping[str, InitMethod] = {
-    method.name: method for method in (Pissa(), PissaMedium(), PissaMinor(), Lora(), Olora(), LoftQ(), Given())
+    method.name: method
+    for method in (
+        Pissa(),
+        Triplets("pissa_medium", lambda last: last // 2),
+        Triplets("pissa_minor", lambda last: last),
+        Lora(),
+        Olora(),
+        LoftQ(),
+        Given(),
+    )
 }
 
 
-def start_factors(task: StartTask) -> list[Start]:
+def start_factors(task: StartTask) -> list[StartFactors]:
     """Where the adapters of the task start, by the method that `config.init` names, after as many alternations as
     `config.quant_iters` says.
 
@@ -211,26 +207,25 @@ def start_factors(task: StartTask) -> list[Start]:
     return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
 
 
-def _principal(task: StartTask, **alternations: Any) -> list[Start]:
-    """The starts that `ops.split_many` finds."""
+def _principal(task: StartTask, quantise_first: bool) -> list[StartFactors]:
+    """The starts that `ops.split_many` finds, with alternations if the configuration asks for them."""
+    config, alternations = task.config, dict[str, Any]()
+    if config.quant_iters > 1:
+        alternations = {**config.form.options(), "quant_iters": config.quant_iters, "quantise_first": quantise_first}
     splits = ops.split_many(
         task.weights,
         [origin.r for origin in task.origins],
         [origin.scaling for origin in task.origins],
-        svd=task.config.svd,
-        passes=task.config.svd_passes,
-        seed=task.config.seed,
+        svd=config.svd,
+        passes=config.svd_passes,
+        seed=config.seed,
         names=task.weight_names,
         **alternations,
     )
-    return [Start(split.a0, split.b0, split.taken) for split in splits]
-
-
-def _alternations(config: PissaConfig, quantise_first: bool) -> dict[str, Any]:
-    """The arguments of `ops.split_many` that ask for alternations, if the configuration does."""
-    if config.quant_iters == 1:
-        return {}
-    return {**config.form.options(), "quant_iters": config.quant_iters, "quantise_first": quantise_first}
+    return [
+        StartFactors(split.a0, split.b0, origin, split.taken)
+        for split, origin in zip(splits, task.origins, strict=True)
+    ]
 
 
 def nothing_of(a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,10 +246,11 @@ def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tens
 def _lost(task: StartTask) -> list[Tensor]:
     """The errors of the weights where they are quantised: as residuals of nothing, so that all are queued before
     the host waits."""
+    factors = [nothing(weight) for weight in task.weights]
     quantised = ops.residual_many(
         task.weights,
-        [weight.new_empty(0, weight.shape[1], dtype=torch.float32) for weight in task.weights],
-        [weight.new_empty(weight.shape[0], 0, dtype=torch.float32) for weight in task.weights],
+        [a for a, _ in factors],
+        [b for _, b in factors],
         [1.0] * len(task.weights),
         names=task.weight_names,
         **task.config.form.options(),
@@ -266,14 +262,14 @@ def _lost(task: StartTask) -> list[Tensor]:
     return lost
 
 
-def _orthonormal(start: Start) -> Start:
+def _orthonormal(start: StartFactors) -> StartFactors:
     """The singular vectors, of length 1 up to one rounding of each element. Those of length 0 stay 0."""
     rows, columns = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (start.a0, start.b0.mT))
     rows, columns = (length.where(length > 0, 1) for length in (rows, columns))
-    return Start((start.a0 / rows[:, None]).float(), (start.b0 / columns).float())
+    return StartFactors((start.a0 / rows[:, None]).float(), (start.b0 / columns).float(), start.origin)
 
 
-def _unit_left(start: Start) -> Start:
+def _unit_left(start: StartFactors) -> StartFactors:
     """The same product with columns of length 1 in b0: singular vectors there, singular values in a0's rows."""
     length = start.b0.norm(dim=0)
-    return start._replace(a0=start.a0 * length[:, None], b0=start.b0 / length.where(length > 0, 1))
+    return start.with_factors(start.a0 * length[:, None], start.b0 / length.where(length > 0, 1))

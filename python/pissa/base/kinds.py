@@ -6,24 +6,16 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from pissa.base.bitsandbytes import (
-    BnbLinear,
-    BnbLinear4bit,
-    BnbLinear8bit,
-    check_int8,
-    from_bitsandbytes,
-    is_bitsandbytes,
-)
-from pissa.base.codes import HoldsCodes
+from pissa.base.bitsandbytes import BnbLinear, BnbLinear8bit, check_int8, from_bitsandbytes, is_bitsandbytes
+from pissa.base.frozen import HoldsCodes
 from pissa.base.protocol import Base
-from pissa.base.stored import StoredLinear
-from pissa.base.weights import Dense
+from pissa.base.weights import Dense, OwnBase
 from pissa.distributed import is_sharded
 
 
 def base_of(module: nn.Module) -> Base:
     """The base that a module is: the module itself if it is one of ours."""
-    if isinstance(module, (StoredLinear, BnbLinear4bit)):
+    if isinstance(module, OwnBase):
         return module
     if is_bitsandbytes(module, "Linear8bitLt"):
         return BnbLinear8bit(module)

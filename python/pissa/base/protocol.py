@@ -1,84 +1,117 @@
-"""What may be asked of a base, whatever it is."""
+"""What may be asked of a base, whatever it is, and how its weight is a matrix."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.base.digest import Fingerprint
 from pissa.base.start import StartFactors
-from pissa.config import Form
-from pissa.distributed import is_sharded
+from pissa.config import IMPLICIT, Form
+from pissa.distributed import is_sharded, whole_device, whole_shape
 
 
-class Base(Protocol):
+class View(NamedTuple):
+    """How a weight is a matrix [out, in], and how such a matrix is a weight of the given shape."""
+
+    matrix: Callable[[Tensor], Tensor]
+    weight: Callable[[Tensor, torch.Size], Tensor]
+
+
+_AS_IT_IS = View(lambda weight: weight, lambda matrix, shape: matrix)
+_TRANSPOSED = View(lambda weight: weight.mT, lambda matrix, shape: matrix.mT)
+_FLATTENED = View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
+
+_VIEWS: dict[type[nn.Module], View] = {
+    nn.Linear: _AS_IT_IS,
+    Conv1D: _TRANSPOSED,
+    nn.Embedding: _TRANSPOSED,  # [in, out]: a linear layer of one-hot vectors
+    nn.Conv1d: _FLATTENED,
+    nn.Conv2d: _FLATTENED,
+    nn.Conv3d: _FLATTENED,
+}
+
+
+def view_of(dense_type: type[nn.Module]) -> View:
+    """How the weight of a class of modules is a matrix."""
+    return next((view for kind, view in _VIEWS.items() if issubclass(dense_type, kind)), _AS_IT_IS)
+
+
+class Base(ABC):
     """The frozen function of a layer, y = x Wᵀ + b on the weight W as a matrix [out, in]. `kinds.base_of` gives that
-    of a module."""
+    of a module. What is answered here is so for a dense weight that is kept as it was given."""
 
-    @property
-    def module(self) -> nn.Module:
-        """The module that computes the function."""
+    # Three without a value: nn.Module keeps them among its parameters and modules, which a value here would hide.
+    module: Any
+    """The module that computes the function."""
+    bias: nn.Parameter | None
+    """The bias, fetched if it is offloaded; None if there is none."""
+    start: StartFactors | None
+    """The start factors of a stored base; None if the whole weight is kept."""
+
+    fingerprint: Fingerprint | None = None
+    """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
+    is_bnb_quantised: bool = False
+    """Whether bitsandbytes has quantised the whole weight."""
 
     @property
     def parameter(self) -> Tensor:
         """The module's parameter `weight`: the weight itself, a residual or codes."""
+        return cast(Tensor, self.module.weight)
 
     @property
     def kind(self) -> type[nn.Module] | None:
         """What the function is: nn.Linear, Conv1D, nn.Embedding or a convolution; None if it is none of these."""
+        return next((kind for kind in _VIEWS if issubclass(self.dense_type, kind)), None)
 
     @property
+    @abstractmethod
     def dense_type(self) -> type[nn.Module]:
         """The class of a dense module in the base's place: `kind`, or a subclass of it."""
 
     @property
     def form(self) -> Form:
         """How the weight is kept."""
-
-    @property
-    def start(self) -> StartFactors | None:
-        """The start factors that a stored residual lacks; None if the whole weight is kept."""
+        return IMPLICIT
 
     @property
     def residual(self) -> Tensor | ops.QuantizedWeight | None:
         """What a stored base keeps, as pissa.ops takes it; None if the whole weight is kept."""
+        return None
 
     @property
-    def fingerprint(self) -> Fingerprint | None:
-        """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
-
-    @property
-    def is_bnb_quantised(self) -> bool:
-        """Whether bitsandbytes has quantised the whole weight."""
-
-    @property
+    @abstractmethod
     def dtype(self) -> torch.dtype | None:
         """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""
 
     @property
     def device(self) -> torch.device:
         """Where the module computes: where its weight is, or where accelerate or FSDP fetches it to."""
+        return whole_device(self.parameter)
 
     @property
     def numel(self) -> int:
         """Elements of the weight; codes are counted by what they stand for."""
+        return self.parameter.numel()
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, fetched if it is offloaded; None if there is none."""
-
-    @property
+    @abstractmethod
     def matrix_is_copy(self) -> bool:
         """Whether computing with `matrix()` takes a copy of the weight: one that is decoded or fetched, or, since the
         matrix is transposed, is made row by row."""
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32. A
         dense weight that is sharded is gathered: all processes have to ask for it together."""
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""
 
@@ -87,21 +120,27 @@ class Base(Protocol):
     ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
         """The weight that `ops.linear` takes together with an adapter of that start and scaling, for an input of
         `dtype`, and whether it is implicit, that is, the whole weight. None if the module computes its own product."""
+        return None
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The matrix [out, in] in the shape of a dense weight of this kind."""
+        return view_of(self.dense_type).weight(matrix, whole_shape(self.parameter))
 
+    @abstractmethod
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
         """What others may take for the weight: the module's parameter; if that is a residual or our own codes, the
         decoded weight in `dtype`."""
 
+    @abstractmethod
     def twin(self, matrix: Tensor) -> nn.Module:
         """A dense module in the base's place: the weight is `matrix` [out, in], frozen; all else, the bias too, is the
         base's own."""
 
+    @abstractmethod
     def restored(self) -> nn.Module:
         """The module that goes back into the model when the adapters are unloaded."""
 
+    @abstractmethod
     def holding(self, weight: Tensor) -> Base:
         """A base like this one over another parameter `weight` of the same shape."""
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.base.keeps_dtype import KeepsDtype
+from pissa.base.frozen import KeepsDtype
 from pissa.ops.low_rank import join_difference
 
 
@@ -23,19 +23,6 @@ class Origin(NamedTuple):
     """What else of the configuration the method depends on: names and values, see `InitMethod.identity`."""
 
 
-class Start(NamedTuple):
-    """Start factors as an init method finds them: the principal part, or what is in its place, is scaling * b0 @ a0. Of
-    an orthonormal start they are its singular vectors."""
-
-    a0: Tensor
-    """float32 [r, in]"""
-    b0: Tensor
-    """float32 [out, r]"""
-    taken: tuple[Tensor, Tensor] | None = None
-    """The factors a [k, in] and b [out, k], float32, that a residual stored for this start lacks,
-    Q = format(W - scaling * b @ a); k may be 0. None: a0 and b0 themselves."""
-
-
 class Deltas(NamedTuple):
     """What is trained: the differences from the start factors."""
 
@@ -48,11 +35,13 @@ class Deltas(NamedTuple):
 
 
 class StartFactors(KeepsDtype):
-    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r].
+    """The frozen factors an adapter starts from: a0 float32 [r, in], b0 float32 [out, r]. The principal part, or what
+    is in its place, is scaling * b0 @ a0. Of an orthonormal start they are its singular vectors. With AdaLoRA (arXiv
+    2303.10512; PiSSA's appendix A) a0 = E0 V0: the lengths of its rows are singular values.
 
-    With AdaLoRA (arXiv 2303.10512; PiSSA's appendix A) a0 = E0 V0: the lengths of its rows are singular values.
-
-    A residual that is stored for this start lacks taken_a and taken_b instead, if there are any; see `Start`.
+    Args:
+        taken: the factors a [k, in] and b [out, k], float32, that are taken out of a weight which is stored for this
+            start, Q = format(W - scaling * b @ a); k may be 0. None: a0 and b0 themselves.
     """
 
     a0: Tensor
@@ -70,19 +59,18 @@ class StartFactors(KeepsDtype):
         self.origin = origin
 
     @property
-    def taken(self) -> tuple[Tensor, Tensor] | None:
-        """The factors that a residual stored for this start lacks, if they are not a0 and b0."""
-        return None if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
-
-    @property
-    def lacked(self) -> tuple[Tensor, Tensor]:
-        """The factors that a residual stored for this start lacks."""
-        return (self.a0, self.b0) if self.taken is None else self.taken
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """The factors that are taken out of a weight which is stored for this start."""
+        return (self.a0, self.b0) if self.taken_a is None or self.taken_b is None else (self.taken_a, self.taken_b)
 
     @property
     def rank_taken(self) -> int | None:
-        """The rank of `taken`."""
+        """The rank of `taken`; None if they are a0 and b0."""
         return None if self.taken_a is None else len(self.taken_a)
+
+    def with_factors(self, a0: Tensor, b0: Tensor) -> StartFactors:
+        """The same with other factors, whatever is taken."""
+        return StartFactors(a0, b0, self.origin, None if self.rank_taken is None else self.taken)
 
     def change(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """The differences dA, dB of the two factors. With AdaLoRA A = (E0 + dE) (V0 + dV), and deltas.a is dV."""
@@ -97,23 +85,23 @@ class StartFactors(KeepsDtype):
         return join_difference(self.a0 + da, da, db, self.b0)
 
     def factors_on(
-        self, deltas: Deltas, keeps_start: bool, lacked: tuple[Tensor, Tensor] | None, ratio: float
+        self, deltas: Deltas, keeps_start: bool, taken: tuple[Tensor, Tensor] | None, ratio: float
     ) -> tuple[Tensor, Tensor]:
         """Factors a [k, in] and b [out, k], float32, of an adapter on a weight that stands in the place of its base.
 
         Args:
-            keeps_start: whether that weight lacks B0 A0, or B0 A0 is zero: then B A is the whole change.
-            lacked: the factors of a start of another method that the weight lacks.
-            ratio: of the scaling of `lacked` to the adapter's.
+            keeps_start: whether B0 A0 is taken out of that weight, or is zero: then B A is the whole change.
+            taken: the factors of a start of another method that are taken out of it.
+            ratio: of the scaling of `taken` to the adapter's.
         """
         if keeps_start:
             da, db = self.change(deltas)
             a, b = self.a0 + da, self.b0 + db
         else:
             a, b = self.factors_of_change(deltas)
-        if lacked is None:
+        if taken is None:
             return a, b
-        return torch.cat([lacked[0], a]), torch.cat([ratio * lacked[1], b], dim=1)
+        return torch.cat([taken[0], a]), torch.cat([ratio * taken[1], b], dim=1)
 
     def values_and_vectors(self) -> tuple[Tensor, Tensor]:
         """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.codes import HoldsCodes
 from pissa.base.digest import Fingerprint
+from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
 from pissa.config import Form
@@ -33,7 +33,7 @@ class Replaced(NamedTuple):
     """Of the dense weight."""
 
 
-class StoredLinear(OwnBase, ABC):
+class StoredLinear(OwnBase):
     """A linear base that keeps a residual and the start factors that it lacks.
 
     Args:
@@ -44,7 +44,6 @@ class StoredLinear(OwnBase, ABC):
     start: StartFactors
     fingerprint: Fingerprint
     dtype: torch.dtype
-    is_bnb_quantised = False
 
     def __init__(self, replaced: Replaced, start: StartFactors) -> None:
         super().__init__()
@@ -55,22 +54,13 @@ class StoredLinear(OwnBase, ABC):
 
     @property
     @abstractmethod
-    def form(self) -> Form:
-        """How the residual is stored."""
-
-    @property
-    @abstractmethod
     def residual(self) -> Tensor | ops.QuantizedWeight:
         """Q, as pissa.ops takes it."""
 
-    @property
-    @abstractmethod
-    def numel(self) -> int:
-        """Elements of the weight."""
-
-    @abstractmethod
     def dense_residual(self) -> Tensor:
         """Q in float32 [out, in]."""
+        residual = self.residual
+        return residual.float() if isinstance(residual, Tensor) else ops.dequantize(residual)
 
     def matrix(self) -> Tensor:
         """The weight of the base function, Q + s B0 A0, in float32 [out, in]."""
@@ -92,9 +82,6 @@ class StoredLinear(OwnBase, ABC):
         """The residual, for an adapter that starts from what it lacks. (PEFT's set_scale may change a scaling.)"""
         return (self.residual, False) if start is self.start and scaling == self.scaling else None
 
-    def shown_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.matrix().to(dtype)
-
     def restored(self) -> nn.Module:
         """A dense module of the base function."""
         return self.twin(self.matrix().to(self.dtype))
@@ -115,13 +102,6 @@ class ResidualLinear(StoredLinear):
     def residual(self) -> Tensor:
         return self.weight.detach()  # FSDP's views of its flat parameter ask for a gradient where any part of it does
 
-    @property
-    def numel(self) -> int:
-        return self.weight.numel()
-
-    def dense_residual(self) -> Tensor:
-        return self.residual.float()
-
 
 class QuantizedLinear(HoldsCodes, StoredLinear):
     """QPiSSA's form: the residual quantised, in bitsandbytes' bytes."""
@@ -140,9 +120,6 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
     def residual(self) -> ops.QuantizedWeight:
         return self.quantized
 
-    def dense_residual(self) -> Tensor:
-        return ops.dequantize(self.quantized)
-
     def extra_repr(self) -> str:
         options = (f"{name}={value}" for name, value in self.form.options().items() if value is not None)
         return ", ".join((super().extra_repr(), *options))
@@ -160,17 +137,16 @@ def stored_linear(
 def residuals_of(
     weights: Sequence[Tensor], starts: Sequence[StartFactors], form: Form, names: Sequence[str]
 ) -> list[Tensor | ops.QuantizedWeight]:
-    """The residuals in that form of the weights [out, in] of layers of those names, which lack the factors that the
-    starts have taken, s B0 A0 unless they say otherwise. The host waits once for a GPU.
+    """The residuals in that form of the weights [out, in] of layers of those names, without the factors that the starts
+    take out of them. The host waits once for a GPU.
 
     Raises:
         ValueError: naming the layer whose weight or factors are not finite.
     """
-    lacked = [start.lacked for start in starts]
     return ops.residual_many(
         weights,
-        [a for a, _ in lacked],
-        [b for _, b in lacked],
+        [start.taken[0] for start in starts],
+        [start.taken[1] for start in starts],
         [start.origin.scaling for start in starts],
         names=[f"layer {name}: weight" for name in names],
         **form.options(),
@@ -188,7 +164,7 @@ class ResidualCheck:
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
         """One more layer: its name, its weight [out, in] and the start that its residual will lack."""
-        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.lacked]
+        norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
         self._sizes.setdefault(weight.device, []).append((name, torch.stack([largest, *norms])))
         self._layers.append((name, start, weight.numel()))

@@ -5,9 +5,7 @@ read together."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -16,52 +14,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.digest import Fingerprint
-from pissa.base.keeps_dtype import KeepsDtype
-from pissa.base.start import StartFactors
-from pissa.config import IMPLICIT
-from pissa.distributed import is_sharded, whole_device, whole_shape, whole_tensor
-
-
-class _View(NamedTuple):
-    """How a weight is a matrix [out, in], and how such a matrix is a weight of the given shape."""
-
-    matrix: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor, torch.Size], Tensor]
-
-
-_AS_IT_IS = _View(lambda weight: weight, lambda matrix, shape: matrix)
-_TRANSPOSED = _View(lambda weight: weight.mT, lambda matrix, shape: matrix.mT)
-_FLATTENED = _View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
-
-_VIEWS: dict[type[nn.Module], _View] = {
-    nn.Linear: _AS_IT_IS,
-    Conv1D: _TRANSPOSED,
-    nn.Embedding: _TRANSPOSED,  # [in, out]: a linear layer of one-hot vectors
-    nn.Conv1d: _FLATTENED,
-    nn.Conv2d: _FLATTENED,
-    nn.Conv3d: _FLATTENED,
-}
-
-
-def _kind(dense_type: type[nn.Module]) -> type[nn.Module] | None:
-    return next((kind for kind in _VIEWS if issubclass(dense_type, kind)), None)
-
-
-def _view(dense_type: type[nn.Module]) -> _View:
-    kind = _kind(dense_type)
-    return _AS_IT_IS if kind is None else _VIEWS[kind]
-
+from pissa.base.frozen import KeepsDtype
+from pissa.base.protocol import Base, view_of
+from pissa.distributed import is_sharded, whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def in_memory(module: nn.Module) -> Iterator[None]:
-    """Fetches, for the block, the weights of a module that accelerate has offloaded to memory or disk. Tensors that
-    the block keeps stay valid."""
-    with align_module_device(module):
-        yield
+in_memory = align_module_device
+"""Fetches, for a block, the weights of a module that accelerate has offloaded to memory or disk. Tensors that the block
+keeps stay valid."""
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -88,7 +50,7 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
     """A linear module of the class nn.Linear, Conv1D or the like: its weight is `matrix` [out, in], frozen."""
     with torch.device("meta"):
         linear: Any = dense_type(*(matrix.shape if issubclass(dense_type, Conv1D) else matrix.mT.shape))
-    weight = _view(dense_type).weight(matrix, matrix.shape).contiguous()
+    weight = view_of(dense_type).weight(matrix, matrix.shape).contiguous()
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     return cast(nn.Module, linear.train(training))
@@ -97,25 +59,18 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
 # ---- Bases -----------------------------------------------------------------------------------------------------------
 
 
-class Dense:
+class Dense(Base):
     """The base that a module of torch or transformers is: its weight is dense, and stays what it is."""
 
-    form = IMPLICIT
-    start: StartFactors | None = None
-    residual: Tensor | ops.QuantizedWeight | None = None
-    fingerprint: Fingerprint | None = None
-    is_bnb_quantised = False
+    start = None
 
     def __init__(self, module: Any) -> None:
         self.module = module
 
     @property
-    def parameter(self) -> Tensor:
-        return cast(Tensor, self.module.weight)
-
-    @property
-    def kind(self) -> type[nn.Module] | None:
-        return _kind(self.dense_type)
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        with in_memory(self.module):
+            return cast("nn.Parameter | None", getattr(self.module, "bias", None))
 
     @property
     def dense_type(self) -> type[nn.Module]:
@@ -127,18 +82,7 @@ class Dense:
 
     @property
     def device(self) -> torch.device:
-        if is_offloaded(self.module):
-            return torch.device(self.module._hf_hook.execution_device)
-        return whole_device(self.parameter)
-
-    @property
-    def numel(self) -> int:
-        return self.parameter.numel()
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        with in_memory(self.module):
-            return cast("nn.Parameter | None", getattr(self.module, "bias", None))
+        return torch.device(self.module._hf_hook.execution_device) if is_offloaded(self.module) else super().device
 
     @property
     def matrix_is_copy(self) -> bool:
@@ -150,18 +94,10 @@ class Dense:
 
     def _matrix(self) -> Tensor:
         """The matrix, of a weight in memory."""
-        return _view(self.dense_type).matrix(whole_tensor(self.parameter))
+        return view_of(self.dense_type).matrix(whole_tensor(self.parameter))
 
     def product(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.matrix().detach())
-
-    def fused(
-        self, start: StartFactors, scaling: float, dtype: torch.dtype
-    ) -> tuple[Tensor | ops.QuantizedWeight, bool] | None:
-        return None
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        return _view(self.dense_type).weight(matrix, whole_shape(self.parameter))
 
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
         return self.parameter
@@ -189,11 +125,10 @@ class Dense:
         return type(self)(with_weight(self.module, weight))
 
 
-class OwnBase(KeepsDtype):
+class OwnBase(KeepsDtype, Base):
     """A linear base that is a module of ours, in the place of the one that the model had."""
 
     weight: nn.Parameter
-    bias: nn.Parameter | None
     in_features: int
     out_features: int
 
@@ -202,29 +137,17 @@ class OwnBase(KeepsDtype):
     matrix_is_copy = True
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         return self
 
-    @property
-    def parameter(self) -> Tensor:
-        return self.weight
-
-    @property
-    def kind(self) -> type[nn.Module] | None:
-        return _kind(self.dense_type)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        return _view(self.dense_type).weight(matrix, matrix.shape)
+    def shown_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.matrix().to(dtype)
 
     def twin(self, matrix: Tensor) -> nn.Module:
         return dense_linear(self.dense_type, matrix, self.bias, self.training)
 
-    def holding(self, weight: Tensor) -> Any:
-        return with_weight(self, weight)
+    def holding(self, weight: Tensor) -> Base:
+        return cast(Base, with_weight(self, weight))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

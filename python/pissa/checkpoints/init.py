@@ -202,14 +202,10 @@ class _Split(Rewrite):
             config, names = self.plan.configs[these[0].name], [layer.name for layer in these]
             some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
             try:
-                found = start_factors(StartTask(some, origins, config, names))
+                starts = start_factors(StartTask(some, origins, config, names))
             except ValueError as error:
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
-            starts = [
-                StartFactors(start.a0, start.b0, origin, start.taken)
-                for start, origin in zip(found, origins, strict=True)
-            ]
             residuals = residuals_of(some, starts, form, names)
             of_weights = read([fingerprint(weight) for weight in some])
             of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])

@@ -144,7 +144,7 @@ class SplitPlan(Plan):
         whose rank they have: zeros fill them up."""
         if self.configs[layer.name].quant_iters == 1:
             return {}
-        a, b = start.lacked
+        a, b = start.taken
         missing = start.origin.r - len(a)
         pair = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
         return dict(zip(_taken_shapes(layer, start.origin.r), pair, strict=True))
@@ -162,8 +162,7 @@ def _float32(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
 def start_tensors(start: StartFactors) -> list[Tensor]:
     """The tensors of a start of which the record has the fingerprint: the factors, and those taken, if they are
     others."""
-    taken = start.taken if start.rank_taken else None
-    return [start.a0, start.b0, *(taken or ())]
+    return [start.a0, start.b0, *(start.taken if start.rank_taken else ())]
 
 
 def _check_config(config: PissaConfig, experts: str) -> None:

@@ -174,7 +174,7 @@ def start_tensors(
     parts = {"a0": start.a0}
     if kept is not None and kept is not start:
         parts |= {"base.a0": kept.a0, "base.b0": kept.b0}
-    if kept is not None and kept.taken is not None and kept.rank_taken:
+    if kept is not None and kept.rank_taken:
         parts |= zip(TAKEN, kept.taken, strict=True)
     if config.use_adalora:
         deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)

@@ -155,5 +155,5 @@ def on_residual(record: LayerRecord, tensors: LayerTensors) -> Matrices:
     if record.base is None:
         return start.factors_on(tensors.deltas, True, None, 1.0)
     is_zero = INIT_METHODS[start.origin.init].starts_from_zero
-    lacked = None if INIT_METHODS[record.base.init].starts_from_zero else (base.a0, base.b0)
-    return start.factors_on(tensors.deltas, is_zero, lacked, record.base.scaling / record.scaling)
+    taken = None if INIT_METHODS[record.base.init].starts_from_zero else (base.a0, base.b0)
+    return start.factors_on(tensors.deltas, is_zero, taken, record.base.scaling / record.scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pissa.base.keeps_dtype import KeepsDtype
+from pissa.base.frozen import KeepsDtype
 from pissa.distributed import sharded_as
 
 

@@ -43,8 +43,8 @@ class Replacement(NamedTuple):
     """A layer whose dense base is to be stored."""
 
     layer: PissaLayer
-    lacked: StartFactors
-    """The start that its residual will lack."""
+    of_base: StartFactors
+    """The start that will be taken out of its residual."""
     start: StartFactors
     """The adapter's start."""
 
@@ -100,15 +100,15 @@ def decompose(
     total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        lacked = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, are_lacked=True)
-        starts |= lacked if config.starts_as_base else {}
-        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, are_lacked=False)
+        taken = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, are_taken=True)
+        starts |= taken if config.starts_as_base else {}
+        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, are_taken=False)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
     residuals = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
     share_fingerprints(residuals, Fingerprints.of_residual, Fingerprints.learn_residual)
-    return {name: Replacement(layer, lacked[name], starts[name]) for name, layer in stored.items()}
+    return {name: Replacement(layer, taken[name], starts[name]) for name, layer in stored.items()}
 
 
 def _find_starts(
@@ -118,17 +118,17 @@ def _find_starts(
     config: PissaConfig,
     bar: tqdm[Any] | None,
     *,
-    are_lacked: bool,
+    are_taken: bool,
 ) -> dict[str, StartFactors]:
     """The starts of these origins, by the names of their layers: each rank finds some of them, and sends them to the
     others.
 
     Args:
         config: of the starts.
-        are_lacked: whether residuals will lack the starts, which must be finite then.
+        are_taken: whether they will be taken out of residuals, which must be finite then.
     """
     starts: dict[str, StartFactors] = {}
-    check = ResidualCheck(config.form) if are_lacked else None
+    check = ResidualCheck(config.form) if are_taken else None
     searched = {name: layers[name] for name in origins}
     copied = INIT_METHODS[config.init].copies or config.quant_iters > 1
     for group in own_groups(searched, copied=copied):
@@ -157,12 +157,11 @@ def _decomposed(
     group: Mapping[str, Base], origins: Mapping[str, Origin], config: PissaConfig, check: ResidualCheck | None
 ) -> dict[str, StartFactors]:
     """The starts of some layers. Nothing keeps their weights afterwards."""
-    starts = {}
     weights = [base.matrix() for base in group.values()]
-    some = start_factors(StartTask(weights, [origins[name] for name in group], config, list(group)))
-    for name, weight, (a0, b0, taken) in zip(group, weights, some, strict=True):
-        starts[name] = StartFactors(a0, b0, origins[name], taken)
-        if check is not None:
+    task = StartTask(weights, [origins[name] for name in group], config, list(group))
+    starts = dict(zip(group, start_factors(task), strict=True))
+    if check is not None:
+        for name, weight in zip(group, weights, strict=True):
             check.add(name, weight, starts[name])
     return starts
 

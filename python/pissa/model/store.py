@@ -49,12 +49,12 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
                 agree()  # a sharded weight is gathered by all
                 weights = [layer.base.matrix() for layer in group.values()]
                 residuals = residuals_of(
-                    weights, [replacements[name].lacked for name in group], config.form, list(group)
+                    weights, [replacements[name].of_base for name in group], config.form, list(group)
                 )
                 del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
                     replacement = replacements.pop(name)
-                    layer.store_base(residual, replacement.lacked, config)
+                    layer.store_base(residual, replacement.of_base, config)
                     layer.start_from(adapter_name, replacement.start)
             if are_views:
                 own_memory(model)

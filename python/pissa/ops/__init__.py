@@ -13,10 +13,9 @@ from typing import Any
 from pissa.ops import formats
 from pissa.ops._linear import add_low_rank, linear
 from pissa.ops._load import _C
+from pissa.ops._principal import residual, residual_many, svd_lowrank
 from pissa.ops._quant import QuantizedWeight, dequantize, quantize
-from pissa.ops._residual import residual, residual_many
 from pissa.ops._split import Split, split, split_many
-from pissa.ops._svd import svd_lowrank
 
 __all__ = [
     "QuantizedWeight",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 _FEW_TOKENS: int = _C.limits()["few_tokens"]
 
 # ---- Fakes -----------------------------------------------------------------------------------------------------------
+# torch calls each with all arguments of its op, by position.
 
 
 def _bytes(like: Tensor, count: int) -> Tensor:
@@ -41,62 +42,25 @@ def _(weights: list[Tensor]) -> Tensor:
 
 
 @register_fake("pissa::svd_lowrank")
-def _(weight: Tensor, largest: float, r: int, svd: str, passes: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(weight: Tensor, largest: float, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _floats(weight, r, weight.shape[0]), _floats(weight, r), _floats(weight, r, weight.shape[1])
-
-
-@register_fake("pissa::split")
-def _(
-    weight: Tensor, largest: float, r: int, scaling: float, svd: str, passes: int | None, seed: int
-) -> tuple[Tensor, Tensor]:
-    return _factors(weight, r)
 
 
 @register_fake("pissa::split_many")
 def _(
-    weights: list[Tensor],
-    largest: list[float],
-    ranks: list[int],
-    scalings: list[float],
-    svd: str,
-    passes: int | None,
-    seed: int,
+    weights: list[Tensor], largest: list[float], ranks: list[int], *_: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     a0, b0 = zip(*map(_factors, weights, ranks), strict=True)
     return list(a0), list(b0), [_floats(weight, r) for weight, r in zip(weights, ranks, strict=True)]
 
 
 @register_fake("pissa::quantization_error")
-def _(
-    weight: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    blocksize: int,
-    error: Tensor,
-) -> Tensor:
+def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty((), dtype=torch.float64)
 
 
-@register_fake("pissa::split_quantized")
-def _(
-    weight: Tensor,
-    largest: float,
-    r: int,
-    scaling: float,
-    svd: str,
-    passes: int | None,
-    seed: int,
-    format: str,
-    blocksize: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*_factors(weight, r), *_quantized(weight, format, blocksize))
-
-
 @register_fake("pissa::residual")
-def _(weight: Tensor, a0: Tensor, b0: Tensor, scaling: float) -> Tensor:
+def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -116,17 +80,8 @@ def _(absmax: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register_fake("pissa::dequantize")
-def _(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    blocksize: int,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(codes: Tensor, *others: Any) -> Tensor:
+    *_, rows, cols, dtype = others
     return codes.new_empty((rows, cols), dtype=dtype)
 
 
@@ -171,101 +126,138 @@ for _op in ("linear", "quantized_linear"):
 
 
 @register_fake("pissa::add_low_rank")
-def _(
-    base: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    implicit: bool,
-) -> tuple[Tensor, Tensor]:
+def _(base: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    a, _b, a0, _b0, _scaling, implicit = args
     return base.new_empty(base.shape), _kept(x, base.shape[-1], a, a0, implicit)
 
 
 @register_fake("pissa::add_low_rank_backward")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    kept: Tensor,
-    scaling: float,
-    implicit: bool,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, dy.shape[-1], a, need_dx)
+def _(dy: Tensor, x: Tensor, a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(x, dy.shape[-1], a, need_dx=args[-1])
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
-# Saved for the backward: x and what the forward keeps.
+# Saved for the backward: x and what the forward keeps. The ops that multiply take x, what holds the weight, bias, a, b,
+# a0, b0, scaling, implicit. In add_low_rank, which has no weight, base and x have changed places.
 
-_TAIL = 7  # arguments behind the weight
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *weight = inputs[:-_TAIL]
-    _, *factors, scaling, implicit = inputs[-_TAIL:]
-    _, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.weight_tensors = sum(value is None or isinstance(value, Tensor) for value in weight)
-    ctx.save_for_backward(x, kept, *weight[: ctx.weight_tensors], *factors)
-    ctx.weight_numbers = weight[ctx.weight_tensors :]
-    ctx.scaling, ctx.implicit = scaling, implicit
-    ctx.has_adapter = factors[0] is not None
+_ADDEND, _A, _B = -7, -6, -5  # places from the end of the bias, or of add_low_rank's x, and of a and b
 
 
-def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    weight_slots = [None] * (ctx.weight_tensors + len(ctx.weight_numbers))
-    if dy is None:
-        return (None, *weight_slots, *[None] * _TAIL)
-    x, kept, *saved = ctx.saved_tensors
-    weight, factors = saved[: ctx.weight_tensors], saved[ctx.weight_tensors :]
-    need_dx = ctx.needs_input_grad[0]
-    need_bias, need_a, need_b = ctx.needs_input_grad[-_TAIL : -_TAIL + 3]
-    bias_grad = dy.flatten(0, -2).sum(0) if need_bias else None
-    dx, grad_a, grad_b = op(dy, x, *weight, *ctx.weight_numbers, *factors, kept, ctx.scaling, ctx.implicit, need_dx)
-    return (
-        dx if need_dx else None,
-        *weight_slots,
-        bias_grad,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        *[None] * (_TAIL - 3),
-    )
+class _Gradients(NamedTuple):
+    """How an op is differentiated."""
+
+    op: Any
+    """Computes the gradients."""
+    x: int
+    """The place of x."""
+    tensors: int
+    """How many of the arguments that hold the weight are tensors."""
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight = inputs[1:_ADDEND]
+        _, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept, inputs[self.x], *weight[: self.tensors], *inputs[_A:-2])
+        ctx.weight_numbers, ctx.numbers = weight[self.tensors :], inputs[-2:]
+
+    def backward(self, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * len(needed)
+        if dy is None:
+            return tuple(gradients)
+        kept, *operands = ctx.saved_tensors
+        operands[self.tensors + 1 : self.tensors + 1] = ctx.weight_numbers
+        dx, grad_a, grad_b = self.op(dy, *operands, kept, *ctx.numbers, needed[self.x])
+        if needed[self.x]:
+            gradients[self.x] = dx
+        if needed[_A]:
+            gradients[_A] = grad_a
+        if needed[_B]:
+            gradients[_B] = grad_b
+        if self.x == 0 and needed[_ADDEND]:
+            gradients[_ADDEND] = dy.flatten(0, -2).sum(0)  # of the bias
+        if self.x != 0 and needed[0]:
+            gradients[0] = dy  # of the base
+        return tuple(gradients)
 
 
-def _low_rank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, *factors, scaling, implicit = inputs
-    _, kept = output
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, kept, *factors)
-    ctx.scaling, ctx.implicit = scaling, implicit
+for _op, _x, _tensors in (("linear", 0, 1), ("quantized_linear", 0, 4), ("add_low_rank", _ADDEND, 0)):
+    _gradients = _Gradients(getattr(torch.ops.pissa, f"{_op}_backward"), _x, _tensors)
+    register_autograd(f"pissa::{_op}", _gradients.backward, setup_context=_gradients.save)
 
 
-def _low_rank_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    x, kept, *factors = ctx.saved_tensors
-    need_base, need_dx, need_a, need_b = ctx.needs_input_grad[:4]
-    dx, grad_a, grad_b = torch.ops.pissa.add_low_rank_backward(
-        dy, x, *factors, kept, ctx.scaling, ctx.implicit, need_dx
-    )
-    return (
-        dy if need_base else None,
-        dx if need_dx else None,
-        grad_a if need_a else None,
-        grad_b if need_b else None,
-        *(None,) * 4,
-    )
+# ---- Two nodes of autograd's graph -----------------------------------------------------------------------------------
+# The first one saves the operands of the linear op, the second one computes. Activation checkpointing computes a block
+# again until the last operand of it is saved, and stops there. So the last product of a block, whose output no gradient
+# needs, is left out: in a block of Llama's, 22 % of the forward's products.
 
 
-for _op in ("linear", "quantized_linear"):
-    _gradients = partial(_backward, getattr(torch.ops.pissa, f"{_op}_backward"))
-    register_autograd(f"pissa::{_op}", _gradients, setup_context=_setup_context)
-register_autograd("pissa::add_low_rank", _low_rank_backward, setup_context=_low_rank_setup_context)
+def can_be_two_nodes(x: Tensor, a: Tensor | None) -> bool:
+    """Whether a product of `x` can be two nodes: there is a graph, and nobody traces it. On CUDA the forward also
+    keeps sums of factors, which the backward would have to compute again."""
+    if a is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return x.grad_fn is not None and x.device.type == "cpu"
+
+
+def linear_in_two_nodes(op: str, x: Tensor, weight: Sequence[Any], factors: tuple[Any, ...]) -> Tensor:
+    """`torch.ops.pissa.<op>(x, *weight, *factors)`, without what the op keeps."""
+    y: Tensor = _Product.apply(_Operands.apply(x, *weight, *factors), op, len(weight), *weight, *factors)  # type: ignore[no-untyped-call, unused-ignore]
+    return y
+
+
+class _Operands(torch.autograd.Function):
+    """x as it is. Saves it, and the tensors among the op's other arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+        ctx.numbers = [None if isinstance(value, Tensor) else value for value in others]
+        ctx.save_for_backward(x, *(value if isinstance(value, Tensor) else None for value in others))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *[None] * len(ctx.numbers))
+
+
+class _Product(torch.autograd.Function):
+    """The op, on an x that comes from `_Operands`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, op: str, slots: int, *others: Any) -> Tensor:
+        ctx.op, ctx.slots, ctx.operands = op, slots, x.grad_fn
+        ctx.set_materialize_grads(False)
+        y: Tensor
+        y, _ = getattr(torch.ops.pissa, op)(x, *others)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dy,), inputs = gradients, 3 + len(ctx.operands.numbers)
+        if dy is None:
+            return (None,) * inputs
+        x, *saved = ctx.operands.saved_tensors
+        others = [
+            number if tensor is None else tensor for tensor, number in zip(saved, ctx.operands.numbers, strict=True)
+        ]
+        weight, (_, a, b, a0, b0, scaling, implicit) = others[: ctx.slots], others[ctx.slots :]
+        kept = _kept_again(x, a, a0, scaling, implicit)
+        backward = getattr(torch.ops.pissa, f"{ctx.op}_backward")
+        dx, grad_a, grad_b = backward(dy, x, *weight, a, b, a0, b0, kept, scaling, implicit, True)
+        need_bias, need_a, need_b = ctx.needs_input_grad[3 + ctx.slots : 6 + ctx.slots]
+        found = (
+            dy.flatten(0, -2).sum(0) if need_bias else None,
+            grad_a if need_a else None,
+            grad_b if need_b else None,
+        )
+        return (dx, None, None, *[None] * ctx.slots, *found, *[None] * 4)
+
+
+def _kept_again(x: Tensor, a: Tensor, a0: Tensor | None, scaling: float, implicit: bool) -> Tensor:
+    """What the op keeps for the backward, x Aᵀ: it is that of a layer of the same a with one output."""
+    b = a.new_zeros(1, len(a))
+    y = x.new_empty(*x.shape[:-1], 1)
+    kept: Tensor
+    _, kept = torch.ops.pissa.add_low_rank(y, x, a, b, a0, None if a0 is None else b, scaling, implicit)
+    return kept

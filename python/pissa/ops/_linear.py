@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa.ops import (
-    _autograd,  # noqa: F401  registers fakes and gradients
-    _checkpointed,
-)
+from pissa.ops import _autograd
 from pissa.ops._quant import QuantizedWeight, check_quantized
 from pissa.ops.checks import check_change_scaling, check_devices, check_factors, check_frozen, check_tensor
 
@@ -29,11 +26,10 @@ def _checked_factors(
     check_factors("a", a, "b", b, out_features, in_features)
     if a0 is None or b0 is None:
         return a.float(), b.float(), None, None
-    if check_tensor("a0", a0).shape != a.shape:
-        raise ValueError(f"a0: got shape {list(a0.shape)}; needed: that of a, {list(a.shape)}")
-    check_factors("a0", a0, "b0", b0, out_features, in_features)
-    check_frozen("a0", a0)
-    check_frozen("b0", b0)
+    for name, start, factor in (("a0", a0, a), ("b0", b0, b)):
+        if check_tensor(name, start).shape != factor.shape:
+            raise ValueError(f"{name}: got shape {list(start.shape)}; needed: that of {name[0]}, {list(factor.shape)}")
+        check_frozen(name, start)
     return a.float(), b.float(), a0.float(), b0.float()
 
 
@@ -87,15 +83,18 @@ def linear(
     x = check_tensor("x", x)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which does not know the meta device
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    slots: list[Any]
     if isinstance(weight, QuantizedWeight):
         check_quantized(weight)
-        out_features, in_features = weight.shape
+        *parts, (out_features, in_features), blocksize = weight
+        op, slots, held = "quantized_linear", [*parts, blocksize, out_features], weight.codes
     else:
         check_tensor("weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight: got shape {list(weight.shape)}; needed: [out, in]")
         check_frozen("weight", weight)
         out_features, in_features = weight.shape
+        op, slots, held = "linear", [weight], weight
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x: got shape {list(x.shape)}; needed: [..., in] with in = {in_features}")
     if bias is not None and (check_tensor("bias", bias).dim() != 1 or bias.shape[0] != out_features):
@@ -105,16 +104,10 @@ def linear(
         raise ValueError("factors: give a with b, and a0 with b0 beside them, or none of them")
     if a is not None and b is not None:
         a, b, a0, b0 = _checked_factors(a, b, a0, b0, out_features, in_features)
-    dense = weight.codes if isinstance(weight, QuantizedWeight) else weight
-    check_devices({"x": x, "weight": dense, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
+    check_devices({"x": x, "weight": held, "bias": bias, "a": a, "b": b, "a0": a0, "b0": b0})
     factors = (bias, a, b, a0, b0, float(scaling), implicit)
-    op = "linear"
-    slots: list[Any] = [weight]
-    if isinstance(weight, QuantizedWeight):
-        *parts, _, blocksize = weight  # the tensors and the format
-        op, slots = "quantized_linear", [*parts, blocksize, out_features]
-    if _checkpointed.is_possible(x, a):
-        return _checkpointed.linear(op, x, slots, factors)
+    if _autograd.can_be_two_nodes(x, a):
+        return _autograd.linear_in_two_nodes(op, x, slots, factors)
     y: Tensor
     y, _ = getattr(_OPS, op)(x, *slots, *factors)
     return y

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
-from pissa.ops.formats import FORMATS
+from pissa.ops.formats import DEFAULT, FORMATS
 
 _OPS = torch.ops.pissa
 
@@ -50,13 +50,8 @@ class QuantizedWeight(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts that are tensors, by name; what `formats` says of them is in the same order."""
-        parts = {
-            "codes": self.codes,
-            "absmax": self.absmax,
-            "nested_absmax": self.nested_absmax,
-            "offset": self.offset,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+        parts = zip(("codes", "absmax", "nested_absmax", "offset"), self[:4], strict=True)
+        return {name: part for name, part in parts if part is not None}
 
 
 def quantized_weight(
@@ -94,13 +89,6 @@ def check_offset(offset: float, name: str = "weight") -> None:
         )
 
 
-def check_quantized_offset(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight, if its scales have a finite mean or are not nested. The host waits for the mean."""
-    if weight.offset is not None:
-        check_offset(weight.offset.item())
-    return weight
-
-
 def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
     """The offsets of nested scales, 0 where there are none: float32 [parts], one at least."""
     offsets = [part.offset if isinstance(part, QuantizedWeight) else None for part in parts]
@@ -108,15 +96,8 @@ def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
     return torch.stack([zero if offset is None else offset for offset in offsets])
 
 
-def check_offsets(parts: Sequence[Tensor | QuantizedWeight], names: Sequence[str]) -> None:
-    """`check_offset` of each; the host waits once, if any scales are nested."""
-    if any(isinstance(part, QuantizedWeight) and part.nested for part in parts):
-        for offset, name in zip(offsets_of(parts).tolist(), names, strict=True):
-            check_offset(offset, name)
-
-
 def quantize(
-    weight: Tensor, format: str = "nf4", *, blocksize: int | None = None, double_quant: bool | None = None
+    weight: Tensor, format: str = DEFAULT, *, blocksize: int | None = None, double_quant: bool | None = None
 ) -> QuantizedWeight:
     """A weight as codes and scales: bitsandbytes' bytes.
 
@@ -165,15 +146,14 @@ def check_quantized(weight: object) -> QuantizedWeight:
         raise TypeError(f"weight: got {type(weight).__name__}; needed: QuantizedWeight")
     codes, absmax, nested_absmax, offset, name, shape, blocksize = weight
     check_choice("weight.format", name, FORMATS)
-    format = FORMATS[name]
-    format.check_options(blocksize if format.blocksizes else None, weight.nested)
+    format, nested = FORMATS[name], nested_absmax is not None
+    format.check_options(blocksize if format.blocksizes else None, nested)
     if not format.blocksizes and blocksize != shape[1]:
         raise ValueError(f"weight.blocksize: got {blocksize}; needed: {shape[1]}, a row")
-    check_tensor("weight.absmax", absmax, (torch.float32, torch.uint8))
-    nested = absmax.dtype == torch.uint8
-    if nested != (nested_absmax is not None) or nested != (offset is not None):
-        raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
     expected = format.tensors(shape, blocksize, nested)
+    check_tensor("weight.absmax", absmax, (torch.float32, torch.uint8))
+    if absmax.dtype != expected["absmax"][1] or nested != (offset is not None):
+        raise ValueError("weight: nested scales need absmax uint8, nested_absmax and offset together")
     check_tensor("weight.codes", codes, (expected["codes"][1],))
     for part, tensor in (("codes", codes), ("absmax", absmax)):
         size = math.prod(expected[part][0])

@@ -78,14 +78,9 @@ def check_matrix(weight: object, name: str = "weight") -> Tensor:
     return tensor.detach()
 
 
-def check_weight_and_bound(weight: object, name: str = "weight") -> tuple[Tensor, float]:
-    """The same of a finite weight, and max|weight|, which the one reading for both finds."""
-    tensors, bounds = check_weights([weight], [name])
-    return tensors[0], bounds[0]
-
-
 def check_weights(weights: Sequence[object], names: Sequence[str]) -> tuple[list[Tensor], list[float]]:
-    """The same of many weights, on one device, which is waited for once."""
+    """The same of finite weights on one device, and max|weight| of each, which one reading finds. The host waits for
+    the device once."""
     tensors = [check_matrix(weight, name) for weight, name in zip(weights, names, strict=True)]
     check_devices(dict(zip(names, tensors, strict=True)))
     bounds: list[float] = torch.ops.pissa.max_abs(tensors).tolist() if tensors else []
@@ -107,7 +102,7 @@ def check_lengths(lists: Mapping[str, Sequence[object]], count: int) -> None:
             raise ValueError(f"{name}: got {len(values)}; needed: one for each of the {count} weights")
 
 
-def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
+def check_rank(r: object, weight: Tensor, name: str = "r") -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{name}: got {type(r).__name__}; needed: int")
     limit = min(weight.shape)
@@ -115,28 +110,17 @@ def check_rank(r: object, weight: Tensor, name: str = "r") -> int:
         raise ValueError(
             f"{name}: got {r}; allowed: 1 to min(out, in) = {limit} for a weight of shape {list(weight.shape)}"
         )
-    return r
 
 
-def check_svd(svd: str, passes: int | str, seed: int) -> int | None:
-    """The passes as the compiled ops take them: None for "auto"."""
+def check_svd(svd: str, passes: int | str, seed: int, name: str = "passes") -> int | None:
+    """The passes, called `name`, as the compiled ops take them: None for "auto"."""
     check_choice("svd", svd, get_args(Svd))
-    number = check_passes(passes)
-    check_seed(seed)
-    return number
-
-
-def check_passes(passes: int | str, name: str = "passes") -> int | None:
-    """The passes as the compiled ops take them: None for "auto"."""
     number = passes if isinstance(passes, int) and not isinstance(passes, bool) else None
     if passes != "auto" and (number is None or number < PASSES_PER_STEP or number % PASSES_PER_STEP):
         raise ValueError(f"{name}: got {passes!r}; allowed: 'auto', or an even number of at least {PASSES_PER_STEP}")
-    return number
-
-
-def check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}; allowed: 0 to 2^63 - 1")
+    return number
 
 
 def check_alternation(quant_iters: object, quantise_first: bool, tolerance: object, form: str) -> None:
@@ -192,6 +176,6 @@ def check_product(names: tuple[str, str, str], largest: float, norm_a: float, no
         )
 
 
-def check_frozen(name: str, tensor: Tensor | None) -> None:
-    if tensor is not None and tensor.requires_grad:
+def check_frozen(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
         raise ValueError(f"{name}: requires grad, but is frozen here and would get none; pass {name}.detach()")

@@ -9,6 +9,8 @@ import torch
 
 from pissa.ops._load import _C
 
+DEFAULT = "nf4"
+"""The format that is meant where none is named."""
 NESTED_BLOCKSIZE: int = _C.limits()["nested_blocksize"]
 
 

@@ -29,6 +29,12 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
 
 
+def nothing(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of rank 0, float32, for a weight [out, in]."""
+    rows, columns = weight.shape
+    return weight.new_empty((0, columns), dtype=torch.float32), weight.new_empty((rows, 0), dtype=torch.float32)
+
+
 class Spectrum(NamedTuple):
     """The singular value decomposition of b a [out, in] of rank at most k, float64."""
 

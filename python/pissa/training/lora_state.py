@@ -78,30 +78,30 @@ class _Served(NamedTuple):
     start: StartFactors
     keeps_start: bool
     """Whether the engine's weight lacks B0 A0, or that is zero: then B A is the whole change."""
-    lacked: StartFactors | None
-    """What else the weight lacks."""
+    of_base: StartFactors | None
+    """Another start that is taken out of that weight."""
     ratio: float
-    """Of the scaling of `lacked` to the adapter's."""
+    """Of its scaling to the adapter's."""
 
     @staticmethod
     def of(layer: PissaLayer, adapter_name: str, base: ServedBase) -> _Served:
         start, scaling = layer.start_of(adapter_name), layer.scaling[adapter_name]
-        lacked = layer.base.start if base == "residual" else None
-        ratio = 1.0 if lacked is None else lacked.origin.scaling / scaling
-        if lacked is start and ratio == 1:
+        of_base = layer.base.start if base == "residual" else None
+        ratio = 1.0 if of_base is None else of_base.origin.scaling / scaling
+        if of_base is start and ratio == 1:
             return _Served(start, True, None, ratio)
-        return _Served(start, not start.b0.any(), lacked, ratio)
+        return _Served(start, not start.b0.any(), of_base, ratio)
 
     @property
     def rank(self) -> int:
         """Of the factors."""
         own = self.start.origin.r * (1 if self.keeps_start else 2)
-        return own if self.lacked is None else own + self.lacked.origin.r
+        return own if self.of_base is None else own + self.of_base.origin.r
 
     def factors(self, deltas: Deltas) -> Matrices:
         """The factors a [rank, in] and b [out, rank], float32."""
-        lacked = None if self.lacked is None else (self.lacked.a0, self.lacked.b0)
-        return self.start.factors_on(deltas, self.keeps_start, lacked, self.ratio)
+        taken = None if self.of_base is None else (self.of_base.a0, self.of_base.b0)
+        return self.start.factors_on(deltas, self.keeps_start, taken, self.ratio)
 
 
 class _Adapter(NamedTuple):
@@ -132,12 +132,12 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter
         raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
     served = {key: _Served.of(layer, name, base) for key, layer in layers.items()}
     for key, layer in layers.items():
-        lacked, limit = served[key].lacked, 2 * layer.r[name]
-        if lacked is not None and served[key].rank > limit:
+        of_base, limit = served[key].of_base, 2 * layer.r[name]
+        if of_base is not None and served[key].rank > limit:
             raise ValueError(
                 f'base: got "residual", but that of layer {key} lacks another start than that of adapter {name!r}, of '
-                f"rank {lacked.origin.r}; both together have rank {served[key].rank}, and at most {limit} is possible: "
-                'take base="original", or give the adapter LoRA\'s start and that rank'
+                f"rank {of_base.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
+                'possible: take base="original", or give the adapter LoRA\'s start and that rank'
             )
     times = 1 if all(served[key].rank <= layer.r[name] for key, layer in layers.items()) else 2
     return _Adapter(name, layers, served, times)

@@ -12,8 +12,8 @@ from bnb_layers import IN, OUT, R, bnb, contents, decoded, inputs, linear4bit, l
 from devices import fetch, put
 from one_layer import adapted, filled, wrap
 from pissa import ops
-from pissa.base.bitsandbytes import from_bitsandbytes, from_state
-from pissa.base.bitsandbytes_state import entry_layout, to_bitsandbytes
+from pissa.base.bitsandbytes import from_bitsandbytes
+from pissa.base.bitsandbytes_state import entry_layout, from_state, to_bitsandbytes
 from pissa.base.stored import QuantizedLinear
 from pissa.config import Form
 from reference import EPS, assert_close

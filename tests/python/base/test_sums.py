@@ -10,8 +10,8 @@ import xxhash
 from torch import Tensor
 
 from devices import put
-from pissa.base import sums as module
-from pissa.base.sums import as_text, sums
+from pissa.base import digest as module
+from pissa.base.digest import as_text, sums
 
 
 def text(*tensors: Tensor) -> str:

@@ -21,6 +21,7 @@ from language_models import logits
 from pissa.base.bitsandbytes import from_state
 from pissa.base.bitsandbytes_state import quantization_config
 from pissa.base.digest import is_fingerprint
+from pissa.base.start import StartFactors
 from pissa.checkpoints import init as init_module
 from pissa.checkpoints import rewrite
 from pissa.checkpoints.init import Initialised, init
@@ -82,10 +83,10 @@ def test_the_same_bytes_as_in_memory(kind: str, dtype: torch.dtype, fields: dict
                 assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
         assert torch.equal(factors[f"base_model.model.{name}.lora_A.weight"], start.a0)
         assert torch.equal(factors[f"base_model.model.{name}.lora_B.weight"], start.b0)
-        if start.taken is not None:
+        if start.rank_taken is not None:
             assert torch.equal(found[f"{name}.base.taken_a"], start.taken[0])
             assert torch.equal(found[f"{name}.base.taken_b"], start.taken[1])
-        assert (f"{name}.base.taken_a" in found) == (start.taken is not None) == ("quant_iters" in fields)
+        assert (f"{name}.base.taken_a" in found) == (start.rank_taken is not None) == ("quant_iters" in fields)
         known = layer.fingerprints
         assert record.layers[name].weight == str(known.of_weight(base))
         assert record.layers[name].stored == str(known.of_residual(base))
@@ -186,7 +187,7 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     def alternated(task: Any) -> Any:
         for name, start in zip(task.names, start_factors(task._replace(config=pissa.PissaConfig(r=4))), strict=True):
             taken = (start.a0[:0], start.b0[:, :0]) if "q_proj" in name else (2 * start.a0, start.b0)
-            given[name] = start._replace(taken=None if "k_proj" in name else taken)
+            given[name] = StartFactors(start.a0, start.b0, start.origin, None if "k_proj" in name else taken)
         return [given[name] for name in task.names]
 
     start_factors = init_module.start_factors
@@ -201,7 +202,7 @@ def test_factors_that_a_residual_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     for name, start in given.items():
         a, b = kept.pop(f"{name}.base.taken_a"), kept.pop(f"{name}.base.taken_b")
         assert len(a) == 4
-        assert record.layers[name].taken == (4 if start.taken and len(start.taken[0]) else None)
+        assert record.layers[name].taken == (start.rank_taken or None)
         expected = {"q_proj": 0 * start.a0, "k_proj": start.a0}.get(name.rpartition(".")[2], 2 * start.a0)
         assert torch.equal(a, expected)
         residual = pissa.ops.residual(source[f"{name}.weight"], a, b, form="nf4")

@@ -43,9 +43,7 @@ def calls(tokens: int = 5) -> dict[str, list[tuple[Any, ...]]]:
     return {
         "max_abs": [([weight, x],)],
         "svd_lowrank": [(weight, 1.0, R, *svd)],
-        "split": [(weight, 1.0, R, 0.5, *svd)],
         "split_many": [([weight, x], [1.0, 1.0], [R, 2], [0.5, 1.0], *svd)],
-        "split_quantized": [(weight, 1.0, R, 0.5, *svd, *code) for code in codes],
         "quantization_error": [(weight, *parts[:-1], ones(ROWS, COLS)) for parts in stored],
         "residual": [(weight, a0, b0, 0.5)],
         "residual_quantized": [(weight, a0, b0, 0.5, *code) for code in codes],

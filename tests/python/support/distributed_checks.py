@@ -29,9 +29,9 @@ from distributed_worker import DAILY, FORMS, bits, llama, mixtral, sgd, shard, s
 from language_models import assert_same, logits, snapshot
 from oracle import change_a_little
 from pissa import PissaModel
-from pissa.base.codes import HoldsCodes
 from pissa.base.digest import fingerprint
 from pissa.base.fingerprint import Fingerprints
+from pissa.base.frozen import HoldsCodes
 from pissa.base.stored import residual_tensors
 from pissa.distributed import is_sharded, rank, world_size
 from pissa.layers.layer import PissaLayer, pissa_layers

@@ -1,4 +1,4 @@
-"""Modules that hold the codes of a quantised weight."""
+"""Modules whose tensors no cast changes: buffers that keep their dtype, and the codes of a quantised weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pissa import ops
-from pissa.base.keeps_dtype import KeepsDtype
+
+
+class KeepsDtype(nn.Module):
+    """A module whose buffers follow it to another device but never to another dtype.
+
+    Start factors and quantisation scales define the base function; `model.half()` must not round them.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
 
 class HoldsCodes(KeepsDtype):
@@ -62,14 +77,14 @@ class HoldsCodes(KeepsDtype):
         """Elements of the matrix."""
         return math.prod(self.matrix_shape)
 
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_absmax is not None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return tensor.to(new.device) if tensor is self.weight and new.dtype != tensor.dtype else new
 
         return super()._apply(moved, recurse)
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether the scales are quantised too."""
-        return self.nested_absmax is not None

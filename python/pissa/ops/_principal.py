@@ -1,0 +1,240 @@
+"""The principal part of a weight, by truncated SVD, and the residual: what is left of the weight without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
+from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of, quantized_weight
+from pissa.ops.checks import (
+    check_choice,
+    check_devices,
+    check_factors,
+    check_lengths,
+    check_matrix,
+    check_product,
+    check_rank,
+    check_scaling,
+    check_svd,
+    check_weights,
+)
+from pissa.ops.formats import FORMATS
+
+_OPS = torch.ops.pissa
+
+# ---- The truncated SVD -----------------------------------------------------------------------------------------------
+
+
+def svd_lowrank(
+    weight: Tensor, r: int, *, svd: str = "krylov", passes: int | Literal["auto"] = "auto", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading `r` singular triplets of a weight, as `torch.svd_lowrank` returns them.
+
+    Args:
+        weight: [out, in], float32, bfloat16 or float16, finite. Read in place, never copied to float32.
+        r: 1 to min(out, in).
+        svd: "krylov" (block Krylov, arXiv 1504.05477), "subspace" (Halko et al., arXiv 0909.4061; less memory for
+            very large r) or "exact" (`torch.linalg.svd` in float32, for comparison: minutes for a large weight).
+        passes: reads of the weight, an even number. "auto" takes 10 up to r = 64, 12 up to 96 and 14 beyond, or 28 with
+            "subspace": on power-law spectra the factors then lose no more of the best rank-r part's energy than those
+            of `torch.svd_lowrank` with niter = 16, which reads the weight 34 times. Flatter spectra, noise with some
+            directions above it, take two passes more for that. Fewer are faster and lose more.
+        seed: of the ±1 test matrix (Philox), the same on every device; the same seed gives the same bits for any number
+            of threads, and again on the same GPU.
+
+    Returns:
+        U [out, r], S [r] (descending), V [in, r], float32, with orthonormal columns whatever the rank of the weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    [weight], [largest] = check_weights([weight], ["weight"])
+    check_rank(r, weight)
+    number = check_svd(svd, passes, seed)
+    if svd == "exact":
+        u, s, vh = _exact_svd(weight, r)
+        return u, s, vh.mT
+    ut, s, vt = _OPS.svd_lowrank(weight, largest, r, svd, number, seed)
+    return ut.mT, s, vt.mT
+
+
+class Factors(NamedTuple):
+    """The leading r singular triplets of a weight as start factors: its best approximation of rank r is
+    `scaling * b0 @ a0`."""
+
+    a0: Tensor
+    """float32 [r, in], √(S/scaling) Vᵀ."""
+    b0: Tensor
+    """float32 [out, r], U √(S/scaling)."""
+    s: Tensor
+    """float32 [r], the singular values, descending."""
+
+
+class SvdOptions(NamedTuple):
+    """How weights are decomposed, as `checks.check_svd` leaves it."""
+
+    svd: str
+    passes: int | None
+    seed: int
+
+
+def unchecked_factors(
+    weights: Sequence[Tensor],
+    largest: Sequence[float],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+    options: SvdOptions,
+) -> list[Factors]:
+    """Start factors of one weight or more that are fit for it, `largest` being their largest elements. Small weights
+    are decomposed side by side, on a GPU those of one shape together."""
+    if options.svd == "exact":
+        return list(map(_exact_factors, weights, ranks, scalings))
+    found = _OPS.split_many(weights, largest, ranks, scalings, *options)
+    return [Factors(*parts) for parts in zip(*found, strict=True)]
+
+
+def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
+
+
+def _exact_factors(weight: Tensor, r: int, scaling: float) -> Factors:
+    u, s, vh = _exact_svd(weight, r)
+    root = (s / scaling).sqrt()
+    return Factors(root[:, None] * vh, u * root, s)
+
+
+# ---- Residuals -------------------------------------------------------------------------------------------------------
+
+
+def residual(
+    weight: Tensor,
+    a0: Tensor,
+    b0: Tensor,
+    *,
+    scaling: float = 1.0,
+    form: str = "explicit",
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+) -> Tensor | QuantizedWeight:
+    """`weight - scaling * b0 @ a0` for given factors, with the bits that `split` gives.
+
+    Args:
+        weight: [out, in], float32, bfloat16 or float16, finite.
+        a0: float32 [r, in]. With r = 0 the residual is all of the weight.
+        b0: float32 [out, r].
+        form: "explicit" (in the weight's dtype) or one of `formats.FORMATS`.
+        blocksize, double_quant: of a quantised format; see `quantize`.
+
+    Returns:
+        [out, in], a tensor in the weight's dtype, or `QuantizedWeight`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    names = [("weight", "a0", "b0", "scaling")]
+    [found] = _residuals(names, [weight], [a0], [b0], [scaling], form, blocksize, double_quant)
+    return found
+
+
+def residual_many(
+    weights: Sequence[Tensor],
+    a0s: Sequence[Tensor],
+    b0s: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    form: str = "explicit",
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Tensor | QuantizedWeight]:
+    """`residual` of many weights, bit for bit. The host waits once for a GPU, when all of them are queued.
+
+    Args:
+        weights, a0s, b0s, scalings: of each weight what `residual` takes, all on one device.
+        form, blocksize, double_quant: see `residual`; the same for all.
+        names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
+
+    Raises:
+        TypeError, ValueError: naming the argument. No residual is returned then.
+    """
+    names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
+    check_lengths({"a0s": a0s, "b0s": b0s, "scalings": scalings, "names": names}, len(weights))
+    called = [(name, f"a0s[{i}]", f"b0s[{i}]", f"scalings[{i}]") for i, name in enumerate(names)]
+    return _residuals(called, weights, a0s, b0s, scalings, form, blocksize, double_quant)
+
+
+def _residuals(
+    names: Sequence[tuple[str, str, str, str]],
+    weights: Sequence[Tensor],
+    a0s: Sequence[Tensor],
+    b0s: Sequence[Tensor],
+    scalings: Sequence[float],
+    form: str,
+    blocksize: int | None,
+    double_quant: bool | None,
+) -> list[Tensor | QuantizedWeight]:
+    """The residuals; `names` has those of a weight, its a0, its b0 and its scaling."""
+    weights = [check_matrix(weight, name) for weight, (name, *_) in zip(weights, names, strict=True)]
+    tensors: dict[str, Tensor | None] = {}
+    for (name, name_a, name_b, name_s), *parts, scaling in zip(names, weights, a0s, b0s, scalings, strict=True):
+        weight, a0, b0 = parts
+        check_scaling(scaling, name_s)
+        check_factors(name_a, a0, name_b, b0, weight.shape[0], weight.shape[1], least=0)
+        tensors |= {name: weight, name_a: a0, name_b: b0}
+    check_devices(tensors)
+    if not weights:
+        return []
+    options = [quant_options(form, ("explicit",), blocksize, double_quant, weight) for weight in weights]
+    factors = [(a0.detach().float(), b0.detach().float()) for a0, b0 in zip(a0s, b0s, strict=True)]
+    found = [
+        unchecked_residual(weight, *pair, scaling, form, option)
+        for weight, pair, scaling, option in zip(weights, factors, scalings, options, strict=True)
+    ]
+    norms = [_norms(side) for side in zip(*factors, strict=True)]
+    values = torch.stack([_OPS.max_abs(weights), *norms, offsets_of(found)]).tolist()  # the host waits here, once
+    for (name, name_a, name_b, _), scaling, largest, norm_a, norm_b, offset in zip(
+        names, scalings, *values, strict=True
+    ):
+        check_product((name, name_a, name_b), largest, norm_a, norm_b, scaling)
+        check_offset(offset, name)
+    return found
+
+
+def _norms(factors: Sequence[Tensor]) -> Tensor:
+    """float64 [n]: they may overflow float32."""
+    return torch.stack([torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in factors])
+
+
+def unchecked_residual(
+    weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, form: str, options: tuple[int, bool] | None
+) -> Tensor | QuantizedWeight:
+    """The residual of tensors that are fit for it, `options` being `quant_options`; the factors may be of rank 0. If
+    the scales are nested, their offset has to be checked by the caller, who may wait for it."""
+    has_factors = a0.shape[0] > 0
+    if options is None:
+        rest: Tensor = _OPS.residual(weight, a0, b0, scaling) if has_factors else weight.clone()
+        return rest
+    blocksize, double_quant = options
+    if has_factors:
+        codes, absmax = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
+    else:
+        codes, absmax = _OPS.quantize(weight, form, blocksize)
+    return quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
+
+
+def quant_options(
+    form: str, others: tuple[str, ...], blocksize: int | None, double_quant: bool | None, weight: Tensor
+) -> tuple[int, bool] | None:
+    """Block size and double quantisation of a quantised form; None of the others, which have neither."""
+    check_choice("form", form, (*others, *FORMATS))
+    if form in FORMATS:
+        return FORMATS[form].options(blocksize, double_quant, weight.shape[1])
+    for name, value in {"blocksize": blocksize, "double_quant": double_quant}.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r} with form={form!r}; allowed with {', '.join(map(repr, FORMATS))}")
+    return None
