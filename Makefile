@@ -34,7 +34,7 @@ JOBS := $(shell env -u OMP_NUM_THREADS nproc)
 
 .PHONY: demo test nightly quick module build-cpp test-cpp test-python test-python-nightly test-oldest \
   test-arm test-torch-headers versions test-cuda-build test-gpu-rehearsal test-peft test-slow fuzz test-serving \
-  test-programs experiments-quick docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
+  test-programs experiments-quick size docs figures wheel wheels test-wheels macos-objects tools tools-arm-compiler tools-arm \
   tools-docs tools-wheels clean
 .DELETE_ON_ERROR:
 
@@ -284,6 +284,10 @@ experiments-quick: $(BUILD)/experiments.stamp $(BUILD)/venv-test.stamp
 	rm -rf $(BUILD)/experiments
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(TEST_PYTHON) -m bench.experiments --quick --jobs $(JOBS) \
 	  --results $(BUILD)/experiments/results --page $(BUILD)/experiments/page
+
+# Lines of each room, and how many it may have: a rule of the tests.
+size: $(BUILD)/venv-test-deps.stamp
+	@$(TEST_PYTHON) tests/python/rules/test_size.py
 
 test-slow: $(BUILD)/venv-test.stamp
 	$(TEST_PYTHON) -m pip install -q "$$(ls $(BUILD)/dist/*.whl)[demo]"

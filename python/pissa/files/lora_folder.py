@@ -208,7 +208,7 @@ def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
     ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), target), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), target), config["lora_alpha"])
-    if not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"the rank of {target} is {shown(rank)}; needed: 1 or more")
     scaling = alpha / _divisor(config, rank)
     check_scaling(scaling)

@@ -161,50 +161,6 @@ def _classifier(name: str, *saved: str, **fields: Any) -> Architecture:
     return Architecture(build, _classes, "SEQ_CLS", {"modules_to_save": ["classifier", *saved]})
 
 
-class LinearExpert(nn.Module):
-    """One expert as linear layers of its own, as transformers 4 and other code have it."""
-
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        gate, up = gate_up.chunk(2)
-        for name, weight in (("w1", gate), ("w3", up), ("w2", down)):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight = nn.Parameter(weight.detach().clone())
-            self.add_module(name, linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
-        return y
-
-
-class ListedExperts(nn.ModuleList):
-    """The experts of a layer in a list."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        output = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self):
-            token, position = torch.where(top_k_index == index)
-            chosen = expert(hidden_states[token]) * top_k_weights[token, position, None]
-            output.index_add_(0, token, chosen.to(output.dtype))  # weights are float32
-        return output
-
-
-class ListedMixtralConfig(transformers.MixtralConfig):
-    """Of another type than Mixtral's, whose layers PEFT takes to be fused."""
-
-    model_type = "listed_mixtral"
-
-
-class ListedMixtral(transformers.MixtralForCausalLM):
-    config_class = ListedMixtralConfig
-
-    def __init__(self, config: ListedMixtralConfig) -> None:
-        super().__init__(config)
-        for layer in self.model.layers:
-            fused = layer.mlp.experts
-            layer.mlp.experts = ListedExperts(map(LinearExpert, fused.gate_up_proj, fused.down_proj))
-
-
 # The bits of unfused experts are those of transformers' eager implementation.
 EAGER = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 EXPERTS = {"num_local_experts": 4, **EAGER}
@@ -250,9 +206,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "yi": _causal("Llama", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e6}),
     "phi3": _causal("Phi3", **GROUPED, pad_token_id=0, eos_token_id=2),
     "mixtral": _causal("Mixtral", **GROUPED, **EXPERTS),
-    "mixtral, experts of linear layers": Architecture(
-        lambda: ListedMixtral(ListedMixtralConfig(**TEXT, **GROUPED, **EXPERTS)), _text, "CAUSAL_LM"
-    ),
     "deepseek_v2": _causal("DeepseekV2", **DEEPSEEK),
     "deepseek_v3": _causal("DeepseekV3", **DEEPSEEK, n_group=2, topk_group=1),
     # Experts' weights are [in, out], and have biases.

@@ -1,0 +1,58 @@
+"""How many lines each room may have. A change that needs more raises its room's budget, and its commit says why.
+
+`make size` prints rooms, files, lines and budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = "python/pissa"
+GROUND = f"{PACKAGE}/*.py*"
+"""The modules beside the rooms' folders."""
+
+# A room's lines after the last cut, and 5 % more.
+BUDGETS = {
+    GROUND: 1_080,
+    f"{PACKAGE}/ops": 1_690,
+    f"{PACKAGE}/base": 2_020,
+    f"{PACKAGE}/layers": 1_340,
+    f"{PACKAGE}/model": 1_820,
+    f"{PACKAGE}/files": 2_910,
+    f"{PACKAGE}/conversion": 700,
+    f"{PACKAGE}/checkpoints": 3_170,
+    f"{PACKAGE}/integrations": 980,
+    f"{PACKAGE}/training": 430,
+    f"{PACKAGE}/cli": 2_740,
+    "cpp/pissa": 10_100,
+    "bench": 12_500,
+    "tests": 40_300,
+}
+TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
+
+
+def files_of(room: str) -> list[Path]:
+    found = ROOT.glob(room) if "*" in room else (ROOT / room).rglob("*")
+    return [path for path in found if path.suffix in TEXT and "__pycache__" not in path.parts and path.is_file()]
+
+
+def lines_of(room: str) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in files_of(room))
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_no_room_is_above_its_budget(room: str) -> None:
+    assert lines_of(room) <= BUDGETS[room], "make size; is there a second way to do something, that could go instead?"
+
+
+def test_every_room_has_a_budget() -> None:
+    rooms = {f"{PACKAGE}/{path.parent.name}" for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert rooms | {GROUND, "cpp/pissa", "bench", "tests"} == BUDGETS.keys()
+
+
+if __name__ == "__main__":
+    print(f"{'room':28}{'files':>6}{'lines':>8}{'budget':>8}")
+    for room in BUDGETS:
+        print(f"{room:28}{len(files_of(room)):6}{lines_of(room):8}{BUDGETS[room]:8}")
