@@ -41,23 +41,6 @@ def test_private_and_mapped_memory_are_told_apart(tmp_path: Path) -> None:
     assert usage.samples >= 5
 
 
-def test_imports_are_timed_apart_wherever_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.checkpoints.processes import run_module
-
-    (tmp_path / "slow.py").write_text("import time; time.sleep(0.3); import inner")
-    (tmp_path / "inner.py").write_text("import time; time.sleep(0.2)")
-    program = (
-        "import sys, time, importlib\nfrom bench.checkpoints.timed import note\n"
-        "def late():\n    import slow\nlate()\ntime.sleep(0.25)\n"
-        "note(arguments=sys.argv[1:])\nif __name__ == '__main__':\n    sys.exit(0)\n"
-    )
-    (tmp_path / "program.py").write_text(program)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    report = run_module("program", "a", 1, threads=1).report
-    assert report["arguments"] == ["a", "1"]
-    assert 0.5 <= report["imports"] < report["seconds"] - 0.25  # 0.3 and 0.2, and not twice
-
-
 def test_the_products_of_a_step_are_counted() -> None:
     from bench.checkpoints.step import DenseProducts
 

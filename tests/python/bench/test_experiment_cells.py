@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,6 @@ def options(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(encoder, "find_package", lambda _: stand_ins)
     return Options(data=(("reviews", stand_ins / "reviews"),), quick=True)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- Quantisation errors ---------------------------------------------------------------------------------------------
@@ -115,22 +106,6 @@ def test_energy_and_difference_are_those_of_numpy_in_float64(options: Any) -> No
     assert SvdCell("spikes", "torch", "exact", r).run(options)["difference"] < 1e-4  # float32's, over a gap of 1 %
 
 
-def test_torch_reads_the_weight_as_often_as_ours(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.experiments.svd import SvdCell
-
-    reads, plain = [], torch.svd_lowrank
-
-    def counting(weight: torch.Tensor, r: int, niter: int) -> Any:
-        reads.append(2 + 2 * niter)
-        return plain(weight, r, niter=niter)
-
-    monkeypatch.setattr(torch, "svd_lowrank", counting)
-    for passes in (2, 4, 16):
-        SvdCell("spikes", "torch", passes, 4).run(options)
-        assert set(reads) == {passes}
-        reads.clear()
-
-
 # ---- First gradients -------------------------------------------------------------------------------------------------
 
 
@@ -156,22 +131,6 @@ def test_gradients_of_starts_are_products_with_the_gradient_of_the_weight(option
     assert result["layers"] == len(linear)
     # The 16th and the 17th of 64 random singular values are 2 % apart: 10 passes find the span to about 1e-3.
     assert result["norms"] == pytest.approx({name: np.sqrt(square) for name, square in squares.items()}, rel=1e-3)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_of_loras_gradients_one_is_zero_and_one_random_and_pissas_are_the_same_for_all_seeds(options: Any) -> None:
-    from bench.experiments.gradient import GradientCell, cosine
-
-    lora, pissa, redrawn = (
-        [GradientCell(method, seed).run(options) for seed in (0, 1)] for method in ("lora", "pissa", "pissa_sketch")
-    )
-    assert [result["norms"]["a"] for result in lora] == [0, 0]
-    assert min(result["norms"]["b"] for result in lora) > 0
-    assert cosine(*lora, "a") is None
-    assert abs(cosine(*lora, "b")) < 0.6
-    assert pissa[0] == pissa[1]
-    assert redrawn[0]["sketches"]["a"] != redrawn[1]["sketches"]["a"]
-    assert cosine(*redrawn, "step") > 0.99
 
 
 def test_sketches_keep_cosines() -> None:

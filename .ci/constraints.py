@@ -1,5 +1,5 @@
 """The releases that the environment of this Python has, as pip's constraints for every Python that pissa is for:
-`build/python3.X/venv-test/bin/python tests/constraints.py >tests/constraints.txt` renews those of CI."""
+`build/python3.X/venv-test/bin/python .ci/constraints.py >.ci/constraints.txt` renews those of CI."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def constraint(package: metadata.Distribution) -> str:
 
 
 if __name__ == "__main__":
-    print("# What CI installs, by tests/constraints.py; CONTRIBUTING.md says how it is renewed.")
+    print("# What CI installs, by .ci/constraints.py; CONTRIBUTING.md says how it is renewed.")
     packages = {package.name.lower(): package for package in metadata.distributions()}
     print(*(constraint(packages[name]) for name in sorted(packages) if not LEFT_OUT.fullmatch(name)), sep="\n")
