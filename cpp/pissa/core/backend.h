@@ -104,9 +104,11 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // Whether every assumption of full rank since the last call held. If not, what was computed since means nothing.
   { backend.had_full_rank() } -> std::same_as<bool>;
 
-  // Leading k singular values of a matrix, times scale, descending, in s [1, k] f32, and its left singular vectors, one
-  // per row of `out` [k, rows], from its Gram matrix in f64.
-  { backend.gram_svd(matrix, scale, out, out) };
+  // Roots of the leading k eigenvalues of rows others^T, times scale, descending, in s [1, k] f32, and the eigenvectors,
+  // one per row of `out` [k, rows]; in f64. The product is symmetric and not negative definite but for rounding, and
+  // its lower triangle is used: with rows = others, these are the rows' singular values and left singular vectors.
+  // Both matrices have the same distance between rows.
+  { backend.gram_svd(matrix, matrix, scale, out, out) };
 };
 
 /// A backend that rounds the factors of products in half precision to it, so that sums of factors may be kept in it:

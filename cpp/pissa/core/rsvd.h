@@ -6,6 +6,11 @@
 // passes over W is as thin as a block. Subspace iteration keeps only the last block (Halko, Martinsson, Tropp,
 // arXiv 0909.4061, Alg. 4.4): less memory, more passes for the same quality.
 //
+// Outputs x W^T of activations x with the second moment R = E[x^T x], [n, n], lose tr((W - C) R (W - C)^T) to an
+// approximation C. The best of rank r is C = U U^T W with the leading eigenvectors U of W R W^T (QERA, arXiv
+// 2410.06040, eq. 14, without its matrix roots, which cancel): the same basis, of rows' combinations of W, multiplied
+// by R between W and W^T. A singular R will do.
+//
 // A pass reads W once. At equal quality on a hard spectrum block Krylov needs 6 / 10 passes at r = 16, and 10 / 16
 // narrower ones at r = 128, where torch.svd_lowrank with niter = 4 / 16 needs 10 / 34.
 #pragma once
@@ -74,6 +79,13 @@ struct SvdFactors {
   Buffer v;  ///< [r, in]
 };
 
+/// A second moment fits a weight.
+inline void check_second_moment(const Matrix& moment, const Matrix& w) {
+  PISSA_CHECK(!moment || (moment.rows == w.cols && moment.cols == w.cols && moment.format == Format::f32),
+              "second_moment: got [", moment.rows, ", ", moment.cols, "]; needed: [in, in] = [", w.cols, ", ", w.cols,
+              "] in f32");
+}
+
 inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options) {
   const std::int64_t max_rank = std::min(w.rows, w.cols);
   PISSA_CHECK(r >= 1 && r <= max_rank, "r: got ", r, "; allowed: 1 to min(out, in) = ", max_rank,
@@ -85,20 +97,30 @@ inline void check_svd(const Matrix& w, std::int64_t r, const SvdOptions& options
 
 namespace detail {
 
+/// The largest elements of a weight and of the second moment, where there is one.
+struct Largest {
+  float weight;
+  float moment;
+};
+
 template <Backend B>
-auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, float largest, Rank rank) {
-  // The basis lives on the shorter side of W. `wide` vectors are on the longer one.
-  const bool rows_short = w.rows <= w.cols;
-  const std::int64_t short_dim = std::min(w.rows, w.cols);
-  const std::int64_t wide_dim = std::max(w.rows, w.cols);
+auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, const Matrix& moment,
+                 const Largest& largest, Rank rank) {
+  // The basis lives on the shorter side of W, but on that of its rows where the columns are weighed; `wide` vectors are
+  // on the other side.
+  const bool on_rows = moment || w.rows <= w.cols;
+  const std::int64_t max_rank = std::min(w.rows, w.cols);
+  const std::int64_t basis_dim = on_rows ? w.rows : w.cols;
+  const std::int64_t wide_dim = on_rows ? w.cols : w.rows;
 
   const std::int64_t steps = passes_for(r, options) / kPassesPerStep;
   const bool keep_blocks = options.method == SvdMethod::krylov;
-  const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), short_dim);
-  const std::int64_t max_basis = keep_blocks ? std::min(block * steps, short_dim) : block;
+  const std::int64_t block = std::min(block_size(r, keep_blocks ? steps : 1), max_rank);
+  const std::int64_t max_basis = keep_blocks ? std::min(block * steps, max_rank) : block;
 
   // Thin operands carry 2^-exponent, so that products of huge or tiny weights stay inside f32's range.
-  const int exponent = largest > 0 ? std::max(std::ilogb(largest), -120) : 0;
+  const auto exponent_of = [](float value) { return value > 0 ? std::max(std::ilogb(value), -120) : 0; };
+  const int exponent = exponent_of(largest.weight);
   // A weight in half precision is exact in products of its format. Units for it may take denormals for zero, so that a
   // weight at the ends of the range is not for them.
   const bool in_f16 = w.format == Format::f16 && backend.multiplies_in(Format::f16) && exponent >= -14;
@@ -115,23 +137,43 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
       backend.normalize_rows(wide, normal);
       wide = normal;
     }
-    if (rows_short) backend.weight_gemm_nt(wide, w, unit, precision, {}, {}, basis);
+    if (on_rows) backend.weight_gemm_nt(wide, w, unit, precision, {}, {}, basis);
     else backend.weight_gemm_nn(wide, w, unit, precision, {}, basis);
   };
   const auto basis_to_wide = [&](const Matrix& basis, const MutableMatrix& wide) {
-    if (rows_short) backend.weight_gemm_nn(basis, w, unit, precision, {}, wide);
+    if (on_rows) backend.weight_gemm_nn(basis, w, unit, precision, {}, wide);
     else backend.weight_gemm_nt(basis, w, unit, precision, {}, {}, wide);
   };
 
-  auto basis_buffer = backend.alloc(max_basis, short_dim, Format::f32);  // rows q: orthonormal
+  auto basis_buffer = backend.alloc(max_basis, basis_dim, Format::f32);  // rows q: orthonormal
   auto wide_buffer = backend.alloc(max_basis, wide_dim, Format::f32);    // rows q W (or W q): the projection of W
+  auto weighed_buffer = backend.alloc(moment ? max_basis : 0, wide_dim, Format::f32);  // rows q W R
   auto sketch = backend.alloc(block, wide_dim, Format::f32);
-  auto rounded_buffer = backend.alloc(in_half ? block : 0, short_dim, in_half ? w.format : Format::bf16);
+  auto rounded_buffer = backend.alloc(in_half ? block : 0, basis_dim, in_half ? w.format : Format::bf16);
   const MutableMatrix basis = basis_buffer.view();
   const MutableMatrix wide = wide_buffer.view();
+  const MutableMatrix weighed = moment ? weighed_buffer.view() : wide;
   Matrix thin = sketch.view();
 
+  const float moment_unit = std::ldexp(1.0f, -exponent_of(largest.moment));
+  const auto weigh = [&](const Matrix& rows, const MutableMatrix& out) {
+    const Term product[] = {{rows, Op::n, moment, Op::n, moment_unit}};
+    backend.gemm(product, {}, out);
+  };
+  // Activations with outliers weigh some columns a million times as much as others: what the rest adds to a row would
+  // be lost beside them. So rows on the way to the basis are orthogonal to each other.
+  const auto separate = [&](const MutableMatrix& rows) {
+    const MutableMatrix separated = rows_of(sketch.view(), 0, rows.rows);
+    backend.copy(rows, separated);
+    backend.orthonormalize(separated, 0, rows.rows, rank);
+    return separated;
+  };
+
   backend.fill_signs(sketch.view(), options.seed, 1.0f);
+  if (moment) {
+    weigh(sketch.view(), rows_of(weighed, 0, block));
+    thin = separate(rows_of(weighed, 0, block));
+  }
   std::int64_t first = 0;  // where the current block starts
   std::int64_t rows = block;
   for (std::int64_t step = 0;; ++step) {
@@ -149,11 +191,12 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
     } else {
       basis_to_wide(rows_of(basis, first, rows), rows_of(wide, first, rows));
     }
+    if (moment) weigh(rows_of(wide, first, rows), rows_of(weighed, first, rows));
     const std::int64_t kept = first + rows;
-    if (step + 1 == steps || kept == short_dim) break;  // out of passes, or the basis is the whole space: exact
+    if (step + 1 == steps || kept == max_rank) break;  // out of passes, or the basis is the whole space: exact
     // The next products start from `wide` as it is: its rows are of very different lengths, which costs nothing, since
     // each has its own exponent and the Cholesky factor takes them in order.
-    thin = rows_of(wide, first, rows);
+    thin = moment ? separate(rows_of(weighed, first, rows)) : rows_of(wide, first, rows);
     if (keep_blocks) {
       first = kept;
       rows = std::min(block, max_basis - kept);
@@ -162,58 +205,71 @@ auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& 
 
   // W ~ Q^T (Q W): the SVD of the projection, from its small Gram matrix.
   const std::int64_t basis_rows = first + rows;
+  const MutableMatrix projection = rows_of(wide, 0, basis_rows);
   auto s = backend.alloc(1, r, Format::f32);
-  auto rotation_buffer = backend.alloc(r, basis_rows, Format::f32);
-  backend.gram_svd(rows_of(wide, 0, basis_rows), 1 / unit, s.view(), rotation_buffer.view());
-  const Matrix rotation = rotation_buffer.view();
-
-  auto short_factor = backend.alloc(r, short_dim, Format::f32);
-  auto wide_factor = backend.alloc(r, wide_dim, Format::f32);
-  const Term to_short[] = {{rotation, Op::n, rows_of(basis, 0, basis_rows), Op::n, 1.0f}};
-  const Term to_wide[] = {{rotation, Op::n, rows_of(wide, 0, basis_rows), Op::n, 1.0f}};
-  backend.gemm(to_short, {}, short_factor.view());
-  backend.gemm(to_wide, {}, wide_factor.view());
-  backend.orthonormalize(wide_factor.view(), 0, r, rank);  // divides by the singular values, safely where they are 0
-
-  using Buffer = decltype(short_factor);
-  if (rows_short) return SvdFactors<Buffer>{std::move(short_factor), std::move(s), std::move(wide_factor)};
-  return SvdFactors<Buffer>{std::move(wide_factor), std::move(s), std::move(short_factor)};
+  const auto rotate = [&](const Matrix& rotation, const Matrix& vectors) {
+    auto rotated = backend.alloc(rotation.rows, vectors.cols, Format::f32);
+    const Term product[] = {{rotation, Op::n, vectors, Op::n}};
+    backend.gemm(product, {}, rotated.view());
+    return rotated;
+  };
+  const auto factors = [&](const Matrix& rotation) {
+    auto basis_factor = rotate(rotation, rows_of(basis, 0, basis_rows));
+    auto wide_factor = rotate(rotation, projection);
+    backend.orthonormalize(wide_factor.view(), 0, r, rank);  // divides by the singular values, safely where they are 0
+    using Buffer = decltype(basis_factor);
+    if (on_rows) return SvdFactors<Buffer>{std::move(basis_factor), std::move(s), std::move(wide_factor)};
+    return SvdFactors<Buffer>{std::move(wide_factor), std::move(s), std::move(basis_factor)};
+  };
+  const auto leading = backend.alloc(r, basis_rows, Format::f32);
+  backend.gram_svd(projection, rows_of(weighed, 0, basis_rows), 1 / unit, s.view(), leading.view());
+  if (!moment) return factors(leading.view());
+  // Of C = U U^T W, whose r rows U^T W are not orthogonal to each other but in R's norm.
+  const auto weighed_best = rotate(leading.view(), projection);
+  const auto turn = backend.alloc(r, r, Format::f32);
+  backend.gram_svd(weighed_best.view(), weighed_best.view(), 1 / unit, s.view(), turn.view());
+  return factors(rotate(turn.view(), leading.view()).view());
 }
 
-inline void check_finite(float largest) {
-  PISSA_CHECK(std::isfinite(largest),
-              "weight: contains NaN or Inf; a singular value decomposition needs finite values");
+inline void check_finite(const Largest& largest) {
+  constexpr const char* kNeeded = ": contains NaN or Inf; a singular value decomposition needs finite values";
+  PISSA_CHECK(std::isfinite(largest.weight), "weight", kNeeded);
+  PISSA_CHECK(std::isfinite(largest.moment), "second_moment", kNeeded);
 }
 
 /// Of a weight that may lack full rank, or for which assuming it has failed.
 template <Backend B>
-auto careful_svd(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, float largest) {
-  auto factors = svd_lowrank(backend, w, r, options, largest, Rank::any);
+auto careful_svd(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options, const Matrix& moment,
+                 const Largest& largest) {
+  auto factors = svd_lowrank(backend, w, r, options, moment, largest, Rank::any);
   if (!backend.had_full_rank()) throw std::runtime_error("weight: its singular value decomposition did not converge");
   return factors;
 }
 
 }  // namespace detail
 
-/// The leading r singular triplets of a weight.
+/// The leading r singular triplets of a weight; with a second moment, those of the matrix C of rank r that loses least
+/// of the outputs.
 ///
 /// @param backend computes, and owns the memory of the result
 /// @param w [out, in], any format; read in place, once a pass
 /// @param r 1 to min(out, in)
 /// @param options method, passes, seed
 /// @param largest max_abs of w, where it is known already
+/// @param moment [in, in] f32, symmetric and not negative definite, of any scale and rank; may be absent
 /// @return SvdFactors: orthonormal rows, whatever the rank of w
-/// @throws std::invalid_argument a bad rank or pass count; NaN or Inf in w
+/// @throws std::invalid_argument a bad rank or pass count; a moment of another shape; NaN or Inf in w or in it
 /// @throws std::runtime_error a decomposition that does not converge
 template <Backend B>
 auto svd_lowrank(B& backend, const Matrix& w, std::int64_t r, const SvdOptions& options,
-                 std::optional<float> largest = std::nullopt) {
+                 std::optional<float> largest = std::nullopt, const Matrix& moment = {}) {
   check_svd(w, r, options);
-  if (!largest) largest = max_abs(backend, w);
-  detail::check_finite(*largest);
-  auto factors = detail::svd_lowrank(backend, w, r, options, *largest, Rank::assumed_full);
+  check_second_moment(moment, w);
+  const detail::Largest all{largest ? *largest : max_abs(backend, w), moment ? max_abs(backend, moment) : 0.0f};
+  detail::check_finite(all);
+  auto factors = detail::svd_lowrank(backend, w, r, options, moment, all, Rank::assumed_full);
   if (backend.had_full_rank()) return factors;
-  return detail::careful_svd(backend, w, r, options, *largest);
+  return detail::careful_svd(backend, w, r, options, moment, all);
 }
 
 }  // namespace pissa

@@ -34,12 +34,14 @@ inline void check_split(const Matrix& w, std::int64_t r, float scaling, const Sv
 /// @param b0 [out, r] f32, is written
 /// @param largest max_abs of w, where it is known already
 /// @param s [1, r] f32, receives the singular values; may be absent
+/// @param moment [in, in] f32, the activations' second moment, as svd_lowrank takes it; may be absent
 /// @throws std::invalid_argument a scaling that is not positive; else as svd_lowrank
 template <Backend B>
 void split(B& backend, const Matrix& w, float scaling, const SvdOptions& options, const MutableMatrix& a0,
-           const MutableMatrix& b0, std::optional<float> largest = std::nullopt, const MutableMatrix& s = {}) {
+           const MutableMatrix& b0, std::optional<float> largest = std::nullopt, const MutableMatrix& s = {},
+           const Matrix& moment = {}) {
   check_split(w, a0.rows, scaling, options);
-  const auto svd = svd_lowrank(backend, w, a0.rows, options, largest);
+  const auto svd = svd_lowrank(backend, w, a0.rows, options, largest, moment);
   backend.scale_rows(svd.v.view(), svd.s.view(), scaling, a0, Op::n);
   backend.scale_rows(svd.u.view(), svd.s.view(), scaling, b0, Op::t);
   if (s) backend.copy(svd.s.view(), s);
@@ -53,7 +55,14 @@ struct SplitTask {
   MutableMatrix b0;
   std::optional<float> largest = std::nullopt;  ///< max_abs of w, where it is known already
   MutableMatrix s = {};                         ///< [1, r] f32: where the singular values go, if anywhere
+  Matrix moment = {};                           ///< [in, in] f32: the activations' second moment, if it is to weigh
 };
+
+/// What `split` refuses of a task but elements that are not finite.
+inline void check_task(const SplitTask& task, const SvdOptions& options) {
+  check_split(task.w, task.a0.rows, task.scaling, options);
+  check_second_moment(task.moment, task.w);
+}
 
 /// What f() returns. The message of a std::invalid_argument that it throws begins with "weights[index]: ".
 template <class F>

@@ -272,7 +272,7 @@ void CpuBackend::weight_gemm_nn(const Matrix& dy, const Matrix& weight, float sc
   weight_gemm({dy, Op::n, weight, Op::n, scale, precision}, tail, {}, dx);
 }
 
-std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
+std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows, const Matrix& others) const {
   constexpr std::int64_t kRows = 8;
   const std::int64_t k = rows.rows;
   const std::int64_t pieces = ceil_div(k, kRows);
@@ -280,8 +280,8 @@ std::unique_ptr<double[]> CpuBackend::gram(const Matrix& rows) const {
   // Row i has i + 1 elements: a piece from the top goes with one from the bottom, so that tasks are equal.
   parallel_for(executor_, ceil_div(pieces, 2), k * k * rows.cols, [&](std::int64_t task) {
     for (const std::int64_t piece : {task, pieces - 1 - task}) {
-      kernels_.gram(static_cast<const float*>(rows.data), rows.cols, rows.ld, piece * kRows,
-                    std::min((piece + 1) * kRows, k), gram.get(), k);
+      kernels_.gram(static_cast<const float*>(rows.data), static_cast<const float*>(others.data), rows.cols, rows.ld,
+                    piece * kRows, std::min((piece + 1) * kRows, k), gram.get(), k);
       if (2 * task + 1 == pieces) break;  // the one in the middle
     }
   });
@@ -323,7 +323,7 @@ void CpuBackend::orthonormalize(const MutableMatrix& basis, std::int64_t done, s
       gemm(projection, {}, overlap.view());
       gemm(removal, from, from);
     }
-    const auto gram_matrix = gram(from);
+    const auto gram_matrix = gram(from, from);
     float* inverse_data = static_cast<float*>(inverse.view().data);
     const auto pivots = cholesky_inverse(gram_matrix.get(), count, least_ratio, least_pivot, inverse_data);
     if (!pivots) {
@@ -354,7 +354,8 @@ void CpuBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatri
     }
   }
   const Buffer inverse(count, count);
-  const auto pivots = cholesky_inverse(gram(rows).get(), count, 0.5, 0.5, static_cast<float*>(inverse.view().data));
+  const auto pivots =
+      cholesky_inverse(gram(rows, rows).get(), count, 0.5, 0.5, static_cast<float*>(inverse.view().data));
   PISSA_CHECK(pivots, "reorthonormalize: the rows were not orthonormal before they were rounded");
   for (const MutableMatrix& matrix : {basis, companion}) {
     const MutableMatrix from = rows_of(matrix, done, count);
@@ -365,9 +366,10 @@ void CpuBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatri
   }
 }
 
-void CpuBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) const {
+void CpuBackend::gram_svd(const Matrix& rows, const Matrix& others, float scale, const MutableMatrix& s,
+                          const MutableMatrix& vectors) const {
   std::vector<double> eigenvalues(vectors.rows);
-  eigh(gram(rows).get(), rows.rows, eigenvalues, static_cast<float*>(vectors.data), vectors.ld);
+  eigh(gram(rows, others).get(), rows.rows, eigenvalues, static_cast<float*>(vectors.data), vectors.ld);
   for (std::int64_t i = 0; i < vectors.rows; ++i) {
     static_cast<float*>(s.data)[i] = static_cast<float>(double{scale} * std::sqrt(eigenvalues[i]));
   }

@@ -65,7 +65,8 @@ class CpuBackend {
   void reorthonormalize(const MutableMatrix& basis, const MutableMatrix& companion, std::int64_t done,
                         std::int64_t count) const;
   bool had_full_rank() const { return true; }  // rank deficiency is dealt with where it is found
-  void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) const;
+  void gram_svd(const Matrix& rows, const Matrix& others, float scale, const MutableMatrix& s,
+                const MutableMatrix& vectors) const;
 
  private:
   void run(const GemmProblem& problem) const;
@@ -74,7 +75,7 @@ class CpuBackend {
   void quantize(const Matrix& a, const QuantOutput& out) const;
   void gemm_quantized_within_rows(std::span<const Term> terms, const Matrix& addend, const QuantOutput& out) const;
   float mean(const float* values, std::int64_t count) const;
-  std::unique_ptr<double[]> gram(const Matrix& rows) const;
+  std::unique_ptr<double[]> gram(const Matrix& rows, const Matrix& others) const;
 
   const Executor& executor_;
   const Kernels& kernels_;

@@ -62,7 +62,7 @@ void CpuBackend::subtract(const Matrix& a, const Matrix& b, const MutableMatrix&
     for (std::int64_t i = 0; i < count; ++i) values[i] -= others[i];
     kernels_.encode(values, count, out.format, element(out, row, col));
     kernels_.decode(out, row, col, count, values);
-    kernels_.gram(values, count, count, 0, 1, &sums[static_cast<std::size_t>(row * runs + col / kRun)], 1);
+    kernels_.gram(values, values, count, count, 0, 1, &sums[static_cast<std::size_t>(row * runs + col / kRun)], 1);
   });
   *squares = std::accumulate(sums.begin(), sums.end(), 0.0);
 }

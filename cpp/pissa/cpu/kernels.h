@@ -65,9 +65,9 @@ struct Kernels {
   void (*quantize)(Format format, const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                    float* scales);
 
-  /// gram[i * ld_gram + j] = <row i, row j> in f64, for i in [first, last) and j <= i.
-  void (*gram)(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last,
-               double* gram, std::int64_t ld_gram);
+  /// gram[i * ld_gram + j] = <row i, other j> in f64, for i in [first, last) and j <= i; `others` may be `rows`.
+  void (*gram)(const float* rows, const float* others, std::int64_t cols, std::int64_t ld, std::int64_t first,
+               std::int64_t last, double* gram, std::int64_t ld_gram);
 };
 
 namespace baseline {

@@ -27,7 +27,7 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
                 const Kernels& kernels) {
   std::int64_t rest = 0;  // elements of the weights that are not split yet
   for (std::size_t i = 0; i < tasks.size(); ++i) {
-    naming_weight(i, [&] { check_split(tasks[i].w, tasks[i].a0.rows, tasks[i].scaling, options); });
+    naming_weight(i, [&] { check_task(tasks[i], options); });
     rest += size_of(tasks[i]);
   }
   std::vector<std::size_t> order(tasks.size());  // largest first, so that the threads finish together
@@ -39,7 +39,7 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
     try {
       const SplitTask& task = tasks[i];
       CpuBackend backend(threads, kernels);
-      split(backend, task.w, task.scaling, options, task.a0, task.b0, task.largest, task.s);
+      split(backend, task.w, task.scaling, options, task.a0, task.b0, task.largest, task.s, task.moment);
     } catch (...) {  // tasks do not throw through an executor
       errors[i] = std::current_exception();
     }

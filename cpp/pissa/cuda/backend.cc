@@ -34,18 +34,24 @@ Buffer remove_earlier(const Context& context, const Matrix& earlier, const Mutab
   return overlap;
 }
 
-// [count][k, k] = rows rows^T in f64.
-Array<double> gram_of(const Context& context, const Matrix& rows, std::int64_t count) {
+// [count][k, k] = rows others^T in f64.
+Array<double> gram_of(const Context& context, const Matrix& rows, const Matrix& others, std::int64_t count) {
   constexpr std::int64_t kSlab = 1024;  // columns in f64 at a time
   const std::int64_t k = rows.rows;
+  const bool same = rows.data == others.data;
   Array<double> result(context, count * k * k);
-  const Array<double> slab(context, count * k * std::min(kSlab, rows.cols));
+  const std::int64_t size = count * k * std::min(kSlab, rows.cols);
+  const Array<double> slab(context, size), other_slab(context, same ? 0 : size);
   for (std::int64_t first = 0; first < rows.cols; first += kSlab) {
-    Matrix part = rows;
-    part.data = static_cast<const float*>(rows.data) + first;
-    part.cols = std::min(kSlab, rows.cols - first);
-    widen(context, part, slab.data(), count);
-    gram(context, slab.data(), k, part.cols, first == 0, result.data(), count);
+    const std::int64_t cols = std::min(kSlab, rows.cols - first);
+    const auto widened = [&](Matrix part, const Array<double>& to) {
+      part.data = static_cast<const float*>(part.data) + first;
+      part.cols = cols;
+      widen(context, part, to.data(), count);
+      return to.data();
+    };
+    const double* left = widened(rows, slab);
+    gram(context, left, same ? left : widened(others, other_slab), k, cols, first == 0, result.data(), count);
   }
   return result;
 }
@@ -53,7 +59,7 @@ Array<double> gram_of(const Context& context, const Matrix& rows, std::int64_t c
 // What makes rows orthonormal: the inverse of their Gram matrix's Cholesky factor; flags say where there is none.
 Buffer normalization_of(const Context& context, const Matrix& rows, double least_share, double least_pivot, int* flags,
                         std::int64_t count) {
-  const Array<double> factor = gram_of(context, rows, count);
+  const Array<double> factor = gram_of(context, rows, rows, count);
   cholesky(context, factor.data(), rows.rows, least_share, least_pivot, kDependentRows, flags, count);
   Buffer inverse(context, rows.rows, rows.rows, Format::f32, count);
   invert_lower(context, factor.data(), rows.rows, flags, inverse.view(), count);
@@ -215,8 +221,9 @@ void CudaBackend::reorthonormalize(const MutableMatrix& basis, const MutableMatr
   }
 }
 
-void CudaBackend::gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
-  const Array<double> matrix = gram_of(context_, rows, count());
+void CudaBackend::gram_svd(const Matrix& rows, const Matrix& others, float scale, const MutableMatrix& s,
+                           const MutableMatrix& vectors) {
+  const Array<double> matrix = gram_of(context_, rows, others, count());
   leading_eigh(context_, matrix.data(), rows.rows, scale, s, vectors, flags(), count());
 }
 

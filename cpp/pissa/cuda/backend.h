@@ -64,7 +64,8 @@ class CudaBackend {
                         std::int64_t rows);
   bool had_full_rank();
   std::vector<bool> had_full_ranks();  // of each matrix of the stack
-  void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors);
+  void gram_svd(const Matrix& rows, const Matrix& others, float scale, const MutableMatrix& s,
+                const MutableMatrix& vectors);
 
  private:
   std::int64_t count() const { return weights_.empty() ? 1 : static_cast<std::int64_t>(weights_.size()); }

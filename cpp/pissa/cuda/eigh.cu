@@ -258,7 +258,7 @@ void orthonormalize(const Context& context, double* rows, std::int64_t r, std::i
                     std::int64_t count) {
   constexpr double kLeastPivot = 1e-6;  // its square is lost to rounding, 1e-16
   const Array<double> overlaps(context, count * r * r);
-  gram(context, rows, r, k, true, overlaps.data(), count);
+  gram(context, rows, rows, r, k, true, overlaps.data(), count);
   cholesky(context, overlaps.data(), r, 0.0, kLeastPivot, kNotConverged, flags, count);
   solve_lower(context, overlaps.data(), r, rows, k, count);
 }

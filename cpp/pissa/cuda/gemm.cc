@@ -250,10 +250,12 @@ void matmul(const Context& context, double alpha, const WideMatrix& a, Op op_a, 
   if (!product.run(&alpha, &beta)) product.run_by_handle(&alpha, &beta);
 }
 
-void gram(const Context& context, const double* rows, std::int64_t k, std::int64_t cols, bool first, double* gram,
-          std::int64_t count) {
-  const WideMatrix factor{const_cast<double*>(rows), k, cols, cols, k * cols};
-  matmul(context, 1.0, factor, Op::n, factor, Op::t, first ? 0.0 : 1.0, {gram, k, k, k, k * k}, count);
+void gram(const Context& context, const double* rows, const double* others, std::int64_t k, std::int64_t cols,
+          bool first, double* gram, std::int64_t count) {
+  const auto factor = [&](const double* data) {
+    return WideMatrix{const_cast<double*>(data), k, cols, cols, k * cols};
+  };
+  matmul(context, 1.0, factor(rows), Op::n, factor(others), Op::t, first ? 0.0 : 1.0, {gram, k, k, k, k * k}, count);
 }
 
 }  // namespace pissa::cuda

@@ -72,7 +72,7 @@ void split_stack(std::span<const Member> members, const SvdOptions& options, con
     single.scale_rows(u, s, task.scaling, task.b0, Op::t);
     if (task.s) single.copy(s, task.s);
   };
-  const auto svd = detail::svd_lowrank(stack, weights[0], r, options, largest, Rank::assumed_full);
+  const auto svd = detail::svd_lowrank(stack, weights[0], r, options, {}, {largest, 0.0f}, Rank::assumed_full);
   const std::vector<bool> full = stack.had_full_ranks();
   for (std::size_t i = 0; i < members.size(); ++i) {
     const auto& [task, its_largest] = members[i];
@@ -80,7 +80,7 @@ void split_stack(std::span<const Member> members, const SvdOptions& options, con
       const auto place = static_cast<std::int64_t>(i);
       scale(*task, one_of(svd.u.view(), place), one_of(svd.s.view(), place), one_of(svd.v.view(), place));
     } else {
-      const auto careful = detail::careful_svd(single, task->w, r, options, its_largest);
+      const auto careful = detail::careful_svd(single, task->w, r, options, {}, {its_largest, 0.0f});
       scale(*task, careful.u.view(), careful.s.view(), careful.v.view());
     }
   }
@@ -108,12 +108,13 @@ void split_alike(std::span<const Member> members, const SvdOptions& options, std
 void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, const Context& context,
                 std::int64_t stack_bytes) {
   for (std::size_t i = 0; i < tasks.size(); ++i) {
-    naming_weight(i, [&] { check_split(tasks[i].w, tasks[i].a0.rows, tasks[i].scaling, options); });
+    naming_weight(i, [&] { check_task(tasks[i], options); });
   }
   const std::vector<float> largest = largest_of(tasks, context);
   std::map<Kind, std::vector<Member>> kinds;
   for (std::size_t i = 0; i < tasks.size(); ++i) {
-    naming_weight(i, [&] { detail::check_finite(largest[i]); });
+    naming_weight(i, [&] { detail::check_finite({largest[i], 0.0f}); });
+    if (tasks[i].moment) continue;
     kinds[kind_of(tasks[i], largest[i])].push_back({&tasks[i], largest[i]});
   }
   // Torch's allocator may have more, but its stable ABI does not say; what one stack has used, the next one gets.
@@ -121,6 +122,14 @@ void split_many(std::span<const SplitTask> tasks, const SvdOptions& options, con
   check(cudaMemGetInfo(&free, &total), context, "cudaMemGetInfo");
   const std::int64_t most_bytes = std::min(stack_bytes, static_cast<std::int64_t>(free / 4));
   for (const auto& [kind, members] : kinds) split_alike(members, options, most_bytes, context);
+  // A second moment is as large as a weight: those that have one are split one after the other.
+  CudaBackend single(context);
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    const SplitTask& task = tasks[i];
+    if (!task.moment) continue;
+    naming_weight(
+        i, [&] { split(single, task.w, task.scaling, options, task.a0, task.b0, largest[i], task.s, task.moment); });
+  }
 }
 
 }  // namespace pissa::cuda

@@ -13,7 +13,8 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "svd_lowrank(Tensor weight, float largest, int r, str svd, int? passes, int seed) -> (Tensor u, Tensor s, "
       "Tensor v)");
   m.def(
-      "split_many(Tensor[] weights, float[] largest, int[] ranks, float[] scalings, str svd, int? passes, int seed) "
+      "split_many(Tensor[] weights, float[] largest, int[] ranks, float[] scalings, str svd, int? passes, int seed, "
+      "Tensor[]? second_moments=None) "
       "-> (Tensor[] a0, Tensor[] b0, Tensor[] s)");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
   m.def("quantize(Tensor weight, str format, int blocksize) -> (Tensor codes, Tensor absmax)");

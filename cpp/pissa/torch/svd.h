@@ -63,19 +63,21 @@ std::tuple<Tensor, Tensor, Tensor> svd_lowrank(const Tensor& weight, double larg
   return {u, s, v};
 }
 
-// (a0 [r, in], b0 [out, r], singular values [r]) of each weight.
+// (a0 [r, in], b0 [out, r], singular values [r]) of each weight; with second moments, [in, in] of each, or without.
 template <class Device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> split_many(
     const std::vector<Tensor>& weights, const std::vector<double>& largest, const std::vector<std::int64_t>& ranks,
-    const std::vector<double>& scalings, const std::string& svd, std::optional<std::int64_t> passes,
-    std::int64_t seed) {
+    const std::vector<double>& scalings, const std::string& svd, std::optional<std::int64_t> passes, std::int64_t seed,
+    const std::optional<std::vector<Tensor>>& second_moments) {
   const std::size_t count = weights.size();
+  PISSA_CHECK(!second_moments || second_moments->size() == count, "second_moments: got ", second_moments->size(),
+              "; needed: none, or one for each of the ", count, " weights");
   PISSA_CHECK(count > 0 && largest.size() == count && ranks.size() == count && scalings.size() == count,
               "largest, ranks, scalings: got ", largest.size(), ", ", ranks.size(), " and ", scalings.size(),
               "; needed: one for each of the ", count, " weights, of which there must be one");
-  Device device(weights[0], weights);
+  Device device(weights[0], weights, second_moments.value_or(std::vector<Tensor>()));
   const SvdOptions options = svd_options(svd, passes, seed);
-  std::vector<Tensor> contiguous_weights, a0, b0, s;
+  std::vector<Tensor> contiguous_weights, moments, a0, b0, s;
   std::vector<SplitTask> tasks;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     contiguous_weights.push_back(torch::stable::contiguous(weights[i]));
@@ -86,6 +88,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> split_
     s.push_back(new_tensor(weights[i], {ranks[i]}, ScalarType::Float));
     tasks.push_back({w, static_cast<float>(scalings[i]), mutable_matrix(a0.back()), mutable_matrix(b0.back()),
                      static_cast<float>(largest[i]), mutable_matrix(s.back())});
+    if (!second_moments) continue;
+    moments.push_back(torch::stable::contiguous((*second_moments)[i]));
+    tasks.back().moment = matrix(moments.back());
   }
   device.split_many(tasks, options);
   return {a0, b0, s};

@@ -88,12 +88,15 @@ def unchecked_factors(
     ranks: Sequence[int],
     scalings: Sequence[float],
     options: SvdOptions,
+    second_moments: Sequence[Tensor] | None = None,
 ) -> list[Factors]:
     """Start factors of one weight or more that are fit for it, `largest` being their largest elements. Small weights
-    are decomposed side by side, on a GPU those of one shape together."""
+    are decomposed side by side, on a GPU those of one shape together. With second moments, one for each weight, they
+    are the factors of the approximations that lose least of the outputs."""
     if options.svd == "exact":
-        return list(map(_exact_factors, weights, ranks, scalings))
-    found = _OPS.split_many(weights, largest, ranks, scalings, *options)
+        moments: Sequence[Tensor | None] = second_moments or [None] * len(weights)
+        return list(map(_exact_factors, weights, ranks, scalings, moments))
+    found = _OPS.split_many(weights, largest, ranks, scalings, *options, second_moments)
     return [Factors(*parts) for parts in zip(*found, strict=True)]
 
 
@@ -102,7 +105,11 @@ def _exact_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
 
 
-def _exact_factors(weight: Tensor, r: int, scaling: float) -> Factors:
+def _exact_factors(weight: Tensor, r: int, scaling: float, second_moment: Tensor | None) -> Factors:
+    if second_moment is not None:
+        w, moment = weight.double(), second_moment.double()
+        leading = torch.linalg.eigh(w @ moment @ w.mT)[1][:, -r:]
+        weight = leading @ (leading.mT @ w)
     u, s, vh = _exact_svd(weight, r)
     root = (s / scaling).sqrt()
     return Factors(root[:, None] * vh, u * root, s)

@@ -8,6 +8,9 @@ and the result is the iterate (Q_t, L_t) of the least ‖W - Q_t - L_t‖. An er
 is decomposed at the same rate. In half precision that rounds it, which costs nf4 less than 0.5 points of the error
 removed; int8, whose errors are 16 times smaller, 5 points of a weight of 384 x 384 at r = 128, and less the smaller
 r / size is.
+
+With a second moment R = E[xᵀx] of the activations, "best" means: in the norm tr(M R Mᵀ) of what a matrix M adds to the
+outputs (QERA, arXiv 2410.06040); so do the errors of the iterates.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pissa.ops._principal import Factors, SvdOptions, quant_options, unchecked_f
 from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of
 from pissa.ops.checks import (
     check_alternation,
+    check_devices,
     check_finite,
     check_lengths,
     check_rank,
@@ -69,6 +73,7 @@ def split(
     quant_iters: int = 1,
     quantise_first: bool = False,
     tolerance: float = TOLERANCE,
+    second_moment: Tensor | None = None,
 ) -> Split:
     """PiSSA's start factors of a weight and, if asked, its residual (arXiv 2404.02948, eq. 2-4 and 8).
 
@@ -86,13 +91,18 @@ def split(
             passes. The iterate with the least ‖W - Q - L‖ is the result.
         quantise_first: such alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
         tolerance: alternations end when one makes ‖W - Q - L‖ smaller by less than this share of it; 0: never.
+        second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], on the weight's device, symmetric and not
+            negative definite, of any rank and scale. The factors are then those whose product takes most of the
+            weight's part in the outputs, and alternations are compared by their outputs. It costs half as many reads of
+            the moment as of the weight.
 
     Raises:
         TypeError, ValueError: naming the argument; the weight is never changed.
     """
     svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
     how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance)
-    [found] = _splits([("weight", "r", "scaling")], [weight], [r], [scaling], how)
+    moments = None if second_moment is None else [second_moment]
+    [found] = _splits([("weight", "r", "scaling", "second_moment")], [weight], [r], [scaling], moments, how)
     return found
 
 
@@ -111,6 +121,7 @@ def split_many(
     quantise_first: bool = False,
     tolerance: float = TOLERANCE,
     names: Sequence[str] | None = None,
+    second_moments: Sequence[Tensor] | None = None,
 ) -> list[Split]:
     """`split` of many weights, bit for bit, small weights side by side on one thread each.
 
@@ -123,6 +134,7 @@ def split_many(
         ranks: r of each weight.
         scalings: s of each weight.
         names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
+        second_moments: of each weight's inputs.
 
     Returns:
         What `split` returns, in the order of the weights.
@@ -133,10 +145,12 @@ def split_many(
     """
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     check_lengths({"ranks": ranks, "scalings": scalings, "names": names}, len(weights))
+    if second_moments is not None:
+        check_lengths({"second_moments": second_moments}, len(weights))
     svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
     how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance)
-    called = [(name, f"ranks[{i}]", f"scalings[{i}]") for i, name in enumerate(names)]
-    return _splits(called, weights, ranks, scalings, how)
+    called = [(name, f"ranks[{i}]", f"scalings[{i}]", f"second_moments[{i}]") for i, name in enumerate(names)]
+    return _splits(called, weights, ranks, scalings, second_moments, how)
 
 
 class _How(NamedTuple):
@@ -163,29 +177,36 @@ class _Task(NamedTuple):
     """`quant_options` of its residual."""
     name: str
     """What errors call it."""
+    moment: Tensor | None
+    """The second moment of its inputs."""
 
 
 def _splits(
-    names: Sequence[tuple[str, str, str]],
+    names: Sequence[tuple[str, str, str, str]],
     weights: Sequence[Tensor],
     ranks: Sequence[int],
     scalings: Sequence[float],
+    second_moments: Sequence[Tensor] | None,
     how: _How,
 ) -> list[Split]:
-    """The splits; `names` has those of a weight, its rank and its scaling."""
+    """The splits; `names` has those of a weight, its rank, its scaling and its second moment."""
     check_alternation(how.quant_iters, how.quantise_first, how.tolerance, how.form)
-    weights, largest = check_weights(weights, [name for name, _, _ in names])
+    weights, largest = check_weights(weights, [name for name, *_ in names])
+    moments = [None] * len(weights) if second_moments is None else _check_moments(second_moments, weights, names)
     tasks = []
-    for (name, name_r, name_s), weight, bound, r, scaling in zip(names, weights, largest, ranks, scalings, strict=True):
+    for (name, name_r, name_s, _), *parts, scaling, moment in zip(
+        names, weights, largest, ranks, scalings, moments, strict=True
+    ):
+        weight, bound, r = parts
         check_rank(r, weight, name_r)
         check_scaling(scaling, name_s)
         options = quant_options(how.form, ("implicit", "explicit"), how.blocksize, how.double_quant, weight)
-        tasks.append(_Task(weight, bound, r, scaling, options, name))
+        tasks.append(_Task(weight, bound, r, scaling, options, name, moment))
     if not tasks:  # no tensor, by which torch would find the op's kernel
         return []
     if how.quant_iters > 1 or how.quantise_first:
         return _alternated(tasks, how)
-    factors = unchecked_factors(weights, largest, ranks, scalings, how.svd)
+    factors = _factors(tasks, weights, largest, [how.svd] * len(tasks))
     if how.form == "implicit":
         return [Split(a0, b0, None) for a0, b0, _ in factors]
     rests = [_residual(task, (a0, b0), how.form) for task, (a0, b0, _) in zip(tasks, factors, strict=True)]
@@ -193,6 +214,19 @@ def _splits(
         for task, offset in zip(tasks, offsets_of(rests).tolist(), strict=True):
             check_offset(offset, task.name)
     return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
+
+
+def _check_moments(
+    moments: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[tuple[str, str, str, str]]
+) -> list[Tensor]:
+    """The second moments, finite and in float32."""
+    for moment, weight, (*_, name) in zip(moments, weights, names, strict=True):
+        side = weight.shape[1]
+        if not isinstance(moment, Tensor) or moment.shape != (side, side) or moment.dtype != torch.float32:
+            got = f"{list(moment.shape)} in {moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
+            raise ValueError(f"{name}: got {got}; needed: [in, in] = [{side}, {side}] in torch.float32")
+        check_devices({"weight": weight, name: moment})
+    return check_weights(moments, [name for *_, name in names])[0]
 
 
 def _residual(task: _Task, taken: tuple[Tensor, Tensor], form: str) -> Tensor | QuantizedWeight:
@@ -282,7 +316,8 @@ def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions
         rest = _residual(one.task, one.taken, form)
         assert isinstance(rest, QuantizedWeight)  # `check_alternation` refuses other forms
         residuals.append(rest)
-        squares.append(_OPS.quantization_error(one.task.weight, *rest[:5], rest.blocksize, one.room))
+        error = _OPS.quantization_error(one.task.weight, *rest[:5], rest.blocksize, one.room)
+        squares.append(error if one.task.moment is None else _square(one.room, one.task.moment))
     largest, offsets = torch.stack([_OPS.max_abs(rooms), offsets_of(residuals)]).tolist()
     for task, bound, offset in zip(tasks, largest, offsets, strict=True):
         check_offset(offset, task.name)
@@ -290,9 +325,24 @@ def _iterates(some: Sequence[_Alternation], form: str, svds: Sequence[SvdOptions
     factors = _factors(tasks, rooms, largest, svds)
     found = [Split(a0, b0, rest, one.taken) for (a0, b0, _), rest, one in zip(factors, residuals, some, strict=True)]
     # By Pythagoras: the projection L of an error E leaves ‖E‖² - ‖L‖², up to some 2^-22 of ‖E‖².
-    kept = torch.stack([s.double().square().sum() for _, _, s in factors])
+    kept = torch.stack([_square_of_factors(task, found) for task, found in zip(tasks, factors, strict=True)])
     norms = (torch.stack(squares) - kept).clamp_min(0).sqrt().tolist()
     return list(zip(found, norms, strict=True))
+
+
+def _square(matrix: Tensor, moment: Tensor) -> Tensor:
+    """float64: tr(M R Mᵀ), the square of what a matrix adds to the outputs."""
+    values = matrix.float()
+    return (values @ moment * values).sum(dtype=torch.float64)
+
+
+def _square_of_factors(task: _Task, found: Factors) -> Tensor:
+    """The same of the factors' product, in whichever norm they were found."""
+    if task.moment is None:
+        return found.s.double().square().sum()
+    inner = (found.a0 @ task.moment).double() @ found.a0.double().mT
+    b0 = found.b0.double()
+    return task.scaling**2 * (b0 @ inner * b0).sum()
 
 
 def _factors(
@@ -303,6 +353,9 @@ def _factors(
     for svd in dict.fromkeys(svds):
         group = [i for i, other in enumerate(svds) if other == svd]
         ranks, scalings = [tasks[i].r for i in group], [tasks[i].scaling for i in group]
-        some = unchecked_factors([matrices[i] for i in group], [largest[i] for i in group], ranks, scalings, svd)
+        moments = [moment for i in group if (moment := tasks[i].moment) is not None]
+        some = unchecked_factors(
+            [matrices[i] for i in group], [largest[i] for i in group], ranks, scalings, svd, moments or None
+        )
         found |= zip(group, some, strict=True)
     return [found[i] for i in range(len(tasks))]

@@ -24,7 +24,7 @@ TEST_P(GramTest, EigenvaluesAreSquaredSingularValues) {
     const Stored rows(random.dense(count, cols), Format::f32);
     Stored s = Stored::poisoned(1, wanted, Format::f32);
     Stored vectors = Stored::poisoned(wanted, count, Format::f32);
-    backend().gram_svd(rows.view(), 0.25f, s.mutable_view(), vectors.mutable_view());
+    backend().gram_svd(rows.view(), rows.view(), 0.25f, s.mutable_view(), vectors.mutable_view());
     EXPECT_TRUE(s.padding_intact() && vectors.padding_intact());
     const Dense values = 4.0 * s.values();
     const Svd reference = jacobi_svd(rows.values());
@@ -67,7 +67,7 @@ TEST_P(GramTest, LeadingEigenvectorsOfALargeMatrix) {
       const std::int64_t wanted = 17;
       Stored s = Stored::poisoned(1, wanted, Format::f32);
       Stored vectors = Stored::poisoned(wanted, count, Format::f32);
-      backend().gram_svd(rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
+      backend().gram_svd(rows.view(), rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
       const Dense found = s.values();
       EXPECT_LE(orthonormality_error(vectors.values()), 4 * kEps32);
       const Dense projected = vectors.values() * rows.values();
@@ -87,7 +87,7 @@ TEST_P(GramTest, TheSameBits) {
   expect_same_bits([&](auto& cpu) {
     Stored s = Stored::poisoned(1, 37, Format::f32);
     Stored vectors = Stored::poisoned(37, 37, Format::f32);
-    cpu.gram_svd(rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
+    cpu.gram_svd(rows.view(), rows.view(), 1.0f, s.mutable_view(), vectors.mutable_view());
     return std::pair(s.bytes(), vectors.bytes());
   });
 }

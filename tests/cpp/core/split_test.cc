@@ -98,6 +98,29 @@ TEST_P(SplitTest, EveryClass) {
   }
 }
 
+// Columns that weigh ten million times as much as others, and a basis that does not fill the space: what the light
+// columns add would be lost in f32 beside the heavy ones (8e-5 of the norm) unless rows are separated on the way.
+TEST_P(SplitTest, SecondMomentWithOutliers) {
+  constexpr std::int64_t rows = 200, cols = 100, tokens = 110, r = 30;
+  Random random(9);
+  Dense w = 0.01 * random.dense(rows, cols), x = random.dense(tokens, cols);
+  for (std::int64_t j = 0; j < cols; ++j) w(j, j) += 1;
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    for (const std::int64_t j : {0, 33, 66}) x(i, j) *= 100;
+    x(i, 5) *= 3000;
+  }
+  const Stored weight(w, Format::f32), moment((1.0 / tokens) * (transposed(x) * x), Format::f32);
+  StartFactors factors(weight.view(), r);
+  auto tested = backend();
+  split(tested, weight.view(), 1.0f, {}, factors.a0.mutable_view(), factors.b0.mutable_view(), std::nullopt, {},
+        moment.view());
+  const Svd exact = jacobi_svd(weight.values() * transposed(x));
+  double tail = 0;
+  for (std::int64_t i = r; i < static_cast<std::int64_t>(exact.s.size()); ++i) tail += exact.s[i] * exact.s[i];
+  const Dense lost = weight.values() - factors.b0.values() * factors.a0.values();
+  EXPECT_LE(norm(lost * transposed(x)), 1.00001 * std::sqrt(tail));
+}
+
 // The explicit residual is W - s B0 A0 in W's dtype, rounded once, also when it takes W's place.
 TEST_P(SplitTest, ExplicitResidual) {
   Random random(2);

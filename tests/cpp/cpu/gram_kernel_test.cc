@@ -23,13 +23,13 @@ TEST_P(GramKernelTest, IsAccurateToFloat64) {
        {Range{1, 1, 0, 1}, Range{9, 0, 0, 9}, Range{13, 37, 0, 13}, Range{13, 37, 5, 9}, Range{8, 2047, 0, 8},
         Range{7, 2049, 3, 7}, Range{5, 5000, 0, 5}}) {
     SCOPED_TRACE(::testing::Message() << count << " x " << cols << ", rows " << first << " to " << last);
-    const Stored rows(random.dense(count, cols), Format::f32);
-    const Dense values = rows.values();
-    const Dense expected = values * transposed(values);
-    const Dense magnitude = absolute(values) * transposed(absolute(values));
+    const Stored rows(random.dense(count, cols), Format::f32), others(random.dense(count, cols), Format::f32);
+    const Dense expected = rows.values() * transposed(others.values());
+    const Dense magnitude = absolute(rows.values()) * transposed(absolute(others.values()));
     const std::int64_t ld = count + 2;
     std::vector<double> gram(count * ld, -9.0);
-    kernels().gram(static_cast<const float*>(rows.view().data), cols, rows.view().ld, first, last, gram.data(), ld);
+    kernels().gram(static_cast<const float*>(rows.view().data), static_cast<const float*>(others.view().data), cols,
+                   rows.view().ld, first, last, gram.data(), ld);
     for (std::int64_t i = 0; i < count; ++i) {
       for (std::int64_t j = 0; j < ld; ++j) {
         if (i < first || i >= last || j > i) ASSERT_EQ(gram[i * ld + j], -9.0) << i << ", " << j;

@@ -136,7 +136,7 @@ TEST_F(CudaFailures, EigenvaluesThatDoNotConverge) {
       cuda::CudaBackend cuda(context, weights);
       const cuda::Buffer s = cuda.alloc(1, rows, Format::f32), vectors = cuda.alloc(rows, rows, Format::f32);
       cuda.orthonormalize(basis, 0, rows, Rank::assumed_full);
-      cuda.gram_svd(gram_of, 1.0f, s.view(), vectors.view());
+      cuda.gram_svd(gram_of, gram_of, 1.0f, s.view(), vectors.view());
       if (not_finite < 2 && not_finite != dependent) {
         EXPECT_THROW(cuda.had_full_rank(), std::runtime_error) << dependent << ", " << not_finite;
       } else {
@@ -161,7 +161,8 @@ TEST_F(CudaFailures, RowsOfAnyRankHideNone) {
   cuda.orthonormalize(at(zeros.mutable_view()), 0, 3, Rank::assumed_full);
   cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
   EXPECT_FALSE(cuda.had_full_rank());
-  cuda.gram_svd(at(not_finite.view()), 1.0f, s.view(), vectors.view());
+  const Matrix not_finite_rows = at(not_finite.view());
+  cuda.gram_svd(not_finite_rows, not_finite_rows, 1.0f, s.view(), vectors.view());
   cuda.orthonormalize(at(rows.mutable_view()), 0, 3, Rank::any);
   EXPECT_THROW(cuda.had_full_rank(), std::runtime_error);
 }

@@ -213,12 +213,13 @@ TEST_F(LibraryModes, StacksWithoutAnAlgorithm) {
   }
   expect_close(out, expected, k + 1);
 
-  const std::vector<double> rows{3, 4, 5};  // rows rows^T of one row of three
+  const std::vector<double> rows{3, 4, 5}, others{1, 7, 2};  // rows others^T of one row of three
   double product = 0;
   Staging of_f64(context);
-  cuda::gram(context, of_f64.upload(rows.data(), 3), 1, 3, true, of_f64.upload(&product, 1, true), 1);
+  cuda::gram(context, of_f64.upload(rows.data(), 3), of_f64.upload(others.data(), 3), 1, 3, true,
+             of_f64.upload(&product, 1, true), 1);
   of_f64.finish();
-  EXPECT_EQ(product, 50);
+  EXPECT_EQ(product, 41);
 }
 
 // As with an algorithm: (1 + 2^-9) - 1 is 2^-9. The handle is left as it was.

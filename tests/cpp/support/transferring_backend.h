@@ -205,8 +205,9 @@ class TransferringBackend {
     call(&Cuda::reorthonormalize, basis, companion, done, rows);
   }
   bool had_full_rank() { return cuda_.had_full_rank(); }
-  void gram_svd(const Matrix& rows, float scale, const MutableMatrix& s, const MutableMatrix& vectors) {
-    call(&Cuda::gram_svd, rows, scale, s, vectors);
+  void gram_svd(const Matrix& rows, const Matrix& others, float scale, const MutableMatrix& s,
+                const MutableMatrix& vectors) {
+    call(&Cuda::gram_svd, rows, others, scale, s, vectors);
   }
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const {

@@ -16,7 +16,7 @@ GROUND = f"{PACKAGE}/*.py*"
 # A room's lines after the last cut, and 5 % more.
 BUDGETS = {
     GROUND: 1_080,
-    f"{PACKAGE}/ops": 1_690,
+    f"{PACKAGE}/ops": 1_780,
     f"{PACKAGE}/base": 2_020,
     f"{PACKAGE}/layers": 1_340,
     f"{PACKAGE}/model": 1_820,

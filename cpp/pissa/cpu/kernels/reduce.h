@@ -51,18 +51,18 @@ void gram_tile(const float* a, const float* b, std::int64_t ld, std::int64_t cou
 
 // The same for `rows` rows from row `first` on and all columns up to the diagonal.
 template <int rows>
-void gram_rows(const float* data, std::int64_t ld, std::int64_t k, std::int64_t count, std::int64_t first, double* gram,
-               std::int64_t ld_gram) {
+void gram_rows(const float* data, const float* others, std::int64_t ld, std::int64_t k, std::int64_t count,
+               std::int64_t first, double* gram, std::int64_t ld_gram) {
   const float* a = data + first * ld + k;
   double* to = gram + first * ld_gram;
   const std::int64_t cols = first + rows;
   std::int64_t j = 0;
-  for (; j + 4 <= cols; j += 4) gram_tile<rows, 4>(a, data + j * ld + k, ld, count, first - j, to + j, ld_gram);
-  for (; j < cols; ++j) gram_tile<rows, 1>(a, data + j * ld + k, ld, count, first - j, to + j, ld_gram);
+  for (; j + 4 <= cols; j += 4) gram_tile<rows, 4>(a, others + j * ld + k, ld, count, first - j, to + j, ld_gram);
+  for (; j < cols; ++j) gram_tile<rows, 1>(a, others + j * ld + k, ld, count, first - j, to + j, ld_gram);
 }
 
-void gram(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t first, std::int64_t last, double* gram,
-          std::int64_t ld_gram) {
+void gram(const float* rows, const float* others, std::int64_t cols, std::int64_t ld, std::int64_t first,
+          std::int64_t last, double* gram, std::int64_t ld_gram) {
   constexpr int kTile = Vec::kRegisters == 32 ? 4 : 2;  // times 4: 16 of 32 registers accumulate, or 8 of 16
   constexpr std::int64_t kChunk = 512;                  // 8 rows of it stay in L1
   for (std::int64_t i = first; i < last; ++i) {
@@ -71,8 +71,8 @@ void gram(const float* rows, std::int64_t cols, std::int64_t ld, std::int64_t fi
   for (std::int64_t k = 0; k < cols; k += kChunk) {
     const std::int64_t count = smaller(kChunk, cols - k);
     std::int64_t i = first;
-    for (; i + kTile <= last; i += kTile) gram_rows<kTile>(rows, ld, k, count, i, gram, ld_gram);
-    for (; i < last; ++i) gram_rows<1>(rows, ld, k, count, i, gram, ld_gram);
+    for (; i + kTile <= last; i += kTile) gram_rows<kTile>(rows, others, ld, k, count, i, gram, ld_gram);
+    for (; i < last; ++i) gram_rows<1>(rows, others, ld, k, count, i, gram, ld_gram);
   }
 }
 
