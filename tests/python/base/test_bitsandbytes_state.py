@@ -76,6 +76,7 @@ def test_incomplete_state_dicts_are_refused(nested: bool) -> None:
         ({"quant_type": "fp4"}, "quant_type: got 'fp4'; needed: nf4"),
         ({"nested_blocksize": 64}, "nested_blocksize: got 64; needed: 256"),
         ({"nested_offset": 10**400}, "nested_offset: got 1000.*; needed: a finite number"),
+        ({"nested_offset": float("nan")}, "nested_offset: got nan"),
         ({"nested_offset": [1.0]}, r"nested_offset: got \[1.0\]"),
     ],
 )

@@ -68,7 +68,7 @@ def test_embeddings_that_are_trained(case: str, tied: bool, small_llama: Make) -
     fields, words = REFUSED[case]
     model = pissa.wrap(small_llama(tie_word_embeddings=tied), r=4, **fields)
     before = snapshot(model)
-    for arguments in ((104,), (None, 8), (90,)):
+    for arguments in ((104,), (None, 8), (90,), (SIZE + 1, SIZE)):
         with pytest.raises(ValueError, match=rf"{words}\. Resize it before pissa\.wrap; .*merge_and_unload\(\)"):
             model.resize_token_embeddings(*arguments)
     assert_same(model, before)
