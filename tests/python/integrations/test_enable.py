@@ -109,7 +109,7 @@ def test_what_is_saved_is_read_with_and_without_us(tiny_llama: Make, tokens: Ten
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["init_lora_weights"], config["r"]) == ("LORA", True, 8)
 
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True, offload_folder="offload")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, "default", True, offload_folder="offload")
     assert isinstance(again, PissaModel)
     assert torch.equal(logits(again, tokens), expected)
     assert trainable(again) == trainable(model)

@@ -130,7 +130,7 @@ def test_on_the_original_model_a_stored_base_is_inexact_and_says_so_once(tiny_ll
 
 def test_an_adapter_beside_another(tiny_llama: Make, tokens: Tensor) -> None:
     model = pissa.wrap(tiny_llama(), r=4, quant="nf4")
-    model.add_adapter("plain", PissaConfig(r=4, init="lora"))
+    model.add_adapter("plain", PissaConfig(r=4, init="lora", lora_alpha=8))
     model.add_adapter("small", PissaConfig(r=2))
     model.add_adapter("unit", PissaConfig(r=4, start_norm="unit"))
     model.set_adapter("plain")
