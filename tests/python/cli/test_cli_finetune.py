@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +25,8 @@ from packaging.requirements import Requirement
 
 import runs
 from daily import each
-from pissa.cli import main
+from pissa.cli import main, training
+from pissa.cli.checks import Step0
 from runs import cut_last_step, exact, history, logged, refused, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -181,6 +183,20 @@ def test_a_second_ctrl_c_ends_at_once(
     assert logged(tmp_path / "run", "step")[:2] == [1, 2]
 
 
+def test_a_run_goes_on_from_its_latest_complete_checkpoint(tmp_path: Path) -> None:
+    for step in (9, 100, 10, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 200:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert training._last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_logits_that_are_no_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_batches", lambda *_: [{}])
+    monkeypatch.setattr(training, "step0_check", lambda *_: Step0(math.nan, 1.0, 1.0, 1))
+    assert training._check(SimpleNamespace(model=None), lambda *_: ("", True))["passed"] is False
+
+
 def test_json_is_all_there_is_on_stdout(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +236,7 @@ def test_nothing_is_overwritten(
     assert "--resume" in message
     message = refused(command(base, data, out, "--resume", "--quant", "nf4", "--seed", "3"), capsys)
     assert "--quant was None, is nf4; --seed was 0, is 3" in message
+    assert f"--eval-data was {data}, is None" in message
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
     other = tmp_path / "other"
