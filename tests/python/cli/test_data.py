@@ -218,6 +218,8 @@ def test_long_records_lose_their_end_or_are_left_out(chat_tokenizer: Any) -> Non
 
     rows, cut, left_out = encode(records, chat_tokenizer, prompt_length + 1)
     assert (cut, left_out, max(len(row["input_ids"]) for row in rows)) == (2, 0, prompt_length + 1)
+    longest = max(len(row["input_ids"]) for row in whole)
+    assert encode(records, chat_tokenizer, longest)[1:] == (0, 0)  # the longest just fits
     assert rows[0]["input_ids"] == whole[0]["input_ids"][: prompt_length + 1]
     assert rows[0]["labels"][-1] != IGNORED
 
