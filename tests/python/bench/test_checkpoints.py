@@ -60,21 +60,3 @@ def test_the_committed_results_make_the_table(capsys: pytest.CaptureFixture[str]
     assert found["peer"] == "missed"  # 0.595 of the peer's time, where a fifth was wanted
     assert {found[name] for name in ("3b", "7b", "nf4", "int8")} == {"met"}
     assert "| 7b | 6738 M | 29.6 | 4.39 | 4.57 | 0.46 | 0.37 | 0.36 |" in lines
-
-
-def test_the_rate_of_the_kernels_counts_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.checkpoints import kernels, timed
-
-    monkeypatch.setattr(timed, "REPORT", {})
-    monkeypatch.setattr(sys, "argv", ["kernels", "--shape", "tiny", "--repeats", "1"])
-    kernels.main()
-    found = timed.REPORT
-    # Of each of two layers: q and o, k and v, gate and up, down.
-    assert {shape: one["count"] for shape, one in found["weights"].items()} == {
-        "64x64": 4,
-        "32x64": 4,
-        "128x64": 4,
-        "64x128": 2,
-    }
-    assert found["elements"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
-    assert found["total"] == pytest.approx(sum(one["count"] * one["each"] for one in found["weights"].values()))
