@@ -9,8 +9,8 @@ is decomposed at the same rate. In half precision that rounds it, which costs nf
 removed; int8, whose errors are 16 times smaller, 5 points of a weight of 384 x 384 at r = 128, and less the smaller
 r / size is.
 
-With a second moment R = E[xᵀx] of the activations, "best" means: in the norm tr(M R Mᵀ) of what a matrix M adds to the
-outputs (QERA, arXiv 2410.06040); so do the errors of the iterates.
+With a second moment R = E[xᵀx] of the activations, approximations and iterates are compared by tr(M R Mᵀ), the mean
+square of the outputs that a matrix M adds (QERA, arXiv 2410.06040).
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def split(
         quantise_first: such alternations from L = 0, with T decompositions: LoftQ (arXiv 2310.08659).
         tolerance: alternations end when one makes ‖W - Q - L‖ smaller by less than this share of it; 0: never.
         second_moment: E[xᵀx] of the layer's inputs x, float32 [in, in], on the weight's device, symmetric and not
-            negative definite, of any rank and scale. The factors are then those whose product takes most of the
-            weight's part in the outputs, and alternations are compared by their outputs. It costs half as many reads of
-            the moment as of the weight.
+            negative definite, of any rank and scale. The product of the factors then loses least of the outputs
+            (QERA, arXiv 2410.06040), and alternations are compared by the outputs. The moment is read half as often as
+            the weight, and once more.
 
     Raises:
         TypeError, ValueError: naming the argument; the weight is never changed.
@@ -220,12 +220,12 @@ def _check_moments(
     moments: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[tuple[str, str, str, str]]
 ) -> list[Tensor]:
     """The second moments, finite and in float32."""
-    for moment, weight, (*_, name) in zip(moments, weights, names, strict=True):
+    for moment, weight, (name_w, *_, name) in zip(moments, weights, names, strict=True):
         side = weight.shape[1]
         if not isinstance(moment, Tensor) or moment.shape != (side, side) or moment.dtype != torch.float32:
             got = f"{list(moment.shape)} in {moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
             raise ValueError(f"{name}: got {got}; needed: [in, in] = [{side}, {side}] in torch.float32")
-        check_devices({"weight": weight, name: moment})
+        check_devices({name_w: weight, name: moment})
     return check_weights(moments, [name for *_, name in names])[0]
 
 
