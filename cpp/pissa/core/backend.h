@@ -35,7 +35,7 @@ template <class B>
 concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::span<const Term> terms, std::int64_t count,
                            std::uint64_t seed, float scale, Precision precision, Format format, const float* scales,
                            std::uint8_t* codes, float* nested, float* offset, QuantOutput quantized,
-                           std::span<const Matrix> matrices, float* largest, double* squares) {
+                           std::span<const Matrix> matrices, float* largest, double* squares, Scales given) {
   // A matrix [rows, cols], uninitialised, freed with the returned object; `.view()` is its MutableMatrix.
   { backend.alloc(count, count, format).view() } -> std::convertible_to<MutableMatrix>;
 
@@ -79,6 +79,12 @@ concept Backend = requires(B backend, Matrix matrix, MutableMatrix out, std::spa
   // them. The offset is *given, or, where that is null, the mean, added up in f64; either is written to *offset. The
   // scale of what is NaN, less the offset, is NaN.
   { backend.quantize_absmax(scales, count, scales, codes, nested, offset) };
+
+  // Codes of columns [first, first + errors.cols) of a dense weight, with scales that are given, from the last column to
+  // the first: element [i, j] is rounded to the level nearest to w[i, j] + (errors[i, j - first] + the sum over k > j in
+  // these columns of d[i, k] lower[k, j]) / lower[j, j], and d[i, j] = w[i, j] - that level, which `errors` receives.
+  // A row ends with a whole byte, and columns begin and end with one.
+  { backend.quantize_columns(matrix, matrix, format, given, count, out, codes) };
 
   // y = x W^T + tail + bias and dx = dy W + tail: the GEMMs that read a weight [out, in] in any format. The tail is a
   // sum of at most kMostTail thin products, more columns of the inner dimension; the factor `scale` multiplies x or dy.

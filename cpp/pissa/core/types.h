@@ -112,6 +112,9 @@ PISSA_INLINE constexpr Precision precision_of(Format activations) {
 /// Whether an algorithm knows that rows are linearly independent, or takes them as they come.
 enum class Rank : std::uint8_t { assumed_full, any };
 
+/// Columns of a weight that error feedback rounds one after the other, between two GEMMs.
+inline constexpr std::int64_t kFeedbackColumns = 64;
+
 /// out = a + b, elementwise.
 struct Sum {
   Matrix a;

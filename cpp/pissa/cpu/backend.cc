@@ -254,6 +254,21 @@ void CpuBackend::quantize_absmax(const float* absmax, std::int64_t count, const 
   });
 }
 
+void CpuBackend::quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales,
+                                  std::int64_t first, const MutableMatrix& errors, std::uint8_t* codes) const {
+  constexpr std::int64_t kRows = 64;
+  std::vector<float> reciprocals(errors.cols);
+  for (std::int64_t j = 0; j < errors.cols; ++j) {
+    reciprocals[j] = 1.0f / static_cast<const float*>(lower.data)[(first + j) * (lower.ld + 1)];
+  }
+  const std::int64_t work = w.rows * errors.cols * (errors.cols + 32);
+  parallel_for(executor_, ceil_div(w.rows, kRows), work, [&](std::int64_t task) {
+    const std::int64_t row = task * kRows;
+    kernels_.quantize_columns(w, lower, reciprocals.data(), format, scales, row, std::min(kRows, w.rows - row), first,
+                              errors, codes);
+  });
+}
+
 void CpuBackend::weight_gemm(const Term& product, std::span<const Term> tail, const Matrix& bias,
                              const MutableMatrix& out) const {
   check_terms(tail, kMostTail);

@@ -21,6 +21,7 @@ const Kernels& kernels() {
                                     encode,
                                     max_abs,
                                     quantize,
+                                    quantize_columns,
                                     gram};
   return table;
 }

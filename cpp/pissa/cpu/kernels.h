@@ -65,6 +65,11 @@ struct Kernels {
   void (*quantize)(Format format, const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                    float* scales);
 
+  /// Backend::quantize_columns of rows [row, row + rows); reciprocals: 1 / lower[j, j] of the columns.
+  void (*quantize_columns)(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,
+                           const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
+                           const MutableMatrix& errors, std::uint8_t* codes);
+
   /// gram[i * ld_gram + j] = <row i, other j> in f64, for i in [first, last) and j <= i; `others` may be `rows`.
   void (*gram)(const float* rows, const float* others, std::int64_t cols, std::int64_t ld, std::int64_t first,
                std::int64_t last, double* gram, std::int64_t ld_gram);

@@ -145,6 +145,11 @@ void CudaBackend::gemm_quantized(std::span<const Term> terms, const Matrix& adde
   quantized_sum(context_, terms, addend, out, kChunkBytes);
 }
 
+void CudaBackend::quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales,
+                                   std::int64_t first, const MutableMatrix& errors, std::uint8_t* codes) const {
+  cuda::quantize_columns(context_, w, lower, format, scales, first, errors, codes);
+}
+
 void CudaBackend::weight_gemm_nt(const Matrix& x, const Weight& weight, float scale, Precision precision,
                                  std::span<const Term> tail, const Matrix& bias, const MutableMatrix& y) const {
   weight_gemm(x, weight, Op::t, scale, precision, tail, bias, y);

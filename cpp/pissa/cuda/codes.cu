@@ -221,6 +221,78 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_kernel(QuantizeA
   }
 }
 
+// ---- Error feedback ----------------------------------------------------------------------------------------------
+
+constexpr unsigned kFeedbackThreads = 256;
+constexpr int kLaneColumns = kFeedbackColumns / kWarp;
+
+struct FeedbackFactor {
+  float value[kFeedbackColumns][kFeedbackColumns];
+};
+
+// A warp takes a row, a lane every 32nd of its columns, from the last to the first; all lanes round, and that of the
+// column whose turn it is tells the others its error.
+template <class Codes>
+__global__ void __launch_bounds__(kFeedbackThreads)
+    quantize_columns_kernel(Matrix w, Matrix lower, Scales stored, int shift, std::int64_t first, MutableMatrix errors,
+                            std::uint8_t* codes) {
+  FeedbackFactor& factor = shared_memory<FeedbackFactor>();
+  const int count = static_cast<int>(errors.cols);
+  for (int i = threadIdx.x; i < count * count; i += kFeedbackThreads) {
+    factor.value[i / count][i % count] =
+        static_cast<const float*>(lower.data)[(first + i / count) * lower.ld + first + i % count];
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kFeedbackThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= w.rows) return;  // the whole warp
+  const std::int64_t start = row * w.cols + first;
+  float* row_errors = static_cast<float*>(errors.data) + row * errors.ld;
+  const BlockScales<Codes> scales(stored, shift);
+  float weights[kLaneColumns] = {}, sums[kLaneColumns] = {}, scale[kLaneColumns] = {}, reciprocal[kLaneColumns] = {};
+  std::uint8_t lane_codes[kLaneColumns] = {};
+#pragma unroll
+  for (int part = 0; part < kLaneColumns; ++part) {
+    const int col = part * kWarp + lane;
+    if (col >= count) continue;
+    weights[part] = load(w.data, w.format, row * w.ld + first + col);
+    sums[part] = row_errors[col];
+    scale[part] = scales.value(scales.load(row, start + col));
+    reciprocal[part] = 1.0f / factor.value[col][col];
+  }
+#pragma unroll
+  for (int part = kLaneColumns - 1; part >= 0; --part) {
+    for (int col = min(count, (part + 1) * kWarp) - 1; col >= part * kWarp; --col) {
+      std::uint8_t code;
+      const float element = Codes::nearest(weights[part] + sums[part] * reciprocal[part], scale[part], code);
+      const float error = __shfl_sync(kAllLanes, weights[part] - element, col % kWarp);
+      if (lane == col % kWarp) {
+        lane_codes[part] = code;
+        sums[part] = error;
+      }
+#pragma unroll
+      for (int before = 0; before <= part; ++before) {
+        const int other = before * kWarp + lane;
+        if (other < col) sums[before] += error * factor.value[col][other];
+      }
+    }
+  }
+#pragma unroll
+  for (int part = 0; part < kLaneColumns; ++part) {
+    const int col = part * kWarp + lane;
+    unsigned byte = lane_codes[part];
+    std::int64_t at = start + col;
+    bool writes = col < count;
+    if constexpr (info(Codes::kFormat).bits == 4) {
+      byte = byte << 4 | __shfl_sync(kAllLanes, byte, lane + 1);  // of its neighbour, which an odd lane does not need
+      at /= 2;
+      writes = writes && col % 2 == 0;
+    }
+    if (writes) codes[at] = static_cast<std::uint8_t>(byte);
+    if (col < count) row_errors[col] = sums[part];
+  }
+}
+
 // ---- Nested scales -----------------------------------------------------------------------------------------------
 
 constexpr unsigned kNestedThreads = kNestedBlocksize;
@@ -313,6 +385,16 @@ void quantize(const Context& context, const Matrix& values, const Matrix& change
     launch(context, "quantize", quantize_kernel<Codes>,
            dim3(static_cast<unsigned>(ceil_div(warps, kQuantizeThreads / kWarp))), kQuantizeThreads, args,
            shift_of(out.blocksize));
+  });
+}
+
+void quantize_columns(const Context& context, const Matrix& w, const Matrix& lower, Format format, const Scales& scales,
+                      std::int64_t first, const MutableMatrix& errors, std::uint8_t* codes) {
+  if (w.rows == 0) return;
+  with_codes(format, [&](auto kind) {
+    launch(context, "quantize_columns", quantize_columns_kernel<decltype(kind)>,
+           dim3(static_cast<unsigned>(ceil_div(w.rows, kFeedbackThreads / kWarp))), kFeedbackThreads, w, lower, scales,
+           shift_of(scales.blocksize), first, errors, codes);
   });
 }
 

@@ -18,6 +18,10 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
 void quantize(const Context& context, const Matrix& values, const Matrix& change, std::int64_t first,
               std::int64_t count, const QuantOutput& out);
 
+/// Codes of columns [first, first + errors.cols) of w by error feedback: Backend::quantize_columns.
+void quantize_columns(const Context& context, const Matrix& w, const Matrix& lower, Format format, const Scales& scales,
+                      std::int64_t first, const MutableMatrix& errors, std::uint8_t* codes);
+
 /// Nested quantisation of absmax, less an offset: codes8 [count], nested_absmax [ceil(count / 256)]. *offset receives
 /// *given; or, where `given` is null, the mean, added up in f64 in an order of its own, by a launch more.
 void quantize_absmax(const Context& context, const float* absmax, std::int64_t count, const float* given,

@@ -22,6 +22,14 @@ struct Int8 {
     return static_cast<const std::int8_t*>(data)[at];
   }
 
+  /// The element nearest to a value, which may be beyond the largest, and its code.
+  static __device__ __forceinline__ float nearest(float value, float scale, std::uint8_t& code) {
+    const float scaled = fminf(fmaxf(value * int8_factor(scale), -kInt8Largest), kInt8Largest);
+    const int rounded = __float2int_rn(scaled);
+    code = static_cast<std::uint8_t>(rounded);
+    return int8_element(static_cast<float>(rounded), scale);
+  }
+
   class Decoder {
    public:
     __device__ __forceinline__ void levels(const Octet& codes, float (&values)[kOctet]) const {

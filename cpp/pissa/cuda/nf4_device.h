@@ -24,6 +24,15 @@ struct Nf4 {
     return kDeviceNf4Levels.value[(at % 2 == 0 ? codes >> 4 : codes) & 15u];
   }
 
+  /// The level nearest to a value, and its code, whatever the scale: one of nested scales may be 0, or below.
+  static __device__ __forceinline__ float nearest(float value, float scale, std::uint8_t& code) {
+    const float scaled = fabsf(scale) < kSmallestAbsmax ? 0.0f : value / scale;
+    const float clamped = fminf(fmaxf(scaled, -1.0f), 1.0f);
+    const int cell = static_cast<int>(clamped * Nf4Search::kFactor + Nf4Search::kShift);
+    code = static_cast<std::uint8_t>(kDeviceNf4Search.base[cell] + (clamped > kDeviceNf4Search.threshold[cell]));
+    return kDeviceNf4Levels.value[code] * scale;
+  }
+
   /// The levels, in the registers of a warp: level i in lanes i and i + 16. All lanes take part in every call.
   class Decoder {
    public:

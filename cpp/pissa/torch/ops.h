@@ -21,8 +21,10 @@ void implement(Library& m) {
   m.impl("max_abs", TORCH_BOX(&max_abs<Device>));
   m.impl("svd_lowrank", TORCH_BOX(&svd_lowrank<Device>));
   m.impl("split_many", TORCH_BOX(&split_many<Device>));
+  m.impl("add_second_moment", TORCH_BOX(&add_second_moment<Device>));
   m.impl("residual", TORCH_BOX(&residual<Device>));
   m.impl("quantize", TORCH_BOX(&quantize<Device>));
+  m.impl("feedback_codes", TORCH_BOX(&feedback_codes<Device>));
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax<Device>));
   m.impl("dequantize", TORCH_BOX(&dequantize<Device>));
   m.impl("quantization_error", TORCH_BOX(&quantization_error<Device>));

@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "pissa/core/error_feedback.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/quantized.h"
 #include "pissa/torch/svd.h"
@@ -94,6 +95,23 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const std::string& for
   const NewQuantized q(weight, w, format, blocksize);
   device.backend().gemm_quantized({}, w, q.output);
   return {q.codes, q.absmax};
+}
+
+// Codes by error feedback, with the scales that are given.
+template <class Device>
+Tensor feedback_codes(const Tensor& weight, const Tensor& lower, const Tensor& absmax,
+                      const OptionalTensor& nested_absmax, const OptionalTensor& offset, const std::string& format,
+                      std::int64_t blocksize) {
+  Device device(weight, lower, absmax, nested_absmax, offset);
+  const Tensor w_tensor = torch::stable::contiguous(weight);
+  const Tensor l_tensor = torch::stable::contiguous(lower);
+  const Matrix w = matrix(w_tensor);
+  const Tensor codes = new_tensor(weight, {code_bytes(quantized_format(format), w.rows * w.cols)}, ScalarType::Byte);
+  const QuantizedTensors quantized(codes, absmax, nested_absmax, offset, format, blocksize);
+  const Matrix stored = quantized.view(w.rows, w.cols);
+  quantize_with_feedback(device.backend(), w, matrix(l_tensor), stored.format, stored.scales,
+                         codes.mutable_data_ptr<std::uint8_t>());
+  return codes;
 }
 
 // Without an offset: less their mean.

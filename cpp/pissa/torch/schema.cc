@@ -16,8 +16,12 @@ STABLE_TORCH_LIBRARY(pissa, m) {
       "split_many(Tensor[] weights, float[] largest, int[] ranks, float[] scalings, str svd, int? passes, int seed, "
       "Tensor[]? second_moments=None) "
       "-> (Tensor[] a0, Tensor[] b0, Tensor[] s)");
+  m.def("add_second_moment(Tensor(a!) total, Tensor x) -> ()");
   m.def("residual(Tensor weight, Tensor a0, Tensor b0, float scaling) -> Tensor");
   m.def("quantize(Tensor weight, str format, int blocksize) -> (Tensor codes, Tensor absmax)");
+  m.def(
+      "feedback_codes(Tensor weight, Tensor lower, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, "
+      "int blocksize) -> Tensor");
   m.def("quantize_absmax(Tensor absmax, Tensor? offset) -> (Tensor codes8, Tensor nested_absmax, Tensor offset)");
   m.def(
       "dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str format, int blocksize, "

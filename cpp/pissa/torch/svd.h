@@ -1,6 +1,7 @@
 // The ops that decompose: the largest element, SVD, split, and the dense residual.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -94,6 +95,24 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> split_
   }
   device.split_many(tasks, options);
   return {a0, b0, s};
+}
+
+// total [in, in] += x^T x for x [tokens, in], in and below the diagonal, a panel of columns at a time.
+template <class Device>
+void add_second_moment(Tensor total, const Tensor& x) {
+  Device device(total, x);
+  PISSA_CHECK(total.is_contiguous(), "total: needed a contiguous tensor");
+  const Tensor x_tensor = torch::stable::contiguous(x);
+  const Matrix rows = matrix(x_tensor);
+  const MutableMatrix sum = mutable_matrix(total);
+  check_shape("total", sum, rows.cols, rows.cols);
+  constexpr std::int64_t kPanel = 512;
+  for (std::int64_t first = 0; first < rows.cols; first += kPanel) {
+    const std::int64_t count = std::min(kPanel, rows.cols - first);
+    const MutableMatrix part = cols_of(rows_of(sum, first, rows.cols - first), first, count);
+    const std::array terms{Term{cols_of(rows, first, rows.cols - first), Op::t, cols_of(rows, first, count), Op::n}};
+    device.backend().gemm(terms, part, part);
+  }
 }
 
 // A weight and its factors as they cross the op boundary.

@@ -74,6 +74,11 @@ def _(weight: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
     return _quantized(weight, format, blocksize)
 
 
+@register_fake("pissa::feedback_codes")
+def _(weight: Tensor, lower: Tensor, *args: Any) -> Tensor:
+    return _quantized(weight, *args[-2:])[0]
+
+
 @register_fake("pissa::quantize_absmax")
 def _(absmax: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _bytes(absmax, absmax.numel()), _floats(absmax, -(-absmax.numel() // NESTED_BLOCKSIZE)), _floats(absmax)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of, quantized_weight
+from pissa.ops._quant import QuantizedWeight, check_offset, check_whole_bytes, offsets_of, quantized_weight
+from pissa.ops._second_moment import check_moments, feedback_factors, with_feedback
 from pissa.ops.checks import (
     check_choice,
     check_devices,
@@ -158,6 +159,7 @@ def residual_many(
     blocksize: int | None = None,
     double_quant: bool | None = None,
     names: Sequence[str] | None = None,
+    second_moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | QuantizedWeight]:
     """`residual` of many weights, bit for bit. The host waits once for a GPU, when all of them are queued.
 
@@ -165,6 +167,8 @@ def residual_many(
         weights, a0s, b0s, scalings: of each weight what `residual` takes, all on one device.
         form, blocksize, double_quant: see `residual`; the same for all.
         names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
+        second_moments: of each weight's inputs, as `split` takes them: the codes of a quantised form are then found by
+            error feedback, see `quantize`. Weights that have one tensor share its factorisation.
 
     Raises:
         TypeError, ValueError: naming the argument. No residual is returned then.
@@ -172,7 +176,7 @@ def residual_many(
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
     check_lengths({"a0s": a0s, "b0s": b0s, "scalings": scalings, "names": names}, len(weights))
     called = [(name, f"a0s[{i}]", f"b0s[{i}]", f"scalings[{i}]") for i, name in enumerate(names)]
-    return _residuals(called, weights, a0s, b0s, scalings, form, blocksize, double_quant)
+    return _residuals(called, weights, a0s, b0s, scalings, form, blocksize, double_quant, second_moments)
 
 
 def _residuals(
@@ -184,6 +188,7 @@ def _residuals(
     form: str,
     blocksize: int | None,
     double_quant: bool | None,
+    second_moments: Sequence[Tensor] | None = None,
 ) -> list[Tensor | QuantizedWeight]:
     """The residuals; `names` has those of a weight, its a0, its b0 and its scaling."""
     weights = [check_matrix(weight, name) for weight, (name, *_) in zip(weights, names, strict=True)]
@@ -198,9 +203,16 @@ def _residuals(
         return []
     options = [quant_options(form, ("explicit",), blocksize, double_quant, weight) for weight in weights]
     factors = [(a0.detach().float(), b0.detach().float()) for a0, b0 in zip(a0s, b0s, strict=True)]
+    feedback: Sequence[Tensor | None] = [None] * len(weights)
+    if second_moments is not None:
+        weight_names = [name for name, *_ in names]
+        check_feedback(form, weights, weight_names)
+        moment_names = [f"second_moments[{i}]" for i in range(len(weights))]
+        check_lengths({"second_moments": second_moments}, len(weights))
+        feedback = feedback_factors(check_moments(second_moments, weights, moment_names, weight_names))
     found = [
-        unchecked_residual(weight, *pair, scaling, form, option)
-        for weight, pair, scaling, option in zip(weights, factors, scalings, options, strict=True)
+        unchecked_residual(weight, *pair, scaling, form, option, factor)
+        for weight, pair, scaling, option, factor in zip(weights, factors, scalings, options, feedback, strict=True)
     ]
     norms = [_norms(side) for side in zip(*factors, strict=True)]
     values = torch.stack([_OPS.max_abs(weights), *norms, offsets_of(found)]).tolist()  # the host waits here, once
@@ -218,20 +230,38 @@ def _norms(factors: Sequence[Tensor]) -> Tensor:
 
 
 def unchecked_residual(
-    weight: Tensor, a0: Tensor, b0: Tensor, scaling: float, form: str, options: tuple[int, bool] | None
+    weight: Tensor,
+    a0: Tensor,
+    b0: Tensor,
+    scaling: float,
+    form: str,
+    options: tuple[int, bool] | None,
+    feedback: Tensor | None = None,
 ) -> Tensor | QuantizedWeight:
-    """The residual of tensors that are fit for it, `options` being `quant_options`; the factors may be of rank 0. If
-    the scales are nested, their offset has to be checked by the caller, who may wait for it."""
+    """The residual of tensors that are fit for it, `options` being `quant_options`; the factors may be of rank 0. With
+    `feedback`, of `feedback_factors`, codes are found by error feedback. If the scales are nested, their offset has to
+    be checked by the caller, who may wait for it."""
     has_factors = a0.shape[0] > 0
     if options is None:
         rest: Tensor = _OPS.residual(weight, a0, b0, scaling) if has_factors else weight.clone()
         return rest
     blocksize, double_quant = options
+    if has_factors and feedback is not None:  # codes depend on those beside them: the residual has to be there
+        weight, has_factors = _OPS.residual(weight.float(), a0, b0, scaling), False
     if has_factors:
         codes, absmax = _OPS.residual_quantized(weight, a0, b0, scaling, form, blocksize)
     else:
         codes, absmax = _OPS.quantize(weight, form, blocksize)
-    return quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
+    found = quantized_weight(form, codes, absmax, (weight.shape[0], weight.shape[1]), blocksize, double_quant)
+    return found if feedback is None else with_feedback(weight, found, feedback)
+
+
+def check_feedback(form: str, weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Whether weights of those names can have codes by error feedback in a form."""
+    if form not in FORMATS:
+        raise ValueError(f"form: got {form!r} with error feedback; allowed: {', '.join(map(repr, FORMATS))}")
+    for weight, name in zip(weights, names, strict=True):
+        check_whole_bytes(form, weight, name)
 
 
 def quant_options(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
+from pissa.ops._second_moment import check_moments, feedback_factors, with_feedback
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
 from pissa.ops.formats import DEFAULT, FORMATS
 
@@ -97,7 +98,12 @@ def offsets_of(parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
 
 
 def quantize(
-    weight: Tensor, format: str = DEFAULT, *, blocksize: int | None = None, double_quant: bool | None = None
+    weight: Tensor,
+    format: str = DEFAULT,
+    *,
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+    second_moment: Tensor | None = None,
 ) -> QuantizedWeight:
     """A weight as codes and scales: bitsandbytes' bytes.
 
@@ -107,6 +113,9 @@ def quantize(
         blocksize: elements per scale, of "nf4" only: 32, 64, ..., 4096. None: 64; in "int8" always a row.
         double_quant: quantise the scales too, of "nf4" only, to 8 bits in blocks of 256 (bitsandbytes'
             `compress_statistics`). None: where the format has it.
+        second_moment: E[xᵀx] of the layer's inputs, as `split` takes it. The codes are then found by error feedback
+            (`ops._second_moment`), which loses less of the outputs; the scales stay those of the weight. A row has to
+            end with a whole byte.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -116,7 +125,21 @@ def quantize(
     shape = (weight.shape[0], weight.shape[1])
     blocksize, double_quant = FORMATS[format].options(blocksize, double_quant, shape[1])
     codes, absmax = _OPS.quantize(weight, format, blocksize)
-    return check_scales(quantized_weight(format, codes, absmax, shape, blocksize, double_quant))
+    nearest = check_scales(quantized_weight(format, codes, absmax, shape, blocksize, double_quant))
+    if second_moment is None:
+        return nearest
+    check_whole_bytes(format, weight)
+    moments = check_moments([second_moment], [weight], ["second_moment"], ["weight"])
+    return with_feedback(weight, nearest, feedback_factors(moments)[0])
+
+
+def check_whole_bytes(format: str, weight: Tensor, name: str = "weight") -> None:
+    """Whether each row of a weight ends with a whole byte of codes, as error feedback needs it."""
+    share = 8 // math.gcd(8, FORMATS[format].bits)
+    if weight.shape[1] % share:
+        raise ValueError(
+            f"{name}: got {weight.shape[1]} columns; needed by error feedback in {format}: a multiple of {share}"
+        )
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

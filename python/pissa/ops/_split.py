@@ -23,11 +23,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pissa.ops._principal import Factors, SvdOptions, quant_options, unchecked_factors, unchecked_residual
+from pissa.ops._principal import (
+    Factors,
+    SvdOptions,
+    check_feedback,
+    quant_options,
+    unchecked_factors,
+    unchecked_residual,
+)
 from pissa.ops._quant import QuantizedWeight, check_offset, offsets_of
+from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import (
     check_alternation,
-    check_devices,
     check_finite,
     check_lengths,
     check_rank,
@@ -74,6 +81,7 @@ def split(
     quantise_first: bool = False,
     tolerance: float = TOLERANCE,
     second_moment: Tensor | None = None,
+    error_feedback: bool = False,
 ) -> Split:
     """PiSSA's start factors of a weight and, if asked, its residual (arXiv 2404.02948, eq. 2-4 and 8).
 
@@ -95,12 +103,13 @@ def split(
             negative definite, of any rank and scale. The product of the factors then loses least of the outputs
             (QERA, arXiv 2410.06040), and alternations are compared by the outputs. The moment is read half as often as
             the weight, and once more.
+        error_feedback: with a second moment, find the codes of a quantised form by error feedback, see `quantize`.
 
     Raises:
         TypeError, ValueError: naming the argument; the weight is never changed.
     """
     svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
-    how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance)
+    how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance, error_feedback)
     moments = None if second_moment is None else [second_moment]
     [found] = _splits([("weight", "r", "scaling", "second_moment")], [weight], [r], [scaling], moments, how)
     return found
@@ -122,6 +131,7 @@ def split_many(
     tolerance: float = TOLERANCE,
     names: Sequence[str] | None = None,
     second_moments: Sequence[Tensor] | None = None,
+    error_feedback: bool = False,
 ) -> list[Split]:
     """`split` of many weights, bit for bit, small weights side by side on one thread each.
 
@@ -134,7 +144,7 @@ def split_many(
         ranks: r of each weight.
         scalings: s of each weight.
         names: what errors call the weights; "weights[0]", "weights[1]", ... by default.
-        second_moments: of each weight's inputs.
+        second_moments: of each weight's inputs. Weights that have one tensor share its factorisation.
 
     Returns:
         What `split` returns, in the order of the weights.
@@ -148,7 +158,7 @@ def split_many(
     if second_moments is not None:
         check_lengths({"second_moments": second_moments}, len(weights))
     svd_options = SvdOptions(svd, check_svd(svd, passes, seed), seed)
-    how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance)
+    how = _How(svd_options, form, blocksize, double_quant, quant_iters, quantise_first, tolerance, error_feedback)
     called = [(name, f"ranks[{i}]", f"scalings[{i}]", f"second_moments[{i}]") for i, name in enumerate(names)]
     return _splits(called, weights, ranks, scalings, second_moments, how)
 
@@ -163,6 +173,7 @@ class _How(NamedTuple):
     quant_iters: int
     quantise_first: bool
     tolerance: float
+    error_feedback: bool
 
 
 class _Task(NamedTuple):
@@ -179,6 +190,8 @@ class _Task(NamedTuple):
     """What errors call it."""
     moment: Tensor | None
     """The second moment of its inputs."""
+    feedback: Tensor | None
+    """Of `feedback_factors`, for codes by error feedback."""
 
 
 def _splits(
@@ -192,16 +205,24 @@ def _splits(
     """The splits; `names` has those of a weight, its rank, its scaling and its second moment."""
     check_alternation(how.quant_iters, how.quantise_first, how.tolerance, how.form)
     weights, largest = check_weights(weights, [name for name, *_ in names])
-    moments = [None] * len(weights) if second_moments is None else _check_moments(second_moments, weights, names)
+    moments: Sequence[Tensor | None] = [None] * len(weights)
+    feedback = moments
+    if how.error_feedback:
+        check_feedback(how.form, weights, [name for name, *_ in names])
+        if second_moments is None:
+            raise ValueError("error_feedback: got True without second_moment, by which it weighs errors; give both")
+    if second_moments is not None:
+        checked = check_moments(second_moments, weights, [name for *_, name in names], [name for name, *_ in names])
+        moments, feedback = checked, feedback_factors(checked) if how.error_feedback else feedback
     tasks = []
-    for (name, name_r, name_s, _), *parts, scaling, moment in zip(
-        names, weights, largest, ranks, scalings, moments, strict=True
+    for (name, name_r, name_s, _), *parts, scaling, moment, factor in zip(
+        names, weights, largest, ranks, scalings, moments, feedback, strict=True
     ):
         weight, bound, r = parts
         check_rank(r, weight, name_r)
         check_scaling(scaling, name_s)
         options = quant_options(how.form, ("implicit", "explicit"), how.blocksize, how.double_quant, weight)
-        tasks.append(_Task(weight, bound, r, scaling, options, name, moment))
+        tasks.append(_Task(weight, bound, r, scaling, options, name, moment, factor))
     if not tasks:  # no tensor, by which torch would find the op's kernel
         return []
     if how.quant_iters > 1 or how.quantise_first:
@@ -216,21 +237,8 @@ def _splits(
     return [Split(a0, b0, rest) for (a0, b0, _), rest in zip(factors, rests, strict=True)]
 
 
-def _check_moments(
-    moments: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[tuple[str, str, str, str]]
-) -> list[Tensor]:
-    """The second moments, finite and in float32."""
-    for moment, weight, (name_w, *_, name) in zip(moments, weights, names, strict=True):
-        side = weight.shape[1]
-        if not isinstance(moment, Tensor) or moment.shape != (side, side) or moment.dtype != torch.float32:
-            got = f"{list(moment.shape)} in {moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
-            raise ValueError(f"{name}: got {got}; needed: [in, in] = [{side}, {side}] in torch.float32")
-        check_devices({name_w: weight, name: moment})
-    return check_weights(moments, [name for *_, name in names])[0]
-
-
 def _residual(task: _Task, taken: tuple[Tensor, Tensor], form: str) -> Tensor | QuantizedWeight:
-    return unchecked_residual(task.weight, *taken, task.scaling, form, task.options)
+    return unchecked_residual(task.weight, *taken, task.scaling, form, task.options, task.feedback)
 
 
 # ---- Alternations ----------------------------------------------------------------------------------------------------

@@ -209,6 +209,14 @@ class TransferringBackend {
                 const MutableMatrix& vectors) {
     call(&Cuda::gram_svd, rows, others, scale, s, vectors);
   }
+  void quantize_columns(const Matrix& w, const Matrix& lower, Format format, const Scales& scales, std::int64_t first,
+                        const MutableMatrix& errors, std::uint8_t* codes) const {
+    staged([&](Staging& at) {
+      const Scales given = at(Matrix{codes, w.rows, w.cols, w.cols, format, scales}).scales;
+      cuda_.quantize_columns(at(w), at(lower), format, given, first, at(errors),
+                             at.upload(codes, code_bytes(format, w.rows * w.cols), true));
+    });
+  }
   void quantize_absmax(const float* absmax, std::int64_t count, const float* given, std::uint8_t* codes8,
                        float* nested_absmax, float* offset) const {
     staged([&](Staging& at) {

@@ -45,6 +45,36 @@ void quantize(Format format, const float* values, std::int64_t count, std::int64
   with_codes(format, [&](auto kind) { kind.quantize(values, count, blocksize, codes, scales); });
 }
 
+// A row's columns depend on those behind them: a row at a time, whose sums stay in L1.
+void quantize_columns(const Matrix& w, const Matrix& lower, const float* reciprocals, Format format,
+                      const Scales& scales, std::int64_t row, std::int64_t rows, std::int64_t first,
+                      const MutableMatrix& errors, std::uint8_t* codes) {
+  with_codes(format, [&](auto kind) {
+    using Codes = decltype(kind);
+    const std::int64_t count = errors.cols;
+    const float* factor = static_cast<const float*>(lower.data) + first * lower.ld + first;
+    for (std::int64_t i = row; i < row + rows; ++i) {
+      float weights[kFeedbackColumns], scale[kFeedbackColumns];
+      std::uint8_t row_codes[kFeedbackColumns];
+      decode(w, i, first, count, weights);
+      const std::int64_t start = i * w.cols + first;
+      const std::int64_t first_block = Codes::block(scales, i, start);
+      float absmax[kFeedbackColumns];
+      decode_absmax(scales, first_block, Codes::block(scales, i, start + count - 1) - first_block + 1, absmax);
+      for (std::int64_t j = 0; j < count; ++j) scale[j] = absmax[Codes::block(scales, i, start + j) - first_block];
+      float* sums = static_cast<float*>(errors.data) + i * errors.ld;
+      for (std::int64_t j = count - 1; j >= 0; --j) {
+        const float element = Codes::nearest(weights[j] + sums[j] * reciprocals[j], scale[j], row_codes[j]);
+        const float error = weights[j] - element;
+        const float* behind = factor + j * lower.ld;
+        for (std::int64_t k = 0; k < j; ++k) sums[k] += error * behind[k];
+        sums[j] = error;
+      }
+      Codes::pack(row_codes, count, codes + start * info(Codes::kFormat).bits / 8);
+    }
+  });
+}
+
 PISSA_INLINE void decode_elements(const Matrix& matrix, std::int64_t row, std::int64_t col, std::int64_t count,
                                   float scale, F32, float* to) {
   decode(matrix, row, col, count, to);

@@ -3,6 +3,8 @@
 //
 //   decode<Product>     part of a row as elements of the product, each rounded once
 //   quantize            whole blocks, the last of which may be short
+//   nearest             the element nearest to a value, given its block's scale, and its code
+//   pack                codes, a byte each, as they are stored
 //   block               the block of an element
 //   dots<Product>       whether `dot` is the way to multiply a term with that many rows
 //   dot<Product>        c = or += the term, straight from the codes

@@ -20,6 +20,10 @@ struct Int8 {
                               typename Product::Element* to);
   static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                        float* scales);
+  static PISSA_INLINE float nearest(float value, float scale, std::uint8_t& code);
+  static PISSA_INLINE void pack(const std::uint8_t* codes, std::int64_t count, std::uint8_t* to) {
+    __builtin_memcpy(to, codes, count);
+  }
   template <class Product>
   static bool dots(const Term& term, std::int64_t rows) {
     return rows <= kCodeDotRows && term.op_a == Op::n && term.op_b == Op::t;
@@ -53,10 +57,11 @@ void Int8::decode_unscaled(const Matrix& matrix, std::int64_t row, std::int64_t 
   for (; i < count; ++i) to[i] = Product::exact(codes[i]);
 }
 
+// Adding and taking away 3 * 2^22 rounds what is below 2^22 to an integer.
+constexpr float kRound = 12582912.0f;
+
 void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                     float* scales) {
-  // Adding and taking away 3 * 2^22 rounds what is below 2^22 to an integer.
-  constexpr float kRound = 12582912.0f;
   for (const float* end = values + count; values != end; values += blocksize, codes += blocksize) {
     const float largest = max_abs(values, blocksize);
     const float factor = int8_factor(largest);
@@ -66,6 +71,15 @@ void Int8::quantize(const float* values, std::int64_t count, std::int64_t blocks
       codes[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(rounded));
     }
   }
+}
+
+// The element nearest to a value, which may be beyond the largest, and its code.
+PISSA_INLINE float Int8::nearest(float value, float scale, std::uint8_t& code) {
+  const float scaled = value * int8_factor(scale);
+  const float clamped = scaled > -kInt8Largest ? (scaled < kInt8Largest ? scaled : kInt8Largest) : -kInt8Largest;
+  const float rounded = clamped + kRound - kRound;
+  code = static_cast<std::uint8_t>(static_cast<std::int32_t>(rounded));
+  return int8_element(rounded, scale);
 }
 
 // ---- x W^T for one to four rows of x -----------------------------------------------------------------------------

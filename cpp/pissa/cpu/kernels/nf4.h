@@ -18,6 +18,8 @@ struct Nf4 {
                      typename Product::Element* to);
   static void quantize(const float* values, std::int64_t count, std::int64_t blocksize, std::uint8_t* codes,
                        float* absmax);
+  static PISSA_INLINE float nearest(float value, float scale, std::uint8_t& code);
+  static PISSA_INLINE void pack(const std::uint8_t* codes, std::int64_t count, std::uint8_t* to);
   template <class Product>
   static bool dots(const Term& term, std::int64_t rows);
   template <class Product>
@@ -90,6 +92,21 @@ void Nf4::quantize(const float* values, std::int64_t count, std::int64_t blocksi
     const float partner = i + 1 < length ? rest[i + 1] : 0.0f;
     *codes++ = static_cast<std::uint8_t>(nf4_code(rest[i] / divisor) << 4 | nf4_code(partner / divisor));
   }
+}
+
+// The level nearest to a value, and its code, whatever the scale: one of nested scales may be 0, or below.
+PISSA_INLINE float Nf4::nearest(float value, float scale, std::uint8_t& code) {
+  const float size = scale < 0.0f ? -scale : scale;
+  const float scaled = size < kSmallestAbsmax ? 0.0f : value / scale;
+  const float clamped = scaled > -1.0f ? (scaled < 1.0f ? scaled : 1.0f) : -1.0f;
+  const int cell = static_cast<int>(Nf4Search::kFactor * clamped + Nf4Search::kShift);
+  code = static_cast<std::uint8_t>(kNf4Search.base[cell] + (clamped > kNf4Search.threshold[cell]));
+  return kNf4Levels[code] * scale;
+}
+
+// Codes of an even number of elements.
+PISSA_INLINE void Nf4::pack(const std::uint8_t* codes, std::int64_t count, std::uint8_t* to) {
+  for (std::int64_t i = 0; i < count; i += 2) to[i / 2] = static_cast<std::uint8_t>(codes[i] << 4 | codes[i + 1]);
 }
 
 // ---- x W^T for one to four rows of x -----------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Second moments R = E[xᵀx] of a layer's inputs x, and what follows from them for its codes: error feedback.
+
+Codes by error feedback (GPTQ, arXiv 2210.17323) lose less of the outputs than those nearest to the weight, in the same
+bytes: the errors of the columns that are rounded already are made good by those that are not yet. The algorithm is in
+cpp/pissa/core/error_feedback.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pissa.ops import _autograd  # noqa: F401  registers fakes
+from pissa.ops.checks import FLOATS, check_devices, check_tensor, check_weights
+
+if TYPE_CHECKING:
+    from pissa.ops._quant import QuantizedWeight
+
+_OPS = torch.ops.pissa
+
+DAMPING = 0.01
+"""Of error feedback: this share of the mean diagonal of R is added to its diagonal, as in GPTQ, which makes a singular
+R definite."""
+
+
+def add_second_moment(total: Tensor, x: Tensor) -> None:
+    """Adds xᵀx to the lower triangle of a sum, in place. The same bits for any number of threads.
+
+    Args:
+        total: float32 [in, in], contiguous. What is above its diagonal is neither read nor changed in a useful way.
+        x: [..., in], float32, bfloat16 or float16, on the sum's device.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_tensor("x", x, FLOATS)
+    check_tensor("total", total, (torch.float32,))
+    side = x.shape[-1]
+    if total.shape != (side, side) or not total.is_contiguous():
+        raise ValueError(f"total: got {list(total.shape)}; needed: [in, in] = [{side}, {side}], contiguous")
+    check_devices({"total": total, "x": x})
+    _OPS.add_second_moment(total, x.detach().reshape(-1, side))
+
+
+def check_moments(
+    moments: Sequence[object], weights: Sequence[Tensor], names: Sequence[str], weight_names: Sequence[str]
+) -> list[Tensor]:
+    """The second moments of the weights' inputs, one for each, finite and in float32; `names` and `weight_names` are
+    what errors call them."""
+    for moment, weight, name, weight_name in zip(moments, weights, names, weight_names, strict=True):
+        side = weight.shape[1]
+        if not isinstance(moment, Tensor) or moment.shape != (side, side) or moment.dtype != torch.float32:
+            got = f"{list(moment.shape)} in {moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
+            raise ValueError(f"{name}: got {got}; needed: [in, in] = [{side}, {side}] in torch.float32")
+        check_devices({weight_name: weight, name: moment})
+    return check_weights(moments, names)[0]
+
+
+def feedback_factors(moments: Sequence[Tensor]) -> list[Tensor]:
+    """float32 [in, in], the lower Cholesky factor of each second moment, damped; of one that several weights share it
+    is computed once. In float64, by torch, which asks LAPACK or cuSOLVER."""
+    found: dict[int, Tensor] = {}  # by address
+    for moment in moments:
+        if moment.data_ptr() not in found:
+            damped = moment.double()
+            damping = DAMPING * damped.diagonal().mean()
+            damped.diagonal().add_(damping.where(damping > 0, 1))  # no inputs at all: codes as without
+            found[moment.data_ptr()] = torch.linalg.cholesky(damped).float()
+    return [found[moment.data_ptr()] for moment in moments]
+
+
+def with_feedback(weight: Tensor, nearest: QuantizedWeight, factor: Tensor) -> QuantizedWeight:
+    """The weight with the same scales and with codes by error feedback, `factor` being of `feedback_factors`."""
+    return nearest._replace(codes=_OPS.feedback_codes(weight, factor, *nearest[1:5], nearest.blocksize))
