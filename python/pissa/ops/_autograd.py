@@ -59,6 +59,11 @@ def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty((), dtype=torch.float64)
 
 
+@register_fake("pissa::add_second_moment")
+def _(total: Tensor, x: Tensor) -> None:
+    return None
+
+
 @register_fake("pissa::residual")
 def _(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(weight.shape)
