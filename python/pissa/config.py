@@ -23,15 +23,18 @@ from pissa.peft_private import build_layers_with
 
 Residual = Literal["implicit", "explicit"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
-Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "given"]
+Init = Literal["pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "activations", "given"]
 StartNorm = Literal["singular", "unit"]
 Preset = Literal["rl"]
 
-ALTERNATING: tuple[Init, ...] = ("pissa", "loftq")
+ALTERNATING: tuple[Init, ...] = ("pissa", "loftq", "activations")
 """The init methods that can alternate decomposition and quantisation."""
 
 _OF_SINGULAR_VECTORS: tuple[Init, ...] = ("pissa", "pissa_medium", "pissa_minor")
 """The init methods that start from singular vectors."""
+
+_OF_ERRORS: tuple[Init, ...] = ("loftq", "activations")
+"""The init methods that start from what a format loses."""
 
 _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True, "lora_alpha": 16}}
 """The values that each preset gives to fields which have their defaults."""
@@ -126,13 +129,16 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     Args:
         init: "pissa" starts from the principal singular components. To compare with it: "pissa_medium" and
             "pissa_minor" from those in the middle and at the end of the spectrum (the paper's figure 8), "lora" from
-            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format. "given" marks
-            an adapter whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain
-            LoRA (`peft.set_peft_model_state_dict`). It cannot be asked for.
+            B = 0, "olora" from a QR factorisation, "loftq" (with `quant`) from the error of the format, "activations"
+            (with `quant`) from the part of that error which matters most to the outputs, given the layer's inputs
+            (QERA, arXiv 2410.06040): it needs a calibration, see `pissa.wrap`. "given" marks an adapter
+            whose factors come from elsewhere: from other adapters (`add_weighted_adapter`) or from a plain LoRA
+            (`peft.set_peft_model_state_dict`). It cannot be asked for.
         repair: the start that a stored base lacks, and adds again exactly: that of `init` (None), or that of any other
             method. With `init="lora", repair="pissa", quant="nf4"` LoRA trains on QPiSSA's base; with
             `init="pissa", repair="lora"` PiSSA on the plainly quantised weight, of which LoRA's start takes nothing
-            out. Only with `quant` or residual="explicit".
+            out. With `repair="activations"` and a calibration the outputs of the base are repaired, not its weights.
+            Only with `quant` or residual="explicit".
         start_norm: the lengths of A0's rows and of B0's columns, the singular vectors that "pissa", "pissa_medium" and
             "pissa_minor" start from. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
             "unit": 1, an orthonormal start, whatever the scaling s is. A stored base lacks the singular start then, and
@@ -144,10 +150,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         seed: seed of the random sketch. The result does not depend on torch's generator.
         quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row. None keeps the base
             as `residual` says.
-        quant_iters: T, alternations of decomposition and quantisation, with `quant` and for the start of "pissa" or
-            "loftq" that the residual lacks. With more than 1 the start factors are those of what the residual misses,
-            W - Q, and Q lacks those of the alternation before; the best alternation is kept. It costs T + 1
-            decompositions.
+        error_feedback: find the codes of the residual by error feedback (GPTQ, arXiv 2210.17323), which loses less of
+            the outputs in the same bytes. With `quant` and a calibration, see `pissa.wrap`.
+        quant_iters: T, alternations of decomposition and quantisation, with `quant` and for the start of "pissa",
+            "loftq" or "activations" that the residual lacks. With more than 1 the start factors are those of what the
+            residual misses, W - Q, and Q lacks those of the alternation before; the best alternation is kept. It costs
+            T + 1 decompositions.
         blocksize: weights that share one NF4 scale; a power of two from 32 to 4096.
         double_quant: quantise the NF4 scales as well. Those of INT8 stay float32.
         quant_storage: dtype of the parameters that hold the quantised codes, as in bitsandbytes: "uint8", "bfloat16",
@@ -184,6 +192,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     svd_passes: Passes = field(default="auto", metadata={"help": "Passes over each weight, even, or auto"})
     seed: int = field(default=0, metadata={"help": "Seed of the random sketch"})
     quant: str | None = field(default=None, metadata={"help": "Format that the residual is quantised to"})
+    error_feedback: bool = field(default=False, metadata={"help": "Find codes by error feedback; needs a calibration"})
     quant_iters: int = field(default=1, metadata={"help": "Alternations of SVD and quantisation"})
     blocksize: int = field(default=64, metadata={"help": "Weights that share one NF4 scale"})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the NF4 scales as well"})
@@ -254,6 +263,11 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         """Whether the adapter's start is the one that a stored residual lacks, alternations and all."""
         return self.repair is None and self.start_norm == "singular"
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the base or the start depends on the layers' inputs."""
+        return self.error_feedback or "activations" in (self.init, self.repair)
+
     def of_base(self) -> PissaConfig:
         """The configuration of the start that a stored residual lacks: this one, or one that starts as `repair`, and
         with the lengths that make it a part of the weight."""
@@ -263,10 +277,10 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         return dataclasses.replace(self, **fields | {"use_adalora": False, "use_dora": False})
 
     def of_adapter(self) -> PissaConfig:
-        """The configuration of a start that no residual lacks: alternations are a residual's."""
-        if self.repair is None and self.quant_iters == 1:
+        """The configuration of a start that no residual lacks: alternations and error feedback are a residual's."""
+        if self.repair is None and self.quant_iters == 1 and not self.error_feedback:
             return self
-        return dataclasses.replace(self, repair=None, quant_iters=1)
+        return dataclasses.replace(self, repair=None, quant_iters=1, error_feedback=False)
 
     def as_lora(self, times: int = 2) -> LoraConfig:
         """The plain LoRA of so many times the rank that has the same scaling in every layer."""
@@ -330,7 +344,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             )
         self._check_repair()
         self._check_blocks()
-        for name in ("double_quant", "use_adalora", "use_dora"):
+        for name in ("double_quant", "error_feedback", "use_adalora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True, False")
         if not isinstance(self.orth_reg_weight, (int, float)) or not 0 <= self.orth_reg_weight < math.inf:
@@ -340,9 +354,12 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             if not _is_int(index) or index < 0:
                 raise ValueError(f"trainable_token_indices: got {index!r}; allowed: integers of at least 0")
         for name in ("init", "repair"):
-            if getattr(self, name) == "loftq" and self.quant is None:
+            method = getattr(self, name)
+            if method in _OF_ERRORS and self.quant is None:
                 formats = " or ".join(f'quant="{format}"' for format in FORMATS)
-                raise ValueError(f'{name}="loftq" starts from the error of a quantised format: give {formats} with it')
+                raise ValueError(
+                    f'{name}="{method}" starts from the error of a quantised format: give {formats} with it'
+                )
         if self.use_adalora and (self.use_dora or self.init not in _OF_SINGULAR_VECTORS):
             raise ValueError(
                 f"use_adalora trains singular values: got init={self.init!r}, use_dora={self.use_dora}; allowed with "
@@ -368,6 +385,17 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             self.repair = None
         if not _is_int(self.quant_iters) or self.quant_iters < 1:
             raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: an integer of at least 1")
+        start = self.repair or self.init
+        if self.error_feedback and self.quant is None:
+            raise ValueError(
+                f"error_feedback: got True without quant; allowed: False, since nothing is quantised. Give "
+                f"quant={' or '.join(map(repr, FORMATS))} with it"
+            )
+        if self.error_feedback and (self.quant_iters > 1 or start == "loftq") and start != "activations":
+            raise ValueError(
+                f"error_feedback: got True, but the start of {start!r} with quant_iters={self.quant_iters} is found "
+                'with the nearest codes; allowed: False, or True with repair="activations", or with quant_iters=1'
+            )
         if self.quant_iters == 1:
             return
         if self.quant is None:
@@ -375,7 +403,6 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"quant_iters: got {self.quant_iters} without quant; allowed: 1, since nothing is quantised. Give "
                 f"quant={' or '.join(map(repr, FORMATS))} with it"
             )
-        start = self.repair or self.init
         if start not in ALTERNATING and start != "given":  # which is asked only after the base has been made
             raise ValueError(
                 f"quant_iters: got {self.quant_iters}, but the residual lacks the start of {start!r}; allowed: "

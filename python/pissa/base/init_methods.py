@@ -31,6 +31,8 @@ class StartTask(NamedTuple):
     config: PissaConfig
     names: Sequence[str]
     """What messages call the layers."""
+    moments: Sequence[Tensor] | None = None
+    """The second moment of each layer's inputs, as `ops.split` takes it, where the configuration needs them."""
 
     @property
     def weight_names(self) -> list[str]:
@@ -67,6 +69,8 @@ class InitMethod(ABC):
         names = self.identity_fields(config.quant_iters > 1 and config.starts_as_base)
         if config.start_norm != "singular":  # never of a start that a residual lacks: no pissa.json has it
             names = (*names, "start_norm")
+        if config.error_feedback and config.starts_as_base:
+            names = (*names, "error_feedback")
         return tuple((name, getattr(config, name)) for name in names)
 
     def identity_fields(self, alternates: bool) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ class Pissa(InitMethod):
     name = "pissa"
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _principal(task, quantise_first=False)
+        return _alternating(task, quantise_first=False)
 
 
 class LoftQ(InitMethod):
@@ -101,9 +105,34 @@ class LoftQ(InitMethod):
 
     def start(self, task: StartTask) -> list[StartFactors]:
         if task.config.quant_iters > 1:
-            return _principal(task, quantise_first=True)
-        starts = _principal(task._replace(weights=_lost(task)), quantise_first=False)
+            return _alternating(task, quantise_first=True)
+        starts = _principal(task._replace(weights=_lost(task)))
         return [StartFactors(one.a0, one.b0, one.origin, nothing_of(one.a0, one.b0)) for one in starts]
+
+
+class Activations(InitMethod):
+    """What repairs the outputs of the quantised weight best: the factors of W - Q in the norm of the second moment.
+    Q = format(W), or, with alternations, the residual that lacks the factors of the one before (QERA, arXiv
+    2410.06040)."""
+
+    name = "activations"
+    fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
+    takes_nothing = True
+    copies = True
+
+    def start(self, task: StartTask) -> list[StartFactors]:
+        if task.moments is None:
+            raise ValueError(
+                "init or repair 'activations' weighs errors by the layers' inputs: give pissa.wrap calibration=batches"
+            )
+        weighted = {
+            **task.config.form.options(),
+            "quant_iters": task.config.quant_iters,
+            "quantise_first": True,
+            "second_moments": task.moments,
+            "error_feedback": task.config.error_feedback,
+        }
+        return _principal(task, **weighted)
 
 
 class _OneByOne(InitMethod):
@@ -187,6 +216,7 @@ INIT_METHODS: Mapping[str, InitMethod] = {
         Lora(),
         Olora(),
         LoftQ(),
+        Activations(),
         Given(),
     )
 }
@@ -207,11 +237,17 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
 
 
-def _principal(task: StartTask, quantise_first: bool) -> list[StartFactors]:
-    """The starts that `ops.split_many` finds, with alternations if the configuration asks for them."""
-    config, alternations = task.config, dict[str, Any]()
-    if config.quant_iters > 1:
-        alternations = {**config.form.options(), "quant_iters": config.quant_iters, "quantise_first": quantise_first}
+def _alternating(task: StartTask, quantise_first: bool) -> list[StartFactors]:
+    """The principal parts of the weights, or, where the configuration asks for alternations, of what they leave."""
+    if task.config.quant_iters == 1:
+        return _principal(task)
+    iterations = task.config.quant_iters
+    return _principal(task, **task.config.form.options(), quant_iters=iterations, quantise_first=quantise_first)
+
+
+def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
+    """The starts that `ops.split_many` finds with these options."""
+    config = task.config
     splits = ops.split_many(
         task.weights,
         [origin.r for origin in task.origins],
@@ -220,7 +256,7 @@ def _principal(task: StartTask, quantise_first: bool) -> list[StartFactors]:
         passes=config.svd_passes,
         seed=config.seed,
         names=task.weight_names,
-        **alternations,
+        **options,
     )
     return [
         StartFactors(split.a0, split.b0, origin, split.taken)

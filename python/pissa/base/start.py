@@ -22,6 +22,11 @@ class Origin(NamedTuple):
     identity: tuple[tuple[str, Any], ...]
     """What else of the configuration the method depends on: names and values, see `InitMethod.identity`."""
 
+    @property
+    def error_feedback(self) -> bool:
+        """Whether a residual that lacks this start has codes which its weight alone does not determine."""
+        return ("error_feedback", True) in self.identity
+
 
 class Deltas(NamedTuple):
     """What is trained: the differences from the start factors."""

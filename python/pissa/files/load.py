@@ -279,7 +279,9 @@ def _match_base(
                 f"{folder.path / PISSA_RECORD} and {folder.starts.path} do not belong together, or one is "
                 f"damaged: the residual of layer {name} is not the one that was saved"
             )
-        return Match.SAME
+        fed_back = folder.config.error_feedback if record.base is None else record.base.error_feedback
+        if not fed_back or layer.fingerprints.match_weight(layer.base, record.weight) is not Match.OTHER:
+            return Match.SAME
     if weight is not None:
         key, value = weight
         found = match_with(record.weight, layer.base, value)

@@ -9,7 +9,8 @@ pissa.safetensors           of each layer:
     base.taken_a, base.taken_b    the factors that its residual lacks, if alternations have found others than these
     norm                    with DoRA, the norms of the base's rows
     delta_a, delta_e        with AdaLoRA, the differences of singular vectors and values that dA is made of
-    base.<part>             the residual of an output layer that is stored and saved
+    base.<part>             the residual of an output layer that is stored and saved, or of a layer whose codes were
+                            found by error feedback, which its weight alone does not determine
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def _origin_as_json(origin: Origin) -> dict[str, Any]:
 
 def _origin_from_json(fields: dict[str, Any]) -> Origin:
     names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
+    names += ("error_feedback",) if "error_feedback" in fields else ()
     return Origin(**{name: fields[name] for name in _ORIGIN}, identity=tuple((name, fields[name]) for name in names))
 
 

@@ -70,13 +70,15 @@ def save_adapter(
     for name, layer in layers.items():
         starts |= start_tensors(name, layer, adapter_name, config, state)
     gathered = {name: (state_dict or {}).get(base_weight_key(name)) for name in layers}
+    alone: set[int] = set()  # modules whose residual cannot be made again: of their weight, or of their inputs
     if with_vocabulary:
         found = vocabulary(model, adapter_name)
         lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
-        stored = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
-        for name, layer in layers.items():
-            residual = whole(layer.base, gathered[name]).residual if id(layer.base.module) in stored else None
-            if residual is not None:  # its dense weight cannot be had again
+        alone = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
+    for name, layer in layers.items():
+        if id(layer.base.module) in alone or (layer.base.start is not None and layer.base.start.origin.error_feedback):
+            residual = whole(layer.base, gathered[name]).residual
+            if residual is not None:
                 starts |= stored_tensors(name, residual)
     check_whole(lora)
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pissa import distributed
+from pissa.base.calibration import Calibration
 from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
@@ -57,6 +58,7 @@ def decompose(
     first: bool,
     progressbar: bool,
     keep_bases: bool = False,
+    calibration: Calibration | None = None,
 ) -> dict[str, Replacement]:
     """Starts an adapter that has just been injected: finds the start factors that `config` asks for in the base of each
     of its layers, and gives them to the layers whose bases stay. `store` replaces the other bases.
@@ -69,6 +71,7 @@ def decompose(
         model: the (unwrapped) model.
         first: whether the model has no other adapter, so that a stored base may still replace a dense one.
         keep_bases: whether the layers keep their bases, of whatever form. They have been given them already.
+        calibration: of the layers, where the configuration needs one.
 
     Returns:
         What `store` is to do, by the layers' names. No weight can make it fail any more.
@@ -100,9 +103,9 @@ def decompose(
     total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        taken = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, are_taken=True)
+        taken = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, calibration, are_taken=True)
         starts |= taken if config.starts_as_base else {}
-        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, are_taken=False)
+        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, calibration, are_taken=False)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
@@ -117,6 +120,7 @@ def _find_starts(
     origins: Mapping[str, Origin],
     config: PissaConfig,
     bar: tqdm[Any] | None,
+    calibration: Calibration | None,
     *,
     are_taken: bool,
 ) -> dict[str, StartFactors]:
@@ -132,7 +136,7 @@ def _find_starts(
     searched = {name: layers[name] for name in origins}
     copied = INIT_METHODS[config.init].copies or config.quant_iters > 1
     for group in own_groups(searched, copied=copied):
-        starts |= _decomposed(group, origins, config, check)
+        starts |= _decomposed(group, origins, config, check, calibration)
         if bar is not None:
             bar.update(len(group))
     # From here to the last broadcast nothing can fail on one rank alone.
@@ -154,11 +158,17 @@ def _find_starts(
 
 
 def _decomposed(
-    group: Mapping[str, Base], origins: Mapping[str, Origin], config: PissaConfig, check: ResidualCheck | None
+    group: Mapping[str, Base],
+    origins: Mapping[str, Origin],
+    config: PissaConfig,
+    check: ResidualCheck | None,
+    calibration: Calibration | None,
 ) -> dict[str, StartFactors]:
     """The starts of some layers. Nothing keeps their weights afterwards."""
     weights = [base.matrix() for base in group.values()]
     task = StartTask(weights, [origins[name] for name in group], config, list(group))
+    if config.init == "activations" and calibration is not None:
+        task = task._replace(moments=calibration.of(group))
     starts = dict(zip(group, start_factors(task), strict=True))
     if check is not None:
         for name, weight in zip(group, weights, strict=True):

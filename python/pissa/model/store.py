@@ -9,6 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from pissa.base.calibration import Calibration
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
@@ -21,7 +22,13 @@ _PARTLY_STORED = (
 )
 
 
-def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements: dict[str, Replacement]) -> None:
+def store(
+    model: nn.Module,
+    adapter_name: str,
+    config: PissaConfig,
+    replacements: dict[str, Replacement],
+    calibration: Calibration | None = None,
+) -> None:
     """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
     model's other tensors get memory of their own, so that nothing keeps the file mapped. Until then its pages may stay,
     which the system can take back.
@@ -33,6 +40,7 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
 
     Args:
         model: the (unwrapped) model.
+        calibration: of the layers, for codes by error feedback.
 
     Raises:
         BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
@@ -48,9 +56,9 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
             for group in groups(layers, threads=1):
                 agree()  # a sharded weight is gathered by all
                 weights = [layer.base.matrix() for layer in group.values()]
-                residuals = residuals_of(
-                    weights, [replacements[name].of_base for name in group], config.form, list(group)
-                )
+                starts = [replacements[name].of_base for name in group]
+                moments = calibration.of(group) if calibration is not None and config.error_feedback else None
+                residuals = residuals_of(weights, starts, config.form, list(group), moments)
                 del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
                     replacement = replacements.pop(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -10,8 +10,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from pissa.base.calibration import Calibration
 from pissa.config import PissaConfig, PissaType
 from pissa.distributed import failing_together
+from pissa.model.calibrate import Batch, check_wanted, observed
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
@@ -24,6 +26,7 @@ def wrap(
     model: nn.Module,
     config: PissaConfig | None = None,
     *,
+    calibration: Calibration | Iterable[Batch] | None = None,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
@@ -56,6 +59,9 @@ def wrap(
             most. If memory is short then, or the user interrupts, or another process fails, the model is left partly
             stored, and has to be loaded again; a note on the error says so.
         config: the configuration; copied. Alternatively give its fields as keywords.
+        calibration: with `quant`, and with repair="activations" or error_feedback=True: batches of what the model will
+            read, some ten thousand tokens, as `pissa.calibrate` takes them, or what it has returned. The base then
+            loses less of its outputs.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
         low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
@@ -79,9 +85,14 @@ def wrap(
         check_plain(model, adapter_name)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         warn_of_dropout(config)
+        check_wanted(config, calibration)
         wrapped = model_class(config)(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        replacements = decompose(model, adapter_name, config, first=True, progressbar=progressbar)
-    store(model, adapter_name, config, replacements)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            calibration = observed(wrapped, calibration, progressbar)
+        replacements = decompose(
+            model, adapter_name, config, first=True, progressbar=progressbar, calibration=calibration
+        )
+    store(model, adapter_name, config, replacements, calibration)
     return wrapped
 
 

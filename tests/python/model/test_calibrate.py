@@ -1,0 +1,196 @@
+"""Calibration: what the layers of a model read, a base that knows it, and an adapter's folder of such a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import pissa
+from pissa import ops
+
+pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(**sizes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).eval()
+
+
+def batches(count: int = 6, tokens: int = 24) -> list[dict[str, Tensor]]:
+    """Rows of different lengths, padded on either side, with labels, which a calibration leaves out."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(count):
+        ids = torch.randint(0, 64, (3, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, : 5 + number] = 0
+        mask[2, -7:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    return found
+
+
+def inputs_of(model: nn.Module, given: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """What each linear layer reads of the tokens alone, a row at a time, in float64."""
+    read: dict[str, list[Tensor]] = {}
+    model = model.double()
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: read.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in given:
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                model(input_ids=ids[mask.bool()][None])
+    for hook in hooks:
+        hook.remove()
+    return read
+
+
+def test_moments_are_those_of_the_tokens_alone() -> None:
+    model, given = llama(), batches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = pissa.calibrate(model, given)
+    assert list(model.state_dict()) == list(before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    read = inputs_of(llama(), given)
+    read.pop("lm_head")
+    assert found.moments.keys() == read.keys()
+    assert found.tokens == sum(int(batch["attention_mask"].sum()) for batch in given)
+    for name, moment in found.moments.items():
+        x = torch.cat(read[name])
+        expected = x.mT @ x / len(x)
+        # Roundings of a forward pass in float32, of two blocks.
+        torch.testing.assert_close(moment.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        assert torch.equal(moment, moment.mT)
+    shared = {tensor.data_ptr() for tensor in found.moments.values()}
+    assert len(shared) == 2 * 4  # q, k, v; o; gate, up; down
+
+
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(pissa.calibrate(llama(), batches()))
+    finally:
+        torch.set_num_threads(before)
+    for name, moment in found[0].moments.items():
+        assert torch.equal(moment, found[1].moments[name])
+
+
+def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=batch["input_ids"]).logits for batch in given])
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_base_that_knows_its_inputs_loses_less_of_the_outputs(format: str) -> None:
+    given, quant = batches(), {"quant": format, "r": 4, "init": "lora"}
+    exact = outputs(llama(), given)
+    calibration = pissa.calibrate(llama(), given)
+
+    def lost(**fields: Any) -> float:
+        return float((outputs(pissa.wrap(llama(), **quant, **fields), given) - exact).norm())
+
+    plain, repaired = lost(), lost(repair="activations", calibration=calibration)
+    fed_back = lost(error_feedback=True, calibration=calibration)
+    both = lost(repair="activations", error_feedback=True, quant_iters=3, calibration=given)
+    assert both < min(repaired, fed_back)
+    assert max(repaired, fed_back) < plain
+
+
+@pytest.mark.parametrize("fields", [{}, {"repair": "activations"}, {"init": "activations"}])
+def test_saved_and_loaded(fields: dict[str, Any], tmp_path: Path) -> None:
+    given = batches()
+    model = pissa.wrap(llama(), r=4, quant="nf4", **{"init": "lora", **fields}, error_feedback=True, calibration=given)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**given[0]).loss.backward()
+    optimizer.step()
+    expected = outputs(model, given)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = pissa.PissaModel.from_pretrained(llama(), tmp_path / "adapter")
+    assert torch.equal(outputs(loaded, given), expected)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    with pytest.raises(ValueError, match=r"is not the base .* the first layer that differs is .*layers.1.mlp.up_proj"):
+        pissa.PissaModel.from_pretrained(other, tmp_path / "adapter")
+
+
+def test_a_repair_without_error_feedback_needs_no_codes_in_the_folder(tmp_path: Path) -> None:
+    model = pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair="activations", calibration=batches())
+    model.save_pretrained(tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "pissa.safetensors", "pt") as file:
+        assert not any(name.endswith("codes") for name in file.keys())  # noqa: SIM118
+    loaded = pissa.PissaModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(outputs(loaded, batches()), outputs(model, batches()))
+
+
+def test_experts_that_no_token_visits_have_their_siblings_inputs() -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=1)).eval()
+    found = pissa.calibrate(model, [torch.tensor([[1, 2]])], target_modules="all-linear")
+    experts = {name: moment for name, moment in found.moments.items() if ".experts." in name}
+    for part in ("gate_up_proj", "down_proj"):
+        some = {name: moment for name, moment in experts.items() if f"layers.0.mlp.experts." in name and part in name}
+        assert len(some) == 8
+        distinct = {float(moment.sum()) for moment in some.values()}
+        assert 2 <= len(distinct) <= 3  # of two experts at most that had a token, and the mean of theirs
+    wrapped = pissa.wrap(model, r=2, quant="nf4", init="lora", repair="activations", calibration=found)
+    assert outputs(wrapped, [{"input_ids": torch.tensor([[1, 2]])}]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "fields", "error"),
+    [
+        (None, {"repair": "activations"}, "calibration: got None; init or repair 'activations' weighs errors"),
+        (None, {"error_feedback": True}, "calibration: got None; error_feedback=True weighs errors"),
+        (batches(1), {}, "calibration: got one that nothing uses"),
+        ([], {"repair": "activations"}, "calibration: got no batch with tokens"),
+        ([[1, 2]], {"repair": "activations"}, "calibration: got a batch of list; needed: a mapping, or input_ids"),
+        (
+            [{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 0, 1]])}],
+            {"repair": "activations"},
+            "calibration: row 0 of attention_mask has zeros between ones",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(given: Any, fields: dict[str, Any], error: str) -> None:
+    model = llama()
+    modules = list(model.modules())
+    with pytest.raises((ValueError, TypeError), match=error):
+        pissa.wrap(model, r=4, quant="nf4", init="lora", calibration=given, **fields)
+    assert list(model.modules()) == modules
+
+
+def test_fields_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match='init="activations" starts from the error of a quantised format: give quant'):
+        pissa.PissaConfig(init="activations")
+    with pytest.raises(ValueError, match="error_feedback: got True without quant"):
+        pissa.PissaConfig(error_feedback=True)
+    with pytest.raises(ValueError, match="error_feedback: got True, but the start of 'pissa' with quant_iters=5"):
+        pissa.PissaConfig(quant="nf4", quant_iters=5, error_feedback=True)
+    calibration = pissa.calibrate(llama(), batches(1), target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="calibration: has no layer model.layers.0.self_attn.k_proj"):
+        pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair="activations", calibration=calibration)
+    assert isinstance(calibration, pissa.Calibration)
+    assert ops.formats.DEFAULT == "nf4"
