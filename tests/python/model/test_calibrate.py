@@ -151,7 +151,7 @@ def test_experts_that_no_token_visits_have_their_siblings_inputs() -> None:
     found = pissa.calibrate(model, [torch.tensor([[1, 2]])], target_modules="all-linear")
     experts = {name: moment for name, moment in found.moments.items() if ".experts." in name}
     for part in ("gate_up_proj", "down_proj"):
-        some = {name: moment for name, moment in experts.items() if f"layers.0.mlp.experts." in name and part in name}
+        some = {name: moment for name, moment in experts.items() if "layers.0.mlp.experts." in name and part in name}
         assert len(some) == 8
         distinct = {float(moment.sum()) for moment in some.values()}
         assert 2 <= len(distinct) <= 3  # of two experts at most that had a token, and the mean of theirs
@@ -190,7 +190,7 @@ def test_fields_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="error_feedback: got True, but the start of 'pissa' with quant_iters=5"):
         pissa.PissaConfig(quant="nf4", quant_iters=5, error_feedback=True)
     calibration = pissa.calibrate(llama(), batches(1), target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="calibration: has no layer model.layers.0.self_attn.k_proj"):
+    with pytest.raises(ValueError, match=r"calibration: has no layer model\.layers\.0\.self_attn\.k_proj"):
         pissa.wrap(llama(), r=4, quant="nf4", init="lora", repair="activations", calibration=calibration)
     assert isinstance(calibration, pissa.Calibration)
     assert ops.formats.DEFAULT == "nf4"
