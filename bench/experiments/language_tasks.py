@@ -53,6 +53,7 @@ _SIZES = {
     "gsm8k_24": _Size(24, 2, 96, 24),
     "gsm8k_4": _Size(40, 4, 128, 24),
     "sentences": _Size(24, 4, 44, 48),
+    "gsm8k_prose": _Size(40, 2, 104, 40, (76, 96)),
     "sums": _Size(48, 8, 64, 200),
 }
 _QUICK = _Size(2, 1, 256, 2, (2, 8))

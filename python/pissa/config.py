@@ -148,7 +148,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         svd_passes: passes over each weight: an even number of at least 2, or "auto", as many as the rank needs; see
             `pissa.ops.svd_lowrank`. "exact" does not use it.
         seed: seed of the random sketch. The result does not depend on torch's generator.
-        quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row. None keeps the base
+        quant: "nf4" keeps the residual in 4 bits (QPiSSA), "int8" in 8, with a scale for each row, "nf3" and "nf2" in 3
+            and 2, which lose too much without a calibration. None keeps the base
             as `residual` says.
         error_feedback: find the codes of the residual by error feedback (GPTQ, arXiv 2210.17323), which loses less of
             the outputs in the same bytes. With `quant` and a calibration, see `pissa.wrap`.

@@ -22,6 +22,10 @@ class DropoutWarning(PissaWarning):
     """lora_dropout is set, which the paper does not use."""
 
 
+class UncalibratedWarning(PissaWarning):
+    """A base in less than 4 bits is made without a calibration."""
+
+
 class TiedWeightWarning(PissaWarning):
     """A weight stays dense, because another module shares it."""
 

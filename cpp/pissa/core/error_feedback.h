@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <numeric>
 
 #include "pissa/core/backend.h"
 #include "pissa/core/error.h"
@@ -38,7 +39,7 @@ void quantize_with_feedback(B& backend, const Matrix& w, const Matrix& lower, Fo
   PISSA_CHECK(lower.format == Format::f32 && lower.rows == w.cols && lower.cols == w.cols, "lower: got [", lower.rows,
               ", ", lower.cols, "] in ", info(lower.format).name, "; needed: [", w.cols, ", ", w.cols, "] in f32");
   PISSA_CHECK(w.cols * info(format).bits % 8 == 0, "weight: got ", w.cols, " columns; needed by error feedback in ",
-              info(format).name, ": a multiple of ", 8 / info(format).bits);
+              info(format).name, ": a multiple of ", 8 / std::gcd(8, info(format).bits));
   const auto errors = backend.alloc(w.rows, w.cols, Format::f32);
   std::int64_t last = w.cols;
   while (last > 0) {

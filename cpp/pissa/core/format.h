@@ -15,8 +15,8 @@
 
 namespace pissa {
 
-/// How the numbers of a matrix are stored: three dense formats, and two of codes with scales.
-enum class Format : std::int32_t { f32, bf16, f16, nf4, int8 };
+/// How the numbers of a matrix are stored: three dense formats, and four of codes with scales.
+enum class Format : std::int32_t { f32, bf16, f16, nf4, int8, nf3, nf2 };
 
 /// How many elements of a flattened matrix share a scale: a power of two from `least` to `most`; or, where these are 0,
 /// the elements of a row.
@@ -51,12 +51,17 @@ PISSA_INLINE constexpr FormatInfo info(Format format) {
       return {"nf4", 4, true, {32, 4096, 64}, true};
     case Format::int8:
       return {"int8", 8, true};
+    case Format::nf3:
+      return {"nf3", 3, true, {32, 4096, 64}, true};
+    case Format::nf2:
+      return {"nf2", 2, true, {32, 4096, 64}, true};
   }
   return {};
 }
 
 /// Its rows.
-inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16, Format::nf4, Format::int8};
+inline constexpr Format kFormats[] = {Format::f32,  Format::bf16, Format::f16, Format::nf4,
+                                      Format::int8, Format::nf3,  Format::nf2};
 
 /// Whether the format is one of codes and scales.
 PISSA_INLINE constexpr bool is_quantized(Format format) { return info(format).quantized; }
@@ -66,7 +71,8 @@ PISSA_INLINE constexpr std::int64_t element_size(Format format) { return info(fo
 
 PISSA_INLINE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-/// Bytes of `count` elements or codes, which share bytes where they are smaller.
+/// Bytes of `count` elements or codes, which share bytes where they are smaller. A block takes whole bytes in every
+/// format, and a row of blocks that are rows: `QuantFormat.tensors` (python/pissa/ops/formats.py) says the same.
 PISSA_INLINE constexpr std::int64_t code_bytes(Format format, std::int64_t count) {
   return ceil_div(count * info(format).bits, 8);
 }

@@ -155,7 +155,7 @@ __device__ __forceinline__ void store_codes(std::uint8_t* codes, std::int64_t at
                                             const Octet& octet) {
   constexpr int kBytes = sizeof octet;
   std::uint8_t* to = codes + at * kBytes / kOctet;
-  if (at + kOctet <= end && reinterpret_cast<std::uintptr_t>(to) % kBytes == 0) {
+  if (at + kOctet <= end && reinterpret_cast<std::uintptr_t>(to) % alignof(Octet) == 0) {
     *reinterpret_cast<Octet*>(to) = octet;
     return;
   }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kFeedbackThreads)
   float* row_errors = static_cast<float*>(errors.data) + row * errors.ld;
   const BlockScales<Codes> scales(stored, shift);
   float weights[kLaneColumns] = {}, sums[kLaneColumns] = {}, scale[kLaneColumns] = {}, reciprocal[kLaneColumns] = {};
-  std::uint8_t lane_codes[kLaneColumns] = {};
+  unsigned lane_codes[kLaneColumns] = {};
 #pragma unroll
   for (int part = 0; part < kLaneColumns; ++part) {
     const int col = part * kWarp + lane;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kFeedbackThreads)
 #pragma unroll
   for (int part = kLaneColumns - 1; part >= 0; --part) {
     for (int col = min(count, (part + 1) * kWarp) - 1; col >= part * kWarp; --col) {
-      std::uint8_t code;
+      unsigned code;
       const float element = Codes::nearest(weights[part] + sums[part] * reciprocal[part], scale[part], code);
       const float error = __shfl_sync(kAllLanes, weights[part] - element, col % kWarp);
       if (lane == col % kWarp) {
@@ -280,15 +280,10 @@ __global__ void __launch_bounds__(kFeedbackThreads)
 #pragma unroll
   for (int part = 0; part < kLaneColumns; ++part) {
     const int col = part * kWarp + lane;
-    unsigned byte = lane_codes[part];
-    std::int64_t at = start + col;
-    bool writes = col < count;
-    if constexpr (info(Codes::kFormat).bits == 4) {
-      byte = byte << 4 | __shfl_sync(kAllLanes, byte, lane + 1);  // of its neighbour, which an odd lane does not need
-      at /= 2;
-      writes = writes && col % 2 == 0;
-    }
-    if (writes) codes[at] = static_cast<std::uint8_t>(byte);
+    unsigned octet[kOctet];
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) octet[i] = __shfl_sync(kAllLanes, lane_codes[part], (lane & ~(kOctet - 1)) + i);
+    if (col % kOctet == 0) store_codes(codes, start + col, start + count, Codes::packed(octet));
     if (col < count) row_errors[col] = sums[part];
   }
 }
@@ -360,7 +355,7 @@ void decode_codes(const Context& context, const Matrix& weight, std::int64_t row
   const int shift = shift_of(weight.scales.blocksize);
   with_codes(weight.format, [&](auto codes) {
     using Codes = decltype(codes);
-    const bool aligned = reinterpret_cast<std::uintptr_t>(weight.data) % sizeof(typename Codes::Octet) == 0;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(weight.data) % alignof(typename Codes::Octet) == 0;
     if (aligned && fits(weight.cols) && fits(col) && fits(out.cols)) {
       const std::int64_t blocks = out.rows * ceil_div(out.cols, kSegment);
       launch(context, "decode", decode_kernel<Codes>, dim3(static_cast<unsigned>(blocks)), kDecodeThreads, weight,

@@ -7,6 +7,7 @@
 
 #include "pissa/cuda/int8_device.h"
 #include "pissa/cuda/nf4_device.h"
+#include "pissa/cuda/normal_float_device.h"
 
 namespace pissa::cuda {
 namespace {
@@ -19,6 +20,10 @@ auto with_codes(Format format, F f) {
       return f(Nf4{});
     case Format::int8:
       return f(Int8{});
+    case Format::nf3:
+      return f(FewBits<Format::nf3>{});
+    case Format::nf2:
+      return f(FewBits<Format::nf2>{});
     default:
       __builtin_unreachable();
   }

@@ -22,11 +22,19 @@ struct Int8 {
     return static_cast<const std::int8_t*>(data)[at];
   }
 
+  /// Eight codes.
+  static __device__ __forceinline__ Octet packed(const unsigned (&codes)[kOctet]) {
+    unsigned words[2] = {};
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) words[i / 4] |= codes[i] << (8 * (i % 4));
+    return make_uint2(words[0], words[1]);
+  }
+
   /// The element nearest to a value, which may be beyond the largest, and its code.
-  static __device__ __forceinline__ float nearest(float value, float scale, std::uint8_t& code) {
+  static __device__ __forceinline__ float nearest(float value, float scale, unsigned& code) {
     const float scaled = fminf(fmaxf(value * int8_factor(scale), -kInt8Largest), kInt8Largest);
     const int rounded = __float2int_rn(scaled);
-    code = static_cast<std::uint8_t>(rounded);
+    code = static_cast<unsigned>(rounded) & 255u;
     return int8_element(static_cast<float>(rounded), scale);
   }
 
@@ -57,15 +65,10 @@ struct Int8 {
 
     /// Of elements times their row's factor.
     __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {
-      return make_uint2(word(scaled), word(scaled + 4));
-    }
-
-   private:
-    static __device__ __forceinline__ unsigned word(const float* scaled) {
-      unsigned bytes = 0;
+      unsigned each[kOctet];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) bytes |= (static_cast<unsigned>(__float2int_rn(scaled[i])) & 255u) << (8 * i);
-      return bytes;
+      for (int i = 0; i < kOctet; ++i) each[i] = static_cast<unsigned>(__float2int_rn(scaled[i])) & 255u;
+      return packed(each);
     }
   };
 };

@@ -24,12 +24,20 @@ struct Nf4 {
     return kDeviceNf4Levels.value[(at % 2 == 0 ? codes >> 4 : codes) & 15u];
   }
 
+  /// Eight codes, the first of a pair in the high nibble.
+  static __device__ __forceinline__ Octet packed(const unsigned (&codes)[kOctet]) {
+    unsigned word = 0;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) word |= codes[i] << (4 * (i ^ 1));
+    return word;
+  }
+
   /// The level nearest to a value, and its code, whatever the scale: one of nested scales may be 0, or below.
-  static __device__ __forceinline__ float nearest(float value, float scale, std::uint8_t& code) {
+  static __device__ __forceinline__ float nearest(float value, float scale, unsigned& code) {
     const float scaled = fabsf(scale) < kSmallestAbsmax ? 0.0f : value / scale;
     const float clamped = fminf(fmaxf(scaled, -1.0f), 1.0f);
     const int cell = static_cast<int>(clamped * Nf4Search::kFactor + Nf4Search::kShift);
-    code = static_cast<std::uint8_t>(kDeviceNf4Search.base[cell] + (clamped > kDeviceNf4Search.threshold[cell]));
+    code = static_cast<unsigned>(kDeviceNf4Search.base[cell] + (clamped > kDeviceNf4Search.threshold[cell]));
     return kDeviceNf4Levels.value[code] * scale;
   }
 
@@ -75,12 +83,12 @@ struct Nf4 {
     static __device__ __forceinline__ float divisor(float largest) { return nf4_divisor(largest); }
     static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
 
-    /// Of elements divided by their block's absmax, the first of a pair in the high nibble.
+    /// Of elements divided by their block's absmax.
     __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {
-      unsigned word = 0;
+      unsigned each[kOctet];
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) word |= code(scaled[i]) << (4 * (i ^ 1));
-      return word;
+      for (int i = 0; i < kOctet; ++i) each[i] = code(scaled[i]);
+      return packed(each);
     }
 
    private:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +25,8 @@ from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import pissa_layers
 from pissa.model.inject import check_plain, own_config, way_back
 from pissa.model.pissa_model import model_class
+from pissa.notices import UncalibratedWarning
+from pissa.ops.formats import FORMATS
 
 Batch = Mapping[str, Any] | Tensor
 """Arguments of the model, without labels; or input_ids alone."""
@@ -74,7 +77,11 @@ def calibrate(
 
 
 def check_wanted(config: PissaConfig, calibration: object) -> None:
-    """Whether a calibration is given where a configuration needs one, and only there."""
+    """Whether a calibration is given where a configuration needs one, and only there.
+
+    Raises:
+        ValueError: it is not.
+    """
     if config.needs_calibration and calibration is None:
         wanted = "error_feedback=True" if config.error_feedback else "init or repair 'activations'"
         raise ValueError(
@@ -85,6 +92,13 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
         raise ValueError(
             'calibration: got one that nothing uses; give repair="activations" or error_feedback=True with it, or '
             "leave it out"
+        )
+    if calibration is None and config.quant is not None and FORMATS[config.quant].bits < 4:
+        warnings.warn(
+            f'quant="{config.quant}" without a calibration loses most of what the model knows. Give '
+            'repair="activations", error_feedback=True and calibration=batches with it.',
+            UncalibratedWarning,
+            stacklevel=3,  # the caller of pissa.wrap
         )
 
 

@@ -18,7 +18,7 @@ _OPS = torch.ops.pissa
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight [out, in] as codes and scales, byte for byte as bitsandbytes stores it.
+    """A weight [out, in] as codes and scales, nf4 and int8 byte for byte as bitsandbytes stores them.
 
     "nf4", 4-bit NormalFloat (QLoRA, arXiv 2305.14314): blocks of `blocksize` elements run over the flattened weight and
     may cross rows. `codes`: uint8 [ceil(out * in / 2)], the first of two elements in the high nibble. `absmax`: float32
@@ -28,6 +28,10 @@ class QuantizedWeight(NamedTuple):
     "int8" (LLM.int8(), arXiv 2208.07339): a block is a row. `codes`: uint8 [out * in], the bytes of bitsandbytes' int8
     `CB`; `absmax`: float32 [out], its `SCB`, the largest absolute value of each row. An element is
     code * absmax / 127. That is 8 bits per weight, and 32 per row.
+
+    "nf3" and "nf2", NormalFloats of 3 and 2 bits with NF4's blocks and scales, in bytes of our own: `codes` one after
+    the other from the lowest bit of the first byte on (cpp/pissa/core/normal_float.h). 3.127 and 2.127 bits per weight,
+    nested, at block size 64.
     """
 
     codes: Tensor
@@ -109,9 +113,10 @@ def quantize(
 
     Args:
         weight: [out, in], float32, bfloat16 or float16, finite.
-        format: "nf4", as `bitsandbytes.functional.quantize_4bit`, or "int8", as its `int8_vectorwise_quant`.
-        blocksize: elements per scale, of "nf4" only: 32, 64, ..., 4096. None: 64; in "int8" always a row.
-        double_quant: quantise the scales too, of "nf4" only, to 8 bits in blocks of 256 (bitsandbytes'
+        format: "nf4", as `bitsandbytes.functional.quantize_4bit`, "int8", as its `int8_vectorwise_quant`, "nf3" or
+            "nf2".
+        blocksize: elements per scale: 32, 64, ..., 4096. None: 64; in "int8" always a row.
+        double_quant: quantise the scales too, of all but "int8", to 8 bits in blocks of 256 (bitsandbytes'
             `compress_statistics`). None: where the format has it.
         second_moment: E[xᵀx] of the layer's inputs, as `split` takes it. The codes are then found by error feedback
             (`ops._second_moment`), which loses less of the outputs; the scales stay those of the weight. A row has to

@@ -17,26 +17,29 @@ namespace {
 
 class ErrorFeedbackTest : public BackendTest {};
 
-// What a code stands for as element i of the flattened matrix.
-float element(const Matrix& matrix, std::int64_t i, int code) {
+float scale_of(const Matrix& matrix, std::int64_t i) {
   const Scales& scales = matrix.scales;
   const std::int64_t block = i / scales.blocksize;
-  if (matrix.format == Format::int8) return int8_element(static_cast<std::int8_t>(code), scales.absmax[block]);
-  if (scales.absmax) return kNf4Levels[code] * scales.absmax[block];
+  if (scales.absmax) return scales.absmax[block];
   const float product = kDynamicMap[scales.absmax8[block]] * scales.nested_absmax[block / 256];
-  return kNf4Levels[code] * (product + *scales.offset);
+  return product + *scales.offset;
 }
 
-int code_at(const Matrix& matrix, std::int64_t i) {
-  const auto* bytes = static_cast<const std::uint8_t*>(matrix.data);
-  return matrix.format == Format::int8 ? bytes[i] : bytes[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15;
+// Element i of the flattened matrix.
+float element(const Matrix& matrix, std::int64_t i) {
+  if (matrix.format != Format::int8) return level_at(matrix.format, matrix.data, i) * scale_of(matrix, i);
+  return int8_element(static_cast<const std::int8_t*>(matrix.data)[i], scale_of(matrix, i));
 }
 
+// Of all elements that its scale allows.
 double nearest_distance(const Matrix& matrix, std::int64_t i, double value) {
   double least = HUGE_VAL;
-  for (int code = 0; code < 1 << info(matrix.format).bits; ++code) {
-    if (matrix.format == Format::int8 && code == 128) continue;  // -128, which no weight has
-    least = std::min(least, std::fabs(value - double{element(matrix, i, code)}));
+  for (int code = -127; code <= 127; ++code) {
+    const std::uint8_t codes[8] = {static_cast<std::uint8_t>(code)};
+    const float scale = scale_of(matrix, i);
+    const float each = matrix.format == Format::int8 ? int8_element(static_cast<float>(code), scale)
+                                                     : level_at(matrix.format, codes, 0) * scale;
+    least = std::min(least, std::fabs(value - double{each}));
   }
   return least;
 }
@@ -46,12 +49,12 @@ TEST_P(ErrorFeedbackTest, EveryCodeIsNearestGivenTheErrorsBehindIt) {
   struct Shape {
     std::int64_t rows, cols;
   };
-  for (const auto& [rows, cols] : {Shape{1, 2}, Shape{3, 62}, Shape{65, 64}, Shape{9, 66}, Shape{70, 224}}) {
+  for (const auto& [rows, cols] : {Shape{1, 8}, Shape{3, 56}, Shape{65, 64}, Shape{9, 72}, Shape{70, 224}}) {
     Dense lower = random.dense(cols, cols);  // of a second moment with long memory: sums outweigh elements
     for (std::int64_t j = 0; j < cols; ++j) lower(j, j) = 0.5 + random.uniform();
     const Stored factor(lower, Format::f32);
     const Dense l = factor.values();
-    for (const Form form : {Form::nf4, Form::nf4_nested, Form::int8}) {
+    for (const Form form : {Form::nf4, Form::nf4_nested, Form::int8, Form::nf3, Form::nf2}) {
       SCOPED_TRACE(::testing::Message() << "[" << rows << ", " << cols << "] " << name(form));
       const Operand like(random, rows, cols, form);
       const Stored weight(random.dense(rows, cols), random.pick(kFloatFormats), 3);
@@ -67,7 +70,7 @@ TEST_P(ErrorFeedbackTest, EveryCodeIsNearestGivenTheErrorsBehindIt) {
       for (std::int64_t i = 0; i < rows; ++i) {
         for (std::int64_t j = cols - 1; j >= 0; --j) {
           const std::int64_t at = i * cols + j;
-          const double chosen = element(result, at, code_at(result, at));
+          const double chosen = element(result, at);
           double sum = 0, magnitude = std::fabs(w(i, j)) + std::fabs(chosen);
           for (std::int64_t k = j + 1; k < cols; ++k) {
             sum += errors(i, k) * l(k, j) / l(j, j);

@@ -140,7 +140,9 @@ TEST_P(FormatTest, DecodesAnyPartOfAQuantizedRow) {
     }
   };
   for (const std::int64_t cols : {1, 37, 150}) {
-    for (const bool nested : {false, true}) check(StoredNf4(random, 5, cols, 32, nested));
+    for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
+      for (const bool nested : {false, true}) check(StoredLevels(random, levels, 5, cols, 32, nested));
+    }
     check(StoredInt8(random, 5, cols));
   }
 }

@@ -73,8 +73,10 @@ TEST_P(FewRowsTest, EveryNumberOfRows) {
   Random random(1);
   for (std::int64_t m = 1; m <= 16; ++m) {
     for (const Format format : {Format::bf16, Format::f16}) {
-      const StoredNf4 nf4(random, 21, 160, random.pick({32, 64, 128}), random.coin());
-      check(random, m, nf4, format, some_ranks(random), random.coin());
+      for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
+        const StoredLevels weight(random, levels, 21, 160, random.pick({32, 64, 128}), random.coin());
+        check(random, m, weight, format, some_ranks(random), random.coin());
+      }
       check(random, m, StoredInt8(random, 21, 160), format, some_ranks(random), random.coin());
     }
   }

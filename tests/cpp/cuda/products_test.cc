@@ -57,8 +57,10 @@ TEST_P(ProductsTest, DecodesByWords) {
             << cols << ", " << name(weight.view().format);
         EXPECT_TRUE(out.padding_intact());
       };
-      for (const bool nested : {false, true}) {
-        check(StoredNf4(random, 5, cols, random.pick({32, 64, 4096}), nested));
+      for (const Format levels : {Format::nf4, Format::nf3, Format::nf2}) {
+        for (const bool nested : {false, true}) {
+          check(StoredLevels(random, levels, 5, cols, random.pick({32, 64, 4096}), nested));
+        }
       }
       check(StoredInt8(random, 5, cols));
     }

@@ -17,6 +17,7 @@
 #include "pissa/core/int8.h"
 #include "pissa/core/nested_scales.h"
 #include "pissa/core/nf4.h"
+#include "pissa/core/normal_float.h"
 #include "pissa/core/types.h"
 #include "support/formats.h"
 
@@ -128,11 +129,26 @@ class Stored {
   std::vector<std::uint8_t> bytes_;
 };
 
-/// An NF4 matrix with random codes and scales.
-class StoredNf4 {
+/// The level of element i of a flattened matrix whose codes are levels.
+inline float level_at(Format format, const void* data, std::int64_t i) {
+  const auto* codes = static_cast<const std::uint8_t*>(data);
+  if (format == Format::nf4) return kNf4Levels[codes[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15];
+  const int bits = info(format).bits;
+  int code = 0;
+  for (int k = 0; k < bits; ++k) code |= (codes[(i * bits + k) / 8] >> ((i * bits + k) % 8) & 1) << k;
+  return format == Format::nf3 ? NormalFloat<Format::nf3>::kLevels[code] : NormalFloat<Format::nf2>::kLevels[code];
+}
+
+/// A matrix of levels, as NF4, with random codes and scales.
+class StoredLevels {
  public:
-  StoredNf4(Random& random, std::int64_t rows, std::int64_t cols, int blocksize, bool nested)
-      : rows_(rows), cols_(cols), blocksize_(blocksize), nested_(nested), codes_(code_bytes(Format::nf4, rows * cols)) {
+  StoredLevels(Random& random, Format format, std::int64_t rows, std::int64_t cols, int blocksize, bool nested)
+      : format_(format),
+        rows_(rows),
+        cols_(cols),
+        blocksize_(blocksize),
+        nested_(nested),
+        codes_(code_bytes(format, rows * cols)) {
     const std::int64_t blocks = ceil_div(rows * cols, blocksize);
     for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random.below(256));
     for (std::int64_t i = 0; i < blocks; ++i) {
@@ -144,7 +160,7 @@ class StoredNf4 {
   }
 
   Matrix view() const {
-    Matrix matrix{codes_.data(), rows_, cols_, 0, Format::nf4};  // ld is ignored
+    Matrix matrix{codes_.data(), rows_, cols_, 0, format_};  // ld is ignored
     matrix.scales.blocksize = blocksize_;
     if (!nested_) matrix.scales.absmax = absmax_.data();
     else matrix.scales = {blocksize_, nullptr, absmax8_.data(), nested_absmax_.data(), &offset_};
@@ -153,7 +169,6 @@ class StoredNf4 {
   Dense values() const {
     Dense result(rows_, cols_);
     for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
-      const int code = (codes_[i / 2] >> (i % 2 == 0 ? 4 : 0)) & 15;
       const std::int64_t block = i / blocksize_;
       float absmax;
       if (!nested_) {
@@ -162,12 +177,13 @@ class StoredNf4 {
         const float product = kDynamicMap[absmax8_[block]] * nested_absmax_[block / 256];
         absmax = product + offset_;
       }
-      result.values[i] = kNf4Levels[code] * absmax;  // one rounding to f32: the format's definition
+      result.values[i] = level_at(format_, codes_.data(), i) * absmax;  // one rounding to f32: the format's definition
     }
     return result;
   }
 
  private:
+  Format format_;
   std::int64_t rows_, cols_, blocksize_;
   bool nested_;
   std::vector<std::uint8_t> codes_;
@@ -175,6 +191,11 @@ class StoredNf4 {
   std::vector<std::uint8_t> absmax8_;
   std::vector<float> nested_absmax_;
   float offset_ = 1.25f;
+};
+
+struct StoredNf4 : StoredLevels {
+  StoredNf4(Random& random, std::int64_t rows, std::int64_t cols, int blocksize, bool nested)
+      : StoredLevels(random, Format::nf4, rows, cols, blocksize, nested) {}
 };
 
 /// An INT8 matrix with random codes and scales.
@@ -206,14 +227,16 @@ class StoredInt8 {
   std::vector<float> scales_;
 };
 
-/// The forms in which a GEMM reads an operand, and a random normal matrix in one of them.
-enum class Form { f32, bf16, f16, nf4, int8, nf4_nested };
-inline constexpr std::initializer_list<Form> kForms = {Form::f32, Form::bf16, Form::f16,
-                                                       Form::nf4, Form::int8, Form::nf4_nested};
+/// The forms in which a GEMM reads an operand, and a random normal matrix in one of them. The first are those of
+/// Format, in its order.
+enum class Form { f32, bf16, f16, nf4, int8, nf3, nf2, nf4_nested };
+inline constexpr std::initializer_list<Form> kForms = {Form::f32,  Form::bf16, Form::f16, Form::nf4,
+                                                       Form::int8, Form::nf3,  Form::nf2, Form::nf4_nested};
 inline constexpr std::initializer_list<Format> kFloatFormats = {Format::f32, Format::bf16, Format::f16};
 
 inline const char* name(Form form) {
-  return std::vector<const char*>{"f32", "bf16", "f16", "nf4", "int8", "nf4_nested"}[static_cast<std::size_t>(form)];
+  return std::vector<const char*>{
+      "f32", "bf16", "f16", "nf4", "int8", "nf3", "nf2", "nf4_nested"}[static_cast<std::size_t>(form)];
 }
 inline const char* name(Format format) { return name(static_cast<Form>(format)); }
 
@@ -230,12 +253,14 @@ class Operand {
   }
 
  private:
-  using Any = std::variant<Stored, StoredNf4, StoredInt8>;
+  using Any = std::variant<Stored, StoredLevels, StoredInt8>;
 
   static Any make(Random& random, std::int64_t rows, std::int64_t cols, Form form) {
     if (form == Form::int8) return StoredInt8(random, rows, cols);
-    if (form == Form::nf4 || form == Form::nf4_nested) {
-      return StoredNf4(random, rows, cols, random.pick({32, 64, 4096}), form == Form::nf4_nested);
+    if (form == Form::nf4_nested)
+      return StoredLevels(random, Format::nf4, rows, cols, random.pick({32, 64, 4096}), true);
+    if (is_quantized(static_cast<Format>(form))) {
+      return StoredLevels(random, static_cast<Format>(form), rows, cols, random.pick({32, 64, 4096}), false);
     }
     return Stored(random.dense(rows, cols), static_cast<Format>(form), random.below(5));
   }

@@ -13,7 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import pissa
 from pissa import ops
 
-pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::pissa.notices.{name}")
+    for name in ("InexactLoraWarning", "UncalibratedWarning")
+]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -100,7 +103,7 @@ def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> Tensor:
         return torch.cat([model(input_ids=batch["input_ids"]).logits for batch in given])
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "nf3"])
 def test_a_base_that_knows_its_inputs_loses_less_of_the_outputs(format: str) -> None:
     given, quant = batches(), {"quant": format, "r": 4, "init": "lora"}
     exact = outputs(llama(), given)
@@ -116,10 +119,14 @@ def test_a_base_that_knows_its_inputs_loses_less_of_the_outputs(format: str) -> 
     assert max(repaired, fed_back) < plain
 
 
-@pytest.mark.parametrize("fields", [{}, {"repair": "activations"}, {"init": "activations"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"repair": "activations"}, {"init": "activations"}, {"repair": "activations", "quant": "nf3"}]
+)
 def test_saved_and_loaded(fields: dict[str, Any], tmp_path: Path) -> None:
     given = batches()
-    model = pissa.wrap(llama(), r=4, quant="nf4", **{"init": "lora", **fields}, error_feedback=True, calibration=given)
+    model = pissa.wrap(
+        llama(), r=4, **{"init": "lora", "quant": "nf4", **fields}, error_feedback=True, calibration=given
+    )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**given[0]).loss.backward()
     optimizer.step()
@@ -180,6 +187,14 @@ def test_what_cannot_be_is_refused(given: Any, fields: dict[str, Any], error: st
     with pytest.raises((ValueError, TypeError), match=error):
         pissa.wrap(model, r=4, quant="nf4", init="lora", calibration=given, **fields)
     assert list(model.modules()) == modules
+
+
+def test_three_bits_without_a_calibration_warn() -> None:
+    with pytest.warns(
+        pissa.notices.UncalibratedWarning, match='quant="nf3" without a calibration loses most'
+    ) as caught:
+        pissa.wrap(llama(), r=4, quant="nf3")
+    assert caught[0].filename == __file__
 
 
 def test_fields_that_do_not_fit() -> None:

@@ -30,12 +30,14 @@ def lost(weight: Tensor, other: Tensor, moment: Tensor = MOMENT) -> float:
 
 def one_after_the_other(weight: Tensor, moment: Tensor, nearest: ops.QuantizedWeight) -> Tensor:
     """The definition, column by column in float64, on the elements that the scales of `nearest` allow."""
-    n = 16 if nearest.format == "nf4" else 256
-    codes = torch.arange(n, dtype=torch.uint8)
+    bits = ops.formats.FORMATS[nearest.format].bits
     table = []  # the elements of every code at every place: [code, out, in]
-    for code in codes if n == 16 else codes[torch.arange(n) != 128]:
-        byte = code * 17 if n == 16 else code
-        table.append(ops.dequantize(nearest._replace(codes=torch.full_like(nearest.codes, int(byte)))))
+    for code in range(2**bits):
+        if bits == 8 and code == 128:  # -128, which no weight has
+            continue
+        stream = torch.tensor([code >> i & 1 for i in range(bits)], dtype=torch.uint8).repeat(8)
+        group = (stream.view(bits, 8) << torch.arange(8)).sum(1).to(torch.uint8)  # eight codes, all the same
+        table.append(ops.dequantize(nearest._replace(codes=group.repeat(nearest.codes.numel() // bits))))
     levels = torch.stack(table).double()
     damped = moment.double() + DAMPING * moment.double().diagonal().mean() * torch.eye(IN, dtype=torch.float64)
     lower = torch.linalg.cholesky(damped)
@@ -48,7 +50,7 @@ def one_after_the_other(weight: Tensor, moment: Tensor, nearest: ops.QuantizedWe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "nf3", "nf2"])
 def test_codes_lose_what_the_definition_loses(format: str, dtype: torch.dtype) -> None:
     """Ties are decided otherwise in float32, after which the codes of a row go apart; what they lose does not."""
     weight = WEIGHT.to(dtype)

@@ -13,7 +13,13 @@ from devices import put
 from pissa import ops
 
 pytestmark = pytest.mark.cpu_only
-FORMS: list[dict[str, Any]] = [{}, {"form": "nf4"}, {"form": "nf4", "double_quant": False}, {"form": "int8"}]
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"form": "nf4"},
+    {"form": "nf4", "double_quant": False},
+    {"form": "int8"},
+    {"form": "nf2"},
+]
 SCALINGS = [1.0, 0.5, 2.0]
 
 

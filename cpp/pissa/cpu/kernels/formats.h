@@ -6,12 +6,13 @@
 //   nearest             the element nearest to a value, given its block's scale, and its code
 //   pack                codes, a byte each, as they are stored
 //   block               the block of an element
-//   dots<Product>       whether `dot` is the way to multiply a term with that many rows
+//   dots<Product>       whether `dot` is the way to multiply a term with that many rows; false is always right
 //   dot<Product>        c = or += the term, straight from the codes
 #pragma once
 
 #include "pissa/cpu/kernels/int8.h"
 #include "pissa/cpu/kernels/nf4.h"
+#include "pissa/cpu/kernels/normal_float.h"
 
 namespace pissa::cpu::PISSA_ISA {
 namespace {
@@ -24,6 +25,10 @@ PISSA_INLINE auto with_codes(Format format, F f) {
       return f(Nf4{});
     case Format::int8:
       return f(Int8{});
+    case Format::nf3:
+      return f(FewBits<Format::nf3>{});
+    case Format::nf2:
+      return f(FewBits<Format::nf2>{});
     default:
       __builtin_unreachable();
   }
