@@ -47,8 +47,7 @@ class InitMethod(ABC):
     """What `PissaConfig.init` calls it."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """What the method needs beside the weight. `model.decompose`, which has only weights, refuses a method that needs
-    more."""
+    """What the method needs beside the weight: "factors", which nobody starts from, or a "calibration"."""
 
     fields: ClassVar[tuple[str, ...]] = ("svd", "svd_passes", "seed")
     """The fields of the configuration that are the identity of a start; see `identity`."""
@@ -117,6 +116,7 @@ class Activations(InitMethod):
 
     name = "activations"
     fields = (*Pissa.fields, "quant", "blocksize", "double_quant")
+    needs = ("calibration",)
     takes_nothing = True
     copies = True
 

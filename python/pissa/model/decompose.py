@@ -80,7 +80,7 @@ def decompose(
         ValueError: naming the layer: NaN or Inf in its weight, or a form that it cannot have; or a model or a
             configuration that is not the same on all ranks.
     """
-    if INIT_METHODS[config.init].needs:
+    if "factors" in INIT_METHODS[config.init].needs:
         raise ValueError(
             f"init={config.init!r} marks an adapter whose factors came from elsewhere, and cannot start one. To copy "
             "one: model.add_weighted_adapter([name], [1.0], new_name, 'cat'). To take over a plain LoRA: make the "
@@ -167,7 +167,7 @@ def _decomposed(
     """The starts of some layers. Nothing keeps their weights afterwards."""
     weights = [base.matrix() for base in group.values()]
     task = StartTask(weights, [origins[name] for name in group], config, list(group))
-    if config.init == "activations" and calibration is not None:
+    if INIT_METHODS[config.init].needs and calibration is not None:
         task = task._replace(moments=calibration.of(group))
     starts = dict(zip(group, start_factors(task), strict=True))
     if check is not None:
