@@ -119,7 +119,7 @@ def test_form(fields: dict[str, object], form: tuple[object, ...]) -> None:
         ({"start_norm": "unit", "init": "olora"}, "start_norm=\"unit\" .*: got init='olora'"),
         ({"start_norm": "unit", "init": "given"}, "start_norm=\"unit\" .*: got init='given'"),
         ({"start_norm": "unit", "use_adalora": True}, 'start_norm="unit" .*use_adalora=True; .* without use_adalora'),
-        ({"init": "loftq"}, 'init="loftq" starts from .*: give quant="nf4" or quant="int8" with it'),
+        ({"init": "loftq"}, 'init="loftq" starts from .*: give quant="nf4" or .* with it'),
         ({"blocksize": 48}, "blocksize: got 48; allowed: 32, 64"),
         ({"blocksize": 8192}, "blocksize: got 8192"),
         ({"residual": "dense"}, "residual: got 'dense'; allowed: None, 'implicit', 'explicit'"),
