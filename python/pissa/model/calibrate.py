@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from pissa.base.calibration import Calibration
 from pissa.config import PissaConfig
 from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import pissa_layers
+from pissa.model.blocks import blocks_of, side_by_side
 from pissa.model.inject import check_plain, own_config, way_back
 from pissa.model.pissa_model import model_class
 from pissa.notices import UncalibratedWarning
@@ -105,31 +106,54 @@ def check_wanted(config: PissaConfig, calibration: object) -> None:
 @torch.no_grad()
 def observed(wrapped: PeftModel, batches: Iterable[Batch], progressbar: bool) -> Calibration:
     """The calibration of the adapted linear layers of a model, whose adapter may lack its start still."""
-    base = wrapped.base_model.model
-    layers = {name: layer for name, layer in pissa_layers(base).items() if isinstance(layer, PissaLinear)}
-    observer = _Observer()
-    hooks = [layer.register_forward_pre_hook(observer.hook(name)) for name, layer in layers.items()]
+    layers = _linear_layers(wrapped)
+    with (
+        _observing(wrapped, layers) as observer,
+        tqdm(desc="Calibration", unit="batch") if progressbar else nullcontext() as bar,
+    ):
+        for batch in batches:
+            for call in _calls(wrapped, batch):
+                wrapped.base_model.model(**call)
+                observer.forget()
+            if bar is not None:
+                bar.update()
+        return observer.calibration(layers)
+
+
+def in_blocks(wrapped: PeftModel, batches: Iterable[Batch]) -> Iterator[Calibration]:
+    """The same, block after block: only one block's is in memory, beside what the batches are there. Layers that are
+    not in blocks, one after the other in one list of modules, are in one calibration with all."""
+    layers, base = _linear_layers(wrapped), wrapped.base_model.model
+    calls = [call for batch in batches for call in _calls(wrapped, batch)]
+    blocks = blocks_of(base, layers)
+    with _observing(wrapped, layers) as observer:
+        for number, _ in enumerate(side_by_side(base, blocks, calls)):
+            here = [name for name in layers if not blocks or name.startswith(f"{blocks[number]}.")]
+            if here:
+                yield observer.calibration(here)
+                observer.clear()
+
+
+def _linear_layers(wrapped: PeftModel) -> list[str]:
+    return [name for name, layer in pissa_layers(wrapped.base_model.model).items() if isinstance(layer, PissaLinear)]
+
+
+@contextmanager
+def _observing(wrapped: PeftModel, layers: Iterable[str]) -> Iterator[_Observer]:
+    """What an observer sees of the inputs of layers, while the model is in evaluation mode, without its adapters."""
+    base, observer = wrapped.base_model.model, _Observer()
+    hooks = [base.get_submodule(name).register_forward_pre_hook(observer.hook(name)) for name in layers]
     training = [module for module in base.modules() if module.training]
     wrapped.base_model.disable_adapter_layers()
     try:
         base.eval()
-        known = inspect.signature(base.forward).parameters
-        needless = {name: value for name, value in _NEEDLESS.items() if name in known}
-        device = next(base.parameters()).device
-        with tqdm(desc="Calibration", unit="batch") if progressbar else nullcontext() as bar:
-            for batch in batches:
-                for part in _without_padding(batch):
-                    base(**{name: _moved(value, device) for name, value in part.items()}, **needless)
-                    observer.forget()
-                if bar is not None:
-                    bar.update()
+        yield observer
     finally:
         wrapped.base_model.enable_adapter_layers()
         for hook in hooks:
             hook.remove()
         for module in training:
             module.training = True
-    return observer.calibration(layers)
 
 
 class _Observer:
@@ -159,12 +183,18 @@ class _Observer:
         ops.add_second_moment(self._sums[name], x)
         self._tokens[name] += x.numel() // x.shape[-1]
 
+    def clear(self) -> None:
+        """Forgets what was added up."""
+        self._sums, self._tokens = {}, {}
+        self.forget()
+
     def forget(self) -> None:
         """At the end of a forward pass: a later tensor may have the place of an earlier one."""
         self._last = None
 
     def calibration(self, names: Iterable[str]) -> Calibration:
-        """The mean of what was added up. An expert that no token was given to has the mean of its siblings' inputs.
+        """The mean of what was added up for these layers. An expert that no token was given to has the mean of its
+        siblings' inputs.
 
         Raises:
             ValueError: nothing was added up, or something that is not finite, naming the layer.
@@ -196,13 +226,23 @@ def _of_experts(name: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
-def _without_padding(batch: Batch) -> Iterator[dict[str, Any]]:
-    """The batch in parts of rows of one length, from the first to the last token of the mask.
+def _calls(wrapped: PeftModel, batch: Batch) -> Iterator[dict[str, Any]]:
+    """The arguments with which the model reads a batch: in parts of rows of one length, from the first to the last
+    token of the mask.
 
     Raises:
         TypeError: it is neither a mapping nor a tensor.
         ValueError: the mask has holes.
     """
+    base = wrapped.base_model.model
+    known, device = inspect.signature(base.forward).parameters, next(base.parameters()).device
+    needless = {name: value for name, value in _NEEDLESS.items() if name in known}
+    for part in _without_padding(batch):
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in part.items()}
+        yield moved | needless
+
+
+def _without_padding(batch: Batch) -> Iterator[dict[str, Any]]:
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
@@ -230,7 +270,3 @@ def _rows(value: Any, rows: list[int], span: slice, shape: torch.Size) -> Any:
     if not isinstance(value, Tensor) or value.shape[:1] != shape[:1]:
         return value
     return value[rows, span] if value.shape[:2] == shape else value[rows]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import pissa
 from pissa import ops
+from pissa.model.calibrate import in_blocks
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::pissa.notices.{name}")
@@ -96,6 +98,28 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for name, moment in found[0].moments.items():
         assert torch.equal(moment, found[1].moments[name])
+
+
+def test_block_after_block() -> None:
+    """The same bits, a block at a time; and the model is as it was when nobody asks for more."""
+    whole, model = pissa.calibrate(llama(), batches()), llama()
+    wrapped = pissa.PissaModel(model, pissa.PissaConfig(r=2), "default")
+    found: dict[str, Tensor] = {}
+    for number, block in enumerate(in_blocks(wrapped, batches())):
+        assert all(name.startswith(f"model.layers.{number}.") for name in block.moments)
+        assert block.tokens == whole.tokens
+        found |= block.moments
+    assert found.keys() == whole.moments.keys()
+    assert all(torch.equal(found[name], moment) for name, moment in whole.moments.items())
+    threads = threading.active_count()
+    begun = in_blocks(wrapped, batches())
+    next(begun)
+    begun.close()
+    assert threading.active_count() == threads
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="You must specify exactly one of input_ids"):
+        next(in_blocks(wrapped, [{"input_idz": torch.ones(1, 2, dtype=torch.long)}]))
+    assert threading.active_count() == threads
 
 
 def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> Tensor:
