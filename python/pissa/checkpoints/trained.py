@@ -15,8 +15,7 @@ from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, matc
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.plan import Layer, Unit
 from pissa.config import IMPLICIT
-from pissa.conversion.lora_start import check_start
-from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given
+from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given, check_start
 from pissa.files.hub import Name
 from pissa.files.load import base_doubts
 from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter

@@ -129,7 +129,7 @@ def convert(
         targets = folder.factors.items()
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
             starts = lora.starts(name)
-            pairs, whole, lost = approximated(lora.factors(name, starts), factors.scaling, rank, energy)
+            pairs, whole, lost = approximated(lora.matrices(name, starts), factors.scaling, rank, energy)
             for key, tensor in factors.pack(pairs).items():
                 tensors.put(key, tensor)
             if (key := base_weight_key(name)) in others:

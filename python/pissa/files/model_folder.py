@@ -227,37 +227,3 @@ def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[
         rows = matrix[row : row + shape[1 if part.transposed else 0]]
         row += len(rows)
         yield part.tensor, (rows.mT if part.transposed else rows).reshape(shape), part.member
-
-
-class ModelFolder:
-    """The dense model in a folder, and its layers' weights.
-
-    Raises:
-        ValueError: the folder holds no safetensors, or they are damaged; its config.json describes no model that can be
-            built, or a quantised one, or one of a dtype that loses digits of the files.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._source = Source.open(folder)
-        self.model = meta_model(self._source.folder)
-        """On the meta device."""
-        if getattr(self.model.config, "quantization_config", None):
-            raise ValueError(f"{folder} is quantised")
-        for dtype in {self._source.entry(name).dtype for name in self._source.names}:
-            if self.model.config.dtype not in (None, torch.promote_types(dtype, self.model.config.dtype)):
-                raise ValueError(
-                    f"{folder} holds {dtype}, which transformers rounds to {self.model.config.dtype}, of config.json"
-                )
-        self._composition = Composition(self.model, self._source.names)
-
-    def check(self, layer: str) -> None:
-        """Raises ValueError if the files lack the layer's weight, or hold it in a way that is not known here."""
-        self._composition.matrix(f"{layer}.weight", transposed=False)
-
-    def weight(self, layer: str) -> Tensor:
-        """The layer's weight, of two dimensions; as `matrix_of`."""
-        return matrix_of(self._composition.matrix(f"{layer}.weight", transposed=False), self._source)
-
-    def release(self, layer: str) -> None:
-        """Gives back the memory of the mapped file that the layer's weight takes."""
-        self._source.release([part.tensor for part in self._composition.matrix(f"{layer}.weight", transposed=False)])
