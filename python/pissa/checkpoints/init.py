@@ -27,7 +27,7 @@ from pissa.checkpoints.split_plan import DENSE, INITIAL_CONFIG, INITIAL_WEIGHTS,
 from pissa.config import PissaConfig
 from pissa.files.peft_layout import plain_config_text
 from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, LayerRecord
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 from pissa.ops.formats import FORMATS
 
 MEMORY = 10**9
@@ -99,7 +99,7 @@ def init(
         pissa.distributed.RankError: another process has failed.
     """
     begin = time.perf_counter()
-    with distributed.failing_together(), Source.open(source) as found:
+    with distributed.failing_together(), Source(source) as found:
         plan = SplitPlan.of(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
         run = _Split(plan, Path(target), memory, torch.device(device))

@@ -35,8 +35,7 @@ from pissa.files.pissa_layout import (
     AdapterRecord,
     PissaFolder,
 )
-from pissa.files.source import Source
-from pissa.files.tensor_file import TensorFile
+from pissa.files.tensor_file import Source, TensorFile
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
@@ -89,7 +88,7 @@ def load(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        source = Source.open(folder)
+        source = Source(folder)
         folder = source.folder
         split = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
         saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))

@@ -21,7 +21,7 @@ from pissa.checkpoints.plan import Plan, Unit
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
 
@@ -89,7 +89,7 @@ def merge(
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS))
     form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
-    with Source.open(source) as found, torch.no_grad():
+    with Source(source) as found, torch.no_grad():
         read = read_adapter(Path(adapter), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
         run.run(progressbar)

@@ -23,7 +23,7 @@ from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 from pissa.layers.experts import is_transposed
 
 
@@ -203,7 +203,7 @@ class Planner:
         return list(units.values())
 
     def _beside(self, key: str, place: str, leaf: str) -> Unit:
-        path, shape = self.adapter.weights.path, self.adapter.weights.shape(key)
+        path, shape = self.adapter.weights.path, self.adapter.weights.entries[key].shape
         rows, scaling = None, None
         if leaf == "trainable_tokens_delta":
             place = place.removesuffix(".token_adapter")

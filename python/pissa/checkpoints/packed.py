@@ -19,7 +19,7 @@ from pissa.base.bitsandbytes import from_state
 from pissa.base.bitsandbytes_state import ENTRIES
 from pissa.files.messages import first_line, shown
 from pissa.files.model_folder import class_of, model_config
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 from pissa.layers.experts import WEIGHTS
 
 GENERATION_CONFIG = "generation_config.json"

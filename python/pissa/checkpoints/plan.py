@@ -17,8 +17,7 @@ from pissa.config import IMPLICIT, Form
 from pissa.files.messages import shown
 from pissa.files.model_folder import Part, matrix_of
 from pissa.files.peft_layout import FactorTensors
-from pissa.files.source import Source
-from pissa.files.tensor_file import Layout
+from pissa.files.tensor_file import Layout, Source
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS
 

@@ -23,7 +23,7 @@ from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""
@@ -332,7 +332,7 @@ def report(
     started = time.perf_counter()
     ranks = sorted(set(ranks))
     known = max(ranks[-1], 4 * ranks[0])
-    with Source.open(checkpoint_folder(model)) as source:
+    with Source(checkpoint_folder(model)) as source:
         plan = SplitPlan.of(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
         memory = _memory(plan, ranks[0], quant, batch, length)

@@ -20,7 +20,7 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.plan import Layer, Plan, Unit
 from pissa.files.model_folder import CONFIG, parts_of, read_config
 from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.source import INDEX
+from pissa.files.tensor_file import INDEX
 
 BATCH = 1 << 30
 """Bytes of the checkpoint behind which a run notes what is done: a killed run does at most so many again, and several

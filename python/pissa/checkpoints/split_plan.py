@@ -31,8 +31,7 @@ from pissa.files.peft_layout import (
     plain_config,
 )
 from pissa.files.pissa_layout import PISSA_WEIGHTS, TAKEN
-from pissa.files.source import Source
-from pissa.files.tensor_file import Layout
+from pissa.files.tensor_file import Layout, Source
 from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.kinds import PissaLinear

@@ -22,8 +22,7 @@ from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
 from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
-from pissa.files.source import Source
-from pissa.files.tensor_file import TensorFile
+from pissa.files.tensor_file import Source, TensorFile
 from pissa.layers.dora import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
@@ -116,7 +115,7 @@ class Adapter:
 
     def _magnitude(self, layer: Layer, weight: Tensor) -> Magnitude:
         key = magnitude_key(layer.name)
-        key = key if key in self.folder.weights.names else f"{key}.weight"
+        key = key if key in self.folder.weights.entries else f"{key}.weight"
         lengths = self.folder.weights.read(key).float()
         magnitude = Magnitude(lengths)
         magnitude.set(lengths, self.lengths(layer, weight))

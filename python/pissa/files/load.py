@@ -48,7 +48,7 @@ def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
     modules = _modules_beside(model, adapter_name)
     _check_headers(folder, factors, layers, modules, tables)
 
-    others = {key: folder.weights.read(key) for key in folder.weights.names if key in modules or key in tables}
+    others = {key: folder.weights.read(key) for key in folder.weights.entries if key in modules or key in tables}
     tables = {key: table for key, table in tables.items() if key in others}
     residuals = _residuals(folder, layers)
     # A weight that is kept as a residual, or will be, is compared by that.
@@ -167,7 +167,7 @@ def _check_not_partitioned(folder: PissaFolder, model: PeftModel, tables: Mappin
             "deepspeed.initialize, or resume with the engine's load_checkpoint"
         )
     for key, table in tables.items():
-        if key in folder.weights.names and is_partitioned(table.parameter):
+        if key in folder.weights.entries and is_partitioned(table.parameter):
             raise ValueError(
                 f"{folder.path} has the base's {key}, which DeepSpeed ZeRO-3 has partitioned here. Load the model "
                 "without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
@@ -205,9 +205,9 @@ def _check_headers(
     weights, starts = folder.weights, folder.starts
     known = {weights: modules.keys() | tables.keys(), starts: set[str]()}
     for key, table in tables.items():
-        if key in weights.names:
+        if key in weights.entries:
             demand = "an embedding"
-            if (rows := weights.shape(key)[:1]) != table.parameter.shape[:1]:
+            if (rows := weights.entries[key].shape[:1]) != table.parameter.shape[:1]:
                 demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
             weights.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
     expected = [(weights, part.layers[0], part.shapes(2 * folder.records[part.layers[0]].r)) for part in factors]
@@ -231,7 +231,7 @@ def _check_headers(
             starts.expect(key, shape, dtypes, f"the residual of layer {name}")
             known[starts].add(key)
     for file, keys in known.items():
-        if unknown := set(file.names) - keys:
+        if unknown := file.entries.keys() - keys:
             raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
         file.expect_checksums()
 
@@ -376,7 +376,7 @@ def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
         ValueError: tensors that the adapter has no place for, other shapes, or embeddings of another base.
     """
     weights = found.weights
-    tensors = {name: weights.read(name) for name in weights.names}
+    tensors = {name: weights.read(name) for name in weights.entries}
     for key, table in vocabulary(model, adapter_name).items():
         value = tensors.pop(key, None)  # PEFT writes the base's own beside an adapter
         if value is not None and not torch.equal(value, table.value({}).to(value.dtype)):

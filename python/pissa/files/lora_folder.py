@@ -105,7 +105,7 @@ class LoraFolder:
     def other_keys(self) -> list[str]:
         """The tensors beside the factors: biases, magnitudes, `modules_to_save`, embeddings."""
         factors = {key for factors in self.factors.values() for key in factors.keys}
-        return [name for name in self.weights.names if name not in factors]
+        return [name for name in self.weights.entries if name not in factors]
 
     def matrices(self, target: str) -> list[Matrices]:
         """The factors of a target as matrices, float64; of each expert."""
@@ -256,7 +256,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         target = f"{path}.{parameter}" if parameter else path
         with reading(config_path, PLAIN_LORA):
             rank, scaling = size_of(config, target)
-        a, b = (weights.shape(key) for key in keys)
+        a, b = (weights.entries[key].shape for key in keys)
         is_fused = parameter in EXPERT_WEIGHTS
         experts = max(1, a[0] // rank) if is_fused and a and all(a) else 1
         layers = tuple(f"{path}.{index}.{parameter}" for index in range(experts)) if is_fused else (path,)
@@ -274,7 +274,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
 def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
     """The keys of the two factors of each module, by its name in PEFT's file."""
     kinds: dict[str, set[str]] = {}
-    for name in weights.names:
+    for name in weights.entries:
         place, separator, kind = name.rpartition(".lora_")
         if separator:
             kinds.setdefault(place, set()).add(f"lora_{kind}")

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from pissa.files.messages import read_object, reading, shown
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 
 CONFIG = "config.json"
 

@@ -293,7 +293,7 @@ class PissaFolder:
         """The shapes and dtypes of what `stored_tensors` has written of a layer; none if it has written nothing."""
         record = self.records[name]
         shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
-        return shapes if record.stored and shapes.keys() & set(self.starts.names) else {}
+        return shapes if record.stored and shapes.keys() & self.starts.entries.keys() else {}
 
     def read_stored(
         self, name: str, matrix_shape: tuple[int, int], device: torch.device

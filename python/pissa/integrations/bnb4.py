@@ -123,7 +123,7 @@ class _Export(Rewrite):
     def end(self, out: Output) -> None:
         """Writes the LoRA. The tensors beside the factors stay as they are, but for a layer's own weight: its residual
         is written."""
-        kept, sizes, path = set(self.folder.weights.names), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
+        kept, sizes, path = set(self.folder.weights.entries), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
         with Scratch(path.parent) as tensors:
             for target, factors in self.folder.factors.items():
                 rank = factors.rank

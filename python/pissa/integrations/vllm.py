@@ -17,9 +17,8 @@ from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFactors, with_sizes
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
-from pissa.files.source import Source
 from pissa.files.staged import Staged, check_unused
-from pissa.files.tensor_file import Scratch, write_tensors
+from pissa.files.tensor_file import Scratch, Source, write_tensors
 from pissa.integrations.exported import Exported
 from pissa.integrations.plain import padded, read_factors
 
@@ -105,7 +104,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
             f"{path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the checkpoint of the "
             "base does: give the unmodified model (base)"
         )
-    with Source.open(checkpoint_folder(base)) as source:
+    with Source(checkpoint_folder(base)) as source:
         planner = Planner(source, lora.folder)
         layers = {
             target: planner.unit_of(factors).layers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint_writer import layout_of, tensors_of_all_dtypes
 from pissa.base.digest import xxh3
-from pissa.files.tensor_file import SAVED_FLOATS, Layout, MappedFile, Scratch, TensorFile, write_tensors
+from pissa.files.tensor_file import SAVED_FLOATS, Layout, Scratch, TensorFile, write_tensors
 
 
 def test_every_tensor_is_aligned_and_the_order_is_the_given_one(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_every_tensor_is_aligned_and_the_order_is_the_given_one(tmp_path: Path) 
     assert len(layout.header) % 8 == 0
     assert layout_of(tensors).header == layout.header != layout_of(dict(reversed(tensors.items()))).header
     (tmp_path / "x").write_bytes(layout.header.ljust(layout.size, b"\0"))
-    assert MappedFile(tmp_path / "x").entries == layout.entries
+    assert TensorFile(tmp_path / "x").entries == layout.entries
 
 
 def test_a_dtype_without_a_place_is_refused() -> None:
@@ -54,10 +54,11 @@ def test_every_tensor_has_its_checksum(tmp_path: Path) -> None:
     content[-1] ^= 1
     (tmp_path / "file").write_bytes(content)
     file = TensorFile(tmp_path / "file")
-    for name in file.names[:-1]:
+    *whole, last = file.entries
+    for name in whole:
         file.read(name)
-    with pytest.raises(ValueError, match=f"'{file.names[-1]}' is damaged: its checksum"):
-        file.read(file.names[-1])
+    with pytest.raises(ValueError, match=f"'{last}' is damaged: its checksum"):
+        file.read(last)
 
 
 def test_a_tensor_is_taken_when_it_is_written(tmp_path: Path) -> None:
