@@ -102,11 +102,6 @@ class Fingerprints:
         return result
 
 
-def match_with(recorded: str, base: Base, weight: Tensor) -> Match:
-    """Compares the weight of a dense base, once its module has `weight`, with a fingerprint of any kind."""
-    return match(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
-
-
 def _kept(base: Base) -> list[Tensor]:
     assert base.residual is not None
     return list(residual_tensors(base.residual).values())

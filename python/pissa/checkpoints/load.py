@@ -15,23 +15,21 @@ from torch import nn
 
 from pissa.base.bitsandbytes import from_state, linear4bit
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
-from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.kinds import base_of
-from pissa.base.start import Origin, StartFactors
+from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
 from pissa.checkpoints.packed import Entries, mapped_model, of_layer
 from pissa.checkpoints.split_plan import INITIAL_WEIGHTS, start_tensors
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.hub import adapter_folder
-from pissa.files.load import other_dtype, restore
+from pissa.files.load import base_doubts, restore
 from pissa.files.messages import shown
 from pissa.files.peft_layout import factors_of
 from pissa.files.pissa_layout import (
     ADAPTER_FILES,
     PISSA_RECORD,
     PISSA_WEIGHTS,
-    TAKEN,
     AdapterRecord,
     PissaFolder,
 )
@@ -236,12 +234,11 @@ def _fill_split(
         layer.fingerprints.learn_weight(layer.base, record.weight)
         layer.store_base(residual, start, config)
         if found is Match.ROUNDED:
-            narrower[name] = layer.dense_dtype
+            narrower[name] = layer.dense_dtype, dtype_of(str(record.stored))
         else:
             layer.fingerprints.learn_residual(layer.base, str(record.stored))
-    if narrower:
-        was = dtype_of(str(records[next(iter(narrower))].stored))
-        warnings.warn(other_dtype(folder, narrower, was), stacklevel=3)  # the caller of load
+    for doubt in base_doubts(folder, narrower, ()):
+        warnings.warn(doubt, stacklevel=3)  # the caller of load
 
 
 def _starts(
@@ -250,19 +247,12 @@ def _starts(
     """The start factors of the layers, with those that their residuals lack if alternations have found others."""
     factors = TensorFile(folder / INITIAL_WEIGHTS)
     has_taken = any(record.taken is not None for record in split.layers.values())
-    others = TensorFile(folder / PISSA_WEIGHTS) if has_taken else factors
+    others = TensorFile(folder / PISSA_WEIGHTS) if has_taken else None
     config = split.config.of_base()
-    identity = INIT_METHODS[config.init].identity(config)
     starts = {}
     for part in factors_of(model, layers):
         for key, shape in part.shapes(split.layers[part.layers[0]].r).items():
             factors.expect(key, shape, (torch.float32,), f"the start factors of layer {part.layers[0]}")
-        for name, (a0, b0) in part.unpack(*(factors.read(key) for key in part.keys)).items():
-            record = split.layers[name]
-            origin = record.base or Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
-            taken = nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
-            if record.taken is not None:
-                a, b = (others.read(f"{name}.{factor}") for factor in TAKEN)
-                taken = a, b
-            starts[name] = StartFactors(a0, b0, origin, taken)
+        for name, pair in part.unpack(*(factors.read(key) for key in part.keys)).items():
+            starts[name] = split.layers[name].start_factors(name, *pair, config, others)
     return starts

@@ -144,7 +144,7 @@ class Ours(Adapter):
         self.init = record.config.init
         """The name of the method that the adapter starts by."""
         self._residuals = residuals
-        self._narrower: dict[str, torch.dtype] = {}
+        self._narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         self._other_bits: list[str] = []
         for name in residuals:
             if name not in self.records:
@@ -211,7 +211,7 @@ class Ours(Adapter):
         if found is Match.OTHER:
             raise ValueError(self._another(layer, "weight"))
         if found is Match.ROUNDED:
-            self._narrower[layer.name] = dense.dtype
+            self._narrower[layer.name] = dense.dtype, dtype_of(recorded)
         return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
 
     def tensors(self, name: str, factors: Matrices) -> LayerTensors:
@@ -219,7 +219,7 @@ class Ours(Adapter):
         return self._files.read_layer(name, *factors)
 
     def doubts(self) -> list[PissaWarning]:
-        return base_doubts(self._files, self._narrower, self._other_bits)
+        return base_doubts(self._files.path, self._narrower, self._other_bits)
 
     def _another(self, layer: Layer, what: str) -> str:
         return (

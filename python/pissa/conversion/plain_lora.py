@@ -25,7 +25,7 @@ from pissa.base.kinds import base_of
 from pissa.base.protocol import Base
 from pissa.base.weights import with_weight
 from pissa.files.hub import Name, checkpoint_folder
-from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
+from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, check_same_layers, open_adapter
 from pissa.files.messages import first_line, shown
 from pissa.files.model_folder import CONFIG, Composition, class_of, matrix_of, meta_model, model_config, quantised_kind
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, base_weight_key, inexact_lora
@@ -338,18 +338,15 @@ def check_start(trained: LoraFolder, initial: LoraFolder) -> None:
     Raises:
         ValueError: they have other layers, ranks or scalings, naming the first.
     """
-    paths = f"{initial.weights.path} is not where {trained.weights.path} started from"
-    for target in [*trained.factors, *initial.factors]:
-        if target not in trained.factors or target not in initial.factors:
-            where = "trained" if target in trained.factors else "initial"
-            raise ValueError(f"{paths}: only the {where} adapter has layer {target}")
-        ours, theirs = trained.factors[target], initial.factors[target]
-        if ours != theirs:
-            shapes, initial_shapes = (list(found.shapes(found.rank).values()) for found in (ours, theirs))
-            raise ValueError(
-                f"{paths}: layer {target} has factors {initial_shapes} and scaling {theirs.scaling:g} there, {shapes} "
-                f"and {ours.scaling:g} here"
-            )
+    ours, theirs = (
+        {
+            target: f"factors {list(factors.shapes(factors.rank).values())} and scaling {factors.scaling:.12g}"
+            for target, factors in folder.factors.items()
+        }
+        for folder in (trained, initial)
+    )
+    what = f"{initial.weights.path} is not where {trained.weights.path} started from"
+    check_same_layers(what, "in the trained adapter", ours, "in the initial one", theirs)
 
 
 class ComputedStart:

@@ -3,7 +3,7 @@
 - `hub` where an adapter is; `staged` writing into a folder
 - `messages`, `tensor_file`: files that somebody else may have written
 - `peft_layout`: PEFT's files, the plain LoRA that an adapter of ours is to others
-- `pissa_layout`, `config_json`, `vocabulary`: what our files hold beside it
+- `pissa_layout`, `vocabulary`: what our files hold beside it
 - `lora_folder` what an adapter's folder is, of anybody
 - `save`, `load`
 """

@@ -13,13 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.digest import Match, dtype_of, holds, is_fingerprint
-from pissa.base.fingerprint import match_with
+from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
-from pissa.files.lora_folder import LoraFolder, open_adapter
+from pissa.files.lora_folder import LoraFolder, check_same_layers, open_adapter, rank_and_scaling
 from pissa.files.messages import shown
 from pissa.files.peft_layout import PREFIX, FactorTensors, factors_of, is_of_a_layer, magnitude_key
 from pissa.files.pissa_layout import PISSA_RECORD, LayerTensors, PissaFolder
@@ -59,11 +58,11 @@ def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
     }
     _check_vocabulary(folder, dense, others, alone)
     new = dense if alone else {}
-    narrower: dict[str, torch.dtype] = {}
+    narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name, layer in layers.items():
         weight = next(((key, others[key]) for key, table in new.items() if table.is_of(layer)), None)
         if _match_base(folder, name, layer, weight, residuals.get(name)) is Match.ROUNDED:
-            narrower[name] = layer.dense_dtype
+            narrower[name] = layer.dense_dtype, dtype_of(folder.records[name].weight)
         is_fresh = alone and adapter_name not in layer.lora_start
         _check_form(folder, name, layer, is_fresh)
     tensors = _layer_tensors(folder, factors)
@@ -79,13 +78,13 @@ def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
             other_bits.append(name)
             recorded = dtype_of(folder.records[name].weight)
             if isinstance(layer.base.residual, Tensor) and not holds(layer.dense_dtype, recorded):
-                narrower[name] = layer.dense_dtype
+                narrower[name] = layer.dense_dtype, recorded
     for field in ("init", "start_norm"):  # an adapter that was there may have started elsewhere
         setattr(model.peft_config[adapter_name], field, getattr(folder.config, field))
     if modules:
         trained = {key: sharded_as(parameter, others[key]) for key, parameter in modules.items()}
         set_peft_model_state_dict(model, trained, adapter_name)
-    for doubt in base_doubts(folder, narrower, other_bits):
+    for doubt in base_doubts(folder.path, narrower, other_bits):
         warnings.warn(doubt, stacklevel=3)  # the caller of from_pretrained or load_adapter
 
 
@@ -175,22 +174,15 @@ def _check_not_partitioned(folder: PissaFolder, model: PeftModel, tables: Mappin
 
 
 def _check_layers(folder: PissaFolder, layers: Mapping[str, PissaLayer], adapter_name: str) -> None:
-    """Checks names, ranks and scalings of the adapted layers."""
-    for name in [*layers, *folder.records]:
-        if name not in layers or name not in folder.records:
-            where = "folder" if name in folder.records else "model"
-            raise ValueError(
-                f"{folder.path} does not fit the model: only in the {where} is layer {shown(name)} adapted"
-            )
-    for name, layer in layers.items():
-        record, r, scaling = folder.records[name], layer.r[adapter_name], float(layer.scaling[adapter_name])
-        if (r, scaling) != (record.r, record.scaling):
-            raise ValueError(
-                f"{folder.path} does not fit adapter {adapter_name!r}: layer {name} has rank {r} and scaling "
-                f"{scaling:g} in the model, {record.r} and {record.scaling:g} in the folder"
-            )
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter before loading into it")
+    check_same_layers(
+        f"{folder.path} does not fit adapter {adapter_name!r}",
+        "in the model",
+        {name: rank_and_scaling(layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()},
+        "in the folder",
+        {name: rank_and_scaling(record.r, record.scaling) for name, record in folder.records.items()},
+    )
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter before loading into it")
 
 
 def _check_headers(
@@ -282,7 +274,7 @@ def _match_base(
         return Match.SAME
     if weight is not None:
         key, value = weight
-        found = match_with(record.weight, layer.base, value)
+        found = match(record.weight, layer.base.holding(value.to(layer.base.parameter.dtype)).matrix())
         if found is Match.OTHER:
             raise ValueError(
                 f"{folder.weights.path}: tensor {key!r} is not the weight that layer {name} was trained on: take the "
@@ -392,38 +384,31 @@ def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
 # -- what is to be known of the base
 
 
-def other_dtype(folder: Path, narrower: Mapping[str, torch.dtype], was: torch.dtype) -> OtherDtypeWarning:
-    """The warning of a base whose values were in the dtype `was`.
-
-    Args:
-        narrower: the layers whose base is in a dtype that does not hold them, with that dtype.
-    """
-    name, dtype = next(iter(narrower.items()))
-    return OtherDtypeWarning(
-        f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} layers, {name} the "
-        f"first, differ by roundings, as far as a sample of their values shows. For the exact function, load the base "
-        f"in {was}."
-    )
-
-
 def base_doubts(
-    folder: PissaFolder, narrower: Mapping[str, torch.dtype], other_bits: Iterable[str]
+    folder: Path, narrower: Mapping[str, tuple[torch.dtype, torch.dtype]], other_bits: Iterable[str]
 ) -> list[PissaWarning]:
     """The warnings of a base that is not, bit for bit, the one of the training.
 
     Args:
-        narrower: see `other_dtype`.
+        narrower: the layers whose base is in a dtype that does not hold its values, with that dtype and theirs.
         other_bits: the layers whose residual was made again, and has other bits.
     """
     found: list[PissaWarning] = []
     if narrower:
-        found.append(other_dtype(folder.path, narrower, dtype_of(folder.records[next(iter(narrower))].weight)))
+        name, (dtype, was) = next(iter(narrower.items()))
+        found.append(
+            OtherDtypeWarning(
+                f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} layers, {name} "
+                "the first, differ by roundings, as far as a sample of their values shows. For the exact function, "
+                f"load the base in {was}."
+            )
+        )
     if rounded := [name for name in other_bits if name not in narrower]:
         found.append(
             OtherRoundingWarning(
                 f"The residual of {len(rounded)} layers, {rounded[0]} the first, differs in some bits from the one "
-                f"that {folder.path} was trained with: this machine rounds differently. The function is the same up to "
-                "the rounding of a few weights."
+                f"that {folder} was trained with: this machine rounds differently. The function is the same up to the "
+                "rounding of a few weights."
             )
         )
     return found

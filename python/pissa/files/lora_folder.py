@@ -142,18 +142,34 @@ def open_adapter(folder: Path) -> LoraFolder:
 def _check_described(folder: LoraFolder, record: AdapterRecord) -> None:
     """Checks that the plain LoRA of an adapter of ours is the one that the records of its layers describe."""
     folder.weights.expect_checksums()
-    present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
-    for name, layer in record.layers.items():
-        found = present.pop(name, None)
-        if found is None:
-            raise ValueError(f"{folder.weights.path} holds no factors of layer {name}, which is in {PISSA_RECORD}")
-        if found.rank != 2 * layer.r or not math.isclose(found.scaling, layer.scaling, rel_tol=1e-12):
-            raise ValueError(
-                f"{folder.config_path}: layer {name} has rank {found.rank} and scaling {found.scaling:g}; in "
-                f"{PISSA_RECORD} it has {2 * layer.r} and {layer.scaling:g}: the files do not belong together"
-            )
-    if present:
-        raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
+    found = ((layer, factors) for factors in folder.factors.values() for layer in factors.layers)
+    check_same_layers(
+        f"{folder.path}: the files do not belong together",
+        f"in {ADAPTER_CONFIG}",
+        {name: rank_and_scaling(factors.rank, factors.scaling) for name, factors in found},
+        f"in {PISSA_RECORD}",
+        {name: rank_and_scaling(2 * layer.r, layer.scaling) for name, layer in record.layers.items()},
+    )
+
+
+def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str, theirs: Mapping[str, str]) -> None:
+    """Compares the layers of an adapter, as they are in two places.
+
+    Args:
+        ours, theirs: by name, the sizes of each layer in words.
+
+    Raises:
+        ValueError: naming the first layer that differs.
+    """
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            sizes = (f"{one.get(name, 'no factors')} {where}" for one, where in ((ours, here), (theirs, there)))
+            raise ValueError(f"{what}: layer {shown(name)} has {', and '.join(sizes)}")
+
+
+def rank_and_scaling(rank: int, scaling: float) -> str:
+    """What `check_same_layers` compares of a layer: a scaling up to float64's roundings."""
+    return f"rank {rank} and scaling {scaling:.12g}"
 
 
 # -- the configuration

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from pissa import ops
@@ -32,8 +33,7 @@ from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
-from pissa.config import Form, PissaConfig
-from pissa.files.config_json import SAVED, config_as_json, config_from_json, read_config_alone
+from pissa.config import Form, PissaConfig, default_of
 from pissa.files.hub import adapter_folder
 from pissa.files.messages import read_object, reading, shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
@@ -52,8 +52,43 @@ FORMAT = 1
 
 TAKEN = ("base.taken_a", "base.taken_b")
 
+SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
+"""What is said of a file of ours that cannot be read."""
+
 
 # -- pissa.json
+
+
+def _config_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of a configuration; `runtime_config` belongs to one process."""
+    return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
+
+
+def config_as_json(config: PissaConfig) -> dict[str, Any]:
+    """The fields of ours, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
+    peft = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    fields = {}
+    for f in _config_fields():
+        value = getattr(config, f.name)
+        if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
+            fields[f.name] = sorted(value) if isinstance(value, set) else value
+    return fields
+
+
+def config_from_json(fields: dict[str, Any]) -> PissaConfig:
+    """The way back from `config_as_json`.
+
+    Raises:
+        ValueError, TypeError: naming the field, what was found and what is allowed.
+    """
+    known = {f.name for f in _config_fields()}
+    for name, value in fields.items():
+        if name not in known and not (value is None or value is False or value in ("", [], {})):
+            raise ValueError(
+                f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
+                "or peft may know it"
+            )
+    return PissaConfig(**{name: value for name, value in fields.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -89,6 +124,34 @@ class LayerRecord:
             base=None if base.start in (None, start) else base.start.origin,
             taken=None if base.start is None else base.start.rank_taken or None,
         )
+
+    def start_factors(
+        self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, starts: TensorFile | None
+    ) -> StartFactors:
+        """The start of an adapter of that configuration in the layer of that name, with the factors that a residual
+        lacks which is stored for it.
+
+        Args:
+            starts: the file that these factors are in, if they are others.
+        """
+        method = INIT_METHODS[config.init]
+        origin = Origin(self.r, self.scaling, config.init, config.use_adalora, method.identity(config))
+        return StartFactors(a0, b0, origin, None if self.base else self._taken(name, a0, b0, origin, starts))
+
+    def _taken(
+        self, name: str, a0: Tensor, b0: Tensor, origin: Origin, starts: TensorFile | None
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.taken is not None and starts is not None:
+            a, b = (starts.read(f"{name}.{part}") for part in TAKEN)
+            return a, b
+        return nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
+
+    def base_start(self, name: str, start: StartFactors, starts: TensorFile) -> StartFactors:
+        """The start that a stored base lacks: the adapter's own, unless the record says otherwise."""
+        if self.base is None:
+            return start
+        a0, b0 = starts.read(f"{name}.base.a0"), starts.read(f"{name}.base.b0")
+        return StartFactors(a0, b0, self.base, self._taken(name, a0, b0, self.base, starts))
 
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
@@ -260,20 +323,14 @@ class PissaFolder:
         da, db, b0 = (part.contiguous() for part in rest)
         if not torch.equal(upper, a0 + da):
             raise ValueError(self._mismatch(name, "does not start with a0 + dA"))
-        identity = INIT_METHODS[self.config.init].identity(self.config)
-        origin = Origin(record.r, record.scaling, self.config.init, self.config.use_adalora, identity)
-        taken = self._taken(name, a0, b0, record.base or origin)
-        start, deltas = StartFactors(a0, b0, origin, None if record.base else taken), Deltas(da, db)
+        start, deltas = record.start_factors(name, a0, b0, self.config, self.starts), Deltas(da, db)
         if self.config.use_adalora:
             deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
             # Not to the bit: other machines sum norms in another order.
             if not torch.allclose(start.change(deltas)[0], da, rtol=1e-5, atol=1e-6 * float(a0.abs().max())):
                 raise ValueError(self._mismatch(name, "is not made of delta_a and delta_e"))
-        base = start
-        if record.base is not None:
-            base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base, taken)
         magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
-        return LayerTensors(start, deltas, base, magnitude)
+        return LayerTensors(start, deltas, record.base_start(name, start, self.starts), magnitude)
 
     def start_shapes(self, name: str, matrix_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """The shapes of what `start_tensors` has written of a layer, all of it float32."""
@@ -303,13 +360,6 @@ class PissaFolder:
         parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
         return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
 
-    def _taken(self, name: str, a0: Tensor, b0: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
-        """What the residual of a layer lacks instead of the start factors of its base, whose origin this is."""
-        if self.records[name].taken is not None:
-            a, b = (self.starts.read(f"{name}.{part}") for part in TAKEN)
-            return a, b
-        return nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
-
     def _mismatch(self, name: str, reason: str) -> str:
         return (
             f"{self.weights.path} and {self.starts.path} do not belong together, or one is damaged: the tensor lora_A "
@@ -325,10 +375,12 @@ def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = Non
         ValueError: neither is there, or a damaged file, naming the file.
     """
     folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
-    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
-        config = read_config_alone(folder / ADAPTER_CONFIG)
-        if config is not None:
-            return config
+    alone = folder / ADAPTER_CONFIG
+    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(alone):
+        with reading(alone, SAVED):
+            fields = read_object(alone)
+            if {"svd", "svd_passes"} <= fields.keys():  # else another configuration is in it
+                return config_from_json(fields)
     return _read_record(folder).config
 
 
