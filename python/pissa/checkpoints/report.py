@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
-from pissa.checkpoints.packed import of_layer
-from pissa.checkpoints.split_plan import SplitPlan
+from pissa.checkpoints.init import SplitPlan
+from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
@@ -333,7 +333,7 @@ def report(
     ranks = sorted(set(ranks))
     known = max(ranks[-1], 4 * ranks[0])
     with Source(checkpoint_folder(model)) as source:
-        plan = SplitPlan.of(source, PissaConfig(r=1))
+        plan = SplitPlan(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
         memory = _memory(plan, ranks[0], quant, batch, length)
         sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]

@@ -13,7 +13,7 @@ from pissa import ops
 from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
-from pissa.checkpoints.plan import Layer, Unit
+from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given, check_start
 from pissa.files.hub import Name

@@ -13,11 +13,9 @@ import torch
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import INIT_METHODS
-from pissa.checkpoints.merge import states
-from pissa.checkpoints.merge_plan import Planner
+from pissa.checkpoints.merge import Planner, states
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.plan import Plan, Unit, in_order, linear_layers, new_shards
-from pissa.checkpoints.rewrite import Errors, Result, Rewrite
+from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, linear_layers
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.files.lora_folder import LoraFactors, with_sizes
@@ -66,7 +64,7 @@ class _Export(Rewrite):
         self.model_name = type(planner.model).__name__
         source, left = adapter.source, packed | planner.packed.keys()
         dense = [name for name in linear_layers(planner.model) if name not in left]
-        super().__init__(Plan(source, in_order(source, units), new_shards(source, units), dense), target)
+        super().__init__(Plan(source, units, dense, {}), target)
 
     def exported(self) -> Exported:
         """The report."""

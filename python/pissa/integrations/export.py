@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
+from pissa.checkpoints.load import packed_layers
 from pissa.checkpoints.merge import merge
-from pissa.checkpoints.packed import packed_layers
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
 from pissa.files.hub import checkpoint_folder

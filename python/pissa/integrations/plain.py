@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pissa.checkpoints.merge_plan import Planner
+from pissa.checkpoints.merge import Planner
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFolder, open_adapter

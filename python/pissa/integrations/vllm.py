@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pissa.checkpoints.merge_plan import Planner
-from pissa.checkpoints.plan import Layer
+from pissa.checkpoints.merge import Planner
+from pissa.checkpoints.rewrite import Layer
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFactors, with_sizes
