@@ -47,9 +47,6 @@ class Fingerprints:
 
     `gathered`, below, is the whole parameter of the base's module. It is read if the parameter is sharded and the
     fingerprint is not known yet. A comparison gathers it itself, so that all processes have to compare together.
-
-    Raises:
-        ValueError: the parameter is sharded, the fingerprint is not known, and nothing has been gathered.
     """
 
     def __init__(self) -> None:

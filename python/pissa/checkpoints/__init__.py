@@ -1,4 +1,4 @@
-"""Whole checkpoints on disk, matrix by matrix: none of them is ever in memory.
+"""Whole checkpoints on disk, matrix by matrix: none of them is ever in memory. Errors are those of `files`.
 
 - `output`, `rewrite`: a folder that several processes write from another, and that a killed run goes on with
 - `init`: residuals as a checkpoint, start factors as a LoRA beside it

@@ -61,10 +61,6 @@ class SplitPlan(Plan):
         config: with neither `quant` nor `residual` it stands for residual="explicit".
         experts: how the residual of fused experts is kept if that of other layers is quantised: "dense", as in the
             checkpoint; or in the same format, which it names, each expert by itself.
-
-    Raises:
-        ValueError, TypeError: no such model; a layer that cannot be split, naming it, or whose tensor the checkpoint
-            lacks; what a plain LoRA on a residual cannot hold.
     """
 
     def __init__(self, source: Source, config: PissaConfig, experts: str = DENSE) -> None:
@@ -419,7 +415,8 @@ class _Split(Rewrite):
         config = self.plan.configs[layer.name]
         elements, sides, r = math.prod(layer.shape), sum(layer.shape), self.plan.origins[layer.name].r
         method = INIT_METHODS[config.init]
-        size = 4 * sides * (r + _sketch(r, config))
+        passes = 14 if config.svd_passes == "auto" else config.svd_passes
+        size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and the bases that the SVD keeps, about
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
@@ -428,12 +425,6 @@ class _Split(Rewrite):
         if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):
             size += 16 * elements
         return size
-
-
-def _sketch(r: int, config: PissaConfig) -> int:
-    """Columns of the bases that a decomposition keeps, about."""
-    passes = 14 if config.svd_passes == "auto" else config.svd_passes
-    return (r + 16) * (passes // 2 + 1)
 
 
 # ---- The error -------------------------------------------------------------------------------------------------------

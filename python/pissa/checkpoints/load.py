@@ -48,12 +48,8 @@ Entries = dict[str, Tensor]
 
 
 def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The layers whose weights are packed in one of bitsandbytes' formats, by their names in the checkpoint: of each
-    the names of its tensors, by those of the entries.
-
-    Args:
-        names: of all tensors.
-    """
+    """The layers of which a checkpoint of tensors of these names has the weights packed in one of bitsandbytes'
+    formats: of each the names of its tensors, by those of the entries."""
     present, found = set(names), {}
     for name in present:
         for mark, entries in ENTRIES.items():
@@ -66,11 +62,7 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def of_layer(name: str) -> Iterator[None]:
-    """Names the layer in errors of the block.
-
-    Raises:
-        ValueError: for a ValueError.
-    """
+    """Names the layer in a ValueError of the block."""
     try:
         yield
     except ValueError as error:
@@ -81,19 +73,9 @@ def mapped_model(
     source: Source, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, Entries], Mapping[str, Any]]:
     """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files, except for
-    one that transformers has cast, or put together of several, which is a copy.
-
-    Args:
-        dtype: of the floating tensors that are not packed; None: the one in the folder's config.json.
-
-    Returns:
-        The model, whose packed weights are on the meta device; their entries, by the layers' names in the model; the
-        `quantization_config` of the folder, which the model has not.
-
-    Raises:
-        ValueError: a folder that transformers cannot load, or whose tensors are not those of the model; a packed weight
-            that is damaged, naming the layer.
-    """
+    one that transformers has cast (to `dtype`, or to that of the folder's config.json), or put together of several,
+    which is a copy. Packed weights are on the meta device; their entries, by the layers' names in the model, are
+    returned too, and the `quantization_config` of the folder, which the model has not."""
     folder, tensors = source.folder, packed_layers(source.names)
     packed = {layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors}
     shapes = {}
@@ -146,13 +128,9 @@ def _unpartitioned() -> Iterator[None]:
 
 
 class _LeftPacked:
-    """Stands in a state dict for a weight whose values are packed. transformers' loader slices what it is given, and
-    moves it to a device and a dtype. What it gets of this is a parameter on the meta device.
-
-    Args:
-        name: of the tensor, in the checkpoint.
-        is_whole: whether the weight is that of one layer; else it is fused of those of all experts.
-    """
+    """Stands in a state dict for a weight whose values are packed: that of one layer, or else of all experts together.
+    transformers' loader slices what it is given, and moves it to a device and a dtype. What it gets of this is a
+    parameter on the meta device."""
 
     def __init__(self, name: str, shape: Sequence[int], is_whole: bool) -> None:
         self.name, self.shape, self.is_whole = name, shape, is_whole
@@ -301,16 +279,8 @@ def _config(
 
 
 def _fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: Mapping[str, Any]) -> None:
-    """Gives a model the 4-bit weights that bitsandbytes has made, as they are in a folder.
-
-    Args:
-        model: the (unwrapped) model, adapted.
-        packed: the weights, by the layers' names.
-        quantization: the folder's `quantization_config`.
-
-    Raises:
-        ValueError: naming the layer whose weight is in 8 bits; or no dtype is to compute in.
-    """
+    """Gives an adapted, unwrapped model the 4-bit weights that bitsandbytes has made, by the layers' names, as they are
+    in a folder of this `quantization_config`."""
     name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
@@ -334,21 +304,9 @@ def _fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: 
 def _fill_split(
     model: nn.Module, packed: Mapping[str, Entries], folder: Path, split: AdapterRecord, config: PissaConfig
 ) -> None:
-    """Puts a stored base, with the start that it lacks, into every layer of the record.
-
-    Each residual and its start are compared with their fingerprints: a residual's pages are read once, as a first step
-    of training would.
-
-    Args:
-        model: the (unwrapped) model, adapted. Residuals that are not packed are its weights.
-        packed: the other ones.
-        split: the folder's record.
-        config: that of the adapter.
-
-    Raises:
-        ValueError: naming the layer: a residual that is not the one which was written, or has another shape,
-            factors that a file lacks or has other values of, or a layer that has no adapter.
-    """
+    """Puts a stored base, with the start that it lacks, into every layer of the folder's record. Residuals that are not
+    `packed` are the model's weights. Each residual and its start are compared with their fingerprints: a residual's
+    pages are read once, as a first step of training would."""
     adapted, records = pissa_layers(model), split.layers
     for name in [*records, *packed]:
         if name not in records:
@@ -406,5 +364,5 @@ def _starts(
         for key, shape in part.shapes(split.layers[part.layers[0]].r).items():
             factors.expect(key, shape, (torch.float32,), f"the start factors of layer {part.layers[0]}")
         for name, pair in part.unpack(*(factors.read(key) for key in part.keys)).items():
-            starts[name] = split.layers[name].start_factors(name, *pair, config, others)
+            starts[name], _ = split.layers[name].starts(name, *pair, config, others)
     return starts

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -37,14 +37,8 @@ from pissa.ops.formats import FORMATS
 
 
 class Planner:
-    """Finds in a checkpoint what an adapter changes.
-
-    Args:
-        form: how the linear layers, without the output layer, are written: IMPLICIT for dense.
-
-    Raises:
-        ValueError: a checkpoint that cannot be read.
-    """
+    """Finds in a checkpoint what an adapter changes. The linear layers, without the output layer, are written in
+    `form`: IMPLICIT for dense."""
 
     def __init__(self, source: Source, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
         self.source, self.adapter, self.form = source, adapter, form
@@ -56,9 +50,9 @@ class Planner:
         self.tensors = dict(
             [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
         )
-        self.sharing: dict[int, list[str]] = {}
+        self.sharing = defaultdict[int, list[str]](list)
         for name, value in self.tensors.items():
-            self.sharing.setdefault(id(value), []).append(name)
+            self.sharing[id(value)].append(name)
         linears = {name: module for name, module in self.model.named_modules() if _is_linear(module)}
         self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
         self.quantised: set[str] = set()
@@ -67,11 +61,7 @@ class Planner:
             self.quantised = {name for name in self.linears if linears[name] is not output}
 
     def plan(self) -> Plan:
-        """The plan of a merge.
-
-        Raises:
-            ValueError: what cannot be merged, naming the layer or the tensor.
-        """
+        """The plan of a merge."""
         units = [self.unit_of(factors) for factors in self.adapter.factors.values()]
         adapted = {layer.name for unit in units for layer in unit.layers}
         for name in self.linears if self.packed else self.quantised:
@@ -79,9 +69,14 @@ class Planner:
                 layer = self._layer(name, False, 2)
                 units += [Unit(name, (layer,))] if layer.entries or layer.is_packed else []
         units += self._beside_factors(adapted)
-        self._check_changed_once(units)
-        changed = {tensor for unit in units for tensor in unit.tensors}
-        if left := sorted(self.codes - changed):
+        changed = Counter(tensor for unit in units for tensor in unit.tensors)
+        for tensor in [tensor for tensor, count in changed.items() if count > 1]:
+            names = [unit.name for unit in units if tensor in unit.tensors]
+            raise ValueError(
+                f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
+                f"{_IN_MEMORY}"
+            )
+        if left := sorted(self.codes - changed.keys()):
             raise ValueError(
                 f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes of which only "
                 f"pissa.load makes a model; {_IN_MEMORY}"
@@ -90,11 +85,7 @@ class Planner:
         return Plan(self.source, units, dense, {})
 
     def parts_of(self, name: str) -> tuple[Part, ...]:
-        """What a parameter that is no matrix [in, out] consists of.
-
-        Raises:
-            ValueError: the model or the checkpoint has no such parameter.
-        """
+        """What a parameter that is no matrix [in, out] consists of."""
         if name not in self.tensors:
             raise ValueError(f"the model in {self.source.folder} has no {name}")
         for other in [name, *self._sharing(name)]:  # the checkpoint has a tied parameter under one of its names
@@ -208,10 +199,11 @@ class Planner:
                     f"{weights.path}: tensors {shown(other.key)} and {shown(key)} are both for {unit.tensor} in "
                     f"{self.source.folder}; {_IN_MEMORY}"
                 )
-        self._check_shared(list(units.values()))
         return list(units.values())
 
     def _beside(self, key: str, place: str, leaf: str) -> Unit:
+        """The unit of one of them. Of a tied weight it has to be for all layers: the adapter has it for each, or it is
+        of tokens of the input embeddings."""
         path, shape = self.adapter.weights.path, self.adapter.weights.entries[key].shape
         rows, scaling = None, None
         if leaf == "trainable_tokens_delta":
@@ -234,6 +226,13 @@ class Planner:
                 f"{self.source.folder}. An embedding that was resized, or a weight that is not one dense tensor of the "
                 f"checkpoint, cannot be replaced there; {_IN_MEMORY}"
             )
+        is_for_all = rows is not None and self.tensors[name] is self.model.get_input_embeddings().weight
+        saved = {name, *(other.removeprefix(PREFIX).replace(".base_layer.", ".") for other in self.adapter.other_keys)}
+        if not is_for_all and (others := [other for other in self._sharing(name) if other not in saved]):
+            raise ValueError(
+                f"{path}: tensor {shown(key)} is for {name}, which shares its values with {others[0]} in "
+                f"{self.source.folder}; {_IN_MEMORY}"
+            )
         return Unit(name, tensor=parts[0].tensor, key=key, rows=rows, scaling=scaling)
 
     def _rows(self, place: str) -> tuple[int, ...]:
@@ -242,29 +241,6 @@ class Planner:
         if isinstance(indices, dict):
             indices = next((value for name, value in indices.items() if f".{place}".endswith(f".{name}")), None)
         return tuple(indices or ())
-
-    def _check_shared(self, units: list[Unit]) -> None:
-        """Refuses what would change a tied weight although the adapter has it for one of its layers only. Tokens of the
-        input embeddings are trained for all of them."""
-        saved = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in self.adapter.other_keys}
-        for unit in units:
-            is_for_all = unit.rows is not None and self.tensors[unit.name] is self.model.get_input_embeddings().weight
-            for other in [] if is_for_all else self._sharing(unit.name):
-                if other != unit.name and other not in saved:
-                    raise ValueError(
-                        f"{self.adapter.weights.path}: tensor {shown(unit.key)} is for {unit.name}, which shares its "
-                        f"values with {other} in {self.source.folder}; {_IN_MEMORY}"
-                    )
-
-    def _check_changed_once(self, units: list[Unit]) -> None:
-        """Raises ValueError if two units write to a tensor."""
-        for tensor, count in Counter(tensor for unit in units for tensor in unit.tensors).items():
-            if count > 1:
-                names = [unit.name for unit in units if tensor in unit.tensors]
-                raise ValueError(
-                    f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
-                    f"{_IN_MEMORY}"
-                )
 
 
 _IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
@@ -344,7 +320,20 @@ def merge(
         run.run(progressbar)
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
-        return run.merged(time.perf_counter() - begin)
+        adapted = [unit for unit in run.plan.units if unit.factors is not None]
+        changed = [run.results[unit.name] for unit in adapted]
+        lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
+        return Merged(
+            what=read.what,
+            layers=sum(len(unit.layers) for unit in adapted),
+            quantised=len(run.plan.packed),
+            bytes_read=run.bytes_read,
+            bytes_written=run.bytes_written,
+            bytes_done_before=run.bytes_done_before,
+            seconds=time.perf_counter() - begin,
+            error_of_change=math.sqrt(lost / change) if change else 0.0,
+            **Errors.of(run.results)._asdict(),
+        )
 
 
 class _Merge(Rewrite):
@@ -354,25 +343,8 @@ class _Merge(Rewrite):
         super().__init__(plan, target)
         self.adapter, self.form = adapter, form
 
-    def merged(self, seconds: float) -> Merged:
-        """The report."""
-        adapted = [unit for unit in self.plan.units if unit.factors is not None]
-        changed = [self.results[unit.name] for unit in adapted]
-        lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
-        return Merged(
-            what=self.adapter.what,
-            layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(self.plan.packed),
-            bytes_read=self.bytes_read,
-            bytes_written=self.bytes_written,
-            bytes_done_before=self.bytes_done_before,
-            seconds=seconds,
-            error_of_change=math.sqrt(lost / change) if change else 0.0,
-            **Errors.of(self.results)._asdict(),
-        )
-
     def identity(self) -> dict[str, Any]:
-        return {"form": self.form.describe(), **states(self.adapter)}
+        return {"form": self.form.describe(), **self.adapter.states()}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
@@ -409,12 +381,3 @@ class _Merge(Rewrite):
         if unit.rows is None:
             return value.to(tensor.dtype)
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
-
-
-def states(adapter: Adapter) -> dict[str, str]:
-    """The files of an adapter as they are, for the identity of a run."""
-    found = {}
-    for what, folder in adapter.folders.items():
-        for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
-            found[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
-    return found

@@ -175,14 +175,8 @@ def _new_shards(source: Source, units: Iterable[Unit]) -> dict[str, Layout]:
 def matrix_shape(
     name: str, parts: Sequence[Part], source: Source, dimensions: int = 2
 ) -> tuple[tuple[int, int], torch.dtype]:
-    """The shape of the matrix [out, in] that a layer's parts make, and their dtype.
-
-    Args:
-        dimensions: of each part: more than 2 of a convolution.
-
-    Raises:
-        ValueError: parts that make no matrix, naming the file, the tensor and the layer.
-    """
+    """The shape of the matrix [out, in] that a layer's parts make, and their dtype. Parts have so many dimensions: more
+    than 2 of a convolution."""
     entries = [source.entry(part.tensor) for part in parts]
     rows, columns = 0, set()
     for part, entry in zip(parts, entries, strict=True):

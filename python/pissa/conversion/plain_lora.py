@@ -61,11 +61,7 @@ class PlainLora:
 
     @staticmethod
     def of(folder: LoraFolder, base: GivenBase, initial: Name | None, subtracted: bool | None) -> PlainLora:
-        """Decides what an adapter is; the arguments are those of `convert`.
-
-        Raises:
-            ValueError: an adapter that cannot be converted, or arguments that do not fit it.
-        """
+        """Decides what an adapter is; the arguments are those of `convert`."""
         init = folder.config["init_lora_weights"]
         if folder.record is not None:
             check_not_given(f"{folder.path} is an adapter of pissa", base=base, initial=initial, subtracted=subtracted)
@@ -200,7 +196,6 @@ def _read_initial(folder: LoraFolder, given: Name, base: GivenBase) -> LoraFolde
 
 
 def _halves(a: Tensor, b: Tensor) -> tuple[Matrices, Matrices]:
-    """The factors A, B and A0, B0 of [A ; A0] and [B | -B0]."""
     (a, a0), (b, minus_b0) = a.chunk(2), b.chunk(2, dim=1)
     return (a, b), (a0, -minus_b0)
 
@@ -239,15 +234,9 @@ def _check_subtracted(folder: LoraFolder) -> None:
 
 
 class BaseModel:
-    """The base of an adapter: a model in memory, or one in a folder, of which a layer at a time is read; or which is
-    loaded as a whole, with a warning, if the weights of the adapter's layers cannot be read one by one.
-
-    Args:
-        what: what messages call it.
-
-    Raises:
-        ValueError: it cannot be loaded, is a model with an adapter, or lacks a layer.
-    """
+    """The base of an adapter, which messages call `what`: a model in memory, or one in a folder, of which a layer at a
+    time is read; or which is loaded as a whole, with a warning, if the weights of the adapter's layers cannot be read
+    one by one."""
 
     def __init__(self, base: nn.Module | Name, adapter: LoraFolder, what: str = "base") -> None:
         self.model: nn.Module
@@ -333,11 +322,7 @@ def load_base(base: Name) -> nn.Module:
 
 
 def check_start(trained: LoraFolder, initial: LoraFolder) -> None:
-    """Checks that a trained adapter can have started from the initial one.
-
-    Raises:
-        ValueError: they have other layers, ranks or scalings, naming the first.
-    """
+    """Checks that a trained adapter can have started from the initial one."""
     ours, theirs = (
         {
             target: f"factors {list(factors.shapes(factors.rank).values())} and scaling {factors.scaling:.12g}"
@@ -354,10 +339,6 @@ class ComputedStart:
 
     PEFT then rounds them to the base's dtype; that difference is in dA and dB. Embeddings are left out: PEFT starts
     them as a plain LoRA, and leaves their weight as it is.
-
-    Raises:
-        ValueError: it cannot be computed, or the base lacks a layer; later, by `starts`, the trained factors did not
-            start from a weight of it.
     """
 
     def __init__(self, trained: LoraFolder, base: GivenBase) -> None:
@@ -445,9 +426,6 @@ def check_sum(initial: LoraFolder, residual: Path, base: nn.Module | Name) -> No
 
     They may differ by the rounding of W_res, A0 and B0 to the residual's dtype, in which PEFT keeps all three, and by
     that of the float32 product of r terms that was subtracted.
-
-    Raises:
-        ValueError: naming the first layer that differs by more.
     """
     of_residual, of_base = BaseModel(residual, initial, "residual model"), BaseModel(base, initial)
     for target, factors in initial.factors.items():

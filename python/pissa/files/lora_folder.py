@@ -121,11 +121,7 @@ def is_plain_lora(folder: Path) -> bool:
 
 
 def open_adapter(folder: Path) -> LoraFolder:
-    """Finds out what an adapter's folder is: the one place that asks.
-
-    Raises:
-        ValueError: naming the file and the field or the tensor, and what is wrong with it.
-    """
+    """Finds out what an adapter's folder is: the one place that asks."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -133,34 +129,22 @@ def open_adapter(folder: Path) -> LoraFolder:
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
     record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
-    found = LoraFolder(folder, config, weights, factors, record)
-    if record is not None:
-        _check_described(found, record)
-    return found
-
-
-def _check_described(folder: LoraFolder, record: AdapterRecord) -> None:
-    """Checks that the plain LoRA of an adapter of ours is the one that the records of its layers describe."""
-    folder.weights.expect_checksums()
-    found = ((layer, factors) for factors in folder.factors.values() for layer in factors.layers)
-    check_same_layers(
-        f"{folder.path}: the files do not belong together",
-        f"in {ADAPTER_CONFIG}",
-        {name: rank_and_scaling(factors.rank, factors.scaling) for name, factors in found},
-        f"in {PISSA_RECORD}",
-        {name: rank_and_scaling(2 * layer.r, layer.scaling) for name, layer in record.layers.items()},
-    )
+    if record is not None:  # whose plain LoRA it has to be
+        weights.expect_checksums()
+        found = ((layer, one) for one in factors.values() for layer in one.layers)
+        check_same_layers(
+            f"{folder}: the files do not belong together",
+            f"in {ADAPTER_CONFIG}",
+            {name: rank_and_scaling(one.rank, one.scaling) for name, one in found},
+            f"in {PISSA_RECORD}",
+            {name: rank_and_scaling(2 * layer.r, layer.scaling) for name, layer in record.layers.items()},
+        )
+    return LoraFolder(folder, config, weights, factors, record)
 
 
 def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str, theirs: Mapping[str, str]) -> None:
-    """Compares the layers of an adapter, as they are in two places.
-
-    Args:
-        ours, theirs: by name, the sizes of each layer in words.
-
-    Raises:
-        ValueError: naming the first layer that differs.
-    """
+    """Raises ValueError, naming the first layer that differs, unless an adapter has the same layers in two places.
+    Their sizes are given in words."""
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             sizes = (f"{one.get(name, 'no factors')} {where}" for one, where in ((ours, here), (theirs, there)))
@@ -195,11 +179,7 @@ _USED: dict[str, Any] = {
 
 
 def read_lora_config(path: Path) -> dict[str, Any]:
-    """Reads adapter_config.json. Fields that it lacks and that are used here have PEFT's defaults.
-
-    Raises:
-        ValueError: naming the file and the field, and what is wrong with it; a variant of LoRA that is no plain LoRA.
-    """
+    """Reads adapter_config.json. Fields that it lacks and that are used here have PEFT's defaults."""
     with reading(path, PLAIN_LORA):
         config = read_object(path)
         if config.get("peft_type") != "LORA":
@@ -216,11 +196,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
 
 
 def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """The rank and the scaling that a configuration gives a target. To be called in a block of `reading`.
-
-    Raises:
-        Exception: it gives none, or its patterns are no regular expressions.
-    """
+    """The rank and the scaling that a configuration gives a target. To be called in a block of `reading`."""
     ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), target), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), target), config["lora_alpha"])

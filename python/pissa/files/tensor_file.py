@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -89,9 +89,6 @@ class TensorFile:
 
     The file must not become shorter: the system kills a process (SIGBUS) that reads a page which is gone. `view` looks
     at the file right before; nobody can for the time after.
-
-    Raises:
-        ValueError: no such file, or a damaged one, or one that is not safetensors; the message names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,8 +114,8 @@ class TensorFile:
             checksums = (header.pop(_METADATA, None) or {}).get(_CHECKSUMS, "").split()
             self.entries = _entries(header, start)
             """The tensors, in the order in which they lie in the file."""
-        self._checksums = dict(zip(sorted(self.entries), checksums, strict=False))
-        self._has_checksums = len(checksums) == len(self.entries)
+        is_complete = len(checksums) == len(self.entries)
+        self._checksums = dict(zip(sorted(self.entries), checksums, strict=True)) if is_complete else None
 
     @property
     def identity(self) -> str:
@@ -130,9 +127,6 @@ class TensorFile:
         """The tensor, whose values are the mapped file's; a copy if it is not aligned in the file to its elements.
 
         It must not be written to. It keeps the mapping alive.
-
-        Raises:
-            ValueError: the file has changed since its header was read.
         """
         with reading(self.path, "Start again when nobody writes to it"):
             if _state(self.path) != self._state:
@@ -145,14 +139,8 @@ class TensorFile:
             return (content.clone() if offset % dtype.itemsize else content).view(dtype).view(shape)
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
-        """Checks that the file has a tensor of that shape and of one of these dtypes.
-
-        Args:
-            demand: the part of the model that needs the tensor, for the message.
-
-        Raises:
-            ValueError: naming the file, the tensor and `demand`.
-        """
+        """Checks that the file has a tensor of that shape and of one of these dtypes, of `demand`: the part of the
+        model that needs it."""
         if name not in self.entries:
             raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
         dtype, found = self.entries[name].dtype, list(self.entries[name].shape)
@@ -164,21 +152,16 @@ class TensorFile:
 
     def expect_checksums(self) -> None:
         """Raises ValueError, naming the file, unless it has a checksum of every tensor."""
-        if not self._has_checksums:
+        if self._checksums is None:
             raise ValueError(
                 f"{self.path} has no checksums of its {len(self.entries)} tensors: save_pretrained did not write it; "
                 "save the adapter again, or take the file from a copy"
             )
 
     def read(self, name: str) -> Tensor:
-        """A copy of the tensor: later changes of the file do not change it.
-
-        Raises:
-            ValueError: it is not, bit for bit, the one that was written, or holds NaN or Inf; the message names file
-                and tensor.
-        """
+        """A copy of the tensor, which is compared with its checksum, and is finite."""
         tensor = self.view(name).clone()
-        if self._has_checksums and xxh3(tensor) != self._checksums[name]:
+        if self._checksums is not None and xxh3(tensor) != self._checksums[name]:
             raise ValueError(
                 f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
                 "the adapter again, or take the file from a copy"
@@ -189,10 +172,8 @@ class TensorFile:
         return tensor
 
     def release(self, names: Sequence[str]) -> None:
-        """Gives back the memory that these tensors' pages take; it is read again when it is used again.
-
-        A page that a tensor shares with one that is not named stays.
-        """
+        """Gives back the memory that these tensors' pages take, which are read again when they are used again. A page
+        that a tensor shares with one that is not named stays."""
         for begin, end in self._ranges(names):
             begin += -begin % mmap.PAGESIZE
             end -= end % mmap.PAGESIZE if end < len(self._map) else 0
@@ -218,8 +199,7 @@ class TensorFile:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """The size, the time of change and the number of a file: others later show that somebody has written to it, or
-    replaced it."""
+    """Size, time of change and number of a file: others later show that somebody has written to it, or replaced it."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -242,13 +222,8 @@ def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
 # ---- A folder --------------------------------------------------------------------------------------------------------
 
 
-class Source:
-    """The tensors of a checkpoint, by their names: those of `model.safetensors`, or of an index with its shards.
-
-    Raises:
-        ValueError: no such folder, no safetensors in it, or a file that is missing, damaged or unreadable; the message
-            names the file, and the tensor if one is at fault.
-    """
+class Source(AbstractContextManager["Source"]):
+    """The tensors of a checkpoint, by their names: those of `model.safetensors`, or of an index with its shards."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -287,11 +262,7 @@ class Source:
         return self._holder(name).path
 
     def entry(self, name: str) -> Entry:
-        """Where the tensor lies, its dtype and its shape.
-
-        Raises:
-            ValueError: no such tensor.
-        """
+        """Where the tensor lies, its dtype and its shape."""
         return self._holder(name).entries[name]
 
     def identity(self) -> dict[str, str]:
@@ -316,9 +287,6 @@ class Source:
         """Lets the mappings go. One that a tensor still needs goes with the tensor."""
         self._files.clear()
         self._holders.clear()
-
-    def __enter__(self) -> Source:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -373,16 +341,9 @@ def _shards(index: Path) -> dict[str, set[str]]:
 
 
 class Layout:
-    """Where the tensors of a file will lie: dtypes of large elements first, so that each tensor is aligned to its
-    elements without holes, which the format forbids; those of one size in the given order.
-
-    Args:
-        tensors: by name, the dtype and the shape.
-        metadata: of the file, beside what transformers wants.
-
-    Raises:
-        ValueError: a dtype that the format does not have, or a name that it reserves.
-    """
+    """Where the tensors of a file will lie, given by their dtypes and shapes: dtypes of large elements first, so that
+    each tensor is aligned to its elements without holes, which the format forbids; those of one size in the given
+    order."""
 
     def __init__(
         self, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
@@ -423,24 +384,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
 
-class Scratch(Mapping[str, Tensor]):
-    """Tensors that wait on the disk until all of them are known, each read when it is asked for. Their file has no
-    name: it is gone when the block ends, or the process.
-
-    Args:
-        folder: on whose disk they are.
-    """
+class Scratch(Mapping[str, Tensor], AbstractContextManager["Scratch"]):
+    """Tensors that wait on the disk of a folder until all of them are known, each read when it is asked for. Their file
+    has no name: it is gone when the block ends, or the process."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
         self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Takes the values of a contiguous tensor on the CPU.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Takes the values of a contiguous tensor on the CPU."""
         self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tuple(tensor.shape)
         self._file.write(bytes_of(tensor))
 
@@ -456,9 +409,6 @@ class Scratch(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __enter__(self) -> Scratch:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

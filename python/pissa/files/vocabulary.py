@@ -53,11 +53,7 @@ class VocabularyTensor:
         return self.name == "weight" and (base.module is self.module or base.parameter is self.module.weight)
 
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered.
-
-        Raises:
-            ValueError: the parameter is sharded, and not in the state dict.
-        """
+        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered."""
         gathered = state.get(self.state_key)
         if self.name == "bias" and gathered is not None:
             return gathered.detach().cpu()

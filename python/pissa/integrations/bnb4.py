@@ -13,7 +13,7 @@ import torch
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import INIT_METHODS
-from pissa.checkpoints.merge import Planner, states
+from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, linear_layers
 from pissa.checkpoints.trained import Ours, read_weight
@@ -101,7 +101,7 @@ class _Export(Rewrite):
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
 
     def identity(self) -> dict[str, Any]:
-        return {"target": str(self.target), **states(self.adapter)}
+        return {"target": str(self.target), **self.adapter.states()}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:

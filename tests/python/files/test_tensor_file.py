@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from checkpoint_writer import layout_of, tensors_of_all_dtypes
 from pissa.base.digest import xxh3
@@ -59,25 +57,6 @@ def test_every_tensor_has_its_checksum(tmp_path: Path) -> None:
         file.read(name)
     with pytest.raises(ValueError, match=f"'{last}' is damaged: its checksum"):
         file.read(last)
-
-
-def test_a_tensor_is_taken_when_it_is_written(tmp_path: Path) -> None:
-    taken: list[str] = []
-
-    class Lazy(Mapping[str, Tensor]):
-        def __getitem__(self, name: str) -> Tensor:
-            taken.append(name)
-            return torch.full((4,), float(name))
-
-        def __iter__(self) -> Iterator[str]:
-            return iter("201")
-
-        def __len__(self) -> int:
-            return 3
-
-    write_tensors(tmp_path / "file", Lazy())
-    assert taken == [*"012", *"012"]
-    assert load_file(tmp_path / "file")["2"].tolist() == [2.0] * 4
 
 
 def test_scratch_gives_back_what_was_put_and_leaves_nothing(tmp_path: Path) -> None:
