@@ -31,6 +31,7 @@ from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    Matrices,
     adapted_names,
     check_uniform,
     factors_of,
@@ -51,7 +52,6 @@ from pissa.ops.low_rank import pad_rank
 DENSE = "dense"
 
 INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
-INITIAL_CONFIG = f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}"
 
 
 class SplitPlan(Plan):
@@ -308,17 +308,6 @@ class _Group(NamedTuple):
         return [*(name for layer in self.layers for name in layer.tensors), *copied]
 
 
-class _LayerResult(NamedTuple):
-    """What is known of a layer that is split, until all of its unit are."""
-
-    factors: tuple[Tensor, Tensor]
-    """Its start factors, on the CPU."""
-    lost: float
-    whole: float
-    record: dict[str, Any]
-    """What pissa.json says of it."""
-
-
 class _Split(Rewrite):
     """One run of `init`."""
 
@@ -328,7 +317,10 @@ class _Split(Rewrite):
     def __init__(self, plan: SplitPlan, target: Path, memory: int, device: torch.device) -> None:
         super().__init__(plan, target)
         self.memory, self.device = memory, device
-        self._waiting: dict[str, _LayerResult] = {}
+        # Of layers that are split, until all of their unit are: the start factors, on the CPU; the errors, and what
+        # pissa.json says of it.
+        self._factors: dict[str, Matrices] = {}
+        self._noted: dict[str, tuple[float, float, dict[str, Any]]] = {}
 
     def identity(self) -> dict[str, Any]:
         others = {"experts": self.plan.experts, "device": self.device.type, "target": str(self.target)}
@@ -357,15 +349,16 @@ class _Split(Rewrite):
         results: dict[str, Result] = {}
         for unit in group.finished:
             if unit.tensor is not None:
-                self.copy(out, unit.tensor)
-            done = {layer.name: self._waiting.pop(layer.name) for layer in unit.layers}
+                out.write(self.file_of(unit.tensor), unit.tensor, self.source.read(unit.tensor))
             if unit.factors is not None:
-                for key, tensor in unit.factors.pack([one.factors for one in done.values()]).items():
+                pairs = [self._factors.pop(layer.name) for layer in unit.layers]
+                for key, tensor in unit.factors.pack(pairs).items():
                     out.write(INITIAL_WEIGHTS, key, tensor)
+            noted = {layer.name: self._noted.pop(layer.name) for layer in unit.layers}
             results[unit.name] = {
-                "lost": sum(one.lost for one in done.values()),
-                "whole": sum(one.whole for one in done.values()),
-                "records": {name: one.record for name, one in done.items()},
+                "lost": sum(lost for lost, _, _ in noted.values()),
+                "whole": sum(whole for _, whole, _ in noted.values()),
+                "records": {name: record for name, (_, _, record) in noted.items()},
             }
         return results
 
@@ -398,16 +391,15 @@ class _Split(Rewrite):
                     start=of_starts[i],
                     taken=start.rank_taken or None,
                 )
-                lost, whole = _sampled_error(weight, residual, start)
-                factors = start.a0.cpu(), start.b0.cpu()
-                self._waiting[layer.name] = _LayerResult(factors, lost, whole, record.as_json())
+                self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()
+                self._noted[layer.name] = *_sampled_error(weight, residual, start), record.as_json()
 
     def end(self, out: Output) -> None:
         lora, records = self.plan.lora, dict[str, LayerRecord]()
         lora.base_model_name_or_path = str(self.target)
         for result in self.results.values():
             records |= {name: LayerRecord.from_json(record) for name, record in result["records"].items()}
-        out.path(INITIAL_CONFIG).write_text(plain_config_text(lora, self.plan.model_type))
+        out.path(f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}").write_text(plain_config_text(lora, self.plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
     def in_flight(self, layer: Layer) -> int:

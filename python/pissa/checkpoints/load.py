@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.quantizers import register_quantization_config
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pissa.base.bitsandbytes import from_state, linear4bit
@@ -40,8 +41,6 @@ from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
-
-GENERATION_CONFIG = "generation_config.json"
 
 Entries = dict[str, Tensor]
 """The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
@@ -90,7 +89,7 @@ def mapped_model(
         quantization = vars(config).pop("quantization_config", {})
         left = _left_packed(kind, config, shapes)
         state |= {weight.name: weight for weight in left.values()}
-        generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG).is_file() else None
+        generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
         with _unpartitioned() if packed else nullcontext():
             model, info = kind.from_pretrained(
                 None,

@@ -337,10 +337,6 @@ class Rewrite(ABC):
             for name, values, member in parts_of(weight, layer.parts, self.source):
                 out.write(self.file_of(name), name, values, member)
 
-    def copy(self, out: Output, tensor: str) -> None:
-        """Writes a tensor as it is."""
-        out.write(self.file_of(tensor), tensor, self.source.read(tensor))
-
     def file_of(self, tensor: str) -> str:
         """The new file that has the place of a tensor of the checkpoint."""
         return self.source.path_of(tensor).name

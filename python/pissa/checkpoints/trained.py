@@ -15,7 +15,7 @@ from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, matc
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
-from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given, check_start
+from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
 from pissa.files.hub import Name
 from pissa.files.load import base_doubts
 from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
@@ -220,9 +220,6 @@ def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
         return Adapter(PlainLora(folder, ON_RESIDUAL), source)
     base = source.folder if folder.is_pefts_pissa and initial is None else None
     return Adapter(PlainLora.of(folder, base, initial, None), source)
-
-
-ON_RESIDUAL = "an adapter on a residual, which is the base"
 
 
 def read_weight(layer: Layer, source: Source) -> Weight:

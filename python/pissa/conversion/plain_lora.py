@@ -36,6 +36,7 @@ from pissa.ops.low_rank import Spectrum, join_difference
 
 OURS = "an adapter of pissa"
 INITIAL = "an adapter on a residual, and its initial adapter"
+ON_RESIDUAL = "an adapter on a residual, which is the base"
 PEFT = "PEFT's PiSSA, its start computed from the base"
 SUBTRACTED = "[B, -B0]·[A ; A0]"
 PLAIN = "a plain LoRA"

@@ -67,10 +67,9 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes names that are new in the folder durable, if the system can open a folder."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Makes names that are new in the folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -105,7 +105,7 @@ class _Export(Rewrite):
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
-            self.copy(out, unit.tensor)
+            out.write(self.file_of(unit.tensor), unit.tensor, self.source.read(unit.tensor))
             return {unit.name: {}}
         lost, whole = 0.0, 0.0
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
