@@ -60,12 +60,13 @@ def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def of_layer(name: str) -> Iterator[None]:
-    """Names the layer in a ValueError of the block."""
+def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
+    """Names the layer, and the folder of its model, in a ValueError of the block."""
+    place = "" if folder is None else f"{folder}: "
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"layer {shown(name)}: {error}") from error
+        raise ValueError(f"{place}layer {shown(name)}: {error}") from error
 
 
 def mapped_model(

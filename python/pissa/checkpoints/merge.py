@@ -8,8 +8,7 @@ import os
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from pissa.base.kinds import adopted, base_of
 from pissa.checkpoints.load import of_layer, packed_layers
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
-from pissa.checkpoints.trained import Adapter, Trained, read_adapter
+from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
@@ -143,7 +142,7 @@ class Planner:
                 f"{self.adapter.weights.path} has factors of {len(factors.layers)} experts for {key}, which the model "
                 f"in {self.source.folder} does not have"
             )
-        with self._blamed(key):
+        with of_layer(key, self.source.folder):
             stack = self.composition.stack(key, len(weights), is_transposed(module))
         mirrored = is_mirrored(module)
         return tuple(
@@ -152,7 +151,7 @@ class Planner:
         )
 
     def _layer(self, name: str, transposed: bool, dimensions: int) -> Layer:
-        with self._blamed(name):
+        with of_layer(name, self.source.folder):
             parts = self.composition.matrix(f"{name}.weight", transposed)
             form = self.form if name in self.quantised else IMPLICIT
             entries = self.packed.get(parts[0].tensor.removesuffix(".weight"), {})
@@ -170,13 +169,6 @@ class Planner:
                 f"the model in {self.source.folder} has no layer {name}, which {self.adapter.weights.path} adapts: it "
                 "is not the base of the adapter"
             ) from None
-
-    @contextmanager
-    def _blamed(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(f"{self.source.folder}: layer {name}: {error}") from error
 
     # -- what the adapter holds beside factors
 
@@ -216,7 +208,7 @@ class Planner:
             name = f"{place.removesuffix('.base_layer').removesuffix('.token_adapter')}.{leaf}"
         if name not in self.tensors:
             raise ValueError(f"{path}: tensor {shown(key)} is for no tensor of the model in {self.source.folder}")
-        with self._blamed(name):
+        with of_layer(name, self.source.folder):
             parts = self.parts_of(name)
         entry = self.source.entry(parts[0].tensor)
         needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
@@ -350,13 +342,12 @@ class _Merge(Rewrite):
         if unit.tensor is not None:
             out.write(self.file_of(unit.tensor), unit.tensor, self._other_tensor(unit))
             return {unit.name: {}}
-        sums = zip(*(self._write(out, trained) for trained in self.adapter.trained(unit)), strict=True)
+        sums = zip(*(self._write(out, *trained) for trained in self.adapter.trained(unit)), strict=True)
         lost, whole, change = map(sum, sums)
         return {unit.name: {"lost": lost, "whole": whole, "change": change}}
 
-    def _write(self, out: Output, trained: Trained) -> tuple[float, float, float]:
+    def _write(self, out: Output, layer: Layer, weight: Tensor, change: float) -> tuple[float, float, float]:
         """Writes a layer: ‖Q - W'‖², ‖W'‖² and ‖change‖²."""
-        layer, weight, change = trained
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:

@@ -27,7 +27,7 @@ from pissa.files.messages import shown
 from pissa.files.model_folder import CONFIG, Part, matrix_of, parts_of, read_config
 from pissa.files.peft_layout import FactorTensors
 from pissa.files.pissa_layout import PISSA_RECORD
-from pissa.files.tensor_file import INDEX, Layout, Source
+from pissa.files.tensor_file import INDEX, WEIGHT_FILES, Layout, Source
 from pissa.ops.checks import FLOATS
 from pissa.ops.formats import FORMATS
 
@@ -347,7 +347,7 @@ class Rewrite(ABC):
         paths = [path for path in folder.iterdir() if path.name not in (CONFIG, INDEX, PISSA_RECORD)]
         paths += [path for name in _FOLDERS for path in folder.glob(f"{name}/**/*")]
         for path in paths:
-            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES):
                 shutil.copyfile(path, out.path(path.relative_to(folder).as_posix()))
         if self.source.index is not None:
             out.path(INDEX).write_text(self._index())
@@ -394,9 +394,6 @@ class Errors(NamedTuple):
             math.sqrt(lost / whole), worst, each[worst] if worst else 0.0, sum(each.values()) / max(1, len(each))
         )
 
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-"""The endings of what holds, or lists, the weights of a model."""
 
 _FOLDERS = (CHAT_TEMPLATE_DIR, "*_tokenizer")
 """What transformers makes folders of: named chat templates, and the further tokenizers of a processor. Any other folder

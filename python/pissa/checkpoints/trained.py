@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +31,6 @@ Weight = Tensor | QuantizedWeight
 
 BaseFunction = tuple[Tensor, Callable[[Tensor], Tensor]]
 """The weight of a base in float32, which is the caller's, and x Wᵀ."""
-
-
-class Trained(NamedTuple):
-    """The weight that a layer was trained to."""
-
-    layer: Layer
-    weight: Tensor
-    """float32 [out, in]; it is the caller's."""
-    change: float
-    """‖change‖², Frobenius."""
 
 
 class Adapter:
@@ -82,13 +71,14 @@ class Adapter:
                     found[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
         return found
 
-    def trained(self, unit: Unit) -> Iterator[Trained]:
-        """The layers of a unit, one at a time; without gradients."""
+    def trained(self, unit: Unit) -> Iterator[tuple[Layer, Tensor, float]]:
+        """The layers of a unit, one at a time, each with the weight that it was trained to, float32 [out, in], which is
+        the caller's, and ‖change‖². Without gradients."""
         factors = None if unit.factors is None else self.factors(unit.name)
         for index, layer in enumerate(unit.layers):
             weight = read_weight(layer, self.source)
             if factors is None or unit.factors is None:
-                yield Trained(layer, _dense(weight)[0], 0.0)
+                yield layer, _dense(weight)[0], 0.0
                 continue
             target, (a, b) = unit.name, factors[index]
             if layer.mirrored:
@@ -96,9 +86,9 @@ class Adapter:
             if layer.own_key is not None:
                 own = self.lora.own_weight(target, self.lora.starts(target)).to(layer.dtype)
                 weight = own.mT if layer.transposed else own.flatten(1)
-            yield self._trained(layer, target, weight, a.contiguous(), b.contiguous())
+            yield layer, *self._trained(layer, target, weight, a.contiguous(), b.contiguous())
 
-    def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> Trained:
+    def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
         (base, product), scaling = self.base(layer, weight, (a, b)), self.scaling(layer, target)
         delta = (b @ a).mul_(scaling)  # as PissaLayer.delta_matrix rounds it
         if self.folder.config["use_dora"]:
@@ -110,7 +100,7 @@ class Adapter:
             scale = magnitude.scale(b, a, product(a), scaling)
             delta = scale[:, None] * (base + delta) - base
         change = float(torch.linalg.vector_norm(delta)) ** 2
-        return Trained(layer, base.add_(delta), change)
+        return base.add_(delta), change
 
 
 class Ours(Adapter):

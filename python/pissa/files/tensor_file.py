@@ -63,8 +63,8 @@ _REMEDY = "It is damaged, incomplete or no safetensors file: download or copy it
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
-"""The endings of files with weights."""
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+"""The endings of what holds, or lists, the weights of a model."""
 
 _SHARD = re.compile(r"[^/]+\.safetensors")
 """The name of a file in the same folder: what is written has shards of these names, too."""
@@ -309,7 +309,7 @@ def _index(folder: Path) -> Path | None:
     if os.path.lexists(folder / WEIGHTS):
         return None
     if not os.path.lexists(folder / INDEX):
-        names = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
+        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_FILES))
         found = f", but {', '.join(names[:3])}" if names else ""
         raise ValueError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}{found}; {needed}. Pickles and GGUF are never read: take a "
