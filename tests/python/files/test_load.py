@@ -143,6 +143,9 @@ def test_an_adapter_of_another_shape_is_refused(other: dict[str, int], tiny_llam
     with pytest.raises(ValueError, match=wanted):
         model.load_adapter(tmp_path, "default")
     model.load_adapter(tmp_path, "second")
+    model.merge_adapter(["second"])
+    with pytest.raises(ValueError, match=r"adapter 'second' is merged: call unmerge_adapter"):
+        model.load_adapter(tmp_path, "second")
 
 
 @pytest.mark.parametrize("name", ["q", "model"])
