@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pissa import ops
+from pissa.base.stored import residual_from, residual_shapes
 from pissa.config import Form
 from pissa.ops.formats import FORMATS, NESTED_BLOCKSIZE
 
@@ -52,12 +53,8 @@ the object, so that the size of a tensor does not depend on values."""
 
 
 def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`weight` as the entries, without copying its bytes.
-
-    Args:
-        weight: codes of a matrix [out, in].
-        dtype: of the dense weight, which bitsandbytes dequantises NF4 to.
-    """
+    """A matrix [out, in] as the entries, without copying its bytes. `dtype`: that of the dense weight, which
+    bitsandbytes dequantises NF4 to."""
     if weight.format == "int8":
         codes = weight.codes.view(torch.int8).reshape(weight.shape)
         return {"weight": codes, "SCB": weight.absmax, "weight_format": torch.tensor(_ROWS, dtype=torch.uint8)}
@@ -87,14 +84,12 @@ def entry_layout(
     form: Form, shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtypes and shapes of what `to_bitsandbytes` gives for any weight [out, in] quantised in that form."""
-    format = FORMATS[form.kind]
-    blocksize, nested = format.options(form.blocksize, form.double_quant, shape[1])
     parts = {
         name: torch.empty(size, dtype=kind, device="meta")
-        for name, (size, kind) in format.tensors(shape, blocksize, nested).items()
+        for name, (size, [kind]) in residual_shapes(form, shape).items()
     }
-    scales = parts["absmax"], parts.get("nested_absmax"), parts.get("offset")
-    weight = ops.QuantizedWeight(parts["codes"], *scales, form.kind, shape, blocksize)
+    weight = residual_from(parts, form, shape)
+    assert isinstance(weight, ops.QuantizedWeight)
     return {name: (value.dtype, tuple(value.shape)) for name, value in to_bitsandbytes(weight, dtype).items()}
 
 
@@ -123,15 +118,8 @@ def _nested_map() -> Tensor:
 
 
 def from_state(entries: Mapping[str, Tensor]) -> ops.QuantizedWeight:
-    """The way back from `to_bitsandbytes`, without copying bytes.
-
-    Args:
-        entries: of one layer in bitsandbytes' state dict, by their names in it ("weight", "weight.absmax", ... of
-            `Linear4bit`; "weight", "SCB", ... of `Linear8bitLt`). "bias" is not read.
-
-    Raises:
-        ValueError: an entry is missing, or they describe a matrix in neither format.
-    """
+    """The way back from `to_bitsandbytes`, without copying bytes. `entries`: those of one layer in the state dict of
+    `Linear4bit` or `Linear8bitLt`, by their names in it; "bias" is not read."""
     if "SCB" in entries or ("weight" in entries and entries["weight"].dtype == torch.int8):
         return _int8_from_state(entries)
     return nf4_from_state(entries)[0]
@@ -192,40 +180,38 @@ def as_bytes(packed: Tensor) -> Tensor:
 def _parse(packed: Tensor) -> tuple[tuple[int, int], int, torch.dtype, float | None]:
     """What bitsandbytes keeps of a weight beside tensors: its shape, its block size, the dtype that it is dequantised
     to, the mean of its scales, if these are quantised too. Every value is checked before it is used."""
-    if packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise _refusal("the entry", f"{packed.dtype} {list(packed.shape)}", "uint8 in one dimension")
-    content = bytes(packed.tolist())
+    found: Any = f"{packed.dtype} {list(packed.shape)}"
+    _need(packed.dtype == torch.uint8 and packed.dim() == 1, "the entry", found, "uint8 in one dimension")
     try:
-        state: Any = json.loads(content.decode())
+        found = bytes(packed.tolist())
+        state: Any = json.loads(found.decode())
     except (ValueError, RecursionError):
         state = None
-    if not isinstance(state, dict):
-        raise _refusal("the entry", content, "an object of JSON in UTF-8")
+    _need(isinstance(state, dict), "the entry", found, "an object of JSON in UTF-8")
     shape, blocksize, dtype = (state.get(name) for name in ("shape", "blocksize", "dtype"))
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
-        raise _refusal("shape", shape, "[out, in], each from 1 on")
-    if type(blocksize) is not int or blocksize not in FORMATS["nf4"].blocksizes:
-        raise _refusal("blocksize", blocksize, ", ".join(map(str, FORMATS["nf4"].blocksizes)))
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _refusal("dtype", dtype, ", ".join(_DTYPES))
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
+    _need(is_shape, "shape", shape, "[out, in], each from 1 on")
+    allowed = FORMATS["nf4"].blocksizes
+    _need(type(blocksize) is int and blocksize in allowed, "blocksize", blocksize, ", ".join(map(str, allowed)))
+    _need(isinstance(dtype, str) and dtype in _DTYPES, "dtype", dtype, ", ".join(_DTYPES))
     for name, needed in {"quant_type": "nf4", "nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}.items():
-        if (found := state.get(name, needed)) != needed:
-            raise _refusal(name, found, str(needed))
-    offset: Any = state.get("nested_offset")
+        _need(state.get(name, needed) == needed, name, state.get(name), str(needed))
+    mean: Any = state.get("nested_offset")
     if "nested_offset" in state:
-        if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
-            raise _refusal("nested_offset", offset, "a finite number")
-        offset = float(offset)
-    return (shape[0], shape[1]), blocksize, _DTYPES[dtype], offset
+        is_finite = type(mean) in (int, float) and abs(mean) <= torch.finfo(torch.float32).max
+        _need(is_finite, "nested_offset", mean, "a finite number")
+        mean = float(mean)
+    return (shape[0], shape[1]), blocksize, _DTYPES[dtype], mean
 
 
-def _refusal(name: str, got: object, needed: str) -> ValueError:
+def _need(is_right: bool, name: str, got: object, needed: str) -> None:
     text = repr(got)
     text = text if len(text) <= 200 else f"{text[:200]}..."
-    return ValueError(
-        f"{_STATE}: {name}: got {text}; needed: {needed}. The state dict is damaged, or not bitsandbytes' own: "
-        "quantise the weight again"
-    )
+    if not is_right:
+        raise ValueError(
+            f"{_STATE}: {name}: got {text}; needed: {needed}. The state dict is damaged, or not bitsandbytes' own: "
+            "quantise the weight again"
+        )
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -234,15 +220,9 @@ def _refusal(name: str, got: object, needed: str) -> ValueError:
 def quantization_config(
     form: Form, dtype: torch.dtype, dense_linears: Sequence[str], *, experts: bool = False
 ) -> dict[str, Any]:
-    """`BitsAndBytesConfig` as JSON. transformers would take packed experts for missing and draw them at random: with
-    them the method is one that it does not know, and it loads nothing.
-
-    Args:
-        form: of the quantised layers.
-        dtype: of their weights before.
-        dense_linears: the linear layers that are not quantised.
-        experts: whether fused experts are quantised, too.
-    """
+    """`BitsAndBytesConfig` as JSON, for layers quantised in `form`, whose weights had that dtype. With packed experts,
+    which transformers would take for missing and draw at random, the method is one that it does not know, and it loads
+    nothing."""
     flag = _FLAGS[form.kind]
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     flags = {f"{hidden}{name}": name == flag for hidden in ("_", "") for name in _FLAGS.values()}

@@ -228,7 +228,6 @@ def as_text(values: list[int]) -> str:
 
 
 def _matrices(tensor: Tensor) -> list[Tensor]:
-    """The tensor as matrices, whose rows follow each other."""
     if tensor.dim() == 2:
         return [tensor]
     flat = tensor.reshape(-1)

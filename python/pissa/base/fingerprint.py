@@ -47,9 +47,6 @@ class Fingerprints:
 
     `gathered`, below, is the whole parameter of the base's module. It is read if the parameter is sharded and the
     fingerprint is not known yet. A comparison gathers it itself, so that all processes have to compare together.
-
-    Raises:
-        ValueError: the parameter is sharded, the fingerprint is not known, and nothing has been gathered.
     """
 
     def __init__(self) -> None:
@@ -100,11 +97,6 @@ class Fingerprints:
         if result is Match.SAME and values[0].dtype == dtype_of(recorded):
             known.learn(base.parameter, Fingerprint(recorded))
         return result
-
-
-def match_with(recorded: str, base: Base, weight: Tensor) -> Match:
-    """Compares the weight of a dense base, once its module has `weight`, with a fingerprint of any kind."""
-    return match(recorded, base.holding(weight.to(base.parameter.dtype)).matrix())
 
 
 def _kept(base: Base) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Splits a checkpoint on disk, a few matrices at a time: the residuals become a checkpoint of the same files, the start
-factors a plain LoRA beside it."""
+factors a plain LoRA beside it. Which tensors are layers of an adapter is found by the configuration alone, on the meta
+device."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from pissa import distributed, ops
 from pissa.base.digest import fingerprint, read
@@ -21,14 +24,186 @@ from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.plan import Layer, Unit
-from pissa.checkpoints.rewrite import Errors, Result, Rewrite
-from pissa.checkpoints.split_plan import DENSE, INITIAL_CONFIG, INITIAL_WEIGHTS, SplitPlan, start_tensors
+from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.config import PissaConfig
-from pissa.files.peft_layout import plain_config_text
-from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, LayerRecord
-from pissa.files.source import Source
+from pissa.files.lora_folder import INITIAL_FOLDER
+from pissa.files.model_folder import Composition, Part, meta_model
+from pissa.files.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Matrices,
+    adapted_names,
+    check_uniform,
+    factors_of,
+    plain_config,
+    plain_config_text,
+)
+from pissa.files.pissa_layout import PISSA_RECORD, PISSA_WEIGHTS, TAKEN, AdapterRecord, LayerRecord
+from pissa.files.tensor_file import Layout, Source
+from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
+from pissa.layers.factory import leave_out
+from pissa.layers.kinds import PissaLinear
+from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model.inject import own_config
+from pissa.model.pissa_model import model_class
 from pissa.ops.formats import FORMATS
+from pissa.ops.low_rank import pad_rank
+
+DENSE = "dense"
+
+INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
+
+
+class SplitPlan(Plan):
+    """What becomes of a checkpoint whose layers get an adapter.
+
+    Args:
+        config: with neither `quant` nor `residual` it stands for residual="explicit".
+        experts: how the residual of fused experts is kept if that of other layers is quantised: "dense", as in the
+            checkpoint; or in the same format, which it names, each expert by itself.
+    """
+
+    def __init__(self, source: Source, config: PissaConfig, experts: str = DENSE) -> None:
+        self.experts, self.config = experts, own_config(config)
+        """As it was given, but with the names of the layers that it means, and with a stored form."""
+        config = self.config
+        if config.quant is None and config.residual is None:
+            config.residual = "explicit"
+        _check_config(config, experts)
+        model = meta_model(source.folder)
+        if getattr(model.config, "quantization_config", None):
+            raise ValueError(
+                f"{source.folder} is quantised already (quantization_config in config.json); needed: the checkpoint in "
+                "16 or 32 bits"
+            )
+        composition = Composition(model, source.names)
+        linears = linear_layers(model)
+        if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
+            config.task_type = "CAUSAL_LM"
+        base = model_class(config)(model, config, "default").base_model.model
+        if config.modules_to_save:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save}, given or by task_type={config.task_type!r}, is trained "
+                "whole, and begins with the training: leave it out here, and name it to the trainer"
+            )
+        adapted, stacks = pissa_layers(base), unfused_experts(base)
+        check_uniform(base, {name: (layer.r["default"], layer.scaling["default"]) for name, layer in adapted.items()})
+        dense = _dense(config) if stacks and experts == DENSE else config
+        uses = Counter(id(value) for _, value in base.named_parameters(remove_duplicate=False))
+        is_expert = {name: name.rpartition(".")[0].rpartition(".")[0] in stacks for name in adapted}
+        self.configs = {name: dense if is_expert[name] else config for name in adapted}
+        """By which each layer is split: `config`; or, of fused experts, with a residual that stays dense."""
+        self.origins = {name: layer.origin("default", self.configs[name]) for name, layer in adapted.items()}
+        """Of the layers' start factors, by the layers' names."""
+        for name, layer in adapted.items():
+            _check_layer(name, layer, self.configs[name], uses)
+        parts, layers = _parts(adapted, stacks, composition), {}
+        for name, layer in adapted.items():
+            shape, dtype = matrix_shape(name, parts[name], source)
+            if shape != layer.matrix_shape:
+                raise ValueError(
+                    f"{source.path_of(parts[name][0].tensor)}: layer {name} is {list(shape)}, needed is "
+                    f"{list(layer.matrix_shape)}: config.json belongs to another checkpoint"
+                )
+            layers[name] = Layer(name, parts[name], shape, dtype, self.configs[name].form, is_expert[name])
+        self.factors = factors_of(base, adapted)
+        """Where the plain LoRA keeps the start factors."""
+        self.lora, self.model_type = plain_config(base, config, "default", adapted, times=1), type(base)
+        units = [Unit(pair.keys[0], tuple(layers[name] for name in pair.layers), pair) for pair in self.factors]
+        initial = (pair.shapes(self.origins[pair.layers[0]].r) for pair in self.factors)
+        others = {INITIAL_WEIGHTS: _float32(initial)}
+        if config.quant_iters > 1:
+            others[PISSA_WEIGHTS] = _float32(self._taken_shapes(layer) for layer in layers.values() if layer.is_packed)
+        kept = [name for name in linears if name not in layers or not layers[name].is_packed]
+        super().__init__(source, units, kept, others)
+
+    def taken_tensors(self, layer: Layer, start: StartFactors) -> dict[str, Tensor]:
+        """The factors that a layer's residual lacks, if alternations may have found others than those of the start,
+        whose rank they have: zeros fill them up."""
+        if self.configs[layer.name].quant_iters == 1:
+            return {}
+        return dict(zip(self._taken_shapes(layer), pad_rank(*start.taken, start.origin.r), strict=True))
+
+    def _taken_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        (rows, columns), r = layer.shape, self.origins[layer.name].r
+        return {f"{layer.name}.{TAKEN[0]}": (r, columns), f"{layer.name}.{TAKEN[1]}": (rows, r)}
+
+
+def _float32(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> Layout:
+    return Layout({name: (torch.float32, shape) for some in shapes for name, shape in some.items()})
+
+
+def start_tensors(start: StartFactors) -> list[Tensor]:
+    """The tensors of a start of which the record has the fingerprint: the factors, and those taken, if they are
+    others."""
+    return [start.a0, start.b0, *(start.taken if start.rank_taken else ())]
+
+
+def _check_config(config: PissaConfig, experts: str) -> None:
+    if experts not in (DENSE, config.quant):
+        raise ValueError(
+            f"experts: got {experts!r}; allowed: {DENSE!r}, or the format of the other layers, quant={config.quant!r}"
+        )
+    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "use_adalora", "repair", "start_norm"):
+        value = getattr(config, name)
+        if value and value != "singular":
+            raise ValueError(
+                f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual: leave it "
+                "out, and give it to the trainer; repair and start_norm, give it to pissa.load with the folder"
+            )
+    if INIT_METHODS[config.init].needs:
+        raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
+    if config.residual == "implicit":
+        raise ValueError(
+            'residual="implicit" leaves the weights as they are, so there is nothing to write: load the model and call '
+            "pissa.wrap"
+        )
+
+
+def _dense(config: PissaConfig) -> PissaConfig:
+    """The configuration of layers whose residual stays dense, whatever that of the others is."""
+    if config.init == "loftq":
+        raise ValueError(
+            "init='loftq' starts from the error of the format, which a dense residual, as that of fused experts, has "
+            f"not: give experts={config.quant!r} or another init, or leave the experts out with exclude_modules"
+        )
+    changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "residual": "explicit"}
+    return config if config.quant is None else dataclasses.replace(config, **changed)
+
+
+def _check_layer(name: str, layer: PissaLayer, config: PissaConfig, uses: Counter[int]) -> None:
+    """Raises ValueError if the layer's residual cannot be kept as `config` says in a checkpoint."""
+    form, why = config.form, None
+    if not isinstance(layer, PissaLinear):
+        why = f"layer {name} is a {type(layer.base.module).__name__}, whose weight stays as it is in every form"
+    elif form.kind != "explicit" and layer.base.kind is Conv1D:
+        why = (
+            f"layer {name} is a Conv1D, which transformers cannot load in {form.kind} as it would have to be kept: "
+            "leave quant out"
+        )
+    elif uses[id(layer.base.parameter)] > 1:
+        why = f"the weight of layer {name} is tied to another module's, which would get the residual too"
+    if why is not None:
+        raise ValueError(f"{why}; {leave_out(name)}")
+
+
+def _parts(
+    layers: Mapping[str, PissaLayer], stacks: Mapping[str, UnfusedExperts], composition: Composition
+) -> dict[str, tuple[Part, ...]]:
+    """The parts of every layer."""
+    found: dict[str, tuple[Part, ...]] = {}
+    try:
+        for path, experts in stacks.items():
+            for leaf in adapted_names(path, experts, layers):
+                name = f"{path}.0.{leaf}"
+                stack = composition.stack(f"{path}.{leaf}", len(experts), is_transposed(experts.fused))
+                found |= {f"{path}.{index}.{leaf}": parts for index, parts in enumerate(stack)}
+        for name in [name for name in layers if name not in found]:
+            found[name] = composition.matrix(f"{name}.weight", layers[name].base.kind is Conv1D)
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}; {leave_out(name)}") from None
+    return found
+
 
 MEMORY = 10**9
 """Bytes in flight, unless another number is given."""
@@ -87,7 +262,7 @@ def init(
             counted are the start factors of a stack of experts, which wait for those of its last expert: float32, r
             times its rows and columns for each.
         device: where they are split.
-        experts: see `SplitPlan.of`.
+        experts: see `SplitPlan`.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
@@ -99,8 +274,8 @@ def init(
         pissa.distributed.RankError: another process has failed.
     """
     begin = time.perf_counter()
-    with distributed.failing_together(), Source.open(source) as found:
-        plan = SplitPlan.of(found, config, experts)
+    with distributed.failing_together(), Source(source) as found:
+        plan = SplitPlan(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
         run = _Split(plan, Path(target), memory, torch.device(device))
         run.run(progressbar)
@@ -133,17 +308,6 @@ class _Group(NamedTuple):
         return [*(name for layer in self.layers for name in layer.tensors), *copied]
 
 
-class _LayerResult(NamedTuple):
-    """What is known of a layer that is split, until all of its unit are."""
-
-    factors: tuple[Tensor, Tensor]
-    """Its start factors, on the CPU."""
-    lost: float
-    whole: float
-    record: dict[str, Any]
-    """What pissa.json says of it."""
-
-
 class _Split(Rewrite):
     """One run of `init`."""
 
@@ -153,7 +317,10 @@ class _Split(Rewrite):
     def __init__(self, plan: SplitPlan, target: Path, memory: int, device: torch.device) -> None:
         super().__init__(plan, target)
         self.memory, self.device = memory, device
-        self._waiting: dict[str, _LayerResult] = {}
+        # Of layers that are split, until all of their unit are: the start factors, on the CPU; the errors, and what
+        # pissa.json says of it.
+        self._factors: dict[str, Matrices] = {}
+        self._noted: dict[str, tuple[float, float, dict[str, Any]]] = {}
 
     def identity(self) -> dict[str, Any]:
         others = {"experts": self.plan.experts, "device": self.device.type, "target": str(self.target)}
@@ -182,15 +349,16 @@ class _Split(Rewrite):
         results: dict[str, Result] = {}
         for unit in group.finished:
             if unit.tensor is not None:
-                self.copy(out, unit.tensor)
-            done = {layer.name: self._waiting.pop(layer.name) for layer in unit.layers}
+                out.write(self.file_of(unit.tensor), unit.tensor, self.source.read(unit.tensor))
             if unit.factors is not None:
-                for key, tensor in unit.factors.pack([one.factors for one in done.values()]).items():
+                pairs = [self._factors.pop(layer.name) for layer in unit.layers]
+                for key, tensor in unit.factors.pack(pairs).items():
                     out.write(INITIAL_WEIGHTS, key, tensor)
+            noted = {layer.name: self._noted.pop(layer.name) for layer in unit.layers}
             results[unit.name] = {
-                "lost": sum(one.lost for one in done.values()),
-                "whole": sum(one.whole for one in done.values()),
-                "records": {name: one.record for name, one in done.items()},
+                "lost": sum(lost for lost, _, _ in noted.values()),
+                "whole": sum(whole for _, whole, _ in noted.values()),
+                "records": {name: record for name, (_, _, record) in noted.items()},
             }
         return results
 
@@ -223,16 +391,15 @@ class _Split(Rewrite):
                     start=of_starts[i],
                     taken=start.rank_taken or None,
                 )
-                lost, whole = _sampled_error(weight, residual, start)
-                factors = start.a0.cpu(), start.b0.cpu()
-                self._waiting[layer.name] = _LayerResult(factors, lost, whole, record.as_json())
+                self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()
+                self._noted[layer.name] = *_sampled_error(weight, residual, start), record.as_json()
 
     def end(self, out: Output) -> None:
         lora, records = self.plan.lora, dict[str, LayerRecord]()
         lora.base_model_name_or_path = str(self.target)
         for result in self.results.values():
             records |= {name: LayerRecord.from_json(record) for name, record in result["records"].items()}
-        out.path(INITIAL_CONFIG).write_text(plain_config_text(lora, self.plan.model_type))
+        out.path(f"{INITIAL_FOLDER}/{ADAPTER_CONFIG}").write_text(plain_config_text(lora, self.plan.model_type))
         out.path(PISSA_RECORD).write_text(AdapterRecord(self.plan.config, records).text())
 
     def in_flight(self, layer: Layer) -> int:
@@ -240,7 +407,8 @@ class _Split(Rewrite):
         config = self.plan.configs[layer.name]
         elements, sides, r = math.prod(layer.shape), sum(layer.shape), self.plan.origins[layer.name].r
         method = INIT_METHODS[config.init]
-        size = 4 * sides * (r + _sketch(r, config))
+        passes = 14 if config.svd_passes == "auto" else config.svd_passes
+        size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and the bases that the SVD keeps, about
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
@@ -249,12 +417,6 @@ class _Split(Rewrite):
         if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):
             size += 16 * elements
         return size
-
-
-def _sketch(r: int, config: PissaConfig) -> int:
-    """Columns of the bases that a decomposition keeps, about."""
-    passes = 14 if config.svd_passes == "auto" else config.svd_passes
-    return (r + 16) * (passes // 2 + 1)
 
 
 # ---- The error -------------------------------------------------------------------------------------------------------

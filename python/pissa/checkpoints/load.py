@@ -1,47 +1,174 @@
 """load: a PissaModel over a folder whose weights are packed, or split, already: nothing that is split is decomposed
-again."""
+again. transformers' own loader, given tensors that nothing has read yet, leaves the packed ones packed."""
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import deepspeed
+from transformers.quantizers import register_quantization_config
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pissa.base.bitsandbytes import from_state, linear4bit
+from pissa.base.bitsandbytes_state import ENTRIES
 from pissa.base.digest import Match, dtype_of, is_fingerprint, match
-from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.kinds import base_of
-from pissa.base.start import Origin, StartFactors
+from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
-from pissa.checkpoints.packed import Entries, mapped_model, of_layer
-from pissa.checkpoints.split_plan import INITIAL_WEIGHTS, start_tensors
+from pissa.checkpoints.init import INITIAL_WEIGHTS, start_tensors
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.hub import adapter_folder
-from pissa.files.load import other_dtype, restore
-from pissa.files.messages import shown
+from pissa.files.load import base_doubts, restore
+from pissa.files.messages import first_line, shown
+from pissa.files.model_folder import class_of, model_config
 from pissa.files.peft_layout import factors_of
-from pissa.files.pissa_layout import (
-    ADAPTER_FILES,
-    PISSA_RECORD,
-    PISSA_WEIGHTS,
-    TAKEN,
-    AdapterRecord,
-    PissaFolder,
-)
-from pissa.files.source import Source
-from pissa.files.tensor_file import TensorFile
+from pissa.files.pissa_layout import ADAPTER_FILES, PISSA_RECORD, PISSA_WEIGHTS, AdapterRecord, PissaFolder
+from pissa.files.tensor_file import Source, TensorFile
+from pissa.layers.experts import WEIGHTS
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, materialise, own_config, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
+
+Entries = dict[str, Tensor]
+"""The entries of a layer's weight in bitsandbytes' state dict, as `base.bitsandbytes.from_state` takes them."""
+
+
+def packed_layers(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The layers of which a checkpoint of tensors of these names has the weights packed in one of bitsandbytes'
+    formats: of each the names of its tensors, by those of the entries."""
+    present, found = set(names), {}
+    for name in present:
+        for mark, entries in ENTRIES.items():
+            if mark in name:
+                layer = name.partition(mark)[0]
+                tensors = {entry: f"{layer}.{entry}" for entry in entries}
+                found[layer] = {entry: tensor for entry, tensor in tensors.items() if tensor in present}
+    return found
+
+
+@contextmanager
+def of_layer(name: str, folder: Path | None = None) -> Iterator[None]:
+    """Names the layer, and the folder of its model, in a ValueError of the block."""
+    place = "" if folder is None else f"{folder}: "
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}layer {shown(name)}: {error}") from error
+
+
+def mapped_model(
+    source: Source, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Entries], Mapping[str, Any]]:
+    """The model of a checkpoint, on the CPU, in evaluation mode. Its tensors are views of the mapped files, except for
+    one that transformers has cast (to `dtype`, or to that of the folder's config.json), or put together of several,
+    which is a copy. Packed weights are on the meta device; their entries, by the layers' names in the model, are
+    returned too, and the `quantization_config` of the folder, which the model has not."""
+    folder, tensors = source.folder, packed_layers(source.names)
+    packed = {layer: {entry: source.read(name) for entry, name in tensors[layer].items()} for layer in tensors}
+    shapes = {}
+    for layer, entries in packed.items():
+        with of_layer(layer):
+            shapes[layer] = from_state(entries).shape
+    codes = {name for entries in tensors.values() for name in entries.values()}
+    state: dict[str, Any] = {name: source.read(name) for name in source.names if name not in codes}
+    try:
+        config = model_config(folder)
+        kind = class_of(config)
+        quantization = vars(config).pop("quantization_config", {})
+        left = _left_packed(kind, config, shapes)
+        state |= {weight.name: weight for weight in left.values()}
+        generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
+        with _unpartitioned() if packed else nullcontext():
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype or "auto",
+                generation_config=generation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind.__name__}, {shown(missing[0])} the first")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, needed = mismatched[0]
+        raise ValueError(f"{folder}: {shown(name)} is {list(found)} in the folder and {list(needed)} in the model")
+    model.config._name_or_path = model.name_or_path = str(folder)
+    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    used = {layer: weight for layer, weight in left.items() if id(weight.parameter) in names}
+    of_model = {names[id(w.parameter)] if w.is_whole else layer: packed[layer] for layer, w in used.items()}
+    return model, of_model, quantization
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    """Hides DeepSpeed's ZeRO-3 from transformers' loader, which would partition weights that are not there yet."""
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+class _LeftPacked:
+    """Stands in a state dict for a weight whose values are packed: that of one layer, or else of all experts together.
+    transformers' loader slices what it is given, and moves it to a device and a dtype. What it gets of this is a
+    parameter on the meta device."""
+
+    def __init__(self, name: str, shape: Sequence[int], is_whole: bool) -> None:
+        self.name, self.shape, self.is_whole = name, shape, is_whole
+        self.parameter: nn.Parameter | None = None
+
+    def __getitem__(self, _: object) -> _LeftPacked:
+        return self
+
+    def to(self, device: object, dtype: torch.dtype) -> nn.Parameter:
+        self.parameter = nn.Parameter(torch.empty(self.shape, dtype=dtype, device="meta"))
+        return self.parameter
+
+
+_EXPERT = re.compile(rf"(.+)\.\d+\.({'|'.join(WEIGHTS)})")
+
+
+def _left_packed(kind: Any, config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, _LeftPacked]:
+    """The stand-ins of packed layers, given with their shapes. `pissa init` names experts as they are named once they
+    are unfused; their stand-in is that of the fused weight."""
+    left = {layer: _LeftPacked(f"{layer}.weight", shape, is_whole=True) for layer, shape in shapes.items()}
+    experts = {layer: f"{match[1]}.{match[2]}" for layer in shapes if (match := _EXPERT.fullmatch(layer))}
+    if experts:
+        with torch.device("meta"):
+            parameters = dict(kind(config).named_parameters())
+        fused = {
+            name: _LeftPacked(name, parameters[name].shape, is_whole=False)
+            for name in parameters.keys() & experts.values()
+        }
+        left |= {layer: fused[name] for layer, name in experts.items() if name in fused}
+    return left
+
+
+@register_quantization_config("pissa")
+class _ReadByLoad(QuantizationConfigMixin):  # type: ignore[misc]
+    """Refuses a model whose experts are quantised: transformers would take them for missing, and draw them."""
+
+    def __init__(self, **_: Any) -> None:
+        raise ValueError("the experts of this model are quantised, which pissa.load(folder) reads, not from_pretrained")
 
 
 def load(
@@ -89,7 +216,7 @@ def load(
         pissa.RankError: another process has failed.
     """
     with failing_together():
-        source = Source.open(folder)
+        source = Source(folder)
         folder = source.folder
         split = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
         saved = None if adapter is None else PissaFolder.read(adapter_folder(adapter, ADAPTER_FILES))
@@ -152,16 +279,8 @@ def _config(
 
 
 def _fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: Mapping[str, Any]) -> None:
-    """Gives a model the 4-bit weights that bitsandbytes has made, as they are in a folder.
-
-    Args:
-        model: the (unwrapped) model, adapted.
-        packed: the weights, by the layers' names.
-        quantization: the folder's `quantization_config`.
-
-    Raises:
-        ValueError: naming the layer whose weight is in 8 bits; or no dtype is to compute in.
-    """
+    """Gives an adapted, unwrapped model the 4-bit weights that bitsandbytes has made, by the layers' names, as they are
+    in a folder of this `quantization_config`."""
     name = str(quantization.get("bnb_4bit_compute_dtype") or "float32")
     compute_dtype = getattr(torch, name, None)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
@@ -185,21 +304,9 @@ def _fill_packed(model: nn.Module, packed: Mapping[str, Entries], quantization: 
 def _fill_split(
     model: nn.Module, packed: Mapping[str, Entries], folder: Path, split: AdapterRecord, config: PissaConfig
 ) -> None:
-    """Puts a stored base, with the start that it lacks, into every layer of the record.
-
-    Each residual and its start are compared with their fingerprints: a residual's pages are read once, as a first step
-    of training would.
-
-    Args:
-        model: the (unwrapped) model, adapted. Residuals that are not packed are its weights.
-        packed: the other ones.
-        split: the folder's record.
-        config: that of the adapter.
-
-    Raises:
-        ValueError: naming the layer: a residual that is not the one which was written, or has another shape,
-            factors that a file lacks or has other values of, or a layer that has no adapter.
-    """
+    """Puts a stored base, with the start that it lacks, into every layer of the folder's record. Residuals that are not
+    `packed` are the model's weights. Each residual and its start are compared with their fingerprints: a residual's
+    pages are read once, as a first step of training would."""
     adapted, records = pissa_layers(model), split.layers
     for name in [*records, *packed]:
         if name not in records:
@@ -237,12 +344,11 @@ def _fill_split(
         layer.fingerprints.learn_weight(layer.base, record.weight)
         layer.store_base(residual, start, config)
         if found is Match.ROUNDED:
-            narrower[name] = layer.dense_dtype
+            narrower[name] = layer.dense_dtype, dtype_of(str(record.stored))
         else:
             layer.fingerprints.learn_residual(layer.base, str(record.stored))
-    if narrower:
-        was = dtype_of(str(records[next(iter(narrower))].stored))
-        warnings.warn(other_dtype(folder, narrower, was), stacklevel=3)  # the caller of load
+    for doubt in base_doubts(folder, narrower, ()):
+        warnings.warn(doubt, stacklevel=3)  # the caller of load
 
 
 def _starts(
@@ -251,19 +357,12 @@ def _starts(
     """The start factors of the layers, with those that their residuals lack if alternations have found others."""
     factors = TensorFile(folder / INITIAL_WEIGHTS)
     has_taken = any(record.taken is not None for record in split.layers.values())
-    others = TensorFile(folder / PISSA_WEIGHTS) if has_taken else factors
+    others = TensorFile(folder / PISSA_WEIGHTS) if has_taken else None
     config = split.config.of_base()
-    identity = INIT_METHODS[config.init].identity(config)
     starts = {}
     for part in factors_of(model, layers):
         for key, shape in part.shapes(split.layers[part.layers[0]].r).items():
             factors.expect(key, shape, (torch.float32,), f"the start factors of layer {part.layers[0]}")
-        for name, (a0, b0) in part.unpack(*(factors.read(key) for key in part.keys)).items():
-            record = split.layers[name]
-            origin = record.base or Origin(record.r, record.scaling, config.init, config.use_adalora, identity)
-            taken = nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
-            if record.taken is not None:
-                a, b = (others.read(f"{name}.{factor}") for factor in TAKEN)
-                taken = a, b
-            starts[name] = StartFactors(a0, b0, origin, taken)
+        for name, pair in part.unpack(*(factors.read(key) for key in part.keys)).items():
+            starts[name], _ = split.layers[name].starts(name, *pair, config, others)
     return starts

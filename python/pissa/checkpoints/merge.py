@@ -1,5 +1,5 @@
 """Merges an adapter into a checkpoint on disk, a matrix at a time: the model that was trained becomes a checkpoint of
-its own, dense or in bitsandbytes' formats."""
+its own, dense or in bitsandbytes' formats. What cannot be merged is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -7,23 +7,240 @@ import math
 import os
 import time
 import warnings
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.checkpoints.merge_plan import Planner
+from pissa.base.bitsandbytes import from_state
+from pissa.base.kinds import adopted, base_of
+from pissa.checkpoints.load import of_layer, packed_layers
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.packed import of_layer
-from pissa.checkpoints.plan import Plan, Unit
-from pissa.checkpoints.rewrite import Errors, Result, Rewrite
-from pissa.checkpoints.trained import Adapter, Trained, read_adapter
+from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
+from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.source import Source
+from pissa.files.lora_folder import LoraFactors, LoraFolder
+from pissa.files.messages import shown
+from pissa.files.model_folder import Composition, Part, meta_model
+from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
+from pissa.files.tensor_file import Source
+from pissa.layers.experts import is_transposed
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
+
+
+class Planner:
+    """Finds in a checkpoint what an adapter changes. The linear layers, without the output layer, are written in
+    `form`: IMPLICIT for dense."""
+
+    def __init__(self, source: Source, adapter: LoraFolder, form: Form = IMPLICIT) -> None:
+        self.source, self.adapter, self.form = source, adapter, form
+        self.model: Any = meta_model(source.folder)
+        self.packed = packed_layers(source.names)
+        self.codes = {tensor for entries in self.packed.values() for tensor in entries.values()}
+        beside = self.codes - {f"{name}.weight" for name in self.packed}
+        self.composition = Composition(self.model, [name for name in source.names if name not in beside])
+        self.tensors = dict(
+            [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        )
+        self.sharing = defaultdict[int, list[str]](list)
+        for name, value in self.tensors.items():
+            self.sharing[id(value)].append(name)
+        linears = {name: module for name, module in self.model.named_modules() if _is_linear(module)}
+        self.linears = [name for name in linears if len(self._sharing(f"{name}.weight")) == 1]
+        self.quantised: set[str] = set()
+        if form != IMPLICIT:  # as transformers does it, which quantises no output layer
+            output = self.model.get_output_embeddings()
+            self.quantised = {name for name in self.linears if linears[name] is not output}
+
+    def plan(self) -> Plan:
+        """The plan of a merge."""
+        units = [self.unit_of(factors) for factors in self.adapter.factors.values()]
+        adapted = {layer.name for unit in units for layer in unit.layers}
+        for name in self.linears if self.packed else self.quantised:
+            if name not in adapted:
+                layer = self._layer(name, False, 2)
+                units += [Unit(name, (layer,))] if layer.entries or layer.is_packed else []
+        units += self._beside_factors(adapted)
+        changed = Counter(tensor for unit in units for tensor in unit.tensors)
+        for tensor in [tensor for tensor, count in changed.items() if count > 1]:
+            names = [unit.name for unit in units if tensor in unit.tensors]
+            raise ValueError(
+                f"{self.source.path_of(tensor)}: tensor {shown(tensor)} is changed for {' and '.join(names)}; "
+                f"{_IN_MEMORY}"
+            )
+        if left := sorted(self.codes - changed.keys()):
+            raise ValueError(
+                f"{self.source.path_of(left[0])}: tensor {shown(left[0])} is a part of codes of which only "
+                f"pissa.load makes a model; {_IN_MEMORY}"
+            )
+        dense = [name for name in linear_layers(self.model) if name not in self.quantised]
+        return Plan(self.source, units, dense, {})
+
+    def parts_of(self, name: str) -> tuple[Part, ...]:
+        """What a parameter that is no matrix [in, out] consists of."""
+        if name not in self.tensors:
+            raise ValueError(f"the model in {self.source.folder} has no {name}")
+        for other in [name, *self._sharing(name)]:  # the checkpoint has a tied parameter under one of its names
+            with suppress(ValueError):
+                return self.composition.matrix(other, transposed=False)
+        return self.composition.matrix(name, transposed=False)
+
+    def _sharing(self, name: str) -> list[str]:
+        """The names of all parameters that are this one."""
+        return self.sharing[id(self.tensors[name])]
+
+    # -- layers
+
+    def unit_of(self, factors: LoraFactors) -> Unit:
+        """The unit of a target of the adapter; raises as `plan`."""
+        layers = self._experts(factors) if factors.is_fused else (self._adapted(factors),)
+        needed = (factors.out, math.prod(factors.row))
+        if layers[0].shape != (needed[::-1] if layers[0].mirrored else needed):
+            raise ValueError(
+                f"layer {layers[0].name} is {list(layers[0].shape)} in {self.source.folder}, and its factors in "
+                f"{self.adapter.weights.path} are for {list(needed)}: it is not the base of the adapter"
+            )
+        return Unit(factors.target, layers, factors)
+
+    def _adapted(self, factors: LoraFactors) -> Layer:
+        """The layer of factors that are not those of fused experts."""
+        name = factors.layers[0]
+        module = self._module(name)
+        try:
+            base = adopted(module)
+        except TypeError as error:
+            raise ValueError(f"layer {name} is {error}; {_IN_MEMORY}") from None
+        if base is None and factors.target == name:
+            raise ValueError(f"layer {name} is a {type(module).__name__}, which is not known here; {_IN_MEMORY}")
+        kind = nn.Linear if base is None else base.kind
+        if others := [other for other in self._sharing(f"{name}.weight") if other != f"{name}.weight"]:
+            raise ValueError(
+                f"layer {name} shares its weight with {others[0]}, which would change too; {_IN_MEMORY}, or untie them "
+                "in the checkpoint first"
+            )
+        if self.adapter.config["use_dora"] and kind not in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"layer {name} is a {type(module).__name__}, and use_dora is for linear layers; {_IN_MEMORY}"
+            )
+        key = base_weight_key(name)
+        layer = self._layer(name, kind in (Conv1D, nn.Embedding), module.weight.dim())
+        return replace(layer, own_key=key if key in self.adapter.other_keys else None)
+
+    def _experts(self, factors: LoraFactors) -> tuple[Layer, ...]:
+        key, (path, _, leaf) = factors.target, factors.target.rpartition(".")
+        module = self._module(path)
+        weights = getattr(module, leaf, None)
+        if not isinstance(weights, nn.Parameter) or weights.dim() != 3 or len(weights) != len(factors.layers):
+            raise ValueError(
+                f"{self.adapter.weights.path} has factors of {len(factors.layers)} experts for {key}, which the model "
+                f"in {self.source.folder} does not have"
+            )
+        with of_layer(key, self.source.folder):
+            stack = self.composition.stack(key, len(weights), is_transposed(module))
+        mirrored = is_mirrored(module)
+        return tuple(
+            Layer(name, parts, *matrix_shape(name, parts, self.source), is_expert=True, mirrored=mirrored)
+            for name, parts in zip(factors.layers, stack, strict=True)
+        )
+
+    def _layer(self, name: str, transposed: bool, dimensions: int) -> Layer:
+        with of_layer(name, self.source.folder):
+            parts = self.composition.matrix(f"{name}.weight", transposed)
+            form = self.form if name in self.quantised else IMPLICIT
+            entries = self.packed.get(parts[0].tensor.removesuffix(".weight"), {})
+            if not entries:
+                shape, dtype = matrix_shape(name, parts, self.source, dimensions)
+                return Layer(name, parts, shape, dtype, form, transposed=transposed)
+            weight = from_state({entry: self.source.read(tensor) for entry, tensor in entries.items()})
+            return Layer(name, parts, weight.shape, self.model.config.dtype or torch.float32, form, entries=entries)
+
+    def _module(self, name: str) -> Any:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"the model in {self.source.folder} has no layer {name}, which {self.adapter.weights.path} adapts: it "
+                "is not the base of the adapter"
+            ) from None
+
+    # -- what the adapter holds beside factors
+
+    def _beside_factors(self, adapted: set[str]) -> list[Unit]:
+        """The units of tensors that were trained beside the factors, or that PEFT has saved with them."""
+        weights, units = self.adapter.weights, dict[str, Unit]()
+        of_layers = {base_weight_key(name) for name in adapted}
+        for key in self.adapter.other_keys:
+            place, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+            if key in of_layers or MAGNITUDE in (leaf, place.rpartition(".")[2]):
+                continue
+            unit = self._beside(key, place, leaf)
+            assert unit.tensor is not None
+            other = units.setdefault(unit.tensor, unit)
+            if other is unit:
+                continue
+            are_whole = other.rows is unit.rows is None and other.scaling is unit.scaling is None
+            if other.key is None or not (are_whole and torch.equal(weights.read(other.key), weights.read(key))):
+                raise ValueError(
+                    f"{weights.path}: tensors {shown(other.key)} and {shown(key)} are both for {unit.tensor} in "
+                    f"{self.source.folder}; {_IN_MEMORY}"
+                )
+        return list(units.values())
+
+    def _beside(self, key: str, place: str, leaf: str) -> Unit:
+        """The unit of one of them. Of a tied weight it has to be for all layers: the adapter has it for each, or it is
+        of tokens of the input embeddings."""
+        path, shape = self.adapter.weights.path, self.adapter.weights.entries[key].shape
+        rows, scaling = None, None
+        if leaf == "trainable_tokens_delta":
+            place = place.removesuffix(".token_adapter")
+            name, rows = f"{place}.weight", self._rows(place)
+        elif place.endswith(".lora_B") and leaf == "bias":
+            place = place.removesuffix(".lora_B")
+            name, scaling = f"{place}.bias", self.adapter.factors[place].scaling
+        else:
+            name = f"{place.removesuffix('.base_layer').removesuffix('.token_adapter')}.{leaf}"
+        if name not in self.tensors:
+            raise ValueError(f"{path}: tensor {shown(key)} is for no tensor of the model in {self.source.folder}")
+        with of_layer(name, self.source.folder):
+            parts = self.parts_of(name)
+        entry = self.source.entry(parts[0].tensor)
+        needed = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        if parts != (Part(parts[0].tensor),) or shape != needed or parts[0].tensor in self.codes:
+            raise ValueError(
+                f"{path}: tensor {shown(key)} is {list(shape)}; needed: {list(needed)}, for {parts[0].tensor} in "
+                f"{self.source.folder}. An embedding that was resized, or a weight that is not one dense tensor of the "
+                f"checkpoint, cannot be replaced there; {_IN_MEMORY}"
+            )
+        is_for_all = rows is not None and self.tensors[name] is self.model.get_input_embeddings().weight
+        saved = {name, *(other.removeprefix(PREFIX).replace(".base_layer.", ".") for other in self.adapter.other_keys)}
+        if not is_for_all and (others := [other for other in self._sharing(name) if other not in saved]):
+            raise ValueError(
+                f"{path}: tensor {shown(key)} is for {name}, which shares its values with {others[0]} in "
+                f"{self.source.folder}; {_IN_MEMORY}"
+            )
+        return Unit(name, tensor=parts[0].tensor, key=key, rows=rows, scaling=scaling)
+
+    def _rows(self, place: str) -> tuple[int, ...]:
+        """The rows of an embedding that are trained."""
+        indices = self.adapter.config.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            indices = next((value for name, value in indices.items() if f".{place}".endswith(f".{name}")), None)
+        return tuple(indices or ())
+
+
+_IN_MEMORY = "merge in memory, with PeftModel.from_pretrained or PissaModel.from_pretrained and merge_and_unload"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module computes what nn.Linear does."""
+    return base_of(module).kind is nn.Linear and adopted(module) is not None
 
 
 class Merged(NamedTuple):
@@ -89,13 +306,26 @@ def merge(
     begin = time.perf_counter()
     check_choice("quant", quant, (None, *FORMATS))
     form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
-    with Source.open(source) as found, torch.no_grad():
+    with Source(source) as found, torch.no_grad():
         read = read_adapter(Path(adapter), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():
             warnings.warn(doubt, stacklevel=2)
-        return run.merged(time.perf_counter() - begin)
+        adapted = [unit for unit in run.plan.units if unit.factors is not None]
+        changed = [run.results[unit.name] for unit in adapted]
+        lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
+        return Merged(
+            what=read.what,
+            layers=sum(len(unit.layers) for unit in adapted),
+            quantised=len(run.plan.packed),
+            bytes_read=run.bytes_read,
+            bytes_written=run.bytes_written,
+            bytes_done_before=run.bytes_done_before,
+            seconds=time.perf_counter() - begin,
+            error_of_change=math.sqrt(lost / change) if change else 0.0,
+            **Errors.of(run.results)._asdict(),
+        )
 
 
 class _Merge(Rewrite):
@@ -105,37 +335,19 @@ class _Merge(Rewrite):
         super().__init__(plan, target)
         self.adapter, self.form = adapter, form
 
-    def merged(self, seconds: float) -> Merged:
-        """The report."""
-        adapted = [unit for unit in self.plan.units if unit.factors is not None]
-        changed = [self.results[unit.name] for unit in adapted]
-        lost, change = (sum(result[name] for result in changed) for name in ("lost", "change"))
-        return Merged(
-            what=self.adapter.what,
-            layers=sum(len(unit.layers) for unit in adapted),
-            quantised=len(self.plan.packed),
-            bytes_read=self.bytes_read,
-            bytes_written=self.bytes_written,
-            bytes_done_before=self.bytes_done_before,
-            seconds=seconds,
-            error_of_change=math.sqrt(lost / change) if change else 0.0,
-            **Errors.of(self.results)._asdict(),
-        )
-
     def identity(self) -> dict[str, Any]:
-        return {"form": self.form.describe(), **states(self.adapter)}
+        return {"form": self.form.describe(), **self.adapter.states()}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
             out.write(self.file_of(unit.tensor), unit.tensor, self._other_tensor(unit))
             return {unit.name: {}}
-        sums = zip(*(self._write(out, trained) for trained in self.adapter.trained(unit)), strict=True)
+        sums = zip(*(self._write(out, *trained) for trained in self.adapter.trained(unit)), strict=True)
         lost, whole, change = map(sum, sums)
         return {unit.name: {"lost": lost, "whole": whole, "change": change}}
 
-    def _write(self, out: Output, trained: Trained) -> tuple[float, float, float]:
+    def _write(self, out: Output, layer: Layer, weight: Tensor, change: float) -> tuple[float, float, float]:
         """Writes a layer: ‖Q - W'‖², ‖W'‖² and ‖change‖²."""
-        layer, weight, change = trained
         dense, form = weight.to(layer.dtype), layer.form
         new: Tensor | ops.QuantizedWeight = dense
         if layer.is_packed:
@@ -160,12 +372,3 @@ class _Merge(Rewrite):
         if unit.rows is None:
             return value.to(tensor.dtype)
         return tensor.index_copy(0, torch.tensor(unit.rows), value.to(tensor.dtype))
-
-
-def states(adapter: Adapter) -> dict[str, str]:
-    """The files of an adapter as they are, for the identity of a run."""
-    found = {}
-    for what, folder in adapter.folders.items():
-        for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
-            found[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
-    return found

@@ -24,7 +24,7 @@ from torch import Tensor
 from pissa.base.digest import bytes_of
 from pissa.distributed import agree, rank
 from pissa.files.messages import read_object, reading, shown
-from pissa.files.staged import CompletedError, Staged, check_unused, flush_folder, put_in_place
+from pissa.files.staged import CompletedError, check_unused, flush_folder, put_in_place, staged
 from pissa.files.tensor_file import Layout
 from pissa.notices import UnlockedFolderWarning
 
@@ -106,16 +106,7 @@ class Output:
             raise OSError(f"{self.folder} cannot be written: {error.strerror}{remedy}") from error
 
     def write(self, file: str, name: str, tensor: Tensor, member: int | None = None) -> None:
-        """Writes a tensor of a file, or one matrix of a stack.
-
-        Args:
-            tensor: of the planned dtype and shape.
-            member: the number of the matrix in the stack.
-
-        Raises:
-            ValueError: another dtype or another shape.
-            OSError: the disk is full after all, or fails.
-        """
+        """Writes a tensor of a file, of the planned dtype and shape, or the matrix of that number in a stack."""
         dtype, shape, offset, _ = self._layouts[file].entries[name]
         if member is not None:
             shape, offset = shape[1:], offset + member * tensor.nbytes
@@ -132,14 +123,8 @@ class Output:
             left, offset = left[written:], offset + written
 
     def add(self, batch: str, result: Mapping[str, Any]) -> None:
-        """Notes that all tensors of a batch have been written: as soon as they are on the disk, beside what follows.
-
-        Args:
-            result: an object of JSON.
-
-        Raises:
-            OSError: the disk is full or fails, at this batch or the one before.
-        """
+        """Notes that all tensors of a batch have been written, with an object of JSON: as soon as they are on the disk,
+        beside what follows."""
         self._wait()
         self.done[batch] = result
         self._noting = self._thread.submit(self._note, batch, json.dumps(result, allow_nan=False))
@@ -183,19 +168,15 @@ class Output:
             shutil.rmtree(self._notes, ignore_errors=True)
             check_unused(self.folder, besides=UNFINISHED)
             self._allocate()
-            with Staged(self._hidden) as staged:
-                staged.path(IDENTITY).write_text(self._identity)
+            with staged(self._hidden) as new:
+                new(IDENTITY).write_text(self._identity)
         except BaseException:
             self.discard()
             raise
 
     def _allocate(self) -> None:
         """Makes the safetensors files: the whole of each on the disk, so that a full disk shows before anything is
-        computed.
-
-        Raises:
-            OSError: the disk is full, or cannot be written to; the message says how much is needed.
-        """
+        computed."""
         needed, free = sum(layout.size for layout in self._layouts.values()), shutil.disk_usage(self._hidden).free
         for name, layout in self._layouts.items():
             path = self.path(name)
@@ -212,7 +193,6 @@ class Output:
             flush_folder(folder)
 
     def _is_complete(self) -> bool:
-        """Whether a run of this identity has ended, and its files are still there."""
         path = self.folder / FINISHED
         is_mine = path.is_file() and path.read_text() == self._identity
         return is_mine and all(_holds(self.folder / name, layout) for name, layout in self._layouts.items())
@@ -260,8 +240,8 @@ class Output:
     def _note(self, batch: str, result: str) -> None:
         for handle in list(self._handles.values()):  # the other thread may open one meanwhile
             os.fdatasync(handle)
-        with Staged(self._notes) as staged:
-            staged.path(f"{batch}.json").write_text(result)
+        with staged(self._notes) as new:
+            new(f"{batch}.json").write_text(result)
 
     def _wait(self) -> None:
         if self._noting is not None:

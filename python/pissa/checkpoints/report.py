@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
-from pissa.checkpoints.packed import of_layer
-from pissa.checkpoints.split_plan import SplitPlan
+from pissa.checkpoints.init import SplitPlan
+from pissa.checkpoints.load import of_layer
 from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""
@@ -332,8 +332,8 @@ def report(
     started = time.perf_counter()
     ranks = sorted(set(ranks))
     known = max(ranks[-1], 4 * ranks[0])
-    with Source.open(checkpoint_folder(model)) as source:
-        plan = SplitPlan.of(source, PissaConfig(r=1))
+    with Source(checkpoint_folder(model)) as source:
+        plan = SplitPlan(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
         memory = _memory(plan, ranks[0], quant, batch, length)
         sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]

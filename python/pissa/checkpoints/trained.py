@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +12,16 @@ from pissa import ops
 from pissa.base.bitsandbytes import from_state
 from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
 from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
-from pissa.checkpoints.plan import Layer, Unit
+from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
-from pissa.conversion.lora_start import check_start
-from pissa.conversion.plain_lora import OURS, PlainLora, check_not_given
+from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
 from pissa.files.hub import Name
 from pissa.files.load import base_doubts
 from pissa.files.lora_folder import INITIAL_FOLDER, LoraFolder, open_adapter
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
 from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
-from pissa.files.source import Source
-from pissa.files.tensor_file import TensorFile
+from pissa.files.tensor_file import Source, TensorFile
 from pissa.layers.dora import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
@@ -32,24 +29,8 @@ from pissa.ops import QuantizedWeight
 Weight = Tensor | QuantizedWeight
 """The matrix [out, in] of a layer, as the checkpoint has it."""
 
-
-class Trained(NamedTuple):
-    """The weight that a layer was trained to."""
-
-    layer: Layer
-    weight: Tensor
-    """float32 [out, in]; it is the caller's."""
-    change: float
-    """‖change‖², Frobenius."""
-
-
-class BaseFunction(NamedTuple):
-    """The base function of a layer."""
-
-    weight: Tensor
-    """float32 [out, in]; it is the caller's."""
-    product: Callable[[Tensor], Tensor]
-    """x Wᵀ."""
+BaseFunction = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""The weight of a base in float32, which is the caller's, and x Wᵀ."""
 
 
 class Adapter:
@@ -59,10 +40,6 @@ class Adapter:
         self.lora, self.folder, self.source = lora, lora.folder, source
         self.what = lora.what
         """What it is, in words."""
-        self.folders = {"adapter": lora.folder.path}
-        """Where its files are, by what is in them."""
-        if lora.initial is not None:
-            self.folders["initial"] = lora.initial.path
 
     def factors(self, target: str) -> list[Matrices]:
         """Factors a [k, in] and b [out, k] of the change of each layer of a target, float32."""
@@ -85,17 +62,23 @@ class Adapter:
         """What is to be known of the weights, once all have been asked for."""
         return self.lora.doubts()
 
-    def trained(self, unit: Unit) -> Iterator[Trained]:
-        """The layers of a unit, one at a time; without gradients.
+    def states(self) -> dict[str, str]:
+        """Its files as they are, for the identity of a run."""
+        found = {}
+        for what, folder in {"adapter": self.folder, "initial": self.lora.initial}.items():
+            for path in [] if folder is None else sorted(folder.path.iterdir()):
+                if path.suffix in (".json", ".safetensors"):
+                    found[f"{what} {path.name}"] = f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns} ns"
+        return found
 
-        Raises:
-            ValueError: the checkpoint is not the base that the adapter was trained on, naming the layer.
-        """
+    def trained(self, unit: Unit) -> Iterator[tuple[Layer, Tensor, float]]:
+        """The layers of a unit, one at a time, each with the weight that it was trained to, float32 [out, in], which is
+        the caller's, and ‖change‖². Without gradients."""
         factors = None if unit.factors is None else self.factors(unit.name)
         for index, layer in enumerate(unit.layers):
             weight = read_weight(layer, self.source)
             if factors is None or unit.factors is None:
-                yield Trained(layer, _dense(weight).weight, 0.0)
+                yield layer, _dense(weight)[0], 0.0
                 continue
             target, (a, b) = unit.name, factors[index]
             if layer.mirrored:
@@ -103,37 +86,26 @@ class Adapter:
             if layer.own_key is not None:
                 own = self.lora.own_weight(target, self.lora.starts(target)).to(layer.dtype)
                 weight = own.mT if layer.transposed else own.flatten(1)
-            yield self._trained(layer, target, weight, a.contiguous(), b.contiguous())
+            yield layer, *self._trained(layer, target, weight, a.contiguous(), b.contiguous())
 
-    def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> Trained:
-        base, scaling = self.base(layer, weight, (a, b)), self.scaling(layer, target)
+    def _trained(self, layer: Layer, target: str, weight: Weight, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+        (base, product), scaling = self.base(layer, weight, (a, b)), self.scaling(layer, target)
         delta = (b @ a).mul_(scaling)  # as PissaLayer.delta_matrix rounds it
         if self.folder.config["use_dora"]:
-            magnitude = self._magnitude(layer, base.weight)
-            scale = magnitude.scale(b, a, base.product(a), scaling)
-            delta = scale[:, None] * (base.weight + delta) - base.weight
+            key = magnitude_key(layer.name)
+            key = key if key in self.folder.weights.entries else f"{key}.weight"
+            lengths = self.folder.weights.read(key).float()
+            magnitude = Magnitude(lengths)
+            magnitude.set(lengths, self.lengths(layer, base))
+            scale = magnitude.scale(b, a, product(a), scaling)
+            delta = scale[:, None] * (base + delta) - base
         change = float(torch.linalg.vector_norm(delta)) ** 2
-        return Trained(layer, base.weight.add_(delta), change)
-
-    def _magnitude(self, layer: Layer, weight: Tensor) -> Magnitude:
-        key = magnitude_key(layer.name)
-        key = key if key in self.folder.weights.names else f"{key}.weight"
-        lengths = self.folder.weights.read(key).float()
-        magnitude = Magnitude(lengths)
-        magnitude.set(lengths, self.lengths(layer, weight))
-        return magnitude
+        return base.add_(delta), change
 
 
 class Ours(Adapter):
     """An adapter of pissa, with the base function that it was trained on: a stored residual is computed once more, or
-    is the checkpoint's own.
-
-    Args:
-        residuals: the layers of which the checkpoint has residuals.
-
-    Raises:
-        ValueError: the files are damaged, or do not belong together, or to this checkpoint.
-    """
+    is the checkpoint's own, which has residuals of these layers."""
 
     def __init__(self, folder: LoraFolder, source: Source, residuals: Collection[str]) -> None:
         super().__init__(PlainLora(folder, OURS), source)
@@ -143,10 +115,8 @@ class Ours(Adapter):
         self._files = PissaFolder(path, record.config, record.layers, folder.weights, starts)
         self.records = record.layers
         """Of the layers, by name."""
-        self.init = record.config.init
-        """The name of the method that the adapter starts by."""
         self._residuals = residuals
-        self._narrower: dict[str, torch.dtype] = {}
+        self._narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         self._other_bits: list[str] = []
         for name in residuals:
             if name not in self.records:
@@ -174,18 +144,11 @@ class Ours(Adapter):
         replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(record.weight))
         start = self.tensors(layer.name, factors).base
         stored = stored_linear(replaced, residual, start, torch.uint8)
-        return BaseFunction(stored.matrix(), stored.product)
+        return stored.matrix(), stored.product
 
     def residual(self, layer: Layer, weight: Weight, factors: Matrices) -> Weight:
-        """The residual that a layer was trained on whose base is stored.
-
-        Args:
-            weight: the matrix of the layer in the checkpoint.
-            factors: the pair of the layer in PEFT's file.
-
-        Raises:
-            ValueError: the checkpoint is not the base of the training.
-        """
+        """The residual that a layer was trained on whose base is stored: of `weight`, its matrix in the checkpoint, and
+        of its pair of factors in PEFT's file."""
         name, record = layer.name, self.records[layer.name]
         if name in self._residuals:
             if not is_fingerprint(record.stored, *residual_tensors(weight).values()):
@@ -202,18 +165,14 @@ class Ours(Adapter):
         return residual
 
     def _as_trained(self, layer: Layer, weight: Weight) -> Weight:
-        """The weight as it was in the training: codes as they are, a dense one in the dtype that the record names.
-
-        Raises:
-            ValueError: it is another one.
-        """
+        """The weight as it was in the training: codes as they are, a dense one in the dtype that the record names."""
         recorded = self.records[layer.name].weight
         dense = ops.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
         found = match(recorded, dense)
         if found is Match.OTHER:
             raise ValueError(self._another(layer, "weight"))
         if found is Match.ROUNDED:
-            self._narrower[layer.name] = dense.dtype
+            self._narrower[layer.name] = dense.dtype, dtype_of(recorded)
         return weight if isinstance(weight, QuantizedWeight) else weight.to(dtype_of(recorded))
 
     def tensors(self, name: str, factors: Matrices) -> LayerTensors:
@@ -221,7 +180,7 @@ class Ours(Adapter):
         return self._files.read_layer(name, *factors)
 
     def doubts(self) -> list[PissaWarning]:
-        return base_doubts(self._files, self._narrower, self._other_bits)
+        return base_doubts(self._files.path, self._narrower, self._other_bits)
 
     def _another(self, layer: Layer, what: str) -> str:
         return (
@@ -232,11 +191,7 @@ class Ours(Adapter):
 
 
 def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
-    """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
-
-    Raises:
-        ValueError: it cannot be read, or does not belong to the checkpoint.
-    """
+    """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start."""
     folder = open_adapter(path)
     initial_here = source.folder / INITIAL_FOLDER
     at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
@@ -257,9 +212,6 @@ def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
     return Adapter(PlainLora.of(folder, base, initial, None), source)
 
 
-ON_RESIDUAL = "an adapter on a residual, which is the base"
-
-
 def read_weight(layer: Layer, source: Source) -> Weight:
     """The matrix of a layer, a view of the mapped file if it is one tensor there."""
     if layer.entries:
@@ -269,5 +221,5 @@ def read_weight(layer: Layer, source: Source) -> Weight:
 
 def _dense(weight: Weight) -> BaseFunction:
     if isinstance(weight, QuantizedWeight):
-        return BaseFunction(ops.dequantize(weight), lambda x: ops.linear(x, weight))
-    return BaseFunction(weight.to(torch.float32, copy=True), lambda x: ops.linear(x, weight))
+        return ops.dequantize(weight), lambda x: ops.linear(x, weight)
+    return weight.to(torch.float32, copy=True), lambda x: ops.linear(x, weight)

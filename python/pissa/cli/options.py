@@ -20,7 +20,7 @@ import pissa
 from pissa.cli.arguments import number, passes, positive_int
 from pissa.cli.terminal import UserError, told
 from pissa.config import default_of, types_of_fields
-from pissa.files.staged import Staged
+from pissa.files.staged import staged
 from pissa.ops.formats import FORMATS
 
 AUTO = "auto"
@@ -173,8 +173,8 @@ _FREE = (
 
 def record(out: Path, *options: Any) -> None:
     """Makes the folder and writes run.yaml, which --config takes."""
-    with Staged(out) as staged:
-        staged.path(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
+    with staged(out) as new:
+        new(RUN_FILE).write_text(yaml.safe_dump(_as_dict(*options), sort_keys=False))
 
 
 def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pissa.cli import colours
-from pissa.files.staged import Staged
+from pissa.files.staged import staged
 
 # By method; the line styles differ in grey.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -65,5 +65,5 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "an
     if window > 1:
         note = f"thick: mean of {window} steps; thin: each step"
         axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="0.35")
-    with Staged(path.parent) as staged:
-        figure.savefig(staged.path(path.name), dpi=160, format="png")
+    with staged(path.parent) as new:
+        figure.savefig(new(path.name), dpi=160, format="png")

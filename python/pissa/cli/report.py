@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pissa.cli.arguments import positive_int
 from pissa.cli.terminal import as_size, format_table, say, silence_third_parties, told
-from pissa.files.staged import Staged, check_unused
+from pissa.files.staged import check_unused, staged
 
 if TYPE_CHECKING:
     from pissa.checkpoints.report import Report
@@ -85,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         from pissa.cli.report_pictures import pictures
 
-        with Staged(args.out) as staged:
+        with staged(args.out) as new:
             for name, png in pictures(found).items():
-                staged.path(f"{name}.png").write_bytes(png)
-            staged.path(NUMBERS).write_text(f"{numbers}\n")
+                new(f"{name}.png").write_bytes(png)
+            new(NUMBERS).write_text(f"{numbers}\n")
     if args.json:
         print(numbers)
     else:

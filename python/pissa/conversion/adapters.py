@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pissa.conversion.plain_lora import PLAIN, PlainLora
 from pissa.files.lora_folder import open_adapter, with_sizes
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
-from pissa.files.staged import Staged, check_unused
+from pissa.files.staged import check_unused, staged
 from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.notices import KeptMagnitudesWarning
 from pissa.ops.low_rank import Spectrum
@@ -125,11 +125,11 @@ def convert(
         )
 
     layers, sizes, others = {}, {}, set(folder.other_keys)
-    with Staged(target) as staged, Scratch(target) as tensors:
+    with staged(target) as new, Scratch(target) as tensors:
         targets = folder.factors.items()
         for name, factors in tqdm(targets, desc="converting", unit="layer") if progressbar else targets:
             starts = lora.starts(name)
-            pairs, whole, lost = approximated(lora.factors(name, starts), factors.scaling, rank, energy)
+            pairs, whole, lost = approximated(lora.matrices(name, starts), factors.scaling, rank, energy)
             for key, tensor in factors.pack(pairs).items():
                 tensors.put(key, tensor)
             if (key := base_weight_key(name)) in others:
@@ -139,8 +139,8 @@ def convert(
         for key in others - tensors.keys():
             tensors.put(key, folder.weights.read(key))
         config = with_sizes(folder.config, sizes) | {"base_model_name_or_path": lora.base_name(base)}
-        staged.path(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-        write_tensors(staged.path(ADAPTER_WEIGHTS), tensors)
+        new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_tensors(new(ADAPTER_WEIGHTS), tensors)
     if folder.config["use_dora"] and any(layer.lost for layer in layers.values()):
         warnings.warn(
             f"{source} has DoRA's magnitudes, which were trained with the change that is now approximated: they are "

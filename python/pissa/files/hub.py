@@ -39,11 +39,7 @@ def adapter_folder(model_id: Name, files: Iterable[str], *, subfolder: str | Non
 
 
 def checkpoint_folder(model_id: Name) -> Path:
-    """The folder of a model in safetensors: `model_id`, or the one into which huggingface_hub has fetched it.
-
-    Raises:
-        ValueError: as `adapter_folder`.
-    """
+    """The folder of a model in safetensors: `model_id`, or the one into which huggingface_hub has fetched it."""
     # Of a model and its tokenizer, without the same weights in other formats.
     files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
     return _fetched(model_id, "is no model", files, {})

@@ -13,13 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.digest import Match, dtype_of, holds, is_fingerprint
-from pissa.base.fingerprint import match_with
+from pissa.base.digest import Match, dtype_of, holds, is_fingerprint, match
 from pissa.base.stored import residual_tensors, residuals_of
 from pissa.base.weights import is_offloaded
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import is_dtensor, is_of_an_engine, is_partitioned, sharded_as
-from pissa.files.lora_folder import LoraFolder, open_adapter
+from pissa.files.lora_folder import LoraFolder, check_same_layers, open_adapter, rank_and_scaling
 from pissa.files.messages import shown
 from pissa.files.peft_layout import PREFIX, FactorTensors, factors_of, is_of_a_layer, magnitude_key
 from pissa.files.pissa_layout import PISSA_RECORD, LayerTensors, PissaFolder
@@ -32,305 +31,253 @@ from pissa.ops import QuantizedWeight
 
 
 def restore(folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
-    """Puts parameters and start factors into an adapter that the PissaModel has. Nothing is decomposed.
-
-    Raises:
-        ValueError: the base or the adapter is not the one that was saved, naming the first layer that differs, or a
-            damaged file, naming file and tensor. Nothing has been changed then.
-    """
-    alone = len(model.peft_config) == 1
-    tables = vocabulary(model, adapter_name)
-    _check_not_partitioned(folder, model, tables)
-    check_values(model.base_model.model, adapter_name)
-    layers = pissa_layers(model.base_model.model, adapter_name)
-    _check_layers(folder, layers, adapter_name)
-    factors = factors_of(model.base_model.model, layers)
-    modules = _modules_beside(model, adapter_name)
-    _check_headers(folder, factors, layers, modules, tables)
-
-    others = {key: folder.weights.read(key) for key in folder.weights.names if key in modules or key in tables}
-    tables = {key: table for key, table in tables.items() if key in others}
-    residuals = _residuals(folder, layers)
-    # A weight that is kept as a residual, or will be, is compared by that.
-    dense = {
-        key: table
-        for key, table in tables.items()
-        if not table.is_stored and not any(table.is_of(layers[name]) for name in residuals)
-    }
-    _check_vocabulary(folder, dense, others, alone)
-    new = dense if alone else {}
-    narrower: dict[str, torch.dtype] = {}
-    for name, layer in layers.items():
-        weight = next(((key, others[key]) for key, table in new.items() if table.is_of(layer)), None)
-        if _match_base(folder, name, layer, weight, residuals.get(name)) is Match.ROUNDED:
-            narrower[name] = layer.dense_dtype
-        is_fresh = alone and adapter_name not in layer.lora_start
-        _check_form(folder, name, layer, is_fresh)
-    tensors = _layer_tensors(folder, factors)
-
-    for key, table in new.items():
-        if not is_offloaded(table.module):
-            table.put(others[key])
-    other_bits = []
-    for name, layer in layers.items():
-        if not _restore_layer(
-            folder, name, layer, tensors[name], residuals.get(name), name not in narrower, adapter_name
-        ):
-            other_bits.append(name)
-            recorded = dtype_of(folder.records[name].weight)
-            if isinstance(layer.base.residual, Tensor) and not holds(layer.dense_dtype, recorded):
-                narrower[name] = layer.dense_dtype
-    for field in ("init", "start_norm"):  # an adapter that was there may have started elsewhere
-        setattr(model.peft_config[adapter_name], field, getattr(folder.config, field))
-    if modules:
-        trained = {key: sharded_as(parameter, others[key]) for key, parameter in modules.items()}
-        set_peft_model_state_dict(model, trained, adapter_name)
-    for doubt in base_doubts(folder, narrower, other_bits):
+    """Puts parameters and start factors into an adapter that the PissaModel has. Nothing is decomposed, and nothing
+    changed before all of it is known to fit."""
+    found = _Restoration(folder, model, adapter_name)
+    found.put()
+    for doubt in base_doubts(folder.path, found.narrower, found.other_bits):
         warnings.warn(doubt, stacklevel=3)  # the caller of from_pretrained or load_adapter
 
 
-def _modules_beside(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """The model's tensors that are trained beside those of the layers, `modules_to_save` and tokens, under PEFT's
-    names."""
-    adapted = pissa_layers(model.base_model.model)
-    layers = pissa_layers(model.base_model.model, adapter_name)
-    trained = {f"{PREFIX}{name}.{key}" for name, layer in layers.items() for key in layer.state_keys(adapter_name)}
-    state = {key: value for key, value in model.state_dict().items() if key not in trained}
-    found = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
+class _Restoration:
+    """The adapter in a folder, read and found to fit that of a PissaModel."""
 
+    def __init__(self, folder: PissaFolder, model: PeftModel, adapter_name: str) -> None:
+        self.folder, self.model, self.adapter_name = folder, model, adapter_name
+        self.alone = len(model.peft_config) == 1
+        base = model.base_model.model
+        tables = vocabulary(model, adapter_name)
+        self._check_not_partitioned(tables)
+        check_values(base, adapter_name)
+        self.layers = pissa_layers(base, adapter_name)
+        self._check_layers()
+        factors = factors_of(base, self.layers)
+        self.modules = self._modules_beside()
+        self._check_headers(factors, tables)
 
-def _residuals(folder: PissaFolder, layers: Mapping[str, PissaLayer]) -> dict[str, Tensor | QuantizedWeight]:
-    """The residuals in the folder that dense bases are to be replaced by."""
-    found = {}
-    for name, layer in layers.items():
-        if folder.records[name].form != layer.base.form:
-            residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
-            if residual is not None:
-                found[name] = residual
-    return found
+        weights = folder.weights
+        self.others = {key: weights.read(key) for key in weights.entries if key in self.modules or key in tables}
+        self.residuals: dict[str, Tensor | QuantizedWeight] = {}
+        """That dense bases are to be replaced by, as far as they are in the folder."""
+        for name, layer in self.layers.items():
+            if folder.records[name].form != layer.base.form:
+                residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
+                if residual is not None:
+                    self.residuals[name] = residual
+        # A weight that is kept as a residual, or will be, is compared by that.
+        dense = {
+            key: table
+            for key, table in tables.items()
+            if key in self.others
+            and not table.is_stored
+            and not any(table.is_of(self.layers[name]) for name in self.residuals)
+        }
+        self._check_vocabulary(dense)
+        self.new = dense if self.alone else {}
+        """The model's embeddings that the folder has others for."""
+        self.narrower: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+        self.other_bits: list[str] = []
+        for name, layer in self.layers.items():
+            if self._match_base(name, layer) is Match.ROUNDED:
+                self.narrower[name] = layer.dense_dtype, dtype_of(folder.records[name].weight)
+            self._check_form(name, layer)
+        self.tensors: dict[str, LayerTensors] = {}
+        for part in factors:
+            a, b = (weights.read(key) for key in part.keys)
+            self.tensors |= {name: folder.read_layer(name, *pair) for name, pair in part.unpack(a, b).items()}
 
+    def put(self) -> None:
+        """Changes the model."""
+        for key, table in self.new.items():
+            if not is_offloaded(table.module):
+                table.put(self.others[key])
+        for name, layer in self.layers.items():
+            self._put_layer(name, layer)
+        for field in ("init", "start_norm"):  # an adapter that was there may have started elsewhere
+            setattr(self.model.peft_config[self.adapter_name], field, getattr(self.folder.config, field))
+        if self.modules:
+            trained = {key: sharded_as(parameter, self.others[key]) for key, parameter in self.modules.items()}
+            set_peft_model_state_dict(self.model, trained, self.adapter_name)
 
-def _layer_tensors(folder: PissaFolder, factors: Iterable[FactorTensors]) -> dict[str, LayerTensors]:
-    found = {}
-    for part in factors:
-        a, b = (folder.weights.read(key) for key in part.keys)
-        for name, pair in part.unpack(a, b).items():
-            found[name] = folder.read_layer(name, *pair)
-    return found
+    @torch.no_grad()
+    def _put_layer(self, name: str, layer: PissaLayer) -> None:
+        record, tensors, is_same = self.folder.records[name], self.tensors[name], name not in self.narrower
+        device, recorded = layer.device_of(self.adapter_name), dtype_of(record.weight)
+        if record.form != layer.base.form:
+            base, residual = tensors.base.to(device), self.residuals.get(name)
+            if residual is None:
+                weight = layer.base.matrix()
+                [residual] = residuals_of([weight.to(recorded) if is_same else weight], [base], record.form, [name])
+            if isinstance(residual, Tensor):
+                residual = residual.to(layer.dense_dtype)
+            if is_same:
+                layer.fingerprints.learn_weight(layer.base, record.weight)
+            layer.store_base(residual, base, self.folder.config)
+            if not layer.fingerprints.residual_is(layer.base, record.stored):
+                self.other_bits.append(name)
+                if isinstance(layer.base.residual, Tensor) and not holds(layer.dense_dtype, recorded):
+                    self.narrower[name] = layer.dense_dtype, recorded
+        layer.share_start(self.adapter_name, tensors.start.to(device))
+        for delta, saved in zip(layer.deltas(self.adapter_name), tensors.deltas, strict=True):
+            if delta is not None and saved is not None:
+                delta.copy_(sharded_as(delta, saved))
+        if tensors.magnitude is not None:
+            layer.magnitude(self.adapter_name).set(*tensors.magnitude)
 
+    def _modules_beside(self) -> dict[str, Tensor]:
+        """The model's tensors that are trained beside those of the layers, `modules_to_save` and tokens, under PEFT's
+        names."""
+        name, layers = self.adapter_name, self.layers.items()
+        trained = {f"{PREFIX}{path}.{key}" for path, layer in layers for key in layer.state_keys(name)}
+        state = {key: value for key, value in self.model.state_dict().items() if key not in trained}
+        found = get_peft_model_state_dict(self.model, state, adapter_name=name, save_embedding_layers=False)
+        adapted = pissa_layers(self.model.base_model.model)
+        return {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
 
-@torch.no_grad()
-def _restore_layer(
-    folder: PissaFolder,
-    name: str,
-    layer: PissaLayer,
-    tensors: LayerTensors,
-    residual: Tensor | QuantizedWeight | None,
-    is_same: bool,
-    adapter_name: str,
-) -> bool:
-    """Puts the tensors into a layer, whose weight is the same as in the training or has other roundings. Returns
-    whether its residual is then, bit for bit, the one of the training."""
-    record = folder.records[name]
-    device = layer.device_of(adapter_name)
-    exact = True
-    if record.form != layer.base.form:
-        base = tensors.base.to(device)
-        if residual is None:
-            weight = layer.base.matrix()
-            weight = weight.to(dtype_of(record.weight)) if is_same else weight
-            [residual] = residuals_of([weight], [base], record.form, [name])
-        if isinstance(residual, Tensor):
-            residual = residual.to(layer.dense_dtype)
-        if is_same:
-            layer.fingerprints.learn_weight(layer.base, record.weight)
-        layer.store_base(residual, base, folder.config)
-        exact = layer.fingerprints.residual_is(layer.base, record.stored)
-    layer.share_start(adapter_name, tensors.start.to(device))
-    for delta, saved in zip(layer.deltas(adapter_name), tensors.deltas, strict=True):
-        if delta is not None and saved is not None:
-            delta.copy_(sharded_as(delta, saved))
-    if tensors.magnitude is not None:
-        layer.magnitude(adapter_name).set(*tensors.magnitude)
-    return exact
+    # -- whether it fits
 
+    def _check_not_partitioned(self, tables: Mapping[str, VocabularyTensor]) -> None:
+        adapters = (parameter for name, parameter in self.model.named_parameters() if ".lora_" in name)
+        if any(map(is_partitioned, adapters)) or any(map(is_of_an_engine, self.model.modules())):
+            raise ValueError(
+                "the model is partitioned by DeepSpeed ZeRO-3, its adapters too: load the adapter before "
+                "deepspeed.initialize, or resume with the engine's load_checkpoint"
+            )
+        for key, table in tables.items():
+            if key in self.folder.weights.entries and is_partitioned(table.parameter):
+                raise ValueError(
+                    f"{self.folder.path} has the base's {key}, which DeepSpeed ZeRO-3 has partitioned here. Load the "
+                    "model without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
+                )
 
-# -- whether it fits
-
-
-def _check_not_partitioned(folder: PissaFolder, model: PeftModel, tables: Mapping[str, VocabularyTensor]) -> None:
-    adapters = (parameter for name, parameter in model.named_parameters() if ".lora_" in name)
-    if any(map(is_partitioned, adapters)) or any(map(is_of_an_engine, model.modules())):
-        raise ValueError(
-            "the model is partitioned by DeepSpeed ZeRO-3, its adapters too: load the adapter before "
-            "deepspeed.initialize, or resume with the engine's load_checkpoint"
+    def _check_layers(self) -> None:
+        name, layers = self.adapter_name, self.layers.items()
+        check_same_layers(
+            f"{self.folder.path} does not fit adapter {name!r}",
+            "in the model",
+            {path: rank_and_scaling(layer.r[name], layer.scaling[name]) for path, layer in layers},
+            "in the folder",
+            {path: rank_and_scaling(record.r, record.scaling) for path, record in self.folder.records.items()},
         )
-    for key, table in tables.items():
-        if key in folder.weights.names and is_partitioned(table.parameter):
-            raise ValueError(
-                f"{folder.path} has the base's {key}, which DeepSpeed ZeRO-3 has partitioned here. Load the model "
-                "without zero.Init, the folder onto it, and let deepspeed.initialize partition it then"
+        if any(name in layer.merged_adapters for _, layer in layers):
+            raise ValueError(f"adapter {name!r} is merged: call unmerge_adapter before loading into it")
+
+    def _check_headers(self, factors: Sequence[FactorTensors], tables: Mapping[str, VocabularyTensor]) -> None:
+        """Checks that the two files hold the tensors of these layers and modules, and perhaps embeddings, by name,
+        dtype and shape, with checksums, and no others."""
+        folder, weights, starts = self.folder, self.folder.weights, self.folder.starts
+        known = {weights: self.modules.keys() | tables.keys(), starts: set[str]()}
+        for key, table in tables.items():
+            if key in weights.entries:
+                demand = "an embedding"
+                if (rows := weights.entries[key].shape[:1]) != table.parameter.shape[:1]:
+                    demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
+                weights.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
+        expected = [(weights, part.layers[0], part.shapes(2 * folder.records[part.layers[0]].r)) for part in factors]
+        for name, layer in self.layers.items():
+            expected.append((starts, name, folder.start_shapes(name, layer.matrix_shape)))
+            if folder.config.use_dora:
+                expected.append((weights, name, {magnitude_key(name): layer.matrix_shape[:1]}))
+        for file, name, shapes in expected:
+            demand = (
+                f"layer {name}, whose weight is {list(self.layers[name].matrix_shape)} in this model: the file is "
+                "damaged, or belongs to another base"
             )
+            for key, shape in shapes.items():
+                file.expect(key, shape, (torch.float32,), demand)
+            known[file] |= shapes.keys()
+        for key, value in self.modules.items():
+            allowed = SAVED_FLOATS if value.is_floating_point() else [value.dtype]
+            weights.expect(key, value.shape, allowed, "a module that is trained beside the layers")
+        for name, layer in self.layers.items():
+            for key, (shape, dtypes) in folder.stored_shapes(name, layer.matrix_shape).items():
+                starts.expect(key, shape, dtypes, f"the residual of layer {name}")
+                known[starts].add(key)
+        for file, keys in known.items():
+            if unknown := file.entries.keys() - keys:
+                raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
+            file.expect_checksums()
 
-
-def _check_layers(folder: PissaFolder, layers: Mapping[str, PissaLayer], adapter_name: str) -> None:
-    """Checks names, ranks and scalings of the adapted layers."""
-    for name in [*layers, *folder.records]:
-        if name not in layers or name not in folder.records:
-            where = "folder" if name in folder.records else "model"
-            raise ValueError(
-                f"{folder.path} does not fit the model: only in the {where} is layer {shown(name)} adapted"
-            )
-    for name, layer in layers.items():
-        record, r, scaling = folder.records[name], layer.r[adapter_name], float(layer.scaling[adapter_name])
-        if (r, scaling) != (record.r, record.scaling):
-            raise ValueError(
-                f"{folder.path} does not fit adapter {adapter_name!r}: layer {name} has rank {r} and scaling "
-                f"{scaling:g} in the model, {record.r} and {record.scaling:g} in the folder"
-            )
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter before loading into it")
-
-
-def _check_headers(
-    folder: PissaFolder,
-    factors: Sequence[FactorTensors],
-    layers: Mapping[str, PissaLayer],
-    modules: Mapping[str, Tensor],
-    tables: Mapping[str, VocabularyTensor],
-) -> None:
-    """Checks that the two files hold the tensors of these layers and modules, and perhaps embeddings, by name, dtype
-    and shape, with checksums, and no others."""
-    weights, starts = folder.weights, folder.starts
-    known = {weights: modules.keys() | tables.keys(), starts: set[str]()}
-    for key, table in tables.items():
-        if key in weights.names:
-            demand = "an embedding"
-            if (rows := weights.shape(key)[:1]) != table.parameter.shape[:1]:
-                demand += f"; if it was resized, call model.resize_token_embeddings({rows[0]}) before loading"
-            weights.expect(key, table.parameter.shape, SAVED_FLOATS, demand)
-    expected = [(weights, part.layers[0], part.shapes(2 * folder.records[part.layers[0]].r)) for part in factors]
-    for name, layer in layers.items():
-        expected.append((starts, name, folder.start_shapes(name, layer.matrix_shape)))
-        if folder.config.use_dora:
-            expected.append((weights, name, {magnitude_key(name): layer.matrix_shape[:1]}))
-    for file, name, shapes in expected:
-        demand = (
-            f"layer {name}, whose weight is {list(layers[name].matrix_shape)} in this model: the file is "
-            "damaged, or belongs to another base"
-        )
-        for key, shape in shapes.items():
-            file.expect(key, shape, (torch.float32,), demand)
-        known[file] |= shapes.keys()
-    for key, value in modules.items():
-        allowed = SAVED_FLOATS if value.is_floating_point() else [value.dtype]
-        weights.expect(key, value.shape, allowed, "a module that is trained beside the layers")
-    for name, layer in layers.items():
-        for key, (shape, dtypes) in folder.stored_shapes(name, layer.matrix_shape).items():
-            starts.expect(key, shape, dtypes, f"the residual of layer {name}")
-            known[starts].add(key)
-    for file, keys in known.items():
-        if unknown := set(file.names) - keys:
-            raise ValueError(f"{file.path}: tensor {shown(min(unknown))} belongs to no part of the adapter")
-        file.expect_checksums()
-
-
-def _check_vocabulary(
-    folder: PissaFolder, tables: Mapping[str, VocabularyTensor], found: Mapping[str, Tensor], alone: bool
-) -> None:
-    """Checks that the model can have the embeddings `found` in the folder in the place of `tables`, its own. Other
-    adapters, if the one is not alone, were trained with those that it has."""
-    for key, table in tables.items():
-        if alone and not is_offloaded(table.module):
-            twins = (other for other in tables if tables[other].parameter is table.parameter)
-            if all(torch.equal(found[other], found[key]) for other in twins):
+    def _check_vocabulary(self, tables: Mapping[str, VocabularyTensor]) -> None:
+        """Checks that the model can have the folder's embeddings in the place of `tables`, its own. Other adapters, if
+        the one is not alone, were trained with those that it has."""
+        for key, table in tables.items():
+            found = self.others[key]
+            if self.alone and not is_offloaded(table.module):
+                twins = (other for other in tables if tables[other].parameter is table.parameter)
+                if all(torch.equal(self.others[other], found) for other in twins):
+                    continue
+                reason = "another tensor of the file, which in this model shares its weight: untie them first"
+            elif torch.equal(found.to(table.parameter.dtype), table.value({})):
                 continue
-            reason = "another tensor of the file, which in this model shares its weight: untie them first"
-        elif torch.equal(found[key].to(table.parameter.dtype), table.value({})):
-            continue
-        elif alone:
-            reason = "the model's embedding, which is offloaded: give it a device of its own in device_map"
-        else:
-            reason = (
-                "the model's embedding, which the model's other adapters were trained with. Load the folder onto a "
-                "base of its own with from_pretrained"
-            )
-        raise ValueError(f"{folder.weights.path}: tensor {key!r} differs from {reason}")
+            elif self.alone:
+                reason = "the model's embedding, which is offloaded: give it a device of its own in device_map"
+            else:
+                reason = (
+                    "the model's embedding, which the model's other adapters were trained with. Load the folder onto a "
+                    "base of its own with from_pretrained"
+                )
+            raise ValueError(f"{self.folder.weights.path}: tensor {key!r} differs from {reason}")
 
-
-def _match_base(
-    folder: PissaFolder,
-    name: str,
-    layer: PissaLayer,
-    weight: tuple[str, Tensor] | None,
-    residual: Tensor | QuantizedWeight | None,
-) -> Match:
-    """Compares a layer's base with the one that the adapter was trained on; or what is in the folder and will replace
-    that: its weight, whose name in the file is given, or a residual.
-
-    Returns:
-        SAME, or ROUNDED if the model's dtype does not hold its values. Another one is refused.
-    """
-    record = folder.records[name]
-    if residual is not None:
-        if not is_fingerprint(record.stored, *residual_tensors(residual).values()):
-            raise ValueError(
-                f"{folder.path / PISSA_RECORD} and {folder.starts.path} do not belong together, or one is "
-                f"damaged: the residual of layer {name} is not the one that was saved"
-            )
-        fed_back = folder.config.error_feedback if record.base is None else record.base.error_feedback
-        if not fed_back or layer.fingerprints.match_weight(layer.base, record.weight) is not Match.OTHER:
-            return Match.SAME
-    if weight is not None:
-        key, value = weight
-        found = match_with(record.weight, layer.base, value)
+    def _match_base(self, name: str, layer: PissaLayer) -> Match:
+        """Compares a layer's base with the one that the adapter was trained on; or what is in the folder and will
+        replace it, a weight or a residual. SAME, or ROUNDED if the model's dtype does not hold its values; another one
+        is refused."""
+        folder, record = self.folder, self.folder.records[name]
+        if name in self.residuals:
+            if not is_fingerprint(record.stored, *residual_tensors(self.residuals[name]).values()):
+                raise ValueError(
+                    f"{folder.path / PISSA_RECORD} and {folder.starts.path} do not belong together, or one is "
+                    f"damaged: the residual of layer {name} is not the one that was saved"
+                )
+            fed_back = folder.config.error_feedback if record.base is None else record.base.error_feedback
+            if not fed_back or layer.fingerprints.match_weight(layer.base, record.weight) is not Match.OTHER:
+                return Match.SAME
+        key = next((key for key, table in self.new.items() if table.is_of(layer)), None)
+        if key is not None:
+            weight = self.others[key].to(layer.base.parameter.dtype)
+            found = match(record.weight, layer.base.holding(weight).matrix())
+            if found is Match.OTHER:
+                raise ValueError(
+                    f"{folder.weights.path}: tensor {key!r} is not the weight that layer {name} was trained on: take "
+                    "the file from a copy"
+                )
+            return found
+        found = layer.fingerprints.match_weight(layer.base, record.weight)
         if found is Match.OTHER:
             raise ValueError(
-                f"{folder.weights.path}: tensor {key!r} is not the weight that layer {name} was trained on: take the "
-                "file from a copy"
+                f"the model is not the base that {folder.path} was trained on; the first layer that differs is {name}: "
+                f"its weight has other values, in {dtype_of(record.weight)}, in which it was trained on. Load the same "
+                "checkpoint; to apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, "
+                "for which the folder is a plain LoRA"
             )
         return found
-    found = layer.fingerprints.match_weight(layer.base, record.weight)
-    if found is Match.OTHER:
-        raise ValueError(
-            f"the model is not the base that {folder.path} was trained on; the first layer that differs is {name}: its "
-            f"weight has other values, in {dtype_of(record.weight)}, in which it was trained on. Load the same "
-            "checkpoint; to apply the adapter to another base all the same, use peft.PeftModel.from_pretrained, for "
-            "which the folder is a plain LoRA"
-        )
-    return found
 
-
-def _check_form(folder: PissaFolder, name: str, layer: PissaLayer, is_fresh: bool) -> None:
-    """Checks that a layer's base is stored as the one that the adapter was trained on, or can become so: if it is
-    dense, and no adapter of the model has been put on it yet."""
-    record, base = folder.records[name], layer.base
-    if record.form != base.form and is_dtensor(base.parameter):
-        raise ValueError(
-            f"{folder.path} keeps the base of layer {name} as {record.form.describe()}, and in the model its weight "
-            "is sharded by fully_shard, which keeps it: load the folder first, and shard the model then"
-        )
-    if is_fresh and base.form == IMPLICIT:
-        return
-    if base.form != record.form or (base.form != IMPLICIT and not layer.fingerprints.residual_is(base, record.stored)):
-        raise ValueError(
-            f"{folder.path} was trained on another base function: the residual of layer {name} was "
-            f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "
-            "values. Load the folder onto an unmodified base of its own with from_pretrained"
-        )
+    def _check_form(self, name: str, layer: PissaLayer) -> None:
+        """Checks that a layer's base is stored as the one that the adapter was trained on, or can become so: if it is
+        dense, and no adapter of the model has been put on it yet."""
+        folder, record, base = self.folder, self.folder.records[name], layer.base
+        if record.form != base.form and is_dtensor(base.parameter):
+            raise ValueError(
+                f"{folder.path} keeps the base of layer {name} as {record.form.describe()}, and in the model its "
+                "weight is sharded by fully_shard, which keeps it: load the folder first, and shard the model then"
+            )
+        if self.alone and self.adapter_name not in layer.lora_start and base.form == IMPLICIT:
+            return
+        is_kept = layer.fingerprints.residual_is
+        if base.form != record.form or (base.form != IMPLICIT and not is_kept(base, record.stored)):
+            raise ValueError(
+                f"{folder.path} was trained on another base function: the residual of layer {name} was "
+                f"{record.form.describe()} and is {base.form.describe()} in this model, or has other "
+                "values. Load the folder onto an unmodified base of its own with from_pretrained"
+            )
 
 
 # -- a LoRA of PEFT's beside our adapters
 
 
 def as_pissa(config: LoraConfig) -> PissaConfig:
-    """The configuration of an adapter of ours that is, and starts, as PEFT's LoRA of this one; a PissaConfig as it is.
-
-    Raises:
-        ValueError: naming a field that our adapters do not have, or of which PEFT decides later.
-        TypeError: no LoraConfig.
-    """
+    """The configuration of an adapter of ours that is, and starts, as PEFT's LoRA of this one; or a PissaConfig."""
     if isinstance(config, PissaConfig):
         return copy.deepcopy(config)
     if not isinstance(config, LoraConfig):
@@ -349,11 +296,7 @@ def as_pissa(config: LoraConfig) -> PissaConfig:
 
 
 def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
-    """A plain LoRA's configuration as one of ours, and what is in its folder.
-
-    Raises:
-        ValueError: naming the file, and the field or tensor that cannot be used.
-    """
+    """A plain LoRA's configuration as one of ours, and what is in its folder."""
     found = open_adapter(folder)
     if not found.leaves_base or found.config["use_dora"]:
         name = "use_dora" if found.config["use_dora"] else "init_lora_weights"
@@ -372,13 +315,9 @@ def read_plain_lora(folder: Path) -> tuple[PissaConfig, LoraFolder]:
 
 
 def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
-    """Gives an adapter, which a PissaModel has just got, the factors of a plain LoRA: it starts from zero.
-
-    Raises:
-        ValueError: tensors that the adapter has no place for, other shapes, or embeddings of another base.
-    """
+    """Gives an adapter, which a PissaModel has just got, the factors of a plain LoRA: it starts from zero."""
     weights = found.weights
-    tensors = {name: weights.read(name) for name in weights.names}
+    tensors = {name: weights.read(name) for name in weights.entries}
     for key, table in vocabulary(model, adapter_name).items():
         value = tensors.pop(key, None)  # PEFT writes the base's own beside an adapter
         if value is not None and not torch.equal(value, table.value({}).to(value.dtype)):
@@ -394,38 +333,31 @@ def load_factors(model: Any, adapter_name: str, found: LoraFolder) -> None:
 # -- what is to be known of the base
 
 
-def other_dtype(folder: Path, narrower: Mapping[str, torch.dtype], was: torch.dtype) -> OtherDtypeWarning:
-    """The warning of a base whose values were in the dtype `was`.
-
-    Args:
-        narrower: the layers whose base is in a dtype that does not hold them, with that dtype.
-    """
-    name, dtype = next(iter(narrower.items()))
-    return OtherDtypeWarning(
-        f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} layers, {name} the "
-        f"first, differ by roundings, as far as a sample of their values shows. For the exact function, load the base "
-        f"in {was}."
-    )
-
-
 def base_doubts(
-    folder: PissaFolder, narrower: Mapping[str, torch.dtype], other_bits: Iterable[str]
+    folder: Path, narrower: Mapping[str, tuple[torch.dtype, torch.dtype]], other_bits: Iterable[str]
 ) -> list[PissaWarning]:
     """The warnings of a base that is not, bit for bit, the one of the training.
 
     Args:
-        narrower: see `other_dtype`.
+        narrower: the layers whose base is in a dtype that does not hold its values, with that dtype and theirs.
         other_bits: the layers whose residual was made again, and has other bits.
     """
     found: list[PissaWarning] = []
     if narrower:
-        found.append(other_dtype(folder.path, narrower, dtype_of(folder.records[next(iter(narrower))].weight)))
+        name, (dtype, was) = next(iter(narrower.items()))
+        found.append(
+            OtherDtypeWarning(
+                f"{folder} was written for a base in {was}, which is in {dtype} here: {len(narrower)} layers, {name} "
+                "the first, differ by roundings, as far as a sample of their values shows. For the exact function, "
+                f"load the base in {was}."
+            )
+        )
     if rounded := [name for name in other_bits if name not in narrower]:
         found.append(
             OtherRoundingWarning(
                 f"The residual of {len(rounded)} layers, {rounded[0]} the first, differs in some bits from the one "
-                f"that {folder.path} was trained with: this machine rounds differently. The function is the same up to "
-                "the rounding of a few weights."
+                f"that {folder} was trained with: this machine rounds differently. The function is the same up to the "
+                "rounding of a few weights."
             )
         )
     return found

@@ -105,7 +105,7 @@ class LoraFolder:
     def other_keys(self) -> list[str]:
         """The tensors beside the factors: biases, magnitudes, `modules_to_save`, embeddings."""
         factors = {key for factors in self.factors.values() for key in factors.keys}
-        return [name for name in self.weights.names if name not in factors]
+        return [name for name in self.weights.entries if name not in factors]
 
     def matrices(self, target: str) -> list[Matrices]:
         """The factors of a target as matrices, float64; of each expert."""
@@ -121,11 +121,7 @@ def is_plain_lora(folder: Path) -> bool:
 
 
 def open_adapter(folder: Path) -> LoraFolder:
-    """Finds out what an adapter's folder is: the one place that asks.
-
-    Raises:
-        ValueError: naming the file and the field or the tensor, and what is wrong with it.
-    """
+    """Finds out what an adapter's folder is: the one place that asks."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}; needed: an adapter's folder")
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -133,27 +129,31 @@ def open_adapter(folder: Path) -> LoraFolder:
     config, weights = read_lora_config(folder / ADAPTER_CONFIG), TensorFile(folder / ADAPTER_WEIGHTS)
     factors = _factors(config, folder / ADAPTER_CONFIG, weights)
     record = AdapterRecord.read(folder / PISSA_RECORD) if (folder / PISSA_RECORD).is_file() else None
-    found = LoraFolder(folder, config, weights, factors, record)
-    if record is not None:
-        _check_described(found, record)
-    return found
+    if record is not None:  # whose plain LoRA it has to be
+        weights.expect_checksums()
+        found = ((layer, one) for one in factors.values() for layer in one.layers)
+        check_same_layers(
+            f"{folder}: the files do not belong together",
+            f"in {ADAPTER_CONFIG}",
+            {name: rank_and_scaling(one.rank, one.scaling) for name, one in found},
+            f"in {PISSA_RECORD}",
+            {name: rank_and_scaling(2 * layer.r, layer.scaling) for name, layer in record.layers.items()},
+        )
+    return LoraFolder(folder, config, weights, factors, record)
 
 
-def _check_described(folder: LoraFolder, record: AdapterRecord) -> None:
-    """Checks that the plain LoRA of an adapter of ours is the one that the records of its layers describe."""
-    folder.weights.expect_checksums()
-    present = {layer: factors for factors in folder.factors.values() for layer in factors.layers}
-    for name, layer in record.layers.items():
-        found = present.pop(name, None)
-        if found is None:
-            raise ValueError(f"{folder.weights.path} holds no factors of layer {name}, which is in {PISSA_RECORD}")
-        if found.rank != 2 * layer.r or not math.isclose(found.scaling, layer.scaling, rel_tol=1e-12):
-            raise ValueError(
-                f"{folder.config_path}: layer {name} has rank {found.rank} and scaling {found.scaling:g}; in "
-                f"{PISSA_RECORD} it has {2 * layer.r} and {layer.scaling:g}: the files do not belong together"
-            )
-    if present:
-        raise ValueError(f"{folder.weights.path} has factors of layer {min(present)}, which is not in {PISSA_RECORD}")
+def check_same_layers(what: str, here: str, ours: Mapping[str, str], there: str, theirs: Mapping[str, str]) -> None:
+    """Raises ValueError, naming the first layer that differs, unless an adapter has the same layers in two places.
+    Their sizes are given in words."""
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            sizes = (f"{one.get(name, 'no factors')} {where}" for one, where in ((ours, here), (theirs, there)))
+            raise ValueError(f"{what}: layer {shown(name)} has {', and '.join(sizes)}")
+
+
+def rank_and_scaling(rank: int, scaling: float) -> str:
+    """What `check_same_layers` compares of a layer: a scaling up to float64's roundings."""
+    return f"rank {rank} and scaling {scaling:.12g}"
 
 
 # -- the configuration
@@ -179,11 +179,7 @@ _USED: dict[str, Any] = {
 
 
 def read_lora_config(path: Path) -> dict[str, Any]:
-    """Reads adapter_config.json. Fields that it lacks and that are used here have PEFT's defaults.
-
-    Raises:
-        ValueError: naming the file and the field, and what is wrong with it; a variant of LoRA that is no plain LoRA.
-    """
+    """Reads adapter_config.json. Fields that it lacks and that are used here have PEFT's defaults."""
     with reading(path, PLAIN_LORA):
         config = read_object(path)
         if config.get("peft_type") != "LORA":
@@ -200,11 +196,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
 
 
 def size_of(config: Mapping[str, Any], target: str) -> tuple[int, float]:
-    """The rank and the scaling that a configuration gives a target. To be called in a block of `reading`.
-
-    Raises:
-        Exception: it gives none, or its patterns are no regular expressions.
-    """
+    """The rank and the scaling that a configuration gives a target. To be called in a block of `reading`."""
     ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), target), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), target), config["lora_alpha"])
@@ -256,7 +248,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
         target = f"{path}.{parameter}" if parameter else path
         with reading(config_path, PLAIN_LORA):
             rank, scaling = size_of(config, target)
-        a, b = (weights.shape(key) for key in keys)
+        a, b = (weights.entries[key].shape for key in keys)
         is_fused = parameter in EXPERT_WEIGHTS
         experts = max(1, a[0] // rank) if is_fused and a and all(a) else 1
         layers = tuple(f"{path}.{index}.{parameter}" for index in range(experts)) if is_fused else (path,)
@@ -274,7 +266,7 @@ def _factors(config: dict[str, Any], config_path: Path, weights: TensorFile) -> 
 def _places(weights: TensorFile, dora: bool) -> dict[str, tuple[str, str]]:
     """The keys of the two factors of each module, by its name in PEFT's file."""
     kinds: dict[str, set[str]] = {}
-    for name in weights.names:
+    for name in weights.entries:
         place, separator, kind = name.rpartition(".lora_")
         if separator:
             kinds.setdefault(place, set()).add(f"lora_{kind}")

@@ -24,14 +24,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Names the file in whatever goes wrong in the block, which only reads it.
-
-    Args:
-        remedy: what the message says of how to go on.
-
-    Raises:
-        ValueError: for every error in the block.
-    """
+    """Makes a ValueError that names the file of every error in the block, which only reads it. The message ends with
+    `remedy`, how to go on."""
     try:
         yield
     except Exception as error:
@@ -44,11 +38,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON. To be called in a block of `reading`.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or holds something else; the message does not name the file.
-    """
+    """The object in a file of JSON. To be called in a block of `reading`."""
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"the content: got {shown(found)}; needed: an object")

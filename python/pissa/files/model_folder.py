@@ -28,17 +28,13 @@ from transformers.core_model_loading import (
 )
 
 from pissa.files.messages import read_object, reading, shown
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 
 CONFIG = "config.json"
 
 
 def class_of(config: Any) -> Any:
-    """transformers' class that a config.json names.
-
-    Raises:
-        ValueError: it names none.
-    """
+    """transformers' class that a config.json names."""
     names = config.architectures if isinstance(config.architectures, list) else ()
     for name in names:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -51,24 +47,14 @@ def class_of(config: Any) -> Any:
 
 
 def model_config(folder: str | os.PathLike[str]) -> Any:
-    """What a model's config.json says, as transformers takes it. Code that comes with a model is not run.
-
-    Args:
-        folder: of the model, or its name on the Hub.
-
-    Raises:
-        ValueError: naming the file: transformers cannot read it.
-    """
+    """The config.json of a model's folder, or of its name on the Hub, as transformers takes it. Code that comes with a
+    model is not run."""
     with _config_of(folder):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
-    """The model that the folder's config.json describes, without values.
-
-    Raises:
-        ValueError: it cannot be built.
-    """
+    """The model that the folder's config.json describes, without values."""
     config = model_config(folder)
     with _config_of(folder), torch.device("meta"):
         model: PreTrainedModel = class_of(config)(config)
@@ -83,11 +69,7 @@ def _config_of(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in the config.json of a model's folder, as it is.
-
-    Raises:
-        ValueError: naming the file: there is none, or another thing in it.
-    """
+    """The object in the config.json of a model's folder, as it is."""
     with reading(folder / CONFIG, "It is damaged or no model's: take it from the model again"):
         return read_object(folder / CONFIG)
 
@@ -112,21 +94,9 @@ class Part(NamedTuple):
     transposed: bool = False
 
 
-class _Joined(NamedTuple):
-    """How a parameter is made of tensors."""
-
-    lists: tuple[tuple[str, ...], ...]
-    """The tensors of each pattern, in the order in which transformers takes them."""
-    operations: tuple[object, ...]
-
-
 class Composition:
-    """Which tensors of a checkpoint make the parameters of a model.
-
-    Args:
-        model: on any device; its weights are not read.
-        names: of the checkpoint's tensors.
-    """
+    """Which of the tensors of a checkpoint, given by name, make the parameters of a model, whose weights are not
+    read."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         names = set(names)
@@ -144,31 +114,24 @@ class Composition:
             if renamed not in expected and name in expected:
                 renamed, pattern = rename_source_key(name, [], [], prefix, expected)
             found[renamed][pattern or ""].append(name)
-        self._joined = {}
+        # The tensors of each pattern, in the order in which transformers takes them, and what it does with them.
+        self._joined: dict[str, tuple[list[list[str]], list[object]]] = {}
         for renamed, lists in found.items():
             converter = next((by_pattern[pattern] for pattern in lists if pattern), None)
             order: Sequence[str] = [""] if converter is None else converter.source_patterns
-            operations = () if converter is None else tuple(converter.operations)
-            self._joined[renamed] = _Joined(tuple(tuple(lists[key]) for key in order if key in lists), operations)
+            operations = [] if converter is None else list(converter.operations)
+            self._joined[renamed] = [lists[key] for key in order if key in lists], operations
 
     def matrix(self, parameter: str, transposed: bool) -> tuple[Part, ...]:
-        """The parts, one below the other, of the matrix [out, in] that a parameter is.
-
-        Args:
-            transposed: the parameter is [in, out].
-
-        Raises:
-            ValueError: the checkpoint lacks it, or transformers makes it in a way that is not known here.
-        """
-        (parts,) = self._matrices(parameter, None, transposed)
+        """The parts, one below the other, of the matrix [out, in] that a parameter is, which is [in, out] if it is
+        `transposed`."""
+        (parts,) = self.stack(parameter, None, transposed)
         return parts
 
-    def stack(self, parameter: str, number: int, transposed: bool) -> list[tuple[Part, ...]]:
-        """The same for each of the matrices of a parameter [number, out, in], or [number, in, out]."""
-        return self._matrices(parameter, number, transposed)
-
-    def _matrices(self, parameter: str, number: int | None, transposed: bool) -> list[tuple[Part, ...]]:
-        lists, operations = self._joined.get(parameter, _Joined((), ()))
+    def stack(self, parameter: str, number: int | None, transposed: bool) -> list[tuple[Part, ...]]:
+        """The same for each of the matrices of a parameter [number, out, in], or [number, in, out]; without a number,
+        of [out, in]."""
+        lists, operations = self._joined.get(parameter, ([], []))
         if not lists:
             raise ValueError(f"the checkpoint has no tensor {parameter}")
         left, first = list(operations), 0 if number is None else 1
@@ -200,7 +163,6 @@ class Composition:
 
 
 def _transposes(operation: object, first: int) -> bool:
-    """Whether an operation exchanges the rows, dimension `first`, and the columns."""
     return (
         isinstance(operation, Transpose)
         and not operation.check_dims
@@ -227,37 +189,3 @@ def parts_of(matrix: Tensor, parts: Sequence[Part], source: Source) -> Iterator[
         rows = matrix[row : row + shape[1 if part.transposed else 0]]
         row += len(rows)
         yield part.tensor, (rows.mT if part.transposed else rows).reshape(shape), part.member
-
-
-class ModelFolder:
-    """The dense model in a folder, and its layers' weights.
-
-    Raises:
-        ValueError: the folder holds no safetensors, or they are damaged; its config.json describes no model that can be
-            built, or a quantised one, or one of a dtype that loses digits of the files.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._source = Source.open(folder)
-        self.model = meta_model(self._source.folder)
-        """On the meta device."""
-        if getattr(self.model.config, "quantization_config", None):
-            raise ValueError(f"{folder} is quantised")
-        for dtype in {self._source.entry(name).dtype for name in self._source.names}:
-            if self.model.config.dtype not in (None, torch.promote_types(dtype, self.model.config.dtype)):
-                raise ValueError(
-                    f"{folder} holds {dtype}, which transformers rounds to {self.model.config.dtype}, of config.json"
-                )
-        self._composition = Composition(self.model, self._source.names)
-
-    def check(self, layer: str) -> None:
-        """Raises ValueError if the files lack the layer's weight, or hold it in a way that is not known here."""
-        self._composition.matrix(f"{layer}.weight", transposed=False)
-
-    def weight(self, layer: str) -> Tensor:
-        """The layer's weight, of two dimensions; as `matrix_of`."""
-        return matrix_of(self._composition.matrix(f"{layer}.weight", transposed=False), self._source)
-
-    def release(self, layer: str) -> None:
-        """Gives back the memory of the mapped file that the layer's weight takes."""
-        self._source.release([part.tensor for part in self._composition.matrix(f"{layer}.weight", transposed=False)])

@@ -127,14 +127,8 @@ def is_of_a_layer(key: str, layers: Iterable[str]) -> bool:
 
 
 def check_uniform(model: nn.Module, factors: Mapping[str, tuple[int, float]]) -> None:
-    """Checks that PEFT's layout can hold the adapter: one rank and scaling for all experts of a module.
-
-    Args:
-        factors: rank and scaling of each adapted layer, by its name in the model.
-
-    Raises:
-        ValueError: naming the first layer that differs.
-    """
+    """Checks that PEFT's layout can hold an adapter of whose layers rank and scaling are given: one of each for all
+    experts of a module."""
     for path, experts in unfused_experts(model).items():
         for name in experts.names:
             first = factors.get(f"{path}.0.{name}")
@@ -164,14 +158,8 @@ def _places(path: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def weight_at(place: str, names: Collection[str]) -> tuple[str, str] | None:
-    """The experts module and the weight whose factors are under a prefix in PEFT's files.
-
-    Args:
-        names: the weights of that module that have an adapter, in any order.
-
-    Returns:
-        The module's name and the weight's; None if no adapter of fused experts can have such a prefix.
-    """
+    """The experts module and the weight whose factors are under a prefix in PEFT's files; None if no adapter of fused
+    experts can have such a prefix. `names`: the weights of that module that have an adapter, in any order."""
     path = place.split(".base_layer")[0]
     ordered = [name for name in WEIGHTS if name in names]
     found = {place: name for name, place in _places(path, ordered).items()}

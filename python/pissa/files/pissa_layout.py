@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from pissa import ops
@@ -33,8 +34,7 @@ from pissa.base.digest import xxh3_of_text
 from pissa.base.init_methods import INIT_METHODS, nothing_of
 from pissa.base.start import Deltas, Origin, StartFactors
 from pissa.base.stored import Expected, residual_from, residual_shapes, residual_tensors
-from pissa.config import Form, PissaConfig
-from pissa.files.config_json import SAVED, config_as_json, config_from_json, read_config_alone
+from pissa.config import Form, PissaConfig, default_of
 from pissa.files.hub import adapter_folder
 from pissa.files.messages import read_object, reading, shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, magnitude_key
@@ -53,8 +53,39 @@ FORMAT = 1
 
 TAKEN = ("base.taken_a", "base.taken_b")
 
+SAVED = "It is not as save_pretrained wrote it: save the adapter again, or take the file from a copy"
+"""What is said of a file of ours that cannot be read."""
+
 
 # -- pissa.json
+
+
+def _config_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of a configuration; `runtime_config` belongs to one process."""
+    return [f for f in dataclasses.fields(PissaConfig) if f.init and f.name != "runtime_config"]
+
+
+def config_as_json(config: PissaConfig) -> dict[str, Any]:
+    """The fields of ours, and of LoraConfig's those that differ from PEFT's defaults: another PEFT has other fields."""
+    peft = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    fields = {}
+    for f in _config_fields():
+        value = getattr(config, f.name)
+        if f is not peft.get(f.name) or value != default_of(f):  # `is`: lora_alpha is ours, with its default
+            fields[f.name] = sorted(value) if isinstance(value, set) else value
+    return fields
+
+
+def config_from_json(fields: dict[str, Any]) -> PissaConfig:
+    """The way back from `config_as_json`."""
+    known = {f.name for f in _config_fields()}
+    for name, value in fields.items():
+        if name not in known and not (value is None or value is False or value in ("", [], {})):
+            raise ValueError(
+                f"config has an unknown field {shown(name)}, with the value {shown(value)}: a later version of pissa "
+                "or peft may know it"
+            )
+    return PissaConfig(**{name: value for name, value in fields.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -91,31 +122,45 @@ class LayerRecord:
             taken=None if base.start is None else base.start.rank_taken or None,
         )
 
+    def starts(
+        self, name: str, a0: Tensor, b0: Tensor, config: PissaConfig, file: TensorFile | None
+    ) -> tuple[StartFactors, StartFactors]:
+        """The start of an adapter of that configuration in the layer of that name, whose factors are given, and the one
+        that the layer's stored base lacks: the same, unless the record says otherwise. The file has all other factors.
+        """
+        identity = INIT_METHODS[config.init].identity(config)
+        origin = Origin(self.r, self.scaling, config.init, config.use_adalora, identity)
+        taken = nothing_of(a0, b0) if INIT_METHODS[(self.base or origin).init].takes_nothing else None
+        if self.taken is not None and file is not None:
+            taken = file.read(f"{name}.{TAKEN[0]}"), file.read(f"{name}.{TAKEN[1]}")
+        if self.base is None or file is None:
+            start = StartFactors(a0, b0, origin, taken)
+            return start, start
+        base = StartFactors(file.read(f"{name}.base.a0"), file.read(f"{name}.base.b0"), self.base, taken)
+        return StartFactors(a0, b0, origin), base
+
     def as_json(self) -> dict[str, Any]:
         """The record as an object of JSON."""
-        form, base = dict(zip(_FORM, self.form, strict=True)), self.base
-        return dataclasses.asdict(self) | {"form": form, "base": None if base is None else _origin_as_json(base)}
+        base = None
+        if self.base is not None:
+            base = {name: getattr(self.base, name) for name in _ORIGIN} | dict(self.base.identity)
+        return dataclasses.asdict(self) | {"form": dict(zip(_FORM, self.form, strict=True)), "base": base}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> LayerRecord:
         """The way back from `as_json`."""
-        form, base = Form(*(record["form"][name] for name in _FORM)), record["base"]
-        return LayerRecord(**record | {"form": form, "base": None if base is None else _origin_from_json(base)})
+        form, base, fields = Form(*(record["form"][name] for name in _FORM)), None, record["base"]
+        if fields is not None:
+            names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
+            names += ("error_feedback",) if "error_feedback" in fields else ()
+            identity = tuple((name, fields[name]) for name in names)
+            base = Origin(**{name: fields[name] for name in _ORIGIN}, identity=identity)
+        return LayerRecord(**record | {"form": form, "base": base})
 
 
 _FORM = ("residual", "blocksize", "double_quant")
 """What the file calls the fields of a Form."""
 _ORIGIN = ("r", "scaling", "init", "adalora")
-
-
-def _origin_as_json(origin: Origin) -> dict[str, Any]:
-    return {name: getattr(origin, name) for name in _ORIGIN} | dict(origin.identity)
-
-
-def _origin_from_json(fields: dict[str, Any]) -> Origin:
-    names = INIT_METHODS[fields["init"]].identity_fields("quant_iters" in fields)
-    names += ("error_feedback",) if "error_feedback" in fields else ()
-    return Origin(**{name: fields[name] for name in _ORIGIN}, identity=tuple((name, fields[name]) for name in names))
 
 
 @dataclass(frozen=True)
@@ -137,11 +182,7 @@ class AdapterRecord:
 
     @staticmethod
     def read(path: Path) -> AdapterRecord:
-        """Reads the file.
-
-        Raises:
-            ValueError: naming the file, and what is wrong with it.
-        """
+        """Reads the file."""
         with reading(path, SAVED):
             fields = read_object(path)
             if fields["format"] != FORMAT:
@@ -166,12 +207,8 @@ def checksum(record: Mapping[str, Any]) -> str:
 def start_tensors(
     name: str, layer: PissaLayer, adapter_name: str, config: PissaConfig, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a layer, without its residual.
-
-    Args:
-        name: the layer's in the (unwrapped) model.
-        state: the model's state dict, from which AdaLoRA's differences are taken.
-    """
+    """The tensors of a layer of that name in the (unwrapped) model, without its residual. AdaLoRA's differences are
+    taken from `state`, the model's state dict."""
     start, kept = layer.start_of(adapter_name), layer.base.start
     parts = {"a0": start.a0}
     if kept is not None and kept is not start:
@@ -219,15 +256,8 @@ class PissaFolder:
 
     @staticmethod
     def read(path: Path, config: PissaConfig | None = None) -> PissaFolder:
-        """Reads the folder that `save_pretrained` wrote for one adapter.
-
-        Args:
-            config: the user's, which takes the place of the saved one.
-
-        Raises:
-            ValueError: no PiSSA adapter there, a damaged file, naming the file, or a `config` of another adapter.
-            TypeError: `config` is no PissaConfig.
-        """
+        """Reads the folder that `save_pretrained` wrote for one adapter. A user's `config` takes the place of the saved
+        one."""
         path = path.absolute()  # `blamed` looks for it in messages, where "q" is a part of "q_proj"
         record = _read_record(path)
         if config is not None:
@@ -237,11 +267,7 @@ class PissaFolder:
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Names the folder in errors of the block, which puts its adapter on a model.
-
-        Raises:
-            ValueError: naming the file, for any error that PEFT or our layers raise about a configuration.
-        """
+        """Names the folder in what PEFT or our layers refuse of it in the block, which puts its adapter on a model."""
         try:
             yield
         except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, re.error) as error:
@@ -251,29 +277,19 @@ class PissaFolder:
             raise ValueError(f"the adapter that {record} describes cannot be put on this model: {error}") from error
 
     def read_layer(self, name: str, a: Tensor, b: Tensor) -> LayerTensors:
-        """Reads the tensors of a layer, whose factors in PEFT's file are a = [A ; dA] and b = [dB | B0].
-
-        Raises:
-            ValueError: the two files do not belong together.
-        """
+        """Reads the tensors of a layer, whose factors in PEFT's file are a = [A ; dA] and b = [dB | B0]."""
         record, read = self.records[name], self.starts.read
         a0 = read(f"{name}.a0")
         upper, *rest = split_difference(a, b)
         da, db, b0 = (part.contiguous() for part in rest)
         if not torch.equal(upper, a0 + da):
             raise ValueError(self._mismatch(name, "does not start with a0 + dA"))
-        identity = INIT_METHODS[self.config.init].identity(self.config)
-        origin = Origin(record.r, record.scaling, self.config.init, self.config.use_adalora, identity)
-        taken = self._taken(name, a0, b0, record.base or origin)
-        start, deltas = StartFactors(a0, b0, origin, None if record.base else taken), Deltas(da, db)
+        (start, base), deltas = record.starts(name, a0, b0, self.config, self.starts), Deltas(da, db)
         if self.config.use_adalora:
             deltas = Deltas(read(f"{name}.delta_a"), db, read(f"{name}.delta_e"))
             # Not to the bit: other machines sum norms in another order.
             if not torch.allclose(start.change(deltas)[0], da, rtol=1e-5, atol=1e-6 * float(a0.abs().max())):
                 raise ValueError(self._mismatch(name, "is not made of delta_a and delta_e"))
-        base = start
-        if record.base is not None:
-            base = StartFactors(read(f"{name}.base.a0"), read(f"{name}.base.b0"), record.base, taken)
         magnitude = (self.weights.read(magnitude_key(name)), read(f"{name}.norm")) if self.config.use_dora else None
         return LayerTensors(start, deltas, base, magnitude)
 
@@ -295,7 +311,7 @@ class PissaFolder:
         """The shapes and dtypes of what `stored_tensors` has written of a layer; none if it has written nothing."""
         record = self.records[name]
         shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
-        return shapes if record.stored and shapes.keys() & set(self.starts.names) else {}
+        return shapes if record.stored and shapes.keys() & self.starts.entries.keys() else {}
 
     def read_stored(
         self, name: str, matrix_shape: tuple[int, int], device: torch.device
@@ -304,13 +320,6 @@ class PissaFolder:
         keys = self.stored_shapes(name, matrix_shape)
         parts = {key.rpartition(".")[2]: self.starts.read(key).to(device) for key in keys}
         return residual_from(parts, self.records[name].form, matrix_shape) if parts else None
-
-    def _taken(self, name: str, a0: Tensor, b0: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
-        """What the residual of a layer lacks instead of the start factors of its base, whose origin this is."""
-        if self.records[name].taken is not None:
-            a, b = (self.starts.read(f"{name}.{part}") for part in TAKEN)
-            return a, b
-        return nothing_of(a0, b0) if INIT_METHODS[origin.init].takes_nothing else None
 
     def _mismatch(self, name: str, reason: str) -> str:
         return (
@@ -321,16 +330,14 @@ class PissaFolder:
 
 def read_config(model_id: str | os.PathLike[str], *, subfolder: str | None = None, **kwargs: Any) -> PissaConfig:
     """The configuration of an adapter, or the one that `PissaConfig.save_pretrained` wrote, from a folder or a
-    repository of the Hub; see `PissaConfig.from_pretrained`.
-
-    Raises:
-        ValueError: neither is there, or a damaged file, naming the file.
-    """
+    repository of the Hub; see `PissaConfig.from_pretrained`."""
     folder = adapter_folder(model_id, CONFIG_FILES, subfolder=subfolder, **kwargs)
-    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(folder / ADAPTER_CONFIG):
-        config = read_config_alone(folder / ADAPTER_CONFIG)
-        if config is not None:
-            return config
+    alone = folder / ADAPTER_CONFIG
+    if not os.path.isfile(folder / PISSA_RECORD) and os.path.isfile(alone):
+        with reading(alone, SAVED):
+            fields = read_object(alone)
+            if {"svd", "svd_passes"} <= fields.keys():  # else another configuration is in it
+                return config_from_json(fields)
     return _read_record(folder).config
 
 

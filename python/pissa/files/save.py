@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
+from pissa import notices
 from pissa.base.protocol import whole
 from pissa.config import IMPLICIT
 from pissa.distributed import check_whole, is_sharded
@@ -38,18 +39,11 @@ from pissa.files.pissa_layout import (
     start_tensors,
     stored_tensors,
 )
-from pissa.files.staged import Staged
+from pissa.files.staged import staged
 from pissa.files.tensor_file import write_tensors
 from pissa.files.vocabulary import vocabulary
 from pissa.layers.kinds import PissaConvolution
 from pissa.layers.layer import pissa_layers
-from pissa.notices import (
-    InexactLoraWarning,
-    ModelCardWarning,
-    NoEmbeddingsWarning,
-    UnknownVocabularyWarning,
-    UnmergedConvolutionWarning,
-)
 
 
 def save_adapter(
@@ -83,13 +77,13 @@ def save_adapter(
     check_whole(lora)
     records = {name: LayerRecord.of(layer, adapter_name, gathered[name]) for name, layer in layers.items()}
     folder = Path(directory) / ("" if adapter_name == "default" else adapter_name)
-    with Staged(folder) as staged:
-        staged.path(PISSA_RECORD).write_text(AdapterRecord(config, records).text())
-        write_tensors(staged.path(PISSA_WEIGHTS), _on_cpu(starts))
+    with staged(folder) as new:
+        new(PISSA_RECORD).write_text(AdapterRecord(config, records).text())
+        write_tensors(new(PISSA_WEIGHTS), _on_cpu(starts))
         plain = plain_config(model.base_model.model, config, adapter_name, layers)
-        staged.path(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
+        new(ADAPTER_CONFIG).write_text(plain_config_text(plain, _class_of(model.base_model.model)))
         # Renamed last: an adapter that is there is complete.
-        write_tensors(staged.path(ADAPTER_WEIGHTS), _on_cpu(lora))
+        write_tensors(new(ADAPTER_WEIGHTS), _on_cpu(lora))
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,14 +97,11 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
     With "auto" they are if the vocabulary has another size than in the files that the base was loaded from. If these
     are not at hand, they are if the adapter changes the vocabulary. (PEFT's own "auto" asks the Hub, and writes them
     with every adapter that targets embeddings.)
-
-    Raises:
-        ValueError: `save_embedding_layers` is something else.
     """
     if save_embedding_layers is True and not vocabulary(model, adapter_name):
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",  # PEFT's words
-            NoEmbeddingsWarning,
+            notices.NoEmbeddingsWarning,
             stacklevel=4,
         )
     if isinstance(save_embedding_layers, bool):
@@ -137,7 +128,7 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
         warnings.warn(
             f"The configuration of {name} is not at hand, so it cannot be seen whether the vocabulary has been "
             "resized. If it has, give save_pretrained save_embedding_layers=True: else the new rows are not saved.",
-            UnknownVocabularyWarning,
+            notices.UnknownVocabularyWarning,
             stacklevel=4,
         )
     return False
@@ -145,17 +136,14 @@ def _with_vocabulary(model: PeftModel, adapter_name: str, save_embedding_layers:
 
 def _class_of(model: nn.Module) -> type[nn.Module]:
     """The class of a model. What fully_shard has sharded has one that fully_shard has made of it."""
-    found = (kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule))
-    return next(found)
+    return next(
+        kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule)
+    )
 
 
 def _own_state(model: PeftModel) -> dict[str, Tensor]:
     """The state dict of a model, without those frozen weights of the base that are sharded. (PEFT would gather them,
-    and the other processes may not be here.)
-
-    Raises:
-        ValueError: a parameter that belongs to an adapter is sharded.
-    """
+    and the other processes may not be here.)"""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts = (".lora_", ".modules_to_save.", ".trainable_tokens_")
     base = {name for name, value in parameters.items() if not value.requires_grad and not any(p in name for p in parts)}
@@ -181,10 +169,10 @@ def save_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
             model.create_or_update_model_card(scratch)
         except Exception as error:  # of the system's, of yaml's, of PEFT's
             text = f"{existing} is left as it is, for it cannot be updated: {error}"
-            warnings.warn(text, ModelCardWarning, stacklevel=3)
+            warnings.warn(text, notices.ModelCardWarning, stacklevel=3)
             return
-        with Staged(directory) as staged:
-            staged.path("README.md").write_bytes(card.read_bytes())
+        with staged(directory) as new:
+            new("README.md").write_bytes(card.read_bytes())
 
 
 def warn_of_plain_lora(model: PeftModel) -> None:
@@ -200,7 +188,7 @@ def warn_of_plain_lora(model: PeftModel) -> None:
     }
     if forms:
         model.warned_of_plain_lora = True
-        warnings.warn(inexact_lora(forms), InexactLoraWarning, stacklevel=3)
+        warnings.warn(inexact_lora(forms), notices.InexactLoraWarning, stacklevel=3)
     unlike_peft = [
         name for name, layer in layers.items() if isinstance(layer, PissaConvolution) and not layer.is_peft_compatible
     ]
@@ -210,6 +198,6 @@ def warn_of_plain_lora(model: PeftModel) -> None:
             f"Convolutions with a dilation or a padding_mode ({len(unlike_peft)}, {unlike_peft[0]} the first) lose it "
             f"in LoRA layers of PEFT 0.21: there {ADAPTER_WEIGHTS} is the function that was trained once the adapter "
             "is merged, with merge_and_unload, and not before.",
-            UnmergedConvolutionWarning,
+            notices.UnmergedConvolutionWarning,
             stacklevel=3,
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 
 class CompletedError(Exception):
@@ -14,15 +13,8 @@ class CompletedError(Exception):
 
 
 def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
-    """Refuses a folder in which something could be overwritten.
-
-    Args:
-        instead: another way to go on, put before "choose a new folder" in the message.
-        besides: a name that may be there.
-
-    Raises:
-        ValueError: `folder` is a file, or is not empty.
-    """
+    """Refuses a folder in which something could be overwritten that is not called `besides`. The message puts
+    `instead`, another way to go on, before "choose a new folder"."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; needed: a new folder")
     if folder.is_dir() and (names := sorted({path.name for path in folder.iterdir()} - {besides})):
@@ -30,47 +22,36 @@ def check_unused(folder: Path, instead: str = "", besides: str = "") -> None:
         raise ValueError(f"{folder} is not empty ({listed}) and nothing is overwritten; {instead}choose a new folder")
 
 
-class Staged:
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Files that are written under temporary names, and renamed if the block ends without an error.
 
-        with Staged(folder) as staged:
-            staged.path("a.json").write_text(...)
+        with staged(folder) as path:
+            path("a.json").write_text(...)
 
     All files are on the disk before the first is renamed. They are renamed in the order in which `path` named them.
     After an error no new file is left, and no folder that was made here.
     """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, Path] = {}
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
-        self._names: list[str] = []
-        self._made: list[Path] = []
+    def temporary(name: str) -> Path:
+        path = folder / f".{name}.{os.getpid()}.tmp"
+        files[path] = folder / name
+        return path
 
-    def path(self, name: str) -> Path:
-        """The temporary path, in the same folder, of the file that will be called `name`."""
-        self._names.append(name)
-        return self._temporary(name)
-
-    def _temporary(self, name: str) -> Path:
-        return self._folder / f".{name}.{os.getpid()}.tmp"
-
-    def __enter__(self) -> Staged:
-        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                put_in_place({self._temporary(name): self._folder / name for name in self._names})
-        finally:
-            for name in self._names:
-                self._temporary(name).unlink(missing_ok=True)
-            if error is not None:
-                with suppress(OSError):  # somebody else has put something there
-                    for folder in self._made:
-                        folder.rmdir()
+    try:
+        yield temporary
+        put_in_place(files)
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else has put something there
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def put_in_place(files: Mapping[Path, Path]) -> None:
@@ -86,10 +67,9 @@ def put_in_place(files: Mapping[Path, Path]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes names that are new in the folder durable, if the system can open a folder."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Makes names that are new in the folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,4 +1,5 @@
-"""Safetensors files: how they are laid out, written, and read."""
+"""Safetensors: files and folders of them, whose headers are checked at once and whose values are read where they are
+used; and how files are laid out and written."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ import json
 import math
 import mmap
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pissa.base.digest import bytes_of, xxh3, xxh3_of_text
-from pissa.files.messages import reading, shown
+from pissa.files.messages import read_object, reading, shown
 from pissa.ops.checks import FLOATS
 
 DTYPES = {
@@ -58,6 +60,15 @@ _CHECKSUMS = "xxh3"
 
 _REMEDY = "It is damaged, incomplete or no safetensors file: download or copy it again"
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+"""The endings of what holds, or lists, the weights of a model."""
+
+_SHARD = re.compile(r"[^/]+\.safetensors")
+"""The name of a file in the same folder: what is written has shards of these names, too."""
+
 
 class Entry(NamedTuple):
     """Where a tensor lies, and what it is."""
@@ -69,19 +80,15 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- A file ----------------------------------------------------------------------------------------------------------
 
 
-class MappedFile:
-    """A safetensors file. Its header is checked at once; it is mapped, so that values are read where they are used.
-
-    The mapping is private to this process: who writes to a tensor by mistake changes a copy, never the file.
+class TensorFile:
+    """A safetensors file, mapped. The mapping is private to this process: who writes to a tensor by mistake changes a
+    copy, never the file.
 
     The file must not become shorter: the system kills a process (SIGBUS) that reads a page which is gone. `view` looks
     at the file right before; nobody can for the time after.
-
-    Raises:
-        ValueError: no such file, or a damaged one, or one that is not safetensors; the message names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,9 +111,11 @@ class MappedFile:
             start = 8 + int.from_bytes(self._map[:8], "little")
             self._header = self._map[8:start].decode()
             header = json.loads(self._header)
-            self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
+            checksums = (header.pop(_METADATA, None) or {}).get(_CHECKSUMS, "").split()
             self.entries = _entries(header, start)
             """The tensors, in the order in which they lie in the file."""
+        is_complete = len(checksums) == len(self.entries)
+        self._checksums = dict(zip(sorted(self.entries), checksums, strict=True)) if is_complete else None
 
     @property
     def identity(self) -> str:
@@ -118,9 +127,6 @@ class MappedFile:
         """The tensor, whose values are the mapped file's; a copy if it is not aligned in the file to its elements.
 
         It must not be written to. It keeps the mapping alive.
-
-        Raises:
-            ValueError: the file has changed since its header was read.
         """
         with reading(self.path, "Start again when nobody writes to it"):
             if _state(self.path) != self._state:
@@ -132,11 +138,42 @@ class MappedFile:
             content = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
             return (content.clone() if offset % dtype.itemsize else content).view(dtype).view(shape)
 
-    def release(self, names: Sequence[str]) -> None:
-        """Gives back the memory that these tensors' pages take; it is read again when it is used again.
+    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
+        """Checks that the file has a tensor of that shape and of one of these dtypes, of `demand`: the part of the
+        model that needs it."""
+        if name not in self.entries:
+            raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
+        dtype, found = self.entries[name].dtype, list(self.entries[name].shape)
+        if dtype not in dtypes or found != list(shape):
+            allowed = " or ".join(map(str, dtypes))
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
+            )
 
-        A page that a tensor shares with one that is not named stays.
-        """
+    def expect_checksums(self) -> None:
+        """Raises ValueError, naming the file, unless it has a checksum of every tensor."""
+        if self._checksums is None:
+            raise ValueError(
+                f"{self.path} has no checksums of its {len(self.entries)} tensors: save_pretrained did not write it; "
+                "save the adapter again, or take the file from a copy"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """A copy of the tensor, which is compared with its checksum, and is finite."""
+        tensor = self.view(name).clone()
+        if self._checksums is not None and xxh3(tensor) != self._checksums[name]:
+            raise ValueError(
+                f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
+                "the adapter again, or take the file from a copy"
+            )
+        values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch asks no float8 whether it is finite
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
+            raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
+        return tensor
+
+    def release(self, names: Sequence[str]) -> None:
+        """Gives back the memory that these tensors' pages take, which are read again when they are used again. A page
+        that a tensor shares with one that is not named stays."""
         for begin, end in self._ranges(names):
             begin += -begin % mmap.PAGESIZE
             end -= end % mmap.PAGESIZE if end < len(self._map) else 0
@@ -162,8 +199,7 @@ class MappedFile:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """The size, the time of change and the number of a file: others later show that somebody has written to it, or
-    replaced it."""
+    """Size, time of change and number of a file: others later show that somebody has written to it, or replaced it."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -183,87 +219,131 @@ def _entries(header: Mapping[str, Any], start: int) -> dict[str, Entry]:
     return dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
 
 
-class TensorFile(MappedFile):
-    """An adapter's file. What is read of it is compared with its checksum, if the file has checksums."""
+# ---- A folder --------------------------------------------------------------------------------------------------------
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        checksums = self.metadata.get(_CHECKSUMS, "").split()
-        self._checksums = dict(zip(sorted(self.entries), checksums, strict=False))
-        self._has_checksums = len(checksums) == len(self.entries)
+
+class Source(AbstractContextManager["Source"]):
+    """The tensors of a checkpoint, by their names: those of `model.safetensors`, or of an index with its shards."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.index = _index(self.folder)
+        """The path of the index, if the checkpoint has one."""
+        self._files: dict[Path, TensorFile] = {}
+        self._holders: dict[str, TensorFile] = {}
+        shards = {WEIGHTS: set[str]()} if self.index is None else _shards(self.index)
+        for name, promised in sorted(shards.items()):
+            file = TensorFile(self.folder / name)
+            if lacking := sorted(promised - file.entries.keys()):
+                raise ValueError(
+                    f"{file.path}: tensor {shown(lacking[0])} is missing, which {INDEX} says is there: the files do "
+                    "not belong together; download or copy them again"
+                )
+            if twice := sorted(file.entries.keys() & self._holders.keys()):
+                other = self._holders[twice[0]]
+                raise ValueError(
+                    f"{file.path}: tensor {shown(twice[0])} is in {other.path.name} too: the files do not belong "
+                    "together; download or copy them again"
+                )
+            self._files[file.path] = file
+            self._holders |= dict.fromkeys(file.entries, file)
 
     @property
     def names(self) -> list[str]:
-        """The names of the tensors, in the order of the file."""
-        return list(self.entries)
+        """The names of all tensors: file by file, as they lie there."""
+        return list(self._holders)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor of that name."""
-        return self.entries[name].shape
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return list(self._files)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the tensor of that name."""
-        return self.entries[name].dtype
+    def path_of(self, name: str) -> Path:
+        return self._holder(name).path
 
-    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], demand: str) -> None:
-        """Checks that the file has a tensor of that shape and of one of these dtypes.
+    def entry(self, name: str) -> Entry:
+        """Where the tensor lies, its dtype and its shape."""
+        return self._holder(name).entries[name]
 
-        Args:
-            demand: the part of the model that needs the tensor, for the message.
-
-        Raises:
-            ValueError: naming the file, the tensor and `demand`.
-        """
-        if name not in self.entries:
-            raise ValueError(f"{self.path}: tensor {shown(name)} is missing, of {demand}")
-        dtype, found = self.dtype(name), list(self.shape(name))
-        if dtype not in dtypes or found != list(shape):
-            allowed = " or ".join(map(str, dtypes))
-            raise ValueError(
-                f"{self.path}: tensor {shown(name)} is {dtype} {found}, expected {allowed} {list(shape)}, for {demand}"
-            )
-
-    def expect_checksums(self) -> None:
-        """Raises ValueError, naming the file, unless it has a checksum of every tensor."""
-        if not self._has_checksums:
-            raise ValueError(
-                f"{self.path} has no checksums of its {len(self.entries)} tensors: save_pretrained did not write it; "
-                "save the adapter again, or take the file from a copy"
-            )
+    def identity(self) -> dict[str, str]:
+        """For each file its size, its time of change, and a fingerprint of its header."""
+        return {path.name: file.identity for path, file in self._files.items()}
 
     def read(self, name: str) -> Tensor:
-        """A copy of the tensor: later changes of the file do not change it.
+        """The tensor: see `TensorFile.view`."""
+        return self._holder(name).view(name)
 
-        Raises:
-            ValueError: it is not, bit for bit, the one that was written, or holds NaN or Inf; the message names file
-                and tensor.
-        """
-        tensor = self.view(name).clone()
-        if self._has_checksums and xxh3(tensor) != self._checksums[name]:
+    def release(self, names: Sequence[str]) -> None:
+        """Gives back the memory that these tensors' pages take: see `TensorFile.release`."""
+        for file in self._holding(names):
+            file.release([name for name in names if name in file.entries])
+
+    def ahead(self, names: Sequence[str]) -> None:
+        """Asks the system to read these tensors from the disk now; returns at once."""
+        for file in self._holding(names):
+            file.ahead([name for name in names if name in file.entries])
+
+    def close(self) -> None:
+        """Lets the mappings go. One that a tensor still needs goes with the tensor."""
+        self._files.clear()
+        self._holders.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _holder(self, name: str) -> TensorFile:
+        if name not in self._holders:
+            raise ValueError(f"{self.folder} has no tensor {shown(name)}")
+        return self._holders[name]
+
+    def _holding(self, names: Sequence[str]) -> set[TensorFile]:
+        return {self._holder(name) for name in names}
+
+
+def _index(folder: Path) -> Path | None:
+    """The path of the index; None if there is one file, model.safetensors."""
+    needed = f"needed: a folder with {WEIGHTS}, or with {INDEX} and its shards"
+    if not os.path.isdir(folder):
+        found = "is not a folder" if os.path.lexists(folder) else "is missing"
+        raise ValueError(f"{folder} {found}; {needed}; a model of the Hub is downloaded first")
+    if os.path.lexists(folder / WEIGHTS):
+        return None
+    if not os.path.lexists(folder / INDEX):
+        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_FILES))
+        found = f", but {', '.join(names[:3])}" if names else ""
+        raise ValueError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}{found}; {needed}. Pickles and GGUF are never read: take a "
+            "revision with safetensors"
+        )
+    return folder / INDEX
+
+
+def _shards(index: Path) -> dict[str, set[str]]:
+    """The shards that the index names, each with the tensors that should be in it."""
+    with reading(index, "It is damaged: download or copy it again"):
+        files = dict(read_object(index)["weight_map"])
+        if not all(isinstance(file, str) for file in files.values()):
+            raise ValueError("weight_map has something else than names of files")
+        if not files:
+            raise ValueError("weight_map names no tensor")
+    shards: dict[str, set[str]] = {}
+    for name, file in files.items():
+        if not _SHARD.fullmatch(file):
             raise ValueError(
-                f"{self.path}: tensor {shown(name)} is damaged: its checksum is not the one that was written; save "
-                "the adapter again, or take the file from a copy"
+                f"{index} says that tensor {shown(name)} is in {shown(file)}; allowed: a .safetensors file in the same "
+                "folder: download or copy the index again"
             )
-        values = tensor if tensor.dtype in SAVED_FLOATS else tensor.float()  # torch asks no float8 whether it is finite
-        if tensor.is_floating_point() and not torch.isfinite(values).all():
-            raise ValueError(f"{self.path}: tensor {shown(name)} holds NaN or Inf")
-        return tensor
+        shards.setdefault(file, set()).add(name)
+    return shards
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
 class Layout:
-    """Where the tensors of a file will lie: dtypes of large elements first, so that each tensor is aligned to its
-    elements without holes, which the format forbids; those of one size in the given order.
-
-    Args:
-        tensors: by name, the dtype and the shape.
-        metadata: of the file, beside what transformers wants.
-
-    Raises:
-        ValueError: a dtype that the format does not have, or a name that it reserves.
-    """
+    """Where the tensors of a file will lie, given by their dtypes and shapes: dtypes of large elements first, so that
+    each tensor is aligned to its elements without holes, which the format forbids; those of one size in the given
+    order."""
 
     def __init__(
         self, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
@@ -304,24 +384,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
 
-class Scratch(Mapping[str, Tensor]):
-    """Tensors that wait on the disk until all of them are known, each read when it is asked for. Their file has no
-    name: it is gone when the block ends, or the process.
-
-    Args:
-        folder: on whose disk they are.
-    """
+class Scratch(Mapping[str, Tensor], AbstractContextManager["Scratch"]):
+    """Tensors that wait on the disk of a folder until all of them are known, each read when it is asked for. Their file
+    has no name: it is gone when the block ends, or the process."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
         self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Takes the values of a contiguous tensor on the CPU.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Takes the values of a contiguous tensor on the CPU."""
         self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tuple(tensor.shape)
         self._file.write(bytes_of(tensor))
 
@@ -337,9 +409,6 @@ class Scratch(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __enter__(self) -> Scratch:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

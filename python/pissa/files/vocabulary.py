@@ -53,18 +53,13 @@ class VocabularyTensor:
         return self.name == "weight" and (base.module is self.module or base.parameter is self.module.weight)
 
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered.
-
-        Raises:
-            ValueError: the parameter is sharded, and not in the state dict.
-        """
+        """The base's own values, on the CPU, adapters merged or not; from a state dict if that was gathered."""
         gathered = state.get(self.state_key)
-        if self.name == "bias" and gathered is not None:
-            return gathered.detach().cpu()
         with in_memory(self.module):
             if self.name == "bias":
-                check_whole({self.state_key: self.parameter})
-                return self.parameter.detach().cpu()
+                bias = self.parameter if gathered is None else gathered
+                check_whole({self.state_key: bias})
+                return bias.detach().cpu()
             base = whole(base_of(self.module), gathered)
             value = (base_of(base.restored()) if self.is_stored else base).parameter.detach()
             if self.tokens is not None:

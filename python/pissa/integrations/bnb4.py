@@ -13,11 +13,9 @@ import torch
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
 from pissa.base.init_methods import INIT_METHODS
-from pissa.checkpoints.merge import states
-from pissa.checkpoints.merge_plan import Planner
+from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.output import Output
-from pissa.checkpoints.plan import Plan, Unit, in_order, linear_layers, new_shards
-from pissa.checkpoints.rewrite import Errors, Result, Rewrite
+from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, linear_layers
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.files.lora_folder import LoraFactors, with_sizes
@@ -66,7 +64,7 @@ class _Export(Rewrite):
         self.model_name = type(planner.model).__name__
         source, left = adapter.source, packed | planner.packed.keys()
         dense = [name for name in linear_layers(planner.model) if name not in left]
-        super().__init__(Plan(source, in_order(source, units), new_shards(source, units), dense), target)
+        super().__init__(Plan(source, units, dense, {}), target)
 
     def exported(self) -> Exported:
         """The report."""
@@ -103,11 +101,11 @@ class _Export(Rewrite):
         return self.adapter.records[factors.layers[0]].form != IMPLICIT
 
     def identity(self) -> dict[str, Any]:
-        return {"target": str(self.target), **states(self.adapter)}
+        return {"target": str(self.target), **self.adapter.states()}
 
     def write(self, out: Output, unit: Unit) -> dict[str, Result]:
         if unit.tensor is not None:
-            self.copy(out, unit.tensor)
+            out.write(self.file_of(unit.tensor), unit.tensor, self.source.read(unit.tensor))
             return {unit.name: {}}
         lost, whole = 0.0, 0.0
         for layer, factors in zip(unit.layers, self.adapter.factors(unit.name), strict=True):
@@ -123,7 +121,7 @@ class _Export(Rewrite):
     def end(self, out: Output) -> None:
         """Writes the LoRA. The tensors beside the factors stay as they are, but for a layer's own weight: its residual
         is written."""
-        kept, sizes, path = set(self.folder.weights.names), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
+        kept, sizes, path = set(self.folder.weights.entries), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
         with Scratch(path.parent) as tensors:
             for target, factors in self.folder.factors.items():
                 rank = factors.rank

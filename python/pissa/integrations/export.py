@@ -10,14 +10,14 @@ from typing import Literal, get_args
 import torch
 
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
+from pissa.checkpoints.load import packed_layers
 from pissa.checkpoints.merge import merge
-from pissa.checkpoints.packed import packed_layers
 from pissa.checkpoints.trained import Adapter, Ours, read_adapter
 from pissa.config import IMPLICIT
 from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_folder import open_adapter
 from pissa.files.model_folder import meta_model
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 from pissa.integrations.bnb4 import export_bnb4
 from pissa.integrations.exported import Exported
 from pissa.integrations.vllm import export_vllm
@@ -102,7 +102,7 @@ def export(
             error_of_worst=merged.error_of_worst,
             mean_error=merged.mean_error,
         )
-    with Source.open(folder) as source, torch.no_grad():
+    with Source(folder) as source, torch.no_grad():
         found = _trained_in_4_bits(read_adapter(adapter, source, initial), adapter)
         done = export_bnb4(found, target, progressbar)
         for doubt in found.doubts():

@@ -16,7 +16,7 @@ from pissa.files.hub import Name
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import class_of, model_config
-from pissa.files.staged import Staged
+from pissa.files.staged import staged
 from pissa.integrations.exported import Exported
 from pissa.integrations.plain import padded, read_factors
 
@@ -62,8 +62,8 @@ def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -
     arch, places = _places(class_of(config).__name__, config, lora.folder)
     rank = max(lora.rank(name) for name in lora.folder.factors)
     alpha = rank * lora.scaling
-    with Staged(target.parent) as staged:
-        writer = gguf.GGUFWriter(staged.path(target.name), arch)
+    with staged(target.parent) as new:
+        writer = gguf.GGUFWriter(new(target.name), arch)
         try:
             _write(writer, lora, places, alpha)
         finally:

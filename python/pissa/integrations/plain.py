@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pissa.checkpoints.merge_plan import Planner
+from pissa.checkpoints.merge import Planner
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFolder, open_adapter
 from pissa.files.messages import shown
 from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import PREFIX, Matrices
-from pissa.files.source import Source
+from pissa.files.tensor_file import Source
 from pissa.ops.low_rank import pad_rank
 
 
@@ -53,7 +53,7 @@ def read_factors(adapter: Path, base: Name | None, initial: Name | None, runtime
 def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
     """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
     found = set()
-    with Source.open(base) as source:
+    with Source(base) as source:
         planner = Planner(source, folder)
         for key in folder.other_keys:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pissa.checkpoints.merge_plan import Planner
-from pissa.checkpoints.plan import Layer
+from pissa.checkpoints.merge import Planner
+from pissa.checkpoints.rewrite import Layer
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
 from pissa.files.lora_folder import LoraFactors, with_sizes
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
-from pissa.files.source import Source
-from pissa.files.staged import Staged, check_unused
-from pissa.files.tensor_file import Scratch, write_tensors
+from pissa.files.staged import check_unused, staged
+from pissa.files.tensor_file import Scratch, Source, write_tensors
 from pissa.integrations.exported import Exported
 from pissa.integrations.plain import padded, read_factors
 
@@ -56,7 +55,7 @@ def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | 
             f"{RANKS[-1]}"
         )
     places = _places(lora, base)
-    with Staged(target) as staged, Scratch(target) as tensors:
+    with staged(target) as new, Scratch(target) as tensors:
         for name, factors in lora.folder.factors.items():
             pairs = [padded(pair, rank, factors.scaling / lora.scaling) for pair in lora.matrices(name)]
             for key, tensor in _tensors(factors, pairs, places.get(name)):
@@ -67,8 +66,8 @@ def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | 
             **dict.fromkeys(("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")),
             "base_model_name_or_path": None if base is None else str(base),
         }
-        staged.path(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-        write_tensors(staged.path(ADAPTER_WEIGHTS), tensors)
+        new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_tensors(new(ADAPTER_WEIGHTS), tensors)
         count = len(tensors) // 2
     model = "BASE" if base is None else base
     return Exported(
@@ -105,7 +104,7 @@ def _places(lora: PlainLora, base: Name | None) -> dict[str, Places]:
             f"{path} has factors of fused experts, {min(fused)} the first, which vLLM calls as the checkpoint of the "
             "base does: give the unmodified model (base)"
         )
-    with Source.open(checkpoint_folder(base)) as source:
+    with Source(checkpoint_folder(base)) as source:
         planner = Planner(source, lora.folder)
         layers = {
             target: planner.unit_of(factors).layers

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.config_json import read_config_alone
 from pissa.files.lora_folder import PLAIN_LORA, read_lora_config, size_of
 from pissa.files.messages import reading
+from pissa.files.pissa_layout import read_config
 
 FILE = "adapter_config.json"
 
@@ -20,5 +20,8 @@ def parse(folder: Path) -> None:
             size_of(config | patterns, "model.layers.0.self_attn.q_proj")
     except ValueError as error:
         refused = error
-    if read_config_alone(folder / FILE) is None and refused is not None:
-        raise refused
+    try:
+        read_config(folder)
+    except ValueError:
+        if refused is not None:
+            raise refused from None

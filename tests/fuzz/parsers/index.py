@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pissa.files.source import INDEX, Source
+from pissa.files.tensor_file import INDEX, Source
 
 FILE, NAMED = INDEX, ".safetensors"
 
@@ -16,4 +16,4 @@ def parse(folder: Path) -> None:
     if not (folder / "a.safetensors").exists():
         save_file({"one": torch.ones(2)}, folder / "a.safetensors")
         save_file({"two": torch.ones(2)}, folder / "b.safetensors")
-    Source.open(folder).close()
+    Source(folder).close()

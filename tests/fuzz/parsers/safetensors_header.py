@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pissa.files.source import Source
-from pissa.files.tensor_file import TensorFile
+from pissa.files.tensor_file import Source, TensorFile
 
 FILE, HEADER = "model.safetensors", 8
 
 
 def parse(folder: Path) -> None:
-    with Source.open(folder) as source:
+    with Source(folder) as source:
         file = TensorFile(folder / FILE)
-        assert sorted(file.names) == sorted(source.names)
+        assert sorted(file.entries) == sorted(source.names)
         for name in source.names:
             tensor = source.read(name)
-            assert (tensor.dtype, tuple(tensor.shape)) == (file.dtype(name), file.shape(name))
+            assert (tensor.dtype, tuple(tensor.shape)) == file.entries[name][:2]
             file.read(name)
     file.expect_checksums()

@@ -391,7 +391,7 @@ def test_adapters_and_bases_that_do_not_belong_together(
     refuses(message, tmp_path / "implicit", tmp_path / "residual", tmp_path / "out")
     message = r"does not adapt layer model\.layers\.0\.self_attn\.v_proj, of which .*residual has a residual"
     refuses(message, tmp_path / "other", tmp_path / "residual", tmp_path / "out")
-    message = r"is not where .* started from: only the initial adapter has layer .*v_proj"
+    message = r"is not where .* started from: layer .*v_proj' has no factors in the trained adapter"
     refuses(message, tmp_path / "lora", tmp_path / "residual", tmp_path / "out")
     smaller = tiny_llama(num_hidden_layers=1)
     smaller.save_pretrained(tmp_path / "smaller")
@@ -429,6 +429,12 @@ def test_what_has_no_place_in_the_checkpoint(tiny_llama: Make, tmp_path: Path) -
     pissa.wrap(model, r=4).save_pretrained(tmp_path / "resized", save_embedding_layers=True)
     message = r"(lm_head|embed_tokens)\.weight' is \[101, 64\]; needed: \[97, 64\], .* An embedding that was resized"
     refuses(message, tmp_path / "resized", tmp_path / "base", tmp_path / "out")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    peft.get_peft_model(load(tmp_path / "base"), lora).save_pretrained(tmp_path / "twice")
+    weight = {"base_model.model.model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)}
+    path = tmp_path / "twice" / "adapter_model.safetensors"
+    save_file(load_file(path) | weight, path)
+    refuses(r"q_proj\.weight' is changed for .*q_proj and ", tmp_path / "twice", tmp_path / "base", tmp_path / "out")
 
 
 def test_a_weight_that_overflows_is_refused(tiny_llama: Make, tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ from daily import each
 from pissa import notices
 from pissa.checkpoints import output
 from pissa.checkpoints.output import FINISHED, UNFINISHED, Output
-from pissa.files.source import Source
 from pissa.files.staged import CompletedError
-from pissa.files.tensor_file import Layout
+from pissa.files.tensor_file import Layout, Source
 
 
 def entered(folder: Path, **identity: object) -> Output:
@@ -222,7 +221,7 @@ def test_written_in_any_order_it_is_the_file_that_was_planned(tmp_path: Path) ->
         for name, tensor in tensors.items():
             assert opened.get_slice(name).get_shape() == list(tensor.shape)
             assert same_bits(opened.get_tensor(name), tensor)
-    with Source.open(tmp_path) as source:
+    with Source(tmp_path) as source:
         assert set(source.names) == tensors.keys()
         assert all(same_bits(source.read(name), tensor) for name, tensor in tensors.items())
 
@@ -233,7 +232,7 @@ def test_matrices_of_a_stack_are_written_by_themselves(tmp_path: Path) -> None:
         for member in (3, 0, 1):
             out.write("model.safetensors", "cube", tensors["cube"][member], member)
         out.finish()
-    found = Source.open(tmp_path).read("cube")
+    found = Source(tmp_path).read("cube")
     assert same_bits(found[[0, 1, 3]], tensors["cube"][[0, 1, 3]])
     assert not found[2].any()
 

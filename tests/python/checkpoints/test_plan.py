@@ -15,14 +15,14 @@ from transformers.core_model_loading import Concatenate, Interleave, Transpose, 
 import pissa
 from architectures import ARCHITECTURES
 from checkpoint_folders import KINDS, change_config, change_tensors, save
-from pissa.checkpoints.split_plan import SplitPlan
-from pissa.files.source import Source
+from pissa.checkpoints.init import SplitPlan
+from pissa.files.tensor_file import Source
 from pissa.layers.layer import pissa_layers
 from pissa.model.pissa_model import model_class
 
 
 def plan_of(folder: Path, experts: Any = "dense", **fields: Any) -> SplitPlan:
-    return SplitPlan.of(Source.open(folder), pissa.PissaConfig(**({"r": 4} | fields)), experts)
+    return SplitPlan(Source(folder), pissa.PissaConfig(**({"r": 4} | fields)), experts)
 
 
 def injected(model: nn.Module, **fields: Any) -> dict[str, Any]:

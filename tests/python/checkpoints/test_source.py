@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from damage import joined, split
-from pissa.files.source import INDEX, WEIGHTS, Source
+from pissa.files.tensor_file import INDEX, WEIGHTS, Source
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 MB = 1 << 20
@@ -46,7 +46,7 @@ def save(folder: Path, tensors: dict[str, Tensor], shards: bool = True) -> Path:
 
 
 def assert_holds(folder: Path, expected: dict[str, Tensor]) -> None:
-    with Source.open(folder) as source:
+    with Source(folder) as source:
         assert sorted(source.names) == sorted(expected)
         for name, tensor in expected.items():
             found, entry = source.read(name), source.entry(name)
@@ -59,7 +59,7 @@ def assert_holds(folder: Path, expected: dict[str, Tensor]) -> None:
 def test_reads_what_was_saved(shards: bool, tmp_path: Path) -> None:
     folder = save(tmp_path, values(), shards)
     assert_holds(folder, values())
-    source = Source.open(folder)
+    source = Source(folder)
     assert [path.name for path in source.paths] == ([ONE, TWO] if shards else [WEIGHTS])
     assert source.index == (folder / INDEX if shards else None)
     entries = [(source.path_of(name), source.entry(name)) for name in source.names]
@@ -83,13 +83,13 @@ def test_links_are_followed_as_the_hub_s_cache_has_them(tmp_path: Path) -> None:
     assert_holds(snapshot, values())
     (blobs / f"{1:064x}").unlink()
     with pytest.raises(ValueError, match=rf"{TWO} is a link to \.\./blobs/0+1, which is missing"):
-        Source.open(snapshot)
+        Source(snapshot)
 
 
 def test_a_tensor_is_a_view_of_the_file_that_cannot_write_to_it(tmp_path: Path) -> None:
     path = save(tmp_path, values(), shards=False) / WEIGHTS
     before = path.read_bytes()
-    source = Source.open(tmp_path)
+    source = Source(tmp_path)
     first, again = source.read("layers.0.weight"), source.read("layers.0.weight")
     assert first.data_ptr() == again.data_ptr()
     first.zero_()
@@ -107,7 +107,7 @@ def test_unaligned_tensors_are_copied(length: int, tmp_path: Path) -> None:
     expected = {"a": torch.arange(length, dtype=torch.uint8), "b": torch.randn(2, 2)}
     (tmp_path / WEIGHTS).write_bytes(joined(header, b"".join(tensor.numpy().tobytes() for tensor in expected.values())))
     assert_holds(tmp_path, expected)
-    source = Source.open(tmp_path)
+    source = Source(tmp_path)
     one, other = source.read("b"), source.read("b")
     assert one.data_ptr() % 4 == 0
     assert (one.data_ptr() == other.data_ptr()) == (source.entry("b").offset % 4 == 0)
@@ -125,7 +125,7 @@ def mapped_bytes() -> int:
 def test_released_pages_leave_the_memory(tmp_path: Path) -> None:
     names = [f"layers.{number}" for number in range(16)]
     save(tmp_path, {name: torch.randn(512, 1024) for name in names}, shards=False)  # 16 of 2 MB
-    with Source.open(tmp_path) as source:
+    with Source(tmp_path) as source:
         source.ahead(names)
         before = mapped_bytes()
         sums = [float(source.read(name).sum()) for name in names]
@@ -145,7 +145,7 @@ def test_pages_of_a_neighbour_stay(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     tensors = {name: torch.ones(3000) for name in names}  # of 12,000 bytes: not of whole pages
     save(tmp_path, tensors, shards=False)
-    with Source.open(tmp_path) as source:
+    with Source(tmp_path) as source:
         for name in names:
             source.read(name).zero_()
         source.release(["b"])
@@ -254,7 +254,7 @@ def test_refused(damage: Callable[[Path], object], words: tuple[str, ...], tmp_p
     folder = save(tmp_path / "model", values())
     damage(folder)
     with pytest.raises(ValueError, match=str(folder)) as caught:
-        Source.open(folder)
+        Source(folder)
     message = str(caught.value)
     assert [word for word in words if word not in message] == [], message
     assert "\n" not in message
@@ -283,7 +283,7 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("change", [shortened, touched, replaced, Path.unlink])
 def test_a_file_that_changes_is_not_read_further(change: Callable[[Path], None], mapped: bool, tmp_path: Path) -> None:
-    with Source.open(save(tmp_path, values())) as source:
+    with Source(save(tmp_path, values())) as source:
         if mapped:
             source.read("layers.0.bias")
         change(tmp_path / ONE)
@@ -295,15 +295,15 @@ def test_a_file_that_changes_is_not_read_further(change: Callable[[Path], None],
 
 
 def test_the_identity_says_which_file_is_another(tmp_path: Path) -> None:
-    first = Source.open(save(tmp_path, values())).identity()
-    assert first == Source.open(tmp_path).identity()
+    first = Source(save(tmp_path, values())).identity()
+    assert first == Source(tmp_path).identity()
     assert [*first] == [ONE, TWO]
     touched(tmp_path / TWO)
-    second = Source.open(tmp_path).identity()
+    second = Source(tmp_path).identity()
     assert (first[ONE], first[TWO]) != (second[ONE], second[TWO])
     assert first[ONE] == second[ONE]
     times = (tmp_path / ONE).stat()
     rewritten(tmp_path / ONE, lambda header: header["layers.0.bias"].update(shape=[3, 1]))
     rewritten(tmp_path / ONE, lambda header: header.update(__metadata__={}), None)
     os.utime(tmp_path / ONE, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert Source.open(tmp_path).identity()[ONE] != first[ONE]
+    assert Source(tmp_path).identity()[ONE] != first[ONE]

@@ -266,8 +266,8 @@ def test_an_initial_adapter_of_another_run_is_refused(tiny_llama: Make, tokens: 
     trained = train_pissa(tiny_llama(), tokens, tmp_path)
     others = {
         "has factors .* and scaling": {"r": 3},
-        "and scaling 1 there": {"lora_alpha": 4},
-        "only the trained adapter has layer": {"target_modules": ["q_proj"]},
+        "and scaling 2 in the trained adapter, and .* and scaling 1 in the initial one": {"lora_alpha": 4},
+        ", and no factors in the initial one": {"target_modules": ["q_proj"]},
     }
     for message, fields in others.items():
         other = train_pissa(tiny_llama(), tokens, tmp_path / str(len(message)), **fields)

@@ -17,7 +17,7 @@ from live_bytes import LiveBytes
 from lora_files import NAMES
 from peft_adapters import Trained, train_on_residual, train_pissa
 from pissa import notices
-from pissa.conversion import lora_start
+from pissa.conversion import plain_lora
 
 OUT, IN, RANK = 96, 160, 8
 TARGET = 8 * RANK * (OUT + IN)
@@ -80,7 +80,7 @@ def test_a_base_in_a_folder_is_read_layer_by_layer(
 ) -> None:
     trained = train_pissa(tiny_llama(), tokens, tmp_path, target_modules=["q_proj", "down_proj", "lm_head"])
     pissa.convert(trained.adapter, tmp_path / "memory", base=tiny_llama())
-    monkeypatch.setattr(lora_start, "load_base", refuse_to_load)
+    monkeypatch.setattr(plain_lora, "load_base", refuse_to_load)
     with LiveBytes() as memory:
         pissa.convert(trained.adapter, tmp_path / "lora", base=folder)
     assert same(tmp_path / "memory", tmp_path / "lora")
@@ -103,7 +103,7 @@ def test_names_and_layouts_of_other_models(
     tokens = architecture.batch()["input_ids"]
     trained = train_pissa(base, tokens, tmp_path, target_modules=targets, fan_in_fan_out=name == "gpt2")
     pissa.convert(trained.adapter, tmp_path / "memory", base=type(base).from_pretrained(tmp_path / "base"))
-    monkeypatch.setattr(lora_start, "load_base", refuse_to_load)
+    monkeypatch.setattr(plain_lora, "load_base", refuse_to_load)
     pissa.convert(trained.adapter, tmp_path / "lora", base=tmp_path / "base")
     assert same(tmp_path / "memory", tmp_path / "lora")
 
@@ -112,7 +112,7 @@ def test_a_residual_model_is_compared_layer_by_layer(
     folder: Path, tiny_llama: Make, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = train_on_residual(tiny_llama, tokens, tmp_path)
-    monkeypatch.setattr(lora_start, "load_base", refuse_to_load)
+    monkeypatch.setattr(plain_lora, "load_base", refuse_to_load)
     pissa.convert(trained.adapter, tmp_path / "lora", initial=trained.initial, base=folder)
     shard, name = next(
         (path, name) for path in sorted(folder.glob("*.safetensors")) for name in load_file(path) if "_proj" in name

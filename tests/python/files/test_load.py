@@ -20,7 +20,7 @@ import pissa
 from cuda_stand_in import CudaStandIn
 from language_models import FORMS, Make, logits, train
 from pissa import PissaConfig, PissaModel, config, notices
-from pissa.files import config_json
+from pissa.files import pissa_layout
 from pissa.files.pissa_layout import ADAPTER_FILES, checksum
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -98,7 +98,7 @@ def test_another_base_is_refused_by_its_first_layer(tiny_llama: Make, tokens: Te
     assert [name for name, _ in other.named_modules()] == names
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj, whose weight is \[80, 80\]"):
         PissaModel.from_pretrained(tiny_llama(hidden_size=80, head_dim=20), tmp_path)
-    with pytest.raises(ValueError, match=r"only in the folder is layer 'model\.layers\.1"):
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.1.*' has no factors in the model"):
         PissaModel.from_pretrained(tiny_llama(num_hidden_layers=1), tmp_path)
 
 
@@ -138,10 +138,14 @@ def test_adapters_of_another_base_function_are_refused(tiny_llama: Make, tokens:
 def test_an_adapter_of_another_shape_is_refused(other: dict[str, int], tiny_llama: Make, tmp_path: Path) -> None:
     pissa.wrap(tiny_llama(), **other).save_pretrained(tmp_path)
     model = pissa.wrap(tiny_llama(), r=4)
-    wanted = f"rank 4 and scaling 1 in the model, {other['r']} and {other.get('lora_alpha', other['r']) // other['r']}"
+    scaling = other.get("lora_alpha", other["r"]) // other["r"]
+    wanted = f"rank 4 and scaling 1 in the model, and rank {other['r']} and scaling {scaling} in the folder"
     with pytest.raises(ValueError, match=wanted):
         model.load_adapter(tmp_path, "default")
     model.load_adapter(tmp_path, "second")
+    model.merge_adapter(["second"])
+    with pytest.raises(ValueError, match=r"adapter 'second' is merged: call unmerge_adapter"):
+        model.load_adapter(tmp_path, "second")
 
 
 @pytest.mark.parametrize("name", ["q", "model"])
@@ -193,9 +197,9 @@ def test_the_record_has_of_pefts_fields_what_differs_from_its_defaults(
     assert fields.keys() & OWN == OWN
     # So it is read under a PEFT that lacks the others.
     saved, used = PissaConfig.from_pretrained(tmp_path), config.SUPPORTED | OWN | {"init_lora_weights"}
-    fewer = [field for field in config_json._config_fields() if field.name in used]
-    assert len(fewer) < len(config_json._config_fields())
-    monkeypatch.setattr(config_json, "_config_fields", lambda: fewer)
+    fewer = [field for field in pissa_layout._config_fields() if field.name in used]
+    assert len(fewer) < len(pissa_layout._config_fields())
+    monkeypatch.setattr(pissa_layout, "_config_fields", lambda: fewer)
     assert PissaConfig.from_pretrained(tmp_path) == saved
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -17,7 +18,7 @@ import pissa
 from daily import each
 from language_models import EVERY_FORM, Make, error, logits, train
 from pissa import PissaConfig, PissaModel, notices
-from pissa.files.staged import Staged
+from pissa.files.staged import staged
 
 forms = pytest.mark.parametrize("form", each(EVERY_FORM, ["implicit", "nf4"]))
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
@@ -329,14 +330,14 @@ def test_a_crash_while_saving_leaves_an_adapter(
         assert (left == files) == torch.equal(found, old) == (nth < 4)
 
 
-def fail_after_writing(staged: Staged) -> None:
-    staged.path("a").write_text("1")
+def fail_after_writing(new: Callable[[str], Path]) -> None:
+    new("a").write_text("1")
     raise ZeroDivisionError
 
 
 def test_staged_files_that_fail_leave_no_new_folder(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     for folder in (tmp_path / "old" / "a" / "b", tmp_path / "old"):
-        with pytest.raises(ZeroDivisionError), Staged(folder) as staged:
-            fail_after_writing(staged)
+        with pytest.raises(ZeroDivisionError), staged(folder) as new:
+            fail_after_writing(new)
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
