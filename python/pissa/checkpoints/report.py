@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budg
 from pissa.checkpoints.packed import of_layer
 from pissa.checkpoints.split_plan import SplitPlan
 from pissa.checkpoints.training_memory import training_memory
-from pissa.config import Form, PissaConfig
+from pissa.config import PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
 from pissa.files.source import Source
@@ -40,8 +40,7 @@ _COLUMNS = 2048
 # ---- One layer -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerReport:
+class LayerReport(NamedTuple):
     """What was found out about the weight [out, in] of one layer."""
 
     name: str
@@ -53,21 +52,9 @@ class LayerReport:
     errors: dict[Method, float]
     """‖W - Q - s B A‖², Frobenius. Empty if nothing was to be quantised."""
 
-    def rank(self, wanted: int) -> int:
-        """The rank that the layer gets where `wanted` is asked for: at most its smaller side."""
-        return min(wanted, *self.shape)
-
-    def parameters(self, rank: int) -> int:
-        """The number of parameters that an adapter of that rank trains here."""
-        return self.rank(rank) * sum(self.shape)
-
     def lost(self, rank: int) -> float:
         """The part of `total` that the first `rank` singular values leave."""
         return max(self.total - float(self.values[:rank].square().sum()), 0.0)
-
-    def energy(self, rank: int) -> float:
-        """The share of the squared norm that `rank` directions hold; 1 of a weight of zeros."""
-        return Summary([self]).energy(rank)
 
     @property
     def stable_rank(self) -> float:
@@ -136,7 +123,7 @@ def quant_errors(weight: Tensor, format: str, ranks: Iterable[int]) -> dict[Meth
 
 @dataclass(frozen=True)
 class Summary:
-    """Several layers together."""
+    """One layer, or several together."""
 
     layers: Sequence[LayerReport]
 
@@ -150,11 +137,6 @@ class Summary:
         """The layers whose errors are known."""
         return [layer for layer in self.layers if layer.errors]
 
-    @property
-    def methods(self) -> list[Method]:
-        """The methods whose errors are known."""
-        return list(dict.fromkeys(method for layer in self.layers for method in layer.errors))
-
     def error(self, method: Method = (PLAIN, 0)) -> float:
         """The Frobenius norm of the error, in units of that of the weights; 0 for weights of zeros."""
         total = sum(layer.total for layer in self.quantised)
@@ -165,35 +147,31 @@ class Summary:
         plain = self.error()
         return 1 - self.error(method) / plain if plain else 0.0
 
-    def as_dict(self, ranks: Iterable[int]) -> dict[str, Any]:
-        """Energies at these ranks, and the errors that are known."""
-        numbers: dict[str, Any] = {"energy": {str(rank): self.energy(rank) for rank in ranks}}
-        if self.quantised:
-            numbers["errors"] = [
-                {"method": name, "rank": rank, "error": self.error((name, rank)), "removed": self.removed((name, rank))}
-                for name, rank in self.methods
-            ]
-        return numbers
+    def numbers(self, ranks: Iterable[int]) -> dict[str, Any]:
+        """Energies at these ranks, and the errors that are known, as JSON has them."""
+        energy = {"energy": {str(rank): self.energy(rank) for rank in ranks}}
+        errors = [
+            {"method": name, "rank": rank, "error": self.error((name, rank)), "removed": self.removed((name, rank))}
+            for name, rank in (self.quantised[0].errors if self.quantised else ())
+        ]
+        return energy | ({"errors": errors} if errors else {})
 
 
-def by_kind(layers: Sequence[LayerReport]) -> dict[str, Summary]:
+def by_kind(layers: Iterable[LayerReport]) -> dict[str, Summary]:
     """The layers of each kind together."""
-    members: dict[str, list[LayerReport]] = {}
-    for layer, kind in zip(layers, kinds_of(layer.name for layer in layers).values(), strict=True):
-        members.setdefault(kind, []).append(layer)
-    return {kind: Summary(some) for kind, some in members.items()}
+    by_name = {layer.name: layer for layer in layers}
+    return {kind: Summary([by_name[name] for name in names]) for kind, names in kinds_of(by_name).items()}
 
 
 # ---- Ranks for a budget ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SuggestedRanks:
+class SuggestedRanks(NamedTuple):
     """Ranks for a budget of parameters, beside one rank for all layers."""
 
-    budget: int
     ranks: dict[str, int]
     """Of each layer."""
+    budget: int
     r: int
     rank_pattern: dict[str, int]
     """With `r`, the fields of a PissaConfig that gives the layers these ranks."""
@@ -205,10 +183,6 @@ class SuggestedRanks:
     uniform: dict[str, Any]
     """The same of the largest rank, a multiple of 8 if it can be, that the budget allows in all layers: "r",
     "parameters", "lost"."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the rank of each layer, which the pattern has."""
-        return {name: value for name, value in vars(self).items() if name != "ranks"}
 
 
 def suggest(
@@ -231,6 +205,18 @@ def suggest(
         for summary in by_kind(layers).values()
         for layer in summary.layers
     }
+    whole = sum(weights[layer.name] * layer.total for layer in layers)
+
+    def even(rank: int) -> dict[str, int]:
+        return {layer.name: min(rank, *layer.shape) for layer in layers}
+
+    def parameters(ranks: Mapping[str, int]) -> int:
+        return sum(ranks[layer.name] * sum(layer.shape) for layer in layers)
+
+    def lost(ranks: Mapping[str, int]) -> float:
+        rest = sum(weights[layer.name] * layer.lost(ranks[layer.name]) for layer in layers)
+        return rest / whole if whole else 0.0
+
     by_name = {layer.name: layer for layer in layers}
     groups = together or [[name] for name in by_name]
     candidates = []
@@ -239,76 +225,26 @@ def suggest(
         candidates.append(Candidate(gains.tolist(), sum(sum(by_name[name].shape) for name in names)))
     allocated = allocate(candidates, budget, step)
     ranks = {name: rank for names, rank in zip(groups, allocated, strict=True) for name in names}
+
     largest = max(len(layer.values) for layer in layers)
-    steps = range(step, max(largest, step) + 1, step)
-    uniform = max(rank for rank in steps if sum(layer.parameters(rank) for layer in layers) <= budget)
-    even = {layer.name: layer.rank(uniform) for layer in layers}
-
-    def parameters(chosen: Mapping[str, int]) -> int:
-        return sum(layer.parameters(chosen[layer.name]) for layer in layers)
-
-    def lost(chosen: Mapping[str, int]) -> float:
-        whole = sum(weights[layer.name] * layer.total for layer in layers)
-        rest = sum(weights[layer.name] * layer.lost(chosen[layer.name]) for layer in layers)
-        return rest / whole if whole else 0.0
-
-    if lost(even) < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
-        ranks = even
-    uniformly = {"r": uniform, "parameters": parameters(even), "lost": lost(even)}
-    return SuggestedRanks(budget, ranks, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniformly)
+    r = max(rank for rank in range(step, max(largest, step) + 1, step) if parameters(even(rank)) <= budget)
+    uniform = {"r": r, "parameters": parameters(even(r)), "lost": lost(even(r))}
+    if uniform["lost"] < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
+        ranks = even(r)
+    return SuggestedRanks(ranks, budget, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniform)
 
 
 # ---- A checkpoint ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """Everything that was found out about a model."""
 
-    model: str
-    quant: str | None
-    ranks: Sequence[int]
-    """Ascending."""
-    known: int
-    """How many singular values of each layer are known, if it has as many."""
-    exact: bool
-    layers: list[LayerReport]
-    """In the order of the model."""
+    kinds: dict[str, Summary]
+    """The layers of each kind, and "all", in the order of the model."""
     suggestion: SuggestedRanks
-    memory: dict[str, Any]
-    """Of training at a "rank": bytes by what takes them, "plain" and with gradient "checkpointing"."""
-    seconds: float
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """The layers of each kind, and "all"."""
-        return {**by_kind(self.layers), "all": Summary(self.layers)}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it: numbers, texts, lists and objects with names."""
-        kinds = self.summaries
-        total = kinds.pop("all").as_dict(self.ranks)
-        return {
-            "model": self.model,
-            "quant": self.quant,
-            "ranks": list(self.ranks),
-            "exact": self.exact,
-            "seconds": self.seconds,
-            "total": total,
-            "kinds": {kind: {"layers": len(some.layers), **some.as_dict(self.ranks)} for kind, some in kinds.items()},
-            "layers": {
-                layer.name: {
-                    "shape": list(layer.shape),
-                    "norm": math.sqrt(layer.total),
-                    "stable_rank": layer.stable_rank,
-                    "singular_values": layer.values.tolist(),
-                    **Summary([layer]).as_dict(self.ranks),
-                }
-                for layer in self.layers
-            },
-            "suggestion": self.suggestion.as_dict(),
-            "memory": self.memory,
-        }
+    numbers: dict[str, Any]
+    """Everything as JSON has it."""
 
 
 def report(
@@ -331,15 +267,27 @@ def report(
     """
     started = time.perf_counter()
     ranks = sorted(set(ranks))
-    known = max(ranks[-1], 4 * ranks[0])
+    rank, known = ranks[0], max(ranks[-1], 4 * ranks[0])
+    # Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less.
+    step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
     with Source.open(checkpoint_folder(model)) as source:
         plan = SplitPlan.of(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
-        memory = _memory(plan, ranks[0], quant, batch, length)
+        config = model_config(source.folder).get_text_config()
+        memory = training_memory(
+            {layer.name: layer.shape for layer in planned},
+            rank,
+            PissaConfig(quant=quant).form,
+            rest=sum(source.entry(name).nbytes for name in plan.copied),
+            dtype=planned[0].dtype,
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
+            tokens=batch * length,
+        )
         sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]
         if budget is None:
-            budget = sum(min(ranks[0], side) * cost for side, cost in sides)
-        check_budget(sides, budget, _step(ranks[0]))
+            budget = sum(min(rank, side) * cost for side, cost in sides)
+        check_budget(sides, budget, step)
         chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
         found: dict[str, LayerReport] = {}
         total = sum(math.prod(layer.shape) for layer in planned)
@@ -353,33 +301,27 @@ def report(
                 bar.update(math.prod(layer.shape))
     groups = [factors.layers for factors in plan.factors]
     layers = [found[name] for name in itertools.chain(*groups)]
-    suggestion = suggest(layers, budget, _step(ranks[0]), groups)
-    seconds = time.perf_counter() - started
-    return Report(os.fspath(model), quant, ranks, known, exact, layers, suggestion, memory, seconds)
-
-
-def _step(rank: int) -> int:
-    """Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less."""
-    step = math.gcd(8, rank)
-    return step if step < rank else max(1, rank // 2)
-
-
-def _memory(plan: SplitPlan, rank: int, quant: str | None, batch: int, length: int) -> dict[str, Any]:
-    form = Form("implicit") if quant is None else Form.quantised(quant, PissaConfig.blocksize, PissaConfig.double_quant)
-    config = model_config(plan.source.folder).get_text_config()
-    layers = list(plan.layers.values())
-    sizes: dict[str, Any] = {
-        "rest": sum(plan.source.entry(name).nbytes for name in plan.copied),
-        "dtype": layers[0].dtype,
-        "hidden": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "tokens": batch * length,
+    kinds = by_kind(layers)
+    suggestion = suggest(layers, budget, step, groups)
+    numbers = {
+        "model": os.fspath(model),
+        "quant": quant,
+        "ranks": ranks,
+        "exact": exact,
+        "seconds": time.perf_counter() - started,
+        "total": Summary(layers).numbers(ranks),
+        "kinds": {kind: {"layers": len(some.layers), **some.numbers(ranks)} for kind, some in kinds.items()},
+        "layers": {
+            layer.name: {
+                "shape": list(layer.shape),
+                "norm": math.sqrt(layer.total),
+                "stable_rank": layer.stable_rank,
+                "singular_values": layer.values.tolist(),
+                **Summary([layer]).numbers(ranks),
+            }
+            for layer in layers
+        },
+        "suggestion": {name: value for name, value in suggestion._asdict().items() if name != "ranks"},
+        "memory": {"batch": batch, "length": length, "rank": rank, **memory},
     }
-    shapes = {layer.name: layer.shape for layer in layers}
-    return {
-        "batch": batch,
-        "length": length,
-        "rank": rank,
-        "plain": training_memory(shapes, rank, form, **sizes, checkpointing=False),
-        "checkpointing": training_memory(shapes, rank, form, **sizes, checkpointing=True),
-    }
+    return Report(kinds | {"all": Summary(layers)}, suggestion, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -21,9 +22,9 @@ def training_memory(
     hidden: int,
     vocabulary: int,
     tokens: int,
-    checkpointing: bool,
-) -> dict[str, int]:
-    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves.
+) -> dict[str, dict[str, int]]:
+    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
+    "plain", and with gradient "checkpointing".
 
     Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
     element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
@@ -42,24 +43,23 @@ def training_memory(
         tokens: of a step.
     """
     factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
-    blocks: dict[str, int] = {}
+    blocks = Counter[str]()
     for name, shape in layers.items():
-        block = _block(name)
-        blocks[block] = blocks.get(block, 0) + sum(shape) * dtype.itemsize
+        blocks[_block(name)] += sum(shape) * dtype.itemsize
     logits = 16 * vocabulary
-    if checkpointing:
-        of_a_token = len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits)
-    else:
-        of_a_token = sum(blocks.values()) + logits
-    found = {
+    of_a_token = {
+        "plain": blocks.total() + logits,
+        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits),
+    }
+    stored = {
         "weights": rest + sum(_weight_bytes(shape, dtype, form) for shape in layers.values()),
         "start": factors,  # A0 and B0
         "trained": factors,  # dA and dB
         "gradients": factors,
         "optimizer": 2 * factors,  # AdamW's two averages
-        "activations": tokens * of_a_token,
     }
-    return found | {"total": sum(found.values())}
+    found = {kind: stored | {"activations": tokens * count} for kind, count in of_a_token.items()}
+    return {kind: parts | {"total": sum(parts.values())} for kind, parts in found.items()}
 
 
 def _weight_bytes(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> int:

@@ -345,7 +345,7 @@ def _report_conversion(args: argparse.Namespace, done: Conversion) -> None:
         kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
     header, rows = ["layers", "number", "rank", "new rank"], []
     for kind, layers in kinds.items():
-        ranks = _range([layer.rank_before for layer in layers]), _range([layer.rank for layer in layers])
+        ranks = as_range([layer.rank_before for layer in layers]), as_range([layer.rank for layer in layers])
         rows.append([kind, str(len(layers)), *ranks])
     lowered = args.rank is not None or args.energy is not None
     if lowered:
@@ -359,7 +359,8 @@ def _report_conversion(args: argparse.Namespace, done: Conversion) -> None:
     say("saved", f"{args.target}: a plain LoRA for the unmodified base")
 
 
-def _range(numbers: list[int]) -> str:
+def as_range(numbers: list[int]) -> str:
+    """The least and the largest of numbers."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
 

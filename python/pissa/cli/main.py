@@ -28,7 +28,8 @@ COMMANDS = {
     "completion": "print what a shell needs to complete these commands",
 }
 
-_HOMES = {"init": "folders:INIT", "merge": "folders:MERGE", "export": "folders:EXPORT", "convert": "folders:CONVERT"}
+_HOMES = {name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")}
+_HOMES["report"] = "report:REPORT"
 
 # What an interrupted command leaves, if it leaves something.
 _INTERRUPTED = {

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pissa.cli.arguments import positive_int
-from pissa.cli.terminal import as_size, format_table, say, silence_third_parties, told
+from pissa.cli.folders import FolderCommand, as_range
+from pissa.cli.terminal import as_size, format_table, say, told
 from pissa.files.staged import Staged, check_unused
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _MEMORY_PARTS = {
 """The parts of the memory of training, in words."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hugging Face Hub")
     parser.add_argument("--quant", choices=("nf4", "int8"), help="report the errors of bases in this format too")
     ranks = " ".join(map(str, RANKS))
@@ -58,107 +59,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Reports on one checkpoint. Returns the exit code.
-
-    Raises:
-        UserError: for a folder that holds no such model, or numbers that do not fit it.
-    """
-    silence_third_parties()
+def _report(args: argparse.Namespace) -> Report:
     if args.out is not None:
         with told(ValueError, before="--out "):
             check_unused(args.out)
     from pissa.checkpoints.report import report
 
-    with told(OSError, ValueError):
-        found = report(
-            args.model,
-            args.rank or RANKS,
-            quant=args.quant,
-            budget=args.budget,
-            sampled=args.sample,
-            exact=args.exact,
-            batch=args.batch,
-            length=args.length,
-        )
-    numbers = json.dumps(found.as_dict(), indent=2)
+    options = {"quant": args.quant, "budget": args.budget, "sampled": args.sample, "exact": args.exact}
+    found = report(args.model, args.rank or RANKS, **options, batch=args.batch, length=args.length)
     if args.out is not None:
-        from pissa.cli.report_pictures import pictures
+        from pissa.cli.report_pictures import draw
 
         with Staged(args.out) as staged:
-            for name, png in pictures(found).items():
-                staged.path(f"{name}.png").write_bytes(png)
-            staged.path(NUMBERS).write_text(f"{numbers}\n")
-    if args.json:
-        print(numbers)
-    else:
-        _print_tables(found)
-        if args.out is not None:
-            say("written", f"{args.out / NUMBERS} and pictures")
-    return 0
+            draw(found, staged.path)
+            staged.path(NUMBERS).write_text(f"{json.dumps(found.numbers, indent=2)}\n")
+    return found
 
 
-def _print_tables(report: Report) -> None:
-    _print_model(report)
-    print(f"\n{_energies(report)}\n")
-    if report.quant is not None:
-        _print_errors(report)
-    rank = report.ranks[0]
-    energies = {layer.name: layer.energy(rank) for layer in report.layers}
-    least = sorted(energies, key=lambda name: energies[name])[:_WORST]
-    rows = [(name, f"{energies[name]:.1%}") for name in least]
-    print(format_table((f"least energy held by rank {rank}", ""), rows) + "\n")
-    _print_ranks(report)
-    _print_memory(report)
-    say("time", f"{report.seconds:.0f} s")
-
-
-def _print_model(report: Report) -> None:
-    adapted = sum(math.prod(layer.shape) for layer in report.layers)
-    say("model", f"{report.model}: {len(report.layers)} layers of {adapted:,} parameters to adapt")
-    if report.exact:
+def _print(args: argparse.Namespace, report: Report) -> None:
+    layers, ranks = report.kinds["all"].layers, report.numbers["ranks"]
+    adapted = sum(math.prod(layer.shape) for layer in layers)
+    say("model", f"{args.model}: {len(layers)} layers of {adapted:,} parameters to adapt")
+    if args.exact:
         say("spectrum", "all singular values, from Gram matrices in float64")
     else:
         found = "as PiSSA's own decomposition finds them: never above the true ones"
-        say("spectrum", f"the first {report.known} singular values, {found}")
-
-
-def _energies(report: Report) -> str:
-    header = ("energy held by rank", "layers", "shape", "stable\nrank", *(f"\n{rank}" for rank in report.ranks))
+        say("spectrum", f"the first {report.suggestion.largest_rank} singular values, {found}")
+    header = ("energy held by rank", "layers", "shape", "stable\nrank", *(f"\n{rank}" for rank in ranks))
     rows = []
-    for kind, some in report.summaries.items():
+    for kind, some in report.kinds.items():
         shapes = {" x ".join(map(str, layer.shape)) for layer in some.layers}
-        stable = [layer.stable_rank for layer in some.layers]
-        low, high = f"{min(stable):.0f}", f"{max(stable):.0f}"
-        rows.append(
-            [
-                kind,
-                str(len(some.layers)),
-                shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
-                low if low == high else f"{low} to {high}",
-                *(f"{some.energy(rank):.1%}" for rank in report.ranks),
-            ]
-        )
-    return format_table(header, rows)
+        shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
+        stable = as_range([round(layer.stable_rank) for layer in some.layers])
+        rows.append([kind, str(len(some.layers)), shape, stable, *(f"{some.energy(rank):.1%}" for rank in ranks)])
+    print(f"\n{format_table(header, rows)}\n")
+    if args.quant is not None:
+        _print_errors(report)
+    held = {name: layer["energy"][str(ranks[0])] for name, layer in report.numbers["layers"].items()}
+    rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:_WORST]]
+    print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
+    _print_ranks(report)
+    memory = report.numbers["memory"]
+    rows = [
+        [words, *(as_size(memory[kind][part]) for kind in ("plain", "checkpointing"))]
+        for part, words in _MEMORY_PARTS.items()
+    ]
+    head = f"training at rank {memory['rank']},\n{memory['batch']} x {memory['length']} tokens"
+    print(format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
+    say("time", f"{report.numbers['seconds']:.0f} s")
+    if args.out is not None:
+        say("written", f"{args.out / NUMBERS} and pictures")
 
 
 def _print_errors(report: Report) -> None:
-    summaries = {kind: some for kind, some in report.summaries.items() if some.quantised}
-    whole = summaries["all"]
-    for rank in report.ranks:
-        methods = [method for method in whole.methods if method[1] == rank]
-        header = [f"{report.quant}, rank {rank}", "QLoRA\nerror"]
+    kinds = {kind: some for kind, some in report.kinds.items() if some.quantised}
+    layers, quantised = report.kinds["all"].layers, report.kinds["all"].quantised
+    for rank in report.numbers["ranks"]:
+        methods = [method for method in quantised[0].errors if method[1] == rank]
+        header = [f"{report.numbers['quant']}, rank {rank}", "QLoRA\nerror"]
         header += [cell for method, _ in methods for cell in (f"{method}\nerror", "\nremoved")]
         rows = []
-        for kind, some in summaries.items():
-            row = [kind, f"{some.error():.2%}"]
-            for method in methods:
-                row += [f"{some.error(method):.2%}", f"{some.removed(method):.1%}"]
-            rows.append(row)
+        for kind, some in kinds.items():
+            each = (cell for way in methods for cell in (f"{some.error(way):.2%}", f"{some.removed(way):.1%}"))
+            rows.append([kind, f"{some.error():.2%}", *each])
         print(f"{format_table(header, rows)}\n")
     say("notes", "error: ‖W - Q - s B A‖ / ‖W‖, Frobenius norms; removed: the share of QLoRA's that is gone.")
-    if len(whole.quantised) < len(report.layers):
-        say("", f"Of {len(whole.quantised)} of the {len(report.layers)} layers, evenly spaced in each kind.")
+    if len(quantised) < len(layers):
+        say("", f"Of {len(quantised)} of the {len(layers)} layers, evenly spaced in each kind.")
     print()
 
 
@@ -180,10 +147,4 @@ def _print_ranks(report: Report) -> None:
     print(f"\nPissaConfig(r={found.r}{pattern})\n")
 
 
-def _print_memory(report: Report) -> None:
-    rows = [
-        (words, *(as_size(report.memory[kind][part]) for kind in ("plain", "checkpointing")))
-        for part, words in _MEMORY_PARTS.items()
-    ]
-    head = f"training at rank {report.memory['rank']},\n{report.memory['batch']} x {report.memory['length']} tokens"
-    print(format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
+REPORT = FolderCommand(_add_arguments, _report, _print, lambda report: report.numbers)

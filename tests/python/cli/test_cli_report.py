@@ -111,6 +111,7 @@ def check(value: Any, expected: Any, where: str = "report") -> None:
 def test_json(base: Path, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(base), "--quant", "nf4", "--rank", "4", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found.pop("notes") == []
     check(found, EXPECTED)
     assert (found["model"], found["quant"], found["ranks"]) == (str(base), "nf4", [4, 8])
     weights = load_file(base / "model.safetensors")
