@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import pissa
 from pissa import ops
+from pissa.ops.formats import FORMATS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,6 +24,17 @@ _IN, _OUT = 392, 264
 _SCALING = 0.5
 _TRAINED = ("x", "a", "b")
 _NOT_THE_MODELS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def checks(device: torch.device, models: bool) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
+    """What `pissa selftest` checks on a device: names, and what finds what is wrong."""
+    for form in ("dense", *FORMATS):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
+            yield name, partial(wrong_in_linear, form, dtype, device)
+    for form in ("implicit", *FORMATS) if models else ():
+        yield f"a model, {form}: trained, saved, loaded", partial(wrong_in_model, form, device)
+
 
 # ---- A layer ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,6 @@ from pissa.cli.terminal import UserError, silence_third_parties
 
 if TYPE_CHECKING:
     import torch
-
-Check = Callable[[], Iterable[str]]
-"""What is wrong, a line each."""
 
 _WIDTH = 58
 """Of a check's name with the dots behind it. The whole line fits into 80 columns."""
@@ -42,17 +38,15 @@ def run(args: argparse.Namespace) -> int:
     """
     print(f"Python {platform.python_version()}, {platform.platform()}")
     began = time.perf_counter()
-    core = "torch, the compiled core of pissa"
+    core, models = "torch, the compiled core of pissa", find_spec("peft") is not None
     # If torch or the core does not load, that is what is to be reported: nothing above imports either.
     passed = {core: _passes(core, _import_ops)}
-    devices, not_tested = _devices(args.device) if passed[core] else ([], "")
-    for device in devices:
-        print(f"\n{_described(device)}")
-        for name, check in _checks(device):
+    for device in _devices(args.device) if passed[core] else ():
+        from pissa.cli.checks import checks
+
+        for name, check in checks(device, models):
             passed[f"{device.type}: {name}"] = _passes(name, check)
-    if not_tested:
-        print(f"\nThe GPU was not tested: {not_tested}")
-    if not find_spec("peft"):
+    if not models:
         print('\nModels were not tested: PEFT is not installed; run `pip install "pissa[cli]"`')
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
     for name in (name for name, right in passed.items() if not right):
@@ -68,22 +62,8 @@ def _import_ops() -> tuple[str, ...]:
     return ()
 
 
-def _checks(device: torch.device) -> Iterator[tuple[str, Check]]:
-    import torch
-
-    from pissa.cli.checks import wrong_in_linear, wrong_in_model
-    from pissa.ops.formats import FORMATS
-
-    for form in ("dense", *FORMATS):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
-            yield name, partial(wrong_in_linear, form, dtype, device)
-    for form in ("implicit", *FORMATS) if find_spec("peft") else ():
-        yield f"a model, {form}: trained, saved, loaded", partial(wrong_in_model, form, device)
-
-
-def _passes(name: str, check: Check) -> bool:
-    """Runs and prints a check. An error that it raises is a failure too."""
+def _passes(name: str, check: Callable[[], Iterable[str]]) -> bool:
+    """Runs and prints a check, which finds what is wrong, a line each. An error that it raises is a failure too."""
     # Before it runs: this line tells which check has hung, or ended the process.
     print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
     began = time.perf_counter()
@@ -102,25 +82,23 @@ def _passes(name: str, check: Check) -> bool:
     return not wrong
 
 
-def _devices(asked: str | None) -> tuple[list[torch.device], str]:
-    """Where to compute; and why not on the GPU, if there is one that was not asked to be left out."""
+def _devices(asked: str | None) -> Iterator[torch.device]:
+    """Where to compute, said before each; and, of a GPU that was not asked to be left out, why not there."""
     import torch
 
+    import pissa
     from pissa.ops._load import cuda_problem
 
     has_gpu = torch.cuda.is_available()
     problem = cuda_problem if has_gpu else "torch finds no GPU here"
     if asked == "cuda" and problem is not None:
         raise UserError(f"--device cuda: {problem}; without --device all is tested that can be used")
-    names = [asked] if asked is not None else ["cpu"] if problem is not None else ["cpu", "cuda"]
-    not_tested = problem if has_gpu and asked is None else None
-    return [torch.device(name) for name in names], not_tested or ""
-
-
-def _described(device: torch.device) -> str:
-    import torch
-
-    import pissa
-
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else pissa.build_info()["isa"]
-    return f"{device.type}: pissa {pissa.__version__}, torch {torch.__version__}, {kind}"
+    versions = f"pissa {pissa.__version__}, torch {torch.__version__}"
+    if asked != "cuda":
+        print(f"\ncpu: {versions}, {pissa.build_info()['isa']}")
+        yield torch.device("cpu")
+    if asked != "cpu" and problem is None:
+        print(f"\ncuda: {versions}, {torch.cuda.get_device_name()}")
+        yield torch.device("cuda")
+    elif asked is None and has_gpu:
+        print(f"\nThe GPU was not tested: {problem}")
