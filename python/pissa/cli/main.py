@@ -12,7 +12,7 @@ from pissa.cli.terminal import UserError, silence_third_parties
 from pissa.files.staged import CompletedError
 
 # The commands and their help. Each is a module of its name, or what `_HOMES` names, with `run(args)`, and with
-# `add_arguments(parser)`, or TRAINER, the trainer of TRL whose options it has. It is imported only if it is given.
+# `add_arguments(parser)`, or the `trainer` of TRL whose options it has. It is imported only if it is given.
 COMMANDS = {
     "finetune": "fine-tune a causal language model on your data",
     "dpo": "train a causal language model on your preferences",
@@ -28,8 +28,11 @@ COMMANDS = {
     "completion": "print what a shell needs to complete these commands",
 }
 
-_HOMES = {name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")}
-_HOMES["report"] = "report:REPORT"
+_HOMES = {
+    **{name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")},
+    **{name: f"training:{name.upper()}" for name in ("finetune", "dpo")},
+    "report": "report:REPORT",
+}
 
 # What an interrupted command leaves, if it leaves something.
 _INTERRUPTED = {
@@ -84,10 +87,11 @@ def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        module = resolve_name(f"pissa.cli.{_HOMES.get(name, name)}") if name in named else None
-        own: dict[str, Any] = {}
-        if trainer := getattr(module, "TRAINER", None):
+        home, own = _HOMES.get(name, name), dict[str, Any]()
+        if name in named and home.startswith("training"):
             silence_third_parties()
+        module = resolve_name(f"pissa.cli.{home}") if name in named else None
+        if trainer := getattr(module, "trainer", None):
             from pissa.cli.options import trl_parser
 
             # Left to argparse, the usage would have a hundred lines.
