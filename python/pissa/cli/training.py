@@ -34,7 +34,7 @@ import pissa
 from pissa.cli.checks import Step0, step0_check
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record, settle
-from pissa.cli.plot import Curve, plot_losses
+from pissa.cli.pictures import Curve, draw_losses
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
@@ -76,10 +76,8 @@ class Training(NamedTuple):
             datasets.disable_progress_bars()
             watch = Watch()
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
-            recorded, training.model_init_kwargs = (
-                training.model_init_kwargs,
-                None,
-            )  # TRL would say that it ignores them
+            recorded = training.model_init_kwargs
+            training.model_init_kwargs = None  # TRL would say that it ignores them
             with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
                 made = getattr(trl, f"{self.trainer}Trainer")
                 trainer: Any = made(model, args=training, callbacks=[watch], **names)
@@ -289,7 +287,7 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         curve = Curve(_method_name(ours), [row["step"] for row in steps], losses)
         title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
-        plot_losses([curve], Path(out) / PICTURE_FILE, title, unit)
+        draw_losses([curve], Path(out) / PICTURE_FILE, title, unit)
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
     say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
