@@ -1,6 +1,6 @@
 """`pissa run`: runs a program of somebody else's, in which `pissa.integrations.peft` is enabled.
 
-The program takes the place of this process. Python, which it is or starts, imports `startup/sitecustomize.py`, for
+The program takes the place of this process. Python, which it is or starts, finds `startup/peft.py` for peft, for
 PYTHONPATH begins with that folder.
 """
 
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 
-from pissa.cli.startup import sitecustomize
+from pissa.cli.startup import peft
 from pissa.cli.terminal import UserError, told
 
 _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa run -- trl sft --config run.yaml"
@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     program: list[str] = args.program[1:] if args.program[:1] == ["--"] else args.program
     command = _command(program)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [sitecustomize.FOLDER, os.environ.get("PYTHONPATH", "")]))
+        "PYTHONPATH": os.pathsep.join(filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")]))
     }
     if args.init is not None:
-        environment[sitecustomize.INIT] = args.init
+        environment[peft.INIT] = args.init
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with told(OSError, before=f"{shown}: "):

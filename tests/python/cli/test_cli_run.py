@@ -79,7 +79,7 @@ def test_modules_and_commands(tmp_path: Path) -> None:
     )
     path, init = done.stdout.splitlines()
     assert (done.returncode, init) == (5, "pissa")
-    assert Path(path.split(os.pathsep)[0], "sitecustomize.py").is_file()
+    assert Path(path.split(os.pathsep)[0], "peft.py").is_file()
 
 
 @pytest.mark.parametrize(
