@@ -6,5 +6,5 @@ read.
 - `split_plan`, `init`: residuals as a checkpoint, start factors as a LoRA beside it
 - `packed`, `load`: a PissaModel over the mapped files of such a folder
 - `merge_plan`, `trained`, `merge`: a checkpoint with an adapter merged into it
-- `budget`, `training_memory`, `report`: what a checkpoint holds for PiSSA
+- `budget`, `report`: what a checkpoint holds for PiSSA
 """

@@ -6,7 +6,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,11 +21,11 @@ from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
 from pissa.checkpoints.packed import of_layer
 from pissa.checkpoints.split_plan import SplitPlan
-from pissa.checkpoints.training_memory import training_memory
-from pissa.config import PissaConfig
+from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
 from pissa.files.source import Source
+from pissa.ops.formats import FORMATS
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""
@@ -66,17 +68,14 @@ class LayerReport(NamedTuple):
 def layer_report(
     name: str, weight: Tensor, known: int, ranks: Iterable[int] = (), quant: str | None = None, exact: bool = False
 ) -> LayerReport:
-    """Looks at the weight [out, in] of a layer, float32, bfloat16 or float16.
+    """Looks at the weight [out, in] of a layer, float32, bfloat16 or float16. The `known` leading values are those of
+    `ops.svd_lowrank`: never above the true ones, and what factors of PiSSA really hold.
 
     Args:
-        known: how many singular values are wanted; of a smaller matrix, all.
         ranks: of the factors, where something is quantised.
         quant: the format of which errors are wanted.
         exact: compute all singular values, in float64. That is slow: for 4096 x 11008 in bfloat16 one thread took 10 s
             in float32 already, where 16 leading values take it 0.25 s.
-
-    Without `exact` the values are those of `ops.svd_lowrank`: never above the true ones, and what factors of PiSSA
-    really hold.
 
     Raises:
         ValueError: NaN or Inf, naming the layer.
@@ -232,6 +231,66 @@ def suggest(
     if uniform["lost"] < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
         ranks = even(r)
     return SuggestedRanks(ranks, budget, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniform)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def training_memory(
+    layers: Mapping[str, tuple[int, int]],
+    r: int,
+    form: Form,
+    *,
+    rest: int,
+    dtype: torch.dtype,
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+) -> dict[str, dict[str, int]]:
+    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
+    "plain", and with gradient "checkpointing".
+
+    Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
+    element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
+    only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
+    each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
+    counts as if it saw every token: an upper bound.
+
+    Args:
+        layers: the shapes [out, in] of the adapted weights, by the layers' names.
+        r: the rank of the adapter; of a layer with a smaller side, that side.
+        form: how the adapted weights are kept.
+        rest: bytes of the tensors that are not adapted: embeddings, norms, biases, the output layer.
+        dtype: of the dense weights, and of what flows between layers.
+        hidden, vocabulary: elements that a block hands on for each token, and of its logits, 0 if there are none.
+        tokens: of a step.
+    """
+    factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
+    blocks = Counter[str]()
+    for name, shape in layers.items():
+        blocks[re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)] += sum(shape) * dtype.itemsize  # up to the first number
+    logits = 16 * vocabulary
+    of_a_token = {
+        "plain": blocks.total() + logits,
+        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits),
+    }
+    stored = {
+        "weights": rest + sum(_weight_bytes(shape, dtype, form) for shape in layers.values()),
+        "start": factors,  # A0 and B0
+        "trained": factors,  # dA and dB
+        "gradients": factors,
+        "optimizer": 2 * factors,  # AdamW's two averages
+    }
+    found = {kind: stored | {"activations": tokens * count} for kind, count in of_a_token.items()}
+    return {kind: parts | {"total": sum(parts.values())} for kind, parts in found.items()}
+
+
+def _weight_bytes(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> int:
+    if form.kind not in FORMATS:
+        return math.prod(shape) * dtype.itemsize
+    format = FORMATS[form.kind]
+    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
+    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
 
 
 # ---- A checkpoint ----------------------------------------------------------------------------------------------------

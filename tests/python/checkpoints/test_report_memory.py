@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pissa
-from pissa.checkpoints.training_memory import training_memory
+from pissa.checkpoints.report import training_memory
 from pissa.config import Form
 from pissa.layers.layer import pissa_layers
 
