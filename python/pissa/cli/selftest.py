@@ -31,11 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all checks, a line each. Returns 0 if none has failed, else 1.
-
-    Raises:
-        UserError: a device that cannot be used.
-    """
+    """Runs all checks, a line each. Returns 0 if none has failed, else 1."""
     print(f"Python {platform.python_version()}, {platform.platform()}")
     began = time.perf_counter()
     core, models = "torch, the compiled core of pissa", find_spec("peft") is not None

@@ -11,7 +11,8 @@ from pissa.files.messages import first_line
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it."""
+    """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it. Any
+    command may raise it, before something is overwritten."""
 
 
 @contextmanager

@@ -60,11 +60,7 @@ class Training(NamedTuple):
     """Checks a trainer before its first step, beside the logits: what it found, and whether that is right."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Runs one training. Returns the exit code.
-
-        Raises:
-            UserError: for wrong options, files and models.
-        """
+        """Runs one training. Returns the exit code."""
         ours, training, mixture = parse(args, self.trainer)
         screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
         with contextlib.redirect_stdout(screen), _images_fit(training):
