@@ -80,22 +80,19 @@ def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
-    if path.suffix == ".json":
-        records = _parse(str(path), text)
-        if not isinstance(records, list) or not records:
-            raise UserError(f"{path}: found {shown(records)}; needed in a .json file: a list of records")
-        yield from ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
-        return
+    is_list = path.suffix == ".json"
     # Not splitlines(): a JSON string may hold U+2028, which would end a line there.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(f"{path}:{number}", line)
-
-
-def _parse(where: str, text: str) -> Any:
-    needed = f"; found {shown(text.strip())}; needed: records in JSON"
-    with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
-        return json.loads(text)
+    lines = {f"{path}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+    for where, part in {str(path): text}.items() if is_list else lines.items():
+        needed = f"; found {shown(part.strip())}; needed: records in JSON"
+        with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
+            value = json.loads(part)
+        if not is_list:
+            yield where, value
+        elif not isinstance(value, list) or not value:
+            raise UserError(f"{path}: found {shown(value)}; needed in a .json file: a list of records")
+        else:
+            yield from ((f"{path}: record {number}", record) for number, record in enumerate(value, 1))
 
 
 def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

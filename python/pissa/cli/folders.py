@@ -339,15 +339,13 @@ def _report_conversion(args: argparse.Namespace, done: Conversion) -> None:
     kinds: dict[str, list[ConvertedLayer]] = defaultdict(list)
     for name, layer in done.layers.items():
         kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
-    header, rows = ["layers", "number", "rank", "new rank"], []
+    lowered = args.rank is not None or args.energy is not None
+    header = ["layers", "number", "rank", "new rank", *(["energy kept\nleast", "\nof all"] if lowered else [])]
+    rows = []
     for kind, layers in kinds.items():
         ranks = as_range([layer.rank_before for layer in layers]), as_range([layer.rank for layer in layers])
-        rows.append([kind, str(len(layers)), *ranks])
-    lowered = args.rank is not None or args.energy is not None
-    if lowered:
-        header += ["energy kept\nleast", "\nof all"]
-        for row, layers in zip(rows, kinds.values(), strict=True):
-            row += [f"{min(layer.kept for layer in layers):.4%}", f"{total_kept(layers):.4%}"]
+        energy = [f"{min(layer.kept for layer in layers):.4%}", f"{total_kept(layers):.4%}"] if lowered else []
+        rows.append([kind, str(len(layers)), *ranks, *energy])
     print(format_table(header, rows))
     if lowered:
         name, least = min(done.layers.items(), key=lambda item: item[1].kept)

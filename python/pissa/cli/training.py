@@ -85,7 +85,11 @@ class Training(NamedTuple):
             result["check"] = _check(trainer, self.check)
             if passed := result["check"]["passed"]:
                 if training.learning_rate == AUTO:
-                    training.learning_rate = _rate(trainer, None if self is FINETUNE else trainer.compute_loss)
+                    loss = None if self is FINETUNE else trainer.compute_loss
+                    with told(ValueError, before=f"--lr {AUTO}: "):
+                        found = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
+                    training.learning_rate = found.rate
+                    say("rate", found.text)
                 if trainer.is_world_process_zero() and not ours.resume:
                     record(Path(training.output_dir), ours, training, mixture)
                 _train(trainer, ours, watch, f"pissa {args.command}")
@@ -222,13 +226,6 @@ def _batches(trainer: Any, count: int) -> list[Any]:
     return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
 
 
-def _rate(trainer: Any, loss: Callable[..., Any] | None) -> float:
-    with told(ValueError, before=f"--lr {AUTO}: "):
-        rate, text, *_ = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
-    say("rate", text)
-    return float(rate)
-
-
 def _check(trainer: Any, more: Callable[..., tuple[str, bool]]) -> dict[str, Any]:
     found = step0_check(trainer.model, _batches(trainer, 1)[0])
     text, right = more(trainer, found)
@@ -312,16 +309,12 @@ def peak_memory_mib() -> float:
 
 
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """One progress bar, with the loss. ProgressCallback has a second one, and prints a line for each step."""
+    """A progress bar with the loss. ProgressCallback prints a line for each step."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("training", refresh=False)
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.training_bar is None:
-            super().on_prediction_step(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
