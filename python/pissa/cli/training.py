@@ -34,7 +34,7 @@ import pissa
 from pissa.cli.checks import Step0, step0_check
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
 from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record, settle
-from pissa.cli.pictures import Curve, draw_losses
+from pissa.cli.pictures import draw_losses
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
@@ -278,9 +278,9 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
         return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
     if trainer.is_world_process_zero():
-        curve = Curve(_method_name(ours), [row["step"] for row in steps], losses)
+        curves = {_method_name(ours): ([row["step"] for row in steps], losses)}
         title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
-        draw_losses([curve], Path(out) / PICTURE_FILE, title, unit)
+        draw_losses(curves, Path(out) / PICTURE_FILE, title, unit)
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
     say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
