@@ -199,12 +199,12 @@ def suggest(
     Raises:
         ValueError: the budget is less than a step for each layer.
     """
-    weights = {
-        layer.name: summary.error() ** 2 if summary.quantised else 1.0
-        for summary in by_kind(layers).values()
-        for layer in summary.layers
-    }
-    whole = sum(weights[layer.name] * layer.total for layer in layers)
+    by_name = {}
+    for some in by_kind(layers).values():
+        weight = some.error() if some.quantised else 1.0
+        for layer in some.layers:
+            by_name[layer.name] = layer._replace(values=weight * layer.values, total=weight**2 * layer.total)
+    whole = sum(layer.total for layer in by_name.values())
 
     def even(rank: int) -> dict[str, int]:
         return {layer.name: min(rank, *layer.shape) for layer in layers}
@@ -213,14 +213,12 @@ def suggest(
         return sum(ranks[layer.name] * sum(layer.shape) for layer in layers)
 
     def lost(ranks: Mapping[str, int]) -> float:
-        rest = sum(weights[layer.name] * layer.lost(ranks[layer.name]) for layer in layers)
-        return rest / whole if whole else 0.0
+        return sum(layer.lost(ranks[name]) for name, layer in by_name.items()) / whole if whole else 0.0
 
-    by_name = {layer.name: layer for layer in layers}
-    groups = together or [[name] for name in by_name]
+    groups = together or [[name] for name in even(1)]
     candidates = []
     for names in groups:
-        gains = torch.stack([weights[name] * by_name[name].values.square() for name in names]).sum(0)
+        gains = torch.stack([by_name[name].values.square() for name in names]).sum(0)
         candidates.append(Candidate(gains.tolist(), sum(sum(by_name[name].shape) for name in names)))
     allocated = allocate(candidates, budget, step)
     ranks = {name: rank for names, rank in zip(groups, allocated, strict=True) for name in names}

@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         from pissa.cli.env import needed
 
-        if error.name not in needed():
+        message, code = str(error), 2
+        if error.name in needed():
+            message = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`'
+        elif "pip install" not in message:
             raise
-        message, code = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`', 2
     except KeyboardInterrupt as stop:
         left = str(stop) or _INTERRUPTED.get(command, "nothing is written")
         message, code = f"interrupted; {left}", 130

@@ -274,13 +274,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> Exported:
     from pissa.integrations.export import export
 
-    try:
-        options = _options(args, "base", "initial", "requantise")
-        return export(args.adapter, args.target, args.to, **options, progressbar=True)
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise UserError(str(error)) from error
+    options = _options(args, "base", "initial", "requantise")
+    return export(args.adapter, args.target, args.to, **options, progressbar=True)
 
 
 def _report_export(args: argparse.Namespace, done: Exported) -> None:

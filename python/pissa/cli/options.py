@@ -20,6 +20,7 @@ import pissa
 from pissa.cli.arguments import number, passes, positive_int
 from pissa.cli.terminal import UserError, told
 from pissa.config import default_of, types_of_fields
+from pissa.files.messages import reading
 from pissa.files.staged import Staged
 from pissa.ops.formats import FORMATS
 
@@ -172,9 +173,8 @@ def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
     path = out / RUN_FILE
     if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
-    after = "; needed: options by name; leave --resume out and give another --out to start anew"
-    errors = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)
-    with told(*errors, before=f"{path} cannot be read: ", after=after):
+    needed = "Needed: options by name; leave --resume out and give another --out to start anew"
+    with told(ValueError), reading(path, needed):
         # An earlier version has had fewer options of the method.
         before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:

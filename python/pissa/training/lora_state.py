@@ -97,15 +97,6 @@ class _Served(NamedTuple):
         return self.start.factors_on(deltas, self.keeps_start, taken, self.ratio)
 
 
-def _served(layer: PissaLayer, adapter_name: str, base: ServedBase) -> _Served:
-    start, scaling = layer.start_of(adapter_name), layer.scaling[adapter_name]
-    of_base = layer.base.start if base == "residual" else None
-    ratio = 1.0 if of_base is None else of_base.origin.scaling / scaling
-    if of_base is start and ratio == 1:
-        return _Served(layer, start, True, None, ratio)
-    return _Served(layer, start, not start.b0.any(), of_base, ratio)
-
-
 def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[str, int, dict[str, _Served]]:
     """The adapter's name; how many times its rank all factors have, 1 or 2; and its layers by their names in the
     (unwrapped) model."""
@@ -123,8 +114,15 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[st
     layers = pissa_layers(model.base_model.model, name)
     if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
         raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
-    served, times = {key: _served(layer, name, base) for key, layer in layers.items()}, 1
-    for key, one in served.items():
+    served, times = {}, 1
+    for key, layer in layers.items():
+        start, of_base = layer.start_of(name), layer.base.start if base == "residual" else None
+        ratio = 1.0 if of_base is None else of_base.origin.scaling / layer.scaling[name]
+        if of_base is start and ratio == 1:
+            one = _Served(layer, start, True, None, ratio)
+        else:
+            one = _Served(layer, start, not start.b0.any(), of_base, ratio)
+        served[key] = one
         limit = 2 * one.layer.r[name]
         if one.of_base is not None and one.rank > limit:
             raise ValueError(
