@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
 from pissa.files.staged import Staged
@@ -30,9 +31,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 """Of lines, by method; line styles differ in grey."""
 
-# Of kinds of layers.
-_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY)
-_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_KINDS = cycler(color=[BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY, BLACK], linestyle=["-", "--", ":", "-."] * 2)
 _DEPTH = LinearSegmentedColormap.from_list("depth", (BLUE, "#7E8FA0", ORANGE))
 """From the first block to the last."""
 
@@ -85,13 +84,10 @@ def draw_losses(
 # ---- A report --------------------------------------------------------------------------------------------------------
 
 
-@mpl.rc_context(_PAGE | {"font.size": 8.5, "savefig.dpi": 200})
+@mpl.rc_context(_PAGE | {"axes.prop_cycle": _KINDS, "font.size": 8.5, "savefig.dpi": 200})
 def draw_report(report: Report, path: Callable[[str], Path]) -> None:
-    """Writes PNG files to the paths of their names: spectra, energy against rank, errors of quantised bases."""
-    pictures = {"spectra.png": _spectra, "energy.png": _energy}
-    if report.numbers["quant"] is not None:
-        pictures["errors.png"] = _errors
-    for name, picture in pictures.items():
+    """Writes PNG files to the paths of their names: spectra, and energy against rank."""
+    for name, picture in {"spectra.png": _spectra, "energy.png": _energy}.items():
         figure = Figure(figsize=(4.4, 3.6))  # inches: what a telephone shows in about full size
         picture(report, figure)
         figure.legend(loc="outside upper left", ncols=4)
@@ -124,21 +120,6 @@ def _energy(report: Report, figure: Figure) -> None:
     ranks = range(report.suggestion.largest_rank + 1)
     ax = figure.subplots()
     ax.set(xlim=(0, ranks[-1]), ylim=(0, 100), xlabel="rank", ylabel="energy held (% of ‖W‖²)")
-    for number, (kind, some) in enumerate(report.kinds.items()):
-        style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number % len(_LINES)]}
-        if kind == "all":
-            style = {"color": BLACK, "linewidth": 2.4}
+    for kind, some in report.kinds.items():
+        style: dict[str, Any] = {"color": BLACK, "linestyle": "-", "linewidth": 2.4} if kind == "all" else {}
         ax.plot(ranks, [100 * some.energy(rank) for rank in ranks], label=kind, **style)
-
-
-def _errors(report: Report, figure: Figure) -> None:
-    """The error of plain quantisation that is gone, a line over the ranks for each kind and method."""
-    ranks = report.numbers["ranks"]
-    first, second = dict.fromkeys(name for name, rank in report.kinds["all"].quantised[0].errors if rank)
-    ax = figure.subplots()
-    ax.set(xticks=ranks, xlabel="rank", ylabel=f"error removed (%)\ndotted: {first}, solid: {second}")
-    for number, (kind, some) in enumerate(report.kinds.items()):
-        colour = BLACK if kind == "all" else _COLOURS[number % len(_COLOURS)]
-        for method, line, label in ((first, ":", None), (second, "-", kind)):
-            removed = [100 * some.removed((method, rank)) for rank in ranks]
-            ax.plot(ranks, removed, color=colour, linestyle=line, marker="o", label=label)
