@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,17 +131,11 @@ def _print_errors(report: Report) -> None:
 def _print_ranks(report: Report) -> None:
     """The ranks for the budget: what they use and lose, beside one rank for all, and a configuration to paste."""
     found, even = report.suggestion, report.suggestion.uniform
-    text = (
-        f"For {found.budget:,} trained parameters, these ranks use {found.parameters:,} and lose {found.lost:.2%} of "
-        f"the energy; rank {even['r']} in every layer uses {even['parameters']:,} and loses {even['lost']:.2%}."
-    )
+    say("ranks", f"for {found.budget:,} trained parameters: {found.parameters:,} lose {found.lost:.2%} of the energy;")
+    say("", f"rank {even['r']} in every layer: {even['parameters']:,} lose {even['lost']:.2%}")
     if at_most := sum(rank >= found.largest_rank for rank in found.ranks.values()):
-        text += (
-            f" {at_most} layers have rank {found.largest_rank}, the largest that was looked at; give --rank a larger "
-            "one to look further."
-        )
-    for number, line in enumerate(textwrap.wrap(text, 100)):
-        say("" if number else "ranks", line)
+        looked = f"{at_most} layers have rank {found.largest_rank}, the largest that was looked at"
+        say("", f"{looked}; give --rank a larger one to look further")
     pattern = f", rank_pattern={json.dumps(found.rank_pattern)}" if found.rank_pattern else ""
     print(f"\nPissaConfig(r={found.r}{pattern})\n")
 
