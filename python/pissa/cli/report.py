@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pissa.cli.arguments import positive_int
 from pissa.cli.folders import FolderCommand, as_range
@@ -58,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-def _report(args: argparse.Namespace) -> Report:
+def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.out is not None:
         with told(ValueError, before="--out "):
             check_unused(args.out)
@@ -72,40 +73,37 @@ def _report(args: argparse.Namespace) -> Report:
         with Staged(args.out) as staged:
             draw_report(found, staged.path)
             staged.path(NUMBERS).write_text(f"{json.dumps(found.numbers, indent=2)}\n")
-    return found
-
-
-def _print(args: argparse.Namespace, report: Report) -> None:
-    layers, ranks = report.kinds["all"].layers, report.numbers["ranks"]
+    yield found.numbers
+    layers, ranks = found.kinds["all"].layers, found.numbers["ranks"]
     adapted = sum(math.prod(layer.shape) for layer in layers)
     say("model", f"{args.model}: {len(layers)} layers of {adapted:,} parameters to adapt")
     if args.exact:
         say("spectrum", "all singular values, from Gram matrices in float64")
     else:
-        found = "as PiSSA's own decomposition finds them: never above the true ones"
-        say("spectrum", f"the first {report.suggestion.largest_rank} singular values, {found}")
+        how = "as PiSSA's own decomposition finds them: never above the true ones"
+        say("spectrum", f"the first {found.suggestion.largest_rank} singular values, {how}")
     header = ("energy held by rank", "layers", "shape", "stable\nrank", *(f"\n{rank}" for rank in ranks))
     rows = []
-    for kind, some in report.kinds.items():
+    for kind, some in found.kinds.items():
         shapes = {" x ".join(map(str, layer.shape)) for layer in some.layers}
         shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
         stable = as_range([round(layer.stable_rank) for layer in some.layers])
         rows.append([kind, str(len(some.layers)), shape, stable, *(f"{some.energy(rank):.1%}" for rank in ranks)])
     print(f"\n{format_table(header, rows)}\n")
     if args.quant is not None:
-        _print_errors(report)
-    held = {name: layer["energy"][str(ranks[0])] for name, layer in report.numbers["layers"].items()}
+        _print_errors(found)
+    held = {name: layer["energy"][str(ranks[0])] for name, layer in found.numbers["layers"].items()}
     rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:_WORST]]
     print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
-    _print_ranks(report)
-    memory = report.numbers["memory"]
+    _print_ranks(found)
+    memory = found.numbers["memory"]
     rows = [
         [words, *(as_size(memory[kind][part]) for kind in ("plain", "checkpointing"))]
         for part, words in _MEMORY_PARTS.items()
     ]
     head = f"training at rank {memory['rank']},\n{memory['batch']} x {memory['length']} tokens"
     print(format_table((head, "\nmemory", "gradient\ncheckpointing"), rows) + "\n")
-    say("time", f"{report.numbers['seconds']:.0f} s")
+    say("time", f"{found.numbers['seconds']:.0f} s")
     if args.out is not None:
         say("written", f"{args.out / NUMBERS} and pictures")
 
@@ -140,4 +138,4 @@ def _print_ranks(report: Report) -> None:
     print(f"\nPissaConfig(r={found.r}{pattern})\n")
 
 
-REPORT = FolderCommand(_add_arguments, _report, _print, lambda report: report.numbers)
+REPORT = FolderCommand(_add_arguments, _report)
