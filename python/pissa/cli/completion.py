@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-SHELLS = ("bash", "zsh", "tcsh")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="put the output where this shell looks for completions")
+    where = "put the output where this shell looks for completions"
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help=where)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -128,8 +128,9 @@ def flag(name: str) -> str:
     return _ALIASES.get(name, f"--{name.replace('_', '-')}")
 
 
-def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
-    """The configuration that the options ask for."""
+def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None) -> pissa.PissaConfig:
+    """The configuration that the options ask for, or that of a model that is split, which has the word: an option that
+    says otherwise is refused. The options are completed from it."""
     given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT takes a text as an expression for whole names, names in a list as their ends.
@@ -137,12 +138,7 @@ def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
             case [only] if only == "all-linear" or re.search(r"[^\w.]", only):
                 given[name] = only
     with told(TypeError, ValueError):
-        return pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
-
-
-def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
-    """Completes the options of the method from a configuration. That of a `split` model has the word: an option that
-    says otherwise is refused."""
+        config = split or pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
     for name, default in _METHOD.items():
         given, value = getattr(ours, name), getattr(config, name)
         value = sorted(value) if isinstance(value, set) else value
@@ -150,6 +146,7 @@ def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
             found = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
             raise UserError(f"{flag(name)} {given}: {found}; leave {flag(name)} out")
         setattr(ours, name, value)
+    return config
 
 
 # ---- run.yaml --------------------------------------------------------------------------------------------------------

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 NUMBERS = "report.json"
 RANKS = (16, 64, 128)
 
-_WORST = 5
-
 _MEMORY_PARTS = {
     "weights": "weights",
     "start": "start factors A0, B0",
@@ -93,7 +91,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.quant is not None:
         _print_errors(found)
     held = {name: layer["energy"][str(ranks[0])] for name, layer in found.numbers["layers"].items()}
-    rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:_WORST]]
+    rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:5]]
     print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
     _print_ranks(found)
     memory = found.numbers["memory"]

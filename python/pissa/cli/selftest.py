@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 _WIDTH = 58
 """Of a check's name with the dots behind it. The whole line fits into 80 columns."""
 
-_REPORT = """\
-To report a problem, give all of the above, what `pissa env` prints, and a few
-lines of code, or the command, that show it."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="compute there only, not on all that pissa can use")
@@ -47,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
     for name in (name for name, right in passed.items() if not right):
         print(f"FAILED: {name}")
-    print(_REPORT)
+    print("To report a problem, give all of the above, what `pissa env` prints, and a few")
+    print("lines of code, or the command, that show it.")
     return 0 if all(passed.values()) else 1
 
 

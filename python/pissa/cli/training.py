@@ -33,7 +33,7 @@ from trl.trainer.utils import create_model_from_path
 import pissa
 from pissa.cli.checks import Step0, step0_check
 from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
-from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record, settle
+from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
 from pissa.cli.pictures import draw_losses
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
@@ -130,24 +130,24 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
         if not value:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out")
     folder, out = Path(ours.model_name_or_path), Path(training.output_dir)
-    split = (folder / PISSA_RECORD).is_file()
-    if ours.method == "lora" and split:
+    is_split = (folder / PISSA_RECORD).is_file()
+    if ours.method == "lora" and is_split:
         raise UserError(
             f"--method lora: {folder} holds residuals, which lack what PiSSA starts from; give the model that was split"
         )
     if ours.method == "lora" and ours.quant:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
     with told(OSError, ValueError, before=f"--model {folder}: "):
-        config = AdapterRecord.read(folder / PISSA_RECORD).config if split else adapter_config(ours, training.seed)
-        base = read_config(folder) if split else {}
-    settle(ours, config, split)
+        split = AdapterRecord.read(folder / PISSA_RECORD).config if is_split else None
+        base = read_config(folder) if is_split else {}
+    config = adapter_config(ours, training.seed, split)
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:
         go_on(out, ours, training, mixture)
     elif training.process_index == 0:
         with told(ValueError, before="--out "):
             check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
-    return config, split
+    return config, is_split
 
 
 def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -24,12 +25,9 @@ def _give_way() -> None:
     from pissa.integrations import peft
 
     init: Any = os.environ.get(INIT)
+    say = partial(print, "pissa run:", file=sys.stderr, flush=True)
     # The first of several processes says what it takes over.
-    peft.enable(_say if os.environ.get("RANK", "0") == "0" else None, init)
-
-
-def _say(sentence: str) -> None:
-    print(f"pissa run: {sentence}", file=sys.stderr, flush=True)
+    peft.enable(say if os.environ.get("RANK", "0") == "0" else None, init)
 
 
 if __name__ == "peft":
