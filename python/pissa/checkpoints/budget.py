@@ -71,13 +71,13 @@ def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     before it (PEFT takes the first key that matches) come those of its layers that differ: one key for all of a rank
     whose names differ in the first number. Later numbers, of experts, are any where all of them agree.
     """
-    r = _most_frequent(ranks.values())
+    r = Counter(ranks.values()).most_common(1)[0][0]
     kinds = kinds_of(ranks)
     pattern: dict[str, int] = {}
     for kind, names in kinds.items():
         # A kind whose name ends the name of another kind cannot be told apart from it.
         own = not any(other.endswith(f".{kind}") for other in kinds)
-        usual = _most_frequent(ranks[name] for name in names) if own else r
+        usual = Counter(ranks[name] for name in names).most_common(1)[0][0] if own else r
         shared = defaultdict[tuple[str, str, str], set[int]](set)
         for name in names:
             shared[_parts(name, any_later=True)].add(ranks[name])
@@ -100,10 +100,6 @@ def _parts(name: str, *, any_later: bool) -> tuple[str, str, str]:
     before, number, after = re.fullmatch(r"(.*?)((?<![^.])\d+(?![^.])|$)(.*)", name).groups()  # type: ignore[union-attr]
     rest = (r"\d+" if any_later and part.isdigit() else re.escape(part) for part in after.split("."))
     return re.escape(before), number, r"\.".join(rest)
-
-
-def _most_frequent(ranks: Iterable[int]) -> int:
-    return Counter(ranks).most_common(1)[0][0]
 
 
 # ---- Kinds of layers -------------------------------------------------------------------------------------------------

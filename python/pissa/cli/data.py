@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GSM_SYMBOLIC = "gsm-symbolic"
-_GSM_SYMBOLIC_SIZE = 2000
 
 IGNORED = -100
 """Label of a token that has no part in the loss, as in torch's cross_entropy."""
@@ -146,7 +145,7 @@ def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
     required_package("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
     import reasoning_gym
 
-    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=_GSM_SYMBOLIC_SIZE):
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=2000):
         work = problem["metadata"]["answer_cot"].partition("####")[0].rstrip()
         yield {"question": problem["question"], "answer": f"{work}\n#### {problem['answer']}"}
 

@@ -93,7 +93,14 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     held = {name: layer["energy"][str(ranks[0])] for name, layer in found.numbers["layers"].items()}
     rows = [[name, f"{held[name]:.1%}"] for name in sorted(held, key=held.__getitem__)[:5]]
     print(format_table((f"least energy held by rank {ranks[0]}", ""), rows) + "\n")
-    _print_ranks(found)
+    best, even = found.suggestion, found.suggestion.uniform
+    say("ranks", f"for {best.budget:,} trained parameters: {best.parameters:,} lose {best.lost:.2%} of the energy;")
+    say("", f"rank {even['r']} in every layer: {even['parameters']:,} lose {even['lost']:.2%}")
+    if at_most := sum(rank >= best.largest_rank for rank in best.ranks.values()):
+        looked = f"{at_most} layers have rank {best.largest_rank}, the largest that was looked at"
+        say("", f"{looked}; give --rank a larger one to look further")
+    pattern = f", rank_pattern={json.dumps(best.rank_pattern)}" if best.rank_pattern else ""
+    print(f"\nPissaConfig(r={best.r}{pattern})\n")
     memory = found.numbers["memory"]
     rows = [
         [words, *(as_size(memory[kind][part]) for kind in ("plain", "checkpointing"))]
@@ -122,18 +129,6 @@ def _print_errors(report: Report) -> None:
     if len(quantised) < len(layers):
         say("", f"Of {len(quantised)} of the {len(layers)} layers, evenly spaced in each kind.")
     print()
-
-
-def _print_ranks(report: Report) -> None:
-    """The ranks for the budget: what they use and lose, beside one rank for all, and a configuration to paste."""
-    found, even = report.suggestion, report.suggestion.uniform
-    say("ranks", f"for {found.budget:,} trained parameters: {found.parameters:,} lose {found.lost:.2%} of the energy;")
-    say("", f"rank {even['r']} in every layer: {even['parameters']:,} lose {even['lost']:.2%}")
-    if at_most := sum(rank >= found.largest_rank for rank in found.ranks.values()):
-        looked = f"{at_most} layers have rank {found.largest_rank}, the largest that was looked at"
-        say("", f"{looked}; give --rank a larger one to look further")
-    pattern = f", rank_pattern={json.dumps(found.rank_pattern)}" if found.rank_pattern else ""
-    print(f"\nPissaConfig(r={found.r}{pattern})\n")
 
 
 REPORT = FolderCommand(_add_arguments, _report)

@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.start import Deltas, StartFactors
+from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
-from pissa.files.peft_layout import PREFIX, Matrices, factors_of, plain_config
+from pissa.files.peft_layout import PREFIX, factors_of, plain_config
 from pissa.files.save import warn_of_plain_lora
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel
@@ -55,9 +55,10 @@ def lora_state_dict(
         model, state_dict=state, adapter_name=name, save_embedding_layers=False
     )
     factors, layers = {}, {key: one.layer for key, one in served.items()}
-    for key, layer in layers.items():
-        matrices = served[key].factors(layer.deltas_in(state, f"{PREFIX}{key}.", name))
-        factors[key] = pad_rank(*matrices, times * layer.r[name])
+    for key, (layer, start, keeps_start, of_base, ratio) in served.items():
+        taken = None if of_base is None else (of_base.a0, of_base.b0)
+        pair = start.factors_on(layer.deltas_in(state, f"{PREFIX}{key}.", name), keeps_start, taken, ratio)
+        factors[key] = pad_rank(*pair, times * layer.r[name])
     for part in factors_of(model.base_model.model, layers):
         found |= part.pack([factors[key] for key in part.layers])
     if base == "original":
@@ -90,11 +91,6 @@ class _Served(NamedTuple):
         """Of the factors."""
         own = self.start.origin.r * (1 if self.keeps_start else 2)
         return own if self.of_base is None else own + self.of_base.origin.r
-
-    def factors(self, deltas: Deltas) -> Matrices:
-        """The factors a [rank, in] and b [out, rank], float32."""
-        taken = None if self.of_base is None else (self.of_base.a0, self.of_base.b0)
-        return self.start.factors_on(deltas, self.keeps_start, taken, self.ratio)
 
 
 def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[str, int, dict[str, _Served]]:
