@@ -190,9 +190,6 @@ def suggest(
     Args:
         together: the names of the layers, those together that need one rank: the experts of a module. By default each
             is alone.
-
-    Raises:
-        ValueError: the budget is less than a step for each layer.
     """
     by_name = {}
     for some in by_kind(layers).values():
@@ -252,11 +249,9 @@ def training_memory(
     Args:
         layers: the shapes [out, in] of the adapted weights, by the layers' names.
         r: the rank of the adapter; of a layer with a smaller side, that side.
-        form: how the adapted weights are kept.
         rest: bytes of the tensors that are not adapted: embeddings, norms, biases, the output layer.
         dtype: of the dense weights, and of what flows between layers.
         hidden, vocabulary: elements that a block hands on for each token, and of its logits, 0 if there are none.
-        tokens: of a step.
     """
     factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
     blocks = Counter[str]()

@@ -46,16 +46,9 @@ _INTERRUPTED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the `pissa` command.
-
-    Args:
-        argv: the arguments after the command's name; those of the process by default, which is then the command's
-            own (`args.is_process`).
-
-    Returns:
-        0 when done, now or by an earlier run; 1 when the environment or a check is broken, 2 for wrong input, 130 when
-        interrupted.
-    """
+    """Runs the `pissa` command with these arguments, or with those of the process, which is then the command's own
+    (`args.is_process`). Returns 0 when done, now or by an earlier run; 1 when the environment or a check is broken, 2
+    for wrong input, 130 when interrupted."""
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     command = next(iter(argv), "")

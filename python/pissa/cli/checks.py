@@ -132,11 +132,7 @@ def _rounding_bound(model: PeftModel) -> float:
 
 
 def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
-    """What is wrong with a small model that is wrapped, trained, saved, and loaded: a line each.
-
-    Args:
-        form: of its base, "implicit" or a format.
-    """
+    """What is wrong with a small model, its base in this form, wrapped, trained, saved, and loaded: a line each."""
     from peft import PeftModel
 
     from pissa.layers.layer import pissa_layers

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import UserError, as_size, format_table, say, silence_third_parties, told
+from pissa.cli.terminal import as_size, format_table, say, silence_third_parties, told
 
 if TYPE_CHECKING:
     from pissa.checkpoints.init import Initialised
@@ -36,14 +36,12 @@ class FolderCommand(NamedTuple):
         from pissa.distributed import RankError
 
         work = self.work(args)
-        with _noted(shown=_is_first() and not args.json) as notes:
-            try:
-                done = next(work)
-            except (OSError, ValueError, RankError) as error:
-                raise UserError(str(error)) from error
-        if _is_first() and args.json:
+        speaks = os.environ.get("RANK", "0") == "0"  # of those that torchrun has started
+        with _noted(shown=speaks and not args.json) as notes, told(OSError, ValueError, RankError):
+            done = next(work)
+        if speaks and args.json:
             print(json.dumps({**done, "notes": notes}, indent=2))
-        elif _is_first():
+        elif speaks:
             next(work, None)
         return 0
 
@@ -63,11 +61,6 @@ def _noted(shown: bool) -> Iterator[list[str]]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = note
         yield texts
-
-
-def _is_first() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_is_required: bool = False) -> None:

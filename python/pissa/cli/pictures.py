@@ -36,14 +36,12 @@ _DEPTH = LinearSegmentedColormap.from_list("depth", (BLUE, "#7E8FA0", ORANGE))
 """From the first block to the last."""
 
 _PAGE = {
-    "axes.axisbelow": True,
     "axes.formatter.min_exponent": 2,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
-    "figure.labelsize": "medium",
     "grid.color": "0.85",
     "legend.frameon": False,
     "savefig.dpi": 160,

@@ -54,10 +54,9 @@ class Training(NamedTuple):
     unit: str
     """What a loss is the mean of."""
     rows: Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
-    """Reads a file of records, or the built-in data, for the trainer, with a note on what was cut: (source, seed,
-    tokenizer, most tokens)."""
+    """Those of a file, or of the built-in data (source, seed, tokenizer, most tokens), and a note on what was cut."""
     check: Callable[[Any, Step0], tuple[str, bool]]
-    """Checks a trainer before its first step, beside the logits: what it found, and whether that is right."""
+    """What is found of a trainer before its first step, beside the logits, and whether that is right."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs one training. Returns the exit code."""
