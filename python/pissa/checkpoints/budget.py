@@ -26,10 +26,7 @@ def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[in
     Every layer begins with one step. Then the step with the largest gain for each parameter is taken, and so on, until
     none fits. Since a layer's gains do not increase, no ranks of these gain more with as many parameters as had been
     spent when the first step did not fit; and none with the whole budget gain more than that step beyond what is found.
-    (Choosing better is a knapsack: the two differ by less than one step of one layer.)
-
-    Raises:
-        ValueError: the budget is less than a step for each layer.
+    (Choosing better is a knapsack: the two differ by less than one step of one layer.) Raises what `check_budget` does.
     """
     spent = check_budget([(len(layer.gains), layer.cost) for layer in layers], budget, step)
     ranks = [min(step, len(layer.gains)) for layer in layers]

@@ -49,11 +49,8 @@ def is_records(source: str) -> bool:
 
 
 def read_chats(source: str, seed: int) -> list[Chat]:
-    """Reads a .jsonl or .json file, or generates the built-in data with that seed.
-
-    Raises:
-        UserError: naming file and line, what was found and what is allowed.
-    """
+    """Reads a .jsonl or .json file, or generates the built-in data with that seed. Errors name file and line, what was
+    found and what is allowed."""
     return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source, seed)]
 
 
@@ -179,9 +176,6 @@ def encode(
     Returns:
         Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
         the number of chats that are left out, since their prompt leaves no room for an answer.
-
-    Raises:
-        UserError: no chat fits, or the tokenizer's template cannot express one.
     """
     rows, cut = [], 0
     for chat in chats:

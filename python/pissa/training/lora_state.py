@@ -55,9 +55,10 @@ def lora_state_dict(
         model, state_dict=state, adapter_name=name, save_embedding_layers=False
     )
     factors, layers = {}, {key: one.layer for key, one in served.items()}
-    for key, (layer, start, keeps_start, of_base, ratio) in served.items():
+    for key, (layer, keeps_start, of_base, ratio) in served.items():
         taken = None if of_base is None else (of_base.a0, of_base.b0)
-        pair = start.factors_on(layer.deltas_in(state, f"{PREFIX}{key}.", name), keeps_start, taken, ratio)
+        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", name)
+        pair = layer.start_of(name).factors_on(deltas, keeps_start, taken, ratio)
         factors[key] = pad_rank(*pair, times * layer.r[name])
     for part in factors_of(model.base_model.model, layers):
         found |= part.pack([factors[key] for key in part.layers])
@@ -78,19 +79,12 @@ class _Served(NamedTuple):
     """How a layer's adapter is a plain LoRA on the weight that an engine serves."""
 
     layer: PissaLayer
-    start: StartFactors
     keeps_start: bool
     """Whether the engine's weight lacks B0 A0, or that is zero: then B A is the whole change."""
     of_base: StartFactors | None
     """Another start that is taken out of that weight."""
     ratio: float
     """Of its scaling to the adapter's."""
-
-    @property
-    def rank(self) -> int:
-        """Of the factors."""
-        own = self.start.origin.r * (1 if self.keeps_start else 2)
-        return own if self.of_base is None else own + self.of_base.origin.r
 
 
 def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[str, int, dict[str, _Served]]:
@@ -114,19 +108,18 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[st
     for key, layer in layers.items():
         start, of_base = layer.start_of(name), layer.base.start if base == "residual" else None
         ratio = 1.0 if of_base is None else of_base.origin.scaling / layer.scaling[name]
-        if of_base is start and ratio == 1:
-            one = _Served(layer, start, True, None, ratio)
-        else:
-            one = _Served(layer, start, not start.b0.any(), of_base, ratio)
-        served[key] = one
-        limit = 2 * one.layer.r[name]
-        if one.of_base is not None and one.rank > limit:
+        is_own = of_base is start and ratio == 1
+        keeps_start, of_base = is_own or not start.b0.any(), None if is_own else of_base
+        served[key] = _Served(layer, keeps_start, of_base, ratio)
+        rank = start.origin.r * (1 if keeps_start else 2) + (0 if of_base is None else of_base.origin.r)
+        limit = 2 * layer.r[name]
+        if of_base is not None and rank > limit:
             raise ValueError(
                 f'base: got "residual", but that of layer {key} lacks another start than that of adapter {name!r}, of '
-                f"rank {one.of_base.origin.r}; both together have rank {one.rank}, and at most {limit} is "
-                'possible: take base="original", or give the adapter LoRA\'s start and that rank'
+                f"rank {of_base.origin.r}; both together have rank {rank}, and at most {limit} is possible: take "
+                'base="original", or give the adapter LoRA\'s start and that rank'
             )
-        times = 2 if one.rank > one.layer.r[name] else times
+        times = 2 if rank > layer.r[name] else times
     return name, times, served
 
 
