@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from types import FunctionType
 from typing import Any, cast
@@ -50,11 +50,10 @@ def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
 
 def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
     """Whether PEFT refuses to adapt the layer: the kernels of such models read its weight without calling it."""
-    try:
+    with suppress(ValueError):
         check_mamba(config, model, name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:

@@ -10,7 +10,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +114,7 @@ def quant_errors(weight: Tensor, format: str, ranks: Iterable[int]) -> dict[Meth
 # ---- Several layers --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """One layer, or several together."""
 
     layers: Sequence[LayerReport]
