@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pissa.checkpoints.report import Report
 
 NUMBERS = "report.json"
-RANKS = (16, 64, 128)
 
 _MEMORY_PARTS = {
     "weights": "weights",
@@ -35,23 +34,17 @@ _MEMORY_PARTS = {
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the model, or its name on the Hugging Face Hub")
     parser.add_argument("--quant", choices=("nf4", "int8"), help="report the errors of bases in this format too")
-    ranks = " ".join(map(str, RANKS))
-    parser.add_argument(
-        "--rank", type=positive_int, nargs="+", metavar="N", help=f"ranks of adapters (default: {ranks})"
-    )
+    ranks = "ranks of adapters (default: 16 64 128)"
+    parser.add_argument("--rank", type=positive_int, nargs="+", metavar="N", help=ranks)
     parser.add_argument(
         "--budget",
         type=positive_int,
         metavar="PARAMETERS",
         help="trained parameters that the suggested ranks may have; by default what the smallest rank has",
     )
-    parser.add_argument(
-        "--sample", type=positive_int, metavar="N", help="quantise N layers of each kind, evenly spaced, instead of all"
-    )
+    parser.add_argument("--sample", type=positive_int, metavar="N", help="quantise only N layers of each kind")
     parser.add_argument("--exact", action="store_true", help="all singular values: slow for large matrices")
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="sequences of a step, for the memory"
-    )
+    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences of a step, for memory")
     parser.add_argument("--length", type=positive_int, default=512, metavar="N", help="tokens of a sequence")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the numbers and pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -64,7 +57,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.report import report
 
     options = {"quant": args.quant, "budget": args.budget, "sampled": args.sample, "exact": args.exact}
-    found = report(args.model, args.rank or RANKS, **options, batch=args.batch, length=args.length)
+    found = report(args.model, args.rank or (16, 64, 128), **options, batch=args.batch, length=args.length)
     if args.out is not None:
         from pissa.cli.pictures import draw_report
 

@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(passed.values()) else 1
 
 
-def _import_ops() -> tuple[str, ...]:
+def _import_ops() -> None:
     import pissa.cli.checks  # noqa: F401
 
-    silence_third_parties()
-    return ()
+    if find_spec("peft") is not None:
+        silence_third_parties()
 
 
-def _passes(name: str, check: Callable[[], Iterable[str]]) -> bool:
+def _passes(name: str, check: Callable[[], Iterable[str] | None]) -> bool:
     """Runs and prints a check, which finds what is wrong, a line each. An error that it raises is a failure too."""
     # Before it runs: this line tells which check has hung, or ended the process.
     print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
@@ -64,7 +64,7 @@ def _passes(name: str, check: Callable[[], Iterable[str]]) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrong.extend(check())
+            wrong.extend(check() or ())
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{where.name} ({Path(where.filename).name}, line {where.lineno})"
