@@ -15,8 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import as_size, format_table, say, silence_third_parties, told
+from pissa.cli.terminal import as_size, format_table, number, passes, positive_int, say, silence_third_parties, told
 
 if TYPE_CHECKING:
     from pissa.checkpoints.init import Initialised

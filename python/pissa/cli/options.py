@@ -17,8 +17,7 @@ from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
-from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import UserError, told
+from pissa.cli.terminal import UserError, number, passes, positive_int, told
 from pissa.config import default_of, types_of_fields
 from pissa.files.messages import reading
 from pissa.files.staged import Staged

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pissa.cli.arguments import positive_int
 from pissa.cli.folders import FolderCommand, as_range
-from pissa.cli.terminal import as_size, format_table, say, told
+from pissa.cli.terminal import as_size, format_table, positive_int, say, told
 from pissa.files.staged import Staged, check_unused
 
 if TYPE_CHECKING:
