@@ -20,11 +20,11 @@ from bench.experiments.figures import Axes, Figure
 from bench.experiments.results import Results
 from bench.experiments.suggestion import SuggestionCell
 from bench.experiments.sweep import loss_of
-from pissa.cli import colours
+from pissa.cli import pictures
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "bench" / "results"
-TUNED, FROZEN, TRAINED = "#E8A87C", "0.85", colours.PISSA
+TUNED, FROZEN, TRAINED = "#E8A87C", "0.85", pictures.PISSA
 
 # Rows of bench/compare, and what a bar of them is called.
 WORK = {
@@ -44,7 +44,7 @@ def speed() -> Figure:
     rows = {(row["work"], row["malloc"]): row for file in files for row in file["rows"]}  # the second file's are later
     figure, (axes,) = figures.panels(["How many times as fast as PEFT + bitsandbytes, 4 bits, on a CPU"], height=2.9)
     for place, work in enumerate(WORK):
-        for malloc, offset, color in (("default", -0.19, colours.PISSA), ("tuned", 0.19, TUNED)):
+        for malloc, offset, color in (("default", -0.19, pictures.PISSA), ("tuned", 0.19, TUNED)):
             row = rows.get((work, malloc))
             if row is not None:
                 low, high = row["ratio_quartiles"]
@@ -59,7 +59,7 @@ def speed() -> Figure:
     axes.set_xlim(0, 6.4)
     axes.set_xlabel("time of PEFT + bitsandbytes / time of pissa")
     handles = [
-        Rectangle((0, 0), 1, 1, color=colours.PISSA, label="against PEFT as installed"),
+        Rectangle((0, 0), 1, 1, color=pictures.PISSA, label="against PEFT as installed"),
         Rectangle((0, 0), 1, 1, facecolor=TUNED, hatch="///", label="against PEFT tuned (*)"),
     ]
     axes.legend(handles=handles, loc="center right", bbox_to_anchor=(1, 0.29), frameon=False)  # beside short bars

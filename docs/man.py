@@ -7,7 +7,7 @@ from pathlib import Path
 
 from argparse_manpage.manpage import Manpage
 
-from pissa.cli.main import COMMANDS, parser_for
+from pissa.cli import COMMANDS, parser_for
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from bench.experiments.experiment import Known
 from bench.experiments.methods import METHODS
 from bench.experiments.sweep import Spread, Sweep
-from pissa.cli.colours import BLACK, BLUE, GREEN, GREY, LOFTQ, LORA, ORANGE, PINK, PISSA, QPISSA, RED, SKY
+from pissa.cli.pictures import BLACK, BLUE, GREEN, GREY, LOFTQ, LORA, ORANGE, PINK, PISSA, QPISSA, RED, SKY
 
 WIDTH = 6.5  # inches: A4's text
 DPI = 130

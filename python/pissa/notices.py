@@ -38,10 +38,6 @@ class InexactLoraWarning(PissaWarning):
     """On the unmodified base, the plain LoRA is only approximately the function that was trained."""
 
 
-class RewardsWarning(PissaWarning):
-    """A trainer of reinforcement learning trains an adapter that starts from singular components."""
-
-
 class UnmergedConvolutionWarning(PissaWarning):
     """PEFT computes the adapter of a convolution right only after merging it."""
 

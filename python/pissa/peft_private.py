@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from types import FunctionType
 from typing import Any, cast
@@ -50,11 +50,10 @@ def check_mamba(config: LoraConfig, model: nn.Module, target_name: str) -> None:
 
 def is_refused_by_peft(config: LoraConfig, model: nn.Module, name: str) -> bool:
     """Whether PEFT refuses to adapt the layer: the kernels of such models read its weight without calling it."""
-    try:
+    with suppress(ValueError):
         check_mamba(config, model, name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
@@ -71,36 +70,29 @@ def rewritten_by_peft(config: LoraConfig, model: nn.Module) -> bool:
 
 
 @contextmanager
-def models_made_by(make: Callable[..., nn.Module]) -> Iterator[None]:
-    """Makes `peft.get_peft_model`, for the block, call `make(kind, model, config, **kwargs)` where it would call
-    `kind(model, config, **kwargs)`, kind being PEFT's class of a model.
+def taken_over(make: Callable[..., nn.Module], load: Callable[..., nn.Module]) -> Iterator[None]:
+    """Makes PEFT ask us, for the block: `peft.get_peft_model` calls `make(kind, model, config, **kwargs)` where it
+    would call `kind(model, config, **kwargs)`, kind being PEFT's class of a model, and `PeftModel.from_pretrained`
+    calls `load(plain, *args, **kwargs)`, plain being PEFT's own.
 
     `PeftModel` and `MODEL_TYPE_TO_PEFT_MODEL_MAPPING` in `peft.mapping_func`: programs have imported the function by
     then, so that its own names are the only place that all of them pass. The public table is read by
     `PeftModel.from_pretrained` as well, which restores an adapter that PEFT has written, and is left alone.
     """
     table, kind = mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel
-    mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task: partial(make, model) for task, model in table.items()}
-    mapping_func.PeftModel = partial(make, kind)
-    try:
-        yield
-    finally:
-        mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel = table, kind
-
-
-@contextmanager
-def adapters_loaded_by(load: Callable[..., nn.Module]) -> Iterator[None]:
-    """Makes `PeftModel.from_pretrained`, for the block, call `load(plain, *args, **kwargs)`, plain being PEFT's own."""
     plain = PeftModel.__dict__["from_pretrained"]
 
     @wraps(plain.__func__)
     def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> nn.Module:
         return load(partial(plain.__func__, cls), *args, **kwargs)
 
+    mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task: partial(make, model) for task, model in table.items()}
+    mapping_func.PeftModel = partial(make, kind)
     PeftModel.from_pretrained = classmethod(from_pretrained)
     try:
         yield
     finally:
+        mapping_func.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, mapping_func.PeftModel = table, kind
         PeftModel.from_pretrained = plain
 
 

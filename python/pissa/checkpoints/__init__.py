@@ -4,5 +4,5 @@
 - `init`: residuals as a checkpoint, start factors as a LoRA beside it
 - `load`: a PissaModel over the mapped files of such a folder
 - `trained`, `merge`: a checkpoint with an adapter merged into it
-- `budget`, `training_memory`, `report`: what a checkpoint holds for PiSSA
+- `budget`, `report`: what a checkpoint holds for PiSSA
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -26,30 +26,26 @@ def allocate(layers: Sequence[Candidate], budget: int, step: int = 8) -> list[in
     Every layer begins with one step. Then the step with the largest gain for each parameter is taken, and so on, until
     none fits. Since a layer's gains do not increase, no ranks of these gain more with as many parameters as had been
     spent when the first step did not fit; and none with the whole budget gain more than that step beyond what is found.
-    (Choosing better is a knapsack: the two differ by less than one step of one layer.)
-
-    Raises:
-        ValueError: the budget is less than a step for each layer.
+    (Choosing better is a knapsack: the two differ by less than one step of one layer.) Raises what `check_budget` does.
     """
     spent = check_budget([(len(layer.gains), layer.cost) for layer in layers], budget, step)
     ranks = [min(step, len(layer.gains)) for layer in layers]
-    queue: list[tuple[float, int, int]] = []  # negative gain of a parameter, layer, parameters
 
-    def offer(number: int) -> None:
-        layer, rank = layers[number], ranks[number]
-        more = layer.gains[rank : rank + step]
-        if more:
-            heapq.heappush(queue, (-sum(more) / (len(more) * layer.cost), number, len(more)))
+    def steps(number: int) -> Iterator[tuple[float, int, int]]:
+        """Of a layer: the negative gain of a parameter, the layer, and by how much the rank grows."""
+        gains, cost = layers[number]
+        for rank in range(step, len(gains), step):
+            more = gains[rank : rank + step]
+            yield -sum(more) / (len(more) * cost), number, len(more)
 
-    for number in range(len(layers)):
-        offer(number)
-    while queue:
-        _, number, more = heapq.heappop(queue)
+    done = set()
+    for _, number, more in heapq.merge(*map(steps, range(len(layers)))):
         cost = more * layers[number].cost
-        if spent + cost <= budget:
+        if number in done or spent + cost > budget:
+            done.add(number)
+        else:
             ranks[number] += more
             spent += cost
-            offer(number)
     return ranks
 
 
@@ -72,23 +68,21 @@ def as_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     before it (PEFT takes the first key that matches) come those of its layers that differ: one key for all of a rank
     whose names differ in the first number. Later numbers, of experts, are any where all of them agree.
     """
-    r = _most_frequent(ranks.values())
-    kinds: dict[str, dict[str, int]] = {}
-    for name, kind in kinds_of(ranks).items():
-        kinds.setdefault(kind, {})[name] = ranks[name]
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    kinds = kinds_of(ranks)
     pattern: dict[str, int] = {}
-    for kind, members in kinds.items():
+    for kind, names in kinds.items():
         # A kind whose name ends the name of another kind cannot be told apart from it.
         own = not any(other.endswith(f".{kind}") for other in kinds)
-        usual = _most_frequent(members.values()) if own else r
-        shared: dict[tuple[str, str, str], set[int]] = {}
-        for name, rank in members.items():
-            shared.setdefault(_parts(name, any_later=True), set()).add(rank)
-        alike: dict[tuple[int, str, str], dict[str, None]] = {}
-        for name, rank in members.items():
-            if rank != usual:
+        usual = Counter(ranks[name] for name in names).most_common(1)[0][0] if own else r
+        shared = defaultdict[tuple[str, str, str], set[int]](set)
+        for name in names:
+            shared[_parts(name, any_later=True)].add(ranks[name])
+        alike = defaultdict[tuple[int, str, str], dict[str, None]](dict)
+        for name in names:
+            if ranks[name] != usual:
                 before, number, after = _parts(name, any_later=len(shared[_parts(name, any_later=True)]) == 1)
-                alike.setdefault((rank, before, after), {})[number] = None
+                alike[ranks[name], before, after][number] = None
         for (rank, before, after), numbers in alike.items():
             either = "|".join(numbers)
             pattern[f"^{before}{f'({either})' if len(numbers) > 1 else either}{after}"] = rank
@@ -105,43 +99,30 @@ def _parts(name: str, *, any_later: bool) -> tuple[str, str, str]:
     return re.escape(before), number, r"\.".join(rest)
 
 
-def _most_frequent(ranks: Iterable[int]) -> int:
-    return Counter(ranks).most_common(1)[0][0]
-
-
 # ---- Kinds of layers -------------------------------------------------------------------------------------------------
 
 
-def kinds_of(names: Iterable[str]) -> dict[str, str]:
-    """The kind of each layer, by its name: what follows the last number in the name, as short as tells kinds apart:
-    "q_proj", or "attn.c_proj" beside "mlp.c_proj"."""
-    whole = {name: _after_last_number(name) for name in names}
-    kinds = {kind: kind[-1:] for kind in whole.values()}
-    for kind in kinds:
-        for length in range(1, len(kind) + 1):
-            kinds[kind] = kind[-length:]
-            if not any(other[-length:] == kinds[kind] for other in kinds if other != kind):
-                break
-    return {name: ".".join(kinds[kind]) for name, kind in whole.items()}
+def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of each kind of layers. A kind is what follows the last number in a name, as short as tells kinds
+    apart: "q_proj", or "attn.c_proj" beside "mlp.c_proj"."""
+    members = defaultdict[tuple[str, ...], list[str]](list)
+    for name in names:
+        parts = name.split(".")
+        start = max((i + 1 for i, part in enumerate(parts[:-1]) if part.isdigit()), default=0)
+        members[tuple(parts[start:])].append(name)
+    kinds = {}
+    for kind, some in members.items():
+        lengths = range(1, len(kind) + 1)
+        alone = (n for n in lengths if not any(other[-n:] == kind[-n:] for other in members if other != kind))
+        kinds[".".join(kind[-next(alone, len(kind)) :])] = some
+    return kinds
 
 
-def sample(kinds: Mapping[str, str], count: int) -> set[str]:
-    """The names of at most `count` layers of each kind, the first and the last among them (of one, the middle), evenly
-    spaced. `kinds` is what `kinds_of` returns, in the order of the model."""
-    members: dict[str, list[str]] = {}
-    for name, kind in kinds.items():
-        members.setdefault(kind, []).append(name)
+def sample(kinds: Mapping[str, Sequence[str]], count: int) -> set[str]:
+    """At most `count` names of each kind, the first and the last among them (of one, the middle), evenly spaced."""
     chosen = set()
-    for names in members.values():
+    for names in kinds.values():
         last = len(names) - 1
-        if count == 1:
-            chosen.add(names[last // 2])
-        else:
-            chosen |= {names[round(i * last / (count - 1))] for i in range(count)}
+        places = [last // 2] if count == 1 else [round(i * last / (count - 1)) for i in range(count)]
+        chosen |= {names[place] for place in places}
     return chosen
-
-
-def _after_last_number(name: str) -> tuple[str, ...]:
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-    return tuple(parts[numbers[-1] + 1 :] if numbers else parts)

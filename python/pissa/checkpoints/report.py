@@ -6,10 +6,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ from pissa import ops
 from pissa.checkpoints.budget import Candidate, allocate, as_pattern, check_budget, kinds_of, sample
 from pissa.checkpoints.init import SplitPlan
 from pissa.checkpoints.load import of_layer
-from pissa.checkpoints.training_memory import training_memory
 from pissa.config import Form, PissaConfig
 from pissa.files.hub import checkpoint_folder
 from pissa.files.model_folder import model_config
 from pissa.files.tensor_file import Source
+from pissa.ops.formats import FORMATS
 
 Method = tuple[str, int]
 """A way to quantise and its rank, 0 if it has no factors."""
@@ -32,16 +33,14 @@ PLAIN = "QLoRA"
 METHODS: dict[str, dict[str, Any]] = {"QPiSSA T=1": {}, "QPiSSA T=5": {"quant_iters": 5}}
 """The ways to quantise with factors, and what `ops.split` is told; plain quantisation is called `PLAIN`."""
 
-# Rows and columns of a weight that are copied to float64 at once.
+# Rows of a weight that are copied to float64 at once.
 _ROWS = 256
-_COLUMNS = 2048
 
 
 # ---- One layer -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerReport:
+class LayerReport(NamedTuple):
     """What was found out about the weight [out, in] of one layer."""
 
     name: str
@@ -53,21 +52,9 @@ class LayerReport:
     errors: dict[Method, float]
     """‖W - Q - s B A‖², Frobenius. Empty if nothing was to be quantised."""
 
-    def rank(self, wanted: int) -> int:
-        """The rank that the layer gets where `wanted` is asked for: at most its smaller side."""
-        return min(wanted, *self.shape)
-
-    def parameters(self, rank: int) -> int:
-        """The number of parameters that an adapter of that rank trains here."""
-        return self.rank(rank) * sum(self.shape)
-
     def lost(self, rank: int) -> float:
         """The part of `total` that the first `rank` singular values leave."""
         return max(self.total - float(self.values[:rank].square().sum()), 0.0)
-
-    def energy(self, rank: int) -> float:
-        """The share of the squared norm that `rank` directions hold; 1 of a weight of zeros."""
-        return Summary([self]).energy(rank)
 
     @property
     def stable_rank(self) -> float:
@@ -79,17 +66,14 @@ class LayerReport:
 def layer_report(
     name: str, weight: Tensor, known: int, ranks: Iterable[int] = (), quant: str | None = None, exact: bool = False
 ) -> LayerReport:
-    """Looks at the weight [out, in] of a layer, float32, bfloat16 or float16.
+    """Looks at the weight [out, in] of a layer, float32, bfloat16 or float16. The `known` leading values are those of
+    `ops.svd_lowrank`: never above the true ones, and what factors of PiSSA really hold.
 
     Args:
-        known: how many singular values are wanted; of a smaller matrix, all.
         ranks: of the factors, where something is quantised.
         quant: the format of which errors are wanted.
         exact: compute all singular values, in float64. That is slow: for 4096 x 11008 in bfloat16 one thread took 10 s
             in float32 already, where 16 leading values take it 0.25 s.
-
-    Without `exact` the values are those of `ops.svd_lowrank`: never above the true ones, and what factors of PiSSA
-    really hold.
 
     Raises:
         ValueError: NaN or Inf, naming the layer.
@@ -111,12 +95,8 @@ def norm_squared(weight: Tensor) -> float:
 def singular_values(weight: Tensor) -> Tensor:
     """All singular values, float64 [min(out, in)], descending: roots of the eigenvalues of the Gram matrix in float64,
     right to about 1e-8 of the largest. torch.linalg.svdvals takes six times as long for 1024 x 2816."""
-    wide = weight if weight.shape[0] <= weight.shape[1] else weight.mT
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=weight.device)
-    for part in torch.split(wide, _COLUMNS, dim=1):
-        columns = part.double()
-        gram.addmm_(columns, columns.mT)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    wide = (weight if weight.shape[0] <= weight.shape[1] else weight.mT).double()
+    eigenvalues: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
     return eigenvalues.flip(0).clamp(min=0).sqrt()
 
 
@@ -134,9 +114,8 @@ def quant_errors(weight: Tensor, format: str, ranks: Iterable[int]) -> dict[Meth
 # ---- Several layers --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Several layers together."""
+class Summary(NamedTuple):
+    """One layer, or several together."""
 
     layers: Sequence[LayerReport]
 
@@ -150,11 +129,6 @@ class Summary:
         """The layers whose errors are known."""
         return [layer for layer in self.layers if layer.errors]
 
-    @property
-    def methods(self) -> list[Method]:
-        """The methods whose errors are known."""
-        return list(dict.fromkeys(method for layer in self.layers for method in layer.errors))
-
     def error(self, method: Method = (PLAIN, 0)) -> float:
         """The Frobenius norm of the error, in units of that of the weights; 0 for weights of zeros."""
         total = sum(layer.total for layer in self.quantised)
@@ -165,35 +139,31 @@ class Summary:
         plain = self.error()
         return 1 - self.error(method) / plain if plain else 0.0
 
-    def as_dict(self, ranks: Iterable[int]) -> dict[str, Any]:
-        """Energies at these ranks, and the errors that are known."""
-        numbers: dict[str, Any] = {"energy": {str(rank): self.energy(rank) for rank in ranks}}
-        if self.quantised:
-            numbers["errors"] = [
-                {"method": name, "rank": rank, "error": self.error((name, rank)), "removed": self.removed((name, rank))}
-                for name, rank in self.methods
-            ]
-        return numbers
+    def numbers(self, ranks: Iterable[int]) -> dict[str, Any]:
+        """Energies at these ranks, and the errors that are known, as JSON has them."""
+        energy = {"energy": {str(rank): self.energy(rank) for rank in ranks}}
+        errors = [
+            {"method": name, "rank": rank, "error": self.error((name, rank)), "removed": self.removed((name, rank))}
+            for name, rank in (self.quantised[0].errors if self.quantised else ())
+        ]
+        return energy | ({"errors": errors} if errors else {})
 
 
-def by_kind(layers: Sequence[LayerReport]) -> dict[str, Summary]:
+def by_kind(layers: Iterable[LayerReport]) -> dict[str, Summary]:
     """The layers of each kind together."""
-    members: dict[str, list[LayerReport]] = {}
-    for layer, kind in zip(layers, kinds_of(layer.name for layer in layers).values(), strict=True):
-        members.setdefault(kind, []).append(layer)
-    return {kind: Summary(some) for kind, some in members.items()}
+    by_name = {layer.name: layer for layer in layers}
+    return {kind: Summary([by_name[name] for name in names]) for kind, names in kinds_of(by_name).items()}
 
 
 # ---- Ranks for a budget ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SuggestedRanks:
+class SuggestedRanks(NamedTuple):
     """Ranks for a budget of parameters, beside one rank for all layers."""
 
-    budget: int
     ranks: dict[str, int]
     """Of each layer."""
+    budget: int
     r: int
     rank_pattern: dict[str, int]
     """With `r`, the fields of a PissaConfig that gives the layers these ranks."""
@@ -205,10 +175,6 @@ class SuggestedRanks:
     uniform: dict[str, Any]
     """The same of the largest rank, a multiple of 8 if it can be, that the budget allows in all layers: "r",
     "parameters", "lost"."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the rank of each layer, which the pattern has."""
-        return {name: value for name, value in vars(self).items() if name != "ranks"}
 
 
 def suggest(
@@ -222,93 +188,108 @@ def suggest(
     Args:
         together: the names of the layers, those together that need one rank: the experts of a module. By default each
             is alone.
-
-    Raises:
-        ValueError: the budget is less than a step for each layer.
     """
-    weights = {
-        layer.name: summary.error() ** 2 if summary.quantised else 1.0
-        for summary in by_kind(layers).values()
-        for layer in summary.layers
-    }
-    by_name = {layer.name: layer for layer in layers}
-    groups = together or [[name] for name in by_name]
+    by_name = {}
+    for some in by_kind(layers).values():
+        weight = some.error() if some.quantised else 1.0
+        for layer in some.layers:
+            by_name[layer.name] = layer._replace(values=weight * layer.values, total=weight**2 * layer.total)
+    whole = sum(layer.total for layer in by_name.values())
+
+    def even(rank: int) -> dict[str, int]:
+        return {layer.name: min(rank, *layer.shape) for layer in layers}
+
+    def parameters(ranks: Mapping[str, int]) -> int:
+        return sum(ranks[layer.name] * sum(layer.shape) for layer in layers)
+
+    def lost(ranks: Mapping[str, int]) -> float:
+        return sum(layer.lost(ranks[name]) for name, layer in by_name.items()) / whole if whole else 0.0
+
+    groups = together or [[name] for name in even(1)]
     candidates = []
     for names in groups:
-        gains = torch.stack([weights[name] * by_name[name].values.square() for name in names]).sum(0)
+        gains = torch.stack([by_name[name].values.square() for name in names]).sum(0)
         candidates.append(Candidate(gains.tolist(), sum(sum(by_name[name].shape) for name in names)))
     allocated = allocate(candidates, budget, step)
     ranks = {name: rank for names, rank in zip(groups, allocated, strict=True) for name in names}
+
     largest = max(len(layer.values) for layer in layers)
-    steps = range(step, max(largest, step) + 1, step)
-    uniform = max(rank for rank in steps if sum(layer.parameters(rank) for layer in layers) <= budget)
-    even = {layer.name: layer.rank(uniform) for layer in layers}
+    r = max(rank for rank in range(step, max(largest, step) + 1, step) if parameters(even(rank)) <= budget)
+    uniform = {"r": r, "parameters": parameters(even(r)), "lost": lost(even(r))}
+    if uniform["lost"] < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
+        ranks = even(r)
+    return SuggestedRanks(ranks, budget, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniform)
 
-    def parameters(chosen: Mapping[str, int]) -> int:
-        return sum(layer.parameters(chosen[layer.name]) for layer in layers)
 
-    def lost(chosen: Mapping[str, int]) -> float:
-        whole = sum(weights[layer.name] * layer.total for layer in layers)
-        rest = sum(weights[layer.name] * layer.lost(chosen[layer.name]) for layer in layers)
-        return rest / whole if whole else 0.0
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
-    if lost(even) < lost(ranks):  # what `allocate` may lack of the best, if experts make steps large
-        ranks = even
-    uniformly = {"r": uniform, "parameters": parameters(even), "lost": lost(even)}
-    return SuggestedRanks(budget, ranks, *as_pattern(ranks), parameters(ranks), lost(ranks), largest, uniformly)
+
+def training_memory(
+    layers: Mapping[str, tuple[int, int]],
+    r: int,
+    form: Form,
+    *,
+    rest: int,
+    dtype: torch.dtype,
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+) -> dict[str, dict[str, int]]:
+    """The bytes of a training step by what takes them, and their total, without what Python and torch take themselves:
+    "plain", and with gradient "checkpointing".
+
+    Activations, an estimate: for each token an adapted layer keeps its input and its output; logits take 16 bytes an
+    element (16 bits and float32, of the values and of their gradients). With gradient checkpointing each block keeps
+    only what it is given, and one block at a time has the rest; the logits are gone by then. What attention keeps for
+    each pair of tokens is not counted: implementations that keep it are not the usual ones. Every expert of a mixture
+    counts as if it saw every token: an upper bound.
+
+    Args:
+        layers: the shapes [out, in] of the adapted weights, by the layers' names.
+        r: the rank of the adapter; of a layer with a smaller side, that side.
+        rest: bytes of the tensors that are not adapted: embeddings, norms, biases, the output layer.
+        dtype: of the dense weights, and of what flows between layers.
+        hidden, vocabulary: elements that a block hands on for each token, and of its logits, 0 if there are none.
+    """
+    factors = 4 * sum(min(r, *shape) * sum(shape) for shape in layers.values())  # float32
+    blocks = Counter[str]()
+    for name, shape in layers.items():
+        blocks[re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)] += sum(shape) * dtype.itemsize  # up to the first number
+    logits = 16 * vocabulary
+    of_a_token = {
+        "plain": blocks.total() + logits,
+        "checkpointing": len(blocks) * hidden * dtype.itemsize + max(*blocks.values(), logits),
+    }
+    stored = {
+        "weights": rest + sum(_weight_bytes(shape, dtype, form) for shape in layers.values()),
+        "start": factors,  # A0 and B0
+        "trained": factors,  # dA and dB
+        "gradients": factors,
+        "optimizer": 2 * factors,  # AdamW's two averages
+    }
+    found = {kind: stored | {"activations": tokens * count} for kind, count in of_a_token.items()}
+    return {kind: parts | {"total": sum(parts.values())} for kind, parts in found.items()}
+
+
+def _weight_bytes(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> int:
+    if form.kind not in FORMATS:
+        return math.prod(shape) * dtype.itemsize
+    format = FORMATS[form.kind]
+    tensors = format.tensors(shape, *format.options(form.blocksize, form.double_quant, shape[1]))
+    return sum(math.prod(size) * kept.itemsize for size, kept in tensors.values())
 
 
 # ---- A checkpoint ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """Everything that was found out about a model."""
 
-    model: str
-    quant: str | None
-    ranks: Sequence[int]
-    """Ascending."""
-    known: int
-    """How many singular values of each layer are known, if it has as many."""
-    exact: bool
-    layers: list[LayerReport]
-    """In the order of the model."""
+    kinds: dict[str, Summary]
+    """The layers of each kind, and "all", in the order of the model."""
     suggestion: SuggestedRanks
-    memory: dict[str, Any]
-    """Of training at a "rank": bytes by what takes them, "plain" and with gradient "checkpointing"."""
-    seconds: float
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """The layers of each kind, and "all"."""
-        return {**by_kind(self.layers), "all": Summary(self.layers)}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it: numbers, texts, lists and objects with names."""
-        kinds = self.summaries
-        total = kinds.pop("all").as_dict(self.ranks)
-        return {
-            "model": self.model,
-            "quant": self.quant,
-            "ranks": list(self.ranks),
-            "exact": self.exact,
-            "seconds": self.seconds,
-            "total": total,
-            "kinds": {kind: {"layers": len(some.layers), **some.as_dict(self.ranks)} for kind, some in kinds.items()},
-            "layers": {
-                layer.name: {
-                    "shape": list(layer.shape),
-                    "norm": math.sqrt(layer.total),
-                    "stable_rank": layer.stable_rank,
-                    "singular_values": layer.values.tolist(),
-                    **Summary([layer]).as_dict(self.ranks),
-                }
-                for layer in self.layers
-            },
-            "suggestion": self.suggestion.as_dict(),
-            "memory": self.memory,
-        }
+    numbers: dict[str, Any]
+    """Everything as JSON has it."""
 
 
 def report(
@@ -331,15 +312,27 @@ def report(
     """
     started = time.perf_counter()
     ranks = sorted(set(ranks))
-    known = max(ranks[-1], 4 * ranks[0])
+    rank, known = ranks[0], max(ranks[-1], 4 * ranks[0])
+    # Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less.
+    step = math.gcd(8, rank) if math.gcd(8, rank) < rank else max(1, rank // 2)
     with Source(checkpoint_folder(model)) as source:
         plan = SplitPlan(source, PissaConfig(r=1))
         planned = list(plan.layers.values())
-        memory = _memory(plan, ranks[0], quant, batch, length)
+        config = model_config(source.folder).get_text_config()
+        memory = training_memory(
+            {layer.name: layer.shape for layer in planned},
+            rank,
+            PissaConfig(quant=quant).form,
+            rest=sum(source.entry(name).nbytes for name in plan.copied),
+            dtype=planned[0].dtype,
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
+            tokens=batch * length,
+        )
         sides = [(min(layer.shape), sum(layer.shape)) for layer in planned]
         if budget is None:
-            budget = sum(min(ranks[0], side) * cost for side, cost in sides)
-        check_budget(sides, budget, _step(ranks[0]))
+            budget = sum(min(rank, side) * cost for side, cost in sides)
+        check_budget(sides, budget, step)
         chosen = sample(kinds_of(plan.layers), sampled) if sampled else plan.layers.keys()
         found: dict[str, LayerReport] = {}
         total = sum(math.prod(layer.shape) for layer in planned)
@@ -353,33 +346,27 @@ def report(
                 bar.update(math.prod(layer.shape))
     groups = [factors.layers for factors in plan.factors]
     layers = [found[name] for name in itertools.chain(*groups)]
-    suggestion = suggest(layers, budget, _step(ranks[0]), groups)
-    seconds = time.perf_counter() - started
-    return Report(os.fspath(model), quant, ranks, known, exact, layers, suggestion, memory, seconds)
-
-
-def _step(rank: int) -> int:
-    """Suggested ranks are multiples of 8; or of less, so that `rank` is one and some layers can get less."""
-    step = math.gcd(8, rank)
-    return step if step < rank else max(1, rank // 2)
-
-
-def _memory(plan: SplitPlan, rank: int, quant: str | None, batch: int, length: int) -> dict[str, Any]:
-    form = Form("implicit") if quant is None else Form.quantised(quant, PissaConfig.blocksize, PissaConfig.double_quant)
-    config = model_config(plan.source.folder).get_text_config()
-    layers = list(plan.layers.values())
-    sizes: dict[str, Any] = {
-        "rest": sum(plan.source.entry(name).nbytes for name in plan.copied),
-        "dtype": layers[0].dtype,
-        "hidden": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "tokens": batch * length,
+    kinds = by_kind(layers)
+    suggestion = suggest(layers, budget, step, groups)
+    numbers = {
+        "model": os.fspath(model),
+        "quant": quant,
+        "ranks": ranks,
+        "exact": exact,
+        "seconds": time.perf_counter() - started,
+        "total": Summary(layers).numbers(ranks),
+        "kinds": {kind: {"layers": len(some.layers), **some.numbers(ranks)} for kind, some in kinds.items()},
+        "layers": {
+            layer.name: {
+                "shape": list(layer.shape),
+                "norm": math.sqrt(layer.total),
+                "stable_rank": layer.stable_rank,
+                "singular_values": layer.values.tolist(),
+                **Summary([layer]).numbers(ranks),
+            }
+            for layer in layers
+        },
+        "suggestion": {name: value for name, value in suggestion._asdict().items() if name != "ranks"},
+        "memory": {"batch": batch, "length": length, "rank": rank, **memory},
     }
-    shapes = {layer.name: layer.shape for layer in layers}
-    return {
-        "batch": batch,
-        "length": length,
-        "rank": rank,
-        "plain": training_memory(shapes, rank, form, **sizes, checkpointing=False),
-        "checkpointing": training_memory(shapes, rank, form, **sizes, checkpointing=True),
-    }
+    return Report(kinds | {"all": Summary(layers)}, suggestion, numbers)

@@ -1,5 +1,109 @@
-"""The command line: the commands that `pissa --help` lists."""
+"""The command line: parses arguments, runs one command, turns an error that the user can put right into one line."""
 
-from pissa.cli.main import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import argparse
+import sys
+from collections.abc import Collection, Sequence
+from pkgutil import resolve_name
+from typing import Any
+
+from pissa.cli.terminal import UserError, silence_third_parties
+from pissa.files.staged import CompletedError
+
+# The commands and their help. Each is a module of its name, or what `_HOMES` names, with `run(args)`, and with
+# `add_arguments(parser)`, or the `trainer` of TRL whose options it has. It is imported only if it is given.
+COMMANDS = {
+    "finetune": "fine-tune a causal language model on your data",
+    "dpo": "train a causal language model on your preferences",
+    "demo": "LoRA, PiSSA and QPiSSA side by side on a small real model",
+    "init": "split a checkpoint on disk into residuals and a LoRA, in little memory",
+    "merge": "merge an adapter into a checkpoint on disk, in little memory",
+    "export": "write an adapter for another runtime: bitsandbytes, vLLM, llama.cpp, or merged",
+    "convert": "turn a PiSSA adapter of any layout into a plain LoRA",
+    "report": "spectra, errors of 4-bit bases, ranks and memory, before training",
+    "run": "run a program that trains with PEFT: its PiSSA and 4-bit LoRA are ours",
+    "env": "report versions and whether everything works",
+    "selftest": "check this installation; run it before you report a problem",
+    "completion": "print what a shell needs to complete these commands",
+}
+
+_HOMES = {
+    **{name: f"folders:{name.upper()}" for name in ("init", "merge", "export", "convert")},
+    **{name: f"training:{name.upper()}" for name in ("finetune", "dpo")},
+    "report": "report:REPORT",
+}
+
+# What an interrupted command leaves, if it leaves something.
+_INTERRUPTED = {
+    "finetune": "a run that has begun goes on with --resume",
+    "dpo": "a run that has begun goes on with --resume",
+    "demo": "to start it again, remove its folder",
+    "init": "the same command goes on with it",
+    "merge": "the same command goes on with it",
+    "export": "to bnb4 and merged, the same command goes on with it; else nothing is written",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the `pissa` command with these arguments, or with those of the process, which is then the command's own
+    (`args.is_process`). Returns 0 when done, now or by an earlier run; 1 when the environment or a check is broken, 2
+    for wrong input, 130 when interrupted."""
+    is_process = argv is None
+    argv = sys.argv[1:] if argv is None else argv
+    command = next(iter(argv), "")
+    try:
+        args = parser_for([command]).parse_args(argv, argparse.Namespace(is_process=is_process, argv=argv[1:]))
+        code: int = args.run(args)
+        return code
+    except UserError as error:
+        message, code = str(error), 2
+    except CompletedError as done:
+        message, code = f"{done}; nothing is written", 0
+    except ModuleNotFoundError as error:
+        from pissa.cli.env import needed
+
+        message, code = str(error), 2
+        if error.name in needed():
+            message = f'needs {error.name}, which is not installed: run `pip install "pissa[cli]"`'
+        elif "pip install" not in message:
+            raise
+    except KeyboardInterrupt as stop:
+        left = str(stop) or _INTERRUPTED.get(command, "nothing is written")
+        message, code = f"interrupted; {left}", 130
+    print(f"pissa {command}: {message}", file=sys.stderr)
+    return code
+
+
+def parser_for(named: Collection[str]) -> argparse.ArgumentParser:
+    """A parser of all commands. Only those that are named get their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="pissa", description="Fine-tune language models with PiSSA and QPiSSA (arXiv 2404.02948)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        home, own = _HOMES.get(name, name), dict[str, Any]()
+        if name in named and home.startswith("training"):
+            silence_third_parties()
+        module = resolve_name(f"pissa.cli.{home}") if name in named else None
+        if trainer := getattr(module, "trainer", None):
+            from pissa.cli.options import trl_parser
+
+            # Left to argparse, the usage would have a hundred lines.
+            usage = f"pissa {name} [options]; --help lists them"
+            own = {"parents": [trl_parser(trainer, add_help=False)], "usage": usage}
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, formatter_class=_ShowDefaults, **own)
+        if module is not None:
+            if not own:
+                module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+class _ShowDefaults(argparse.HelpFormatter):
+    """As argparse.ArgumentDefaultsHelpFormatter, but silent about "None" and "False"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = not any(action.default is none for none in (None, False, argparse.SUPPRESS)) and action.default != ""
+        return f"{action.help} (default: %(default)s)" if shown else action.help

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,16 +13,23 @@ from torch import Tensor
 
 import pissa
 from pissa import ops
+from pissa.ops.formats import FORMATS
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_FEW, _MANY = 4, 150
-"""Rows of x: few are multiplied by other kernels than many."""
-_IN, _OUT = 392, 264
-_SCALING = 0.5
-_TRAINED = ("x", "a", "b")
 _NOT_THE_MODELS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def checks(device: torch.device, models: bool) -> Iterator[tuple[str, Callable[[], Iterator[str]]]]:
+    """What `pissa selftest` checks on a device: names, and what finds what is wrong."""
+    for form in ("dense", *FORMATS):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
+            yield name, partial(wrong_in_linear, form, dtype, device)
+    for form in ("implicit", *FORMATS) if models else ():
+        yield f"a model, {form}: trained, saved, loaded", partial(wrong_in_model, form, device)
+
 
 # ---- A layer ---------------------------------------------------------------------------------------------------------
 
@@ -37,44 +45,40 @@ def wrong_in_linear(form: str, dtype: torch.dtype, device: torch.device) -> Iter
         form: of the weight, "dense" or a format.
         dtype: of the activations, and of a dense weight.
     """
-    for rows in (_FEW, _MANY):
-        given = _tensors(rows, dtype)
-        weight: Any = given["weight"].to(device)
+    for rows in (4, 150):  # few rows are multiplied by other kernels than many
+        shapes = {"x": (rows, 392), "weight": (264, 392), "bias": (264,), "dy": (rows, 264)}
+        shapes |= {"a": (8, 392), "b": (264, 8), "a0": (8, 392), "b0": (264, 8)}
+        generator = torch.Generator().manual_seed(0)
+        # No part of a sum is lost among the roundings of another.
+        given = {name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
+        given |= {name: given[name].to(dtype) for name in ("x", "weight", "dy")}
+        dense = given.pop("weight")
+        kept: Any = dense.to(device)
         if form != "dense":
-            weight = ops.quantize(weight.float(), form)
-            given["weight"] = ops.dequantize(weight).cpu()
-        tensors = {name: tensor.to(device) for name, tensor in given.items()}
-        got = _values(lambda x, weight, kept=weight, **rest: ops.linear(x, kept, **rest, scaling=_SCALING), tensors)
-        exact = _values(_linear64, {name: tensor.double() for name, tensor in given.items()})
-        bound = 4 * (math.sqrt(_IN) * 2.0**-24 + torch.finfo(dtype).eps)
+            kept = ops.quantize(kept.float(), form)
+            dense = ops.dequantize(kept).cpu()
+        got = _with_gradients(ops.linear, kept, {name: tensor.to(device) for name, tensor in given.items()})
+        exact = _with_gradients(_linear64, dense.double(), {name: tensor.double() for name, tensor in given.items()})
+        bound = 4 * (math.sqrt(392) * 2.0**-24 + torch.finfo(dtype).eps)
         for name, tensor in exact.items():
             error = (got[name].cpu().double() - tensor).abs().max() / tensor.abs().max()
             yield from _above(f"error of {name} ({rows} rows)", error.item(), bound)
 
 
-def _linear64(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
-    return x @ (weight + _SCALING * (b0 + b) @ (a0 + a)).mT + bias
+def _linear64(
+    x: Tensor, weight: Tensor, *, bias: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scaling: float
+) -> Tensor:
+    return x @ (weight + scaling * (b0 + b) @ (a0 + a)).mT + bias
 
 
-def _tensors(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A linear layer with an adapter of rank 8, its input, and the gradient dy."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (rows, _IN), "weight": (_OUT, _IN), "bias": (_OUT,), "a": (8, _IN), "b": (_OUT, 8)}
-    shapes |= {"a0": (8, _IN), "b0": (_OUT, 8), "dy": (rows, _OUT)}
-    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    for name, terms in {"weight": _IN, "a": _IN, "a0": _IN, "b": 8, "b0": 8}.items():
-        made[name] /= math.sqrt(terms)  # no part of the sum is lost among the roundings of another
-    return made | {name: made[name].to(dtype) for name in ("x", "dy", "weight")}
-
-
-def _values(function: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output and the gradients of x, a and b."""
-    tensors = {name: tensor.detach().requires_grad_(name in _TRAINED) for name, tensor in given.items()}
-    dy = tensors.pop("dy")
-    y = function(**tensors)
-    gradients = torch.autograd.grad(y, [tensors[name] for name in _TRAINED], dy)
-    names = [f"the gradient of {name}" for name in _TRAINED]
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+def _with_gradients(linear: Callable[..., Tensor], weight: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output, and the gradients of x, a and b, where dy is that of the output."""
+    tensors = {name: tensor.detach().requires_grad_(name in ("x", "a", "b")) for name, tensor in given.items()}
+    trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    x, dy = tensors.pop("x"), tensors.pop("dy")
+    y = linear(x, weight, **tensors, scaling=0.5)
+    gradients = torch.autograd.grad(y, list(trained.values()), dy)
+    return {"y": y.detach()} | {f"the gradient of {name}": g for name, g in zip(trained, gradients, strict=True)}
 
 
 def _above(what: str, got: float, allowed: float) -> Iterator[str]:
@@ -128,11 +132,7 @@ def _rounding_bound(model: PeftModel) -> float:
 
 
 def wrong_in_model(form: str, device: torch.device) -> Iterator[str]:
-    """What is wrong with a small model that is wrapped, trained, saved, and loaded: a line each.
-
-    Args:
-        form: of its base, "implicit" or a format.
-    """
+    """What is wrong with a small model, its base in this form, wrapped, trained, saved, and loaded: a line each."""
     from peft import PeftModel
 
     from pissa.layers.layer import pissa_layers

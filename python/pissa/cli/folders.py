@@ -15,43 +15,33 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import UserError, as_size, format_table, say, silence_third_parties, told
+from pissa.cli.terminal import as_size, format_table, number, passes, positive_int, say, silence_third_parties, told
 
 if TYPE_CHECKING:
     from pissa.checkpoints.init import Initialised
     from pissa.checkpoints.merge import Merged
-    from pissa.conversion import Conversion, ConvertedLayer
-    from pissa.integrations.exported import Exported
 
 
 class FolderCommand(NamedTuple):
     """A command that calls a function and reports what it has done."""
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    call: Callable[[argparse.Namespace], Any]
-    report: Callable[[argparse.Namespace, Any], None]
-    """Says what has been done, in lines."""
-    as_json: Callable[[Any], dict[str, Any]] = lambda done: done._asdict()
+    work: Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
+    """Calls the function and yields what JSON has of the result; then says it in lines."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Runs the command. Returns the exit code.
-
-        Raises:
-            UserError: for wrong arguments, folders and files. What an interrupted run has done stays.
-        """
+        """Runs the command. Returns the exit code. What an interrupted run has done stays."""
         silence_third_parties()
         from pissa.distributed import RankError
 
-        with _noted(shown=_is_first() and not args.json) as notes:
-            try:
-                done = self.call(args)
-            except (OSError, ValueError, RankError) as error:
-                raise UserError(str(error)) from error
-        if _is_first() and args.json:
-            print(json.dumps({**self.as_json(done), "notes": notes}, indent=2))
-        elif _is_first():
-            self.report(args, done)
+        work = self.work(args)
+        speaks = os.environ.get("RANK", "0") == "0"  # of those that torchrun has started
+        with _noted(shown=speaks and not args.json) as notes, told(OSError, ValueError, RankError):
+            done = next(work)
+        if speaks and args.json:
+            print(json.dumps({**done, "notes": notes}, indent=2))
+        elif speaks:
+            next(work, None)
         return 0
 
 
@@ -70,11 +60,6 @@ def _noted(shown: bool) -> Iterator[list[str]]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = note
         yield texts
-
-
-def _is_first() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _add_adapter(parser: argparse.ArgumentParser, target: str, base: str, base_is_required: bool = False) -> None:
@@ -162,24 +147,6 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
-def _init(args: argparse.Namespace) -> Initialised:
-    if args.is_process and "peft" not in sys.modules:
-        # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    from pissa.checkpoints.init import init
-    from pissa.config import PissaConfig
-    from pissa.files.hub import checkpoint_folder
-
-    with told(TypeError), _processes():  # a layer of a kind that cannot be adapted
-        return init(
-            checkpoint_folder(args.source),
-            args.target,
-            PissaConfig(r=args.rank, lora_alpha=args.alpha, **_options(args, *_METHOD)),
-            **_options(args, "memory", "device", "experts"),
-            progressbar=True,
-        )
-
-
 @contextmanager
 def _processes() -> Iterator[None]:
     """Joins the processes that torchrun has started, for the block."""
@@ -196,7 +163,23 @@ def _processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _report_init(args: argparse.Namespace, done: Initialised) -> None:
+def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if args.is_process and "peft" not in sys.modules:
+        # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    from pissa.checkpoints.init import init
+    from pissa.config import PissaConfig
+    from pissa.files.hub import checkpoint_folder
+
+    with told(TypeError), _processes():  # a layer of a kind that cannot be adapted
+        done = init(
+            checkpoint_folder(args.source),
+            args.target,
+            PissaConfig(r=args.rank, lora_alpha=args.alpha, **_options(args, *_METHOD)),
+            **_options(args, "memory", "device", "experts"),
+            progressbar=True,
+        )
+    yield done._asdict()
     kept = f"{done.layers} layers, rank {args.rank}, residual {args.quant or 'dense'}"
     say("split", f"{args.source}: {kept}, start {args.init}")
     say("read", _read(done))
@@ -212,7 +195,7 @@ def _report_init(args: argparse.Namespace, done: Initialised) -> None:
         say("", f"with the LoRA adapter {args.target / 'pissa_init'}")
 
 
-INIT = FolderCommand(_add_init, _init, _report_init)
+INIT = FolderCommand(_add_init, _init)
 
 # ---- pissa merge -----------------------------------------------------------------------------------------------------
 
@@ -233,15 +216,13 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _merge(args: argparse.Namespace) -> Merged:
+def _merge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.checkpoints.merge import merge
     from pissa.files.hub import checkpoint_folder
 
     base = checkpoint_folder(args.base)
-    return merge(args.adapter, base, args.target, **_options(args, "quant", "initial"), progressbar=True)
-
-
-def _report_merge(args: argparse.Namespace, done: Merged) -> None:
+    done = merge(args.adapter, base, args.target, **_options(args, "quant", "initial"), progressbar=True)
+    yield done._asdict()
     say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     say("read", _read(done))
     written = f"{done.quantised} layers in {args.quant}" if args.quant else "dense, rounded once"
@@ -249,7 +230,7 @@ def _report_merge(args: argparse.Namespace, done: Merged) -> None:
     say("saved", f"{args.target}: {as_size(done.bytes_written)}")
 
 
-MERGE = FolderCommand(_add_merge, _merge, _report_merge)
+MERGE = FolderCommand(_add_merge, _merge)
 
 # ---- pissa export ----------------------------------------------------------------------------------------------------
 
@@ -275,19 +256,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _export(args: argparse.Namespace) -> Exported:
+def _export(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from pissa.integrations.export import export
 
-    try:
-        options = _options(args, "base", "initial", "requantise")
-        return export(args.adapter, args.target, args.to, **options, progressbar=True)
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise UserError(str(error)) from error
-
-
-def _report_export(args: argparse.Namespace, done: Exported) -> None:
+    options = _options(args, "base", "initial", "requantise")
+    done = export(args.adapter, args.target, args.to, **options, progressbar=True)
+    yield done._asdict()
     say("adapter", f"{args.adapter}: {done.what}, {done.layers} layers")
     say("written", done.written)
     if done.worst is not None:
@@ -297,7 +271,7 @@ def _report_export(args: argparse.Namespace, done: Exported) -> None:
     say("load", done.load)
 
 
-EXPORT = FolderCommand(_add_export, _export, _report_export)
+EXPORT = FolderCommand(_add_export, _export)
 
 # ---- pissa convert ---------------------------------------------------------------------------------------------------
 
@@ -324,34 +298,24 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _convert(args: argparse.Namespace) -> Conversion:
-    from pissa.conversion import convert
+def _convert(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from pissa.conversion import convert, total_kept
 
     options = _options(args, "base", "initial", "rank", "energy", "subtracted")
-    return convert(args.adapter, args.target, **options, progressbar=True)
-
-
-def _conversion_as_json(done: Conversion) -> dict[str, Any]:
-    layers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
-    return {"layout": done.layout, "kept": done.kept, "layers": layers}
-
-
-def _report_conversion(args: argparse.Namespace, done: Conversion) -> None:
-    from pissa.conversion import total_kept
-
+    done = convert(args.adapter, args.target, **options, progressbar=True)
+    numbers = {name: {**layer._asdict(), "kept": layer.kept} for name, layer in done.layers.items()}
+    yield {"layout": done.layout, "kept": done.kept, "layers": numbers}
     say("source", f"{args.adapter}: {done.layout}")
-    kinds: dict[str, list[ConvertedLayer]] = defaultdict(list)
+    kinds = defaultdict[str, list[Any]](list)
     for name, layer in done.layers.items():
         kinds[name.removesuffix(".weight").rpartition(".")[2]].append(layer)
-    header, rows = ["layers", "number", "rank", "new rank"], []
-    for kind, layers in kinds.items():
-        ranks = _range([layer.rank_before for layer in layers]), _range([layer.rank for layer in layers])
-        rows.append([kind, str(len(layers)), *ranks])
     lowered = args.rank is not None or args.energy is not None
-    if lowered:
-        header += ["energy kept\nleast", "\nof all"]
-        for row, layers in zip(rows, kinds.values(), strict=True):
-            row += [f"{min(layer.kept for layer in layers):.4%}", f"{total_kept(layers):.4%}"]
+    header = ["layers", "number", "rank", "new rank", *(["energy kept\nleast", "\nof all"] if lowered else [])]
+    rows = []
+    for kind, layers in kinds.items():
+        ranks = as_range([layer.rank_before for layer in layers]), as_range([layer.rank for layer in layers])
+        energy = [f"{min(layer.kept for layer in layers):.4%}", f"{total_kept(layers):.4%}"] if lowered else []
+        rows.append([kind, str(len(layers)), *ranks, *energy])
     print(format_table(header, rows))
     if lowered:
         name, least = min(done.layers.items(), key=lambda item: item[1].kept)
@@ -359,9 +323,10 @@ def _report_conversion(args: argparse.Namespace, done: Conversion) -> None:
     say("saved", f"{args.target}: a plain LoRA for the unmodified base")
 
 
-def _range(numbers: list[int]) -> str:
+def as_range(numbers: list[int]) -> str:
+    """The least and the largest of numbers."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
 
 
-CONVERT = FolderCommand(_add_convert, _convert, _report_conversion, _conversion_as_json)
+CONVERT = FolderCommand(_add_convert, _convert)

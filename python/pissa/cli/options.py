@@ -17,9 +17,9 @@ from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 import pissa
-from pissa.cli.arguments import number, passes, positive_int
-from pissa.cli.terminal import UserError, told
+from pissa.cli.terminal import UserError, number, passes, positive_int, told
 from pissa.config import default_of, types_of_fields
+from pissa.files.messages import reading
 from pissa.files.staged import staged
 from pissa.ops.formats import FORMATS
 
@@ -112,11 +112,7 @@ def trl_parser(kind: str, **options: Any) -> TrlParser:
 
 
 def parse(args: Namespace, kind: str) -> tuple[Any, Any, Any]:
-    """Our options, the trainer's, and TRL's mixture of data sets, out of `args.argv` and `args.config`.
-
-    Raises:
-        UserError: a YAML file, or values that do not go together.
-    """
+    """Our options, the trainer's, and TRL's mixture of data sets, out of `args.argv` and `args.config`."""
     file = ["--config", args.config] if args.config else []  # TRL looks for these two words
     with told(OSError, ValueError, TypeError, yaml.YAMLError):
         ours, training, mixture, _ = trl_parser(kind).parse_args_and_config([*args.argv, *file])
@@ -131,12 +127,9 @@ def flag(name: str) -> str:
     return _ALIASES.get(name, f"--{name.replace('_', '-')}")
 
 
-def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
-    """The configuration that the options ask for.
-
-    Raises:
-        UserError: naming the field, what was given and what is allowed.
-    """
+def adapter_config(ours: Any, seed: int, split: pissa.PissaConfig | None = None) -> pissa.PissaConfig:
+    """The configuration that the options ask for, or that of a model that is split, which has the word: an option that
+    says otherwise is refused. The options are completed from it."""
     given = {name: value for name in _METHOD if (value := getattr(ours, name)) is not None} | {"r": ours.r or _RANK}
     for name in ("target_modules", "exclude_modules"):
         # PEFT takes a text as an expression for whole names, names in a list as their ends.
@@ -144,15 +137,7 @@ def adapter_config(ours: Any, seed: int) -> pissa.PissaConfig:
             case [only] if only == "all-linear" or re.search(r"[^\w.]", only):
                 given[name] = only
     with told(TypeError, ValueError):
-        return pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
-
-
-def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
-    """Completes the options of the method from a configuration; if it is that of a `split` model, it has the word.
-
-    Raises:
-        UserError: an option was given, and a folder of `pissa init` says otherwise.
-    """
+        config = split or pissa.PissaConfig(**given, seed=seed, task_type="CAUSAL_LM")
     for name, default in _METHOD.items():
         given, value = getattr(ours, name), getattr(config, name)
         value = sorted(value) if isinstance(value, set) else value
@@ -160,6 +145,7 @@ def settle(ours: Any, config: pissa.PissaConfig, split: bool) -> None:
             found = f"{ours.model_name_or_path} was split with {flag(name)} {value}"
             raise UserError(f"{flag(name)} {given}: {found}; leave {flag(name)} out")
         setattr(ours, name, value)
+    return config
 
 
 # ---- run.yaml --------------------------------------------------------------------------------------------------------
@@ -178,17 +164,13 @@ def record(out: Path, *options: Any) -> None:
 
 
 def go_on(out: Path, ours: Any, training: Any, mixture: Any) -> None:
-    """Checks that a folder holds a run with the same options. A rate that was to be found becomes the one that it had.
-
-    Raises:
-        UserError: the folder holds no run, or naming every option that differs.
-    """
+    """Checks that a folder holds a run with the same options, or names each that differs. A rate that was to be found
+    becomes the one that it had."""
     path = out / RUN_FILE
     if not path.is_file():
         raise UserError(f"--resume: {out} holds no run ({RUN_FILE} is missing); leave --resume out to start one")
-    after = "; needed: options by name; leave --resume out and give another --out to start anew"
-    errors = (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)
-    with told(*errors, before=f"{path} cannot be read: ", after=after):
+    needed = "Needed: options by name; leave --resume out and give another --out to start anew"
+    with told(ValueError), reading(path, needed):
         # An earlier version has had fewer options of the method.
         before = _METHOD | dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     if training.learning_rate == AUTO:

@@ -1,6 +1,6 @@
 """`pissa run`: runs a program of somebody else's, in which `pissa.integrations.peft` is enabled.
 
-The program takes the place of this process. Python, which it is or starts, imports `startup/sitecustomize.py`, for
+The program takes the place of this process. Python, which it is or starts, finds `startup/peft.py` for peft, for
 PYTHONPATH begins with that folder.
 """
 
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 
-from pissa.cli.startup import sitecustomize
+from pissa.cli.startup import peft
 from pissa.cli.terminal import UserError, told
 
 _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa run -- trl sft --config run.yaml"
@@ -34,32 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the program in the place of this process. In it and in the Python processes that it starts, which inherit
-    PYTHONPATH, adapters that PEFT makes are ours where `integrations.peft` says so.
-
-    Raises:
-        UserError: there is no such program.
-    """
+    PYTHONPATH, adapters that PEFT makes are ours where `integrations.peft` says so."""
     program: list[str] = args.program[1:] if args.program[:1] == ["--"] else args.program
-    command = _command(program)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [sitecustomize.FOLDER, os.environ.get("PYTHONPATH", "")]))
-    }
-    if args.init is not None:
-        environment[sitecustomize.INIT] = args.init
-    shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
-    print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
-    with told(OSError, before=f"{shown}: "):
-        os.execve(command[0], command, environment)
-
-
-def _command(program: list[str]) -> list[str]:
-    """The program and its arguments. A command of this environment comes before those on PATH."""
     if not program:
         raise UserError(f"got no program; {_ALLOWED}")
     name, *arguments = program
+    # A command of this environment comes before those on PATH.
+    found = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
     if name == "-m" or name.endswith(".py"):
-        return [sys.executable, *program]
-    path = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
-    if path is None:
+        found, arguments = sys.executable, program
+    if found is None:
         raise UserError(f"{name} is no command of this environment, and not on PATH; {_ALLOWED}")
-    return [path, *arguments]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [peft.FOLDER, os.environ.get("PYTHONPATH", "")]))
+    }
+    if args.init is not None:
+        environment[peft.INIT] = args.init
+    shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
+    print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
+    with told(OSError, before=f"{shown}: "):
+        os.execve(found, [found, *arguments], environment)

@@ -9,7 +9,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,15 +18,8 @@ from pissa.cli.terminal import UserError, silence_third_parties
 if TYPE_CHECKING:
     import torch
 
-Check = Callable[[], Iterable[str]]
-"""What is wrong, a line each."""
-
 _WIDTH = 58
 """Of a check's name with the dots behind it. The whole line fits into 80 columns."""
-
-_REPORT = """\
-To report a problem, give all of the above, what `pissa env` prints, and a few
-lines of code, or the command, that show it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,55 +27,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all checks, a line each. Returns 0 if none has failed, else 1.
-
-    Raises:
-        UserError: a device that cannot be used.
-    """
+    """Runs all checks, a line each. Returns 0 if none has failed, else 1."""
     print(f"Python {platform.python_version()}, {platform.platform()}")
     began = time.perf_counter()
-    core = "torch, the compiled core of pissa"
+    core, models = "torch, the compiled core of pissa", find_spec("peft") is not None
     # If torch or the core does not load, that is what is to be reported: nothing above imports either.
     passed = {core: _passes(core, _import_ops)}
-    devices, not_tested = _devices(args.device) if passed[core] else ([], "")
-    for device in devices:
-        print(f"\n{_described(device)}")
-        for name, check in _checks(device):
+    for device in _devices(args.device) if passed[core] else ():
+        from pissa.cli.checks import checks
+
+        for name, check in checks(device, models):
             passed[f"{device.type}: {name}"] = _passes(name, check)
-    if not_tested:
-        print(f"\nThe GPU was not tested: {not_tested}")
-    if not find_spec("peft"):
+    if not models:
         print('\nModels were not tested: PEFT is not installed; run `pip install "pissa[cli]"`')
     print(f"\n{sum(passed.values())} of {len(passed)} checks passed, in {time.perf_counter() - began:.0f} s.")
     for name in (name for name, right in passed.items() if not right):
         print(f"FAILED: {name}")
-    print(_REPORT)
+    print("To report a problem, give all of the above, what `pissa env` prints, and a few")
+    print("lines of code, or the command, that show it.")
     return 0 if all(passed.values()) else 1
 
 
-def _import_ops() -> tuple[str, ...]:
+def _import_ops() -> None:
     import pissa.cli.checks  # noqa: F401
 
-    silence_third_parties()
-    return ()
+    if find_spec("peft") is not None:
+        silence_third_parties()
 
 
-def _checks(device: torch.device) -> Iterator[tuple[str, Check]]:
-    import torch
-
-    from pissa.cli.checks import wrong_in_linear, wrong_in_model
-    from pissa.ops.formats import FORMATS
-
-    for form in ("dense", *FORMATS):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            name = f"linear, {form} weight, {str(dtype).removeprefix('torch.')}"
-            yield name, partial(wrong_in_linear, form, dtype, device)
-    for form in ("implicit", *FORMATS) if find_spec("peft") else ():
-        yield f"a model, {form}: trained, saved, loaded", partial(wrong_in_model, form, device)
-
-
-def _passes(name: str, check: Check) -> bool:
-    """Runs and prints a check. An error that it raises is a failure too."""
+def _passes(name: str, check: Callable[[], Iterable[str] | None]) -> bool:
+    """Runs and prints a check, which finds what is wrong, a line each. An error that it raises is a failure too."""
     # Before it runs: this line tells which check has hung, or ended the process.
     print(f"  {f'{name} ':.<{_WIDTH}}", end=" ", flush=True)
     began = time.perf_counter()
@@ -91,7 +64,7 @@ def _passes(name: str, check: Check) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrong.extend(check())
+            wrong.extend(check() or ())
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{where.name} ({Path(where.filename).name}, line {where.lineno})"
@@ -102,25 +75,23 @@ def _passes(name: str, check: Check) -> bool:
     return not wrong
 
 
-def _devices(asked: str | None) -> tuple[list[torch.device], str]:
-    """Where to compute; and why not on the GPU, if there is one that was not asked to be left out."""
+def _devices(asked: str | None) -> Iterator[torch.device]:
+    """Where to compute, said before each; and, of a GPU that was not asked to be left out, why not there."""
     import torch
 
+    import pissa
     from pissa.ops._load import cuda_problem
 
     has_gpu = torch.cuda.is_available()
     problem = cuda_problem if has_gpu else "torch finds no GPU here"
     if asked == "cuda" and problem is not None:
         raise UserError(f"--device cuda: {problem}; without --device all is tested that can be used")
-    names = [asked] if asked is not None else ["cpu"] if problem is not None else ["cpu", "cuda"]
-    not_tested = problem if has_gpu and asked is None else None
-    return [torch.device(name) for name in names], not_tested or ""
-
-
-def _described(device: torch.device) -> str:
-    import torch
-
-    import pissa
-
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else pissa.build_info()["isa"]
-    return f"{device.type}: pissa {pissa.__version__}, torch {torch.__version__}, {kind}"
+    versions = f"pissa {pissa.__version__}, torch {torch.__version__}"
+    if asked != "cuda":
+        print(f"\ncpu: {versions}, {pissa.build_info()['isa']}")
+        yield torch.device("cpu")
+    if asked != "cpu" and problem is None:
+        print(f"\ncuda: {versions}, {torch.cuda.get_device_name()}")
+        yield torch.device("cuda")
+    elif asked is None and has_gpu:
+        print(f"\nThe GPU was not tested: {problem}")

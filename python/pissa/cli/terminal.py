@@ -1,17 +1,21 @@
-"""What a command says: lines and tables on stdout, errors that the user can put right, other packages kept silent."""
+"""What a command is told, numbers within limits; and what it says: lines and tables on stdout, errors that the user can
+put right, other packages kept silent."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from pissa.files.messages import first_line
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it."""
+    """Something that the user can put right: the message says what is wrong, what is allowed and how to fix it. Any
+    command may raise it, before something is overwritten."""
 
 
 @contextmanager
@@ -67,3 +71,26 @@ def silence_third_parties() -> None:
 
     # These bars last a tenth of a second ("Loading weights", "Writing model shards") between our own lines.
     transformers_logging.disable_progress_bar()
+
+
+def number(convert: Callable[[str], Any], allowed: str, valid: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A `type` for argparse: `convert` reads the text, `valid` checks the value, `allowed` completes the error."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not valid(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {allowed}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, "a whole number above 0", lambda value: value > 0)
+passes = number(
+    lambda text: text if text == "auto" else int(text),
+    "auto, or an even number of at least 2",
+    lambda value: value == "auto" or (value >= 2 and value % 2 == 0),
+)

@@ -1,4 +1,5 @@
-"""What `pissa finetune` and `pissa dpo` do: wrap a model, check it, have TRL train it, save the adapter."""
+"""`pissa finetune`, with TRL's SFTTrainer, and `pissa dpo`, with its DPOTrainer: wrap a model, check it, have TRL train
+it, save the adapter."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -31,9 +32,9 @@ from trl.trainer.utils import create_model_from_path
 
 import pissa
 from pissa.cli.checks import Step0, step0_check
-from pissa.cli.data import is_records
-from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record, settle
-from pissa.cli.plot import Curve, plot_losses
+from pissa.cli.data import encode, is_records, prompt_and_answer, read_chats, read_preferences
+from pissa.cli.options import AUTO, RUN_FILE, adapter_config, go_on, parse, record
+from pissa.cli.pictures import draw_losses
 from pissa.cli.terminal import UserError, say, told
 from pissa.files.messages import first_line
 from pissa.files.model_folder import read_config
@@ -44,56 +45,63 @@ from pissa.notices import InexactLoraWarning
 
 PICTURE_FILE = "loss.png"
 
-Rows = Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
-"""Reads a file of records, or the built-in data, for the trainer, with a note on what was cut: (source, seed,
-tokenizer, most tokens)."""
-Check = Callable[[Any, Step0], tuple[str, bool]]
-"""Checks a trainer before its first step, beside the logits: what it found, and whether that is right."""
 
+class Training(NamedTuple):
+    """A command that trains by one of TRL's trainers."""
 
-def run(args: argparse.Namespace, kind: str, rows: Rows, check: Check = lambda trainer, found: ("", True)) -> int:
-    """Runs one training by TRL's trainer of a kind. Returns the exit code.
+    trainer: str
+    """Its name without "Trainer"."""
+    unit: str
+    """What a loss is the mean of."""
+    rows: Callable[[str, int, Any, int], tuple[list[dict[str, Any]], str]]
+    """Those of a file, or of the built-in data (source, seed, tokenizer, most tokens), and a note on what was cut."""
+    check: Callable[[Any, Step0], tuple[str, bool]]
+    """What is found of a trainer before its first step, beside the logits, and whether that is right."""
 
-    Raises:
-        UserError: for wrong options, files and models.
-    """
-    ours, training, mixture = parse(args, kind)
-    screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
-    with contextlib.redirect_stdout(screen), _images_fit(training):
-        config, split = _settle(ours, training, mixture)
-        code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
-        processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
-        train, held_out = _data(ours, training, mixture, rows, getattr(processor, "tokenizer", processor))
-        model = _model(ours, training, config, split, **code)
-        datasets.disable_progress_bars()
-        stop = SaveAndStop()
-        names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
-        recorded, training.model_init_kwargs = training.model_init_kwargs, None  # TRL would say that it ignores them
-        with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
-            callbacks = [EndIfComplete(), Costs(), stop]
-            trainer: Any = getattr(trl, f"{kind}Trainer")(model, args=training, callbacks=callbacks, **names)
-        training.model_init_kwargs = recorded
-        if not training.disable_tqdm:
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(LossBar)
-        result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
-        result["check"] = _check(trainer, check)
-        if passed := result["check"]["passed"]:
-            if training.learning_rate == AUTO:
-                training.learning_rate = _rate(trainer, None if kind == "SFT" else trainer.compute_loss)
-            if trainer.is_world_process_zero() and not ours.resume:
-                record(Path(training.output_dir), ours, training, mixture)
-            _train(trainer, ours, stop, f"pissa {args.command}")
-            result |= _report(trainer, ours, split, {"SFT": "answer token", "DPO": "pair"}[kind])
-        # DDP's reducer goes before its process group. If it is the last to hold the group, it waits with Python's lock
-        # for a thread of gloo's that waits for the lock (torch 2.13).
-        accelerator = trainer.accelerator
-        del trainer
-        accelerator.free_memory()
-        accelerator.end_training()
-    if ours.json and not training.process_index:
-        print(json.dumps(result, indent=2))
-    return 0 if passed else 1
+    def run(self, args: argparse.Namespace) -> int:
+        """Runs one training. Returns the exit code."""
+        ours, training, mixture = parse(args, self.trainer)
+        screen = io.StringIO() if training.process_index else sys.stderr if ours.json else sys.stdout
+        with contextlib.redirect_stdout(screen), _images_fit(training):
+            config, split = _settle(ours, training, mixture)
+            code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
+            processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
+            train, held_out = _data(ours, training, mixture, self.rows, getattr(processor, "tokenizer", processor))
+            model = _model(ours, training, config, split, **code)
+            datasets.disable_progress_bars()
+            watch = Watch()
+            names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
+            recorded = training.model_init_kwargs
+            training.model_init_kwargs = None  # TRL would say that it ignores them
+            with told(ValueError, KeyError):  # options that do not go together, or do not fit the data
+                made = getattr(trl, f"{self.trainer}Trainer")
+                trainer: Any = made(model, args=training, callbacks=[watch], **names)
+            training.model_init_kwargs = recorded
+            if not training.disable_tqdm:
+                trainer.remove_callback(ProgressCallback)
+                trainer.add_callback(LossBar)
+            result = {"out": training.output_dir, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
+            result["check"] = _check(trainer, self.check)
+            if passed := result["check"]["passed"]:
+                if training.learning_rate == AUTO:
+                    loss = None if self is FINETUNE else trainer.compute_loss
+                    with told(ValueError, before=f"--lr {AUTO}: "):
+                        found = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
+                    training.learning_rate = found.rate
+                    say("rate", found.text)
+                if trainer.is_world_process_zero() and not ours.resume:
+                    record(Path(training.output_dir), ours, training, mixture)
+                _train(trainer, ours, watch, f"pissa {args.command}")
+                result |= _report(trainer, ours, split, self.unit)
+            # DDP's reducer goes before its process group. If it is the last to hold the group, it waits with Python's
+            # lock for a thread of gloo's that waits for the lock (torch 2.13).
+            accelerator = trainer.accelerator
+            del trainer
+            accelerator.free_memory()
+            accelerator.end_training()
+        if ours.json and not training.process_index:
+            print(json.dumps(result, indent=2))
+        return 0 if passed else 1
 
 
 @contextlib.contextmanager
@@ -121,27 +129,27 @@ def _settle(ours: Any, training: Any, mixture: Any) -> tuple[pissa.PissaConfig, 
         if not value:
             raise UserError(f"--{name} is missing; needed: --model, --data and --out")
     folder, out = Path(ours.model_name_or_path), Path(training.output_dir)
-    split = (folder / PISSA_RECORD).is_file()
-    if ours.method == "lora" and split:
+    is_split = (folder / PISSA_RECORD).is_file()
+    if ours.method == "lora" and is_split:
         raise UserError(
             f"--method lora: {folder} holds residuals, which lack what PiSSA starts from; give the model that was split"
         )
     if ours.method == "lora" and ours.quant:
         raise UserError(f"--quant {ours.quant} needs --method pissa; plain LoRA is trained on the base as it is")
     with told(OSError, ValueError, before=f"--model {folder}: "):
-        config = AdapterRecord.read(folder / PISSA_RECORD).config if split else adapter_config(ours, training.seed)
-        base = read_config(folder) if split else {}
-    settle(ours, config, split)
+        split = AdapterRecord.read(folder / PISSA_RECORD).config if is_split else None
+        base = read_config(folder) if is_split else {}
+    config = adapter_config(ours, training.seed, split)
     ours.dtype = ours.dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if ours.resume:
         go_on(out, ours, training, mixture)
     elif training.process_index == 0:
         with told(ValueError, before="--out "):
             check_unused(out, "go on with that run by --resume, or " if (out / RUN_FILE).is_file() else "")
-    return config, split
+    return config, is_split
 
 
-def _data(ours: Any, training: Any, mixture: Any, rows: Rows, tokenizer: Any) -> tuple[Any, Any]:
+def _data(ours: Any, training: Any, mixture: Any, rows: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any]:
     """What to train on and what is held out, as TRL takes it."""
 
     def source(label: str, name: str, split: str) -> Any:
@@ -217,14 +225,7 @@ def _batches(trainer: Any, count: int) -> list[Any]:
     return [send_to_device(trainer.data_collator(batch), trainer.model.device) for batch in batches]
 
 
-def _rate(trainer: Any, loss: Callable[..., Any] | None) -> float:
-    with told(ValueError, before=f"--lr {AUTO}: "):
-        rate, text, *_ = pissa.suggest_lr(trainer.model, _batches(trainer, 30), loss=loss)
-    say("rate", text)
-    return float(rate)
-
-
-def _check(trainer: Any, more: Check) -> dict[str, Any]:
+def _check(trainer: Any, more: Callable[..., tuple[str, bool]]) -> dict[str, Any]:
     found = step0_check(trainer.model, _batches(trainer, 1)[0])
     text, right = more(trainer, found)
     say("check", f"logits at step 0 differ by {found.difference:.1e} from the base's (bound {found.bound:.1e}){text}")
@@ -237,7 +238,7 @@ def _check(trainer: Any, more: Check) -> dict[str, Any]:
 # ---- Training, and after ---------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
+def _train(trainer: Any, ours: Any, watch: Watch, command: str) -> None:
     """Trains, from a checkpoint on if asked, evaluates before and after, and saves."""
     args, out = trainer.args, Path(trainer.args.output_dir)
     checkpoint = args.resume_from_checkpoint or (_last_checkpoint(out) if ours.resume else None)
@@ -248,10 +249,10 @@ def _train(trainer: Any, ours: Any, stop: SaveAndStop, command: str) -> None:
         # Said once at the end, not across the progress bar at the first checkpoint.
         warnings.simplefilter("ignore", InexactLoraWarning)
         # Several processes would not all hear of it in the same step.
-        listening = stop.listening() if args.world_size == 1 else contextlib.nullcontext()
+        listening = watch.listening() if args.world_size == 1 else contextlib.nullcontext()
         with listening, contextlib.suppress(CompleteError):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        if stop.requested:
+        if watch.requested:
             raise KeyboardInterrupt(
                 f"saved after step {trainer.state.global_step}; go on by: {command} --config {out / RUN_FILE} --resume"
             )
@@ -276,9 +277,9 @@ def _report(trainer: Any, ours: Any, split: bool, unit: str) -> dict[str, Any]:
         return {}
     seconds, memory = statistics.median(row["seconds"] for row in steps), steps[-1]["peak_memory_mib"]
     if trainer.is_world_process_zero():
-        curve = Curve(_method_name(ours), [row["step"] for row in steps], losses)
+        curves = {_method_name(ours): ([row["step"] for row in steps], losses)}
         title = f"{Path(model).name}, rank {ours.r}, learning rate {trainer.args.learning_rate:g}"
-        plot_losses([curve], Path(out) / PICTURE_FILE, title, unit)
+        draw_losses(curves, Path(out) / PICTURE_FILE, title, unit)
     first, last = (statistics.mean(part) for part in (losses[:5], losses[-5:]))
     say("loss", f"{first:.4f} in the first 5 steps, {last:.4f} in the last 5")
     if held_out:
@@ -301,41 +302,18 @@ def peak_memory_mib() -> float:
     """Highest memory so far, in MiB: what a GPU has allocated, without one what is resident of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if (status := Path("/proc/self/status")).is_file():
-        # Not getrusage: its maximum survives exec, so a child would start with that of the process that made it.
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-
-
-class Costs(TrainerCallback):  # type: ignore[misc]
-    """Notes `seconds` of the step and `peak_memory_mib` with each logged loss, in trainer_state.json."""
-
-    started = seconds = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if "loss" in logs:
-            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory_mib(), 1)}
-            state.log_history[-1].update(costs)
+    # Not getrusage: its maximum survives exec, so a child would start with that of the process that made it.
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 2**10
 
 
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """One progress bar, with the loss. ProgressCallback has a second one, and prints a line for each step."""
+    """A progress bar with the loss. ProgressCallback prints a line for each step."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("training", refresh=False)
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.training_bar is None:
-            super().on_prediction_step(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
@@ -346,22 +324,17 @@ class CompleteError(Exception):
     """All steps of a run have been made."""
 
 
-class EndIfComplete(TrainerCallback):  # type: ignore[misc]
-    """Ends a training that is resumed behind its last step. Trainer makes one more, in an epoch that has more batches.
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Notes `seconds` of the step and `peak_memory_mib` with each logged loss, in trainer_state.json. At Ctrl-C the
+    step is finished, a checkpoint written, and the training ends; a second one ends it at once.
 
     Raises:
-        CompleteError: out of `train`, when the checkpoint has been loaded.
+        CompleteError: out of `train`, if it is resumed behind its last step, when the checkpoint has been loaded.
+            Trainer makes one more step, in an epoch that has more batches.
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise CompleteError
-
-
-class SaveAndStop(TrainerCallback):  # type: ignore[misc]
-    """At Ctrl-C the step is finished, a checkpoint written, and the training ends. A second one ends it at once."""
-
     requested = False
+    started = seconds = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -377,6 +350,63 @@ class SaveAndStop(TrainerCallback):  # type: ignore[misc]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nending after this step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise CompleteError
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" in logs:
+            costs = {"seconds": round(self.seconds, 4), "peak_memory_mib": round(peak_memory_mib(), 1)}
+            state.log_history[-1].update(costs)
+
+
+# ---- The two commands ------------------------------------------------------------------------------------------------
+
+
+def _answers(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
+    rows, cut, left_out = encode(read_chats(source, seed), tokenizer, max_length)
+    note = f", {cut:,} answers cut at {max_length} tokens" if cut else ""
+    return rows, note + (f", {left_out:,} left out (their prompt alone is longer)" if left_out else "")
+
+
+def _preferences(source: str, seed: int, tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], str]:
+    """Messages, as TRL takes them; texts with the Alpaca prompt, to which TRL adds the start token, for a tokenizer
+    without a chat template."""
+    rows = []
+    for chosen, rejected in read_preferences(source):
+        prompt: Any = chosen.messages[:-1]
+        answers: list[Any] = [chosen.messages[-1:], rejected.messages[-1:]]
+        if tokenizer.chat_template is None:
+            (prompt, answers[0]), (_, answers[1]) = (prompt_and_answer(chat, tokenizer) for chat in (chosen, rejected))
+            prompt = prompt.removeprefix(tokenizer.bos_token or "")
+        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+    return rows, ""
+
+
+def _starts_at_ln_2(trainer: Any, found: Step0) -> tuple[str, bool]:
+    """The reference is the model without its adapter: the margin between answers is 0, and the first loss ln 2.
+
+    The log-probability of a token is off by at most twice the largest difference of its logits; the sum over T tokens
+    by 2 sqrt(T) times the norm of all differences. The loss moves by beta / 2 times that.
+    """
+    if "ref" in trainer.model.peft_config:  # TRL's copy of the adapter, which computes what the base does
+        trainer.model.delete_adapter("ref")
+    args, data = trainer.args, trainer.train_dataset
+    if args.loss_type != ["sigmoid"] or args.label_smoothing or not hasattr(data, "select"):
+        return "", True
+    first = data.select(range(min(args.per_device_train_batch_size, len(data))))
+    loss = trainer.evaluate(first, metric_key_prefix="start")["start_loss"]
+    bound = args.beta * math.sqrt(found.tokens) * found.bound * found.norm
+    return f"; first loss {loss:.6f}, ln 2 = {math.log(2):.6f} (bound {bound:.1e})", abs(loss - math.log(2)) <= bound
+
+
+FINETUNE = Training("SFT", "answer token", _answers, lambda trainer, found: ("", True))
+DPO = Training("DPO", "pair", _preferences, _starts_at_ln_2)

@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from pissa.ops.checks import check_choice
-from pissa.peft_private import adapters_loaded_by, models_made_by
+from pissa.peft_private import taken_over
 
 Notify = Callable[[str], None]
 Start = Literal["pissa"]
@@ -56,8 +56,7 @@ def enable(notify: Notify | None = None, init: Start | None = None) -> None:
     _notify, _init = notify, init
     if _undo is None:
         _undo = ExitStack()
-        _undo.enter_context(models_made_by(_made))
-        _undo.enter_context(adapters_loaded_by(_loaded))
+        _undo.enter_context(taken_over(_made, _loaded))
 
 
 def disable() -> None:

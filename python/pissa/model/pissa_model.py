@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -30,11 +29,7 @@ from pissa.model.decompose import decompose
 from pissa.model.inject import check_adapter_name, check_plain, complete, prepare, restored_on_error, warn_of_dropout
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, load_whole, refuse_residuals
-from pissa.notices import RewardsWarning
 from pissa.peft_private import MendedPeftModel
-
-_OF_REWARDS = frozenset({"grpo", "rloo", "gmpo"})
-"""What TRL tags a model with that it trains by rewards alone."""
 
 
 class PissaModel(MendedPeftModel):
@@ -56,7 +51,6 @@ class PissaModel(MendedPeftModel):
         model.register_state_dict_pre_hook(refuse_residuals)  # type: ignore[no-untyped-call]
         self.register_forward_hook(_add_orthogonality_loss)
         self.warned_of_plain_lora = False
-        self.warned_of_rewards = False
         self.vocabulary_was_resized = False
 
     def add_adapter(
@@ -182,25 +176,6 @@ class PissaModel(MendedPeftModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but what `peft.set_peft_model_state_dict` loads is loaded whole or not at all."""
         return load_whole(self, state_dict, partial(super().load_state_dict, strict=strict, assign=assign))
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        """Tags the base, as in transformers. Trainers do so before they train; those of reinforcement learning are
-        warned of PiSSA's start, once."""
-        inits = {self.peft_config[name].init for name in self.active_adapters}
-        starts = ", ".join(sorted(f'init="{init}"' for init in inits if init.startswith("pissa")))
-        is_of_rewards = not _OF_REWARDS.isdisjoint([tags] if isinstance(tags, str) else tags)
-        if starts and is_of_rewards and not self.warned_of_rewards:
-            self.warned_of_rewards = True
-            warnings.warn(
-                f"Reinforcement learning with {starts}: arXiv 2512.23165 saw adapters that start from singular "
-                "components, principal or minor ones, collapse when they were trained by verifiable rewards, where "
-                "LoRA's start did not. Give preset=\"rl\" instead, LoRA's start with rank-stabilised scaling: "
-                'pissa.wrap(model, preset="rl", r=16), with quant="nf4" for a 4-bit base, and repair="pissa" with it '
-                "for QPiSSA's.",
-                RewardsWarning,
-                stacklevel=3,  # what makes the trainer
-            )
-        self.base_model.model.add_model_tags(tags)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -128,11 +128,7 @@ class _Trial:
         self.seen, self.unseen = batches[:half], batches[half:]
 
     def unit_step(self) -> float:
-        """L / |g|_1 of the first batch: the step along sign(g) in which the slope takes the loss to 0.
-
-        Raises:
-            ValueError: the loss, or its gradient, is no number to start from.
-        """
+        """L / |g|_1 of the first batch: the step along sign(g) in which the slope takes the loss to 0."""
         self.reset()
         self._model.train()
         loss = self._loss(self._model, self.seen[0])
@@ -176,11 +172,7 @@ class _Trial:
 
 
 def _bracket(trial: Callable[[float], float], first: float) -> dict[float, float]:
-    """Losses by rate, factors of two apart; the least is not at an end.
-
-    Raises:
-        ValueError: there is none such among the trials that are allowed.
-    """
+    """Losses by rate, factors of two apart; the least is not at an end."""
     losses = {first: trial(first)}
     while len(losses) < MOST_TRIALS:
         best = min(losses, key=lambda rate: (losses[rate], rate))  # all diverged: on to smaller ones

@@ -105,10 +105,10 @@ def test_a_method_has_one_colour_in_all_pictures() -> None:
     """In those of the command line too. What a legend calls QPiSSA is it at any number of alternations."""
     from bench.experiments.figures import style
     from bench.experiments.methods import METHODS
-    from pissa.cli.plot import Curve
+    from pissa.cli.pictures import STYLES
 
     for method in ("lora", "pissa", "qpissa_1", "qpissa_5"):
         name = METHODS[method].label.partition(",")[0]
-        assert style(method).color == Curve(name, [], []).style["color"]
+        assert style(method).color == STYLES[name.partition(" ")[0]]["color"]
     assert style("loftq").color == style("LoftQ, T = 1").color
     assert len({style(method).color for method in ("lora", "pissa", "qpissa_1", "loftq")}) == 4

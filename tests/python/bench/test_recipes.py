@@ -16,7 +16,7 @@ from tiny_model import tiny_tokenizer
 RECIPES = Path(__file__).parents[3] / "bench" / "recipes"
 
 
-@pytest.mark.parametrize(("name", "base"), [("table_2", (None, None)), ("table_2_4bit", ("nf4", 5))])
+@pytest.mark.parametrize(("name", "base"), [("table_2", (None, 1)), ("table_2_4bit", ("nf4", 5))])
 def test_finetune_takes_the_papers_options(name: str, base: tuple[str | None, int | None]) -> None:
     flags = ["--data", "metamath.jsonl", "--lr", "1e-4", "--bf16", "false"]  # bfloat16 needs a machine that has it
     ours, training, _ = parse(Namespace(config=str(RECIPES / f"{name}.yaml"), argv=flags), "SFT")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pissa
-from pissa.checkpoints.training_memory import training_memory
+from pissa.checkpoints.report import training_memory
 from pissa.config import Form
 from pissa.layers.layer import pissa_layers
 
@@ -36,8 +36,7 @@ def predicted(model: nn.Module, form: Form) -> dict[str, int]:
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         tokens=BATCH * LENGTH,
-        checkpointing=False,
-    )
+    )["plain"]
 
 
 def nbytes(tensors: list[torch.Tensor]) -> int:
@@ -95,7 +94,8 @@ def test_formula() -> None:
     layers = {"h.0.q": (6, 4), "h.0.v": (3, 4), "h.1.q": (6, 4)}
     sizes: dict[str, Any] = {"rest": 1000, "dtype": torch.bfloat16, "hidden": 4, "vocabulary": 10, "tokens": 15}
     parameters = 2 * (10 + 7 + 10)
-    plain = training_memory(layers, 2, Form("implicit"), **sizes, checkpointing=False)
+    found = training_memory(layers, 2, Form("implicit"), **sizes)
+    plain, less = found["plain"], found["checkpointing"]
     total = plain.pop("total")
     assert plain == {
         "weights": 1000 + 2 * (24 + 12 + 24),
@@ -106,9 +106,8 @@ def test_formula() -> None:
         "activations": 15 * (27 * 2 + 160),
     }
     assert total == sum(plain.values())
-    less = training_memory(layers, 2, Form("implicit"), **sizes, checkpointing=True)
     assert less["activations"] == 15 * (2 * 4 * 2 + 160)
-    no_logits = training_memory(layers, 2, Form("implicit"), **sizes | {"vocabulary": 0}, checkpointing=True)
+    no_logits = training_memory(layers, 2, Form("implicit"), **sizes | {"vocabulary": 0})["checkpointing"]
     assert no_logits["activations"] == 15 * (2 * 4 * 2 + 17 * 2)
-    of_a_small_side = training_memory(layers, 4, Form("implicit"), **sizes, checkpointing=False)
+    of_a_small_side = training_memory(layers, 4, Form("implicit"), **sizes)["plain"]
     assert of_a_small_side["trained"] == 4 * (4 * 10 + 3 * 7 + 4 * 10)

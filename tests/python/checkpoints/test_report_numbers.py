@@ -31,7 +31,7 @@ def test_exact_spectrum(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert found.total == pytest.approx(float(expected.square().sum()), rel=1e-12)
     for rank in (1, len(expected) // 2, len(expected)):
         held = float(expected[:rank].square().sum() / expected.square().sum())
-        assert found.energy(rank) == pytest.approx(held, abs=1e-6)
+        assert Summary([found]).energy(rank) == pytest.approx(held, abs=1e-6)
         assert found.lost(rank) == pytest.approx((1 - held) * found.total, abs=2e-6 * found.total)
     assert found.stable_rank == pytest.approx(float(expected.square().sum() / expected[0] ** 2), rel=1e-6)
 
@@ -42,13 +42,13 @@ def test_leading_values_are_never_above_the_true_ones() -> None:
         found, true = layer_report("layer", weight, 16), torch.linalg.svdvals(weight.double())
         assert found.values.shape == (16,)
         assert (found.values <= true[:16] * (1 + 1e-6)).all()
-        assert found.energy(16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
+        assert Summary([found]).energy(16) >= 0.99 * float(true[:16].square().sum() / true.square().sum())
         assert found.total == pytest.approx(float(true.square().sum()), rel=1e-6)
 
 
 def test_a_weight_of_zeros_loses_nothing() -> None:
     found = layer_report("layer", torch.zeros(8, 8), 2)
-    assert (found.energy(2), found.lost(2), found.stable_rank) == (1.0, 0.0, 0.0)
+    assert (Summary([found]).energy(2), found.lost(2), found.stable_rank) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])

@@ -136,7 +136,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def interrupted(times: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     """The exit code of a command that gets so many Ctrl-C in its second step."""
-    from pissa.cli.training import Costs
+    from pissa.cli.training import Watch
 
     begun = []
 
@@ -146,7 +146,7 @@ def interrupted(times: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Costs, "on_step_begin", interrupt)
+        patch.setattr(Watch, "on_step_begin", interrupt)
         return main(arguments)
 
 

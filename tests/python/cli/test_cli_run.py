@@ -16,6 +16,7 @@ import pissa
 from daily import each
 from language_models import train
 from pissa.cli import main
+from pissa.cli.startup import peft as startup
 from tiny_model import save_tiny_model
 
 PROGRAM = Path(__file__).parents[1] / "support" / "peft_program.py"
@@ -57,7 +58,8 @@ def test_a_program_trains_what_wrap_makes(trains: str, tmp_path: Path) -> None:
     expected = train(model, torch.arange(24).view(2, 12))
     count = 1 if trains == "child" else 2
     for text, arguments, losses in ((parent, [trains, "--flag"], expected * (count - 1)), (child, ["last"], expected)):
-        assert json.loads(text) == {"arguments": arguments, "path": str(PROGRAM.parent), "losses": losses}
+        path = [str(PROGRAM.parent), startup.FOLDER]  # which processes that it spawns begin with
+        assert json.loads(text) == {"arguments": arguments, "path": path, "losses": losses}
     took = (
         "pissa run: LoraConfig(init_lora_weights='pissa_niter_16') became PiSSA: rank 4, 14 layers, the base unchanged"
     )
@@ -79,7 +81,7 @@ def test_modules_and_commands(tmp_path: Path) -> None:
     )
     path, init = done.stdout.splitlines()
     assert (done.returncode, init) == (5, "pissa")
-    assert Path(path.split(os.pathsep)[0], "sitecustomize.py").is_file()
+    assert Path(path.split(os.pathsep)[0], "peft.py").is_file()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoints": PEFT | {"safetensors", "tqdm"},
     "training": PEFT | {"tqdm"},
     "integrations": PEFT | {"safetensors", "tqdm"},
-    "cli": PEFT | {"tqdm", "numpy", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets", "trl", "yaml"},
+    "cli": PEFT | {"tqdm", "matplotlib", "safetensors", "gguf", "reasoning_gym", "datasets", "trl", "yaml"},
 }
 # Libraries that one module alone uses.
 ALONE = {

@@ -34,5 +34,5 @@ def losses(folder: str) -> list[float]:
 if __name__ == "__main__":
     script, folder, *others = sys.argv
     found = losses(folder) if others[0] in ("both", "last") else []
-    print(json.dumps({"arguments": others, "path": sys.path[0], "losses": found}), flush=True)
+    print(json.dumps({"arguments": others, "path": sys.path[:2], "losses": found}), flush=True)
     sys.exit(0 if others == ["last"] else 7 + subprocess.run([sys.executable, script, folder, "last"]).returncode)

@@ -17,7 +17,7 @@ from daily import each
 from pissa import PissaConfig, PissaModel
 from trainers import FORMS, TERMS, assert_equal, forms, logged, quiet, state, trainable, trl_trainer
 
-pytestmark = [quiet, pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")]
+pytestmark = quiet
 
 Base = Callable[[], nn.Module]
 

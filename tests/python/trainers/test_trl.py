@@ -14,7 +14,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import pissa
-import trainers
 from daily import each
 from language_models import logits
 from pissa import PissaModel
@@ -178,7 +177,6 @@ def test_a_reward_model(form: str, folder: Path, tokenizer: Any, tmp_path: Path)
 
 
 @forms
-@pytest.mark.filterwarnings("ignore::pissa.notices.RewardsWarning")
 @pytest.mark.parametrize("method", each(["GRPO", "RLOO"], ["GRPO"]))
 def test_rewards(form: str, method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
     run = trl_trainer(method, wrapped(base(), form), tmp_path, tokenizer)
@@ -190,23 +188,3 @@ def test_rewards(form: str, method: str, base: Base, tokenizer: Any, tmp_path: P
     again = PissaModel.from_pretrained(base(), tmp_path / "checkpoint-6")
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(logits(again, ids), logits(without_autocast(run), ids))
-
-
-REWARDS_WARNING = r'Reinforcement learning with init="pissa".*2512\.23165.*pissa\.wrap\(model, preset="rl", r=16\)'
-
-
-@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
-def test_rewards_from_pissas_start_are_warned_of_once(method: str, base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    model = wrapped(base(), "implicit")
-    with pytest.warns(pissa.notices.RewardsWarning, match=REWARDS_WARNING) as caught:
-        trl_trainer(method, model, tmp_path, tokenizer, beta=0.0)
-    (warning,) = (found for found in caught if found.category is pissa.notices.RewardsWarning)
-    assert warning.filename == trainers.__file__  # the line that makes the trainer
-    model.add_model_tags(["trl", method.lower()])  # again, it would be an error
-    assert model.base_model.model.model_tags == ["trl", method.lower()]
-
-
-@pytest.mark.parametrize("fields", [{"init": "lora"}, {"preset": "rl"}, {"preset": "rl", "repair": "pissa"}])
-def test_rewards_from_loras_start_are_not(fields: dict[str, Any], base: Base, tokenizer: Any, tmp_path: Path) -> None:
-    form = "nf4" if "repair" in fields else "implicit"
-    trl_trainer("GRPO", wrapped(base(), form, **fields), tmp_path, tokenizer, beta=0.0)  # a warning would be an error

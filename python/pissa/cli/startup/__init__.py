@@ -1,1 +1,1 @@
-"""What Python runs at its start in the processes of `pissa run`, whose PYTHONPATH begins with this folder."""
+"""What `pissa run` puts before other modules, in the processes whose PYTHONPATH begins with this folder."""

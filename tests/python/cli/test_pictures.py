@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pissa.cli import colours
-from pissa.cli.plot import Curve, plot_losses, smoothed
+from pissa.cli.pictures import LORA, PISSA, QPISSA, draw_losses, smoothed
 from pissa.cli.terminal import format_table
 
 
@@ -32,24 +31,24 @@ def count(picture: np.ndarray, colour: str, opacity: float = 1.0) -> int:
 
 def test_every_curve_is_drawn_thick_and_thin_in_its_methods_colour(tmp_path: Path) -> None:
     steps = range(1, 41)
-    curves = [
-        Curve(name, steps, [1 / step + offset + 0.2 * (step % 2) for step in steps])
+    curves = {
+        name: (steps, [1 / step + offset + 0.2 * (step % 2) for step in steps])
         for name, offset in (("LoRA", 0.0), ("QPiSSA (nf4)", 0.5))
-    ]
-    plot_losses(curves, tmp_path / "two.png", "title")
+    }
+    draw_losses(curves, tmp_path / "two.png", "title")
     picture = pixels(tmp_path / "two.png")
-    for colour in (colours.LORA, colours.QPISSA):
+    for colour in (LORA, QPISSA):
         assert count(picture, colour) > 500
         assert count(picture, colour, opacity=0.3) > 50
-    assert count(picture, colours.PISSA) == 0
+    assert count(picture, PISSA) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["two.png"]
 
 
 def test_a_run_of_one_step_has_a_visible_point(tmp_path: Path) -> None:
     for name, loss in (("point.png", 1.0), ("none.png", float("nan"))):
-        plot_losses([Curve("PiSSA", [1], [loss])], tmp_path / name, "")
+        draw_losses({"PiSSA": ([1], [loss])}, tmp_path / name, "")
     # Both have the label in that colour; a circle of 6 points at 160 dpi covers about 140 pixels.
-    point, none = (count(pixels(tmp_path / name), colours.PISSA) for name in ("point.png", "none.png"))
+    point, none = (count(pixels(tmp_path / name), PISSA) for name in ("point.png", "none.png"))
     assert point - none > 100
 
 

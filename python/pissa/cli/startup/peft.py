@@ -1,0 +1,34 @@
+"""Python finds this module as peft where the folder is on PYTHONPATH, as `pissa run` sees to, when a program imports
+that. It loads the real one, which takes its place, and enables `pissa.integrations.peft`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+INIT = "PISSA_RUN_INIT"
+"""The variable that says how adapters start about which the program says nothing; see `integrations.peft.enable`."""
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+
+def _give_way() -> None:
+    place = next(i for i, entry in enumerate(sys.path) if os.path.abspath(entry) == FOLDER)
+    entry = sys.path.pop(place)
+    del sys.modules["peft"]
+    try:
+        import_module("peft")
+    finally:
+        sys.path.insert(place, entry)  # processes that are spawned begin with this path
+    from pissa.integrations import peft
+
+    init: Any = os.environ.get(INIT)
+    say = partial(print, "pissa run:", file=sys.stderr, flush=True)
+    # The first of several processes says what it takes over.
+    peft.enable(say if os.environ.get("RANK", "0") == "0" else None, init)
+
+
+if __name__ == "peft":
+    _give_way()
