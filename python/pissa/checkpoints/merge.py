@@ -21,6 +21,7 @@ from pissa.checkpoints.plan import Plan, Unit
 from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Adapter, Trained, read_adapter
 from pissa.config import IMPLICIT, Form
+from pissa.files.lora_folder import open_adapter
 from pissa.files.source import Source
 from pissa.ops.checks import check_choice
 from pissa.ops.formats import FORMATS
@@ -90,7 +91,7 @@ def merge(
     check_choice("quant", quant, (None, *FORMATS))
     form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
     with Source.open(source) as found, torch.no_grad():
-        read = read_adapter(Path(adapter), found, initial)
+        read = read_adapter(open_adapter(Path(adapter)), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -231,17 +230,16 @@ class Ours(Adapter):
         )
 
 
-def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
+def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Adapter:
     """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
 
     Raises:
         ValueError: it cannot be read, or does not belong to the checkpoint.
     """
-    folder = open_adapter(path)
     initial_here = source.folder / INITIAL_FOLDER
     at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
     if folder.record is not None:
-        check_not_given(f"{path} is an adapter of pissa", initial=initial)
+        check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
         return Ours(folder, source, layers)
     if at_start is not None:

@@ -30,27 +30,17 @@ LORA = "adapter"
 """The folder of the LoRA, in that of the checkpoint."""
 
 
-def export_bnb4(adapter: Ours, target: Path, progressbar: bool) -> Exported:
-    """Writes the residuals that the adapter was trained on to `target`, and the adapter, of rank r, to its folder
-    "adapter".
+class ResidualExport(Rewrite):
+    """Writes the residuals that an adapter was trained on, and the adapter, of rank r, to the folder "adapter" in that.
+    The checkpoint `adapter.source` is the adapter's base, or has the residuals.
 
     bitsandbytes keeps linear layers. The residual of another layer in 4 bits, of fused experts or a Conv1D, is written
-    decoded, in the dtype of the checkpoint. A run that was killed goes on when it is called again.
-
-    Args:
-        adapter: whose base the checkpoint `adapter.source` is, or has the residuals of.
+    decoded, in the dtype of the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is another one, or bitsandbytes can keep no layer. `target` has not become a model
-            then.
-        OSError: the disk is full, or fails.
+        ValueError: bitsandbytes can keep no layer; of `run`, too: the checkpoint is another one.
     """
-    run = _Export(adapter, target)
-    run.run(progressbar)
-    return run.exported()
 
-
-class _Export(Rewrite):
     command = "export"
 
     def __init__(self, adapter: Ours, target: Path) -> None:
