@@ -16,6 +16,7 @@ from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
 from pissa.config import Form
+from pissa.ops._quant import check_offset
 from pissa.ops.checks import FLOATS, check_product
 from pissa.ops.formats import FORMATS
 
@@ -155,41 +156,32 @@ def residuals_of(
 
 class ResidualCheck:
     """Shows, before residuals in that form are made, that `residuals_of` will not fail. Nothing waits for a GPU until
-    all of them are there, and then the host once for each device."""
+    `check`, and then the host once for each device."""
 
     def __init__(self, form: Form) -> None:
         self._form = form
-        self._layers: list[tuple[str, StartFactors, int]] = []
-        self._sizes: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        self._layers: dict[torch.device, list[tuple[str, float, int, Tensor]]] = {}
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
         """One more layer: its name, its weight [out, in] and the start that its residual will lack."""
         norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
-        self._sizes.setdefault(weight.device, []).append((name, torch.stack([largest, *norms])))
-        self._layers.append((name, start, weight.numel()))
+        layer = (name, start.origin.scaling, weight.numel(), torch.stack([largest, *norms]))
+        self._layers.setdefault(weight.device, []).append(layer)
 
-    def uncertain(self) -> list[str]:
-        """The layers of which only the residual itself will tell: the mean of its nested scales may overflow.
-
-        Raises:
-            ValueError: naming the layer whose weight or factors are not finite, or whose residual will not be.
-        """
-        values: dict[str, list[float]] = {}
-        for pairs in self._sizes.values():
-            values |= zip((name for name, _ in pairs), torch.stack([sizes for _, sizes in pairs]).tolist(), strict=True)
-        found = []
-        for name, start, elements in self._layers:
-            scaling, (largest, norm_a, norm_b) = start.origin.scaling, values[name]
-            names = (f"layer {name}: weight", f"layer {name}: a0", "b0")
-            check_product(names, largest, norm_a, norm_b, scaling)
-            if not self._form.double_quant or self._form.blocksize is None:
-                continue
-            # No scale exceeds the largest element. Half of what float32 can hold leaves room for roundings of the sum.
-            blocks = math.ceil(elements / self._form.blocksize)
-            if (largest + scaling * norm_a * norm_b) * blocks >= torch.finfo(torch.float32).max / 2:
-                found.append(name)
-        return found
+    def check(self) -> None:
+        """Raises ValueError, naming the layer whose weight or factors are not finite, or whose residual may not be."""
+        for layers in self._layers.values():
+            sizes = torch.stack([size for *_, size in layers]).tolist()
+            for (name, scaling, elements, _), (largest, norm_a, norm_b) in zip(layers, sizes, strict=True):
+                names = (f"layer {name}: weight", f"layer {name}: a0", "b0")
+                check_product(names, largest, norm_a, norm_b, scaling)
+                if not self._form.double_quant or self._form.blocksize is None:
+                    continue
+                # No scale exceeds the largest element. Half of what float32 holds leaves room for roundings of the sum.
+                sum_of_scales = (largest + scaling * norm_a * norm_b) * math.ceil(elements / self._form.blocksize)
+                if sum_of_scales >= torch.finfo(torch.float32).max / 2:
+                    check_offset(math.inf, names[0])
 
 
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]

@@ -21,7 +21,7 @@ from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.protocol import Base
 from pissa.base.start import Origin, StartFactors
-from pissa.base.stored import ResidualCheck, residuals_of
+from pissa.base.stored import ResidualCheck
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
@@ -145,11 +145,7 @@ def _find_starts(
                 if factor.numel():
                     factor.copy_(distributed.broadcast(factor, owner))
     if check is not None:
-        uncertain = {name: layers[name] for names in distributed.agree(check.uncertain()) for name in names}
-        for group in own_groups(uncertain):
-            weights = [base.matrix() for base in group.values()]
-            residuals_of(weights, [starts[name] for name in group], config.form, list(group))
-            del weights
+        check.check()
     return starts
 
 
