@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.digest import Fingerprint
 from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
 from pissa.base.weights import OwnBase
@@ -21,36 +19,18 @@ from pissa.ops.checks import FLOATS, check_product
 from pissa.ops.formats import FORMATS
 
 
-class Replaced(NamedTuple):
-    """What a stored base knows of the module whose place it takes."""
-
-    dense_type: type[nn.Module]
-    """nn.Linear, a subclass that computes the same, or transformers' Conv1D."""
-    dtype: torch.dtype
-    """Of the dense weight."""
-    bias: nn.Parameter | None
-    """Used as it is."""
-    fingerprint: Fingerprint
-    """Of the dense weight."""
-
-
 class StoredLinear(OwnBase):
-    """A linear base that keeps a residual and the start factors that it lacks.
-
-    Args:
-        replaced: what is known of the module whose place this one takes.
-        start: the factors. They belong to the base, whatever becomes of the adapter.
-    """
+    """A linear base that keeps a residual and the start factors that it lacks. These belong to the base, whatever
+    becomes of the adapter. The bias is used as it is. Who puts it into the place of a module sets `dense_type`, and
+    `dtype` and `fingerprint` of the dense weight."""
 
     start: StartFactors
-    fingerprint: Fingerprint
     dtype: torch.dtype
 
-    def __init__(self, replaced: Replaced, start: StartFactors) -> None:
+    def __init__(self, start: StartFactors, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features = start.a0.shape[1], start.b0.shape[0]
-        self.dense_type, self.dtype, self.bias, self.fingerprint = replaced
-        self.start = start
+        self.bias, self.start = bias, start
         self.scaling = start.origin.scaling
 
     @property
@@ -91,8 +71,8 @@ class StoredLinear(OwnBase):
 class ResidualLinear(StoredLinear):
     """The paper's explicit form: the residual as a dense weight in the base's dtype."""
 
-    def __init__(self, replaced: Replaced, residual: Tensor, start: StartFactors) -> None:
-        super().__init__(replaced, start)
+    def __init__(self, residual: Tensor, start: StartFactors, bias: nn.Parameter | None) -> None:
+        super().__init__(start, bias)
         self.weight = nn.Parameter(residual, requires_grad=False)
 
     @property
@@ -108,9 +88,9 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
     """QPiSSA's form: the residual quantised, in bitsandbytes' bytes."""
 
     def __init__(
-        self, replaced: Replaced, residual: ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
+        self, residual: ops.QuantizedWeight, start: StartFactors, bias: nn.Parameter | None, quant_storage: torch.dtype
     ) -> None:
-        super().__init__(replaced, start)
+        super().__init__(start, bias)
         self.hold(residual, quant_storage)
 
     @property
@@ -127,12 +107,15 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
 
 
 def stored_linear(
-    replaced: Replaced, residual: Tensor | ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
+    residual: Tensor | ops.QuantizedWeight,
+    start: StartFactors,
+    bias: nn.Parameter | None = None,
+    quant_storage: torch.dtype = torch.uint8,
 ) -> StoredLinear:
     """The base that keeps `residual`, which lacks `start`; `quant_storage` is for codes."""
     if isinstance(residual, Tensor):
-        return ResidualLinear(replaced, residual, start)
-    return QuantizedLinear(replaced, residual, start, quant_storage)
+        return ResidualLinear(residual, start, bias)
+    return QuantizedLinear(residual, start, bias, quant_storage)
 
 
 def residuals_of(

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pissa import ops
 from pissa.base.bitsandbytes import from_state
-from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
-from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
+from pissa.base.digest import Match, dtype_of, is_fingerprint, match
+from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.plan import Layer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.lora_start import check_start
@@ -24,7 +24,7 @@ from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
 from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
 from pissa.files.source import Source
 from pissa.files.tensor_file import TensorFile
-from pissa.layers.dora import Magnitude
+from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
 
@@ -170,9 +170,7 @@ class Ours(Adapter):
         if record.form == IMPLICIT:
             return _dense(self._as_trained(layer, weight))
         residual = self.residual(layer, weight, factors)
-        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(record.weight))
-        start = self.tensors(layer.name, factors).base
-        stored = stored_linear(replaced, residual, start, torch.uint8)
+        stored = stored_linear(residual, self.tensors(layer.name, factors).base)
         return BaseFunction(stored.matrix(), stored.product)
 
     def residual(self, layer: Layer, weight: Weight, factors: Matrices) -> Weight:

@@ -19,7 +19,7 @@ from pissa import distributed
 from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
-from pissa.base.protocol import Base
+from pissa.base.protocol import Base, whole
 from pissa.base.start import Origin, StartFactors
 from pissa.base.stored import ResidualCheck
 from pissa.config import IMPLICIT, PissaConfig
@@ -297,24 +297,19 @@ def own_groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterat
     each = (groups(share, copied=copied, threads=threads) for share in shares)
     for together in itertools.zip_longest(*each, fillvalue=dict[str, PissaLayer]()):
         distributed.agree()
-        whole: dict[str, Base] = {}
+        gathered: dict[str, Base] = {}
         for owner, group in enumerate(together):
             for name, layer in group.items():
-                base = _whole(layer.base)
+                base = whole(layer.base, distributed.whole_tensor(layer.base.parameter))
                 if owner == distributed.rank():
-                    whole[name] = base
+                    gathered[name] = base
                 del base
-        yield whole
-        whole.clear()  # the caller's variable goes on holding it
+        yield gathered
+        gathered.clear()  # the caller's variable goes on holding it
 
 
 def _any_sharded(layers: Mapping[str, PissaLayer]) -> bool:
     return any(distributed.is_sharded(layer.base.parameter) for layer in layers.values())
-
-
-def _whole(base: Base) -> Base:
-    weight = distributed.whole_tensor(base.parameter)
-    return base if weight is base.parameter else base.holding(weight)
 
 
 def groups(
