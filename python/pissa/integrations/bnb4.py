@@ -12,7 +12,7 @@ import torch
 
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
-from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Served
 from pissa.checkpoints.merge import states
 from pissa.checkpoints.merge_plan import Planner
 from pissa.checkpoints.output import Output
@@ -21,8 +21,7 @@ from pissa.checkpoints.rewrite import Errors, Result, Rewrite
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.files.lora_folder import LoraFactors, with_sizes
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
-from pissa.files.pissa_layout import LayerRecord, LayerTensors
+from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 
@@ -118,10 +117,11 @@ class ResidualExport(Rewrite):
             for target, factors in self.folder.factors.items():
                 rank = factors.rank
                 if self._is_stored(factors):
-                    pairs = [
-                        on_residual(self.adapter.records[name], self.adapter.tensors(name, pair))
-                        for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True)
-                    ]
+                    pairs = []
+                    for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True):
+                        found = self.adapter.tensors(name, pair)
+                        served = Served.of(found.start, self.adapter.records[name].scaling, found.base)
+                        pairs.append(served.factors(found.deltas))
                     rank = len(pairs[0][0])
                     kept -= {*factors.keys, base_weight_key(target)}
                     for key, tensor in factors.pack(pairs).items():
@@ -133,17 +133,3 @@ class ResidualExport(Rewrite):
         self.bytes_written += path.stat().st_size
         config = with_sizes(self.folder.config, sizes) | {"base_model_name_or_path": str(self.target)}
         path.with_name(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-
-
-def on_residual(record: LayerRecord, tensors: LayerTensors) -> Matrices:
-    """Factors a [k, in] and b [out, k] of what a stored layer computes beside its residual, s b a.
-
-    That is s B A, if the adapter starts from what the residual lacks. If its base lacks the start of another method, it
-    is that start and s (B A - B0 A0).
-    """
-    start, base = tensors.start, tensors.base
-    if record.base is None:
-        return start.factors_on(tensors.deltas, True, None, 1.0)
-    is_zero = INIT_METHODS[start.origin.init].starts_from_zero
-    taken = None if INIT_METHODS[record.base.init].starts_from_zero else (base.a0, base.b0)
-    return start.factors_on(tensors.deltas, is_zero, taken, record.base.scaling / record.scaling)

@@ -18,7 +18,7 @@ from pissa import distributed
 from pissa.base.start import StartFactors
 from pissa.config import PissaConfig, exactly
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.ops.low_rank import Spectrum
+from pissa.ops.low_rank import Spectrum, pad_rank
 
 # These prune changes before they sum them. "ties" and "dare_ties" also take the method that elects signs.
 _PRUNED: dict[str, Callable[..., Tensor]] = {
@@ -152,10 +152,7 @@ class Combination:
         return _split(Spectrum.of(right, torch.cat([db, b0], dim=1).double()), rank)
 
     def _pruned(self, layer: PissaLayer, terms: Sequence[tuple[str, float]]) -> Spectrum:
-        changes = []
-        for adapter, _ in terms:
-            a, b = layer.start_of(adapter).factors_of_change(layer.deltas(adapter))
-            changes.append(layer.scaling[adapter] * (b @ a))
+        changes = [layer.delta_matrix(adapter) for adapter, _ in terms]
         weights = torch.tensor([weight for _, weight in terms], device=changes[0].device)
         signs = {"majority_sign_method": self.majority_sign_method} if "ties" in self.method else {}
         dense = _PRUNED[self.method](changes, weights, self.density, **signs)
@@ -166,9 +163,8 @@ def _split(spectrum: Spectrum, rank: int) -> Parts:
     """The leading 2 rank components of a change as dB A + B0 dA. A has rows and B0 has columns of length 1, so that
     both deltas can learn even where the change is zero."""
     left, values, right = spectrum.left[:, : 2 * rank], spectrum.values[: 2 * rank], spectrum.right[: 2 * rank]
-    missing = 2 * rank - len(values)
-    left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
-    values = nn.functional.pad(values, (0, missing))
+    values = nn.functional.pad(values, (0, 2 * rank - len(values)))
+    right, left = pad_rank(right, left, 2 * rank)
     db, da = left[:, :rank] * values[:rank], values[rank:, None] * right[rank:]
     a0, b0 = right[:rank] - da, left[:, rank:]
     return a0.float().contiguous(), b0.float().contiguous(), da.float().contiguous(), db.float().contiguous()

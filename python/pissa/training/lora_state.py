@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.start import Deltas, StartFactors
+from pissa.base.start import Served
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
-from pissa.files.peft_layout import PREFIX, Matrices, factors_of, plain_config
+from pissa.files.peft_layout import PREFIX, factors_of, plain_config
 from pissa.files.save import warn_of_plain_lora
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.pissa_model import PissaModel
@@ -72,45 +72,13 @@ def lora_config(model: PissaModel, adapter_name: str | None = None, base: Served
     return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
 
 
-class _Served(NamedTuple):
-    """How a layer's adapter is a plain LoRA on the weight that an engine serves."""
-
-    start: StartFactors
-    keeps_start: bool
-    """Whether the engine's weight lacks B0 A0, or that is zero: then B A is the whole change."""
-    of_base: StartFactors | None
-    """Another start that is taken out of that weight."""
-    ratio: float
-    """Of its scaling to the adapter's."""
-
-    @staticmethod
-    def of(layer: PissaLayer, adapter_name: str, base: ServedBase) -> _Served:
-        start, scaling = layer.start_of(adapter_name), layer.scaling[adapter_name]
-        of_base = layer.base.start if base == "residual" else None
-        ratio = 1.0 if of_base is None else of_base.origin.scaling / scaling
-        if of_base is start and ratio == 1:
-            return _Served(start, True, None, ratio)
-        return _Served(start, not start.b0.any(), of_base, ratio)
-
-    @property
-    def rank(self) -> int:
-        """Of the factors."""
-        own = self.start.origin.r * (1 if self.keeps_start else 2)
-        return own if self.of_base is None else own + self.of_base.origin.r
-
-    def factors(self, deltas: Deltas) -> Matrices:
-        """The factors a [rank, in] and b [out, rank], float32."""
-        taken = None if self.of_base is None else (self.of_base.a0, self.of_base.b0)
-        return self.start.factors_on(deltas, self.keeps_start, taken, self.ratio)
-
-
 class _Adapter(NamedTuple):
     """An adapter as a plain LoRA."""
 
     name: str
     layers: dict[str, PissaLayer]
     """By their names in the (unwrapped) model, as `served`."""
-    served: dict[str, _Served]
+    served: dict[str, Served]
     times: int
     """How many times the adapter's rank all factors have: 1 or 2."""
 
@@ -130,13 +98,16 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter
     layers = pissa_layers(model.base_model.model, name)
     if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
         raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
-    served = {key: _Served.of(layer, name, base) for key, layer in layers.items()}
+    served = {
+        key: Served.of(layer.start_of(name), layer.scaling[name], layer.base.start if base == "residual" else None)
+        for key, layer in layers.items()
+    }
     for key, layer in layers.items():
-        of_base, limit = served[key].of_base, 2 * layer.r[name]
-        if of_base is not None and served[key].rank > limit:
+        other, limit = served[key].other, 2 * layer.r[name]
+        if other is not None and served[key].rank > limit:
             raise ValueError(
                 f'base: got "residual", but that of layer {key} lacks another start than that of adapter {name!r}, of '
-                f"rank {of_base.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
+                f"rank {other.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
                 'possible: take base="original", or give the adapter LoRA\'s start and that rank'
             )
     times = 1 if all(served[key].rank <= layer.r[name] for key, layer in layers.items()) else 2
