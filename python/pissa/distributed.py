@@ -179,11 +179,7 @@ def failing_together() -> Iterator[None]:
 
 
 def agree(value: object = None) -> list[Any]:
-    """Every rank's `value`, in the order of the ranks.
-
-    Raises:
-        RankError: a rank failed before it came here.
-    """
+    """Every rank's `value`, in the order of the ranks. Raises RankError if a rank failed before it came here."""
     values, errors = zip(*_gather(value, None), strict=True)
     for other, error in enumerate(errors):
         if error is not None:

@@ -16,12 +16,13 @@ from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
 from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
+from pissa.distributed import is_sharded
 
 
-def is_bitsandbytes(module: nn.Module, name: str) -> bool:
-    """Whether `module` is bitsandbytes' class of that name, asked without importing bitsandbytes."""
+def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
+    """Whether `module` is one of bitsandbytes' classes of these names, asked without importing bitsandbytes."""
     kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
+    return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
 
 
 class BnbLinear4bit(HoldsCodes, OwnBase):
@@ -110,20 +111,16 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
 
 
 class BnbLinear(Dense):
-    """The base that a layer of bitsandbytes is: its weight is codes, which bitsandbytes computes with."""
+    """The base that a layer of bitsandbytes is, which computes with its codes. Only those of 8 bits are read here: a
+    layer of 4 bits that is adapted makes way for a BnbLinear4bit."""
 
     is_bnb_quantised = True
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
+    matrix_is_copy = True
 
     def _twin(self, matrix: Tensor) -> nn.Module:
         return dense_linear(nn.Linear, matrix, self.bias, self.module.training)
-
-
-class BnbLinear8bit(BnbLinear):
-    """The base that bitsandbytes' Linear8bitLt is."""
-
-    matrix_is_copy = True
 
     def _matrix(self) -> Tensor:
         """The weight in float32. The layer keeps its scales in its weight until it is called, then in its state."""
@@ -133,19 +130,25 @@ class BnbLinear8bit(BnbLinear):
         return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
 
 
-def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
-    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed.
-
-    Raises:
-        TypeError: another type of quantisation than nf4, or a layer whose weight is not quantised yet.
-    """
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
+def check_codes(linear: Any) -> None:
+    """Raises TypeError if a layer of bitsandbytes, `Linear4bit` or `Linear8bitLt`, has no codes that we know."""
+    weight, is_int8 = linear.weight, is_bitsandbytes(linear, "Linear8bitLt")
+    if is_sharded(weight):
+        raise TypeError("its codes are sharded, apart from their scales: wrap the model first and shard it then")
+    if is_int8 and linear.state.has_fp16_weights:
+        raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
+    state = getattr(weight, "quant_state", None)
+    if not (weight.dtype == torch.int8 if is_int8 else state):
         raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
-    if state.quant_type != "nf4":
+    if state is not None and state.quant_type != "nf4":
         raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
     if getattr(state, "packing_format_for_cpu", False):
         raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
+
+
+def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
+    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed."""
+    state = linear.weight.quant_state
     nested_absmax, offset = (state.state2.absmax, state.offset.reshape(())) if state.nested else (None, None)
     codes, shape = as_bytes(linear.weight.data), (state.shape[0], state.shape[1])
     weight = ops.QuantizedWeight(codes, state.absmax, nested_absmax, offset, "nf4", shape, state.blocksize)
@@ -164,19 +167,8 @@ def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
 def linear4bit(
     entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype | None
 ) -> BnbLinear4bit:
-    """The layer whose state dict has these entries of its weight, as `from_state` takes them. Needs no bitsandbytes.
-
-    Raises:
-        ValueError: as `from_state`.
-    """
+    """The layer whose state dict has these entries of its weight, as `from_state` takes them, which raises the same
+    errors. Needs no bitsandbytes."""
     weight, decoded_dtype = nf4_from_state(entries)
     storage = entries["weight"].dtype
     return BnbLinear4bit(weight, bias, quant_storage=storage, decoded_dtype=decoded_dtype, compute_dtype=compute_dtype)
-
-
-def check_int8(linear: Any) -> None:
-    """Raises TypeError if bitsandbytes' `Linear8bitLt` holds no weight in 8 bits."""
-    if linear.state.has_fp16_weights:
-        raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
-    if linear.weight.dtype != torch.int8:
-        raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")

@@ -55,11 +55,8 @@ class HoldsCodes(KeepsDtype):
 
     @property
     def quantized(self) -> ops.QuantizedWeight:
-        """The matrix [out, in], as pissa.ops takes it.
-
-        Raises:
-            TypeError: something has cast the codes, which destroys them.
-        """
+        """The matrix [out, in], as pissa.ops takes it. Raises TypeError if something has cast the codes, which destroys
+        them."""
         codes: Tensor = self.weight
         if codes.dtype != self.quant_storage:
             raise TypeError(

@@ -146,11 +146,8 @@ class Base(ABC):
 
 
 def whole(base: Base, gathered: Tensor | None) -> Base:
-    """Returns `base`, or, if its weight is sharded, a base like it that holds the full weight, `gathered`.
-
-    Raises:
-        ValueError: the weight is sharded, and nothing has been gathered.
-    """
+    """Returns `base`, or, if its weight is sharded, a base like it that holds the full weight, `gathered`. Raises
+    ValueError if nothing has been gathered then."""
     if not is_sharded(base.parameter):
         return base
     if gathered is None:

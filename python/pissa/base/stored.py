@@ -122,11 +122,8 @@ def residuals_of(
     weights: Sequence[Tensor], starts: Sequence[StartFactors], form: Form, names: Sequence[str]
 ) -> list[Tensor | ops.QuantizedWeight]:
     """The residuals in that form of the weights [out, in] of layers of those names, without the factors that the starts
-    take out of them. The host waits once for a GPU.
-
-    Raises:
-        ValueError: naming the layer whose weight or factors are not finite.
-    """
+    take out of them. The host waits once for a GPU. Raises ValueError, naming the layer whose weight or factors are not
+    finite."""
     return ops.residual_many(
         weights,
         [start.taken[0] for start in starts],

@@ -92,11 +92,7 @@ class _Place(NamedTuple):
 
 
 def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, _Place]]:
-    """The architecture of a model of that class, and the place of each target.
-
-    Raises:
-        ValueError: llama.cpp has no adapter of such a layer, or the class is not known here.
-    """
+    """The architecture of a model of that class, and the place of each target; raises as `export_gguf`."""
     if kind not in _ARCHITECTURES:
         raise ValueError(
             f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_ARCHITECTURES)}: export to "

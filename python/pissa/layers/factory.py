@@ -142,11 +142,8 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
 def pissa_layer(
     target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
 ) -> PissaLayer:
-    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`.
-
-    Raises:
-        TypeError, ValueError: naming the layer, why it cannot be adapted, and what to do instead.
-    """
+    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`. Raises TypeError or ValueError,
+    naming the layer, why it cannot be adapted, and what to do instead."""
     name = kwargs["target_name"]
     if kwargs.get("parameter_name") is not None:
         raise TypeError(

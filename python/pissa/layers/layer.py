@@ -193,13 +193,13 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         scaling = float(self.scaling[adapter_name])
         return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
 
-    def empty_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
-        """Memory for start factors where the adapter is; `rank_taken`: of the factors that a residual lacks, if they
-        are others."""
+    def zero_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
+        """Start factors of zero, where the adapter is; `rank_taken`: of the factors that a residual lacks, if they are
+        others."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
 
         def factors(r: int) -> tuple[Tensor, Tensor]:
-            return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+            return torch.zeros(r, in_features, device=device), torch.zeros(out_features, r, device=device)
 
         return StartFactors(*factors(origin.r), origin, None if rank_taken is None else factors(rank_taken))
 
@@ -213,14 +213,6 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.base.matrix().detach(), dim=1, dtype=torch.float32)
             self.magnitude(adapter_name).set(lengths, lengths)
-
-    def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives an adapter, whose `init` is "given", start factors of zero: its A and B are dA and dB, as in a plain
-        LoRA."""
-        start = self.empty_start(adapter_name, self.origin(adapter_name, config))
-        for factor in start.buffers():
-            factor.zero_()
-        self.lora_start[adapter_name] = start
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
         """Gives an adapter these start factors, or the layer's own if it has the same already."""

@@ -88,11 +88,8 @@ class TrainableTokensWrapper(peft.utils.TrainableTokensWrapper):  # type: ignore
 
 
 def mend_token_layers(model: nn.Module) -> None:
-    """Makes PEFT's token layers, which have just been put into an (unwrapped) model, ours.
-
-    Raises:
-        TypeError, ValueError: naming a layer whose tokens cannot be trained, and what to do instead.
-    """
+    """Makes PEFT's token layers, which have just been put into an (unwrapped) model, ours. Raises TypeError or
+    ValueError, naming a layer whose tokens cannot be trained, and what to do instead."""
     for name, module in model.named_modules():
         if isinstance(module, peft.utils.TrainableTokensWrapper):
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -126,11 +123,8 @@ def _refuse_tied(name: str, field: str) -> None:
 
 
 def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Checks that the (unwrapped) model's weights can hold the trained tokens of all the adapters.
-
-    Raises:
-        ValueError: two adapters train one token, or a weight is shared with a layer that has other tokens or none.
-    """
+    """Raises ValueError if the (unwrapped) model's weights cannot hold the trained tokens of all the adapters: two
+    train one token, or a weight is shared with a layer that has other tokens or none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
     for name, layer in layers.items():
         merging = _training(layer, adapter_names)

@@ -140,7 +140,7 @@ def _find_starts(
     for owner, share in enumerate(shares):
         for name, rank_taken in share.items():
             if owner != distributed.rank():
-                starts[name] = layers[name].empty_start(adapter_name, origins[name], rank_taken)
+                starts[name] = layers[name].zero_start(adapter_name, origins[name], rank_taken)
             for factor in starts[name].buffers():
                 if factor.numel():
                     factor.copy_(distributed.broadcast(factor, owner))

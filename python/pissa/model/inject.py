@@ -29,12 +29,8 @@ _PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Checks that `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part of the names
-    of parameters in `model`, by which PEFT tells the adapters of a state dict apart.
-
-    Raises:
-        ValueError: it cannot be all of these.
-    """
+    """Raises ValueError unless `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part
+    of the names of parameters in `model`, by which PEFT tells the adapters of a state dict apart."""
     if (
         not isinstance(name, str)
         or not name.isprintable()  # printable names can be encoded, too
@@ -84,10 +80,7 @@ def warn_of_dropout(config: PissaConfig) -> None:
 
 def prepare(model: nn.Module, config: PissaConfig) -> None:
     """Readies the (unwrapped) model and the configuration for PEFT, which then builds our layers for the targets.
-
-    Raises:
-        TypeError, ValueError: naming the layer that cannot be adapted.
-    """
+    Raises TypeError or ValueError, as `complete`, naming the layer that cannot be adapted."""
     reshard(model)
     check_trained(model, config)
     build_layers_with(config, layer_factory(model))
@@ -96,11 +89,7 @@ def prepare(model: nn.Module, config: PissaConfig) -> None:
 
 
 def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
-    """Finishes what PEFT has injected. The adapter then lacks its start factors only.
-
-    Raises:
-        TypeError, ValueError: naming the layer that cannot be adapted.
-    """
+    """Finishes what PEFT has injected. The adapter then lacks its start factors only."""
     mend_token_layers(model)
     if config.modules_to_save:  # PEFT adds the names of a task's head each time that a model is made, restored ones too
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
@@ -176,11 +165,8 @@ def way_back(model: nn.Module) -> Callable[[], None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the whole weights that FSDP keeps of the modules that it has computed with last.
-
-    Raises:
-        TypeError: the older FSDP holds the weights, in flat parameters.
-    """
+    """Frees the whole weights that FSDP keeps of the modules that it has computed with last. Raises TypeError if the
+    older FSDP holds the weights, in flat parameters."""
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise TypeError(
@@ -193,11 +179,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_trained(model: nn.Module, config: PissaConfig) -> None:
-    """Checks that in a model that fully_shard has sharded nothing is trained beside the adapted layers' parameters.
-
-    Raises:
-        ValueError: naming the field of the configuration.
-    """
+    """Raises ValueError, naming the field of the configuration, if in a model that fully_shard has sharded something is
+    trained beside the adapted layers' parameters."""
     if not any(is_managed(module) for module in model.modules()):
         return
     asked = {

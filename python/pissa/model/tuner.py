@@ -44,11 +44,7 @@ class PissaTuner(LoraTuner):
         unwanted_adapter_names: Sequence[str],
     ) -> dict[str, Tensor]:
         """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. A layer is left out if `state_dict`
-        lacks its parameters.
-
-        Raises:
-            ValueError: this process holds only a part of a parameter; factors under other names than the model's.
-        """
+        lacks its parameters. Raises ValueError for a part of a parameter, and for factors under other names."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         tensors = super().adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -79,10 +75,7 @@ class PissaTuner(LoraTuner):
         """What `peft.set_peft_model_state_dict` puts into the model, under the parameters' names: dA and dB for the
         factors in `state_dict`. Factors of rank 2r are this adapter's own, as `adapter_state_dict` gives them. Factors
         of rank r are any plain LoRA's: they become A and B of an adapter that starts at zero. Nothing is changed here,
-        and a mark says what `load_whole` has to change.
-
-        Raises:
-            ValueError: factors of other layers, shapes or start.
+        and a mark says what `load_whole` has to change. Raises ValueError for factors of other layers, shapes or start.
         """
         remap = super().parameters_to_load
         inner = model.base_model.model
@@ -119,11 +112,7 @@ _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> Any:
     """Loads a state dict into a PissaModel by `load`, torch's method. The factors that `parameters_to_load` has marked
-    are loaded with all that is beside them and with their start, or the model is left as it was.
-
-    Raises:
-        RuntimeError: torch's, of tensors of other shapes.
-    """
+    are loaded with all that is beside them and with their start, or the model is left as it was, with torch's error."""
     marks = {key: mark for key, mark in state_dict.items() if key.startswith(_STARTS_AT_ZERO)}
     if not marks:
         return load(state_dict)
@@ -137,7 +126,7 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mappin
         config = model.peft_config[name]
         config.init, config.start_norm = "given", "singular"
         for layer in pissa_layers(model.base_model.model, name).values():
-            layer.start_at_zero(name, config)
+            layer.lora_start[name] = layer.zero_start(name, layer.origin(name, config))
     return loaded
 
 
@@ -156,11 +145,8 @@ def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLay
 
 
 def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the factors in a state dict have these ranks; False if they have twice these.
-
-    Raises:
-        ValueError: a factor is missing, or has another shape.
-    """
+    """Whether the factors in a state dict have these ranks; False if they have twice these. Raises ValueError if one is
+    missing, or has another shape."""
     given = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
     misfits = {}
     for times in (1, 2):
@@ -178,11 +164,7 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
 
 
 def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matrices:
-    """dA and dB out of [A ; dA] and [dB | B0].
-
-    Raises:
-        ValueError: the factors do not hold this start.
-    """
+    """dA and dB out of [A ; dA] and [dB | B0]. Raises ValueError if these do not hold this start."""
     device = start.a0.device
     upper, da, db, b0 = split_difference(a.to(device), b.to(device))
     if not (torch.equal(upper, start.a0 + da) and torch.equal(b0, start.b0)):
