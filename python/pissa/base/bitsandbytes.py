@@ -117,7 +117,6 @@ class BnbLinear(Dense):
     is_bnb_quantised = True
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
-    matrix_is_copy = True
 
     def _twin(self, matrix: Tensor) -> nn.Module:
         return dense_linear(nn.Linear, matrix, self.bias, self.module.training)

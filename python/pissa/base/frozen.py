@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,11 +67,6 @@ class HoldsCodes(KeepsDtype):
         return ops.QuantizedWeight(
             codes, self.absmax, self.nested_absmax, self.offset, self.format, self.matrix_shape, self.blocksize
         )
-
-    @property
-    def numel(self) -> int:
-        """Elements of the matrix."""
-        return math.prod(self.matrix_shape)
 
     @property
     def double_quant(self) -> bool:

@@ -95,17 +95,6 @@ class Base(ABC):
         """Where the module computes: where its weight is, or where accelerate or FSDP fetches it to."""
         return whole_device(self.parameter)
 
-    @property
-    def numel(self) -> int:
-        """Elements of the weight; codes are counted by what they stand for."""
-        return self.parameter.numel()
-
-    @property
-    @abstractmethod
-    def matrix_is_copy(self) -> bool:
-        """Whether computing with `matrix()` takes a copy of the weight: one that is decoded or fetched, or, since the
-        matrix is transposed, is made row by row."""
-
     @abstractmethod
     def matrix(self) -> Tensor:
         """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32. A

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa import ops
 from pissa.base.frozen import KeepsDtype
 from pissa.base.protocol import Base, view_of
-from pissa.distributed import is_sharded, whole_tensor
+from pissa.distributed import whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
@@ -84,10 +84,6 @@ class Dense(Base):
     def device(self) -> torch.device:
         return torch.device(self.module._hf_hook.execution_device) if is_offloaded(self.module) else super().device
 
-    @property
-    def matrix_is_copy(self) -> bool:
-        return is_offloaded(self.module) or is_sharded(self.parameter) or not self._matrix().is_contiguous()
-
     def matrix(self) -> Tensor:
         with in_memory(self.module):
             return self._matrix()
@@ -134,7 +130,6 @@ class OwnBase(KeepsDtype, Base):
 
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
-    matrix_is_copy = True
 
     @property
     def module(self) -> Any:

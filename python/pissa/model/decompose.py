@@ -32,8 +32,8 @@ from pissa.notices import RequantizedWarning, TiedWeightWarning
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
 # enough for the bar to move, and for the memory of the dense weights (float32, 16 MB) that stored bases give.
 _GROUP = 1 << 22
-# The same on a GPU, of layers whose weights have to be copied first: float32 copies of 4 GiB. A GPU decomposes all
-# weights of one shape together, so that where nothing is copied a group has no limit.
+# The same on a GPU, which decomposes weights of one shape together. Those that have to be copied first take 4 GiB in
+# float32.
 _GPU_GROUP = 1 << 30
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
@@ -130,8 +130,7 @@ def _find_starts(
     starts: dict[str, StartFactors] = {}
     check = ResidualCheck(config.form) if are_taken else None
     searched = {name: layers[name] for name in origins}
-    copied = INIT_METHODS[config.init].copies or config.quant_iters > 1
-    for group in own_groups(searched, copied=copied):
+    for group in own_groups(searched):
         starts |= _decomposed(group, origins, config, check)
         if bar is not None:
             bar.update(len(group))
@@ -281,7 +280,7 @@ def _owners(layers: Mapping[str, PissaLayer], names: Iterable[str]) -> dict[str,
     return distributed.owners({name: math.prod(layers[name].matrix_shape) for name in names})
 
 
-def own_groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterator[dict[str, Base]]:
+def own_groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, Base]]:
     """The bases of the layers that this process works on, in groups. A base whose weight is sharded is given with the
     whole weight: all processes gather the weights that one of them needs, one after the other, and only that one keeps
     them, until it asks for its next group. An error in one process then ends the others at their next group."""
@@ -290,11 +289,11 @@ def own_groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterat
     for name, layer in layers.items():
         shares[owners[name]][name] = layer
     if not _any_sharded(layers):
-        for group in groups(shares[distributed.rank()], copied=copied):
+        for group in groups(shares[distributed.rank()]):
             yield {name: layer.base for name, layer in group.items()}
         return
     threads = min(distributed.agree(torch.get_num_threads()))
-    each = (groups(share, copied=copied, threads=threads) for share in shares)
+    each = (groups(share, threads=threads) for share in shares)
     for together in itertools.zip_longest(*each, fillvalue=dict[str, PissaLayer]()):
         distributed.agree()
         gathered: dict[str, Base] = {}
@@ -312,26 +311,19 @@ def _any_sharded(layers: Mapping[str, PissaLayer]) -> bool:
     return any(distributed.is_sharded(layer.base.parameter) for layer in layers.values())
 
 
-def groups(
-    layers: dict[str, PissaLayer], *, copied: bool = False, threads: int | None = None
-) -> Iterator[dict[str, PissaLayer]]:
-    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. The groups
-    of a device have at most `_GROUP` elements a thread, or `_GPU_GROUP` where the weights are copied first, or a single
-    layer.
-
-    Args:
-        copied: whether what is done with the groups copies every weight.
-        threads: of the CPU that have a layer each; all by default.
-    """
+def groups(layers: dict[str, PissaLayer], *, threads: int | None = None) -> Iterator[dict[str, PissaLayer]]:
+    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. A group has
+    at most `_GROUP` elements a thread, on a GPU `_GPU_GROUP`, or a single layer. `threads`: of the CPU that have a
+    layer each; all by default."""
     count = torch.get_num_threads() if threads is None else threads
     alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
     for name, layer in layers.items():
         key: tuple[Any, ...] = (layer.base.device,)
         if layer.base.device.type != "cpu":
-            key += (layer.matrix_shape, layer.base.dtype, copied or layer.base.matrix_is_copy)
+            key += (layer.matrix_shape, layer.base.dtype)
         alike.setdefault(key, {})[name] = layer
-    for (device, *rest), some in alike.items():
-        limit = _GROUP * count if device.type == "cpu" else _GPU_GROUP if rest[-1] else math.inf
+    for (device, *_), some in alike.items():
+        limit = _GROUP * count if device.type == "cpu" else _GPU_GROUP
         group: dict[str, PissaLayer] = {}
         size = 0
         for name, layer in some.items():

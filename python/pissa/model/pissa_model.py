@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pissa.config import PissaConfig
-from pissa.distributed import failing_together, is_of_an_engine, is_sharded, whole_with_gradient
+from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded, whole_with_gradient
 from pissa.files.hub import adapter_folder, refuse_unsupported
 from pissa.files.load import as_pissa, load_factors, read_plain_lora, restore
 from pissa.files.lora_folder import is_plain_lora
@@ -261,7 +262,8 @@ class PissaModel(MendedPeftModel):
         """The numbers of trainable parameters and of all parameters. A quantised element counts as a parameter."""
         trainable, total = super().get_nb_trainable_parameters()
         for layer in pissa_layers(self.base_model.model).values():
-            total += layer.base.numel - layer.base.parameter.numel()
+            if not is_partitioned(layer.base.parameter):  # of which PEFT knows the size
+                total += math.prod(layer.matrix_shape) - layer.base.parameter.numel()
         return trainable, total
 
     def save_pretrained(
