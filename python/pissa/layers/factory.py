@@ -173,8 +173,6 @@ def _base_for(target: nn.Module, name: str) -> Base:
             f"{name} is sharded by a fully_shard of its own ({kind}), and PiSSA computes with its weight outside of "
             f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
         )
-    if isinstance(target, BaseTunerLayer):
-        raise TypeError(f"{name} already carries an adapter of another kind ({kind}); unload it first")
     raise TypeError(
         f"{name} is a {kind}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and "
         f"transformers' fused experts; {leave_out(name)}"
