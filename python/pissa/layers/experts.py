@@ -18,10 +18,7 @@ from pissa.distributed import world_size
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""
 
-FORMER_NAMES = {
-    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
-    "down_proj": ({"w2"}, {"down_proj"}),
-}
+FORMER_NAMES = {"gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}), "down_proj": ({"w2"}, {"down_proj"})}
 """The names that the weights of an expert had before they were fused, and still have in lists of targets."""
 
 # Experts whose outputs transformers sums in float32, whatever the model computes in.
@@ -148,8 +145,9 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
     unfused, naming them and what to do. The model may then be half changed; see `model.inject.restored_on_error`.
     """
     for path, fused in list(model.named_modules()):
-        stacks = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.dim() == 3]
-        if not stacks or "expert" not in type(fused).__name__.lower() or not _wanted(path, stacks, config):
+        own = fused.named_parameters(recurse=False) if "expert" in type(fused).__name__.lower() else ()
+        stacks = [name for name, parameter in own if parameter.dim() == 3]
+        if not stacks or not _wanted(path, stacks, config):
             continue
         _check_experts(path, fused)
         if config.use_dora:
