@@ -43,29 +43,12 @@ _PRESETS: dict[str, dict[str, Any]] = {"rl": {"init": "lora", "use_rslora": True
 # adds is refused by name until somebody has thought about it.
 SUPPORTED = frozenset(
     {
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "trainable_token_indices",
-        "bias",
-        "fan_in_fan_out",  # Conv1D only; detected automatically, so the value is ignored
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "trainable_token_indices", "bias", "use_dora"),
         "target_parameters",  # of fused experts only
-        "use_dora",
+        "fan_in_fan_out",  # Conv1D only; detected automatically, so the value is ignored
     }
 )
 
@@ -214,8 +197,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             self.target_modules = "all-linear"
         if self.lora_alpha is None:
             self.lora_alpha = self.r
-            given = self.alpha_pattern or {}  # type: ignore[has-type]
-            self.alpha_pattern = {**(self.rank_pattern or {}), **given}
+            self.alpha_pattern = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}  # type: ignore[has-type]
         self._check_scaling()
         self._check_own_fields()
         super().__post_init__()

@@ -46,8 +46,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 
 def is_of_an_engine(module: nn.Module) -> bool:
-    """Whether deepspeed.initialize has taken over a module for ZeRO-3. Its parameters need not be partitioned: small
-    ones stay whole."""
+    """Whether deepspeed.initialize has taken over a module for ZeRO-3, which leaves small parameters whole."""
     return type(module._parameters).__name__ == "ZeROOrderedDict"
 
 
@@ -134,16 +133,14 @@ def call_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Partitions new parameters, which every process holds whole, if `tensor` is a parameter that DeepSpeed has
-    partitioned."""
+    """Partitions new parameters, whole in every process, if DeepSpeed has partitioned `tensor`."""
     if is_partitioned(tensor):
         partitioned: Any = tensor
         partitioned.convert_to_zero_parameters(param_list=[new for new in parameters if not hasattr(new, "ds_id")])
 
 
 def average_gradient(parameter: Tensor) -> None:
-    """Makes the gradient of a parameter, which every process holds whole, the mean of those of all processes, in every
-    backward pass."""
+    """Makes the gradient of a whole parameter the mean over all processes, in every backward pass."""
     needed = parameter.requires_grad
     parameter.requires_grad_(True)  # torch lets no other parameter have a hook
     parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
@@ -162,10 +159,8 @@ def failing_together() -> Iterator[None]:
     """Makes an error on one rank, inside the block, an error on all ranks. They would otherwise wait for that rank.
 
     All ranks have to enter the block, and call `agree` and `broadcast` in the same order in it. The failing rank raises
-    its own error. A block inside another would tell the same error twice, and wait for ranks that have gone.
-
-    Raises:
-        RankError: on the other ranks.
+    its own error, the others RankError. A block inside another would tell the same error twice, and wait for ranks that
+    have gone.
     """
     try:
         yield
@@ -179,11 +174,7 @@ def failing_together() -> Iterator[None]:
 
 
 def agree(value: object = None) -> list[Any]:
-    """Every rank's `value`, in the order of the ranks.
-
-    Raises:
-        RankError: a rank failed before it came here.
-    """
+    """Every rank's `value`, in the order of the ranks. Raises RankError if a rank failed before it came here."""
     values, errors = zip(*_gather(value, None), strict=True)
     for other, error in enumerate(errors):
         if error is not None:

@@ -6,11 +6,11 @@ All of them are there from peft 0.21 on. Each is here because no public name doe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig, PeftModel, mapping_func
 from peft.tuners import tuners_utils
@@ -118,20 +118,13 @@ class MendedPeftModel(PeftModel):  # type: ignore[misc]
         return [*super()._get_peft_specific_model_tags(), "lora"]
 
 
-class TunerToCome(nn.Module):
-    """What `PeftModel.__init__` has in the place of its tuner until it says how to cast the adapter, which is the last
-    that it tells of its arguments.
+def started_by_peft(tuner: nn.Module, start: Callable[[str, bool], None]) -> None:
+    """Has `PeftModel.__init__`, which is given this tuner, call `start` with `adapter_name` and
+    `autocast_adapter_dtype`, the last that it tells of its arguments. After that it only looks at the model.
 
-    `_cast_adapter_dtype`: the constructor calls it on the tuner that it has just made, and after that only looks at
-    the model. No public name gets to know the PeftModel that is being made.
+    `_cast_adapter_dtype`: no public name gets to know the PeftModel that is being made.
     """
-
-    def start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        """Called once, with the arguments of the constructor."""
-        raise NotImplementedError
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        self.start(adapter_name, autocast_adapter_dtype)
+    tuner._cast_adapter_dtype = start  # type: ignore[assignment]
 
 
 def _fetching_nothing(method: FunctionType) -> FunctionType:
@@ -145,8 +138,9 @@ def _fetching_nothing(method: FunctionType) -> FunctionType:
 
 
 class LoraTuner(LoraModel):  # type: ignore[misc]
-    """PEFT's LoraModel for another `peft_type` than LoRA's. What goes out of an adapter and into it has public names
-    here, for subclasses to override.
+    """PEFT's LoraModel for another `peft_type` than LoRA's. A subclass says what goes out of an adapter, `handed_out`,
+    given what PEFT has found of it in a state dict; and what goes in, `taken_in`: what PEFT is to load, and what is to
+    be loaded under the parameters' names.
 
     `get_peft_model_state_dict` and `set_peft_model_state_dict` find their tuner in PEFT's public table, and call these
     private methods on it. `_unload_and_optionally_merge` is the body of `unload` and of `merge_and_unload`.
@@ -161,30 +155,16 @@ class LoraTuner(LoraModel):  # type: ignore[misc]
         check_mamba(peft_config, model, target_name)
 
     @classmethod
-    def adapter_state_dict(
-        cls,
-        model: Any,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: Sequence[str],
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """An adapter's tensors out of the model's state dict, as `get_peft_model_state_dict` hands them out."""
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return cast(dict[str, Tensor], found)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
+        handed_out: dict[str, Tensor] = cls.handed_out(model, config, adapter_name, state_dict, found)
+        return handed_out
 
     @classmethod
-    def parameters_to_load(
+    def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The way back: what `set_peft_model_state_dict` loads into the model, under its parameters' names."""
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return cast(dict[str, Tensor], found)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return cls.adapter_state_dict(*args, **kwargs)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return cls.parameters_to_load(*args, **kwargs)
+        rest, tensors = cls.taken_in(model, config, adapter_name, state_dict)
+        return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest), **tensors}

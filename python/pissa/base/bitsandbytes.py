@@ -13,20 +13,22 @@ from pissa import ops
 from pissa.base.bitsandbytes_state import as_bytes, nf4_from_state
 from pissa.base.bitsandbytes_state import from_state as from_state
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
-from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
-from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
+from pissa.base.weights import Dense, HoldsCodes, copy_without_hooks, dense_linear, in_memory
+from pissa.distributed import is_sharded
 
 
-def is_bitsandbytes(module: nn.Module, name: str) -> bool:
-    """Whether `module` is bitsandbytes' class of that name, asked without importing bitsandbytes."""
+def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
+    """Whether `module` is one of bitsandbytes' classes of these names, asked without importing bitsandbytes."""
     kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
+    return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
 
 
-class BnbLinear4bit(HoldsCodes, OwnBase):
+class BnbLinear4bit(HoldsCodes):
     """The base in the place of bitsandbytes' Linear4bit, y = x Qᵀ + b: it computes the same from the same bytes, on the
-    CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient)."""
+    CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient). It remembers the dtype of
+    the parameter that holds the codes, `quant_storage`, the one that bitsandbytes decodes them to, and the one that it
+    casts inputs to, or None; and its layer, `linear`, if there is one: `restored` makes one otherwise."""
 
     start = None
     is_bnb_quantised = True
@@ -41,13 +43,6 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
         compute_dtype: torch.dtype | None,
         linear: Any = None,
     ) -> None:
-        """
-        Args:
-            quant_storage: the dtype of the parameter that holds the codes.
-            decoded_dtype: what bitsandbytes decodes the weight to.
-            compute_dtype: what it casts inputs to; None for their own.
-            linear: its layer, if there is one. `restored` makes one otherwise.
-        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.hold(weight, quant_storage)
@@ -110,7 +105,8 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
 
 
 class BnbLinear(Dense):
-    """The base that a layer of bitsandbytes is: its weight is codes, which bitsandbytes computes with."""
+    """The base that a layer of bitsandbytes is, which computes with its codes. Only those of 8 bits are read here: a
+    layer of 4 bits that is adapted makes way for a BnbLinear4bit."""
 
     is_bnb_quantised = True
     dense_type: type[nn.Module] = nn.Linear
@@ -119,33 +115,34 @@ class BnbLinear(Dense):
     def _twin(self, matrix: Tensor) -> nn.Module:
         return dense_linear(nn.Linear, matrix, self.bias, self.module.training)
 
-
-class BnbLinear8bit(BnbLinear):
-    """The base that bitsandbytes' Linear8bitLt is."""
-
-    matrix_is_copy = True
-
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The weight in float32. The layer keeps its scales in its weight until it is called, then in its state."""
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = self.module.weight.SCB if self.module.state.SCB is None else self.module.state.SCB
-        return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
+        with in_memory(self.module):
+            scales = self.module.weight.SCB if self.module.state.SCB is None else self.module.state.SCB
+            return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
 
 
-def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
-    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed.
-
-    Raises:
-        TypeError: another type of quantisation than nf4, or a layer whose weight is not quantised yet.
-    """
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
+def check_codes(linear: Any) -> None:
+    """Raises TypeError if a layer of bitsandbytes, `Linear4bit` or `Linear8bitLt`, has no codes that we know."""
+    weight, is_int8 = linear.weight, is_bitsandbytes(linear, "Linear8bitLt")
+    if is_sharded(weight):
+        raise TypeError("its codes are sharded, apart from their scales: wrap the model first and shard it then")
+    if is_int8 and linear.state.has_fp16_weights:
+        raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
+    state = getattr(weight, "quant_state", None)
+    if not (weight.dtype == torch.int8 if is_int8 else state):
         raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
-    if state.quant_type != "nf4":
+    if state is not None and state.quant_type != "nf4":
         raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
     if getattr(state, "packing_format_for_cpu", False):
         raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
+
+
+def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
+    """The layer with the bytes of bitsandbytes' `Linear4bit`, which is not changed."""
+    state = linear.weight.quant_state
     nested_absmax, offset = (state.state2.absmax, state.offset.reshape(())) if state.nested else (None, None)
     codes, shape = as_bytes(linear.weight.data), (state.shape[0], state.shape[1])
     weight = ops.QuantizedWeight(codes, state.absmax, nested_absmax, offset, "nf4", shape, state.blocksize)
@@ -164,19 +161,7 @@ def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
 def linear4bit(
     entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype | None
 ) -> BnbLinear4bit:
-    """The layer whose state dict has these entries of its weight, as `from_state` takes them. Needs no bitsandbytes.
-
-    Raises:
-        ValueError: as `from_state`.
-    """
+    """The layer whose state dict has these entries of its weight, as `from_state` takes them. Needs no bitsandbytes."""
     weight, decoded_dtype = nf4_from_state(entries)
     storage = entries["weight"].dtype
     return BnbLinear4bit(weight, bias, quant_storage=storage, decoded_dtype=decoded_dtype, compute_dtype=compute_dtype)
-
-
-def check_int8(linear: Any) -> None:
-    """Raises TypeError if bitsandbytes' `Linear8bitLt` holds no weight in 8 bits."""
-    if linear.state.has_fp16_weights:
-        raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
-    if linear.weight.dtype != torch.int8:
-        raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
-from pissa.base.bitsandbytes import BnbLinear, BnbLinear8bit, check_int8, from_bitsandbytes, is_bitsandbytes
-from pissa.base.frozen import HoldsCodes
+from pissa.base.bitsandbytes import BnbLinear, check_codes, from_bitsandbytes, is_bitsandbytes
 from pissa.base.protocol import Base
-from pissa.base.weights import Dense, OwnBase
-from pissa.distributed import is_sharded
+from pissa.base.weights import Dense, HoldsCodes, OwnBase
 
 
 def base_of(module: nn.Module) -> Base:
     """The base that a module is: the module itself if it is one of ours."""
     if isinstance(module, OwnBase):
         return module
-    if is_bitsandbytes(module, "Linear8bitLt"):
-        return BnbLinear8bit(module)
-    return BnbLinear(module) if is_bitsandbytes(module, "Linear4bit") else Dense(module)
+    return BnbLinear(module) if is_bitsandbytes(module, "Linear4bit", "Linear8bitLt") else Dense(module)
 
 
 def adopted(target: nn.Module) -> Base | None:
     """The base that takes the place of a module of a model; None if the module is of no kind that can be adapted.
-
-    Raises:
-        TypeError: it is of such a kind, but cannot be adapted. The text says what it is, to follow "layer x is".
-    """
-    what = f"a {type(target).__name__}"
-    try:
-        if is_bitsandbytes(target, "Linear4bit"):
-            _check_codes(target)
-            return from_bitsandbytes(target)
-        if is_bitsandbytes(target, "Linear8bitLt"):
-            _check_codes(target)
-            check_int8(target)
-            return base_of(target)
-    except TypeError as error:
-        raise TypeError(f"{what} of bitsandbytes, but {error}") from None
-    base = base_of(target)
+    Raises TypeError if it is of such a kind, but cannot be adapted: the text follows "layer x is"."""
+    what, base = f"a {type(target).__name__}", base_of(target)
+    if isinstance(base, BnbLinear):
+        try:
+            check_codes(target)
+        except TypeError as error:
+            raise TypeError(f"{what} of bitsandbytes, but {error}") from None
+        return from_bitsandbytes(target) if is_bitsandbytes(target, "Linear4bit") else base
     if base.kind is None or not _computes_as(base.kind, target):
         return None
     if getattr(target, "groups", 1) != 1:
@@ -47,11 +33,6 @@ def adopted(target: nn.Module) -> Base | None:
     if getattr(target, "max_norm", None) is not None:
         raise TypeError(f"an Embedding with max_norm={target.max_norm}, which changes its own weight")
     return base
-
-
-def _check_codes(target: nn.Module) -> None:
-    if is_sharded(cast(Tensor, target.weight)):
-        raise TypeError("its codes are sharded, apart from their scales: wrap the model first and shard it then")
 
 
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"

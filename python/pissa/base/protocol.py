@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +15,21 @@ from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, Form
 from pissa.distributed import is_sharded, whole_device, whole_shape
 
-
-class View(NamedTuple):
-    """How a weight is a matrix [out, in], and how such a matrix is a weight of the given shape."""
-
-    matrix: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor, torch.Size], Tensor]
+_TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is [in, out]; an embedding is a linear layer of one-hot vectors
+_FLATTENED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *_TRANSPOSED, *_FLATTENED)
 
 
-_AS_IT_IS = View(lambda weight: weight, lambda matrix, shape: matrix)
-_TRANSPOSED = View(lambda weight: weight.mT, lambda matrix, shape: matrix.mT)
-_FLATTENED = View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
-
-_VIEWS: dict[type[nn.Module], View] = {
-    nn.Linear: _AS_IT_IS,
-    Conv1D: _TRANSPOSED,
-    nn.Embedding: _TRANSPOSED,  # [in, out]: a linear layer of one-hot vectors
-    nn.Conv1d: _FLATTENED,
-    nn.Conv2d: _FLATTENED,
-    nn.Conv3d: _FLATTENED,
-}
+def as_matrix(dense_type: type[nn.Module], weight: Tensor) -> Tensor:
+    """The weight of a class of modules as a matrix [out, in]: a view."""
+    return weight.mT if issubclass(dense_type, _TRANSPOSED) else weight.flatten(1)
 
 
-def view_of(dense_type: type[nn.Module]) -> View:
-    """How the weight of a class of modules is a matrix."""
-    return next((view for kind, view in _VIEWS.items() if issubclass(dense_type, kind)), _AS_IT_IS)
+def as_weight(dense_type: type[nn.Module], matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The matrix [out, in] as a weight of that class; `shape`: of a weight that is flattened."""
+    if issubclass(dense_type, _TRANSPOSED):
+        return matrix.mT
+    return matrix.reshape(shape) if issubclass(dense_type, _FLATTENED) else matrix
 
 
 class Base(ABC):
@@ -68,12 +57,12 @@ class Base(ABC):
     @property
     def kind(self) -> type[nn.Module] | None:
         """What the function is: nn.Linear, Conv1D, nn.Embedding or a convolution; None if it is none of these."""
-        return next((kind for kind in _VIEWS if issubclass(self.dense_type, kind)), None)
+        return next((kind for kind in _KINDS if issubclass(self.dense_type, kind)), None)
 
     @property
-    @abstractmethod
     def dense_type(self) -> type[nn.Module]:
         """The class of a dense module in the base's place: `kind`, or a subclass of it."""
+        return type(self.module)
 
     @property
     def form(self) -> Form:
@@ -86,34 +75,23 @@ class Base(ABC):
         return None
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype | None:
         """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""
+        return self.parameter.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the module computes: where its weight is, or where accelerate or FSDP fetches it to."""
         return whole_device(self.parameter)
 
-    @property
-    def numel(self) -> int:
-        """Elements of the weight; codes are counted by what they stand for."""
-        return self.parameter.numel()
-
-    @property
-    @abstractmethod
-    def matrix_is_copy(self) -> bool:
-        """Whether computing with `matrix()` takes a copy of the weight: one that is decoded or fetched, or, since the
-        matrix is transposed, is made row by row."""
-
     @abstractmethod
     def matrix(self) -> Tensor:
         """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32. A
         dense weight that is sharded is gathered: all processes have to ask for it together."""
 
-    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""
+        return ops.linear(x, self.matrix().detach())
 
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
@@ -124,21 +102,21 @@ class Base(ABC):
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The matrix [out, in] in the shape of a dense weight of this kind."""
-        return view_of(self.dense_type).weight(matrix, whole_shape(self.parameter))
+        return as_weight(self.dense_type, matrix, whole_shape(self.parameter))
 
-    @abstractmethod
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
         """What others may take for the weight: the module's parameter; if that is a residual or our own codes, the
         decoded weight in `dtype`."""
+        return self.parameter
 
     @abstractmethod
     def twin(self, matrix: Tensor) -> nn.Module:
         """A dense module in the base's place: the weight is `matrix` [out, in], frozen; all else, the bias too, is the
         base's own."""
 
-    @abstractmethod
     def restored(self) -> nn.Module:
         """The module that goes back into the model when the adapters are unloaded."""
+        return cast(nn.Module, self.module)
 
     @abstractmethod
     def holding(self, weight: Tensor) -> Base:
@@ -146,11 +124,8 @@ class Base(ABC):
 
 
 def whole(base: Base, gathered: Tensor | None) -> Base:
-    """Returns `base`, or, if its weight is sharded, a base like it that holds the full weight, `gathered`.
-
-    Raises:
-        ValueError: the weight is sharded, and nothing has been gathered.
-    """
+    """Returns `base`, or, if its weight is sharded, a base like it that holds the full weight, `gathered`. Raises
+    ValueError if nothing has been gathered then."""
     if not is_sharded(base.parameter):
         return base
     if gathered is None:

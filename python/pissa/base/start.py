@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pissa.base.frozen import KeepsDtype
 from pissa.ops.low_rank import join_difference
+
+
+class KeepsDtype(nn.Module):
+    """A module whose buffers follow it to another device but never to another dtype.
+
+    Start factors and quantisation scales define the base function; `model.half()` must not round them.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
 
 class Origin(NamedTuple):
@@ -89,25 +105,6 @@ class StartFactors(KeepsDtype):
         da, db = (delta.float() for delta in self.change(deltas))
         return join_difference(self.a0 + da, da, db, self.b0)
 
-    def factors_on(
-        self, deltas: Deltas, keeps_start: bool, taken: tuple[Tensor, Tensor] | None, ratio: float
-    ) -> tuple[Tensor, Tensor]:
-        """Factors a [k, in] and b [out, k], float32, of an adapter on a weight that stands in the place of its base.
-
-        Args:
-            keeps_start: whether B0 A0 is taken out of that weight, or is zero: then B A is the whole change.
-            taken: the factors of a start of another method that are taken out of it.
-            ratio: of the scaling of `taken` to the adapter's.
-        """
-        if keeps_start:
-            da, db = self.change(deltas)
-            a, b = self.a0 + da, self.b0 + db
-        else:
-            a, b = self.factors_of_change(deltas)
-        if taken is None:
-            return a, b
-        return torch.cat([taken[0], a]), torch.cat([ratio * taken[1], b], dim=1)
-
     def values_and_vectors(self) -> tuple[Tensor, Tensor]:
         """E0 [r, 1] and V0 [r, in]: the lengths and the directions of a0's rows."""
         values = self.a0.norm(dim=1, keepdim=True)
@@ -115,3 +112,40 @@ class StartFactors(KeepsDtype):
 
     def extra_repr(self) -> str:
         return f"in={self.a0.shape[1]}, r={self.a0.shape[0]}, out={self.b0.shape[0]}"
+
+
+class Served(NamedTuple):
+    """An adapter as a plain LoRA on a weight from which a start may have been taken out."""
+
+    start: StartFactors
+    keeps_start: bool
+    """Whether B0 A0 is taken out of that weight, or is zero: then B A is the whole change."""
+    other: StartFactors | None
+    """Another start that is taken out of it."""
+    ratio: float
+    """Of its scaling to the adapter's."""
+
+    @staticmethod
+    def of(start: StartFactors, scaling: float, taken: StartFactors | None) -> Served:
+        """The adapter of that start and scaling, on a weight that lacks the start `taken`, or nothing."""
+        if taken is start and taken.origin.scaling == scaling:
+            return Served(start, True, None, 1.0)
+        other = None if taken is None or not taken.b0.any() else taken
+        return Served(start, not start.b0.any(), other, 1.0 if other is None else other.origin.scaling / scaling)
+
+    @property
+    def rank(self) -> int:
+        """Of the factors."""
+        own = self.start.origin.r * (1 if self.keeps_start else 2)
+        return own if self.other is None else own + self.other.origin.r
+
+    def factors(self, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """The factors a [rank, in] and b [out, rank], float32."""
+        if self.keeps_start:
+            da, db = self.start.change(deltas)
+            a, b = self.start.a0 + da, self.start.b0 + db
+        else:
+            a, b = self.start.factors_of_change(deltas)
+        if self.other is None:
+            return a, b
+        return torch.cat([self.other.a0, a]), torch.cat([self.ratio * self.other.b0, b], dim=1)

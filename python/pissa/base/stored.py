@@ -5,51 +5,31 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.digest import Fingerprint
-from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
-from pissa.base.weights import OwnBase
+from pissa.base.weights import HoldsCodes, OwnBase
 from pissa.config import Form
+from pissa.ops._quant import check_offset
 from pissa.ops.checks import FLOATS, check_product
 from pissa.ops.formats import FORMATS
 
 
-class Replaced(NamedTuple):
-    """What a stored base knows of the module whose place it takes."""
-
-    dense_type: type[nn.Module]
-    """nn.Linear, a subclass that computes the same, or transformers' Conv1D."""
-    dtype: torch.dtype
-    """Of the dense weight."""
-    bias: nn.Parameter | None
-    """Used as it is."""
-    fingerprint: Fingerprint
-    """Of the dense weight."""
-
-
 class StoredLinear(OwnBase):
-    """A linear base that keeps a residual and the start factors that it lacks.
-
-    Args:
-        replaced: what is known of the module whose place this one takes.
-        start: the factors. They belong to the base, whatever becomes of the adapter.
-    """
+    """A linear base that keeps a residual and the start factors that it lacks. These belong to the base, whatever
+    becomes of the adapter. The bias is used as it is. Who puts it into the place of a module sets `dense_type`, and
+    `dtype` and `fingerprint` of the dense weight."""
 
     start: StartFactors
-    fingerprint: Fingerprint
     dtype: torch.dtype
 
-    def __init__(self, replaced: Replaced, start: StartFactors) -> None:
+    def __init__(self, start: StartFactors, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features = start.a0.shape[1], start.b0.shape[0]
-        self.dense_type, self.dtype, self.bias, self.fingerprint = replaced
-        self.start = start
+        self.bias, self.start = bias, start
         self.scaling = start.origin.scaling
 
     @property
@@ -67,13 +47,10 @@ class StoredLinear(OwnBase):
         return torch.addmm(self.dense_residual(), self.start.b0, self.start.a0, alpha=self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, self.bias)
+        return self.product(x, self.bias)
 
-    def product(self, x: Tensor) -> Tensor:
-        """The output without the bias."""
-        return self._product(x, None)
-
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output without the bias, or with one."""
         return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
     def fused(
@@ -90,8 +67,8 @@ class StoredLinear(OwnBase):
 class ResidualLinear(StoredLinear):
     """The paper's explicit form: the residual as a dense weight in the base's dtype."""
 
-    def __init__(self, replaced: Replaced, residual: Tensor, start: StartFactors) -> None:
-        super().__init__(replaced, start)
+    def __init__(self, residual: Tensor, start: StartFactors, bias: nn.Parameter | None) -> None:
+        super().__init__(start, bias)
         self.weight = nn.Parameter(residual, requires_grad=False)
 
     @property
@@ -107,9 +84,9 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
     """QPiSSA's form: the residual quantised, in bitsandbytes' bytes."""
 
     def __init__(
-        self, replaced: Replaced, residual: ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
+        self, residual: ops.QuantizedWeight, start: StartFactors, bias: nn.Parameter | None, quant_storage: torch.dtype
     ) -> None:
-        super().__init__(replaced, start)
+        super().__init__(start, bias)
         self.hold(residual, quant_storage)
 
     @property
@@ -126,12 +103,15 @@ class QuantizedLinear(HoldsCodes, StoredLinear):
 
 
 def stored_linear(
-    replaced: Replaced, residual: Tensor | ops.QuantizedWeight, start: StartFactors, quant_storage: torch.dtype
+    residual: Tensor | ops.QuantizedWeight,
+    start: StartFactors,
+    bias: nn.Parameter | None = None,
+    quant_storage: torch.dtype = torch.uint8,
 ) -> StoredLinear:
     """The base that keeps `residual`, which lacks `start`; `quant_storage` is for codes."""
     if isinstance(residual, Tensor):
-        return ResidualLinear(replaced, residual, start)
-    return QuantizedLinear(replaced, residual, start, quant_storage)
+        return ResidualLinear(residual, start, bias)
+    return QuantizedLinear(residual, start, bias, quant_storage)
 
 
 def residuals_of(
@@ -161,41 +141,32 @@ def residuals_of(
 
 class ResidualCheck:
     """Shows, before residuals in that form are made, that `residuals_of` will not fail. Nothing waits for a GPU until
-    all of them are there, and then the host once for each device."""
+    `check`, and then the host once for each device."""
 
     def __init__(self, form: Form) -> None:
         self._form = form
-        self._layers: list[tuple[str, StartFactors, int]] = []
-        self._sizes: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        self._layers: dict[torch.device, list[tuple[str, float, int, Tensor]]] = {}
 
     def add(self, name: str, weight: Tensor, start: StartFactors) -> None:
         """One more layer: its name, its weight [out, in] and the start that its residual will lack."""
         norms = [torch.linalg.vector_norm(factor, dtype=torch.float64) for factor in start.taken]
         largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
-        self._sizes.setdefault(weight.device, []).append((name, torch.stack([largest, *norms])))
-        self._layers.append((name, start, weight.numel()))
+        layer = (name, start.origin.scaling, weight.numel(), torch.stack([largest, *norms]))
+        self._layers.setdefault(weight.device, []).append(layer)
 
-    def uncertain(self) -> list[str]:
-        """The layers of which only the residual itself will tell: the mean of its nested scales may overflow.
-
-        Raises:
-            ValueError: naming the layer whose weight or factors are not finite, or whose residual will not be.
-        """
-        values: dict[str, list[float]] = {}
-        for pairs in self._sizes.values():
-            values |= zip((name for name, _ in pairs), torch.stack([sizes for _, sizes in pairs]).tolist(), strict=True)
-        found = []
-        for name, start, elements in self._layers:
-            scaling, (largest, norm_a, norm_b) = start.origin.scaling, values[name]
-            names = (f"layer {name}: weight", f"layer {name}: a0", "b0")
-            check_product(names, largest, norm_a, norm_b, scaling)
-            if not self._form.double_quant or self._form.blocksize is None:
-                continue
-            # No scale exceeds the largest element. Half of what float32 can hold leaves room for roundings of the sum.
-            blocks = math.ceil(elements / self._form.blocksize)
-            if (largest + scaling * norm_a * norm_b) * blocks >= torch.finfo(torch.float32).max / 2:
-                found.append(name)
-        return found
+    def check(self) -> None:
+        """Raises ValueError, naming the layer whose weight or factors are not finite, or whose residual may not be."""
+        for layers in self._layers.values():
+            sizes = torch.stack([size for *_, size in layers]).tolist()
+            for (name, scaling, elements, _), (largest, norm_a, norm_b) in zip(layers, sizes, strict=True):
+                names = (f"layer {name}: weight", f"layer {name}: a0", "b0")
+                check_product(names, largest, norm_a, norm_b, scaling)
+                if not self._form.double_quant or self._form.blocksize is None:
+                    continue
+                # No scale exceeds the largest element. Half of what float32 holds leaves room for roundings of the sum.
+                sum_of_scales = (largest + scaling * norm_a * norm_b) * math.ceil(elements / self._form.blocksize)
+                if sum_of_scales >= torch.finfo(torch.float32).max / 2:
+                    check_offset(math.inf, names[0])
 
 
 Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]

@@ -5,18 +5,20 @@ read together."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
-from pissa.base.frozen import KeepsDtype
-from pissa.base.protocol import Base, view_of
-from pissa.distributed import is_sharded, whole_tensor
+from pissa.base.protocol import Base, as_matrix, as_weight
+from pissa.base.start import KeepsDtype
+from pissa.distributed import whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
@@ -50,7 +52,7 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
     """A linear module of the class nn.Linear, Conv1D or the like: its weight is `matrix` [out, in], frozen."""
     with torch.device("meta"):
         linear: Any = dense_type(*(matrix.shape if issubclass(dense_type, Conv1D) else matrix.mT.shape))
-    weight = view_of(dense_type).weight(matrix, matrix.shape).contiguous()
+    weight = as_weight(dense_type, matrix, matrix.shape).contiguous()
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     return cast(nn.Module, linear.train(training))
@@ -73,34 +75,12 @@ class Dense(Base):
             return cast("nn.Parameter | None", getattr(self.module, "bias", None))
 
     @property
-    def dense_type(self) -> type[nn.Module]:
-        return type(self.module)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.parameter.dtype
-
-    @property
     def device(self) -> torch.device:
         return torch.device(self.module._hf_hook.execution_device) if is_offloaded(self.module) else super().device
 
-    @property
-    def matrix_is_copy(self) -> bool:
-        return is_offloaded(self.module) or is_sharded(self.parameter) or not self._matrix().is_contiguous()
-
     def matrix(self) -> Tensor:
         with in_memory(self.module):
-            return self._matrix()
-
-    def _matrix(self) -> Tensor:
-        """The matrix, of a weight in memory."""
-        return view_of(self.dense_type).matrix(whole_tensor(self.parameter))
-
-    def product(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.matrix().detach())
-
-    def shown_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.parameter
+            return as_matrix(self.dense_type, whole_tensor(self.parameter))
 
     def twin(self, matrix: Tensor) -> nn.Module:
         module = self._twin(matrix)
@@ -118,9 +98,6 @@ class Dense(Base):
             module.register_parameter("bias", self.bias)
         return cast(nn.Module, module)
 
-    def restored(self) -> nn.Module:
-        return cast(nn.Module, self.module)
-
     def holding(self, weight: Tensor) -> Dense:
         return type(self)(with_weight(self.module, weight))
 
@@ -134,7 +111,6 @@ class OwnBase(KeepsDtype, Base):
 
     dense_type: type[nn.Module] = nn.Linear
     dtype: torch.dtype | None = None
-    matrix_is_copy = True
 
     @property
     def module(self) -> Any:
@@ -151,3 +127,54 @@ class OwnBase(KeepsDtype, Base):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class HoldsCodes(OwnBase):
+    """A base whose parameter `weight` holds the packed codes of a matrix, frozen. The scales are buffers.
+
+    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype. An element of a floating
+    dtype is several bytes of codes; zeros fill up the last one. Such an element means nothing and may be NaN: it is
+    moved, never computed with, and keeps its dtype and bits whatever the module is cast to.
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
+        """Takes the codes and scales of `matrix` as they are."""
+        self.format, self.matrix_shape, self.blocksize = matrix.format, matrix.shape, matrix.blocksize
+        self.quant_storage, self._bytes = quant_storage, len(matrix.codes)
+        missing = -len(matrix.codes) % quant_storage.itemsize
+        codes = functional.pad(matrix.codes, (0, missing)) if missing else matrix.codes
+        self.weight = nn.Parameter(codes.view(quant_storage), requires_grad=False)
+        self.register_buffer("absmax", matrix.absmax)
+        self.register_buffer("nested_absmax", matrix.nested_absmax)
+        self.register_buffer("offset", matrix.offset)
+
+    @property
+    def quantized(self) -> ops.QuantizedWeight:
+        """The matrix [out, in], as pissa.ops takes it. Raises TypeError if a cast has destroyed the codes."""
+        codes: Tensor = self.weight
+        if codes.dtype != self.quant_storage:
+            raise TypeError(
+                f"Codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
+                'where its param_dtype is another. Give PissaConfig quant_storage of that dtype, or "uint8"'
+            )
+        if self.quant_storage != torch.uint8:
+            codes = codes.view(torch.uint8)[: self._bytes]
+        return ops.QuantizedWeight(
+            codes, self.absmax, self.nested_absmax, self.offset, self.format, self.matrix_shape, self.blocksize
+        )
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_absmax is not None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if tensor is self.weight and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, recurse)

@@ -25,7 +25,7 @@ from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.checkpoints.trained import Adapter, read_adapter
 from pissa.config import IMPLICIT, Form
-from pissa.files.lora_folder import LoraFactors, LoraFolder
+from pissa.files.lora_folder import LoraFactors, LoraFolder, open_adapter
 from pissa.files.messages import shown
 from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import MAGNITUDE, PREFIX, base_weight_key, is_mirrored
@@ -307,7 +307,7 @@ def merge(
     check_choice("quant", quant, (None, *FORMATS))
     form = IMPLICIT if quant is None else Form.quantised(quant, *FORMATS[quant].options(None, None, 1))
     with Source(source) as found, torch.no_grad():
-        read = read_adapter(Path(adapter), found, initial)
+        read = read_adapter(open_adapter(Path(adapter)), found, initial)
         run = _Merge(Planner(found, read.folder, form).plan(), read, form, Path(target))
         run.run(progressbar)
         for doubt in read.doubts():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pissa import ops
 from pissa.base.bitsandbytes import from_state
-from pissa.base.digest import Fingerprint, Match, dtype_of, is_fingerprint, match
-from pissa.base.stored import Replaced, residual_tensors, residuals_of, stored_linear
+from pissa.base.digest import Match, dtype_of, is_fingerprint, match
+from pissa.base.stored import residual_tensors, residuals_of, stored_linear
 from pissa.checkpoints.rewrite import Layer, Unit
 from pissa.config import IMPLICIT
 from pissa.conversion.plain_lora import ON_RESIDUAL, OURS, PlainLora, check_not_given, check_start
@@ -22,7 +21,7 @@ from pissa.files.model_folder import matrix_of
 from pissa.files.peft_layout import ADAPTER_CONFIG, Matrices, magnitude_key
 from pissa.files.pissa_layout import PISSA_WEIGHTS, LayerTensors, PissaFolder
 from pissa.files.tensor_file import Source, TensorFile
-from pissa.layers.dora import Magnitude
+from pissa.layers.layer import Magnitude
 from pissa.notices import PissaWarning
 from pissa.ops import QuantizedWeight
 
@@ -141,9 +140,7 @@ class Ours(Adapter):
         if record.form == IMPLICIT:
             return _dense(self._as_trained(layer, weight))
         residual = self.residual(layer, weight, factors)
-        replaced = Replaced(nn.Linear, layer.dtype, None, Fingerprint(record.weight))
-        start = self.tensors(layer.name, factors).base
-        stored = stored_linear(replaced, residual, start, torch.uint8)
+        stored = stored_linear(residual, self.tensors(layer.name, factors).base)
         return stored.matrix(), stored.product
 
     def residual(self, layer: Layer, weight: Weight, factors: Matrices) -> Weight:
@@ -190,13 +187,16 @@ class Ours(Adapter):
         )
 
 
-def read_adapter(path: Path, source: Source, initial: Name | None) -> Adapter:
-    """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start."""
-    folder = open_adapter(path)
+def read_adapter(folder: LoraFolder, source: Source, initial: Name | None) -> Adapter:
+    """The adapter in a folder, for a checkpoint that is the base, or a residual that lacks its start.
+
+    Raises:
+        ValueError: it cannot be read, or does not belong to the checkpoint.
+    """
     initial_here = source.folder / INITIAL_FOLDER
     at_start = open_adapter(initial_here) if (initial_here / ADAPTER_CONFIG).is_file() else None
     if folder.record is not None:
-        check_not_given(f"{path} is an adapter of pissa", initial=initial)
+        check_not_given(f"{folder.path} is an adapter of pissa", initial=initial)
         layers = () if at_start is None else [name for part in at_start.factors.values() for name in part.layers]
         return Ours(folder, source, layers)
     if at_start is not None:

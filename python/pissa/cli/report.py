@@ -61,7 +61,7 @@ def _report(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         from pissa.cli.pictures import draw_report
 
         with staged(args.out) as new:
-            draw_report(found, staged.path)
+            draw_report(found, new)
             new(NUMBERS).write_text(f"{json.dumps(found.numbers, indent=2)}\n")
     yield found.numbers
     layers, ranks = found.kinds["all"].layers, found.numbers["ranks"]

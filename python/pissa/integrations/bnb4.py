@@ -12,15 +12,14 @@ import torch
 
 from pissa import ops
 from pissa.base.bitsandbytes_state import KEPT_IN_4_BITS
-from pissa.base.init_methods import INIT_METHODS
+from pissa.base.start import Served
 from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Plan, Result, Rewrite, Unit, linear_layers
 from pissa.checkpoints.trained import Ours, read_weight
 from pissa.config import IMPLICIT
 from pissa.files.lora_folder import LoraFactors, with_sizes
-from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Matrices, base_weight_key
-from pissa.files.pissa_layout import LayerRecord, LayerTensors
+from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_weight_key
 from pissa.files.tensor_file import Scratch, write_tensors
 from pissa.integrations.exported import Exported
 
@@ -28,27 +27,14 @@ LORA = "adapter"
 """The folder of the LoRA, in that of the checkpoint."""
 
 
-def export_bnb4(adapter: Ours, target: Path, progressbar: bool) -> Exported:
-    """Writes the residuals that the adapter was trained on to `target`, and the adapter, of rank r, to its folder
-    "adapter".
+class ResidualExport(Rewrite):
+    """Writes the residuals that an adapter was trained on, and the adapter, of rank r, to the folder "adapter" in that.
+    The checkpoint `adapter.source` is the adapter's base, or has the residuals.
 
     bitsandbytes keeps linear layers. The residual of another layer in 4 bits, of fused experts or a Conv1D, is written
-    decoded, in the dtype of the checkpoint. A run that was killed goes on when it is called again.
-
-    Args:
-        adapter: whose base the checkpoint `adapter.source` is, or has the residuals of.
-
-    Raises:
-        ValueError: the checkpoint is another one, or bitsandbytes can keep no layer. `target` has not become a model
-            then.
-        OSError: the disk is full, or fails.
+    decoded, in the dtype of the checkpoint. Raises ValueError if it can keep none.
     """
-    run = _Export(adapter, target)
-    run.run(progressbar)
-    return run.exported()
 
-
-class _Export(Rewrite):
     command = "export"
 
     def __init__(self, adapter: Ours, target: Path) -> None:
@@ -69,8 +55,7 @@ class _Export(Rewrite):
     def exported(self) -> Exported:
         """The report."""
         packed = len(self.plan.packed)
-        in_codes = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers)
-        count = in_codes - packed
+        count = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers) - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
         model = f"{self.model_name}.from_pretrained({str(self.target)!r})"
         return Exported(
@@ -119,17 +104,17 @@ class _Export(Rewrite):
         return {unit.name: {"lost": lost, "whole": whole}}
 
     def end(self, out: Output) -> None:
-        """Writes the LoRA. The tensors beside the factors stay as they are, but for a layer's own weight: its residual
-        is written."""
+        """Writes the LoRA, and all beside the factors as it is but a layer's own weight: its residual is written."""
         kept, sizes, path = set(self.folder.weights.entries), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
         with Scratch(path.parent) as tensors:
             for target, factors in self.folder.factors.items():
                 rank = factors.rank
                 if self._is_stored(factors):
-                    pairs = [
-                        on_residual(self.adapter.records[name], self.adapter.tensors(name, pair))
-                        for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True)
-                    ]
+                    pairs = []
+                    for name, pair in zip(factors.layers, self.adapter.factors(target), strict=True):
+                        found = self.adapter.tensors(name, pair)
+                        served = Served.of(found.start, self.adapter.records[name].scaling, found.base)
+                        pairs.append(served.factors(found.deltas))
                     rank = len(pairs[0][0])
                     kept -= {*factors.keys, base_weight_key(target)}
                     for key, tensor in factors.pack(pairs).items():
@@ -141,17 +126,3 @@ class _Export(Rewrite):
         self.bytes_written += path.stat().st_size
         config = with_sizes(self.folder.config, sizes) | {"base_model_name_or_path": str(self.target)}
         path.with_name(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-
-
-def on_residual(record: LayerRecord, tensors: LayerTensors) -> Matrices:
-    """Factors a [k, in] and b [out, k] of what a stored layer computes beside its residual, s b a.
-
-    That is s B A, if the adapter starts from what the residual lacks. If its base lacks the start of another method, it
-    is that start and s (B A - B0 A0).
-    """
-    start, base = tensors.start, tensors.base
-    if record.base is None:
-        return start.factors_on(tensors.deltas, True, None, 1.0)
-    is_zero = INIT_METHODS[start.origin.init].starts_from_zero
-    taken = None if INIT_METHODS[record.base.init].starts_from_zero else (base.a0, base.b0)
-    return start.factors_on(tensors.deltas, is_zero, taken, record.base.scaling / record.scaling)

@@ -18,7 +18,7 @@ from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_folder import open_adapter
 from pissa.files.model_folder import meta_model
 from pissa.files.tensor_file import Source
-from pissa.integrations.bnb4 import export_bnb4
+from pissa.integrations.bnb4 import ResidualExport
 from pissa.integrations.exported import Exported
 from pissa.integrations.vllm import export_vllm
 from pissa.ops.checks import check_choice
@@ -73,20 +73,20 @@ def export(
     check_choice("to", to, get_args(To))
     if requantise and to != "bnb4":
         raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
-    adapter, target = Path(adapter), Path(target)
+    opened, target = open_adapter(Path(adapter)), Path(target)
     if base is None:
-        base = open_adapter(adapter).config["base_model_name_or_path"] or None
+        base = opened.config["base_model_name_or_path"] or None
     if to == "vllm":
-        return export_vllm(adapter, base, target, initial)
+        return export_vllm(opened, base, target, initial)
     if base is None:
-        raise ValueError(f"{adapter} names no base model (base_model_name_or_path): give it (base)")
+        raise ValueError(f"{opened.path} names no base model (base_model_name_or_path): give it (base)")
     if to == "gguf":
         try:
             from pissa.integrations.gguf import export_gguf
         except ModuleNotFoundError as error:
             text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
             raise ModuleNotFoundError(text, name=error.name) from error
-        return export_gguf(adapter, base, target, initial)
+        return export_gguf(opened, base, target, initial)
     folder = checkpoint_folder(base)
     if to == "merged" or requantise:
         quant = KEPT_IN_4_BITS if requantise else None
@@ -103,15 +103,17 @@ def export(
             mean_error=merged.mean_error,
         )
     with Source(folder) as source, torch.no_grad():
-        found = _trained_in_4_bits(read_adapter(adapter, source, initial), adapter)
-        done = export_bnb4(found, target, progressbar)
+        found = _trained_in_4_bits(read_adapter(opened, source, initial))
+        run = ResidualExport(found, target)
+        run.run(progressbar)
         for doubt in found.doubts():
             warnings.warn(doubt, stacklevel=2)
-        return done
+        return run.exported()
 
 
-def _trained_in_4_bits(found: Adapter, path: Path) -> Ours:
+def _trained_in_4_bits(found: Adapter) -> Ours:
     """The adapter, if it was trained on residuals in nf4."""
+    path = found.folder.path
     forms = {record.form for record in found.records.values()} if isinstance(found, Ours) else {IMPLICIT}
     if isinstance(found, Ours) and KEPT_IN_4_BITS in {form.kind for form in forms}:
         return found

@@ -1,8 +1,21 @@
-"""What every export reports."""
+"""What every export reports; and the plain LoRA that two of them write."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
+
+from pissa.checkpoints.merge import Planner
+from pissa.conversion.plain_lora import PlainLora
+from pissa.files.hub import Name, checkpoint_folder
+from pissa.files.lora_folder import LoraFolder
+from pissa.files.messages import shown
+from pissa.files.model_folder import matrix_of
+from pissa.files.peft_layout import PREFIX
+from pissa.files.tensor_file import Source
 
 
 class Exported(NamedTuple):
@@ -26,3 +39,40 @@ class Exported(NamedTuple):
     """Of that layer alone."""
     mean_error: float = 0.0
     """Of the layers, each by itself."""
+
+
+def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
+    """The adapter as a plain LoRA for a runtime that takes factors of layers, and nothing else, from an adapter. Raises
+    ValueError for one that has more. `base` is looked at only if the adapter cannot be read without it."""
+    lora = PlainLora.of(folder, base if folder.is_pefts_pissa and initial is None else None, initial, None)
+    fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
+    if given := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
+        text = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
+        raise ValueError(
+            f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to "
+            "merged, which has them in the weights, and serve that"
+        )
+    own = set[str]() if base is None or not folder.other_keys else _unchanged(folder, checkpoint_folder(base))
+    for key in folder.other_keys:
+        if key not in own:
+            hint = "if it is the base's own, give that (base); else e" if base is None else "E"
+            raise ValueError(
+                f"{folder.weights.path}: tensor {shown(key)} is no factor of a layer, the only thing that {runtime} "
+                f"takes from an adapter. {hint}xport to merged, which has it in the weights, and serve that"
+            )
+    return lora
+
+
+def _unchanged(folder: LoraFolder, base: Path) -> set[str]:
+    """The tensors beside the factors that are the base's, as PEFT saves those of embeddings."""
+    found = set()
+    with Source(base) as source:
+        planner = Planner(source, folder)
+        for key in folder.other_keys:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            with suppress(ValueError):
+                kept, parts = folder.weights.read(key), planner.parts_of(name)
+                weight = matrix_of(parts, source)
+                if kept.shape == weight.shape and torch.equal(kept, weight.to(kept.dtype)):
+                    found.add(key)
+    return found

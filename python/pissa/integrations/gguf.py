@@ -3,58 +3,36 @@ converted base has."""
 
 from __future__ import annotations
 
-import math
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
-import torch
 from torch import Tensor
 
-from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name
 from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import class_of, model_config
 from pissa.files.staged import staged
-from pissa.integrations.exported import Exported
-from pissa.integrations.plain import padded, read_factors
+from pissa.integrations.exported import Exported, read_factors
 
-
-class _Family(NamedTuple):
-    """What llama.cpp makes of a model."""
-
-    arch: gguf.MODEL_ARCH
-    permutes: bool = False
-    """Whether the rows of q and k are in the order that llama.cpp's rotary embedding takes."""
-
-
-_FAMILIES = {
-    "LlamaForCausalLM": _Family(gguf.MODEL_ARCH.LLAMA, permutes=True),
-    "MistralForCausalLM": _Family(gguf.MODEL_ARCH.LLAMA, permutes=True),
-    "Qwen2ForCausalLM": _Family(gguf.MODEL_ARCH.QWEN2),
-    "Qwen3ForCausalLM": _Family(gguf.MODEL_ARCH.QWEN3),
-    "GemmaForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA),
-    "Gemma2ForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA2),
-    "Gemma3ForCausalLM": _Family(gguf.MODEL_ARCH.GEMMA3),
+_ARCHITECTURES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+    "GemmaForCausalLM": gguf.MODEL_ARCH.GEMMA,
+    "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
+    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
 }
-"""By the class of transformers."""
-
-_INPUT, _OUTPUT = "token_embd", "output"
-"""What llama.cpp calls the embedding and the output layer."""
+"""What llama.cpp makes of the classes of transformers. Of LLAMA, the rows of q and k are in the order that its rotary
+embedding takes."""
 
 
-def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -> Exported:
-    """Writes the adapter to the new file `target`, float32, a layer at a time.
-
-    Args:
-        base: the folder of the model, or its name on the Hub. Its config.json is read; its weights only if the adapter
-            cannot be read without them.
-
-    Raises:
-        ValueError: what llama.cpp does not take from an adapter, by name, or a model that is not known here. Nothing is
-            written then.
-    """
+def export_gguf(adapter: LoraFolder, base: Name, target: Path, initial: Name | None) -> Exported:
+    """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for what llama.cpp
+    does not take from an adapter, by name, and for a model that is not known here."""
     if target.exists():
         raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
     lora = read_factors(adapter, base, initial, "llama.cpp")
@@ -62,12 +40,22 @@ def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -
     arch, places = _places(class_of(config).__name__, config, lora.folder)
     rank = max(lora.rank(name) for name in lora.folder.factors)
     alpha = rank * lora.scaling
-    with staged(target.parent) as new:
-        writer = gguf.GGUFWriter(new(target.name), arch)
-        try:
-            _write(writer, lora, places, alpha)
-        finally:
-            writer.close()
+    with (
+        staged(target.parent) as new,
+        closing(gguf.GGUFWriter(new(target.name), arch, use_temp_file=True)) as writer,
+    ):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for name, factors in lora.folder.factors.items():
+            ((a, b),) = lora.matrices(name)
+            place, heads = places[name]
+            b = factors.scaling * len(a) / alpha * b  # llama.cpp scales by alpha / rank
+            for ending, tensor in zip("ab", _arranged(factors, heads, a, b), strict=True):
+                writer.add_tensor(f"{place}.weight.lora_{ending}", tensor.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     return Exported(
         what=lora.what,
         layers=lora.layers,
@@ -77,69 +65,34 @@ def export_gguf(adapter: Path, base: Name, target: Path, initial: Name | None) -
     )
 
 
-def _write(writer: gguf.GGUFWriter, lora: PlainLora, places: dict[str, _Place], alpha: float) -> None:
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    kind = torch.empty(0).numpy().dtype
-    for target, factors in lora.folder.factors.items():
-        for ending, shape in zip("ab", _shapes(factors, lora.rank(target)), strict=True):
-            writer.add_tensor_info(f"{places[target].name}.weight.lora_{ending}", shape, kind, 4 * math.prod(shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for target, factors in lora.folder.factors.items():
-        (pair,), rank = lora.matrices(target), lora.rank(target)
-        pair = padded(pair, rank, factors.scaling * rank / alpha)  # llama.cpp scales by alpha / rank
-        for tensor in _arranged(factors, places[target].heads, *pair):
-            writer.write_tensor_data(tensor.float().contiguous().numpy())
-
-
-def _shapes(factors: LoraFactors, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Those of the two tensors of a layer: an embedding's first is transposed."""
-    (columns,) = factors.row
-    return (columns, rank) if factors.is_embedding else (rank, columns), (factors.out, rank)
-
-
 def _arranged(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The two tensors, from the factors a [rank, in] and b [out, rank]."""
+    """The two tensors, from the factors a [rank, in] and b [out, rank]. An embedding's first is transposed."""
     if heads is not None:
         b = b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
     return a.mT if factors.is_embedding else a, b
 
 
-class _Place(NamedTuple):
-    """What llama.cpp makes of a layer."""
-
-    name: str
-    heads: int | None
-    """The heads in whose rows the halves that are rotated together alternate there; None if none do."""
-
-
-def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, _Place]]:
-    """The architecture of a model of that class, and the place of each target.
-
-    Raises:
-        ValueError: llama.cpp has no adapter of such a layer, or the class is not known here.
-    """
-    if kind not in _FAMILIES:
+def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
+    """The architecture of a model of that class. And for each target its name there, and the heads in whose rows the
+    halves that are rotated together alternate there; None if none do. Raises as `export_gguf`."""
+    if kind not in _ARCHITECTURES:
         raise ValueError(
-            f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_FAMILIES)}: export to merged, "
-            "and convert that with llama.cpp's own converter"
+            f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_ARCHITECTURES)}: export to "
+            "merged, and convert that with llama.cpp's own converter"
         )
-    family, queries = _FAMILIES[kind], config.num_attention_heads
+    arch, queries = _ARCHITECTURES[kind], config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
-    permuted = {"attn_q": queries, "attn_k": keys} if family.permutes else {}
-    names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+    permuted = {"attn_q": queries, "attn_k": keys} if arch == gguf.MODEL_ARCH.LLAMA else {}
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     places = {}
     for target, factors in adapter.factors.items():
         name = names.get_name(factors.layers[0]) or ""
-        places[target] = _Place(name, heads := permuted.get(name.rpartition(".")[2]))
+        places[target] = name, (heads := permuted.get(name.rpartition(".")[2]))
         if len(factors.layers) > 1 or not name:
             reason = "which llama.cpp has under no name known here"
-        elif name in (_INPUT, _OUTPUT) and config.tie_word_embeddings:
+        elif name in ("token_embd", "output") and config.tie_word_embeddings:
             reason = "whose weight is tied to another's, and llama.cpp has but one"
-        elif len(factors.row) != 1 or factors.is_embedding != (name == _INPUT):
+        elif len(factors.row) != 1 or factors.is_embedding != (name == "token_embd"):
             reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
         elif heads is not None and factors.out % (2 * heads):
             reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"
@@ -148,4 +101,4 @@ def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str,
         raise ValueError(
             f"{adapter.weights.path} has factors of layer {shown(target)}, {reason}: export to merged, and convert that"
         )
-    return gguf.MODEL_ARCH_NAMES[family.arch], places
+    return gguf.MODEL_ARCH_NAMES[arch], places

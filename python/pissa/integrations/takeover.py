@@ -40,17 +40,8 @@ def made(
     tell: Callable[[str], None] | None,
     **kwargs: Any,
 ) -> nn.Module:
-    """What `peft.get_peft_model` returns.
-
-    Args:
-        kind: the class of PEFT's that it has chosen.
-        start: the init of a LoraConfig that says nothing of it; None leaves it LoRA's.
-        tell: is called with one sentence if the adapter is taken over.
-        kwargs: other arguments of the class.
-
-    Raises:
-        ValueError: a field that is not supported, naming it, beside a start that only `start` says.
-    """
+    """What `peft.get_peft_model` returns, which has chosen the class `kind` of PEFT's and its arguments. `start` and
+    `tell` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return kind(model, config, **kwargs)
     init = config.init_lora_weights
@@ -82,11 +73,8 @@ def made(
 
 
 def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, **kwargs: Any) -> PissaModel:
-    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too.
-
-    Raises:
-        TypeError, ValueError, KeyError, RankError: it cannot be ours. The model and torch's generator are as they were.
-    """
+    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too. On an error the model and
+    torch's generator are as they were."""
     init = config.init_lora_weights
     if init not in _DRAWN:
         raise ValueError(f"init_lora_weights={init!r} starts from the weights")
@@ -112,11 +100,8 @@ def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, **kwar
 
 
 def _configuration(config: LoraConfig, model: nn.Module, **fields: Any) -> PissaConfig:
-    """A PissaConfig with the fields of a LoraConfig, and PEFT's default targets if it has none. Ours are others.
-
-    Raises:
-        TypeError, ValueError: a field that is not supported, naming it.
-    """
+    """A PissaConfig with the fields of a LoraConfig, and PEFT's default targets if it has none. Ours are others. Raises
+    TypeError or ValueError for a field that is not supported, naming it."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for field in dataclasses.fields(config):  # a program's own class may have more
         if field.name not in known and getattr(config, field.name) != default_of(field):

@@ -14,13 +14,13 @@ from pissa.checkpoints.merge import Planner
 from pissa.checkpoints.rewrite import Layer
 from pissa.conversion.plain_lora import PlainLora
 from pissa.files.hub import Name, checkpoint_folder
-from pissa.files.lora_folder import LoraFactors, with_sizes
+from pissa.files.lora_folder import LoraFactors, LoraFolder, with_sizes
 from pissa.files.messages import shown
 from pissa.files.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTOR_KEYS, PREFIX, Matrices
 from pissa.files.staged import check_unused, staged
 from pissa.files.tensor_file import Scratch, Source, write_tensors
-from pissa.integrations.exported import Exported
-from pissa.integrations.plain import padded, read_factors
+from pissa.integrations.exported import Exported, read_factors
+from pissa.ops.low_rank import pad_rank
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -32,18 +32,12 @@ Places = list[list[tuple[str, int]]]
 """For each layer of a target, the modules of the checkpoint that it is made of, one below the other: names and rows."""
 
 
-def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | None) -> Exported:
+def export_vllm(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new folder `target`, a layer at a time.
 
     vLLM calls experts as the checkpoint does, each by itself, gate and up apart: the factors of fused experts are cut
     as the base's checkpoint is. All layers get the largest rank, filled up with zeros, and one scaling: earlier
-    versions of vLLM know no other.
-
-    Args:
-        base: the model, a folder or a name on the Hub; None if it is not known. Fused experts need it.
-
-    Raises:
-        ValueError: what vLLM does not take from an adapter, by name. Nothing is written then.
+    versions of vLLM know no other. Raises ValueError for what vLLM does not take from an adapter, by name.
     """
     check_unused(target)
     lora = read_factors(adapter, base, initial, "vLLM")
@@ -51,13 +45,13 @@ def export_vllm(adapter: Path, base: Name | None, target: Path, initial: Name | 
     allowed = [number for number in RANKS if number >= rank]
     if not allowed:
         raise ValueError(
-            f"{adapter} has rank {rank} as a LoRA; vLLM allows {RANKS[-1]}: lower it with pissa convert --rank "
+            f"{adapter.path} has rank {rank} as a LoRA; vLLM allows {RANKS[-1]}: lower it with pissa convert --rank "
             f"{RANKS[-1]}"
         )
     places = _places(lora, base)
     with staged(target) as new, Scratch(target) as tensors:
         for name, factors in lora.folder.factors.items():
-            pairs = [padded(pair, rank, factors.scaling / lora.scaling) for pair in lora.matrices(name)]
+            pairs = [pad_rank(a, factors.scaling / lora.scaling * b, rank) for a, b in lora.matrices(name)]
             for key, tensor in _tensors(factors, pairs, places.get(name)):
                 tensors.put(key, tensor)
         sizes = dict.fromkeys(lora.folder.factors, (rank, lora.scaling))

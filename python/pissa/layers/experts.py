@@ -6,7 +6,6 @@ To be adapted, they become linear layers, which are views of that parameter. `fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,10 +18,7 @@ from pissa.distributed import world_size
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""
 
-FORMER_NAMES = {
-    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
-    "down_proj": ({"w2"}, {"down_proj"}),
-}
+FORMER_NAMES = {"gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}), "down_proj": ({"w2"}, {"down_proj"})}
 """The names that the weights of an expert had before they were fused, and still have in lists of targets."""
 
 # Experts whose outputs transformers sums in float32, whatever the model computes in.
@@ -62,13 +58,8 @@ class UnfusedExperts(nn.Module):
         return self.get_submodule(str(index))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
-
-        Args:
-            hidden_states: [tokens, hidden].
-            top_k_index, top_k_weights: [tokens, k], the experts of each token and their weights. An index of the number
-                of experts stands for none.
-        """
+        """The weighted sum of each token's experts, for `hidden_states` [tokens, hidden]. `top_k_index` and
+        `top_k_weights`, [tokens, k], are a token's experts and their weights; the number of experts stands for none."""
         in_float32 = type(self.fused).__name__ in _SUMMED_IN_FLOAT32
         output = torch.zeros_like(hidden_states, dtype=torch.float32 if in_float32 else None)
         # FSDP2 adds the gradients of a block as one array, of the same parameters in every process. DDP waits for the
@@ -116,8 +107,7 @@ class UnfusedLlama4Experts(UnfusedExperts):
     """Llama 4's experts. Each of them computes every token; those that a router has not chosen for it come as zeros."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """The experts' outputs [experts * tokens, hidden] for their inputs of the same shape, one expert after
-        another."""
+        """The experts' outputs [experts * tokens, hidden] for inputs of that shape, one expert after another."""
         inputs = hidden_states.view(len(self), -1, hidden_states.shape[-1])
         return torch.cat([self._compute(index, x) for index, x in enumerate(inputs)])
 
@@ -150,14 +140,13 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
 
     The experts may be targeted by "all-linear", by the names of their weights, by the names that these had before they
     were fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that matches
-    "...experts.0.gate_up_proj", or in `target_parameters`.
-
-    Raises:
-        TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may then be half
-            changed; see `model.inject.restored_on_error`.
+    "...experts.0.gate_up_proj", or in `target_parameters`. Raises TypeError or ValueError for experts that cannot be
+    unfused, naming them and what to do. The model may then be half changed; see `model.inject.restored_on_error`.
     """
-    for path, fused in _fused_experts(model):
-        if not _wanted(path, fused, config):
+    for path, fused in list(model.named_modules()):
+        own = fused.named_parameters(recurse=False) if "expert" in type(fused).__name__.lower() else ()
+        stacks = [name for name, parameter in own if parameter.dim() == 3]
+        if not stacks or not _wanted(path, stacks, config):
             continue
         _check_experts(path, fused)
         if config.use_dora:
@@ -165,24 +154,13 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
                 f"{path} holds fused experts, for which PEFT's files have no magnitudes: leave use_dora out, or leave "
                 f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
             )
-        parent, _, name = path.rpartition(".")
-        unfused = UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused)
-        setattr(model.get_submodule(parent), name, unfused)
+        model.set_submodule(path, UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused))
     _target(unfused_experts(model), config)
 
 
-def _fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules whose own parameters are stacks of matrices."""
-    for path, module in list(model.named_modules()):
-        if "expert" in type(module).__name__.lower() and any(
-            parameter.dim() == 3 for parameter in module.parameters(recurse=False)
-        ):
-            yield path, module
-
-
-def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
-    weights = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.dim() == 3]
-    if any(_ends_with(f"{path}.{name}", target) for name in weights for target in config.target_parameters or ()):
+def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
+    """Whether the configuration targets the experts of that path, whose own stacks of matrices have these names."""
+    if any(f".{path}.{name}".endswith(f".{target}") for name in weights for target in config.target_parameters or ()):
         return True
     probe: Any = copy.copy(config)
     probe.target_modules = {path}
@@ -196,10 +174,6 @@ def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
             f"layers of their own: let the pattern match {path}.0.{weights[0]}"
         )
     return is_wanted
-
-
-def _ends_with(key: str, target: str) -> bool:
-    return key == target or key.endswith(f".{target}")
 
 
 def _with_present_names(targets: Any) -> Any:
@@ -234,7 +208,7 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
     layers, known = set(), set()
     for path, experts in unfused.items():
         for name in experts.names:
-            if named := {target for target in parameters if _ends_with(f"{path}.{name}", target)}:
+            if named := {target for target in parameters if f".{path}.{name}".endswith(f".{target}")}:
                 known |= named
                 layers |= {f"{path}.{index}.{name}" for index in range(len(experts))}
     if parameters - known:
@@ -261,8 +235,6 @@ def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts the original experts modules back, with the weights of the experts' linear layers. These must be dense: the
-    adapters have been unloaded or merged."""
+    """Puts the original experts modules back, with the weights of the experts' linear layers, which must be dense."""
     for path, experts in unfused_experts(model).items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, experts.fuse())
+        model.set_submodule(path, experts.fuse())

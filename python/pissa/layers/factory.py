@@ -44,26 +44,22 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         names = names - beside
         _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(beside))
     config.target_modules = names
-    layers = {
+    layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
         if name in names and check_target_module_exists(config, name)
     }
-    left_out = {}
+    left_out, small, said = {}, {}, []
     for name, layer in layers.items():
+        # Packed codes have another shape, and Conv1D has no in_features.
+        side = min((layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape)
         if is_refused_by_peft(config, model, name) or _is_read(model, name):
             left_out[name] = "the code of this model may read their weights past an adapter"
         elif _is_of_its_own(layer):
             left_out[name] = f"a {type(layer).__name__} computes in a way of its own"
+        elif side < config.r and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern:
+            small[name] = side
     config.target_modules = names.difference(left_out)
-    small = {
-        name: side
-        for name, layer in layers.items()
-        if name in config.target_modules
-        and (side := _smaller_side(layer)) < config.r
-        and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern
-    }
-    said = []
     if small:
         _cap_ranks(config, small)
         name, side = next(iter(small.items()))
@@ -84,8 +80,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
 
 
 def _language_part(model: Any) -> str | None:
-    """The name of the language part of a model that generates text from images, sound or video too; None for any other
-    model."""
+    """The name of the language part of a model that generates text from other media too; None for other models."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model.config, "text_config") or not model.can_generate():
         return None
     decoder = model.get_decoder()
@@ -120,13 +115,6 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
     config.alpha_pattern = alphas | config.alpha_pattern  # the first that matches counts
 
 
-def _smaller_side(linear: Any) -> int:
-    """The smaller side of a linear layer's weight, adapted or not. Packed codes have another shape, and Conv1D has no
-    in_features."""
-    sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
-    return int(min(sides))
-
-
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
     """`pissa_layer` for the layers of `model`."""
     dtypes = (
@@ -142,17 +130,9 @@ def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:
 def pissa_layer(
     target: nn.Module, adapter_name: str, config: PissaConfig, *, model_dtype: torch.dtype, **kwargs: Any
 ) -> PissaLayer:
-    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`.
-
-    Raises:
-        TypeError, ValueError: naming the layer, why it cannot be adapted, and what to do instead.
-    """
+    """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`. Raises TypeError or ValueError,
+    naming the layer, why it cannot be adapted, and what to do instead."""
     name = kwargs["target_name"]
-    if kwargs.get("parameter_name") is not None:
-        raise TypeError(
-            f"{name} is a parameter of {type(target).__name__}; PiSSA adapts layers and fused experts: name them in "
-            "target_modules"
-        )
     base = _base_for(target, name)
     _check_weight(base, name)
     kind = KINDS[base.kind]
@@ -176,8 +156,6 @@ def _base_for(target: nn.Module, name: str) -> Base:
             f"{name} is sharded by a fully_shard of its own ({kind}), and PiSSA computes with its weight outside of "
             f"its forward pass: call fully_shard on the blocks of the model instead, or {leave_out(name)}"
         )
-    if isinstance(target, BaseTunerLayer):
-        raise TypeError(f"{name} already carries an adapter of another kind ({kind}); unload it first")
     raise TypeError(
         f"{name} is a {kind}; PiSSA adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d to 3d, bitsandbytes' layers and "
         f"transformers' fused experts; {leave_out(name)}"

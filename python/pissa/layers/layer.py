@@ -17,11 +17,10 @@ from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.kinds import base_of
 from pissa.base.protocol import Base, whole
-from pissa.base.start import Deltas, Origin, StartFactors
-from pissa.base.stored import Replaced, stored_linear
+from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
+from pissa.base.stored import stored_linear
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, sharded_as, whole_tensor
-from pissa.layers.dora import Magnitude
 
 
 class PissaLayer(LoraLayer):  # type: ignore[misc]
@@ -92,17 +91,16 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @property
     def dense_dtype(self) -> torch.dtype:
-        """The dtype of a dense weight in the base's place: the base's own, or the model's if bitsandbytes has quantised
-        it."""
+        """The dtype of a dense weight in the base's place: the model's if bitsandbytes has quantised the base."""
         return self.base.dtype or self.model_dtype
 
     def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
-        """Replaces the base by one that keeps `residual`, which lacks `start`. If DeepSpeed has partitioned the weight,
-        the residual is partitioned, too."""
+        """Replaces the base by one that keeps `residual`, which lacks `start`; partitioned, if the weight is."""
         base = self.base
-        replaced = Replaced(base.dense_type, self.dense_dtype, base.bias, self.fingerprints.of_weight(base))
-        storage: torch.dtype = getattr(torch, config.quant_storage)
-        self.base_layer = stored_linear(replaced, residual, start, storage).train(base.module.training)
+        stored = stored_linear(residual, start, base.bias, getattr(torch, config.quant_storage))
+        stored.dense_type, stored.dtype = base.dense_type, self.dense_dtype
+        stored.fingerprint = self.fingerprints.of_weight(base)
+        self.base_layer = stored.train(base.module.training)
         partition_as(base.parameter, self.base_layer.parameters(recurse=False))
 
     # -- adapters and their start factors
@@ -176,8 +174,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in (name.partition(".") for name in names)]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
-        """The same, float32 on the adapter's device, from a state dict that has the layer's parameters under
-        `prefix`."""
+        """The same, float32 where the adapter is, from a state dict with the layer's parameters under `prefix`."""
         device = self.device_of(adapter_name)
         a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
         return Deltas(*self.as_matrices(a, b), *e)
@@ -189,16 +186,15 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """What determines the adapter's start factors."""
         identity = INIT_METHODS[config.init].identity(config)
-        scaling = float(self.scaling[adapter_name])
-        return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
+        r, scaling = self.r[adapter_name], float(self.scaling[adapter_name])
+        return Origin(r, scaling, config.init, config.use_adalora, identity)
 
-    def empty_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
-        """Memory for start factors where the adapter is; `rank_taken`: of the factors that a residual lacks, if they
-        are others."""
+    def zero_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
+        """Start factors of zero, where the adapter is; `rank_taken`: of others that a residual lacks."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
 
         def factors(r: int) -> tuple[Tensor, Tensor]:
-            return torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+            return torch.zeros(r, in_features, device=device), torch.zeros(out_features, r, device=device)
 
         return StartFactors(*factors(origin.r), origin, None if rank_taken is None else factors(rank_taken))
 
@@ -212,14 +208,6 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         if adapter_name in self.lora_magnitude_vector:
             lengths = torch.linalg.vector_norm(self.base.matrix().detach(), dim=1, dtype=torch.float32)
             self.magnitude(adapter_name).set(lengths, lengths)
-
-    def start_at_zero(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives an adapter, whose `init` is "given", start factors of zero: its A and B are dA and dB, as in a plain
-        LoRA."""
-        start = self.empty_start(adapter_name, self.origin(adapter_name, config))
-        for factor in start.buffers():
-            factor.zero_()
-        self.lora_start[adapter_name] = start
 
     def share_start(self, adapter_name: str, start: StartFactors) -> None:
         """Gives an adapter these start factors, or the layer's own if it has the same already."""
@@ -295,10 +283,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """Puts a dense module with the adapters' changes in the base's place. The base itself is not changed.
 
         The sum is taken in float32, and rounded to the base's dtype once. If FSDP2 has sharded the base, all processes
-        have to call this, the weights are gathered, layer by layer, and the merged one is sharded like the base's.
-
-        Raises:
-            ValueError: with `safe_merge`, when the merged weight is not finite; nothing is changed then.
+        have to call this, the weights are gathered, layer by layer, and the merged one is sharded like the base's. With
+        `safe_merge`, ValueError is raised if it is not finite, and nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
@@ -337,6 +323,52 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(cast(nn.Module, self))
+
+
+class Magnitude(KeepsDtype):
+    """The lengths m to which DoRA (arXiv 2402.09353) scales the rows of W + dW: trained, float32 [out]. They start from
+    those of the base's rows.
+
+        y = (m / ‖W + dW‖) (W + dW) x + b
+
+    The lengths ‖W + dW‖ carry no gradient (section 4.3 there). For dW = s L R of low rank they follow from products
+    with L and R: no dense matrix of W's size is formed. At the start m / ‖W + dW‖ is exactly 1.
+    """
+
+    base_lengths: Tensor
+
+    def __init__(self, lengths: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(lengths)
+        self.register_buffer("base_lengths", lengths.detach().float().clone())
+
+    @torch.no_grad()
+    def set(self, lengths: Tensor, base_lengths: Tensor) -> None:
+        """Takes these values, float32 [out]."""
+        self.base_lengths.copy_(base_lengths)
+        if self.weight.dtype != torch.float32:
+            lengths = self._rounded_base(self.weight.dtype) + (lengths - base_lengths)
+        self.weight.copy_(sharded_as(self.weight, lengths))
+
+    def lengths(self, weight: Tensor) -> Tensor:
+        """m, float32 [out], for the parameter `weight` in any dtype. A 16-bit parameter rounds its start; so m is the
+        base's exact length plus the distance that the parameter has moved, and step 0 is the base."""
+        if weight.dtype == torch.float32:
+            return weight
+        return self.base_lengths + (weight.float() - self._rounded_base(weight.dtype))
+
+    def _rounded_base(self, dtype: torch.dtype) -> Tensor:
+        return self.base_lengths.to(dtype).float()
+
+    def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:
+        """m / ‖W + s L R‖ [out], differentiable in m, for L [out, k], R [k, in] and their product R Wᵀ [k, out] with
+        the weight, all float32 and detached."""
+        # ‖w + s l R‖² = ‖w‖² + 2 s l (R wᵀ) + s² l (R Rᵀ) lᵀ for each row w of W and l of L
+        grown = 2 * scaling * (left * product.mT).sum(1) + scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
+        square = self.base_lengths.square()
+        lengths = self.base_lengths * (1 + grown / square.where(square > 0, 1)).clamp(min=0).sqrt()
+        lengths = lengths.where(square > 0, grown.clamp(min=0).sqrt())
+        return (self.lengths(self.weight) / lengths.where(lengths > 0, 1)).where(lengths > 0, 1.0)
 
 
 def pissa_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, PissaLayer]:

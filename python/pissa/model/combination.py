@@ -18,31 +18,20 @@ from pissa import distributed
 from pissa.base.start import StartFactors
 from pissa.config import PissaConfig, exactly
 from pissa.layers.layer import PissaLayer, pissa_layers
-from pissa.ops.low_rank import Spectrum
+from pissa.ops.low_rank import Spectrum, pad_rank
 
 # These prune changes before they sum them. "ties" and "dare_ties" also take the method that elects signs.
 _PRUNED: dict[str, Callable[..., Tensor]] = {
-    "ties": ties,
-    "dare_ties": dare_ties,
-    "dare_linear": dare_linear,
-    "magnitude_prune": magnitude_prune,
+    prune.__name__: prune for prune in (ties, dare_ties, dare_linear, magnitude_prune)
 }
 COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
-
-# Fields with which an adapter trains more than factors, which cannot be summed, each with the value that does not.
-_FACTORS_ALONE = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
-
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 """a0, b0, dA and dB of a layer, float32 matrices, for a scaling of 1."""
 
 
 class Combination:
-    """The arguments of `PissaModel.add_weighted_adapter`, checked against the (unwrapped) model and its adapters.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is allowed.
-    """
+    """The arguments of `PissaModel.add_weighted_adapter`, checked against the (unwrapped) model and its adapters."""
 
     def __init__(
         self,
@@ -55,7 +44,22 @@ class Combination:
         density: float | None,
         majority_sign_method: str,
     ) -> None:
-        _check_adapters(model, configs, adapters)
+        for adapter in adapters:
+            if adapter not in configs:
+                raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
+            for name, alone in {"use_dora": False, "bias": "none", "trainable_token_indices": None}.items():
+                if (value := getattr(configs[adapter], name)) != alone:
+                    raise ValueError(
+                        f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
+                        "trains more than factors: merge it with merge_and_unload"
+                    )
+        wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(shared)} such instance(s). Give adapters of which one at most has each module"
+            )
         if not adapters or len(adapters) != len(weights):
             raise ValueError(
                 f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
@@ -118,8 +122,7 @@ class Combination:
 
     @torch.no_grad()
     def start(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives the new adapter, which has just been injected, its factors. With several processes all take those of
-        rank 0, because random pruning draws other numbers in each."""
+        """Gives the new adapter its factors: in all processes those of rank 0, since pruning may be random."""
         layers = pissa_layers(self.model, adapter_name)
         parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
         distributed.agree()  # from here to the last broadcast nothing can fail on one rank alone
@@ -152,10 +155,7 @@ class Combination:
         return _split(Spectrum.of(right, torch.cat([db, b0], dim=1).double()), rank)
 
     def _pruned(self, layer: PissaLayer, terms: Sequence[tuple[str, float]]) -> Spectrum:
-        changes = []
-        for adapter, _ in terms:
-            a, b = layer.start_of(adapter).factors_of_change(layer.deltas(adapter))
-            changes.append(layer.scaling[adapter] * (b @ a))
+        changes = [layer.delta_matrix(adapter) for adapter, _ in terms]
         weights = torch.tensor([weight for _, weight in terms], device=changes[0].device)
         signs = {"majority_sign_method": self.majority_sign_method} if "ties" in self.method else {}
         dense = _PRUNED[self.method](changes, weights, self.density, **signs)
@@ -166,28 +166,8 @@ def _split(spectrum: Spectrum, rank: int) -> Parts:
     """The leading 2 rank components of a change as dB A + B0 dA. A has rows and B0 has columns of length 1, so that
     both deltas can learn even where the change is zero."""
     left, values, right = spectrum.left[:, : 2 * rank], spectrum.values[: 2 * rank], spectrum.right[: 2 * rank]
-    missing = 2 * rank - len(values)
-    left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
-    values = nn.functional.pad(values, (0, missing))
+    values = nn.functional.pad(values, (0, 2 * rank - len(values)))
+    right, left = pad_rank(right, left, 2 * rank)
     db, da = left[:, :rank] * values[:rank], values[rank:, None] * right[rank:]
     a0, b0 = right[:rank] - da, left[:, rank:]
     return a0.float().contiguous(), b0.float().contiguous(), da.float().contiguous(), db.float().contiguous()
-
-
-def _check_adapters(model: nn.Module, configs: Mapping[str, PissaConfig], adapters: Sequence[str]) -> None:
-    for adapter in adapters:
-        if adapter not in configs:
-            raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
-        for name, alone in _FACTORS_ALONE.items():
-            if (value := getattr(configs[adapter], name)) != alone:
-                raise ValueError(
-                    f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
-                    "trains more than factors: merge it with merge_and_unload"
-                )
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
-    if shared:
-        raise ValueError(
-            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(shared)} such instance(s). Give adapters of which one at most has each module"
-        )

@@ -20,9 +20,9 @@ from pissa.base.calibration import Calibration
 from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
-from pissa.base.protocol import Base
+from pissa.base.protocol import Base, whole
 from pissa.base.start import Origin, StartFactors
-from pissa.base.stored import ResidualCheck, residuals_of
+from pissa.base.stored import ResidualCheck
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
@@ -33,8 +33,8 @@ from pissa.notices import RequantizedWarning, TiedWeightWarning
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
 # enough for the bar to move, and for the memory of the dense weights (float32, 16 MB) that stored bases give.
 _GROUP = 1 << 22
-# The same on a GPU, of layers whose weights have to be copied first: float32 copies of 4 GiB. A GPU decomposes all
-# weights of one shape together, so that where nothing is copied a group has no limit.
+# The same on a GPU, which decomposes weights of one shape together. Those that have to be copied first take 4 GiB in
+# float32.
 _GPU_GROUP = 1 << 30
 
 _MAY_DIFFER = ("base_model_name_or_path", "runtime_config")  # machines may have the model in other folders
@@ -124,18 +124,12 @@ def _find_starts(
     *,
     are_taken: bool,
 ) -> dict[str, StartFactors]:
-    """The starts of these origins, by the names of their layers: each rank finds some of them, and sends them to the
-    others.
-
-    Args:
-        config: of the starts.
-        are_taken: whether they will be taken out of residuals, which must be finite then.
-    """
+    """The starts of these origins and configuration, by the names of their layers: each rank finds some of them, and
+    sends them to the others. Those that will be taken out of residuals (`are_taken`) are checked for these."""
     starts: dict[str, StartFactors] = {}
     check = ResidualCheck(config.form) if are_taken else None
     searched = {name: layers[name] for name in origins}
-    copied = INIT_METHODS[config.init].copies or config.quant_iters > 1
-    for group in own_groups(searched, copied=copied):
+    for group in own_groups(searched):
         starts |= _decomposed(group, origins, config, check, calibration)
         if bar is not None:
             bar.update(len(group))
@@ -144,16 +138,12 @@ def _find_starts(
     for owner, share in enumerate(shares):
         for name, rank_taken in share.items():
             if owner != distributed.rank():
-                starts[name] = layers[name].empty_start(adapter_name, origins[name], rank_taken)
+                starts[name] = layers[name].zero_start(adapter_name, origins[name], rank_taken)
             for factor in starts[name].buffers():
                 if factor.numel():
                     factor.copy_(distributed.broadcast(factor, owner))
     if check is not None:
-        uncertain = {name: layers[name] for names in distributed.agree(check.uncertain()) for name in names}
-        for group in own_groups(uncertain):
-            weights = [base.matrix() for base in group.values()]
-            residuals_of(weights, [starts[name] for name in group], config.form, list(group))
-            del weights
+        check.check()
     return starts
 
 
@@ -233,11 +223,7 @@ def _to_store(
     model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool
 ) -> dict[str, PissaLayer]:
     """The layers whose dense base is to be replaced by a residual. Weights that are tied to another module's stay as
-    they are, with a warning.
-
-    Raises:
-        ValueError: naming a layer whose base cannot be replaced.
-    """
+    they are, with a warning. Raises ValueError, naming a layer whose base cannot be replaced."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     stored, tied = {}, []
     for name, layer in layers.items():
@@ -295,7 +281,7 @@ def _owners(layers: Mapping[str, PissaLayer], names: Iterable[str]) -> dict[str,
     return distributed.owners({name: math.prod(layers[name].matrix_shape) for name in names})
 
 
-def own_groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterator[dict[str, Base]]:
+def own_groups(layers: dict[str, PissaLayer]) -> Iterator[dict[str, Base]]:
     """The bases of the layers that this process works on, in groups. A base whose weight is sharded is given with the
     whole weight: all processes gather the weights that one of them needs, one after the other, and only that one keeps
     them, until it asks for its next group. An error in one process then ends the others at their next group."""
@@ -304,53 +290,41 @@ def own_groups(layers: dict[str, PissaLayer], *, copied: bool = False) -> Iterat
     for name, layer in layers.items():
         shares[owners[name]][name] = layer
     if not _any_sharded(layers):
-        for group in groups(shares[distributed.rank()], copied=copied):
+        for group in groups(shares[distributed.rank()]):
             yield {name: layer.base for name, layer in group.items()}
         return
     threads = min(distributed.agree(torch.get_num_threads()))
-    each = (groups(share, copied=copied, threads=threads) for share in shares)
+    each = (groups(share, threads=threads) for share in shares)
     for together in itertools.zip_longest(*each, fillvalue=dict[str, PissaLayer]()):
         distributed.agree()
-        whole: dict[str, Base] = {}
+        gathered: dict[str, Base] = {}
         for owner, group in enumerate(together):
             for name, layer in group.items():
-                base = _whole(layer.base)
+                base = whole(layer.base, distributed.whole_tensor(layer.base.parameter))
                 if owner == distributed.rank():
-                    whole[name] = base
+                    gathered[name] = base
                 del base
-        yield whole
-        whole.clear()  # the caller's variable goes on holding it
+        yield gathered
+        gathered.clear()  # the caller's variable goes on holding it
 
 
 def _any_sharded(layers: Mapping[str, PissaLayer]) -> bool:
     return any(distributed.is_sharded(layer.base.parameter) for layer in layers.values())
 
 
-def _whole(base: Base) -> Base:
-    weight = distributed.whole_tensor(base.parameter)
-    return base if weight is base.parameter else base.holding(weight)
-
-
-def groups(
-    layers: dict[str, PissaLayer], *, copied: bool = False, threads: int | None = None
-) -> Iterator[dict[str, PissaLayer]]:
-    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. The groups
-    of a device have at most `_GROUP` elements a thread, or `_GPU_GROUP` where the weights are copied first, or a single
-    layer.
-
-    Args:
-        copied: whether what is done with the groups copies every weight.
-        threads: of the CPU that have a layer each; all by default.
-    """
+def groups(layers: dict[str, PissaLayer], *, threads: int | None = None) -> Iterator[dict[str, PissaLayer]]:
+    """The layers in groups, each on one device: on the CPU in order, on a GPU those of one shape and dtype. A group has
+    at most `_GROUP` elements a thread, on a GPU `_GPU_GROUP`, or a single layer. `threads`: of the CPU that have a
+    layer each; all by default."""
     count = torch.get_num_threads() if threads is None else threads
     alike: dict[tuple[Any, ...], dict[str, PissaLayer]] = {}
     for name, layer in layers.items():
         key: tuple[Any, ...] = (layer.base.device,)
         if layer.base.device.type != "cpu":
-            key += (layer.matrix_shape, layer.base.dtype, copied or layer.base.matrix_is_copy)
+            key += (layer.matrix_shape, layer.base.dtype)
         alike.setdefault(key, {})[name] = layer
-    for (device, *rest), some in alike.items():
-        limit = _GROUP * count if device.type == "cpu" else _GPU_GROUP if rest[-1] else math.inf
+    for (device, *_), some in alike.items():
+        limit = _GROUP * count if device.type == "cpu" else _GPU_GROUP
         group: dict[str, PissaLayer] = {}
         size = 0
         for name, layer in some.items():

@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
+from pissa.distributed import average_gradient, is_managed
 from pissa.files.messages import shown
 from pissa.layers.experts import unfuse
 from pissa.layers.factory import check_parents, choose_layers, layer_factory
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.layers.tokens import mend_token_layers
-from pissa.model.sharded import average_gradients, check_trained, reshard
 from pissa.notices import DropoutWarning
 from pissa.peft_private import build_layers_with
 
@@ -28,12 +28,8 @@ _PEFTS_NAMES |= set(PissaLayer.adapter_layer_names) | set(PissaLayer.other_param
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Checks that `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part of the names
-    of parameters in `model`, by which PEFT tells the adapters of a state dict apart.
-
-    Raises:
-        ValueError: it cannot be all of these.
-    """
+    """Raises ValueError unless `name` can be the name of a folder, a key of torch's dictionaries of modules, and a part
+    of the names of parameters in `model`, by which PEFT tells the adapters of a state dict apart."""
     if (
         not isinstance(name, str)
         or not name.isprintable()  # printable names can be encoded, too
@@ -83,10 +79,7 @@ def warn_of_dropout(config: PissaConfig) -> None:
 
 def prepare(model: nn.Module, config: PissaConfig) -> None:
     """Readies the (unwrapped) model and the configuration for PEFT, which then builds our layers for the targets.
-
-    Raises:
-        TypeError, ValueError: naming the layer that cannot be adapted.
-    """
+    Raises TypeError or ValueError, as `complete`, naming the layer that cannot be adapted."""
     reshard(model)
     check_trained(model, config)
     build_layers_with(config, layer_factory(model))
@@ -95,11 +88,7 @@ def prepare(model: nn.Module, config: PissaConfig) -> None:
 
 
 def complete(model: nn.Module, config: PissaConfig, adapter_name: str) -> None:
-    """Finishes what PEFT has injected. The adapter then lacks its start factors only.
-
-    Raises:
-        TypeError, ValueError: naming the layer that cannot be adapted.
-    """
+    """Finishes what PEFT has injected. The adapter then lacks its start factors only."""
     mend_token_layers(model)
     if config.modules_to_save:  # PEFT adds the names of a task's head each time that a model is made, restored ones too
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
@@ -115,14 +104,11 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
     for layer in pissa_layers(model, adapter_name).values():
         device = layer.base.device
         for entries in layer.dictionaries(adapter_name):
-            entry = entries[adapter_name]
-            if isinstance(entry, Tensor):
-                if entry.is_meta:
-                    zeros = torch.zeros_like(entry, device=device)
-                    entries[adapter_name] = nn.Parameter(zeros, requires_grad=entry.requires_grad)
-            elif any(parameter.is_meta for parameter in entry.parameters()):
-                for parameter in entry.to_empty(device=device).parameters():
+            own = type(entries)({adapter_name: entries[adapter_name]})
+            if any(parameter.is_meta for parameter in own.parameters()):
+                for parameter in own.to_empty(device=device).parameters():
                     nn.init.zeros_(parameter)
+                entries[adapter_name] = own[adapter_name]
 
 
 @contextmanager
@@ -166,3 +152,51 @@ def way_back(model: nn.Module) -> Callable[[], None]:
                 parameter.requires_grad_(flag)
 
     return restore
+
+
+# ---- A model that fully_shard has sharded already (FSDP2) ------------------------------------------------------------
+#
+# FSDP manages the parameters that a module had when it was sharded, and no others. So what an adapter trains stays
+# whole in every process, and its gradients are averaged here, as DDP does it.
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the whole weights that FSDP keeps of the modules that it has computed with last. Raises TypeError if the
+    older FSDP holds the weights, in flat parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise TypeError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which flattens its weights: wrap the "
+                "model with PiSSA first, FullyShardedDataParallel(pissa.wrap(model, ...), use_orig_params=True), or "
+                "shard it with fully_shard"
+            )
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_trained(model: nn.Module, config: PissaConfig) -> None:
+    """Raises ValueError, naming the field of the configuration, if in a model that fully_shard has sharded something is
+    trained beside the adapted layers' parameters."""
+    if not any(is_managed(module) for module in model.modules()):
+        return
+    asked = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": config.bias != "none" and config.bias,
+    }
+    for field, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{field}={value!r} trains a part of the model itself, which fully_shard has sharded, beside "
+                f"parameters that it does not know: wrap the model first and shard it then, or leave {field} out (a "
+                "task type such as SEQ_CLS adds its head to modules_to_save)"
+            )
+
+
+def average_gradients(model: nn.Module, adapter_name: str) -> None:
+    """Has the gradients of an adapter's parameters averaged over all processes where FSDP holds the base."""
+    for layer in pissa_layers(model, adapter_name).values():
+        if is_managed(layer.base.module):
+            for entries in layer.dictionaries(adapter_name):
+                for parameter in type(entries)({adapter_name: entries[adapter_name]}).parameters():
+                    average_gradient(parameter)

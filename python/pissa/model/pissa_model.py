@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pissa.config import PissaConfig
-from pissa.distributed import failing_together, is_of_an_engine, is_sharded, whole_with_gradient
+from pissa.distributed import failing_together, is_of_an_engine, is_partitioned, is_sharded, whole_with_gradient
 from pissa.files.hub import adapter_folder, refuse_unsupported
 from pissa.files.load import as_pissa, load_factors, read_plain_lora, restore
 from pissa.files.lora_folder import is_plain_lora
@@ -236,7 +237,8 @@ class PissaModel(MendedPeftModel):
         """The numbers of trainable parameters and of all parameters. A quantised element counts as a parameter."""
         trainable, total = super().get_nb_trainable_parameters()
         for layer in pissa_layers(self.base_model.model).values():
-            total += layer.base.numel - layer.base.parameter.numel()
+            if not is_partitioned(layer.base.parameter):  # of which PEFT knows the size
+                total += math.prod(layer.matrix_shape) - layer.base.parameter.numel()
         return trainable, total
 
     def save_pretrained(
@@ -376,7 +378,9 @@ class PissaModel(MendedPeftModel):
             check_adapter_name(adapter_name, self.base_model.model)
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
         folder = adapter_folder(model_id, ADAPTER_FILES, **kwargs)
-        if not known and config is None and is_plain_lora(folder):
+        if known:
+            restore(PissaFolder.read(folder, config), self, adapter_name)
+        elif config is None and is_plain_lora(folder):
             lora_config, lora = read_plain_lora(folder)
             lora_config.inference_mode = not is_trainable
             with restored_on_error(self):
@@ -384,13 +388,10 @@ class PissaModel(MendedPeftModel):
                 load_factors(self, adapter_name, lora)
         else:
             saved = PissaFolder.read(folder, config)
-            if known:
+            saved.config.inference_mode = not is_trainable
+            with saved.blamed(), restored_on_error(self):
+                self._inject(adapter_name, saved.config, autocast_adapter_dtype)
                 restore(saved, self, adapter_name)
-            else:
-                saved.config.inference_mode = not is_trainable
-                with saved.blamed(), restored_on_error(self):
-                    self._inject(adapter_name, saved.config, autocast_adapter_dtype)
-                    restore(saved, self, adapter_name)
         if is_trainable and not known:
             self.set_requires_grad(adapter_name)
         if not is_trainable:
@@ -452,7 +453,6 @@ def _with_unwrapped_names(base: nn.Module, named: Iterator[tuple[str, Tensor]]) 
     the names, and leaves out what is LoRA's. The experts that we have made linear layers are one parameter again, a
     copy; trained tokens are in their embedding's weight alone."""
     experts = {f"{PREFIX}{path}.": module for path, module in unfused_experts(base).items()}
-    tokens = [f"{PREFIX}{name}." for name, module in base.named_modules() if isinstance(module, TrainableTokensWrapper)]
     for name, parameter in named:
         if path := next((path for path in experts if name.startswith(path)), None):
             module, rest = experts[path], name.removeprefix(path)
@@ -464,8 +464,5 @@ def _with_unwrapped_names(base: nn.Module, named: Iterator[tuple[str, Tensor]]) 
             elif index == "0":
                 weight = inner.partition(".")[0]
                 yield path + weight, module.fused_weight(weight)
-        elif path := next((path for path in tokens if name.startswith(path)), None):
-            if "trainable_tokens" not in name:
-                yield path + name.removeprefix(f"{path}token_adapter."), parameter
-        else:
-            yield name, parameter
+        elif ".trainable_tokens_" not in name:
+            yield name.replace(".token_adapter.base_layer.", ".base_layer."), parameter

@@ -29,9 +29,9 @@ def store(
     replacements: dict[str, Replacement],
     calibration: Calibration | None = None,
 ) -> None:
-    """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
-    model's other tensors get memory of their own, so that nothing keeps the file mapped. Until then its pages may stay,
-    which the system can take back.
+    """Does in the (unwrapped) model what `decompose` has left to do, and empties `replacements`. If the dense weights
+    were views of a file, the model's other tensors get memory of their own, so that nothing keeps the file mapped.
+    Until then its pages may stay, which the system can take back.
 
     A weight that DeepSpeed has partitioned is gathered, and its residual partitioned in its place.
 
@@ -39,7 +39,6 @@ def store(
     its own, and an error that went through two would be told twice, the second time to nobody.
 
     Args:
-        model: the (unwrapped) model.
         calibration: of the layers, for codes by error feedback.
 
     Raises:

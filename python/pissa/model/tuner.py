@@ -28,69 +28,51 @@ from pissa.peft_private import LoraTuner
 
 class PissaTuner(LoraTuner):
     """PEFT's LoraModel, of which `peft.get_peft_model_state_dict` gives an adapter as the plain LoRA of rank 2r for the
-    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0].
-
-    The parameters themselves hold dA and dB under the names of A and B. Loaded elsewhere, they would be another
-    function.
-    """
+    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0]. The parameters hold dA
+    and dB under the names of A and B: loaded elsewhere, they would be another function."""
 
     @classmethod
-    def adapter_state_dict(
-        cls,
-        model: Any,
-        config: PissaConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: Sequence[str],
+    def handed_out(
+        cls, model: Any, config: PissaConfig, adapter_name: str, state: Mapping[str, Tensor], found: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. A layer is left out if `state_dict`
-        lacks its parameters.
-
-        Raises:
-            ValueError: this process holds only a part of a parameter; factors under other names than the model's.
-        """
+        """The plain LoRA, the magnitudes of DoRA, and the biases that are trained. A layer is left out if `state`
+        lacks its parameters. Raises ValueError for a part of a parameter, and for factors under other names."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
-        tensors = super().adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapted = pissa_layers(inner)  # PEFT lists what merged layers of other adapters keep
-        tensors = {key: value for key, value in tensors.items() if not is_of_a_layer(key, adapted)}
+        tensors = {key: value for key, value in found.items() if not is_of_a_layer(key, adapted)}
         matrices = {}
-        _check_names(state_dict, layers, adapter_name)
+        _check_names(state, layers, adapter_name)
         for name, layer in layers.items():
             keys = [f"{PREFIX}{name}.{key}" for key in layer.state_keys(adapter_name)]
-            if not all(key in state_dict for key in keys):
+            if not all(key in state for key in keys):
                 continue
-            check_whole({key: state_dict[key] for key in keys})
-            deltas = layer.deltas_in(state_dict, f"{PREFIX}{name}.", adapter_name)
+            check_whole({key: state[key] for key in keys})
+            deltas = layer.deltas_in(state, f"{PREFIX}{name}.", adapter_name)
             matrices[name] = layer.start_of(adapter_name).factors_of_change(deltas)
             if config.use_dora:
                 key = magnitude_key(name)
                 magnitude = layer.magnitude(adapter_name)
-                weight = state_dict[f"{key}.{adapter_name}.weight"].detach()
+                weight = state[f"{key}.{adapter_name}.weight"].detach()
                 tensors[key] = magnitude.lengths(weight.to(magnitude.base_lengths.device)).clone()
         for factors in factors_of(inner, {name: layers[name] for name in matrices}):
             tensors |= factors.pack([matrices[name] for name in factors.layers])
         return tensors
 
     @classmethod
-    def parameters_to_load(
+    def taken_in(
         cls, model: Any, config: PissaConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What `peft.set_peft_model_state_dict` puts into the model, under the parameters' names: dA and dB for the
-        factors in `state_dict`. Factors of rank 2r are this adapter's own, as `adapter_state_dict` gives them. Factors
-        of rank r are any plain LoRA's: they become A and B of an adapter that starts at zero. Nothing is changed here,
-        and a mark says what `load_whole` has to change.
-
-        Raises:
-            ValueError: factors of other layers, shapes or start.
-        """
-        remap = super().parameters_to_load
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """dA and dB for the factors in `state_dict`, and the rest of it. Factors of rank 2r are this adapter's own, as
+        `handed_out` gives them. Factors of rank r are any plain LoRA's: they become A and B of an adapter that starts
+        at zero. Nothing is changed here, and a mark says what `load_whole` has to change. Raises ValueError for factors
+        of other layers, shapes or start."""
         inner = model.base_model.model
         layers = pissa_layers(inner, adapter_name)
         parts = factors_of(inner, layers)
         taken = {key for part in parts for key in part.keys}
         if not taken & state_dict.keys():
-            return remap(model, config, adapter_name, state_dict)
+            return state_dict, {}
         if config.use_adalora:
             raise ValueError(
                 f"adapter {adapter_name!r} has use_adalora, and a plain LoRA does not have its singular values: load "
@@ -103,14 +85,13 @@ class PissaTuner(LoraTuner):
         if not is_any_lora:
             starts = {name: layer.start_of(adapter_name) for name, layer in layers.items()}
             deltas = {name: _without_start(*pair, starts[name], name) for name, pair in deltas.items()}
-        rest = {key: value for key, value in state_dict.items() if key not in taken}
-        tensors = remap(model, config, adapter_name, rest)
+        tensors = {}
         for name, layer in layers.items():
             parameters, values = layer.factor_parameters(adapter_name), layer.as_parameters(*deltas[name])
             for key, parameter, value in zip(layer.state_keys(adapter_name), parameters, values, strict=True):
                 tensors[f"{PREFIX}{name}.{key}"] = sharded_as(parameter, value)
         tensors[f"{_STARTS_AT_ZERO}{adapter_name}"] = torch.tensor(is_any_lora)
-        return tensors
+        return {key: value for key, value in state_dict.items() if key not in taken}, tensors
 
 
 _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
@@ -118,12 +99,8 @@ _STARTS_AT_ZERO = f"{PREFIX}starts_at_zero."
 
 
 def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """Loads a state dict into a PissaModel by `load`, torch's method. The factors that `parameters_to_load` has marked
-    are loaded with all that is beside them and with their start, or the model is left as it was.
-
-    Raises:
-        RuntimeError: torch's, of tensors of other shapes.
-    """
+    """Loads a state dict into a PissaModel by `load`, torch's method. The factors that `taken_in` has marked are loaded
+    with all that is beside them and with their start, or the model is left as it was, with torch's error."""
     marks = {key: mark for key, mark in state_dict.items() if key.startswith(_STARTS_AT_ZERO)}
     if not marks:
         return load(state_dict)
@@ -137,7 +114,7 @@ def load_whole(model: Any, state_dict: Mapping[str, Any], load: Callable[[Mappin
         config = model.peft_config[name]
         config.init, config.start_norm = "given", "singular"
         for layer in pissa_layers(model.base_model.model, name).values():
-            layer.start_at_zero(name, config)
+            layer.lora_start[name] = layer.zero_start(name, layer.origin(name, config))
     return loaded
 
 
@@ -156,11 +133,8 @@ def _check_names(state_dict: Mapping[str, Tensor], layers: Mapping[str, PissaLay
 
 
 def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the factors in a state dict have these ranks; False if they have twice these.
-
-    Raises:
-        ValueError: a factor is missing, or has another shape.
-    """
+    """Whether the factors in a state dict have these ranks; False if they have twice these. Raises ValueError if one is
+    missing, or has another shape."""
     given = {key: tuple(state_dict[key].shape) for part in parts for key in part.keys if key in state_dict}
     misfits = {}
     for times in (1, 2):
@@ -178,11 +152,7 @@ def _is_of_rank(ranks: Mapping[str, int], parts: Sequence[FactorTensors], state_
 
 
 def _without_start(a: Tensor, b: Tensor, start: StartFactors, name: str) -> Matrices:
-    """dA and dB out of [A ; dA] and [dB | B0].
-
-    Raises:
-        ValueError: the factors do not hold this start.
-    """
+    """dA and dB out of [A ; dA] and [dB | B0]. Raises ValueError if these do not hold this start."""
     device = start.a0.device
     upper, da, db, b0 = split_difference(a.to(device), b.to(device))
     if not (torch.equal(upper, start.a0 + da) and torch.equal(b0, start.b0)):
@@ -199,11 +169,8 @@ BUILDING = ContextVar("BUILDING", default=False)
 
 
 def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A hook of `base.state_dict()`: raises ValueError as long as layers keep residuals in the place of their weights.
-
-    `peft.get_base_model_state_dict` calls it, and would give the residuals under the weights' names. The state dict of
-    a PissaModel has the parameters of `base` as they are.
-    """
+    """A hook of `base.state_dict()`, which `peft.get_base_model_state_dict` calls: raises ValueError as long as layers
+    keep residuals under the names of their weights. A PissaModel's state dict has them as they are."""
     if prefix:
         return
     for name, layer in pissa_layers(base).items():

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from pissa.base.start import StartFactors
+from pissa.base.start import Served
 from pissa.config import IMPLICIT
 from pissa.distributed import is_partitioned, is_sharded, whole_tensor
 from pissa.files.peft_layout import PREFIX, factors_of, plain_config
@@ -49,18 +49,16 @@ def lora_state_dict(
         ValueError: no such adapter; a parameter that DeepSpeed has partitioned; with base="residual", a base that is
             not stored, or one that lacks a start which does not fit into rank 2r with the adapter.
     """
-    name, times, served = _adapter(model, adapter_name, base)
-    state = _whole(model, name)
+    adapter = _adapter(model, adapter_name, base)
+    state = _whole(model, adapter.name)
     found: dict[str, Tensor] = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=name, save_embedding_layers=False
+        model, state_dict=state, adapter_name=adapter.name, save_embedding_layers=False
     )
-    factors, layers = {}, {key: one.layer for key, one in served.items()}
-    for key, (layer, keeps_start, of_base, ratio) in served.items():
-        taken = None if of_base is None else (of_base.a0, of_base.b0)
-        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", name)
-        pair = layer.start_of(name).factors_on(deltas, keeps_start, taken, ratio)
-        factors[key] = pad_rank(*pair, times * layer.r[name])
-    for part in factors_of(model.base_model.model, layers):
+    factors = {}
+    for key, layer in adapter.layers.items():
+        deltas = layer.deltas_in(state, f"{PREFIX}{key}.", adapter.name)
+        factors[key] = pad_rank(*adapter.served[key].factors(deltas), adapter.times * layer.r[adapter.name])
+    for part in factors_of(model.base_model.model, adapter.layers):
         found |= part.pack([factors[key] for key in part.layers])
     if base == "original":
         warn_of_plain_lora(model)
@@ -70,26 +68,22 @@ def lora_state_dict(
 def lora_config(model: PissaModel, adapter_name: str | None = None, base: ServedBase = "original") -> LoraConfig:
     """The configuration of what `lora_state_dict` gives for the same arguments, which raises the same errors. An
     engine's limit of ranks has to allow its `r`."""
-    name, times, served = _adapter(model, adapter_name, base)
-    layers = {key: one.layer for key, one in served.items()}
+    name, layers, _, times = _adapter(model, adapter_name, base)
     return plain_config(model.base_model.model, model.peft_config[name], name, layers, times)
 
 
-class _Served(NamedTuple):
-    """How a layer's adapter is a plain LoRA on the weight that an engine serves."""
+class _Adapter(NamedTuple):
+    """An adapter as a plain LoRA."""
 
-    layer: PissaLayer
-    keeps_start: bool
-    """Whether the engine's weight lacks B0 A0, or that is zero: then B A is the whole change."""
-    of_base: StartFactors | None
-    """Another start that is taken out of that weight."""
-    ratio: float
-    """Of its scaling to the adapter's."""
+    name: str
+    layers: dict[str, PissaLayer]
+    """By their names in the (unwrapped) model, as `served`."""
+    served: dict[str, Served]
+    times: int
+    """How many times the adapter's rank all factors have: 1 or 2."""
 
 
-def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[str, int, dict[str, _Served]]:
-    """The adapter's name; how many times its rank all factors have, 1 or 2; and its layers by their names in the
-    (unwrapped) model."""
+def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> _Adapter:
     if not isinstance(model, PissaModel):
         raise TypeError(
             f"model must be a pissa.PissaModel, got {type(model).__name__}; accelerator.unwrap_model(model) takes off "
@@ -104,23 +98,20 @@ def _adapter(model: Any, adapter_name: str | None, base: ServedBase) -> tuple[st
     layers = pissa_layers(model.base_model.model, name)
     if base == "residual" and all(layer.base.form == IMPLICIT for layer in layers.values()):
         raise ValueError('base: got "residual", but the base is not stored: it is the unmodified model; leave base out')
-    served, times = {}, 1
+    served = {
+        key: Served.of(layer.start_of(name), layer.scaling[name], layer.base.start if base == "residual" else None)
+        for key, layer in layers.items()
+    }
     for key, layer in layers.items():
-        start, of_base = layer.start_of(name), layer.base.start if base == "residual" else None
-        ratio = 1.0 if of_base is None else of_base.origin.scaling / layer.scaling[name]
-        is_own = of_base is start and ratio == 1
-        keeps_start, of_base = is_own or not start.b0.any(), None if is_own else of_base
-        served[key] = _Served(layer, keeps_start, of_base, ratio)
-        rank = start.origin.r * (1 if keeps_start else 2) + (0 if of_base is None else of_base.origin.r)
-        limit = 2 * layer.r[name]
-        if of_base is not None and rank > limit:
+        other, limit = served[key].other, 2 * layer.r[name]
+        if other is not None and served[key].rank > limit:
             raise ValueError(
                 f'base: got "residual", but that of layer {key} lacks another start than that of adapter {name!r}, of '
-                f"rank {of_base.origin.r}; both together have rank {rank}, and at most {limit} is possible: take "
-                'base="original", or give the adapter LoRA\'s start and that rank'
+                f"rank {other.origin.r}; both together have rank {served[key].rank}, and at most {limit} is "
+                'possible: take base="original", or give the adapter LoRA\'s start and that rank'
             )
-        times = 2 if rank > layer.r[name] else times
-    return name, times, served
+    times = 1 if all(served[key].rank <= layer.r[name] for key, layer in layers.items()) else 2
+    return _Adapter(name, layers, served, times)
 
 
 def _whole(model: PissaModel, adapter_name: str) -> dict[str, Tensor]:

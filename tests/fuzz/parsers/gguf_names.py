@@ -23,5 +23,6 @@ def parse(folder: Path) -> None:
     _, places = gguf._places("LlamaForCausalLM", LLAMA, lora)
     for target, factors in lora.factors.items():
         (pair,) = lora.matrices(target)
-        tensors = gguf._arranged(factors, places[target].heads, *pair)
-        assert tuple(tuple(tensor.shape) for tensor in tensors) == gguf._shapes(factors, factors.rank)
+        a, b = gguf._arranged(factors, places[target][1], *pair)
+        assert (a.mT if factors.is_embedding else a).shape == (factors.rank, *factors.row)
+        assert b.shape == (factors.out, factors.rank)

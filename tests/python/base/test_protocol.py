@@ -77,11 +77,10 @@ def output(base: Base, module: nn.Module) -> Tensor:
 
 @bases
 def test_the_matrix_is_of_the_function(name: str) -> None:
-    """Times inputs it is what the module computes, and its size is what the base says."""
+    """Times inputs it is what the module computes."""
     base = BASES[name]()
     matrix = base.matrix().detach()
     assert matrix.shape == (OUT, IN)
-    assert base.numel == matrix.numel()
     assert base.device == matrix.device == put(torch.empty(0)).device
     x = put(torch.randn(5, IN, generator=torch.Generator().manual_seed(1)))
     expected, size = x.double() @ matrix.double().mT, x.double().abs() @ matrix.double().abs().mT

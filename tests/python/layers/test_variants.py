@@ -15,8 +15,7 @@ import devices
 import pissa
 from language_models import FORMS, Make, error, logits, train
 from pissa import PissaModel, ops
-from pissa.layers.dora import Magnitude
-from pissa.layers.layer import pissa_layers
+from pissa.layers.layer import Magnitude, pissa_layers
 from reference import EPS, power_law
 
 VARIANTS = {
