@@ -89,6 +89,11 @@ class StartFactors(KeepsDtype):
         """The rank of `taken`; None if they are a0 and b0."""
         return None if self.taken_a is None else len(self.taken_a)
 
+    @property
+    def known_by(self) -> list[Tensor]:
+        """The tensors of which a record has the fingerprint: the factors, and those taken, if they are others."""
+        return [self.a0, self.b0, *(self.taken if self.rank_taken else ())]
+
     def with_factors(self, a0: Tensor, b0: Tensor) -> StartFactors:
         """The same with other factors, whatever is taken."""
         return StartFactors(a0, b0, self.origin, None if self.rank_taken is None else self.taken)

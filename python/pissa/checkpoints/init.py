@@ -23,14 +23,14 @@ from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
+from pissa.checkpoints.moments import Moments
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.config import PissaConfig
-from pissa.files.lora_folder import INITIAL_FOLDER
+from pissa.files.lora_folder import INITIAL_FOLDER, INITIAL_WEIGHTS
 from pissa.files.model_folder import Composition, Part, meta_model
 from pissa.files.peft_layout import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     Matrices,
     adapted_names,
     check_uniform,
@@ -44,14 +44,13 @@ from pissa.layers.experts import UnfusedExperts, is_transposed, unfused_experts
 from pissa.layers.factory import leave_out
 from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model.calibrate import Batch, check_wanted
 from pissa.model.inject import own_config
 from pissa.model.pissa_model import model_class
 from pissa.ops.formats import FORMATS
 from pissa.ops.low_rank import pad_rank
 
 DENSE = "dense"
-
-INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
 
 
 class SplitPlan(Plan):
@@ -116,6 +115,8 @@ class SplitPlan(Plan):
             others[PISSA_WEIGHTS] = _float32(self._taken_shapes(layer) for layer in layers.values() if layer.is_packed)
         kept = [name for name in linears if name not in layers or not layers[name].is_packed]
         super().__init__(source, units, kept, others)
+        if config.needs_calibration:  # which finds one block after the other; files have 10 before 9
+            self.units.sort(key=lambda unit: [int(part) if part.isdigit() else -1 for part in unit.name.split(".")])
 
     def taken_tensors(self, layer: Layer, start: StartFactors) -> dict[str, Tensor]:
         """The factors that a layer's residual lacks, if alternations may have found others than those of the start,
@@ -133,12 +134,6 @@ def _float32(shapes: Iterable[Mapping[str, tuple[int, ...]]]) -> Layout:
     return Layout({name: (torch.float32, shape) for some in shapes for name, shape in some.items()})
 
 
-def start_tensors(start: StartFactors) -> list[Tensor]:
-    """The tensors of a start of which the record has the fingerprint: the factors, and those taken, if they are
-    others."""
-    return [start.a0, start.b0, *(start.taken if start.rank_taken else ())]
-
-
 def _check_config(config: PissaConfig, experts: str) -> None:
     if experts not in (DENSE, config.quant):
         raise ValueError(
@@ -151,7 +146,7 @@ def _check_config(config: PissaConfig, experts: str) -> None:
                 f"{name}={value!r} is not for a checkpoint, whose adapter is a plain LoRA on the residual: leave it "
                 "out, and give it to the trainer; repair and start_norm, give it to pissa.load with the folder"
             )
-    if INIT_METHODS[config.init].needs:
+    if "factors" in INIT_METHODS[config.init].needs:
         raise ValueError(f"init={config.init!r} takes its factors from elsewhere, and cannot start from a checkpoint")
     if config.residual == "implicit":
         raise ValueError(
@@ -162,12 +157,13 @@ def _check_config(config: PissaConfig, experts: str) -> None:
 
 def _dense(config: PissaConfig) -> PissaConfig:
     """The configuration of layers whose residual stays dense, whatever that of the others is."""
-    if config.init == "loftq":
+    if config.init in ("loftq", "activations"):
         raise ValueError(
-            "init='loftq' starts from the error of the format, which a dense residual, as that of fused experts, has "
-            f"not: give experts={config.quant!r} or another init, or leave the experts out with exclude_modules"
+            f"init={config.init!r} starts from the error of the format, which a dense residual, as that of fused "
+            f"experts, has not: give experts={config.quant!r} or another init, or leave the experts out with "
+            "exclude_modules"
         )
-    changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "residual": "explicit"}
+    changed: dict[str, Any] = {"quant": None, "quant_iters": 1, "error_feedback": False, "residual": "explicit"}
     return config if config.quant is None else dataclasses.replace(config, **changed)
 
 
@@ -245,6 +241,7 @@ def init(
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
     experts: str = DENSE,
+    calibration: Iterable[Batch] | None = None,
     progressbar: bool = False,
 ) -> Initialised:
     """Writes the residuals of a checkpoint as a checkpoint, and the start factors as a LoRA in its folder pissa_init:
@@ -263,6 +260,9 @@ def init(
             times its rows and columns for each.
         device: where they are split.
         experts: see `SplitPlan`.
+        calibration: with `quant`, and init="activations" or error_feedback=True: batches of what the model will read,
+            as `pissa.calibrate` takes them. The model then runs over its mapped files, on the CPU, block after block;
+            the second moments of one block are in memory beside what the batches are there. Every process does so.
         progressbar: one bar over the bytes of the checkpoint, on stderr.
 
     Raises:
@@ -275,9 +275,10 @@ def init(
     """
     begin = time.perf_counter()
     with distributed.failing_together(), Source(source) as found:
+        check_wanted(config, calibration)
         plan = SplitPlan(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
-        run = _Split(plan, Path(target), memory, torch.device(device))
+        run = _Split(plan, Path(target), memory, torch.device(device), calibration)
         run.run(progressbar)
         need = {name: run.in_flight(layer) for name, layer in plan.layers.items()}
         largest = max(need, key=need.__getitem__)
@@ -314,9 +315,12 @@ class _Split(Rewrite):
     command = "init"
     plan: SplitPlan
 
-    def __init__(self, plan: SplitPlan, target: Path, memory: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: SplitPlan, target: Path, memory: int, device: torch.device, calibration: Iterable[Batch] | None
+    ) -> None:
         super().__init__(plan, target)
-        self.memory, self.device = memory, device
+        self.memory, self.device, self.calibration = memory, device, calibration
+        self._moments: Moments | None = None
         # Of layers that are split, until all of their unit are: the start factors, on the CPU; the errors, and what
         # pissa.json says of it.
         self._factors: dict[str, Matrices] = {}
@@ -370,14 +374,15 @@ class _Split(Rewrite):
             config, names = self.plan.configs[these[0].name], [layer.name for layer in these]
             some, origins = [weights[name] for name in names], [self.plan.origins[name] for name in names]
             try:
-                starts = start_factors(StartTask(some, origins, config, names))
+                moments = self._moments_of(names) if config.needs_calibration else None
+                starts = start_factors(StartTask(some, origins, config, names, moments))
             except ValueError as error:
                 paths = dict.fromkeys(str(self.source.path_of(name)) for layer in these for name in layer.tensors)
                 raise ValueError(f"{', '.join(paths)}: {error}") from error
-            residuals = residuals_of(some, starts, form, names)
+            residuals = residuals_of(some, starts, form, names, moments if config.error_feedback else None)
             of_weights = read([fingerprint(weight) for weight in some])
             of_residuals = read([fingerprint(*tensors_of(residual).values()) for residual in residuals])
-            of_starts = read([fingerprint(*start_tensors(start)) for start in starts])
+            of_starts = read([fingerprint(*start.known_by) for start in starts])
             for i, (layer, weight, start, residual) in enumerate(zip(these, some, starts, residuals, strict=True)):
                 self.write_layer(out, layer, residual)
                 for name, values in self.plan.taken_tensors(layer, start).items():
@@ -393,6 +398,14 @@ class _Split(Rewrite):
                 )
                 self._factors[layer.name] = start.a0.cpu(), start.b0.cpu()
                 self._noted[layer.name] = *_sampled_error(weight, residual, start), record.as_json()
+
+    def _moments_of(self, names: Sequence[str]) -> list[Tensor] | None:
+        """The second moments of what these layers read. The model begins to run at the first of them."""
+        if self._moments is None:
+            assert self.calibration is not None  # as `check_wanted` has seen
+            wanted = [name for name, config in self.plan.configs.items() if config.needs_calibration]
+            self._moments = Moments(self.source, self.plan.config, self.calibration, wanted)
+        return [moment.to(self.device) for moment in self._moments.of(names)]
 
     def end(self, out: Output) -> None:
         lora, records = self.plan.lora, dict[str, LayerRecord]()
@@ -411,6 +424,8 @@ class _Split(Rewrite):
         size = 4 * sides * (r + (r + 16) * (passes // 2 + 1))  # the factors, and the bases that the SVD keeps, about
         is_view = len(layer.parts) == 1 and not layer.parts[0].transposed
         size += 0 if is_view else elements * layer.dtype.itemsize
+        if config.needs_calibration:
+            size += 24 * layer.shape[1] ** 2 + 8 * elements  # the moment's factor, float64, and what is left to round
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.copies or config.quant_iters > 1:
             size += 8 * elements

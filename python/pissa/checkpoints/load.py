@@ -25,11 +25,11 @@ from pissa.base.digest import Match, dtype_of, is_fingerprint, match
 from pissa.base.kinds import base_of
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors
-from pissa.checkpoints.init import INITIAL_WEIGHTS, start_tensors
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import failing_together
 from pissa.files.hub import adapter_folder
 from pissa.files.load import base_doubts, restore
+from pissa.files.lora_folder import INITIAL_WEIGHTS
 from pissa.files.messages import first_line, shown
 from pissa.files.model_folder import class_of, model_config
 from pissa.files.peft_layout import factors_of
@@ -334,7 +334,7 @@ def _fill_split(
                     f"its residual is not the one of which {folder / PISSA_RECORD} has the fingerprint: a file is "
                     "damaged, or belongs to another folder"
                 )
-            if not is_fingerprint(record.start, *start_tensors(start)):
+            if not is_fingerprint(record.start, *start.known_by):
                 files = [INITIAL_WEIGHTS, *([PISSA_WEIGHTS] if record.taken is not None else [])]
                 raise ValueError(
                     f"its start factors are not those of which {folder / PISSA_RECORD} has the fingerprint: "
@@ -343,6 +343,7 @@ def _fill_split(
                 )
         layer.fingerprints.learn_weight(layer.base, record.weight)
         layer.store_base(residual, start, config)
+        layer.base_layer.is_in_checkpoint = True
         if found is Match.ROUNDED:
             narrower[name] = layer.dense_dtype, dtype_of(str(record.stored))
         else:

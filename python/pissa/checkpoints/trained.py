@@ -154,6 +154,7 @@ class Ours(Adapter):
         saved = self._files.read_stored(name, layer.shape, torch.device("cpu"))
         if saved is not None:
             return saved
+        self._files.check_codes(name)
         known = self._as_trained(layer, weight)
         dense = ops.dequantize(known) if isinstance(known, QuantizedWeight) else known
         [residual] = residuals_of([dense], [self.tensors(name, factors).base], record.form, [name])

@@ -230,9 +230,13 @@ class _Restoration:
                     f"{folder.path / PISSA_RECORD} and {folder.starts.path} do not belong together, or one is "
                     f"damaged: the residual of layer {name} is not the one that was saved"
                 )
-            fed_back = folder.config.error_feedback if record.base is None else record.base.error_feedback
-            if not fed_back or layer.fingerprints.match_weight(layer.base, record.weight) is not Match.OTHER:
+            if not folder.is_fed_back(name):
                 return Match.SAME
+            found = layer.fingerprints.match_weight(layer.base, record.weight)
+            if found is not Match.OTHER:  # of other roundings, too: the codes are those of the training
+                return Match.SAME
+        elif record.form != layer.base.form:
+            folder.check_codes(name)
         key = next((key for key, table in self.new.items() if table.is_of(layer)), None)
         if key is not None:
             weight = self.others[key].to(layer.base.parameter.dtype)

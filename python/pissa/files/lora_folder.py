@@ -36,6 +36,7 @@ PLAIN_LORA = "Needed is the configuration of a plain LoRA, as PEFT writes it"
 """What is said of an adapter_config.json that cannot be used."""
 
 INITIAL_FOLDER = "pissa_init"
+INITIAL_WEIGHTS = f"{INITIAL_FOLDER}/{ADAPTER_WEIGHTS}"
 """The sub-folder of a residual model in which the paper's authors keep the adapter before training."""
 
 # PEFT has written magnitudes under both names.

@@ -313,6 +313,19 @@ class PissaFolder:
         shapes = {f"{name}.base.{part}": needed for part, needed in residual_shapes(record.form, matrix_shape).items()}
         return shapes if record.stored and shapes.keys() & self.starts.entries.keys() else {}
 
+    def is_fed_back(self, name: str) -> bool:
+        """Whether the codes of a layer's residual were found by error feedback, and do not follow from its weight."""
+        base = self.records[name].base
+        return self.config.error_feedback if base is None else base.error_feedback
+
+    def check_codes(self, name: str) -> None:
+        """Raises ValueError if the residual of a layer, which the folder has not, cannot be made of the weight."""
+        if self.is_fed_back(name):
+            raise ValueError(
+                f"the codes of layer {name} were found by error feedback, and {self.path} has not got them: they are "
+                "in the checkpoint that pissa init wrote. Give that as the base, to pissa.load or to the command"
+            )
+
     def read_stored(
         self, name: str, matrix_shape: tuple[int, int], device: torch.device
     ) -> Tensor | QuantizedWeight | None:

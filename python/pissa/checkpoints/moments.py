@@ -1,0 +1,40 @@
+"""What the layers of a checkpoint read, block after block: the model runs over its mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from pissa.checkpoints.load import mapped_model
+from pissa.config import PissaConfig
+from pissa.files.tensor_file import Source
+from pissa.model.calibrate import Batch, in_blocks
+from pissa.model.inject import own_config
+from pissa.model.pissa_model import model_class
+
+
+class Moments:
+    """The second moments of the inputs of a checkpoint's layers. They are found in the order of the blocks, and those
+    that are not asked for yet wait in memory.
+
+    Args:
+        config: of the adapter.
+        batches: what the model reads, as `pissa.calibrate` takes it.
+        wanted: the layers, by name.
+    """
+
+    def __init__(self, source: Source, config: PissaConfig, batches: Iterable[Batch], wanted: Iterable[str]) -> None:
+        config, (model, _, _) = own_config(config), mapped_model(source, None)
+        self._blocks = in_blocks(model_class(config)(model, config, "default"), batches)
+        self._waiting: dict[str, Tensor] = {}
+        self._wanted = set(wanted)
+
+    def of(self, names: Iterable[str]) -> list[Tensor]:
+        """The moments of these layers, each of which is asked for once."""
+        found = []
+        for name in names:
+            while name not in self._waiting:
+                self._waiting |= {one: m for one, m in next(self._blocks).moments.items() if one in self._wanted}
+            found.append(self._waiting.pop(name))
+        return found
