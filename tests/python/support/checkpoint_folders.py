@@ -20,7 +20,7 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embed
 def llama(**fields: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, **fields))
+    return LlamaForCausalLM(LlamaConfig(**SIZES | HEADS | fields))
 
 
 def qwen2() -> nn.Module:
