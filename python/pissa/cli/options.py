@@ -73,6 +73,7 @@ _OWN = (
     ("eval_data", str, None, "held-out data: its loss before and after"),
     ("method", str, "pissa", "pissa, or lora: plain LoRA to compare"),
     ("preset", str, None, "rl: starts as LoRA and scales by alpha / sqrt(rank), for rewards"),
+    ("calibration", int, 64, "training examples that --repair activations and --error-feedback look at"),
     ("resume", bool, False, "go on from the last checkpoint in the folder"),
     ("json", bool, False, "report as one JSON object; lines for people go to stderr"),
 )

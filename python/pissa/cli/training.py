@@ -67,7 +67,7 @@ class Training(NamedTuple):
             code = {"revision": ours.model_revision, "trust_remote_code": training.trust_remote_code}
             processor = _loaded(ours, AutoProcessor.from_pretrained, **code)
             train, held_out = _data(ours, training, mixture, self.rows, getattr(processor, "tokenizer", processor))
-            model = _model(ours, training, config, split, **code)
+            model = _model(ours, training, config, split, train, **code)
             datasets.disable_progress_bars()
             watch = Watch()
             names = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
@@ -186,8 +186,8 @@ def _loaded(ours: Any, load: Callable[..., Any], **options: Any) -> Any:
             raise UserError(f"--model {name}: {first_line(error).partition('. ')[0]}; install it") from error
 
 
-def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, **options: Any) -> Any:
-    """The wrapped model."""
+def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, train: Any, **options: Any) -> Any:
+    """The wrapped model, calibrated on the first examples of the training data if its base asks for that."""
     if split:
         model = _loaded(ours, pissa.load, dtype=getattr(torch, ours.dtype), device=training.device)
     else:
@@ -205,13 +205,25 @@ def _model(ours: Any, training: Any, config: pissa.PissaConfig, split: bool, **o
             if ours.method == "lora":
                 model = get_peft_model(model, replace(config.as_lora(times=1), inference_mode=False))
             else:
-                model = pissa.wrap(model, config, progressbar=not training.process_index)
+                batches = _calibration(train, ours.calibration) if config.needs_calibration else None
+                model = pissa.wrap(model, config, calibration=batches, progressbar=not training.process_index)
     trainable, total = model.get_nb_trainable_parameters()
     cores = f"{torch.get_num_threads()} threads" if training.device.type == "cpu" else f"{training.device}"
     say("model", f"{ours.model_name_or_path}, {(total - trainable) / 1e6:,.1f} M parameters, {ours.dtype}, {cores}")
     share = f"{trainable:,} trainable parameters ({trainable / total:.2%})"
     say("method", f"{_method_name(ours)}, rank {ours.r}: {share}")
     return model
+
+
+def _calibration(train: Any, count: int) -> list[torch.Tensor]:
+    """The first rows of the training data, in tokens."""
+    rows = list(islice(iter(train), count))
+    if not rows or "input_ids" not in rows[0]:
+        raise UserError(
+            f"--calibration {count}: needed is --data of records (.jsonl, .json) to finetune on, of which at least one "
+            "is read; leave --repair activations and --error-feedback out, or calibrate with pissa init --calibration"
+        )
+    return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
 def _method_name(ours: Any) -> str:

@@ -36,6 +36,7 @@ METHODS = {
     "pissa": [],
     "qpissa": ["--quant", "nf4"],
     "qpissa int8": ["--quant", "int8"],
+    "qpissa calibrated": ["--quant", "nf4", "--repair", "activations", "--error-feedback", "True"],
 }
 STEPS = 4
 
@@ -66,7 +67,7 @@ def command(base: Path, data: Path, out: Path, *more: str, steps: int = STEPS) -
     return runs.command("finetune", base, data, out, "--rank", "4", *more, steps=steps)
 
 
-@pytest.mark.parametrize("method", each(METHODS, ["lora", "qpissa"]))
+@pytest.mark.parametrize("method", each(METHODS, ["lora", "qpissa", "qpissa calibrated"]))
 def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[[str], Run]) -> None:
     out, said, errors = trained(method)
     first, *steps, last = [row for row in history(out) if "train_loss" not in row]
@@ -81,7 +82,7 @@ def test_a_run_leaves_adapter_losses_and_picture(method: str, trained: Callable[
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "adapter_model.safetensors").is_file()
     run = yaml.safe_load((out / "run.yaml").read_text())
-    quant = {"qpissa": "nf4", "qpissa int8": "int8"}.get(method)
+    quant = {"qpissa": "nf4", "qpissa int8": "int8", "qpissa calibrated": "nf4"}.get(method)
     assert (run["quant"], run["r"], run["lora_alpha"], run["init"]) == (quant, 4, 4, "pissa")
     if method != "lora":
         assert json.loads((out / "pissa.json").read_text())["config"]["quant"] == quant
