@@ -15,7 +15,7 @@ from pissa.base.bitsandbytes_state import from_state as from_state
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
 from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
-from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear
+from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear, in_memory
 from pissa.distributed import is_sharded
 
 
@@ -121,12 +121,13 @@ class BnbLinear(Dense):
     def _twin(self, matrix: Tensor) -> nn.Module:
         return dense_linear(nn.Linear, matrix, self.bias, self.module.training)
 
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The weight in float32. The layer keeps its scales in its weight until it is called, then in its state."""
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = self.module.weight.SCB if self.module.state.SCB is None else self.module.state.SCB
-        return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
+        with in_memory(self.module):
+            scales = self.module.weight.SCB if self.module.state.SCB is None else self.module.state.SCB
+            return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
 
 
 def check_codes(linear: Any) -> None:

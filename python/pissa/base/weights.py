@@ -86,11 +86,7 @@ class Dense(Base):
 
     def matrix(self) -> Tensor:
         with in_memory(self.module):
-            return self._matrix()
-
-    def _matrix(self) -> Tensor:
-        """The matrix, of a weight in memory."""
-        return view_of(self.dense_type).matrix(whole_tensor(self.parameter))
+            return view_of(self.dense_type).matrix(whole_tensor(self.parameter))
 
     def product(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.matrix().detach())

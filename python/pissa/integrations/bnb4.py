@@ -34,10 +34,7 @@ class ResidualExport(Rewrite):
     The checkpoint `adapter.source` is the adapter's base, or has the residuals.
 
     bitsandbytes keeps linear layers. The residual of another layer in 4 bits, of fused experts or a Conv1D, is written
-    decoded, in the dtype of the checkpoint.
-
-    Raises:
-        ValueError: bitsandbytes can keep no layer; of `run`, too: the checkpoint is another one.
+    decoded, in the dtype of the checkpoint. Raises ValueError if it can keep none.
     """
 
     command = "export"

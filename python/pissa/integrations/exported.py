@@ -42,15 +42,8 @@ class Exported(NamedTuple):
 
 
 def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
-    """The adapter as a plain LoRA for a runtime that takes factors of layers, and nothing else, from an adapter.
-
-    Args:
-        base: the model; None if it is not known. It is looked at only if the adapter cannot be read without it.
-        initial: of an adapter on a residual; see `pissa.convert`.
-
-    Raises:
-        ValueError: an adapter that cannot be read, or that has more than factors of layers.
-    """
+    """The adapter as a plain LoRA for a runtime that takes factors of layers, and nothing else, from an adapter. Raises
+    ValueError for one that has more. `base` is looked at only if the adapter cannot be read without it."""
     lora = PlainLora.of(folder, base if folder.is_pefts_pissa and initial is None else None, initial, None)
     extra = {name: folder.config.get(name) for name in ("use_dora", "modules_to_save", "trainable_token_indices")}
     extra |= {"bias": folder.config.get("bias", "none"), "lora_bias": folder.config.get("lora_bias")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 from torch import Tensor
@@ -34,16 +34,8 @@ _INPUT, _OUTPUT = "token_embd", "output"
 
 
 def export_gguf(adapter: LoraFolder, base: Name, target: Path, initial: Name | None) -> Exported:
-    """Writes the adapter to the new file `target`, float32, a layer at a time.
-
-    Args:
-        base: the folder of the model, or its name on the Hub. Its config.json is read; its weights only if the adapter
-            cannot be read without them.
-
-    Raises:
-        ValueError: what llama.cpp does not take from an adapter, by name, or a model that is not known here. Nothing is
-            written then.
-    """
+    """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for what llama.cpp
+    does not take from an adapter, by name, and for a model that is not known here."""
     if target.exists():
         raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
     lora = read_factors(adapter, base, initial, "llama.cpp")
@@ -83,16 +75,9 @@ def _arranged(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> 
     return a.mT if factors.is_embedding else a, b
 
 
-class _Place(NamedTuple):
-    """What llama.cpp makes of a layer."""
-
-    name: str
-    heads: int | None
-    """The heads in whose rows the halves that are rotated together alternate there; None if none do."""
-
-
-def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, _Place]]:
-    """The architecture of a model of that class, and the place of each target; raises as `export_gguf`."""
+def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
+    """The architecture of a model of that class. And for each target its name there, and the heads in whose rows the
+    halves that are rotated together alternate there; None if none do. Raises as `export_gguf`."""
     if kind not in _ARCHITECTURES:
         raise ValueError(
             f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_ARCHITECTURES)}: export to "
@@ -105,7 +90,7 @@ def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str,
     places = {}
     for target, factors in adapter.factors.items():
         name = names.get_name(factors.layers[0]) or ""
-        places[target] = _Place(name, heads := permuted.get(name.rpartition(".")[2]))
+        places[target] = name, (heads := permuted.get(name.rpartition(".")[2]))
         if len(factors.layers) > 1 or not name:
             reason = "which llama.cpp has under no name known here"
         elif name in (_INPUT, _OUTPUT) and config.tie_word_embeddings:

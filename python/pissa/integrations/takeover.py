@@ -40,17 +40,8 @@ def made(
     tell: Callable[[str], None] | None,
     **kwargs: Any,
 ) -> nn.Module:
-    """What `peft.get_peft_model` returns.
-
-    Args:
-        kind: the class of PEFT's that it has chosen.
-        start: the init of a LoraConfig that says nothing of it; None leaves it LoRA's.
-        tell: is called with one sentence if the adapter is taken over.
-        kwargs: other arguments of the class.
-
-    Raises:
-        ValueError: a field that is not supported, naming it, beside a start that only `start` says.
-    """
+    """What `peft.get_peft_model` returns, which has chosen the class `kind` of PEFT's and its arguments. `start` and
+    `tell` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return kind(model, config, **kwargs)
     init = config.init_lora_weights

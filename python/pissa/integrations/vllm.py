@@ -38,13 +38,7 @@ def export_vllm(adapter: LoraFolder, base: Name | None, target: Path, initial: N
 
     vLLM calls experts as the checkpoint does, each by itself, gate and up apart: the factors of fused experts are cut
     as the base's checkpoint is. All layers get the largest rank, filled up with zeros, and one scaling: earlier
-    versions of vLLM know no other.
-
-    Args:
-        base: the model, a folder or a name on the Hub; None if it is not known. Fused experts need it.
-
-    Raises:
-        ValueError: what vLLM does not take from an adapter, by name. Nothing is written then.
+    versions of vLLM know no other. Raises ValueError for what vLLM does not take from an adapter, by name.
     """
     check_unused(target)
     lora = read_factors(adapter, base, initial, "vLLM")

@@ -6,7 +6,6 @@ To be adapted, they become linear layers, which are views of that parameter. `fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -156,8 +155,10 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
         TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may then be half
             changed; see `model.inject.restored_on_error`.
     """
-    for path, fused in _fused_experts(model):
-        if not _wanted(path, fused, config):
+    for path, fused in list(model.named_modules()):
+        own = fused.named_parameters(recurse=False) if "expert" in type(fused).__name__.lower() else ()
+        stacks = [name for name, parameter in own if parameter.dim() == 3]
+        if not stacks or not _wanted(path, stacks, config):
             continue
         _check_experts(path, fused)
         if config.use_dora:
@@ -165,24 +166,13 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
                 f"{path} holds fused experts, for which PEFT's files have no magnitudes: leave use_dora out, or leave "
                 f"the experts out with exclude_modules, for instance [{path.rpartition('.')[2]!r}]"
             )
-        parent, _, name = path.rpartition(".")
-        unfused = UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused)
-        setattr(model.get_submodule(parent), name, unfused)
+        model.set_submodule(path, UnfusedLlama4Experts(fused) if _is_llama4(fused) else UnfusedExperts(fused))
     _target(unfused_experts(model), config)
 
 
-def _fused_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules whose own parameters are stacks of matrices."""
-    for path, module in list(model.named_modules()):
-        if "expert" in type(module).__name__.lower() and any(
-            parameter.dim() == 3 for parameter in module.parameters(recurse=False)
-        ):
-            yield path, module
-
-
-def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
-    weights = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.dim() == 3]
-    if any(_ends_with(f"{path}.{name}", target) for name in weights for target in config.target_parameters or ()):
+def _wanted(path: str, weights: list[str], config: PissaConfig) -> bool:
+    """Whether the configuration targets the experts of that path, whose own stacks of matrices have these names."""
+    if any(f".{path}.{name}".endswith(f".{target}") for name in weights for target in config.target_parameters or ()):
         return True
     probe: Any = copy.copy(config)
     probe.target_modules = {path}
@@ -196,10 +186,6 @@ def _wanted(path: str, fused: nn.Module, config: PissaConfig) -> bool:
             f"layers of their own: let the pattern match {path}.0.{weights[0]}"
         )
     return is_wanted
-
-
-def _ends_with(key: str, target: str) -> bool:
-    return key == target or key.endswith(f".{target}")
 
 
 def _with_present_names(targets: Any) -> Any:
@@ -234,7 +220,7 @@ def _target(unfused: dict[str, UnfusedExperts], config: PissaConfig) -> None:
     layers, known = set(), set()
     for path, experts in unfused.items():
         for name in experts.names:
-            if named := {target for target in parameters if _ends_with(f"{path}.{name}", target)}:
+            if named := {target for target in parameters if f".{path}.{name}".endswith(f".{target}")}:
                 known |= named
                 layers |= {f"{path}.{index}.{name}" for index in range(len(experts))}
     if parameters - known:
@@ -264,5 +250,4 @@ def fuse(model: nn.Module) -> None:
     """Puts the original experts modules back, with the weights of the experts' linear layers. These must be dense: the
     adapters have been unloaded or merged."""
     for path, experts in unfused_experts(model).items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, experts.fuse())
+        model.set_submodule(path, experts.fuse())

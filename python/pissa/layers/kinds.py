@@ -49,17 +49,8 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
     def _fused(self, x: Tensor, weight: Tensor | ops.QuantizedWeight, implicit: bool, name: str) -> Tensor:
         """The output by one product of the base's weight, which is implicit or lacks the start, and the factors."""
         (da, db), start = self.changed_factors(name), self.start_of(name)
-        return ops.linear(
-            x,
-            weight,
-            self.base_layer.bias,
-            a=da,
-            b=db,
-            a0=start.a0,
-            b0=start.b0,
-            scaling=self.scaling[name],
-            implicit=implicit,
-        )
+        bias, scaling = self.base_layer.bias, self.scaling[name]
+        return ops.linear(x, weight, bias, a=da, b=db, a0=start.a0, b0=start.b0, scaling=scaling, implicit=implicit)
 
     def _drops_out(self, adapter_name: str) -> bool:
         dropout = self.lora_dropout[adapter_name]

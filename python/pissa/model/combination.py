@@ -22,27 +22,16 @@ from pissa.ops.low_rank import Spectrum, pad_rank
 
 # These prune changes before they sum them. "ties" and "dare_ties" also take the method that elects signs.
 _PRUNED: dict[str, Callable[..., Tensor]] = {
-    "ties": ties,
-    "dare_ties": dare_ties,
-    "dare_linear": dare_linear,
-    "magnitude_prune": magnitude_prune,
+    prune.__name__: prune for prune in (ties, dare_ties, dare_linear, magnitude_prune)
 }
 COMBINATIONS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
-
-# Fields with which an adapter trains more than factors, which cannot be summed, each with the value that does not.
-_FACTORS_ALONE = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
-
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 """a0, b0, dA and dB of a layer, float32 matrices, for a scaling of 1."""
 
 
 class Combination:
-    """The arguments of `PissaModel.add_weighted_adapter`, checked against the (unwrapped) model and its adapters.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is allowed.
-    """
+    """The arguments of `PissaModel.add_weighted_adapter`, checked against the (unwrapped) model and its adapters."""
 
     def __init__(
         self,
@@ -55,7 +44,22 @@ class Combination:
         density: float | None,
         majority_sign_method: str,
     ) -> None:
-        _check_adapters(model, configs, adapters)
+        for adapter in adapters:
+            if adapter not in configs:
+                raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
+            for name, alone in {"use_dora": False, "bias": "none", "trainable_token_indices": None}.items():
+                if (value := getattr(configs[adapter], name)) != alone:
+                    raise ValueError(
+                        f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
+                        "trains more than factors: merge it with merge_and_unload"
+                    )
+        wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(shared)} such instance(s). Give adapters of which one at most has each module"
+            )
         if not adapters or len(adapters) != len(weights):
             raise ValueError(
                 f"got {len(adapters)} adapters and {len(weights)} weights; needed: one weight for each adapter"
@@ -168,22 +172,3 @@ def _split(spectrum: Spectrum, rank: int) -> Parts:
     db, da = left[:, :rank] * values[:rank], values[rank:, None] * right[rank:]
     a0, b0 = right[:rank] - da, left[:, rank:]
     return a0.float().contiguous(), b0.float().contiguous(), da.float().contiguous(), db.float().contiguous()
-
-
-def _check_adapters(model: nn.Module, configs: Mapping[str, PissaConfig], adapters: Sequence[str]) -> None:
-    for adapter in adapters:
-        if adapter not in configs:
-            raise ValueError(f"Adapter {adapter} does not exist; the model has {', '.join(configs)}")
-        for name, alone in _FACTORS_ALONE.items():
-            if (value := getattr(configs[adapter], name)) != alone:
-                raise ValueError(
-                    f"add_weighted_adapter sums the factors of adapters, and {adapter} has {name}={value!r}, which "
-                    "trains more than factors: merge it with merge_and_unload"
-                )
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
-    if shared:
-        raise ValueError(
-            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(shared)} such instance(s). Give adapters of which one at most has each module"
-        )

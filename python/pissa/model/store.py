@@ -22,17 +22,14 @@ _PARTLY_STORED = (
 
 
 def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements: dict[str, Replacement]) -> None:
-    """Does what `decompose` has left to do, and empties `replacements`. If the dense weights were views of a file, the
-    model's other tensors get memory of their own, so that nothing keeps the file mapped. Until then its pages may stay,
-    which the system can take back.
+    """Does in the (unwrapped) model what `decompose` has left to do, and empties `replacements`. If the dense weights
+    were views of a file, the model's other tensors get memory of their own, so that nothing keeps the file mapped.
+    Until then its pages may stay, which the system can take back.
 
     A weight that DeepSpeed has partitioned is gathered, and its residual partitioned in its place.
 
     With several processes all of them have to call this, outside of `distributed.failing_together`: it has a block of
     its own, and an error that went through two would be told twice, the second time to nobody.
-
-    Args:
-        model: the (unwrapped) model.
 
     Raises:
         BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
