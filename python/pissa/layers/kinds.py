@@ -4,9 +4,8 @@ flattened."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -122,23 +121,17 @@ class PissaConvolution(PissaLayer):
     def change(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         (da, db), start = (delta.float() for delta in self.changed_factors(adapter_name)), self.start_of(adapter_name)
         x = self.lora_dropout[adapter_name](x).float()
-        moved = self._convolve(x, da)
-        change = self._mix(self._convolve(x, start.a0) + moved, db) + self._mix(moved, start.b0)
+        base, point = self.base_layer, self.lora_B[adapter_name]
+        moved = _filtered(base, x, da)
+        change = _filtered(point, _filtered(base, x, start.a0) + moved, db) + _filtered(point, moved, start.b0)
         scaling: float = self.scaling[adapter_name]
         return y + (scaling * change).to(y.dtype)
 
-    def _convolve(self, x: Tensor, a: Tensor) -> Tensor:
-        """The base's convolution, its padding and stride, with the rows of a [r, in * kernel] as filters."""
-        base = cast(nn.Conv2d, self.base_layer)
-        return cast(Tensor, base._conv_forward(x, a.reshape(-1, *base.weight.shape[1:]), None))
 
-    def _mix(self, channels: Tensor, b: Tensor) -> Tensor:
-        """b [out, r] at each point of `channels` [batch, r, ...]; the batch may be missing."""
-        place = 1 - self.base_layer.weight.dim()  # of the channels
-        points = channels.reshape(-1, b.shape[1], math.prod(channels.shape[place + 1 :]))
-        # `@` would choose another product, and other bits, for a b that collects no gradient.
-        mixed = torch.bmm(b.expand(len(points), -1, -1), points)
-        return mixed.reshape(*channels.shape[:place], len(b), *channels.shape[place + 1 :])
+def _filtered(convolution: Any, x: Tensor, filters: Tensor) -> Tensor:
+    """What a convolution computes with the rows of `filters` in the place of its own, and without a bias."""
+    filters = filters.reshape(-1, *convolution.weight.shape[1:])
+    return cast(Tensor, convolution._conv_forward(x, filters, None))
 
 
 class PissaConv1d(PissaConvolution, LoraConv1d):  # type: ignore[misc]
