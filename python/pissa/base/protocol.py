@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +15,21 @@ from pissa.base.start import StartFactors
 from pissa.config import IMPLICIT, Form
 from pissa.distributed import is_sharded, whole_device, whole_shape
 
-
-class View(NamedTuple):
-    """How a weight is a matrix [out, in], and how such a matrix is a weight of the given shape."""
-
-    matrix: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor, torch.Size], Tensor]
+_TRANSPOSED = (Conv1D, nn.Embedding)  # whose weight is [in, out]; an embedding is a linear layer of one-hot vectors
+_FLATTENED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *_TRANSPOSED, *_FLATTENED)
 
 
-_AS_IT_IS = View(lambda weight: weight, lambda matrix, shape: matrix)
-_TRANSPOSED = View(lambda weight: weight.mT, lambda matrix, shape: matrix.mT)
-_FLATTENED = View(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
-
-_VIEWS: dict[type[nn.Module], View] = {
-    nn.Linear: _AS_IT_IS,
-    Conv1D: _TRANSPOSED,
-    nn.Embedding: _TRANSPOSED,  # [in, out]: a linear layer of one-hot vectors
-    nn.Conv1d: _FLATTENED,
-    nn.Conv2d: _FLATTENED,
-    nn.Conv3d: _FLATTENED,
-}
+def as_matrix(dense_type: type[nn.Module], weight: Tensor) -> Tensor:
+    """The weight of a class of modules as a matrix [out, in]: a view."""
+    return weight.mT if issubclass(dense_type, _TRANSPOSED) else weight.flatten(1)
 
 
-def view_of(dense_type: type[nn.Module]) -> View:
-    """How the weight of a class of modules is a matrix."""
-    return next((view for kind, view in _VIEWS.items() if issubclass(dense_type, kind)), _AS_IT_IS)
+def as_weight(dense_type: type[nn.Module], matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The matrix [out, in] as a weight of that class; `shape`: of a weight that is flattened."""
+    if issubclass(dense_type, _TRANSPOSED):
+        return matrix.mT
+    return matrix.reshape(shape) if issubclass(dense_type, _FLATTENED) else matrix
 
 
 class Base(ABC):
@@ -68,7 +57,7 @@ class Base(ABC):
     @property
     def kind(self) -> type[nn.Module] | None:
         """What the function is: nn.Linear, Conv1D, nn.Embedding or a convolution; None if it is none of these."""
-        return next((kind for kind in _VIEWS if issubclass(self.dense_type, kind)), None)
+        return next((kind for kind in _KINDS if issubclass(self.dense_type, kind)), None)
 
     @property
     @abstractmethod
@@ -113,7 +102,7 @@ class Base(ABC):
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The matrix [out, in] in the shape of a dense weight of this kind."""
-        return view_of(self.dense_type).weight(matrix, whole_shape(self.parameter))
+        return as_weight(self.dense_type, matrix, whole_shape(self.parameter))
 
     @abstractmethod
     def shown_weight(self, dtype: torch.dtype) -> Tensor:

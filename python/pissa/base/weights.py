@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa import ops
 from pissa.base.frozen import KeepsDtype
-from pissa.base.protocol import Base, view_of
+from pissa.base.protocol import Base, as_matrix, as_weight
 from pissa.distributed import whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def dense_linear(dense_type: type[nn.Module], matrix: Tensor, bias: nn.Parameter
     """A linear module of the class nn.Linear, Conv1D or the like: its weight is `matrix` [out, in], frozen."""
     with torch.device("meta"):
         linear: Any = dense_type(*(matrix.shape if issubclass(dense_type, Conv1D) else matrix.mT.shape))
-    weight = view_of(dense_type).weight(matrix, matrix.shape).contiguous()
+    weight = as_weight(dense_type, matrix, matrix.shape).contiguous()
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     return cast(nn.Module, linear.train(training))
@@ -86,7 +86,7 @@ class Dense(Base):
 
     def matrix(self) -> Tensor:
         with in_memory(self.module):
-            return view_of(self.dense_type).matrix(whole_tensor(self.parameter))
+            return as_matrix(self.dense_type, whole_tensor(self.parameter))
 
     def product(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.matrix().detach())
