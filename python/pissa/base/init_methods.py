@@ -54,9 +54,6 @@ class InitMethod(ABC):
     takes_nothing: ClassVar[bool] = False
     """Whether a residual that no alternation has found lacks nothing of the start: it is format(W)."""
 
-    starts_from_zero: ClassVar[bool] = False
-    """Whether the product of the start factors is zero."""
-
     copies: ClassVar[bool] = False
     """Whether the method makes dense copies, in float32, of all weights that it is given."""
 
@@ -142,7 +139,6 @@ class Lora(InitMethod):
     """A as nn.Linear's, B = 0 (arXiv 2106.09685). The random factor depends on the layer's name and the seed only."""
 
     name = "lora"
-    starts_from_zero = True
 
     def start(self, task: StartTask) -> list[StartFactors]:
         check_weights(task.weights, task.weight_names)
