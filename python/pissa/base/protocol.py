@@ -60,9 +60,9 @@ class Base(ABC):
         return next((kind for kind in _KINDS if issubclass(self.dense_type, kind)), None)
 
     @property
-    @abstractmethod
     def dense_type(self) -> type[nn.Module]:
         """The class of a dense module in the base's place: `kind`, or a subclass of it."""
+        return type(self.module)
 
     @property
     def form(self) -> Form:
@@ -75,9 +75,9 @@ class Base(ABC):
         return None
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype | None:
         """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""
+        return self.parameter.dtype
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +89,9 @@ class Base(ABC):
         """The weight [out, in]: the module's own tensor or a view of it if that is dense, else decoded, float32. A
         dense weight that is sharded is gathered: all processes have to ask for it together."""
 
-    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ [k, out], float32 and without the bias, for x float32 [k, in]."""
+        return ops.linear(x, self.matrix().detach())
 
     def fused(
         self, start: StartFactors, scaling: float, dtype: torch.dtype
@@ -104,19 +104,19 @@ class Base(ABC):
         """The matrix [out, in] in the shape of a dense weight of this kind."""
         return as_weight(self.dense_type, matrix, whole_shape(self.parameter))
 
-    @abstractmethod
     def shown_weight(self, dtype: torch.dtype) -> Tensor:
         """What others may take for the weight: the module's parameter; if that is a residual or our own codes, the
         decoded weight in `dtype`."""
+        return self.parameter
 
     @abstractmethod
     def twin(self, matrix: Tensor) -> nn.Module:
         """A dense module in the base's place: the weight is `matrix` [out, in], frozen; all else, the bias too, is the
         base's own."""
 
-    @abstractmethod
     def restored(self) -> nn.Module:
         """The module that goes back into the model when the adapters are unloaded."""
+        return cast(nn.Module, self.module)
 
     @abstractmethod
     def holding(self, weight: Tensor) -> Base:

@@ -13,7 +13,6 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa import ops
 from pissa.base.frozen import KeepsDtype
 from pissa.base.protocol import Base, as_matrix, as_weight
 from pissa.distributed import whole_tensor
@@ -73,26 +72,12 @@ class Dense(Base):
             return cast("nn.Parameter | None", getattr(self.module, "bias", None))
 
     @property
-    def dense_type(self) -> type[nn.Module]:
-        return type(self.module)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.parameter.dtype
-
-    @property
     def device(self) -> torch.device:
         return torch.device(self.module._hf_hook.execution_device) if is_offloaded(self.module) else super().device
 
     def matrix(self) -> Tensor:
         with in_memory(self.module):
             return as_matrix(self.dense_type, whole_tensor(self.parameter))
-
-    def product(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.matrix().detach())
-
-    def shown_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.parameter
 
     def twin(self, matrix: Tensor) -> nn.Module:
         module = self._twin(matrix)
@@ -109,9 +94,6 @@ class Dense(Base):
         if "bias" in module._parameters:
             module.register_parameter("bias", self.bias)
         return cast(nn.Module, module)
-
-    def restored(self) -> nn.Module:
-        return cast(nn.Module, self.module)
 
     def holding(self, weight: Tensor) -> Dense:
         return type(self)(with_weight(self.module, weight))
