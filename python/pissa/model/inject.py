@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pissa.config import PissaConfig
@@ -105,14 +104,11 @@ def materialise(model: nn.Module, adapter_name: str) -> None:
     for layer in pissa_layers(model, adapter_name).values():
         device = layer.base.device
         for entries in layer.dictionaries(adapter_name):
-            entry = entries[adapter_name]
-            if isinstance(entry, Tensor):
-                if entry.is_meta:
-                    zeros = torch.zeros_like(entry, device=device)
-                    entries[adapter_name] = nn.Parameter(zeros, requires_grad=entry.requires_grad)
-            elif any(parameter.is_meta for parameter in entry.parameters()):
-                for parameter in entry.to_empty(device=device).parameters():
+            own = type(entries)({adapter_name: entries[adapter_name]})
+            if any(parameter.is_meta for parameter in own.parameters()):
+                for parameter in own.to_empty(device=device).parameters():
                     nn.init.zeros_(parameter)
+                entries[adapter_name] = own[adapter_name]
 
 
 @contextmanager
@@ -202,6 +198,6 @@ def average_gradients(model: nn.Module, adapter_name: str) -> None:
     holds the base."""
     for layer in pissa_layers(model, adapter_name).values():
         if is_managed(layer.base.module):
-            for entry in (entries[adapter_name] for entries in layer.dictionaries(adapter_name)):
-                for parameter in [entry] if isinstance(entry, Tensor) else entry.parameters():
+            for entries in layer.dictionaries(adapter_name):
+                for parameter in type(entries)({adapter_name: entries[adapter_name]}).parameters():
                     average_gradient(parameter)
