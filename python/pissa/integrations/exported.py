@@ -45,9 +45,8 @@ def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, ru
     """The adapter as a plain LoRA for a runtime that takes factors of layers, and nothing else, from an adapter. Raises
     ValueError for one that has more. `base` is looked at only if the adapter cannot be read without it."""
     lora = PlainLora.of(folder, base if folder.is_pefts_pissa and initial is None else None, initial, None)
-    extra = {name: folder.config.get(name) for name in ("use_dora", "modules_to_save", "trainable_token_indices")}
-    extra |= {"bias": folder.config.get("bias", "none"), "lora_bias": folder.config.get("lora_bias")}
-    if given := {name: value for name, value in extra.items() if value and value != "none"}:
+    fields = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias")
+    if given := {name: value for name in fields if (value := folder.config.get(name)) and value != "none"}:
         text = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
         raise ValueError(
             f"{folder.path} has {text}: {runtime} takes nothing from an adapter but factors of layers. Export to "

@@ -479,7 +479,6 @@ def _with_unwrapped_names(base: nn.Module, named: Iterator[tuple[str, Tensor]]) 
     the names, and leaves out what is LoRA's. The experts that we have made linear layers are one parameter again, a
     copy; trained tokens are in their embedding's weight alone."""
     experts = {f"{PREFIX}{path}.": module for path, module in unfused_experts(base).items()}
-    tokens = [f"{PREFIX}{name}." for name, module in base.named_modules() if isinstance(module, TrainableTokensWrapper)]
     for name, parameter in named:
         if path := next((path for path in experts if name.startswith(path)), None):
             module, rest = experts[path], name.removeprefix(path)
@@ -491,8 +490,5 @@ def _with_unwrapped_names(base: nn.Module, named: Iterator[tuple[str, Tensor]]) 
             elif index == "0":
                 weight = inner.partition(".")[0]
                 yield path + weight, module.fused_weight(weight)
-        elif path := next((path for path in tokens if name.startswith(path)), None):
-            if "trainable_tokens" not in name:
-                yield path + name.removeprefix(f"{path}token_adapter."), parameter
-        else:
-            yield name, parameter
+        elif ".trainable_tokens_" not in name:
+            yield name.replace(".token_adapter.base_layer.", ".base_layer."), parameter
