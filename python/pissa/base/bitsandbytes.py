@@ -27,7 +27,9 @@ def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
 
 class BnbLinear4bit(HoldsCodes, OwnBase):
     """The base in the place of bitsandbytes' Linear4bit, y = x Qᵀ + b: it computes the same from the same bytes, on the
-    CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient)."""
+    CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient). It remembers the dtype of
+    the parameter that holds the codes, `quant_storage`, the one that bitsandbytes decodes them to, and the one that it
+    casts inputs to, or None; and its layer, `linear`, if there is one: `restored` makes one otherwise."""
 
     start = None
     is_bnb_quantised = True
@@ -42,13 +44,6 @@ class BnbLinear4bit(HoldsCodes, OwnBase):
         compute_dtype: torch.dtype | None,
         linear: Any = None,
     ) -> None:
-        """
-        Args:
-            quant_storage: the dtype of the parameter that holds the codes.
-            decoded_dtype: what bitsandbytes decodes the weight to.
-            compute_dtype: what it casts inputs to; None for their own.
-            linear: its layer, if there is one. `restored` makes one otherwise.
-        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.hold(weight, quant_storage)

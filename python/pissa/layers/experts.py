@@ -61,13 +61,8 @@ class UnfusedExperts(nn.Module):
         return self.get_submodule(str(index))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
-
-        Args:
-            hidden_states: [tokens, hidden].
-            top_k_index, top_k_weights: [tokens, k], the experts of each token and their weights. An index of the number
-                of experts stands for none.
-        """
+        """The weighted sum of each token's experts, for `hidden_states` [tokens, hidden]. `top_k_index` and
+        `top_k_weights`, [tokens, k], are a token's experts and their weights; the number of experts stands for none."""
         in_float32 = type(self.fused).__name__ in _SUMMED_IN_FLOAT32
         output = torch.zeros_like(hidden_states, dtype=torch.float32 if in_float32 else None)
         # FSDP2 adds the gradients of a block as one array, of the same parameters in every process. DDP waits for the
@@ -149,11 +144,8 @@ def unfuse(model: nn.Module, config: PissaConfig) -> None:
 
     The experts may be targeted by "all-linear", by the names of their weights, by the names that these had before they
     were fused (w1 and w3, or gate_proj and up_proj, for gate_up_proj), by a pattern that matches
-    "...experts.0.gate_up_proj", or in `target_parameters`.
-
-    Raises:
-        TypeError, ValueError: experts that cannot be unfused, naming them and what to do. The model may then be half
-            changed; see `model.inject.restored_on_error`.
+    "...experts.0.gate_up_proj", or in `target_parameters`. Raises TypeError or ValueError for experts that cannot be
+    unfused, naming them and what to do. The model may then be half changed; see `model.inject.restored_on_error`.
     """
     for path, fused in list(model.named_modules()):
         own = fused.named_parameters(recurse=False) if "expert" in type(fused).__name__.lower() else ()

@@ -145,11 +145,6 @@ def pissa_layer(
     """The PissaLayer for `target`, a layer of a model that computes in `model_dtype`. Raises TypeError or ValueError,
     naming the layer, why it cannot be adapted, and what to do instead."""
     name = kwargs["target_name"]
-    if kwargs.get("parameter_name") is not None:
-        raise TypeError(
-            f"{name} is a parameter of {type(target).__name__}; PiSSA adapts layers and fused experts: name them in "
-            "target_modules"
-        )
     base = _base_for(target, name)
     _check_weight(base, name)
     kind = KINDS[base.kind]

@@ -288,10 +288,8 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         """Puts a dense module with the adapters' changes in the base's place. The base itself is not changed.
 
         The sum is taken in float32, and rounded to the base's dtype once. If FSDP2 has sharded the base, all processes
-        have to call this, the weights are gathered, layer by layer, and the merged one is sharded like the base's.
-
-        Raises:
-            ValueError: with `safe_merge`, when the merged weight is not finite; nothing is changed then.
+        have to call this, the weights are gathered, layer by layer, and the merged one is sharded like the base's. With
+        `safe_merge`, ValueError is raised if it is not finite, and nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
@@ -368,13 +366,8 @@ class Magnitude(KeepsDtype):
         return self.base_lengths.to(dtype).float()
 
     def scale(self, left: Tensor, right: Tensor, product: Tensor, scaling: float) -> Tensor:
-        """m / ‖W + s L R‖ [out], differentiable in m.
-
-        Args:
-            left, right: L [out, k] and R [k, in], float32, detached.
-            product: R Wᵀ [k, out], float32, detached.
-            scaling: s.
-        """
+        """m / ‖W + s L R‖ [out], differentiable in m, for L [out, k], R [k, in] and their product R Wᵀ [k, out] with
+        the weight, all float32 and detached."""
         # ‖w + s l R‖² = ‖w‖² + 2 s l (R wᵀ) + s² l (R Rᵀ) lᵀ for each row w of W and l of L
         grown = 2 * scaling * (left * product.mT).sum(1) + scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
         square = self.base_lengths.square()

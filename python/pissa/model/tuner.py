@@ -28,11 +28,8 @@ from pissa.peft_private import LoraTuner
 
 class PissaTuner(LoraTuner):
     """PEFT's LoraModel, of which `peft.get_peft_model_state_dict` gives an adapter as the plain LoRA of rank 2r for the
-    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0].
-
-    The parameters themselves hold dA and dB under the names of A and B. Loaded elsewhere, they would be another
-    function.
-    """
+    unmodified base, in PEFT's names and layout, float32: lora_A = [A ; dA], lora_B = [dB | B0]. The parameters hold dA
+    and dB under the names of A and B: loaded elsewhere, they would be another function."""
 
     @classmethod
     def handed_out(
@@ -172,11 +169,8 @@ BUILDING = ContextVar("BUILDING", default=False)
 
 
 def refuse_residuals(base: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """A hook of `base.state_dict()`: raises ValueError as long as layers keep residuals in the place of their weights.
-
-    `peft.get_base_model_state_dict` calls it, and would give the residuals under the weights' names. The state dict of
-    a PissaModel has the parameters of `base` as they are.
-    """
+    """A hook of `base.state_dict()`, which `peft.get_base_model_state_dict` calls: raises ValueError as long as layers
+    keep residuals under the names of their weights. A PissaModel's state dict has them as they are."""
     if prefix:
         return
     for name, layer in pissa_layers(base).items():
