@@ -126,20 +126,13 @@ class MendedPeftModel(PeftModel):  # type: ignore[misc]
         return [*super()._get_peft_specific_model_tags(), "lora"]
 
 
-class TunerToCome(nn.Module):
-    """What `PeftModel.__init__` has in the place of its tuner until it says how to cast the adapter, which is the last
-    that it tells of its arguments.
+def started_by_peft(tuner: nn.Module, start: Callable[[str, bool], None]) -> None:
+    """Has `PeftModel.__init__`, which is given this tuner, call `start` with `adapter_name` and
+    `autocast_adapter_dtype`, the last that it tells of its arguments. After that it only looks at the model.
 
-    `_cast_adapter_dtype`: the constructor calls it on the tuner that it has just made, and after that only looks at
-    the model. No public name gets to know the PeftModel that is being made.
+    `_cast_adapter_dtype`: no public name gets to know the PeftModel that is being made.
     """
-
-    def start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        """Called once, with the arguments of the constructor."""
-        raise NotImplementedError
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        self.start(adapter_name, autocast_adapter_dtype)
+    tuner._cast_adapter_dtype = start  # type: ignore[assignment]
 
 
 def _fetching_nothing(method: FunctionType) -> FunctionType:

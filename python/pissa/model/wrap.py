@@ -17,7 +17,7 @@ from pissa.model.inject import check_plain, own_config, restored_on_error, warn_
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
-from pissa.peft_private import TunerToCome
+from pissa.peft_private import started_by_peft
 
 
 def wrap(
@@ -103,7 +103,7 @@ class PissaTunerOrToCome(PissaTuner):
         return _TunerToCome(model, peft_config[adapter_name])
 
 
-class _TunerToCome(TunerToCome):
+class _TunerToCome(nn.Module):
     """Turns the PeftModel that it is put into into the PissaModel of a model and a configuration."""
 
     def __init__(self, model: nn.Module, config: PissaConfig) -> None:
@@ -111,18 +111,14 @@ class _TunerToCome(TunerToCome):
         self.given = (model, config)  # a tuple, so that the model is no child
         self.parents: list[nn.Module] = []
         self.hook = register_module_module_registration_hook(self._note)
+        started_by_peft(self, self._start)
 
     def _note(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         if child is self:
             self.parents.append(parent)
 
-    def start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
-        """Wraps the model.
-
-        Raises:
-            TypeError: a subclass of PEFT's classes, which would lose what it adds.
-            Exception: as `wrap`. The model is left as it was.
-        """
+    def _start(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Wraps the model. A subclass of PEFT's classes, which would lose what it adds, is refused."""
         self.hook.remove()
         (made,) = self.parents
         if not type(made).__module__.startswith(PeftModel.__module__):
