@@ -13,9 +13,8 @@ from pissa import ops
 from pissa.base.bitsandbytes_state import as_bytes, nf4_from_state
 from pissa.base.bitsandbytes_state import from_state as from_state
 from pissa.base.bitsandbytes_state import to_bitsandbytes as to_bitsandbytes
-from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
-from pissa.base.weights import Dense, OwnBase, copy_without_hooks, dense_linear, in_memory
+from pissa.base.weights import Dense, HoldsCodes, copy_without_hooks, dense_linear, in_memory
 from pissa.distributed import is_sharded
 
 
@@ -25,7 +24,7 @@ def is_bitsandbytes(module: nn.Module, *names: str) -> bool:
     return kind.__name__ in names and kind.__module__.startswith("bitsandbytes.")
 
 
-class BnbLinear4bit(HoldsCodes, OwnBase):
+class BnbLinear4bit(HoldsCodes):
     """The base in the place of bitsandbytes' Linear4bit, y = x Qᵀ + b: it computes the same from the same bytes, on the
     CPU in training as in evaluation (bitsandbytes there repacks them and loses the gradient). It remembers the dtype of
     the parameter that holds the codes, `quant_storage`, the one that bitsandbytes decodes them to, and the one that it

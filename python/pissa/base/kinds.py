@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pissa.base.bitsandbytes import BnbLinear, check_codes, from_bitsandbytes, is_bitsandbytes
-from pissa.base.frozen import HoldsCodes
 from pissa.base.protocol import Base
-from pissa.base.weights import Dense, OwnBase
+from pissa.base.weights import Dense, HoldsCodes, OwnBase
 
 
 def base_of(module: nn.Module) -> Base:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pissa import ops
-from pissa.base.frozen import HoldsCodes
 from pissa.base.start import StartFactors
-from pissa.base.weights import OwnBase
+from pissa.base.weights import HoldsCodes, OwnBase
 from pissa.config import Form
 from pissa.ops._quant import check_offset
 from pissa.ops.checks import FLOATS, check_product

@@ -5,16 +5,19 @@ read together."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from pissa.base.frozen import KeepsDtype
+from pissa import ops
 from pissa.base.protocol import Base, as_matrix, as_weight
+from pissa.base.start import KeepsDtype
 from pissa.distributed import whole_tensor
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
@@ -124,3 +127,55 @@ class OwnBase(KeepsDtype, Base):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class HoldsCodes(OwnBase):
+    """A base whose parameter `weight` holds the packed codes of a matrix, frozen. The scales are buffers.
+
+    `quant_storage` is the dtype of `weight`, as in bitsandbytes: uint8, or a floating dtype. An element of a floating
+    dtype is several bytes of codes; zeros fill up the last one. Such an element means nothing and may be NaN: it is
+    moved, never computed with, and keeps its dtype and bits whatever the module is cast to.
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def hold(self, matrix: ops.QuantizedWeight, quant_storage: torch.dtype) -> None:
+        """Takes the codes and scales of `matrix` as they are."""
+        self.format, self.matrix_shape, self.blocksize = matrix.format, matrix.shape, matrix.blocksize
+        self.quant_storage, self._bytes = quant_storage, len(matrix.codes)
+        missing = -len(matrix.codes) % quant_storage.itemsize
+        codes = functional.pad(matrix.codes, (0, missing)) if missing else matrix.codes
+        self.weight = nn.Parameter(codes.view(quant_storage), requires_grad=False)
+        self.register_buffer("absmax", matrix.absmax)
+        self.register_buffer("nested_absmax", matrix.nested_absmax)
+        self.register_buffer("offset", matrix.offset)
+
+    @property
+    def quantized(self) -> ops.QuantizedWeight:
+        """The matrix [out, in], as pissa.ops takes it. Raises TypeError if something has cast the codes, which destroys
+        them."""
+        codes: Tensor = self.weight
+        if codes.dtype != self.quant_storage:
+            raise TypeError(
+                f"Codes stored as {self.quant_storage} were cast to {codes.dtype}: FSDP's mixed precision does so "
+                'where its param_dtype is another. Give PissaConfig quant_storage of that dtype, or "uint8"'
+            )
+        if self.quant_storage != torch.uint8:
+            codes = codes.view(torch.uint8)[: self._bytes]
+        return ops.QuantizedWeight(
+            codes, self.absmax, self.nested_absmax, self.offset, self.format, self.matrix_shape, self.blocksize
+        )
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_absmax is not None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if tensor is self.weight and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, recurse)

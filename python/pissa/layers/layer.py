@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from pissa import ops
 from pissa.base.fingerprint import Fingerprints
-from pissa.base.frozen import KeepsDtype
 from pissa.base.init_methods import INIT_METHODS
 from pissa.base.kinds import base_of
 from pissa.base.protocol import Base, whole
-from pissa.base.start import Deltas, Origin, StartFactors
+from pissa.base.start import Deltas, KeepsDtype, Origin, StartFactors
 from pissa.base.stored import stored_linear
 from pissa.config import IMPLICIT, PissaConfig
 from pissa.distributed import call_whole, is_dtensor, is_sharded, partition_as, sharded_as, whole_tensor

@@ -15,7 +15,7 @@ import pissa
 from daily import each
 from language_models import Make, logits, train
 from pissa import PissaModel
-from pissa.base.frozen import HoldsCodes
+from pissa.base.weights import HoldsCodes
 
 STORAGES = ["uint8", "bfloat16", "float16", "float32"]
 storages = pytest.mark.parametrize("storage", each(STORAGES, ["float32"]))  # where the last number is filled up

@@ -31,8 +31,8 @@ from oracle import change_a_little
 from pissa import PissaModel
 from pissa.base.digest import fingerprint
 from pissa.base.fingerprint import Fingerprints
-from pissa.base.frozen import HoldsCodes
 from pissa.base.stored import residual_tensors
+from pissa.base.weights import HoldsCodes
 from pissa.distributed import is_sharded, rank, world_size
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model import decompose as decomposition
