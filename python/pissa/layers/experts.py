@@ -18,10 +18,7 @@ from pissa.distributed import world_size
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """The names of fused weights, in the order in which transformers registers them."""
 
-FORMER_NAMES = {
-    "gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}),
-    "down_proj": ({"w2"}, {"down_proj"}),
-}
+FORMER_NAMES = {"gate_up_proj": ({"w1", "w3"}, {"gate_proj", "up_proj"}), "down_proj": ({"w2"}, {"down_proj"})}
 """The names that the weights of an expert had before they were fused, and still have in lists of targets."""
 
 # Experts whose outputs transformers sums in float32, whatever the model computes in.

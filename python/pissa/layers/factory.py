@@ -44,26 +44,22 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
         names = names - beside
         _log.info("target_modules is 'all-linear': %s alone is adapted, without %s", part, sorted(beside))
     config.target_modules = names
-    layers = {
+    layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
         if name in names and check_target_module_exists(config, name)
     }
-    left_out = {}
+    left_out, small, said = {}, {}, []
     for name, layer in layers.items():
+        # Packed codes have another shape, and Conv1D has no in_features.
+        side = min((layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape)
         if is_refused_by_peft(config, model, name) or _is_read(model, name):
             left_out[name] = "the code of this model may read their weights past an adapter"
         elif _is_of_its_own(layer):
             left_out[name] = f"a {type(layer).__name__} computes in a way of its own"
+        elif side < config.r and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern:
+            small[name] = side
     config.target_modules = names.difference(left_out)
-    small = {
-        name: side
-        for name, layer in layers.items()
-        if name in config.target_modules
-        and (side := _smaller_side(layer)) < config.r
-        and get_pattern_key(list(config.rank_pattern), name) not in config.rank_pattern
-    }
-    said = []
     if small:
         _cap_ranks(config, small)
         name, side = next(iter(small.items()))
@@ -118,13 +114,6 @@ def _cap_ranks(config: PissaConfig, ranks: dict[str, int]) -> None:
         alphas[exactly(name)] = alpha * math.sqrt(rank / config.r) if config.use_rslora else alpha * rank / config.r
     config.rank_pattern = {exactly(name): rank for name, rank in ranks.items()} | config.rank_pattern
     config.alpha_pattern = alphas | config.alpha_pattern  # the first that matches counts
-
-
-def _smaller_side(linear: Any) -> int:
-    """The smaller side of a linear layer's weight, adapted or not. Packed codes have another shape, and Conv1D has no
-    in_features."""
-    sides = (linear.in_features, linear.out_features) if hasattr(linear, "in_features") else linear.weight.shape
-    return int(min(sides))
 
 
 def layer_factory(model: nn.Module) -> Callable[..., PissaLayer]:

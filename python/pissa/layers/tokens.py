@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import peft.utils
@@ -138,8 +138,9 @@ def check_tokens_can_be_merged(model: nn.Module, adapter_names: list[str] | None
             seen.update(layer.token_indices[adapter])
         rows = layer.trainable_tokens_delta  # which layers that PEFT has tied share
         alike = {one.base_layer for one in layers.values() if one.trainable_tokens_delta is rows}
-        for other, module in _sharing(model, layer.base_layer) if _changes(layer, merging) else ():
-            if module not in alike:
+        for other, module in model.named_modules() if _changes(layer, merging) else ():
+            shares_weight = any(tensor is layer.base_layer.weight for tensor in module._parameters.values())
+            if shares_weight and module not in alike:
                 raise ValueError(
                     f"the tokens of {name.removesuffix('.token_adapter')} are trained apart from {other}, with which "
                     "it shares its weight, and merging would write them into both: give both layers the same "
@@ -161,10 +162,3 @@ def _changes(layer: TrainableTokensLayer, adapter_names: Iterable[str]) -> bool:
         not torch.equal(weight[layer.token_indices[name]], layer.trainable_tokens_delta[name].detach().to(weight))
         for name in adapter_names
     )
-
-
-def _sharing(model: nn.Module, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The other modules that hold the weight of `base`, by name."""
-    for name, module in model.named_modules():
-        if module is not base and any(tensor is base.weight for tensor in module._parameters.values()):
-            yield name, module
