@@ -120,13 +120,8 @@ def _find_starts(
     *,
     are_taken: bool,
 ) -> dict[str, StartFactors]:
-    """The starts of these origins, by the names of their layers: each rank finds some of them, and sends them to the
-    others.
-
-    Args:
-        config: of the starts.
-        are_taken: whether they will be taken out of residuals, which must be finite then.
-    """
+    """The starts of these origins and configuration, by the names of their layers: each rank finds some of them, and
+    sends them to the others. Those that will be taken out of residuals (`are_taken`) are checked for these."""
     starts: dict[str, StartFactors] = {}
     check = ResidualCheck(config.form) if are_taken else None
     searched = {name: layers[name] for name in origins}
@@ -218,11 +213,7 @@ def _to_store(
     model: nn.Module, layers: dict[str, PissaLayer], config: PissaConfig, first: bool
 ) -> dict[str, PissaLayer]:
     """The layers whose dense base is to be replaced by a residual. Weights that are tied to another module's stay as
-    they are, with a warning.
-
-    Raises:
-        ValueError: naming a layer whose base cannot be replaced.
-    """
+    they are, with a warning. Raises ValueError, naming a layer whose base cannot be replaced."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     stored, tied = {}, []
     for name, layer in layers.items():
