@@ -187,8 +187,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             self.target_modules = "all-linear"
         if self.lora_alpha is None:
             self.lora_alpha = self.r
-            given = self.alpha_pattern or {}  # type: ignore[has-type]
-            self.alpha_pattern = {**(self.rank_pattern or {}), **given}
+            self.alpha_pattern = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}  # type: ignore[has-type]
         self._check_scaling()
         self._check_own_fields()
         super().__post_init__()

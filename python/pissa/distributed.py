@@ -46,8 +46,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 
 def is_of_an_engine(module: nn.Module) -> bool:
-    """Whether deepspeed.initialize has taken over a module for ZeRO-3. Its parameters need not be partitioned: small
-    ones stay whole."""
+    """Whether deepspeed.initialize has taken over a module for ZeRO-3, which leaves small parameters whole."""
     return type(module._parameters).__name__ == "ZeROOrderedDict"
 
 
@@ -134,16 +133,14 @@ def call_whole(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def partition_as(tensor: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Partitions new parameters, which every process holds whole, if `tensor` is a parameter that DeepSpeed has
-    partitioned."""
+    """Partitions new parameters, whole in every process, if DeepSpeed has partitioned `tensor`."""
     if is_partitioned(tensor):
         partitioned: Any = tensor
         partitioned.convert_to_zero_parameters(param_list=[new for new in parameters if not hasattr(new, "ds_id")])
 
 
 def average_gradient(parameter: Tensor) -> None:
-    """Makes the gradient of a parameter, which every process holds whole, the mean of those of all processes, in every
-    backward pass."""
+    """Makes the gradient of a whole parameter the mean over all processes, in every backward pass."""
     needed = parameter.requires_grad
     parameter.requires_grad_(True)  # torch lets no other parameter have a hook
     parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]

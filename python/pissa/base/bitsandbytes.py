@@ -161,8 +161,7 @@ def from_bitsandbytes(linear: Any) -> BnbLinear4bit:
 def linear4bit(
     entries: Mapping[str, Tensor], bias: nn.Parameter | None, compute_dtype: torch.dtype | None
 ) -> BnbLinear4bit:
-    """The layer whose state dict has these entries of its weight, as `from_state` takes them, which raises the same
-    errors. Needs no bitsandbytes."""
+    """The layer whose state dict has these entries of its weight, as `from_state` takes them. Needs no bitsandbytes."""
     weight, decoded_dtype = nf4_from_state(entries)
     storage = entries["weight"].dtype
     return BnbLinear4bit(weight, bias, quant_storage=storage, decoded_dtype=decoded_dtype, compute_dtype=compute_dtype)

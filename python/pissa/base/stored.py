@@ -47,13 +47,10 @@ class StoredLinear(OwnBase):
         return torch.addmm(self.dense_residual(), self.start.b0, self.start.a0, alpha=self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, self.bias)
+        return self.product(x, self.bias)
 
-    def product(self, x: Tensor) -> Tensor:
-        """The output without the bias."""
-        return self._product(x, None)
-
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output without the bias, or with one."""
         return ops.linear(x, self.residual, bias, a=self.start.a0, b=self.start.b0, scaling=self.scaling)
 
     def fused(
@@ -121,8 +118,7 @@ def residuals_of(
     weights: Sequence[Tensor], starts: Sequence[StartFactors], form: Form, names: Sequence[str]
 ) -> list[Tensor | ops.QuantizedWeight]:
     """The residuals in that form of the weights [out, in] of layers of those names, without the factors that the starts
-    take out of them. The host waits once for a GPU. Raises ValueError, naming the layer whose weight or factors are not
-    finite."""
+    take out. The host waits once for a GPU. Raises ValueError, naming the layer where something is not finite."""
     return ops.residual_many(
         weights,
         [start.taken[0] for start in starts],

@@ -154,8 +154,7 @@ class HoldsCodes(OwnBase):
 
     @property
     def quantized(self) -> ops.QuantizedWeight:
-        """The matrix [out, in], as pissa.ops takes it. Raises TypeError if something has cast the codes, which destroys
-        them."""
+        """The matrix [out, in], as pissa.ops takes it. Raises TypeError if a cast has destroyed the codes."""
         codes: Tensor = self.weight
         if codes.dtype != self.quant_storage:
             raise TypeError(

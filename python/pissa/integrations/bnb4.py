@@ -57,8 +57,7 @@ class ResidualExport(Rewrite):
     def exported(self) -> Exported:
         """The report."""
         packed = len(self.plan.packed)
-        in_codes = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers)
-        count = in_codes - packed
+        count = sum(self.adapter.records[name].form.kind == KEPT_IN_4_BITS for name in self.plan.layers) - packed
         dense = f", {count} decoded, since bitsandbytes has no experts and no Conv1D in 4 bits" if count else ""
         model = f"{self.model_name}.from_pretrained({str(self.target)!r})"
         return Exported(
@@ -107,8 +106,7 @@ class ResidualExport(Rewrite):
         return {unit.name: {"lost": lost, "whole": whole}}
 
     def end(self, out: Output) -> None:
-        """Writes the LoRA. The tensors beside the factors stay as they are, but for a layer's own weight: its residual
-        is written."""
+        """Writes the LoRA, and all beside the factors as it is but a layer's own weight: its residual is written."""
         kept, sizes, path = set(self.folder.weights.names), {}, out.path(f"{LORA}/{ADAPTER_WEIGHTS}")
         with Scratch(path.parent) as tensors:
             for target, factors in self.folder.factors.items():

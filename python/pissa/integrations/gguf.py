@@ -29,9 +29,6 @@ _ARCHITECTURES = {
 """What llama.cpp makes of the classes of transformers. Of LLAMA, the rows of q and k are in the order that its rotary
 embedding takes."""
 
-_INPUT, _OUTPUT = "token_embd", "output"
-"""What llama.cpp calls the embedding and the output layer."""
-
 
 def export_gguf(adapter: LoraFolder, base: Name, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for what llama.cpp
@@ -93,9 +90,9 @@ def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str,
         places[target] = name, (heads := permuted.get(name.rpartition(".")[2]))
         if len(factors.layers) > 1 or not name:
             reason = "which llama.cpp has under no name known here"
-        elif name in (_INPUT, _OUTPUT) and config.tie_word_embeddings:
+        elif name in ("token_embd", "output") and config.tie_word_embeddings:
             reason = "whose weight is tied to another's, and llama.cpp has but one"
-        elif len(factors.row) != 1 or factors.is_embedding != (name == _INPUT):
+        elif len(factors.row) != 1 or factors.is_embedding != (name == "token_embd"):
             reason = f"{list(factors.row)} in a row of a: llama.cpp has no such layer of that name"
         elif heads is not None and factors.out % (2 * heads):
             reason = f"of {factors.out} rows, which are no {heads} heads, as config.json says"

@@ -107,8 +107,7 @@ class UnfusedLlama4Experts(UnfusedExperts):
     """Llama 4's experts. Each of them computes every token; those that a router has not chosen for it come as zeros."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """The experts' outputs [experts * tokens, hidden] for their inputs of the same shape, one expert after
-        another."""
+        """The experts' outputs [experts * tokens, hidden] for inputs of that shape, one expert after another."""
         inputs = hidden_states.view(len(self), -1, hidden_states.shape[-1])
         return torch.cat([self._compute(index, x) for index, x in enumerate(inputs)])
 
@@ -236,7 +235,6 @@ def unfused_experts(model: nn.Module) -> dict[str, UnfusedExperts]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts the original experts modules back, with the weights of the experts' linear layers. These must be dense: the
-    adapters have been unloaded or merged."""
+    """Puts the original experts modules back, with the weights of the experts' linear layers, which must be dense."""
     for path, experts in unfused_experts(model).items():
         model.set_submodule(path, experts.fuse())

@@ -80,8 +80,7 @@ def choose_layers(model: nn.Module, config: PissaConfig) -> None:
 
 
 def _language_part(model: Any) -> str | None:
-    """The name of the language part of a model that generates text from images, sound or video too; None for any other
-    model."""
+    """The name of the language part of a model that generates text from other media too; None for other models."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model.config, "text_config") or not model.can_generate():
         return None
     decoder = model.get_decoder()

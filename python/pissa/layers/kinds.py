@@ -56,8 +56,7 @@ class PissaLinear(PissaLayer, LoraLinear):  # type: ignore[misc]
         return isinstance(dropout, nn.Dropout) and dropout.training
 
     def _scaled(self, y: Tensor, name: str) -> Tensor:
-        """`y`, of the base and this adapter alone, with each feature scaled by DoRA; y's own bits where the scale is
-        1."""
+        """`y`, of the base and this adapter alone, scaled by DoRA; y's own bits where the scale is 1."""
         if name not in self.lora_magnitude_vector:
             return y
         bias = self.base.bias

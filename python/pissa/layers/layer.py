@@ -91,13 +91,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
 
     @property
     def dense_dtype(self) -> torch.dtype:
-        """The dtype of a dense weight in the base's place: the base's own, or the model's if bitsandbytes has quantised
-        it."""
+        """The dtype of a dense weight in the base's place: the model's if bitsandbytes has quantised the base."""
         return self.base.dtype or self.model_dtype
 
     def store_base(self, residual: Tensor | ops.QuantizedWeight, start: StartFactors, config: PissaConfig) -> None:
-        """Replaces the base by one that keeps `residual`, which lacks `start`. If DeepSpeed has partitioned the weight,
-        the residual is partitioned, too."""
+        """Replaces the base by one that keeps `residual`, which lacks `start`; partitioned, if the weight is."""
         base = self.base
         stored = stored_linear(residual, start, base.bias, getattr(torch, config.quant_storage))
         stored.dense_type, stored.dtype = base.dense_type, self.dense_dtype
@@ -176,8 +174,7 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         return [f"{head}.{adapter_name}{dot}{tail}" for head, dot, tail in (name.partition(".") for name in names)]
 
     def deltas_in(self, state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> Deltas:
-        """The same, float32 on the adapter's device, from a state dict that has the layer's parameters under
-        `prefix`."""
+        """The same, float32 where the adapter is, from a state dict with the layer's parameters under `prefix`."""
         device = self.device_of(adapter_name)
         a, b, *e = (state[prefix + key].detach().to(device, torch.float32) for key in self.state_keys(adapter_name))
         return Deltas(*self.as_matrices(a, b), *e)
@@ -189,12 +186,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
     def origin(self, adapter_name: str, config: PissaConfig) -> Origin:
         """What determines the adapter's start factors."""
         identity = INIT_METHODS[config.init].identity(config)
-        scaling = float(self.scaling[adapter_name])
-        return Origin(self.r[adapter_name], scaling, config.init, config.use_adalora, identity)
+        r, scaling = self.r[adapter_name], float(self.scaling[adapter_name])
+        return Origin(r, scaling, config.init, config.use_adalora, identity)
 
     def zero_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
-        """Start factors of zero, where the adapter is; `rank_taken`: of the factors that a residual lacks, if they are
-        others."""
+        """Start factors of zero, where the adapter is; `rank_taken`: of others that a residual lacks."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
 
         def factors(r: int) -> tuple[Tensor, Tensor]:

@@ -122,8 +122,7 @@ class Combination:
 
     @torch.no_grad()
     def start(self, adapter_name: str, config: PissaConfig) -> None:
-        """Gives the new adapter, which has just been injected, its factors. With several processes all take those of
-        rank 0, because random pruning draws other numbers in each."""
+        """Gives the new adapter its factors: in all processes those of rank 0, since pruning may be random."""
         layers = pissa_layers(self.model, adapter_name)
         parts = {name: self._parts(layer, self.ranks[name]) for name, layer in layers.items()}
         distributed.agree()  # from here to the last broadcast nothing can fail on one rank alone

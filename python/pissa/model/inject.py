@@ -194,8 +194,7 @@ def check_trained(model: nn.Module, config: PissaConfig) -> None:
 
 
 def average_gradients(model: nn.Module, adapter_name: str) -> None:
-    """Has the gradients of an adapter's parameters averaged over all processes, in every backward pass, where FSDP
-    holds the base."""
+    """Has the gradients of an adapter's parameters averaged over all processes where FSDP holds the base."""
     for layer in pissa_layers(model, adapter_name).values():
         if is_managed(layer.base.module):
             for entries in layer.dictionaries(adapter_name):

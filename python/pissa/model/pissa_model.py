@@ -403,7 +403,9 @@ class PissaModel(MendedPeftModel):
             check_adapter_name(adapter_name, self.base_model.model)
         refuse_unsupported(self, key_mapping=key_mapping, **kwargs)
         folder = adapter_folder(model_id, ADAPTER_FILES, **kwargs)
-        if not known and config is None and is_plain_lora(folder):
+        if known:
+            restore(PissaFolder.read(folder, config), self, adapter_name)
+        elif config is None and is_plain_lora(folder):
             lora_config, lora = read_plain_lora(folder)
             lora_config.inference_mode = not is_trainable
             with restored_on_error(self):
@@ -411,13 +413,10 @@ class PissaModel(MendedPeftModel):
                 load_factors(self, adapter_name, lora)
         else:
             saved = PissaFolder.read(folder, config)
-            if known:
+            saved.config.inference_mode = not is_trainable
+            with saved.blamed(), restored_on_error(self):
+                self._inject(adapter_name, saved.config, autocast_adapter_dtype)
                 restore(saved, self, adapter_name)
-            else:
-                saved.config.inference_mode = not is_trainable
-                with saved.blamed(), restored_on_error(self):
-                    self._inject(adapter_name, saved.config, autocast_adapter_dtype)
-                    restore(saved, self, adapter_name)
         if is_trainable and not known:
             self.set_requires_grad(adapter_name)
         if not is_trainable:
