@@ -33,8 +33,7 @@ def store(model: nn.Module, adapter_name: str, config: PissaConfig, replacements
 
     Raises:
         BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
-            The model is then partly stored; a note on the error says so. (Python 3.10 keeps notes, without printing
-            them.)
+            The model is then partly stored; a note on the error says so, which Python 3.10 does not print.
     """
     if not replacements:
         return
