@@ -159,8 +159,7 @@ def failing_together() -> Iterator[None]:
     """Makes an error on one rank, inside the block, an error on all ranks. They would otherwise wait for that rank.
 
     All ranks have to enter the block, and call `agree` and `broadcast` in the same order in it. The failing rank raises
-    its own error, the others RankError. A block inside another would tell the same error twice, and wait for ranks that
-    have gone.
+    its own error, the others RankError. A block inside another would tell an error twice, and wait for ranks in vain.
     """
     try:
         yield

@@ -124,20 +124,21 @@ class BnbLinear(Dense):
             return cast(Tensor, int8_vectorwise_dequant(self.module.weight.detach(), scales))
 
 
-def check_codes(linear: Any) -> None:
-    """Raises TypeError if a layer of bitsandbytes, `Linear4bit` or `Linear8bitLt`, has no codes that we know."""
+def unusable(linear: Any) -> str | None:
+    """Why the codes of a layer of bitsandbytes, `Linear4bit` or `Linear8bitLt`, cannot be used; None if they can."""
     weight, is_int8 = linear.weight, is_bitsandbytes(linear, "Linear8bitLt")
     if is_sharded(weight):
-        raise TypeError("its codes are sharded, apart from their scales: wrap the model first and shard it then")
+        return "its codes are sharded, apart from their scales: wrap the model first and shard it then"
     if is_int8 and linear.state.has_fp16_weights:
-        raise TypeError("it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight")
+        return "it keeps its weight in 16 bits (has_fp16_weights=True): use nn.Linear, or quantise the weight"
     state = getattr(weight, "quant_state", None)
     if not (weight.dtype == torch.int8 if is_int8 else state):
-        raise TypeError("its weight is not quantised yet: move the model to its device first, model.to('cpu')")
+        return "its weight is not quantised yet: move the model to its device first, model.to('cpu')"
     if state is not None and state.quant_type != "nf4":
-        raise TypeError(f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'")
+        return f"its weight is quantised as {state.quant_type}; load the model with bnb_4bit_quant_type='nf4'"
     if getattr(state, "packing_format_for_cpu", False):
-        raise TypeError("bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before")
+        return "bitsandbytes has repacked its weight for evaluation: load the model anew, or wrap it before"
+    return None
 
 
 def from_bitsandbytes(linear: Any) -> BnbLinear4bit:

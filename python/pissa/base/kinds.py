@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pissa.base.bitsandbytes import BnbLinear, check_codes, from_bitsandbytes, is_bitsandbytes
+from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, unusable
 from pissa.base.protocol import Base
 from pissa.base.weights import Dense, HoldsCodes, OwnBase
 
@@ -21,10 +21,8 @@ def adopted(target: nn.Module) -> Base | None:
     Raises TypeError if it is of such a kind, but cannot be adapted: the text follows "layer x is"."""
     what, base = f"a {type(target).__name__}", base_of(target)
     if isinstance(base, BnbLinear):
-        try:
-            check_codes(target)
-        except TypeError as error:
-            raise TypeError(f"{what} of bitsandbytes, but {error}") from None
+        if reason := unusable(target):
+            raise TypeError(f"{what} of bitsandbytes, but {reason}")
         return from_bitsandbytes(target) if is_bitsandbytes(target, "Linear4bit") else base
     if base.kind is None or not _computes_as(base.kind, target):
         return None

@@ -63,13 +63,12 @@ def export_vllm(adapter: LoraFolder, base: Name | None, target: Path, initial: N
         new(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         write_tensors(new(ADAPTER_WEIGHTS), tensors)
         count = len(tensors) // 2
-    model = "BASE" if base is None else base
     return Exported(
         what=lora.what,
         layers=lora.layers,
         written=f"a LoRA of rank {rank}, {count} pairs of factors",
         bytes_written=sum(path.stat().st_size for path in target.iterdir()),
-        load=f"vllm serve {model} --enable-lora --max-lora-rank {allowed[0]} --lora-modules NAME={target}",
+        load=f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {allowed[0]} --lora-modules NAME={target}",
     )
 
 

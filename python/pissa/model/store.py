@@ -43,8 +43,7 @@ def store(
 
     Raises:
         BaseException: only for reasons beside the weights: memory is short, the user interrupts, another rank fails.
-            The model is then partly stored; a note on the error says so. (Python 3.10 keeps notes, without printing
-            them.)
+            The model is then partly stored; a note on the error says so, which Python 3.10 does not print.
     """
     if not replacements:
         return
