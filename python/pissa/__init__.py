@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pissa import layers as layers
     from pissa import ops as ops
     from pissa.base import bitsandbytes as bitsandbytes
-    from pissa.base.calibration import Calibration as Calibration
     from pissa.checkpoints.load import load as load
     from pissa.config import PissaConfig as PissaConfig
     from pissa.conversion import convert as convert
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from pissa.files.staged import CompletedError as CompletedError
     from pissa.integrations.export import export as export
     from pissa.model.calibrate import calibrate as calibrate
+    from pissa.model.calibration import Calibration as Calibration
     from pissa.model.pissa_model import PissaModel as PissaModel
     from pissa.model.wrap import wrap as wrap
     from pissa.ops import build_info as build_info
@@ -41,7 +41,7 @@ _HOMES = {
     "PissaConfig": "pissa.model.wrap:PissaConfig",  # completes it: reader, tuner, PEFT's way to a model
     "PissaModel": "pissa.model.pissa_model:PissaModel",
     "RankError": "pissa.distributed:RankError",
-    "Calibration": "pissa.base.calibration:Calibration",
+    "Calibration": "pissa.model.calibration:Calibration",
     "calibrate": "pissa.model.calibrate:calibrate",
     "bitsandbytes": "pissa.base.bitsandbytes:",
     "build_info": "pissa.ops:build_info",

@@ -48,6 +48,13 @@ class Base(ABC):
     """Of the dense weight that a stored base has replaced; None if the whole weight is kept."""
     is_bnb_quantised: bool = False
     """Whether bitsandbytes has quantised the whole weight."""
+    is_in_checkpoint: bool = False
+    """Whether a checkpoint has the residual of a stored base."""
+
+    @property
+    def has_own_codes(self) -> bool:
+        """Whether a stored base has codes that nothing else determines: neither the weight nor a checkpoint."""
+        return self.start is not None and self.start.origin.error_feedback and not self.is_in_checkpoint
 
     @property
     def parameter(self) -> Tensor:

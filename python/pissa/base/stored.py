@@ -25,8 +25,6 @@ class StoredLinear(OwnBase):
 
     start: StartFactors
     dtype: torch.dtype
-    is_in_checkpoint = False
-    """Whether a checkpoint has the residual."""
 
     def __init__(self, start: StartFactors, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -38,11 +36,6 @@ class StoredLinear(OwnBase):
     @abstractmethod
     def residual(self) -> Tensor | ops.QuantizedWeight:
         """Q, as pissa.ops takes it."""
-
-    @property
-    def has_own_codes(self) -> bool:
-        """Whether nothing else determines the codes: neither the weight nor a checkpoint."""
-        return self.start.origin.error_feedback and not self.is_in_checkpoint
 
     def dense_residual(self) -> Tensor:
         """Q in float32 [out, in]."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pissa.cli.terminal import as_size, format_table, number, passes, positive_int, say, silence_third_parties, told
+from pissa.integrations import RUNTIMES
 
 if TYPE_CHECKING:
     from pissa.checkpoints.init import Initialised
@@ -275,9 +276,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("bnb4", "vllm", "gguf", "merged"),
-        help="bnb4: the 4-bit base of a QPiSSA adapter in bitsandbytes' format and a LoRA on it, exactly the trained "
-        "model; vllm: a LoRA with experts one by one; gguf: a LoRA for llama.cpp; merged: one dense checkpoint",
+        choices=RUNTIMES,
+        help="; ".join(f"{name}: {what}" for name, what in RUNTIMES.items()),
     )
     parser.add_argument(
         "--requantise",

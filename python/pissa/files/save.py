@@ -21,7 +21,6 @@ from transformers import PretrainedConfig
 
 from pissa import notices
 from pissa.base.protocol import whole
-from pissa.base.stored import StoredLinear
 from pissa.config import IMPLICIT
 from pissa.distributed import check_whole, is_sharded
 from pissa.files.peft_layout import (
@@ -71,7 +70,7 @@ def save_adapter(
         lora |= {key: tensor.value(state_dict or {}) for key, tensor in found.items()}
         alone = {id(tensor.module) for tensor in found.values() if tensor.is_stored}
     for name, layer in layers.items():
-        if id(layer.base.module) in alone or (isinstance(layer.base, StoredLinear) and layer.base.has_own_codes):
+        if id(layer.base.module) in alone or layer.base.has_own_codes:
             residual = whole(layer.base, gathered[name]).residual
             if residual is not None:
                 starts |= stored_tensors(name, residual)

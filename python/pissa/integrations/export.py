@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
+from pkgutil import resolve_name
 
 import torch
 
@@ -18,18 +18,16 @@ from pissa.files.hub import checkpoint_folder
 from pissa.files.lora_folder import open_adapter
 from pissa.files.model_folder import meta_model
 from pissa.files.tensor_file import Source
+from pissa.integrations import RUNTIMES
 from pissa.integrations.bnb4 import ResidualExport
-from pissa.integrations.exported import Exported
-from pissa.integrations.vllm import export_vllm
+from pissa.integrations.exported import Exported, no_base
 from pissa.ops.checks import check_choice
-
-To = Literal["bnb4", "vllm", "gguf", "merged"]
 
 
 def export(
     adapter: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    to: To,
+    to: str,
     *,
     base: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | None = None,
@@ -55,7 +53,7 @@ def export(
     Args:
         adapter: a folder of pissa, of PEFT, or with a LoRA.
         target: a new folder; of "gguf" a new file.
-        to: the runtime.
+        to: the runtime, of `pissa.integrations.RUNTIMES`.
         base: the model that the adapter was trained on, a folder or a name on the Hub; by default the one that the
             adapter names.
         initial: of an adapter that PEFT trained on a residual: the adapter before training; see `pissa.convert`.
@@ -70,23 +68,21 @@ def export(
         OSError: the disk is full, or fails.
         ModuleNotFoundError: "gguf" needs the package gguf.
     """
-    check_choice("to", to, get_args(To))
+    check_choice("to", to, tuple(RUNTIMES))
     if requantise and to != "bnb4":
         raise ValueError(f"requantise is for 'bnb4': got {to!r}; leave it out")
     opened, target = open_adapter(Path(adapter)), Path(target)
     if base is None:
         base = opened.config["base_model_name_or_path"] or None
-    if to == "vllm":
-        return export_vllm(opened, base, target, initial)
-    if base is None:
-        raise ValueError(f"{opened.path} names no base model (base_model_name_or_path): give it (base)")
-    if to == "gguf":
+    if to not in ("bnb4", "merged"):
         try:
-            from pissa.integrations.gguf import export_gguf
+            done: Exported = resolve_name(f"pissa.integrations.{to}:export_lora")(opened, base, target, initial)
+            return done
         except ModuleNotFoundError as error:
-            text = 'export to gguf needs the package gguf, which is not installed: run `pip install "pissa[gguf]"`'
-            raise ModuleNotFoundError(text, name=error.name) from error
-        return export_gguf(opened, base, target, initial)
+            needs = f"export to {to} needs the package {error.name}, which is not installed"
+            raise ModuleNotFoundError(f'{needs}: run `pip install "pissa[{to}]"`', name=error.name) from error
+    if base is None:
+        raise no_base(opened)
     folder = checkpoint_folder(base)
     if to == "merged" or requantise:
         quant = KEPT_IN_4_BITS if requantise else None

@@ -41,6 +41,11 @@ class Exported(NamedTuple):
     """Of the layers, each by itself."""
 
 
+def no_base(folder: LoraFolder) -> ValueError:
+    """The error of an adapter that does not say what it was trained on."""
+    return ValueError(f"{folder.path} names no base model (base_model_name_or_path): give it (base)")
+
+
 def read_factors(folder: LoraFolder, base: Name | None, initial: Name | None, runtime: str) -> PlainLora:
     """The adapter as a plain LoRA for a runtime that takes factors of layers, and nothing else, from an adapter. Raises
     ValueError for one that has more. `base` is looked at only if the adapter cannot be read without it."""

@@ -15,7 +15,7 @@ from pissa.files.lora_folder import LoraFactors, LoraFolder
 from pissa.files.messages import shown
 from pissa.files.model_folder import class_of, model_config
 from pissa.files.staged import staged
-from pissa.integrations.exported import Exported, read_factors
+from pissa.integrations.exported import Exported, no_base, read_factors
 
 _ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -30,9 +30,11 @@ _ARCHITECTURES = {
 embedding takes."""
 
 
-def export_gguf(adapter: LoraFolder, base: Name, target: Path, initial: Name | None) -> Exported:
+def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new file `target`, float32, a layer at a time. Raises ValueError for what llama.cpp
     does not take from an adapter, by name, and for a model that is not known here."""
+    if base is None:
+        raise no_base(adapter)
     if target.exists():
         raise ValueError(f"{target} is there already and nothing is overwritten; choose a new file")
     lora = read_factors(adapter, base, initial, "llama.cpp")
@@ -74,7 +76,7 @@ def _arranged(factors: LoraFactors, heads: int | None, a: Tensor, b: Tensor) -> 
 
 def _places(kind: str, config: Any, adapter: LoraFolder) -> tuple[str, dict[str, tuple[str, int | None]]]:
     """The architecture of a model of that class. And for each target its name there, and the heads in whose rows the
-    halves that are rotated together alternate there; None if none do. Raises as `export_gguf`."""
+    halves that are rotated together alternate there; None if none do. Raises as `export_lora`."""
     if kind not in _ARCHITECTURES:
         raise ValueError(
             f"the base is a {kind}; known here, of what llama.cpp has, are {', '.join(_ARCHITECTURES)}: export to "

@@ -32,7 +32,7 @@ Places = list[list[tuple[str, int]]]
 """For each layer of a target, the modules of the checkpoint that it is made of, one below the other: names and rows."""
 
 
-def export_vllm(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
+def export_lora(adapter: LoraFolder, base: Name | None, target: Path, initial: Name | None) -> Exported:
     """Writes the adapter to the new folder `target`, a layer at a time.
 
     vLLM calls experts as the checkpoint does, each by itself, gate and up apart: the factors of fused experts are cut

@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 
 from pissa import distributed
-from pissa.base.calibration import Calibration
 from pissa.base.digest import Fingerprint, read
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
@@ -28,6 +27,7 @@ from pissa.files.peft_layout import check_uniform
 from pissa.layers.factory import check_values, leave_out
 from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
+from pissa.model.calibration import Calibration
 from pissa.notices import RequantizedWarning, TiedWeightWarning
 
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few

@@ -9,11 +9,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from pissa.base.calibration import Calibration
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.stored import residuals_of
 from pissa.config import PissaConfig
 from pissa.distributed import agree, failing_together
+from pissa.model.calibration import Calibration
 from pissa.model.decompose import Replacement, groups, share_fingerprints
 
 _PARTLY_STORED = (

@@ -10,10 +10,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from pissa.base.calibration import Calibration
 from pissa.config import PissaConfig, PissaType
 from pissa.distributed import failing_together
 from pissa.model.calibrate import Batch, check_wanted, observed
+from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
 from pissa.model.pissa_model import PissaModel, model_class

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._quant import QuantizedWeight, check_offset, check_whole_bytes, offsets_of, quantized_weight
-from pissa.ops._second_moment import check_moments, feedback_factors, with_feedback
+from pissa.ops._quant import (
+    QuantizedWeight,
+    check_offset,
+    check_whole_bytes,
+    offsets_of,
+    quantized_weight,
+    with_feedback,
+)
+from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import (
     check_choice,
     check_devices,

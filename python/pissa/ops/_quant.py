@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes and gradients
-from pissa.ops._second_moment import check_moments, feedback_factors, with_feedback
+from pissa.ops._second_moment import check_moments, feedback_factors
 from pissa.ops.checks import FLOATS, check_choice, check_devices, check_finite, check_matrix, check_tensor
 from pissa.ops.formats import DEFAULT, FORMATS
 
@@ -136,6 +136,11 @@ def quantize(
     check_whole_bytes(format, weight)
     moments = check_moments([second_moment], [weight], ["second_moment"], ["weight"])
     return with_feedback(weight, nearest, feedback_factors(moments)[0])
+
+
+def with_feedback(weight: Tensor, nearest: QuantizedWeight, factor: Tensor) -> QuantizedWeight:
+    """The weight with the same scales and with codes by error feedback, `factor` being of `feedback_factors`."""
+    return nearest._replace(codes=_OPS.feedback_codes(weight, factor, *nearest[1:5], nearest.blocksize))
 
 
 def check_whole_bytes(format: str, weight: Tensor, name: str = "weight") -> None:

@@ -8,16 +8,12 @@ cpp/pissa/core/error_feedback.h.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pissa.ops import _autograd  # noqa: F401  registers fakes
 from pissa.ops.checks import FLOATS, check_devices, check_tensor, check_weights
-
-if TYPE_CHECKING:
-    from pissa.ops._quant import QuantizedWeight
 
 _OPS = torch.ops.pissa
 
@@ -70,8 +66,3 @@ def feedback_factors(moments: Sequence[Tensor]) -> list[Tensor]:
             damped.diagonal().add_(damping.where(damping > 0, 1))  # no inputs at all: codes as without
             found[moment.data_ptr()] = torch.linalg.cholesky(damped).float()
     return [found[moment.data_ptr()] for moment in moments]
-
-
-def with_feedback(weight: Tensor, nearest: QuantizedWeight, factor: Tensor) -> QuantizedWeight:
-    """The weight with the same scales and with codes by error feedback, `factor` being of `feedback_factors`."""
-    return nearest._replace(codes=_OPS.feedback_codes(weight, factor, *nearest[1:5], nearest.blocksize))

@@ -13,22 +13,23 @@ PACKAGE = "python/pissa"
 GROUND = f"{PACKAGE}/*.py*"
 """The modules beside the rooms' folders."""
 
-# A room's lines after the last cut, and 5 % more.
+# A room's lines after the last cut, and 5 % more. Calibration, with error feedback and two formats, is 560 of them in
+# cpp, 150 in ops, 250 in model, and 700 of tests.
 BUDGETS = {
-    GROUND: 1_080,
-    f"{PACKAGE}/ops": 1_780,
-    f"{PACKAGE}/base": 2_020,
-    f"{PACKAGE}/layers": 1_340,
-    f"{PACKAGE}/model": 1_820,
-    f"{PACKAGE}/files": 2_910,
-    f"{PACKAGE}/conversion": 700,
-    f"{PACKAGE}/checkpoints": 3_170,
-    f"{PACKAGE}/integrations": 980,
-    f"{PACKAGE}/training": 430,
-    f"{PACKAGE}/cli": 2_740,
-    "cpp/pissa": 10_100,
+    GROUND: 1_060,
+    f"{PACKAGE}/ops": 1_920,
+    f"{PACKAGE}/base": 1_930,
+    f"{PACKAGE}/layers": 1_230,
+    f"{PACKAGE}/model": 2_110,
+    f"{PACKAGE}/files": 2_570,
+    f"{PACKAGE}/conversion": 660,
+    f"{PACKAGE}/checkpoints": 2_790,
+    f"{PACKAGE}/integrations": 860,
+    f"{PACKAGE}/training": 390,
+    f"{PACKAGE}/cli": 2_410,
+    "cpp/pissa": 10_450,
     "bench": 12_500,
-    "tests": 40_200,
+    "tests": 42_000,
 }
 TEXT = {".py", ".pyi", ".h", ".cc", ".cu", ".txt", ".sh", ".md", ".json", ".jsonl", ".yaml", ".ini"}
 
