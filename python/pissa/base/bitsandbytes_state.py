@@ -54,7 +54,12 @@ the object, so that the size of a tensor does not depend on values."""
 
 def to_bitsandbytes(weight: ops.QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """A matrix [out, in] as the entries, without copying its bytes. `dtype`: that of the dense weight, which
-    bitsandbytes dequantises NF4 to."""
+    bitsandbytes dequantises NF4 to. Raises ValueError for a format that bitsandbytes has not."""
+    if weight.format not in _FLAGS:
+        raise ValueError(
+            f"quant: got {weight.format!r}, whose bytes only pissa reads; allowed in a checkpoint: "
+            f"{', '.join(map(repr, _FLAGS))}. Or quantise in memory: pissa.wrap(model, quant={weight.format!r})"
+        )
     if weight.format == "int8":
         codes = weight.codes.view(torch.int8).reshape(weight.shape)
         return {"weight": codes, "SCB": weight.absmax, "weight_format": torch.tensor(_ROWS, dtype=torch.uint8)}

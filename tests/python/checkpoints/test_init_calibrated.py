@@ -19,7 +19,9 @@ from pissa.cli import main
 from pissa.layers.layer import pissa_layers
 from tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::pissa.notices.{name}Warning") for name in ("InexactLora", "Uncalibrated")
+]
 
 METHODS: dict[str, dict[str, Any]] = {
     "activations": {"init": "activations"},
@@ -101,6 +103,14 @@ def test_an_adapter_on_such_a_checkpoint_needs_no_codes(tmp_path: Path) -> None:
         pissa.PissaModel.from_pretrained(dense, tmp_path / "run")
     with pytest.raises(ValueError, match=r"were found by error feedback, and .* has not got them"):
         merge(tmp_path / "run", base, tmp_path / "again")
+
+
+@pytest.mark.parametrize("quant", ["nf3", "nf2"])
+def test_a_format_that_only_pissa_reads_is_no_checkpoint_s(quant: str, tmp_path: Path) -> None:
+    save("llama", tmp_path / "base")
+    with pytest.raises(ValueError, match=f"quant: got '{quant}', whose bytes only pissa reads"):
+        init(tmp_path / "base", tmp_path / "split", pissa.PissaConfig(r=4, quant=quant))
+    assert not (tmp_path / "split").exists()
 
 
 def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
