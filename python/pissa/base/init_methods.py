@@ -18,7 +18,6 @@ from pissa import ops
 from pissa.base.start import Origin, StartFactors
 from pissa.config import ALTERNATING, PissaConfig
 from pissa.ops.checks import check_weights
-from pissa.ops.low_rank import nothing
 
 
 class StartTask(NamedTuple):
@@ -87,7 +86,7 @@ class Pissa(InitMethod):
     name = "pissa"
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _alternating(task, quantise_first=False)
+        return _principal(task, **_alternations(task)) if task.config.quant_iters > 1 else _principal(task)
 
 
 class LoftQ(InitMethod):
@@ -100,10 +99,7 @@ class LoftQ(InitMethod):
     copies = True
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        if task.config.quant_iters > 1:
-            return _alternating(task, quantise_first=True)
-        starts = _principal(task._replace(weights=_lost(task)))
-        return [StartFactors(one.a0, one.b0, one.origin, nothing_of(one.a0, one.b0)) for one in starts]
+        return _principal(task, **_alternations(task), quantise_first=True)
 
 
 class Activations(InitMethod):
@@ -122,14 +118,8 @@ class Activations(InitMethod):
             raise ValueError(
                 "init or repair 'activations' weighs errors by the layers' inputs: give pissa.wrap calibration=batches"
             )
-        weighted = {
-            **task.config.form.options(),
-            "quant_iters": task.config.quant_iters,
-            "quantise_first": True,
-            "second_moments": task.moments,
-            "error_feedback": task.config.error_feedback,
-        }
-        return _principal(task, **weighted)
+        weighted = {"second_moments": task.moments, "error_feedback": task.config.error_feedback}
+        return _principal(task, **_alternations(task), quantise_first=True, **weighted)
 
 
 class _OneByOne(InitMethod):
@@ -233,12 +223,9 @@ def start_factors(task: StartTask) -> list[StartFactors]:
     return [_unit_left(start) for start in starts] if task.config.use_adalora else starts
 
 
-def _alternating(task: StartTask, quantise_first: bool) -> list[StartFactors]:
-    """The principal parts of the weights, or, where the configuration asks for alternations, of what they leave."""
-    if task.config.quant_iters == 1:
-        return _principal(task)
-    iterations = task.config.quant_iters
-    return _principal(task, **task.config.form.options(), quant_iters=iterations, quantise_first=quantise_first)
+def _alternations(task: StartTask) -> dict[str, Any]:
+    """The configuration's alternations, one at least, as `ops.split_many` takes them."""
+    return {**task.config.form.options(), "quant_iters": task.config.quant_iters}
 
 
 def _principal(task: StartTask, **options: Any) -> list[StartFactors]:
@@ -273,25 +260,6 @@ def _sent(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tens
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(weights[0].device)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).clone() for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _lost(task: StartTask) -> list[Tensor]:
-    """The errors of the weights where they are quantised: as residuals of nothing, so that all are queued before
-    the host waits."""
-    factors = [nothing(weight) for weight in task.weights]
-    quantised = ops.residual_many(
-        task.weights,
-        [a for a, _ in factors],
-        [b for _, b in factors],
-        [1.0] * len(task.weights),
-        names=task.weight_names,
-        **task.config.form.options(),
-    )
-    lost = []
-    for weight, code in zip(task.weights, quantised, strict=True):
-        assert isinstance(code, ops.QuantizedWeight)  # LoftQ is refused without `quant`
-        lost.append(weight.float() - ops.dequantize(code))
-    return lost
 
 
 def _orthonormal(start: StartFactors) -> StartFactors:

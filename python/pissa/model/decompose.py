@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pissa import distributed
-from pissa.base.digest import Fingerprint, read
+from pissa.base.digest import Fingerprint, fingerprint, read, xxh3_of_text
 from pissa.base.fingerprint import Fingerprints
 from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.protocol import Base, whole
@@ -94,7 +94,7 @@ def decompose(
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
     if distributed.world_size() > 1:
-        _check_same_on_all_ranks(layers, starts, config)
+        _check_same_on_all_ranks(layers, starts, config, calibration)
     share_fingerprints(layers, Fingerprints.of_weight, Fingerprints.learn_weight)
 
     of_bases = {name: layer.origin(adapter_name, config.of_base()) for name, layer in stored.items()}
@@ -166,24 +166,22 @@ def _decomposed(
     return starts
 
 
-def _check_same_on_all_ranks(layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig) -> None:
+def _check_same_on_all_ranks(
+    layers: dict[str, PissaLayer], starts: Container[str], config: PissaConfig, calibration: Calibration | None
+) -> None:
     """Raises ValueError on every rank if any rank's model or config differs from rank 0's, or it already holds start
-    factors for other layers. Of weights that are in memory and not sharded, a hash is compared that ignores the order
-    of their values, and is as fast as memory is. The host waits once for a GPU."""
-    weights = {name: layer.base.parameter for name, layer in layers.items()}
-    hashes = {
-        name: torch.hash_tensor(weight.detach())
-        for name, weight in weights.items()
-        if not weight.is_meta and not distributed.is_sharded(weight)
+    factors for other layers, or a calibration differs. Of weights that are in memory and not sharded the fingerprints
+    are compared, which `share_fingerprints` finds again. The host waits once for a GPU."""
+    known: dict[str, Fingerprint] = {
+        name: layer.fingerprints.of_weight(layer.base)
+        for name, layer in layers.items()
+        if not layer.base.parameter.is_meta and not distributed.is_sharded(layer.base.parameter)
     }
-    device = next((value.device for value in hashes.values()), None)
-    read_back = torch.stack([value.to(device) for value in hashes.values()]).tolist() if hashes else []
-    values = dict(zip(hashes, read_back, strict=True))
-    mine = {
-        name: (tuple(distributed.whole_shape(weight)), values.get(name), name in starts)
-        for name, weight in weights.items()
-    }
+    moments = {} if calibration is None else {tensor.data_ptr(): tensor for tensor in calibration.moments.values()}
+    values = dict(zip(known, read(list(known.values())), strict=True))
+    mine = {name: (layer.matrix_shape, values.get(name), name in starts) for name, layer in layers.items()}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _MAY_DIFFER}
+    fields["calibration"] = xxh3_of_text(" ".join(read([fingerprint(tensor) for tensor in moments.values()])))
     (first, first_fields), *others = distributed.agree((mine, fields))
     for number, (other, other_fields) in enumerate(others, start=1):
         for name in [*first, *other]:
