@@ -10,9 +10,9 @@
 
 namespace pissa {
 
-/// Scales of a quantised matrix, one per block of `blocksize` elements of the flattened matrix. Plain: `absmax`. Nested
-/// (double quantisation): that of block i is `kDynamicMap[absmax8[i]] * nested_absmax[i / 256] + *offset`, with the map
-/// of bitsandbytes.
+/// Scales of a quantised matrix, each its block's largest absolute value, one per block of `blocksize` elements of the
+/// flattened matrix. Plain: `absmax`. Nested (double quantisation): that of block i is `kDynamicMap[absmax8[i]] *
+/// nested_absmax[i / 256] + *offset`, with the map of bitsandbytes.
 struct Scales {
   std::int64_t blocksize = 0;             ///< of INT8 the columns of the matrix: a block is a row
   const float* absmax = nullptr;          ///< [blocks]; null where nested

@@ -57,6 +57,9 @@ class InitMethod(ABC):
     copies: ClassVar[bool] = False
     """Whether the method makes dense copies, in float32, of all weights that it is given."""
 
+    decomposes_fully: ClassVar[bool] = False
+    """Whether torch decomposes each weight as a whole, beside a float32 copy."""
+
     def identity(self, config: PissaConfig) -> tuple[tuple[str, Any], ...]:
         """What of the configuration determines the start, beside rank, scaling and `use_adalora`: names and values.
         Adapters of a layer that agree on it share their start; it is part of pissa.json. Alternations are part of it
@@ -143,6 +146,8 @@ class Triplets(_OneByOne):
         first: the number of the first one, of the greatest number that leaves r of them.
     """
 
+    decomposes_fully = True
+
     def __init__(self, name: str, first: Callable[[int], int]) -> None:
         self.name, self._first = name, first
 
@@ -177,6 +182,7 @@ class Olora(_OneByOne):
     """The first r columns and rows of Q R = W (arXiv 2406.01775)."""
 
     name = "olora"
+    decomposes_fully = True
 
     def factors(self, weight: Tensor, origin: Origin) -> StartFactors:
         q, upper = torch.linalg.qr(weight.float())

@@ -429,7 +429,7 @@ class _Split(Rewrite):
         size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layer.written.values())
         if method.copies or config.quant_iters > 1:
             size += 8 * elements
-        if config.svd == "exact" or method.name in ("pissa_medium", "pissa_minor", "olora"):
+        if config.svd == "exact" or method.decomposes_fully:
             size += 16 * elements
         return size
 

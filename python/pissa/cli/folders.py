@@ -128,9 +128,10 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="layers not to adapt")
     parser.add_argument(
         "--init",
-        choices=("pissa", "pissa_medium", "pissa_minor", "lora", "olora", "loftq", "activations"),
         default="pissa",
-        help="where the adapter starts; lora is plain QLoRA, activations needs a calibration",
+        metavar="METHOD",
+        help="where the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), olora, loftq, or "
+        "activations, with a calibration",
     )
     parser.add_argument(
         "--calibration",
