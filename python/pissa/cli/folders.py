@@ -218,7 +218,8 @@ def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if done.memory > args.memory:
         needed = f"{as_size(done.memory)}, which {done.largest} needs by itself"
         say("memory", f"{needed}; --memory is {as_size(args.memory)}")
-    say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter")
+    given_up = ", given up for the outputs' sake" if args.calibration else ""
+    say("error", f"{done.error:.3%} of the weights' norm is in neither the residual nor the adapter{given_up}")
     say("saved", f"{args.target}: {as_size(done.bytes_written)}, the adapter in pissa_init")
     if done.only_ours:
         say("next", f"pissa.load({str(args.target)!r}); no other program reads experts in {args.experts}")
