@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from pissa.files.messages import reading
+from pissa.files.staged import staged
+from pissa.files.tensor_file import TensorFile, write_tensors
+
+_TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -18,8 +27,8 @@ class Calibration:
     tokens: int
     """Over which the mean was taken; of experts, those of all of them."""
 
-    def of(self, names: Iterable[str]) -> list[Tensor]:
-        """The moments of layers of these names.
+    def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
+        """The moments of layers of these names, on a device.
 
         Raises:
             ValueError: naming a layer that was not calibrated.
@@ -31,5 +40,28 @@ class Calibration:
                     f"calibration: has no layer {name}; calibrate with the target_modules of the adapter, or give wrap "
                     "the batches themselves"
                 )
-            found.append(self.moments[name])
+            found.append(self.moments[name].to(device))
         return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file: each moment under the names of its layers, with blanks between."""
+        names: dict[int, list[str]] = {}
+        for name, moment in self.moments.items():
+            names.setdefault(moment.data_ptr(), []).append(name)
+        tensors = {" ".join(some): self.moments[some[0]] for some in names.values()}
+        with staged(Path(path).parent) as new:
+            write_tensors(new(Path(path).name), tensors | {_TOKENS: torch.tensor(self.tokens)})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Calibration:
+        """Reads what `save` has written: the moments are views of the mapped file.
+
+        Raises:
+            ValueError: naming the file, and what is wrong with it.
+        """
+        file = TensorFile(Path(path))
+        with reading(Path(path), "a file that Calibration.save has written"):
+            file.expect_checksums()
+            moments = {names: file.read(names) for names in file.entries if names != _TOKENS}
+            found = {name: moment for names, moment in moments.items() for name in names.split()}
+            return Calibration(found, int(file.read(_TOKENS)))

@@ -158,7 +158,7 @@ def _decomposed(
     weights = [base.matrix() for base in group.values()]
     task = StartTask(weights, [origins[name] for name in group], config, list(group))
     if INIT_METHODS[config.init].needs and calibration is not None:
-        task = task._replace(moments=calibration.of(group))
+        task = task._replace(moments=calibration.of(group, weights[0].device))
     starts = dict(zip(group, start_factors(task), strict=True))
     if check is not None:
         for name, weight in zip(group, weights, strict=True):

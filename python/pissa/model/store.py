@@ -55,7 +55,9 @@ def store(
                 agree()  # a sharded weight is gathered by all
                 weights = [layer.base.matrix() for layer in group.values()]
                 starts = [replacements[name].of_base for name in group]
-                moments = calibration.of(group) if calibration is not None and config.error_feedback else None
+                moments = None
+                if calibration is not None and config.error_feedback:
+                    moments = calibration.of(group, weights[0].device)
                 residuals = residuals_of(weights, starts, config.form, list(group), moments)
                 del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):

@@ -100,6 +100,22 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
         assert torch.equal(moment, found[1].moments[name])
 
 
+def test_a_calibration_is_saved_and_used_again(tmp_path: Path) -> None:
+    found = pissa.calibrate(llama(), batches())
+    found.save(tmp_path / "calibration.safetensors")
+    read = pissa.Calibration.load(tmp_path / "calibration.safetensors")
+    assert (read.tokens, read.moments.keys()) == (found.tokens, found.moments.keys())
+    assert all(torch.equal(read.moments[name], moment) for name, moment in found.moments.items())
+    assert len({moment.data_ptr() for moment in read.moments.values()}) == 8
+    fields = {"r": 4, "quant": "nf4", "init": "lora", "repair": "activations"}
+    both = [outputs(pissa.wrap(llama(), **fields, calibration=each), batches()) for each in (found, read)]
+    assert torch.equal(*both)
+    path = tmp_path / "calibration.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"calibration\.safetensors"):
+        pissa.Calibration.load(path)
+
+
 def test_block_after_block() -> None:
     """The same bits, a block at a time; and the model is as it was when nobody asks for more."""
     whole, model = pissa.calibrate(llama(), batches()), llama()
