@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bench.compare.records import machine, write
+from bench.compare.repair_loss import held_out_loss, mean_loss
 from bench.experiments.experiment import Options
 from bench.experiments.language_tasks import Row, load_task
 
@@ -56,29 +56,14 @@ def load(base: str, folder: Path, calibrated: Path) -> nn.Module:
     return model.train().requires_grad_(False)
 
 
-def loss_of(model: nn.Module, row: Row) -> tuple[torch.Tensor, int]:
-    """The sum over the tokens that count, and their number."""
-    ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-    logits = model(input_ids=ids).logits[0, :-1].float()
-    count = int((labels[0, 1:] != -100).sum())
-    return cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"), count
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, rows: list[Row]) -> float:
-    sums, counts = zip(*(loss_of(model, row) for row in rows), strict=True)
-    return float(sum(sums)) / sum(counts)
-
-
 def train(model: nn.Module, rows: list[Row], seed: int) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 2) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        sums, counts = zip(*(loss_of(model, rows[i]) for i in order[BATCH * step : BATCH * (step + 1)]), strict=True)
         optimizer.zero_grad()
-        (sum(sums, torch.zeros(())) / sum(counts)).backward()
+        mean_loss(model, [rows[i] for i in order[BATCH * step : BATCH * (step + 1)]]).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 

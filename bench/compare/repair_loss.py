@@ -59,16 +59,20 @@ def load(folder: Path) -> nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
-def loss(model: nn.Module, rows: list[Row]) -> float:
-    """The mean over the tokens that count."""
-    total, count = 0.0, 0
+def mean_loss(model: nn.Module, rows: list[Row]) -> Tensor:
+    """Over the tokens that count."""
+    total, count = torch.zeros(()), 0
     for row in rows:
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
         logits = model(input_ids=ids).logits[0, :-1].float()
-        total += float(nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
+        total = total + nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
         count += int((labels[0, 1:] != -100).sum())
     return total / count
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: list[Row]) -> float:
+    return float(mean_loss(model, rows))
 
 
 def batches(task: LanguageTask, longer: LanguageTask, what: str) -> list[Tensor]:
@@ -86,7 +90,7 @@ def main() -> None:
     rows = []
 
     def record(model: nn.Module, **fields: Any) -> None:
-        measured = {"gsm8k": loss(model, task.held_out), "prose": loss(model, task.unrelated)}
+        measured = {"gsm8k": held_out_loss(model, task.held_out), "prose": held_out_loss(model, task.unrelated)}
         rows.append({**fields, **{f"loss on {name}": round(value, 4) for name, value in measured.items()}})
         print(rows[-1], flush=True)
 

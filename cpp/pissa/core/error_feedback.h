@@ -11,7 +11,6 @@
 // The sums of the columns behind a group of columns are a GEMM, and those within it go from column to column.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <numeric>

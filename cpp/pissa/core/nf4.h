@@ -22,6 +22,11 @@ PISSA_INLINE constexpr float nf4_divisor(float largest) {
   return largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
 }
 
+/// A value divided by its block's scale, whatever that is: one of nested scales may be 0, or below.
+PISSA_INLINE constexpr float nf4_scaled(float value, float scale) {
+  return (scale < 0.0f ? -scale : scale) < kSmallestAbsmax ? 0.0f : value / scale;
+}
+
 /// The 16 levels, ascending.
 inline constexpr float kNf4Levels[16] = {-1.0f,
                                          -0.6961928009986877f,

@@ -12,6 +12,12 @@ namespace {
 __device__ const Table<16> kDeviceNf4Levels = table_of(kNf4Levels);
 __device__ const Nf4Search kDeviceNf4Search = kNf4Search;
 
+/// What a block's elements are divided by.
+struct Nf4Divisors {
+  static __device__ __forceinline__ float divisor(float largest) { return nf4_divisor(largest); }
+  static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
+};
+
 struct Nf4 {
   static constexpr Format kFormat = Format::nf4;
   using Octet = unsigned;  // the codes of kOctet neighbours
@@ -32,10 +38,9 @@ struct Nf4 {
     return word;
   }
 
-  /// The level nearest to a value, and its code, whatever the scale: one of nested scales may be 0, or below.
+  /// The level nearest to a value, and its code.
   static __device__ __forceinline__ float nearest(float value, float scale, unsigned& code) {
-    const float scaled = fabsf(scale) < kSmallestAbsmax ? 0.0f : value / scale;
-    const float clamped = fminf(fmaxf(scaled, -1.0f), 1.0f);
+    const float clamped = fminf(fmaxf(nf4_scaled(value, scale), -1.0f), 1.0f);
     const int cell = static_cast<int>(clamped * Nf4Search::kFactor + Nf4Search::kShift);
     code = static_cast<unsigned>(kDeviceNf4Search.base[cell] + (clamped > kDeviceNf4Search.threshold[cell]));
     return kDeviceNf4Levels.value[code] * scale;
@@ -73,15 +78,12 @@ struct Nf4 {
     float lane_level_;
   };
 
-  /// A warp's table for the search of codes; and what a block's elements are divided by. All lanes take part.
-  class Encoder {
+  /// A warp's table for the search of codes. All lanes take part.
+  class Encoder : public Nf4Divisors {
    public:
     __device__ __forceinline__ Encoder()
         : threshold_(kDeviceNf4Search.threshold[threadIdx.x % kWarp]),
           base_(kDeviceNf4Search.base[threadIdx.x % kWarp]) {}
-
-    static __device__ __forceinline__ float divisor(float largest) { return nf4_divisor(largest); }
-    static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
 
     /// Of elements divided by their block's absmax.
     __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "pissa/core/nf4.h"
 #include "pissa/core/normal_float.h"
+#include "pissa/cuda/nf4_device.h"
 #include "pissa/cuda/scales_device.h"
 
 namespace pissa::cuda {
@@ -46,9 +46,9 @@ struct FewBits {
     return octet;
   }
 
-  /// The level nearest to a value, and its code, whatever the scale: one of nested scales may be 0, or below.
+  /// The level nearest to a value, and its code.
   static __device__ __forceinline__ float nearest(float value, float scale, unsigned& code) {
-    code = code_of(fabsf(scale) < kSmallestAbsmax ? 0.0f : value / scale);
+    code = code_of(nf4_scaled(value, scale));
     return kDeviceLevels<format>.value[code] * scale;
   }
 
@@ -73,11 +73,8 @@ struct FewBits {
     }
   };
 
-  class Encoder {
+  class Encoder : public Nf4Divisors {
    public:
-    static __device__ __forceinline__ float divisor(float largest) { return nf4_divisor(largest); }
-    static __device__ __forceinline__ float factor(float divisor) { return 1.0f / divisor; }
-
     /// Of elements divided by their block's absmax.
     __device__ __forceinline__ Octet codes(const float (&scaled)[kOctet]) const {
       unsigned each[kOctet];

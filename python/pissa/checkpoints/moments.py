@@ -31,10 +31,13 @@ class Moments:
         self._wanted = set(wanted)
 
     def of(self, names: Iterable[str]) -> list[Tensor]:
-        """The moments of these layers, each of which is asked for once."""
-        found = []
-        for name in names:
-            while name not in self._waiting:
-                self._waiting |= {one: m for one, m in next(self._blocks).moments.items() if one in self._wanted}
-            found.append(self._waiting.pop(name))
-        return found
+        """The moments of these layers, each of which may be asked for once.
+
+        Raises:
+            ValueError: what `pissa.calibrate` refuses of the model and the batches.
+        """
+        names = list(names)
+        while not self._waiting.keys() >= set(names):
+            found = next(self._blocks).moments
+            self._waiting |= {name: moment for name, moment in found.items() if name in self._wanted}
+        return [self._waiting.pop(name) for name in names]

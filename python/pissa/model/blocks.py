@@ -13,8 +13,8 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The names of the blocks that hold all of these layers, in order: the members of one list of modules. None if the
-    layers are in more than one list, as those of an encoder and a decoder."""
+    """The names of the blocks that hold these layers, in order: the members of one list of modules. An empty list if
+    the layers are in more than one, as those of an encoder and a decoder."""
     path = commonpath([name.replace(".", "/") for name in layers]).split("/")
     for count in range(1, len(path) + 1):
         found = model.get_submodule(".".join(path[:count]))

@@ -1,8 +1,8 @@
 """Second moments R = E[xᵀx] of a layer's inputs x, and what follows from them for its codes: error feedback.
 
 Codes by error feedback (GPTQ, arXiv 2210.17323) lose less of the outputs than those nearest to the weight, in the same
-bytes: the errors of the columns that are rounded already are made good by those that are not yet. The algorithm is in
-cpp/pissa/core/error_feedback.h.
+bytes: each column makes good the errors of the columns that were rounded before it. cpp/pissa/core/error_feedback.h has
+the algorithm.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pissa.ops.checks import FLOATS, check_devices, check_tensor, check_weights
 _OPS = torch.ops.pissa
 
 DAMPING = 0.01
-"""Of error feedback: this share of the mean diagonal of R is added to its diagonal, as in GPTQ, which makes a singular
-R definite."""
+"""Of error feedback: the share of R's mean diagonal that is added to its diagonal, as in GPTQ. It makes a singular R
+definite."""
 
 
 def add_second_moment(total: Tensor, x: Tensor) -> None:
     """Adds xᵀx to the lower triangle of a sum, in place. The same bits for any number of threads.
 
     Args:
-        total: float32 [in, in], contiguous. What is above its diagonal is neither read nor changed in a useful way.
+        total: float32 [in, in], contiguous. Elements above its diagonal mean nothing afterwards.
         x: [..., in], float32, bfloat16 or float16, on the sum's device.
 
     Raises:
@@ -56,8 +56,8 @@ def check_moments(
 
 
 def feedback_factors(moments: Sequence[Tensor]) -> list[Tensor]:
-    """float32 [in, in], the lower Cholesky factor of each second moment, damped; of one that several weights share it
-    is computed once. In float64, by torch, which asks LAPACK or cuSOLVER."""
+    """The lower Cholesky factors of damped second moments, float32 [in, in]: computed in float64 by torch, which asks
+    LAPACK or cuSOLVER, and once for weights that share a moment."""
     found: dict[int, Tensor] = {}  # by address
     for moment in moments:
         if moment.data_ptr() not in found:

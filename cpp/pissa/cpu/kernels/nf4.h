@@ -94,10 +94,8 @@ void Nf4::quantize(const float* values, std::int64_t count, std::int64_t blocksi
   }
 }
 
-// The level nearest to a value, and its code, whatever the scale: one of nested scales may be 0, or below.
 PISSA_INLINE float Nf4::nearest(float value, float scale, std::uint8_t& code) {
-  const float size = scale < 0.0f ? -scale : scale;
-  const float scaled = size < kSmallestAbsmax ? 0.0f : value / scale;
+  const float scaled = nf4_scaled(value, scale);
   const float clamped = scaled > -1.0f ? (scaled < 1.0f ? scaled : 1.0f) : -1.0f;
   const int cell = static_cast<int>(Nf4Search::kFactor * clamped + Nf4Search::kShift);
   code = static_cast<std::uint8_t>(kNf4Search.base[cell] + (clamped > kNf4Search.threshold[cell]));

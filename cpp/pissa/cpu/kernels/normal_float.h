@@ -78,8 +78,7 @@ struct FewBits {
   }
 
   static PISSA_INLINE float nearest(float value, float scale, std::uint8_t& code) {
-    const float size = scale < 0.0f ? -scale : scale;
-    code = normal_float_code<format>(size < kSmallestAbsmax ? 0.0f : value / scale);
+    code = normal_float_code<format>(nf4_scaled(value, scale));
     return NormalFloat<format>::kLevels[code] * scale;
   }
 
