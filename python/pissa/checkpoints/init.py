@@ -23,7 +23,7 @@ from pissa.base.init_methods import INIT_METHODS, StartTask, start_factors
 from pissa.base.start import StartFactors
 from pissa.base.stored import residual_tensors as tensors_of
 from pissa.base.stored import residuals_of
-from pissa.checkpoints.moments import Moments
+from pissa.checkpoints.moments import Moments, digest_of
 from pissa.checkpoints.output import Output
 from pissa.checkpoints.rewrite import Errors, Layer, Plan, Result, Rewrite, Unit, linear_layers, matrix_shape
 from pissa.config import PissaConfig
@@ -276,6 +276,7 @@ def init(
     begin = time.perf_counter()
     with distributed.failing_together(), Source(source) as found:
         check_wanted(config, calibration)
+        calibration = None if calibration is None else list(calibration)
         plan = SplitPlan(found, config, experts)
         plan.config.base_model_name_or_path = str(source)
         run = _Split(plan, Path(target), memory, torch.device(device), calibration)
@@ -316,7 +317,7 @@ class _Split(Rewrite):
     plan: SplitPlan
 
     def __init__(
-        self, plan: SplitPlan, target: Path, memory: int, device: torch.device, calibration: Iterable[Batch] | None
+        self, plan: SplitPlan, target: Path, memory: int, device: torch.device, calibration: Sequence[Batch] | None
     ) -> None:
         super().__init__(plan, target)
         self.memory, self.device, self.calibration = memory, device, calibration
@@ -328,6 +329,8 @@ class _Split(Rewrite):
 
     def identity(self) -> dict[str, Any]:
         others = {"experts": self.plan.experts, "device": self.device.type, "target": str(self.target)}
+        if self.calibration is not None:
+            others["calibration"] = digest_of(self.calibration)
         values = {field.name: getattr(self.plan.config, field.name) for field in dataclasses.fields(PissaConfig)}
         del values["base_model_name_or_path"], values["runtime_config"]
         return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()} | others

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from pissa.base.digest import Fingerprint, fingerprint, read, xxh3_of_text
 from pissa.checkpoints.load import mapped_model
 from pissa.config import PissaConfig
 from pissa.files.tensor_file import Source
@@ -41,3 +42,16 @@ class Moments:
             found = next(self._blocks).moments
             self._waiting |= {name: moment for name, moment in found.items() if name in self._wanted}
         return [self._waiting.pop(name) for name in names]
+
+
+def digest_of(batches: Iterable[Batch]) -> str:
+    """The XXH3-128 of all tensors of the batches: a run goes on with these alone."""
+    known: dict[str, Fingerprint] = {}
+    for number, batch in enumerate(batches):
+        if isinstance(batch, Tensor):
+            batch = {"input_ids": batch}
+        if isinstance(batch, Mapping):  # anything else is refused when it is read
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            known |= {f"{number} {name}": fingerprint(value) for name, value in tensors.items()}
+    texts = zip(known, read(list(known.values())), strict=True)
+    return xxh3_of_text(" ".join(f"{name} {text}" for name, text in texts))

@@ -75,6 +75,8 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(rewrite.Output, "write", failing)
     with pytest.raises(KeyboardInterrupt):
         init(base, tmp_path / "split", config, calibration=batches())
+    with pytest.raises(ValueError, match="calibration"):
+        init(base, tmp_path / "split", config, calibration=batches()[1:])
     done = init(base, tmp_path / "split", config, calibration=batches())
     assert done.bytes_done_before > 0
     found = {name: content.replace(b"split", b"whole") for name, content in contents(tmp_path / "split").items()}
