@@ -22,13 +22,18 @@ class Calibration:
     """The second moments of the layers' inputs."""
 
     moments: Mapping[str, Tensor]
-    """R = E[xᵀx] by the layer's name, float32 [in, in], symmetric, where the layer computes. Layers with the same
-    inputs have the same tensor."""
+    """R = E[xᵀx] by the layer's name, float32 [in, in], symmetric, where the layer computes; or its diagonal alone,
+    [in]. Layers with the same inputs have the same tensor."""
     tokens: int
     """Over which the mean was taken; of experts, those of all of them."""
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether there are diagonals alone."""
+        return any(moment.dim() == 1 for moment in self.moments.values())
+
     def of(self, names: Iterable[str], device: torch.device) -> list[Tensor]:
-        """The moments of layers of these names, on a device.
+        """The moments of layers of these names, [in, in], on a device.
 
         Raises:
             ValueError: naming a layer that was not calibrated.
@@ -40,7 +45,8 @@ class Calibration:
                     f"calibration: has no layer {name}; calibrate with the target_modules of the adapter, or give wrap "
                     "the batches themselves"
                 )
-            found.append(self.moments[name].to(device))
+            moment = self.moments[name].to(device)
+            found.append(moment if moment.dim() == 2 else moment.diag())
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
