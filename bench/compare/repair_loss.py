@@ -75,18 +75,16 @@ def held_out_loss(model: nn.Module, rows: list[Row]) -> float:
     return float(mean_loss(model, rows))
 
 
-def batches(task: LanguageTask, longer: LanguageTask, what: str) -> list[Tensor]:
-    problems = [torch.tensor([row["input_ids"]]) for row in task.train[:EXAMPLES]]
-    prose = [torch.tensor([row["input_ids"]]) for row in longer.unrelated[len(task.unrelated) :][:EXAMPLES]]
-    half = EXAMPLES // 2
-    return {"gsm8k": problems, "prose": prose, "half": problems[:half] + prose[:half]}[what]
+def batches(task: LanguageTask, what: str) -> list[Tensor]:
+    rows = task.texts("task" if what == "gsm8k" else what, EXAMPLES)
+    return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
 def main() -> None:
     options = arguments()
     warnings.simplefilter("ignore")
     given = Options(data=(("gsm8k", options.gsm8k),))
-    task, longer = load_task("gsm8k", given), load_task("gsm8k_prose", given)
+    task = load_task("gsm8k", given)
     rows = []
 
     def record(model: nn.Module, **fields: Any) -> None:
@@ -98,7 +96,7 @@ def main() -> None:
     found: dict[str, pissa.Calibration] = {}
     for what in options.calibration:
         begun = time.perf_counter()
-        found[what] = pissa.calibrate(load(task.folder), batches(task, longer, what))
+        found[what] = pissa.calibrate(load(task.folder), batches(task, what))
         print(f"calibrated on {what}: {found[what].tokens} tokens, {time.perf_counter() - begun:.1f} s", flush=True)
     for name in options.formats:
         for repair in options.only:

@@ -33,6 +33,15 @@ _LANGUAGE = {
     "lora_on_5": 2e-3,
     "unit_on_1": 2e-3,
     "unit_on_5": 2e-3,
+    "repair_1": 2e-3,
+    "repair_5": 2e-3,
+    "repair_diagonal": 2e-3,
+    "feedback": 2e-3,
+    "feedback_repair": 2e-3,
+    "nf3": 2e-3,
+    "nf3_repair": 2e-3,
+    "nf3_both": 2e-3,
+    "nf2_both": 2e-3,
 }
 _ENCODER = {
     "lora": 5e-3,

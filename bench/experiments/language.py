@@ -17,9 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+import pissa
 from bench.experiments.experiment import Cell, Options, Result
 from bench.experiments.language_tasks import LanguageTask, load_task
-from bench.experiments.methods import METHODS, Method, MoveRanks, Setting, warm
+from bench.experiments.methods import METHODS, Method, MoveRanks, Reading, Setting, warm
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.data import IGNORED
 
@@ -48,12 +49,16 @@ class LanguageCell(Cell):
 
     def prepare(self, options: Options) -> None:
         task_of(self.task, options)
+        if reading := METHODS[self.method].reading:
+            calibration_of(self.task, reading, options)
 
     def run(self, options: Options) -> Result:
         task, method = task_of(self.task, options), METHODS[self.method]
         begun = time.process_time()
         model = load_model(task.folder, method, options.quick)
         setting = Setting(self.r, self.seed, task.steps, "CAUSAL_LM")
+        if method.reading:
+            setting = setting._replace(calibration=calibration_of(self.task, method.reading, options))
         model = method.wrap(model, setting)
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
@@ -87,6 +92,15 @@ class LanguageCell(Cell):
 def task_of(name: str, options: Options) -> LanguageTask:
     warm()
     return load_task(name, options)
+
+
+@cache
+def calibration_of(name: str, reading: Reading, options: Options) -> pissa.Calibration:
+    """Of the dense model, which all cells with this reading share."""
+    task = task_of(name, options)
+    model = load_model(task.folder, METHODS["lora"], options.quick)
+    batches = [torch.tensor([row["input_ids"]]) for row in task.texts(reading.text, reading.examples)]
+    return pissa.calibrate(model, batches, target_modules="all-linear", diagonal=reading.diagonal)
 
 
 def load_model(folder: Path, method: Method, tiny: bool) -> nn.Module:

@@ -36,6 +36,21 @@ class LanguageTask(NamedTuple):
     """Text that has nothing to do with the task; labels are all tokens."""
     exact: bool
     """Whether an answer is right only as it stands, to the last token."""
+    longer: list[Row]
+    """Training examples that are too long for the training, which calibrations read."""
+    prose: list[Row]
+    """The text behind `unrelated`."""
+
+    def texts(self, what: str, examples: int) -> list[Row]:
+        """What a base is calibrated on: the first training examples ("task"), and longer ones when there are too few;
+        so many rows of prose; or half of each ("half")."""
+        problems = [*self.train, *self.longer]
+        half = examples // 2
+        return {
+            "task": problems[:examples],
+            "prose": self.prose[:examples],
+            "half": problems[:half] + self.prose[:half],
+        }[what]
 
 
 class _Size(NamedTuple):
@@ -45,7 +60,7 @@ class _Size(NamedTuple):
     """Tokens; only examples that need no cut are used."""
     held_out: int
     prose: tuple[int, int] = (12, 96)
-    """Rows, and tokens in each."""
+    """Rows that are measured, and tokens in each."""
 
 
 _SIZES = {
@@ -53,10 +68,13 @@ _SIZES = {
     "gsm8k_24": _Size(24, 2, 96, 24),
     "gsm8k_4": _Size(40, 4, 128, 24),
     "sentences": _Size(24, 4, 44, 48),
-    "gsm8k_prose": _Size(40, 2, 104, 40, (76, 96)),
     "sums": _Size(48, 8, 64, 200),
 }
 _QUICK = _Size(2, 1, 256, 2, (2, 8))
+_READ = 256
+"""Tokens of the longest example of a calibration."""
+_PROSE = 64
+"""Rows of prose for calibrations."""
 
 
 def load_task(name: str, options: Options) -> LanguageTask:
@@ -76,10 +94,17 @@ def load_task(name: str, options: Options) -> LanguageTask:
         train, test = _gsm8k(options.path("gsm8k"))
     if options.quick:
         size, train, test = _QUICK, train[40:80], test[:40]
-    rows = {part: _rows(chats, tokenizer, size.longest) for part, chats in (("train", train), ("test", test))}
-    held_out = sorted(rows["test"][: size.held_out], key=lambda row: len(row["input_ids"]))
-    prose = _prose(tokenizer, *size.prose)
-    return LanguageTask(folder, tokenizer, size.steps, size.batch, rows["train"], held_out, prose, name == "sums")
+    rows = _rows(train, tokenizer, max(size.longest, _READ))
+    short = [row for row in rows if len(row["input_ids"]) <= size.longest]
+    longer = [row for row in rows if len(row["input_ids"]) > size.longest]
+    held_out = _rows(test, tokenizer, size.longest)[: size.held_out]
+    held_out.sort(key=lambda row: len(row["input_ids"]))
+    count, length = size.prose
+    prose = _prose(tokenizer, count + _PROSE, length)
+    return LanguageTask(
+        *(folder, tokenizer, size.steps, size.batch, short, held_out, prose[:count], name == "sums"),
+        *(longer, prose[count:]),
+    )
 
 
 def _gsm8k(folder: Path) -> tuple[list[Chat], list[Chat]]:

@@ -24,6 +24,16 @@ from pissa import PissaConfig
 LORAPLUS_RATIO = 16  # of B's rate to A's (arXiv 2402.12354, its authors' choice)
 
 
+class Reading(NamedTuple):
+    """What a base is calibrated on."""
+
+    text: Literal["task", "prose", "half"] = "task"
+    """The first training examples of the task; as many rows of prose that no measure has; half of each."""
+    examples: int = 64
+    diagonal: bool = False
+    """Whether only the diagonals of the second moments are used."""
+
+
 class Setting(NamedTuple):
     """What a method may depend on besides the model."""
 
@@ -36,6 +46,8 @@ class Setting(NamedTuple):
     """Over each weight, of our decompositions; "exact": torch's own instead."""
     rank_pattern: Mapping[str, int] = MappingProxyType({})
     """Ranks of layers that have another than r; the scaling stays 1. PEFT's LoRA and our methods take it."""
+    calibration: pissa.Calibration | None = None
+    """Of the dense model, for a method that has a `reading`."""
 
 
 class Method(NamedTuple):
@@ -52,6 +64,8 @@ class Method(NamedTuple):
     """Whether all weights are trained: in float32, with bfloat16 products."""
     moves_ranks: bool = False
     """Whether ranks move between layers while it trains."""
+    reading: Reading | None = None
+    """What its base is calibrated on."""
 
 
 @cache
@@ -113,13 +127,19 @@ def _ours(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
         given = fields | ({"seed": setting.seed} if fields.get("init") == "lora" else {})
         given |= {"target_modules": setting.target_modules, "task_type": setting.task_type}
         given |= {"svd": "exact"} if setting.svd_passes == "exact" else {"svd_passes": setting.svd_passes}
-        return pissa.wrap(model, PissaConfig(r=setting.r, rank_pattern=dict(setting.rank_pattern), **given))
+        config = PissaConfig(r=setting.r, rank_pattern=dict(setting.rank_pattern), **given)
+        return pissa.wrap(model, config, calibration=setting.calibration)
 
     return wrap
 
 
 def _nf4(**fields: Any) -> Callable[[nn.Module, Setting], nn.Module]:
     return _ours(quant="nf4", **fields)
+
+
+def _repaired(label: str, reading: Reading = Reading(), quant: str = "nf4", **fields: Any) -> Method:  # noqa: B008
+    """LoRA's start on a base that knows its inputs."""
+    return Method(label, _ours(init="lora", quant=quant, **fields), dense=False, reading=reading)
 
 
 def _everything(model: nn.Module, setting: Setting) -> nn.Module:
@@ -154,4 +174,17 @@ METHODS: dict[str, Method] = {
     "lora_on_5": Method("LoRA's start on T = 5", _nf4(init="lora", repair="pissa", quant_iters=5), dense=False),
     "unit_on_1": Method("orthonormal start on T = 1", _nf4(start_norm="unit"), dense=False),
     "unit_on_5": Method("orthonormal start on T = 5", _nf4(start_norm="unit", quant_iters=5), dense=False),
+    "repair_1": _repaired("repair, T = 1", repair="activations"),
+    "repair_5": _repaired("repair, T = 5", repair="activations", quant_iters=5),
+    "repair_diagonal": _repaired("diagonal repair", Reading(diagonal=True), repair="activations"),
+    "feedback": _repaired("error feedback", error_feedback=True),
+    "feedback_repair": _repaired("error feedback and repair", repair="activations", error_feedback=True),
+    "repair_prose": _repaired("repair, prose", Reading("prose"), repair="activations"),
+    "repair_half": _repaired("repair, half prose", Reading("half"), repair="activations"),
+    "repair_8": _repaired("repair, 8 examples", Reading(examples=8), repair="activations"),
+    "repair_512": _repaired("repair, 512 examples", Reading(examples=512), repair="activations"),
+    "nf3": Method("nf3(W)", _ours(init="lora", quant="nf3"), dense=False),
+    "nf3_repair": _repaired("nf3, repair", quant="nf3", repair="activations"),
+    "nf3_both": _repaired("nf3, both", quant="nf3", repair="activations", error_feedback=True),
+    "nf2_both": _repaired("nf2, both", quant="nf2", repair="activations", error_feedback=True),
 }

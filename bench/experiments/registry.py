@@ -15,6 +15,7 @@ from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
+from bench.experiments.claims.repairs import Repairs
 from bench.experiments.claims.start_norm import StartNorm
 from bench.experiments.claims.suggested import Suggested
 from bench.experiments.experiment import Experiment
@@ -26,6 +27,7 @@ _ALL: tuple[Experiment, ...] = (
     FirstSteps(),
     StartNorm(),
     AnyStart(),
+    Repairs(),
     Alternations(),
     NLU(),
     Ranks(),

@@ -156,5 +156,5 @@ def test_an_answer_is_right_by_its_first_line() -> None:
             padded = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in answers]
             return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
-    task = LanguageTask(Path(), tokenizer, 1, 1, rows, rows, [], exact=True)
+    task = LanguageTask(Path(), tokenizer, 1, 1, rows, rows, [], True, [], [])
     assert generated(Scripted(), task) == 0.5
