@@ -55,6 +55,10 @@ class BnbLinear4bit(HoldsCodes):
             rest._parameters, rest.quant_state = {}, None
             self._rest.append(rest)
 
+    @property
+    def bnb_codes(self) -> ops.QuantizedWeight:
+        return self.quantized
+
     def matrix(self) -> Tensor:
         """The weight in float32 [out, in]."""
         return ops.dequantize(self.quantized)

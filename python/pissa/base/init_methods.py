@@ -32,6 +32,8 @@ class StartTask(NamedTuple):
     """What messages call the layers."""
     moments: Sequence[Tensor] | None = None
     """The second moment of each layer's inputs, as `ops.split` takes it, where the configuration needs them."""
+    kept: Sequence[ops.QuantizedWeight] | None = None
+    """The codes of each weight, where they are there already and stay as they are."""
 
     @property
     def weight_names(self) -> list[str]:
@@ -102,7 +104,7 @@ class LoftQ(InitMethod):
     copies = True
 
     def start(self, task: StartTask) -> list[StartFactors]:
-        return _principal(task, **_alternations(task), quantise_first=True)
+        return _repairs(task)
 
 
 class Activations(InitMethod):
@@ -121,8 +123,7 @@ class Activations(InitMethod):
             raise ValueError(
                 "init or repair 'activations' weighs errors by the layers' inputs: give pissa.wrap calibration=batches"
             )
-        weighted = {"second_moments": task.moments, "error_feedback": task.config.error_feedback}
-        return _principal(task, **_alternations(task), quantise_first=True, **weighted)
+        return _repairs(task, second_moments=task.moments)
 
 
 class _OneByOne(InitMethod):
@@ -232,6 +233,17 @@ def start_factors(task: StartTask) -> list[StartFactors]:
 def _alternations(task: StartTask) -> dict[str, Any]:
     """The configuration's alternations, one at least, as `ops.split_many` takes them."""
     return {**task.config.form.options(), "quant_iters": task.config.quant_iters}
+
+
+def _repairs(task: StartTask, **options: Any) -> list[StartFactors]:
+    """The principal parts of what the quantisation loses."""
+    if task.kept is None:
+        feedback = {"error_feedback": task.config.error_feedback}
+        return _principal(task, **_alternations(task), quantise_first=True, **feedback, **options)
+    check_weights(task.weights, task.weight_names)
+    errors = [ops.dequantize(codes).neg_().add_(weight) for codes, weight in zip(task.kept, task.weights, strict=True)]
+    starts = _principal(task._replace(weights=errors), **options)
+    return [StartFactors(one.a0, one.b0, one.origin, nothing_of(one.a0, one.b0)) for one in starts]
 
 
 def _principal(task: StartTask, **options: Any) -> list[StartFactors]:

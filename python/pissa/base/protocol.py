@@ -82,6 +82,11 @@ class Base(ABC):
         return None
 
     @property
+    def bnb_codes(self) -> ops.QuantizedWeight | None:
+        """The codes in 4 bits of bitsandbytes' that are the whole weight; None of any other base."""
+        return None
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""
         return self.parameter.dtype

@@ -57,10 +57,12 @@ class _Restoration:
 
         weights = folder.weights
         self.others = {key: weights.read(key) for key in weights.entries if key in self.modules or key in tables}
-        self.residuals: dict[str, Tensor | QuantizedWeight] = {}
-        """That dense bases are to be replaced by, as far as they are in the folder."""
+        self.kept = {name: codes for name, layer in self.layers.items() if (codes := self._kept_codes(name, layer))}
+        """The codes of bitsandbytes' that are the residuals."""
+        self.residuals: dict[str, Tensor | QuantizedWeight] = {**self.kept}
+        """That bases are to be replaced by, as far as they are there."""
         for name, layer in self.layers.items():
-            if folder.records[name].form != layer.base.form:
+            if folder.records[name].form != layer.base.form and name not in self.kept:
                 residual = folder.read_stored(name, layer.matrix_shape, layer.base.device)
                 if residual is not None:
                     self.residuals[name] = residual
@@ -123,6 +125,13 @@ class _Restoration:
                 delta.copy_(sharded_as(delta, saved))
         if tensors.magnitude is not None:
             layer.magnitude(self.adapter_name).set(*tensors.magnitude)
+
+    def _kept_codes(self, name: str, layer: PissaLayer) -> QuantizedWeight | None:
+        """The codes that bitsandbytes has for a layer, if they are the residual that was saved."""
+        record, codes = self.folder.records[name], layer.base.bnb_codes
+        if codes is None or record.stored is None:
+            return None
+        return codes if is_fingerprint(record.stored, *residual_tensors(codes).values()) else None
 
     def _modules_beside(self) -> dict[str, Tensor]:
         """The model's tensors that are trained beside those of the layers, `modules_to_save` and tokens, under PEFT's
@@ -230,7 +239,7 @@ class _Restoration:
                     f"{folder.path / PISSA_RECORD} and {folder.starts.path} do not belong together, or one is "
                     f"damaged: the residual of layer {name} is not the one that was saved"
                 )
-            if not folder.is_fed_back(name):
+            if name in self.kept or not folder.is_fed_back(name):
                 return Match.SAME
             found = layer.fingerprints.match_weight(layer.base, record.weight)
             if found is not Match.OTHER:  # of other roundings, too: the codes are those of the training

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ from pissa.layers.factory import check_values, leave_out
 from pissa.layers.kinds import PissaLinear
 from pissa.layers.layer import PissaLayer, pissa_layers
 from pissa.model.calibration import Calibration
+from pissa.model.original import OriginalWeights
 from pissa.notices import RequantizedWarning, TiedWeightWarning
+from pissa.ops import QuantizedWeight
 
 # Elements of the layers that are decomposed at once, for each thread. Enough for the threads to finish together; few
 # enough for the bar to move, and for the memory of the dense weights (float32, 16 MB) that stored bases give.
@@ -48,6 +51,8 @@ class Replacement(NamedTuple):
     """The start that will be taken out of its residual."""
     start: StartFactors
     """The adapter's start."""
+    kept: QuantizedWeight | None = None
+    """The codes that stay: bitsandbytes' own."""
 
 
 def decompose(
@@ -59,6 +64,7 @@ def decompose(
     progressbar: bool,
     keep_bases: bool = False,
     calibration: Calibration | None = None,
+    originals: OriginalWeights | None = None,
 ) -> dict[str, Replacement]:
     """Starts an adapter that has just been injected: finds the start factors that `config` asks for in the base of each
     of its layers, and gives them to the layers whose bases stay. `store` replaces the other bases.
@@ -72,6 +78,7 @@ def decompose(
         first: whether the model has no other adapter, so that a stored base may still replace a dense one.
         keep_bases: whether the layers keep their bases, of whatever form. They have been given them already.
         calibration: of the layers, where the configuration needs one.
+        originals: the weights that bitsandbytes has quantised, whose codes are to stay. Other layers keep their bases.
 
     Returns:
         What `store` is to do, by the layers' names. No weight can make it fail any more.
@@ -88,8 +95,11 @@ def decompose(
         )
     check_values(model, adapter_name)
     layers = pissa_layers(model, adapter_name)
-    stored = {} if keep_bases else _to_store(model, layers, config, first)
-    _warn_of_requantising(layers, config)
+    if originals is not None:
+        stored = {name: layer for name, layer in layers.items() if layer.base.bnb_codes is not None}
+    else:
+        stored = {} if keep_bases else _to_store(model, layers, config, first)
+        _warn_of_requantising(layers, config)
     check_uniform(model, {name: (layer.r[adapter_name], layer.scaling[adapter_name]) for name, layer in layers.items()})
     origins = {name: layer.origin(adapter_name, config) for name, layer in layers.items()}
     starts = {name: start for name, layer in layers.items() if (start := layer.known_start(origins[name])) is not None}
@@ -103,15 +113,22 @@ def decompose(
     total = sum(list(_owners(layers, some).values()).count(distributed.rank()) for some in (of_bases, others))
     # tqdm reads TQDM_DISABLE only if it is not told whether to be disabled.
     with tqdm(total=total, desc="PiSSA init", unit="layer") if progressbar else nullcontext() as bar:
-        taken = _find_starts(layers, adapter_name, of_bases, config.of_base(), bar, calibration, are_taken=True)
+        find = partial(_find_starts, layers, adapter_name, bar=bar, calibration=calibration)
+        taken = find(of_bases, config.of_base(), are_taken=True, originals=originals)
         starts |= taken if config.starts_as_base else {}
-        starts |= _find_starts(layers, adapter_name, others, config.of_adapter(), bar, calibration, are_taken=False)
+        starts |= find(others, config.of_adapter(), are_taken=False)
+    if originals is not None:
+        found = dict(zip(originals.fingerprints, read(list(originals.fingerprints.values())), strict=True))
+        for share in distributed.agree(found):
+            for name, value in share.items():
+                layers[name].fingerprints.learn_weight(layers[name].base, value)
     for name, layer in layers.items():
         if name not in stored:
             layer.start_from(adapter_name, starts[name])
     residuals = {name: layer for name, layer in layers.items() if layer.base.form != IMPLICIT}
     share_fingerprints(residuals, Fingerprints.of_residual, Fingerprints.learn_residual)
-    return {name: Replacement(layer, taken[name], starts[name]) for name, layer in stored.items()}
+    kept = {name: None if originals is None else layer.base.bnb_codes for name, layer in stored.items()}
+    return {name: Replacement(layer, taken[name], starts[name], kept[name]) for name, layer in stored.items()}
 
 
 def _find_starts(
@@ -119,10 +136,11 @@ def _find_starts(
     adapter_name: str,
     origins: Mapping[str, Origin],
     config: PissaConfig,
+    *,
     bar: tqdm[Any] | None,
     calibration: Calibration | None,
-    *,
     are_taken: bool,
+    originals: OriginalWeights | None = None,
 ) -> dict[str, StartFactors]:
     """The starts of these origins and configuration, by the names of their layers: each rank finds some of them, and
     sends them to the others. Those that will be taken out of residuals (`are_taken`) are checked for these."""
@@ -130,7 +148,7 @@ def _find_starts(
     check = ResidualCheck(config.form) if are_taken else None
     searched = {name: layers[name] for name in origins}
     for group in own_groups(searched):
-        starts |= _decomposed(group, origins, config, check, calibration)
+        starts |= _decomposed(group, origins, config, check, calibration, originals)
         if bar is not None:
             bar.update(len(group))
     # From here to the last broadcast nothing can fail on one rank alone.
@@ -153,10 +171,16 @@ def _decomposed(
     config: PissaConfig,
     check: ResidualCheck | None,
     calibration: Calibration | None,
+    originals: OriginalWeights | None,
 ) -> dict[str, StartFactors]:
     """The starts of some layers. Nothing keeps their weights afterwards."""
-    weights = [base.matrix() for base in group.values()]
-    task = StartTask(weights, [origins[name] for name in group], config, list(group))
+    kept = None
+    if originals is None:
+        weights = [base.matrix() for base in group.values()]
+    else:
+        pairs = [originals.weight(name, base) for name, base in group.items()]
+        weights, kept = [weight for weight, _ in pairs], [codes for _, codes in pairs]
+    task = StartTask(weights, [origins[name] for name in group], config, list(group), kept=kept)
     if INIT_METHODS[config.init].needs and calibration is not None:
         task = task._replace(moments=calibration.of(group, weights[0].device))
     starts = dict(zip(group, start_factors(task), strict=True))

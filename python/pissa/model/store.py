@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,15 @@ def store(
         with failing_together():
             for group in groups(layers, threads=1):
                 agree()  # a sharded weight is gathered by all
-                weights = [layer.base.matrix() for layer in group.values()]
-                starts = [replacements[name].of_base for name in group]
-                moments = None
-                if calibration is not None and config.error_feedback:
-                    moments = calibration.of(group, weights[0].device)
-                residuals = residuals_of(weights, starts, config.form, list(group), moments)
-                del weights
+                residuals: list[Any] = [replacements[name].kept for name in group]
+                if None in residuals:
+                    weights = [layer.base.matrix() for layer in group.values()]
+                    starts = [replacements[name].of_base for name in group]
+                    moments = None
+                    if calibration is not None and config.error_feedback:
+                        moments = calibration.of(group, weights[0].device)
+                    residuals = residuals_of(weights, starts, config.form, list(group), moments)
+                    del weights
                 for (name, layer), residual in zip(group.items(), residuals, strict=True):
                     replacement = replacements.pop(name)
                     layer.store_base(residual, replacement.of_base, config)

@@ -12,10 +12,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from pissa.config import PissaConfig, PissaType
 from pissa.distributed import failing_together
+from pissa.files.hub import Name
 from pissa.model.calibrate import Batch, check_wanted, observed
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
+from pissa.model.original import OriginalWeights, form_of
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
@@ -27,6 +29,7 @@ def wrap(
     config: PissaConfig | None = None,
     *,
     calibration: Calibration | Iterable[Batch] | None = None,
+    weights: Name | None = None,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
@@ -62,6 +65,10 @@ def wrap(
         calibration: with `quant`, and with repair="activations" or error_feedback=True: batches of what the model will
             read, some ten thousand tokens, as `pissa.calibrate` takes them, or what it has returned. The base then
             loses less of its outputs.
+        weights: of a model that was loaded with load_in_4bit=True: the folder or the name on the Hub of the checkpoint
+            in 16 bits that it was loaded from. With repair="activations" and a calibration, or repair="loftq", the
+            repair of what bitsandbytes' codes lose is put beside them; they stay as they are, and `quant` is what they
+            are. One matrix at a time is read. Layers that bitsandbytes has not quantised keep their bases.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: keep the trained parameters in float32 on a 16-bit base.
         low_cpu_mem_usage: accepted as in PEFT; without effect, since nothing is drawn or allocated twice.
@@ -81,8 +88,12 @@ def wrap(
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-        config = own_config(PissaConfig(**config_fields) if config is None else config)
+        if config is None:
+            kept = {} if weights is None else form_of(model)
+            config = PissaConfig(**kept | config_fields)
+        config = own_config(config)
         check_plain(model, adapter_name)
+        originals = None if weights is None else OriginalWeights(weights, config)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         warn_of_dropout(config)
         check_wanted(config, calibration)
@@ -90,7 +101,13 @@ def wrap(
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = observed(wrapped, calibration, progressbar)
         replacements = decompose(
-            model, adapter_name, config, first=True, progressbar=progressbar, calibration=calibration
+            model,
+            adapter_name,
+            config,
+            first=True,
+            progressbar=progressbar,
+            calibration=calibration,
+            originals=originals,
         )
     store(model, adapter_name, config, replacements, calibration)
     return wrapped
