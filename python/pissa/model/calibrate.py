@@ -214,7 +214,8 @@ class _Observer:
         if not self._sums:
             raise ValueError("calibration: got no batch with tokens; give batches of what the model will read")
         means: dict[str, Tensor] = {}
-        for name, total in self._sums.items():
+        for name in list(self._sums):
+            total = self._sums.pop(name)  # a model's sums and its means together would be twice as much
             if not self._diagonal:
                 total = total.tril_() + total.tril(-1).mT
             means[name] = total / max(self._tokens[name], 1)

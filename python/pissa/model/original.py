@@ -44,7 +44,7 @@ class OriginalWeights:
             raise ValueError(f"weights: {folder} is quantised ({kind}); needed: the checkpoint in 16 or 32 bits")
         self.fingerprints: dict[str, Fingerprint] = {}
         """Of the weights that were read."""
-        self._source = Source(folder)
+        self._source, self._read = Source(folder), list[str]()
         self._parts = Composition(meta_model(folder), self._source.names)
 
     def weight(self, name: str, base: Base) -> tuple[Tensor, ops.QuantizedWeight]:
@@ -56,7 +56,10 @@ class OriginalWeights:
         """
         assert isinstance(base, BnbLinear4bit)
         quantised = base.quantized
-        weight = matrix_of(self._parts.matrix(f"{name}.weight", transposed=False), self._source)
+        self._source.release(self._read)  # or the file's pages would count as the process's memory
+        parts = self._parts.matrix(f"{name}.weight", transposed=False)
+        self._read = [part.tensor for part in parts]
+        weight = matrix_of(parts, self._source)
         if tuple(weight.shape) == quantised.shape:
             weight = weight.to(base.device, base.decoded_dtype).contiguous()
             codes = ops.quantize(weight, quantised.format, blocksize=quantised.blocksize).codes
