@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pissa.base.bitsandbytes import BnbLinear, from_bitsandbytes, is_bitsandbytes, unusable
@@ -50,6 +52,12 @@ def computing_parameters(module: nn.Module) -> list[Tensor]:
     return [] if isinstance(module, HoldsCodes) else list(module.parameters(recurse=False))
 
 
-def has_4bit_layers(model: nn.Module) -> bool:
-    """Whether bitsandbytes keeps some of a model's weights in 4 bits."""
-    return any(is_bitsandbytes(module, "Linear4bit") for module in model.modules())
+def fields_of_4_bits(model: nn.Module) -> dict[str, Any] | None:
+    """The fields of a `PissaConfig` that say how bitsandbytes keeps weights of a model in 4 bits; None if it keeps
+    none so."""
+    for module in model.modules():
+        if is_bitsandbytes(module, "Linear4bit") and (state := getattr(module.weight, "quant_state", None)):
+            storage = str(module.weight.dtype).removeprefix("torch.")
+            options = {"blocksize": state.blocksize, "double_quant": state.nested, "quant_storage": storage}
+            return {"quant": state.quant_type, **options}
+    return None

@@ -86,6 +86,11 @@ class Base(ABC):
         """The codes in 4 bits of bitsandbytes' that are the whole weight; None of any other base."""
         return None
 
+    def original(self, weight: Tensor) -> Tensor | None:
+        """A dense weight [out, in] as bitsandbytes has quantised it, in that dtype, on the codes' device; None if the
+        base has no `bnb_codes`, or those of another weight."""
+        return None
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Of a dense weight; None if bitsandbytes has quantised it, whose codes do not tell."""

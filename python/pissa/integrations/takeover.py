@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from pissa.base.kinds import has_4bit_layers
+from pissa.base.kinds import fields_of_4_bits
 from pissa.config import PissaConfig, default_of
 from pissa.distributed import RankError
 from pissa.files.hub import adapter_folder
@@ -56,7 +56,7 @@ def made(
             raise ValueError(f"a LoraConfig without a start of its own was to start as PiSSA, but {error}") from None
         method, wrapped = "PiSSA", wrap(model, ours, **kwargs)
         refuse_fused_kernels(wrapped)
-    elif has_4bit_layers(model):
+    elif fields_of_4_bits(model):
         try:
             method, wrapped = "LoRA with our kernels", _as_lora(kind, model, config, **kwargs)
         except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one

@@ -10,6 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from pissa.base.kinds import fields_of_4_bits
 from pissa.config import PissaConfig, PissaType
 from pissa.distributed import failing_together
 from pissa.files.hub import Name
@@ -17,7 +18,7 @@ from pissa.model.calibrate import Batch, check_wanted, observed
 from pissa.model.calibration import Calibration
 from pissa.model.decompose import decompose
 from pissa.model.inject import check_plain, own_config, restored_on_error, warn_of_dropout
-from pissa.model.original import OriginalWeights, form_of
+from pissa.model.original import OriginalWeights
 from pissa.model.pissa_model import PissaModel, model_class
 from pissa.model.store import store
 from pissa.model.tuner import BUILDING, PissaTuner
@@ -88,10 +89,12 @@ def wrap(
     with restored_on_error(model), failing_together():
         if config is not None and config_fields:
             raise TypeError(f"give either config or its fields, got config and {', '.join(sorted(config_fields))}")
-        if config is None:
-            kept = {} if weights is None else form_of(model)
-            config = PissaConfig(**kept | config_fields)
-        config = own_config(config)
+        kept = {} if weights is None else fields_of_4_bits(model)
+        if kept is None:
+            raise ValueError("weights: got a checkpoint, but bitsandbytes keeps no layer of the model in 4 bits")
+        config = own_config(PissaConfig(**kept | config_fields) if config is None else config)
+        for name, value in kept.items():
+            setattr(config, name, value)
         check_plain(model, adapter_name)
         originals = None if weights is None else OriginalWeights(weights, config)
         config.base_model_name_or_path = model.__dict__.get("name_or_path") or None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import pissa
-from pissa.model.calibration import Calibration
+from pissa.files.tensor_file import TensorFile
 
 pytestmark = pytest.mark.filterwarnings("ignore::pissa.notices.InexactLoraWarning")
 
@@ -64,7 +64,9 @@ def test_the_repair_is_that_of_the_dense_model_on_bitsandbytes_codes(folder: Pat
     model = in_4_bits(folder, bnb_4bit_use_double_quant=nested)
     before = {name: value.clone() for name, value in model.state_dict().items() if "proj" in name}
     fields = REPAIR | {"repair": repair}
-    found = pissa.wrap(model, **fields, weights=folder, calibration=calibration)
+    # The codes say how they are, not the configuration.
+    config = pissa.PissaConfig(**fields, quant="nf4", double_quant=not nested)
+    found = pissa.wrap(model, config, weights=folder, calibration=calibration)
     expected = pissa.wrap(dense(folder), **fields, quant="nf4", double_quant=nested, calibration=calibration)
     one, other = of_layer(found), of_layer(expected)
     assert found.peft_config["default"].form == expected.peft_config["default"].form == one.base.form
@@ -85,7 +87,7 @@ def test_saved_and_loaded_onto_either_model(folder: Path, tmp_path: Path) -> Non
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert not any(".base.codes" in key for key in pissa.files.tensor_file.TensorFile(tmp_path / "pissa.safetensors").entries)
+    assert not any(".base.codes" in key for key in TensorFile(tmp_path / "pissa.safetensors").entries)
     for base in (in_4_bits(folder), dense(folder)):
         assert torch.equal(logits(pissa.PissaModel.from_pretrained(base, tmp_path)), expected)
 
@@ -125,11 +127,17 @@ def test_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "tuned")
     in_4_bits(folder).save_pretrained(tmp_path / "quantised")
     fields = {**REPAIR, "calibration": batches()}
-    with pytest.raises(ValueError, match="weights: .*tuned has another weight in layer model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        ValueError, match=r"weights: .*tuned has another weight in layer model\.layers\.0\.self_attn\.q_proj"
+    ):
         pissa.wrap(in_4_bits(folder), **fields, weights=tmp_path / "tuned")
-    with pytest.raises(ValueError, match="weights: .*quantised is quantised .bitsandbytes.; needed: the checkpoint in 16"):
+    with pytest.raises(
+        ValueError, match=r"weights: .*quantised is quantised .bitsandbytes.; needed: the checkpoint in 16"
+    ):
         pissa.wrap(in_4_bits(folder), **fields, weights=tmp_path / "quantised")
-    with pytest.raises(ValueError, match="weights: got a checkpoint, but bitsandbytes keeps no layer of the model in 4"):
+    with pytest.raises(
+        ValueError, match="weights: got a checkpoint, but bitsandbytes keeps no layer of the model in 4"
+    ):
         pissa.wrap(dense(folder), **fields, weights=folder)
     with pytest.raises(ValueError, match="is no model: there is no such folder"):
         pissa.wrap(in_4_bits(folder), **fields, weights="nowhere/at-all")
