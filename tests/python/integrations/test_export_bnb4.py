@@ -52,7 +52,8 @@ def load(folder: Path) -> nn.Module:
 
 def trained(source: Path, folder: Path, **fields: Any) -> pissa.PissaModel:
     """An adapter far from its start, saved to `folder`."""
-    model = pissa.wrap(load(source), **{"r": 4, "quant": "nf4"} | fields)
+    config = pissa.PissaConfig(**{"r": 4, "quant": "nf4"} | fields)
+    model = pissa.wrap(load(source), config, calibration=[TOKENS] if config.needs_calibration else None)
     moved(model)
     model.save_pretrained(folder)
     return model.eval()
@@ -87,15 +88,19 @@ FIELDS: dict[str, dict[str, Any]] = {
     "more tensors": {"bias": "all", "modules_to_save": ["norm", "lm_head"]},
     "tokens": {"trainable_token_indices": [1, 5]},
     "single scales": {"double_quant": False},
+    "a repair by activations": {"init": "lora", "repair": "activations"},
+    "error feedback and a repair": {"init": "lora", "repair": "activations", "error_feedback": True},
     "a stored output layer": {"target_modules": ["lm_head", "q_proj"]},
 }
 
 
 RANKS = {"lora on qpissa's base": 8, "pissa on qlora's base": 8, "olora on qpissa's base": 12}
+RANKS |= {"a repair by activations": 8, "error feedback and a repair": 8}
 RANKS |= {"orthonormal on qpissa's base": 12, "orthonormal on qlora's base": 8}
 """That of the training is 4. The plain LoRA of the unmodified base has twice that rank."""
 
 DAILY = ["qpissa", "lora on qpissa's base", "orthonormal on qpissa's base", "dora", "rslora, patterns", "more tensors"]
+DAILY += ["error feedback and a repair"]
 
 
 @pytest.mark.parametrize("name", each(FIELDS, DAILY))
