@@ -122,6 +122,8 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
             `init="pissa", repair="lora"` PiSSA on the plainly quantised weight, of which LoRA's start takes nothing
             out. With `repair="activations"` and a calibration the outputs of the base are repaired, not its weights.
             Only with `quant` or residual="explicit".
+        repair_rank: the rank of the start that a stored base lacks, with `repair`; the adapter's if None. A layer whose
+            smaller side is less has that side.
         start_norm: the lengths of A0's rows and of B0's columns, the singular vectors that "pissa", "pissa_medium" and
             "pissa_minor" start from. "singular": √(S/s), as in the paper, so that s B0 A0 is that part of the weight.
             "unit": 1, an orthonormal start, whatever the scaling s is. A stored base lacks the singular start then, and
@@ -169,6 +171,7 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; the rank unless given"})
     init: Init = field(default="pissa", metadata={"help": "Where the adapter starts"})
     repair: Init | None = field(default=None, metadata={"help": "The start that a stored base lacks; init's if None"})
+    repair_rank: int | None = field(default=None, metadata={"help": "Rank of the repair; the adapter's if None"})
     start_norm: StartNorm = field(
         default="singular", metadata={"help": "Length of the singular vectors to start from: singular or unit"}
     )
@@ -256,14 +259,15 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
         with the lengths that make it a part of the weight."""
         if self.starts_as_base:
             return self
-        fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None, "start_norm": "singular"}
+        fields: dict[str, Any] = {"init": self.repair or self.init, "repair": None, "repair_rank": None}
+        fields["start_norm"] = "singular"
         return dataclasses.replace(self, **fields | {"use_adalora": False, "use_dora": False})
 
     def of_adapter(self) -> PissaConfig:
         """The configuration of a start that no residual lacks: alternations and error feedback are a residual's."""
         if self.repair is None and self.quant_iters == 1 and not self.error_feedback:
             return self
-        return dataclasses.replace(self, repair=None, quant_iters=1, error_feedback=False)
+        return dataclasses.replace(self, repair=None, repair_rank=None, quant_iters=1, error_feedback=False)
 
     def as_lora(self, times: int = 2) -> LoraConfig:
         """The plain LoRA of so many times the rank that has the same scaling in every layer."""
@@ -364,8 +368,15 @@ class PissaConfig(LoraConfig):  # type: ignore[misc]
                 f"repair: got {self.repair!r} without a stored base, which alone lacks a start: give quant or "
                 'residual="explicit" with it, or leave repair out'
             )
-        if self.repair == self.init:
+        if self.repair == self.init and self.repair_rank is None:
             self.repair = None
+        if self.repair_rank is not None and (not _is_int(self.repair_rank) or self.repair_rank < 1):
+            raise ValueError(f"repair_rank: got {self.repair_rank!r}; allowed: an integer of at least 1, or None")
+        if self.repair_rank is not None and self.repair is None:
+            raise ValueError(
+                f"repair_rank: got {self.repair_rank} without repair, whose rank it is: give repair with it, or leave "
+                "repair_rank out"
+            )
         if not _is_int(self.quant_iters) or self.quant_iters < 1:
             raise ValueError(f"quant_iters: got {self.quant_iters!r}; allowed: an integer of at least 1")
         start = self.repair or self.init

@@ -376,7 +376,7 @@ def _check_alike(config: PissaConfig, saved: PissaConfig, folder: Path) -> None:
             f"config must be a pissa.PissaConfig, got {type(config).__name__}: pissa.PissaConfig.from_pretrained reads "
             "the one in the folder"
         )
-    of_start = ("init", "repair", "start_norm", "svd", "svd_passes", "seed", "quant_iters")
+    of_start = ("init", "repair", "repair_rank", "start_norm", "svd", "svd_passes", "seed", "quant_iters")
     for name in (*of_start, "form", "use_adalora", "use_dora"):
         given, needed = getattr(config, name), getattr(saved, name)
         if given != needed:

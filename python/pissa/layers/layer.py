@@ -189,6 +189,11 @@ class PissaLayer(LoraLayer):  # type: ignore[misc]
         r, scaling = self.r[adapter_name], float(self.scaling[adapter_name])
         return Origin(r, scaling, config.init, config.use_adalora, identity)
 
+    def base_origin(self, adapter_name: str, config: PissaConfig) -> Origin:
+        """What determines the factors that a stored base lacks."""
+        origin = self.origin(adapter_name, config.of_base())
+        return origin._replace(r=min(config.repair_rank or origin.r, *self.matrix_shape))
+
     def zero_start(self, adapter_name: str, origin: Origin, rank_taken: int | None = None) -> StartFactors:
         """Start factors of zero, where the adapter is; `rank_taken`: of others that a residual lacks."""
         (out_features, in_features), device = self.matrix_shape, self.device_of(adapter_name)
