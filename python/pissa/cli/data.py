@@ -191,6 +191,19 @@ def encode(
     return rows, cut, len(chats) - len(rows)
 
 
+def batches_of(file: str, examples: int, model: str | Path) -> list[Any]:
+    """The first chats of a file, as a model reads them, for a calibration: input_ids [1, tokens] each."""
+    import torch
+    from transformers import AutoTokenizer
+
+    with told(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file, seed=0)[:examples]]
+    longest = min(tokenizer.model_max_length, 2048)
+    tokens = [tokenizer(text, add_special_tokens=False).input_ids[:longest] for text in texts]
+    return [torch.tensor([row]) for row in tokens]
+
+
 def prompt_and_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Returns the text that the model is given, and the text that it shall give: the last message and its end token."""
     if tokenizer.chat_template is None:

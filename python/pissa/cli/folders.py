@@ -15,7 +15,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pissa.cli.terminal import as_size, format_table, number, passes, positive_int, say, silence_third_parties, told
+from pissa.cli.terminal import (
+    add_calibration,
+    as_size,
+    format_table,
+    number,
+    passes,
+    positive_int,
+    say,
+    silence_third_parties,
+    told,
+)
 from pissa.integrations import RUNTIMES
 
 if TYPE_CHECKING:
@@ -94,9 +104,6 @@ def _read(done: Initialised | Merged) -> str:
 
 # ---- pissa init ------------------------------------------------------------------------------------------------------
 
-_EXAMPLES = 64
-"""Of a calibration, unless another number is given: some ten thousand tokens. Other numbers were not compared."""
-
 _METHOD = ("target_modules", "exclude_modules", "init", "svd_passes", "seed", "quant", "quant_iters")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -133,14 +140,10 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         help="where the adapter starts: pissa, pissa_medium, pissa_minor, lora (plain QLoRA), olora, loftq, or "
         "activations, with a calibration",
     )
-    parser.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="with --quant: records (.jsonl, .json) of what the model will read. The codes are then found by error "
+    add_calibration(
+        parser,
+        "with --quant: records (.jsonl, .json) of what the model will read. The codes are then found by error "
         "feedback, and lose less of the outputs; with --init lora it is a better checkpoint for any QLoRA program",
-    )
-    parser.add_argument(
-        "--examples", type=positive_int, default=_EXAMPLES, metavar="N", help="of the calibration (default: 64)"
     )
     parser.add_argument(
         "--quant-iters", type=positive_int, default=1, metavar="T", help="alternations of SVD and quantisation"
@@ -177,32 +180,18 @@ def _processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _batches(file: str, examples: int, model: Path) -> list[Any]:
-    """The first chats of a file, as the model reads them, one in a batch."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from pissa.cli.data import prompt_and_answer, read_chats
-
-    with told(OSError, ValueError, before=f"{model} has no tokenizer, which a calibration needs: "):
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = ["".join(prompt_and_answer(chat, tokenizer)) for chat in read_chats(file, seed=0)[:examples]]
-    longest = min(tokenizer.model_max_length, 2048)
-    tokens = [tokenizer(text, add_special_tokens=False).input_ids[:longest] for text in texts]
-    return [torch.tensor([row]) for row in tokens]
-
-
 def _init(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.is_process and "peft" not in sys.modules:
         # PEFT imports an installed bitsandbytes, which takes a second and 40 MB; nothing here uses it.
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     from pissa.checkpoints.init import init
+    from pissa.cli.data import batches_of
     from pissa.config import PissaConfig
     from pissa.files.hub import checkpoint_folder
 
     with told(TypeError), _processes():  # a layer of a kind that cannot be adapted
         source, method = checkpoint_folder(args.source), _options(args, *_METHOD)
-        batches = None if args.calibration is None else _batches(args.calibration, args.examples, source)
+        batches = None if args.calibration is None else batches_of(args.calibration, args.examples, source)
         done = init(
             source,
             args.target,

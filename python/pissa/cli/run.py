@@ -12,17 +12,22 @@ import shutil
 import sys
 
 from pissa.cli.startup import peft
-from pissa.cli.terminal import UserError, told
+from pissa.cli.terminal import UserError, add_calibration, told
 
 _ALLOWED = "give a command, a .py file, or -m MODULE, and its arguments: pissa run -- trl sft --config run.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "pissa run [--init pissa] [--] PROGRAM [ARGUMENT ...]"
+    parser.usage = "pissa run [--init pissa] [--calibration FILE [--examples N]] [--] PROGRAM [ARGUMENT ...]"
     parser.add_argument(
         "--init",
         choices=["pissa"],
         help="the start of adapters about which the program says nothing; TRL's scripts cannot say it",
+    )
+    add_calibration(
+        parser,
+        "records (.jsonl, .json) of what the model will read: what a model loaded with load_in_4bit loses is repaired "
+        "beneath its LoRA, from the 16-bit checkpoint that it was loaded from",
     )
     parser.add_argument(
         "program",
@@ -50,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.init is not None:
         environment[peft.INIT] = args.init
+    if args.calibration is not None:
+        environment[peft.CALIBRATION] = f"{args.examples} {os.path.abspath(args.calibration)}"
     shown = " ".join(program[:2] if program[0] == "-m" else program[:1])
     print(f"pissa run: PEFT's PiSSA and LoRA on 4-bit layers are pissa's in {shown}", file=sys.stderr, flush=True)
     with told(OSError, before=f"{shown}: "):

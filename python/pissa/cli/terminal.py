@@ -94,3 +94,12 @@ passes = number(
     "auto, or an even number of at least 2",
     lambda value: value == "auto" or (value >= 2 and value % 2 == 0),
 )
+
+
+def add_calibration(parser: argparse.ArgumentParser, help: str) -> None:
+    """The options --calibration, described so, and --examples."""
+    parser.add_argument("--calibration", metavar="FILE", help=help)
+    # Some ten thousand tokens. Other numbers are compared in bench/experiments, `repairs`.
+    parser.add_argument(
+        "--examples", type=positive_int, default=64, metavar="N", help="of the calibration (default: 64)"
+    )

@@ -26,34 +26,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from pissa.ops.checks import check_choice
-from pissa.peft_private import taken_over
 
 Notify = Callable[[str], None]
+Batches = Callable[[str], list[Any]]
 Start = Literal["pissa"]
 
 _undo: ExitStack | None = None
 """What is to be undone; None if it is off."""
 _notify: Notify | None = None
 _init: Start | None = None
+_batches: Batches | None = None
 
 
-def enable(notify: Notify | None = None, init: Start | None = None) -> None:
-    """Turns it on, for all threads: call it where no other thread calls PEFT. Where it is on already, only `notify` and
-    `init` are replaced.
+def enable(notify: Notify | None = None, init: Start | None = None, batches: Batches | None = None) -> None:
+    """Turns it on, for all threads: call it where no other thread calls PEFT. Where it is on already, only the
+    arguments are replaced.
 
     Args:
         notify: is called with one sentence for each adapter that is taken over.
         init: "pissa" makes PiSSA of a LoraConfig that says nothing of its start, too (init_lora_weights=True). If it
             cannot, `get_peft_model` raises ValueError.
+        batches: a calibration: given the folder or the name on the Hub that a model was loaded from, batches of what it
+            will read, as `pissa.calibrate` takes them. What bitsandbytes' 4 bits lose is then repaired beneath a
+            LoraConfig that starts as LoRA, as by `pissa.wrap(weights=..., repair="activations")`; or `get_peft_model`
+            raises what that does.
     """
+    import_module("peft")  # first: under `pissa run` that enables this module, too
+    from pissa.peft_private import taken_over
+
     check_choice("init", init, (None, *get_args(Start)))
-    global _undo, _notify, _init
-    _notify, _init = notify, init
+    global _undo, _notify, _init, _batches
+    _notify, _init, _batches = notify, init, batches
     if _undo is None:
         _undo = ExitStack()
         _undo.enter_context(taken_over(_made, _loaded))
@@ -75,7 +84,7 @@ def is_enabled() -> bool:
 def _made(kind: type[nn.Module], model: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
     from pissa.integrations.takeover import made
 
-    return made(kind, model, config, _init, _notify, **kwargs)
+    return made(kind, model, config, _init, _notify, _batches, **kwargs)
 
 
 def _loaded(plain: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

@@ -38,10 +38,11 @@ def made(
     config: Any,
     start: str | None,
     tell: Callable[[str], None] | None,
+    batches: Callable[[str], list[Any]] | None,
     **kwargs: Any,
 ) -> nn.Module:
-    """What `peft.get_peft_model` returns, which has chosen the class `kind` of PEFT's and its arguments. `start` and
-    `tell` are those of `peft.enable`."""
+    """What `peft.get_peft_model` returns, which has chosen the class `kind` of PEFT's and its arguments. `start`,
+    `tell` and `batches` are those of `peft.enable`."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return kind(model, config, **kwargs)
     init = config.init_lora_weights
@@ -58,23 +59,34 @@ def made(
         refuse_fused_kernels(wrapped)
     elif fields_of_4_bits(model):
         try:
-            method, wrapped = "LoRA with our kernels", _as_lora(kind, model, config, **kwargs)
+            method, wrapped = "LoRA with our kernels", _as_lora(kind, model, config, batches, **kwargs)
         except (TypeError, ValueError, KeyError, RankError) as error:  # on all ranks, if on one
+            if batches is not None:
+                raise
             _warn(config, f"computes 4-bit layers slower: {error}")
             return kind(model, config, **kwargs)
     else:
         return kind(model, config, **kwargs)
     if tell is not None:
         layers = pissa_layers(wrapped.base_model.model).values()
-        quantised = any(layer.base.is_bnb_quantised for layer in layers)
-        base = "the base as bitsandbytes has quantised it" if quantised else "the base unchanged"
+        base = "the base unchanged"
+        if any(layer.base.is_bnb_quantised for layer in layers):
+            base = "the base as bitsandbytes has quantised it"
+        elif wrapped.peft_config[wrapped.active_adapter].repair is not None:
+            base = "the base in bitsandbytes' 4 bits, repaired"
         tell(f"LoraConfig(init_lora_weights={init!r}) became {method}: rank {config.r}, {len(layers)} layers, {base}")
     return wrapped
 
 
-def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, **kwargs: Any) -> PissaModel:
-    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too. On an error the model and
-    torch's generator are as they were."""
+def _as_lora(
+    kind: type[nn.Module],
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Callable[[str], list[Any]] | None,
+    **kwargs: Any,
+) -> PissaModel:
+    """LoRA from the factors that PEFT draws, whose places in the model PEFT chooses, too; on a repaired base, given
+    batches. On an error the model and torch's generator are as they were."""
     init = config.init_lora_weights
     if init not in _DRAWN:
         raise ValueError(f"init_lora_weights={init!r} starts from the weights")
@@ -91,8 +103,13 @@ def _as_lora(kind: type[nn.Module], model: nn.Module, config: LoraConfig, **kwar
         drawn = torch.get_rng_state()
         # PEFT's factors are float32, whatever it is told, unless the codes are in a parameter of a float dtype.
         in_float32 = all(value.dtype == torch.float32 for key, value in state.items() if ".lora_" in key)
+        repair: dict[str, Any] = {}
+        if batches is not None:
+            weights = str(model.name_or_path)
+            repair = {"repair": "activations", **(fields_of_4_bits(model) or {})}
+            kwargs |= {"weights": weights, "calibration": batches(weights)}
         with restored_on_error(model):
-            ours = _configuration(chosen, model, init="lora")
+            ours = _configuration(chosen, model, init="lora", **repair)
             wrapped = wrap(model, ours, **{**kwargs, "autocast_adapter_dtype": in_float32})
             peft.set_peft_model_state_dict(wrapped, state, adapter_name=name)
     torch.set_rng_state(drawn)

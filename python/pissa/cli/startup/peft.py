@@ -11,6 +11,8 @@ from typing import Any
 
 INIT = "PISSA_RUN_INIT"
 """The variable that says how adapters start about which the program says nothing; see `integrations.peft.enable`."""
+CALIBRATION = "PISSA_RUN_CALIBRATION"
+"""The variable that has the number of examples and the file of a calibration."""
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -25,9 +27,17 @@ def _give_way() -> None:
     from pissa.integrations import peft
 
     init: Any = os.environ.get(INIT)
+    examples, _, file = os.environ.get(CALIBRATION, "").partition(" ")
     say = partial(print, "pissa run:", file=sys.stderr, flush=True)
     # The first of several processes says what it takes over.
-    peft.enable(say if os.environ.get("RANK", "0") == "0" else None, init)
+    notify = say if os.environ.get("RANK", "0") == "0" else None
+    peft.enable(notify, init, partial(_batches, file, int(examples)) if file else None)
+
+
+def _batches(file: str, examples: int, model: str) -> list[Any]:
+    from pissa.cli.data import batches_of
+
+    return batches_of(file, examples, model)
 
 
 if __name__ == "peft":
