@@ -15,6 +15,7 @@ from bench.experiments.claims.mnist import Mnist
 from bench.experiments.claims.nlu import NLU
 from bench.experiments.claims.quant_errors import QuantErrors
 from bench.experiments.claims.ranks import Ranks
+from bench.experiments.claims.repair_width import RepairWidth
 from bench.experiments.claims.repairs import Repairs
 from bench.experiments.claims.start_norm import StartNorm
 from bench.experiments.claims.suggested import Suggested
@@ -28,6 +29,7 @@ _ALL: tuple[Experiment, ...] = (
     StartNorm(),
     AnyStart(),
     Repairs(),
+    RepairWidth(),
     Alternations(),
     NLU(),
     Ranks(),
