@@ -25,8 +25,9 @@ from transformers import (
     TrainingArguments,
 )
 
+import pissa
 from bench.experiments.experiment import Cell, Options, Result
-from bench.experiments.methods import METHODS, MoveRanks, Setting, warm
+from bench.experiments.methods import METHODS, MoveRanks, Reading, Setting, warm
 from bench.experiments.numbers import log_of, rounded
 from pissa.cli.data import find_package
 
@@ -62,11 +63,16 @@ class EncoderCell(Cell):
 
     def prepare(self, options: Options) -> None:
         load(self.task, options)
+        if reading := METHODS[self.method].reading:
+            calibration_of(self.task, reading, options)
 
     def run(self, options: Options) -> Result:
         data, method, begun = load(self.task, options), METHODS[self.method], time.process_time()
         steps = 3 if options.quick else SIZES[self.task].steps
-        model = method.wrap(load_model(data.folder, self.seed, options.quick), self._setting(steps))
+        setting = self._setting(steps)
+        if method.reading:
+            setting = setting._replace(calibration=calibration_of(self.task, method.reading, options))
+        model = method.wrap(load_model(data.folder, self.seed, options.quick), setting)
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
             trainer = _trainer(model, data, self, steps, Path(out))
@@ -109,6 +115,17 @@ class Data:
 def load(task: str, options: Options) -> Data:
     warm()
     return Data(task, options)
+
+
+@cache
+def calibration_of(task: str, reading: Reading, options: Options) -> pissa.Calibration:
+    """Of the first training examples and the dense model, which all cells with this reading share: no seed changes what
+    the layers below the head read."""
+    data = load(task, options)
+    rows = data.train[: reading.examples]
+    batches = [{name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")} for row in rows]
+    model = load_model(data.folder, 0, options.quick)
+    return pissa.calibrate(model, batches, target_modules="all-linear", task_type="SEQ_CLS", diagonal=reading.diagonal)
 
 
 _INVENTED = [("a good one", 1.0), ("not worth the time", -1.0), ("well made", 2.0)]

@@ -55,6 +55,7 @@ _ENCODER = {
     "full": 2e-4,
     "medium": 2e-3,
     "minor": 5e-3,
+    **dict.fromkeys(["qlora", "lora_on_5", "repair_1", "repair_5", "feedback", "feedback_repair"], 5e-3),
 }
 # A rate of this grid for each factor of 4 in the rank: small ranks want larger rates.
 _TIMES = {1: 2.5, 4: 2.0, 16: 1.0, 64: 0.5, 128: 0.4}
