@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -484,7 +485,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, monk
 
 
 def test_a_run_does_not_go_on_from_another_start(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter before training decides the bytes as much as the one after it."""
+    """The adapter before training decides the bytes as much as the one after it, and each as its files are now."""
     for seed, name in enumerate(("initial", "other")):
         init(base, tmp_path / name, pissa.PissaConfig(r=4, seed=seed))
     adapter = tmp_path / "initial" / "pissa_init"
@@ -495,4 +496,10 @@ def test_a_run_does_not_go_on_from_another_start(base: Path, tmp_path: Path, mon
             merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
     with pytest.raises(ValueError, match=r"another plan: initial adapter_.* was"):
         merge(adapter, base, tmp_path / "out", initial=tmp_path / "other")
+    weights = adapter / "adapter_model.safetensors"
+    was = weights.stat()
+    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"another plan: adapter adapter_model\.safetensors was"):
+        merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
+    os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))
     merge(adapter, base, tmp_path / "out", initial=tmp_path / "initial")
