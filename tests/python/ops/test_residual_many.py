@@ -56,6 +56,15 @@ def test_each_is_the_residual_of_its_weight_and_the_host_waits_once(fields: dict
 
 
 @pytest.mark.parametrize("fields", FORMS)
+def test_layouts_do_not_matter(fields: dict[str, Any]) -> None:
+    strided = [[tensor.mT.contiguous().mT for tensor in tensors] for tensors in given()]
+    assert not any(tensors[0].is_contiguous() for tensors in strided)
+    found, wanted = (ops.residual_many(*tensors, SCALINGS, **fields) for tensors in (strided, given()))
+    for got, want in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, parts(got), parts(want)))
+
+
+@pytest.mark.parametrize("fields", FORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_errors_name_the_weight(fields: dict[str, Any], value: float) -> None:
     for which, words in enumerate((r"^second: contains NaN or Inf", r"^a0s\[1\], b0s\[1\]: contain NaN or Inf")):
